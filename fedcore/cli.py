@@ -1,0 +1,511 @@
+"""The `fedcore` command. Results go to stdout, everything said on the way to stderr.
+
+Invariant: one table of exit codes for all commands (`errors.py`): 0 done, 1 the user's task failed,
+2 bad input, 3 refused by plan or policy, 4 abandoned, 130 interrupted. Torch, pydantic and SEAL are
+imported inside commands, so that `--help` answers at once and a run's first line comes before them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from fedcore.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    BadInput,
+    FedcoreError,
+    TaskFailed,
+)
+
+app = typer.Typer(
+    name="fedcore",
+    help="Federated learning in which nobody has to be trusted with anybody's update.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(
+    help="Benchmarks, each with a peer or a floor in the same run.", no_args_is_help=True
+)
+app.add_typer(bench_app, name="bench")
+
+_ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+_KEYS_HELP = (
+    "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
+    "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
+)
+
+stderr = Console(stderr=True, highlight=False)
+
+JobFile = Annotated[
+    Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="heart | digits | path/to/file.py[:attribute] | package.module:attribute"
+    ),
+]
+Protection = Annotated[
+    str | None, typer.Option("--protection", help="encrypted (default) or plain.")
+]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds to run.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of model, split and training.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="section.key=value, repeatable: --set train.lr=0.05"),
+]
+
+
+def say(text: str) -> None:
+    """One line to stderr, never wrapped or read as markup."""
+    stderr.print(Text(text), soft_wrap=True)
+
+
+def _settings(context: typer.Context, set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
+    """One flat layer from --set, named options and `--any-key value` flags, the last winning."""
+    from fedcore.config import parse_set
+
+    found = dict(parse_set(text) for text in set_ or [])
+    found |= {key: value for key, value in named.items() if value is not None}
+    extra = list(context.args)
+    while extra:
+        flag = extra.pop(0)
+        if not flag.startswith("--"):
+            raise BadInput(f"arguments: found {flag!r}, expected one job file and --flags")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not extra or extra[0].startswith("--"):
+                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
+            value = extra.pop(0)
+        key, parsed = parse_set(f"{name.replace('-', '_')}={value}")
+        found[key] = parsed
+    return found
+
+
+def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    from fedcore.config import read_job_file
+
+    layers = [read_job_file(job)] if job else []
+    if "task" in settings:
+        layers.append({"base": str(Path.cwd())})
+    return [*layers, settings]
+
+
+def _emit(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _starting(command: str, job: Path | None, task: str | None) -> None:
+    what = str(job) if job else f"task {task or 'heart'}"
+    say(f"fedcore {command}: {what}")
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+class _Progress:
+    """A bar on a terminal, a line every few rounds in a pipe."""
+
+    def __init__(self, total: int, arms: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total, self._arms, self._rows = total, arms, 0
+        self._bar: Progress | None = None
+        if stderr.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rounds"),
+                TextColumn("{task.fields[metric]}"), TimeRemainingColumn(), console=stderr, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=total, metric="")
+            self._bar.start()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Called with each row; the protected arm's is the one that shows."""
+        if row["arm"] != "federated":
+            return
+        shown = next(
+            (f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None),
+            "",
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["round"], metric=shown)
+        elif row["round"] == self._total or row["round"] % max(1, self._total // 5) == 0:
+            say(f"round {row['round']}/{self._total}  {shown}")
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+def simulate(
+    context: typer.Context,
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Quantised bits per coordinate.")
+    ] = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = None,
+) -> None:
+    """Train one model over several sites on this machine, beside the arms it is compared with."""
+    _starting("simulate", job or resume, task)
+    settings = _settings(
+        context, set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits
+    )
+    if resume is not None and (settings or job or out):
+        raise BadInput(
+            "--resume: found other settings beside it, expected none",
+            remedy="an interrupted run goes on with the settings it was started with",
+        )
+    say("loading torch")
+    from fedcore.comparison import api
+    from fedcore.learn.flat import model_summary
+    from fedcore.report import terminal
+
+    directory: list[Path] = []
+    progress: list[_Progress] = []
+
+    def ready(prepared: Any, path: Path) -> None:
+        directory.append(path)
+        info = {
+            "task": prepared.task.name,
+            "sites": list(prepared.plan.sites),
+            "rows": sum(len(s.train) + len(s.test) for s in prepared.sites),
+            "model": model_summary(prepared.flat),
+            "protection": prepared.plan.protection,
+            "run": str(path),
+            "label": prepared.label,
+        }
+        terminal.show(stderr, terminal.header(info))
+        progress.append(_Progress(prepared.plan.rounds, len(prepared.job.track.arms)))
+
+    def on_round(row: dict[str, Any]) -> None:
+        progress[0].row(row)
+
+    try:
+        if resume is not None:
+            run = api.resume(resume, on_round=on_round, on_ready=ready, say=_quiet)
+        else:
+            run = api.simulate_layers(
+                _layers(job, settings),
+                out=out,
+                force=force,
+                on_round=on_round,
+                on_ready=ready,
+                say=_quiet,
+            )
+    except KeyboardInterrupt:
+        for bar in progress:
+            bar.close()
+        if directory:
+            say(f"interrupted; resume: fedcore simulate --resume {directory[0]}")
+        raise
+    finally:
+        for bar in progress:
+            bar.close()
+    if as_json:
+        _emit(run.result)
+    else:
+        terminal.show(
+            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
+        )
+
+
+def _quiet(text: str) -> None:
+    """Set-up steps, shown only where somebody watches."""
+    if stderr.is_terminal:
+        say(text)
+
+
+@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+def compare(
+    context: typer.Context,
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    rounds: Rounds = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
+    _starting("compare", job, task)
+    settings = _settings(context, set_, task=task, protection=protection, rounds=rounds)
+    say("loading torch")
+    from fedcore.comparison import api
+    from fedcore.report import terminal
+
+    def on_cell(cell: dict[str, Any], number: int, total: int) -> None:
+        gap = ", ".join(
+            f"{metric} {100 * value:+.2f}"
+            for metric, value in cell["gap"].get("total", {}).items()
+            if value is not None
+        )
+        say(f"split {number}/{total}  seed {cell['seed']}, fold {cell['fold']}: points lost: {gap}")
+
+    found = api.compare_layers(
+        _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
+    )
+    if as_json:
+        _emit(found.result)
+    else:
+        terminal.show(
+            Console(highlight=False),
+            terminal.compare_summary(found.result, found.directory / "report.html"),
+        )
+
+
+# ---------------------------------------------------------------------------------------- looking
+
+
+@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+def plan(
+    context: typer.Context,
+    where: Annotated[
+        Path | None, typer.Argument(help="A job file or folder, or a run's directory.")
+    ] = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    rounds: Rounds = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """The solved plan: packing, proof of headroom, bytes forecast, where the price jumps, label."""
+    settings = _settings(context, set_, task=task, protection=protection, rounds=rounds)
+    if where is not None and (where / "plan.json").is_file():
+        from fedcore.files import read_json
+
+        found = read_json(where / "plan.json")
+    else:
+        from fedcore.comparison.api import prepare_layers
+
+        found = prepare_layers(_layers(where, settings), _quiet).plan_json()
+    from fedcore.inspection import plan_page
+
+    _emit(found) if as_json else _print(plan_page(found))
+
+
+@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+def check(
+    context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(help="A task, spelled as for --task, or a job file."),
+    ],
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load every site, count classes, take one training step, and show the model and the plan."""
+    settings = _settings(context, set_)
+    path = Path(what)
+    is_job = what.endswith(".toml") or (path / "job.toml").is_file()
+    layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
+    say(f"fedcore check: {what}")
+    from fedcore.comparison.api import prepare_layers
+    from fedcore.inspection import check_page, check_task
+
+    found = check_task(prepare_layers(layers, _quiet))
+    _emit(found) if as_json else _print(check_page(found))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; two or more overlay.")],
+    format_: Annotated[str, typer.Option("--format", help="html, md or latex.")] = "html",
+    out: Annotated[Path | None, typer.Option("--out", help="Write here instead.")] = None,
+) -> None:
+    """Write a run's report again, lay runs over each other, or print a table for a paper."""
+    from fedcore import report as reports
+
+    if format_ not in ("html", "md", "latex"):
+        raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
+    read = [reports.read(path) for path in runs]
+    text = reports.render(read, format_)
+    if out is None and format_ != "html":
+        typer.echo(text)
+        return
+    target = out or runs[0] / ("report.html" if len(runs) == 1 else "overlay.html")
+    reports.write_text(target, text)
+    typer.echo(target)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder of runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs of this folder, oldest first."""
+    from fedcore.report import terminal
+    from fedcore.run import list_runs
+
+    rows = list_runs(folder)
+    if as_json:
+        _emit([{k: row[k] for k in ("run", "result")} for row in rows])
+    elif not rows:
+        say(f"no runs in {folder} yet; `fedcore simulate` makes one")
+    else:
+        _print(terminal.runs_table([(row["run"], row["result"]) for row in rows]))
+
+
+@app.command()
+def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or comparison.")]) -> None:
+    """Run it again: the same bits, or the first round that differs and what differs around it."""
+    say(f"fedcore reproduce: {run}")
+    from fedcore.reproduction import reproduce as again
+
+    found = again(run)
+    if found.same:
+        typer.echo(f"same bits: model {found.model_sha256[0]}")
+        return
+    typer.echo(f"different: {found.difference}")
+    for line in found.environment or ("nothing in the environment differs that is recorded",):
+        typer.echo(f"  {line}")
+    raise typer.Exit(EXIT_REFUSED)
+
+
+@app.command()
+def new(
+    directory: Annotated[Path, typer.Argument(help="A folder to write task.py and job.toml into.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that holds files.")
+    ] = False,
+) -> None:
+    """Write a task and a job that run as they are, to change into your own."""
+    from fedcore.scaffold import create
+
+    create(directory, force=force)
+    typer.echo(f"wrote {directory}/task.py and {directory}/job.toml")
+    typer.echo(f"check it:  fedcore check {directory}/job.toml")
+    typer.echo(f"run it:    fedcore simulate {directory}/job.toml")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, CPU, the SEAL self-test, and names that would clash."""
+    from fedcore.doctor import examine
+
+    checks = examine()
+    for item in checks:
+        typer.echo(f"{'ok  ' if item.ok else 'FAIL'}  {item.name:<12} {item.found}")
+        if not item.ok and item.remedy:
+            typer.echo(f"      hint: {item.remedy}")
+    if not all(item.ok for item in checks):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _print(renderable: Any) -> None:
+    from fedcore.report.terminal import show
+
+    show(Console(highlight=False), renderable)
+
+
+# ---------------------------------------------------------------------------------------- benches
+
+
+@bench_app.command()
+def protect(
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    sites: Annotated[int, typer.Option(min=3, help="Sites the plan is solved for.")] = 16,
+    bits: Annotated[str, typer.Option(help="Quantised bits, comma-separated.")] = "8,12,16",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Interleaved repeats; medians are reported.")
+    ] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes and seconds of protecting one vector, beside float32 and TenSEAL's CKKS in the same run."""
+    try:
+        wanted = [int(part) for part in bits.split(",")]
+    except ValueError as error:
+        raise BadInput(f"--bits: found {bits!r}, expected numbers such as 8,12,16") from error
+    say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
+    from fedcore.bench import protect as bench
+
+    found = bench.run(parameters=parameters, sites=sites, bits=wanted, repeats=repeats)
+    _emit(found) if as_json else _print(bench.page(found))
+
+
+@bench_app.command()
+def fold(
+    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,64",
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of the folding process: the same whatever the number of sites."""
+    try:
+        wanted = [int(part) for part in sites.split(",")]
+    except ValueError as error:
+        raise BadInput(f"--sites: found {sites!r}, expected numbers such as 4,64") from error
+    say(f"fedcore bench fold: {sites} sites x {parameters:,} parameters")
+    from fedcore.bench import fold as bench
+
+    found = bench.run(sites=wanted, parameters=parameters)
+    _emit(found) if as_json else _print(bench.page(found))
+
+
+# ---------------------------------------------------------------------------------------- the edge
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Every way out, as one exit code and at most two lines (a task's own traceback before them)."""
+    try:
+        yield
+    except FedcoreError as error:
+        if isinstance(error, TaskFailed) and error.user_traceback:
+            stderr.print(Text(error.user_traceback.rstrip()), soft_wrap=True)
+        say(f"error: {error}")
+        if error.remedy:
+            say(f"hint: {error.remedy}")
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        say("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `fedcore runs | head`
+        sys.stderr.close()
+        sys.exit(EXIT_DONE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fedcore` command; always ends in SystemExit."""
+    with _exit_codes():
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+if __name__ == "__main__":
+    main()

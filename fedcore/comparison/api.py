@@ -1,0 +1,274 @@
+"""`fedcore.simulate` and `fedcore.compare`: the two functions behind the commands of the same names.
+
+Both take a task (object, name or path), sites, and any setting by its keyword; both work in a script
+without a `__main__` guard, in a notebook and with lambdas, since nothing leaves this process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedcore.comparison.experiment import (
+    OnRound,
+    Prepared,
+    RunWriter,
+    environment,
+    job_for,
+    prepare,
+    run_experiment,
+)
+from fedcore.comparison.gap import summarise_cells
+from fedcore.config import Job, read_job_file
+from fedcore.errors import BadInput
+from fedcore.files import read_json, write_json
+from fedcore.run import Comparison, Run, new_directory
+from fedcore.task import Task
+from fedcore.types import Json
+
+OnReady = Callable[[Prepared, Path], None]
+OnCell = Callable[[Json, int, int], None]
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """The default of `say`: a library does not print."""
+
+
+def simulate(
+    task: Task | str | None = None,
+    sites: Mapping[str, Any] | None = None,
+    *,
+    job: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+    **settings: Any,
+) -> Run:
+    """Run one simulated federation and its comparison arms; returns the finished `Run`.
+
+    task: a `fedcore.Task`, `"heart"`, `"path/to/file.py[:attribute]"` or `"package.module:attribute"`.
+    sites: {site id: source for task.data}; the job's or the task's own sites without it.
+    job: a job file, or a folder with job.toml in it. settings: any key of a job, e.g. `rounds=20`,
+    `seed=0`, `protection="plain"`, `lr=0.1`.
+    out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/.
+    on_round: called with every row; return `fedcore.STOP` to end after this round.
+    Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
+    """
+    return simulate_layers(
+        _layers(task, sites, job, settings), task=task, out=out, force=force, on_round=on_round,
+        on_ready=on_ready, say=say,
+    )  # fmt: skip
+
+
+def simulate_layers(
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    task: Task | str | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+) -> Run:
+    """`simulate` from layers of settings, as the command line collects them."""
+    prepared = prepare_layers(layers, say, task=task)
+    directory = new_directory(
+        f"{prepared.task.name}-{prepared.plan.protection}", Path(out) if out else None, force=force
+    )
+    if on_ready is not None:
+        on_ready(prepared, directory)
+    return _run(prepared, directory, on_round, resume=False)
+
+
+def prepare_layers(
+    layers: Sequence[Mapping[str, Any]], say: Say = _silent, *, task: Task | str | None = None
+) -> Prepared:
+    """Everything before round 1: for `simulate`, `plan` and `check` alike."""
+    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
+    return prepare(found, complete, say)
+
+
+def resume(
+    directory: str | Path,
+    *,
+    task: Task | None = None,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+) -> Run:
+    """Go on with an interrupted run after its last whole round, to the same bits."""
+    path = Path(directory)
+    if (path / "result.json").is_file():
+        raise BadInput(
+            f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
+        )
+    found, complete = job_for(task, read_json(path / "job.json"))
+    prepared = prepare(found, complete, say)
+    if on_ready is not None:
+        on_ready(prepared, path)
+    return _run(prepared, path, on_round, resume=True)
+
+
+def _layers(
+    task: Task | str | None,
+    sites: Mapping[str, Any] | None,
+    job: str | Path | None,
+    settings: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
+    layers: list[Mapping[str, Any]] = [read_job_file(Path(job))] if job else []
+    if isinstance(task, str):
+        layers.append({"task": task, "base": str(Path.cwd())})
+    if sites is not None:
+        layers.append({"sites": sites})
+    return [*layers, settings]
+
+
+def _run(prepared: Prepared, directory: Path, on_round: OnRound | None, *, resume: bool) -> Run:
+    from fedcore.report import write
+
+    writer = RunWriter(directory, prepared)
+    experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
+    result["run"] = str(directory)
+    result["reproduce"] = f"fedcore reproduce {directory}"
+    writer.finish(experiment, result)
+    write(directory)
+    return Run(directory, prepared.task)
+
+
+def compare(
+    task: Task | str | None = None,
+    sites: Mapping[str, Any] | None = None,
+    *,
+    seeds: int | Sequence[int] = 5,
+    job: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_cell: OnCell | None = None,
+    say: Say = _silent,
+    **settings: Any,
+) -> Comparison:
+    """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
+
+    seeds: how many (0, 1, ...), or which. `folds=` is the number of folds, each the test part once.
+    on_cell: called with each finished cell, its number and the number of all.
+    """
+    return compare_layers(
+        _layers(task, sites, job, settings), task=task, seeds=seeds, out=out, force=force,
+        on_cell=on_cell, say=say,
+    )  # fmt: skip
+
+
+def compare_layers(
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    task: Task | str | None = None,
+    seeds: int | Sequence[int] = 5,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_cell: OnCell | None = None,
+    say: Say = _silent,
+) -> Comparison:
+    """`compare` from layers of settings, as the command line collects them."""
+    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
+        raise BadInput("seeds: found none, expected at least 1")
+    started, clock = datetime.now(UTC), time.perf_counter()
+    grid = list(itertools.product(chosen, range(complete.run.folds)))
+    cells: list[Json] = []
+    results: list[Json] = []
+    directory: Path | None = None
+    for number, (seed, fold) in enumerate(grid, start=1):
+        cell_job = replace(
+            complete,
+            run=complete.run.model_copy(update={"seed": seed, "fold": fold}),
+            track=complete.track.model_copy(update={"resamples": 0}),
+        )
+        prepared = prepare(found, cell_job, say if number == 1 else _silent)
+        if directory is None:
+            directory = new_directory(
+                f"{found.name}-compare", Path(out) if out else None, force=force
+            )
+            write_json(
+                directory / "job.json", complete.to_json() | {"task": found.origin or found.name}
+            )
+            write_json(directory / "plan.json", prepared.plan_json())
+        _, result = run_experiment(prepared, None)
+        results.append(result)
+        cells.append(_cell(result, seed, fold))
+        if on_cell is not None:
+            on_cell(cells[-1], number, len(grid))
+    assert directory is not None
+    result = _comparison_result(results, cells, complete, len(chosen))
+    result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
+    result |= {"seconds_total": time.perf_counter() - clock}
+    result["reproduce"] = f"fedcore reproduce {directory}"
+    write_json(directory / "result.json", result)
+    comparison = Comparison(directory)
+    comparison.report()
+    return comparison
+
+
+def _cell(result: Json, seed: int, fold: int) -> Json:
+    metrics = result["metrics"]
+    return {
+        "seed": seed,
+        "fold": fold,
+        "model_sha256": result["model_sha256"],
+        "arms": {arm: {m: values[m] for m in metrics} for arm, values in result["arms"].items()},
+        "gap": {
+            part: {m: gap["mean"] for m, gap in by.items()} for part, by in result["gap"].items()
+        },
+        "per_site": {
+            site: {arm: entry[arm] for arm in result["arms"]}
+            for site, entry in result["per_site"].items()
+        },
+    }
+
+
+def _comparison_result(
+    results: Sequence[Json], cells: Sequence[Json], job: Job, seeds: int
+) -> Json:
+    first = results[0]
+    ratio = sum(r["rows"]["test"] for r in results) / max(
+        1, sum(r["rows"]["train"] for r in results)
+    )
+    summary = summarise_cells(cells, ratio)
+    warnings: list[str] = []
+    for metric, gap in summary["gap"]["total"].items():
+        if gap["low"] is not None and gap["high"] - gap["low"] > abs(gap["mean"]):
+            warnings.append(f"The interval of the {metric} gap is wider than the gap.")
+    clipped = max(r["clipped_fraction"] for r in results)
+    if clipped > 1e-3:
+        warnings.append(
+            f"Up to {100 * clipped:.2f} % of the coordinates of a run were clipped to the range."
+        )
+    if any(r["unequal_rounds"] for r in results):
+        warnings.append(
+            "In some rounds the opened sum was NOT the plain integer sum: please report it."
+        )
+    kept = ("schema", "task", "protection", "rounds", "metrics", "sites", "label", "plan", "train")
+    return {
+        **{key: first[key] for key in kept},
+        "kind": "compare",
+        "seeds": seeds,
+        "folds": job.run.folds,
+        "model": first["model"],
+        "cells": list(cells),
+        **summary,
+        "bytes_up_per_site_round": first["bytes_up_per_site_round"],
+        "bytes_down_per_site_round": first["bytes_down_per_site_round"],
+        "ciphertexts_up": first["ciphertexts_up"],
+        "ciphertext_used": first["ciphertext_used"],
+        "clipped_fraction": clipped,
+        "warnings": warnings,
+        "environment": environment(),
+    }

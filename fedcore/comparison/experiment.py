@@ -1,0 +1,741 @@
+"""One run: load the sites, solve the plan, advance the arms a round at a time, write what was found.
+
+Invariant: nothing is chosen on test rows; every arm sees the same split, the same initial model and the
+same number of rows per round. After every round the run can be interrupted and resumed to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcore.aggregate.optimisers import ServerState, init_state
+from fedcore.comparison import metrics as metric_list
+from fedcore.comparison.arms import (
+    Arm,
+    Bench,
+    Centralised,
+    Evaluation,
+    Federated,
+    FederatedFloat,
+    LocalOnly,
+)
+from fedcore.comparison.gap import PARTS, bootstrap_gap
+from fedcore.comparison.transport import MetricTransport
+from fedcore.config import Job, build_job
+from fedcore.data.rows import Layout, Rows, load_rows, pool, split_rows
+from fedcore.data.statistics import Statistics, finish_statistics, site_sums
+from fedcore.encode.pack import Layout as VectorLayout
+from fedcore.errors import BadInput
+from fedcore.files import write_atomic, write_json
+from fedcore.label import label_of
+from fedcore.learn import checkpoint
+from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thread
+from fedcore.learn.saved import model_digest, save_model
+from fedcore.learn.score import score
+from fedcore.learn.train import predict, task_code
+from fedcore.plan import RoundPlan, refuse_small_roster, solve_packing
+from fedcore.run import read_rounds
+from fedcore.simulation import (
+    Federation,
+    KeyEpoch,
+    ProtectedTotal,
+    SiteRows,
+    Stopwatch,
+    federated_statistics,
+)
+from fedcore.task import Task, load_task
+from fedcore.types import ARMS, GAP_PARTS, Json, SiteId
+
+STOP = object()
+"""Return it from `on_round` to end the run after the present round."""
+
+OnRound = Callable[[Json], Any]
+
+_GROUPING_KEYS = {"n", "by", "alpha", "seed"}
+
+
+# ---------------------------------------------------------------------------------------- set-up
+
+
+def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
+    """{site id: source} from the job, else the task's own. Raises BadInput where there is none."""
+    wanted = dict(job.sites)
+    if callable(task.sites) and (not wanted or set(wanted) <= _GROUPING_KEYS):
+        wanted = dict(task.sites(**wanted))
+    elif not wanted and task.sites is not None and not callable(task.sites):
+        wanted = dict(task.sites)
+    elif wanted and set(wanted) <= _GROUPING_KEYS:
+        raise BadInput(
+            f"sites: found {', '.join(sorted(wanted))}, but task {task.name!r} cannot make sites itself",
+            remedy='give [sites] as `id = "source"` lines, or the task a `sites` function',
+        )
+    if not wanted:
+        raise BadInput(
+            f"sites: task {task.name!r} names none, and neither does the job",
+            remedy='add [sites] to the job file (`id = "source"`), or pass sites={...}',
+        )
+    for name in wanted:
+        if not name or len(name) > 64 or any(ord(c) < 33 for c in name):
+            raise BadInput(f"sites: found the id {name!r}, expected 1 to 64 visible characters")
+    return {SiteId(str(name)): source for name, source in wanted.items()}
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Neutral statistics: mean 0, spread 1. They decide shapes only."""
+
+    mean: Any
+    std: Any
+
+    @classmethod
+    def of(cls, rows: Any) -> _Unit:
+        size = len(rows.names)
+        return cls(np.zeros(size), np.ones(size))
+
+
+def _standardised(rows: Any, scale: Any) -> Rows:
+    found: Rows = rows.standardise(scale)
+    return found
+
+
+@dataclass
+class Prepared:
+    """Everything of a run before round 1."""
+
+    job: Job
+    task: Task
+    plan: RoundPlan
+    sites: list[SiteRows]
+    local_sites: list[SiteRows]
+    flat: FlatModel
+    epoch: KeyEpoch
+    transport: MetricTransport
+    statistics: Statistics | None
+    statistics_total: ProtectedTotal | None
+    layout: Layout | None
+    watch: Stopwatch
+    warnings: list[str]
+    class_counts: dict[SiteId, dict[str, int]]
+    unknown_categories: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        """The run's label, computed from the plan."""
+        few: list[str] = []
+        if self.statistics is not None:
+            counts = zip(self.statistics.names, self.statistics.sites, strict=True)
+            few = [name for name, sites in counts if sites < 3]
+        return label_of(self.plan, few)
+
+    def plan_json(self) -> Json:
+        """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
+        return describe_plan(self.plan) | {"label": self.label, "buffers_policy": self.flat.policy}
+
+
+def describe_plan(plan: RoundPlan) -> Json:
+    """A plan as people read it: flat numbers, the headroom inequality, bytes per site and round."""
+    packing = plan.packing
+    layout = VectorLayout(plan.update_vector, packing, len(plan.sites))
+    forecast = _forecast(plan, layout)
+    out: Json = plan.to_json() | {
+        "digest": plan.digest,
+        "bits": packing.bits,
+        "max_sites": packing.max_sites,
+        "field_width": packing.field_width,
+        "fields_per_slot": packing.fields_per_slot,
+        "slot_bits": packing.slot_bits,
+        "degree": packing.ring.degree if packing.ring else None,
+        "coeff_modulus": packing.ring.modulus if packing.ring else None,
+        "coordinates": plan.coordinates,
+        "ciphertexts": layout.blocks if packing.ring else 0,
+        "used_fraction": layout.used_fraction,
+        "headroom": None,
+        **forecast,
+    }
+    if packing.ring:
+        needed, available = packing.ring.headroom(packing.max_sites, packing.slot_bits)
+        out["headroom"] = {
+            "rule": "43 n + 1 < q / t",
+            "bound": needed >> packing.slot_bits,
+            "limit": available >> packing.slot_bits,
+        }
+    return out
+
+
+def _forecast(plan: RoundPlan, layout: VectorLayout) -> Json:
+    """Exact bytes of one site's upload and download in a round, from sizes alone."""
+    if plan.packing.ring is None:
+        size = layout.slots * plan.packing.slot_bits // 8
+        return {"bytes_up": size, "bytes_down": size}
+    from fedcore.protect.bfv import vector_size
+
+    return {
+        "bytes_up": vector_size(plan.packing.ring, layout.blocks, 1),
+        "bytes_down": vector_size(plan.packing.ring, layout.blocks, 2),
+    }
+
+
+def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Load and split the sites, build the model, solve the plan, run the federated statistics."""
+    sources = resolve_sites(task, job)
+    # RoundPlan refuses it too; asking here spares the loading of every site's rows.
+    refuse_small_roster(len(sources), job.protect.protection)
+    packing = solve_packing(
+        job.protect.bits, job.protect.max_sites or len(sources), job.protect.protection
+    )
+    if job.protect.protection != "plain":
+        from fedcore.protect.bfv import load_seal
+
+        load_seal()
+    watch = Stopwatch()
+    sites: list[SiteRows] = []
+    counts: dict[SiteId, dict[str, int]] = {}
+    unknown: dict[str, int] = {}
+    largest = 0
+    for index, (name, source) in enumerate(sources.items()):
+        say(f"loading site {name}")
+        everything, test = load_rows(task, source, name)
+        counts[name] = _class_counts(everything, test)
+        for column, count in getattr(everything, "unknown", {}).items():
+            unknown[column] = unknown.get(column, 0) + count
+        rows = len(everything) + (len(test) if test is not None else 0)
+        largest = max(largest, rows)
+        train = everything
+        if test is None:
+            train, test = split_rows(
+                everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
+            )
+        sites.append(SiteRows(name, index, train, test))
+    max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
+    for site in sites:
+        if len(site.train) + len(site.test) > max_examples:
+            raise BadInput(
+                f"site {site.id}: found {len(site.train) + len(site.test)} rows, expected at most "
+                f"protect.max_examples = {max_examples}",
+                remedy="raise protect.max_examples: a public cap on any site's rows",
+            )
+    flat, sample = _build(task, job, sites)
+    transport = MetricTransport.of(task, sample, max_examples)
+    plan = RoundPlan(
+        task=task.name, task_digest=task.digest(), sites=tuple(s.id for s in sites),
+        protection=job.protect.protection, packing=packing, parameters=flat.parameters,
+        buffer_coordinates=flat.buffer_coordinates, max_examples=max_examples,
+        rounds=job.round.rounds, train=job.train_plan, server=job.server_plan,
+        range=job.range_plan, metric_sums=transport.wides,
+    )  # fmt: skip
+    epoch = KeyEpoch(uuid.uuid4().hex, plan.protection, packing, plan.digest)
+    prepared = Prepared(
+        job,
+        task,
+        plan,
+        sites,
+        sites,
+        flat,
+        epoch,
+        transport,
+        None,
+        None,
+        None,
+        watch,
+        [],
+        counts,
+        unknown,
+    )
+    if sites[0].train.features is not None:
+        say("federated statistics")
+        _standardise_all(prepared)
+    return prepared
+
+
+def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
+    parts = [rows.labels() for rows in (everything, test) if rows is not None]
+    known = [part for part in parts if part is not None]
+    if not known:
+        return {}
+    values, counts = np.unique(np.concatenate(known), return_counts=True)
+    return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
+
+
+def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, Any]:
+    """The run's module, its flat view, and one scored batch (which fixes the number of outputs).
+
+    Every site builds the model under the same seed; a site whose model differs is named.
+    """
+
+    def first_rows(site: SiteRows) -> Rows:
+        rows: Any = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
+        return rows if rows.features is None else _standardised(rows, _Unit.of(rows))
+
+    def make(site: SiteRows) -> FlatModel:
+        rows = first_rows(site)
+
+        def first_pass(module: Any) -> None:
+            predict(task, module, next(iter(rows.batches(len(rows), None))))
+
+        with task_code(site.id, None, "model"):
+            module = build_model(task.model, job.run.seed, first_pass)
+        return FlatModel(module, job.round.buffers)
+
+    flat = make(sites[0])
+    for site in sites[1:]:
+        other = make(site)
+        if (other.parameters, other.buffer_coordinates) != (
+            flat.parameters,
+            flat.buffer_coordinates,
+        ):
+            raise BadInput(
+                f"site {site.id}: found a model of {other.coordinates} coordinates, expected "
+                f"{flat.coordinates} as at site {sites[0].id}",
+                remedy="every site must have the same columns and build the same model",
+            )
+    sample = score(
+        task, flat.module, first_rows(sites[0]), seed=job.run.seed, round_=0, site=sites[0].id
+    )
+    return flat, sample
+
+
+def _standardise_all(prepared: Prepared) -> None:
+    sites = prepared.sites
+    allow = prepared.job.protect.single_site_features
+    found, total = federated_statistics(
+        prepared.epoch, sites, prepared.plan.max_examples, prepared.watch, allow_few_sites=allow
+    )
+    rows: Any = sites[0].train
+    prepared.statistics, prepared.statistics_total, prepared.layout = found, total, rows.layout
+    prepared.sites = [
+        replace(s, train=_standardised(s.train, found), test=_standardised(s.test, found))
+        for s in sites
+    ]
+    local = []
+    for site in sites:
+        raw: Any = site.train
+        own = finish_statistics(
+            raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
+        )
+        local.append(
+            replace(site, train=_standardised(site.train, own), test=_standardised(site.test, own))
+        )
+    prepared.local_sites = local
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+class Experiment:
+    """The arms of one run, advanced round by round."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        job, plan, flat = prepared.job, prepared.plan, prepared.flat
+        self.initial = flat.read()
+        bench = Bench(prepared.task, plan, flat, prepared.sites, job.run.seed, self.initial)
+        self.federation = Federation(
+            prepared.task, plan, prepared.epoch, prepared.sites, flat, job.run.seed,
+            self._metric_sums, prepared.watch,
+        )  # fmt: skip
+        # The float arm must not add its training seconds to the protected arm's.
+        floating = replace(self.federation, watch=Stopwatch())
+        state = init_state(self.initial, plan.parameters, plan.server, plan.range.start or 0.0)
+        self.federated = Federated(bench, self.federation, state)
+        makers: dict[str, Callable[[], Arm]] = {
+            "centralised": lambda: Centralised(bench, pool([s.train for s in prepared.sites])),
+            "local_only": lambda: LocalOnly(bench, prepared.local_sites),
+            "federated_float": lambda: FederatedFloat(bench, floating, state),
+            "federated": lambda: self.federated,
+        }
+        wanted = [arm for arm in ARMS if arm in job.track.arms or arm == "federated"]
+        self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
+        self.round = 0
+        self.stopped: str | None = None
+
+    def _metric_sums(self, site: SiteRows, state: ServerState) -> Mapping[str, Sequence[int]]:
+        evaluation = self.federated.evaluate(self.round)
+        assert state is self.federated.state
+        return self.prepared.transport.sums(evaluation.parts[site.index])
+
+    def calibrate(self) -> None:
+        """Find R before round 1 unless the plan states it."""
+        if self.prepared.plan.range.start is None:
+            bound = self.federation.calibrate(self.federated.state)
+            state = replace(self.federated.state, bound=bound)
+            self.federated.state = self.federated.twin = state
+
+    def rounds(self) -> Iterator[Json]:
+        """Advance every arm one round at a time; yields each arm's row."""
+        if self.round == 0:
+            self.calibrate()
+        while self.round < self.prepared.plan.rounds and self.stopped is None:
+            current = self.round + 1
+            for name, arm in self.arms.items():
+                columns = arm.step(current)
+                if name == "federated":
+                    self.round = current
+                yield self._row(name, arm, current, columns)
+
+    def _row(self, name: str, arm: Arm, round_: int, columns: Json) -> Json:
+        evaluation = arm.evaluate(round_)
+        row: Json = {"arm": name, "round": round_, **self.values(evaluation)}
+        row |= {"loss": evaluation.loss(), **columns}
+        row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
+        return row | {"peak_memory_mb": peak_memory_mb()}
+
+    def values(self, evaluation: Evaluation) -> dict[str, float | None]:
+        """{metric: value} over the union of test rows."""
+        transport = self.prepared.transport
+        scores = evaluation.scores()
+        if scores is not None:
+            return metric_list.evaluate_scores(scores, transport.metrics)
+        return {name: _own_value(evaluation.parts, name) for name in transport.own}
+
+    def save(self) -> Any:
+        """All that a resumed run needs."""
+        return {
+            "round": self.round,
+            "arms": {name: arm.save() for name, arm in self.arms.items()},
+            "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
+            "task_digest": self.prepared.plan.task_digest,
+        }
+
+    def restore(self, saved: Any) -> None:
+        """Continue after the saved round. Raises BadInput if the task has changed since."""
+        if saved["task_digest"] != self.prepared.plan.task_digest:
+            raise BadInput(
+                "--resume: the task has changed since the run was interrupted",
+                remedy="start a new run, or restore the task file",
+            )
+        self.round = saved["round"]
+        for name, arm in self.arms.items():
+            arm.restore(saved["arms"][name])
+            arm.budget.steps, arm.budget.examples = saved["budgets"][name]
+
+
+def _own_value(parts: Sequence[Any], name: str) -> float | None:
+    pairs = [part.own[name] for part in parts if part is not None]
+    count = sum(c for _, c in pairs)
+    return sum(t for t, _ in pairs) / count if count else None
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+# ---------------------------------------------------------------------------------------- the result
+
+
+def build_result(experiment: Experiment, started: datetime, seconds: float) -> Json:
+    """result.json of a finished run (schema 1)."""
+    prepared, job = experiment.prepared, experiment.prepared.job
+    plan, federated = prepared.plan, experiment.federated
+    with single_thread():
+        evaluations = {
+            name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()
+        }
+        twin = federated.evaluate_twin(experiment.round)
+        with_metrics = experiment.federation.final_metrics(federated.state, experiment.round + 1)
+    protected = prepared.transport.finish(with_metrics, len(prepared.sites))
+    arms: Json = {}
+    for name, arm in experiment.arms.items():
+        arms[name] = experiment.values(evaluations[name]) | {
+            "loss": evaluations[name].loss(),
+            "gradient_steps": arm.budget.steps,
+            "examples_seen": arm.budget.examples,
+        }
+    layout = VectorLayout(plan.update_vector, plan.packing, len(plan.sites))
+    per_site = _per_site(experiment, evaluations)
+    result: Json = {
+        "schema": 1,
+        "kind": "run",
+        "task": prepared.task.name,
+        "protection": plan.protection,
+        "seed": job.run.seed,
+        "fold": job.run.fold,
+        "folds": job.run.folds,
+        "rounds": experiment.round,
+        "stopped": experiment.stopped,
+        "sites": list(plan.sites),
+        "metrics": list(prepared.task.metrics),
+        "rows": {
+            "train": sum(len(s.train) for s in prepared.sites),
+            "test": sum(len(s.test) for s in prepared.sites),
+        },
+        "model": {
+            "summary": model_summary(prepared.flat),
+            "coordinates": plan.coordinates,
+            "buffers": prepared.flat.policy,
+        },
+        "model_sha256": model_digest(federated.state.model),
+        "arms": arms,
+        "site_mean": _site_means(per_site, evaluations),
+        "gap": _gaps(experiment, evaluations, twin),
+        "per_site": per_site,
+        "protected_metrics": protected,
+        "bytes_up_per_site_round": federated.bytes_up,
+        "bytes_down_per_site_round": federated.bytes_down,
+        "bytes_per_parameter_up": federated.bytes_up / plan.coordinates,
+        "ciphertexts_up": layout.blocks if plan.packing.ring else 0,
+        "ciphertext_used": layout.used_fraction if plan.packing.ring else None,
+        "seconds": prepared.watch.seconds,
+        "seconds_total": seconds,
+        "peak_memory_mb": peak_memory_mb(),
+        "clipped_fraction": federated.clipped_fraction,
+        "unequal_rounds": federated.unequal_rounds,
+        "label": prepared.label,
+        "plan": prepared.plan_json(),
+        "train": asdict(plan.train),
+        "statistics": prepared.statistics.to_json() if prepared.statistics else None,
+        "environment": environment(),
+        "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    result["warnings"] = _warnings(experiment, result)
+    return result
+
+
+def _per_site(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> Json:
+    prepared = experiment.prepared
+    out: Json = {}
+    for site in prepared.sites:
+        entry: Json = {
+            "rows": len(site.train) + len(site.test),
+            "train_rows": len(site.train),
+            "test_rows": len(site.test),
+            "class_counts": prepared.class_counts[site.id],
+        }
+        for name, evaluation in evaluations.items():
+            part = evaluation.parts[site.index]
+            entry[name] = (
+                dict.fromkeys(prepared.task.metrics)
+                if part is None
+                else experiment.values(Evaluation((part,)))
+            )
+        out[site.id] = entry
+    return out
+
+
+def _site_means(per_site: Json, evaluations: Mapping[str, Evaluation]) -> Json:
+    return {
+        name: metric_list.site_mean(entry[name] for entry in per_site.values())
+        for name in evaluations
+    }
+
+
+def _gaps(experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: Evaluation) -> Json:
+    transport, job = experiment.prepared.transport, experiment.prepared.job
+    everything = {**evaluations, "federated_integer": twin}
+    scores = {name: evaluation.scores() for name, evaluation in everything.items()}
+    pooled = {name: found for name, found in scores.items() if found is not None}
+    if pooled:
+        gaps = bootstrap_gap(pooled, transport.metrics, job.track.resamples, job.run.seed)
+        return {
+            part: {metric: interval.to_json() for metric, interval in by.items()}
+            for part, by in gaps.items()
+        }
+    values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
+    return {part: _plain_gaps(values, *PARTS[part], transport.own) for part in GAP_PARTS}
+
+
+def _plain_gaps(
+    values: Mapping[str, Mapping[str, float | None]], better: str, worse: str, names: Sequence[str]
+) -> Json:
+    """Differences without an interval: a task's own `evaluate` gives no per-row values."""
+    if better not in values or worse not in values:
+        return {}
+    out: Json = {}
+    for name in names:
+        a, b = values[better][name], values[worse][name]
+        mean = None if a is None or b is None else a - b
+        method = "difference; no interval, since task.evaluate gives no per-row values"
+        out[name] = {"mean": mean, "low": None, "high": None, "method": method, "n": 0}
+    return out
+
+
+def _warnings(experiment: Experiment, result: Json) -> list[str]:
+    prepared = experiment.prepared
+    found = [
+        "One seed and one split: differences of this size move with the seed. "
+        "`fedcore compare` repeats the run over seeds and folds."
+    ]
+    for metric, gap in result["gap"].get("total", {}).items():
+        if None in (gap["mean"], gap["low"], gap["high"]):
+            continue
+        if gap["high"] - gap["low"] > abs(gap["mean"]):
+            found.append(
+                f"The interval of the {metric} gap is wider than the gap: "
+                f"{100 * gap['mean']:.2f} points, {100 * gap['low']:.2f} to {100 * gap['high']:.2f}."
+            )
+    if result["clipped_fraction"] > 1e-3:
+        found.append(
+            f"{100 * result['clipped_fraction']:.2f} % of the coordinates were clipped to the range; "
+            "a larger protect.range loses less."
+        )
+    for name, entry in result["per_site"].items():
+        if len(entry["class_counts"]) == 1:
+            found.append(f"Site {name} has rows of one class only, so its AUC is undefined.")
+        elif (
+            any(entry["federated"].get(m) is None for m in prepared.task.metrics)
+            and entry["test_rows"]
+        ):
+            found.append(f"The test rows of site {name} are of one class, so its AUC is undefined.")
+    for column, count in prepared.unknown_categories.items():
+        found.append(f"{count} values of column {column} were not declared and count as `other`.")
+    if prepared.statistics:
+        for name, count in zip(prepared.statistics.names, prepared.statistics.clipped, strict=True):
+            if count:
+                found.append(
+                    f"{count} values of {name} lie outside its public range in the statistics."
+                )
+    if result["unequal_rounds"]:
+        found.append(
+            f"In {result['unequal_rounds']} rounds the opened sum was NOT the plain integer sum. "
+            "This must never happen: please report it with plan.json."
+        )
+    return found
+
+
+def environment() -> Json:
+    """Versions and machine, as every published number needs them beside it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    from fedcore import __version__
+
+    return {
+        "fedcore": __version__,
+        "python": platform.python_version(),
+        "torch": of("torch"),
+        "numpy": np.__version__,
+        "tenseal": of("tenseal"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, if it is one."""
+    git = Path(__file__).resolve().parents[2] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        return (git / head.removeprefix("ref: ")).read_text().strip()
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------- the shell
+
+
+class RunWriter:
+    """Writes a run's files as it goes: rows as they come, a checkpoint after each round."""
+
+    def __init__(self, directory: Path, prepared: Prepared) -> None:
+        self.directory = directory
+        self._prepared = prepared
+
+    def start(self) -> None:
+        """plan.json and job.json, before anything is trained."""
+        write_json(self.directory / "plan.json", self._prepared.plan_json())
+        job = self._prepared.job.to_json() | {
+            "task": self._prepared.task.origin or self._prepared.task.name
+        }
+        write_json(self.directory / "job.json", job)
+        (self.directory / "rounds.jsonl").touch()
+
+    def row(self, row: Json) -> None:
+        """Append one line to rounds.jsonl."""
+        with (self.directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def checkpoint(self, experiment: Experiment) -> None:
+        """The state after a whole round, replacing the one before."""
+        write_atomic(self.directory / "checkpoint.pt", checkpoint.to_bytes(experiment.save()))
+
+    def resume(self, experiment: Experiment) -> None:
+        """Back to the last checkpoint: state restored, rows after it dropped."""
+        path = self.directory / "checkpoint.pt"
+        if path.is_file():
+            experiment.restore(checkpoint.from_bytes(path.read_bytes()))
+        rows = [r for r in read_rounds(self.directory) if r["round"] <= experiment.round]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(self.directory / "rounds.jsonl", text.encode())
+
+    def finish(self, experiment: Experiment, result: Json) -> None:
+        """The model, the result and the report; the checkpoint goes."""
+        prepared = experiment.prepared
+        prepared.flat.write(experiment.federated.state.model)
+        save_model(
+            self.directory,
+            prepared.flat.module,
+            prepared.task,
+            prepared.statistics,
+            prepared.layout,
+        )
+        write_json(self.directory / "result.json", result)
+        (self.directory / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def run_experiment(
+    prepared: Prepared,
+    writer: RunWriter | None,
+    on_round: OnRound | None = None,
+    *,
+    resume: bool = False,
+) -> tuple[Experiment, Json]:
+    """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with single_thread():
+        experiment = Experiment(prepared)
+        if writer is not None:
+            writer.resume(experiment) if resume else writer.start()
+        last = list(experiment.arms)[-1]
+        for row in experiment.rounds():
+            if writer is not None:
+                writer.row(row)
+            if on_round is not None and on_round(row) is STOP:
+                experiment.stopped = f"on_round returned STOP in round {row['round']}"
+            if row["arm"] == last and writer is not None:
+                writer.checkpoint(experiment)
+    result = build_result(experiment, started, time.perf_counter() - clock)
+    return experiment, result
+
+
+def job_for(task: Task | str | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
+    """The task and the complete job: task defaults below, then the given layers in order."""
+    named = next((layer["task"] for layer in reversed(layers) if "task" in layer), "heart")
+    base = next((Path(layer["base"]) for layer in reversed(layers) if "base" in layer), None)
+    found = task if isinstance(task, Task) else load_task(str(task or named), base)
+    rest = [{k: v for k, v in layer.items() if k != "task"} for layer in layers]
+    name = found.origin or found.name
+    return found, build_job(found.defaults, *rest, {"task": name})

@@ -1,0 +1,472 @@
+"""Metrics as sums that may leave a site, and the same metrics from pooled rows in a simulation.
+
+A metric is a function from a site's test rows to non-negative integers, and a finish from their sum
+to one number: rows never leave, and the sums travel as wide coordinates (PROTOCOL W).
+
+Invariant: `sums` is additive over rows, so the finish of the sites' sums is the value over the
+union of their rows; one row adds at most `cap_per_row` to any entry. `finish(sums(rows))` equals
+`exact(rows)` for accuracy and balanced_accuracy, and is within a stated bound of it for the others.
+
+Outputs are `(n,)`, `(n, 1)` or `(n, C)`. Classes come from this shape alone, so sites agree on the
+layout without seeing each other's labels: one output means two classes, C outputs mean C classes.
+The prediction rule: one logit above 0 is class 1; of several logits the largest wins (the first of
+equals). Which rows are test rows, and running the model on them, is left to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.errors import BadInput, TaskFailed, UnknownName
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+BINS = 256
+"""Bins of an AUC histogram, of equal width in the predicted probability (PROTOCOL W)."""
+
+FRACTION_BITS = 16
+"""Fixed point of the regression sums: a row's error is rounded to 2^-16 (PROTOCOL W's f)."""
+
+ERROR_RANGE = 1 << 16
+"""Largest absolute (mae) or squared (mse) error of a row; larger ones are clipped and counted."""
+
+_FIXED_ONE = 1 << FRACTION_BITS
+_EDGES = np.arange(1, BINS) / BINS
+_LOGIT_EDGES = np.log(_EDGES / (1 - _EDGES))
+_LOG_EDGES = np.log(_EDGES)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    name: as written in a task and in result.json.
+    size: `size(columns)`, the entries of `sums` for a model with that many outputs per row.
+    sums: `sums(outputs, targets) -> (size,) int64`, non-negative, additive over rows and sites.
+    finish: `finish(sums)`, the value over all rows summed; None where it is undefined.
+    exact_resampled: `exact_resampled(outputs, targets, counts) -> (r,) float64`: the value over the
+        rows taken `counts[i]` times each, one value per row of the `(r, n)` int64 matrix `counts`;
+        NaN where it is undefined. It needs every row in one place: simulation only.
+    cap_per_row: the most that one row can add to any entry of `sums`.
+    higher_is_better: False for errors.
+    """
+
+    name: str
+    size: Callable[[int], int]
+    sums: Callable[[Floats, NDArray[np.generic]], Integers]
+    finish: Callable[[NDArray[np.generic]], float | None]
+    exact_resampled: Callable[[Floats, NDArray[np.generic], Integers], Floats]
+    cap_per_row: int = 1
+    higher_is_better: bool = True
+
+    def exact(self, outputs: Floats, targets: NDArray[np.generic]) -> float | None:
+        """The value over pooled rows, without binning or rounding; None where it is undefined."""
+        value = float(self.exact_resampled(outputs, targets, _each_once(outputs))[0])
+        return None if np.isnan(value) else value
+
+
+# ------------------------------------------------------------------ reading outputs and targets
+
+
+def columns_of(outputs: Floats) -> int:
+    """Outputs per row: 1 for `(n,)` and `(n, 1)`, C for `(n, C)`. Raises BadInput otherwise."""
+    if outputs.ndim == 1:
+        return 1
+    if outputs.ndim == 2 and outputs.shape[1] > 0:
+        return int(outputs.shape[1])
+    raise BadInput(
+        f"metrics: found outputs of shape {outputs.shape}, expected (rows,) or (rows, classes)",
+        remedy="give the task an `evaluate` function for other shapes",
+    )
+
+
+def classes_of(outputs: Floats) -> int:
+    """Classes that these outputs tell apart: two for one logit, else one per logit."""
+    return max(2, columns_of(outputs))
+
+
+def predictions(outputs: Floats) -> Integers:
+    """(n,) int64 class indices: one logit > 0 is class 1; several logits: the first largest."""
+    if columns_of(outputs) == 1:
+        return (outputs.reshape(-1) > 0).astype(np.int64)
+    return np.asarray(outputs.argmax(axis=1), dtype=np.int64)
+
+
+def _require_finite(outputs: Floats) -> None:
+    bad = int(np.count_nonzero(~np.isfinite(outputs)))
+    if bad:
+        raise TaskFailed(
+            f"model outputs: found {bad} of {outputs.size} not finite, expected finite numbers",
+            remedy="a smaller train.lr usually keeps the model from diverging",
+        )
+
+
+def _one_per_row(targets: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+    if targets.shape not in ((rows,), (rows, 1)):
+        raise BadInput(
+            f"metrics: found targets of shape {targets.shape}, expected ({rows},)",
+            remedy="give the task an `evaluate` function for other shapes",
+        )
+    return targets.reshape(-1)
+
+
+def _labels(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    """(n,) int64 class indices below `classes_of(outputs)`, from integer or 0.0/1.0 targets."""
+    _require_finite(outputs)
+    flat = _one_per_row(targets, len(outputs))
+    with np.errstate(invalid="ignore"):  # NaN becomes an arbitrary integer, refused just below
+        labels = flat.astype(np.int64)
+    wrong = np.flatnonzero((labels != flat) | (labels < 0) | (labels >= classes_of(outputs)))
+    if len(wrong):
+        raise BadInput(
+            f"targets: found {flat[wrong[0]].item()!r} in {len(wrong)} of {len(flat)} rows, "
+            f"expected class indices 0..{classes_of(outputs) - 1}",
+            remedy="the model's last layer has one output per class (or one for two classes)",
+        )
+    return labels
+
+
+def _errors(outputs: Floats, targets: NDArray[np.generic]) -> Floats:
+    """(n,) float64, output - target of a regression with one output per row."""
+    if columns_of(outputs) != 1:
+        raise BadInput(
+            f"metrics: found {columns_of(outputs)} outputs per row, expected 1 for mse and mae",
+            remedy="accuracy, balanced_accuracy and auc take several outputs per row",
+        )
+    _require_finite(outputs)
+    flat = _one_per_row(targets, len(outputs)).astype(np.float64)
+    if not np.isfinite(flat).all():
+        raise BadInput("targets: found NaN or Inf, expected finite numbers")
+    return np.asarray(outputs.reshape(-1) - flat, dtype=np.float64)
+
+
+def _each_once(outputs: Floats) -> Integers:
+    return np.ones((1, len(outputs)), dtype=np.int64)
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Element-wise quotient, NaN where the denominator is 0."""
+    quotient = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
+
+
+# ------------------------------------------------------------------ accuracy
+
+
+def _accuracy_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    """[rows predicted right, rows]."""
+    labels = _labels(outputs, targets)
+    return np.array([np.count_nonzero(predictions(outputs) == labels), len(labels)], dtype=np.int64)
+
+
+def _accuracy_finish(sums: NDArray[np.generic]) -> float | None:
+    right, rows = (int(entry) for entry in sums)
+    return right / rows if rows else None
+
+
+def _accuracy_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+    right = predictions(outputs) == _labels(outputs, targets)
+    return _ratio(counts.astype(np.float64) @ right, counts.sum(axis=1).astype(np.float64))
+
+
+# ------------------------------------------------------------------ balanced accuracy
+
+
+def _balanced_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    """[right of class 0, rows of class 0, right of class 1, rows of class 1, ...]."""
+    labels, classes = _labels(outputs, targets), classes_of(outputs)
+    right = predictions(outputs) == labels
+    pairs = (np.bincount(labels[right], minlength=classes), np.bincount(labels, minlength=classes))
+    return np.stack(pairs, axis=1).reshape(-1).astype(np.int64)
+
+
+def _balanced_finish(sums: NDArray[np.generic]) -> float | None:
+    """Unweighted mean recall over the classes that have rows; None without rows."""
+    pairs = np.asarray(sums, dtype=np.int64).reshape(-1, 2)
+    recalls = [int(right) / int(rows) for right, rows in pairs if rows]
+    return sum(recalls) / len(recalls) if recalls else None
+
+
+def _balanced_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+    labels, times = _labels(outputs, targets), counts.astype(np.float64)
+    right = predictions(outputs) == labels
+    total, present = np.zeros(len(counts)), np.zeros(len(counts))
+    for label in range(classes_of(outputs)):
+        of_class = labels == label
+        rows = times @ of_class
+        total += np.nan_to_num(_ratio(times @ (of_class & right), rows))
+        present += rows > 0
+    return _ratio(total, present)
+
+
+# ------------------------------------------------------------------ AUC
+
+
+def _class_scores(outputs: Floats) -> list[Floats]:
+    """One (n,) score per one-vs-rest problem: a single one for two classes, else one per class.
+
+    Two classes: the logit, or the difference of the two logits. More: the log of the softmax.
+    Each is a strictly increasing function of the predicted probability of its class.
+    """
+    columns = columns_of(outputs)
+    if columns == 1:
+        return [outputs.reshape(-1)]
+    if columns == 2:
+        return [outputs[:, 1] - outputs[:, 0]]
+    shifted = outputs - outputs.max(axis=1, keepdims=True)
+    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return list(log_softmax.T)
+
+
+def _one_vs_rest(
+    outputs: Floats, targets: NDArray[np.generic]
+) -> list[tuple[Floats, NDArray[np.bool_]]]:
+    """(scores, is the class) of each one-vs-rest problem; for two classes only that of class 1."""
+    labels, scores = _labels(outputs, targets), _class_scores(outputs)
+    first = 1 if len(scores) == 1 else 0
+    return [(score, labels == first + index) for index, score in enumerate(scores)]
+
+
+def _auc_size(columns: int) -> int:
+    return 2 * BINS * (1 if columns <= 2 else columns)
+
+
+def _auc_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    """Per one-vs-rest problem: 256 counts of negatives, then 256 of positives.
+
+    Bin b holds predicted probabilities in [b/256, (b+1)/256). The edges are compared on the score's
+    own scale (logit, or log of the softmax), which keeps the order of rows exactly.
+    """
+    edges = _LOGIT_EDGES if columns_of(outputs) <= 2 else _LOG_EDGES
+    histograms = []
+    for score, positive in _one_vs_rest(outputs, targets):
+        bins = np.searchsorted(edges, score, side="right")
+        histograms.append(np.bincount(bins[~positive], minlength=BINS))
+        histograms.append(np.bincount(bins[positive], minlength=BINS))
+    return np.concatenate(histograms).astype(np.int64)
+
+
+def _auc_finish(sums: NDArray[np.generic]) -> float | None:
+    """Trapezoid area, rows of one bin counting as ties (1/2): see `auc_error_bound`.
+
+    With more than two classes: the unweighted mean over the classes that have both positives and
+    negatives. None if there is no such class, that is if all rows are of one class.
+    """
+    areas = []
+    for negatives, positives in np.asarray(sums, dtype=np.int64).reshape(-1, 2, BINS):
+        pairs = int(negatives.sum()) * int(positives.sum())
+        if pairs:
+            not_above = np.cumsum(negatives)
+            doubled = int((positives * (2 * not_above - negatives)).sum())
+            areas.append(doubled / (2 * pairs))
+    return sum(areas) / len(areas) if areas else None
+
+
+def auc_error_bound(sums: NDArray[np.generic]) -> float | None:
+    """Largest |binned - exact| AUC these histograms allow: 1/2 * sum_b p_b n_b / (P N).
+
+    Only pairs that share a bin are misjudged, and each by at most 1/2, since the binned value gives
+    it 1/2 and the exact one 0, 1/2 or 1. Averaged over the classes as the value is.
+    """
+    bounds = []
+    for negatives, positives in np.asarray(sums, dtype=np.int64).reshape(-1, 2, BINS):
+        pairs = int(negatives.sum()) * int(positives.sum())
+        if pairs:
+            bounds.append(int((negatives * positives).sum()) / (2 * pairs))
+    return sum(bounds) / len(bounds) if bounds else None
+
+
+def _auc_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+    """The tie-aware rank statistic (Mann and Whitney 1947); macro one-vs-rest above two classes."""
+    total, defined = np.zeros(len(counts)), np.zeros(len(counts))
+    for score, positive in _one_vs_rest(outputs, targets):
+        area = _rank_statistic(score, positive, counts)
+        total += np.nan_to_num(area)
+        defined += ~np.isnan(area)
+    return _ratio(total, defined)
+
+
+def _rank_statistic(score: Floats, positive: NDArray[np.bool_], counts: Integers) -> Floats:
+    """(r,) float64 P(positive above negative) + P(tie)/2 per row of counts; NaN for one class.
+
+    Doubled wins are integers (a positive beats each negative below it twice, a tied one once), so
+    equal orders give equal bits.
+    """
+    order = np.argsort(score, kind="stable")
+    ordered = score[order]
+    at = order[positive[order]]
+    below = np.searchsorted(ordered, score[at], side="left")
+    not_above = np.searchsorted(ordered, score[at], side="right")
+    # seen[:, i] is the number of negatives among the i lowest rows.
+    seen = np.zeros((len(counts), len(score) + 1), dtype=np.int64)
+    np.cumsum(counts[:, order] * ~positive[order], axis=1, out=seen[:, 1:])
+    positives = counts[:, at]
+    doubled = (positives * (seen[:, below] + seen[:, not_above])).sum(axis=1)
+    pairs = 2 * positives.sum(axis=1) * seen[:, -1]
+    return _ratio(doubled.astype(np.float64), pairs.astype(np.float64))
+
+
+# ------------------------------------------------------------------ regression
+
+
+def _fixed_point_sums(error: Floats) -> Integers:
+    """[sum of the rows' errors in units of 2^-16, rows, rows clipped to ERROR_RANGE]."""
+    fixed = np.rint(np.minimum(error, ERROR_RANGE) * _FIXED_ONE).astype(np.int64)
+    clipped = np.count_nonzero(error > ERROR_RANGE)
+    return np.array([fixed.sum(), len(error), clipped], dtype=np.int64)
+
+
+def _fixed_point_finish(sums: NDArray[np.generic]) -> float | None:
+    """The mean error, within 2^-17 of the exact one; too small if `clipped_rows(sums)` > 0."""
+    total, rows, _ = (int(entry) for entry in sums)
+    return total / _FIXED_ONE / rows if rows else None
+
+
+def clipped_rows(sums: NDArray[np.generic]) -> int:
+    """Rows of an mse or mae sum whose error was beyond ERROR_RANGE."""
+    return int(sums[2])
+
+
+def _mse_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    return _fixed_point_sums(_errors(outputs, targets) ** 2)
+
+
+def _mae_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+    return _fixed_point_sums(np.abs(_errors(outputs, targets)))
+
+
+def _mse_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+    return _mean_of(_errors(outputs, targets) ** 2, counts)
+
+
+def _mae_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+    return _mean_of(np.abs(_errors(outputs, targets)), counts)
+
+
+def _mean_of(error: Floats, counts: Integers) -> Floats:
+    return _ratio(counts.astype(np.float64) @ error, counts.sum(axis=1).astype(np.float64))
+
+
+# ------------------------------------------------------------------ the closed list
+
+_ALL = (
+    Metric("accuracy", lambda columns: 2, _accuracy_sums, _accuracy_finish, _accuracy_resampled),
+    Metric("auc", _auc_size, _auc_sums, _auc_finish, _auc_resampled),
+    Metric(
+        "balanced_accuracy",
+        lambda columns: 2 * max(2, columns),
+        _balanced_sums,
+        _balanced_finish,
+        _balanced_resampled,
+    ),
+    Metric(
+        "mse",
+        lambda columns: 3,
+        _mse_sums,
+        _fixed_point_finish,
+        _mse_resampled,
+        cap_per_row=ERROR_RANGE * _FIXED_ONE,
+        higher_is_better=False,
+    ),
+    Metric(
+        "mae",
+        lambda columns: 3,
+        _mae_sums,
+        _fixed_point_finish,
+        _mae_resampled,
+        cap_per_row=ERROR_RANGE * _FIXED_ONE,
+        higher_is_better=False,
+    ),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+"""Every metric a task can name. A task with an `evaluate` function brings its own."""
+
+
+def get(names: Iterable[str]) -> tuple[Metric, ...]:
+    """The metrics of these names, in their order. Raises UnknownName."""
+    found = []
+    for name in names:
+        if name not in METRICS:
+            raise UnknownName("metric", name, METRICS)
+        found.append(METRICS[name])
+    return tuple(found)
+
+
+# ------------------------------------------------------------------ pooled rows of a simulation
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One arm's outputs on the union of test rows, pooled: exists in simulation only.
+
+    outputs: `(n,)` or `(n, C)` float64; targets: `(n,)` class indices or values; sites: `(n,)`
+    int64, the index of the site each row belongs to. Raises BadInput when lengths differ.
+    """
+
+    outputs: Floats = field(repr=False)
+    targets: NDArray[np.generic] = field(repr=False)
+    sites: Integers = field(repr=False)
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.outputs), len(self.targets), len(self.sites))
+        if len(set(lengths)) != 1:
+            raise BadInput(
+                f"scores: found {lengths[0]} outputs, {lengths[1]} targets and {lengths[2]} sites, "
+                "expected one of each per row"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def per_site(self) -> dict[int, Scores]:
+        """{site index: that site's rows, in order}, only for sites that have rows here."""
+        found = {}
+        for site in np.unique(self.sites):
+            rows = self.sites == site
+            found[int(site)] = Scores(self.outputs[rows], self.targets[rows], self.sites[rows])
+        return found
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        """All rows of all parts, in order. Raises BadInput when there is none, or shapes differ."""
+        shapes = {part.outputs.shape[1:] for part in parts}
+        if len(shapes) != 1:
+            raise BadInput(
+                f"scores: found outputs of {len(shapes)} different shapes, expected the same "
+                "model outputs at every site"
+            )
+        return cls(
+            np.concatenate([part.outputs for part in parts]),
+            np.concatenate([part.targets for part in parts]),
+            np.concatenate([part.sites for part in parts]),
+        )
+
+
+def evaluate_scores(scores: Scores, metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """{metric: exact value over all rows}; None where undefined (no rows, AUC of one class)."""
+    return {metric.name: metric.exact(scores.outputs, scores.targets) for metric in metrics}
+
+
+def site_values(scores: Scores, metrics: Sequence[Metric]) -> dict[int, dict[str, float | None]]:
+    """{site index: {metric: exact value over that site's own rows}}."""
+    return {site: evaluate_scores(part, metrics) for site, part in scores.per_site().items()}
+
+
+def site_mean(values: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+    """Unweighted mean over sites of each metric, over the sites where it is defined; else None."""
+    of_metric: dict[str, list[float | None]] = {}
+    for site in values:
+        for name, value in site.items():
+            of_metric.setdefault(name, []).append(value)
+    means: dict[str, float | None] = {}
+    for name, found in of_metric.items():
+        defined = [value for value in found if value is not None]
+        means[name] = sum(defined) / len(defined) if defined else None
+    return means

@@ -1,0 +1,260 @@
+"""A job: WHAT to run. One spelling per setting: Python keyword = TOML key = command-line flag.
+
+    defaults  <  the task's own defaults  <  job.toml  <  --set section.key=value and flags / keywords
+
+Invariant: a `Job` is complete and valid; everything after this file reads plain attributes. Errors name
+the key with its path, what was found and what was expected, and the nearest key for an unknown one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedcore.errors import BadInput, UnknownName
+from fedcore.plan import PROTECTIONS, RangePlan, ServerPlan, TrainPlan
+from fedcore.types import Json
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """Top level of a job file."""
+
+    task: str = "heart"
+    seed: int = Field(0, ge=0, lt=1 << 62)
+    fold: int = Field(0, ge=0)
+    folds: int = Field(5, ge=2)
+
+
+class TrainSection(_Section):
+    """[train]: one site's local training."""
+
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+
+
+class ProtectSection(_Section):
+    """[protect]: how updates are encoded and hidden."""
+
+    protection: str = "encrypted"
+    bits: int = 16
+    max_sites: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1, lt=1 << 40)
+    range: float | None = Field(None, gt=0)
+    adaptive_range: bool = True
+    single_site_features: bool = False
+
+
+class RoundSection(_Section):
+    """[round]: how many rounds, and what the sites do with each released sum."""
+
+    rounds: int = Field(20, ge=1)
+    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    server_lr: float = Field(1.0, gt=0)
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    buffers: Literal["average", "initial"] = "average"
+
+
+class TrackSection(_Section):
+    """[track]: what is compared, and with how many bootstrap resamples."""
+
+    arms: tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...] = (
+        "centralised",
+        "local_only",
+        "federated_float",
+        "federated",
+    )
+    resamples: int = Field(1000, ge=0)
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "": RunSection,
+    "train": TrainSection,
+    "protect": ProtectSection,
+    "round": RoundSection,
+    "track": TrackSection,
+}
+
+KEYS: dict[str, str] = {
+    key: section for section, model in SECTIONS.items() for key in model.model_fields
+}
+"""Setting -> its section; setting names are unique across sections."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A complete, valid job. `sites` is empty where the task's own default sites are meant.
+
+    base: the folder relative paths count from: the job file's, or the current one.
+    """
+
+    run: RunSection = field(default_factory=RunSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    protect: ProtectSection = field(default_factory=ProtectSection)
+    round: RoundSection = field(default_factory=RoundSection)
+    track: TrackSection = field(default_factory=TrackSection)
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    base: Path = field(default_factory=Path.cwd)
+
+    @property
+    def train_plan(self) -> TrainPlan:
+        """The [train] section as the plan records it."""
+        return TrainPlan(**self.train.model_dump())
+
+    @property
+    def server_plan(self) -> ServerPlan:
+        """The [round] section's server optimiser as the plan records it."""
+        r = self.round
+        return ServerPlan(r.server, r.server_lr, r.server_momentum, r.buffers)
+
+    @property
+    def range_plan(self) -> RangePlan:
+        """The [protect] section's range as the plan records it."""
+        return RangePlan(start=self.protect.range, adaptive=self.protect.adaptive_range)
+
+    def to_json(self) -> Json:
+        """Sections as plain JSON, the form `job.json` of a run has."""
+        sites = {k: v if _is_json(v) else f"<{type(v).__name__}>" for k, v in self.sites.items()}
+        out: Json = {**self.run.model_dump(mode="json")}
+        for name in ("train", "protect", "round", "track"):
+            out[name] = getattr(self, name).model_dump(mode="json")
+        return {**out, "sites": sites, "base": str(self.base)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def read_job_file(path: Path) -> Json:
+    """The tables of a job file, paths in it made absolute. Raises BadInput."""
+    if path.is_dir():
+        path = path / "job.toml"
+    if not path.is_file():
+        raise BadInput(
+            f"job file: found no file {path}", remedy="`fedcore new DIR` writes one to start from"
+        )
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid TOML: {error}") from error
+    tables["base"] = str(path.resolve().parent)
+    return tables
+
+
+def build_job(*layers: Mapping[str, Any]) -> Job:
+    """One job from layers, later ones winning. A layer may be nested like the TOML or flat keywords.
+
+    Raises UnknownName with the nearest key, or BadInput with the key's path.
+    """
+    merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    sites: dict[str, Any] = {}
+    base = Path.cwd()
+    for layer in layers:
+        for key, value in layer.items():
+            if key == "base":
+                base = Path(value)
+            elif key == "sites":
+                if not isinstance(value, Mapping):
+                    raise BadInput(
+                        f"sites: found {type(value).__name__}, expected a mapping of site id to source"
+                    )
+                sites = dict(value)
+            elif key in SECTIONS and key:
+                _merge_section(merged, key, value)
+            else:
+                _put(merged, key, value)
+    sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
+    _check_protection(sections["protect"])
+    _check_fold(sections[""])
+    return Job(
+        sections[""], sections["train"], sections["protect"], sections["round"], sections["track"],
+        {name: _absolute(source, base) for name, source in sites.items()}, base,
+    )  # fmt: skip
+
+
+def _merge_section(merged: dict[str, dict[str, Any]], section: str, table: Any) -> None:
+    if not isinstance(table, Mapping):
+        raise BadInput(f"{section}: found {type(table).__name__}, expected a table of settings")
+    for key, value in table.items():
+        if KEYS.get(key) != section:
+            known = [f"{section}.{name}" for name in SECTIONS[section].model_fields]
+            raise UnknownName("key", f"{section}.{key}", known)
+        merged[section][key] = value
+
+
+def _put(merged: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    if name not in KEYS or (section and KEYS[name] != section):
+        known = [f"{KEYS[k]}.{k}".lstrip(".") if section else k for k in KEYS]
+        raise UnknownName("key", key, [*known, "sites"])
+    merged[KEYS[name]][name] = value
+
+
+def _validate(section: str, model: type[_Section], values: Mapping[str, Any]) -> Any:
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(filter(None, (section, *map(str, first["loc"]))))
+        raise BadInput(
+            f"{path}: found {first['input']!r}, expected {_expectation(first)}",
+            remedy=f"`--set {path}=...`, or the key in the job file" if section else "",
+        ) from error
+
+
+def _expectation(error: Any) -> str:
+    words = str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    return words[0].lower() + words[1:]
+
+
+def _check_protection(section: Any) -> None:
+    if section.protection not in PROTECTIONS:
+        later = {"masked", "layered"}
+        if section.protection in later:
+            raise BadInput(
+                f"protect.protection: found {section.protection!r}, which this version does not have yet",
+                remedy=f"one of: {', '.join(PROTECTIONS)}",
+            )
+        raise UnknownName("protect.protection", section.protection, PROTECTIONS)
+
+
+def _check_fold(section: Any) -> None:
+    if section.fold >= section.folds:
+        raise BadInput(f"fold: found {section.fold}, expected 0 to folds - 1 = {section.folds - 1}")
+
+
+def _absolute(source: Any, base: Path) -> Any:
+    """A source string that names something beside the job file becomes an absolute path."""
+    if isinstance(source, str) and not Path(source).is_absolute() and (base / source).exists():
+        return str((base / source).resolve())
+    return source
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`train.lr=0.05` to ("train.lr", 0.05); the value is TOML, or a bare word."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadInput(
+            f"--set: found {text!r}, expected section.key=value", remedy="--set train.lr=0.05"
+        )
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()

@@ -1,0 +1,137 @@
+"""Telling apart what a user's function returned, and where its rows keep their classes.
+
+Invariant: libraries that a task may not use (pandas, Hugging Face datasets) are recognised by the
+name of a module, never imported for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+Indices = NDArray[np.int64]
+"""(rows,) int64: positions of rows, or the class index of each."""
+
+LABEL_NAMES = ("label", "labels", "target", "y")
+"""Where a row that is a dict keeps its class, in this order (the names Hugging Face models use)."""
+
+
+def class_indices(y: torch.Tensor) -> Indices | None:
+    """(rows,) int64 when `y` holds one class index per row, in whatever dtype; else None."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        return None
+    values = y.numpy()
+    if values.dtype.kind == "f":
+        # Losses on one logit want float targets; exactly 0.0 and 1.0 are classes all the same.
+        if not np.isin(values, (0.0, 1.0)).all():
+            return None
+    elif values.size and values.min() < 0:
+        return None
+    return values.astype(np.int64)
+
+
+def dataset_labels(dataset: Any, picked: Indices | None = None) -> Indices | None:
+    """Class indices of the rows `picked` (None: all), from where the dataset's kind keeps them.
+
+    A dataset that keeps them nowhere we know is read, item by item; the first item without a class
+    ends the search. Raises whatever the user's `__getitem__` raises.
+    """
+    if isinstance(dataset, Subset):
+        inner = np.asarray(dataset.indices, dtype=np.int64)
+        return dataset_labels(dataset.dataset, inner if picked is None else inner[picked])
+    labels: Indices | None
+    if is_hugging_face(dataset):
+        labels = _column_labels(dataset)
+    elif isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        labels = class_indices(dataset.tensors[-1].detach().cpu())
+    elif isinstance(dataset, ConcatDataset):
+        parts = [dataset_labels(part) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        labels = np.concatenate(known) if len(known) == len(parts) else None
+    else:
+        return _labels_by_reading(dataset, np.arange(len(dataset)) if picked is None else picked)
+    return labels if labels is None or picked is None else labels[picked]
+
+
+def _column_labels(dataset: Any) -> Indices | None:
+    name = next((n for n in LABEL_NAMES if n in dataset.column_names), None)
+    if name is None:
+        return None
+    values = np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name])
+    if values.dtype.kind not in "iub":
+        return None
+    return class_indices(torch.from_numpy(values.astype(np.int64)))
+
+
+def _labels_by_reading(dataset: Any, picked: Indices) -> Indices | None:
+    labels = np.empty(len(picked), dtype=np.int64)
+    for place, index in enumerate(picked.tolist()):
+        item = dataset[index]
+        target = None
+        if isinstance(item, (tuple, list)) and len(item) > 1:
+            target = item[-1]
+        elif isinstance(item, dict):
+            target = next((item[name] for name in LABEL_NAMES if name in item), None)
+        if target is None:
+            return None
+        value = np.asarray(target)
+        if value.size != 1 or value.dtype.kind not in "iubf":
+            return None
+        number = float(value.reshape(()))
+        if number < 0 or not number.is_integer() or (value.dtype.kind == "f" and number > 1):
+            return None
+        labels[place] = int(number)
+    return labels
+
+
+def is_hugging_face(value: Any) -> bool:
+    """A `datasets.Dataset`, told apart without importing that library."""
+    return (
+        any(kind.__module__.split(".")[0] == "datasets" for kind in type(value).__mro__)
+        and hasattr(value, "column_names")
+        and hasattr(value, "with_format")
+        and hasattr(value, "__len__")
+        and not isinstance(value, dict)
+    )
+
+
+def is_dataset(value: Any) -> bool:
+    """A torch Dataset, or an object of the user's own with the same two methods."""
+    if isinstance(value, Dataset):
+        return True
+    builtin = isinstance(value, (np.ndarray, torch.Tensor, str, bytes, dict, list, tuple))
+    return (
+        not builtin
+        and not is_pandas(value)
+        and not isinstance(value, type)
+        and hasattr(value, "__getitem__")
+        and hasattr(value, "__len__")
+        and type(value).__module__.split(".")[0] not in ("scipy", "pyarrow", "polars")
+    )
+
+
+def is_pandas(value: Any) -> bool:
+    """A pandas DataFrame, Series or Index, told apart without importing pandas."""
+    return type(value).__module__.split(".")[0] == "pandas"
+
+
+def kind_of(value: Any) -> str:
+    """What to call a value in a message: its type, and its first keys or its length."""
+    if isinstance(value, dict):
+        names = ", ".join(repr(key) for key in list(value)[:3])
+        return f"{type(value).__name__} with keys {names}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def brief(error: BaseException) -> str:
+    """The type of an exception and the first line of its text."""
+    text = str(error).strip().split("\n")[0]
+    return type(error).__name__ + (f": {text[:200]}" if text else "")

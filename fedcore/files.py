@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all: written beside, flushed, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import BadInput
+from fedcore.types import Json
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Pretty JSON, written whole."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode())
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object from a run's file; raises BadInput where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"run: found no {path.name} in {path.parent}",
+            remedy="`fedcore runs` lists runs; an unfinished one goes on with `fedcore simulate --resume RUN`",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path}: it cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: found {type(found).__name__}, expected a JSON object")
+    return found

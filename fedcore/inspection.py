@@ -1,0 +1,108 @@
+"""What `fedcore plan` and `fedcore check` show: a plan for people, and a task tried on every site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedcore.comparison.experiment import Prepared
+from fedcore.learn.flat import model_summary, single_thread
+from fedcore.learn.train import local_train
+from fedcore.plan import price_list
+from fedcore.report.sentences import plain, size
+from fedcore.types import Json
+
+
+def check_task(prepared: Prepared) -> Json:
+    """One training step at every site; raises TaskFailed with the user's traceback if one fails."""
+    sites: Json = {}
+    initial = prepared.flat.read()
+    with single_thread():
+        for site in prepared.sites:
+            prepared.flat.write(initial)
+            report = local_train(
+                prepared.task, prepared.flat.module, site.train.take(_first_batch(prepared, site)),
+                prepared.plan.train, seed=prepared.job.run.seed, round_=1, site=site.id,
+            )  # fmt: skip
+            sites[site.id] = {
+                "train_rows": len(site.train),
+                "test_rows": len(site.test),
+                "class_counts": prepared.class_counts[site.id],
+                "loss_of_first_step": report.loss,
+            }
+    return {
+        "task": prepared.task.name,
+        "task_digest": prepared.plan.task_digest,
+        "sites": sites,
+        "model": model_summary(prepared.flat),
+        "parameters": prepared.flat.parameters,
+        "buffer_coordinates": prepared.flat.buffer_coordinates,
+        "buffers_policy": prepared.flat.policy,
+        "plan": prepared.plan_json(),
+    }
+
+
+def _first_batch(prepared: Prepared, site: Any) -> Any:
+    import numpy as np
+
+    return np.arange(min(prepared.plan.train.batch_size, len(site.train)), dtype=np.int64)
+
+
+def check_page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore check`."""
+    table = Table(
+        "site", "train rows", "test rows", "classes", "loss of one step", box=box.SIMPLE_HEAD
+    )
+    for name, site in found["sites"].items():
+        classes = ", ".join(f"{k}: {v}" for k, v in site["class_counts"].items()) or "-"
+        loss = site["loss_of_first_step"]
+        table.add_row(
+            Text(plain(name)), str(site["train_rows"]), str(site["test_rows"]), Text(classes),
+            "-" if loss is None else f"{loss:.4f}",
+        )  # fmt: skip
+    facts = [
+        f"task {found['task']}, hash {found['task_digest'][:16]}",
+        f"model {found['model']}: {found['parameters']:,} parameters, "
+        f"{found['buffer_coordinates']:,} buffer values",
+        f"buffers: {found['buffers_policy']}",
+    ]
+    return Group(*(Text(plain(fact)) for fact in facts), table, plan_page(found["plan"]))
+
+
+def plan_page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore plan`."""
+    packing = found["packing"]
+    facts = [
+        f"plan {found['digest'][:16]}: {found['protection']}, {len(found['sites'])} sites "
+        f"(up to {packing['max_sites']}), {found['rounds']} rounds",
+        f"encoding: {found['bits']} bits in fields of {found['field_width']}, "
+        f"{found['fields_per_slot']} per slot of {found['slot_bits']} bits",
+    ]
+    if found["headroom"]:
+        proof = found["headroom"]
+        facts += [
+            f"ring: degree {found['degree']}, q = {found['coeff_modulus']}, t = 2^{found['slot_bits']}",
+            f"headroom: {proof['rule']}: {proof['bound']} < {proof['limit']}, proved for "
+            f"{packing['max_sites']} sites",
+            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down "
+            f"({found['ciphertexts']} ciphertext{'s' if found['ciphertexts'] != 1 else ''}, "
+            f"{100 * found['used_fraction']:.0f} % used)",
+        ]
+    else:
+        facts.append(
+            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down"
+        )
+    facts.append(f"public cap on one site's rows: {found['max_examples']}")
+    table = Table("sites", "per slot", "degree", "bytes/parameter up", box=box.SIMPLE_HEAD)
+    for row in price_list(found["bits"], found["protection"]):
+        price = row["bytes_up_per_parameter"]
+        table.add_row(
+            f"{row['from_sites']} to {row['to_sites']}", str(row["fields_per_slot"] or "-"),
+            str(row["degree"] or "-"), "does not fit" if price is None else f"{price:.3f}",
+        )  # fmt: skip
+    title = f"Where the price jumps at {found['bits']} bits:"
+    return Group(*(Text(plain(f)) for f in facts), Text(), Text(title), table, Text(found["label"]))

@@ -1,0 +1,154 @@
+"""Any torch module as one flat float32 vector, and back.
+
+Invariant: `write(read())` changes nothing, and the order is the module's own: trainable parameters in
+`named_parameters` order (a tied parameter once), then floating buffers in `named_buffers` order.
+Buffers policy `average`: floating buffers (BatchNorm's running statistics) travel and are averaged like
+parameters; `initial`: they stay as the seed made them. Integer buffers and frozen parameters always
+keep their initial values, which every site makes from the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fedcore.errors import BadInput, UnknownName
+from fedcore.seeds import derive_seed
+from fedcore.types import FloatVector
+
+BUFFER_POLICIES = ("average", "initial")
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One torch thread inside, the caller's number again after: convolutions differ in the last bits
+    between one and two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
+    """Torch's and NumPy's global generators seeded from the four words inside, untouched after."""
+    value = derive_seed(seed, round_, site, purpose)
+    numpy_state = np.random.get_state()  # noqa: NPY002 - a task may draw from it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(value)
+        np.random.seed(value % (1 << 32))  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class FlatModel:
+    """A module and the flat view of what a federation shares of it."""
+
+    def __init__(self, module: nn.Module, buffers: str = "average") -> None:
+        if buffers not in BUFFER_POLICIES:
+            raise UnknownName("round.buffers", buffers, BUFFER_POLICIES)
+        self.module = module
+        shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
+        travelling = floating if buffers == "average" else []
+        self.names = [name for name, _ in shared + travelling]
+        self._tensors: list[Tensor] = [tensor for _, tensor in shared + travelling]
+        self.parameters = sum(p.numel() for _, p in shared)
+        self.buffer_coordinates = sum(b.numel() for _, b in travelling)
+        frozen = sum(p.numel() for p in module.parameters()) - self.parameters
+        self.policy = _describe_buffers(module, len(floating), buffers, frozen)
+        if self.parameters == 0:
+            raise BadInput(
+                "model: found no trainable parameter, expected at least one",
+                remedy="return a torch.nn.Module whose parameters have requires_grad=True",
+            )
+        for name, tensor in shared:
+            if not tensor.is_floating_point():
+                raise BadInput(
+                    f"model: found {tensor.dtype} in {name}, expected a real floating type"
+                )
+
+    @property
+    def coordinates(self) -> int:
+        """d: parameters and travelling buffers."""
+        return self.parameters + self.buffer_coordinates
+
+    @torch.no_grad()
+    def read(self) -> FloatVector:
+        """(d,) float32 copy."""
+        flat = [tensor.detach().reshape(-1).to(torch.float32) for tensor in self._tensors]
+        return torch.cat(flat).numpy().copy()
+
+    @torch.no_grad()
+    def write(self, vector: FloatVector) -> None:
+        """Copy (d,) float32 into the module in place. Raises BadInput on another length."""
+        if len(vector) != self.coordinates:
+            raise BadInput(f"model: found {len(vector)} coordinates, expected {self.coordinates}")
+        source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
+        place = 0
+        for tensor in self._tensors:
+            size = tensor.numel()
+            tensor.copy_(source[place : place + size].view(tensor.shape))
+            place += size
+
+
+def _describe_buffers(module: nn.Module, floating: int, policy: str, frozen: int) -> str:
+    total = sum(1 for _ in module.buffers())
+    parts = []
+    if total == 0:
+        parts.append("no buffers")
+    elif policy == "average":
+        parts.append(f"{floating} floating buffers averaged with the parameters")
+        if total > floating:
+            parts.append(f"{total - floating} integer buffers keep their initial values")
+    else:
+        parts.append(f"{total} buffers keep their initial values")
+    if frozen:
+        parts.append(f"{frozen} frozen parameters stay at the seed's values")
+    return "; ".join(parts)
+
+
+def build_model(
+    make: Callable[[], Any], seed: int, first_pass: Callable[[nn.Module], Any]
+) -> nn.Module:
+    """A fresh module whose initial values come from the seed alone, never from a site.
+
+    Lazy modules are materialised by `first_pass(module)` (one forward pass of one batch, in evaluation
+    mode): it decides shapes only. Raises BadInput if `make` returns something else than a module.
+    """
+    with seeded(seed, 0, "", "initial model"), torch.no_grad():
+        module = make()
+        if not isinstance(module, nn.Module):
+            if hasattr(module, "fit") and hasattr(module, "get_params"):
+                raise BadInput(
+                    f"task.model: found the scikit-learn estimator {type(module).__name__}, "
+                    "expected a torch.nn.Module",
+                    remedy="fedcore.linear(features, classes) is the linear model in torch",
+                )
+            raise BadInput(
+                f"task.model: it returned {type(module).__name__}, expected a torch.nn.Module"
+            )
+        if any(is_lazy(p) for p in module.parameters()):
+            module.eval()
+            first_pass(module)
+            module.train()
+    return module
+
+
+def model_summary(flat: FlatModel) -> str:
+    """`Linear 20 -> 1`, or the class and size of anything larger."""
+    children = [m for m in flat.module.modules() if not list(m.children())]
+    if len(children) == 1 and isinstance(children[0], nn.Linear):
+        layer = children[0]
+        return f"Linear {layer.in_features} -> {layer.out_features}"
+    return f"{type(flat.module).__name__}, {flat.coordinates:,} parameters"

@@ -1,0 +1,117 @@
+"""A finished model on disk: safetensors, with all that raw rows need before they reach it.
+
+Invariant: `load_model(save_model(...))` predicts the same bits. The metadata names the task, the
+statistics and the column order; nothing in the file is code, so the architecture comes from the task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fedcore.data.rows import Layout
+from fedcore.data.statistics import Statistics
+from fedcore.data.tabular import Table
+from fedcore.errors import BadInput
+from fedcore.files import write_atomic
+from fedcore.task import Task, load_task
+from fedcore.types import FloatVector, Json
+
+FILE = "model.safetensors"
+_CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
+
+
+def model_digest(vector: FloatVector) -> str:
+    """SHA-256 of the flat model, little-endian float32: the run's `model_sha256`."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+
+
+def save_model(
+    directory: Path,
+    module: nn.Module,
+    task: Task,
+    statistics: Statistics | None,
+    layout: Layout | None,
+) -> None:
+    """Write model.safetensors, whole."""
+    about: Json = {
+        "task": task.origin,
+        "task_name": task.name,
+        "metrics": list(task.metrics),
+        "statistics": statistics.to_json() if statistics else None,
+        "columns": list(layout.columns) if layout else None,
+        "reader": layout.description if layout else "",
+    }
+    tensors = {
+        name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
+    }
+    write_atomic(directory / FILE, save(tensors, {"fedcore": json.dumps(about)}))
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model in evaluation mode and how raw rows become its inputs."""
+
+    module: nn.Module
+    about: Json
+
+    def predict(self, rows: Any) -> NDArray[np.float64]:
+        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`."""
+        x = self._inputs(rows)
+        with torch.no_grad():
+            outputs = self.module(x).to(torch.float64).numpy()
+        if outputs.ndim == 2 and outputs.shape[1] == 1:
+            outputs = outputs[:, 0]
+        if not _CLASSIFICATION & set(self.about["metrics"]):
+            return np.asarray(outputs)
+        if outputs.ndim == 1:
+            return np.asarray(1 / (1 + np.exp(-outputs)))
+        shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+    def _inputs(self, rows: Any) -> torch.Tensor:
+        found = self.about["statistics"]
+        if found is None:
+            return torch.as_tensor(np.asarray(rows)) if not torch.is_tensor(rows) else rows
+        statistics = Statistics.from_json(found)
+        if not self.about["reader"]:
+            raise BadInput(
+                "predict: found a task whose arrays were standardised, but no column description",
+                remedy="standardise with the statistics in model.safetensors and call run.model",
+            )
+        table = Table.from_json(self.about["reader"])
+        return torch.from_numpy(table.inputs(rows, statistics))
+
+
+def load_model(directory: Path, task: Task | None) -> SavedModel:
+    """Build the task's module and fill it. Raises BadInput where the task or the file is missing."""
+    path = directory / FILE
+    if not path.is_file():
+        raise BadInput(f"run: found no {FILE} in {directory}", remedy="the run did not finish")
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["fedcore"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if task is None:
+        if not about["task"]:
+            raise BadInput(
+                f"model: task {about['task_name']!r} was made in memory, so its architecture is not on disk",
+                remedy="fedcore.load(RUN, task=your_task)",
+            )
+        task = load_task(about["task"])
+    module = task.model()
+    for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(parameter):
+            parameter.materialize(tensors[name].shape)
+    module.load_state_dict(tensors)
+    return SavedModel(module.eval(), about)

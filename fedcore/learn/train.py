@@ -1,0 +1,146 @@
+"""Training on one site's rows, by our loop or the task's own.
+
+Invariant: what comes out is a function of (model, rows, fit settings, seed, round, site): one torch
+thread, and every random draw derives from those words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedcore.data.rows import Rows
+from fedcore.errors import FedcoreError, TaskFailed, UnknownName
+from fedcore.learn.flat import seeded
+from fedcore.plan import TrainPlan
+from fedcore.seeds import generator
+from fedcore.task import Task, user_traceback
+
+OPTIMISERS: dict[str, Callable[[Any, TrainPlan], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, plan: torch.optim.SGD(
+        parameters, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay
+    ),
+    "adam": lambda parameters, plan: torch.optim.Adam(
+        parameters, lr=plan.lr, weight_decay=plan.weight_decay
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a task's own `train(model, rows, fit)` gets: the settings, and where it stands."""
+
+    optimiser: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    seed: int
+    round: int
+    site: str
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """steps: optimiser steps; examples: rows seen, epochs counted; loss: mean over them, or None."""
+
+    steps: int
+    examples: int
+    loss: float | None
+
+
+@contextmanager
+def task_code(site: str, round_: int | None, part: str) -> Iterator[None]:
+    """Turn an exception of the user's code into TaskFailed with site, round and the user's traceback."""
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except Exception as error:
+        where = f"site {site}" + (f", round {round_}" if round_ else "")
+        raise TaskFailed(
+            f"{where}: task.{part} raised {type(error).__name__}: {error}",
+            user_traceback=user_traceback(error),
+        ) from error
+
+
+def make_optimiser(module: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:
+    """A fresh optimiser over the trainable parameters; raises UnknownName."""
+    if plan.optimiser not in OPTIMISERS:
+        raise UnknownName("train.optimiser", plan.optimiser, OPTIMISERS)
+    return OPTIMISERS[plan.optimiser]([p for p in module.parameters() if p.requires_grad], plan)
+
+
+def predict(task: Task, module: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """(outputs, targets) of one batch: the task's own `predict`, or `x, y = batch`."""
+    if task.predict is not None:
+        return task.predict(module, batch)
+    x, y = batch
+    return module(x), y
+
+
+def local_train(
+    task: Task,
+    module: nn.Module,
+    rows: Rows,
+    plan: TrainPlan,
+    *,
+    seed: int,
+    round_: int,
+    site: str,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> TrainReport:
+    """Train `module` in place for `plan.epochs` passes over `rows`.
+
+    optimiser: one to go on with (the arms that never average); None makes a fresh one, as a site does
+    each round. Raises TaskFailed when the task's code raises.
+    """
+    module.train()
+    with seeded(seed, round_, site, "train"), task_code(site, round_, "train"):
+        if task.train is not None:
+            fit = Fit(
+                plan.optimiser, plan.lr, plan.momentum, plan.weight_decay, plan.epochs,
+                plan.batch_size, seed, round_, site,
+            )  # fmt: skip
+            task.train(module, rows, fit)
+            return TrainReport(0, plan.epochs * len(rows), None)
+        return _own_loop(
+            task, module, rows, plan, optimiser or make_optimiser(module, plan),
+            lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(len(rows)),
+        )  # fmt: skip
+
+
+def _own_loop(
+    task: Task,
+    module: nn.Module,
+    rows: Rows,
+    plan: TrainPlan,
+    optimiser: torch.optim.Optimizer,
+    order_of: Callable[[int], Any],
+) -> TrainReport:
+    steps, total = 0, 0.0
+    lone_row_breaks = any(isinstance(m, _BatchNorm) for m in module.modules())
+    batch_size = getattr(rows, "batch_size", None) or plan.batch_size
+    seen = 0
+    for epoch in range(plan.epochs):
+        order = order_of(epoch)
+        if lone_row_breaks and len(order) > 1 and len(order) % batch_size == 1:
+            # BatchNorm has no statistics for a batch of one row: the last row sits this epoch out.
+            order = order[:-1]
+        for batch in rows.batches(plan.batch_size, order):
+            optimiser.zero_grad(set_to_none=True)
+            outputs, targets = predict(task, module, batch)
+            loss = task.loss(outputs, targets)
+            loss.backward()
+            optimiser.step()
+            steps += 1
+            total += float(loss.detach())
+        seen += len(order)
+    return TrainReport(steps, seen, total / steps if steps else None)

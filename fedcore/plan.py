@@ -1,0 +1,351 @@
+"""Everything both roles of a round must agree on, and the proof that its sums cannot go wrong.
+
+Invariant (headroom): *n sites x largest field value < field modulus*, so no field of a sum ever wraps,
+and *43 n + 1 < q / t*, so the decryption of a sum of n fresh ciphertexts is exact, always. Sums still
+decrypt two to four bits beyond the second inequality (noise grows like sqrt(n) in practice), so no
+test of results can find a solver that is too generous: only this file decides, by integer arithmetic.
+
+One fresh symmetric ciphertext of SEAL carries noise of at most 21 (a centred binomial sampler) and a
+rounding of at most 1/2; n of them, and one plaintext subtraction of at most 1/2, stay correct iff
+`21.5 n + 0.5 < q / (2 t)`, which is the line above (PROTOCOL, Headroom).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.types import Json, SiteId
+
+PLAN_VERSION = 1
+
+SECURITY_TABLE = {1024: 27, 2048: 54, 4096: 109, 8192: 218}
+"""log2 q allowed for 128-bit security with a ternary secret, per ring degree (SEAL's own table, the
+HomomorphicEncryption.org standard, 2018). Asserted here whatever the library accepts."""
+
+MAX_SLOT_BITS = 60
+"""The sum tag multiplies slots in a 61-bit field, and SEAL's plain modulus ends at 60 bits."""
+
+SEAL_PLAIN_MODULUS_BITS = 60
+"""SEAL takes plain moduli of at most 60 bits; t = 2^s has s + 1 bits."""
+
+PROTECTIONS = ("plain", "encrypted")
+"""The protections this version can run; `masked` and `layered` need the full round protocol."""
+
+MIN_SITES = 3
+"""With two sites each reads the other's update off the sum."""
+
+TAG_BITS = 61
+"""The sum tag is an element of the prime field of 2^61 - 1."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """BFV's ciphertext ring: Z_q[x]/(x^degree + 1) with ONE prime q, so no key-switching material."""
+
+    degree: int
+    modulus: int
+
+    def __post_init__(self) -> None:
+        if self.modulus.bit_length() > SECURITY_TABLE.get(self.degree, 0):
+            raise PlanRefused(
+                f"ring: found degree {self.degree} with a {self.modulus.bit_length()}-bit modulus, "
+                f"expected at most {SECURITY_TABLE.get(self.degree, 0)} bits for 128-bit security"
+            )
+
+    @property
+    def modulus_bits(self) -> int:
+        """Bits of one ciphertext coefficient on the wire."""
+        return self.modulus.bit_length()
+
+    def headroom(self, sites: int, slot_bits: int) -> tuple[int, int]:
+        """(needed, available): decryption of a sum is exact iff `needed < available`.
+
+        Both sides are multiplied by t, so the comparison is between integers.
+        """
+        return (43 * sites + 1) << slot_bits, self.modulus
+
+    def proves(self, sites: int, slot_bits: int) -> bool:
+        """True iff sums of `sites` fresh ciphertexts with t = 2^slot_bits always decrypt exactly."""
+        needed, available = self.headroom(sites, slot_bits)
+        return slot_bits < SEAL_PLAIN_MODULUS_BITS and needed < available
+
+
+RINGS = (
+    # The largest primes = 1 mod 2N of 54 and 60 bits, which SEAL's CoeffModulus.Create also returns.
+    Ring(2048, (1 << 54) - 77823),
+    Ring(4096, (1 << 60) - 16383),
+)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How fields of a sum sit in slots: k fields of w bits in one slot of k w bits.
+
+    bits: quantised bits b of one coordinate; max_sites: the n a sum may have.
+    ring: None under `plain`, where a slot travels as itself.
+    """
+
+    bits: int
+    max_sites: int
+    fields_per_slot: int
+    ring: Ring | None
+
+    @property
+    def field_width(self) -> int:
+        """w = b + ceil(log2 n): n values below 2^b always fit."""
+        return field_width(self.bits, self.max_sites)
+
+    @property
+    def slot_bits(self) -> int:
+        return self.field_width * self.fields_per_slot
+
+    @property
+    def slots_per_block(self) -> int:
+        """Slots of one ciphertext; under `plain` the same grain, so canaries sit alike."""
+        return self.ring.degree if self.ring else 2048
+
+    @property
+    def wire_bits(self) -> int:
+        """Bits one slot costs on the way up."""
+        return self.ring.modulus_bits if self.ring else self.slot_bits
+
+
+def field_width(bits: int, max_sites: int) -> int:
+    """w = b + ceil(log2 n), the bits a sum of n values below 2^b needs."""
+    return bits + (max_sites - 1).bit_length()
+
+
+def solve_packing(bits: int, max_sites: int, protection: str) -> Packing:
+    """The cheapest packing that is proved, or a refusal that names the largest values that fit.
+
+    bits in [2, 24]; raises BadInput outside it, UnknownName for a protection nobody knows, and
+    PlanRefused where no ring proves headroom.
+    """
+    if protection not in PROTECTIONS:
+        raise UnknownName("protect.protection", protection, PROTECTIONS)
+    if not 2 <= bits <= 24:
+        raise BadInput(f"protect.bits: found {bits}, expected 2 to 24")
+    if max_sites < 1:
+        raise BadInput(f"protect.max_sites: found {max_sites}, expected at least 1")
+    found = _cheapest(bits, max_sites, protection)
+    if found is not None:
+        return found
+    fits = [b for b in range(2, bits) if _cheapest(b, max_sites, protection)]
+    sites = _largest(lambda n: _cheapest(bits, n, protection) is not None)
+    raise PlanRefused(
+        f"protect.bits: found {bits} bits for up to {max_sites} sites, but no ring proves headroom",
+        remedy=(
+            f"the largest that fit: {max(fits)} bits for {max_sites} sites, or " if fits else ""
+        )
+        + f"{sites} sites at {bits} bits",
+    )
+
+
+def _largest(holds: Callable[[int], bool], limit: int = 1 << 30) -> int:
+    """The largest n in [1, limit] for which a monotone predicate holds (1 if it never does)."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _cheapest(bits: int, max_sites: int, protection: str) -> Packing | None:
+    width = field_width(bits, max_sites)
+    rings: tuple[Ring | None, ...] = (None,) if protection == "plain" else RINGS
+    candidates = [
+        Packing(bits, max_sites, k, ring)
+        for ring in rings
+        for k in range(1, MAX_SLOT_BITS // width + 1)
+        if ring is None or ring.proves(max_sites, k * width)
+    ]
+    return min(
+        candidates, key=lambda p: (p.wire_bits / p.fields_per_slot, p.slots_per_block), default=None
+    )
+
+
+def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:
+    """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up."""
+    rows: list[Json] = []
+    for n in range(MIN_SITES, limit + 1):
+        packing = _cheapest(bits, n, protection)
+        price = packing and (packing.fields_per_slot, packing.wire_bits, packing.slots_per_block)
+        if rows and rows[-1]["price"] == price:
+            rows[-1]["to_sites"] = n
+            continue
+        rows.append({"from_sites": n, "to_sites": n, "price": price})
+    for row in rows:
+        price = row.pop("price")
+        row["fields_per_slot"] = price[0] if price else None
+        row["degree"] = price[2] if price and protection != "plain" else None
+        row["bytes_up_per_parameter"] = round(price[1] / 8 / price[0], 3) if price else None
+    return rows
+
+
+@dataclass(frozen=True)
+class Wide:
+    """`count` integers in [0, 2^bits) carried beside the model in b-bit limbs (PROTOCOL W)."""
+
+    name: str
+    count: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class VectorSpec:
+    """What one protected vector holds: d quantised coordinates, then wide integers, in this order."""
+
+    stage: str
+    coordinates: int
+    wides: tuple[Wide, ...] = ()
+
+
+@dataclass(frozen=True)
+class RangePlan:
+    """PROTOCOL Q. start None: one calibration over 24 powers of two before round 1."""
+
+    start: float | None = None
+    lowest: float = 2.0**-20
+    highest: float = 2.0**10
+    adaptive: bool = True
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Local training: one optimiser, its step size and its budget per round."""
+
+    optimiser: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    epochs: int = 1
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """The server optimiser, which runs at the sites on the released sum (PROTOCOL F)."""
+
+    optimiser: str = "fedavg"
+    lr: float = 1.0
+    momentum: float = 0.9
+    buffers: str = "average"
+
+
+def refuse_small_roster(sites: int, protection: str) -> None:
+    """Raise PlanRefused for fewer than 3 sites under anything but `plain`."""
+    if protection != "plain" and sites < MIN_SITES:
+        raise PlanRefused(
+            f"sites: found {sites} under {protection!r}, expected at least {MIN_SITES}: "
+            "with fewer, the sum shows each site the others' update",
+            remedy="add sites, or use `--protection plain` for a trial on one machine",
+        )
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The one record both roles share; its digest is in the header of every protected vector."""
+
+    task: str
+    task_digest: str
+    sites: tuple[SiteId, ...]
+    protection: str
+    packing: Packing
+    parameters: int
+    buffer_coordinates: int
+    max_examples: int
+    rounds: int
+    train: TrainPlan
+    server: ServerPlan
+    range: RangePlan
+    metric_sums: tuple[Wide, ...] = ()
+    version: int = field(default=PLAN_VERSION)
+
+    def __post_init__(self) -> None:
+        if len(self.sites) != len(set(self.sites)):
+            raise BadInput("sites: found the same site id twice, expected distinct ids")
+        refuse_small_roster(len(self.sites), self.protection)
+        if len(self.sites) > self.packing.max_sites:
+            raise PlanRefused(
+                f"sites: found {len(self.sites)}, expected at most protect.max_sites = "
+                f"{self.packing.max_sites}",
+                remedy=f"set protect.max_sites to {len(self.sites)} or more",
+            )
+
+    @property
+    def coordinates(self) -> int:
+        """d: parameters and the floating buffers that travel with them."""
+        return self.parameters + self.buffer_coordinates
+
+    @property
+    def count_bits(self) -> int:
+        """L of a count over one site's coordinates."""
+        return max(1, self.coordinates.bit_length())
+
+    @property
+    def weight_bits(self) -> int:
+        """L of a number of examples, at most max_examples."""
+        return self.max_examples.bit_length()
+
+    @cached_property
+    def update_vector(self) -> VectorSpec:
+        """A round's vector: the update, then its weight, the range counts, the metric sums of the
+        model it started from."""
+        own = (
+            Wide("weight", 1, self.weight_bits),
+            Wide("over_range", 1, self.count_bits),
+            Wide("over_half_range", 1, self.count_bits),
+        )
+        return VectorSpec("update", self.coordinates, own + self.metric_sums)
+
+    @cached_property
+    def range_vector(self) -> VectorSpec:
+        """The calibration before round 1: how many coordinates exceed each of 24 powers of two."""
+        return VectorSpec("range", 0, (Wide("exceeding", 24, self.count_bits),))
+
+    @cached_property
+    def metrics_vector(self) -> VectorSpec:
+        """The metrics-only round after the last one (PROTOCOL W)."""
+        return VectorSpec("metrics", 0, self.metric_sums)
+
+    def to_json(self) -> Json:
+        """The plan as plain JSON, the form whose digest is signed and printed."""
+        flat = asdict(self)
+        flat["sites"] = list(self.sites)
+        flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
+        return flat
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of the plan."""
+        return hashlib.sha256(canonical(self.to_json())).hexdigest()
+
+
+def canonical(value: Json) -> bytes:
+    """The one byte form of a JSON object: sorted keys, no spaces, UTF-8, shortest round-trip floats."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True)
+class RoundHeader:
+    """What one protected vector belongs to. `digest` is h of the protocol.
+
+    A different stage of the same round has a different h, so two vectors never share tag keys.
+    """
+
+    job: str
+    round: int
+    stage: str
+    survivors: tuple[SiteId, ...]
+    plan_digest: str
+    version: int = PLAN_VERSION
+
+    @cached_property
+    def digest(self) -> bytes:
+        """h: 32 bytes."""
+        return hashlib.sha256(canonical(asdict(self))).digest()

@@ -1,0 +1,405 @@
+"""BFV through TenSEAL's SEAL bindings, for one thing: exact sums of slots under a key the sites share.
+
+Slots are polynomial coefficients (no batching: sums need none), the plain modulus is 2^slot_bits, the
+ciphertext modulus one prime, and ciphertexts are symmetric and seeded: half of each is a 64-byte seed.
+Invariant: decrypting the fold of n fresh ciphertexts gives the integer sum (the proof is in `plan.py`).
+BFV: Fan & Vercauteren 2012 (ePrint 2012/144), section 4; seeded ciphertexts: SEAL's manual.
+
+SEAL reads and writes file paths only, and always compresses what it writes with zstd. Here words leave
+those streams and travel packed to the modulus' own bits: 54-bit words, four of them in 27 bytes.
+Secrets and public parameters are two types; only `PublicContext` has a byte form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcore.encode.bitpack import Words, pack_words, packed_size, unpack_words
+from fedcore.errors import ChunkRefused, PlanRefused, Unavailable
+from fedcore.plan import SEAL_PLAIN_MODULUS_BITS, Packing, Ring
+from fedcore.protect.sumtag import GroupSecret
+from fedcore.types import Json, Slots
+
+BLOCKS_PER_CHUNK = 64
+"""Ciphertexts in one chunk: about 0.9 MB up at N = 2048, and large runs for the bit packing."""
+
+_SEAL_HEADER = struct.Struct("<HBBBBHQ")
+_SEAL_MAGIC, _SEAL_HEADER_SIZE = 0xA15E, 16
+_CIPHERTEXT_WORDS_AT = 97
+"""Offset of the first word inside an uncompressed ciphertext stream, after its outer header."""
+_SEED_BLOCK = 81
+"""The seed of a seeded ciphertext: an inner header (16), the generator's type (1), the seed (64)."""
+
+_CHUNK_HEADER = struct.Struct("<4sBBH8sI")
+_MAGIC = b"FCB1"
+_SEEDED, _FULL = 1, 2
+"""Kinds of chunks, which are also the number of polynomials whose words they carry."""
+_SEED_BYTES = 65
+"""Of the seed block only the generator's type and the seed itself travel."""
+
+
+def load_seal() -> Any:
+    """The module `tenseal.sealapi`, or Unavailable with one line if it is missing or broken."""
+    try:
+        from tenseal import sealapi
+    except Exception as error:  # a broken wheel raises ImportError, OSError or worse
+        raise Unavailable(
+            f"protection 'encrypted': tenseal cannot be used here ({type(error).__name__}: {error})",
+            remedy="install tenseal 0.3.16 or newer; `--protection plain` runs without it",
+        ) from error
+    return sealapi
+
+
+class Courier:
+    """The one path through which SEAL objects come and go, since its bindings take paths only.
+
+    A memfd where the system has one: nothing touches a disk. Elsewhere (macOS) one file of mode 0600
+    in a directory of mode 0700, emptied after every use and removed with the courier.
+    """
+
+    def __init__(self, *, force_file: bool = False) -> None:
+        import zstandard
+
+        self._inflate = zstandard.ZstdDecompressor()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir() and not force_file:
+            self._fd = os.memfd_create("fedcore", os.MFD_CLOEXEC)
+            self._pid = os.getpid()
+            self._path = f"/proc/self/fd/{self._fd}"
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="fedcore-")
+            self._path = str(Path(self._folder.name) / "seal")
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+    @property
+    def kind(self) -> str:
+        """What the path is, for people."""
+        return "memfd" if self._folder is None else "private temporary file"
+
+    def close(self) -> None:
+        """Give the path back; a second call does nothing."""
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            os.close(self._fd)
+            self._fd = -1
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def take(self, seal_object: Any) -> bytes:
+        """What `seal_object.save` writes, inflated, without the outer header."""
+        seal_object.save(self._path)
+        size = os.fstat(self._fd).st_size
+        saved = os.pread(self._fd, size, 0)
+        os.ftruncate(self._fd, 0)
+        return self._inflate.decompressobj().decompress(saved[_SEAL_HEADER_SIZE:])
+
+    def give(self, seal_object: Any, context: Any, body: bytes) -> Any:
+        """Load an uncompressed stream into `seal_object`; SEAL validates it against `context`."""
+        os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
+        try:
+            seal_object.load(context, self._path)
+        finally:
+            os.ftruncate(self._fd, 0)
+        return seal_object
+
+
+def _seal_header(size: int) -> bytes:
+    """SEAL's 16-byte header of an uncompressed stream of `size` bytes, itself included."""
+    return _SEAL_HEADER.pack(_SEAL_MAGIC, _SEAL_HEADER_SIZE, 4, 3, 0, 0, size)
+
+
+class PublicContext:
+    """Ring and plain modulus: all the coordinator has. The only context with a byte form."""
+
+    def __init__(self, ring: Ring, slot_bits: int) -> None:
+        if not 1 <= slot_bits < SEAL_PLAIN_MODULUS_BITS:
+            raise PlanRefused(
+                f"plain modulus: found 2^{slot_bits}, expected at most 2^{SEAL_PLAIN_MODULUS_BITS - 1}"
+            )
+        self.ring, self.slot_bits = ring, slot_bits
+        sealapi = load_seal()
+        parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
+        parameters.set_poly_modulus_degree(ring.degree)
+        parameters.set_coeff_modulus([sealapi.Modulus(ring.modulus)])
+        parameters.set_plain_modulus(1 << slot_bits)
+        self.seal = sealapi.SEALContext(parameters, False, sealapi.SEC_LEVEL_TYPE.TC128)
+        if not self.seal.parameters_set():
+            raise PlanRefused(f"ring: SEAL refuses it: {self.seal.parameters_error_message()}")
+        self.api = sealapi
+
+    @classmethod
+    def of(cls, packing: Packing) -> PublicContext:
+        """The context of a solved packing; PlanRefused under `plain`, which has no ring."""
+        if packing.ring is None:
+            raise PlanRefused(
+                "packing: found no ring, expected one: the plan's protection is `plain`"
+            )
+        return cls(packing.ring, packing.slot_bits)
+
+    def to_bytes(self) -> bytes:
+        """16 bytes: degree, plain modulus bits, modulus."""
+        return struct.pack("<IIQ", self.ring.degree, self.slot_bits, self.ring.modulus)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> PublicContext:
+        """The inverse of `to_bytes`; raises ChunkRefused on another length."""
+        if len(data) != 16:
+            raise ChunkRefused(f"public context: found {len(data)} bytes, expected 16")
+        degree, slot_bits, modulus = struct.unpack("<IIQ", data)
+        return cls(Ring(degree, modulus), slot_bits)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """8 bytes in every chunk, so that material under other parameters is refused by name."""
+        return hashlib.sha256(b"fedcore bfv" + self.to_bytes()).digest()[:8]
+
+    def ciphertext_prefix(self, polynomials: int) -> bytes:
+        """The bytes before the words of a ciphertext that carries one (seeded) or two polynomials."""
+        words = polynomials * self.ring.degree
+        level = struct.pack("<4Q", *self.seal.first_parms_id())
+        sizes = struct.pack("<BQQQdQ", 0, 2, self.ring.degree, 1, 1.0, 1)
+        return level + sizes + _seal_header(24 + 8 * words) + struct.pack("<Q", words)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PublicContext.from_bytes, (self.to_bytes(),)
+
+
+class SecretContext:
+    """The sites' secrets of one key epoch: the BFV secret key and the group secret G.
+
+    Prints redacted, cannot be pickled or compared, and has no byte form here.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # a secret is not a dictionary key
+
+    def __init__(self, public: PublicContext) -> None:
+        # Both draws are the operating system's: SEAL's default generator is seeded from it (Z).
+        self.public = public
+        self.group = GroupSecret()
+        key = public.api.KeyGenerator(public.seal).secret_key()
+        self.encryptor = public.api.Encryptor(public.seal, key)
+        self.decryptor = public.api.Decryptor(public.seal, key)
+
+    def __repr__(self) -> str:
+        return "SecretContext(<redacted>)"
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("secrets are not compared with ==")
+
+    def __reduce__(self) -> str:
+        raise TypeError("a SecretContext is never pickled")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A parsed chunk: seeds (count, 65) uint8 (empty when full), words (count, polys * N) uint64."""
+
+    first: int
+    seeds: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+    words: Words
+
+
+def chunk_size(ring: Ring, kind: int, count: int) -> int:
+    """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
+    seeds = _SEED_BYTES * count if kind == _SEEDED else 0
+    words = count * kind * ring.degree
+    return _CHUNK_HEADER.size + seeds + packed_size(words, ring.modulus_bits)
+
+
+def vector_size(ring: Ring, blocks: int, kind: int) -> int:
+    """Bytes of all chunks of a vector of `blocks` ciphertexts; kind 1 is an upload, 2 a sum."""
+    return sum(chunk_size(ring, kind, count) for _, count in _counts(blocks))
+
+
+def _write_chunk(
+    public: PublicContext, kind: int, first: int, seeds: list[bytes], words: Words
+) -> bytes:
+    count = len(words) // (public.ring.degree * kind)
+    header = _CHUNK_HEADER.pack(_MAGIC, kind, 0, count, public.digest, first)
+    return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
+
+
+def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, count: int) -> _Chunk:
+    """Parse and check a chunk before any of it reaches SEAL. Raises ChunkRefused."""
+    expected = chunk_size(public.ring, kind, count)
+    if len(chunk) != expected:
+        raise ChunkRefused(
+            f"chunk at ciphertext {first}: found {len(chunk)} bytes, expected {expected}"
+        )
+    magic, found_kind, zero, found_count, digest, found_first = _CHUNK_HEADER.unpack_from(chunk)
+    if (magic, zero) != (_MAGIC, 0):
+        raise ChunkRefused(f"chunk at ciphertext {first}: it is not a Fedcore ciphertext chunk")
+    if digest != public.digest:
+        raise ChunkRefused(
+            f"chunk at ciphertext {first}: it was made under other encryption parameters",
+            remedy="compare the plan digests of both sides",
+        )
+    if (found_kind, found_count, found_first) != (kind, count, first):
+        raise ChunkRefused(
+            f"chunk at ciphertext {first}: found kind {found_kind} with {found_count} ciphertexts at "
+            f"{found_first}, expected kind {kind} with {count} at {first}"
+        )
+    place = _CHUNK_HEADER.size
+    seeds = np.frombuffer(chunk, np.uint8, _SEED_BYTES * count if kind == _SEEDED else 0, place)
+    words = unpack_words(
+        memoryview(chunk)[place + len(seeds) :],
+        public.ring.modulus_bits,
+        count * public.ring.degree * kind,
+    )
+    if (words >= public.ring.modulus).any():
+        raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
+    return _Chunk(first, seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1))
+
+
+def _counts(blocks: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of each chunk of a vector of `blocks` ciphertexts."""
+    for first in range(0, blocks, BLOCKS_PER_CHUNK):
+        yield first, min(BLOCKS_PER_CHUNK, blocks - first)
+
+
+class EncryptedSealer:
+    """A site's end of `encrypted`: fresh seeded ciphertexts up, decrypted sums down."""
+
+    def __init__(self, secret: SecretContext, courier: Courier | None = None) -> None:
+        self._secret, self._public = secret, secret.public
+        self._courier = courier or Courier()
+
+    def protect(self, slots: Slots) -> Iterator[bytes]:
+        """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts."""
+        degree = self._public.ring.degree
+        for first, count in _counts(len(slots) // degree):
+            words = np.empty((count, degree), dtype=np.uint64)
+            seeds = []
+            for row in range(count):
+                start = (first + row) * degree
+                plain = self._set_plain(slots[start : start + degree])
+                body = self._courier.take(self._secret.encryptor.encrypt_symmetric(plain))
+                words[row] = np.frombuffer(body, "<u8", degree, _CIPHERTEXT_WORDS_AT)
+                seeds.append(body[-_SEED_BYTES:])
+            yield _write_chunk(self._public, _SEEDED, first, seeds, words.reshape(-1))
+
+    def _set_plain(self, coefficients: Slots) -> Any:
+        """A SEAL plaintext from its uncompressed stream: thirty times faster than setting them singly."""
+        count = len(coefficients)
+        body = struct.pack("<4QQd", 0, 0, 0, 0, count, 1.0)
+        body += _seal_header(24 + 8 * count) + struct.pack("<Q", count)
+        plain = self._public.api.Plaintext()
+        return self._courier.give(
+            plain, self._public.seal, body + coefficients.astype("<u8").tobytes()
+        )
+
+    def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
+        """Decrypt the chunks of a folded sum to (slots,) uint64.
+
+        The caller checks the sum tag before using any of it. Raises ChunkRefused.
+        """
+        degree = self._public.ring.degree
+        total = np.zeros(slots, dtype=np.uint64)
+        places = list(_counts(slots // degree))
+        received = 0
+        for chunk in chunks:
+            if received == len(places):
+                raise ChunkRefused(f"sum: found more than the expected {len(places)} chunks")
+            first, count = places[received]
+            parsed = _read_chunk(self._public, _FULL, chunk, first, count)
+            for row in range(count):
+                start = (first + row) * degree
+                self._decrypt(parsed.words[row], total[start : start + degree])
+            received += 1
+        if received != len(places):
+            raise ChunkRefused(f"sum: found {received} chunks, expected {len(places)}")
+        return total
+
+    def _decrypt(self, words: Words, out: Slots) -> None:
+        ciphertext = _load(self._courier, self._public, _FULL, words.astype("<u8").tobytes())
+        plain = self._public.api.Plaintext()
+        self._secret.decryptor.decrypt(ciphertext, plain)
+        # SEAL trims leading zeros, so the stream may hold fewer than N coefficients.
+        count = plain.coeff_count()
+        if count:
+            out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
+
+
+def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> Any:
+    ciphertext = public.api.Ciphertext(public.seal)
+    try:
+        return courier.give(ciphertext, public.seal, public.ciphertext_prefix(kind) + tail)
+    except (RuntimeError, ValueError) as error:
+        raise ChunkRefused(f"ciphertext: SEAL refuses it ({error})") from error
+
+
+class EncryptedFold:
+    """The coordinator's end of `encrypted`: one running sum of ciphertexts, added chunk by chunk.
+
+    Memory is one sum of `slots` slots, however many sites are added. It holds public parameters only.
+    """
+
+    def __init__(self, public: PublicContext, slots: int, courier: Courier | None = None) -> None:
+        self._public = public
+        self._courier = courier or Courier()
+        self._blocks = slots // public.ring.degree
+        self._evaluator = public.api.Evaluator(public.seal)
+        self._total: list[Any] = [None] * self._blocks
+
+    def add(self, index: int, chunk: bytes) -> None:
+        """Add chunk `index` of one site's vector. Raises ChunkRefused before anything is added."""
+        first = index * BLOCKS_PER_CHUNK
+        count = min(BLOCKS_PER_CHUNK, self._blocks - first)
+        if index < 0 or count <= 0:
+            raise ChunkRefused(
+                f"chunk {index}: expected chunks 0 to {(self._blocks - 1) // BLOCKS_PER_CHUNK}"
+            )
+        parsed = _read_chunk(self._public, _SEEDED, chunk, first, count)
+        loaded = [self._load_seeded(parsed.words[row], parsed.seeds[row]) for row in range(count)]
+        for row, ciphertext in enumerate(loaded):
+            if self._total[first + row] is None:
+                self._total[first + row] = ciphertext
+            else:
+                self._evaluator.add_inplace(self._total[first + row], ciphertext)
+
+    def _load_seeded(self, words: Words, seed: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+        tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed.tobytes()
+        return _load(self._courier, self._public, _SEEDED, tail)
+
+    def total(self) -> Iterator[bytes]:
+        """The chunks of the sum. Raises ChunkRefused if some ciphertext was never added."""
+        degree = self._public.ring.degree
+        for first, count in _counts(self._blocks):
+            words = np.empty((count, 2 * degree), dtype=np.uint64)
+            for row in range(count):
+                ciphertext = self._total[first + row]
+                if ciphertext is None:
+                    raise ChunkRefused(f"sum: ciphertext {first + row} was never added")
+                body = self._courier.take(ciphertext)
+                words[row] = np.frombuffer(body, "<u8", 2 * degree, _CIPHERTEXT_WORDS_AT)
+            yield _write_chunk(self._public, _FULL, first, [], words.reshape(-1))
+
+
+def self_test() -> Json:
+    """A SEAL self-test for `fedcore doctor`: three encrypted vectors, their sum exact or not."""
+    packing_ring = Ring(2048, (1 << 54) - 77823)
+    public = PublicContext(packing_ring, 40)
+    courier = Courier()
+    sealer = EncryptedSealer(SecretContext(public), courier)
+    fold = EncryptedFold(public, 2048)
+    rows = [np.full(2048, value, dtype=np.uint64) for value in (1, 2, 1 << 38)]
+    for row in rows:
+        for index, chunk in enumerate(sealer.protect(row)):
+            fold.add(index, chunk)
+    exact = bool((sealer.open(fold.total(), 2048) == sum(rows)).all())
+    return {"exact": exact, "path": courier.kind}

@@ -1,0 +1,73 @@
+"""From a run's files to what a person reads: `report.html`, `report.md`, LaTeX, the terminal.
+
+Invariant: this package reads result.json and rounds.jsonl and nothing else; it measures nothing,
+and imports no torch, no training code and, until something is drawn, no plotting.
+
+sentences: numbers into words.  tables: numbers into cells.  plots: numbers into SVG.
+page, markdown, latex, terminal: one way each of laying those out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedcore.errors import BadInput
+from fedcore.report.sentences import Json
+
+__all__ = ["PAGE", "TEXT", "read", "render", "write"]
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def read(run_dir: Path) -> tuple[Json, list[Json]]:
+    """The result and the rounds of a finished run or comparison (which has no rounds).
+
+    Raises BadInput for a file that is missing, unreadable or of another schema.
+    """
+    from fedcore.files import read_json
+    from fedcore.run import read_rounds
+
+    result = read_json(run_dir / "result.json")
+    if result.get("schema") != 1:
+        raise BadInput(
+            f"{run_dir / 'result.json'}: found schema {result.get('schema')!r}, expected 1"
+        )
+    return result, read_rounds(run_dir)
+
+
+def render(runs: Sequence[tuple[Json, list[Json]]], form: str = "html") -> str:
+    """The report of one or several runs as `html`, `md` or `latex`.
+
+    Only html lays runs side by side; the others put them one after the other. Raises BadInput for
+    another form, for no run, and for html of runs beside comparisons.
+    """
+    if not runs:
+        raise BadInput("report: found no run, expected at least one")
+    if form == "html":
+        from fedcore.report import page
+
+        return page.render(runs)
+    if form == "md":
+        from fedcore.report import markdown
+
+        return "\n".join(markdown.render(result) for result, _ in runs)
+    if form == "latex":
+        from fedcore.report import latex
+
+        return "\n".join(latex.render(result) for result, _ in runs)
+    raise BadInput(f"report format: found {form!r}, expected html, latex or md")
+
+
+def write(run_dir: Path) -> Path:
+    """Write `report.html` and `report.md` into `run_dir`; returns the path of the page.
+
+    Each file appears whole or not at all. Raises what `read` raises.
+    """
+    from fedcore.files import write_atomic
+
+    run = read(run_dir)
+    page, text = render([run]), render([run], "md")
+    write_atomic(run_dir / TEXT, text.encode())
+    write_atomic(run_dir / PAGE, page.encode())
+    return run_dir / PAGE

@@ -1,0 +1,87 @@
+"""The tables of arms and gaps and the Methods paragraph as LaTeX, for a paper (needs booktabs).
+
+Invariant: text from a result is escaped; no name can start a command, a comment or mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fedcore.report import sentences as say
+from fedcore.report import tables
+from fedcore.report.sentences import Json
+from fedcore.report.tables import Cell, Table
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
+    "–": "--",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+_PATTERN = re.compile("[" + re.escape("".join(_SPECIAL)) + "]")
+
+
+def escape(text: str) -> str:
+    """`text` with LaTeX's special characters made literal, in one pass: none is escaped twice."""
+    return _PATTERN.sub(lambda m: _SPECIAL[m[0]], text)
+
+
+def render(result: Json) -> str:
+    """`table` environments and a paragraph, ending in a newline; needs the package booktabs."""
+    where = say.title(result)
+    method = say.how_measured(result)
+    intervals = f" Intervals: {method}." if method else ""
+    parts = ["% needs \\usepackage{booktabs}"]
+    parts += [f"% {escape(warning)}" for warning in say.warnings(result)]
+    parts += [_table(t, f"{where}: arms. {t.note}{intervals}") for t in tables.arms([result])]
+    parts += [
+        _table(t, f"{where}: where the loss comes from. {t.note}") for t in tables.sources([result])
+    ]
+    parts += [
+        _table(
+            t,
+            f"{where}: {t.title} at each site, alone and together. Gained: together minus alone, in points.",
+        )
+        for t in tables.per_site([result])
+    ]
+    parts += ["\\paragraph{Methods.}", _prose(say.methods(result))]
+    return "\n".join(parts) + "\n"
+
+
+def _table(table: Table, caption: str) -> str:
+    columns = "".join("r" if cell.number else "l" for cell in table.rows[0])
+    head = " & ".join(escape(name) for name in table.head)
+    lines = [
+        "\\begin{table}[ht]",
+        "\\centering",
+        f"\\caption{{{_prose(caption)}}}",
+        f"\\begin{{tabular}}{{{columns}}}",
+        "\\toprule",
+        f"{head} \\\\",
+        "\\midrule",
+    ]
+    for row in table.rows:
+        if row[0].text == "total":
+            lines.append("\\midrule")
+        lines.append(" & ".join(_cell(cell) for cell in row) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _cell(cell: Cell) -> str:
+    text = _number(cell.text) if cell.number else escape(cell.text)
+    return f"{text} ({_prose(cell.sub)})" if cell.sub else text
+
+
+def _number(text: str) -> str:
+    return f"${text}$" if re.fullmatch(r"[-+][\d.]+", text) else escape(text)
+
+
+def _prose(text: str) -> str:
+    """Escaped, with negative numbers in mathematics, where the minus is one."""
+    return re.sub(r"(?<![^\s(])-[\d.]*\d", lambda m: f"${m[0]}$", escape(text))

@@ -1,0 +1,78 @@
+"""The report as Markdown: warnings, the headline sentences, the tables and the Methods paragraph.
+
+Invariant: text from a result is escaped, so that no name can open a tag, a link, a table cell or
+emphasis (CommonMark and GitHub tables).
+"""
+
+from __future__ import annotations
+
+import re
+
+from fedcore.report import sentences as say
+from fedcore.report import tables
+from fedcore.report.sentences import Json
+from fedcore.report.tables import Cell, Table
+
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def escape(text: str) -> str:
+    """`text` with every character that Markdown or inline HTML could read as markup made literal."""
+    text = re.sub(r"[&<>]", lambda m: _ENTITIES[m[0]], text)
+    # A single `_` inside a word or `-` in a number is no markup; escaping it would only be noise,
+    # but underscores pair across words, so they are escaped everywhere.
+    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """`text` as a code span, whatever backticks it holds."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if "`" in text else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def render(result: Json) -> str:
+    """The report of one run or comparison, ending in a newline."""
+    lines = [f"# {escape(say.title(result))}", "", escape(", ".join(say.setting(result))) + ".", ""]
+    for warning in say.warnings(result):
+        lines += [f"> **Warning:** {escape(warning)}", ""]
+    first, *others = say.lost(result)
+    lines += [f"**{escape(first)}**", ""]
+    lines += [
+        f"- {escape(sentence)}" for sentence in [*others, *say.gained(result), *say.cost(result)]
+    ]
+    lines += [f"- {escape(line)}" for line in say.label_lines(result)]
+    if method := say.how_measured(result):
+        lines.append(f"- Intervals: {escape(method)}.")
+    lines.append("")
+    found = [*tables.arms([result]), *tables.sources([result])]
+    found += [_titled(t, f"Sites: {t.title}") for t in tables.per_site([result])]
+    found += [*tables.cost([result]), *tables.budgets([result])]
+    for table in found:
+        lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
+        if table.note:
+            lines += [escape(table.note), ""]
+    lines += ["## Methods", "", escape(say.methods(result)), ""]
+    if result.get("reproduce"):
+        lines += ["## Reproduce", "", code(say.plain(result["reproduce"])), ""]
+    if result.get("model_sha256"):
+        lines += [f"Model SHA-256: {code(say.plain(result['model_sha256']))}", ""]
+    return "\n".join(lines)
+
+
+def _titled(table: Table, title: str) -> Table:
+    return Table(title, table.head, table.rows, table.note)
+
+
+def _grid(table: Table) -> list[str]:
+    aligned = ["---:" if cell.number else "---" for cell in table.rows[0]]
+    rows = [
+        "| " + " | ".join(escape(name) for name in table.head) + " |",
+        "| " + " | ".join(aligned) + " |",
+    ]
+    return rows + ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
+
+
+def _cell(cell: Cell) -> str:
+    return escape(f"{cell.text} ({cell.sub})" if cell.sub else cell.text)

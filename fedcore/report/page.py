@@ -1,0 +1,202 @@
+"""The report as one self-contained HTML page: inline style, inline SVG, no scripts, no requests.
+
+Invariant: warnings stand above every number, and nothing from a result reaches the page unescaped
+(Jinja's autoescape is on; only our own SVG is marked safe). A content security policy in the page
+itself forbids a browser to load anything, whatever a task is called.
+Sentences and tables come from `sentences` and `tables`; the template only lays them out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from fedcore.errors import BadInput
+from fedcore.report import plots, tables
+from fedcore.report import sentences as say
+from fedcore.report.sentences import Json
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of the first screen: a run's name ("" for a single run) and its sentences."""
+
+    question: str
+    parts: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def render(runs: Sequence[tuple[Json, list[Json]]]) -> str:
+    """The page of one run, of several runs laid over each other, or of comparisons.
+
+    runs: (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for no run, and for
+    runs beside comparisons, whose intervals do not mean the same.
+    """
+    results = [result for result, _ in runs]
+    if not results:
+        raise BadInput("report: found no run, expected at least one")
+    if len({say.is_comparison(result) for result in results}) > 1:
+        raise BadInput(
+            "report: found runs beside comparisons, expected one kind",
+            remedy="report them separately: their intervals answer different questions",
+        )
+    several = len(results) > 1
+    names = say.run_tags(results) if several else [""]
+    folders = (
+        [f"{tag}, {name}" for tag, name in zip(names, say.run_names(results), strict=True)]
+        if several
+        else [""]
+    )
+    tasks = list(dict.fromkeys(say.plain(result.get("task")) for result in results))
+    return _template().render(
+        title=say.title(results[0])
+        if len(results) == 1
+        else f"{say.listed(tasks)}: {len(results)} runs",
+        kind="comparison" if say.is_comparison(results[0]) else "run",
+        started=say.plain(results[0].get("started") or "")[:10],
+        settings=[(f, say.setting(r)) for f, r in zip(folders, results, strict=True)],
+        warnings=_warnings(names, results),
+        headline=_headline(names, results),
+        answers=_answers(names, results),
+        reproduce=[
+            (n, say.plain(r.get("reproduce") or ""), say.plain(r.get("model_sha256") or ""))
+            for n, r in zip(names, results, strict=True)
+        ],
+        plot=_plot(runs),
+        legend=_legend(runs),
+        arms=tables.arms(results),
+        per_site=tables.per_site(results),
+        sources=tables.sources(results),
+        cost=tables.cost(results) + tables.budgets(results),
+        details=[
+            *tables.sites(results),
+            *tables.protected(results),
+            *tables.training(results),
+            *tables.plan(results),
+            *tables.environment(results),
+            *tables.statistics(results),
+        ],
+        methods=_parts(names, [(say.methods(r),) for r in results]),
+        glossary=say.GLOSSARY,
+    )
+
+
+def _headline(names: list[str], results: list[Json]) -> list[tuple[str, str, list[str], str]]:
+    """Per result: name, the first sentence, the other metrics' sentences, the method behind them."""
+    found = []
+    methods = [say.how_measured(result) for result in results]
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        first, *others = say.lost(result)
+        repeated = methods[i] in methods[i + 1 :]
+        found.append((name, first, others, "" if repeated else methods[i]))
+    return found
+
+
+def _answers(names: list[str], results: list[Json]) -> list[Answer]:
+    questions = (
+        ("Gained over staying alone", lambda r: [" ".join(say.gained(r))]),
+        ("Cost of protection", lambda r: [" ".join(say.cost(r))]),
+        ("Who could have seen what", _seen),
+    )
+    return [
+        Answer(question, tuple(_parts(names, [tuple(of(r)) for r in results])))
+        for question, of in questions
+    ]
+
+
+def _parts(names: list[str], said: list[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+    """What each run says, with its name; what all of them say comes once, without one."""
+    return [("", said[0])] if len(set(said)) == 1 else list(zip(names, said, strict=True))
+
+
+def _warnings(names: list[str], results: list[Json]) -> list[tuple[str, str]]:
+    """Each warning with the run it is about; one that all runs share comes once, without a name."""
+    said = [say.warnings(result) for result in results]
+    shared = [warning for warning in said[0] if all(warning in other for other in said)]
+    own = [
+        (n, w)
+        for n, all_of_run in zip(names, said, strict=True)
+        for w in all_of_run
+        if w not in shared
+    ]
+    return [("", warning) for warning in shared] + own
+
+
+def _seen(result: Json) -> list[str]:
+    lines = [say.capitalised(line) for line in say.label_lines(result)]
+    return [line if line.endswith(".") else f"{line}." for line in lines] or [
+        "Not stated in this result."
+    ]
+
+
+def _plot(runs: Sequence[tuple[Json, list[Json]]]) -> dict[str, Any] | None:
+    """The one plot, drawn for a wide page and again for a phone; None where no round was measured."""
+    results = [result for result, _ in runs]
+    if say.is_comparison(results[0]):
+        metric = say.primary_metric(results[0])
+        if metric is None or not any(result.get("cells") for result in results):
+            return None
+        draw = lambda size: plots.splits_figure(results, metric, size)  # noqa: E731  one line, used twice
+        caption = "A bar is the mean with its interval; every dot is one seed and fold."
+    else:
+        metric = plots.plotted_metric(runs)
+        if metric is None:
+            return None
+        draw = lambda size: plots.rounds_figure(runs, metric, size)  # noqa: E731  as above
+        caption = "Measured over the union of the sites' test rows after each round."
+        if any(None not in say.bounds(say.gap_of(result, "total", metric)) for result in results):
+            caption += " The bar at the last round of the gap is its interval."
+        if any(len(members) > 1 for members in plots.groups(runs)):
+            caption += " Bands run from the least to the largest of several seeds or folds."
+    name = say.metric_name(metric)
+    return {
+        "wide": Markup(plots.svg(draw(plots.WIDE), "wide")),
+        "narrow": Markup(plots.svg(draw(plots.NARROW), "narrow")),
+        "caption": caption,
+        "label": f"{name} of every arm, and the gap between centralised and federated",
+    }
+
+
+def _legend(runs: Sequence[tuple[Json, list[Json]]]) -> dict[str, Any]:
+    results = [result for result, _ in runs]
+    arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(result) for result in results)]
+    tags, names, lines = say.run_tags(results), say.run_names(results), []
+    marks = "●■▲◆" if say.is_comparison(results[0]) else ""
+    found = [[i] for i in range(len(results))] if marks else plots.groups(runs)
+    if len(found) > 1:
+        lines = [
+            (marks[i % 4] if marks else "", ", ".join(f"{tags[m]}, {names[m]}" for m in members))
+            for i, members in enumerate(found)
+        ]
+    return {
+        "arms": [(a.replace("_", "-"), say.ARM_NAMES[a]) for a in arms if not marks],
+        "lines": lines,
+    }
+
+
+def _typeset(text: str) -> Markup:
+    """Escaped, with a real minus before numbers and `x` between counts as a multiplication sign."""
+    safe = str(escape(text))
+    safe = re.sub(r"(?<![^\s(])-(?=\d)", "\u2212", safe)
+    safe = re.sub(r"(?<=seeds) x (?=\d)", " \u00d7 ", safe).replace(" -&gt; ", " \u2192 ")
+    safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
+    # A unit does not leave its number at the end of a line.
+    return Markup(re.sub(r"(?<=\d) (?=(?:points?|kB|MB|B|s|ms|%)\b|%)", "\u00a0", safe))
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("fedcore.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["typeset"] = _typeset
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,293 @@
+"""The report's plots: matplotlib figures, and the same figures as inline SVG that follows the page.
+
+`rounds_figure` and `splits_figure` return ordinary figures for a notebook; `svg` turns one into
+markup without fonts, dates, scripts or outside references, whose colours are CSS variables so that
+a dark page or paper gets its own. Invariant: text from users is never parsed as mathematics.
+
+matplotlib is imported inside the functions: it is slow to load and the terminal does not need it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fedcore.report import sentences as say
+from fedcore.report.sentences import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Each colour is used for one thing only: `svg` replaces it by the CSS variable of that name.
+COLOURS = {
+    "centralised": "#3d4249",
+    "local_only": "#c2701c",
+    "federated_float": "#5fb3d9",
+    "federated": "#1558a8",
+    "ink": "#22262b",
+    "muted": "#6a717b",
+    "rule": "#dcdfe4",
+}
+_ARM_ORDER = ("local_only", "centralised", "federated", "federated_float")
+"""Drawn in this order: the thin float line stays visible on top of the federated one it follows."""
+_WIDTHS = {"federated": 2.6, "federated_float": 1.1, "centralised": 1.5, "local_only": 1.5}
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)))
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlesize": 9,
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["rule"],
+    "ytick.color": COLOURS["rule"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+Run = tuple[Json, list[Json]]
+WIDE, NARROW = (7.4, 4.7), (3.7, 4.5)
+"""Inches; NARROW is what a phone shows, so that its text stays as large as the page's."""
+
+
+@contextmanager
+def _style(salt: str = "fedcore") -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        yield
+
+
+def groups(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of runs that differ in seed or fold only: those share a line and a band."""
+    found: dict[str, list[int]] = {}
+    for i, (result, _) in enumerate(runs):
+        plan = {k: v for k, v in (result.get("plan") or {}).items() if k in ("bits", "degree")}
+        same = [result.get(k) for k in ("task", "protection", "rounds", "sites", "train")]
+        found.setdefault(repr([*same, plan]), []).append(i)
+    return list(found.values())
+
+
+def plotted_metric(runs: Sequence[Run]) -> str | None:
+    """The first run's headline metric if any round holds it, else any metric that a round holds."""
+    if not runs:
+        return None
+    first = runs[0][0]
+    for metric in say.ordered_metrics(first):
+        if any(say.number(row.get(metric)) is not None for _, rows in runs for row in rows):
+            return metric
+    return None
+
+
+def _curve(rows: Sequence[Json], arm: str, metric: str) -> dict[int, float]:
+    found = {}
+    for row in rows:
+        value = say.number(row.get(metric))
+        if row.get("arm") == arm and value is not None:
+            found[int(row["round"])] = value
+    return found
+
+
+def _spread(
+    curves: Sequence[dict[int, float]],
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Rounds that every curve has, with mean, least and largest value at each."""
+    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    columns = [[curve[r] for curve in curves] for r in shared]
+    means = [sum(column) / len(column) for column in columns]
+    return shared, means, [min(c) for c in columns], [max(c) for c in columns]
+
+
+def rounds_figure(runs: Sequence[Run], metric: str, size: tuple[float, float] = WIDE) -> Figure:
+    """The metric by round and arm, and under it, on the same rounds, the gap in points.
+
+    Runs that differ only in seed or fold become one line (their mean) with a band from the least to
+    the largest; other runs get their own dashes.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.1, 1))
+        for group, members in enumerate(groups(runs)):
+            dashes: Any = DASHES[group % len(DASHES)]
+            for arm in _ARM_ORDER:
+                curves = [c for i in members if (c := _curve(runs[i][1], arm, metric))]
+                _draw(upper, curves, COLOURS[arm], dashes, _WIDTHS[arm])
+            gaps = [_gap_curve(runs[i][1], metric) for i in members]
+            _draw(lower, [gap for gap in gaps if gap], COLOURS["federated"], dashes, 1.8)
+            if len(members) == 1:
+                _final_interval(lower, runs[members[0]], metric, group)
+        name = say.metric_name(metric)
+        upper.set_title(f"{say.capitalised(name)} by round")
+        lower.set_title(f"Gap: points of {name} lost")
+        lower.axhline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
+        lower.set_xlabel("round")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+        for axes in (upper, lower):
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+            axes.grid(axis="x", visible=False)
+            axes.tick_params(length=0)
+            axes.spines["left"].set_visible(False)
+        figure.align_ylabels()
+    return figure
+
+
+def _draw(
+    axes: Axes, curves: Sequence[dict[int, float]], colour: str, dashes: Any, width: float
+) -> None:
+    rounds, means, low, high = _spread(curves)
+    if not rounds:
+        return
+    if len(curves) > 1:
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.16, linewidth=0)
+    lone = "o" if len(rounds) == 1 else ""
+    axes.plot(
+        rounds,
+        means,
+        color=colour,
+        linestyle=dashes,
+        linewidth=width,
+        marker=lone,
+        markersize=4,
+        solid_capstyle="round",
+    )
+
+
+def _gap_curve(rows: Sequence[Json], metric: str) -> dict[int, float]:
+    pooled, together = (_curve(rows, arm, metric) for arm in ("centralised", "federated"))
+    lost = {r: say.better_by(metric, pooled[r], together.get(r)) for r in pooled}
+    return {r: value * 100 for r, value in lost.items() if value is not None}
+
+
+def _final_interval(axes: Axes, run: Run, metric: str, group: int) -> None:
+    """The result's interval, as a bar at the last round; beside it, where several runs have one."""
+    low, high = say.bounds(say.gap_of(run[0], "total", metric))
+    rounds = _gap_curve(run[1], metric)
+    if low is None or high is None or not rounds:
+        return
+    x = max(rounds) + 0.012 * (group + 1) * max(rounds)
+    axes.vlines(
+        x, low * 100, high * 100, color=COLOURS["federated"], linewidth=1.2, linestyle=DASHES[0]
+    )
+    axes.plot(
+        [x, x],
+        [low * 100, high * 100],
+        color=COLOURS["federated"],
+        marker="_",
+        markersize=6,
+        linewidth=0,
+    )
+
+
+def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float] = WIDE) -> Figure:
+    """A comparison: every seed x fold as a dot, the mean and its interval as a bar; arms above,
+    gap and its parts (points) below."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        upper, lower = figure.subplots(2, 1, height_ratios=(1, 1))
+        arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(r) for r in results)]
+        rows = [(arm, say.ARM_NAMES[arm], COLOURS[arm]) for arm in arms]
+        _strips(upper, results, "arms", rows, metric, 1.0)
+        order = ("total", *(part for part in say.PART_NAMES if part != "total"))
+        parts = [(part, say.PART_NAMES[part], COLOURS["federated"]) for part in order]
+        _strips(lower, results, "gap", parts, metric, 100.0)
+        name = say.metric_name(metric)
+        upper.set_title(f"{say.capitalised(name)} of each arm, one dot per seed and fold")
+        lower.set_title(f"Gap: points of {name} lost, and where")
+        lower.axvline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
+        for axes in (upper, lower):
+            axes.xaxis.set_major_locator(
+                MaxNLocator(nbins=5 if size == NARROW else 8, steps=[1, 2, 5, 10])
+            )
+            axes.grid(axis="y", visible=False)
+            axes.tick_params(length=0)
+            axes.spines["left"].set_visible(False)
+    return figure
+
+
+def _strips(
+    axes: Axes,
+    results: Sequence[Json],
+    key: str,
+    rows: Sequence[tuple[str, str, str]],
+    metric: str,
+    scale: float,
+) -> None:
+    axes.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    step = 0.8 / len(results)
+    for r, result in enumerate(results):
+        for i, (entry, _, colour) in enumerate(rows):
+            middle = i + (r - (len(results) - 1) / 2) * step
+            found = [
+                say.number((c.get(key) or {}).get(entry, {}).get(metric))
+                for c in result.get("cells") or []
+            ]
+            values = [value * scale for value in found if value is not None]
+            # Spread by position, not at random: the same result draws the same page.
+            heights = [middle + ((j * 2) % 5 - 2) * step * 0.09 for j in range(len(values))]
+            marker = "os^D"[r % 4]
+            axes.plot(
+                values, heights, marker, color=colour, markersize=3, alpha=0.4, markeredgewidth=0
+            )
+            whole = ((result.get(key) or {}).get(entry) or {}).get(metric)
+            mean = say.number(whole)
+            if mean is None:
+                continue
+            low, high = say.bounds(whole)
+            if low is not None and high is not None:
+                axes.plot(
+                    [low * scale, high * scale], [middle, middle], color=colour, linewidth=2.2
+                )
+            axes.plot([mean * scale], [middle], marker, color=colour, markersize=6.5)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element for a page: `name` keeps ids of several apart.
+
+    Sizes come from the view box, colours from CSS variables `--plot-<name>`, the font from the page.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with _style(salt=name):
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--plot-{variable.replace('_', '-')})")
+    return re.sub(r"\n\s*", "\n", text)

@@ -1,0 +1,384 @@
+"""The tables of a report as plain records: each drawing module (HTML, Markdown, LaTeX) lays them out.
+
+Invariant: a cell's text is unescaped plain text; its `sub` is the smaller second line (an interval or
+the reason of a dash). One run gives metrics as columns; several runs stand side by side as columns,
+in one table per metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcore.report import sentences as say
+from fedcore.report.sentences import Json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: `text` and, under it, `sub`. `number` cells are right-aligned."""
+
+    text: str
+    sub: str = ""
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled grid; every row is as long as `head`, and its first cell names it."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def _name(text: str) -> Cell:
+    return Cell(text, number=False)
+
+
+def arms(results: Sequence[Json]) -> list[Table]:
+    """Each arm's metrics over the union of test rows, and the points it lost against pooling."""
+    note = "Over the union of the sites' test rows. Lost: centralised minus the arm, in points."
+    if len(results) == 1:
+        result = results[0]
+        metrics = say.ordered_metrics(result)
+        head = ["arm"]
+        for metric in metrics:
+            head += [say.metric_name(metric), "lost"]
+        rows = []
+        for arm in say.arms_of(result):
+            row = [_name(say.arm_name(arm, result))]
+            for metric in metrics:
+                row += [score_cell(result, arm, metric), lost_cell(result, arm, metric)]
+            rows.append(tuple(row))
+        return [Table("Arms", tuple(head), tuple(rows), note)] if rows else []
+    found = []
+    for metric in _all(results, say.ordered_metrics):
+        rows = []
+        for arm in _all(results, say.arms_of):
+            cells = [_name(say.arm_name(arm))]
+            for result in results:
+                lost = lost_cell(result, arm, metric)
+                span = f" ({lost.sub})" if lost.sub else ""
+                sub = f"lost {lost.text}{span}" if lost.text not in (say.DASH, "") else ""
+                cells.append(Cell(score_cell(result, arm, metric).text, sub))
+            rows.append(tuple(cells))
+        head = ["arm", *say.run_tags(results)]
+        found.append(Table(f"Arms: {say.metric_name(metric)}", tuple(head), tuple(rows), note))
+        note = ""
+    return found
+
+
+def score_cell(result: Json, arm: str, metric: str) -> Cell:
+    """An arm's metric; with its interval under it where there are several splits."""
+    value = (result.get("arms") or {}).get(arm, {}).get(metric)
+    if say.number(value) is None:
+        return Cell(say.DASH, say.why_missing(metric))
+    span = ""
+    if isinstance(value, dict) and value.get("low") is not None and value.get("high") is not None:
+        span = f"{value['low']:.3f} to {value['high']:.3f}"
+    return Cell(say.score(value), span)
+
+
+def lost_cell(result: Json, arm: str, metric: str) -> Cell:
+    """Points lost against the centralised arm, with the interval the result holds for that arm."""
+    if arm == "centralised":
+        return Cell("")
+    part = say.GAP_OF_ARM.get(arm)
+    gap = say.gap_of(result, part, metric) if part else None
+    if say.number(gap) is not None:
+        return Cell(say.gap_points(gap), say.interval(gap))
+    values = result.get("arms") or {}
+    pooled = say.number(values.get("centralised", {}).get(metric))
+    reached = say.number(values.get(arm, {}).get(metric))
+    return Cell(say.points(say.better_by(metric, pooled, reached)))
+
+
+def per_site(results: Sequence[Json]) -> list[Table]:
+    """Per metric: every site alone and together, and their unweighted mean."""
+    single = len(results) == 1
+    found = []
+    for metric in _all(results, say.ordered_metrics):
+        rows = []
+        for site in _all(results, lambda r: r.get("per_site") or {}):
+            cells = [_name(say.plain(site))]
+            for result in results:
+                cells += _site_cells((result.get("per_site") or {}).get(site, {}), metric, single)
+            rows.append(tuple(cells))
+        if not rows:
+            continue
+        mean = [_name("mean of sites")]
+        for result in results:
+            mean += _site_cells(_site_mean(result), metric, single)
+        if any(cell.text not in (say.DASH, "") for cell in mean[1:]):
+            rows.append(tuple(mean))
+        columns = ["test rows", "alone", "together", "gained"] if single else say.run_tags(results)
+        if single and not any(row[1].text for row in rows):
+            # A comparison has another number of test rows in every fold.
+            rows = [(row[0], *row[2:]) for row in rows]
+            columns = columns[1:]
+        found.append(
+            Table(say.capitalised(say.metric_name(metric)), ("site", *columns), tuple(rows))
+        )
+    return found
+
+
+def _site_cells(values: Json, metric: str, single: bool) -> list[Cell]:
+    alone = say.number((values.get("local_only") or {}).get(metric))
+    together = say.number((values.get("federated") or {}).get(metric))
+    gain = say.better_by(metric, together, alone)
+    missing = gain is None and values.get("federated")
+    reason = say.why_missing(metric, values) if missing else ""
+    gained = Cell(say.points(gain, signed=True), reason)
+    if single:
+        tested = values.get("test_rows")
+        rows = say.count(tested) if tested is not None else ""
+        return [Cell(rows), Cell(say.score(alone)), Cell(say.score(together)), gained]
+    if gain is None:
+        return [gained]
+    return [Cell(gained.text, f"{say.score(alone)} -> {say.score(together)}")]
+
+
+def _site_mean(result: Json) -> Json:
+    """The unweighted mean over sites, by arm; computed here only where the result leaves it out."""
+    if result.get("site_mean"):
+        return {arm: result["site_mean"].get(arm) or {} for arm in ("local_only", "federated")}
+    sites = list((result.get("per_site") or {}).values())
+    mean: Json = {}
+    for arm in ("local_only", "federated"):
+        mean[arm] = {}
+        for metric in say.metrics_of(result):
+            found = [say.number((site.get(arm) or {}).get(metric)) for site in sites]
+            known = [value for value in found if value is not None]
+            # A mean over some of the sites would not compare with one over all of them.
+            mean[arm][metric] = (
+                sum(known) / len(known) if known and len(known) == len(found) else None
+            )
+    return mean
+
+
+def sources(results: Sequence[Json]) -> list[Table]:
+    """Where the loss comes from: total = federation + quantisation + protection, in points."""
+    note = (
+        "Points, positive = lost. Federation: centralised minus float averaging. Quantisation: float minus integers. "
+        "Protection: integers minus protected integers, which must be exactly 0."
+    )
+    metrics = _all(results, say.ordered_metrics)
+    if len(results) == 1:
+        head = ("part", *(say.metric_name(metric) for metric in metrics))
+        rows = _parts([(results[0], metric) for metric in metrics])
+        return [Table("Where the loss comes from", head, rows, note)] if rows else []
+    found = []
+    for metric in metrics:
+        rows = _parts([(result, metric) for result in results])
+        title = f"Where the loss comes from: {say.metric_name(metric)}"
+        if rows:
+            found.append(Table(title, ("part", *say.run_tags(results)), rows, note))
+            note = ""
+    return found
+
+
+def _parts(columns: Sequence[tuple[Json, str]]) -> tuple[tuple[Cell, ...], ...]:
+    rows = []
+    for part, name in say.PART_NAMES.items():
+        gaps = [say.gap_of(result, part, metric) for result, metric in columns]
+        if any(say.number(gap) is not None for gap in gaps):
+            cells = [Cell(say.gap_points(gap), say.interval(gap)) for gap in gaps]
+            rows.append((_name(name), *cells))
+    return tuple(rows)
+
+
+def protected(results: Sequence[Json]) -> list[Table]:
+    """The final metrics as sites know them, from protected sums, beside the exact ones.
+
+    They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores.
+    """
+    metrics = [
+        metric
+        for metric in _all(results, say.ordered_metrics)
+        if any(
+            say.number((r.get("protected_metrics") or {}).get(metric)) is not None for r in results
+        )
+    ]
+    rows = []
+    for metric in metrics:
+        cells = []
+        for result in results:
+            exact = say.score(((result.get("arms") or {}).get("federated") or {}).get(metric))
+            summed = say.score((result.get("protected_metrics") or {}).get(metric))
+            cells += (
+                [Cell(exact), Cell(summed)]
+                if len(results) == 1
+                else [Cell(summed, f"exact {exact}")]
+            )
+        rows.append((_name(say.metric_name(metric)), *cells))
+    head = ("metric", *(["exact", "from the sum"] if len(results) == 1 else say.run_tags(results)))
+    note = "Of the federated model. Outside a simulation only the protected sum is known."
+    return [Table("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
+
+
+def cost(results: Sequence[Json]) -> list[Table]:
+    """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
+    lines: list[tuple[str, Callable[[Json], str]]] = [
+        (stage, lambda r, s=stage: say.duration(say.number((r.get("seconds") or {}).get(s))))  # type: ignore[misc]
+        for stage in say.STAGES
+    ]
+    lines += [
+        ("whole run, all arms", lambda r: say.duration(say.number(r.get("seconds_total")))),
+        (
+            "sent per site and round",
+            lambda r: say.size(say.number(r.get("bytes_up_per_site_round"))),
+        ),
+        (
+            "received per site and round",
+            lambda r: say.size(say.number(r.get("bytes_down_per_site_round"))),
+        ),
+        ("ciphertexts sent per site and round", lambda r: say.count(r.get("ciphertexts_up"))),
+        ("peak memory", lambda r: _memory(r.get("peak_memory_mb"))),
+        ("coordinates clipped", lambda r: _share(r.get("clipped_fraction"))),
+    ]
+    staged = any(result.get("seconds") for result in results)
+    note = "Stages are those of the federated arm, over all rounds." if staged else ""
+    return _side_by_side("Cost by stage" if staged else "Cost", results, lines, note)
+
+
+def _memory(megabytes: Any) -> str:
+    found = say.number(megabytes)
+    return say.DASH if found is None else f"{found:,.0f} MB"
+
+
+def _share(fraction: Any) -> str:
+    found = say.number(fraction)
+    return say.DASH if found is None else "none" if found == 0 else f"{found * 100:.2g} %"
+
+
+def budgets(results: Sequence[Json]) -> list[Table]:
+    """Gradient steps and examples seen per arm: equal budgets are what makes the arms comparable."""
+    single = len(results) == 1
+    head = ("arm", *(["gradient steps", "examples seen"] if single else say.run_tags(results)))
+    rows = []
+    for arm in _all(results, say.arms_of):
+        row = [_name(say.arm_name(arm))]
+        for result in results:
+            values = (result.get("arms") or {}).get(arm, {})
+            steps, seen = (
+                say.count(values.get(key)) for key in ("gradient_steps", "examples_seen")
+            )
+            row += (
+                [Cell(steps), Cell(seen)]
+                if single
+                else [Cell(f"{steps} steps", f"{seen} examples")]
+            )
+        rows.append(tuple(row))
+    known = any(
+        (a.get("gradient_steps") is not None)
+        for r in results
+        for a in (r.get("arms") or {}).values()
+    )
+    return [Table("Budgets", head, tuple(rows))] if known else []
+
+
+def sites(results: Sequence[Json]) -> list[Table]:
+    """Rows and classes of every site; the rows are of the data, so the first result speaks for all."""
+    found = []
+    for site, values in (results[0].get("per_site") or {}).items():
+        if values.get("rows") is None:
+            continue
+        classes = values.get("class_counts") or {}
+        counts = ", ".join(f"{say.plain(name)}: {say.count(n)}" for name, n in classes.items())
+        numbers = [Cell(say.count(values.get(k))) for k in ("rows", "train_rows", "test_rows")]
+        found.append((_name(say.plain(site)), *numbers, _name(counts or say.DASH)))
+    head = ("site", "rows", "train", "test", "rows per class")
+    return [Table("Sites", head, tuple(found))] if found else []
+
+
+def plan(results: Sequence[Json]) -> list[Table]:
+    """Everything the sites and the coordinator agreed on, key by key."""
+    return _keys("Plan", "plan", results, leave_out=("label", "sites", "train", "packing"))
+
+
+def training(results: Sequence[Json]) -> list[Table]:
+    """The job's training settings."""
+    return _keys("Training", "train", results)
+
+
+def environment(results: Sequence[Json]) -> list[Table]:
+    """Versions and machine."""
+    return _keys("Environment", "environment", results)
+
+
+def statistics(results: Sequence[Json]) -> list[Table]:
+    """The federated statistics of the first result: one row per column, or key by key."""
+    found = results[0].get("statistics")
+    if not isinstance(found, dict) or not found:
+        return []
+    columns, note = (
+        found.get("columns"),
+        "Over the sites' training rows, through the protected sum.",
+    )
+    if not isinstance(columns, list):
+        return _keys("Federated statistics", "statistics", results[:1])
+    keys = [k for k in ("mean", "std", "count") if len(found.get(k) or []) == len(columns)]
+    rows = [
+        (_name(say.plain(column)), *(Cell(_value(found[key][i])) for key in keys))
+        for i, column in enumerate(columns)
+    ]
+    return [Table("Federated statistics", ("column", *keys), tuple(rows), note)]
+
+
+def _keys(
+    title: str, key: str, results: Sequence[Json], leave_out: Sequence[str] = ()
+) -> list[Table]:
+    """One row per key. `leave_out`: keys that stand elsewhere on the page."""
+    kept = [{k: v for k, v in (r.get(key) or {}).items() if k not in leave_out} for r in results]
+    flat = [dict(_flatten(found)) for found in kept]
+    names = _all(flat, lambda d: d)
+    rows = [
+        (_name(name), *(Cell(found.get(name, say.DASH), number=False) for found in flat))
+        for name in names
+    ]
+    head = ["key", *(["value"] if len(results) == 1 else say.run_tags(results))]
+    return [Table(title, tuple(head), tuple(rows))] if rows else []
+
+
+def _flatten(value: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, item in value.items():
+        name = prefix + say.plain(key)
+        if isinstance(item, dict):
+            yield from _flatten(item, name + ".")
+        else:
+            yield name, _value(item)
+
+
+def _value(item: Any) -> str:
+    if isinstance(item, dict):
+        return " ".join(f"{say.plain(key)} {_value(part)}" for key, part in item.items())
+    if isinstance(item, list):
+        return ", ".join(_value(i) for i in item) or say.DASH
+    if item is None or item == "":
+        return say.DASH
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    return f"{item:.6g}" if isinstance(item, float) else say.plain(item)
+
+
+def _side_by_side(
+    title: str,
+    results: Sequence[Json],
+    lines: Iterable[tuple[str, Callable[[Json], str]]],
+    note: str,
+) -> list[Table]:
+    rows = []
+    for name, text in lines:
+        cells = [text(result) for result in results]
+        if any(cell != say.DASH for cell in cells):
+            rows.append((_name(name), *(Cell(cell) for cell in cells)))
+    head = ["", *([""] if len(results) == 1 else say.run_tags(results))]
+    return [Table(title, tuple(head), tuple(rows), note)] if rows else []
+
+
+def _all(results: Sequence[Json], of: Callable[[Json], Iterable[str]]) -> list[str]:
+    """The union over results, in order of first appearance."""
+    return list(dict.fromkeys(item for result in results for item in of(result)))

@@ -1,0 +1,281 @@
+"""A run on disk and in hand: its directory, its result, its model.
+
+Invariant: files appear whole (written beside and renamed), and a directory is either new or was asked
+for by `force`; nothing that exists is lost otherwise.
+
+    plan.json      what both roles agree on, with its label       rounds.jsonl   one line per (arm, round)
+    job.json       what was asked for, to run it again            result.json    arms, gaps, cost, label
+    model.safetensors  the federated model, the statistics and the column order
+    report.html, report.md                                        checkpoint.pt  only while unfinished
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import AlreadyExists, BadInput
+from fedcore.files import read_json
+from fedcore.types import GAP_PARTS, Json
+
+RUNS = Path("runs")
+
+
+def new_directory(name: str, out: Path | None, *, force: bool) -> Path:
+    """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it.
+
+    Raises AlreadyExists for an `out` that holds something, unless `force` clears a former run there.
+    """
+    if out is None:
+        return _next_numbered(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not force:
+            raise AlreadyExists(
+                f"--out: found {out}, which holds files already", remedy="another --out, or --force"
+            )
+        if not (out / "job.json").is_file():
+            raise AlreadyExists(
+                f"--out: found {out}, which is no run of ours",
+                remedy="--force replaces former runs only",
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _next_numbered(name: str) -> Path:
+    RUNS.mkdir(exist_ok=True)
+    pattern = re.compile(re.escape(name) + r"-(\d+)$")
+    taken = [int(m.group(1)) for p in RUNS.iterdir() if (m := pattern.match(p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        path = RUNS / f"{name}-{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run took the number a moment ago
+            number += 1
+            continue
+        _point_latest(path)
+        return path
+
+
+def _point_latest(path: Path) -> None:
+    """runs/latest: a link where the file system has links, quietly nothing elsewhere."""
+    beside = RUNS / f".latest.{os.getpid()}"
+    try:
+        beside.symlink_to(path.name)
+        beside.replace(RUNS / "latest")
+    except OSError:
+        beside.unlink(missing_ok=True)
+
+
+def read_rounds(directory: Path) -> list[Json]:
+    """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
+    rows: list[Json] = []
+    path = directory / "rounds.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def list_runs(root: Path = RUNS) -> list[Json]:
+    """One row per run directory under `root`, newest last: name, result or None, changed."""
+    rows: list[Json] = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.is_symlink() or not (path / "job.json").is_file():
+            continue
+        result = read_json(path / "result.json") if (path / "result.json").is_file() else None
+        rows.append(
+            {"run": str(path), "result": result, "changed": (path / "job.json").stat().st_mtime}
+        )
+    return sorted(rows, key=lambda row: float(row["changed"]))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The gap of one metric: `mean`, `low`, `high` are those of the total; `parts` has every part.
+
+    Fractions; positive means lost against centralised.
+    """
+
+    metric: str
+    parts: Mapping[str, Json]
+
+    @property
+    def mean(self) -> float | None:
+        """Centralised minus federated on all test rows."""
+        return self._total("mean")
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95 % interval, None where there is none."""
+        return self._total("low")
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95 % interval, None where there is none."""
+        return self._total("high")
+
+    def _total(self, key: str) -> float | None:
+        value: float | None = self.parts.get("total", {}).get(key)
+        return value
+
+    def __getitem__(self, key: str) -> Any:
+        """`gap["federation"]` is a part; `gap["mean"]` a number of the total."""
+        return self.parts[key] if key in GAP_PARTS else self.parts["total"][key]
+
+
+def gaps_of(result: Json) -> dict[str, Gap]:
+    """{metric: Gap} from a result's part-first table."""
+    return {
+        metric: Gap(
+            metric, {part: by[metric] for part, by in result["gap"].items() if metric in by}
+        )
+        for metric in result["metrics"]
+    }
+
+
+class Run:
+    """A finished run: `print(run)`, `run.gap["auc"]`, `run.model`, `run.predict(frame)`,
+    `run.rounds`, `run.plot()`, `run.report()`."""
+
+    def __init__(self, directory: Path, task: Any = None) -> None:
+        self.directory = Path(directory)
+        self.result = read_json(self.directory / "result.json")
+        if self.result.get("kind") != "run":
+            raise BadInput(
+                f"{directory}: found a result of kind {self.result.get('kind')!r}, expected a run",
+                remedy="comparisons open with fedcore.load too, but have no model",
+            )
+        self._task = task
+        self._model: Any = None
+
+    @property
+    def gap(self) -> dict[str, Gap]:
+        """{metric: Gap}."""
+        return gaps_of(self.result)
+
+    @property
+    def rounds(self) -> list[Json]:
+        """Rows of rounds.jsonl: one per (arm, round); `pandas.DataFrame(run.rounds)` is tidy."""
+        return read_rounds(self.directory)
+
+    @property
+    def model(self) -> Any:
+        """The federated model as a torch module in evaluation mode."""
+        return self._saved().module
+
+    def predict(self, rows: Any) -> Any:
+        """Raw rows (a DataFrame for table tasks, an array otherwise) to a NumPy array.
+
+        Probabilities for classification metrics, (n,) for one logit and (n, C) for several; the
+        model's own outputs otherwise.
+        """
+        return self._saved().predict(rows)
+
+    def _saved(self) -> Any:
+        from fedcore.learn.saved import load_model
+
+        if self._model is None:
+            self._model = load_model(self.directory, self._task)
+        return self._model
+
+    def plot(self) -> Any:
+        """A matplotlib figure: the first metric by round per arm, the gap below."""
+        from fedcore.report.plots import rounds_figure
+
+        return rounds_figure([(self.result, self.rounds)], self.result["metrics"][0])
+
+    def report(self) -> Path:
+        """Write report.html and report.md again; returns the page's path."""
+        from fedcore.report import write
+
+        return write(self.directory)
+
+    def __str__(self) -> str:
+        from fedcore.report.terminal import summary
+
+        return _as_text(summary(self.result))
+
+    def __repr__(self) -> str:
+        return f"<fedcore.Run {self.directory}>"
+
+
+class Comparison:
+    """A finished comparison over seeds and folds: `.table()`, `.latex()`, `.report()`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.result = read_json(self.directory / "result.json")
+
+    @property
+    def gap(self) -> dict[str, Gap]:
+        """{metric: Gap}."""
+        return gaps_of(self.result)
+
+    def table(self) -> Any:
+        """A pandas DataFrame: one row per (seed, fold, arm)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"seed": cell["seed"], "fold": cell["fold"], "arm": arm, **values}
+            for cell in self.result["cells"]
+            for arm, values in cell["arms"].items()
+        )
+
+    def latex(self) -> str:
+        """The table of arms and gaps for a paper (booktabs)."""
+        from fedcore.report import latex
+
+        return latex.render(self.result)
+
+    def markdown(self) -> str:
+        """The same as Markdown."""
+        from fedcore.report import markdown
+
+        return markdown.render(self.result)
+
+    def report(self) -> Path:
+        """Write report.html; returns its path."""
+        from fedcore.report import write
+
+        return write(self.directory)
+
+    def __str__(self) -> str:
+        from fedcore.report.terminal import compare_summary
+
+        return _as_text(compare_summary(self.result))
+
+    def __repr__(self) -> str:
+        return f"<fedcore.Comparison {self.directory}>"
+
+
+def _as_text(renderable: Any) -> str:
+    """A terminal's page as plain text, 80 columns wide, for print() and notebooks."""
+    from rich.console import Console
+
+    from fedcore.report.terminal import show
+
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    show(console, renderable)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO just above
+    return text.rstrip()
+
+
+def load(directory: str | Path, task: Any = None) -> Run | Comparison:
+    """Open a run or a comparison from its directory. `task`: needed for the model of a task that was
+    made in a notebook; others are loaded again from where they came."""
+    path = Path(directory)
+    if read_json(path / "result.json").get("kind") == "compare":
+        return Comparison(path)
+    return Run(path, task)

@@ -1,0 +1,191 @@
+"""What `fedcore new DIR` writes: a task, a job and three small tables that run as they are.
+
+Invariant: the directory appears whole or not at all, and nothing that is there is overwritten without
+`force`. The tables come from the formula below, so two people who start from them see the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedcore.errors import AlreadyExists, BadInput
+from fedcore.files import write_atomic
+
+TASK = '''"""What is learned: rows in, a model, a loss. Run it with `fedcore simulate job.toml`."""
+
+import torch
+
+import fedcore
+
+# Every column the model may see, declared once for all sites. The inputs follow from this text and
+# never from the rows, so a site that has no smokers gets the same model as one that has many.
+# CHANGE: the columns of your own tables, each with a range that anybody may know.
+read = fedcore.table(
+    target="ill",  # holds 0 or 1; for names of classes: classes=("healthy", "ill")
+    columns={
+        "age": fedcore.number(0, 120),
+        "pressure": fedcore.number(50, 250, may_be_missing=True),
+        "smoker": fedcore.category("never", "former", "current"),
+    },
+)
+
+
+def data(source):
+    """The rows of ONE site. `source` is what stands behind its name under [sites] in job.toml."""
+    return read(source)  # a .csv or .parquet path, or a pandas DataFrame
+
+
+def model():
+    """Any torch module. CHANGE: add layers, or use fedcore.linear(features, classes)."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(len(read.columns), 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)
+    )
+
+
+def loss(outputs, targets):
+    """Any torch loss. One output per row is the logit of class 1."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        outputs.squeeze(1), targets.float()
+    )
+
+
+task = fedcore.Task(
+    name="my-task",  # CHANGE: it names the directories under runs/
+    data=data,
+    model=model,
+    loss=loss,
+    metrics=("accuracy", "auc"),
+)
+'''
+
+JOB = """# WHAT to run: `fedcore simulate job.toml`, `fedcore check job.toml`, `fedcore compare job.toml`.
+# Every key can be overridden: `fedcore simulate job.toml --set train.lr=0.05 --rounds 5`.
+
+task = "task.py"        # CHANGE: or "task.py:other", or "package.module:attribute"
+seed = 0                # decides folds, first parameters, order of rows and rounding
+fold = 0                # which part of every site's rows is the test set ...
+folds = 5               # ... of so many
+
+[train]                 # one site's local training in one round
+optimiser = "sgd"       # or "adam"
+lr = 0.1
+epochs = 1
+batch_size = 16
+
+[protect]
+protection = "encrypted"  # the coordinator sees no update; "plain" protects nothing
+bits = 16               # of each coordinate of an update
+
+[round]
+rounds = 20
+
+[sites]                 # CHANGE: site id = what task.data gets; paths count from this file
+north = "data/north.csv"
+south = "data/south.csv"
+coast = "data/coast.csv"
+"""
+
+README = """# Three made-up hospitals
+
+`task.py` says what is learned, `job.toml` how. Nothing here is real: row i of a table is computed
+from consecutive numbers u1, u2, ... in [0, 1) of the generator
+
+    state = (1103515245 * state + 12345) mod 2^31,   u = state / 2^31
+
+which starts at state = 1 (north), 2 (south), 3 (coast):
+
+    age      = round(age0 + 40 * (u1 - 0.5) + 20 * (u2 - 0.5))     age0 = 45, 55, 65
+    pressure = round(100 + age / 2 + 40 * (u3 - 0.5)), left empty where u4 < 0.1
+    smoker   = never, former or current as u5 is below 0.5, below 0.8, or above
+    ill      = 1 where u6 < 1 / (1 + exp(-z)),
+               z = (age - 55) / 8 + (pressure - 128) / 12 + (2 if current)
+
+Each has 120 rows. Replace them by your own tables, one per site, and change the lines marked CHANGE.
+"""
+
+SITES = {"north": 45, "south": 55, "coast": 65}
+"""Site -> its middle age: the sites differ, as real ones do."""
+
+ROWS = 120
+
+
+def create(directory: Path, force: bool = False) -> list[Path]:
+    """Write task.py, job.toml, README.md and data/*.csv; returns their paths.
+
+    Raises AlreadyExists for a directory that holds something, unless `force`, which overwrites files
+    of the same names and leaves others alone.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise AlreadyExists(f"new: found the file {directory}, expected no such path")
+    held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if held and not force:
+        raise AlreadyExists(
+            f"new: found {directory} holding {', '.join(held[:3])}"
+            + (", ..." if len(held) > 3 else "")
+            + ", expected an empty or a new directory",
+            remedy="choose another name, or add --force to overwrite files of the same names",
+        )
+    contents = _contents()
+    try:
+        if held:
+            for name, text in contents.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(directory / name, text.encode())
+        else:
+            _create_whole(directory, contents)
+    except OSError as error:
+        raise BadInput(
+            f"new: cannot write {directory}: {error.strerror}", remedy="choose another place"
+        ) from error
+    return [directory / name for name in contents]
+
+
+def _create_whole(directory: Path, contents: dict[str, str]) -> None:
+    """Fill a directory beside the wanted one and rename it: an interruption leaves nothing."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, text in contents.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            (beside / name).write_text(text, encoding="utf-8")
+        beside.chmod(0o755)  # mkdtemp makes it private, which mkdir would not
+        os.replace(beside, directory)  # noqa: PTH105 - works onto an empty directory too
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _contents() -> dict[str, str]:
+    tables = {
+        f"data/{name}.csv": table_text(seed, age)
+        for seed, (name, age) in enumerate(SITES.items(), start=1)
+    }
+    return {"task.py": TASK, "job.toml": JOB, "README.md": README, **tables}
+
+
+def table_text(seed: int, middle_age: float) -> str:
+    """One site's table by the formula in `README`, as CSV text."""
+    u = _uniform(seed)
+    lines = ["age,pressure,smoker,ill"]
+    for _ in range(ROWS):
+        age = round(middle_age + 40 * (next(u) - 0.5) + 20 * (next(u) - 0.5))
+        pressure = round(100 + age / 2 + 40 * (next(u) - 0.5))
+        measured = next(u) >= 0.1
+        habit = next(u)
+        smoker = "never" if habit < 0.5 else "former" if habit < 0.8 else "current"
+        z = (age - 55) / 8 + (pressure - 128) / 12 + (2 if smoker == "current" else 0)
+        ill = int(next(u) < 1 / (1 + math.exp(-z)))
+        lines.append(f"{age},{pressure if measured else ''},{smoker},{ill}")
+    return "\n".join(lines) + "\n"
+
+
+def _uniform(state: int) -> Iterator[float]:
+    """The generator of ISO C's example `rand`: short enough to write down in a README."""
+    while True:
+        state = (1103515245 * state + 12345) % 2**31
+        yield state / 2**31

@@ -1,0 +1,32 @@
+"""What every test runs under: one thread per library, no network, no picture windows, no colours.
+
+Set before anything imports torch or numpy, and inherited by the commands that tests start.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    {
+        # Two test processes on two cores; and determinism is promised per thread count (PROTOCOL F).
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        # rich and typer wrap and colour by these; tests read plain, wide text.
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+        "COLUMNS": "120",
+    }
+)
+os.environ.pop("FORCE_COLOR", None)
+
+from hypothesis import HealthCheck, settings
+
+# No deadlines: a shared machine's slow moment is not a failure. In CI the examples are the same on
+# every run, so that a red build means a change; at a desk they vary and keep what they found.
+settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("desk"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")

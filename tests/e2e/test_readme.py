@@ -1,0 +1,83 @@
+"""README's commands, run as a newcomer runs them: from a fresh clone, in the order of the page.
+
+Slow: the clone sets itself up like any fresh machine. The tests that README starts must not start this
+test again, so it steps aside when it finds itself inside itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INSIDE = "FEDCORE_README_TEST"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(INSIDE in os.environ, reason="already inside README's own commands"),
+]
+
+
+def commands(markdown: str) -> list[str]:
+    """The lines after `$ ` in fenced `console` blocks; a trailing backslash continues a command.
+
+    A block whose fence says `console skip` shows what needs something a clone does not have.
+    """
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE):
+        joined = block.replace("\\\n", " ")
+        found += [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+    return found
+
+
+def test_commands_are_read_from_console_blocks_only():
+    page = "```console\n$ one \\\n  two\nout\n$ three\n```\n```console skip\n$ no\n```\n```sh\n$ no\n```\n"
+    assert [" ".join(line.split()) for line in commands(page)] == ["one two", "three"]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    if shutil.which("git") is None:
+        pytest.skip("no git on this machine")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode != 0:
+        pytest.skip("not a git repository with a commit: there is nothing to clone")
+    folder = tmp_path_factory.mktemp("clone") / "fedcore"
+    subprocess.run(
+        ["git", "clone", "--quiet", "--no-local", str(ROOT), str(folder)], check=True, timeout=300
+    )
+    return folder
+
+
+def test_readme_runs_from_a_fresh_clone(clone):
+    page = (clone / "README.md").read_text()
+    found = commands(page)
+    assert found[0].startswith("scripts/demo"), "the page begins with the demo"
+    # The commands a reader types after `. .venv/bin/activate` find `fedcore` the same way here.
+    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    env |= {INSIDE: "1", "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    # `scripts/test` is on the page; the whole suite runs outside of this test already.
+    env["PYTEST_ADDOPTS"] = "-k test_repository"
+    outputs = {}
+    for command in found:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=clone,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        outputs[command] = done.stdout + done.stderr
+    assert (clone / "runs" / "latest" / "report.html").is_file()
+
+    demo = outputs[found[0]]
+    assert "centralised" in demo and "federated" in demo

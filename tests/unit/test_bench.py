@@ -1,0 +1,169 @@
+"""Benchmarks at small sizes: their JSON, exactness and refusals. Figures are not tested here."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedcore.bench import fold, protect
+from fedcore.errors import Abandoned, BadInput, PlanRefused
+from fedcore.protect import ckks
+
+ROW_KEYS = {
+    "name",
+    "bits",
+    "bytes_up_per_parameter",
+    "bytes_down_per_parameter",
+    "protect_seconds_per_million",
+    "fold_seconds_per_million",
+    "unprotect_seconds_per_million",
+    "max_error",
+}
+
+
+@pytest.fixture(scope="module")
+def protect_result() -> dict:
+    return protect.run(20_000, 16, bits=[8, 16], repeats=2, seed=0)
+
+
+def test_bench_protect_has_a_row_per_scheme(protect_result: dict) -> None:
+    rows = protect_result["rows"]
+    assert [(row["name"], row["bits"]) for row in rows] == [
+        ("float32", 32),
+        ("encrypted", 8),
+        ("encrypted", 16),
+        ("ckks", None),
+        ("ckks-blocks", None),
+    ]
+    assert all(row.keys() >= ROW_KEYS for row in rows)
+    assert (protect_result["schema"], protect_result["kind"]) == (1, "bench-protect")
+    assert json.loads(json.dumps(protect_result)) == protect_result
+
+
+def test_bench_protect_decodes_within_one_step(protect_result: dict) -> None:
+    for row in protect_result["rows"]:
+        if row["name"] == "encrypted":
+            assert 0 < row["max_error"] <= row["quantisation_step"]
+        else:
+            assert row["max_error"] < 1e-6
+
+
+def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> None:
+    rows = {(row["name"], row["bits"]): row for row in protect_result["rows"]}
+    ours, other = rows["encrypted", 16], rows["ckks", None]
+    expected = other["bytes_up_per_parameter"] / ours["bytes_up_per_parameter"]
+    ratios = protect_result["ratios"]["encrypted-16"]
+    assert ratios["ckks"]["bytes_up"] == pytest.approx(expected, abs=1e-3)
+    assert set(ratios) == {"float32", "ckks", "ckks-blocks"}
+
+
+def test_bench_protect_keeps_stdout_for_its_result(capfd: pytest.CaptureFixture[str]) -> None:
+    """TenSEAL warns on stdout when a vector needs several ciphertexts."""
+    protect.run(ckks.SLOTS + 1, 4, bits=[8], repeats=1)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "repeat 1 of 1" in captured.err
+
+
+def test_bench_protect_refuses_what_cannot_be_measured() -> None:
+    for arguments in ({"parameters": 0, "sites": 4}, {"parameters": 9, "sites": 2}):
+        with pytest.raises(BadInput, match="expected at least"):
+            protect.run(**arguments)
+    with pytest.raises(BadInput, match="repeats"):
+        protect.run(10, 4, repeats=0)
+    with pytest.raises(PlanRefused):
+        protect.run(10, 1 << 20, bits=[24])
+
+
+@pytest.mark.parametrize("size", [1, ckks.SLOTS, ckks.SLOTS + 1])
+def test_ckks_sums_are_approximate(size: int) -> None:
+    context = ckks.new_context()
+    vectors = [np.random.default_rng(s).normal(size=size).astype(np.float32) for s in range(3)]
+    for protect_vector in (ckks.protect, ckks.protect_blocks):
+        running: list = []
+        for vector in vectors:
+            running = ckks.fold(context, running, protect_vector(context, vector))
+        total = ckks.unprotect(context, ckks.serialise(running))
+        assert total.shape == (size,)
+        assert np.abs(total - np.sum(np.stack(vectors).astype(np.float64), axis=0)).max() < 1e-5
+
+
+def test_only_the_benchmark_imports_ckks() -> None:
+    package = Path(protect.__file__).resolve().parents[1]
+    users = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if any("import" in line and "ckks" in line for line in path.read_text().splitlines())
+    }
+    assert users == {"bench/protect.py"}
+
+
+def test_bench_fold_is_exact_in_its_own_process() -> None:
+    result = fold.run(parameters=5_000, sites=(3, 5), bits=12)
+    assert (result["schema"], result["kind"]) == (1, "bench-fold")
+    assert [row["sites"] for row in result["rows"]] == [3, 5]
+    for row in result["rows"]:
+        assert row["exact"] is True
+        assert 0 < row["start_rss_mb"] <= row["peak_rss_mb"]
+        assert row["fold_seconds"] > 0
+    assert result["peak_rss_ratio"] < 1.1
+
+
+def test_the_peak_is_the_childs_own_not_its_parents() -> None:
+    """A positive control: what a fold keeps shows in the figure, what its parent has does not."""
+    ballast = np.ones(64 << 17)  # 64 MB here
+    code = (
+        "from fedcore.bench.fold import peak_rss_mb as peak; before = peak(); "
+        "kept = b'x' * (32 << 20); print(before, peak())"
+    )
+    root = str(Path(fold.__file__).resolve().parents[2])
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    ).stdout
+    before, after = map(float, output.split())
+    assert after - before > 30
+    assert before < fold.peak_rss_mb()
+    assert len(ballast) > 0
+
+
+def test_a_folding_process_that_dies_abandons_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dies() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "raise SystemExit(3)"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(fold, "_start", dies)
+    with pytest.raises(Abandoned, match="exit 3"):
+        fold.run(parameters=200_000, sites=(3,), bits=12)
+
+
+def test_a_wrong_sum_abandons_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sealer that protects something else than the slots the parent added up."""
+
+    class Wrong(fold.EncryptedSealer):
+        def protect(self, slots: np.ndarray) -> Iterator[bytes]:
+            return super().protect(slots ^ np.uint64(1))
+
+    monkeypatch.setattr(fold, "EncryptedSealer", Wrong)
+    with pytest.raises(Abandoned, match="not the integer sum"):
+        fold.run(parameters=100, sites=(3,), bits=12)
+
+
+def test_frames_come_back_and_truncation_is_an_error() -> None:
+    pipe = io.BytesIO()
+    fold._write(pipe, 0, b"abc")
+    fold._write(pipe, 1, b"")
+    fold._write(pipe, -1, b"")
+    assert list(fold._frames(io.BytesIO(pipe.getvalue()))) == [(0, b"abc"), (1, b"")]
+    with pytest.raises(EOFError):
+        list(fold._frames(io.BytesIO(pipe.getvalue()[:9])))
+    with pytest.raises(BadInput):
+        fold.run(parameters=0)

@@ -1,0 +1,340 @@
+"""The repository keeps its own promises: versions, names, links, pins, the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OURS = ("fedcore", "server", "clients", "tests", "scripts", "docs", ".ci")
+
+# The public names. Adding one is a decision, removing one breaks somebody: change both places.
+PUBLIC = {
+    "Comparison",
+    "FedcoreError",
+    "Run",
+    "STOP",
+    "Task",
+    "category",
+    "compare",
+    "group",
+    "linear",
+    "load",
+    "load_task",
+    "number",
+    "simulate",
+    "split",
+    "table",
+}
+
+
+def files(*suffixes: str) -> list[Path]:
+    """Our own text files with one of these suffixes, wherever git would look."""
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in OURS:
+        found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(
+        path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts
+    )
+
+
+def test_one_version_everywhere():
+    import fedcore
+
+    version = PYPROJECT["project"]["version"]
+    assert fedcore.__version__ == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE).group(1) == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_public_names_are_guarded():
+    import fedcore
+
+    assert set(fedcore.__all__) - {"__version__"} == PUBLIC
+    for name in fedcore.__all__:
+        assert getattr(fedcore, name) is not None, name
+        assert name in dir(fedcore), name
+
+
+def test_no_module_hides_a_public_function():
+    """`import fedcore.load` would rebind `fedcore.load`: no submodule may bear a public name."""
+    modules = {path.stem for path in (ROOT / "fedcore").glob("*.py")}
+    packages = {path.parent.name for path in (ROOT / "fedcore").glob("*/__init__.py")}
+    assert not (modules | packages) & {name for name in PUBLIC if name.islower()}
+
+
+def test_importing_the_facade_is_light():
+    """The first line of a run comes within a second, and --help in half: no torch before it is needed."""
+    code = "import fedcore, sys; print([m for m in ('torch', 'pandas', 'tenseal') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
+    folders = {"fedcore": "fedcore", "fedcore_server": "server", "fedcore_clients": "clients"}
+    present = set()
+    for package, folder in folders.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inside = init.parent.relative_to(ROOT / folder).parts
+            present.add(".".join((package, *inside)))
+    assert listed == present
+    for folder in folders.values():
+        assert (ROOT / folder / "py.typed").is_file()
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins), pins
+    pairs = [pin.split("==") for pin in pins]
+    assert len(pairs) == len({canonicalize_name(name) for name, _ in pairs}), "a package twice"
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in project["dependencies"] + extras]
+
+
+def test_pins_satisfy_the_ranges():
+    pins = constraints()
+    for requirement in requirements():
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name}: no pin in constraints.txt"
+        assert requirement.specifier.contains(version), f"{requirement}: pinned to {version}"
+    assert pins["torch"] == "2.13.0"  # without a local version, or no index but one would have it
+
+
+def test_flower_stays_an_extra():
+    names = {
+        canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["dependencies"]
+    }
+    assert "flwr" not in names
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every absolute import in a file, those inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("server", {"fedcore_clients", "clients", "server"}),
+        ("clients", {"fedcore_server", "server", "clients"}),
+        ("fedcore", {"fedcore_server", "fedcore_clients", "server", "clients", "grpc", "asyncio"}),
+    ],
+)
+def test_imports_point_one_way(folder, forbidden):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not imported(path) & forbidden, path
+
+
+def test_one_door_per_library():
+    for path in (ROOT / "fedcore").rglob("*.py"):
+        inside = path.relative_to(ROOT / "fedcore").as_posix()
+        if "torch" in imported(path):
+            # comparison/ keeps the checkpoint of an interrupted run (reasons in pyproject.toml)
+            doors = ("learn/", "data/", "comparison/arms.py", "comparison/experiment.py")
+            assert inside.startswith(doors), f"{inside} imports torch"
+        if "tenseal" in imported(path):
+            assert inside in {"protect/bfv.py", "protect/ckks.py"}, f"{inside} imports tenseal"
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that a page of Markdown offers, spelled the way code hosts spell them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_in_the_docs_resolve():
+    broken = []
+    for path in files(".md"):
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            place, _, anchor = target.partition("#")
+            page = (path.parent / place).resolve() if place else path
+            if not page.exists():
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+            elif anchor and page.suffix == ".md" and anchor not in headings(page.read_text()):
+                broken.append(f"{path.relative_to(ROOT)}: {target} (no such heading)")
+    assert not broken
+
+
+def test_tests_named_in_the_docs_exist():
+    """The threat model says which test proves what; a renamed test must not leave a claim behind."""
+    missing = []
+    for path in files(".md"):
+        for name in re.findall(r"tests/[\w/]+\.py(?:::\w+)?", path.read_text()):
+            place, _, function = name.partition("::")
+            text = (ROOT / place).read_text() if (ROOT / place).is_file() else ""
+            if not text or (function and f"def {function}(" not in text):
+                missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not missing
+
+
+def test_no_stray_absolute_paths():
+    """Nothing may lean on one person's machine."""
+    home = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|opt)/[\w.-]+")
+    found = []
+    for path in files(".py", ".md", ".toml", ".txt", ".cff", ".yaml", ".ipynb", ".json", ""):
+        for number, line in enumerate(path.read_text(errors="ignore").splitlines(), start=1):
+            if home.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert not found
+
+
+def test_decisions_are_numbered_and_complete():
+    names = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert [name[:4] for name in names] == [f"{i:04d}" for i in range(1, len(names) + 1)]
+    for name in names:
+        text = (ROOT / "docs" / "decisions" / name).read_text()
+        parts = ("## Context", "## Decision", "## Consequence", "## What would change our mind")
+        assert all(part in text for part in parts), name
+
+
+def fake_repository(folder: Path) -> Path:
+    """A copy with the scripts and the files they hash, and nothing to install."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def fake_python(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which every python3 is this shell script."""
+    folder.mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:/usr/bin:/bin", "PYTHON": ""}
+
+
+@pytest.mark.parametrize(
+    ("body", "says", "hint"),
+    [
+        (
+            '[ "$1" = -V ] && echo "Python 3.9.2"; exit 1',
+            "found Python 3.9.2, expected 3.11",
+            "install one",
+        ),
+        (
+            'case "$*" in *ensurepip*) exit 1;; *-V*) echo "Python 3.11.2";; esac',
+            "found Python 3.11.2 without venv or pip",
+            "python3-venv",
+        ),
+    ],
+)
+def test_set_up_says_what_is_missing(tmp_path, body, says, hint):
+    root = fake_repository(tmp_path / "repo")
+    env = fake_python(tmp_path / "bin", body)
+    done = subprocess.run(
+        ["bash", str(root / "scripts/demo")], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    error, remedy = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: ") and says in error
+    assert remedy.startswith("hint: ") and hint in remedy
+    assert done.stdout == ""
+    assert not (root / ".venv").exists()
+
+
+FAKE_VENV = r"""
+case "$*" in
+    *"-m venv"*)
+        for last; do :; done
+        echo venv >>"$LOG"
+        mkdir -p "$last/bin"
+        cp "$0" "$last/bin/python"
+        printf '#!/bin/sh\necho "fedcore $*"\n' >"$last/bin/fedcore"
+        chmod +x "$last/bin/fedcore"
+        ;;
+    *"-m pip"*) echo pip >>"$LOG"; sleep 1; [ -z "$BROKEN" ] || { echo "no such package"; exit 1; } ;;
+    *-V*) echo "Python 3.11.2" ;;
+esac
+"""
+
+
+def start(root: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", str(root / "scripts/demo"), "--seed", "3"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root.parent,
+    )
+
+
+@pytest.mark.parametrize("lock", ["flock", "mkdir"])
+def test_set_up_happens_once_even_when_two_start(tmp_path, lock):
+    root = fake_repository(tmp_path / "a repo")
+    log = tmp_path / "log"
+    env = fake_python(tmp_path / "bin", FAKE_VENV) | {"LOG": str(log), "BROKEN": ""}
+    if lock == "mkdir":  # the path a machine without flock takes: hide it behind a PATH of our own
+        for tool in (
+            "bash",
+            "cat",
+            "cksum",
+            "cp",
+            "chmod",
+            "dirname",
+            "head",
+            "mkdir",
+            "rm",
+            "sh",
+            "sleep",
+        ):
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+        env["PATH"] = str(tmp_path / "bin")
+    elif shutil.which("flock") is None:
+        pytest.skip("no flock on this machine: the mkdir case is the one that counts here")
+    both = [start(root, env), start(root, env)]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["fedcore simulate --task heart --seed 3\n"] * 2
+    assert log.read_text().split() == ["venv", "pip"]
+
+    third = start(root, env)
+    assert third.communicate(timeout=60)[1] == "", "a second run skips the set-up and says nothing"
+
+    with (root / "constraints.txt").open("a") as file:
+        file.write("# a new pin\n")
+    start(root, env).communicate(timeout=60)
+    assert log.read_text().split() == ["venv", "pip", "pip"], "new pins install into the same .venv"
+
+
+def test_a_failed_set_up_says_why_and_starts_over(tmp_path):
+    root = fake_repository(tmp_path / "repo")
+    log = tmp_path / "log"
+    env = fake_python(tmp_path / "bin", FAKE_VENV) | {"LOG": str(log), "BROKEN": "yes"}
+    process = start(root, env)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "no such package" in err and "\nhint: " in err
+    again = start(root, env | {"BROKEN": ""})
+    again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert log.read_text().split() == ["venv", "pip", "venv", "pip"]
