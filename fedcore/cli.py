@@ -7,6 +7,7 @@ imported inside commands, so that `--help` answers at once and a run's first lin
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,6 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
-_ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 _KEYS_HELP = (
     "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
     "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
@@ -79,25 +79,37 @@ def say(text: str) -> None:
     stderr.print(Text(text), soft_wrap=True)
 
 
-def _settings(context: typer.Context, set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
-    """One flat layer from --set, named options and `--any-key value` flags, the last winning."""
+class _JobCommand(typer.core.TyperCommand):
+    """A command for which every key of a job is a flag: `--batch-size 64` is `--set batch_size=64`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Rewrite flags that are none of the command's own before click sees them."""
+        own = {option for parameter in self.params for option in parameter.opts} | {"--help"}
+        return super().parse_args(ctx, _as_settings(args, own))
+
+
+def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
+    found, rest = [], list(args)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--") or name in own:
+            found.append(flag)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
+            value = rest.pop(0)
+        found += ["--set", f"{name[2:].replace('-', '_')}={value}"]
+    return found
+
+
+def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
+    """One flat layer from --set and the named options, which win."""
     from fedcore.config import parse_set
 
     found = dict(parse_set(text) for text in set_ or [])
-    found |= {key: value for key, value in named.items() if value is not None}
-    extra = list(context.args)
-    while extra:
-        flag = extra.pop(0)
-        if not flag.startswith("--"):
-            raise BadInput(f"arguments: found {flag!r}, expected one job file and --flags")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            if not extra or extra[0].startswith("--"):
-                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
-            value = extra.pop(0)
-        key, parsed = parse_set(f"{name.replace('-', '_')}={value}")
-        found[key] = parsed
-    return found
+    return found | {key: value for key, value in named.items() if value is not None}
 
 
 def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,9 +168,8 @@ class _Progress:
             self._bar.stop()
 
 
-@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
 def simulate(
-    context: typer.Context,
     job: JobFile = None,
     task: TaskName = None,
     protection: Protection = None,
@@ -178,7 +189,7 @@ def simulate(
     """Train one model over several sites on this machine, beside the arms it is compared with."""
     _starting("simulate", job or resume, task)
     settings = _settings(
-        context, set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits
+        set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits
     )
     if resume is not None and (settings or job or out):
         raise BadInput(
@@ -245,9 +256,8 @@ def _quiet(text: str) -> None:
         say(text)
 
 
-@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
 def compare(
-    context: typer.Context,
     job: JobFile = None,
     task: TaskName = None,
     protection: Protection = None,
@@ -260,7 +270,7 @@ def compare(
 ) -> None:
     """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
     _starting("compare", job, task)
-    settings = _settings(context, set_, task=task, protection=protection, rounds=rounds)
+    settings = _settings(set_, task=task, protection=protection, rounds=rounds)
     say("loading torch")
     from fedcore.comparison import api
     from fedcore.report import terminal
@@ -288,9 +298,8 @@ def compare(
 # ---------------------------------------------------------------------------------------- looking
 
 
-@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
 def plan(
-    context: typer.Context,
     where: Annotated[
         Path | None, typer.Argument(help="A job file or folder, or a run's directory.")
     ] = None,
@@ -301,7 +310,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """The solved plan: packing, proof of headroom, bytes forecast, where the price jumps, label."""
-    settings = _settings(context, set_, task=task, protection=protection, rounds=rounds)
+    settings = _settings(set_, task=task, protection=protection, rounds=rounds)
     if where is not None and (where / "plan.json").is_file():
         from fedcore.files import read_json
 
@@ -315,9 +324,8 @@ def plan(
     _emit(found) if as_json else _print(plan_page(found))
 
 
-@app.command(context_settings=_ANY_KEY, epilog=_KEYS_HELP)
+@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
 def check(
-    context: typer.Context,
     what: Annotated[
         str,
         typer.Argument(help="A task, spelled as for --task, or a job file."),
@@ -326,7 +334,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Load every site, count classes, take one training step, and show the model and the plan."""
-    settings = _settings(context, set_)
+    settings = _settings(set_)
     path = Path(what)
     is_job = what.endswith(".toml") or (path / "job.toml").is_file()
     layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
@@ -346,6 +354,7 @@ def report(
 ) -> None:
     """Write a run's report again, lay runs over each other, or print a table for a paper."""
     from fedcore import report as reports
+    from fedcore.files import write_atomic
 
     if format_ not in ("html", "md", "latex"):
         raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
@@ -355,7 +364,7 @@ def report(
         typer.echo(text)
         return
     target = out or runs[0] / ("report.html" if len(runs) == 1 else "overlay.html")
-    reports.write_text(target, text)
+    write_atomic(target, text.encode())
     typer.echo(target)
 
 
@@ -374,7 +383,7 @@ def runs(
     elif not rows:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
     else:
-        _print(terminal.runs_table([(row["run"], row["result"]) for row in rows]))
+        _print(terminal.runs_table(rows))
 
 
 @app.command()
@@ -490,7 +499,9 @@ def _exit_codes() -> Iterator[None]:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show(sys.stderr)
+        say(f"error: {error.format_message()}")
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            say(f"hint: {_usage_hint(error.ctx, error)}")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         say("interrupted")
@@ -500,10 +511,22 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(EXIT_DONE)
 
 
+def _usage_hint(context: click.Context, error: click.UsageError) -> str:
+    """The nearest command for a mistyped one, else where the options are listed."""
+    commands = getattr(context.command, "commands", None)
+    if commands and "'" in error.message:
+        typed = error.message.split("'")[1]
+        near = difflib.get_close_matches(typed, commands, n=1)
+        if near:
+            return f"did you mean {context.command_path} {near[0]}?"
+    return f"{context.command_path} --help"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `fedcore` command; always ends in SystemExit."""
     with _exit_codes():
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        given = list(arguments) if arguments is not None else None
+        code = app(args=given, prog_name="fedcore", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else EXIT_DONE)
 
 

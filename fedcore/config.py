@@ -127,14 +127,14 @@ class Job:
 
     def to_json(self) -> Json:
         """Sections as plain JSON, the form `job.json` of a run has."""
-        sites = {k: v if _is_json(v) else f"<{type(v).__name__}>" for k, v in self.sites.items()}
         out: Json = {**self.run.model_dump(mode="json")}
         for name in ("train", "protect", "round", "track"):
             out[name] = getattr(self, name).model_dump(mode="json")
-        return {**out, "sites": sites, "base": str(self.base)}
+        return {**out, "base": str(self.base)}
 
 
-def _is_json(value: Any) -> bool:
+def is_json(value: Any) -> bool:
+    """Whether a source can stand in a job file."""
     try:
         json.dumps(value)
     except TypeError:

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import distributions
 
-from fedcore.comparison.experiment import environment
+from fedcore.environment import environment
 from fedcore.errors import FedcoreError
 
 

@@ -88,12 +88,22 @@ class Packing:
 
     bits: quantised bits b of one coordinate; max_sites: the n a sum may have.
     ring: None under `plain`, where a slot travels as itself.
+    Whoever makes one (the solver, or a site that reads another's plan) gets the proof or PlanRefused.
     """
 
     bits: int
     max_sites: int
     fields_per_slot: int
     ring: Ring | None
+
+    def __post_init__(self) -> None:
+        fits = 1 <= self.slot_bits <= MAX_SLOT_BITS
+        if not fits or (self.ring and not self.ring.proves(self.max_sites, self.slot_bits)):
+            raise PlanRefused(
+                f"packing: found {self.fields_per_slot} fields of {self.field_width} bits in a slot "
+                f"for {self.max_sites} sites, expected a slot that proves headroom",
+                remedy="`fedcore plan` solves one",
+            )
 
     @property
     def field_width(self) -> int:
@@ -335,13 +345,14 @@ def canonical(value: Json) -> bytes:
 class RoundHeader:
     """What one protected vector belongs to. `digest` is h of the protocol.
 
+    roster: every site that may contribute; who survived is known only after the tags are made.
     A different stage of the same round has a different h, so two vectors never share tag keys.
     """
 
     job: str
     round: int
     stage: str
-    survivors: tuple[SiteId, ...]
+    roster: tuple[SiteId, ...]
     plan_digest: str
     version: int = PLAN_VERSION
 

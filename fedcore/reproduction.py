@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.comparison.api import compare, simulate
-from fedcore.comparison.experiment import environment
+from fedcore.comparison.experiment import stored_job
+from fedcore.environment import environment
 from fedcore.files import read_json
 from fedcore.run import Run, read_rounds
 from fedcore.task import Task
@@ -37,7 +38,7 @@ def reproduce(
 ) -> Reproduction:
     """Run `directory`'s job again in a temporary directory and compare. Raises BadInput on no run."""
     old = read_json(directory / "result.json")
-    job = read_json(directory / "job.json")
+    job = stored_job(directory, task)
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
         if old["kind"] == "compare":
             return _compare_again(old, job, Path(folder) / "run", task, on_row)

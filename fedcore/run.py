@@ -16,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,26 +29,51 @@ from fedcore.types import GAP_PARTS, Json
 RUNS = Path("runs")
 
 
-def new_directory(name: str, out: Path | None, *, force: bool) -> Path:
+@contextmanager
+def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]:
     """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it.
 
-    Raises AlreadyExists for an `out` that holds something, unless `force` clears a former run there.
+    If the block raises before a whole round was saved, the directory goes away again, and a former
+    run that `force` replaces comes back; after an interrupt it stays, to be resumed.
+    Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`.
     """
+    former = _set_aside(out, force=force) if out is not None else None
+    path = _next_numbered(name) if out is None else out
+    path.mkdir(parents=True, exist_ok=True)
     if out is None:
-        return _next_numbered(name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not force:
-            raise AlreadyExists(
-                f"--out: found {out}, which holds files already", remedy="another --out, or --force"
-            )
-        if not (out / "job.json").is_file():
-            raise AlreadyExists(
-                f"--out: found {out}, which is no run of ours",
-                remedy="--force replaces former runs only",
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+        _point_latest(path)
+    try:
+        yield path
+    except Exception:
+        if not (path / "checkpoint.pt").is_file():
+            shutil.rmtree(path)
+            if former is not None:
+                former.rename(path)
+                former = None
+            if out is None:
+                _point_to_newest()
+        raise
+    finally:
+        if former is not None:
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def _set_aside(out: Path, *, force: bool) -> Path | None:
+    """Move a former run out of the way, to be removed or put back; None where `out` is free."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not force:
+        raise AlreadyExists(
+            f"--out: found {out}, which holds files already", remedy="another --out, or --force"
+        )
+    if not (out / "job.json").is_file():
+        raise AlreadyExists(
+            f"--out: found {out}, which is no run of ours",
+            remedy="--force replaces former runs only",
+        )
+    aside = out.with_name(f".{out.name}.replaced.{os.getpid()}")
+    out.rename(aside)
+    return aside
 
 
 def _next_numbered(name: str) -> Path:
@@ -62,7 +88,6 @@ def _next_numbered(name: str) -> Path:
         except FileExistsError:  # another run took the number a moment ago
             number += 1
             continue
-        _point_latest(path)
         return path
 
 
@@ -74,6 +99,14 @@ def _point_latest(path: Path) -> None:
         beside.replace(RUNS / "latest")
     except OSError:
         beside.unlink(missing_ok=True)
+
+
+def _point_to_newest() -> None:
+    """After a failed run: runs/latest to the newest that is left, or nothing."""
+    (RUNS / "latest").unlink(missing_ok=True)
+    left = list_runs()
+    if left:
+        _point_latest(Path(left[-1]["run"]))
 
 
 def read_rounds(directory: Path) -> list[Json]:

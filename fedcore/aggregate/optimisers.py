@@ -9,6 +9,7 @@ FedAdam, FedYogi: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, with Adam's
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -43,8 +44,8 @@ class ServerState:
         """The bytes the state tag covers: little-endian, in a fixed order."""
         parts = [self.parameters.astype("<f8").tobytes()]
         parts += [self.moments[name].astype("<f8").tobytes() for name in sorted(self.moments)]
-        parts += [np.float64(self.scalars[name]).tobytes() for name in sorted(self.scalars)]
-        parts.append(np.float64(self.bound).tobytes())
+        parts += [struct.pack("<d", self.scalars[name]) for name in sorted(self.scalars)]
+        parts.append(struct.pack("<d", self.bound))
         return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 

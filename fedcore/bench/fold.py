@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -25,9 +24,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from fedcore.bench.environment import environment, progress
+from fedcore.bench import progress
 from fedcore.encode.pack import Layout
+from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput
 from fedcore.plan import VectorSpec, solve_packing
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
@@ -166,6 +170,17 @@ def _frames(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield index, _read(stream, length)
 
 
+def page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore bench fold`."""
+    table = Table("sites", "parameters", "peak memory, MB", "fold, s", box=box.SIMPLE_HEAD)
+    for row in found["rows"]:
+        peak, seconds = f"{row['peak_rss_mb']:.1f}", f"{row['fold_seconds']:.2f}"
+        table.add_row(str(row["sites"]), f"{row['parameters']:,}", peak, seconds)
+    return Group(
+        table, Text(f"largest peak / smallest: {found['peak_rss_ratio']}; every sum exact")
+    )
+
+
 # ------------------------------------------------------------------ the child
 
 
@@ -174,7 +189,7 @@ def fold_from(source: IO[bytes], sink: IO[bytes]) -> None:
     public = PublicContext.from_bytes(_read(source, _PUBLIC_BYTES))
     (slots,) = struct.unpack("<Q", _read(source, 8))
     fold = EncryptedFold(public, slots)
-    start_rss, seconds = peak_rss_mb(), 0.0
+    start_rss, seconds = peak_memory_mb(), 0.0
     for index, chunk in _frames(source):
         started = time.perf_counter()
         fold.add(index, chunk)
@@ -186,26 +201,12 @@ def fold_from(source: IO[bytes], sink: IO[bytes]) -> None:
         started = time.perf_counter()
     _write(sink, _END, b"")
     report = {
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": peak_memory_mb(),
         "start_rss_mb": start_rss,
         "fold_seconds": round(seconds, 4),
     }
     sink.write(json.dumps(report).encode())
     sink.flush()
-
-
-def peak_rss_mb() -> float:
-    """This process's own peak resident memory in MB.
-
-    Linux: VmHWM. `ru_maxrss` is for elsewhere, because a Linux child starts with its parent's peak.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kilobytes = peak // 1024 if sys.platform == "darwin" else peak
-    return round(kilobytes / 1024, 1)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from fedcore.bench.environment import environment, progress
+from fedcore.bench import progress
 from fedcore.encode.pack import Layout
 from fedcore.encode.quantise import dequantise, quantise, step_size
+from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
 from fedcore.protect import ckks
@@ -285,3 +290,30 @@ def _ratios(rows: Sequence[Json]) -> Json:
         for row in rows
         if row["name"] == "encrypted"
     }
+
+
+def page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore bench protect`."""
+    heads = ("scheme", "B/param up", "down", "protect", "fold", "unprotect", "max error")
+    table = Table(*heads, box=box.SIMPLE_HEAD)
+    for row in found["rows"]:
+        bits = f" {row['bits']} bits" if row["bits"] else ""
+        seconds = (row[f"{s}_seconds_per_million"] for s in ("protect", "fold", "unprotect"))
+        table.add_row(
+            row["name"] + bits,
+            f"{row['bytes_up_per_parameter']:.3f}",
+            f"{row['bytes_down_per_parameter']:.3f}",
+            *(f"{value:.4f}" for value in seconds),
+            f"{row['max_error']:.2e}",
+        )
+    lines = [
+        f"{name}: {ratio['ckks']['bytes_up']:.1f} times smaller up and "
+        f"{ratio['ckks']['protect_seconds']:.1f} times faster to protect than ckks "
+        f"({ratio['ckks-blocks']['protect_seconds']:.1f} times, ckks one ciphertext at a time)"
+        for name, ratio in found["ratios"].items()
+    ]
+    note = (
+        f"{found['parameters']:,} parameters, plan for {found['sites']} sites; seconds per million "
+        f"parameters and vector, medians of {found['repeats']} interleaved repeats"
+    )
+    return Group(table, Text(note), *map(Text, lines))

@@ -18,13 +18,14 @@ from fedcore.comparison.experiment import (
     OnRound,
     Prepared,
     RunWriter,
-    environment,
     job_for,
+    job_json,
     prepare,
     run_experiment,
 )
 from fedcore.comparison.gap import summarise_cells
 from fedcore.config import Job, read_job_file
+from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.files import read_json, write_json
 from fedcore.run import Comparison, Run, new_directory
@@ -80,12 +81,11 @@ def simulate_layers(
 ) -> Run:
     """`simulate` from layers of settings, as the command line collects them."""
     prepared = prepare_layers(layers, say, task=task)
-    directory = new_directory(
-        f"{prepared.task.name}-{prepared.plan.protection}", Path(out) if out else None, force=force
-    )
-    if on_ready is not None:
-        on_ready(prepared, directory)
-    return _run(prepared, directory, on_round, resume=False)
+    name = f"{prepared.task.name}-{prepared.plan.protection}"
+    with new_directory(name, Path(out) if out else None, force=force) as directory:
+        if on_ready is not None:
+            on_ready(prepared, directory)
+        return _run(prepared, directory, on_round, resume=False)
 
 
 def prepare_layers(
@@ -181,40 +181,47 @@ def compare_layers(
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen:
         raise BadInput("seeds: found none, expected at least 1")
+    name = f"{found.name}-compare"
+    with new_directory(name, Path(out) if out else None, force=force) as directory:
+        result = _compare_into(directory, found, complete, chosen, on_cell, say)
+        result["reproduce"] = f"fedcore reproduce {directory}"
+        write_json(directory / "result.json", result)
+        comparison = Comparison(directory)
+        comparison.report()
+    return comparison
+
+
+def _compare_into(
+    directory: Path,
+    task: Task,
+    job: Job,
+    seeds: Sequence[int],
+    on_cell: OnCell | None,
+    say: Say,
+) -> Json:
+    """Every split of the grid; writes job.json and plan.json, returns the result."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    grid = list(itertools.product(chosen, range(complete.run.folds)))
+    grid = list(itertools.product(seeds, range(job.run.folds)))
     cells: list[Json] = []
     results: list[Json] = []
-    directory: Path | None = None
     for number, (seed, fold) in enumerate(grid, start=1):
         cell_job = replace(
-            complete,
-            run=complete.run.model_copy(update={"seed": seed, "fold": fold}),
-            track=complete.track.model_copy(update={"resamples": 0}),
+            job,
+            run=job.run.model_copy(update={"seed": seed, "fold": fold}),
+            track=job.track.model_copy(update={"resamples": 0}),
         )
-        prepared = prepare(found, cell_job, say if number == 1 else _silent)
-        if directory is None:
-            directory = new_directory(
-                f"{found.name}-compare", Path(out) if out else None, force=force
-            )
-            write_json(
-                directory / "job.json", complete.to_json() | {"task": found.origin or found.name}
-            )
+        prepared = prepare(task, cell_job, say if number == 1 else _silent)
+        if number == 1:
+            write_json(directory / "job.json", job_json(task, job))
             write_json(directory / "plan.json", prepared.plan_json())
         _, result = run_experiment(prepared, None)
         results.append(result)
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:
             on_cell(cells[-1], number, len(grid))
-    assert directory is not None
-    result = _comparison_result(results, cells, complete, len(chosen))
+    result = _comparison_result(results, cells, job, len(seeds))
     result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
-    result |= {"seconds_total": time.perf_counter() - clock}
-    result["reproduce"] = f"fedcore reproduce {directory}"
-    write_json(directory / "result.json", result)
-    comparison = Comparison(directory)
-    comparison.report()
-    return comparison
+    return result | {"seconds_total": time.perf_counter() - clock}
 
 
 def _cell(result: Json, seed: int, fold: int) -> Json:

@@ -7,10 +7,6 @@ same number of rows per round. After every round the run can be interrupted and 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +30,13 @@ from fedcore.comparison.arms import (
 )
 from fedcore.comparison.gap import PARTS, bootstrap_gap
 from fedcore.comparison.transport import MetricTransport
-from fedcore.config import Job, build_job
+from fedcore.config import Job, build_job, is_json
 from fedcore.data.rows import Layout, Rows, load_rows, pool, split_rows
 from fedcore.data.statistics import Statistics, finish_statistics, site_sums
 from fedcore.encode.pack import Layout as VectorLayout
+from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import BadInput
-from fedcore.files import write_atomic, write_json
+from fedcore.files import read_json, write_atomic, write_json
 from fedcore.label import label_of
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thread
@@ -428,12 +425,6 @@ def _own_value(parts: Sequence[Any], name: str) -> float | None:
     return sum(t for t, _ in pairs) / count if count else None
 
 
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
 # ---------------------------------------------------------------------------------------- the result
 
 
@@ -606,54 +597,6 @@ def _warnings(experiment: Experiment, result: Json) -> list[str]:
     return found
 
 
-def environment() -> Json:
-    """Versions and machine, as every published number needs them beside it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    from fedcore import __version__
-
-    return {
-        "fedcore": __version__,
-        "python": platform.python_version(),
-        "torch": of("torch"),
-        "numpy": np.__version__,
-        "tenseal": of("tenseal"),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, if it is one."""
-    git = Path(__file__).resolve().parents[2] / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        return (git / head.removeprefix("ref: ")).read_text().strip()
-    except OSError:
-        return None
-
-
 # ---------------------------------------------------------------------------------------- the shell
 
 
@@ -667,10 +610,7 @@ class RunWriter:
     def start(self) -> None:
         """plan.json and job.json, before anything is trained."""
         write_json(self.directory / "plan.json", self._prepared.plan_json())
-        job = self._prepared.job.to_json() | {
-            "task": self._prepared.task.origin or self._prepared.task.name
-        }
-        write_json(self.directory / "job.json", job)
+        write_json(self.directory / "job.json", job_json(self._prepared.task, self._prepared.job))
         (self.directory / "rounds.jsonl").touch()
 
     def row(self, row: Json) -> None:
@@ -729,6 +669,29 @@ def run_experiment(
                 writer.checkpoint(experiment)
     result = build_result(experiment, started, time.perf_counter() - clock)
     return experiment, result
+
+
+def job_json(task: Task, job: Job) -> Json:
+    """job.json: all it takes to run again. What was made in memory is marked by None."""
+    in_memory = any(not is_json(source) for source in job.sites.values())
+    sites = None if in_memory else dict(job.sites)
+    return job.to_json() | {"task": task.origin or None, "task_name": task.name, "sites": sites}
+
+
+def stored_job(directory: Path, task: Task | None) -> Json:
+    """The job of a run directory as a layer of settings.
+
+    Raises BadInput where the run was made from objects in memory, which no file can bring back.
+    """
+    found = read_json(directory / "job.json")
+    name = found.pop("task_name")
+    if found["sites"] is None or (task is None and found["task"] is None):
+        raise BadInput(
+            f"{directory}: task {name!r} or its sites were made in memory, so the command line cannot "
+            "run it again",
+            remedy="put the task into a file: `fedcore new DIR` shows how",
+        )
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def job_for(task: Task | str | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:

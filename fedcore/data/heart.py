@@ -49,9 +49,7 @@ table = tabular.table(
         "trestbps": number(50, 250, missing=(0,)),
         "chol": number(50, 700, missing=(0,)),
         "fbs": category(True, False, may_be_missing=True),
-        "restecg": category(
-            "normal", "st-t abnormality", "lv hypertrophy", may_be_missing=True
-        ),
+        "restecg": category("normal", "st-t abnormality", "lv hypertrophy", may_be_missing=True),
         "thalch": number(40, 250, may_be_missing=True),
         "exang": category(True, False, may_be_missing=True),
         "oldpeak": number(-5, 10, may_be_missing=True),

@@ -141,7 +141,9 @@ def _opened(
                     remedy='split(frame, n, by="label", label="diagnosis")',
                 )
             # Sorted, so that the numbering does not depend on the order of the rows.
-            _, codes = np.unique(dataset[label].astype(str).to_numpy().astype(str), return_inverse=True)
+            _, codes = np.unique(
+                dataset[label].astype(str).to_numpy().astype(str), return_inverse=True
+            )
             labels = codes.astype(np.int64)
         return len(dataset), labels, lambda part: dataset.iloc[part]
     if isinstance(dataset, (ArrayRows, TableRows, DatasetRows)):
@@ -173,7 +175,9 @@ def _opened_pair(
 ) -> tuple[int, Indices | None, Callable[[Indices], Any]]:
     for name, value in (("X", x), ("y", y)):
         if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim == 0:
-            raise BadInput(f"split: found {type(value).__name__} for {name}, expected an array or a tensor")
+            raise BadInput(
+                f"split: found {type(value).__name__} for {name}, expected an array or a tensor"
+            )
     if len(x) != len(y):
         raise BadInput(f"split: found {len(x)} rows in X and {len(y)} in y, expected as many")
     labels = class_indices(torch.as_tensor(y)) if wanted else None

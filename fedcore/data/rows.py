@@ -368,7 +368,9 @@ def _pool_arrays(parts: Sequence[ArrayRows]) -> ArrayRows:
     shapes = {(tuple(p.x.shape[1:]), p.x.dtype, tuple(p.y.shape[1:]), p.y.dtype) for p in parts}
     if len(shapes) > 1:
         seen = "; ".join(
-            sorted(f"X {list(a)} {b}, y {list(c)} {d}".replace("torch.", "") for a, b, c, d in shapes)
+            sorted(
+                f"X {list(a)} {b}, y {list(c)} {d}".replace("torch.", "") for a, b, c, d in shapes
+            )
         )
         raise BadInput(
             f"sites: found rows of different shapes ({seen}), expected one shape",
@@ -393,9 +395,17 @@ def _pool_tables(parts: Sequence[TableRows]) -> TableRows:
 
 def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
     known = [part.labels() for part in parts]
-    every = None if any(k is None for k in known) else np.concatenate([k for k in known if k is not None])
-    union: ConcatDataset[Any] = ConcatDataset([Subset(p.dataset, p.indices.tolist()) for p in parts])
-    return DatasetRows(union, parts[0].collate, parts[0].batch_size, site="all sites", _labels=[every])
+    every = (
+        None
+        if any(k is None for k in known)
+        else np.concatenate([k for k in known if k is not None])
+    )
+    union: ConcatDataset[Any] = ConcatDataset(
+        [Subset(p.dataset, p.indices.tolist()) for p in parts]
+    )
+    return DatasetRows(
+        union, parts[0].collate, parts[0].batch_size, site="all sites", _labels=[every]
+    )
 
 
 # ---------------------------------------------------------------- recognising what a task returned
@@ -535,8 +545,12 @@ def _rows_with_statistics(
             remedy="Task(statistics=...) gives one (low, high) per column of X",
         )
     if np.isinf(features).any():
-        _refuse_not_finite(torch.from_numpy(np.where(np.isnan(features), 0.0, features)), "X", where)
-    return TableRows(features, np.zeros((len(features), 0), np.float32), y, array_layout(statistics))
+        _refuse_not_finite(
+            torch.from_numpy(np.where(np.isnan(features), 0.0, features)), "X", where
+        )
+    return TableRows(
+        features, np.zeros((len(features), 0), np.float32), y, array_layout(statistics)
+    )
 
 
 def array_layout(statistics: Sequence[Any]) -> Layout:

@@ -352,9 +352,7 @@ def _number(where: str, name: str, index: int, value: Any) -> float:
         ) from None
 
 
-def _one_hot(
-    where: str, name: str, spec: Category, values: Sequence[Any]
-) -> NDArray[np.float32]:
+def _one_hot(where: str, name: str, spec: Category, values: Sequence[Any]) -> NDArray[np.float32]:
     """(rows, declared + other [+ missing]) float32 of 0 and 1, one 1 per row at most."""
     index = {text: i for i, text in enumerate(spec.values)}
     other = len(spec.values)

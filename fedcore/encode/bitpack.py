@@ -1,4 +1,4 @@
-"""Words of 33 to 64 significant bits without their leading zeros: the last step before the wire.
+"""Words of 1 to 64 significant bits without their leading zeros: the last step before the wire.
 
 Invariant: `unpack_words(pack_words(w, bits), bits, len(w)) == w` for words below 2^bits.
 The group of g = 8 / gcd(bits, 8) words that fills whole bytes is laid out in lanes: the words are cut

@@ -7,6 +7,7 @@ of the integers, because `sum_i sum_j 2^(b j) limb_ij = sum_j 2^(b j) sum_i limb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index as index_of
 
 import numpy as np
 
@@ -22,13 +23,14 @@ def limb_count(wide_bits: int, bits: int) -> int:
 def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
     """(m,) integers in [0, 2^wide_bits) to (m * ceil(L / b),) fields, least significant limb first.
 
-    Python integers throughout: L may exceed 64. Raises BadInput outside the range.
+    Python integers throughout: L may exceed 64. Raises BadInput outside the range, TypeError for a
+    float, which would lose its fraction silently.
     """
     count = limb_count(wide_bits, bits)
     mask = (1 << bits) - 1
     limbs = np.empty(len(values) * count, dtype=np.uint64)
     for index, value in enumerate(values):
-        integer = int(value)
+        integer = index_of(value)
         if not 0 <= integer < 1 << wide_bits:
             raise BadInput(
                 f"wide coordinate {index}: found a value outside its public cap of {wide_bits} bits",

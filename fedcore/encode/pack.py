@@ -93,6 +93,10 @@ class Layout:
                 f"update: found {len(coordinates)} coordinates, expected {self.spec.coordinates}",
                 remedy="every site must build the same model",
             )
+        if coordinates.max(initial=0) >> self.packing.bits:
+            raise BadInput(
+                f"update: found a field of more than {self.packing.bits} bits, which could wrap a sum"
+            )
         parts = [coordinates]
         for wide in self.spec.wides:
             values = wides[wide.name]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.encode.bitpack import Words, pack_words, packed_size, unpack_words
-from fedcore.errors import ChunkRefused, PlanRefused, Unavailable
+from fedcore.errors import BadInput, ChunkRefused, PlanRefused, Unavailable
 from fedcore.plan import SEAL_PLAIN_MODULUS_BITS, Packing, Ring
 from fedcore.protect.sumtag import GroupSecret
 from fedcore.types import Json, Slots
@@ -65,6 +65,7 @@ class Courier:
 
     A memfd where the system has one: nothing touches a disk. Elsewhere (macOS) one file of mode 0600
     in a directory of mode 0700, emptied after every use and removed with the courier.
+    One process, one thread: a forked child that used its parent's path would overwrite it.
     """
 
     def __init__(self, *, force_file: bool = False) -> None:
@@ -72,9 +73,9 @@ class Courier:
 
         self._inflate = zstandard.ZstdDecompressor()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._pid = os.getpid()
         if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir() and not force_file:
             self._fd = os.memfd_create("fedcore", os.MFD_CLOEXEC)
-            self._pid = os.getpid()
             self._path = f"/proc/self/fd/{self._fd}"
         else:
             self._folder = tempfile.TemporaryDirectory(prefix="fedcore-")
@@ -89,7 +90,8 @@ class Courier:
     def close(self) -> None:
         """Give the path back; a second call does nothing."""
         if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
+            if os.getpid() == self._pid:
+                os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
         if self._folder is not None:
@@ -102,20 +104,30 @@ class Courier:
 
     def take(self, seal_object: Any) -> bytes:
         """What `seal_object.save` writes, inflated, without the outer header."""
-        seal_object.save(self._path)
-        size = os.fstat(self._fd).st_size
-        saved = os.pread(self._fd, size, 0)
-        os.ftruncate(self._fd, 0)
+        self._refuse_forked()
+        try:
+            seal_object.save(self._path)
+            saved = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        finally:
+            os.ftruncate(self._fd, 0)
         return self._inflate.decompressobj().decompress(saved[_SEAL_HEADER_SIZE:])
 
     def give(self, seal_object: Any, context: Any, body: bytes) -> Any:
         """Load an uncompressed stream into `seal_object`; SEAL validates it against `context`."""
-        os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
+        self._refuse_forked()
         try:
+            os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
             seal_object.load(context, self._path)
         finally:
             os.ftruncate(self._fd, 0)
         return seal_object
+
+    def _refuse_forked(self) -> None:
+        if os.getpid() != self._pid:
+            raise Unavailable(
+                f"ciphertext path: found process {os.getpid()}, expected {self._pid}, which opened it",
+                remedy="start workers by spawn, or make the sealer after the fork",
+            )
 
 
 def _seal_header(size: int) -> bytes:
@@ -135,7 +147,10 @@ class PublicContext:
         sealapi = load_seal()
         parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
         parameters.set_poly_modulus_degree(ring.degree)
-        parameters.set_coeff_modulus([sealapi.Modulus(ring.modulus)])
+        try:
+            parameters.set_coeff_modulus([sealapi.Modulus(ring.modulus)])
+        except (RuntimeError, ValueError) as error:
+            raise PlanRefused(f"ring: SEAL refuses its modulus: {error}") from error
         parameters.set_plain_modulus(1 << slot_bits)
         self.seal = sealapi.SEALContext(parameters, False, sealapi.SEC_LEVEL_TYPE.TC128)
         if not self.seal.parameters_set():
@@ -157,7 +172,7 @@ class PublicContext:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PublicContext:
-        """The inverse of `to_bytes`; raises ChunkRefused on another length."""
+        """The inverse of `to_bytes`; raises ChunkRefused on another length, PlanRefused on bad values."""
         if len(data) != 16:
             raise ChunkRefused(f"public context: found {len(data)} bytes, expected 16")
         degree, slot_bits, modulus = struct.unpack("<IIQ", data)
@@ -266,6 +281,13 @@ def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, coun
     return _Chunk(first, seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1))
 
 
+def _blocks(ring: Ring, slots: int) -> int:
+    """Ciphertexts of a vector. Raises BadInput for a remainder, which would be dropped silently."""
+    if slots % ring.degree:
+        raise BadInput(f"vector: found {slots} slots, expected a multiple of {ring.degree}")
+    return slots // ring.degree
+
+
 def _counts(blocks: int) -> Iterator[tuple[int, int]]:
     """(first, count) of each chunk of a vector of `blocks` ciphertexts."""
     for first in range(0, blocks, BLOCKS_PER_CHUNK):
@@ -282,7 +304,7 @@ class EncryptedSealer:
     def protect(self, slots: Slots) -> Iterator[bytes]:
         """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts."""
         degree = self._public.ring.degree
-        for first, count in _counts(len(slots) // degree):
+        for first, count in _counts(_blocks(self._public.ring, len(slots))):
             words = np.empty((count, degree), dtype=np.uint64)
             seeds = []
             for row in range(count):
@@ -310,7 +332,7 @@ class EncryptedSealer:
         """
         degree = self._public.ring.degree
         total = np.zeros(slots, dtype=np.uint64)
-        places = list(_counts(slots // degree))
+        places = list(_counts(_blocks(self._public.ring, slots)))
         received = 0
         for chunk in chunks:
             if received == len(places):
@@ -352,7 +374,7 @@ class EncryptedFold:
     def __init__(self, public: PublicContext, slots: int, courier: Courier | None = None) -> None:
         self._public = public
         self._courier = courier or Courier()
-        self._blocks = slots // public.ring.degree
+        self._blocks = _blocks(public.ring, slots)
         self._evaluator = public.api.Evaluator(public.seal)
         self._total: list[Any] = [None] * self._blocks
 

@@ -28,7 +28,7 @@ def _chunk_slots(index: int, slots: int) -> int:
 
 
 def _read(chunk: bytes, index: int, count: int, bits: int) -> Slots:
-    if count <= 0 or len(chunk) != packed_size(count, bits):
+    if index < 0 or count <= 0 or len(chunk) != packed_size(count, bits):
         raise ChunkRefused(
             f"chunk {index}: found {len(chunk)} bytes, expected {packed_size(max(count, 0), bits)}"
         )
@@ -67,9 +67,10 @@ class PlainFold:
     def add(self, index: int, chunk: bytes) -> None:
         """Add one chunk. Raises ChunkRefused unless it has exactly the size of its place."""
         count = _chunk_slots(index, len(self._total))
+        slots = _read(chunk, index, count, self._bits)
         start = index * SLOTS_PER_CHUNK
-        self._total[start : start + count] += _read(chunk, index, count, self._bits)
+        self._total[start : start + count] += slots
 
     def total(self) -> Iterator[bytes]:
-        """The running sum, packed like an upload: its fields have the headroom already."""
-        yield from _chunks(self._total, self._bits)
+        """The running sum in the ring Z_{2^slot_bits}, packed like an upload."""
+        yield from _chunks(self._total & np.uint64((1 << self._bits) - 1), self._bits)

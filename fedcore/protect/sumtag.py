@@ -84,9 +84,14 @@ class SumTag:
         return (self._pad(site) + self._product(slots)) % PRIME
 
     def check(self, total: Slots, tag_sum: int, survivors: Sequence[SiteId]) -> None:
-        """Accept the sum of `survivors` or raise TagRefused, which says nothing about the values."""
+        """Accept the sum of `survivors` or raise TagRefused, which says nothing about the values.
+
+        A list that names a site twice, or one off the roster, has a tag too: it is refused first.
+        """
+        listed = set(survivors)
+        known = len(listed) == len(survivors) and listed <= set(self.header.roster)
         expected = (sum(map(self._pad, survivors)) + self._product(total)) % PRIME
-        if not hmac.compare_digest(_bytes(tag_sum % PRIME), _bytes(expected)):
+        if not known or not hmac.compare_digest(_bytes(tag_sum % PRIME), _bytes(expected)):
             raise TagRefused(
                 "sum: its tag is not that of the listed survivors, this round, each once",
                 remedy="nothing was applied; the next round needs a new key epoch",

@@ -83,5 +83,6 @@ def _number(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped, with negative numbers in mathematics, where the minus is one."""
-    return re.sub(r"(?<![^\s(])-[\d.]*\d", lambda m: f"${m[0]}$", escape(text))
+    """Escaped, with negative numbers and arrows in mathematics, where a minus is one."""
+    text = escape(text).replace(r" -\textgreater{} ", r" $\to$ ")
+    return re.sub(r"(?<![^\s(])-[\d.]*\d", lambda m: f"${m[0]}$", text)

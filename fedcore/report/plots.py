@@ -269,13 +269,10 @@ def svg(figure: Figure, name: str) -> str:
 
     Sizes come from the view box, colours from CSS variables `--plot-<name>`, the font from the page.
     """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     buffer = io.StringIO()
     with _style(salt=name):
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

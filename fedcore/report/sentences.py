@@ -378,7 +378,7 @@ def cost(result: Mapping[str, Any]) -> list[str]:
     if is_comparison(result) and result.get("seconds_total") is not None:
         took = duration(number(result["seconds_total"]))
         sentences.append(
-            f"All {_splits(result)} took {took}; the report of one run has bytes and stages."
+            f"All {_splits(result)} took {took}; the report of one run has the stages."
         )
     return sentences or ["Not measured."]
 
@@ -470,11 +470,14 @@ def _methods_data(result: Mapping[str, Any]) -> str:
         text += f" ({'; '.join(sizes)})"
     text += "."
     if is_comparison(result):
-        text += f" Within each site, rows were split into stratified folds; all arms were repeated over {_splits(result)}."
+        text += (
+            " Within each site, rows were split at random into stratified folds; "
+            f"all arms were repeated over {_splits(result)}."
+        )
     elif rows and result.get("folds"):
         text += (
-            f" Within each site, rows were split at random into {result['folds']} stratified folds, one of which was "
-            f"held out ({count(rows.get('train'))} training and {count(rows.get('test'))} test rows; "
+            f" Within each site, rows were split at random into {result['folds']} stratified folds, "
+            f"one of which was held out ({count(rows.get('train'))} training and {count(rows.get('test'))} test rows; "
             f"seed {plain(result.get('seed'))}, fold {plain(result.get('fold'))})."
         )
     elif rows:
@@ -510,12 +513,12 @@ def _methods_training(result: Mapping[str, Any]) -> str:
             text += f" ({', '.join(details)})"
     server = (result.get("plan") or {}).get("server") or {}
     if server.get("optimiser") and server["optimiser"] != "fedavg":
-        named = {"fedavgm": "server momentum (FedAvgM)", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
-        text += f"; the released mean was applied by {named.get(server['optimiser'], plain(server['optimiser']))}"
-        details = [
-            f"{key} {server[key]}" for key in ("lr", "momentum") if server.get(key) is not None
-        ]
-        text += f" ({', '.join(details)})".replace("lr ", "learning rate ") if details else ""
+        names = {"fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
+        name = names.get(server["optimiser"], plain(server["optimiser"]))
+        words = {"lr": "learning rate", "momentum": "momentum"}
+        details = [f"{word} {server[key]}" for key, word in words.items() if server.get(key)]
+        text += f"; the released mean was applied by {name}"
+        text += f" ({', '.join(details)})" if details else ""
     return text + "."
 
 

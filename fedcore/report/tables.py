@@ -109,7 +109,7 @@ def per_site(results: Sequence[Json]) -> list[Table]:
             rows.append(tuple(cells))
         if not rows:
             continue
-        mean = [_name("mean of sites")]
+        mean = [_name("site mean")]
         for result in results:
             mean += _site_cells(_site_mean(result), metric, single)
         if any(cell.text not in (say.DASH, "") for cell in mean[1:]):

@@ -212,11 +212,17 @@ def _facts(result: Json, report: Path | str | None) -> list[RenderableType]:
     if result.get("bytes_up_per_site_round") is not None:
         found.add_row("cost", Text(say.per_site_and_round(result)))
     seconds = result.get("seconds") or {}
-    if seconds:
-        spent = [f"{stage} {say.duration(say.number(seconds.get(stage)))}" for stage in say.STAGES]
-        found.add_row("time", Text(", ".join(spent)))
-    elif result.get("seconds_total") is not None:
-        found.add_row("time", Text(say.duration(say.number(result["seconds_total"]))))
+    whole = result.get("seconds_total")
+    spent = {stage: say.duration(say.number(seconds.get(stage))) for stage in say.STAGES}
+    if whole is not None:
+        spent["whole run"] = say.duration(say.number(whole))
+    # One line for learning and one for protecting, so that neither breaks inside a number.
+    for word, shown in (("time", ("train", "evaluate", "whole run")), ("", say.PROTECTION_STAGES)):
+        known = [
+            f"{stage} {spent[stage]}" for stage in shown if spent.get(stage, say.DASH) != say.DASH
+        ]
+        if known:
+            found.add_row(word, Text(", ".join(known)))
     if method := say.how_measured(result):
         found.add_row("interval", Text(method))
     lines = {

@@ -1,4 +1,4 @@
-"""README's commands, run as a newcomer runs them: from a fresh clone, in the order of the page.
+"""README's commands and Python, run as a newcomer runs them: from a fresh clone, in the page's order.
 
 Slow: the clone sets itself up like any fresh machine. The tests that README starts must not start this
 test again, so it steps aside when it finds itself inside itself.
@@ -78,6 +78,13 @@ def test_readme_runs_from_a_fresh_clone(clone):
         assert done.returncode == 0, f"$ {command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         outputs[command] = done.stdout + done.stderr
     assert (clone / "runs" / "latest" / "report.html").is_file()
+
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        script = [str(clone / ".venv" / "bin" / "python"), "-c", block]
+        done = subprocess.run(
+            script, cwd=clone, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr[-4000:]}"
 
     demo = outputs[found[0]]
     assert "centralised" in demo and "federated" in demo

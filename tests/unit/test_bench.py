@@ -120,7 +120,7 @@ def test_the_peak_is_the_childs_own_not_its_parents() -> None:
     """A positive control: what a fold keeps shows in the figure, what its parent has does not."""
     ballast = np.ones(64 << 17)  # 64 MB here
     code = (
-        "from fedcore.bench.fold import peak_rss_mb as peak; before = peak(); "
+        "from fedcore.environment import peak_memory_mb as peak; before = peak(); "
         "kept = b'x' * (32 << 20); print(before, peak())"
     )
     root = str(Path(fold.__file__).resolve().parents[2])
@@ -129,7 +129,7 @@ def test_the_peak_is_the_childs_own_not_its_parents() -> None:
     ).stdout
     before, after = map(float, output.split())
     assert after - before > 30
-    assert before < fold.peak_rss_mb()
+    assert before < peak_memory_mb()
     assert len(ballast) > 0
 
 

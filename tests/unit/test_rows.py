@@ -194,7 +194,9 @@ def test_array_with_declared_ranges_keeps_its_gaps():
     assert done.x[0].tolist() == [0.0, -1.25, 0.0]  # imputed by the mean; no indicator was declared
 
 
-@pytest.mark.parametrize("ranges", [((0, 1),), ((0, 1), (1, 1)), ((0, 1), (0, np.inf)), ((0, 1), 3)])
+@pytest.mark.parametrize(
+    "ranges", [((0, 1),), ((0, 1), (1, 1)), ((0, 1), (0, np.inf)), ((0, 1), 3)]
+)
 def test_bad_ranges(ranges):
     assert "task.statistics" in str(refused((X, Y), statistics=ranges)) or "(rows, 1)" in str(
         refused((X, Y), statistics=ranges)

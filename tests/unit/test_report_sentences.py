@@ -1,0 +1,201 @@
+"""The report's sentences: what may be claimed, how numbers are said, what is said about nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.comparison.metrics import METRICS
+from fedcore.report import sentences as say
+from fedcore.types import ARMS, GAP_PARTS
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FRACTION = st.floats(-1, 1).map(lambda x: round(x, 6))
+
+
+def load(name: str) -> say.Json:
+    result: say.Json = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def with_gap(mean: float | None, low: float | None, high: float | None) -> say.Json:
+    gap = {"mean": mean, "low": low, "high": high, "method": "a method", "n": 184}
+    return {"metrics": ["auc"], "gap": {"total": {"auc": gap}}}
+
+
+def test_names_cover_exactly_the_arms_and_parts_of_results():
+    assert tuple(say.ARM_NAMES) == ARMS
+    assert set(say.PART_NAMES) == set(GAP_PARTS)
+    assert {m.name for m in METRICS.values() if not m.higher_is_better} == say.ERRORS
+
+
+def test_a_loss_is_stated_only_above_zero():
+    assert say.lost(with_gap(0.0138, 0.0031, 0.0252)) == [
+        "1.38 points of AUC lost against pooling, interval 0.31 to 2.52."
+    ]
+    assert say.lost(with_gap(-0.001, -0.009, 0.006)) == [
+        "No loss measurable against pooling: AUC -0.10 points, interval -0.90 to 0.60."
+    ]
+    assert say.lost(with_gap(-0.02, -0.03, -0.01)) == [
+        "No loss against pooling: AUC -2.00 points, interval -3.00 to -1.00; federated is higher."
+    ]
+
+
+@given(FRACTION, FRACTION, FRACTION)
+def test_an_interval_that_touches_zero_never_reads_as_a_loss(a: float, b: float, c: float):
+    low, mean, high = sorted((a, b, c))
+    sentence = say.lost(with_gap(mean, low, high))[0]
+    claims_loss = "lost against pooling" in sentence and not sentence.startswith("No loss")
+    assert claims_loss == (low > 0)
+    assert "signific" not in sentence
+
+
+def test_without_an_interval_nothing_is_concluded():
+    assert say.lost(with_gap(0.01, None, None)) == [
+        "AUC: 1.00 points lost, with no interval to judge them by."
+    ]
+    assert say.how_measured(with_gap(0.01, None, None)) == ""
+    assert say.lost(with_gap(None, None, None)) == ["AUC: – (one class among the test rows)."]
+    assert say.lost(with_gap(0.0, 0.0, 0.0)) == ["AUC is exactly that of the centralised arm."]
+    assert say.lost({}) == ["No metric was measured."]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [
+        (0.0012, "0.12"),
+        (-0.001, "-0.10"),
+        (0, "0.00"),
+        (-0.00001, "0.00"),
+        (None, "–"),
+        (1, "100.00"),
+    ],
+)
+def test_points_are_hundredths_and_never_minus_zero(fraction: float | None, text: str):
+    assert say.points(fraction) == text
+
+
+def test_gains_are_signed_and_turned_for_errors():
+    assert say.points(0.01, signed=True) == "+1.00"
+    assert say.better_by("auc", 0.9, 0.8) == pytest.approx(0.1)
+    assert say.better_by("mse", 0.9, 0.8) == pytest.approx(-0.1)
+    assert say.better_by("auc", None, 0.8) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(84, "84 B"), (999, "999 B"), (1000, "1.00 kB"), (13888, "13.9 kB"), (27777, "27.8 kB"),
+     (3_530_000, "3.53 MB"), (999_600, "1.00 MB"), (5.2e12, "5.20 TB"), (None, "–")],
+)  # fmt: skip
+def test_sizes_are_decimal(count: float | None, text: str):
+    assert say.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.0004, "0.4 ms"), (0.021, "21 ms"), (0.31, "0.31 s"), (12.44, "12.4 s"),
+     (200, "3 min 20 s"), (3840, "1 h 4 min"), (None, "–")],
+)  # fmt: skip
+def test_durations(seconds: float | None, text: str):
+    assert say.duration(seconds) == text
+
+
+def test_a_model_smaller_than_a_ciphertext_has_no_bytes_per_parameter():
+    result = {
+        "bytes_up_per_site_round": 13888,
+        "bytes_per_parameter_up": 661.3,
+        "ciphertexts_up": 1,
+        "ciphertext_used": 0.0093,
+    }
+    assert say.per_site_and_round(result) == "13.9 kB per site and round (one ciphertext, 1 % used)"
+    tiny = say.per_site_and_round({**result, "ciphertext_used": 0.001})
+    assert tiny.endswith("(one ciphertext, under 1 % used)")
+    large = {
+        "bytes_up_per_site_round": 3_532_000,
+        "bytes_per_parameter_up": 3.532,
+        "ciphertexts_up": 245,
+    }
+    assert say.per_site_and_round(large) == (
+        "3.53 MB per site and round (245 ciphertexts, 3.53 bytes per parameter)"
+    )
+    plain = {"bytes_up_per_site_round": 80, "ciphertexts_up": 0, "ciphertext_used": None}
+    assert say.per_site_and_round(plain) == "80 B per site and round"
+
+
+def test_what_sites_gained_names_the_site_without_an_auc():
+    first, caveat = say.gained(load("heart_warned"))
+    assert first.startswith("3 of the 3 sites with a known AUC score higher in AUC together")
+    assert "switzerland – (one class)" in first
+    assert "not as proof" in caveat
+
+
+def test_many_sites_are_summed_up():
+    sites = {
+        f"s{i}": {"federated": {"auc": 0.9}, "local_only": {"auc": 0.8 + i / 1000}}
+        for i in range(64)
+    }
+    sentence = say.gained({**with_gap(0.0, -0.1, 0.1), "per_site": sites})[0]
+    assert sentence.startswith("64 of 64 sites score higher")
+    assert "s17" not in sentence and "+10.00" in sentence
+
+
+def test_protection_must_change_nothing_and_says_so_if_it_does():
+    result = load("heart")
+    assert say.protection_changed(result).startswith("Protection changed no result")
+    broken = copy.deepcopy(result)
+    broken["gap"]["protection"]["auc"]["mean"] = 0.0001
+    assert "not to be trusted" in say.protection_changed(broken)
+    assert "Nothing was protected" in say.cost({**result, "protection": "plain"})[0]
+
+
+def test_methods_follow_plan_and_result():
+    text = say.methods(load("heart"))
+    for fact in (
+        "4 sites holding 920 rows (cleveland, n = 303;",
+        "735 training and 185 test rows; seed 0, fold 0",
+        "SGD (learning rate 0.2, batch size 64)",
+        "16-bit integers, 2 to a 36-bit slot",
+        "ring degree 2048, one 54-bit prime",
+        "at most 4 sites cannot overflow",
+        "paired bootstrap over 185 test rows",
+    ):
+        assert fact in text
+    assert "not protected" in say.methods({**load("heart"), "protection": "plain"})
+    assert "5 seeds x 5 folds" in say.methods(load("heart_compare"))
+
+
+def test_methods_leave_out_what_the_result_does_not_say():
+    text = say.methods(
+        {"task": "t", "protection": "encrypted", "sites": ["a"], "metrics": ["accuracy"]}
+    )
+    assert "None" not in text and "learning rate" not in text and "interval" not in text
+
+
+@pytest.mark.parametrize("name", ["heart", "heart_warned", "heart_compare"])
+def test_no_sentence_prints_a_python_value(name: str):
+    result = load(name)
+    said = [*say.lost(result), *say.gained(result), *say.cost(result), *say.setting(result)]
+    said += [
+        say.title(result),
+        say.methods(result),
+        *say.warnings(result),
+        *say.label_lines(result),
+    ]
+    for text in said:
+        assert not any(word in text for word in ("None", "nan", "{", "}", "True", "False")), text
+
+
+def test_plain_leaves_no_control_characters():
+    assert say.plain("a\x1b[31mb\n c\u202ed\x00") == "a\ufffd[31mb c\ufffdd\ufffd"
+
+
+def test_run_names_are_folders_and_distinct():
+    one, other = load("heart"), load("heart_warned")
+    assert say.run_names([one, other]) == ["heart-encrypted-001", "heart-encrypted-002"]
+    assert len(set(say.run_names([one, one, {}]))) == 3
+    assert say.run_tags([one, other]) == ["A", "B"]

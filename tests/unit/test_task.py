@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from fedcore.data.linear import linear
+from fedcore.data.tabular import number, table
+from fedcore.errors import BadInput, TaskFailed, UnknownName
+from fedcore.task import Task, load_task, user_traceback
+
+TEXT = """
+import fedcore
+other = fedcore.Task(name="other", data=len, model=list, loss=max)
+task = fedcore.Task(name="mine", data=len, model=list, loss=max)
+number = 3
+"""
+
+
+def make(**changed):
+    parts = {"name": "t", "data": lambda s: s, "model": lambda: None, "loss": lambda o, t: o}
+    return Task(**(parts | changed))
+
+
+def test_file_with_and_without_attribute(tmp_path):
+    (tmp_path / "task.py").write_text(TEXT)
+    assert load_task(str(tmp_path / "task.py")).name == "mine"
+    assert load_task("task.py:other", tmp_path).name == "other"
+
+
+def test_built_in_and_package():
+    assert load_task("heart").origin == "heart"
+    assert load_task("fedcore.data.heart:task").name == "heart"
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "says", "hint"),
+    [
+        ("hart", UnknownName, "'hart'", "heart"),
+        ("task", UnknownName, "'task'", "digits, heart"),
+        ("no.py", BadInput, "no file", "fedcore new"),
+        ("task.py:missing", BadInput, "no attribute 'missing'", "ATTRIBUTE"),
+        ("task.py:number", BadInput, "found int in attribute 'number'", "fedcore.Task"),
+        ("no_such_package_here:task", BadInput, "no module", "install"),
+    ],
+)
+def test_what_is_not_there(tmp_path, spec, kind, says, hint):
+    (tmp_path / "task.py").write_text(TEXT)
+    with pytest.raises(kind) as caught:
+        load_task(spec, tmp_path)
+    assert says in str(caught.value) and hint in caught.value.remedy
+
+
+def test_a_stranger_beside_the_task_does_no_harm(tmp_path):
+    (tmp_path / "server.py").write_text("raise SystemExit('a stranger ran')")
+    (tmp_path / "clients").mkdir()
+    (tmp_path / "task.py").write_text(TEXT)
+    before = set(sys.modules)
+    load_task("task.py", tmp_path)
+    assert all(name.startswith("_fedcore_task_") for name in set(sys.modules) - before)
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "hint"),
+    [
+        ("1 / 0", "ZeroDivisionError", ""),
+        ("def broken(:", "SyntaxError", ""),
+        ("import helper_beside", "ModuleNotFoundError", "package"),
+        ("import no_such_module_anywhere", "ModuleNotFoundError", ""),
+    ],
+)
+def test_a_file_that_fails(tmp_path, text, kind, hint):
+    (tmp_path / "helper_beside.py").touch()
+    (tmp_path / "task.py").write_text(text)
+    with pytest.raises(TaskFailed, match=kind) as caught:
+        load_task("task.py", tmp_path)
+    shown = caught.value.user_traceback
+    assert "task.py" in shown and "fedcore/task.py" not in shown and "importlib" not in shown
+    assert bool(caught.value.remedy) == bool(hint) and hint in caught.value.remedy
+    assert not any("_fedcore_task_" in name and sys.modules[name] is None for name in sys.modules)
+
+
+def test_traceback_starts_at_the_users_frame():
+    from fedcore.data.rows import load_rows
+
+    def data(source):
+        raise ValueError("theirs")
+
+    with pytest.raises(TaskFailed) as caught:
+        load_rows(make(data=data), None, "va")
+    lines = caught.value.user_traceback.splitlines()
+    assert lines[0].startswith("Traceback") and "test_task.py" in lines[1]
+    assert lines[-1] == "ValueError: theirs"
+
+
+def test_traceback_without_a_users_frame_hides_ours():
+    with pytest.raises(BadInput) as caught:
+        table(target="a", columns={"a": number(0, 1)})
+    error = caught.value
+    error.__traceback__ = error.__traceback__.tb_next  # drops this test's own frame
+    assert "Traceback" not in user_traceback(error)
+
+
+def test_bad_parts():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    with pytest.raises(BadInput) as caught:
+        make(model=sklearn.LogisticRegression())
+    assert "LogisticRegression" in str(caught.value) and "fedcore.linear" in caught.value.remedy
+    with pytest.raises(BadInput, match=r"task.name: found 'a b'"):
+        make(name="a b")
+    with pytest.raises(BadInput, match=r"task.loss: found str"):
+        make(loss="mse")
+    with pytest.raises(BadInput) as caught:
+        make(metrics="auc")
+    assert 'metrics=("auc",)' in caught.value.remedy
+
+
+def test_digest_follows_text_and_declarations():
+    def data(source):
+        return source
+
+    def other(source):
+        return list(source)
+
+    same = make(data=data, model=linear(3, 2))
+    assert same.digest() == make(data=data, model=linear(3, 2)).digest()
+    changed = [
+        make(data=other, model=linear(3, 2)),
+        make(data=data, model=linear(4, 2)),
+        make(data=data, model=linear(3, 2), name="u"),
+        make(data=data, model=linear(3, 2), metrics=("auc",)),
+        make(data=data, model=linear(3, 2), statistics=((0, 1),)),
+        make(data=table(target="t", columns={"a": number(0, 1)}), model=linear(3, 2)),
+        make(data=table(target="t", columns={"a": number(0, 2)}), model=linear(3, 2)),
+    ]
+    assert len({same.digest(), *(task.digest() for task in changed)}) == 8
+    assert make(data=len).digest() == make(data=len).digest()  # no source to read

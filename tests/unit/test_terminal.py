@@ -1,0 +1,151 @@
+"""What the terminal shows: 80 columns, piped or not, nothing cut, no markup from names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedcore.report import terminal
+from fedcore.report.sentences import Json
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ["heart", "heart_warned", "heart_compare"]
+
+
+def load(name: str) -> Json:
+    result: Json = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def info_of(result: Json) -> Json:
+    keys = ("task", "sites", "rows", "protection", "run", "label")
+    return {**{key: result[key] for key in keys}, "model": result["model"]["summary"]}
+
+
+def test_the_header_is_one_line_and_the_first_two_of_the_label():
+    lines = terminal.as_text(terminal.header(info_of(load("heart")))).splitlines()
+    assert lines[0] == (
+        "heart: 4 sites, 920 rows, Linear 30 -> 1, encrypted, runs/heart-encrypted-001"
+    )
+    rest = " ".join(lines[1:])
+    assert rest.startswith("Protects against: the coordinator alone.")
+    assert rest.endswith("which opens every site's update.")
+    assert "nobody" in terminal.as_text(terminal.header({"task": "t", "label": "nobody"}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_summary_fits_80_columns(name):
+    text = terminal.as_text(terminal.summary(load(name), "runs/x/report.html"))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text and "…" not in text
+
+
+def test_the_summary_has_everything_and_warnings_first():
+    result = load("heart")
+    text = terminal.as_text(terminal.summary(result, "runs/x/report.html"))
+    wanted = [
+        "warning: One seed",
+        "No loss measurable against pooling: AUC 0.51 points, interval -0.23 to 1.38.",
+        "federated         0.883  0.51 [-0.23, 1.38]     0.800  1.08 [0.00, 2.70]",
+        "where it is lost, in points",
+        "protection                              0 exact            0 exact",
+        "switzerland   123  0.870     0.913   +4.35     0.920     0.800  -12.00",
+        "13.9 kB per site and round (one ciphertext, 13 % used)",
+        "paired bootstrap over 185 test rows, 1000 resamples",
+        "report    runs/x/report.html",
+        f"model     {result['model_sha256']}",
+        "reproduce fedcore reproduce runs/heart-encrypted-001",
+    ]
+    places = [text.index(part) for part in wanted]
+    assert places == sorted(places)
+
+
+def test_a_site_of_one_class_says_so():
+    text = terminal.as_text(terminal.summary(load("heart_warned")))
+    line = next(line for line in text.splitlines() if line.startswith("switzerland"))
+    assert line.split()[:5] == ["switzerland", "123", "–", "–", "one"]
+
+
+def test_a_comparison_counts_splits():
+    text = terminal.as_text(terminal.compare_summary(load("heart_compare")))
+    assert "Nadeau-Bengio corrected t over 25 splits" in text
+    assert "interval -0.09 to 0.38" in text
+
+
+def test_commands_paths_and_hashes_stay_on_one_line_of_a_narrow_pipe():
+    result = {**load("heart"), "reproduce": "fedcore reproduce " + "/long" * 40}
+    path = "/deep" * 30 + "/report.html"
+    lines = terminal.as_text(terminal.summary(result, path), width=60).splitlines()
+    for whole in (result["reproduce"], path, result["model_sha256"]):
+        assert any(line.endswith(whole) for line in lines)
+
+
+def test_a_terminal_gets_colours_and_a_pipe_none():
+    def printed(**kind) -> str:
+        console = Console(file=io.StringIO(), width=80, no_color=False, **kind)
+        terminal.show(console, terminal.summary(load("heart")))
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "\x1b[" in printed(force_terminal=True, color_system="standard", _environ={})
+    assert "\x1b" not in printed(force_terminal=False, _environ={})
+
+
+@pytest.mark.parametrize(
+    "name", ["[red]", "[/bold]", "[link=x]", "<script>", "a_b%", ":warning:", "\x1b[31m"]
+)
+def test_hostile_names_print_as_they_are(name):
+    result = copy.deepcopy(load("heart"))
+    result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
+    result["task"] = result["label"] = result["reproduce"] = result["run"] = name
+    result["warnings"] = [name]
+    result["sites"] = [name, "b", "c", "d"]
+    shown = name.replace("\x1b", "\ufffd")
+    text = terminal.as_text(terminal.summary(result, name))
+    assert "\x1b" not in text
+    assert (
+        f"warning: {shown}" in text
+        and f"reproduce {shown}" in text
+        and f"report    {shown}" in text
+    )
+    assert any(line.startswith(f"{shown} ") for line in text.splitlines())
+    assert shown in terminal.as_text(terminal.header(info_of(result)))
+    assert shown in terminal.as_text(terminal.runs_table([{"run": name, "result": None}]))
+
+
+def test_many_sites_leave_the_rest_to_the_report():
+    result = copy.deepcopy(load("heart"))
+    one = result["per_site"]["va"]
+    result["per_site"] = {f"site-{i}": one for i in range(40)}
+    text = terminal.as_text(terminal.summary(result))
+    assert (
+        "site-11 " in text and "site-12" not in text and "and 28 more sites in the report" in text
+    )
+
+
+def test_more_than_two_metrics_take_more_tables():
+    result = copy.deepcopy(load("heart"))
+    result["metrics"] = ["accuracy", "auc", "balanced_accuracy"]
+    for arm in result["arms"].values():
+        arm["balanced_accuracy"] = 0.7512
+    text = terminal.as_text(terminal.summary(result))
+    assert "balanced accuracy" in text and "0.751" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_the_list_of_runs():
+    rows = [{"run": load(name)["run"], "result": load(name)} for name in NAMES]
+    text = terminal.as_text(
+        terminal.runs_table([*rows, {"run": "runs/heart-plain-001", "result": None}])
+    )
+    lines = text.splitlines()
+    assert lines[2].split() == [
+        "runs/heart-encrypted-001", "2026-11-21", "0", "AUC", "0.883", "0.51", "[-0.23,", "1.38]",
+    ]  # fmt: skip
+    assert "5 x 5" in lines[4] and "not finished" in lines[5]
+    assert max(map(len, lines)) <= 80
+    assert "no runs yet" in terminal.as_text(terminal.runs_table([]))
