@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -130,9 +131,11 @@ def field_width(bits: int, max_sites: int) -> int:
     return bits + (max_sites - 1).bit_length()
 
 
-def solve_packing(bits: int, max_sites: int, protection: str) -> Packing:
+def solve_packing(bits: int, max_sites: int, protection: str, fields: int | None = None) -> Packing:
     """The cheapest packing that is proved, or a refusal that names the largest values that fit.
 
+    fields: how many a vector will hold; a small one is cheapest in a small ring, since a ciphertext
+    is never sent in part. Without it the price of a long vector decides.
     bits in [2, 24]; raises BadInput outside it, UnknownName for a protection nobody knows, and
     PlanRefused where no ring proves headroom.
     """
@@ -142,7 +145,7 @@ def solve_packing(bits: int, max_sites: int, protection: str) -> Packing:
         raise BadInput(f"protect.bits: found {bits}, expected 2 to 24")
     if max_sites < 1:
         raise BadInput(f"protect.max_sites: found {max_sites}, expected at least 1")
-    found = _cheapest(bits, max_sites, protection)
+    found = _cheapest(bits, max_sites, protection, fields)
     if found is not None:
         return found
     fits = [b for b in range(2, bits) if _cheapest(b, max_sites, protection)]
@@ -165,7 +168,9 @@ def _largest(holds: Callable[[int], bool], limit: int = 1 << 30) -> int:
     return low
 
 
-def _cheapest(bits: int, max_sites: int, protection: str) -> Packing | None:
+def _cheapest(
+    bits: int, max_sites: int, protection: str, fields: int | None = None
+) -> Packing | None:
     width = field_width(bits, max_sites)
     rings: tuple[Ring | None, ...] = (None,) if protection == "plain" else RINGS
     candidates = [
@@ -174,9 +179,13 @@ def _cheapest(bits: int, max_sites: int, protection: str) -> Packing | None:
         for k in range(1, MAX_SLOT_BITS // width + 1)
         if ring is None or ring.proves(max_sites, k * width)
     ]
-    return min(
-        candidates, key=lambda p: (p.wire_bits / p.fields_per_slot, p.slots_per_block), default=None
-    )
+
+    def price(packing: Packing) -> tuple[float, int]:
+        per_block = packing.slots_per_block * packing.fields_per_slot
+        blocks = math.ceil(fields / per_block) if fields else 1 / per_block
+        return blocks * packing.slots_per_block * packing.wire_bits, packing.slots_per_block
+
+    return min(candidates, key=price, default=None)
 
 
 def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:

@@ -11,7 +11,6 @@ for by `force`; nothing that exists is lost otherwise.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -236,9 +235,9 @@ class Run:
         return write(self.directory)
 
     def __str__(self) -> str:
-        from fedcore.report.terminal import summary
+        from fedcore.report.terminal import as_text, summary
 
-        return _as_text(summary(self.result))
+        return as_text(summary(self.result))
 
     def __repr__(self) -> str:
         return f"<fedcore.Run {self.directory}>"
@@ -285,24 +284,12 @@ class Comparison:
         return write(self.directory)
 
     def __str__(self) -> str:
-        from fedcore.report.terminal import compare_summary
+        from fedcore.report.terminal import as_text, compare_summary
 
-        return _as_text(compare_summary(self.result))
+        return as_text(compare_summary(self.result))
 
     def __repr__(self) -> str:
         return f"<fedcore.Comparison {self.directory}>"
-
-
-def _as_text(renderable: Any) -> str:
-    """A terminal's page as plain text, 80 columns wide, for print() and notebooks."""
-    from rich.console import Console
-
-    from fedcore.report.terminal import show
-
-    console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    show(console, renderable)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO just above
-    return text.rstrip()
 
 
 def load(directory: str | Path, task: Any = None) -> Run | Comparison:

@@ -27,7 +27,8 @@ from fedcore.comparison.gap import summarise_cells
 from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import BadInput
-from fedcore.files import read_json, write_json
+from fedcore.files import write_json
+from fedcore.report.sentences import metric_name
 from fedcore.run import Comparison, Run, new_directory
 from fedcore.task import Task
 from fedcore.types import Json
@@ -110,7 +111,7 @@ def resume(
         raise BadInput(
             f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
         )
-    found, complete = job_for(task, read_json(path / "job.json"))
+    found, complete = job_for(task, stored_job(path, task))
     prepared = prepare(found, complete, say)
     if on_ready is not None:
         on_ready(prepared, path)
@@ -252,7 +253,7 @@ def _comparison_result(
     warnings: list[str] = []
     for metric, gap in summary["gap"]["total"].items():
         if gap["low"] is not None and gap["high"] - gap["low"] > abs(gap["mean"]):
-            warnings.append(f"The interval of the {metric} gap is wider than the gap.")
+            warnings.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
     clipped = max(r["clipped_fraction"] for r in results)
     if clipped > 1e-3:
         warnings.append(

@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +29,13 @@ from fedcore.comparison.arms import (
     FederatedFloat,
     LocalOnly,
 )
+from fedcore.comparison.events import Events
 from fedcore.comparison.gap import PARTS, bootstrap_gap
 from fedcore.comparison.transport import MetricTransport
 from fedcore.config import Job, build_job, is_json
 from fedcore.data.rows import Layout, Rows, load_rows, pool, split_rows
 from fedcore.data.statistics import Statistics, finish_statistics, site_sums
+from fedcore.encode.limbs import limb_count
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import BadInput
@@ -44,6 +47,7 @@ from fedcore.learn.saved import model_digest, save_model
 from fedcore.learn.score import score
 from fedcore.learn.train import predict, task_code
 from fedcore.plan import RoundPlan, refuse_small_roster, solve_packing
+from fedcore.report.sentences import metric_name
 from fedcore.run import read_rounds
 from fedcore.simulation import (
     Federation,
@@ -54,12 +58,15 @@ from fedcore.simulation import (
     federated_statistics,
 )
 from fedcore.task import Task, load_task
-from fedcore.types import ARMS, GAP_PARTS, Json, SiteId
+from fedcore.types import ARMS, Json, SiteId
 
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""
 
 OnRound = Callable[[Json], Any]
+
+BESIDE = {"local_only": ("centralised", "local_only")}
+"""Beside the parts of the gap: what staying alone loses against pooling."""
 
 _GROUPING_KEYS = {"n", "by", "alpha", "seed"}
 
@@ -190,9 +197,8 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     sources = resolve_sites(task, job)
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_small_roster(len(sources), job.protect.protection)
-    packing = solve_packing(
-        job.protect.bits, job.protect.max_sites or len(sources), job.protect.protection
-    )
+    limits = (job.protect.bits, job.protect.max_sites or len(sources), job.protect.protection)
+    solve_packing(*limits)  # refused before any site is loaded
     if job.protect.protection != "plain":
         from fedcore.protect.bfv import load_seal
 
@@ -226,6 +232,10 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
             )
     flat, sample = _build(task, job, sites)
     transport = MetricTransport.of(task, sample, max_examples)
+    fields = flat.coordinates + sum(
+        wide.count * limb_count(wide.bits, job.protect.bits) for wide in transport.wides
+    )
+    packing = solve_packing(*limits, fields)
     plan = RoundPlan(
         task=task.name, task_digest=task.digest(), sites=tuple(s.id for s in sites),
         protection=job.protect.protection, packing=packing, parameters=flat.parameters,
@@ -530,13 +540,16 @@ def _gaps(experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: E
     scores = {name: evaluation.scores() for name, evaluation in everything.items()}
     pooled = {name: found for name, found in scores.items() if found is not None}
     if pooled:
-        gaps = bootstrap_gap(pooled, transport.metrics, job.track.resamples, job.run.seed)
+        gaps = bootstrap_gap(
+            pooled, transport.metrics, job.track.resamples, job.run.seed, PARTS | BESIDE
+        )
         return {
             part: {metric: interval.to_json() for metric, interval in by.items()}
             for part, by in gaps.items()
         }
     values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
-    return {part: _plain_gaps(values, *PARTS[part], transport.own) for part in GAP_PARTS}
+    pairs = PARTS | BESIDE
+    return {part: _plain_gaps(values, *pair, transport.own) for part, pair in pairs.items()}
 
 
 def _plain_gaps(
@@ -560,12 +573,12 @@ def _warnings(experiment: Experiment, result: Json) -> list[str]:
         "One seed and one split: differences of this size move with the seed. "
         "`fedcore compare` repeats the run over seeds and folds."
     ]
-    for metric, gap in result["gap"].get("total", {}).items():
+    for metric, gap in result["gap"]["total"].items():
         if None in (gap["mean"], gap["low"], gap["high"]):
             continue
         if gap["high"] - gap["low"] > abs(gap["mean"]):
             found.append(
-                f"The interval of the {metric} gap is wider than the gap: "
+                f"The interval of the {metric_name(metric)} gap is wider than the gap: "
                 f"{100 * gap['mean']:.2f} points, {100 * gap['low']:.2f} to {100 * gap['high']:.2f}."
             )
     if result["clipped_fraction"] > 1e-3:
@@ -606,6 +619,7 @@ class RunWriter:
     def __init__(self, directory: Path, prepared: Prepared) -> None:
         self.directory = directory
         self._prepared = prepared
+        self._events = Events(directory)
 
     def start(self) -> None:
         """plan.json and job.json, before anything is trained."""
@@ -617,6 +631,11 @@ class RunWriter:
         """Append one line to rounds.jsonl."""
         with (self.directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._events.row(row)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self._events.close()
 
     def checkpoint(self, experiment: Experiment) -> None:
         """The state after a whole round, replacing the one before."""
@@ -655,7 +674,7 @@ def run_experiment(
 ) -> tuple[Experiment, Json]:
     """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    with single_thread():
+    with single_thread(), closing(writer) if writer else nullcontext():
         experiment = Experiment(prepared)
         if writer is not None:
             writer.resume(experiment) if resume else writer.start()

@@ -90,7 +90,7 @@ def bootstrap_gap(
     _require_aligned(arms)
     rows = len(next(iter(arms.values()))) if arms else 0
     values = _resampled_values(arms, metrics, rows, resamples, seed)
-    method = f"paired bootstrap over {rows} test rows, {resamples} resamples"
+    method = f"95 % paired bootstrap over {rows} test rows, {resamples} resamples"
     gaps: dict[str, dict[str, Interval]] = {part: {} for part in parts}
     for part, (better, worse) in wanted.items():
         for metric in metrics:
@@ -182,7 +182,7 @@ def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> I
     if not test_fraction_ratio > 0:
         raise BadInput(f"test/train ratio: found {test_fraction_ratio}, expected a number above 0")
     splits = len(differences)
-    method = f"Nadeau-Bengio corrected t over {splits} splits"
+    method = f"95 % Nadeau-Bengio corrected t over {splits} splits"
     if splits == 0:
         return Interval(None, None, None, method, 0)
     values = np.asarray(differences, dtype=np.float64)

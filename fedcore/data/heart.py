@@ -88,17 +88,19 @@ task = Task(
     loss=logit_loss,
     metrics=("accuracy", "auc"),
     sites={site: site for site in HOSPITALS},
-    # Chosen by the federated AUC in folds inside training rows (5 seeds x 5 folds x 4 inner folds) among
-    # some 120 recipes: linear or 8 to 32 hidden units, SGD or Adam, rates, batch sizes, epochs, weight
-    # decay, server momentum. Hidden units were no better (AUC .888 against .889 after 30 rounds). Server
-    # momentum lets a small local rate, under which sites drift little, converge in 20 to 30 rounds.
+    # Chosen in folds inside training rows (5 seeds x 5 folds x 4 inner folds) among some 130 recipes:
+    # linear or 8 to 32 hidden units, SGD or Adam, rates, batch sizes, epochs, weight decay, server
+    # momentum. Hidden units were no better (AUC .888 against .889). One step over nearly all local rows
+    # keeps sites from drifting apart, and server momentum makes up for the few steps: after 50 rounds
+    # centralised and federated AUC were both .889 there, 0.00 points apart, sd .21 over the inner folds.
     defaults={
         "train.optimiser": "sgd",
-        "train.lr": 0.2,
+        "train.lr": 0.5,
+        "train.weight_decay": 0.01,
         "train.epochs": 1,
-        "train.batch_size": 64,
+        "train.batch_size": 256,
         "round.server": "fedavgm",
-        "round.server_momentum": 0.7,
-        "round.rounds": 30,
+        "round.server_momentum": 0.8,
+        "round.rounds": 50,
     },
 )

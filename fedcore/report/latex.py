@@ -22,6 +22,11 @@ _SPECIAL = {
     '"': r"\textquotedbl{}",
     "`": r"\textasciigrave{}",
     "–": "--",
+    "\ufffd": "?",  # the sign for a control character, which pdflatex does not have
+    # After the `\\\\` of the row above, a star or a bracket would be read as its argument.
+    "*": "{*}",
+    "[": "{[}",
+    "]": "{]}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 _PATTERN = re.compile("[" + re.escape("".join(_SPECIAL)) + "]")

@@ -73,14 +73,8 @@ def render(runs: Sequence[tuple[Json, list[Json]]]) -> str:
         per_site=tables.per_site(results),
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
-        details=[
-            *tables.sites(results),
-            *tables.protected(results),
-            *tables.training(results),
-            *tables.plan(results),
-            *tables.environment(results),
-            *tables.statistics(results),
-        ],
+        details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
+        keys=[*tables.plan(results), *tables.training(results), *tables.environment(results)],
         methods=_parts(names, [(say.methods(r),) for r in results]),
         glossary=say.GLOSSARY,
     )

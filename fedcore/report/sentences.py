@@ -580,7 +580,7 @@ def _methods_evaluation(result: Mapping[str, Any]) -> str:
     )
     text = ""
     if arms:
-        text = f"Reference arms ({arms}) used the same seeds, splits and budgets. "
+        text = f"Reference arms ({arms}) used the same seeds and splits and saw as many training rows. "
     verb = "were" if len(metrics_of(result)) > 1 else "was"
     text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
     if method := how_measured(result):

@@ -240,7 +240,7 @@ def cost(results: Sequence[Json]) -> list[Table]:
         ("coordinates clipped", lambda r: _share(r.get("clipped_fraction"))),
     ]
     staged = any(result.get("seconds") for result in results)
-    note = "Stages are those of the federated arm, over all rounds." if staged else ""
+    note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
     return _side_by_side("Cost by stage" if staged else "Cost", results, lines, note)
 
 
@@ -314,18 +314,22 @@ def statistics(results: Sequence[Json]) -> list[Table]:
     found = results[0].get("statistics")
     if not isinstance(found, dict) or not found:
         return []
-    columns, note = (
-        found.get("columns"),
-        "Over the sites' training rows, through the protected sum.",
-    )
+    columns = found.get("names")
     if not isinstance(columns, list):
         return _keys("Federated statistics", "statistics", results[:1])
-    keys = [k for k in ("mean", "std", "count") if len(found.get(k) or []) == len(columns)]
+    note = "Over the sites' training rows, through the protected sum."
+    wanted = ("mean", "std", "count", "sites", "clipped")
+    keys = [key for key in wanted if len(found.get(key) or []) == len(columns)]
     rows = [
-        (_name(say.plain(column)), *(Cell(_value(found[key][i])) for key in keys))
+        (_name(say.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
         for i, column in enumerate(columns)
     ]
     return [Table("Federated statistics", ("column", *keys), tuple(rows), note)]
+
+
+def _short(value: Any) -> str:
+    """Four digits, so that a row of statistics fits a phone; result.json has all of them."""
+    return f"{value:.4g}" if isinstance(value, float) else say.count(value)
 
 
 def _keys(

@@ -32,10 +32,13 @@ def show(console: Console, renderable: RenderableType) -> None:
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """The same as plain text: no colours, no cropping; tables are laid out for `width` columns."""
-    console = Console(width=width, file=io.StringIO(), no_color=True, highlight=False)
-    with console.capture() as capture:
-        show(console, renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    # Neither a terminal nor a notebook, wherever this is called from.
+    file = io.StringIO()
+    console = Console(
+        width=width, file=file, force_terminal=False, force_jupyter=False, color_system=None
+    )
+    show(console, renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def header(info: Mapping[str, Any]) -> RenderableType:

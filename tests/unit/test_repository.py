@@ -154,9 +154,7 @@ def test_one_door_per_library():
     for path in (ROOT / "fedcore").rglob("*.py"):
         inside = path.relative_to(ROOT / "fedcore").as_posix()
         if "torch" in imported(path):
-            # comparison/ keeps the checkpoint of an interrupted run (reasons in pyproject.toml)
-            doors = ("learn/", "data/", "comparison/arms.py", "comparison/experiment.py")
-            assert inside.startswith(doors), f"{inside} imports torch"
+            assert inside.startswith(("learn/", "data/")), f"{inside} imports torch"
         if "tenseal" in imported(path):
             assert inside in {"protect/bfv.py", "protect/ckks.py"}, f"{inside} imports tenseal"
 

@@ -1,0 +1,138 @@
+"""The layout of one vector: where canaries, marks and tag sit, and what unpacking refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+
+from fedcore.encode.pack import Layout
+from fedcore.errors import BadInput, TagRefused
+from fedcore.plan import VectorSpec, Wide, solve_packing
+
+SITES = 5
+PACKING = solve_packing(16, SITES, "encrypted")
+
+
+def layout_of(coordinates: int, wides: tuple[Wide, ...] = (), packing=PACKING) -> Layout:
+    return Layout(VectorSpec("update", coordinates, wides), packing, SITES)
+
+
+def capacity(blocks: int, packing=PACKING) -> int:
+    """Data fields of `blocks` blocks, counted by the reference."""
+    layout = layout_of(1, packing=packing)
+    slots = blocks * packing.slots_per_block - layout.tag_slots
+    return slots * packing.fields_per_slot - blocks  # a canary in each block's first slot
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("bits", [2, 8, 16, 24])
+@pytest.mark.parametrize("protection", ["plain", "encrypted"])
+def test_a_vector_takes_the_fewest_blocks(blocks, bits, protection):
+    packing = solve_packing(bits, SITES, protection)
+    full = capacity(blocks, packing) - SITES
+    assert layout_of(full, packing=packing).blocks == blocks
+    assert layout_of(full + 1, packing=packing).blocks == blocks + 1
+    assert len(list(reference.places(layout_of(full, packing=packing)))) == full + SITES
+
+
+def test_a_million_coordinates_take_what_division_says():
+    layout = layout_of(1_000_000)
+    assert capacity(layout.blocks - 1) < 1_000_000 + SITES <= capacity(layout.blocks)
+    assert layout.used_fraction > 0.99
+    assert layout.slots == layout.blocks * 2048
+
+
+def test_canaries_open_each_block_and_the_tag_closes_the_last():
+    layout = layout_of(5000)
+    slots = layout.pack(np.zeros(5000, dtype=np.uint64), {}, 2)
+    assert layout.blocks == 2
+    assert slots[0] == slots[2048] == 2**16 - 1
+    assert layout.tag_slots == 4  # 61 bits in 16-bit limbs
+    assert layout.tagged_slots == layout.slots - 4
+    assert not slots[-4:].any()
+    layout.put_tag(slots, 2**61 - 2)
+    assert slots[-4:].tolist() == reference.limbs(2**61 - 2, 61, 16)
+    assert layout.read_tag(slots * np.uint64(3)) == 3 * (2**61 - 2)
+
+
+def test_the_tag_places_hold_nothing_else():
+    """Written with the widest data, cleared of nothing: the tag must find them empty."""
+    for coordinates in (1, capacity(1) - SITES, capacity(2) - SITES):
+        layout = layout_of(coordinates)
+        widest = np.full(coordinates, 2**16 - 1, dtype=np.uint64)
+        assert not layout.pack(widest, {}, 0)[layout.tagged_slots :].any()
+
+
+def packed(layout: Layout, sites=range(SITES), seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, 2**16, layout.spec.coordinates, dtype=np.uint64) for _ in sites]
+    wides = {wide.name: list(range(wide.count)) for wide in layout.spec.wides}
+    return sum(layout.pack(row, wides, site) for row, site in zip(rows, sites, strict=True)), rows
+
+
+def test_marks_of_other_survivors_are_refused():
+    layout = layout_of(100)
+    total, _ = packed(layout, sites=(0, 1, 3))
+    layout.unpack(total, (0, 1, 3))
+    layout.unpack(total, (3, 0, 1))
+    for wrong in ((0, 1, 2), (0, 1, 1)):
+        with pytest.raises(TagRefused, match="contributor marks"):
+            layout.unpack(total, wrong)
+    twice, _ = packed(layout, sites=(0, 1, 1))
+    for claimed in ((0, 1, 2), (0, 1, 1)):
+        with pytest.raises(TagRefused, match="contributor marks"):
+            layout.unpack(twice, claimed)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_canary_of_another_number_of_sites_is_refused(block):
+    layout = layout_of(5000)
+    total, _ = packed(layout)
+    for wrong in (range(4), [*range(5), 0]):
+        with pytest.raises(TagRefused, match="canary"):
+            layout.unpack(total, wrong)
+    total[block * 2048] -= 1
+    with pytest.raises(TagRefused, match="canary"):
+        layout.unpack(total, range(SITES))
+
+
+def test_a_missing_block_is_found_by_its_canary():
+    layout = layout_of(5000)
+    total, _ = packed(layout)
+    total[2048 : 2048 + 2000] = 0
+    with pytest.raises(TagRefused, match="canary"):
+        layout.unpack(total, range(SITES))
+
+
+@pytest.mark.parametrize("size", [0, 99, 101])
+def test_a_model_of_another_size_is_refused(size):
+    layout = layout_of(100)
+    with pytest.raises(BadInput, match=f"found {size} coordinates, expected 100") as refused:
+        layout.pack(np.zeros(size, dtype=np.uint64), {}, 0)
+    assert "same model" in refused.value.remedy
+
+
+def test_a_field_that_could_wrap_a_sum_is_refused():
+    layout = layout_of(100)
+    fields = np.full(100, 2**16 - 1, dtype=np.uint64)
+    layout.pack(fields, {}, 0)
+    fields[57] = 2**16
+    with pytest.raises(BadInput, match="a field of more than 16 bits"):
+        layout.pack(fields, {}, 0)
+
+
+def test_wide_integers_of_another_count_or_size_are_refused():
+    layout = layout_of(3, (Wide("sums", 2, 20),))
+    fields = np.zeros(3, dtype=np.uint64)
+    layout.pack(fields, {"sums": [0, 2**20 - 1]}, 0)
+    with pytest.raises(BadInput, match="sums: found 1 values, expected 2"):
+        layout.pack(fields, {"sums": [0]}, 0)
+    with pytest.raises(BadInput, match="public cap of 20 bits"):
+        layout.pack(fields, {"sums": [0, 2**20]}, 0)
+
+
+@pytest.mark.parametrize("slots", [0, 2047, 4096])
+def test_a_sum_of_another_size_is_refused(slots):
+    with pytest.raises(BadInput, match=f"found {slots} slots, expected 2048"):
+        layout_of(3).unpack(np.zeros(slots, dtype=np.uint64), range(SITES))

@@ -1,0 +1,101 @@
+"""What quantising promises at its edges: zero, the bound, NaN, empty vectors, blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+
+from fedcore.encode import quantise as module
+from fedcore.encode.quantise import dequantise, quantise, step_size
+from fedcore.errors import BadInput
+
+
+class Uniform:
+    """A generator that returns the same number for ever; for the ends of [0, 1)."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def random(self, size):
+        return np.full(size, self.value)
+
+
+ALMOST_ONE = float(np.nextafter(1.0, 0.0))
+
+
+@pytest.mark.parametrize("bits", range(2, 25))
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-26])
+def test_zero_and_the_ends_of_the_range_are_exact(bits, uniform):
+    for bound in (1.0, 0.3, 2.0**-20, 1e10):
+        found = quantise(np.array([0.0, -0.0, bound, -bound]), bits, bound, Uniform(uniform))
+        offset, levels = 1 << (bits - 1), (1 << (bits - 1)) - 1
+        assert found.fields.tolist() == [offset, offset, offset + levels, offset - levels]
+        assert (found.over, found.over_half) == (0, 2)
+        assert found.fields.dtype == np.uint64
+
+
+def test_the_last_bit_of_the_product_never_leaves_the_field():
+    # levels / bound rounds up for many bounds: bound * (levels / bound) + u may pass levels + 1.
+    rng = np.random.default_rng(5)
+    for bits in (2, 8, 24):
+        for bound in rng.random(2000) + 0.5:
+            ends = quantise(np.array([bound, -bound]), bits, float(bound), Uniform(ALMOST_ONE))
+            assert ends.fields.min() >= 1
+            assert int(ends.fields.max()) <= 2**bits - 1
+
+
+def test_clipped_coordinates_are_counted_on_both_sides():
+    values = np.array([-5.0, -1.0, -0.6, -0.5, 0.0, 0.5, 0.51, 1.0, 1.0000001, 7.0])
+    found = quantise(values, 8, 1.0, Uniform(0.0))
+    assert found.over == 3  # strictly beyond R
+    assert found.over_half == 7  # strictly beyond R / 2
+    assert found.fields[0] == 1
+    assert found.fields[-1] == 255
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 2, module.BLOCK, module.BLOCK + 3])
+def test_nan_and_infinity_are_refused_by_place(bad, where):
+    values = np.zeros(module.BLOCK + 5, dtype=np.float32)
+    values[where] = bad
+    with pytest.raises(BadInput, match=f"NaN or infinity at coordinate {where}, expected finite"):
+        quantise(values, 16, 1.0, np.random.default_rng(0))
+
+
+def test_an_empty_vector_stays_empty():
+    found = quantise(np.empty(0), 16, 1.0, np.random.default_rng(0))
+    assert (len(found.fields), found.over, found.over_half) == (0, 0, 0)
+    assert len(dequantise(found.fields, 16, 1.0, 3)) == 0
+
+
+@pytest.mark.parametrize(
+    "size", [module.BLOCK - 1, module.BLOCK, module.BLOCK + 1, 2 * module.BLOCK + 1]
+)
+def test_blocks_leave_no_seam(size, monkeypatch):
+    values = np.random.default_rng(1).normal(size=size).astype(np.float32)
+    found = quantise(values, 16, 1.0, np.random.default_rng(2))
+    monkeypatch.setattr(module, "BLOCK", size)
+    whole = quantise(values, 16, 1.0, np.random.default_rng(2))
+    assert (found.fields == whole.fields).all()
+    assert (found.over, found.over_half) == (whole.over, whole.over_half)
+    some = slice(size - 50, None)
+    uniforms = np.random.default_rng(2).random(size)
+    naive = reference.quantise(
+        values[some].astype(float).tolist(), 16, 1.0, uniforms[some].tolist()
+    )
+    assert found.fields[some].tolist() == naive
+
+
+def test_rounding_is_unbiased():
+    value, bound, count = 0.3, 1.0, 200_000
+    found = quantise(np.full(count, value), 4, bound, np.random.default_rng(3))
+    mean = dequantise(found.fields, 4, bound, 1).mean()
+    # One step is 1/7; the standard error of the mean is at most step / 2 / sqrt(count) = 1.6e-4.
+    assert mean == pytest.approx(value, abs=5 * 1.6e-4)
+
+
+def test_step_size_is_the_distance_of_neighbouring_levels():
+    levels = dequantise(np.arange(1, 16, dtype=np.uint64), 4, 0.7, 1)
+    assert np.diff(levels) == pytest.approx(step_size(4, 0.7))
+    assert (levels[0], levels[7], levels[-1]) == (pytest.approx(-0.7), 0.0, pytest.approx(0.7))

@@ -1,0 +1,296 @@
+"""Whole runs in one process: arms, equalities the contract rests on, and what each check is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedcore
+from fedcore.comparison.transport import MetricTransport
+from fedcore.errors import BadInput, PlanRefused, TagRefused
+from fedcore.learn.score import Scored
+from fedcore.learn.train import local_train
+from fedcore.simulation import KeyEpoch
+
+SITES = {"a": 1, "b": 2, "c": 3}
+
+
+def data(site):
+    rng = np.random.default_rng(site)
+    x = rng.normal(size=(40 + 10 * site, 4)).astype("f4")
+    return x, (x[:, 0] + rng.normal(scale=0.3, size=len(x)) > 0).astype("i8")
+
+
+def make_task(**changes):
+    given = {
+        "name": "t",
+        "data": data,
+        "model": lambda: nn.Linear(4, 2),
+        "loss": nn.functional.cross_entropy,
+        "metrics": ("accuracy", "auc"),
+    }
+    return fedcore.Task(**given | changes)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(task=None, **settings):
+    return fedcore.simulate(task or make_task(), **{"sites": SITES, "rounds": 3} | settings)
+
+
+def test_plain_and_encrypted_give_the_same_model_and_another_seed_another():
+    plain = run(protection="plain")
+    encrypted = run(protection="encrypted")
+    again = run(protection="encrypted")
+    hashes = [r.result["model_sha256"] for r in (plain, encrypted, again)]
+    assert len(set(hashes)) == 1
+    assert run(protection="plain", seed=1).result["model_sha256"] != hashes[0]
+    for metric in ("accuracy", "auc"):
+        gap = encrypted.result["gap"]["protection"][metric]
+        assert (gap["mean"], gap["low"], gap["high"]) == (0.0, 0.0, 0.0)
+    assert encrypted.result["unequal_rounds"] == 0
+    drop = {"seconds", "bytes", "peak"}
+    strip = [
+        [{k: v for k, v in row.items() if k.split("_")[0] not in drop} for row in r.rounds]
+        for r in (plain, encrypted)
+    ]
+    assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("server", ["fedavg", "fedavgm", "fedadam", "fedyogi"])
+@pytest.mark.parametrize("bits", [8, 16, 24])
+def test_every_server_and_width_agrees_across_protections(server, bits):
+    settings = {
+        "server": server,
+        "server_lr": 0.5,
+        "bits": bits,
+        "rounds": 2,
+        "arms": ("federated",),
+    }
+    hashes = {run(protection=p, **settings).result["model_sha256"] for p in ("plain", "encrypted")}
+    assert len(hashes) == 1
+
+
+def test_one_round_is_the_weighted_mean_of_the_sites_models():
+    """A slow obvious reference: train each site from the same start and average by rows."""
+    found = run(rounds=1, protection="plain", bits=24, arms=("federated", "federated_float"))
+    from fedcore.comparison.experiment import job_for, prepare
+
+    task, job = job_for(
+        make_task(), {"sites": SITES, "rounds": 1, "protection": "plain", "bits": 24}
+    )
+    prepared = prepare(task, job)
+    start = prepared.flat.read()
+    total, weight = np.zeros(len(start)), 0
+    for site in prepared.sites:
+        prepared.flat.write(start)
+        local_train(
+            task,
+            prepared.flat.module,
+            site.train,
+            prepared.plan.train,
+            seed=0,
+            round_=1,
+            site=site.id,
+        )
+        total += prepared.flat.read().astype(float) * len(site.train)
+        weight += len(site.train)
+    mean = total / weight
+    got = torch.cat([p.detach().reshape(-1) for p in found.model.parameters()]).numpy()
+    np.testing.assert_allclose(got, mean, atol=1e-5)
+
+
+def test_budgets_are_equal_where_the_arms_promise_it():
+    arms = run().result["arms"]
+    assert len({arm["examples_seen"] for arm in arms.values()}) == 1
+    assert arms["federated"]["gradient_steps"] == arms["federated_float"]["gradient_steps"]
+    assert arms["federated"]["gradient_steps"] == arms["local_only"]["gradient_steps"] > 0
+
+
+def test_gap_parts_add_up_to_the_total():
+    result = run().result
+    for metric in ("accuracy", "auc"):
+        parts = {part: by[metric]["mean"] for part, by in result["gap"].items()}
+        assert parts["total"] == pytest.approx(
+            parts["federation"] + parts["quantisation"] + parts["protection"]
+        )
+        arms = result["arms"]
+        assert parts["total"] == pytest.approx(
+            arms["centralised"][metric] - arms["federated"][metric]
+        )
+
+
+def test_metrics_that_travelled_protected_equal_the_pooled_ones():
+    result = run().result
+    assert result["protected_metrics"]["accuracy"] == pytest.approx(
+        result["arms"]["federated"]["accuracy"]
+    )
+    assert result["protected_metrics"]["auc"] == pytest.approx(
+        result["arms"]["federated"]["auc"], abs=0.02
+    )
+
+
+def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    """Take one site's chunks out of the fold: the tag must notice, and the run must leave nothing."""
+    from fedcore.protect.bfv import EncryptedFold
+
+    original, seen = EncryptedFold.add, []
+
+    def forgetful(self, index, chunk):
+        seen.append(index)
+        if len(seen) != 2:
+            original(self, index, chunk)
+
+    monkeypatch.setattr(EncryptedFold, "add", forgetful)
+    with pytest.raises(TagRefused):
+        run(protection="encrypted")
+    assert not list(tmp_path.glob("runs/t-*"))
+
+
+def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
+    """The zero of gap.protection is measured: shift what `plain` opens, and it is zero no more."""
+    from fedcore.protect.plain import PlainSealer
+
+    original = PlainSealer.open
+
+    def shifted(self, chunks, slots):
+        total = original(self, chunks, slots)
+        total[1:6] += 40_000  # some coordinates, far from canaries and marks
+        return total
+
+    monkeypatch.setattr(PlainSealer, "open", shifted)
+    result = run(protection="plain", range=0.1, adaptive_range=False).result
+    assert result["unequal_rounds"] == 3
+    assert any("NOT the plain integer sum" in line for line in result["warnings"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_than_three_sites_only_plain(count):
+    sites = dict(list(SITES.items())[:count])
+    with pytest.raises(PlanRefused, match=f"found {count} under 'encrypted'"):
+        run(sites=sites)
+    assert run(sites=sites, protection="plain").result["rounds"] == 3
+
+
+def test_batch_norm_statistics_travel_or_stay():
+    def net():
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    averaged = run(make_task(model=net), protection="plain").model
+    kept = run(make_task(model=net), protection="plain", buffers="initial").model
+    assert (averaged[1].running_mean != 0).any() and (averaged[1].running_var != 1).any()
+    assert (kept[1].running_mean == 0).all() and (kept[1].running_var == 1).all()
+    assert run(make_task(model=net), server="fedadam", rounds=2).result["rounds"] == 2
+
+
+def test_models_that_differ_between_sites_are_named():
+    def uneven(site):
+        x, y = data(site)
+        return (x if site < 3 else np.hstack([x, x])), y
+
+    with pytest.raises(BadInput, match="site c: found a model of 18 coordinates, expected 10"):
+        run(make_task(data=uneven, model=lambda: nn.LazyLinear(2)))
+
+
+def test_more_rows_than_the_public_cap_is_refused():
+    with pytest.raises(BadInput, match=r"site a: found 50 rows, expected at most .* = 32"):
+        run(max_examples=32)
+
+
+def test_a_site_without_test_rows_takes_part():
+    def some(site):
+        x, y = data(site)
+        return ((x, y), (x[:10], y[:10])) if site != 2 else ((x, y), (x[:0], y[:0]))
+
+    try:
+        result = run(make_task(data=some), protection="plain").result
+    except BadInput as refused:
+        assert "0 rows" in str(refused)
+    else:
+        assert result["per_site"]["b"]["federated"]["accuracy"] is None
+
+
+def test_one_class_at_a_site_is_a_warning_and_its_auc_null():
+    def single(site):
+        x, y = data(site)
+        return x, (y if site != 2 else np.ones_like(y))
+
+    result = run(make_task(data=single)).result
+    assert result["per_site"]["b"]["federated"]["auc"] is None
+    assert result["arms"]["federated"]["auc"] is not None
+    assert any("Site b has rows of one class" in line for line in result["warnings"])
+
+
+def test_on_round_sees_every_row_and_can_stop():
+    rows = []
+
+    def watch(row):
+        rows.append(row)
+        return fedcore.STOP if row["round"] == 2 and row["arm"] == "centralised" else None
+
+    found = run(rounds=5, on_round=watch)
+    assert [r["arm"] for r in rows[:4]] == [
+        "centralised",
+        "local_only",
+        "federated_float",
+        "federated",
+    ]
+    assert found.result["rounds"] == 2 and "STOP" in found.result["stopped"]
+    assert len(found.rounds) == 8
+
+
+def test_own_evaluate_has_gaps_without_interval():
+    def evaluate(module, rows):
+        hits = count = 0
+        for x, y in rows.batches(16, None):
+            hits += int((module(x).argmax(1) == y).sum())
+            count += len(y)
+        return {"hit_rate": (hits, count)}
+
+    own = run(make_task(evaluate=evaluate, metrics=("hit_rate",))).result
+    usual = run().result
+    assert own["arms"]["federated"]["hit_rate"] == usual["arms"]["federated"]["accuracy"]
+    assert own["protected_metrics"]["hit_rate"] == pytest.approx(
+        own["arms"]["federated"]["hit_rate"]
+    )
+    gap = own["gap"]["total"]["hit_rate"]
+    assert gap["mean"] is not None and gap["low"] is None
+
+
+def test_evaluate_must_return_the_named_metrics():
+    with pytest.raises(BadInput, match=r"task\.evaluate: found f1, expected accuracy, auc"):
+        run(make_task(evaluate=lambda m, r: {"f1": (1, 2)}))
+
+
+@pytest.mark.parametrize("value", [(float("nan"), 1), (1e300, 1), (float("inf"), 1)])
+def test_own_metrics_must_be_finite(value):
+    transport = MetricTransport((), ("m",), 0, 10)
+    with pytest.raises(BadInput, match="expected a finite number"):
+        transport.sums(Scored(np.empty(0), np.empty(0), None, {"m": value}))
+
+
+def test_own_metrics_survive_the_integers_with_their_sign():
+    transport = MetricTransport((), ("m",), 0, 10)
+    parts = [(-3.5, 2.0), (1.25, 4.0)]
+    sums = [
+        transport.sums(Scored(np.empty(0), np.empty(0), None, {"m": p}))["metric:m"] for p in parts
+    ]
+    total = {"metric:m": [a + b for a, b in zip(*sums, strict=True)]}
+    assert transport.finish(total, 2) == {"m": pytest.approx(-2.25 / 6)}
+
+
+def test_an_epoch_s_secrets_do_not_follow_the_seed():
+    from fedcore.plan import solve_packing
+
+    packing = solve_packing(16, 3, "encrypted")
+    epochs = [KeyEpoch("job", "encrypted", packing, "digest") for _ in range(2)]
+    slots = np.arange(2048, dtype=np.uint64)
+    chunks = [list(epoch.sealer.protect(slots)) for epoch in epochs]
+    assert chunks[0] != chunks[1]
+    assert chunks[0] != list(epochs[0].sealer.protect(slots))
+    assert epochs[0]._group.derive(b"", b"x", 32) != epochs[1]._group.derive(b"", b"x", 32)

@@ -1,0 +1,159 @@
+"""Local training: a function of (model, rows, settings, seed, round, site), and honest about steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedcore.data.rows import ArrayRows, DatasetRows
+from fedcore.errors import TaskFailed
+from fedcore.learn.flat import FlatModel, build_model
+from fedcore.learn.score import score
+from fedcore.learn.train import local_train
+from fedcore.plan import TrainPlan
+from fedcore.task import Task
+
+
+def task(**changes):
+    given = {
+        "name": "t",
+        "data": lambda source: source,
+        "model": lambda: nn.Linear(3, 2),
+        "loss": nn.functional.cross_entropy,
+    }
+    return Task(**given | changes)
+
+
+def rows(count=33, seed=0):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(count, 3)).astype("f4"))
+    return ArrayRows(x, torch.from_numpy(rng.integers(0, 2, count)))
+
+
+def trained(plan, *, make=lambda: nn.Linear(3, 2), seed=0, round_=1, site="a", count=33, **changes):
+    module = build_model(make, 0, lambda _: None)
+    report = local_train(
+        task(**changes), module, rows(count), plan, seed=seed, round_=round_, site=site
+    )
+    return FlatModel(module).read(), report
+
+
+def test_one_epoch_is_the_textbook_loop():
+    """A slow obvious reference: gradient descent by hand over the same order."""
+    from fedcore.seeds import generator
+
+    plan = TrainPlan(lr=0.1, batch_size=8)
+    got, report = trained(plan)
+    module = build_model(lambda: nn.Linear(3, 2), 0, lambda _: None)
+    data = rows()
+    order = torch.from_numpy(generator(0, 1, "a", "shuffle 0").permutation(33))
+    losses = []
+    for start in range(0, 33, 8):
+        x, y = data.x[order[start : start + 8]], data.y[order[start : start + 8]]
+        loss = nn.functional.cross_entropy(module(x), y)
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+        losses.append(float(loss))
+        with torch.no_grad():
+            for parameter, grad in zip(module.parameters(), grads, strict=True):
+                parameter -= 0.1 * grad
+    np.testing.assert_allclose(got, FlatModel(module).read(), atol=1e-6)
+    assert (report.steps, report.examples) == (5, 33)
+    assert report.loss == pytest.approx(np.mean(losses))
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_same_words_same_bits_and_each_word_matters(optimiser):
+    plan = TrainPlan(optimiser=optimiser, epochs=2, batch_size=8)
+
+    def net():
+        return nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2))
+
+    base, _ = trained(plan, make=net)
+    torch.rand(10)
+    np.testing.assert_array_equal(trained(plan, make=net)[0], base)
+    for other in ({"seed": 1}, {"round_": 2}, {"site": "b"}):
+        assert (trained(plan, make=net, **other)[0] != base).any()
+
+
+def test_a_lone_last_row_does_not_break_batch_norm():
+    def net():
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    _, report = trained(TrainPlan(batch_size=8), make=net, count=33)
+    assert (report.steps, report.examples) == (4, 32)
+    assert trained(TrainPlan(batch_size=8), count=33)[1].examples == 33
+
+
+def test_a_loader_s_own_batch_size_counts():
+    pairs = [(torch.zeros(3), 0)] * 10
+    module = nn.Linear(3, 2)
+    report = local_train(
+        task(),
+        module,
+        DatasetRows(pairs, None, 5),
+        TrainPlan(batch_size=2),
+        seed=0,
+        round_=1,
+        site="a",
+    )
+    assert report.steps == 2
+
+
+def test_own_train_gets_rows_and_settings_and_is_seeded():
+    seen = []
+
+    def own(module, data, fit):
+        seen.append(
+            (len(data), fit.lr, fit.round, fit.site, float(torch.rand(1)), np.random.rand())
+        )
+        with torch.no_grad():
+            module.weight.fill_(1.0)
+
+    module = nn.Linear(3, 2)
+    for _ in range(2):
+        report = local_train(
+            task(train=own), module, rows(), TrainPlan(lr=0.3, epochs=2), seed=0, round_=4, site="b"
+        )
+    assert seen[0] == seen[1]
+    assert seen[0][:4] == (33, 0.3, 4, "b")
+    assert (module.weight == 1).all()
+    assert (report.examples, report.loss) == (66, None)
+
+
+def test_an_exception_names_site_and_round_and_shows_the_user_s_frames():
+    def broken(module, batch):
+        raise KeyError("column")
+
+    with pytest.raises(TaskFailed, match=r"site a, round 3: task\.train raised KeyError") as caught:
+        local_train(
+            task(predict=broken), nn.Linear(3, 2), rows(), TrainPlan(), seed=0, round_=3, site="a"
+        )
+    trace = caught.value.user_traceback
+    assert "in broken" in trace and "fedcore/learn" not in trace
+
+
+def test_scores_have_one_row_per_example_and_a_mean_loss():
+    module = nn.Linear(3, 2)
+    data = rows(2100)
+    found = score(task(), module, data, seed=0, round_=1, site="a")
+    with torch.no_grad():
+        expected = module(data.x)
+    np.testing.assert_allclose(found.outputs, expected.numpy(), rtol=1e-5)
+    assert found.loss == pytest.approx(
+        float(nn.functional.cross_entropy(expected, data.y)), rel=1e-5
+    )
+    assert not module.training
+
+
+def test_own_evaluate_gives_sums():
+    found = score(
+        task(evaluate=lambda m, r: {"hits": (3, len(r))}),
+        nn.Linear(3, 2),
+        rows(),
+        seed=0,
+        round_=1,
+        site="a",
+    )
+    assert found.own == {"hits": (3.0, 33.0)}
