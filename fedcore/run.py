@@ -23,7 +23,7 @@ from typing import Any
 
 from fedcore.errors import AlreadyExists, BadInput
 from fedcore.files import read_json
-from fedcore.types import GAP_PARTS, Json
+from fedcore.types import Json
 
 RUNS = Path("runs")
 
@@ -164,7 +164,7 @@ class Gap:
 
     def __getitem__(self, key: str) -> Any:
         """`gap["federation"]` is a part; `gap["mean"]` a number of the total."""
-        return self.parts[key] if key in GAP_PARTS else self.parts["total"][key]
+        return self.parts[key] if key in self.parts else self.parts["total"][key]
 
 
 def gaps_of(result: Json) -> dict[str, Gap]:
@@ -224,9 +224,11 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure: the first metric by round per arm, the gap below."""
-        from fedcore.report.plots import rounds_figure
+        from fedcore.report.plots import rounds_figure, shown_in_notebooks
 
-        return rounds_figure([(self.result, self.rounds)], self.result["metrics"][0])
+        return shown_in_notebooks(
+            rounds_figure([(self.result, self.rounds)], self.result["metrics"][0])
+        )
 
     def report(self) -> Path:
         """Write report.html and report.md again; returns the page's path."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import BadInput, TaskFailed, UnknownName
+from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 
 BUILT_IN = {"heart": "fedcore.data.heart:task", "digits": "fedcore.data.digits:task"}
 
@@ -153,6 +153,10 @@ def _module_from_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except FedcoreError as error:
+        # Our own refusal of what the file builds is for people already; it only lacks the file.
+        del sys.modules[name]
+        raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
     except Exception as error:
         del sys.modules[name]
         remedy = ""

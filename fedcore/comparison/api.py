@@ -22,6 +22,7 @@ from fedcore.comparison.experiment import (
     job_json,
     prepare,
     run_experiment,
+    stored_job,
 )
 from fedcore.comparison.gap import summarise_cells
 from fedcore.config import Job, read_job_file

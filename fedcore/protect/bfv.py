@@ -53,8 +53,9 @@ def load_seal() -> Any:
     try:
         from tenseal import sealapi
     except Exception as error:  # a broken wheel raises ImportError, OSError or worse
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # loaders write several lines
         raise Unavailable(
-            f"protection 'encrypted': tenseal cannot be used here ({type(error).__name__}: {error})",
+            f"protection 'encrypted': tenseal cannot be used here ({reason})",
             remedy="install tenseal 0.3.16 or newer; `--protection plain` runs without it",
         ) from error
     return sealapi
@@ -394,8 +395,8 @@ class EncryptedFold:
             else:
                 self._evaluator.add_inplace(self._total[first + row], ciphertext)
 
-    def _load_seeded(self, words: Words, seed: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
-        tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed.tobytes()
+    def _load_seeded(self, words: Words, seed_block: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+        tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
         return _load(self._courier, self._public, _SEEDED, tail)
 
     def total(self) -> Iterator[bytes]:

@@ -264,6 +264,18 @@ def _strips(
             axes.plot([mean * scale], [middle], marker, color=colour, markersize=6.5)
 
 
+def shown_in_notebooks(figure: Figure) -> Figure:
+    """The same figure with a picture of its own: one made without pyplot has none in a notebook."""
+
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        return buffer.getvalue()
+
+    figure._repr_png_ = picture  # type: ignore[attr-defined]  # the name IPython asks for
+    return figure
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element for a page: `name` keeps ids of several apart.
 

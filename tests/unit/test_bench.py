@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedcore.bench import fold, protect
+from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, PlanRefused
 from fedcore.protect import ckks
 

@@ -30,7 +30,7 @@ def frozen():
 
 KINDS = {
     "linear": lambda: nn.Linear(5, 2),
-    "scalar parameter": lambda: nn.PReLU(),
+    "scalar parameter": nn.PReLU,
     "batch norm": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)),
     "lstm": lambda: nn.LSTM(3, 5),
     "tied": Tied,

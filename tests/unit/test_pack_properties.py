@@ -60,7 +60,7 @@ def contribution(layout: Layout, rng: np.random.Generator, *, worst: bool):
     return fields, wides
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(layouts(), st.integers(0, 2**32), st.booleans())
 def test_pack_is_the_reference(layout, seed, worst):
     fields, wides = contribution(layout, np.random.default_rng(seed), worst=worst)
@@ -70,7 +70,7 @@ def test_pack_is_the_reference(layout, seed, worst):
     assert int(slots.max()) < 2**layout.packing.slot_bits
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(layouts(), st.integers(0, 2**32), st.booleans(), st.data())
 def test_unpack_is_the_inverse_of_pack_under_addition(layout, seed, worst, data):
     """With as many contributions as the packing allows, each mark once, and worst-case fields."""

@@ -301,7 +301,7 @@ def test_a_site_twice_or_more_sites_than_planned_are_refused():
     with pytest.raises(BadInput, match="twice"):
         round_plan(sites=("a", "b", "a"))
     round_plan(sites=("a", "b", "c", "d"))
-    with pytest.raises(PlanRefused, match="found 5, expected at most protect.max_sites = 4"):
+    with pytest.raises(PlanRefused, match=r"found 5, expected at most protect\.max_sites = 4"):
         round_plan(sites=("a", "b", "c", "d", "e"))
 
 

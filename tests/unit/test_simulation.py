@@ -207,12 +207,18 @@ def test_a_site_without_test_rows_takes_part():
         x, y = data(site)
         return ((x, y), (x[:10], y[:10])) if site != 2 else ((x, y), (x[:0], y[:0]))
 
-    try:
-        result = run(make_task(data=some), protection="plain").result
-    except BadInput as refused:
-        assert "0 rows" in str(refused)
-    else:
-        assert result["per_site"]["b"]["federated"]["accuracy"] is None
+    with pytest.raises(BadInput, match=r"site b \(test part\): found 0 rows"):
+        run(make_task(data=some), protection="plain")
+
+
+def test_a_site_too_small_for_a_test_part_takes_part():
+    def tiny(site):
+        x, y = data(site)
+        return (x, y) if site != 2 else (x[:1], y[:1])
+
+    result = run(make_task(data=tiny)).result
+    assert result["per_site"]["b"]["test_rows"] == 0
+    assert result["per_site"]["b"]["federated"]["accuracy"] is None
 
 
 def test_one_class_at_a_site_is_a_warning_and_its_auc_null():

@@ -54,10 +54,10 @@ def test_one_epoch_is_the_textbook_loop():
         x, y = data.x[order[start : start + 8]], data.y[order[start : start + 8]]
         loss = nn.functional.cross_entropy(module(x), y)
         grads = torch.autograd.grad(loss, list(module.parameters()))
-        losses.append(float(loss))
+        losses.append(loss.item())
         with torch.no_grad():
             for parameter, grad in zip(module.parameters(), grads, strict=True):
-                parameter -= 0.1 * grad
+                parameter.sub_(0.1 * grad)
     np.testing.assert_allclose(got, FlatModel(module).read(), atol=1e-6)
     assert (report.steps, report.examples) == (5, 33)
     assert report.loss == pytest.approx(np.mean(losses))

@@ -1,0 +1,277 @@
+"""The commands as a newcomer types them: real processes, real files, exit codes and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def fedcore(*arguments, cwd, timeout=300, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "fedcore.cli", *map(str, arguments)],
+        cwd=cwd, env=env or ENVIRONMENT, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def heart(tmp_path_factory):
+    """`simulate --task heart --protection P --rounds 20 --seed S --json` for the runs compared below."""
+    folder = tmp_path_factory.mktemp("heart")
+    results = {}
+    for name, protection, seed in (
+        ("encrypted", "encrypted", 0), ("again", "encrypted", 0), ("plain", "plain", 0), ("other", "plain", 1),
+    ):  # fmt: skip
+        done = fedcore(
+            "simulate", "--task", "heart", "--protection", protection, "--rounds", 20, "--seed", seed,
+            "--out", folder / name, "--json", cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results[name] = (json.loads(done.stdout), folder / name)
+    return results
+
+
+def test_one_json_object_on_stdout_the_same_as_the_file(heart):
+    printed, directory = heart["encrypted"]
+    assert printed == json.loads((directory / "result.json").read_text())
+    assert set(printed) >= {
+        "schema", "task", "protection", "seed", "rounds", "sites", "model_sha256", "arms", "gap", "per_site",
+        "bytes_up_per_site_round", "bytes_down_per_site_round", "seconds", "clipped_fraction", "label",
+    }  # fmt: skip
+    assert (printed["schema"], printed["task"], printed["protection"]) == (1, "heart", "encrypted")
+    assert (printed["seed"], printed["rounds"]) == (0, 20)
+    assert printed["sites"] == ["cleveland", "hungary", "switzerland", "va"]
+    assert set(printed["arms"]) == {"centralised", "local_only", "federated_float", "federated"}
+    for arm in printed["arms"].values():
+        assert 0.5 < arm["accuracy"] < 1 and 0.5 < arm["auc"] < 1
+    for part in ("total", "federation", "quantisation", "protection"):
+        for metric in ("auc", "accuracy"):
+            assert set(printed["gap"][part][metric]) == {"mean", "low", "high", "method", "n"}
+    for site, rows in {"cleveland": 303, "hungary": 294, "switzerland": 123, "va": 200}.items():
+        assert printed["per_site"][site]["rows"] == rows
+        assert set(printed["per_site"][site]) >= {"local_only", "federated"}
+    assert set(printed["seconds"]) == {
+        "train",
+        "encode",
+        "protect",
+        "fold",
+        "unprotect",
+        "evaluate",
+    }
+    assert all(value > 0 for value in printed["seconds"].values())
+    assert printed["label"].startswith("Protects against")
+
+
+def test_the_model_is_the_same_under_plain_and_encrypted_and_twice(heart):
+    hashes = {name: result["model_sha256"] for name, (result, _) in heart.items()}
+    assert hashes["encrypted"] == hashes["again"] == hashes["plain"] != hashes["other"]
+
+
+def test_protection_costs_exactly_nothing(heart):
+    for metric in ("auc", "accuracy"):
+        gap = heart["encrypted"][0]["gap"]["protection"][metric]
+        assert (gap["mean"], gap["low"], gap["high"]) == (0, 0, 0)
+
+
+def test_the_forecast_of_the_plan_is_what_was_sent(heart):
+    result, directory = heart["encrypted"]
+    plan = json.loads((directory / "plan.json").read_text())
+    assert plan["bytes_up"] == result["bytes_up_per_site_round"]
+    assert plan["bytes_down"] == result["bytes_down_per_site_round"]
+    assert heart["plain"][0]["plan"]["bytes_up"] == heart["plain"][0]["bytes_up_per_site_round"]
+
+
+def test_the_screen_tells_what_a_person_asks(tmp_path):
+    done = fedcore("simulate", "--rounds", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "fedcore simulate: task heart"
+    said = " ".join(done.stderr.split())
+    for part in (
+        "4 sites",
+        "920 rows",
+        "encrypted",
+        "runs/heart-encrypted-001",
+        "Protects against",
+        "round 3/3",
+    ):
+        assert part in said, part
+    shown = " ".join(done.stdout.split())
+    for part in (
+        "centralised", "local only", "federated", "points lost", "protection", "cleveland",
+        "13.9 kB per site and round (one ciphertext", "report.html", "fedcore reproduce runs/heart-encrypted-001",
+    ):  # fmt: skip
+        assert part in shown, part
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from fedcore import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'pandas', 'matplotlib', 'tenseal', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plain_script_without_a_main_guard_and_with_lambdas(tmp_path):
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            """
+            import numpy as np, torch, fedcore
+            rng = lambda s: np.random.default_rng(s)
+            task = fedcore.Task(
+                "lambdas",
+                data=lambda s: (rng(s).normal(size=(50, 3)).astype("f4"), rng(s).integers(0, 2, 50)),
+                model=lambda: torch.nn.Linear(3, 2),
+                loss=lambda o, t: torch.nn.functional.cross_entropy(o, t),
+            )
+            run = fedcore.simulate(task, sites={"a": 1, "b": 2, "c": 3}, rounds=20, seed=0)
+            print(run)
+            print(run.gap["accuracy"].mean, len(run.rounds), type(run.model).__name__, run.report().name)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "80 Linear report.html" in done.stdout
+
+
+def test_the_notebook_in_the_docs_runs(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own backend shows figures
+    notebook = nbformat.read(ROOT / "docs" / "examples" / "notebook.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    client.execute()
+    texts = [str(o) for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any("points" in text for text in texts)
+    assert any("image/png" in text for text in texts)
+    assert (tmp_path / "runs" / "notebook-encrypted-001" / "report.html").is_file()
+
+
+def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
+    command = [sys.executable, "-m", "fedcore.cli", "simulate", "--rounds", "400", "--lr", "0.1"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    directory = tmp_path / "runs" / "heart-encrypted-001"
+    for _ in range(600):
+        if (directory / "checkpoint.pt").is_file() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "resume: fedcore simulate --resume runs/heart-encrypted-001" in said
+    assert "Traceback" not in said
+    done = fedcore("simulate", "--resume", "runs/heart-encrypted-001", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = fedcore("simulate", "--rounds", 400, "--lr", 0.1, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["model_sha256"] == json.loads(whole.stdout)["model_sha256"]
+
+
+def test_a_broken_tenseal_disables_encrypted_with_one_line_and_plain_still_runs(tmp_path):
+    (tmp_path / "broken" / "tenseal").mkdir(parents=True)
+    (tmp_path / "broken" / "tenseal" / "__init__.py").write_text(
+        "raise ImportError('libseal is gone')"
+    )
+    env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{ROOT}"}
+    refused = fedcore("simulate", "--rounds", 2, cwd=tmp_path, env=env)
+    assert refused.returncode == 3
+    lines = refused.stderr.splitlines()
+    assert "tenseal cannot be used here (ImportError: libseal is gone)" in lines[-2]
+    assert lines[-1].startswith("hint:") and "--protection plain" in lines[-1]
+    assert not (tmp_path / "runs").exists()
+    plain = fedcore("simulate", "--rounds", 2, "--protection", "plain", cwd=tmp_path, env=env)
+    assert plain.returncode == 0, plain.stderr
+    doctor = fedcore("doctor", cwd=tmp_path, env=env)
+    assert doctor.returncode == 3 and "FAIL  SEAL" in doctor.stdout
+
+
+def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
+    """The tour a newcomer takes."""
+    assert fedcore("new", "mine", cwd=tmp_path).returncode == 0
+    checked = fedcore("check", "mine/job.toml", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    for part in (
+        "north",
+        "loss of one step",
+        "no buffers",
+        "headroom",
+        "13.9 kB up",
+        "Protects against",
+    ):
+        assert part in checked.stdout, part
+    planned = fedcore("plan", "mine", "--json", cwd=tmp_path)
+    assert json.loads(planned.stdout)["headroom"]["bound"] == 43 * 3 + 1
+    assert fedcore("simulate", "mine", "--rounds", 2, cwd=tmp_path).returncode == 0
+    assert (
+        fedcore("simulate", "mine/job.toml", "--rounds", 2, "--seed", 1, cwd=tmp_path).returncode
+        == 0
+    )
+    listed = fedcore("runs", cwd=tmp_path).stdout
+    first, second = [line.split()[0] for line in listed.splitlines() if line.startswith("runs/")]
+    for form, mark in (("md", "| arm"), ("latex", "\\begin{tabular}")):
+        assert mark in fedcore("report", first, "--format", form, cwd=tmp_path).stdout
+    both = fedcore("report", first, second, cwd=tmp_path)
+    assert both.returncode == 0 and (tmp_path / both.stdout.strip()).is_file()
+    same = fedcore("reproduce", first, cwd=tmp_path)
+    assert same.returncode == 0 and same.stdout.startswith("same bits: model ")
+    assert "Protects against" in fedcore("plan", first, cwd=tmp_path).stdout
+
+
+def test_the_price_jump_is_printed(tmp_path):
+    done = fedcore("plan", "--bits", 16, cwd=tmp_path)
+    rows = [line.split() for line in done.stdout.splitlines() if " to " in line]
+    assert ["3", "to", "32", "2", "2048", "3.375"] in rows
+
+
+@pytest.mark.slow
+def test_compare_reaches_the_contract(tmp_path):
+    done = fedcore(
+        "compare",
+        "--task",
+        "heart",
+        "--seeds",
+        5,
+        "--folds",
+        5,
+        "--json",
+        cwd=tmp_path,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    arms, gap = result["arms"], result["gap"]["total"]["auc"]
+    assert arms["centralised"]["accuracy"]["mean"] >= 0.80
+    assert arms["centralised"]["auc"]["mean"] >= 0.88
+    assert abs(gap["mean"]) <= 0.003
+    assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert result["gap"]["protection"]["auc"]["mean"] == 0
+    assert len(result["cells"]) == 25

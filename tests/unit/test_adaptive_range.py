@@ -1,0 +1,92 @@
+"""The rule of the next range, line by line (PROTOCOL Q)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.aggregate.adaptive_range import (
+    CALIBRATION_EXPONENTS,
+    calibrated_bound,
+    exceedance_counts,
+    next_bound,
+)
+from fedcore.plan import RangePlan
+
+PLAN = RangePlan(lowest=2.0**-4, highest=2.0**4)
+VALUES = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("over", "over_half", "factor"),
+    [
+        (0, 0, 0.5),
+        (0, 9, 0.5),  # below 1e-5
+        (0, 10, 1.0),  # 1e-5 exactly is not below
+        (0, 1000, 1.0),
+        (1000, 1000, 1.0),  # 1e-3 exactly does not exceed
+        (1001, 1001, 2.0),
+        (1001, 0, 2.0),  # a liar's counts: too many over wins
+        (VALUES, VALUES, 2.0),
+    ],
+)
+def test_the_rule_at_both_sides_of_each_threshold(over, over_half, factor):
+    assert next_bound(1.0, over, over_half, VALUES, PLAN) == factor
+
+
+def test_the_range_stays_within_the_plan():
+    assert next_bound(PLAN.highest, VALUES, VALUES, VALUES, PLAN) == PLAN.highest
+    assert next_bound(PLAN.highest / 2, VALUES, VALUES, VALUES, PLAN) == PLAN.highest
+    assert next_bound(PLAN.lowest, 0, 0, VALUES, PLAN) == PLAN.lowest
+    assert next_bound(PLAN.lowest * 2, 0, 0, VALUES, PLAN) == PLAN.lowest
+
+
+def test_a_fixed_range_and_an_empty_vector_do_not_move():
+    fixed = RangePlan(adaptive=False)
+    assert next_bound(0.3, VALUES, VALUES, VALUES, fixed) == 0.3
+    assert next_bound(0.3, 0, 0, VALUES, fixed) == 0.3
+    assert next_bound(0.3, 0, 0, 0, PLAN) == 0.3
+
+
+@given(
+    st.integers(-4, 4), st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 2**30)
+)  # fmt: skip
+def test_whatever_is_counted_the_range_moves_one_step_at_most(exponent, over, over_half, values):
+    bound = 2.0**exponent
+    found = next_bound(bound, over, over_half, values, PLAN)
+    assert found in {bound / 2, bound, bound * 2}
+    assert PLAN.lowest <= found <= PLAN.highest
+
+
+def test_calibration_counts_24_powers_of_two_strictly():
+    assert len(CALIBRATION_EXPONENTS) == 24
+    assert tuple(range(-16, 8)) == CALIBRATION_EXPONENTS
+    update = np.array([0.0, 2.0**-16, -(2.0**-15), 1.0, -1.5, 200.0], dtype=np.float32)
+    counts = dict(zip(CALIBRATION_EXPONENTS, exceedance_counts(update), strict=True))
+    assert [counts[e] for e in (-16, -15, -14, -1, 0, 1, 7)] == [4, 3, 3, 3, 2, 1, 1]
+    assert exceedance_counts(np.empty(0, dtype=np.float32)) == [0] * 24
+
+
+def test_calibration_takes_the_smallest_power_that_clips_at_most_one_in_a_thousand():
+    wide = RangePlan()
+    counts = [2000] * 10 + [1001] + [1000] + [0] * 12
+    assert calibrated_bound(counts, VALUES, wide) == 2.0 ** CALIBRATION_EXPONENTS[11]
+    assert calibrated_bound([0] * 24, VALUES, wide) == 2.0**-16
+    assert calibrated_bound([VALUES] * 24, VALUES, wide) == 2.0**7
+    assert calibrated_bound([0] * 24, 0, wide) == 2.0**-16
+    assert calibrated_bound([0] * 24, VALUES, PLAN) == PLAN.lowest
+    assert calibrated_bound([VALUES] * 24, VALUES, PLAN) == PLAN.highest
+    assert calibrated_bound([VALUES] * 23 + [0], VALUES, PLAN) == PLAN.highest
+    with pytest.raises(ValueError, match="zip"):
+        calibrated_bound([VALUES] * 23, VALUES, wide)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=50))
+def test_a_calibrated_range_clips_at_most_one_in_a_thousand_and_half_of_it_would_clip_more(values):
+    update = np.array(values, dtype=np.float32)
+    bound = calibrated_bound(exceedance_counts(update), len(update), RangePlan())
+    assert np.count_nonzero(np.abs(update) > bound) * 1000 <= len(update)
+    if bound > 2.0**-16:
+        assert np.count_nonzero(np.abs(update) > bound / 2) * 1000 > len(update)
