@@ -278,6 +278,7 @@ def _comparison_result(
         "ciphertexts_up": first["ciphertexts_up"],
         "ciphertext_used": first["ciphertext_used"],
         "clipped_fraction": clipped,
+        "unequal_rounds": sum(r["unequal_rounds"] for r in results),
         "warnings": warnings,
         "environment": environment(),
     }

@@ -50,19 +50,24 @@ def quantise(
     for start in range(0, len(values), BLOCK):
         block = np.asarray(values[start : start + BLOCK], dtype=np.float64)
         magnitude = np.abs(block)
-        if not np.isfinite(magnitude.max(initial=0.0)):
+        largest = magnitude.max(initial=0.0)
+        if not np.isfinite(largest):
             where = start + int(np.flatnonzero(~np.isfinite(block))[0])
             raise BadInput(
                 f"update: found NaN or infinity at coordinate {where}, expected finite numbers",
                 remedy="lower train.lr, or look for NaN in the site's data",
             )
-        over += int(np.count_nonzero(magnitude > bound))
-        over_half += int(np.count_nonzero(magnitude > bound / 2))
-        scaled = np.clip(block, -bound, bound) * (levels / bound)
+        if largest > bound / 2:
+            over += int(np.count_nonzero(magnitude > bound))
+            over_half += int(np.count_nonzero(magnitude > bound / 2))
+        scaled = np.clip(block, -bound, bound) if largest > bound else block
+        scaled = scaled * (levels / bound)
         scaled += rng.random(len(block))
         np.floor(scaled, out=scaled)
-        # x = bound with u close to 1 may round up to levels + 1 through the last bit of the product.
-        np.clip(scaled, -levels, levels, out=scaled)
+        if largest > 0.99 * bound:
+            # x = bound with u close to 1 may round up to levels + 1 through the last bit of the
+            # product. Further inside (bits <= 24) the product is more than a step away from that.
+            np.clip(scaled, -levels, levels, out=scaled)
         scaled += offset
         fields[start : start + BLOCK] = scaled.astype(np.uint64)
     return Quantised(fields, over, over_half)

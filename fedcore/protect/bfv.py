@@ -90,14 +90,14 @@ class Courier:
 
     def close(self) -> None:
         """Give the path back; a second call does nothing."""
-        if self._fd >= 0:
-            if os.getpid() == self._pid:
-                os.ftruncate(self._fd, 0)
-            os.close(self._fd)
-            self._fd = -1
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._fd < 0:
+            return
+        if os.getpid() == self._pid:  # a forked child leaves its parent's path alone
+            os.ftruncate(self._fd, 0)
+            if self._folder is not None:
+                self._folder.cleanup()
+        os.close(self._fd)
+        self._fd = -1
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

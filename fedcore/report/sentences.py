@@ -389,6 +389,12 @@ def protection_changed(result: Mapping[str, Any]) -> str:
         metric: number(gap_of(result, "protection", metric)) for metric in ordered_metrics(result)
     }
     known = {metric: change for metric, change in changes.items() if change is not None}
+    unequal = number(result.get("unequal_rounds"))
+    if unequal:
+        return (
+            f"In {count(unequal)} rounds the opened sum was not the plain integer sum, which must never "
+            "happen: this result is not to be trusted."
+        )
     if not known:
         return ""
     if all(change == 0 for change in known.values()):

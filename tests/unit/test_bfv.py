@@ -509,7 +509,14 @@ def test_a_forked_child_does_not_write_into_its_parents_path(monkeypatch):
                     use(courier)
                 assert "spawn" in refused.value.remedy
         courier.take(Spy())
-        courier.close()
+        os.pwrite(courier._fd, b"the parent's", 0)
+        kept = os.dup(courier._fd)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            courier.close()
+        assert os.pread(kept, 100, 0) == b"the parent's"
+        assert Path(courier._path).exists() == force_file
+        os.close(kept)
 
 
 # ---------------------------------------------------------------------------- tenseal is missing

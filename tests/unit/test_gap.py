@@ -57,7 +57,7 @@ def test_the_mean_is_the_plain_difference_on_every_row_and_positive_is_lost() ->
         assert interval.high is not None
         assert interval.low < interval.mean < interval.high
         assert interval.n == ROWS
-        assert interval.method == "paired bootstrap over 184 test rows, 200 resamples"
+        assert interval.method == "95 % paired bootstrap over 184 test rows, 200 resamples"
 
 
 def test_an_error_that_grew_is_lost_too() -> None:
@@ -200,7 +200,7 @@ def test_nadeau_bengio_against_the_formula_written_out() -> None:
     assert interval.mean == pytest.approx(mean(differences))
     assert interval.low == pytest.approx(mean(differences) - reach)
     assert interval.high == pytest.approx(mean(differences) + reach)
-    assert interval.method == "Nadeau-Bengio corrected t over 5 splits"
+    assert interval.method == "95 % Nadeau-Bengio corrected t over 5 splits"
     assert interval.n == 5
 
 

@@ -50,8 +50,9 @@ def test_a_chunk_costs_its_bits(short_chunks):
 def test_a_chunk_off_the_vector_is_refused_and_nothing_is_added(short_chunks, index):
     packing, slots, chunks = short_chunks
     fold = PlainFold(packing, len(slots))
-    with pytest.raises(ChunkRefused, match=f"chunk {index}: "):
-        fold.add(index, chunks[0])
+    for chunk in (chunks[0], b""):
+        with pytest.raises(ChunkRefused, match=f"chunk {index}: "):
+            fold.add(index, chunk)
     assert not PlainSealer(packing).open(fold.total(), len(slots)).any()
 
 
@@ -70,7 +71,7 @@ def test_a_sum_of_too_few_or_too_many_chunks_is_refused(short_chunks):
     packing, slots, chunks = short_chunks
     sealer = PlainSealer(packing)
     assert (sealer.open(chunks, len(slots)) == slots).all()
-    for wrong in (chunks[:2], [], [*chunks, chunks[0]]):
+    for wrong in (chunks[:2], [], [*chunks, chunks[0]], [*chunks, b""]):
         with pytest.raises(ChunkRefused):
             sealer.open(wrong, len(slots))
 

@@ -173,7 +173,7 @@ def test_the_price_list_covers_every_roster_once_and_names_what_does_not_fit(mon
 # -------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("bits", "sites"), [(24, 1_000_000), (20, 200_000), (16, 10_000_000)])
+@pytest.mark.parametrize(("bits", "sites"), [(24, 32_769), (24, 1_000_000), (20, 200_000)])
 def test_a_refusal_names_the_largest_values_that_fit(bits, sites):
     with pytest.raises(PlanRefused, match=f"found {bits} bits for up to {sites} sites") as refused:
         solve_packing(bits, sites, "encrypted")
@@ -312,6 +312,8 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
     assert widths["weight"].bits == 10  # 512 itself must fit
     assert 2 ** widths["over_range"].bits > plan.coordinates
     assert [w.name for w in plan.update_vector.wides][-1] == "metric accuracy"
+    # All of 32 coordinates may exceed the range, so a count of 32 must fit too.
+    assert round_plan(parameters=30).count_bits == 6
     assert plan.range_vector.wides == (Wide("exceeding", 24, 5),)
     assert plan.metrics_vector.coordinates == 0
     stages = {v.stage for v in (plan.update_vector, plan.range_vector, plan.metrics_vector)}

@@ -45,6 +45,27 @@ def test_the_last_bit_of_the_product_never_leaves_the_field():
             assert int(ends.fields.max()) <= 2**bits - 1
 
 
+@pytest.mark.parametrize("bits", range(2, 25))
+def test_a_block_that_ends_just_inside_the_range_is_the_reference_too(bits):
+    """Each share of the bound is the largest of its block, on both sides of every shortcut."""
+    shares = [0.25, 0.5, 0.5 + 1e-12, 0.989, 0.99, 0.99 + 1e-12, ALMOST_ONE, 1.0, 1 + 1e-12, 3.0]
+    for bound in (1.0, 0.3, 2.0**-20):
+        for share in shares:
+            for value in (share * bound, -share * bound):
+                for uniform in (0.0, ALMOST_ONE):
+                    found = quantise(np.array([value, 0.0]), bits, bound, Uniform(uniform))
+                    naive = reference.quantise([value, 0.0], bits, bound, [uniform] * 2)
+                    assert found.fields.tolist() == naive
+                    assert found.over == (abs(value) > bound)
+                    assert found.over_half == (abs(value) > bound / 2)
+
+
+def test_quantising_leaves_the_update_as_it_was():
+    values = np.array([0.2, -5.0, 5.0])
+    quantise(values, 8, 1.0, np.random.default_rng(0))
+    assert values.tolist() == [0.2, -5.0, 5.0]
+
+
 def test_clipped_coordinates_are_counted_on_both_sides():
     values = np.array([-5.0, -1.0, -0.6, -0.5, 0.0, 0.5, 0.51, 1.0, 1.0000001, 7.0])
     found = quantise(values, 8, 1.0, Uniform(0.0))

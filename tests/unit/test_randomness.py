@@ -182,6 +182,7 @@ def test_derived_seeds_depend_on_every_word_and_on_nothing_else():
     words = [
         (0, 1, "a", "train"), (1, 1, "a", "train"), (0, 2, "a", "train"), (0, 1, "b", "train"),
         (0, 1, "a", "rounding"), (0, 11, "", "a"), (0, 1, "1a", "train"), (0, 1, "a,5", "train"),
+        (0, 1, "1", "a"), (1, 1, "", "1a"), (11, 1, "", "a"), (1, 11, "", "a"),
     ]  # fmt: skip
     seeds = [derive_seed(*word) for word in words]
     assert len(set(seeds)) == len(words)

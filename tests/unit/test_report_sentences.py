@@ -150,6 +150,7 @@ def test_protection_must_change_nothing_and_says_so_if_it_does():
     broken = copy.deepcopy(result)
     broken["gap"]["protection"]["auc"]["mean"] = 0.0001
     assert "not to be trusted" in say.protection_changed(broken)
+    assert say.protection_changed(result | {"unequal_rounds": 2}).startswith("In 2 rounds")
     assert "Nothing was protected" in say.cost({**result, "protection": "plain"})[0]
 
 

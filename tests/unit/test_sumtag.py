@@ -123,9 +123,9 @@ def test_derive_is_rfc_5869_and_labels_are_apart():
     assert group.derive(b"salt", b"info", 70) == reference.hkdf(KEY, b"salt", b"fedcore/1 info", 70)
     tags = {
         state_tag(group, job, round_, state)
-        for job in ("a", "a:1") for round_ in (1, 11) for state in (b"", b"1:", b"x")
+        for job in ("a", "a:1") for round_ in (1, 11) for state in (b"", b"1", b"x", b"1:x", b"1:1")
     }  # fmt: skip
-    assert len(tags) == 12
+    assert len(tags) == 20
     assert state_tag(GroupSecret(bytes(32)), "a", 1, b"") not in tags
     assert group.authenticate(b"state", b"m") != group.authenticate(b"sum", b"m")
 
