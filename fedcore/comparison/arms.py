@@ -8,6 +8,7 @@ Local-only sites standardise with their own statistics, the others with the fede
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +28,11 @@ from fedcore.task import Task
 from fedcore.types import FloatVector, Json
 
 
+def finite(value: float | None) -> float | None:
+    """A diverged arm's loss may be NaN or infinite, which JSON has no word for: None then."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass
 class Budget:
     """Optimiser steps and rows seen, epochs counted, over all sites of an arm."""
@@ -40,7 +46,7 @@ class Budget:
         self.examples += sum(r.examples for r in reports)
         losses = [(r.loss, r.examples) for r in reports if r.loss is not None and r.examples]
         total = sum(n for _, n in losses)
-        return sum(loss * n for loss, n in losses) / total if total else None
+        return finite(sum(loss * n for loss, n in losses) / total) if total else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Evaluation:
             (s.loss, len(s.targets)) for s in self.parts if s is not None and s.loss is not None
         ]
         total = sum(n for _, n in parts)
-        return sum(loss * n for loss, n in parts) / total if total else None
+        return finite(sum(loss * n for loss, n in parts) / total) if total else None
 
 
 class Arm(Protocol):

@@ -517,6 +517,8 @@ def test_a_forked_child_does_not_write_into_its_parents_path(monkeypatch):
         assert os.pread(kept, 100, 0) == b"the parent's"
         assert Path(courier._path).exists() == force_file
         os.close(kept)
+        if courier._folder is not None:
+            courier._folder.cleanup()  # what the parent would do
 
 
 # ---------------------------------------------------------------------------- tenseal is missing
