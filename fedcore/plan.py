@@ -233,6 +233,12 @@ class RangePlan:
     highest: float = 2.0**10
     adaptive: bool = True
 
+    def __post_init__(self) -> None:
+        if self.start is not None and not self.lowest <= self.start <= self.highest:
+            raise BadInput(
+                f"protect.range: found {self.start}, expected {self.lowest:g} to {self.highest:g}"
+            )
+
 
 @dataclass(frozen=True)
 class TrainPlan:

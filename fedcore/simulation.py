@@ -211,7 +211,8 @@ class Federation:
     """The sites and the coordinator of one federated run.
 
     metric_sums: `metric_sums(site, state)`, the wide integers of a site's metrics of the model the
-    round starts from (they ride in the round's vector).
+    round starts from (they ride in the round's vector). statistics: canonical bytes of the federated
+    statistics, which the state tag covers with the rest of what a site starts from.
     """
 
     task: Task
@@ -221,6 +222,7 @@ class Federation:
     flat: FlatModel
     seed: int
     metric_sums: Callable[[SiteRows, ServerState], Mapping[str, Sequence[int]]]
+    statistics: bytes = b""
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def update_of(
@@ -325,5 +327,5 @@ class Federation:
     ) -> ProtectedTotal:
         roster = [site.id for site in self.sites]
         return self.epoch.protected_sum(
-            spec, round_, roster, contributions, state.canonical(), self.watch
+            spec, round_, roster, contributions, state.canonical() + self.statistics, self.watch
         )

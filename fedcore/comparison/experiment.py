@@ -46,7 +46,7 @@ from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thr
 from fedcore.learn.saved import model_digest, save_model
 from fedcore.learn.score import score
 from fedcore.learn.train import predict, task_code
-from fedcore.plan import RoundPlan, refuse_small_roster, solve_packing
+from fedcore.plan import RoundPlan, canonical, refuse_small_roster, solve_packing
 from fedcore.report.sentences import metric_name
 from fedcore.run import read_rounds
 from fedcore.simulation import (
@@ -350,9 +350,16 @@ class Experiment:
         self.initial = flat.read()
         bench = Bench(prepared.task, plan, flat, prepared.sites, job.run.seed, self.initial)
         self.federation = Federation(
-            prepared.task, plan, prepared.epoch, prepared.sites, flat, job.run.seed,
-            self._metric_sums, prepared.watch,
-        )  # fmt: skip
+            task=prepared.task,
+            plan=plan,
+            epoch=prepared.epoch,
+            sites=prepared.sites,
+            flat=flat,
+            seed=job.run.seed,
+            metric_sums=self._metric_sums,
+            statistics=canonical(prepared.statistics.to_json()) if prepared.statistics else b"",
+            watch=prepared.watch,
+        )
         # The float arm must not add its training seconds to the protected arm's.
         floating = replace(self.federation, watch=Stopwatch())
         state = init_state(self.initial, plan.parameters, plan.server, plan.range.start or 0.0)

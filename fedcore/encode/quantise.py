@@ -1,7 +1,7 @@
 """Floats to b-bit unsigned fields by stochastic rounding, and the sum of such fields back to floats.
 
 Invariant: a field is in [1, 2^b - 1]; zero maps to the offset 2^(b-1) exactly, so the absence of an
-update adds no noise. Rounding is unbiased and each coordinate is off by less than one step
+update adds no noise. Rounding is unbiased and each coordinate is off by at most one step
 `R / (2^(b-1) - 1)`. Clipped coordinates are counted, never silent (PROTOCOL Q).
 Stochastic rounding: Gupta et al. 2015 (arXiv 1502.02551), section 3.
 """
@@ -66,7 +66,7 @@ def quantise(
         np.floor(scaled, out=scaled)
         if largest > 0.99 * bound:
             # x = bound with u close to 1 may round up to levels + 1 through the last bit of the
-            # product. Further inside (bits <= 24) the product is more than a step away from that.
+            # product. Further inside, that last bit is far smaller than what is missing to a step.
             np.clip(scaled, -levels, levels, out=scaled)
         scaled += offset
         fields[start : start + BLOCK] = scaled.astype(np.uint64)

@@ -300,3 +300,27 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed():
     assert chunks[0] != chunks[1]
     assert chunks[0] != list(epochs[0].sealer.protect(slots))
     assert epochs[0]._group.derive(b"", b"x", 32) != epochs[1]._group.derive(b"", b"x", 32)
+
+
+def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
+    """Sites with other statistics have another state, so their sums do not verify together."""
+    from fedcore.comparison.experiment import Experiment, job_for, prepare
+
+    layers = {"rounds": 1, "protection": "encrypted"}
+    experiment = Experiment(prepare(*job_for(None, layers)))
+    seen = []
+    original = KeyEpoch.protected_sum
+
+    def record(self, spec, round_, roster, contributions, state, watch):
+        seen.append(state)
+        return original(self, spec, round_, roster, contributions, state, watch)
+
+    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    experiment.calibrate()
+    statistics = experiment.federation.statistics
+    assert b'"mean"' in statistics and seen[0].endswith(statistics)
+
+
+def test_a_range_outside_the_limits_is_refused():
+    with pytest.raises(BadInput, match="protect.range: found 5000"):
+        run(range=5000.0)
