@@ -177,13 +177,39 @@ def gaps_of(result: Json) -> dict[str, Gap]:
     }
 
 
-class Run:
+class _Finished:
+    """What a run and a comparison share: a directory, its result, its page."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.result = read_json(self.directory / "result.json")
+
+    @property
+    def gap(self) -> dict[str, Gap]:
+        """{metric: Gap}."""
+        return gaps_of(self.result)
+
+    def report(self) -> Path:
+        """Write report.html and report.md again; returns the page's path."""
+        from fedcore.report import write
+
+        return write(self.directory)
+
+    def __str__(self) -> str:
+        from fedcore.report.terminal import as_text, summary
+
+        return as_text(summary(self.result))
+
+    def __repr__(self) -> str:
+        return f"<fedcore.{type(self).__name__} {self.directory}>"
+
+
+class Run(_Finished):
     """A finished run: `print(run)`, `run.gap["auc"]`, `run.model`, `run.predict(frame)`,
     `run.rounds`, `run.plot()`, `run.report()`."""
 
     def __init__(self, directory: Path, task: Any = None) -> None:
-        self.directory = Path(directory)
-        self.result = read_json(self.directory / "result.json")
+        super().__init__(directory)
         if self.result.get("kind") != "run":
             raise BadInput(
                 f"{directory}: found a result of kind {self.result.get('kind')!r}, expected a run",
@@ -191,11 +217,6 @@ class Run:
             )
         self._task = task
         self._model: Any = None
-
-    @property
-    def gap(self) -> dict[str, Gap]:
-        """{metric: Gap}."""
-        return gaps_of(self.result)
 
     @property
     def rounds(self) -> list[Json]:
@@ -230,32 +251,9 @@ class Run:
             rounds_figure([(self.result, self.rounds)], self.result["metrics"][0])
         )
 
-    def report(self) -> Path:
-        """Write report.html and report.md again; returns the page's path."""
-        from fedcore.report import write
 
-        return write(self.directory)
-
-    def __str__(self) -> str:
-        from fedcore.report.terminal import as_text, summary
-
-        return as_text(summary(self.result))
-
-    def __repr__(self) -> str:
-        return f"<fedcore.Run {self.directory}>"
-
-
-class Comparison:
+class Comparison(_Finished):
     """A finished comparison over seeds and folds: `.table()`, `.latex()`, `.report()`."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
-        self.result = read_json(self.directory / "result.json")
-
-    @property
-    def gap(self) -> dict[str, Gap]:
-        """{metric: Gap}."""
-        return gaps_of(self.result)
 
     def table(self) -> Any:
         """A pandas DataFrame: one row per (seed, fold, arm)."""
@@ -278,20 +276,6 @@ class Comparison:
         from fedcore.report import markdown
 
         return markdown.render(self.result)
-
-    def report(self) -> Path:
-        """Write report.html; returns its path."""
-        from fedcore.report import write
-
-        return write(self.directory)
-
-    def __str__(self) -> str:
-        from fedcore.report.terminal import as_text, compare_summary
-
-        return as_text(compare_summary(self.result))
-
-    def __repr__(self) -> str:
-        return f"<fedcore.Comparison {self.directory}>"
 
 
 def load(directory: str | Path, task: Any = None) -> Run | Comparison:

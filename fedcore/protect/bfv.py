@@ -27,6 +27,7 @@ import numpy as np
 from fedcore.encode.bitpack import Words, pack_words, packed_size, unpack_words
 from fedcore.errors import BadInput, ChunkRefused, PlanRefused, Unavailable
 from fedcore.plan import SEAL_PLAIN_MODULUS_BITS, Packing, Ring
+from fedcore.protect.secret import Secret
 from fedcore.protect.sumtag import GroupSecret
 from fedcore.types import Json, Slots
 
@@ -195,13 +196,11 @@ class PublicContext:
         return PublicContext.from_bytes, (self.to_bytes(),)
 
 
-class SecretContext:
+class SecretContext(Secret):
     """The sites' secrets of one key epoch: the BFV secret key and the group secret G.
 
     Prints redacted, cannot be pickled or compared, and has no byte form here.
     """
-
-    __hash__ = None  # type: ignore[assignment]  # a secret is not a dictionary key
 
     def __init__(self, public: PublicContext) -> None:
         # Both draws are the operating system's: SEAL's default generator is seeded from it (Z).
@@ -210,15 +209,6 @@ class SecretContext:
         key = public.api.KeyGenerator(public.seal).secret_key()
         self.encryptor = public.api.Encryptor(public.seal, key)
         self.decryptor = public.api.Decryptor(public.seal, key)
-
-    def __repr__(self) -> str:
-        return "SecretContext(<redacted>)"
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("secrets are not compared with ==")
-
-    def __reduce__(self) -> str:
-        raise TypeError("a SecretContext is never pickled")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedcore.errors import TagRefused
 from fedcore.plan import RoundHeader
+from fedcore.protect.secret import Secret
 from fedcore.types import SiteId, Slots
 
 PRIME = (1 << 61) - 1
@@ -35,23 +36,13 @@ _BLOCK = 1 << 16
 _LOW_20, _LOW_21 = np.uint64((1 << 20) - 1), np.uint64((1 << 21) - 1)
 
 
-class GroupSecret:
+class GroupSecret(Secret):
     """G: 32 random bytes the sites share and the coordinator never has. Prints redacted."""
 
     __slots__ = ("_key",)
-    __hash__ = None  # type: ignore[assignment]  # a secret is not a dictionary key
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = os.urandom(32) if key is None else key
-
-    def __repr__(self) -> str:
-        return "GroupSecret(<redacted>)"
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("secrets are not compared with ==")
-
-    def __reduce__(self) -> str:
-        raise TypeError("a GroupSecret is never pickled")
 
     def derive(self, salt: bytes, info: bytes, length: int) -> bytes:
         """HKDF-SHA256(G, salt, info): `length` bytes (RFC 5869)."""

@@ -322,5 +322,5 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
 
 
 def test_a_range_outside_the_limits_is_refused():
-    with pytest.raises(BadInput, match="protect.range: found 5000"):
+    with pytest.raises(BadInput, match=r"protect\.range: found 5000"):
         run(range=5000.0)
