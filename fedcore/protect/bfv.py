@@ -38,6 +38,8 @@ _SEAL_HEADER = struct.Struct("<HBBBBHQ")
 _SEAL_MAGIC, _SEAL_HEADER_SIZE = 0xA15E, 16
 _CIPHERTEXT_WORDS_AT = 97
 """Offset of the first word inside an uncompressed ciphertext stream, after its outer header."""
+_CIPHERTEXT_SIZES = 73
+"""Its first bytes, which tell level, form, sizes and scale; SEAL's version comes after them."""
 _SEED_BLOCK = 81
 """The seed of a seeded ciphertext: an inner header (16), the generator's type (1), the seed (64)."""
 
@@ -302,7 +304,7 @@ class EncryptedSealer:
                 start = (first + row) * degree
                 plain = self._set_plain(slots[start : start + degree])
                 body = self._courier.take(self._secret.encryptor.encrypt_symmetric(plain))
-                words[row] = np.frombuffer(body, "<u8", degree, _CIPHERTEXT_WORDS_AT)
+                words[row] = _words_of(self._public, _SEEDED, body)
                 seeds.append(body[-_SEED_BYTES:])
             yield _write_chunk(self._public, _SEEDED, first, seeds, words.reshape(-1))
 
@@ -346,6 +348,24 @@ class EncryptedSealer:
         count = plain.coeff_count()
         if count:
             out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
+
+
+def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
+    """The words of a ciphertext SEAL has just written, from the place where its layout has them.
+
+    Raises Unavailable if the stream does not begin as SEAL 4's does: a later SEAL may change it.
+    """
+    expected = public.ciphertext_prefix(kind)
+    sizes, count = (
+        slice(0, _CIPHERTEXT_SIZES),
+        slice(_CIPHERTEXT_WORDS_AT - 8, _CIPHERTEXT_WORDS_AT),
+    )
+    if body[sizes] != expected[sizes] or body[count] != expected[count]:
+        raise Unavailable(
+            "protection 'encrypted': tenseal's SEAL writes ciphertexts in a layout unknown here",
+            remedy="install the tenseal that constraints.txt pins",
+        )
+    return np.frombuffer(body, "<u8", kind * public.ring.degree, _CIPHERTEXT_WORDS_AT)
 
 
 def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> Any:
@@ -399,7 +419,7 @@ class EncryptedFold:
                 if ciphertext is None:
                     raise ChunkRefused(f"sum: ciphertext {first + row} was never added")
                 body = self._courier.take(ciphertext)
-                words[row] = np.frombuffer(body, "<u8", 2 * degree, _CIPHERTEXT_WORDS_AT)
+                words[row] = _words_of(self._public, _FULL, body)
             yield _write_chunk(self._public, _FULL, first, [], words.reshape(-1))
 
 

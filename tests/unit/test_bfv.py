@@ -578,3 +578,15 @@ def test_plain_runs_where_tenseal_is_missing_or_broken(tmp_path):
 
 def test_the_self_test_is_exact():
     assert self_test()["exact"] is True
+
+
+@pytest.mark.parametrize("place", [0, 32, 41, 72, 89])
+@pytest.mark.parametrize("kind", [1, 2])
+def test_a_stream_laid_out_otherwise_is_refused(place, kind):
+    """A later SEAL may move the words: better no upload than the wrong bytes of one."""
+    public = PublicContext(SMALL, 36)
+    body = bytearray(public.ciphertext_prefix(kind) + bytes(kind * 8 * 2048 + 81))
+    assert len(bfv._words_of(public, kind, bytes(body))) == kind * 2048
+    body[place] ^= 1
+    with pytest.raises(Unavailable, match="layout unknown"):
+        bfv._words_of(public, kind, bytes(body))
