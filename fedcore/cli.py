@@ -216,6 +216,8 @@ def simulate(
             "label": prepared.label,
         }
         terminal.show(stderr, terminal.header(info))
+        if any(True for _ in prepared.flat.module.buffers()):
+            say(f"buffers: {prepared.flat.policy}")
         progress.append(_Progress(prepared.plan.rounds, len(prepared.job.track.arms)))
 
     def on_round(row: dict[str, Any]) -> None:

@@ -108,6 +108,12 @@ def _point_to_newest() -> None:
         _point_latest(Path(left[-1]["run"]))
 
 
+def append_row(directory: Path, row: Json) -> None:
+    """One more line of rounds.jsonl."""
+    with (directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
 def read_rounds(directory: Path) -> list[Json]:
     """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
     rows: list[Json] = []
@@ -189,6 +195,12 @@ class _Finished:
         """{metric: Gap}."""
         return gaps_of(self.result)
 
+    @property
+    def rounds(self) -> list[Json]:
+        """Rows of rounds.jsonl: one per (arm, round), and per split in a comparison;
+        `pandas.DataFrame(run.rounds)` is tidy."""
+        return read_rounds(self.directory)
+
     def report(self) -> Path:
         """Write report.html and report.md again; returns the page's path."""
         from fedcore.report import write
@@ -217,11 +229,6 @@ class Run(_Finished):
             )
         self._task = task
         self._model: Any = None
-
-    @property
-    def rounds(self) -> list[Json]:
-        """Rows of rounds.jsonl: one per (arm, round); `pandas.DataFrame(run.rounds)` is tidy."""
-        return read_rounds(self.directory)
 
     @property
     def model(self) -> Any:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.files import write_json
 from fedcore.report.sentences import metric_name
-from fedcore.run import Comparison, Run, new_directory
+from fedcore.run import Comparison, Run, append_row, new_directory
 from fedcore.task import Task
 from fedcore.types import Json
 
@@ -216,7 +217,7 @@ def _compare_into(
         if number == 1:
             write_json(directory / "job.json", job_json(task, job))
             write_json(directory / "plan.json", prepared.plan_json())
-        _, result = run_experiment(prepared, None)
+        _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
         results.append(result)
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:
@@ -224,6 +225,12 @@ def _compare_into(
     result = _comparison_result(results, cells, job, len(seeds))
     result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
     return result | {"seconds_total": time.perf_counter() - clock}
+
+
+def _keep_row(directory: Path, seed: int, fold: int, row: Json) -> None:
+    """rounds.jsonl of a comparison: which split, which arm, which round, and how it scored."""
+    kept = {key: value for key, value in row.items() if not key.startswith(("seconds", "peak"))}
+    append_row(directory, {"seed": seed, "fold": fold, **kept})
 
 
 def _cell(result: Json, seed: int, fold: int) -> Json:

@@ -48,7 +48,7 @@ from fedcore.learn.score import score
 from fedcore.learn.train import predict, task_code
 from fedcore.plan import RoundPlan, canonical, refuse_small_roster, solve_packing
 from fedcore.report.sentences import metric_name
-from fedcore.run import read_rounds
+from fedcore.run import append_row, read_rounds
 from fedcore.simulation import (
     Federation,
     KeyEpoch,
@@ -636,8 +636,7 @@ class RunWriter:
 
     def row(self, row: Json) -> None:
         """Append one line to rounds.jsonl."""
-        with (self.directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        append_row(self.directory, row)
         self._events.row(row)
 
     def close(self) -> None:

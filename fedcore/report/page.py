@@ -9,7 +9,7 @@ Sentences and tables come from `sentences` and `tables`; the template only lays 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from fedcore.errors import BadInput
 from fedcore.report import plots, tables
 from fedcore.report import sentences as say
+from fedcore.report.plots import Run
 from fedcore.report.sentences import Json
 
 
@@ -31,7 +32,7 @@ class Answer:
     parts: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def render(runs: Sequence[tuple[Json, list[Json]]]) -> str:
+def render(runs: Sequence[Run]) -> str:
     """The page of one run, of several runs laid over each other, or of comparisons.
 
     runs: (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for no run, and for
@@ -67,8 +68,7 @@ def render(runs: Sequence[tuple[Json, list[Json]]]) -> str:
             (n, say.plain(r.get("reproduce") or ""), say.plain(r.get("model_sha256") or ""))
             for n, r in zip(names, results, strict=True)
         ],
-        plot=_plot(runs),
-        legend=_legend(runs),
+        plots=_plots(runs),
         arms=tables.arms(results),
         per_site=tables.per_site(results),
         sources=tables.sources(results),
@@ -128,40 +128,67 @@ def _seen(result: Json) -> list[str]:
     ]
 
 
-def _plot(runs: Sequence[tuple[Json, list[Json]]]) -> dict[str, Any] | None:
-    """The one plot, drawn for a wide page and again for a phone; None where no round was measured."""
+def _plots(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """By round; for comparisons also by seed and fold. Empty where nothing was measured."""
     results = [result for result, _ in runs]
-    if say.is_comparison(results[0]):
-        metric = say.primary_metric(results[0])
-        if metric is None or not any(result.get("cells") for result in results):
-            return None
-        draw = partial(plots.splits_figure, results, metric)
-        caption = "A bar is the mean with its interval; every dot is one seed and fold."
-    else:
-        metric = plots.plotted_metric(runs)
-        if metric is None:
-            return None
-        draw = partial(plots.rounds_figure, runs, metric)
-        caption = "Measured over the union of the sites' test rows after each round."
-        if any(None not in say.bounds(say.gap_of(result, "total", metric)) for result in results):
-            caption += " The bar at the last round of the gap is its interval."
-        if any(len(members) > 1 for members in plots.groups(runs)):
-            caption += " Bands run from the least to the largest of several seeds or folds."
-    name = say.metric_name(metric)
+    if not say.is_comparison(results[0]):
+        return _by_round(runs)
+    metric = say.primary_metric(results[0])
+    if metric is None or not any(result.get("cells") for result in results):
+        return []
+    splits = _drawn(
+        "By seed and fold",
+        partial(plots.splits_figure, results, metric),
+        metric,
+        "A bar is the mean with its interval; every dot is one seed and fold.",
+        _legend(runs),
+    )
+    return [*_by_round([split for run in runs for split in plots.splits_of(run)]), splits]
+
+
+def _by_round(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    metric = plots.plotted_metric(runs)
+    if metric is None:
+        return []
+    caption = "Measured over the union of the sites' test rows after each round."
+    gaps = [say.gap_of(result, "total", metric) for result, _ in runs]
+    banded = any(len(members) > 1 for members in plots.groups(runs))
+    if not banded and any(None not in say.bounds(gap) for gap in gaps):
+        caption += " The bar at the last round of the gap is its interval."
+    if banded:
+        caption += (
+            " Lines are means; bands run from the least to the largest of the seeds and folds."
+        )
+    draw = partial(plots.rounds_figure, runs, metric)
+    legend = _legend(runs, by_round=True)
+    return [_drawn("Round by round", draw, metric, caption, legend)]
+
+
+def _drawn(
+    title: str,
+    draw: Callable[[tuple[float, float]], Any],
+    metric: str,
+    caption: str,
+    legend: dict[str, Any],
+) -> dict[str, Any]:
+    """One figure, drawn for a wide page and again for a phone."""
+    salt, name = title.rsplit(maxsplit=1)[-1], say.metric_name(metric)
     return {
+        "title": title,
         # Markup: matplotlib escapes the text it writes, and a test draws hostile names.
-        "wide": Markup(plots.svg(draw(plots.WIDE), "wide")),  # noqa: S704  as said above
-        "narrow": Markup(plots.svg(draw(plots.NARROW), "narrow")),  # noqa: S704  as said above
+        "wide": Markup(plots.svg(draw(plots.WIDE), f"wide-{salt}")),  # noqa: S704  as said above
+        "narrow": Markup(plots.svg(draw(plots.NARROW), f"narrow-{salt}")),  # noqa: S704  as said
         "caption": caption,
+        "legend": legend,
         "label": f"{name} of every arm, and the gap between centralised and federated",
     }
 
 
-def _legend(runs: Sequence[tuple[Json, list[Json]]]) -> dict[str, Any]:
+def _legend(runs: Sequence[Run], *, by_round: bool = False) -> dict[str, Any]:
     results = [result for result, _ in runs]
     arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(result) for result in results)]
     tags, names, lines = say.run_tags(results), say.run_names(results), []
-    marks = "●■▲◆" if say.is_comparison(results[0]) else ""
+    marks = "●■▲◆" if say.is_comparison(results[0]) and not by_round else ""
     found = [[i] for i in range(len(results))] if marks else plots.groups(runs)
     if len(found) > 1:
         lines = [

@@ -85,6 +85,15 @@ def groups(runs: Sequence[Run]) -> list[list[int]]:
     return list(found.values())
 
 
+def splits_of(comparison: Run) -> list[Run]:
+    """One run per seed and fold of a comparison's rows, so that they share a line and a band."""
+    result, rows = comparison
+    found: dict[tuple[Any, Any], list[Json]] = {}
+    for row in rows:
+        found.setdefault((row.get("seed"), row.get("fold")), []).append(row)
+    return [(result, rows_of_split) for rows_of_split in found.values()]
+
+
 def plotted_metric(runs: Sequence[Run]) -> str | None:
     """The first run's headline metric if any round holds it, else any metric that a round holds."""
     if not runs:

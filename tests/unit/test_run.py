@@ -222,6 +222,8 @@ def test_compare_tables():
     table = found.table()
     assert len(table) == 2 * 2 * 4 and set(table["arm"]) >= {"centralised", "federated"}
     assert "tabular" in found.latex()
+    assert len(found.rounds) == 2 * 2 * 4 * 2 and {"seed", "fold"} <= set(found.rounds[0])
+    assert "Round by round" in found.report().read_text()
     assert found.report().is_file()
     gap = found.result["gap"]["total"]["auc"]
     assert gap["n"] == 4 and "Nadeau" in gap["method"]
