@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedcore.errors import (
+    EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
@@ -37,6 +39,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=False)
+def _fedcore(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from fedcore import __version__
+
+        typer.echo(f"fedcore {__version__}")
+        raise typer.Exit
+
+
 bench_app = typer.Typer(
     help="Benchmarks, each with a peer or a floor in the same run.", no_args_is_help=True
 )
@@ -115,10 +132,7 @@ def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
 def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     from fedcore.config import read_job_file
 
-    layers = [read_job_file(job)] if job else []
-    if "task" in settings:
-        layers.append({"base": str(Path.cwd())})
-    return [*layers, settings]
+    return [*([read_job_file(job)] if job else []), settings]
 
 
 def _emit(value: Any) -> None:
@@ -235,11 +249,11 @@ def simulate(
                 on_ready=ready,
                 say=_quiet,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, FedcoreError) as error:
         for bar in progress:
             bar.close()
-        if directory:
-            say(f"interrupted; resume: fedcore simulate --resume {directory[0]}")
+        for line in _what_is_left(directory, isinstance(error, KeyboardInterrupt)):
+            say(line)
         raise
     finally:
         for bar in progress:
@@ -250,6 +264,20 @@ def simulate(
         terminal.show(
             Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
         )
+
+
+def _what_is_left(directory: Sequence[Path], interrupted: bool) -> list[str]:
+    """After an interrupt or a failure: how to go on, if something was kept."""
+    if not directory:
+        return []
+    path, quoted = directory[0], shlex.quote(str(directory[0]))
+    if (path / "result.json").is_file():
+        return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
+    if interrupted and (path / "job.json").is_file():
+        return [f"resume: fedcore simulate --resume {quoted}"]
+    if (path / "checkpoint.pt").is_file():
+        return [f"the whole rounds are kept: fedcore simulate --resume {quoted}"]
+    return []
 
 
 def _quiet(text: str) -> None:
@@ -416,8 +444,9 @@ def new(
 
     create(directory, force=force)
     typer.echo(f"wrote {directory}/task.py and {directory}/job.toml")
-    typer.echo(f"check it:  fedcore check {directory}/job.toml")
-    typer.echo(f"run it:    fedcore simulate {directory}/job.toml")
+    job = shlex.quote(f"{directory}/job.toml")
+    typer.echo(f"check it:  fedcore check {job}")
+    typer.echo(f"run it:    fedcore simulate {job}")
 
 
 @app.command()
@@ -498,10 +527,13 @@ def _exit_codes() -> Iterator[None]:
         if error.remedy:
             say(f"hint: {error.remedy}")
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        say(f"error: {error.format_message()}")
+        say(f"error: {error.format_message().partition(' Did you mean')[0]}")
         if isinstance(error, click.UsageError) and error.ctx is not None:
             say(f"hint: {_usage_hint(error.ctx, error)}")
         sys.exit(error.exit_code)
@@ -511,6 +543,11 @@ def _exit_codes() -> Iterator[None]:
     except BrokenPipeError:  # `fedcore runs | head`
         sys.stderr.close()
         sys.exit(EXIT_DONE)
+    except OSError as error:
+        where = error.filename or "a file"
+        say(f"error: {where}: {error.strerror or error}")
+        say("hint: look at the path, its permissions and the space left there")
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def _usage_hint(context: click.Context, error: click.UsageError) -> str:

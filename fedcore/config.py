@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.plan import PROTECTIONS, RangePlan, ServerPlan, TrainPlan
@@ -77,6 +77,13 @@ class TrackSection(_Section):
         "federated_float",
         "federated",
     )
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        """`--arms federated,centralised` as well as a TOML list."""
+        return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
+
     resamples: int = Field(1000, ge=0)
 
 
@@ -167,33 +174,47 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     sites: dict[str, Any] = {}
     base = Path.cwd()
     for layer in layers:
+        here = Path(layer.get("base", Path.cwd()))  # what a path in this layer counts from
         for key, value in layer.items():
             if key == "base":
-                base = Path(value)
-            elif key == "sites":
-                if not isinstance(value, Mapping):
-                    raise BadInput(
-                        f"sites: found {type(value).__name__}, expected a mapping of site id to source"
-                    )
-                sites = dict(value)
-            elif key in SECTIONS and key:
+                continue
+            if key == "sites":
+                sites = _sites_of(value, here)
+            elif key.startswith("sites."):
+                sites[key.removeprefix("sites.")] = _absolute(value, here)
+            elif key and (key in SECTIONS or isinstance(value, Mapping)):
                 _merge_section(merged, key, value)
             else:
+                base = here if key == "task" else base
                 _put(merged, key, value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     _check_protection(sections["protect"])
     _check_fold(sections[""])
     return Job(
         sections[""], sections["train"], sections["protect"], sections["round"], sections["track"],
-        {name: _absolute(source, base) for name, source in sites.items()}, base,
+        sites, base,
     )  # fmt: skip
 
 
+def _sites_of(value: Any, base: Path) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadInput(
+            f"sites: found {type(value).__name__}, expected a mapping of site id to source",
+            remedy='sites={"north": "north.csv", ...}, or `id = "source"` lines under [sites]',
+        )
+    found = {str(name): _absolute(source, base) for name, source in value.items()}
+    if len(found) != len(value):
+        raise BadInput("sites: found the same site id twice, expected distinct ids")
+    return found
+
+
 def _merge_section(merged: dict[str, dict[str, Any]], section: str, table: Any) -> None:
+    if section not in SECTIONS:
+        raise UnknownName("section", section, [name for name in SECTIONS if name] + ["sites"])
     if not isinstance(table, Mapping):
         raise BadInput(f"{section}: found {type(table).__name__}, expected a table of settings")
     for key, value in table.items():
-        if KEYS.get(key) != section:
+        if KEYS.get(key) != section or not section:
             known = [f"{section}.{name}" for name in SECTIONS[section].model_fields]
             raise UnknownName("key", f"{section}.{key}", known)
         merged[section][key] = value
@@ -221,6 +242,7 @@ def _validate(section: str, model: type[_Section], values: Mapping[str, Any]) ->
 
 def _expectation(error: Any) -> str:
     words = str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    words = words.partition(", unable")[0]
     return words[0].lower() + words[1:]
 
 
@@ -241,10 +263,12 @@ def _check_fold(section: Any) -> None:
 
 
 def _absolute(source: Any, base: Path) -> Any:
-    """A source string that names something beside the job file becomes an absolute path."""
-    if isinstance(source, str) and not Path(source).is_absolute() and (base / source).exists():
-        return str((base / source).resolve())
-    return source
+    """A source that is written like a path (`data/a.csv`, `./north`) and names something beside the
+    job file becomes absolute; a plain word stays what the task makes of it."""
+    if not isinstance(source, str) or not ("/" in source or Path(source).suffix):
+        return source
+    path = base / source
+    return str(path.resolve()) if path.exists() else source
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -38,6 +38,8 @@ class FedcoreError(Exception):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+        if remedy:
+            self.add_note(f"hint: {remedy}")  # for notebooks; the command line prints it itself
 
 
 class TaskFailed(FedcoreError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        # Where the folder vanished or is not writable, the error above is the one to tell.
+        with suppress(OSError):
+            beside.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fedcore.comparison.experiment import Prepared
@@ -14,6 +12,7 @@ from fedcore.learn.flat import model_summary, single_thread
 from fedcore.learn.train import local_train
 from fedcore.plan import price_list
 from fedcore.report.sentences import plain, size
+from fedcore.report.terminal import fitted, grid
 from fedcore.types import Json
 
 
@@ -31,7 +30,7 @@ def check_task(prepared: Prepared) -> Json:
             sites[site.id] = {
                 "train_rows": len(site.train),
                 "test_rows": len(site.test),
-                "class_counts": prepared.class_counts[site.id],
+                "class_counts": prepared.loaded.class_counts[site.id],
                 "loss_of_first_step": report.loss,
             }
     return {
@@ -54,15 +53,15 @@ def _first_batch(prepared: Prepared, site: Any) -> Any:
 
 def check_page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore check`."""
-    table = Table(
-        "site", "train rows", "test rows", "classes", "loss of one step", box=box.SIMPLE_HEAD
-    )
+    table = grid("site", "train rows", "test rows", "loss of one step", "classes")
+    # The one column of words: a site may have many classes.
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for name, site in found["sites"].items():
         classes = ", ".join(f"{k}: {v}" for k, v in site["class_counts"].items()) or "-"
         loss = site["loss_of_first_step"]
         table.add_row(
-            Text(plain(name)), str(site["train_rows"]), str(site["test_rows"]), Text(classes),
-            "-" if loss is None else f"{loss:.4f}",
+            Text(plain(name)), str(site["train_rows"]), str(site["test_rows"]),
+            "-" if loss is None else f"{loss:.4f}", Text(plain(classes)),
         )  # fmt: skip
     facts = [
         f"task {found['task']}, hash {found['task_digest'][:16]}",
@@ -70,7 +69,8 @@ def check_page(found: Json) -> RenderableType:
         f"{found['buffer_coordinates']:,} buffer values",
         f"buffers: {found['buffers_policy']}",
     ]
-    return Group(*(Text(plain(fact)) for fact in facts), table, plan_page(found["plan"]))
+    head = [*(Text(plain(fact)) for fact in facts), Text()]
+    return Group(*head, table, Text(), plan_page(found["plan"]))
 
 
 def plan_page(found: Json) -> RenderableType:
@@ -97,12 +97,14 @@ def plan_page(found: Json) -> RenderableType:
             f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down"
         )
     facts.append(f"public cap on one site's rows: {found['max_examples']}")
-    table = Table("sites", "per slot", "degree", "bytes/parameter up", box=box.SIMPLE_HEAD)
+    table = grid("sites", "per slot", "degree", "bytes/parameter up")
     for row in price_list(found["bits"], found["protection"]):
         price = row["bytes_up_per_parameter"]
         table.add_row(
             f"{row['from_sites']} to {row['to_sites']}", str(row["fields_per_slot"] or "-"),
             str(row["degree"] or "-"), "does not fit" if price is None else f"{price:.3f}",
         )  # fmt: skip
-    title = f"Where the price jumps at {found['bits']} bits:"
-    return Group(*(Text(plain(f)) for f in facts), Text(), Text(title), table, Text(found["label"]))
+    # A vector of one ciphertext may be solved for another packing: the list is of those that fill many.
+    title = f"Where the price jumps at {found['bits']} bits, for a large model:"
+    head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
+    return Group(*head, fitted(table), Text(), Text(found["label"]))

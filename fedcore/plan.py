@@ -274,7 +274,10 @@ def refuse_small_roster(sites: int, protection: str) -> None:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """The one record both roles share; its digest is in the header of every protected vector."""
+    """The one record both roles share; its digest is in the header of every protected vector.
+
+    inputs: digest of how raw columns become inputs (names, ranges, categories, order), or "".
+    """
 
     task: str
     task_digest: str
@@ -289,6 +292,7 @@ class RoundPlan:
     server: ServerPlan
     range: RangePlan
     metric_sums: tuple[Wide, ...] = ()
+    inputs: str = ""
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcore.comparison.api import compare, simulate
-from fedcore.comparison.experiment import stored_job
+from fedcore.comparison.api import compare_layers, simulate_layers
+from fedcore.comparison.experiment import STOP, stored_job
 from fedcore.environment import environment
 from fedcore.files import read_json
-from fedcore.run import Run, read_rounds
+from fedcore.run import read_rounds
 from fedcore.task import Task
 from fedcore.types import Json
 
@@ -39,17 +39,18 @@ def reproduce(
     """Run `directory`'s job again in a temporary directory and compare. Raises BadInput on no run."""
     old = read_json(directory / "result.json")
     job = stored_job(directory, task)
+    kind = job.pop("kind")
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
-        if old["kind"] == "compare":
-            return _compare_again(old, job, Path(folder) / "run", task, on_row)
-        layers = {k: v for k, v in job.items() if k not in ("task", "sites")}
-        again: Run = simulate(
-            task or job["task"],
-            job["sites"] or None,
-            out=Path(folder) / "run",
-            on_round=on_row,
-            **layers,
-        )
+        out = Path(folder) / "run"
+        if kind == "compare":
+            return _compare_again(old, job, out, task, on_row)
+
+        def until_the_same_round(row: Json) -> Any:
+            if on_row is not None:
+                on_row(row)
+            return STOP if row["round"] >= old["rounds"] else None
+
+        again = simulate_layers([job], task=task, out=out, on_round=until_the_same_round)
         new, rows = again.result, again.rounds
     difference = _first_difference(read_rounds(directory), rows)
     hashes = (old["model_sha256"], new["model_sha256"])
@@ -61,12 +62,9 @@ def reproduce(
 def _compare_again(
     old: Json, job: Json, out: Path, task: Task | None, on_row: Callable[[Json], Any] | None
 ) -> Reproduction:
-    layers = {k: v for k, v in job.items() if k not in ("task", "sites")}
-    seeds = sorted({cell["seed"] for cell in old["cells"]})
-    again = compare(
-        task or job["task"], job["sites"] or None, seeds=seeds, out=out,
-        on_cell=(lambda cell, _number, _all: on_row(cell)) if on_row else None, **layers,
-    )  # fmt: skip
+    seeds = list(dict.fromkeys(cell["seed"] for cell in old["cells"]))
+    on_cell = (lambda cell, _number, _all: on_row(cell)) if on_row else None
+    again = compare_layers([job], task=task, seeds=seeds, out=out, on_cell=on_cell)
     new = again.result
     difference, hashes = "", ("", "")
     for a, b in zip(old["cells"], new["cells"], strict=False):

@@ -30,22 +30,28 @@ RUNS = Path("runs")
 
 @contextmanager
 def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]:
-    """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it.
+    """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it, claimed for one run.
 
     If the block raises before a whole round was saved, the directory goes away again, and a former
-    run that `force` replaces comes back; after an interrupt it stays, to be resumed.
-    Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`.
+    run that `force` replaces comes back. After an interrupt a new directory stays, to be resumed.
+    Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`,
+    and BadInput where it cannot be written.
     """
-    former = _set_aside(out, force=force) if out is not None else None
-    path = _next_numbered(name) if out is None else out
-    path.mkdir(parents=True, exist_ok=True)
+    former = None
     if out is None:
+        path = _next_numbered(name)
         _point_latest(path)
+    else:
+        path = out if out.name else out.resolve()
+        former = _set_aside(path, force=force)
+        _claim(path)
     try:
         yield path
-    except Exception:
-        if not (path / "checkpoint.pt").is_file():
-            shutil.rmtree(path)
+    except BaseException as error:
+        saved = any((path / file).is_file() for file in ("checkpoint.pt", "result.json"))
+        resumable = isinstance(error, KeyboardInterrupt) and former is None
+        if not (saved or resumable):
+            shutil.rmtree(path, ignore_errors=True)
             if former is not None:
                 former.rename(path)
                 former = None
@@ -55,6 +61,21 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
     finally:
         if former is not None:
             shutil.rmtree(former, ignore_errors=True)
+
+
+def _claim(path: Path) -> None:
+    """Make the directory this run's own: of two that start at once, one is refused."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "job.json").open("x").close()
+    except FileExistsError as error:
+        raise AlreadyExists(
+            f"--out: found {path}, which another run has just taken", remedy="another --out"
+        ) from error
+    except OSError as error:
+        raise BadInput(
+            f"--out: {path} cannot be written ({error.strerror})", remedy="another --out"
+        ) from error
 
 
 def _set_aside(out: Path, *, force: bool) -> Path | None:

@@ -41,6 +41,7 @@ class Task:
         task that asks for federated imputation and standardisation; tables bring their own.
     sites: default sites of a simulation: `{site id: source}`, or a function of the `[sites]` keys.
     defaults: settings that suit the task, such as `{"lr": 0.1}`; a job's own settings win.
+    lower_is_better: which metrics of its own `evaluate` are errors, so that a gap's sign is right.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     statistics: tuple[Any, ...] | None = None
     sites: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lower_is_better: tuple[str, ...] = ()
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

@@ -1,21 +1,31 @@
 """Slow, obvious versions of the fast paths: Python integers and loops, written from the documents alone.
 
-Nothing here calls the code it is compared with, except for sizes (`Layout.blocks`, `tag_slots`), which
-have tests of their own.
+Nothing here calls the code it is compared with, except for sizes (`Layout.blocks`, `tag_slots`), and in
+the whole federation for seeds, splits and local training: they have tests of their own.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from fedcore.data.rows import ArrayRows, split_rows
 from fedcore.encode.pack import Layout
+from fedcore.learn.train import local_train
+from fedcore.plan import TrainPlan
+from fedcore.seeds import derive_seed, generator
+from fedcore.task import Task
 
 TAG_PRIME = 2**61 - 1
 
@@ -191,3 +201,256 @@ def negacyclic_product(poly: np.ndarray, ternary: Sequence[int], modulus: int) -
 
 def digest(*arrays: np.ndarray) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+# ----------------------------------------------------------------------------- a whole federation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """start: the range before round 1, None to calibrate. FedAvg with step 1, one 0/1 target."""
+
+    seed: int
+    fold: int
+    folds: int
+    rounds: int
+    bits: int
+    start: float | None
+    adaptive: bool
+    train: TrainPlan
+
+
+@dataclass
+class Arm:
+    """One number per round for each of the columns of rounds.jsonl; per_site: after the last one."""
+
+    train_loss: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    per_site: list[float] = field(default_factory=list)
+    model: np.ndarray | None = None
+
+
+@dataclass
+class Federation:
+    """statistics: {name: one number per feature}. ranges, over: of each round."""
+
+    statistics: dict[str, list[float]]
+    ranges: list[float]
+    over: list[int]
+    arms: dict[str, Arm]
+    train: list[np.ndarray]
+
+    @property
+    def digest(self) -> str:
+        return digest(self.arms["federated"].model.astype("<f4"))
+
+
+def statistics_of(
+    sites: Sequence[np.ndarray], ranges: Sequence[tuple[float, float]]
+) -> dict[str, list[float]]:
+    """PROTOCOL W: 16-bit fixed-point integers of each site's rows, nothing from fewer than 5 values."""
+    names = ("mean", "std", "count", "sites", "clipped")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for column, (low, high) in enumerate(ranges):
+        fixed, contributing, clipped = [], 0, 0
+        for features in sites:
+            values = [float(v) for v in features[:, column] if not math.isnan(v)]
+            if len(values) < 5:
+                continue
+            contributing += 1
+            clipped += sum(v < low or v > high for v in values)
+            fixed += [round((min(max(v, low), high) - low) / (high - low) * 65535) for v in values]
+        n, total, squares = len(fixed), sum(fixed), sum(v * v for v in fixed)
+        step = (high - low) / 65535
+        mean = low + (total / n if n else 65535 / 2) * step
+        std = math.sqrt((n * squares - total * total) / (n * n)) * step if n else 0.0
+        for name, value in zip(names, (mean, std or 1.0, n, contributing, clipped), strict=True):
+            found[name].append(value)
+    return found
+
+
+def standardised(rows: Any, scale: dict[str, list[float]], indicated: Sequence[bool]) -> ArrayRows:
+    """Row by row: (x - mean) / std, 0 where missing, then a 0/1 column per indicated feature."""
+    out = []
+    for row in rows.x.numpy():
+        known = [
+            0.0 if math.isnan(x) else (x - mean) / std
+            for x, mean, std in zip(row, scale["mean"], scale["std"], strict=True)
+        ]
+        flags = [float(math.isnan(x)) for x, wanted in zip(row, indicated, strict=True) if wanted]
+        out.append(known + flags)
+    x = np.array(out, dtype=np.float64).reshape(len(out), -1).astype(np.float32)
+    return ArrayRows(torch.from_numpy(x), rows.y)
+
+
+def over(values: Sequence[float], bound: float) -> int:
+    return sum(abs(value) > bound for value in values)
+
+
+def first_range(updates: Sequence[Sequence[float]]) -> float:
+    """The smallest power of two that at most one coordinate in a thousand exceeds."""
+    values = sum(map(len, updates))
+    for exponent in range(-16, 8):
+        if 1000 * sum(over(update, 2.0**exponent) for update in updates) <= values:
+            return 2.0**exponent
+    return 2.0**7
+
+
+def next_range(bound: float, beyond: int, beyond_half: int, values: int) -> float:
+    """Twice where more than 1 in 1000 exceeds R, half where fewer than 1 in 100 000 exceed R / 2."""
+    if 1000 * beyond > values:
+        return min(bound * 2, 2.0**10)
+    if 100_000 * beyond_half < values:
+        return max(bound / 2, 2.0**-20)
+    return bound
+
+
+def federation(
+    task: Task,
+    sites: Sequence[str],
+    ranges: Sequence[tuple[float, float]],
+    indicated: Sequence[bool],
+    settings: Settings,
+) -> Federation:
+    """Every arm of one run, from raw arrays, `task.data(site)`, to models and scores.
+
+    The same float64 operations in the same order as PROTOCOL F fixes them, so the federated model is
+    the same to the last bit.
+    """
+    seed = settings.seed
+    raw, splits = {}, {}
+    for site in sites:
+        x, y = task.data(site)
+        raw[site] = ArrayRows(torch.from_numpy(x), torch.from_numpy(y))
+        where = {"seed": seed, "fold": settings.fold, "folds": settings.folds, "site": site}
+        splits[site] = split_rows(raw[site], **where)
+    cap = 16
+    while cap < max(map(len, raw.values())):
+        cap *= 2
+
+    scale = statistics_of([splits[site][0].x.numpy() for site in sites], ranges)
+    train = {s: standardised(splits[s][0], scale, indicated) for s in sites}
+    test = {s: standardised(splits[s][1], scale, indicated) for s in sites}
+    own_train, own_test = {}, {}
+    for site in sites:
+        own = statistics_of([splits[site][0].x.numpy()], ranges)
+        own_train[site] = standardised(splits[site][0], own, indicated)
+        own_test[site] = standardised(splits[site][1], own, indicated)
+    pooled = ArrayRows(
+        torch.cat([train[s].x for s in sites]), torch.cat([train[s].y for s in sites])
+    )
+
+    torch.manual_seed(derive_seed(seed, 0, "", "initial model"))
+    module = task.model()
+    start = flat(module)
+
+    def fit(model: Any, rows: ArrayRows, round_: int, site: str, optimiser: Any = None) -> Any:
+        plan = settings.train
+        return local_train(
+            task, model, rows, plan, seed=seed, round_=round_, site=site, optimiser=optimiser
+        )
+
+    def update(model: np.ndarray, site: str, round_: int) -> tuple[np.ndarray, Any]:
+        put(module, model)
+        report = fit(module, train[site], round_, site)
+        return flat(module) - model, report
+
+    def weighted(change: np.ndarray, site: str) -> list[float]:
+        return [float(value) * (len(train[site]) / cap) for value in change]
+
+    def shared(model: np.ndarray) -> Callable[[str], Any]:
+        put(module, model)
+        return lambda site: module
+
+    arms = {name: Arm() for name in ("centralised", "local_only", "federated_float", "federated")}
+
+    # Centralised and local-only: one optimiser for the whole run.
+    def momentum_sgd(model: Any) -> Any:
+        plan = settings.train
+        return torch.optim.SGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
+
+    centre = copy.deepcopy(module)
+    alone = {site: copy.deepcopy(module) for site in sites}
+    optimisers = {site: momentum_sgd(alone[site]) for site in sites}
+    central = momentum_sgd(centre)
+    for round_ in range(1, settings.rounds + 1):
+        report = fit(centre, pooled, round_, "", central)
+        note(arms["centralised"], task, [report], lambda site: centre, test)
+        reports = [fit(alone[s], own_train[s], round_, s, optimisers[s]) for s in sites]
+        note(arms["local_only"], task, reports, alone.get, own_test)
+
+    # Float averaging.
+    state = start.astype(np.float64)
+    for round_ in range(1, settings.rounds + 1):
+        model, reports = state.astype(np.float32), []
+        total, weight = np.zeros(len(state)), 0
+        for site in sites:
+            change, report = update(model, site, round_)
+            total = total + change.astype(np.float64) * len(train[site])
+            weight += len(train[site])
+            reports.append(report)
+        state = state + total / weight
+        model = arms["federated_float"].model = state.astype(np.float32)
+        note(arms["federated_float"], task, reports, shared(model), test)
+
+    # The federation: integers.
+    ranges_, overs = [], []
+    parameters = [float(value) for value in start]
+    bound = settings.start
+    if bound is None:
+        first = [np.array(weighted(update(start, s, 1)[0], s)).astype(np.float32) for s in sites]
+        bound = first_range(first)
+    for round_ in range(1, settings.rounds + 1):
+        model, reports = np.array(parameters).astype(np.float32), []
+        totals, weight, beyond, beyond_half = [0] * len(parameters), 0, 0, 0
+        for site in sites:
+            change, report = update(model, site, round_)
+            values = weighted(change, site)
+            uniforms = generator(seed, round_, site, "rounding").random(len(values))
+            fields = quantise(values, settings.bits, bound, uniforms)
+            totals = [a + b for a, b in zip(totals, fields, strict=True)]
+            weight += len(train[site])
+            beyond += over(values, bound)
+            beyond_half += over(values, bound / 2)
+            reports.append(report)
+        step = bound / (2 ** (settings.bits - 1) - 1)
+        offset = len(sites) * 2 ** (settings.bits - 1)
+        for place, number in enumerate(totals):
+            parameters[place] += (number - offset) * step * (cap / weight)
+        ranges_.append(bound)
+        overs.append(beyond)
+        if settings.adaptive:
+            bound = next_range(bound, beyond, beyond_half, len(sites) * len(parameters))
+        model = arms["federated"].model = np.array(parameters).astype(np.float32)
+        note(arms["federated"], task, reports, shared(model), test)
+    raw_train = [splits[site][0].x.numpy() for site in sites]
+    return Federation(scale, ranges_, overs, arms, raw_train)
+
+
+def flat(module: Any) -> np.ndarray:
+    return parameters_to_vector(module.parameters()).detach().numpy().copy()
+
+
+def put(module: Any, vector: np.ndarray) -> None:
+    # A copy: the parameters become views of what is given, and training would change it.
+    vector_to_parameters(torch.from_numpy(vector.copy()), module.parameters())
+
+
+@torch.no_grad()
+def note(
+    arm: Arm, task: Task, reports: Sequence[Any], model_at: Callable[[str], Any], test: dict
+) -> None:
+    """One round's numbers: training loss over the rows seen, loss and accuracy over all test rows."""
+    seen = sum(report.examples for report in reports)
+    arm.train_loss.append(sum(report.loss * report.examples for report in reports) / seen)
+    losses, right, arm.per_site = 0.0, 0, []
+    for site, rows in test.items():
+        outputs = model_at(site).eval()(rows.x)
+        hits = int((outputs.argmax(1) == rows.y).sum())
+        losses += float(task.loss(outputs, rows.y)) * len(rows)
+        right += hits
+        arm.per_site.append(hits / len(rows))
+    count = sum(map(len, test.values()))
+    arm.loss.append(losses / count)
+    arm.accuracy.append(right / count)

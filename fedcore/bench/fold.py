@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fedcore.bench import progress
@@ -35,6 +33,7 @@ from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput
 from fedcore.plan import VectorSpec, solve_packing
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.report.terminal import fitted, grid
 from fedcore.types import Json, Slots
 
 DEFAULT_SITES = (4, 64)
@@ -172,13 +171,12 @@ def _frames(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore bench fold`."""
-    table = Table("sites", "parameters", "peak memory, MB", "fold, s", box=box.SIMPLE_HEAD)
+    table = grid("sites", "parameters", "peak memory, MB", "fold, s")
     for row in found["rows"]:
         peak, seconds = f"{row['peak_rss_mb']:.1f}", f"{row['fold_seconds']:.2f}"
         table.add_row(str(row["sites"]), f"{row['parameters']:,}", peak, seconds)
-    return Group(
-        table, Text(f"largest peak / smallest: {found['peak_rss_ratio']}; every sum exact")
-    )
+    ratio = f"largest peak / smallest: {found['peak_rss_ratio']}; every sum exact"
+    return Group(fitted(table), Text(), Text(ratio))
 
 
 # ------------------------------------------------------------------ the child

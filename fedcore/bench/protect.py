@@ -19,9 +19,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fedcore.bench import progress
@@ -33,6 +31,7 @@ from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
 from fedcore.protect import ckks
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.protect.sumtag import SumTag
+from fedcore.report.terminal import fitted, grid
 from fedcore.seeds import generator
 from fedcore.types import FloatVector, Json, SiteId, WideVector
 
@@ -294,8 +293,8 @@ def _ratios(rows: Sequence[Json]) -> Json:
 
 def page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore bench protect`."""
-    heads = ("scheme", "B/param up", "down", "protect", "fold", "unprotect", "max error")
-    table = Table(*heads, box=box.SIMPLE_HEAD)
+    heads = ("bytes up", "down", "protect", "fold", "unprotect", "max error")
+    table = grid("scheme", *heads)
     for row in found["rows"]:
         bits = f" {row['bits']} bits" if row["bits"] else ""
         seconds = (row[f"{s}_seconds_per_million"] for s in ("protect", "fold", "unprotect"))
@@ -313,7 +312,7 @@ def page(found: Json) -> RenderableType:
         for name, ratio in found["ratios"].items()
     ]
     note = (
-        f"{found['parameters']:,} parameters, plan for {found['sites']} sites; seconds per million "
-        f"parameters and vector, medians of {found['repeats']} interleaved repeats"
+        f"{found['parameters']:,} parameters, plan for {found['sites']} sites; bytes per parameter; "
+        f"seconds per million parameters and vector, medians of {found['repeats']} interleaved repeats"
     )
-    return Group(table, Text(note), *map(Text, lines))
+    return Group(fitted(table), Text(), Text(note), *map(Text, lines))

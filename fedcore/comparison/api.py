@@ -7,6 +7,7 @@ without a `__main__` guard, in a notebook and with lambdas, since nothing leaves
 from __future__ import annotations
 
 import itertools
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from fedcore.comparison.experiment import (
     job_json,
     prepare,
     run_experiment,
+    shared_warnings,
     stored_job,
 )
 from fedcore.comparison.gap import summarise_cells
@@ -30,7 +32,6 @@ from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.files import write_json
-from fedcore.report.sentences import metric_name
 from fedcore.run import Comparison, Run, append_row, new_directory
 from fedcore.task import Task
 from fedcore.types import Json
@@ -86,6 +87,7 @@ def simulate_layers(
     prepared = prepare_layers(layers, say, task=task)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
+        RunWriter(directory, prepared).start()
         if on_ready is not None:
             on_ready(prepared, directory)
         return _run(prepared, directory, on_round, resume=False)
@@ -110,14 +112,30 @@ def resume(
     """Go on with an interrupted run after its last whole round, to the same bits."""
     path = Path(directory)
     if (path / "result.json").is_file():
+        return _finished(path, task)
+    stored = stored_job(path, task)
+    if stored.pop("kind") != "run":
         raise BadInput(
-            f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
+            f"--resume: found the comparison {path}, expected a run",
+            remedy="comparisons start again: `fedcore compare` with the same settings",
         )
-    found, complete = job_for(task, stored_job(path, task))
+    found, complete = job_for(task, stored)
     prepared = prepare(found, complete, say)
     if on_ready is not None:
         on_ready(prepared, path)
     return _run(prepared, path, on_round, resume=True)
+
+
+def _finished(path: Path, task: Task | None) -> Run:
+    """A run interrupted while its report was drawn gets it now; any other is refused."""
+    from fedcore.report import PAGE, write
+
+    if (path / PAGE).is_file():
+        raise BadInput(
+            f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
+        )
+    write(path)
+    return Run(path, task)
 
 
 def _layers(
@@ -128,7 +146,9 @@ def _layers(
 ) -> list[Mapping[str, Any]]:
     layers: list[Mapping[str, Any]] = [read_job_file(Path(job))] if job else []
     if isinstance(task, str):
-        layers.append({"task": task, "base": str(Path.cwd())})
+        layers.append({"task": task})
+    elif not isinstance(task, Task | None):
+        raise BadInput(f"task: found {type(task).__name__}, expected a fedcore.Task or its name")
     if sites is not None:
         layers.append({"sites": sites})
     return [*layers, settings]
@@ -140,7 +160,7 @@ def _run(prepared: Prepared, directory: Path, on_round: OnRound | None, *, resum
     writer = RunWriter(directory, prepared)
     experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
     result["run"] = str(directory)
-    result["reproduce"] = f"fedcore reproduce {directory}"
+    result["reproduce"] = f"fedcore reproduce {shlex.quote(str(directory))}"
     writer.finish(experiment, result)
     write(directory)
     return Run(directory, prepared.task)
@@ -187,7 +207,7 @@ def compare_layers(
     name = f"{found.name}-compare"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         result = _compare_into(directory, found, complete, chosen, on_cell, say)
-        result["reproduce"] = f"fedcore reproduce {directory}"
+        result["reproduce"] = f"fedcore reproduce {shlex.quote(str(directory))}"
         write_json(directory / "result.json", result)
         comparison = Comparison(directory)
         comparison.report()
@@ -204,27 +224,35 @@ def _compare_into(
 ) -> Json:
     """Every split of the grid; writes job.json and plan.json, returns the result."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    grid = list(itertools.product(seeds, range(job.run.folds)))
+    first = prepare(task, _cell_job(job, seeds[0], 0), say)
+    # Where every site brings its own test rows, folds would repeat the same run.
+    folds = 1 if first.own_test_rows else job.run.folds
+    write_json(directory / "job.json", job_json(task, job, "compare"))
+    write_json(directory / "plan.json", first.plan_json())
+    grid = list(itertools.product(seeds, range(folds)))
     cells: list[Json] = []
     results: list[Json] = []
     for number, (seed, fold) in enumerate(grid, start=1):
-        cell_job = replace(
-            job,
-            run=job.run.model_copy(update={"seed": seed, "fold": fold}),
-            track=job.track.model_copy(update={"resamples": 0}),
-        )
-        prepared = prepare(task, cell_job, say if number == 1 else _silent)
-        if number == 1:
-            write_json(directory / "job.json", job_json(task, job))
-            write_json(directory / "plan.json", prepared.plan_json())
+        prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
         _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
         results.append(result)
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:
             on_cell(cells[-1], number, len(grid))
-    result = _comparison_result(results, cells, job, len(seeds))
+    result = _comparison_result(
+        results, cells, len(seeds), folds, own_test_rows=first.own_test_rows
+    )
     result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
     return result | {"seconds_total": time.perf_counter() - clock}
+
+
+def _cell_job(job: Job, seed: int, fold: int) -> Job:
+    """The job of one split; its gaps need no interval of their own."""
+    return replace(
+        job,
+        run=job.run.model_copy(update={"seed": seed, "fold": fold}),
+        track=job.track.model_copy(update={"resamples": 0}),
+    )
 
 
 def _keep_row(directory: Path, seed: int, fold: int, row: Json) -> None:
@@ -251,32 +279,44 @@ def _cell(result: Json, seed: int, fold: int) -> Json:
 
 
 def _comparison_result(
-    results: Sequence[Json], cells: Sequence[Json], job: Job, seeds: int
+    results: Sequence[Json],
+    cells: Sequence[Json],
+    seeds: int,
+    folds: int,
+    *,
+    own_test_rows: bool,
 ) -> Json:
     first = results[0]
     ratio = sum(r["rows"]["test"] for r in results) / max(
         1, sum(r["rows"]["train"] for r in results)
     )
     summary = summarise_cells(cells, ratio)
-    warnings: list[str] = []
-    for metric, gap in summary["gap"]["total"].items():
-        if gap["low"] is not None and gap["high"] - gap["low"] > abs(gap["mean"]):
-            warnings.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
     clipped = max(r["clipped_fraction"] for r in results)
-    if clipped > 1e-3:
-        warnings.append(
-            f"Up to {100 * clipped:.2f} % of the coordinates of a run were clipped to the range."
+    unequal = sum(r["unequal_rounds"] for r in results)
+    found = shared_warnings(summary["gap"]["total"], clipped, unequal)
+    found += first["notes"]
+    if own_test_rows:
+        found.append(
+            "Every site brings its own test rows, so only the seed varies: the interval does not say "
+            "what other test rows would have shown."
         )
-    if any(r["unequal_rounds"] for r in results):
-        warnings.append(
-            "In some rounds the opened sum was NOT the plain integer sum: please report it."
-        )
-    kept = ("schema", "task", "protection", "rounds", "metrics", "sites", "label", "plan", "train")
+    kept = (
+        "schema",
+        "task",
+        "protection",
+        "rounds",
+        "metrics",
+        "lower_is_better",
+        "sites",
+        "label",
+        "plan",
+        "train",
+    )
     return {
         **{key: first[key] for key in kept},
         "kind": "compare",
         "seeds": seeds,
-        "folds": job.run.folds,
+        "folds": folds,
         "model": first["model"],
         "cells": list(cells),
         **summary,
@@ -285,7 +325,7 @@ def _comparison_result(
         "ciphertexts_up": first["ciphertexts_up"],
         "ciphertext_used": first["ciphertext_used"],
         "clipped_fraction": clipped,
-        "unequal_rounds": sum(r["unequal_rounds"] for r in results),
-        "warnings": warnings,
+        "unequal_rounds": unequal,
+        "warnings": found,
         "environment": environment(),
     }

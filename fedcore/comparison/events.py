@@ -1,6 +1,6 @@
 """TensorBoard events of a run, one folder per arm so that the arms lie over each other.
 
-Nothing happens where tensorboard is not installed: rounds.jsonl holds the same numbers.
+Nothing happens where tensorboard cannot be imported: rounds.jsonl holds the same numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Events:
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
+        except Exception:  # noqa: BLE001 - absent, or broken: a protobuf that does not fit raises TypeError
             self._writers = None
             return
         self._event, self._summary, self._writer = Event, Summary, EventFileWriter

@@ -6,6 +6,7 @@ same number of rows per round. After every round the run can be interrupted and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -34,17 +35,17 @@ from fedcore.comparison.gap import PARTS, bootstrap_gap
 from fedcore.comparison.transport import MetricTransport
 from fedcore.config import Job, build_job, is_json
 from fedcore.data.rows import Layout, Rows, load_rows, pool, split_rows
-from fedcore.data.statistics import Statistics, finish_statistics, site_sums
+from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statistics, site_sums
 from fedcore.encode.limbs import limb_count
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.label import label_of
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thread
 from fedcore.learn.saved import model_digest, save_model
-from fedcore.learn.score import score
+from fedcore.learn.score import probe
 from fedcore.learn.train import predict, task_code
 from fedcore.plan import RoundPlan, canonical, refuse_small_roster, solve_packing
 from fedcore.report.sentences import metric_name
@@ -52,7 +53,6 @@ from fedcore.run import append_row, read_rounds
 from fedcore.simulation import (
     Federation,
     KeyEpoch,
-    ProtectedTotal,
     SiteRows,
     Stopwatch,
     federated_statistics,
@@ -77,8 +77,12 @@ _GROUPING_KEYS = {"n", "by", "alpha", "seed"}
 def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
     """{site id: source} from the job, else the task's own. Raises BadInput where there is none."""
     wanted = dict(job.sites)
-    if callable(task.sites) and (not wanted or set(wanted) <= _GROUPING_KEYS):
-        wanted = dict(task.sites(**wanted))
+    if callable(task.sites) and (not wanted or "n" in wanted or set(wanted) <= _GROUPING_KEYS):
+        for key in wanted:
+            if key not in _GROUPING_KEYS:
+                raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in _GROUPING_KEYS])
+        with task_code("(all)", None, "sites"):
+            wanted = dict(task.sites(**wanted))
     elif not wanted and task.sites is not None and not callable(task.sites):
         wanted = dict(task.sites)
     elif wanted and set(wanted) <= _GROUPING_KEYS:
@@ -91,10 +95,11 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
             f"sites: task {task.name!r} names none, and neither does the job",
             remedy='add [sites] to the job file (`id = "source"`), or pass sites={...}',
         )
+    wanted = {str(name): source for name, source in wanted.items()}
     for name in wanted:
-        if not name or len(name) > 64 or any(ord(c) < 33 for c in name):
+        if not name.strip() or len(name) > 64 or not name.isprintable():
             raise BadInput(f"sites: found the id {name!r}, expected 1 to 64 visible characters")
-    return {SiteId(str(name)): source for name, source in wanted.items()}
+    return {SiteId(name): source for name, source in wanted.items()}
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,20 @@ def _standardised(rows: Any, scale: Any) -> Rows:
 
 
 @dataclass
+class Loaded:
+    """The sites' rows, split, and what was seen on the way.
+
+    largest: rows of the largest site; own_test_rows: every site brought its own test part.
+    """
+
+    sites: list[SiteRows]
+    largest: int
+    own_test_rows: bool
+    class_counts: dict[SiteId, dict[str, int]]
+    unknown_categories: dict[str, int]
+
+
+@dataclass
 class Prepared:
     """Everything of a run before round 1."""
 
@@ -128,12 +147,9 @@ class Prepared:
     epoch: KeyEpoch
     transport: MetricTransport
     statistics: Statistics | None
-    statistics_total: ProtectedTotal | None
     layout: Layout | None
     watch: Stopwatch
-    warnings: list[str]
-    class_counts: dict[SiteId, dict[str, int]]
-    unknown_categories: dict[str, int]
+    loaded: Loaded
 
     @property
     def label(self) -> str:
@@ -141,8 +157,13 @@ class Prepared:
         few: list[str] = []
         if self.statistics is not None:
             counts = zip(self.statistics.names, self.statistics.sites, strict=True)
-            few = [name for name, sites in counts if sites < 3]
+            few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
         return label_of(self.plan, few)
+
+    @property
+    def own_test_rows(self) -> bool:
+        """Whether every site brings its own test part, so that folds do nothing."""
+        return self.loaded.own_test_rows
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
@@ -203,26 +224,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         from fedcore.protect.bfv import load_seal
 
         load_seal()
-    watch = Stopwatch()
-    sites: list[SiteRows] = []
-    counts: dict[SiteId, dict[str, int]] = {}
-    unknown: dict[str, int] = {}
-    largest = 0
-    for index, (name, source) in enumerate(sources.items()):
-        say(f"loading site {name}")
-        everything, test = load_rows(task, source, name)
-        counts[name] = _class_counts(everything, test)
-        for column, count in getattr(everything, "unknown", {}).items():
-            unknown[column] = unknown.get(column, 0) + count
-        rows = len(everything) + (len(test) if test is not None else 0)
-        largest = max(largest, rows)
-        train = everything
-        if test is None:
-            train, test = split_rows(
-                everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
-            )
-        sites.append(SiteRows(name, index, train, test))
-    max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
+    loaded = _load_sites(task, job, sources, say)
+    sites = loaded.sites
+    max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
     for site in sites:
         if len(site.train) + len(site.test) > max_examples:
             raise BadInput(
@@ -241,30 +245,58 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         protection=job.protect.protection, packing=packing, parameters=flat.parameters,
         buffer_coordinates=flat.buffer_coordinates, max_examples=max_examples,
         rounds=job.round.rounds, train=job.train_plan, server=job.server_plan,
-        range=job.range_plan, metric_sums=transport.wides,
+        range=job.range_plan, metric_sums=transport.wides, inputs=_inputs_digest(sites[0].train),
     )  # fmt: skip
     epoch = KeyEpoch(uuid.uuid4().hex, plan.protection, packing, plan.digest)
     prepared = Prepared(
-        job,
-        task,
-        plan,
-        sites,
-        sites,
-        flat,
-        epoch,
-        transport,
-        None,
-        None,
-        None,
-        watch,
-        [],
-        counts,
-        unknown,
+        job=job,
+        task=task,
+        plan=plan,
+        sites=sites,
+        local_sites=sites,
+        flat=flat,
+        epoch=epoch,
+        transport=transport,
+        statistics=None,
+        layout=None,
+        watch=Stopwatch(),
+        loaded=loaded,
     )
     if sites[0].train.features is not None:
         say("federated statistics")
         _standardise_all(prepared)
     return prepared
+
+
+def _load_sites(
+    task: Task, job: Job, sources: Mapping[SiteId, Any], say: Callable[[str], None]
+) -> Loaded:
+    loaded = Loaded([], 0, True, {}, {})
+    for index, (name, source) in enumerate(sources.items()):
+        say(f"loading site {name}")
+        everything, test = load_rows(task, source, name)
+        loaded.class_counts[name] = _class_counts(everything, test)
+        for column, count in getattr(everything, "unknown", {}).items():
+            before = loaded.unknown_categories.get(column, 0)
+            loaded.unknown_categories[column] = before + count
+        loaded.own_test_rows &= test is not None
+        loaded.largest = max(loaded.largest, len(everything) + len(test or ()))
+        train = everything
+        if test is None:
+            train, test = split_rows(
+                everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
+            )
+        loaded.sites.append(SiteRows(name, index, train, test))
+    return loaded
+
+
+def _inputs_digest(rows: Any) -> str:
+    """SHA-256 over how a table's raw columns become inputs; "" for rows that need no statistics.
+
+    It is part of the plan, so sites that declare other ranges or categories do not share a sum.
+    """
+    layout: Layout | None = getattr(rows, "layout", None)
+    return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
 
 
 def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
@@ -308,7 +340,7 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
                 f"{flat.coordinates} as at site {sites[0].id}",
                 remedy="every site must have the same columns and build the same model",
             )
-    sample = score(
+    sample = probe(
         task, flat.module, first_rows(sites[0]), seed=job.run.seed, round_=0, site=sites[0].id
     )
     return flat, sample
@@ -316,12 +348,14 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
 
 def _standardise_all(prepared: Prepared) -> None:
     sites = prepared.sites
-    allow = prepared.job.protect.single_site_features
-    found, total = federated_statistics(
+    # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
+    plain = prepared.plan.protection == "plain"
+    allow = plain or prepared.job.protect.single_site_features
+    found, _ = federated_statistics(
         prepared.epoch, sites, prepared.plan.max_examples, prepared.watch, allow_few_sites=allow
     )
     rows: Any = sites[0].train
-    prepared.statistics, prepared.statistics_total, prepared.layout = found, total, rows.layout
+    prepared.statistics, prepared.layout = found, rows.layout
     prepared.sites = [
         replace(s, train=_standardised(s.train, found), test=_standardised(s.test, found))
         for s in sites
@@ -391,18 +425,26 @@ class Experiment:
         """Advance every arm one round at a time; yields each arm's row."""
         if self.round == 0:
             self.calibrate()
+        # The federated arm steps first, so that what is wrong with a site's update is said of it and
+        # not of an arm beside it; the rows still come in the order of ARMS.
+        order = sorted(self.arms, key=lambda name: name != "federated")
         while self.round < self.prepared.plan.rounds and self.stopped is None:
             current = self.round + 1
+            columns = {}
+            for name in order:
+                columns[name] = self.arms[name].step(current)
+                self.round = current
             for name, arm in self.arms.items():
-                columns = arm.step(current)
-                if name == "federated":
-                    self.round = current
-                yield self._row(name, arm, current, columns)
+                yield self._row(name, arm, current, columns[name])
 
     def _row(self, name: str, arm: Arm, round_: int, columns: Json) -> Json:
         evaluation = arm.evaluate(round_)
         row: Json = {"arm": name, "round": round_, **self.values(evaluation)}
         row |= {"loss": evaluation.loss(), **columns}
+        if name == "federated" and self.federated.outcome is not None:
+            sums = self.federated.outcome.metric_sums
+            before = self.prepared.transport.finish(sums, len(self.prepared.sites))
+            row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return row | {"peak_memory_mb": peak_memory_mb()}
 
@@ -412,7 +454,9 @@ class Experiment:
         scores = evaluation.scores()
         if scores is not None:
             return metric_list.evaluate_scores(scores, transport.metrics)
-        return {name: _own_value(evaluation.parts, name) for name in transport.own}
+        if transport.own:
+            return {name: _own_value(evaluation.parts, name) for name in transport.own}
+        return dict.fromkeys(self.prepared.task.metrics)  # no site has a test row
 
     def save(self) -> Any:
         """All that a resumed run needs."""
@@ -420,16 +464,29 @@ class Experiment:
             "round": self.round,
             "arms": {name: arm.save() for name, arm in self.arms.items()},
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
-            "task_digest": self.prepared.plan.task_digest,
+            "inputs": self._inputs(),
+        }
+
+    def _inputs(self) -> Json:
+        """What a resumed run must find unchanged, by the name a person knows it under."""
+        prepared = self.prepared
+        sizes = {s.id: [len(s.train), len(s.test)] for s in prepared.sites}
+        statistics = prepared.statistics.to_json() if prepared.statistics else None
+        return {
+            "task": prepared.plan.task_digest,
+            "columns of the tables": prepared.plan.inputs,
+            "rows of the sites": json.dumps([sizes, statistics]),
+            "plan": prepared.plan.digest,
         }
 
     def restore(self, saved: Any) -> None:
-        """Continue after the saved round. Raises BadInput if the task has changed since."""
-        if saved["task_digest"] != self.prepared.plan.task_digest:
-            raise BadInput(
-                "--resume: the task has changed since the run was interrupted",
-                remedy="start a new run, or restore the task file",
-            )
+        """Continue after the saved round. Raises BadInput if the task or its data have changed."""
+        for name, value in self._inputs().items():
+            if saved["inputs"][name] != value:
+                raise BadInput(
+                    f"--resume: the {name} changed since the run was interrupted",
+                    remedy="start a new run, or restore what it was",
+                )
         self.round = saved["round"]
         for name, arm in self.arms.items():
             arm.restore(saved["arms"][name])
@@ -456,6 +513,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         twin = federated.evaluate_twin(experiment.round)
         with_metrics = experiment.federation.final_metrics(federated.state, experiment.round + 1)
     protected = prepared.transport.finish(with_metrics, len(prepared.sites))
+    bounds = prepared.transport.bounds(with_metrics)
     arms: Json = {}
     for name, arm in experiment.arms.items():
         arms[name] = experiment.values(evaluations[name]) | {
@@ -492,6 +550,9 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         "gap": _gaps(experiment, evaluations, twin),
         "per_site": per_site,
         "protected_metrics": protected,
+        "protected_metrics_bound": bounds,
+        "protected_clipped": prepared.transport.clipped(with_metrics),
+        "lower_is_better": lower_is_better(prepared.task),
         "bytes_up_per_site_round": federated.bytes_up,
         "bytes_down_per_site_round": federated.bytes_down,
         "bytes_per_parameter_up": federated.bytes_up / plan.coordinates,
@@ -509,7 +570,8 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         "environment": environment(),
         "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    result["warnings"] = _warnings(experiment, result)
+    result["notes"] = _notes(prepared, result)
+    result["warnings"] = _warnings(result)
     return result
 
 
@@ -521,7 +583,7 @@ def _per_site(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> 
             "rows": len(site.train) + len(site.test),
             "train_rows": len(site.train),
             "test_rows": len(site.test),
-            "class_counts": prepared.class_counts[site.id],
+            "class_counts": prepared.loaded.class_counts[site.id],
         }
         for name, evaluation in evaluations.items():
             part = evaluation.parts[site.index]
@@ -556,11 +618,27 @@ def _gaps(experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: E
         }
     values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
     pairs = PARTS | BESIDE
-    return {part: _plain_gaps(values, *pair, transport.own) for part, pair in pairs.items()}
+    errors = lower_is_better(experiment.prepared.task)
+    return {part: _plain_gaps(values, *pair, transport.own, errors) for part, pair in pairs.items()}
+
+
+def lower_is_better(task: Task) -> list[str]:
+    """The task's metrics that are errors: built-in ones, and those it declares of its own."""
+    known = metric_list.METRICS
+    return [
+        name
+        for name in task.metrics
+        if name in task.lower_is_better
+        or (task.evaluate is None and name in known and not known[name].higher_is_better)
+    ]
 
 
 def _plain_gaps(
-    values: Mapping[str, Mapping[str, float | None]], better: str, worse: str, names: Sequence[str]
+    values: Mapping[str, Mapping[str, float | None]],
+    better: str,
+    worse: str,
+    names: Sequence[str],
+    errors: Sequence[str],
 ) -> Json:
     """Differences without an interval: a task's own `evaluate` gives no per-row values."""
     if better not in values or worse not in values:
@@ -568,53 +646,77 @@ def _plain_gaps(
     out: Json = {}
     for name in names:
         a, b = values[better][name], values[worse][name]
-        mean = None if a is None or b is None else a - b
+        mean = None if a is None or b is None else (b - a if name in errors else a - b)
         method = "difference; no interval, since task.evaluate gives no per-row values"
         out[name] = {"mean": mean, "low": None, "high": None, "method": method, "n": 0}
     return out
 
 
-def _warnings(experiment: Experiment, result: Json) -> list[str]:
-    prepared = experiment.prepared
-    found = [
-        "One seed and one split: differences of this size move with the seed. "
-        "`fedcore compare` repeats the run over seeds and folds."
-    ]
-    for metric, gap in result["gap"]["total"].items():
+CLIPPED_WORTH_SAYING = 1e-3
+"""Clipped coordinates above this share are a warning."""
+
+
+def shared_warnings(gaps: Mapping[str, Json], clipped: float, unequal: int) -> list[str]:
+    """What a run and a comparison warn of alike; gaps: {metric: interval} of the total."""
+    found = []
+    for metric, gap in gaps.items():
         if None in (gap["mean"], gap["low"], gap["high"]):
             continue
         if gap["high"] - gap["low"] > abs(gap["mean"]):
-            found.append(
-                f"The interval of the {metric_name(metric)} gap is wider than the gap: "
-                f"{100 * gap['mean']:.2f} points, {100 * gap['low']:.2f} to {100 * gap['high']:.2f}."
-            )
-    if result["clipped_fraction"] > 1e-3:
+            found.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
+    if clipped > CLIPPED_WORTH_SAYING:
         found.append(
-            f"{100 * result['clipped_fraction']:.2f} % of the coordinates were clipped to the range; "
+            f"{100 * clipped:.2f} % of the coordinates were clipped to the range; "
             "a larger protect.range loses less."
         )
-    for name, entry in result["per_site"].items():
-        if len(entry["class_counts"]) == 1:
-            found.append(f"Site {name} has rows of one class only, so its AUC is undefined.")
-        elif (
-            any(entry["federated"].get(m) is None for m in prepared.task.metrics)
-            and entry["test_rows"]
-        ):
-            found.append(f"The test rows of site {name} are of one class, so its AUC is undefined.")
-    for column, count in prepared.unknown_categories.items():
+    if unequal:
+        found.append(
+            f"In {unequal} rounds the opened sum was NOT the plain integer sum. "
+            "This must never happen: please report it with plan.json."
+        )
+    return found
+
+
+def _warnings(result: Json) -> list[str]:
+    seed = (
+        "One seed and one split: differences of this size move with the seed. "
+        "`fedcore compare` repeats the run over seeds and folds."
+    )
+    gaps, clipped = result["gap"]["total"], result["clipped_fraction"]
+    return [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"]), *result["notes"]]
+
+
+def _notes(prepared: Prepared, result: Json) -> list[str]:
+    """What the sites' rows give reason to say; the same for one run and for many splits of them."""
+    found = []
+    if "auc" in prepared.task.metrics:
+        single = [name for name, e in result["per_site"].items() if len(e["class_counts"]) == 1]
+        found += _of_sites(single, "rows of one class only, so no AUC of {} own")
+    empty = [name for name, e in result["per_site"].items() if not e["test_rows"]]
+    found += _of_sites(empty, "no test rows, so no score of {} own")
+    for column, count in prepared.loaded.unknown_categories.items():
         found.append(f"{count} values of column {column} were not declared and count as `other`.")
     if prepared.statistics:
         for name, count in zip(prepared.statistics.names, prepared.statistics.clipped, strict=True):
             if count:
-                found.append(
-                    f"{count} values of {name} lie outside its public range in the statistics."
-                )
-    if result["unequal_rounds"]:
-        found.append(
-            f"In {result['unequal_rounds']} rounds the opened sum was NOT the plain integer sum. "
-            "This must never happen: please report it with plan.json."
-        )
+                found.append(f"{count} values of {name} lie outside its public range.")
+    for metric, count in result["protected_clipped"].items():
+        if count:
+            found.append(
+                f"{count} rows' errors were clipped in the protected sums of {metric_name(metric)}, so "
+                "its protected value is too small."
+            )
     return found
+
+
+def _of_sites(names: Sequence[str], what: str) -> list[str]:
+    """One line however many sites it is about."""
+    if not names:
+        return []
+    if len(names) == 1:
+        return [f"Site {names[0]} has {what.format('its')}."]
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return [f"{len(names)} sites ({shown}) have {what.format('their')}."]
 
 
 # ---------------------------------------------------------------------------------------- the shell
@@ -682,8 +784,8 @@ def run_experiment(
     started, clock = datetime.now(UTC), time.perf_counter()
     with single_thread(), closing(writer) if writer else nullcontext():
         experiment = Experiment(prepared)
-        if writer is not None:
-            writer.resume(experiment) if resume else writer.start()
+        if writer is not None and resume:
+            writer.resume(experiment)
         last = list(experiment.arms)[-1]
         for row in experiment.rounds():
             if writer is not None:
@@ -696,15 +798,16 @@ def run_experiment(
     return experiment, result
 
 
-def job_json(task: Task, job: Job) -> Json:
+def job_json(task: Task, job: Job, kind: str = "run") -> Json:
     """job.json: all it takes to run again. What was made in memory is marked by None."""
     in_memory = any(not is_json(source) for source in job.sites.values())
     sites = None if in_memory else dict(job.sites)
-    return job.to_json() | {"task": task.origin or None, "task_name": task.name, "sites": sites}
+    about = {"task": task.origin or None, "task_name": task.name, "sites": sites, "kind": kind}
+    return job.to_json() | about
 
 
 def stored_job(directory: Path, task: Task | None) -> Json:
-    """The job of a run directory as a layer of settings.
+    """The job of a run directory as a layer of settings, with its `kind` beside them.
 
     Raises BadInput where the run was made from objects in memory, which no file can bring back.
     """
@@ -716,14 +819,16 @@ def stored_job(directory: Path, task: Task | None) -> Json:
             "run it again",
             remedy="put the task into a file: `fedcore new DIR` shows how",
         )
+    if not found["sites"]:
+        del found["sites"]
     return {key: value for key, value in found.items() if value is not None}
 
 
-def job_for(task: Task | str | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
+def job_for(task: Task | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
     """The task and the complete job: task defaults below, then the given layers in order."""
-    named = next((layer["task"] for layer in reversed(layers) if "task" in layer), "heart")
-    base = next((Path(layer["base"]) for layer in reversed(layers) if "base" in layer), None)
-    found = task if isinstance(task, Task) else load_task(str(task or named), base)
+    layer: Mapping[str, Any] = next((each for each in reversed(layers) if "task" in each), {})
+    named, base = layer.get("task", "heart"), Path(layer.get("base", Path.cwd()))
+    found = task if task is not None else load_task(str(named), base)
     rest = [{k: v for k, v in layer.items() if k != "task"} for layer in layers]
-    name = found.origin or found.name
-    return found, build_job(found.defaults, *rest, {"task": name})
+    name = {"task": found.origin or found.name, "base": str(base)}
+    return found, build_job(found.defaults, *rest, name)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedcore.comparison.metrics import Metric, get
+from fedcore.comparison.metrics import Metric, auc_error_bound, clipped_rows, get
 from fedcore.errors import BadInput
 from fedcore.learn.score import Scored
 from fedcore.plan import Wide
@@ -36,13 +37,6 @@ class MetricTransport:
     def of(cls, task: Task, sample: Scored, max_rows: int) -> MetricTransport:
         """sample: any scored rows of the task; it fixes the number of outputs. Raises UnknownName."""
         if sample.own is not None:
-            missing = [name for name in task.metrics if name not in sample.own]
-            if missing:
-                raise BadInput(
-                    f"task.evaluate: found {', '.join(sample.own) or 'no metrics'}, expected "
-                    f"{', '.join(missing)} too",
-                    remedy="return every name of task.metrics, or name what it returns in metrics=(...)",
-                )
             return cls((), tuple(task.metrics), 0, max_rows)
         columns = 1 if sample.outputs.ndim == 1 else sample.outputs.shape[1]
         return cls(get(task.metrics), (), columns, max_rows)
@@ -71,6 +65,22 @@ class MetricTransport:
             out[_PREFIX + name] = [_to_fixed(name, total), _to_fixed(name, count)]
         return out
 
+    def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
+        """{metric: how far its value from sums may be from the exact one}, where one is stated."""
+        return {
+            metric.name: auc_error_bound(_as_array(wides[_PREFIX + metric.name]))
+            for metric in self.metrics
+            if metric.name == "auc"
+        }
+
+    def clipped(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """{metric: rows whose error was beyond the fixed-point range}, for errors only."""
+        return {
+            metric.name: clipped_rows(_as_array(wides[_PREFIX + metric.name]))
+            for metric in self.metrics
+            if not metric.higher_is_better
+        }
+
     def finish(self, wides: Mapping[str, Sequence[int]], sites: int) -> dict[str, float | None]:
         """Summed integers of `sites` sites to values: {metric: value or None}."""
         values: dict[str, float | None] = {}
@@ -82,6 +92,10 @@ class MetricTransport:
             total, count = (v - sites * _OFFSET for v in wides[_PREFIX + name])
             values[name] = total / count if count else None
         return values
+
+
+def _as_array(values: Sequence[int]) -> NDArray[np.int64]:
+    return np.asarray(values, dtype=np.int64)
 
 
 def _to_fixed(name: str, value: float) -> int:

@@ -496,16 +496,22 @@ def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:
     y = _target_tensor(raw_y, where)
     if task.statistics is not None:
         return _rows_with_statistics(raw_x, y, task.statistics, where)
-    x = _input_tensor(raw_x, where)
+    return ArrayRows(array_inputs(raw_x, where), y)
+
+
+def array_inputs(raw: Any, where: str) -> torch.Tensor:
+    """An array or a tensor as a model takes it, in training and in `Run.predict` alike.
+
+    float32, except that a *tensor* of integers (token ids, raw pixels) keeps its dtype: a numpy array
+    of integers is nearly always a table of numbers, which a Linear layer would refuse.
+    Raises BadInput for what are not numbers, and for NaN or infinity.
+    """
+    x = _input_tensor(raw, where)
     _refuse_not_finite(x, "X", where)
-    return ArrayRows(x, y)
+    return x
 
 
 def _input_tensor(raw: Any, where: str) -> torch.Tensor:
-    """float32, except that a *tensor* of integers (token ids, raw pixels) keeps its dtype.
-
-    A numpy array of integers is nearly always a table of numbers, which a Linear layer would refuse.
-    """
     if isinstance(raw, torch.Tensor):
         if raw.is_complex():
             raise _not_numbers("X", str(raw.dtype), where)
@@ -513,7 +519,8 @@ def _input_tensor(raw: Any, where: str) -> torch.Tensor:
         return raw.detach().cpu() if keep else raw.detach().cpu().to(torch.float32)
     if raw.dtype.kind not in "fiub":
         raise _not_numbers("X", str(raw.dtype), where)
-    return torch.from_numpy(np.array(raw, dtype=np.float32))
+    # Row by row in memory: the last bits of a product may depend on it, and data frames give columns.
+    return torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
 
 
 def _target_tensor(raw: Any, where: str) -> torch.Tensor:
@@ -534,23 +541,30 @@ def _target_tensor(raw: Any, where: str) -> torch.Tensor:
 def _rows_with_statistics(
     raw: Any, y: torch.Tensor, statistics: Sequence[Any], where: str
 ) -> TableRows:
-    """An array whose task declared public ranges: NaN means missing, to be imputed by the mean."""
-    features = np.array(raw.detach().cpu() if isinstance(raw, torch.Tensor) else raw)
+    layout = array_layout(statistics)
+    features = array_features(raw, len(layout.names), where)
+    return TableRows(features, np.zeros((len(features), 0), np.float32), y, layout)
+
+
+def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
+    """An array whose task declared public ranges: (rows, columns) float64, NaN = missing.
+
+    Raises BadInput for another shape, for what are not numbers, and for infinity.
+    """
+    features = np.array(raw.detach().cpu().numpy() if isinstance(raw, torch.Tensor) else raw)
     if features.dtype.kind not in "fiub":
         raise _not_numbers("X", str(features.dtype), where)
     features = features.astype(np.float64)
-    if features.ndim != 2 or features.shape[1] != len(statistics):
+    if features.ndim != 2 or features.shape[1] != columns:
         raise BadInput(
-            f"{where}: found X of shape {list(features.shape)}, expected (rows, {len(statistics)})",
+            f"{where}: found X of shape {list(features.shape)}, expected (rows, {columns})",
             remedy="Task(statistics=...) gives one (low, high) per column of X",
         )
     if np.isinf(features).any():
         _refuse_not_finite(
             torch.from_numpy(np.where(np.isnan(features), 0.0, features)), "X", where
         )
-    return TableRows(
-        features, np.zeros((len(features), 0), np.float32), y, array_layout(statistics)
-    )
+    return features
 
 
 def array_layout(statistics: Sequence[Any]) -> Layout:

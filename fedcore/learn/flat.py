@@ -67,8 +67,11 @@ class FlatModel:
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
         frozen = sum(p.numel() for p in module.parameters()) - self.parameters
         moving = {name for name, _ in travelling}
-        # Training changes these in place; every write puts them back, so no site's values stay behind.
-        self._kept = [(b, b.clone()) for n, b in module.named_buffers() if n not in moving]
+        # Training (a task's own may touch frozen layers) changes these in place; every write puts them
+        # back, so no site's values stay behind.
+        still = [b for n, b in module.named_buffers() if n not in moving]
+        still += [p for p in module.parameters() if not p.requires_grad]
+        self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
         self.policy = _describe_buffers(module, len(floating), buffers, frozen)
         if self.parameters == 0:
             raise BadInput(
@@ -94,8 +97,8 @@ class FlatModel:
 
     @torch.no_grad()
     def write(self, vector: FloatVector) -> None:
-        """Copy (d,) float32 into the module in place; buffers that do not travel go back to their
-        initial values. Raises BadInput on another length."""
+        """Copy (d,) float32 into the module in place; frozen parameters and buffers that do not travel
+        go back to their initial values. Raises BadInput on another length."""
         if len(vector) != self.coordinates:
             raise BadInput(f"model: found {len(vector)} coordinates, expected {self.coordinates}")
         source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
@@ -104,8 +107,8 @@ class FlatModel:
             size = tensor.numel()
             tensor.copy_(source[place : place + size].view(tensor.shape))
             place += size
-        for buffer, initial in self._kept:
-            buffer.copy_(initial)
+        for tensor, initial in self._kept:
+            tensor.copy_(initial)
 
 
 def _describe_buffers(module: nn.Module, floating: int, policy: str, frozen: int) -> str:

@@ -1,7 +1,8 @@
 """A finished model on disk: safetensors, with all that raw rows need before they reach it.
 
 Invariant: `load_model(save_model(...))` predicts the same bits. The metadata names the task, the
-statistics and the column order; nothing in the file is code, so the architecture comes from the task.
+statistics and the column order; nothing in the file is code, so the architecture comes from the task,
+which is looked for where the run found it, never in the folder somebody happens to be in.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fedcore.data.rows import Layout
+from fedcore.data.rows import Layout, array_features, array_inputs, array_layout
 from fedcore.data.statistics import Statistics
-from fedcore.data.tabular import Table
+from fedcore.data.tabular import Table, number
 from fedcore.errors import BadInput
-from fedcore.files import write_atomic
+from fedcore.files import read_json, write_atomic
 from fedcore.task import Task, load_task
 from fedcore.types import FloatVector, Json
 
@@ -52,11 +53,18 @@ def save_model(
         "statistics": statistics.to_json() if statistics else None,
         "columns": list(layout.columns) if layout else None,
         "reader": layout.description if layout else "",
+        "numbers": _numbers(layout) if layout and not layout.description else None,
     }
     tensors = {
         name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
     }
     write_atomic(directory / FILE, save(tensors, {"fedcore": json.dumps(about)}))
+
+
+def _numbers(layout: Layout) -> list[tuple[float, float, bool]]:
+    """Per column of an array task with statistics: low, high, and whether a gap is indicated."""
+    pairs = zip(layout.ranges, layout.indicated, strict=True)
+    return [(low, high, indicated) for (low, high), indicated in pairs]
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,15 @@ class SavedModel:
     about: Json
 
     def predict(self, rows: Any) -> NDArray[np.float64]:
-        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`."""
+        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`.
+
+        Raises BadInput for rows that training would have refused too.
+        """
         x = self._inputs(rows)
+        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
+        if x.is_floating_point():
+            # A model in double or half precision got its batches cast by the task's own `predict`.
+            x = x.to(own)
         with torch.no_grad():
             outputs = self.module(x).to(torch.float64).numpy()
         if outputs.ndim == 2 and outputs.shape[1] == 1:
@@ -83,19 +98,37 @@ class SavedModel:
     def _inputs(self, rows: Any) -> torch.Tensor:
         found = self.about["statistics"]
         if found is None:
-            return torch.as_tensor(np.asarray(rows)) if not torch.is_tensor(rows) else rows
+            return array_inputs(_array(rows), "predict")
         statistics = Statistics.from_json(found)
-        if not self.about["reader"]:
-            raise BadInput(
-                "predict: found a task whose arrays were standardised, but no column description",
-                remedy="standardise with the statistics in model.safetensors and call run.model",
-            )
-        table = Table.from_json(self.about["reader"])
-        return torch.from_numpy(table.inputs(rows, statistics))
+        if self.about["reader"]:
+            table = Table.from_json(self.about["reader"])
+            return torch.from_numpy(table.inputs(rows, statistics))
+        numbers = self.about["numbers"]
+        layout = array_layout([number(low, high, may_be_missing=m) for low, high, m in numbers])
+        features = array_features(_array(rows), len(numbers), "predict")
+        none_fixed = np.zeros((len(features), 0), np.float32)
+        return torch.from_numpy(layout.inputs(features, none_fixed, statistics))
+
+
+def _array(rows: Any) -> Any:
+    """Tensors as they are; lists, frames and whatever else NumPy can read as an array."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    try:
+        return np.asarray(rows)
+    except ValueError as error:
+        raise BadInput(
+            f"predict: found rows that make no array ({error})",
+            remedy="every row needs the same number of values",
+        ) from error
 
 
 def load_model(directory: Path, task: Task | None) -> SavedModel:
-    """Build the task's module and fill it. Raises BadInput where the task or the file is missing."""
+    """Build the task's module and fill it. Raises BadInput where the task or the file is missing.
+
+    A task given by a relative path is loaded from the run's own base folder (job.json), or from
+    `directory` where no job.json says: the current folder may hold a stranger's file of that name.
+    """
     path = directory / FILE
     if not path.is_file():
         raise BadInput(f"run: found no {FILE} in {directory}", remedy="the run did not finish")
@@ -108,10 +141,16 @@ def load_model(directory: Path, task: Task | None) -> SavedModel:
                 f"model: task {about['task_name']!r} was made in memory, so its architecture is not on disk",
                 remedy="fedcore.load(RUN, task=your_task)",
             )
-        task = load_task(about["task"])
+        task = load_task(about["task"], _base(directory))
     module = task.model()
     for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(parameter):
             parameter.materialize(tensors[name].shape)
     module.load_state_dict(tensors)
     return SavedModel(module.eval(), about)
+
+
+def _base(directory: Path) -> Path:
+    job = directory / "job.json"
+    found = read_json(job).get("base") if job.is_file() else None
+    return Path(found) if isinstance(found, str) else directory

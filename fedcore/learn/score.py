@@ -1,10 +1,13 @@
 """Scoring a model on rows: per-row outputs for the built-in metrics, sums for a task's own.
 
 Only sums ever leave a site; per-row outputs exist where the simulation stands in for all sites.
+Invariant: what `score` returns is finite, except for a mean loss that overflowed.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedcore.data.kinds import kind_of
 from fedcore.data.rows import Rows
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, TaskFailed
 from fedcore.learn.flat import seeded
-from fedcore.learn.train import predict, task_code
+from fedcore.learn.train import place, predict, task_code
 from fedcore.task import Task
 
 EVALUATION_BATCH = 1024
@@ -26,7 +30,8 @@ EVALUATION_BATCH = 1024
 class Scored:
     """outputs (n,) or (n, C) float64, targets (n,) float64 or int64; loss: mean over the rows.
 
-    own: the task's own `{metric: (total, count)}` where it brings `evaluate`; outputs are then empty.
+    own: `{metric: (total, count)}` of every name in `task.metrics` where the task brings `evaluate`;
+    outputs are then empty.
     """
 
     outputs: NDArray[np.float64]
@@ -35,15 +40,45 @@ class Scored:
     own: dict[str, tuple[float, float]] | None = None
 
 
-@torch.no_grad()
 def score(
     task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
 ) -> Scored:
-    """Run `module` over `rows` in evaluation mode. Raises TaskFailed, or BadInput on odd shapes."""
+    """Run `module` over `rows` in evaluation mode.
+
+    Raises TaskFailed where the task's code raises or the model's outputs are not finite, BadInput on
+    odd shapes and on what a task's own `evaluate` may not return. Each names the site and the round.
+    """
+    found = probe(task, module, rows, seed=seed, round_=round_, site=site)
+    where = place(site, round_)
+    for name, pair in (found.own or {}).items():
+        wrong = next((value for value in pair if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise _not_a_sum(where, f"{wrong}", name)
+    bad = int(np.count_nonzero(~np.isfinite(found.outputs)))
+    if bad:
+        raise TaskFailed(
+            f"{where}: found {bad} of {found.outputs.size} model outputs not finite, "
+            "expected finite numbers",
+            remedy="lower train.lr, or look for unscaled values in the site's data",
+        )
+    return found
+
+
+def _code_of(task: Task) -> str:
+    """Which of the user's functions runs here, for a message about its exception."""
+    return "evaluate" if task.evaluate is not None else "model, task.predict or task.loss"
+
+
+@torch.no_grad()
+def probe(
+    task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
+) -> Scored:
+    """`score` without a look at the values: the shapes that a model not yet trained, on rows not yet
+    standardised, gives."""
     module.eval()
-    with seeded(seed, round_, site, "evaluate"), task_code(site, round_, "evaluate"):
+    with seeded(seed, round_, site, "evaluate"), task_code(site, round_, _code_of(task)):
         if task.evaluate is not None:
-            own = {k: (float(t), float(c)) for k, (t, c) in task.evaluate(module, rows).items()}
+            own = _own_sums(task, task.evaluate(module, rows), place(site, round_))
             return Scored(np.empty(0), np.empty(0), None, own)
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):
@@ -55,12 +90,46 @@ def score(
     flat_targets = np.concatenate(targets)
     if stacked.ndim > 2 or flat_targets.shape[1] != 1:
         raise BadInput(
-            f"task.metrics: found outputs of shape {stacked.shape}, expected one row per example",
+            f"{place(site, round_)}: found outputs of shape {stacked.shape}, expected one row per "
+            "example",
             remedy="give the task its own evaluate(model, rows) -> {metric: (total, count)}",
         )
     count = sum(n for _, n in losses)
     mean_loss = sum(value * n for value, n in losses) / count if count else None
     return Scored(stacked, flat_targets[:, 0], mean_loss)
+
+
+def _own_sums(task: Task, found: Any, where: str) -> dict[str, tuple[float, float]]:
+    if not isinstance(found, Mapping):
+        raise BadInput(
+            f"{where}: task.evaluate returned {kind_of(found)}, expected {{metric: (total, count)}}",
+            remedy="sums over the site's rows, so that sites can be added up",
+        )
+    missing = [name for name in task.metrics if name not in found]
+    if missing:
+        names = ", ".join(map(str, found)) or "no metrics"
+        raise BadInput(
+            f"{where}: task.evaluate: found {names}, expected {', '.join(missing)} too",
+            remedy="return every name of task.metrics at every site, (0, 0) where it is undefined, "
+            "or name what it returns in metrics=(...)",
+        )
+    sums = {}
+    for name in task.metrics:
+        try:
+            total, count = (float(value) for value in found[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise _not_a_sum(where, repr(found[name]), name) from None
+        sums[name] = (total, count)
+    return sums
+
+
+def _not_a_sum(where: str, shown: str, name: str) -> BadInput:
+    text = " ".join(shown.split())
+    return BadInput(
+        f"{where}: task.evaluate returned {text[:60]} for {name!r}, "
+        "expected a finite (total, count)",
+        remedy="(0, 0) where it is undefined; lower train.lr where the model diverged",
+    )
 
 
 def _as_array(outputs: torch.Tensor) -> NDArray[np.float64]:

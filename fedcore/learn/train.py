@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedcore.data.rows import Rows
-from fedcore.errors import FedcoreError, TaskFailed, UnknownName
+from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 from fedcore.learn.flat import seeded
 from fedcore.plan import TrainPlan
 from fedcore.seeds import generator
@@ -49,11 +49,21 @@ class Fit:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """steps: optimiser steps; examples: rows seen, epochs counted; loss: mean over them, or None."""
+    """steps: optimiser steps; examples: rows seen, epochs counted.
+
+    loss: mean of the batches' losses, each as it was before its step, a short batch counting as much
+    as a full one; None where the task trains by itself.
+    """
 
     steps: int
     examples: int
     loss: float | None
+
+
+def place(site: str, round_: int | None) -> str:
+    """Where something happened, for messages; no site means the pooled rows of all of them."""
+    name = f"site {site}" if site else "all sites pooled"
+    return name + (f", round {round_}" if round_ else "")
 
 
 @contextmanager
@@ -64,9 +74,8 @@ def task_code(site: str, round_: int | None, part: str) -> Iterator[None]:
     except FedcoreError:
         raise
     except Exception as error:
-        where = f"site {site}" + (f", round {round_}" if round_ else "")
         raise TaskFailed(
-            f"{where}: task.{part} raised {type(error).__name__}: {error}",
+            f"{place(site, round_)}: task.{part} raised {type(error).__name__}: {error}",
             user_traceback=user_traceback(error),
         ) from error
 
@@ -100,10 +109,12 @@ def local_train(
     """Train `module` in place for `plan.epochs` passes over `rows`.
 
     optimiser: one to go on with (the arms that never average); None makes a fresh one, as a site does
-    each round. Raises TaskFailed when the task's code raises.
+    each round. Raises TaskFailed when the task's code raises, BadInput where BatchNorm meets a
+    batch of one row.
     """
     module.train()
-    with seeded(seed, round_, site, "train"), task_code(site, round_, "train"):
+    part = "train" if task.train is not None else "model, task.predict or task.loss"
+    with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
             fit = Fit(
                 plan.optimiser, plan.lr, plan.momentum, plan.weight_decay, plan.epochs,
@@ -111,10 +122,29 @@ def local_train(
             )  # fmt: skip
             task.train(module, rows, fit)
             return TrainReport(0, plan.epochs * len(rows), None)
-        return _own_loop(
-            task, module, rows, plan, optimiser or make_optimiser(module, plan),
-            lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(len(rows)),
-        )  # fmt: skip
+        with _batch_norm_needs_two(place(site, round_)):
+            return _own_loop(
+                task, module, rows, plan, optimiser or make_optimiser(module, plan),
+                lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(
+                    len(rows)
+                ),
+            )  # fmt: skip
+
+
+@contextmanager
+def _batch_norm_needs_two(where: str) -> Iterator[None]:
+    """Whether one row is too few depends on what reaches the layer (one image has many pixels per
+    channel), so torch decides, and its sentence is put into ours."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise BadInput(
+            f"{where}: found a batch of 1 row, expected at least 2 rows for BatchNorm",
+            remedy="give every site 2 training rows or more and train.batch_size 2 or more, "
+            "or use GroupNorm or LayerNorm, which need no batch",
+        ) from error
 
 
 def _own_loop(

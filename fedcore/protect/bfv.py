@@ -26,7 +26,7 @@ import numpy as np
 
 from fedcore.encode.bitpack import Words, pack_words, packed_size, unpack_words
 from fedcore.errors import BadInput, ChunkRefused, PlanRefused, Unavailable
-from fedcore.plan import SEAL_PLAIN_MODULUS_BITS, Packing, Ring
+from fedcore.plan import RINGS, SEAL_PLAIN_MODULUS_BITS, Packing, Ring
 from fedcore.protect.secret import Secret
 from fedcore.protect.sumtag import GroupSecret
 from fedcore.types import Json, Slots
@@ -425,8 +425,7 @@ class EncryptedFold:
 
 def self_test() -> Json:
     """A SEAL self-test for `fedcore doctor`: three encrypted vectors, their sum exact or not."""
-    packing_ring = Ring(2048, (1 << 54) - 77823)
-    public = PublicContext(packing_ring, 40)
+    public = PublicContext(RINGS[0], 40)
     courier = Courier()
     sealer = EncryptedSealer(SecretContext(public), courier)
     fold = EncryptedFold(public, 2048)

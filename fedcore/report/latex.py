@@ -51,7 +51,7 @@ def render(result: Json) -> str:
     parts += [
         _table(
             t,
-            f"{where}: {t.title} at each site, alone and together. Gained: together minus alone, in points.",
+            f"{where}: {t.title}. {tables.per_site_note([result])}",
         )
         for t in tables.per_site([result])
     ]

@@ -7,6 +7,7 @@ emphasis (CommonMark and GitHub tables).
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from fedcore.report import sentences as say
 from fedcore.report import tables
@@ -47,7 +48,8 @@ def render(result: Json) -> str:
         lines.append(f"- Intervals: {escape(method)}.")
     lines.append("")
     found = [*tables.arms([result]), *tables.sources([result])]
-    found += [_titled(t, f"Sites: {t.title}") for t in tables.per_site([result])]
+    sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
+    found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
     found += [*tables.cost([result]), *tables.budgets([result])]
     for table in found:
         lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
@@ -59,10 +61,6 @@ def render(result: Json) -> str:
     if result.get("model_sha256"):
         lines += [f"Model SHA-256: {code(say.plain(result['model_sha256']))}", ""]
     return "\n".join(lines)
-
-
-def _titled(table: Table, title: str) -> Table:
-    return Table(title, table.head, table.rows, table.note)
 
 
 def _grid(table: Table) -> list[str]:

@@ -47,12 +47,9 @@ def render(runs: Sequence[Run]) -> str:
             remedy="report them separately: their intervals answer different questions",
         )
     several = len(results) > 1
-    names = say.run_tags(results) if several else [""]
-    folders = (
-        [f"{tag}, {name}" for tag, name in zip(names, say.run_names(results), strict=True)]
-        if several
-        else [""]
-    )
+    names = say.run_names(results) if several else [""]
+    labels = say.run_labels(results) if several else [""]
+    shared, own = say.settings_of(results)
     tasks = list(dict.fromkeys(say.plain(result.get("task")) for result in results))
     return _template().render(
         title=say.title(results[0])
@@ -60,7 +57,8 @@ def render(runs: Sequence[Run]) -> str:
         else f"{say.listed(tasks)}: {len(results)} runs",
         kind="comparison" if say.is_comparison(results[0]) else "run",
         started=say.plain(results[0].get("started") or "")[:10],
-        settings=[(f, say.setting(r)) for f, r in zip(folders, results, strict=True)],
+        settings=shared if several else say.setting(results[0]),
+        differing=list(zip(labels, own, strict=True)) if several else [],
         warnings=_warnings(names, results),
         headline=_headline(names, results),
         answers=_answers(names, results),
@@ -71,6 +69,10 @@ def render(runs: Sequence[Run]) -> str:
         plots=_plots(runs),
         arms=tables.arms(results),
         per_site=tables.per_site(results),
+        per_site_note=tables.per_site_note(results),
+        site_heading="Each site, alone and together"
+        if any(say.ran(result, "local_only") for result in results)
+        else "Each site",
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
         details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
@@ -187,12 +189,12 @@ def _drawn(
 def _legend(runs: Sequence[Run], *, by_round: bool = False) -> dict[str, Any]:
     results = [result for result, _ in runs]
     arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(result) for result in results)]
-    tags, names, lines = say.run_tags(results), say.run_names(results), []
+    labels, lines = say.run_labels(results), []
     marks = "●■▲◆" if say.is_comparison(results[0]) and not by_round else ""
     found = [[i] for i in range(len(results))] if marks else plots.groups(runs)
     if len(found) > 1:
         lines = [
-            (marks[i % 4] if marks else "", ", ".join(f"{tags[m]}, {names[m]}" for m in members))
+            (marks[i % 4] if marks else "", ", ".join(labels[m] for m in members))
             for i, members in enumerate(found)
         ]
     return {

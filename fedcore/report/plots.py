@@ -76,12 +76,18 @@ def _style(salt: str = "fedcore") -> Iterator[None]:
 
 
 def groups(runs: Sequence[Run]) -> list[list[int]]:
-    """Indices of runs that differ in seed or fold only: those share a line and a band."""
+    """Indices of the runs that share a line and a band: of more than three, those that differ in
+    seed or fold only; of a comparison, its splits. Two or three runs are read one by one.
+    """
     found: dict[str, list[int]] = {}
     for i, (result, _) in enumerate(runs):
-        plan = {k: v for k, v in (result.get("plan") or {}).items() if k in ("bits", "degree")}
-        same = [result.get(k) for k in ("task", "protection", "rounds", "sites", "train")]
-        found.setdefault(repr([*same, plan]), []).append(i)
+        if say.is_comparison(result):
+            key = str(id(result))  # `splits_of` gives every split the same result
+        elif len(runs) <= 3:
+            key = str(i)
+        else:
+            key = repr([say.choices(result, seeds=False), result.get("sites")])
+        found.setdefault(key, []).append(i)
     return list(found.values())
 
 
@@ -125,33 +131,39 @@ def _spread(
 
 
 def rounds_figure(runs: Sequence[Run], metric: str, size: tuple[float, float] = WIDE) -> Figure:
-    """The metric by round and arm, and under it, on the same rounds, the gap in points.
+    """The metric by round and arm, and under it, on the same rounds, the gap, if it was measured.
 
-    Runs that differ only in seed or fold become one line (their mean) with a band from the least to
-    the largest; other runs get their own dashes.
+    Two or three runs get their own dashes each; of more, those that differ only in seed or fold
+    become one line (their mean) with a band from the least to the largest.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with _style():
-        figure = Figure(figsize=size, layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.1, 1))
+        width, height = size
+        compared = any(_gap_curve(run, metric) for run in runs)
+        figure = Figure(figsize=(width, height if compared else 0.7 * height), layout="constrained")
+        upper = figure.add_subplot(3, 1, (1, 2)) if compared else figure.add_subplot()
+        lower = figure.add_subplot(3, 1, 3, sharex=upper) if compared else None
         for group, members in enumerate(groups(runs)):
             dashes: Any = DASHES[group % len(DASHES)]
             for arm in _ARM_ORDER:
                 curves = [c for i in members if (c := _curve(runs[i][1], arm, metric))]
                 _draw(upper, curves, COLOURS[arm], dashes, _WIDTHS[arm])
-            gaps = [_gap_curve(runs[i][1], metric) for i in members]
-            _draw(lower, [gap for gap in gaps if gap], COLOURS["federated"], dashes, 1.8)
-            if len(members) == 1:
-                _final_interval(lower, runs[members[0]], metric, group)
-        name = say.metric_name(metric)
-        upper.set_title(f"{say.capitalised(name)} by round")
-        lower.set_title(f"Gap: points of {name} lost")
-        lower.axhline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
-        lower.set_xlabel("round")
-        lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-        for axes in (upper, lower):
+            if lower is not None:
+                gaps = [_gap_curve(runs[i], metric) for i in members]
+                _draw(lower, [gap for gap in gaps if gap], COLOURS["federated"], dashes, 1.8)
+                if len(members) == 1:
+                    _final_interval(lower, runs[members[0]], metric, group)
+        upper.set_title(f"{say.capitalised(say.metric_name(metric))} by round")
+        if lower is not None:
+            lower.set_title(f"Gap: {_lost_name(runs[0][0], metric)}")
+            lower.axhline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
+            upper.tick_params(labelbottom=False)
+        lowest = lower or upper
+        lowest.set_xlabel("round")
+        lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+        for axes in (upper, *([lower] if lower is not None else [])):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
             axes.grid(axis="x", visible=False)
             axes.tick_params(length=0)
@@ -181,35 +193,41 @@ def _draw(
     )
 
 
-def _gap_curve(rows: Sequence[Json], metric: str) -> dict[int, float]:
+def _lost_name(result: Json, metric: str) -> str:
+    """The lower axis: `points of AUC lost`, `MSE lost`."""
+    counted = "" if say.is_error(result, metric) else "points of "
+    return f"{counted}{say.metric_name(metric)} lost"
+
+
+def _scale(result: Json, metric: str) -> float:
+    """From the files' unit to the lower axis': points of a fraction, an error as it is."""
+    return 1.0 if say.is_error(result, metric) else 100.0
+
+
+def _gap_curve(run: Run, metric: str) -> dict[int, float]:
+    result, rows = run
+    scale = _scale(result, metric)
     pooled, together = (_curve(rows, arm, metric) for arm in ("centralised", "federated"))
-    lost = {r: say.better_by(metric, pooled[r], together.get(r)) for r in pooled}
-    return {r: value * 100 for r, value in lost.items() if value is not None}
+    lost = {r: say.better_by(result, metric, pooled[r], together.get(r)) for r in pooled}
+    return {r: value * scale for r, value in lost.items() if value is not None}
 
 
 def _final_interval(axes: Axes, run: Run, metric: str, group: int) -> None:
     """The result's interval, as a bar at the last round; beside it, where several runs have one."""
     low, high = say.bounds(say.gap_of(run[0], "total", metric))
-    rounds = _gap_curve(run[1], metric)
+    rounds = _gap_curve(run, metric)
     if low is None or high is None or not rounds:
         return
-    x = max(rounds) + 0.012 * (group + 1) * max(rounds)
-    axes.vlines(
-        x, low * 100, high * 100, color=COLOURS["federated"], linewidth=1.2, linestyle=DASHES[0]
-    )
-    axes.plot(
-        [x, x],
-        [low * 100, high * 100],
-        color=COLOURS["federated"],
-        marker="_",
-        markersize=6,
-        linewidth=0,
-    )
+    x, scale = max(rounds) + 0.012 * (group + 1) * max(rounds), _scale(run[0], metric)
+    low, high = low * scale, high * scale
+    colour = COLOURS["federated"]
+    axes.vlines(x, low, high, color=colour, linewidth=1.2, linestyle=DASHES[0])
+    axes.plot([x, x], [low, high], color=colour, marker="_", markersize=6, linewidth=0)
 
 
 def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float] = WIDE) -> Figure:
     """A comparison: every seed x fold as a dot, the mean and its interval as a bar; arms above,
-    gap and its parts (points) below."""
+    gap and its parts below."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -221,10 +239,10 @@ def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float
         _strips(upper, results, "arms", rows, metric, 1.0)
         order = ("total", *(part for part in say.PART_NAMES if part != "total"))
         parts = [(part, say.PART_NAMES[part], COLOURS["federated"]) for part in order]
-        _strips(lower, results, "gap", parts, metric, 100.0)
-        name = say.metric_name(metric)
-        upper.set_title(f"{say.capitalised(name)} of each arm, one dot per seed and fold")
-        lower.set_title(f"Gap: points of {name} lost, and where")
+        _strips(lower, results, "gap", parts, metric, _scale(results[0], metric))
+        name = say.capitalised(say.metric_name(metric))
+        upper.set_title(f"{name} of each arm, one dot per seed and fold")
+        lower.set_title(f"Gap: {_lost_name(results[0], metric)}, and where")
         lower.axvline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
         for axes in (upper, lower):
             axes.xaxis.set_major_locator(

@@ -1,7 +1,9 @@
 """Numbers into words: the sentences of the report, the terminal and the Methods paragraph.
 
-Invariant: a loss is stated only when its whole interval lies above 0. Fractions come in, points
-(fraction x 100) go out, and positive always means lost against centralised training.
+Invariant: a loss is stated only when its whole interval lies above 0, and its absence only when the
+interval is narrow enough to show it (`NEGLIGIBLE`). Fractions come in, points (fraction x 100) go
+out; an error such as MSE, of which less is better, is no fraction and keeps its own unit. Positive
+always means lost against centralised training.
 Everything returned is plain text, free of control characters; escaping for HTML, Markdown, LaTeX or
 a terminal belongs to the module that draws it.
 """
@@ -33,8 +35,13 @@ GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "fede
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 
 ERRORS = frozenset({"mse", "mae"})
-"""Metrics of which less is better; every gap and gain is turned so that positive means worse or
-better as its name says (a test compares them with fedcore.comparison.metrics)."""
+"""Built-in metrics of which less is better (a test compares them with fedcore.comparison.metrics); a
+task's own stand in the result (`is_error`)."""
+
+NEGLIGIBLE = 0.01
+"""Half the width of an interval that may be called no loss: one point, or of an error one hundredth
+of the centralised arm's. What Fedcore promises are tenths of a point: an interval that reaches beyond
+a whole one could hide ten times as much, and an absence that it could not have shown is not said."""
 
 STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
 PROTECTION_STAGES = ("encode", "protect", "fold", "unprotect")
@@ -50,6 +57,8 @@ GLOSSARY = (
     ("federated", "federated averaging as deployed: rounded to integers and protected"),
     ("point", "one hundredth of a metric: accuracy 0.80 to 0.79 is one point lost"),
     ("gap", "centralised minus federated; positive means lost"),
+    ("no loss measurable", "the gap's interval contains 0 and stays within one point of it"),
+    ("not resolved", "the interval contains 0 but is wider: these rows cannot tell"),
     ("AUC", "chance that a random positive row scores above a random negative one"),
 )
 
@@ -72,17 +81,30 @@ def number(value: Any) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def better_by(metric: str, one: float | None, other: float | None) -> float | None:
-    """How much better `one` is than `other`, as a fraction; None where either is unknown."""
+def is_error(result: Mapping[str, Any], metric: str) -> bool:
+    """Whether less of the metric is better: as the result says, whose gaps have that direction; of a
+    result that does not say, whether it is built in."""
+    declared = result.get("lower_is_better")
+    return metric in (declared if isinstance(declared, list) else ERRORS)
+
+
+def better_by(
+    result: Mapping[str, Any], metric: str, one: float | None, other: float | None
+) -> float | None:
+    """How much better `one` is than `other`, in the metric's unit; None where either is unknown."""
     if one is None or other is None:
         return None
-    return other - one if metric in ERRORS else one - other
+    return other - one if is_error(result, metric) else one - other
 
 
 def score(value: Any) -> str:
-    """A metric, three decimals, or an en dash."""
+    """A metric, three decimals (two digits below 0.01, none from 10,000), or an en dash."""
     found = number(value)
-    return DASH if found is None else f"{found:.3f}"
+    if found is None:
+        return DASH
+    if 0 < abs(found) < 0.01:
+        return f"{found:.2g}"
+    return f"{found:.3f}" if abs(found) < 10_000 else f"{found:,.0f}"
 
 
 def points(fraction: float | None, *, signed: bool = False) -> str:
@@ -93,19 +115,59 @@ def points(fraction: float | None, *, signed: bool = False) -> str:
     return "0.00" if float(text) == 0 else text
 
 
-def interval(gap: Mapping[str, Any] | None) -> str:
-    """`-0.90 to 0.60` in points; empty where there is no interval, `exact` where it is all 0."""
+def amount(
+    result: Mapping[str, Any], metric: str, value: float | None, *, signed: bool = False
+) -> str:
+    """A difference of the metric: points, or of an error three digits in its own unit."""
+    if value is None or not is_error(result, metric):
+        return points(value, signed=signed)
+    if value == 0 or not math.isfinite(value):
+        return "0.00" if value == 0 else str(value)
+    sign = "+" if signed else ""
+    magnitude = math.floor(math.log10(abs(value)))
+    if -5 <= magnitude < 6:
+        return f"{value:{sign},.{max(0, 2 - magnitude)}f}"
+    return f"{value:{sign}.2e}"
+
+
+def unit(result: Mapping[str, Any], metric: str) -> str:
+    """What `amount` counts: `points`, or nothing for an error, whose unit is the task's."""
+    return "" if is_error(result, metric) else "points"
+
+
+def quantity(result: Mapping[str, Any], metric: str, value: float | None) -> str:
+    """`1.38 points of AUC`, `1.22 of MSE`."""
+    return " of ".join((_measure(result, metric, value), metric_name(metric)))
+
+
+def _measure(result: Mapping[str, Any], metric: str, value: float | None) -> str:
+    return " ".join((amount(result, metric, value), unit(result, metric))).rstrip()
+
+
+def in_units(results: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> str:
+    """The end of a note on differences: `in points`, `in points (MSE in its own unit)`."""
+    metrics, found = list(metrics), list(results)
+    own = [metric_name(m) for m in metrics if any(is_error(result, m) for result in found)]
+    its = "its own unit" if len(own) == 1 else "their own units"
+    if len(own) == len(metrics) > 0:
+        return f"in {its}"
+    return f"in points ({listed(own)} in {its})" if own else "in points"
+
+
+def interval(result: Mapping[str, Any], metric: str, gap: Mapping[str, Any] | None) -> str:
+    """`-0.90 to 0.60`; empty where there is no interval, `exact` where it is all 0."""
     low, high = bounds(gap)
     if low is None or high is None:
         return ""
     if low == high == 0:
         return "exact"
-    return f"{points(low)} to {points(high)}"
+    return f"{amount(result, metric, low)} to {amount(result, metric, high)}"
 
 
-def gap_points(gap: Mapping[str, Any] | None) -> str:
-    """The gap in points; a bare `0` only where it and its interval are exactly 0."""
-    return "0" if interval(gap) == "exact" else points(number(gap))
+def gap_amount(result: Mapping[str, Any], metric: str, gap: Mapping[str, Any] | None) -> str:
+    """The gap's mean; a bare `0` only where it and its interval are exactly 0."""
+    exact = interval(result, metric, gap) == "exact"
+    return "0" if exact else amount(result, metric, number(gap))
 
 
 def bounds(gap: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
@@ -155,7 +217,7 @@ def count(value: Any) -> str:
 
 def metric_name(metric: str) -> str:
     """As it stands in a sentence or table head."""
-    return "AUC" if metric == "auc" else plain(metric).replace("_", " ")
+    return metric.upper() if metric in {"auc", *ERRORS} else plain(metric).replace("_", " ")
 
 
 def arm_name(arm: str, result: Mapping[str, Any] | None = None) -> str:
@@ -177,6 +239,11 @@ def arms_of(result: Mapping[str, Any]) -> list[str]:
     return [a for a in ARM_NAMES if a in found] + [a for a in found if a not in ARM_NAMES]
 
 
+def ran(result: Mapping[str, Any], arm: str) -> bool:
+    """Whether the run had this arm; a job may leave all but the federated one out."""
+    return arm in (result.get("arms") or {})
+
+
 def metrics_of(result: Mapping[str, Any]) -> list[str]:
     """The task's metrics, in its order."""
     return list(result.get("metrics") or [])
@@ -189,13 +256,18 @@ def gap_of(result: Mapping[str, Any], part: str, metric: str) -> Json | None:
 
 
 def primary_metric(result: Mapping[str, Any]) -> str | None:
-    """The metric of the headline and the plot: AUC where it exists, else the first one with a gap.
+    """The metric of the headline and the plot: AUC where it exists, else the first one with a gap,
+    or with a value where no gap was measured.
 
     AUC uses every score where accuracy uses one threshold, so its interval is the narrower one.
     """
-    metrics = metrics_of(result)
-    for metric in sorted(metrics, key=lambda m: m != "auc"):
+    metrics = sorted(metrics_of(result), key=lambda m: m != "auc")
+    reached = (result.get("arms") or {}).get("federated") or {}
+    for metric in metrics:
         if number(gap_of(result, "total", metric)) is not None:
+            return metric
+    for metric in metrics:
+        if number(reached.get(metric)) is not None:
             return metric
     return metrics[0] if metrics else None
 
@@ -206,9 +278,10 @@ def ordered_metrics(result: Mapping[str, Any]) -> list[str]:
     return sorted(metrics_of(result), key=lambda m: m != first)
 
 
-def why_missing(metric: str, site: Mapping[str, Any] | None = None) -> str:
-    """The known reason why a metric is null: an AUC needs both classes among the test rows."""
-    if site and site.get("test_rows") == 0:
+def why_missing(metric: str, test_rows: Any = None) -> str:
+    """The known reason why a metric of an arm that ran is null: there were no test rows, or of one
+    class only, of which an AUC needs both. test_rows: how many, None where that is unknown."""
+    if test_rows == 0:
         return "no test rows"
     return "one class" if metric == "auc" else ""
 
@@ -248,7 +321,8 @@ def plural(n: int, word: str) -> str:
 def lost(result: Mapping[str, Any]) -> list[str]:
     """What was lost against pooling, one sentence per metric, the headline first.
 
-    A loss is stated only when its interval lies above 0.
+    A loss is stated only when its interval lies above 0; no loss only when the interval contains 0
+    and stays within `NEGLIGIBLE` of it; anything between is said to be unresolved.
     """
     metrics = ordered_metrics(result)
     if not metrics:
@@ -265,20 +339,67 @@ def _lost(result: Mapping[str, Any], metric: str, against: str) -> str:
     mean = number(gap)
     low, high = bounds(gap)
     if mean is None:
-        reason = why_missing(metric)
-        return f"{capitalised(name)}: {DASH}" + (
-            f" ({reason} among the test rows)." if reason else "."
-        )
-    value, span = points(mean), interval(gap)
+        return _without_gap(result, metric, against)
+    value, span = _measure(result, metric, mean), interval(result, metric, gap)
+    scores = _both_scores(result, metric)
     if low is None or high is None:
-        return f"{capitalised(name)}: {value} points lost, with no interval to judge them by."
+        word, value = ("gained", _measure(result, metric, -mean)) if mean < 0 else ("lost", value)
+        return f"{capitalised(name)}: {value} {word}{scores}, with no interval to judge it by."
     if low == high == mean == 0:
         return f"{capitalised(name)} is exactly that of the centralised arm."
-    if low <= 0 <= high:
-        return f"No loss measurable{against}: {name} {value} points, interval {span}."
     if low > 0:
-        return f"{value} points of {name} lost{against}, interval {span}."
-    return f"No loss{against}: {name} {value} points, interval {span}; federated is higher."
+        return f"{quantity(result, metric, mean)} lost{against}{scores}, interval {span}."
+    if high < 0:
+        side = "lower" if is_error(result, metric) else "higher"
+        return f"No loss{against}: {name} {value}{scores}, interval {span}; federated is {side}."
+    if max(-low, high) <= _negligible(result, metric):
+        return f"No loss measurable{against}: {name} {value}{scores}, interval {span}."
+    where = f"over {_splits(result)}" if is_comparison(result) else "on these rows"
+    if amount(result, metric, mean) == "0.00":
+        return f"Not resolved: no {name} lost or gained {where}{scores}, interval {span}."
+    if mean > 0:
+        return (
+            f"Not resolved: {quantity(result, metric, mean)} lost {where}{scores}, interval {span}."
+        )
+    return (
+        f"Not resolved: {quantity(result, metric, -mean)} gained {where}{scores}, "
+        f"interval of the loss {span}."
+    )
+
+
+def _without_gap(result: Mapping[str, Any], metric: str, against: str) -> str:
+    """The sentence of a metric that has no gap: what the federated arm reached, and why no more."""
+    name = metric_name(metric)
+    reached = number(((result.get("arms") or {}).get("federated") or {}).get(metric))
+    if reached is None:
+        reason = why_missing(metric, (result.get("rows") or {}).get("test"))
+        if reason == "one class":
+            reason += " among the test rows"
+        return f"{capitalised(name)}: {DASH}" + (f" ({reason})." if reason else ".")
+    if ran(result, "centralised"):
+        return f"Federated {name} {score(reached)}; of the centralised arm it is unknown."
+    # Said once, with the headline.
+    missing = "; no centralised arm was run to compare with" if against else ""
+    return f"Federated {name} {score(reached)}{missing}."
+
+
+def _both_scores(result: Mapping[str, Any], metric: str) -> str:
+    """Of an error both scores: without them a difference in its unit has no size."""
+    arms = result.get("arms") or {}
+    pooled, together = (
+        number((arms.get(arm) or {}).get(metric)) for arm in ("centralised", "federated")
+    )
+    if not is_error(result, metric) or pooled is None or together is None:
+        return ""
+    return f" ({score(pooled)} centralised, {score(together)} federated)"
+
+
+def _negligible(result: Mapping[str, Any], metric: str) -> float:
+    """The largest difference that is called none, in the metric's unit."""
+    if not is_error(result, metric):
+        return NEGLIGIBLE
+    pooled = number(((result.get("arms") or {}).get("centralised") or {}).get(metric))
+    return NEGLIGIBLE * abs(pooled or 0.0)
 
 
 def how_measured(result: Mapping[str, Any]) -> str:
@@ -294,7 +415,7 @@ def site_gains(result: Mapping[str, Any], metric: str) -> dict[str, float | None
     for site, values in (result.get("per_site") or {}).items():
         together = number((values.get("federated") or {}).get(metric))
         alone = number((values.get("local_only") or {}).get(metric))
-        gains[site] = better_by(metric, together, alone)
+        gains[site] = better_by(result, metric, together, alone)
     return gains
 
 
@@ -303,32 +424,42 @@ def gained(result: Mapping[str, Any]) -> list[str]:
     metric = primary_metric(result)
     gains = site_gains(result, metric) if metric else {}
     known = [g for g in gains.values() if g is not None]
+    if gains and not known and not ran(result, "local_only"):
+        return ["Not measured: no site was trained alone to compare with."]
     if metric is None or not known:
         return ["Not measured per site."]
     name = metric_name(metric)
-    higher = sum(g > 0 for g in known)
+    error = is_error(result, metric)
+    counted = name if error else "points"
+    better = sum(g > 0 for g in known)
     average = f", averaged over {_splits(result)}" if is_comparison(result) else ""
     sites_known = plural(len(known), "site")
     if len(known) < len(gains):
         sites_known = f"the {sites_known} with a known {name}"
-    first = f"{higher} of {sites_known} score higher in {name} together than alone{average}"
+    compared = f"have less {name}" if error else f"score higher in {name}"
+    first = f"{better} of {sites_known} {compared} together than alone{average}"
     if len(gains) <= 8:
         sites_of = result["per_site"]
         sites = ", ".join(
-            f"{plain(site)} {points(gain, signed=True)}"
+            f"{plain(site)} {amount(result, metric, gain, signed=True)}"
             + (
                 f" ({reason})"
-                if gain is None and (reason := why_missing(metric, sites_of[site]))
+                if gain is None and (reason := why_missing(metric, sites_of[site].get("test_rows")))
                 else ""
             )
             for site, gain in gains.items()
         )
-        sentences = [f"{first}; gained in points: {sites}."]
+        sentences = [f"{first}; gained in {counted}: {sites}."]
     else:
-        middle = sorted(known)[len(known) // 2]
+        ordered = sorted(known)
+        least, middle, most = (
+            amount(result, metric, gain, signed=True)
+            for gain in (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+        )
         sentences = [
-            f"{first}; from {points(min(known), signed=True)} to {points(max(known), signed=True)} "
-            f"points, the middle site {points(middle, signed=True)}."
+            f"{first}; gained from {least} to {most} {counted}, the middle site {middle}."
+            if not error
+            else f"{first}; gained in {counted} from {least} to {most}, the middle site {middle}."
         ]
     tested = [v["test_rows"] for v in (result.get("per_site") or {}).values() if v.get("test_rows")]
     if tested and not is_comparison(result):
@@ -401,7 +532,7 @@ def protection_changed(result: Mapping[str, Any]) -> str:
         return "Protection changed no result: the protected sums equal the plain integer sums."
     worst = max(known, key=lambda metric: abs(known[metric]))
     return (
-        f"Protection changed {metric_name(worst)} by {points(known[worst])} points; "
+        f"Protection changed {metric_name(worst)} by {_measure(result, worst, known[worst])}; "
         "it must be exactly 0, so this result is not to be trusted."
     )
 
@@ -444,8 +575,72 @@ def run_names(results: Sequence[Json]) -> list[str]:
 
 
 def run_tags(results: Sequence[Json]) -> list[str]:
-    """`A`, `B`, ... for several runs (numbers beyond `Z`): a table head has no room for a folder."""
+    """What a table head has room for: the names of a few runs if they are short, else `A`, `B`, ...
+    (numbers beyond `Z`)."""
+    names = run_names(results)
+    if len(names) <= 3 and all(len(name) <= 24 for name in names):
+        return names
     return [chr(ord("A") + i) if len(results) <= 26 else str(i + 1) for i in range(len(results))]
+
+
+def run_labels(results: Sequence[Json]) -> list[str]:
+    """The names of runs, each after its tag where that is another."""
+    pairs = zip(run_tags(results), run_names(results), strict=True)
+    return [name if tag == name else f"{tag}, {name}" for tag, name in pairs]
+
+
+def choices(result: Mapping[str, Any], *, seeds: bool = True) -> dict[str, str]:
+    """Everything that a person chose for a run, as short facts by key; with its seed and fold or
+    without."""
+    plan, train = result.get("plan") or {}, result.get("train") or {}
+    server = plan.get("server") or {}
+    rule = plan.get("range") or {}
+    facts = {
+        "task": f"task {plain(result.get('task'))}",
+        "protection": plain(result.get("protection") or DASH),
+        "rounds": plural(int(result.get("rounds") or 0), "round"),
+        "bits": f"{plan.get('bits')} bits",
+        "range": f"range {plain(rule.get('start') or 'estimated')}"
+        + (", adaptive" if rule.get("adaptive") else ""),
+        "server": f"server {plain(server.get('optimiser', DASH))}",
+        **{f"server {key}": f"server {key} {server[key]}" for key in _RATES if key in server},
+        "optimiser": f"local {plain(train.get('optimiser', DASH))}",
+        **{key: f"{key} {train[key]}" for key in _RATES if key in train},
+        "epochs": plural(int(train.get("epochs") or 0), "epoch"),
+        "batch_size": f"batch size {plain(train.get('batch_size'))}",
+        "weight_decay": f"weight decay {plain(train.get('weight_decay'))}",
+        "arms": f"arms {listed(ARM_NAMES.get(a, plain(a)) for a in arms_of(result))}",
+        "sites": plural(len(result.get("sites") or []), "site"),
+    }
+    if seeds and is_comparison(result):
+        facts["splits"] = _splits(result)
+    elif seeds:
+        facts["seed"] = f"seed {plain(result.get('seed'))}"
+        if result.get("folds"):
+            facts["fold"] = f"fold {plain(result.get('fold'))} ({result['folds']} folds)"
+    return facts
+
+
+_RATES = ("lr", "momentum")
+
+
+def settings_of(results: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
+    """What all runs share, and what is each one's own: what differs in the plan and the training
+    comes first. A run without a fact that others have says nothing about it."""
+    chosen = [choices(result) for result in results]
+    differing = [
+        key
+        for key in dict.fromkeys(key for facts in chosen for key in facts)
+        if len({facts.get(key) for facts in chosen}) > 1
+    ]
+    said = [setting(result) for result in results]
+    shared = [fact for fact in said[0] if all(fact in other for other in said)]
+    own = []
+    for facts, settings in zip(chosen, said, strict=True):
+        different = [facts[key] for key in differing if key in facts]
+        rest = [fact for fact in settings if fact not in shared]
+        own.append(list(dict.fromkeys([*different, *rest])))
+    return shared, own if any(own) else [["the same plan, training and seed"] for _ in own]
 
 
 def methods(result: Mapping[str, Any]) -> str:
@@ -534,7 +729,10 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
     if plan.get("bits"):
         text += f" and rounded stochastically to {plan['bits']}-bit integers"
     if plan.get("fields_per_slot") and plan.get("slot_bits"):
-        text += f", {plan['fields_per_slot']} to a {plan['slot_bits']}-bit slot"
+        fields = {1: "one", 2: "two", 3: "three"}.get(
+            plan["fields_per_slot"], plan["fields_per_slot"]
+        )
+        text += f", {fields} to a slot of {plan['slot_bits']} bits"
     protection = result.get("protection")
     if protection == "plain":
         text += "; their sum was not protected (simulation only)"
@@ -590,7 +788,15 @@ def _methods_evaluation(result: Mapping[str, Any]) -> str:
     verb = "were" if len(metrics_of(result)) > 1 else "was"
     text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
     if method := how_measured(result):
-        text += f"; the gap is centralised minus federated, with an interval by {method}"
+        errors = [is_error(result, metric) for metric in metrics_of(result)]
+        gap, within = "centralised minus federated", "one point of it"
+        if all(errors):
+            gap, within = "federated minus centralised", "1 % of the centralised value"
+        elif any(errors):
+            gap += " (of errors federated minus centralised)"
+            within += " (of errors 1 % of the centralised value)"
+        text += f"; the gap is {gap}, with an interval by {method}"
+        text += f", read as no measurable loss only where it contains 0 and stays within {within}"
     text += "."
     version = (result.get("environment") or {}).get("fedcore")
     if version:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_UP, Context
 from typing import Any
 
 from fedcore.report import sentences as say
@@ -39,31 +40,36 @@ def _name(text: str) -> Cell:
 
 
 def arms(results: Sequence[Json]) -> list[Table]:
-    """Each arm's metrics over the union of test rows, and the points it lost against pooling."""
-    note = "Over the union of the sites' test rows. Lost: centralised minus the arm, in points."
+    """Each arm's metrics over the union of test rows, and what it lost against pooling; without a
+    centralised arm only the metrics."""
+    metrics = _all(results, say.ordered_metrics)
+    note = "Over the union of the sites' test rows."
+    if any(_compared(result) for result in results):
+        note += f" Lost: {_centralised_minus(results, metrics, 'the arm')}."
     if len(results) == 1:
         result = results[0]
-        metrics = say.ordered_metrics(result)
+        compared = _compared(result)
         head = ["arm"]
         for metric in metrics:
-            head += [say.metric_name(metric), "lost"]
+            head += [say.metric_name(metric), *(["lost"] if compared else [])]
         rows = []
         for arm in say.arms_of(result):
             row = [_name(say.arm_name(arm, result))]
             for metric in metrics:
-                row += [score_cell(result, arm, metric), lost_cell(result, arm, metric)]
+                row.append(score_cell(result, arm, metric))
+                row += [lost_cell(result, arm, metric)] if compared else []
             rows.append(tuple(row))
         return [Table("Arms", tuple(head), tuple(rows), note)] if rows else []
     found = []
-    for metric in _all(results, say.ordered_metrics):
+    for metric in metrics:
         rows = []
         for arm in _all(results, say.arms_of):
             cells = [_name(say.arm_name(arm))]
             for result in results:
-                lost = lost_cell(result, arm, metric)
+                score, lost = score_cell(result, arm, metric), lost_cell(result, arm, metric)
                 span = f" ({lost.sub})" if lost.sub else ""
                 sub = f"lost {lost.text}{span}" if lost.text not in (say.DASH, "") else ""
-                cells.append(Cell(score_cell(result, arm, metric).text, sub))
+                cells.append(Cell(score.text, score.sub if score.text == say.DASH else sub))
             rows.append(tuple(cells))
         head = ["arm", *say.run_tags(results)]
         found.append(Table(f"Arms: {say.metric_name(metric)}", tuple(head), tuple(rows), note))
@@ -71,74 +77,120 @@ def arms(results: Sequence[Json]) -> list[Table]:
     return found
 
 
+def _compared(result: Json) -> bool:
+    """Whether anything is known to be lost or kept, so that a column for it says something."""
+    return any(
+        lost_cell(result, arm, metric).text not in (say.DASH, "")
+        for arm in say.arms_of(result)
+        for metric in say.metrics_of(result)
+    )
+
+
+def _centralised_minus(results: Sequence[Json], metrics: Sequence[str], other: str) -> str:
+    """The direction of a difference in words: an error's is turned round."""
+    errors = {m: any(say.is_error(result, m) for result in results) for m in metrics}
+    units = say.in_units(results, metrics)
+    if all(errors.values()) and errors:
+        return f"{other} minus centralised, {units}"
+    turned = f", of errors {other} minus centralised" if any(errors.values()) else ""
+    return f"centralised minus {other}{turned}, {units}"
+
+
 def score_cell(result: Json, arm: str, metric: str) -> Cell:
     """An arm's metric; with its interval under it where there are several splits."""
+    if not say.ran(result, arm):
+        return Cell(say.DASH, "not run")
     value = (result.get("arms") or {}).get(arm, {}).get(metric)
     if say.number(value) is None:
-        return Cell(say.DASH, say.why_missing(metric))
+        return Cell(say.DASH, say.why_missing(metric, (result.get("rows") or {}).get("test")))
     span = ""
     if isinstance(value, dict) and value.get("low") is not None and value.get("high") is not None:
-        span = f"{value['low']:.3f} to {value['high']:.3f}"
+        span = f"{say.score(value['low'])} to {say.score(value['high'])}"
     return Cell(say.score(value), span)
 
 
 def lost_cell(result: Json, arm: str, metric: str) -> Cell:
-    """Points lost against the centralised arm, with the interval the result holds for that arm."""
+    """What was lost against the centralised arm, with the interval the result holds for that arm."""
     if arm == "centralised":
         return Cell("")
     part = say.GAP_OF_ARM.get(arm)
     gap = say.gap_of(result, part, metric) if part else None
     if say.number(gap) is not None:
-        return Cell(say.gap_points(gap), say.interval(gap))
+        return Cell(say.gap_amount(result, metric, gap), say.interval(result, metric, gap))
     values = result.get("arms") or {}
     pooled = say.number(values.get("centralised", {}).get(metric))
     reached = say.number(values.get(arm, {}).get(metric))
-    return Cell(say.points(say.better_by(metric, pooled, reached)))
+    return Cell(say.amount(result, metric, say.better_by(result, metric, pooled, reached)))
 
 
 def per_site(results: Sequence[Json]) -> list[Table]:
-    """Per metric: every site alone and together, and their unweighted mean."""
+    """Per metric: every site alone and together, and their unweighted mean; together only, where no
+    site was trained alone."""
     single = len(results) == 1
+    alone = any(say.ran(result, "local_only") for result in results)
     found = []
     for metric in _all(results, say.ordered_metrics):
         rows = []
         for site in _all(results, lambda r: r.get("per_site") or {}):
             cells = [_name(say.plain(site))]
             for result in results:
-                cells += _site_cells((result.get("per_site") or {}).get(site, {}), metric, single)
+                values = (result.get("per_site") or {}).get(site, {})
+                reason = say.why_missing(metric, values.get("test_rows")) if values else ""
+                cells += _site_cells(result, values, metric, reason, single)
             rows.append(tuple(cells))
         if not rows:
             continue
         mean = [_name("site mean")]
         for result in results:
-            mean += _site_cells(_site_mean(result), metric, single)
+            reason = "not known at every site" if result.get("per_site") else ""
+            mean += _site_cells(result, _site_mean(result), metric, reason, single)
         if any(cell.text not in (say.DASH, "") for cell in mean[1:]):
             rows.append(tuple(mean))
         columns = ["test rows", "alone", "together", "gained"] if single else say.run_tags(results)
-        if single and not any(row[1].text for row in rows):
+        if single:
             # A comparison has another number of test rows in every fold.
-            rows = [(row[0], *row[2:]) for row in rows]
-            columns = columns[1:]
+            tested = any(row[1].text for row in rows)
+            kept = [0, *([1] if tested else []), *([2, 3, 4] if alone else [3])]
+            rows = [tuple(row[i] for i in kept) for row in rows]
+            columns = [columns[i - 1] for i in kept[1:]]
         found.append(
             Table(say.capitalised(say.metric_name(metric)), ("site", *columns), tuple(rows))
         )
     return found
 
 
-def _site_cells(values: Json, metric: str, single: bool) -> list[Cell]:
+def per_site_note(results: Sequence[Json]) -> str:
+    """What the tables of `per_site` hold."""
+    where = "On each site's own test rows."
+    if not any(say.ran(result, "local_only") for result in results):
+        return f"{where} No site was trained alone. The mean is unweighted."
+    metrics = _all(results, say.ordered_metrics)
+    errors = any(say.is_error(result, metric) for result in results for metric in metrics)
+    units = say.in_units(results, metrics)
+    how = "how much better together than alone" if errors else "together minus alone"
+    if len(results) > 1:
+        return f"{where} Gained ({how}), {units}, and the metric alone -> together. The mean is unweighted."
+    return f"{where} Gained: {how}, {units}. The mean is unweighted."
+
+
+def _site_cells(result: Json, values: Json, metric: str, reason: str, single: bool) -> list[Cell]:
+    """reason: why a metric that was measured at this site is unknown."""
     alone = say.number((values.get("local_only") or {}).get(metric))
     together = say.number((values.get("federated") or {}).get(metric))
-    gain = say.better_by(metric, together, alone)
-    missing = gain is None and values.get("federated")
-    reason = say.why_missing(metric, values) if missing else ""
-    gained = Cell(say.points(gain, signed=True), reason)
+    gain = say.better_by(result, metric, together, alone)
+    if gain is None and not values.get("federated"):
+        reason = ""
+    gained = Cell(say.amount(result, metric, gain, signed=True), reason if gain is None else "")
     if single:
         tested = values.get("test_rows")
         rows = say.count(tested) if tested is not None else ""
-        return [Cell(rows), Cell(say.score(alone)), Cell(say.score(together)), gained]
-    if gain is None:
-        return [gained]
-    return [Cell(gained.text, f"{say.score(alone)} -> {say.score(together)}")]
+        why = "" if together is not None or say.ran(result, "local_only") else gained.sub
+        return [Cell(rows), Cell(say.score(alone)), Cell(say.score(together), why), gained]
+    if gain is not None:
+        return [Cell(gained.text, f"{say.score(alone)} -> {say.score(together)}")]
+    if together is not None and not say.ran(result, "local_only"):
+        return [Cell(say.DASH, f"{say.score(together)}, alone not run")]
+    return [gained]
 
 
 def _site_mean(result: Json) -> Json:
@@ -160,12 +212,13 @@ def _site_mean(result: Json) -> Json:
 
 
 def sources(results: Sequence[Json]) -> list[Table]:
-    """Where the loss comes from: total = federation + quantisation + protection, in points."""
-    note = (
-        "Points, positive = lost. Federation: centralised minus float averaging. Quantisation: float minus integers. "
-        "Protection: integers minus protected integers, which must be exactly 0."
-    )
+    """Where the loss comes from: total = federation + quantisation + protection."""
     metrics = _all(results, say.ordered_metrics)
+    note = (
+        f"{say.capitalised(say.in_units(results, metrics))}, positive = lost. Federation: centralised against "
+        "float averaging. Quantisation: float against integers. "
+        "Protection: integers against protected integers, which must be exactly 0."
+    )
     if len(results) == 1:
         head = ("part", *(say.metric_name(metric) for metric in metrics))
         rows = _parts([(results[0], metric) for metric in metrics])
@@ -185,7 +238,10 @@ def _parts(columns: Sequence[tuple[Json, str]]) -> tuple[tuple[Cell, ...], ...]:
     for part, name in say.PART_NAMES.items():
         gaps = [say.gap_of(result, part, metric) for result, metric in columns]
         if any(say.number(gap) is not None for gap in gaps):
-            cells = [Cell(say.gap_points(gap), say.interval(gap)) for gap in gaps]
+            cells = [
+                Cell(say.gap_amount(result, metric, gap), say.interval(result, metric, gap))
+                for (result, metric), gap in zip(columns, gaps, strict=True)
+            ]
             rows.append((_name(name), *cells))
     return tuple(rows)
 
@@ -193,7 +249,8 @@ def _parts(columns: Sequence[tuple[Json, str]]) -> tuple[tuple[Cell, ...], ...]:
 def protected(results: Sequence[Json]) -> list[Table]:
     """The final metrics as sites know them, from protected sums, beside the exact ones.
 
-    They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores.
+    They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores. Where
+    the result states a bound on that difference, or how many values were clipped, both are shown.
     """
     metrics = [
         metric
@@ -208,15 +265,30 @@ def protected(results: Sequence[Json]) -> list[Table]:
         for result in results:
             exact = say.score(((result.get("arms") or {}).get("federated") or {}).get(metric))
             summed = say.score((result.get("protected_metrics") or {}).get(metric))
+            known = [_bound(result, metric), _clipped(result, metric)]
             cells += (
-                [Cell(exact), Cell(summed)]
+                [Cell(exact), Cell(summed, ", ".join(filter(None, known)))]
                 if len(results) == 1
-                else [Cell(summed, f"exact {exact}")]
+                else [Cell(summed, ", ".join(filter(None, [f"exact {exact}", *known])))]
             )
         rows.append((_name(say.metric_name(metric)), *cells))
     head = ("metric", *(["exact", "from the sum"] if len(results) == 1 else say.run_tags(results)))
     note = "Of the federated model. Outside a simulation only the protected sum is known."
     return [Table("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
+
+
+def _bound(result: Json, metric: str) -> str:
+    """`± 0.0039`: two digits, rounded up, since a bound rounded down bounds nothing."""
+    found = say.number((result.get("protected_metrics_bound") or {}).get(metric))
+    if found is None:
+        return ""
+    two_digits = Context(prec=2, rounding=ROUND_UP).create_decimal(repr(found))
+    return f"± {float(two_digits):.2g}"
+
+
+def _clipped(result: Json, metric: str) -> str:
+    found = say.number((result.get("protected_clipped") or {}).get(metric))
+    return "" if found is None else f"{say.count(found)} clipped"
 
 
 def cost(results: Sequence[Json]) -> list[Table]:
@@ -262,7 +334,10 @@ def budgets(results: Sequence[Json]) -> list[Table]:
     for arm in _all(results, say.arms_of):
         row = [_name(say.arm_name(arm))]
         for result in results:
-            values = (result.get("arms") or {}).get(arm, {})
+            if not say.ran(result, arm):
+                row.append(Cell(say.DASH, "not run"))
+                continue
+            values = result["arms"][arm]
             steps, seen = (
                 say.count(values.get(key)) for key in ("gradient_steps", "examples_seen")
             )
@@ -317,6 +392,8 @@ def statistics(results: Sequence[Json]) -> list[Table]:
     columns = found.get("names")
     if not isinstance(columns, list):
         return _keys("Federated statistics", "statistics", results[:1])
+    if not columns:  # a table of categories only standardises nothing
+        return []
     note = "Over the sites' training rows, through the protected sum."
     wanted = ("mean", "std", "count", "sites", "clipped")
     keys = [key for key in wanted if len(found.get(key) or []) == len(columns)]

@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch):
         "task = fedcore.Task('t', len, LogisticRegression(), len)\n"
     )
     (tmp_path / "syntax.py").write_text("task = (")
+    (tmp_path / "section.toml").write_text("[trian]\nlr = 1\n")
     (tmp_path / "broken.toml").write_text("a = [")
     (tmp_path / "unknown.toml").write_text("[trian]\nlr = 1\n")
     monkeypatch.chdir(tmp_path)
@@ -106,6 +107,11 @@ CASES = {
     "resume with settings": (("simulate", "--resume", "x", "--lr", "1"), 2, "--resume", ""),
     "report of nothing": (("report", "nope"), 2, "nope", ""),
     "report format": (("report", "nope", "--format", "pdf"), 2, "'pdf'", ""),
+    "a path through a file": (
+        ("simulate", "--rounds", "1", "--out", "tasks.py/x"), 2, "tasks.py/x cannot be written", "",
+    ),
+    "a report nowhere": (("report", ".", "--out", "no/where/x.html"), 2, "result.json", ""),
+    "unknown section": (("simulate", "section.toml"), 2, "'trian'", "'train'"),
     "bench bits": (("bench", "protect", "--bits", "a,b"), 2, "--bits: found 'a,b'", ""),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from fedcore.bench import fold, protect
 from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, PlanRefused
 from fedcore.protect import ckks
+from fedcore.report.terminal import as_text
 
 ROW_KEYS = {
     "name",
@@ -63,6 +64,20 @@ def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> Non
     ratios = protect_result["ratios"]["encrypted-16"]
     assert ratios["ckks"]["bytes_up"] == pytest.approx(expected, abs=1e-3)
     assert set(ratios) == {"float32", "ckks", "ckks-blocks"}
+
+
+def test_the_pages_fit_80_columns(protect_result: dict) -> None:
+    rows = [{**row, "protect_seconds_per_million": 12.3456} for row in protect_result["rows"]]
+    folded = {"sites": 1000, "parameters": 10**9, "peak_rss_mb": 99999.9, "fold_seconds": 9999.9}
+    pages = [
+        protect.page({**protect_result, "rows": rows}),
+        fold.page({"rows": [folded], "peak_rss_ratio": 1.01}),
+    ]
+    text = "\n".join(as_text(page) for page in pages)
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("encrypted 16 bits", "ckks-blocks", "unprotect", "max error", "99999.9"):
+        assert whole in text
+    assert text.count("12.3456") == len(rows) and "…" not in text
 
 
 def test_bench_protect_keeps_stdout_for_its_result(capfd: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,19 @@ def test_frozen_parameters_stay_and_the_policy_says_so():
     assert "15 frozen parameters" in flat.policy
 
 
+def test_frozen_parameters_that_a_site_changed_go_back():
+    module = nn.Sequential(frozen(), nn.BatchNorm1d(2))
+    flat = FlatModel(module, "initial")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    start = flat.read()
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.add_(1)
+    flat.write(start)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_buffer_policies_are_stated():
     average = FlatModel(KINDS["batch norm"](), "average")
     initial = FlatModel(KINDS["batch norm"](), "initial")

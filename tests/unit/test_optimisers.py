@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fedcore
@@ -21,6 +21,7 @@ from fedcore.errors import UnknownName
 from fedcore.plan import ServerPlan
 
 NAMES = sorted(OPTIMISERS)
+BETA1, BETA2 = 0.9, 0.99  # Reddi et al. 2021, section 5
 
 
 class Textbook:
@@ -38,13 +39,16 @@ class Textbook:
             self.velocity = plan.momentum * self.velocity + delta
             self.x += plan.lr * self.velocity
         else:  # Reddi et al. 2021, algorithm 2, with Adam's bias correction
-            square = delta**2
-            self.m = 0.9 * self.m + 0.1 * delta
+            square = delta * delta
+            self.m = BETA1 * self.m + (1 - BETA1) * delta
             if plan.optimiser == "fedadam":
-                self.v = 0.99 * self.v + 0.01 * square
+                self.v = BETA2 * self.v + (1 - BETA2) * square
             else:
-                self.v -= 0.01 * square * math.copysign(self.v != square, self.v - square)
-            m_hat, v_hat = self.m / (1 - 0.9**self.t), self.v / (1 - 0.99**self.t)
+                # Bit for bit as the code has it: v may equal the square up to one ulp (0.01 is not
+                # 1 - 0.99), and then the last bit decides the sign, and with it the whole step.
+                sign = math.copysign(self.v != square, self.v - square)
+                self.v -= sign * square * (1 - BETA2)
+            m_hat, v_hat = self.m / (1 - BETA1**self.t), self.v / (1 - BETA2**self.t)
             self.x += plan.lr * m_hat / (math.sqrt(v_hat) + 1e-3)
 
 
@@ -52,6 +56,7 @@ class Textbook:
 @pytest.mark.parametrize("lr", [1.0, 0.1])
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25)
+@example(start=0.0, deltas=[0.5, 0.05])
 @given(
     start=st.floats(-2, 2, width=32),
     deltas=st.lists(st.floats(-1, 1), min_size=1, max_size=12),

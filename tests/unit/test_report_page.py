@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import BadInput
-from fedcore.report import page, plots
+from fedcore.report import latex, markdown, page, plots, tables
 from fedcore.report.sentences import Json
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -99,7 +99,7 @@ def test_the_first_screen_answers_the_five_questions_in_order():
         "Before reading the numbers",
         "One seed and one split",
         "Lost against pooling",
-        "No loss measurable against pooling: AUC 0.51\u00a0points, interval \u22120.23 to 1.38.",
+        "Not resolved: 0.51\u00a0points of AUC lost on these rows, interval \u22120.23 to 1.38.",
         "Gained over staying alone",
         "3 of 4 sites score higher",
         "Cost of protection",
@@ -129,23 +129,76 @@ def test_warnings_stand_above_every_number_of_the_result():
 def test_two_runs_overlay_and_stand_side_by_side():
     text = page.render([load("heart"), load("heart_warned")])
     document = Document(text)
-    assert "A, heart-encrypted-001" in document.text and "B, heart-encrypted-002" in document.text
+    assert "heart-encrypted-00116 bits, seed 0" in document.text
+    assert "heart-encrypted-0028 bits, seed 3" in document.text
     assert text.count('<div class="wide"') == 1
     # Shared sentences are said once: the label is the same for both.
     assert document.text.count("Does not protect against: one site") == 1
 
 
-def test_runs_that_differ_in_seed_only_share_a_line_with_a_band():
+def with_seeds(n: int) -> list[tuple[Json, list[Json]]]:
     result, rounds = load("heart")
-    other = {**result, "seed": 1, "run": "runs/heart-encrypted-003"}
-    shifted = [{**row, "auc": row["auc"] + 0.004} for row in rounds]
-    assert plots.groups([(result, rounds), (other, shifted)]) == [[0, 1]]
-    assert plots.groups([(result, rounds), load("heart_warned")]) == [[0], [1]]
-    figure = plots.rounds_figure([(result, rounds), (other, shifted)], "auc")
+    return [
+        (
+            {**result, "seed": seed, "run": f"runs/seed-{seed}"},
+            [{**row, "auc": row["auc"] + 0.002 * seed} for row in rounds],
+        )
+        for seed in range(n)
+    ]
+
+
+def test_two_or_three_runs_are_drawn_one_by_one():
+    runs = with_seeds(3)
+    assert plots.groups(runs) == [[0], [1], [2]]
+    figure = plots.rounds_figure(runs[:2], "auc")
+    assert not figure.axes[0].collections and len(figure.axes[0].lines) == 8
+    text = Document(page.render(runs[:2])).text
+    assert "What differs" in text and "seed-1seed 1" in text and "bands run" not in text
+
+
+def test_of_more_runs_those_that_differ_in_seed_only_share_a_line_with_a_band():
+    runs = with_seeds(4)
+    assert plots.groups(runs) == [[0, 1, 2, 3]]
+    assert plots.groups([*runs, load("heart_warned")]) == [[0, 1, 2, 3], [4]]
+    figure = plots.rounds_figure(runs, "auc")
     assert len(figure.axes[0].collections) == 4  # one band an arm
     middle = next(line for line in figure.axes[0].lines if line.get_linewidth() > 2)
-    first = next(row for row in rounds if row["arm"] == "federated")
-    assert middle.get_ydata()[0] == pytest.approx(first["auc"] + 0.002)
+    first = next(row for row in runs[0][1] if row["arm"] == "federated")
+    assert middle.get_ydata()[0] == pytest.approx(first["auc"] + 0.003)
+
+
+def test_the_splits_of_a_comparison_share_a_band_however_few():
+    compared = load("heart_compare")[0]
+    rows = [{**row, "seed": 0, "fold": fold} for fold in (0, 1) for row in load("heart")[1]]
+    assert plots.groups(plots.splits_of((compared, rows))) == [[0, 1]]
+
+
+def test_a_run_of_fewer_arms_leaves_out_what_was_not_run():
+    result, rounds = load("heart")
+    whole = copy.deepcopy(result)
+    for values in (result["arms"], result["site_mean"], *result["per_site"].values()):
+        for arm in ("centralised", "local_only", "federated_float"):
+            del values[arm]
+    result["gap"] = {**result["gap"], "total": {}, "federation": {}}
+    rounds = [row for row in rounds if row["arm"] == "federated"]
+    text = Document(page.render([(result, rounds)])).text
+    assert "no centralised arm was run to compare with" in text
+    assert "one class" not in text and "alone and together" not in text
+    assert len(plots.rounds_figure([(result, rounds)], "auc").axes) == 1
+    beside = Document(page.render([(whole, []), (result, rounds)])).text
+    assert "–not run" in beside and "alone not run" in beside
+
+
+def test_an_error_is_drawn_in_its_own_unit():
+    result, rounds = load("heart")
+    result = json.loads(json.dumps(result).replace("accuracy", "mse"))
+    result["metrics"], result["lower_is_better"] = ["mse"], ["mse"]
+    rounds = [{**row, "mse": row["accuracy"]} for row in rounds]
+    axes = plots.rounds_figure([(result, rounds)], "mse").axes[1]
+    assert axes.get_title(loc="left") == "Gap: MSE lost"
+    assert abs(axes.lines[0].get_ydata()[0]) < 1
+    text = Document(page.render([(result, rounds)])).text
+    assert "points of" not in text.split("Terms")[0]
 
 
 def test_the_gap_below_the_curves_is_centralised_minus_federated_in_points():
@@ -213,5 +266,45 @@ def test_a_bare_result_still_makes_a_page():
         "gap": {"total": {"dice": gap}, "federation": {}}, "per_site": {},
     }  # fmt: skip
     text = Document(page.render([(result, [])])).text
-    assert "Dice: 1.00\u00a0points lost, with no interval to judge them by." in text
+    assert "Dice: 1.00\u00a0points lost, with no interval to judge it by." in text
     assert "Round by round" not in text
+
+
+def test_a_table_of_categories_only_has_no_statistics_to_show():
+    result, rounds = load("heart")
+    keys = ("names", "mean", "std", "count", "sites", "clipped")
+    result["statistics"] = {key: [] for key in keys}
+    assert tables.statistics([result]) == []
+    assert "Federated statistics" not in Document(page.render([(result, rounds)])).text
+    assert markdown.render(result) and latex.render(result)
+
+
+def test_tables_without_rows_leave_no_trace():
+    """Two runs that measured no arm share metrics, so a table has a head and no rows."""
+    result, rounds = load("heart")
+    result = {**result, "arms": {}}
+    assert any(not table.rows for table in tables.arms([result, result]))
+    Document(page.render([(result, rounds), (result, rounds)]))
+
+
+def protected_cells(results):
+    (table,) = tables.protected(results)
+    return {row[0].text: row[1:] for row in table.rows}
+
+
+def test_metrics_from_sums_show_their_bound_and_what_was_clipped():
+    result, rounds = load("heart")
+    assert all(not cells[-1].sub for cells in protected_cells([result]).values())
+    result |= {
+        "protected_metrics_bound": {"auc": 0.00391, "accuracy": None},
+        "protected_clipped": {"accuracy": 1200},
+    }
+    cells = protected_cells([result])
+    assert cells["AUC"][-1].sub == "± 0.004"  # rounded up: 0.0039 would be no bound
+    assert cells["accuracy"][-1].sub == "1,200 clipped"
+    beside = protected_cells([result, load("heart")[0]])
+    assert re.fullmatch(r"exact 0\.\d{3}, ± 0\.004", beside["AUC"][0].sub)
+    assert re.fullmatch(r"exact 0\.\d{3}", beside["AUC"][1].sub)
+    assert "± 0.004" in Document(page.render([(result, rounds)])).text
+    result["protected_metrics_bound"]["auc"] = 0.0
+    assert protected_cells([result])["AUC"][-1].sub == "± 0"

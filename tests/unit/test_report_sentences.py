@@ -25,7 +25,26 @@ def load(name: str) -> say.Json:
 
 def with_gap(mean: float | None, low: float | None, high: float | None) -> say.Json:
     gap = {"mean": mean, "low": low, "high": high, "method": "a method", "n": 184}
-    return {"metrics": ["auc"], "gap": {"total": {"auc": gap}}}
+    arms: say.Json = {"centralised": {"auc": None}, "federated": {"auc": None}}
+    return {"metrics": ["auc"], "gap": {"total": {"auc": gap}}, "arms": arms}
+
+
+def of_errors(mean: float, low: float, high: float, pooled: float = 0.026) -> say.Json:
+    """A result whose only metric is MSE."""
+    gap = {"mean": mean, "low": low, "high": high, "method": "a method", "n": 184}
+    arms = {"centralised": {"mse": pooled}, "federated": {"mse": pooled + mean}}
+    return {"metrics": ["mse"], "gap": {"total": {"mse": gap}}, "arms": arms}
+
+
+def federated_only(name: str = "heart") -> say.Json:
+    """What `[track] arms = ["federated"]` leaves: nothing to compare with, but the integer twin."""
+    result = load(name)
+    for values in (result["arms"], result["site_mean"], *result["per_site"].values()):
+        for arm in ("centralised", "local_only", "federated_float"):
+            del values[arm]
+    for part in ("total", "federation"):
+        result["gap"][part] = {}
+    return result
 
 
 def test_names_cover_exactly_the_arms_and_parts_of_results():
@@ -46,18 +65,83 @@ def test_a_loss_is_stated_only_above_zero():
     ]
 
 
+def test_what_a_wide_interval_cannot_show_is_not_said():
+    assert say.lost(with_gap(0.0817, -0.0263, 0.1982)) == [
+        "Not resolved: 8.17 points of AUC lost on these rows, interval -2.63 to 19.82."
+    ]
+    assert say.lost(with_gap(-0.02, -0.05, 0.01)) == [
+        "Not resolved: 2.00 points of AUC gained on these rows, interval of the loss -5.00 to 1.00."
+    ]
+    assert say.lost(with_gap(0.0, -0.02, 0.02))[0].startswith(
+        "Not resolved: no AUC lost or gained on these rows"
+    )
+    compared = {**with_gap(0.003, -0.007, 0.013), "kind": "compare", "seeds": 5, "folds": 5}
+    assert say.lost(compared)[0] == (
+        "Not resolved: 0.30 points of AUC lost over 5 seeds x 5 folds, interval -0.70 to 1.30."
+    )
+    edge = say.lost(with_gap(0.0, -0.01, 0.01))[0]
+    assert edge.startswith("No loss measurable")
+
+
+def test_errors_keep_their_unit():
+    assert say.lost(of_errors(1.2157, 0.9, 1.5)) == [
+        "1.22 of MSE lost against pooling (0.026 centralised, 1.242 federated), "
+        "interval 0.900 to 1.50."
+    ]
+    # One hundredth of the centralised arm's takes the place of a point.
+    assert say.lost(of_errors(0.5, -0.6, 0.9, pooled=100.0))[0].startswith("No loss measurable")
+    assert say.lost(of_errors(0.5, -0.6, 1.1, pooled=100.0))[0].startswith("Not resolved")
+    assert "federated is lower" in say.lost(of_errors(-0.01, -0.02, -0.005))[0]
+    amounts = [say.amount({}, "mae", x) for x in (0.02618, 121.57, 98765.4, 3e-9, -0.5)]
+    assert amounts == ["0.0262", "122", "98,765", "3.00e-09", "-0.500"]
+    assert [say.score(x) for x in (1.2411, 0.0042, 123456.7)] == ["1.241", "0.0042", "123,457"]
+    assert say.in_units([{}], ["auc", "mse"]) == "in points (MSE in its own unit)"
+
+
+def test_the_direction_of_a_metric_is_the_results_own():
+    own = {"lower_is_better": ["distance"]}
+    assert say.better_by(own, "distance", 0.9, 0.8) == pytest.approx(-0.1)
+    assert say.amount(own, "distance", 1.2157) == "1.22"
+    # A task's own `mse` that it did not declare has a gap of the other sign.
+    assert not say.is_error(own, "mse") and say.is_error({}, "mse")
+
+
+def test_an_arm_that_was_not_run_is_not_of_one_class():
+    result = federated_only()
+    assert say.ordered_metrics(result) == ["auc", "accuracy"]
+    assert say.lost(result) == [
+        "Federated AUC 0.883; no centralised arm was run to compare with.",
+        "Federated accuracy 0.800.",
+    ]
+    assert say.gained(result) == ["Not measured: no site was trained alone to compare with."]
+    assert "Reference arms" not in say.methods(result)
+    result["rows"]["test"], result["arms"]["federated"] = 0, {"auc": None, "accuracy": None}
+    assert say.lost(result)[0].endswith("– (no test rows).")
+
+
+def test_a_site_without_test_rows_says_so():
+    result = load("heart")
+    site = result["per_site"]["va"]
+    site["test_rows"] = 0
+    for arm in ("local_only", "federated"):
+        site[arm] = {"auc": None, "accuracy": None}
+    assert "va – (no test rows)" in say.gained(result)[0]
+
+
 @given(FRACTION, FRACTION, FRACTION)
 def test_an_interval_that_touches_zero_never_reads_as_a_loss(a: float, b: float, c: float):
     low, mean, high = sorted((a, b, c))
     sentence = say.lost(with_gap(mean, low, high))[0]
     claims_loss = "lost against pooling" in sentence and not sentence.startswith("No loss")
     assert claims_loss == (low > 0)
+    if sentence.startswith("No loss measurable"):
+        assert -say.NEGLIGIBLE <= low <= 0 <= high <= say.NEGLIGIBLE
     assert "signific" not in sentence
 
 
 def test_without_an_interval_nothing_is_concluded():
     assert say.lost(with_gap(0.01, None, None)) == [
-        "AUC: 1.00 points lost, with no interval to judge them by."
+        "AUC: 1.00 points lost, with no interval to judge it by."
     ]
     assert say.how_measured(with_gap(0.01, None, None)) == ""
     assert say.lost(with_gap(None, None, None)) == ["AUC: – (one class among the test rows)."]
@@ -82,9 +166,9 @@ def test_points_are_hundredths_and_never_minus_zero(fraction: float | None, text
 
 def test_gains_are_signed_and_turned_for_errors():
     assert say.points(0.01, signed=True) == "+1.00"
-    assert say.better_by("auc", 0.9, 0.8) == pytest.approx(0.1)
-    assert say.better_by("mse", 0.9, 0.8) == pytest.approx(-0.1)
-    assert say.better_by("auc", None, 0.8) is None
+    assert say.better_by({}, "auc", 0.9, 0.8) == pytest.approx(0.1)
+    assert say.better_by({}, "mse", 0.9, 0.8) == pytest.approx(-0.1)
+    assert say.better_by({}, "auc", None, 0.8) is None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +244,7 @@ def test_methods_follow_plan_and_result():
         "4 sites holding 920 rows (cleveland, n = 303;",
         "735 training and 185 test rows; seed 0, fold 0",
         "SGD (learning rate 0.2, batch size 64)",
-        "16-bit integers, 2 to a 36-bit slot",
+        "16-bit integers, two to a slot of 36 bits",
         "ring degree 2048, one 54-bit prime",
         "at most 4 sites cannot overflow",
         "paired bootstrap over 185 test rows",
@@ -199,4 +283,19 @@ def test_run_names_are_folders_and_distinct():
     one, other = load("heart"), load("heart_warned")
     assert say.run_names([one, other]) == ["heart-encrypted-001", "heart-encrypted-002"]
     assert len(set(say.run_names([one, one, {}]))) == 3
-    assert say.run_tags([one, other]) == ["A", "B"]
+    assert say.run_tags([one, other]) == ["heart-encrypted-001", "heart-encrypted-002"]
+    assert say.run_labels([one] * 4)[3] == "D, heart-encrypted-001 (4)"
+    assert say.run_tags([one, {**other, "run": "runs/" + "long" * 9}]) == ["A", "B"]
+
+
+def test_what_differs_between_runs_is_named():
+    one, other = load("heart"), load("heart_warned")
+    shared, own = say.settings_of([one, other])
+    assert "20 rounds" in shared and not any("seed" in fact for fact in shared)
+    assert own == [
+        ["16 bits", "seed 0", "fold 0 (5 folds)"],
+        ["8 bits", "seed 3", "fold 2 (5 folds)"],
+    ]
+    assert say.settings_of([one, one])[1] == [["the same plan, training and seed"]] * 2
+    other["plan"]["server"] = {"optimiser": "fedavg"}
+    assert say.settings_of([one, other])[1][1][:2] == ["8 bits", "server fedavg"]

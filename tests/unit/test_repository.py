@@ -291,22 +291,8 @@ def test_set_up_happens_once_even_when_two_start(tmp_path, lock):
     root = fake_repository(tmp_path / "a repo")
     log = tmp_path / "log"
     env = fake_python(tmp_path / "bin", FAKE_VENV) | {"LOG": str(log), "BROKEN": ""}
-    if lock == "mkdir":  # the path a machine without flock takes: hide it behind a PATH of our own
-        for tool in (
-            "bash",
-            "cat",
-            "cksum",
-            "cp",
-            "chmod",
-            "dirname",
-            "head",
-            "mkdir",
-            "rm",
-            "sh",
-            "sleep",
-        ):
-            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-        env["PATH"] = str(tmp_path / "bin")
+    if lock == "mkdir":
+        env |= without_flock(tmp_path / "bin")
     elif shutil.which("flock") is None:
         pytest.skip("no flock on this machine: the mkdir case is the one that counts here")
     both = [start(root, env), start(root, env)]
@@ -322,6 +308,46 @@ def test_set_up_happens_once_even_when_two_start(tmp_path, lock):
         file.write("# a new pin\n")
     start(root, env).communicate(timeout=60)
     assert log.read_text().split() == ["venv", "pip", "pip"], "new pins install into the same .venv"
+
+
+def without_flock(folder: Path) -> dict[str, str]:
+    """The path a machine without flock takes: a PATH of our own, without it."""
+    tools = "bash cat cksum cp chmod dirname head mkdir rm sh sleep"
+    for tool in tools.split():
+        if not (folder / tool).exists():
+            (folder / tool).symlink_to(str(shutil.which(tool)))
+    return {"PATH": str(folder)}
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("finishes", [True, False], ids=["finished just now", "left behind"])
+def test_a_lock_without_flock_whose_holder_has_ended(tmp_path, finishes):
+    """The holder may finish after the waiter read its number: only a lock still there is stale."""
+    root = fake_repository(tmp_path / "a repo")
+    env = fake_python(tmp_path / "bin", FAKE_VENV) | {"LOG": str(tmp_path / "log"), "BROKEN": ""}
+    lock = root / ".venv.lock.d"
+    lock.mkdir()
+    (lock / "pid").write_text(str(dead_process()))
+    if finishes:  # `cat` gives the number, and then the holder is gone with its lock
+        cat, rm = shutil.which("cat"), shutil.which("rm")
+        script = (
+            f'{cat} "$@"; code=$?\ncase "$*" in *.venv.lock.d/pid) {rm} -rf "${{1%/pid}}";; esac'
+        )
+        (tmp_path / "bin" / "cat").write_text(f"#!/bin/sh\n{script}\nexit $code\n")
+        (tmp_path / "bin" / "cat").chmod(0o755)
+    process = start(root, env | without_flock(tmp_path / "bin"))
+    out, err = process.communicate(timeout=60)
+    if finishes:
+        assert process.returncode == 0, err
+        assert out == "fedcore simulate --task heart --seed 3\n"
+    else:
+        assert process.returncode == 2 and out == ""
+        assert "which has ended\nhint: rm -r " in err
 
 
 def test_a_failed_set_up_says_why_and_starts_over(tmp_path):

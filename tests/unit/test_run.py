@@ -144,7 +144,7 @@ task = fedcore.Task("mine", data, model, torch.nn.functional.cross_entropy, site
 
     Path("mine.py").write_text(text.replace("Linear(3, 2)", "Linear(3, 2, bias=True)"))
     linecache.clearcache()
-    with pytest.raises(BadInput, match="the task has changed"):
+    with pytest.raises(BadInput, match="the task changed"):
         api.resume("run")
 
 
@@ -245,3 +245,200 @@ def test_a_broken_result_is_refused_by_name(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(BadInput, match=re.escape("result.json")):
         fedcore.load(tmp_path)
+
+
+def test_an_interrupt_before_the_first_round_can_be_resumed():
+    def stop(row):
+        raise KeyboardInterrupt
+
+    whole = heart()
+    with pytest.raises(KeyboardInterrupt):
+        heart(out="early", on_round=stop)
+    assert not (Path("early") / "checkpoint.pt").is_file()
+    assert api.resume("early").result["model_sha256"] == whole.result["model_sha256"]
+
+
+def test_an_interrupted_forced_run_gives_the_former_one_back():
+    before = heart(out="here").result
+    with pytest.raises(KeyboardInterrupt):
+        heart(out="here", force=True, seed=1, on_round=interrupt_after(1, "centralised"))
+    assert fedcore.load("here").result == before
+
+
+def test_a_run_whose_report_failed_is_kept_and_resume_draws_it(monkeypatch):
+    from fedcore import report
+
+    def broken(directory):
+        raise RuntimeError("no ink")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", broken)
+        with pytest.raises(RuntimeError, match="no ink"):
+            heart(out="kept")
+    assert not Path("kept/report.html").exists()
+    assert api.resume("kept").result == fedcore.load("kept").result
+    assert Path("kept/report.html").is_file()
+
+
+def test_of_two_runs_that_take_one_directory_one_is_refused():
+    def second(prepared, directory):
+        with pytest.raises(AlreadyExists, match="found same"):
+            heart(out="same")
+
+    assert heart(out="same", on_ready=second).result["rounds"] == 2
+    assert len(fedcore.load("same").rounds) == 8
+
+
+def test_a_stopped_run_reproduces():
+    found = heart(rounds=6, on_round=lambda row: fedcore.STOP if row["round"] == 2 else None)
+    assert found.result["rounds"] == 2
+    assert reproduce(found.directory).same
+
+
+def test_a_comparison_reproduces_with_its_seeds_in_their_order():
+    found = fedcore.compare("heart", seeds=(3, 1), folds=2, rounds=1, protection="plain")
+    assert [cell["seed"] for cell in found.result["cells"]] == [3, 3, 1, 1]
+    assert reproduce(found.directory).same
+
+
+def test_a_comparison_is_not_resumed_as_a_run():
+    found = fedcore.compare("heart", seeds=1, folds=2, rounds=1, protection="plain")
+    (found.directory / "result.json").unlink()
+    with pytest.raises(BadInput, match="found the comparison"):
+        api.resume(found.directory)
+
+
+def test_own_test_rows_make_folds_pointless_and_the_comparison_says_so():
+    def data(source):
+        rng = np.random.default_rng(source)
+        x, y = rng.normal(size=(60, 3)).astype("f4"), rng.integers(0, 2, 60)
+        return (x[:40], y[:40]), (x[40:], y[40:])
+
+    task = fedcore.Task(
+        "own", data, lambda: torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy,
+        sites={"a": 1, "b": 2, "c": 3},
+    )  # fmt: skip
+    found = fedcore.compare(task, seeds=2, folds=4, rounds=1, protection="plain").result
+    assert len(found["cells"]) == 2 and found["folds"] == 1
+    assert any("brings its own test rows" in line for line in found["warnings"])
+
+
+def table_task(high, categories=("x", "y")):
+    import pandas as pd
+
+    def frame(source):
+        rng = np.random.default_rng(source)
+        age = rng.uniform(20, 80, 60)
+        kind = rng.choice(["x", "y"], 60)
+        return reader(pd.DataFrame({"age": age, "kind": kind, "ill": (age > 50).astype(int)}))
+
+    reader = fedcore.table(
+        target="ill",
+        columns={"age": fedcore.number(0, high), "kind": fedcore.category(*categories)},
+    )
+    return fedcore.Task(
+        "table", frame, fedcore.linear(), torch.nn.functional.binary_cross_entropy_with_logits,
+        predict=lambda model, batch: (model(batch[0])[:, 0], batch[1].float()),
+        sites={"a": 1, "b": 2, "c": 3},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [table_task(90), table_task(120, ("y", "x"))])
+def test_the_plan_covers_how_columns_become_inputs(changed):
+    from fedcore.comparison.experiment import job_for, prepare
+
+    digests = {prepare(*job_for(task, {})).plan.digest for task in (table_task(120), changed)}
+    assert len(digests) == 2
+    with pytest.raises(KeyboardInterrupt):
+        fedcore.simulate(table_task(120), rounds=3, out="run", on_round=interrupt_after(2))
+    with pytest.raises(BadInput, match=r"columns of the tables changed|the task changed"):
+        api.resume("run", task=changed)
+
+
+def test_resume_notices_changed_rows(tmp_path):
+    assert fedcore.simulate  # the façade is loaded before the folder changes
+    from fedcore.scaffold import create
+
+    create(tmp_path / "mine")
+    with pytest.raises(KeyboardInterrupt):
+        fedcore.simulate(job=tmp_path / "mine", rounds=3, out="run", on_round=interrupt_after(2))
+    csv = next((tmp_path / "mine" / "data").glob("*.csv"))
+    lines = csv.read_text().splitlines()
+    csv.write_text("\n".join(lines[:-5]) + "\n")
+    with pytest.raises(BadInput, match="rows of the sites changed"):
+        api.resume("run")
+
+
+def test_a_loaded_model_finds_its_task_from_any_folder(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from fedcore.scaffold import create
+
+    create(tmp_path / "mine")
+    found = fedcore.simulate(job=tmp_path / "mine", rounds=2, out="run")
+    csv = next((tmp_path / "mine" / "data").glob("*.csv"))
+    expected = found.predict(pd.read_csv(csv))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "task.py").write_text("raise RuntimeError('a stranger was run')")
+    monkeypatch.chdir(elsewhere)
+    loaded = fedcore.load(tmp_path / "run")
+    np.testing.assert_array_equal(loaded.predict(pd.read_csv(csv)), expected)
+
+
+def test_paths_count_from_the_layer_they_stand_in(tmp_path):
+    from fedcore.scaffold import create
+
+    create(tmp_path / "mine")
+    Path("north").mkdir()  # a folder named like nothing in particular
+    found = fedcore.simulate("mine/task.py", job=tmp_path / "mine", rounds=1, protection="plain")
+    assert len(found.result["sites"]) == 3
+    Path("va").mkdir()
+    assert heart(sites={"cleveland": "cleveland", "va": "va", "hungary": "hungary"}).result[
+        "rounds"
+    ]
+
+
+def test_a_hint_travels_with_the_exception():
+    with pytest.raises(BadInput) as caught:
+        fedcore.simulate("hart")
+    assert caught.value.__notes__ == ["hint: did you mean 'heart'?"]
+    with pytest.raises(BadInput, match="task: found int"):
+        fedcore.simulate(5)
+
+
+def test_site_ids_may_be_numbers_but_not_twice_the_same():
+    task = failing(9)
+    assert fedcore.simulate(task, sites={1: 1, 2: 2, 3: 3}, rounds=1).result["sites"] == [
+        "1",
+        "2",
+        "3",
+    ]
+    with pytest.raises(BadInput, match="same site id twice"):
+        fedcore.simulate(task, sites={1: 1, "1": 2, 3: 3}, rounds=1)
+
+
+def test_an_own_error_metric_has_the_right_sign():
+    def evaluate(module, rows):
+        total = sum(float((module(x)[:, 0] - y).abs().sum()) for x, y in rows.batches(8, None))
+        return {"mistake": (total, len(rows))}
+
+    base = failing(9)
+    task = fedcore.Task(
+        "own", base.data, base.model, base.loss, ("mistake",), evaluate=evaluate,
+        lower_is_better=("mistake",), sites=base.sites,
+    )  # fmt: skip
+    result = fedcore.simulate(task, rounds=2, lr=0.5).result
+    arms = result["arms"]
+    assert result["gap"]["total"]["mistake"]["mean"] == pytest.approx(
+        arms["federated"]["mistake"] - arms["centralised"]["mistake"]
+    )
+    assert result["lower_is_better"] == ["mistake"]
+
+
+def test_sites_of_a_task_that_makes_them_have_one_spelling():
+    found = fedcore.simulate("digits", rounds=1, protection="plain", **{"sites.n": 5})
+    assert len(found.result["sites"]) == 5
+    with pytest.raises(BadInput) as caught:
+        fedcore.simulate("digits", sites={"n": 5, "bby": "iid"})
+    assert "sites.by" in caught.value.remedy

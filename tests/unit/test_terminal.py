@@ -50,7 +50,7 @@ def test_the_summary_has_everything_and_warnings_first():
     text = terminal.as_text(terminal.summary(result, "runs/x/report.html"))
     wanted = [
         "warning: One seed",
-        "No loss measurable against pooling: AUC 0.51 points, interval -0.23 to 1.38.",
+        "Not resolved: 0.51 points of AUC lost on these rows, interval -0.23 to 1.38.",
         "federated         0.883  0.51 [-0.23, 1.38]     0.800  1.08 [0.00, 2.70]",
         "where it is lost, in points",
         "protection                              0 exact            0 exact",
@@ -148,4 +148,57 @@ def test_the_list_of_runs():
     ]  # fmt: skip
     assert "5 x 5" in lines[4] and "not finished" in lines[5]
     assert max(map(len, lines)) <= 80
+    errors = json.loads(json.dumps(load("heart")).replace("auc", "mse"))
+    listed = terminal.as_text(
+        terminal.runs_table([rows[0], {"run": "runs/b", "result": errors | {"metrics": ["mse"]}}])
+    ).splitlines()
+    assert listed[2].endswith("0.51 [-0.23, 1.38] points")
+    assert listed[3].endswith("0.00507 [-0.00235, 0.0138]")
     assert "no runs yet" in terminal.as_text(terminal.runs_table([]))
+
+
+@pytest.mark.parametrize("width", [40, 60, 76])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_narrow_screen_breaks_no_word_of_a_table(name, width):
+    result = load(name)
+    text = terminal.as_text(terminal.summary(result), width=width)
+    words = set(text.split())
+    for word in (*result["sites"], "accuracy", "together", "federated,", "centralised"):
+        assert word in words, word
+    # Below the warnings, and above the hash and the command, which stay whole.
+    tables = text[text.index("\narm ") : text.index("\ncost ")]
+    assert all(len(line) <= max(width, 47) for line in tables.splitlines())
+
+
+def test_a_long_name_folds_and_numbers_stay():
+    result = copy.deepcopy(load("heart"))
+    result["per_site"] = {"hospital" * 20: result["per_site"]["va"]}
+    text = terminal.as_text(terminal.summary(result), width=60)
+    assert "0.693     0.740   +4.70" in text
+    assert max(len(line) for line in text.splitlines() if "hospital" in line) <= 60
+
+
+def test_a_pipe_gets_no_trailing_spaces():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    terminal.show(console, terminal.summary(load("heart")))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines and all(line == line.rstrip() for line in lines)
+
+
+def test_many_warnings_leave_the_rest_to_the_report():
+    result = {**load("heart"), "warnings": [f"warning {i}" for i in range(9)]}
+    text = terminal.as_text(terminal.summary(result))
+    assert "warning 5" in text and "warning 6" not in text
+    assert "... and 3 more in the report" in text
+
+
+def test_a_run_of_fewer_arms_has_no_empty_columns():
+    result = copy.deepcopy(load("heart"))
+    for values in (result["arms"], *result["per_site"].values()):
+        for arm in ("centralised", "local_only", "federated_float"):
+            del values[arm]
+    result["gap"] = {"total": {}, "federation": {}}
+    text = terminal.as_text(terminal.summary(result))
+    assert "one class" not in text and "lost" not in text and "alone" not in text
+    assert "Federated AUC 0.883; no centralised arm was run to compare with." in text
+    assert "cleveland     303  0.907     0.820" in text

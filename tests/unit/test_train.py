@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fedcore.data.rows import ArrayRows, DatasetRows
-from fedcore.errors import TaskFailed
+from fedcore.errors import BadInput, TaskFailed
 from fedcore.learn.flat import FlatModel, build_model
-from fedcore.learn.score import score
+from fedcore.learn.score import probe, score
 from fedcore.learn.train import local_train
 from fedcore.plan import TrainPlan
 from fedcore.task import Task
@@ -86,6 +86,24 @@ def test_a_lone_last_row_does_not_break_batch_norm():
     assert trained(TrainPlan(batch_size=8), count=33)[1].examples == 33
 
 
+def norm_net():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 8), (5, 1)])
+def test_batch_norm_on_batches_of_one_row_says_what_to_do(count, batch_size):
+    with pytest.raises(BadInput, match=r"^site a, round 1: found a batch of 1 row") as caught:
+        trained(TrainPlan(batch_size=batch_size), make=norm_net, count=count)
+    assert "2 training rows" in caught.value.remedy and "GroupNorm" in caught.value.remedy
+
+
+def test_batch_norm_takes_one_row_that_has_many_values_per_channel():
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
+    image = ArrayRows(torch.rand(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64))
+    report = local_train(task(), module, image, TrainPlan(), seed=0, round_=1, site="a")
+    assert (report.steps, report.examples) == (1, 1)
+
+
 def test_a_loader_s_own_batch_size_counts():
     pairs = [(torch.zeros(3), 0)] * 10
     module = nn.Linear(3, 2)
@@ -126,12 +144,26 @@ def test_an_exception_names_site_and_round_and_shows_the_user_s_frames():
     def broken(module, batch):
         raise KeyError("column")
 
-    with pytest.raises(TaskFailed, match=r"site a, round 3: task\.train raised KeyError") as caught:
+    with pytest.raises(
+        TaskFailed,
+        match=r"site a, round 3: task\.model, task\.predict or task\.loss raised KeyError",
+    ) as caught:
         local_train(
             task(predict=broken), nn.Linear(3, 2), rows(), TrainPlan(), seed=0, round_=3, site="a"
         )
     trace = caught.value.user_traceback
     assert "in broken" in trace and "fedcore/learn" not in trace
+
+
+def test_the_centralised_arm_is_called_by_its_name():
+    def broken(module, batch):
+        raise KeyError("column")
+
+    with pytest.raises(
+        TaskFailed,
+        match=r"^all sites pooled, round 1: task\.model, task\.predict or task\.loss raised",
+    ):
+        trained(TrainPlan(), predict=broken, site="")
 
 
 def test_scores_have_one_row_per_example_and_a_mean_loss():
@@ -149,7 +181,7 @@ def test_scores_have_one_row_per_example_and_a_mean_loss():
 
 def test_own_evaluate_gives_sums():
     found = score(
-        task(evaluate=lambda m, r: {"hits": (3, len(r))}),
+        task(evaluate=lambda m, r: {"hits": (3, len(r)), "more": None}, metrics=("hits",)),
         nn.Linear(3, 2),
         rows(),
         seed=0,
@@ -157,3 +189,73 @@ def test_own_evaluate_gives_sums():
         site="a",
     )
     assert found.own == {"hits": (3.0, 33.0)}
+
+
+def scored(returned, metrics=("f1",), site="b", round_=2):
+    own = task(evaluate=lambda m, r: returned, metrics=metrics)
+    return score(own, nn.Linear(3, 2), rows(), seed=0, round_=round_, site=site)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ({"f1": (float("nan"), 3)}, "returned nan for 'f1', expected a finite (total, count)"),
+        ({"f1": (1.0, float("inf"))}, "returned inf for 'f1', expected a finite (total, count)"),
+        ({"f1": 0.5}, "returned 0.5 for 'f1', expected a finite (total, count)"),
+        ({"f1": (1, 2, 3)}, "returned (1, 2, 3) for 'f1'"),
+        ({"f1": (None, 2)}, "returned (None, 2) for 'f1'"),
+        ({"f1": torch.ones(2, 2)}, "returned tensor([[1., 1.], [1., 1.]]) for 'f1'"),
+        ({"auc": (1, 2)}, ": found auc, expected f1 too"),
+        ({}, ": found no metrics, expected f1 too"),
+        ([("f1", 1, 2)], "returned list of 1, expected {metric: (total, count)}"),
+        (None, "returned NoneType, expected {metric: (total, count)}"),
+    ],
+)
+def test_what_evaluate_may_not_return_names_site_and_round(returned, says):
+    with pytest.raises(BadInput) as caught:
+        scored(returned)
+    message = str(caught.value)
+    assert message.startswith("site b, round 2: task.evaluate") and says in message
+    assert "\n" not in message and caught.value.remedy
+
+
+def test_tensors_and_arrays_are_sums_too():
+    pair = {"f1": (torch.tensor(2.0), np.int64(4))}
+    assert scored(pair).own == {"f1": (2.0, 4.0)}
+    assert scored({"f1": torch.tensor([2.0, 4.0])}).own == {"f1": (2.0, 4.0)}
+
+
+def test_outputs_of_a_diverged_model_name_site_and_round():
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.weight, float("nan"))
+    with pytest.raises(TaskFailed) as caught:
+        score(task(), module, rows(), seed=0, round_=2, site="b")
+    assert str(caught.value).startswith("site b, round 2: found 66 of 66 model outputs not finite")
+    assert "train.lr" in caught.value.remedy
+
+
+def test_a_probe_looks_at_shapes_only():
+    """Rows not yet standardised may overflow a model; its number of outputs is known all the same."""
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.weight, float("inf"))
+    found = probe(task(), module, rows(2), seed=0, round_=0, site="a")
+    assert found.outputs.shape == (2, 2)
+    own = task(evaluate=lambda m, r: {"accuracy": (float("nan"), 0)})
+    assert set(probe(own, module, rows(2), seed=0, round_=0, site="a").own) == {"accuracy"}
+
+
+@pytest.mark.parametrize("name", ["probe", "score"])
+def test_scoring_builds_no_graph(name):
+    from fedcore.learn import score as module
+
+    seen = []
+
+    def predict(model, batch):
+        outputs = model(batch[0])
+        seen.append(outputs.requires_grad)
+        return outputs, batch[1]
+
+    getattr(module, name)(
+        task(predict=predict), nn.Linear(3, 2), rows(), seed=0, round_=1, site="a"
+    )
+    assert seen == [False]
