@@ -306,12 +306,12 @@ def compare(
     from fedcore.report import terminal
 
     def on_cell(cell: dict[str, Any], number: int, total: int) -> None:
-        gap = ", ".join(
-            f"{metric} {100 * value:+.2f}"
+        scores = ", ".join(
+            f"{metric} {cell['arms']['federated'][metric]:.3f} (gap {value:+.4f})"
             for metric, value in cell["gap"].get("total", {}).items()
             if value is not None
         )
-        say(f"split {number}/{total}  seed {cell['seed']}, fold {cell['fold']}: points lost: {gap}")
+        say(f"split {number}/{total}  seed {cell['seed']}, fold {cell['fold']}: {scores}")
 
     found = api.compare_layers(
         _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet

@@ -32,6 +32,3 @@ Json = dict[str, Any]
 
 ARMS = ("centralised", "local_only", "federated_float", "federated")
 """The runs that are compared, on equal seeds, splits and budgets."""
-
-GAP_PARTS = ("total", "federation", "quantisation", "protection")
-"""total = federation + quantisation + protection; positive means lost against centralised."""

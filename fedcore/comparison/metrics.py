@@ -454,11 +454,6 @@ def evaluate_scores(scores: Scores, metrics: Sequence[Metric]) -> dict[str, floa
     return {metric.name: metric.exact(scores.outputs, scores.targets) for metric in metrics}
 
 
-def site_values(scores: Scores, metrics: Sequence[Metric]) -> dict[int, dict[str, float | None]]:
-    """{site index: {metric: exact value over that site's own rows}}."""
-    return {site: evaluate_scores(part, metrics) for site, part in scores.per_site().items()}
-
-
 def site_mean(values: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
     """Unweighted mean over sites of each metric, over the sites where it is defined; else None."""
     of_metric: dict[str, list[float | None]] = {}

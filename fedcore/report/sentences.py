@@ -17,7 +17,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# The names are those of fedcore.types.ARMS and GAP_PARTS (a test compares them): importing those
+# The names are those of types.ARMS and comparison.gap.PARTS (a test compares them): importing those
 # would load numpy before the first line of a run is on the screen.
 ARM_NAMES = {
     "centralised": "centralised",

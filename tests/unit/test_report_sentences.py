@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcore.comparison.gap import PARTS
 from fedcore.comparison.metrics import METRICS
 from fedcore.report import sentences as say
-from fedcore.types import ARMS, GAP_PARTS
+from fedcore.types import ARMS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FRACTION = st.floats(-1, 1).map(lambda x: round(x, 6))
@@ -49,7 +50,7 @@ def federated_only(name: str = "heart") -> say.Json:
 
 def test_names_cover_exactly_the_arms_and_parts_of_results():
     assert tuple(say.ARM_NAMES) == ARMS
-    assert set(say.PART_NAMES) == set(GAP_PARTS)
+    assert set(say.PART_NAMES) == set(PARTS)
     assert {m.name for m in METRICS.values() if not m.higher_is_better} == say.ERRORS
 
 
