@@ -187,12 +187,19 @@ class PublicContext:
         """8 bytes in every chunk, so that material under other parameters is refused by name."""
         return hashlib.sha256(b"fedcore bfv" + self.to_bytes()).digest()[:8]
 
-    def ciphertext_prefix(self, polynomials: int) -> bytes:
+    def ciphertext_prefix(self, kind: int) -> bytes:
         """The bytes before the words of a ciphertext that carries one (seeded) or two polynomials."""
-        words = polynomials * self.ring.degree
+        return self._prefixes[kind]
+
+    @cached_property
+    def _prefixes(self) -> dict[int, bytes]:
         level = struct.pack("<4Q", *self.seal.first_parms_id())
         sizes = struct.pack("<BQQQdQ", 0, 2, self.ring.degree, 1, 1.0, 1)
-        return level + sizes + _seal_header(24 + 8 * words) + struct.pack("<Q", words)
+        words = {kind: kind * self.ring.degree for kind in (_SEEDED, _FULL)}
+        return {
+            kind: level + sizes + _seal_header(24 + 8 * count) + struct.pack("<Q", count)
+            for kind, count in words.items()
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PublicContext.from_bytes, (self.to_bytes(),)
