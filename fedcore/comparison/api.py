@@ -87,10 +87,11 @@ def simulate_layers(
     prepared = prepare_layers(layers, say, task=task)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
-        RunWriter(directory, prepared).start()
+        writer = RunWriter(directory, prepared)
+        writer.start()
         if on_ready is not None:
             on_ready(prepared, directory)
-        return _run(prepared, directory, on_round, resume=False)
+        return _run(prepared, writer, on_round, resume=False)
 
 
 def prepare_layers(
@@ -123,7 +124,7 @@ def resume(
     prepared = prepare(found, complete, say)
     if on_ready is not None:
         on_ready(prepared, path)
-    return _run(prepared, path, on_round, resume=True)
+    return _run(prepared, RunWriter(path, prepared), on_round, resume=True)
 
 
 def _finished(path: Path, task: Task | None) -> Run:
@@ -154,16 +155,20 @@ def _layers(
     return [*layers, settings]
 
 
-def _run(prepared: Prepared, directory: Path, on_round: OnRound | None, *, resume: bool) -> Run:
+def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, resume: bool) -> Run:
     from fedcore.report import write
 
-    writer = RunWriter(directory, prepared)
+    directory = writer.directory
     experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
-    result["run"] = str(directory)
-    result["reproduce"] = f"fedcore reproduce {shlex.quote(str(directory))}"
+    result |= {"run": str(directory), "reproduce": _reproduce_line(directory)}
     writer.finish(experiment, result)
     write(directory)
     return Run(directory, prepared.task)
+
+
+def _reproduce_line(directory: Path) -> str:
+    """What to type to run it again, whatever the directory is called."""
+    return f"fedcore reproduce {shlex.quote(str(directory))}"
 
 
 def compare(
@@ -207,7 +212,7 @@ def compare_layers(
     name = f"{found.name}-compare"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         result = _compare_into(directory, found, complete, chosen, on_cell, say)
-        result["reproduce"] = f"fedcore reproduce {shlex.quote(str(directory))}"
+        result["reproduce"] = _reproduce_line(directory)
         write_json(directory / "result.json", result)
         comparison = Comparison(directory)
         comparison.report()
