@@ -442,3 +442,13 @@ def test_sites_of_a_task_that_makes_them_have_one_spelling():
     with pytest.raises(BadInput) as caught:
         fedcore.simulate("digits", sites={"n": 5, "bby": "iid"})
     assert "sites.by" in caught.value.remedy
+
+
+def test_an_empty_directory_is_claimed_once(tmp_path):
+    """Both of two runs may find it empty; only the first to put its file there has it."""
+    from fedcore.run import _claim
+
+    (tmp_path / "free").mkdir()
+    _claim(tmp_path / "free")
+    with pytest.raises(AlreadyExists, match="another run has just taken"):
+        _claim(tmp_path / "free")
