@@ -26,6 +26,7 @@ from fedcore.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
+    Abandoned,
     BadInput,
     FedcoreError,
     TaskFailed,
@@ -76,10 +77,28 @@ TaskName = Annotated[
     ),
 ]
 Protection = Annotated[
-    str | None, typer.Option("--protection", help="encrypted (default) or plain.")
+    str | None,
+    typer.Option("--protection", help="layered (default), masked, encrypted or plain."),
 ]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds to run.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of model, split and training.")]
+Threshold = Annotated[
+    int | None,
+    typer.Option(
+        "--threshold", help="Sites a round needs at every stage; default: two thirds and one more."
+    ),
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop",
+        help="Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va",
+    ),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option("--dropout", help="Chance that a site is absent from a round of training."),
+]
 Out = Annotated[
     Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
 ]
@@ -126,6 +145,8 @@ def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
     from fedcore.config import parse_set
 
     found = dict(parse_set(text) for text in set_ or [])
+    if named.get("drop") is not None:
+        named["drop"] = ",".join(named["drop"])  # each may hold several
     return found | {key: value for key, value in named.items() if value is not None}
 
 
@@ -148,12 +169,12 @@ def _starting(command: str, job: Path | None, task: str | None) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, a line every few rounds in a pipe."""
+    """A bar on a terminal; in a pipe a line every few rounds, and for each that was abandoned."""
 
-    def __init__(self, total: int, arms: int) -> None:
+    def __init__(self, total: int, sites: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._total, self._arms, self._rows = total, arms, 0
+        self._total, self._sites = total, sites
         self._bar: Progress | None = None
         if stderr.is_terminal:
             self._bar = Progress(
@@ -167,13 +188,16 @@ class _Progress:
         """Called with each row; the protected arm's is the one that shows."""
         if row["arm"] != "federated":
             return
-        shown = next(
-            (f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None),
-            "",
-        )
+        from fedcore.report.terminal import progress
+
+        shown = progress(row, self._sites)
         if self._bar is not None:
             self._bar.update(self._task, completed=row["round"], metric=shown)
-        elif row["round"] == self._total or row["round"] % max(1, self._total // 5) == 0:
+        elif (
+            "abandoned" in row
+            or row["round"] == self._total
+            or row["round"] % max(1, self._total // 5) == 0
+        ):
             say(f"round {row['round']}/{self._total}  {shown}")
 
     def close(self) -> None:
@@ -192,6 +216,9 @@ def simulate(
     bits: Annotated[
         int | None, typer.Option("--bits", help="Quantised bits per coordinate.")
     ] = None,
+    threshold: Threshold = None,
+    drop: Drop = None,
+    dropout: Dropout = None,
     set_: Set = None,
     out: Out = None,
     force: Force = False,
@@ -203,8 +230,9 @@ def simulate(
     """Train one model over several sites on this machine, beside the arms it is compared with."""
     _starting("simulate", job or resume, task)
     settings = _settings(
-        set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits
-    )
+        set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits,
+        threshold=threshold, drop=drop, dropout=dropout,
+    )  # fmt: skip
     if resume is not None and (settings or job or out):
         raise BadInput(
             "--resume: found other settings beside it, expected none",
@@ -232,7 +260,7 @@ def simulate(
         terminal.show(stderr, terminal.header(info))
         if any(True for _ in prepared.flat.module.buffers()):
             say(f"buffers: {prepared.flat.policy}")
-        progress.append(_Progress(prepared.plan.rounds, len(prepared.job.track.arms)))
+        progress.append(_Progress(prepared.plan.rounds, len(prepared.plan.sites)))
 
     def on_round(row: dict[str, Any]) -> None:
         progress[0].row(row)
@@ -252,7 +280,7 @@ def simulate(
     except (KeyboardInterrupt, FedcoreError) as error:
         for bar in progress:
             bar.close()
-        for line in _what_is_left(directory, isinstance(error, KeyboardInterrupt)):
+        for line in _what_is_left(directory, error):
             say(line)
         raise
     finally:
@@ -266,11 +294,15 @@ def simulate(
         )
 
 
-def _what_is_left(directory: Sequence[Path], interrupted: bool) -> list[str]:
+def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
     """After an interrupt or a failure: how to go on, if something was kept."""
     if not directory:
         return []
     path, quoted = directory[0], shlex.quote(str(directory[0]))
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if isinstance(error, Abandoned):
+        rows = path / "rounds.jsonl"
+        return [f"what became of each round: {rows}"] if rows.is_file() else []
     if (path / "result.json").is_file():
         return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
     if interrupted and (path / "job.json").is_file():
@@ -293,6 +325,9 @@ def compare(
     protection: Protection = None,
     rounds: Rounds = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
+    threshold: Threshold = None,
+    drop: Drop = None,
+    dropout: Dropout = None,
     set_: Set = None,
     out: Out = None,
     force: Force = False,
@@ -300,7 +335,10 @@ def compare(
 ) -> None:
     """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
     _starting("compare", job, task)
-    settings = _settings(set_, task=task, protection=protection, rounds=rounds)
+    settings = _settings(
+        set_, task=task, protection=protection, rounds=rounds, threshold=threshold, drop=drop,
+        dropout=dropout,
+    )  # fmt: skip
     say("loading torch")
     from fedcore.comparison import api
     from fedcore.report import terminal
@@ -483,15 +521,40 @@ def protect(
     as_json: AsJson = False,
 ) -> None:
     """Bytes and seconds of protecting one vector, beside float32 and TenSEAL's CKKS in the same run."""
-    try:
-        wanted = [int(part) for part in bits.split(",")]
-    except ValueError as error:
-        raise BadInput(f"--bits: found {bits!r}, expected numbers such as 8,12,16") from error
+    wanted = _numbers("--bits", bits, "8,12,16")
     say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
     from fedcore.bench import protect as bench
 
     found = bench.run(parameters=parameters, sites=sites, bits=wanted, repeats=repeats)
     _emit(found) if as_json else _print(bench.page(found))
+
+
+@bench_app.command()
+def secagg(
+    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,16,64",
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
+    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
+    protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
+    as_json: AsJson = False,
+) -> None:
+    """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
+    wanted = _numbers("--sites", sites, "4,16,64")
+    say(f"fedcore bench secagg: {sites} sites x {parameters:,} parameters, {protection}")
+    from fedcore.bench import secagg as bench
+
+    found = bench.run(
+        parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection
+    )
+    _emit(found) if as_json else _print(bench.page(found))
+
+
+def _numbers(flag: str, text: str, example: str) -> list[int]:
+    """`4,16,64` to a list of integers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"{flag}: found {text!r}, expected numbers such as {example}") from error
 
 
 @bench_app.command()
@@ -501,10 +564,7 @@ def fold(
     as_json: AsJson = False,
 ) -> None:
     """Peak memory of the folding process: the same whatever the number of sites."""
-    try:
-        wanted = [int(part) for part in sites.split(",")]
-    except ValueError as error:
-        raise BadInput(f"--sites: found {sites!r}, expected numbers such as 4,64") from error
+    wanted = _numbers("--sites", sites, "4,64")
     say(f"fedcore bench fold: {sites} sites x {parameters:,} parameters")
     from fedcore.bench import fold as bench
 

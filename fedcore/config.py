@@ -49,7 +49,8 @@ class TrainSection(_Section):
 class ProtectSection(_Section):
     """[protect]: how updates are encoded and hidden."""
 
-    protection: str = "encrypted"
+    protection: str = "layered"
+    threshold: int | None = None
     bits: int = 16
     max_sites: int | None = Field(None, ge=1)
     max_examples: int | None = Field(None, ge=1, lt=1 << 40)
@@ -59,13 +60,23 @@ class ProtectSection(_Section):
 
 
 class RoundSection(_Section):
-    """[round]: how many rounds, and what the sites do with each released sum."""
+    """[round]: how many rounds, what the sites do with each released sum, and who is absent when."""
 
     rounds: int = Field(20, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     server_lr: float = Field(1.0, gt=0)
     server_momentum: float = Field(0.9, ge=0, lt=1)
     buffers: Literal["average", "initial"] = "average"
+    drop: tuple[str, ...] = ()
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        """`--drop 3:submit:va,5:unmask:va` as well as a TOML list."""
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 class TrackSection(_Section):
@@ -248,12 +259,6 @@ def _expectation(error: Any) -> str:
 
 def _check_protection(section: Any) -> None:
     if section.protection not in PROTECTIONS:
-        later = {"masked", "layered"}
-        if section.protection in later:
-            raise BadInput(
-                f"protect.protection: found {section.protection!r}, which this version does not have yet",
-                remedy=f"one of: {', '.join(PROTECTIONS)}",
-            )
         raise UnknownName("protect.protection", section.protection, PROTECTIONS)
 
 

@@ -9,9 +9,26 @@
     |   |-- PlanRefused       3  no packing proves headroom; carries the largest value that fits
     |   |-- Unavailable       3  a protection whose library is missing or broken here
     |   `-- PeerRefused       3  bytes from the other side break a rule of the round
-    |       |-- ChunkRefused  3  truncated, oversized, foreign or malformed ciphertext chunk
-    |       `-- TagRefused    3  the sum is not of exactly the listed survivors, this round, each once
+    |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
+    |       |-- TagRefused         3  the sum is not of exactly the listed survivors, this round, each once
+    |       `-- ProtocolRefused    3  a message breaks the protocol; carries found, expected and fault
+    |           |-- MalformedMessage   bytes that are no message, or not of the expected type
+    |           |-- OutOfOrder         a message that this stage does not take
+    |           |-- RosterRefused      a cohort too small, unpinned, repeated, or with an unknown site
+    |           |-- ThresholdRefused   a threshold outside (n/2, n], or fewer answers than it asks
+    |           |-- HeaderRefused      round not increasing, another plan, job, certificate or policy
+    |           |-- StaleEpoch         a key epoch that is not the one held here
+    |           |-- SignatureRefused   a signature that does not verify, or is missing
+    |           |-- KeyRefused         a duplicate, malformed or low-order public key
+    |           |-- StateDiffers       a site that starts from another model, range or optimiser state
+    |           |-- EnvelopeRefused    a sealed message that does not open here
+    |           |-- ShareRefused       a key share that is not what its sender signed, or rebuilds wrongly
+    |           |-- ListRefused        a survivor list that overlaps, repeats, or is no subset
+    |           |-- VectorRefused      a protected vector of the wrong size or digest
+    |           |-- Conflicting        a second request for the same thing, and a different one
+    |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
     `-- Abandoned             4  a round or run ended without a result
+        `-- RoundAbandoned    4  fewer sites than the threshold; carries stage, left and exposed
 
 Invariant: a message says what, found and expected, and never contains a key, a share or an update's
 value. `remedy` is the sentence the command line prints behind `hint:`.
@@ -96,7 +113,94 @@ class TagRefused(PeerRefused):
     """PROTOCOL T: the opened sum is not the sum of the listed survivors of this round, each once."""
 
 
+class ProtocolRefused(PeerRefused):
+    """A message breaks the protocol. found, expected: what is said of it; fault: whose it is.
+
+    fault: a site id, "coordinator", or "this site". None of the three ever holds a secret.
+    """
+
+    def __init__(
+        self, what: str, *, found: object, expected: object, fault: str, remedy: str = ""
+    ) -> None:
+        super().__init__(f"{what}: found {found}, expected {expected} (fault: {fault})", remedy=remedy)
+        self.found, self.expected, self.fault = found, expected, fault
+
+
+class MalformedMessage(ProtocolRefused):
+    """Bytes that are no message of the protocol, have a tail, or are of another type."""
+
+
+class OutOfOrder(ProtocolRefused):
+    """This stage does not take this message."""
+
+
+class RosterRefused(ProtocolRefused):
+    """The cohort is too small, names an unpinned or unknown site, or one twice."""
+
+
+class ThresholdRefused(ProtocolRefused):
+    """The threshold lies outside (n/2, n], or fewer answers came than it asks for."""
+
+
+class HeaderRefused(ProtocolRefused):
+    """The announced round is not one this site may take part in."""
+
+
+class StaleEpoch(HeaderRefused):
+    """The key epoch is not the one held here."""
+
+
+class SignatureRefused(ProtocolRefused):
+    """A signature does not verify under the pinned key, or is missing."""
+
+
+class KeyRefused(ProtocolRefused):
+    """A public key is a duplicate, malformed or of low order."""
+
+
+class StateDiffers(ProtocolRefused):
+    """A site starts from another state than this one (PROTOCOL S)."""
+
+
+class EnvelopeRefused(ProtocolRefused):
+    """A sealed message does not open under the keys and context it is meant for."""
+
+
+class ShareRefused(ProtocolRefused):
+    """A key share is not what its sender signed, or the shares rebuild something else."""
+
+
+class ListRefused(ProtocolRefused):
+    """A list of sites overlaps, repeats, or is no subset of the one before it."""
+
+
+class VectorRefused(ProtocolRefused):
+    """A protected vector has the wrong size or digest."""
+
+
+class Conflicting(ProtocolRefused):
+    """A second request for what was already given, and a different one (PROTOCOL D)."""
+
+
+class ReleaseRefused(ProtocolRefused):
+    """The release is not proved; no further round runs under this key epoch (PROTOCOL R)."""
+
+
 class Abandoned(FedcoreError):
     """The run ended without a result, and nothing was opened."""
 
     exit_code = EXIT_ABANDONED
+
+
+class RoundAbandoned(Abandoned):
+    """A round ended below its threshold; the next one starts with fresh randomness.
+
+    stage: where; left: how many sites were still there; exposed: some site had answered `unmask`
+    already, so the coordinator may hold this round's sum (PROTOCOL D).
+    """
+
+    def __init__(self, stage: str, left: int, threshold: int, *, exposed: bool) -> None:
+        super().__init__(
+            f"round abandoned at {stage}: found {left} sites, expected at least {threshold}"
+        )
+        self.stage, self.left, self.threshold, self.exposed = stage, left, threshold, exposed

@@ -96,7 +96,12 @@ def plan_page(found: Json) -> RenderableType:
         facts.append(
             f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down"
         )
-    facts.append(f"public cap on one site's rows: {found['max_examples']}")
+    missing = len(found["sites"]) - found["threshold"]
+    facts += [
+        f"threshold: {found['threshold']} of {len(found['sites'])} sites at every stage of a round, "
+        f"absences survived: {missing}",
+        f"public cap on one site's rows: {found['max_examples']}",
+    ]
     table = grid("sites", "per slot", "degree", "bytes/parameter up")
     for row in price_list(found["bits"], found["protection"]):
         price = row["bytes_up_per_parameter"]
@@ -107,4 +112,5 @@ def plan_page(found: Json) -> RenderableType:
     # A vector of one ciphertext may be solved for another packing: the list is of those that fill many.
     title = f"Where the price jumps at {found['bits']} bits, for a large model:"
     head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
-    return Group(*head, fitted(table), Text(), Text(found["label"]))
+    warnings = (Text(f"warning: {plain(warning)}") for warning in found.get("warnings", ()))
+    return Group(*head, fitted(table), Text(), Text(found["label"]), *warnings)

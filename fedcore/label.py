@@ -1,18 +1,55 @@
 """The label of a run: who can see what, computed from its plan and never typed by hand (PROTOCOL L).
 
 The same text is on the screen, in the report, in `plan.json` and in `fedcore plan`.
+
+With n sites and threshold t, an opened sum is of at least t of them. A coordinator that breaks every rule
+opens two different sums if it gets two lists signed by t sites each; two such lists share 2 t - n sites, and
+an honest one among these signs only one. A coordinator that only looks on is left with one update once it
+knows all but one of the smallest sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from fedcore.plan import RoundPlan
+from fedcore.plan import MASKS, MIN_SITES, RoundPlan, default_threshold
+
+_PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
+_TWO_SITES = "of two sites in a sum, each can work out the other's update"
+
+
+@dataclass(frozen=True)
+class Collusion:
+    """What a plan withstands. active, curious: how many sites may collude with a coordinator that
+    breaks every rule it can, or only looks on, before some honest site's update is open.
+
+    absences: sites that may be missing from a round. hidden_among: the fewest honest updates, its own
+    included, in the sum an update is opened in, with `active` sites colluding; 1 where it is seen alone.
+    """
+
+    active: int
+    curious: int
+    absences: int
+    hidden_among: int
+
+
+def collusion(plan: RoundPlan) -> Collusion:
+    """The figures of a plan: for the smallest sum it permits, that of `threshold` survivors."""
+    sites, threshold = len(plan.sites), plan.threshold
+    absences = sites - threshold
+    if plan.protection == "plain":
+        return Collusion(0, 0, absences, 1)
+    if plan.protection not in MASKS:
+        return Collusion(0, 0, absences, threshold)
+    curious = threshold - 2
+    active = min(2 * threshold - sites - 1, curious)
+    return Collusion(active, curious, absences, threshold - active)
 
 
 def label_of(plan: RoundPlan, single_site_features: Sequence[str] = ()) -> str:
     """At most eight lines; the first says what it protects against, the second what not."""
-    lines = list(_PROTECTED[plan.protection])
+    lines = _masked(plan) if plan.protection in MASKS else list(_UNMASKED[plan.protection])
     if single_site_features:
         names = ", ".join(single_site_features)
         lines.append(
@@ -25,17 +62,102 @@ def label_of(plan: RoundPlan, single_site_features: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-_PROTECTED = {
+def label_warnings(plan: RoundPlan) -> list[str]:
+    """What in a plan's roster and threshold deserves a warning, each with what to do instead."""
+    sites, threshold = len(plan.sites), plan.threshold
+    found = []
+    if sites >= MIN_SITES and threshold == sites:
+        found.append(
+            f"Absences survived: 0 of {sites}. One absent site abandons the round. "
+            + _alternative(plan)
+        )
+    if threshold == 2 and plan.protection != "plain":
+        found.append(
+            f"A threshold of 2 tolerates no colluding site: {_TWO_SITES}. The default for {sites} sites "
+            f"is {default_threshold(sites)}."
+        )
+    return found
+
+
+_UNMASKED = {
     "plain": (
-        "Protects against: nobody. The coordinator sees every site's update and the model.",
-        "Does not protect against: anyone who can read the coordinator's memory or traffic. "
+        _PROTECTS + "nobody. The coordinator sees every site's update and the model.",
+        _PROTECTS_NOT + "anyone who can read the coordinator's memory or traffic. "
         "For simulation and tests only.",
     ),
     "encrypted": (
-        "Protects against: the coordinator alone. It sees no site's update, not their sum and not the model.",
-        "Does not protect against: one site together with the coordinator. All sites share one key, "
+        _PROTECTS
+        + "the coordinator alone. It sees no site's update, not their sum and not the model.",
+        _PROTECTS_NOT + "one site together with the coordinator. All sites share one key, "
         "which opens every site's update.",
         "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
         "each once; the result is right if no site lies.",
     ),
 }
+
+
+def _masked(plan: RoundPlan) -> list[str]:
+    sites, threshold, found = len(plan.sites), plan.threshold, collusion(plan)
+    with_sites = (
+        f", alone or with {_up_to(found.active, 'colluding site')}," if found.active else " alone,"
+    )
+    if plan.protection == "masked":
+        sight = "It sees no single site's update; it does see their sum and the model."
+    elif found.active:
+        sight = "It sees no site's update; alone, neither their sum nor the model."
+    else:
+        sight = "It sees no site's update, not their sum and not the model."
+    too_many = f"{found.active + 1} or more colluding sites" if found.active else "1 colluding site"
+    then = " With 1 colluding site it also sees the sum and the model."
+    curious = _up_to(found.curious, "site") if found.curious else "no site"
+    return [
+        f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",
+        f"{_PROTECTS_NOT}the coordinator and {too_many} together: they open other sites' updates."
+        + (then if plan.protection == "layered" else ""),
+        "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
+        "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
+        f"{curious} may collude with it.",
+        _hiding(threshold, found),
+        f"Absences survived: {found.absences} of {sites}. A round with fewer than {threshold} sites is "
+        "abandoned, and no site's update is opened.",
+        "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
+        "each once; the result is right if no colluding site lies.",
+    ]
+
+
+def _hiding(threshold: int, found: Collusion) -> str:
+    if threshold == 2:
+        return f"Sums of only 2 sites may be opened: {_TWO_SITES}."
+    return (
+        f"Only sums of at least {threshold} sites are opened; "
+        + (f"with {_sites(found.active, 'colluding site')} among them, " if found.active else "")
+        + f"each honest update is hidden among at least {found.hidden_among} honest ones, its own "
+        "included."
+    )
+
+
+def _alternative(plan: RoundPlan) -> str:
+    """What survives an absence instead: the next lower threshold, and for three sites a fourth."""
+    lower, masks = plan.threshold - 1, plan.protection in MASKS
+    said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
+    if masks:
+        tolerated = collusion(replace(plan, threshold=lower)).active
+        said += (
+            f" and tolerates {_sites(tolerated, 'colluding site')}"
+            if tolerated
+            else ", but tolerates no colluding site"
+        )
+    elif lower == 2 and plan.protection != "plain":
+        said += f", but {_TWO_SITES}"
+    if len(plan.sites) == MIN_SITES:
+        said += "; four sites with a threshold of 3 survive 1 absence"
+        said += " and tolerate 1 colluding site" if masks else ""
+    return said + "."
+
+
+def _sites(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def _up_to(count: int, noun: str) -> str:
+    return ("" if count == 1 else "up to ") + _sites(count, noun)

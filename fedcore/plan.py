@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
@@ -34,11 +34,20 @@ MAX_SLOT_BITS = 60
 SEAL_PLAIN_MODULUS_BITS = 60
 """SEAL takes plain moduli of at most 60 bits; t = 2^s has s + 1 bits."""
 
-PROTECTIONS = ("plain", "encrypted")
-"""The protections this version can run; `masked` and `layered` need the full round protocol."""
+PROTECTIONS = ("plain", "encrypted", "masked", "layered")
+"""The layers over one ring, weakest first (DESIGN s4); `layered` is the default everywhere."""
+
+ENCRYPTS = ("encrypted", "layered")
+"""Protections under which vectors travel as ciphertexts of a key the sites share."""
+
+MASKS = ("masked", "layered")
+"""Protections under which every vector carries pairwise and self masks."""
 
 MIN_SITES = 3
 """With two sites each reads the other's update off the sum."""
+
+MAX_MASKED_SITES = 64
+"""Every pair of sites shares a mask (complete graph): n^2 key agreements, so no more for now."""
 
 TAG_BITS = 61
 """The sum tag is an element of the prime field of 2^61 - 1."""
@@ -172,7 +181,7 @@ def _cheapest(
     bits: int, max_sites: int, protection: str, fields: int | None = None
 ) -> Packing | None:
     width = field_width(bits, max_sites)
-    rings: tuple[Ring | None, ...] = (None,) if protection == "plain" else RINGS
+    rings: tuple[Ring | None, ...] = RINGS if protection in ENCRYPTS else (None,)
     candidates = [
         Packing(bits, max_sites, k, ring)
         for ring in rings
@@ -180,18 +189,27 @@ def _cheapest(
         if ring is None or ring.proves(max_sites, k * width)
     ]
 
-    def price(packing: Packing) -> tuple[float, int]:
-        per_block = packing.slots_per_block * packing.fields_per_slot
-        blocks = math.ceil(fields / per_block) if fields else 1 / per_block
-        return blocks * packing.slots_per_block * packing.wire_bits, packing.slots_per_block
+    def price(packing: Packing) -> tuple[Fraction | int, int]:
+        """Bits on the wire of a whole vector, or of one field of a long one; then the smaller ring."""
+        k, degree = packing.fields_per_slot, packing.slots_per_block
+        # Exact numbers, so that equal prices are equal.
+        slots = -(-fields // (k * degree)) * degree if fields else Fraction(1, k)
+        # A ciphertext costs the same however full; a masked slot costs 8 bytes of every keystream.
+        # One bit for that prefers full slots, and outweighs the rounding up to a last block.
+        mask = 0 if packing.ring else 1
+        return slots * (packing.wire_bits + mask), degree
 
     return min(candidates, key=price, default=None)
 
 
 def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:
-    """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up."""
+    """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up.
+
+    Ends at `limit` sites, or at the largest roster that the protection takes.
+    """
     rows: list[Json] = []
-    for n in range(MIN_SITES, limit + 1):
+    most = min(limit, MAX_MASKED_SITES) if protection in MASKS else limit
+    for n in range(MIN_SITES, most + 1):
         packing = _cheapest(bits, n, protection)
         price = packing and (packing.fields_per_slot, packing.wire_bits, packing.slots_per_block)
         if rows and rows[-1]["price"] == price:
@@ -201,7 +219,7 @@ def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:
     for row in rows:
         price = row.pop("price")
         row["fields_per_slot"] = price[0] if price else None
-        row["degree"] = price[2] if price and protection != "plain" else None
+        row["degree"] = price[2] if price and protection in ENCRYPTS else None
         row["bytes_up_per_parameter"] = round(price[1] / 8 / price[0], 3) if price else None
     return rows
 
@@ -217,9 +235,12 @@ class Wide:
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """What one protected vector holds: d quantised coordinates, then wide integers, in this order."""
+    """What one protected vector holds: d quantised coordinates, then wide integers, in this order.
 
-    stage: str
+    purpose: "statistics", "range", "update" or "metrics".
+    """
+
+    purpose: str
     coordinates: int
     wides: tuple[Wide, ...] = ()
 
@@ -262,8 +283,31 @@ class ServerPlan:
     buffers: str = "average"
 
 
-def refuse_small_roster(sites: int, protection: str) -> None:
-    """Raise PlanRefused for fewer than 3 sites under anything but `plain`."""
+def default_threshold(sites: int) -> int:
+    """t = floor(2n/3) + 1: two thirds of the sites and one more (n = 1: the only one)."""
+    return min(sites, 2 * sites // 3 + 1)
+
+
+def check_threshold(threshold: int, sites: int) -> int:
+    """The threshold, or PlanRefused outside (n/2, n]: two disjoint halves could both open a sum."""
+    if not sites < 2 * threshold <= 2 * sites:
+        raise PlanRefused(
+            f"protect.threshold: found {threshold} for {sites} sites, expected "
+            f"{sites // 2 + 1} to {sites}",
+            remedy=f"leave it out for the default, {default_threshold(sites)}",
+        )
+    return threshold
+
+
+def refuse_roster(sites: int, protection: str) -> None:
+    """Raise PlanRefused for fewer than 3 sites under anything but `plain`, and for more than 64
+    under a protection with masks."""
+    if protection in MASKS and sites > MAX_MASKED_SITES:
+        raise PlanRefused(
+            f"sites: found {sites} under {protection!r}, expected at most {MAX_MASKED_SITES}: every "
+            "pair of sites agrees on a mask, and sparser graphs are not in this version",
+            remedy="use `--protection encrypted`, or group the sites (`sites.n`)",
+        )
     if protection != "plain" and sites < MIN_SITES:
         raise PlanRefused(
             f"sites: found {sites} under {protection!r}, expected at least {MIN_SITES}: "
@@ -277,6 +321,7 @@ class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
 
     inputs: digest of how raw columns become inputs (names, ranges, categories, order), or "".
+    threshold: t, the sites a round needs at every stage; 0 becomes the default for `sites`.
     """
 
     task: str
@@ -293,12 +338,16 @@ class RoundPlan:
     range: RangePlan
     metric_sums: tuple[Wide, ...] = ()
     inputs: str = ""
+    threshold: int = 0
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
             raise BadInput("sites: found the same site id twice, expected distinct ids")
-        refuse_small_roster(len(self.sites), self.protection)
+        refuse_roster(len(self.sites), self.protection)
+        if not self.threshold:
+            object.__setattr__(self, "threshold", default_threshold(len(self.sites)))
+        check_threshold(self.threshold, len(self.sites))
         if len(self.sites) > self.packing.max_sites:
             raise PlanRefused(
                 f"sites: found {len(self.sites)}, expected at most protect.max_sites = "
@@ -364,18 +413,33 @@ def canonical(value: Json) -> bytes:
 class RoundHeader:
     """What one protected vector belongs to. `digest` is h of the protocol.
 
+    round: the protocol's own counter, strictly increasing at every site, abandoned rounds included.
+    training_round: the round of training a person counts; 0 before the first.
+    purpose: what the vector holds, so that two vectors of one training round never share keys.
     roster: every site that may contribute; who survived is known only after the tags are made.
-    A different stage of the same round has a different h, so two vectors never share tag keys.
+    pins: digest over the roster's pinned identity keys. certificate: hash of the release certificate
+    of the last released round, "" before the first.
     """
 
+    federation: str
     job: str
+    epoch: int
     round: int
-    stage: str
+    training_round: int
+    purpose: str
     roster: tuple[SiteId, ...]
+    pins: str
+    threshold: int
+    protection: str
     plan_digest: str
+    certificate: str = ""
     version: int = PLAN_VERSION
 
     @cached_property
     def digest(self) -> bytes:
         """h: 32 bytes."""
         return hashlib.sha256(canonical(asdict(self))).digest()
+
+    def place(self, site: SiteId) -> int:
+        """The site's index in the roster. Raises ValueError for one that is not on it."""
+        return self.roster.index(site)

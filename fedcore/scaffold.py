@@ -78,7 +78,7 @@ epochs = 1
 batch_size = 16
 
 [protect]
-protection = "encrypted"  # the coordinator sees no update; "plain" protects nothing
+protection = "layered"    # masked and encrypted; "plain" protects nothing
 bits = 16               # of each coordinate of an update
 
 [round]

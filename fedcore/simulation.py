@@ -1,19 +1,19 @@
 """Federated rounds in one process: every site, the coordinator, and real encoding and protection.
 
-Read `Federation.round` first: train, quantise, pack, tag, protect, fold, open, check, dequantise,
-apply, evaluate; each is one function in one file, and its inverse stands beside it.
+Read `Federation.round` first: train, quantise, sum under protection, dequantise, apply; each is one
+function in one file, and its inverse stands beside it. What happens between quantised fields and their
+opened sum (pack, tag, protect, fold, open, check) is `loopback.KeyEpoch.protected_sum`.
 
 Invariant: the opened sum is compared with the plain integer sum of the same fields, slot for slot, in
 every round (`RoundOutcome.twin`), so "protection costs no accuracy" is measured and never assumed.
+A round counts its survivors only: who is not in the sum is in no mean, no range and no metric.
 Nothing here knows of the other arms; `comparison/` runs them beside this one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,35 +26,27 @@ from fedcore.aggregate.adaptive_range import (
 from fedcore.aggregate.optimisers import ServerState, apply_update
 from fedcore.data.rows import Rows
 from fedcore.data.statistics import Statistics, finish_statistics, site_sums, statistics_vector
-from fedcore.encode.pack import Layout, Opened
+from fedcore.encode.pack import Opened
 from fedcore.encode.quantise import dequantise, quantise
 from fedcore.errors import BadInput
 from fedcore.learn.flat import FlatModel
 from fedcore.learn.train import TrainReport, local_train
-from fedcore.plan import Packing, RoundHeader, RoundPlan, VectorSpec
-from fedcore.protect import Fold, Sealer
-from fedcore.protect.plain import PlainFold, PlainSealer
-from fedcore.protect.sumtag import SumTag, state_tag
+from fedcore.loopback import (
+    Contribute,
+    Contribution,
+    KeyEpoch,
+    ProtectedTotal,
+    Stopwatch,
+    Witness,
+)
+from fedcore.plan import RoundPlan, VectorSpec, canonical
+from fedcore.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.seeds import generator
 from fedcore.task import Task
-from fedcore.types import Fields, FloatVector, SiteId, WideVector
+from fedcore.types import FloatVector, SiteId, WideVector
 
-STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
-
-
-class Stopwatch:
-    """Seconds spent per stage, summed over sites and rounds."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
+PREPARATORY = 0
+"""The training round of what comes before round 1: the statistics and the calibration of the range."""
 
 
 @dataclass(frozen=True)
@@ -65,100 +57,6 @@ class SiteRows:
     index: int
     train: Rows
     test: Rows
-
-
-@dataclass(frozen=True)
-class ProtectedTotal:
-    """One opened sum. twin is the plain integer sum of the same fields; bytes are per site."""
-
-    opened: Opened
-    twin: Opened
-    bytes_up: int
-    bytes_down: int
-
-
-Contribution = tuple[int, Fields, Mapping[str, Sequence[int]]]
-"""(site index, coordinate fields, wide integers by name)."""
-
-
-class KeyEpoch:
-    """The sites' secrets and the fold's public parameters of one job, held in one process.
-
-    Under `encrypted` every site would hold the same secrets; here one sealer stands for all of them,
-    with fresh randomness in every ciphertext.
-    """
-
-    def __init__(self, job: str, protection: str, packing: Packing, plan_digest: str) -> None:
-        self.job, self.packing, self.plan_digest = job, packing, plan_digest
-        self.sealer: Sealer
-        if protection == "plain":
-            self._group = None
-            self.sealer = PlainSealer(packing)
-            self._new_fold: Callable[[int], Fold] = lambda slots: PlainFold(packing, slots)
-        else:
-            from fedcore.protect.bfv import (
-                EncryptedFold,
-                EncryptedSealer,
-                PublicContext,
-                SecretContext,
-            )
-
-            public = PublicContext.of(packing)
-            secret = SecretContext(public)
-            self._group = secret.group
-            self.sealer = EncryptedSealer(secret)
-            self._new_fold = lambda slots: EncryptedFold(public, slots)
-
-    def protected_sum(
-        self,
-        spec: VectorSpec,
-        round_: int,
-        roster: Sequence[SiteId],
-        contributions: Iterator[Contribution],
-        state: bytes,
-        watch: Stopwatch,
-    ) -> ProtectedTotal:
-        """The sum of what the sites contribute, through packing, tag, protection and fold.
-
-        state: canonical bytes of what the vectors started from; it is bound into the tag.
-        Raises TagRefused or ChunkRefused, with nothing of the sum used.
-        """
-        layout = Layout(spec, self.packing, len(roster))
-        header = RoundHeader(self.job, round_, spec.stage, tuple(roster), self.plan_digest)
-        tag = self._tag(header, round_, state)
-        fold = self._new_fold(layout.slots)
-        twin = np.zeros(layout.slots, dtype=np.uint64)
-        survivors: list[int] = []
-        bytes_up = 0
-        for index, coordinates, wides in contributions:
-            with watch("encode"):
-                slots = layout.pack(coordinates, wides, index)
-                twin += slots
-            with watch("protect"):
-                if tag is not None:
-                    layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], roster[index]))
-                chunks = list(self.sealer.protect(slots))
-            with watch("fold"):
-                for place, chunk in enumerate(chunks):
-                    fold.add(place, chunk)
-            bytes_up = sum(map(len, chunks))
-            survivors.append(index)
-        with watch("fold"):
-            released = list(fold.total())
-        with watch("unprotect"):
-            total = self.sealer.open(released, layout.slots)
-            if tag is not None:
-                tagged = total[: layout.tagged_slots]
-                tag.check(tagged, layout.read_tag(total), [roster[i] for i in survivors])
-            opened = layout.unpack(total, survivors)
-        same = np.array_equal(total[: layout.tagged_slots], twin[: layout.tagged_slots])
-        plain = opened if same else layout.unpack(twin, survivors)
-        return ProtectedTotal(opened, plain, bytes_up, sum(map(len, released)))
-
-    def _tag(self, header: RoundHeader, round_: int, state: bytes) -> SumTag | None:
-        if self._group is None:
-            return None
-        return SumTag(self._group, header, state_tag(self._group, self.job, round_, state))
 
 
 def federated_statistics(
@@ -173,32 +71,59 @@ def federated_statistics(
     first: Any = sites[0].train
     names, ranges = first.names, first.ranges
 
-    def contributions() -> Iterator[Contribution]:
-        for site in sites:
-            with watch("encode"):
-                features = site.train.features
-                assert features is not None
-                sums = site_sums(features, ranges)
-            yield site.index, np.empty(0, dtype=np.uint64), sums
+    def contribute(index: int) -> Contribution:
+        with watch("encode"):
+            features = sites[index].train.features
+            assert features is not None
+            return np.empty(0, dtype=np.uint64), site_sums(features, ranges)
 
-    total = epoch.protected_sum(
-        statistics_vector(len(names), max_examples),
-        0,
-        [s.id for s in sites],
-        contributions(),
-        b"",
-        watch,
-    )
-    found = finish_statistics(names, ranges, total.opened.wides, allow_few_sites=allow_few_sites)
-    return found, total
+    def finish(opened: Opened) -> Statistics:
+        return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
+
+    def lead(opened: Opened, _: int) -> bytes:
+        return canonical(finish(opened).to_json())
+
+    spec = statistics_vector(len(names), max_examples)
+    total = epoch.protected_sum(spec, PREPARATORY, contribute, b"", watch, lead=lead)
+    return finish(total.opened), total
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Simulated absences of a job: the ones it names, and the chance of one in every round of training.
+
+    Invariant: a pure function of the job, so every protection and every arm has the same absences.
+    """
+
+    named: tuple[Absence, ...] = ()
+    chance: float = 0.0
+    seed: int = 0
+
+    def of(self, training_round: int, sites: Sequence[SiteId], rounds: int) -> Absences:
+        """{site: the stage from which it sends nothing}. The metrics-only round, `rounds` + 1, has
+        named ones only."""
+        drawn = self._drawn(training_round, sites) if training_round <= rounds else []
+        return earliest([*self.named, *drawn], training_round)
+
+    def _drawn(self, training_round: int, sites: Sequence[SiteId]) -> list[Absence]:
+        found = []
+        for site in sites:
+            chance = generator(self.seed, training_round, site, "dropout")
+            if chance.random() < self.chance:
+                found.append(Absence(training_round, STAGES[chance.integers(len(STAGES))], site))
+        return found
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round leaves: the new state, its twin from the plain integer sum, and the measurements."""
+    """What a round leaves: the new state, its twin from the plain integer sum, and the measurements.
+
+    survivors: roster indices, ascending; reports: of their training, in this order.
+    """
 
     state: ServerState
     twin: ServerState
+    survivors: tuple[int, ...]
     reports: tuple[TrainReport, ...]
     clipped: int
     bytes_up: int
@@ -223,6 +148,7 @@ class Federation:
     seed: int
     metric_sums: Callable[[SiteRows, ServerState], Mapping[str, Sequence[int]]]
     statistics: bytes = b""
+    leaving: Leaving = field(default_factory=Leaving)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def update_of(
@@ -252,51 +178,70 @@ class Federation:
     def calibrate(self, state: ServerState) -> float:
         """R_0 from protected counts over 24 powers of two; sites train round 1 again afterwards."""
 
-        def contributions() -> Iterator[Contribution]:
-            for site in self.sites:
-                update, _ = self.update_of(site, state.model, 1)
-                counts = exceedance_counts(self.weighted(update, site).astype(np.float32))
-                yield site.index, np.empty(0, dtype=np.uint64), {"exceeding": counts}
+        def contribute(index: int) -> Contribution:
+            site = self.sites[index]
+            update, _ = self.update_of(site, state.model, 1)
+            counts = exceedance_counts(self.weighted(update, site).astype(np.float32))
+            return np.empty(0, dtype=np.uint64), {"exceeding": counts}
 
-        total = self._sum(self.plan.range_vector, 0, contributions(), state)
-        values = len(self.sites) * self.plan.coordinates
-        return calibrated_bound(total.opened.wides["exceeding"], values, self.plan.range)
+        def bound(opened: Opened, contributors: int) -> float:
+            values = contributors * self.plan.coordinates
+            return calibrated_bound(opened.wides["exceeding"], values, self.plan.range)
 
-    def round(self, state: ServerState, round_: int) -> RoundOutcome:
-        """One round from `state`: every arrow of the way of one update, in order."""
-        plan, reports = self.plan, []
+        def lead(opened: Opened, contributors: int) -> ServerState:
+            return replace(state, bound=bound(opened, contributors))
 
-        def contributions() -> Iterator[Contribution]:
-            for site in self.sites:
-                update, report = self.update_of(site, state.model, round_)
-                reports.append(report)
-                with self.watch("encode"):
-                    rounding = generator(self.seed, round_, site.id, "rounding")
-                    quantised = quantise(
-                        self.weighted(update, site), plan.packing.bits, state.bound, rounding
-                    )
-                wides = {
-                    "weight": [len(site.train)],
-                    "over_range": [quantised.over],
-                    "over_half_range": [quantised.over_half],
-                    **self.metric_sums(site, state),
-                }
-                yield site.index, quantised.fields, wides
+        total = self._sum(self.plan.range_vector, PREPARATORY, contribute, state, lead)
+        return bound(total.opened, len(total.survivors))
 
-        total = self._sum(plan.update_vector, round_, contributions(), state)
+    def round(
+        self, state: ServerState, round_: int, witness: Witness | None = None
+    ) -> RoundOutcome:
+        """One round from `state`: every arrow of the way of one update, in order.
+
+        witness: filled with what others hold of one site, for `comparison/seen.py`.
+        Raises RoundAbandoned where fewer sites than the threshold stay; `state` is then the next one's.
+        """
+        plan, reports = self.plan, dict[int, TrainReport]()
+
+        def contribute(index: int) -> Contribution:
+            site = self.sites[index]
+            update, reports[index] = self.update_of(site, state.model, round_)
+            with self.watch("encode"):
+                rounding = generator(self.seed, round_, site.id, "rounding")
+                quantised = quantise(
+                    self.weighted(update, site), plan.packing.bits, state.bound, rounding
+                )
+            return quantised.fields, {
+                "weight": [len(site.train)],
+                "over_range": [quantised.over],
+                "over_half_range": [quantised.over_half],
+                **self.metric_sums(site, state),
+            }
+
+        def lead(opened: Opened, contributors: int) -> ServerState:
+            return self.apply(state, opened, contributors)
+
+        absences = self.absent(round_)
+        total = self._sum(plan.update_vector, round_, contribute, state, lead, absences, witness)
+        survivors = total.survivors
         with self.watch("unprotect"):
-            released = self.apply(state, total.opened)
-            twin = released if total.twin is total.opened else self.apply(state, total.twin)
+            released = self.apply(state, total.opened, len(survivors))
+            twin = released
+            if total.twin is not total.opened:
+                twin = self.apply(state, total.twin, len(survivors))
         wides = total.opened.wides
-        names = [wide.name for wide in plan.metric_sums]
         return RoundOutcome(
-            released, twin, tuple(reports), wides["over_range"][0], total.bytes_up, total.bytes_down,
-            {name: wides[name] for name in names},
+            released, twin, survivors, tuple(reports[index] for index in survivors),
+            wides["over_range"][0], total.bytes_up, total.bytes_down,
+            {wide.name: wides[wide.name] for wide in plan.metric_sums},
         )  # fmt: skip
 
-    def apply(self, state: ServerState, opened: Opened) -> ServerState:
-        """From the released integers to the next state: dequantise, weighted mean, server step, range."""
-        contributors = len(self.sites)
+    def apply(self, state: ServerState, opened: Opened, contributors: int) -> ServerState:
+        """From the released integers to the next state: dequantise, weighted mean, server step, range.
+
+        contributors: sites in the sum.
+        """
         sums = dequantise(opened.coordinates, self.plan.packing.bits, state.bound, contributors)
         mean = sums * (self.plan.max_examples / opened.wides["weight"][0])
         moved = apply_update(state, mean, self.plan.parameters, self.plan.server)
@@ -309,23 +254,44 @@ class Federation:
         )
         return ServerState(moved.parameters, moved.moments, moved.scalars, bound)
 
-    def final_metrics(self, state: ServerState, round_: int) -> Mapping[str, list[int]]:
-        """The protected metrics-only round after the last one: the metric sums of the final model."""
+    def final_metrics(self, state: ServerState) -> ProtectedTotal:
+        """The protected metrics-only round after the last one: the metric sums of the final model.
 
-        def contributions() -> Iterator[Contribution]:
-            for site in self.sites:
-                yield site.index, np.empty(0, dtype=np.uint64), self.metric_sums(site, state)
+        It is training round R + 1, also of a run that was stopped before round R. Raises
+        RoundAbandoned.
+        """
 
-        return self._sum(self.plan.metrics_vector, round_, contributions(), state).opened.wides
+        def contribute(index: int) -> Contribution:
+            return np.empty(0, dtype=np.uint64), self.metric_sums(self.sites[index], state)
+
+        last = self.plan.rounds + 1
+        return self._sum(self.plan.metrics_vector, last, contribute, state, None, self.absent(last))
+
+    def absent(self, training_round: int) -> Absences:
+        """Who leaves this training round, and at which stage."""
+        return self.leaving.of(training_round, self.plan.sites, self.plan.rounds)
 
     def _sum(
         self,
         spec: VectorSpec,
-        round_: int,
-        contributions: Iterator[Contribution],
+        training_round: int,
+        contribute: Contribute,
         state: ServerState,
+        lead: Callable[[Opened, int], ServerState] | None,
+        absences: Absences | None = None,
+        witness: Witness | None = None,
     ) -> ProtectedTotal:
-        roster = [site.id for site in self.sites]
+        """lead: the state that a sum of so many sites leads to, which the release certificate names;
+        None where it stays as it is."""
+
+        def released(opened: Opened, contributors: int) -> bytes:
+            return self._canonical(lead(opened, contributors) if lead else state)
+
         return self.epoch.protected_sum(
-            spec, round_, roster, contributions, state.canonical() + self.statistics, self.watch
-        )
+            spec, training_round, contribute, self._canonical(state), self.watch, lead=released,
+            absences=absences, witness=witness,
+        )  # fmt: skip
+
+    def _canonical(self, state: ServerState) -> bytes:
+        """All that a site starts from (PROTOCOL S)."""
+        return state.canonical() + self.statistics

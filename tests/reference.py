@@ -208,7 +208,10 @@ def digest(*arrays: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """start: the range before round 1, None to calibrate. FedAvg with step 1, one 0/1 target."""
+    """start: the range before round 1, None to calibrate. FedAvg with step 1, one 0/1 target.
+
+    stayed: {round: the sites in its sum}, none where it was abandoned; all sites in other rounds.
+    """
 
     seed: int
     fold: int
@@ -218,13 +221,14 @@ class Settings:
     start: float | None
     adaptive: bool
     train: TrainPlan
+    stayed: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
 class Arm:
     """One number per round for each of the columns of rounds.jsonl; per_site: after the last one."""
 
-    train_loss: list[float] = field(default_factory=list)
+    train_loss: list[float | None] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     per_site: list[float] = field(default_factory=list)
@@ -385,12 +389,13 @@ def federation(
     for round_ in range(1, settings.rounds + 1):
         model, reports = state.astype(np.float32), []
         total, weight = np.zeros(len(state)), 0
-        for site in sites:
+        for site in settings.stayed.get(round_, sites):
             change, report = update(model, site, round_)
             total = total + change.astype(np.float64) * len(train[site])
             weight += len(train[site])
             reports.append(report)
-        state = state + total / weight
+        if reports:
+            state = state + total / weight
         model = arms["federated_float"].model = state.astype(np.float32)
         note(arms["federated_float"], task, reports, shared(model), test)
 
@@ -404,7 +409,8 @@ def federation(
     for round_ in range(1, settings.rounds + 1):
         model, reports = np.array(parameters).astype(np.float32), []
         totals, weight, beyond, beyond_half = [0] * len(parameters), 0, 0, 0
-        for site in sites:
+        stayed = settings.stayed.get(round_, sites)
+        for site in stayed:
             change, report = update(model, site, round_)
             values = weighted(change, site)
             uniforms = generator(seed, round_, site, "rounding").random(len(values))
@@ -415,13 +421,13 @@ def federation(
             beyond_half += over(values, bound / 2)
             reports.append(report)
         step = bound / (2 ** (settings.bits - 1) - 1)
-        offset = len(sites) * 2 ** (settings.bits - 1)
-        for place, number in enumerate(totals):
+        offset = len(stayed) * 2 ** (settings.bits - 1)
+        for place, number in enumerate(totals if stayed else []):
             parameters[place] += (number - offset) * step * (cap / weight)
         ranges_.append(bound)
         overs.append(beyond)
-        if settings.adaptive:
-            bound = next_range(bound, beyond, beyond_half, len(sites) * len(parameters))
+        if settings.adaptive and stayed:
+            bound = next_range(bound, beyond, beyond_half, len(stayed) * len(parameters))
         model = arms["federated"].model = np.array(parameters).astype(np.float32)
         note(arms["federated"], task, reports, shared(model), test)
     raw_train = [splits[site][0].x.numpy() for site in sites]
@@ -443,7 +449,8 @@ def note(
 ) -> None:
     """One round's numbers: training loss over the rows seen, loss and accuracy over all test rows."""
     seen = sum(report.examples for report in reports)
-    arm.train_loss.append(sum(report.loss * report.examples for report in reports) / seen)
+    loss = sum(report.loss * report.examples for report in reports)
+    arm.train_loss.append(loss / seen if seen else None)
     losses, right, arm.per_site = 0.0, 0, []
     for site, rows in test.items():
         outputs = model_at(site).eval()(rows.x)

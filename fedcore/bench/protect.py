@@ -2,9 +2,16 @@
 
 Every scheme gets the same vectors. In each repeat all schemes take their turn, so a slow moment of
 the machine hits all of them, and a number is the median over repeats. Times are of one process with
-one thread and cover all that a role does: quantise, pack, tag, encrypt and serialise at a site
-(protect); parse, check and add one vector at the coordinator (fold); serialise the sum, once a
-round (release); parse, decrypt, check the tag, unpack and dequantise at a site again (unprotect).
+one thread and cover all that a role does: quantise, pack, tag, mask, encrypt and serialise at a site
+(protect); parse, check and add one vector at the coordinator (fold); expand the self masks of all
+sites and take them off the sum, once a round (unmask); serialise it, once a round (release); parse,
+decrypt, check the tag, unpack and dequantise at a site again (unprotect). How sites agree on the
+seeds of their masks is no part of it.
+
+Of the plan's n sites only CONTRIBUTORS make a vector, each with the n - 1 pairwise masks and the self
+mask of a site of n. The pairwise masks they share with the others are left over in the sum. They are
+taken off with the self masks, but were expanded before the clock starts: it sees n self masks, as in
+a round in which nobody is absent.
 
 Invariant: every repeat decodes the sum of CONTRIBUTORS vectors and compares it with the true mean,
 so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcore/protect/ckks.py`.
@@ -12,9 +19,11 @@ so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcor
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,13 +36,24 @@ from fedcore.encode.pack import Layout
 from fedcore.encode.quantise import dequantise, quantise, step_size
 from fedcore.environment import environment
 from fedcore.errors import BadInput
-from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
-from fedcore.protect import ckks
+from fedcore.plan import (
+    MASKS,
+    MAX_MASKED_SITES,
+    PROTECTIONS,
+    RoundHeader,
+    VectorSpec,
+    Wide,
+    default_threshold,
+    solve_packing,
+)
+from fedcore.protect import Fold, Sealer, UnmaskableFold, ckks
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.sumtag import SumTag
+from fedcore.protect.masked import MaskedFold, MaskedSealer
+from fedcore.protect.masking import add_masks, mask_sum
+from fedcore.protect.sumtag import GroupSecret, SumTag
 from fedcore.report.terminal import fitted, grid
 from fedcore.seeds import generator
-from fedcore.types import FloatVector, Json, SiteId, WideVector
+from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
 
 CONTRIBUTORS = 3
 """Vectors in the decoded sum; the plan is solved for all sites. More only take time."""
@@ -50,7 +70,8 @@ class Scheme:
 
     protect: `(vector, site) -> chunks` up. add: one site's chunks into the running sum.
     release: the chunks down. unprotect: `(chunks, contributors) -> (d,) float64`, the mean.
-    step: the quantisation step, None where there is none.
+    step: the quantisation step, None where there is none. unmask: takes the masks off the running
+    sum, None where there are none.
     """
 
     name: str
@@ -61,6 +82,7 @@ class Scheme:
     add: Callable[[Any, list[bytes]], Any]
     release: Callable[[Any], list[bytes]]
     unprotect: Callable[[list[bytes], int], WideVector]
+    unmask: Callable[[Any], None] | None = None
 
 
 @dataclass
@@ -69,6 +91,7 @@ class _Measured:
 
     protect: list[float] = field(default_factory=list)
     fold: list[float] = field(default_factory=list)
+    unmask: list[float] = field(default_factory=list)
     release: list[float] = field(default_factory=list)
     unprotect: list[float] = field(default_factory=list)
     bytes_up: int = 0
@@ -83,11 +106,12 @@ def run(
     repeats: int = 5,
     seed: int = 0,
 ) -> Json:
-    """Measure float32, `encrypted` at each of `bits`, and CKKS on vectors of `parameters` floats.
+    """Measure float32, every protection at each of `bits`, and CKKS on vectors of `parameters` floats.
 
-    Returns the JSON of kind bench-protect: seconds are per million parameters and per vector, bytes
-    per parameter, `max_error` the largest |decoded mean - true mean| of any repeat. Raises
-    BadInput, PlanRefused where bits do not fit the sites, and Unavailable without tenseal.
+    Those with masks are left out for more sites than a plan with masks may have. Returns the JSON of
+    kind bench-protect: seconds are per million parameters and per vector, bytes per parameter,
+    `max_error` the largest |decoded mean - true mean| of any repeat. Raises BadInput, PlanRefused
+    where bits do not fit the sites, and Unavailable without tenseal.
     """
     if parameters < 1:
         raise BadInput(f"bench.parameters: found {parameters}, expected at least 1")
@@ -102,7 +126,12 @@ def run(
     bound = _power_of_two_above(max(float(np.abs(vector).max()) for vector in vectors))
     schemes = [
         float32(),
-        *(encrypted(parameters, sites, b, bound, seed) for b in dict.fromkeys(bits)),
+        *(
+            protected(name, parameters, sites, b, bound, seed)
+            for b in dict.fromkeys(bits)
+            for name in PROTECTIONS
+            if name != "plain" and (name not in MASKS or sites <= MAX_MASKED_SITES)
+        ),
         ckks_vectors("ckks", ckks.protect),
         ckks_vectors("ckks-blocks", ckks.protect_blocks),
     ]
@@ -154,9 +183,11 @@ def float32() -> Scheme:
     )
 
 
-def encrypted(parameters: int, sites: int, bits: int, bound: float, seed: int) -> Scheme:
-    """The protection `encrypted`: the vector of a training round with its wide integers and tag."""
-    packing = solve_packing(bits, sites, "encrypted")
+def protected(
+    protection: str, parameters: int, sites: int, bits: int, bound: float, seed: int
+) -> Scheme:
+    """A protection: the vector of a training round with its wide integers, its tag and its masks."""
+    packing = solve_packing(bits, sites, protection, parameters)
     count_bits = parameters.bit_length()
     wides = (
         Wide("weight", 1, 20),
@@ -164,15 +195,25 @@ def encrypted(parameters: int, sites: int, bits: int, bound: float, seed: int) -
         Wide("over_half_range", 1, count_bits),
     )
     layout = Layout(VectorSpec("update", parameters, wides), packing, sites)
-    public = PublicContext.of(packing)
-    secret = SecretContext(public)
-    sealer = EncryptedSealer(secret)
-    names = tuple(SiteId(f"site-{index}") for index in range(CONTRIBUTORS))
-    header = RoundHeader("bench", 1, "update", names, "")
-    tag = SumTag(secret.group, header, b"bench")
+    sealer: Sealer
+    start: Callable[[], Fold]
+    if protection == "masked":
+        group, sealer = GroupSecret(), MaskedSealer(packing)
+        start = partial(MaskedFold, packing, layout.slots)
+    else:
+        public = PublicContext.of(packing)
+        secret = SecretContext(public)
+        group, sealer = secret.group, EncryptedSealer(secret)
+        start = partial(EncryptedFold, public, layout.slots)
+    roster = tuple(SiteId(f"site-{index}") for index in range(sites))
+    header = RoundHeader(
+        "bench", "bench", 1, 1, 1, "update", roster, "", default_threshold(sites), protection, ""
+    )
+    tag = SumTag(group, header, b"bench")
+    masks = _Masks.draw(layout, sites) if protection in MASKS else None
 
     def protect(vector: FloatVector, site: int) -> list[bytes]:
-        rng = generator(seed, 1, names[site], "rounding")
+        rng = generator(seed, 1, roster[site], "rounding")
         quantised = quantise(vector, bits, bound, rng)
         counts = {
             "weight": [1],
@@ -180,30 +221,69 @@ def encrypted(parameters: int, sites: int, bits: int, bound: float, seed: int) -
             "over_half_range": [quantised.over_half],
         }
         slots = layout.pack(quantised.fields, counts, site)
-        layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], names[site]))
+        layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], roster[site]))
+        if masks is not None:
+            add_masks(slots, masks.of_site[site], packing.slot_bits)
         return list(sealer.protect(slots))
 
-    def add(running: EncryptedFold, chunks: list[bytes]) -> EncryptedFold:
+    def add(running: Fold, chunks: list[bytes]) -> Fold:
         for index, chunk in enumerate(chunks):
             running.add(index, chunk)
         return running
 
     def unprotect(chunks: list[bytes], contributors: int) -> WideVector:
         total = sealer.open(chunks, layout.slots)
-        tag.check(total[: layout.tagged_slots], layout.read_tag(total), names[:contributors])
+        tag.check(total[: layout.tagged_slots], layout.read_tag(total), roster[:contributors])
         opened = layout.unpack(total, range(contributors))
         return dequantise(opened.coordinates, bits, bound, contributors) / contributors
 
     return Scheme(
-        name="encrypted",
+        name=protection,
         bits=bits,
         step=step_size(bits, bound),
         protect=protect,
-        start=lambda: EncryptedFold(public, layout.slots),
+        start=start,
         add=add,
         release=lambda running: list(running.total()),
         unprotect=unprotect,
+        unmask=None if masks is None else masks.take_off,
     )
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The masks of one vector: seeds with their signs for each contributor, and what is left over.
+
+    own: the self masks of all sites of the plan. rest: (S,) uint64, the pairwise masks of contributors
+    with the others, less the self masks of those, so that own and rest are what the sum carries.
+    """
+
+    of_site: list[list[tuple[bytes, int]]]
+    own: list[tuple[bytes, int]]
+    rest: Slots
+    slot_bits: int
+
+    @classmethod
+    def draw(cls, layout: Layout, sites: int) -> _Masks:
+        own = [(os.urandom(32), 1) for _ in range(sites)]
+        of_site = [[mask] for mask in own[:CONTRIBUTORS]]
+        rest = [(seed, -1) for seed, _ in own[CONTRIBUTORS:]]
+        for first in range(CONTRIBUTORS):
+            for second in range(first + 1, sites):
+                seed = os.urandom(32)
+                of_site[first].append((seed, 1))
+                if second < CONTRIBUTORS:
+                    of_site[second].append((seed, -1))
+                else:
+                    rest.append((seed, 1))
+        slot_bits = layout.packing.slot_bits
+        return cls(of_site, own, mask_sum(rest, layout.slots, slot_bits), slot_bits)
+
+    def take_off(self, running: UnmaskableFold) -> None:
+        """Everything the coordinator does between the last answer and the sum, but for secrets."""
+        mask = self.rest.copy()
+        add_masks(mask, self.own, self.slot_bits)
+        running.remove(mask)
 
 
 def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> Scheme:
@@ -240,6 +320,8 @@ def _measure(scheme: Scheme, vectors: Sequence[FloatVector], into: _Measured) ->
         chunks = _timed(into.protect, scheme.protect, vector, site)
         into.bytes_up = sum(map(len, chunks))
         running = _timed(into.fold, scheme.add, running, chunks)
+    if scheme.unmask is not None:
+        _timed(into.unmask, scheme.unmask, running)
     released = _timed(into.release, scheme.release, running)
     into.bytes_down = sum(map(len, released))
     mean = _timed(into.unprotect, scheme.unprotect, released, len(vectors))
@@ -258,6 +340,7 @@ def _row(scheme: Scheme, measured: _Measured, parameters: int) -> Json:
         "bytes_down_per_parameter": round(measured.bytes_down / parameters, 4),
         "protect_seconds_per_million": per_million(measured.protect),
         "fold_seconds_per_million": per_million(measured.fold),
+        "unmask_seconds_per_million": per_million(measured.unmask) if measured.unmask else None,
         "release_seconds_per_million": per_million(measured.release),
         "unprotect_seconds_per_million": per_million(measured.unprotect),
         "max_error": measured.max_error,
@@ -266,9 +349,10 @@ def _row(scheme: Scheme, measured: _Measured, parameters: int) -> Json:
 
 
 def _ratios(rows: Sequence[Json]) -> Json:
-    """How many times as much each other scheme of the same run costs as an `encrypted` row.
+    """How many times as much each other scheme of the same run costs as a row of a protection.
 
-    {"encrypted-16": {"ckks": {"bytes_up": 16.9, "protect_seconds": 6.0, ...}, "float32": {...}}}
+    {"layered-16": {"ckks": {"bytes_up": 16.9, "protect_seconds": 6.0, ...}, "float32": {...}, ...}}
+    Protections are compared at the same number of bits.
     """
     keys = {
         "bytes_up": "bytes_up_per_parameter",
@@ -277,42 +361,61 @@ def _ratios(rows: Sequence[Json]) -> Json:
         "fold_seconds": "fold_seconds_per_million",
         "unprotect_seconds": "unprotect_seconds_per_million",
     }
-    others = [row for row in rows if row["name"] != "encrypted"]
     return {
-        f"encrypted-{row['bits']}": {
+        f"{row['name']}-{row['bits']}": {
             other["name"]: {
                 short: round(other[long] / row[long], 3) if row[long] else None
                 for short, long in keys.items()
             }
-            for other in others
+            for other in rows
+            if other is not row
+            and (other["name"] not in PROTECTIONS or other["bits"] == row["bits"])
         }
         for row in rows
-        if row["name"] == "encrypted"
+        if row["name"] in PROTECTIONS
     }
 
 
 def page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore bench protect`."""
-    heads = ("bytes up", "down", "protect", "fold", "unprotect", "max error")
-    table = grid("scheme", *heads)
+    table = grid("scheme", "up", "down", *_TIMED, "max error")
     for row in found["rows"]:
         bits = f" {row['bits']} bits" if row["bits"] else ""
-        seconds = (row[f"{s}_seconds_per_million"] for s in ("protect", "fold", "unprotect"))
+        seconds = (row[f"{stage}_seconds_per_million"] for stage in _TIMED)
         table.add_row(
             row["name"] + bits,
             f"{row['bytes_up_per_parameter']:.3f}",
             f"{row['bytes_down_per_parameter']:.3f}",
-            *(f"{value:.4f}" for value in seconds),
+            *("-" if value is None else f"{value:.4f}" for value in seconds),
             f"{row['max_error']:.2e}",
         )
-    lines = [
-        f"{name}: {ratio['ckks']['bytes_up']:.1f} times smaller up and "
-        f"{ratio['ckks']['protect_seconds']:.1f} times faster to protect than ckks "
-        f"({ratio['ckks-blocks']['protect_seconds']:.1f} times, ckks one ciphertext at a time)"
-        for name, ratio in found["ratios"].items()
-    ]
     note = (
         f"{found['parameters']:,} parameters, plan for {found['sites']} sites; bytes per parameter; "
         f"seconds per million parameters and vector, medians of {found['repeats']} interleaved repeats"
     )
-    return Group(fitted(table), Text(), Text(note), *map(Text, lines))
+    if found["sites"] > MAX_MASKED_SITES:
+        note += f"; a plan with masks has at most {MAX_MASKED_SITES} sites"
+    return Group(fitted(table), Text(), Text(note), *map(Text, _comparisons(found["ratios"])))
+
+
+_TIMED = ("protect", "fold", "unmask", "unprotect")
+
+
+def _comparisons(ratios: Json) -> list[str]:
+    """What the ratios come to: each number of bits against CKKS, then with masks against without."""
+    lines = []
+    for name, ratio in ratios.items():
+        protection, _, bits = name.partition("-")
+        if protection == "encrypted":
+            lines.append(
+                f"{name}: {ratio['ckks']['bytes_up']:.1f} times smaller up and "
+                f"{ratio['ckks']['protect_seconds']:.1f} times faster to protect than ckks "
+                f"({ratio['ckks-blocks']['protect_seconds']:.1f} times, ckks one ciphertext at a time)"
+            )
+            lines += [
+                f"{other}-{bits}: {ratio[other]['bytes_up']:.2f} times the bytes up and "
+                f"{ratio[other]['protect_seconds']:.2f} times the seconds to protect of {name}"
+                for other in MASKS
+                if other in ratio
+            ]
+    return lines

@@ -20,6 +20,7 @@ from fedcore.comparison.experiment import (
     OnRound,
     Prepared,
     RunWriter,
+    absence_warnings,
     job_for,
     job_json,
     prepare,
@@ -30,7 +31,7 @@ from fedcore.comparison.experiment import (
 from fedcore.comparison.gap import summarise_cells
 from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
-from fedcore.errors import BadInput
+from fedcore.errors import Abandoned, BadInput
 from fedcore.files import write_json
 from fedcore.run import Comparison, Run, append_row, new_directory
 from fedcore.task import Task
@@ -239,7 +240,13 @@ def _compare_into(
     results: list[Json] = []
     for number, (seed, fold) in enumerate(grid, start=1):
         prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
-        _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
+        try:
+            _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
+        except Abandoned as abandoned:
+            what = str(abandoned).removeprefix("run: ")
+            raise Abandoned(
+                f"seed {seed}, fold {fold}: {what}", remedy=abandoned.remedy
+            ) from abandoned
         results.append(result)
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:
@@ -298,7 +305,13 @@ def _comparison_result(
     summary = summarise_cells(cells, ratio)
     clipped = max(r["clipped_fraction"] for r in results)
     unequal = sum(r["unequal_rounds"] for r in results)
+    abandoned = [
+        {"seed": r["seed"], "fold": r["fold"], **row}
+        for r in results
+        for row in r["abandoned_rounds"]
+    ]
     found = shared_warnings(summary["gap"]["total"], clipped, unequal)
+    found += absence_warnings(abandoned, sum(r["rounds"] for r in results), first["protection"])
     found += first["notes"]
     if own_test_rows:
         found.append(
@@ -316,6 +329,8 @@ def _comparison_result(
         "label",
         "plan",
         "train",
+        "drop",
+        "dropout",
     )
     return {
         **{key: first[key] for key in kept},
@@ -331,6 +346,8 @@ def _comparison_result(
         "ciphertext_used": first["ciphertext_used"],
         "clipped_fraction": clipped,
         "unequal_rounds": unequal,
+        "absences": sum(r["absences"] for r in results),
+        "abandoned_rounds": abandoned,
         "warnings": found,
         "environment": environment(),
     }

@@ -4,6 +4,8 @@ Invariant: equal splits, seeds, initial model, local epochs and examples seen pe
 crosses between sites differs. Centralised and local-only arms keep their optimiser from round to
 round, as somebody training on one machine would; a site of a federation starts a fresh one.
 Local-only sites standardise with their own statistics, the others with the federated ones.
+Absences are of a federation: both federated arms have the same survivors in every round, and neither
+moves in one that was abandoned; centralised and local-only training goes on.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ import numpy as np
 
 from fedcore.aggregate.optimisers import ServerState, apply_update
 from fedcore.comparison.metrics import Scores
+from fedcore.comparison.seen import observe, watch_one
 from fedcore.data.rows import Rows
+from fedcore.errors import RoundAbandoned
 from fedcore.learn.flat import FlatModel
 from fedcore.learn.own import OwnModel
 from fedcore.learn.score import Scored, score
 from fedcore.learn.train import TrainReport
+from fedcore.loopback import Stopwatch, sites_of
 from fedcore.plan import RoundPlan
-from fedcore.simulation import Federation, RoundOutcome, SiteRows, Stopwatch
+from fedcore.simulation import Federation, RoundOutcome, SiteRows
 from fedcore.task import Task
 from fedcore.types import FloatVector, Json
 
@@ -194,39 +199,14 @@ def _restore_state(saved: Mapping[str, Any]) -> ServerState:
     return ServerState(saved["parameters"].numpy(), moments, dict(saved["scalars"]), saved["bound"])
 
 
-class FederatedFloat:
-    """The same federation with float averaging: no quantisation, no protection."""
-
-    name = "federated_float"
-
-    def __init__(self, bench: Bench, federation: Federation, state: ServerState) -> None:
-        self._bench, self._federation, self.state = bench, federation, state
-        self.budget = Budget()
-
-    def step(self, round_: int) -> Json:
-        plan, model = self._bench.plan, self.state.model
-        total, weight, reports = np.zeros(plan.coordinates), 0, []
-        for site in self._federation.sites:
-            update, report = self._federation.update_of(site, model, round_)
-            total += update.astype(np.float64) * len(site.train)
-            weight += len(site.train)
-            reports.append(report)
-        self.state = apply_update(self.state, total / weight, plan.parameters, plan.server)
-        return {"train_loss": self.budget.add(reports)}
-
-    def evaluate(self, round_: int) -> Evaluation:
-        return self._bench.evaluate_vector(self.state.model, round_)
-
-    def save(self) -> Any:
-        return _save_state(self.state)
-
-    def restore(self, saved: Any) -> None:
-        self.state = _restore_state(saved)
-
-
 class Federated:
     """The protected federation, and its twin: the model that the plain integer sum of the last round
-    leads to. unequal_rounds counts rounds whose opened sum was not the plain integer sum."""
+    leads to. unequal_rounds counts rounds whose opened sum was not the plain integer sum.
+
+    survivors: roster indices of the last round's sum, none if it was abandoned.
+    abandoned: {round, stage, left, exposed} of each round that was.
+    seen: what each party held of one site's update in the first round that can show it (`seen.py`).
+    """
 
     name = "federated"
 
@@ -234,44 +214,74 @@ class Federated:
         self._bench, self.federation = bench, federation
         self.state = self.twin = state
         self.budget = Budget()
-        self.clipped = self.rounds = self.unequal_rounds = 0
+        self.clipped = self.contributions = self.unequal_rounds = 0
         self.bytes_up = self.bytes_down = 0
+        self.survivors: tuple[int, ...] = ()
+        self.abandoned: list[Json] = []
+        self.seen: Json | None = None
         self.outcome: RoundOutcome | None = None
-        self._scored: tuple[ServerState, Evaluation] | None = None
+        self._scored: tuple[ServerState, int, Evaluation] | None = None
 
     @property
     def clipped_fraction(self) -> float:
-        """Coordinates beyond the range, over all rounds and sites."""
-        values = self.rounds * len(self._bench.sites) * self._bench.plan.coordinates
+        """Coordinates beyond the range, over all survivors of all rounds."""
+        values = self.contributions * self._bench.plan.coordinates
         return self.clipped / values if values else 0.0
 
     def step(self, round_: int) -> Json:
         before = dict(self.federation.watch.seconds)
-        bound = self.state.bound
-        outcome = self.federation.round(self.state, round_)
-        self.outcome = outcome
-        self.state, self.twin = outcome.state, outcome.twin
+        bound, plan = self.state.bound, self._bench.plan
+        absent = self.federation.absent(round_)
+        witness = None if self.seen else watch_one(plan.sites, absent)
+        try:
+            self.outcome = self.federation.round(self.state, round_, witness)
+        except RoundAbandoned as abandoned:
+            self.outcome = None
+            columns = self._abandon(round_, abandoned)
+        else:
+            columns = self._release(self.outcome)
+            if witness is not None:
+                self.seen = observe(witness, plan, self.federation.epoch.sealer, round_)
+        seconds = self.federation.watch.seconds
+        spent = {f"seconds_{stage}": seconds[stage] - before[stage] for stage in seconds}
+        return columns | {"range": bound} | spent
+
+    def _release(self, outcome: RoundOutcome) -> Json:
+        plan = self._bench.plan
+        self.state, self.twin, self.survivors = outcome.state, outcome.twin, outcome.survivors
         self.unequal_rounds += outcome.twin is not outcome.state
         self.clipped += outcome.clipped
-        self.rounds += 1
+        self.contributions += len(outcome.survivors)
         self.bytes_up, self.bytes_down = outcome.bytes_up, outcome.bytes_down
-        seconds = self.federation.watch.seconds
-        values = len(self._bench.sites) * self._bench.plan.coordinates
         return {
             "train_loss": self.budget.add(outcome.reports),
-            "survivors": [site.id for site in self._bench.sites],
-            "range": bound,
-            "clipped_fraction": outcome.clipped / values,
+            "survivors": sites_of(plan.sites, outcome.survivors),
+            "clipped_fraction": outcome.clipped / (len(outcome.survivors) * plan.coordinates),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,
-            **{f"seconds_{stage}": seconds[stage] - before[stage] for stage in seconds},
+        }
+
+    def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Json:
+        """The round's number is used up and nothing else changes, the budget included."""
+        stage, left, exposed = abandoned.stage, abandoned.left, abandoned.exposed
+        self.survivors = ()
+        self.abandoned.append({"round": round_, "stage": stage, "left": left, "exposed": exposed})
+        sites, needed = len(self._bench.plan.sites), abandoned.threshold
+        unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
+        return {
+            **dict.fromkeys(unmeasured),
+            "survivors": [],
+            "abandoned": f"at {stage}: {left} of {sites} sites stayed, {needed} needed",
+            **({"exposed": True} if exposed else {}),
         }
 
     def evaluate(self, round_: int) -> Evaluation:
-        if self._scored is None or self._scored[0] is not self.state:
+        # By round too: a task's own `evaluate` may draw, and a resumed run must draw the same.
+        if self._scored is None or self._scored[0] is not self.state or self._scored[1] != round_:
             with self.federation.watch("evaluate"):
-                self._scored = (self.state, self._bench.evaluate_vector(self.state.model, round_))
-        return self._scored[1]
+                found = self._bench.evaluate_vector(self.state.model, round_)
+            self._scored = (self.state, round_, found)
+        return self._scored[2]
 
     def evaluate_twin(self, round_: int) -> Evaluation:
         """Scores of the plain-integer twin: `evaluate`'s own object only if the sums were identical."""
@@ -283,8 +293,10 @@ class Federated:
         return {
             "state": _save_state(self.state),
             "twin": None if self.twin is self.state else _save_state(self.twin),
-            "counts": (self.clipped, self.rounds, self.unequal_rounds),
+            "counts": (self.clipped, self.contributions, self.unequal_rounds),
             "bytes": (self.bytes_up, self.bytes_down),
+            "abandoned": self.abandoned,
+            "seen": self.seen,
             "seconds": dict(self.federation.watch.seconds),
         }
 
@@ -292,6 +304,45 @@ class Federated:
         self.state = self.twin = _restore_state(saved["state"])
         if saved["twin"] is not None:
             self.twin = _restore_state(saved["twin"])
-        self.clipped, self.rounds, self.unequal_rounds = saved["counts"]
+        self.clipped, self.contributions, self.unequal_rounds = saved["counts"]
         self.bytes_up, self.bytes_down = saved["bytes"]
+        self.seen = saved["seen"]
+        self.abandoned = list(saved["abandoned"])
         self.federation.watch.seconds.update(saved["seconds"])
+
+
+class FederatedFloat:
+    """The same federation with float averaging: no quantisation, no protection.
+
+    beside: the protected federation, whose survivors of each round it averages; it steps first.
+    """
+
+    name = "federated_float"
+
+    def __init__(
+        self, bench: Bench, federation: Federation, state: ServerState, beside: Federated
+    ) -> None:
+        self._bench, self._federation, self._beside = bench, federation, beside
+        self.state, self.budget = state, Budget()
+
+    def step(self, round_: int) -> Json:
+        plan, model = self._bench.plan, self.state.model
+        total, weight, reports = np.zeros(plan.coordinates), 0, []
+        for index in self._beside.survivors:
+            site = self._federation.sites[index]
+            update, report = self._federation.update_of(site, model, round_)
+            total += update.astype(np.float64) * len(site.train)
+            weight += len(site.train)
+            reports.append(report)
+        if weight:
+            self.state = apply_update(self.state, total / weight, plan.parameters, plan.server)
+        return {"train_loss": self.budget.add(reports)}
+
+    def evaluate(self, round_: int) -> Evaluation:
+        return self._bench.evaluate_vector(self.state.model, round_)
+
+    def save(self) -> Any:
+        return _save_state(self.state)
+
+    def restore(self, saved: Any) -> None:
+        self.state = _restore_state(saved)

@@ -39,24 +39,28 @@ from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statist
 from fedcore.encode.limbs import limb_count
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import Abandoned, BadInput, RoundAbandoned, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
-from fedcore.label import label_of
+from fedcore.label import label_of, label_warnings
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thread
 from fedcore.learn.saved import model_digest, save_model
 from fedcore.learn.score import probe
 from fedcore.learn.train import predict, task_code
-from fedcore.plan import RoundPlan, canonical, refuse_small_roster, solve_packing
+from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
+from fedcore.plan import (
+    ENCRYPTS,
+    MASKS,
+    RoundPlan,
+    canonical,
+    check_threshold,
+    refuse_roster,
+    solve_packing,
+)
+from fedcore.protocol.absences import parse_absence
 from fedcore.report.sentences import metric_name
 from fedcore.run import append_row, read_rounds
-from fedcore.simulation import (
-    Federation,
-    KeyEpoch,
-    SiteRows,
-    Stopwatch,
-    federated_statistics,
-)
+from fedcore.simulation import Federation, Leaving, SiteRows, federated_statistics
 from fedcore.task import Task, load_task
 from fedcore.types import ARMS, Json, SiteId
 
@@ -150,6 +154,7 @@ class Prepared:
     layout: Layout | None
     watch: Stopwatch
     loaded: Loaded
+    leaving: Leaving
 
     @property
     def label(self) -> str:
@@ -217,10 +222,13 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     """Load and split the sites, build the model, solve the plan, run the federated statistics."""
     sources = resolve_sites(task, job)
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
-    refuse_small_roster(len(sources), job.protect.protection)
+    refuse_roster(len(sources), job.protect.protection)
     limits = (job.protect.bits, job.protect.max_sites or len(sources), job.protect.protection)
     solve_packing(*limits)  # refused before any site is loaded
-    if job.protect.protection != "plain":
+    if job.protect.threshold is not None:
+        check_threshold(job.protect.threshold, len(sources))
+    leaving = _leaving(job, list(sources))
+    if job.protect.protection in ENCRYPTS:
         from fedcore.protect.bfv import load_seal
 
         load_seal()
@@ -246,8 +254,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         buffer_coordinates=flat.buffer_coordinates, max_examples=max_examples,
         rounds=job.round.rounds, train=job.train_plan, server=job.server_plan,
         range=job.range_plan, metric_sums=transport.wides, inputs=_inputs_digest(sites[0].train),
+        threshold=job.protect.threshold or 0,
     )  # fmt: skip
-    epoch = KeyEpoch(uuid.uuid4().hex, plan.protection, packing, plan.digest)
+    epoch = KeyEpoch(uuid.uuid4().hex, plan)
     prepared = Prepared(
         job=job,
         task=task,
@@ -261,11 +270,18 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         layout=None,
         watch=Stopwatch(),
         loaded=loaded,
+        leaving=leaving,
     )
     if sites[0].train.features is not None:
         say("federated statistics")
         _standardise_all(prepared)
     return prepared
+
+
+def _leaving(job: Job, sites: Sequence[SiteId]) -> Leaving:
+    """The job's absences, against its sites and rounds. Raises BadInput and UnknownName."""
+    named = tuple(parse_absence(text, sites, job.round.rounds) for text in job.round.drop)
+    return Leaving(named, job.round.dropout, job.run.seed)
 
 
 def _load_sites(
@@ -392,6 +408,7 @@ class Experiment:
             seed=job.run.seed,
             metric_sums=self._metric_sums,
             statistics=canonical(prepared.statistics.to_json()) if prepared.statistics else b"",
+            leaving=prepared.leaving,
             watch=prepared.watch,
         )
         # The float arm must not add its training seconds to the protected arm's.
@@ -401,7 +418,7 @@ class Experiment:
         makers: dict[str, Callable[[], Arm]] = {
             "centralised": lambda: Centralised(bench, pool([s.train for s in prepared.sites])),
             "local_only": lambda: LocalOnly(bench, prepared.local_sites),
-            "federated_float": lambda: FederatedFloat(bench, floating, state),
+            "federated_float": lambda: FederatedFloat(bench, floating, state, self.federated),
             "federated": lambda: self.federated,
         }
         wanted = [arm for arm in ARMS if arm in job.track.arms or arm == "federated"]
@@ -426,7 +443,8 @@ class Experiment:
         if self.round == 0:
             self.calibrate()
         # The federated arm steps first, so that what is wrong with a site's update is said of it and
-        # not of an arm beside it; the rows still come in the order of ARMS.
+        # not of an arm beside it, and its survivors are known to the float arm; the rows still come
+        # in the order of ARMS.
         order = sorted(self.arms, key=lambda name: name != "federated")
         while self.round < self.prepared.plan.rounds and self.stopped is None:
             current = self.round + 1
@@ -441,9 +459,9 @@ class Experiment:
         evaluation = arm.evaluate(round_)
         row: Json = {"arm": name, "round": round_, **self.values(evaluation)}
         row |= {"loss": evaluation.loss(), **columns}
-        if name == "federated" and self.federated.outcome is not None:
-            sums = self.federated.outcome.metric_sums
-            before = self.prepared.transport.finish(sums, len(self.prepared.sites))
+        outcome = self.federated.outcome
+        if name == "federated" and outcome is not None:
+            before = self.prepared.transport.finish(outcome.metric_sums, len(outcome.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return row | {"peak_memory_mb": peak_memory_mb()}
@@ -457,6 +475,24 @@ class Experiment:
         if transport.own:
             return {name: _own_value(evaluation.parts, name) for name in transport.own}
         return dict.fromkeys(self.prepared.task.metrics)  # no site has a test row
+
+    def absences(self) -> int:
+        """How often a site left a round before its end, the metrics-only round included."""
+        rounds = [*range(1, self.round + 1), self.prepared.plan.rounds + 1]
+        return sum(len(self.federation.absent(round_)) for round_ in rounds)
+
+    def require_a_release(self) -> None:
+        """Raise Abandoned for a run of which no round was released: its model never learnt anything."""
+        plan, abandoned = self.prepared.plan, self.federated.abandoned
+        if len(abandoned) < self.round:
+            return
+        sites = len(plan.sites)
+        lower = f", or a smaller --threshold ({sites // 2 + 1} or more)"
+        raise Abandoned(
+            f"run: found all {self.round} rounds abandoned, expected at least one with {plan.threshold} "
+            f"of {sites} sites at every stage",
+            remedy=f"fewer absences (--drop, --dropout){lower if plan.threshold > sites // 2 + 1 else ''}",
+        )
 
     def save(self) -> Any:
         """All that a resumed run needs."""
@@ -511,9 +547,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
             name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()
         }
         twin = federated.evaluate_twin(experiment.round)
-        with_metrics = experiment.federation.final_metrics(federated.state, experiment.round + 1)
-    protected = prepared.transport.finish(with_metrics, len(prepared.sites))
-    bounds = prepared.transport.bounds(with_metrics)
+        protected = _protected_metrics(experiment)
     arms: Json = {}
     for name, arm in experiment.arms.items():
         arms[name] = experiment.values(evaluations[name]) | {
@@ -549,9 +583,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         "site_mean": _site_means(per_site, evaluations),
         "gap": _gaps(experiment, evaluations, twin),
         "per_site": per_site,
-        "protected_metrics": protected,
-        "protected_metrics_bound": bounds,
-        "protected_clipped": prepared.transport.clipped(with_metrics),
+        **protected,
         "lower_is_better": lower_is_better(prepared.task),
         "bytes_up_per_site_round": federated.bytes_up,
         "bytes_down_per_site_round": federated.bytes_down,
@@ -563,6 +595,11 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         "peak_memory_mb": peak_memory_mb(),
         "clipped_fraction": federated.clipped_fraction,
         "unequal_rounds": federated.unequal_rounds,
+        "drop": list(job.round.drop),
+        "dropout": job.round.dropout,
+        "absences": experiment.absences(),
+        "abandoned_rounds": federated.abandoned,
+        "seen": federated.seen,
         "label": prepared.label,
         "plan": prepared.plan_json(),
         "train": asdict(plan.train),
@@ -573,6 +610,27 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
     result["notes"] = _notes(prepared, result)
     result["warnings"] = _warnings(result)
     return result
+
+
+def _protected_metrics(experiment: Experiment) -> Json:
+    """The metrics-only round: what the sites learn of the final model, null if it was abandoned."""
+    transport = experiment.prepared.transport
+    try:
+        total = experiment.federation.final_metrics(experiment.federated.state)
+    except RoundAbandoned:
+        return {
+            "protected_metrics": None,
+            "protected_metrics_bound": None,
+            "protected_clipped": None,
+            "protected_metrics_sites": [],
+        }
+    sums = total.opened.wides
+    return {
+        "protected_metrics": transport.finish(sums, len(total.survivors)),
+        "protected_metrics_bound": transport.bounds(sums),
+        "protected_clipped": transport.clipped(sums),
+        "protected_metrics_sites": sites_of(experiment.prepared.plan.sites, total.survivors),
+    }
 
 
 def _per_site(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> Json:
@@ -683,12 +741,50 @@ def _warnings(result: Json) -> list[str]:
         "`fedcore compare` repeats the run over seeds and folds."
     )
     gaps, clipped = result["gap"]["total"], result["clipped_fraction"]
-    return [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"]), *result["notes"]]
+    found = [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"])]
+    found += absence_warnings(result["abandoned_rounds"], result["rounds"], result["protection"])
+    if result["protected_metrics"] is None:
+        found.append(
+            "The metrics-only round was abandoned: the sites do not know the final model's metrics. "
+            "The scores here are the simulation's own."
+        )
+    return [*found, *result["notes"]]
+
+
+def absence_warnings(abandoned: Sequence[Json], rounds: int, protection: str) -> list[str]:
+    """What abandoned rounds cost, and what they may have shown (PROTOCOL D).
+
+    abandoned: {round, stage, left, exposed} of each; rounds: all that were run.
+    """
+    found = []
+    if abandoned:
+        verb = "was" if len(abandoned) == 1 else "were"
+        places = _listed(abandoned, lambda row: f"{row['round']} at {row['stage']}")
+        found.append(
+            f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
+            "the model did not change in them."
+        )
+    exposed = [row for row in abandoned if row["exposed"]]
+    if exposed and protection in MASKS:
+        verb = "was" if len(exposed) == 1 else "were"
+        found.append(
+            f"When {_listed(exposed, lambda row: str(row['round']))} {verb} abandoned, a site had already "
+            "answered `unmask`: the coordinator may hold that sum and take its difference from the next "
+            "one. The next round started from fresh randomness, so no update is in both."
+        )
+    return found
+
+
+def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int = 5) -> str:
+    """`round 3`, `rounds 3, 7, ...`: the first few, each once."""
+    names = list(dict.fromkeys(map(name, abandoned)))
+    more = ", ..." if len(names) > shown else ""
+    return f"round{'s' if len(names) > 1 else ''} {', '.join(names[:shown])}{more}"
 
 
 def _notes(prepared: Prepared, result: Json) -> list[str]:
-    """What the sites' rows give reason to say; the same for one run and for many splits of them."""
-    found = []
+    """What the plan and the sites' rows give reason to say; the same for one run and many splits."""
+    found = label_warnings(prepared.plan)
     if "auc" in prepared.task.metrics:
         single = [name for name, e in result["per_site"].items() if len(e["class_counts"]) == 1]
         found += _of_sites(single, "rows of one class only, so no AUC of {} own")
@@ -700,7 +796,7 @@ def _notes(prepared: Prepared, result: Json) -> list[str]:
         for name, count in zip(prepared.statistics.names, prepared.statistics.clipped, strict=True):
             if count:
                 found.append(f"{count} values of {name} lie outside its public range.")
-    for metric, count in result["protected_clipped"].items():
+    for metric, count in (result["protected_clipped"] or {}).items():
         if count:
             found.append(
                 f"{count} rows' errors were clipped in the protected sums of {metric_name(metric)}, so "
@@ -749,6 +845,10 @@ class RunWriter:
         """The state after a whole round, replacing the one before."""
         write_atomic(self.directory / "checkpoint.pt", checkpoint.to_bytes(experiment.save()))
 
+    def forget(self) -> None:
+        """There is nothing to go on from: the rows stay, the checkpoint goes."""
+        (self.directory / "checkpoint.pt").unlink(missing_ok=True)
+
     def resume(self, experiment: Experiment) -> None:
         """Back to the last checkpoint: state restored, rows after it dropped."""
         path = self.directory / "checkpoint.pt"
@@ -794,6 +894,12 @@ def run_experiment(
                 experiment.stopped = f"on_round returned STOP in round {row['round']}"
             if row["arm"] == last and writer is not None:
                 writer.checkpoint(experiment)
+    try:
+        experiment.require_a_release()
+    except Abandoned:
+        if writer is not None:
+            writer.forget()
+        raise
     result = build_result(experiment, started, time.perf_counter() - clock)
     return experiment, result
 

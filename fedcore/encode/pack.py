@@ -154,18 +154,24 @@ class Layout:
         return Opened(coordinates, wides)
 
     def _unpack_fields(self, total: Slots, contributors: int) -> Fields:
+        low = total[:: self.packing.slots_per_block] & np.uint64(
+            (1 << self.packing.field_width) - 1
+        )
+        if not (low == contributors * ((1 << self.packing.bits) - 1)).all():
+            raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
+        return self.fields_of(total)
+
+    def fields_of(self, slots: Slots) -> Fields:
+        """The (data_fields,) fields, each below 2^w, of (S,) slots of any kind; nothing is checked."""
         width, size = self.packing.field_width, self.packing.slots_per_block
         mask = np.uint64((1 << width) - 1)
-        rows = total.reshape(self.blocks, size)
-        if not (rows[:, 0] & mask == contributors * ((1 << self.packing.bits) - 1)).all():
-            raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
         data = np.empty(self.data_fields, dtype=np.uint64)
-        first = (rows[:, 1:] & mask).reshape(-1)
+        first = (slots.reshape(self.blocks, size)[:, 1:] & mask).reshape(-1)
         taken = min(self.data_fields, len(first) - self.tag_slots)
         data[:taken] = first[:taken]
         for row in range(1, self.packing.fields_per_slot):
             length = min(self.data_fields - taken, self.tagged_slots)
-            part = total[:length] >> np.uint64(row * width)
+            part = slots[:length] >> np.uint64(row * width)
             data[taken : taken + length] = part & mask
             taken += length
         return data

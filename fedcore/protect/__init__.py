@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import numpy as np
+
+from fedcore.errors import BadInput
 from fedcore.types import Slots
 
 
@@ -37,3 +40,24 @@ class Fold(Protocol):
     def total(self) -> Iterator[bytes]:
         """The chunks of the sum, in order."""
         ...
+
+
+class UnmaskableFold(Fold, Protocol):
+    """A fold whose running sum still carries masks (`masked`, `layered`)."""
+
+    def remove(self, mask: Slots) -> None:
+        """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end.
+
+        Raises BadInput for another shape and a second time, ChunkRefused while a chunk is missing.
+        """
+        ...
+
+
+def check_removal(mask: Slots, slots: int, *, removed: bool) -> None:
+    """Raise BadInput unless `mask` is one (slots,) uint64 vector and no mask was removed before."""
+    if mask.shape != (slots,) or mask.dtype != np.uint64:
+        raise BadInput(
+            f"masks: found {mask.dtype} of shape {mask.shape}, expected uint64 of shape ({slots},)"
+        )
+    if removed:
+        raise BadInput("masks: found a second removal, expected one: they are off this sum already")

@@ -7,11 +7,13 @@ BFV: Fan & Vercauteren 2012 (ePrint 2012/144), section 4; seeded ciphertexts: SE
 
 SEAL reads and writes file paths only, and always compresses what it writes with zstd. Here words leave
 those streams and travel packed to the modulus' own bits: 54-bit words, four of them in 27 bytes.
-Secrets and public parameters are two types; only `PublicContext` has a byte form.
+Secrets and public parameters are two types. `PublicContext` is for everybody; the byte form of a
+`SecretContext` is the payload of a key epoch, which only ever travels sealed from site to site.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -25,10 +27,11 @@ from typing import Any
 import numpy as np
 
 from fedcore.encode.bitpack import Words, pack_words, packed_size, unpack_words
-from fedcore.errors import BadInput, ChunkRefused, PlanRefused, Unavailable
+from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.plan import RINGS, SEAL_PLAIN_MODULUS_BITS, Packing, Ring
+from fedcore.protect import check_removal
 from fedcore.protect.secret import Secret
-from fedcore.protect.sumtag import GroupSecret
+from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.types import Json, Slots
 
 BLOCKS_PER_CHUNK = 64
@@ -58,8 +61,8 @@ def load_seal() -> Any:
     except Exception as error:  # a broken wheel raises ImportError, OSError or worse
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # loaders write several lines
         raise Unavailable(
-            f"protection 'encrypted': tenseal cannot be used here ({reason})",
-            remedy="install tenseal 0.3.16 or newer; `--protection plain` runs without it",
+            f"protections 'encrypted' and 'layered': tenseal cannot be used here ({reason})",
+            remedy="install tenseal 0.3.16 or newer; `--protection masked` and `plain` run without it",
         ) from error
     return sealapi
 
@@ -208,16 +211,69 @@ class PublicContext:
 class SecretContext(Secret):
     """The sites' secrets of one key epoch: the BFV secret key and the group secret G.
 
-    Prints redacted, cannot be pickled or compared, and has no byte form here.
+    Made here by one site, and from its payload at the others. Prints redacted, cannot be pickled or
+    compared.
     """
 
-    def __init__(self, public: PublicContext) -> None:
+    def __init__(
+        self, public: PublicContext, key: Any = None, group: GroupSecret | None = None
+    ) -> None:
         # Both draws are the operating system's: SEAL's default generator is seeded from it (Z).
         self.public = public
-        self.group = GroupSecret()
-        key = public.api.KeyGenerator(public.seal).secret_key()
-        self.encryptor = public.api.Encryptor(public.seal, key)
-        self.decryptor = public.api.Decryptor(public.seal, key)
+        self.group = GroupSecret() if group is None else group
+        if key is None:
+            key = public.api.KeyGenerator(public.seal).secret_key()
+        self._key = key
+        self.encryptor = public.api.Encryptor(public.seal, self._key)
+        self.decryptor = public.api.Decryptor(public.seal, self._key)
+
+    def to_payload(self) -> bytes:
+        """The N words of the key as SEAL keeps them, then G: 8 N + 32 bytes (PROTOCOL E)."""
+        with contextlib.closing(Courier()) as courier:
+            body = courier.take(self._key)
+        prefix = _key_prefix(self.public)
+        if body[: len(prefix)] != prefix:
+            raise Unavailable(
+                "tenseal: its SEAL writes keys in a layout unknown here",
+                remedy="install the tenseal that constraints.txt pins",
+            )
+        return body[len(prefix) :] + self.group.to_bytes()
+
+    @classmethod
+    def from_payload(
+        cls, public: PublicContext, payload: bytes, *, sender: str = "this site"
+    ) -> SecretContext:
+        """The inverse of `to_payload`, under the same parameters.
+
+        Raises EnvelopeRefused on another length or a word that is no coefficient, before any of it
+        reaches SEAL. sender: who is at fault then; a site that reads its own journal leaves it out.
+        """
+        size = 8 * public.ring.degree
+        if len(payload) != size + GROUP_SECRET_BYTES:
+            raise EnvelopeRefused(
+                "key epoch", found=f"{len(payload)} bytes", expected=size + GROUP_SECRET_BYTES,
+                fault=sender,
+            )  # fmt: skip
+        words = np.frombuffer(payload, "<u8", public.ring.degree)
+        if (words >= public.ring.modulus).any() or not words.any():
+            raise EnvelopeRefused(
+                "key epoch", found="words that are no key of this ring", expected="a secret key",
+                fault=sender,
+            )  # fmt: skip
+        group = GroupSecret.from_bytes(payload[size:], sender=sender)
+        with contextlib.closing(Courier()) as courier:
+            key = courier.give(
+                public.api.SecretKey(), public.seal, _key_prefix(public) + payload[:size]
+            )
+        return cls(public, key, group)
+
+
+def _key_prefix(public: PublicContext) -> bytes:
+    """What SEAL writes before the N words of a secret key: a plaintext in transformed form."""
+    degree = public.ring.degree
+    level = struct.pack("<4Q", *public.seal.key_parms_id())
+    sizes = struct.pack("<Qd", degree, 1.0)
+    return level + sizes + _seal_header(24 + 8 * degree) + struct.pack("<Q", degree)
 
 
 @dataclass(frozen=True)
@@ -295,7 +351,10 @@ def _counts(blocks: int) -> Iterator[tuple[int, int]]:
 
 
 class EncryptedSealer:
-    """A site's end of `encrypted`: fresh seeded ciphertexts up, decrypted sums down."""
+    """A site's end of `encrypted` and `layered`: fresh seeded ciphertexts up, decrypted sums down.
+
+    Under `layered` the slots it is given carry masks already, and any residue may be among them.
+    """
 
     def __init__(self, secret: SecretContext, courier: Courier | None = None) -> None:
         self._secret, self._public = secret, secret.public
@@ -309,21 +368,11 @@ class EncryptedSealer:
             seeds = []
             for row in range(count):
                 start = (first + row) * degree
-                plain = self._set_plain(slots[start : start + degree])
+                plain = _plaintext(self._courier, self._public, slots[start : start + degree])
                 body = self._courier.take(self._secret.encryptor.encrypt_symmetric(plain))
                 words[row] = _words_of(self._public, _SEEDED, body)
                 seeds.append(body[-_SEED_BYTES:])
             yield _write_chunk(self._public, _SEEDED, first, seeds, words.reshape(-1))
-
-    def _set_plain(self, coefficients: Slots) -> Any:
-        """A SEAL plaintext from its uncompressed stream: thirty times faster than setting them singly."""
-        count = len(coefficients)
-        body = struct.pack("<4QQd", 0, 0, 0, 0, count, 1.0)
-        body += _seal_header(24 + 8 * count) + struct.pack("<Q", count)
-        plain = self._public.api.Plaintext()
-        return self._courier.give(
-            plain, self._public.seal, body + coefficients.astype("<u8").tobytes()
-        )
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
         """Decrypt the chunks of a folded sum to (slots,) uint64.
@@ -357,6 +406,18 @@ class EncryptedSealer:
             out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
 
 
+def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> Any:
+    """A SEAL plaintext from its uncompressed stream: thirty times faster than setting them singly.
+
+    coefficients: (N,) uint64, each below 2^slot_bits.
+    """
+    count = len(coefficients)
+    body = struct.pack("<4QQd", 0, 0, 0, 0, count, 1.0)
+    body += _seal_header(24 + 8 * count) + struct.pack("<Q", count)
+    tail = coefficients.astype("<u8").tobytes()
+    return courier.give(public.api.Plaintext(), public.seal, body + tail)
+
+
 def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
     """The words of a ciphertext SEAL has just written, from the place where its layout has them.
 
@@ -369,7 +430,7 @@ def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
     )
     if body[sizes] != expected[sizes] or body[count] != expected[count]:
         raise Unavailable(
-            "protection 'encrypted': tenseal's SEAL writes ciphertexts in a layout unknown here",
+            "tenseal: its SEAL writes ciphertexts in a layout unknown here",
             remedy="install the tenseal that constraints.txt pins",
         )
     return np.frombuffer(body, "<u8", kind * public.ring.degree, _CIPHERTEXT_WORDS_AT)
@@ -384,7 +445,7 @@ def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> An
 
 
 class EncryptedFold:
-    """The coordinator's end of `encrypted`: one running sum of ciphertexts, added chunk by chunk.
+    """The coordinator's end of `encrypted` and `layered`: one running sum of ciphertexts.
 
     Memory is one sum of `slots` slots, however many sites are added. It holds public parameters only.
     """
@@ -395,9 +456,12 @@ class EncryptedFold:
         self._blocks = _blocks(public.ring, slots)
         self._evaluator = public.api.Evaluator(public.seal)
         self._total: list[Any] = [None] * self._blocks
+        self._removed = False
 
     def add(self, index: int, chunk: bytes) -> None:
         """Add chunk `index` of one site's vector. Raises ChunkRefused before anything is added."""
+        if self._removed:
+            raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
         first = index * BLOCKS_PER_CHUNK
         count = min(BLOCKS_PER_CHUNK, self._blocks - first)
         if index < 0 or count <= 0:
@@ -416,16 +480,34 @@ class EncryptedFold:
         tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
         return _load(self._courier, self._public, _SEEDED, tail)
 
+    def remove(self, mask: Slots) -> None:
+        """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end.
+
+        One plaintext subtraction a ciphertext, whose rounding `plan.py` counts in the headroom. Raises
+        BadInput for another shape and a second time, ChunkRefused while a ciphertext is missing.
+        """
+        degree = self._public.ring.degree
+        check_removal(mask, self._blocks * degree, removed=self._removed)
+        self._refuse_gaps()
+        self._removed = True
+        residues = (mask & np.uint64((1 << self._public.slot_bits) - 1)).reshape(-1, degree)
+        for ciphertext, row in zip(self._total, residues, strict=True):
+            plain = _plaintext(self._courier, self._public, row)
+            self._evaluator.sub_plain_inplace(ciphertext, plain)
+
+    def _refuse_gaps(self) -> None:
+        for place, ciphertext in enumerate(self._total):
+            if ciphertext is None:
+                raise ChunkRefused(f"sum: ciphertext {place} was never added")
+
     def total(self) -> Iterator[bytes]:
         """The chunks of the sum. Raises ChunkRefused if some ciphertext was never added."""
+        self._refuse_gaps()
         degree = self._public.ring.degree
         for first, count in _counts(self._blocks):
             words = np.empty((count, 2 * degree), dtype=np.uint64)
             for row in range(count):
-                ciphertext = self._total[first + row]
-                if ciphertext is None:
-                    raise ChunkRefused(f"sum: ciphertext {first + row} was never added")
-                body = self._courier.take(ciphertext)
+                body = self._courier.take(self._total[first + row])
                 words[row] = _words_of(self._public, _FULL, body)
             yield _write_chunk(self._public, _FULL, first, [], words.reshape(-1))
 

@@ -17,3 +17,19 @@ class Secret:
 
     def __reduce__(self) -> str:
         raise TypeError(f"a {type(self).__name__} is never pickled")
+
+
+class SecretBytes(Secret):
+    """Key material on its way between two of its holders inside one process, or to its own journal.
+
+    `reveal` is the only way in; only `protocol/encoding.py` writes it, into journal records.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+
+    def reveal(self) -> bytes:
+        """The bytes themselves."""
+        return self._value

@@ -7,11 +7,12 @@ repeats or alters a vector, is found out except with probability 1/p: a linear u
 one-time pad per site and round (Wegman & Carter 1981). It does not bind a site that lies.
 
 r and the pads come from HKDF-SHA256 over G with salt h (the round header's digest) and the site's own
-state tag, so another round, stage, roster, plan or model has unrelated keys.
+state tag, so another round, purpose, roster, plan or model has unrelated keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 from collections.abc import Sequence
@@ -22,13 +23,15 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedcore.errors import TagRefused
+from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.plan import RoundHeader
 from fedcore.protect.secret import Secret
 from fedcore.types import SiteId, Slots
 
 PRIME = (1 << 61) - 1
 """A Mersenne prime above every slot (at most 60 bits)."""
+
+GROUP_SECRET_BYTES = 32
 
 _BLOCK = 1 << 16
 """Slots per pass: 20-bit by 21-bit products, 2^16 of them, stay below 2^64."""
@@ -37,12 +40,32 @@ _LOW_20, _LOW_21 = np.uint64((1 << 20) - 1), np.uint64((1 << 21) - 1)
 
 
 class GroupSecret(Secret):
-    """G: 32 random bytes the sites share and the coordinator never has. Prints redacted."""
+    """G: 32 random bytes the sites share and the coordinator never has. Prints redacted.
+
+    Its byte form goes into the sealed envelopes of a key epoch and the sites' own journals only.
+    """
 
     __slots__ = ("_key",)
 
     def __init__(self, key: bytes | None = None) -> None:
-        self._key = os.urandom(32) if key is None else key
+        self._key = os.urandom(GROUP_SECRET_BYTES) if key is None else key
+
+    def to_bytes(self) -> bytes:
+        """The payload of a key epoch under `masked`; the end of it under `encrypted` and `layered`."""
+        return self._key
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, *, sender: str = "this site") -> GroupSecret:
+        """The inverse of `to_bytes`. Raises EnvelopeRefused on another length.
+
+        sender: who is at fault then; a site that reads its own journal leaves it out.
+        """
+        if len(payload) != GROUP_SECRET_BYTES:
+            raise EnvelopeRefused(
+                "group secret", found=f"{len(payload)} bytes", expected=GROUP_SECRET_BYTES,
+                fault=sender,
+            )  # fmt: skip
+        return cls(payload)
 
     def derive(self, salt: bytes, info: bytes, length: int) -> bytes:
         """HKDF-SHA256(G, salt, info): `length` bytes (RFC 5869)."""
@@ -51,6 +74,14 @@ class GroupSecret(Secret):
     def authenticate(self, label: bytes, message: bytes) -> bytes:
         """HMAC-SHA256 under a key derived for `label`: 32 bytes."""
         return hmac.digest(self.derive(b"", b"hmac " + label, 32), message, "sha256")
+
+
+def key_id(payload: bytes) -> bytes:
+    """What names a key epoch's payload and says nothing about it: SHA-256, 32 bytes (PROTOCOL E).
+
+    Safe to show to everybody, since the payload ends in 32 random bytes.
+    """
+    return hashlib.sha256(b"key id" + payload).digest()
 
 
 def state_tag(group: GroupSecret, job: str, round_: int, state: bytes) -> bytes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from fedcore.report import seen, tables
 from fedcore.report import sentences as say
-from fedcore.report import tables
 from fedcore.report.sentences import Json
 from fedcore.report.tables import Cell, Table
 
@@ -50,7 +50,7 @@ def render(result: Json) -> str:
     found = [*tables.arms([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
-    found += [*tables.cost([result]), *tables.budgets([result])]
+    found += [*seen.table(result), *tables.cost([result]), *tables.budgets([result])]
     for table in found:
         lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
         if table.note:

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 from fedcore.errors import BadInput
 from fedcore.report import plots, tables
+from fedcore.report import seen as what_was_seen
 from fedcore.report import sentences as say
 from fedcore.report.plots import Run
 from fedcore.report.sentences import Json
@@ -73,6 +74,7 @@ def render(runs: Sequence[Run]) -> str:
         site_heading="Each site, alone and together"
         if any(say.ran(result, "local_only") for result in results)
         else "Each site",
+        seen=_seen_by_parties(names, results),
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
         details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
@@ -128,6 +130,18 @@ def _seen(result: Json) -> list[str]:
     return [line if line.endswith(".") else f"{line}." for line in lines] or [
         "Not stated in this result."
     ]
+
+
+def _seen_by_parties(
+    names: list[str], results: list[Json]
+) -> list[tuple[str, what_was_seen.Section]]:
+    """One section for each protection: of several runs under the same one, the first speaks."""
+    found: dict[str, tuple[str, what_was_seen.Section]] = {}
+    for name, result in zip(names, results, strict=True):
+        section = what_was_seen.section(result)
+        if section is not None:
+            found.setdefault(result["seen"]["protection"], (name, section))
+    return list(found.values())
 
 
 def _plots(runs: Sequence[Run]) -> list[dict[str, Any]]:

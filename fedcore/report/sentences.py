@@ -560,6 +560,10 @@ def setting(result: Mapping[str, Any]) -> list[str]:
         facts.append(plain(model["summary"]))
     if result.get("stopped"):
         facts.append(f"stopped: {plain(result['stopped'])}")
+    if result.get("absences"):
+        facts.append(plural(int(result["absences"]), "absence"))
+    if abandoned := len(result.get("abandoned_rounds") or []):
+        facts.append(f"{plural(abandoned, 'round')} abandoned")
     return facts
 
 
@@ -599,6 +603,9 @@ def choices(result: Mapping[str, Any], *, seeds: bool = True) -> dict[str, str]:
         "task": f"task {plain(result.get('task'))}",
         "protection": plain(result.get("protection") or DASH),
         "rounds": plural(int(result.get("rounds") or 0), "round"),
+        **({"threshold": f"threshold {plan['threshold']}"} if plan.get("threshold") else {}),
+        **({"drop": f"drop {listed(map(plain, result['drop']))}"} if result.get("drop") else {}),
+        **({"dropout": f"dropout {result['dropout']}"} if result.get("dropout") else {}),
         "bits": f"{plan.get('bits')} bits",
         "range": f"range {plain(rule.get('start') or 'estimated')}"
         + (", adaptive" if rule.get("adaptive") else ""),
@@ -736,7 +743,10 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
     protection = result.get("protection")
     if protection == "plain":
         text += "; their sum was not protected (simulation only)"
-    elif protection == "encrypted":
+    elif protection == "masked":
+        text += f", and summed under {_MASKS}"
+    elif protection in ("encrypted", "layered"):
+        text += f", put under {_MASKS}" if protection == "layered" else ""
         text += ", and summed under BFV homomorphic encryption"
         if plan.get("degree"):
             primes = _primes(plan.get("coeff_modulus"))
@@ -753,6 +763,7 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
         text += (
             f" That a sum{most} cannot overflow was proved from the plan before the first round."
         )
+    text += _methods_absences(result)
     clipped = number(result.get("clipped_fraction"))
     if clipped is not None:
         text += (
@@ -760,6 +771,28 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
             if clipped
             else " No coordinate exceeded the range."
         )
+    return text
+
+
+_MASKS = "pairwise and self masks agreed anew in every round (X25519 with ML-KEM-768; after Bonawitz et al. 2017)"
+
+
+def _methods_absences(result: Mapping[str, Any]) -> str:
+    """The threshold, and what was simulated of sites that leave; both only where they matter."""
+    threshold, absences = (result.get("plan") or {}).get("threshold"), result.get("absences")
+    text = ""
+    if threshold and (absences or result.get("protection") != "plain"):
+        sites = plural(len(result.get("sites") or []), "site")
+        text += f" A round needed {threshold} of {sites} at every stage."
+    if absences:
+        abandoned = len(result.get("abandoned_rounds") or [])
+        text += f" Absences were simulated: {plural(int(absences), 'time')} a site left a round"
+        text += (
+            f", and {plural(abandoned, 'round')} in which too few stayed changed nothing"
+            if abandoned
+            else ""
+        )
+        text += "."
     return text
 
 

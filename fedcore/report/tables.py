@@ -274,13 +274,22 @@ def protected(results: Sequence[Json]) -> list[Table]:
         rows.append((_name(say.metric_name(metric)), *cells))
     head = ("metric", *(["exact", "from the sum"] if len(results) == 1 else say.run_tags(results)))
     note = "Of the federated model. Outside a simulation only the protected sum is known."
+    if any(_some_left(result) for result in results):
+        note += " The sum is of the sites that stayed, the exact value of all."
     return [Table("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
 
 
+def _some_left(result: Json) -> bool:
+    """Whether the metrics-only round is of fewer sites than the run."""
+    everyone = result.get("sites") or []
+    return len(result.get("protected_metrics_sites") or everyone) < len(everyone)
+
+
 def _bound(result: Json, metric: str) -> str:
-    """`± 0.0039`: two digits, rounded up, since a bound rounded down bounds nothing."""
+    """`± 0.0039`: two digits, rounded up, since a bound rounded down bounds nothing. Where sites left
+    it is no bound on the difference to all sites' value."""
     found = say.number((result.get("protected_metrics_bound") or {}).get(metric))
-    if found is None:
+    if found is None or _some_left(result):
         return ""
     two_digits = Context(prec=2, rounding=ROUND_UP).create_decimal(repr(found))
     return f"± {float(two_digits):.2g}"

@@ -118,6 +118,18 @@ def header(info: Mapping[str, Any]) -> RenderableType:
     return Group(line, *(Text(text, style="dim") for text in lines))
 
 
+def progress(row: Mapping[str, Any], sites: int) -> str:
+    """A federated row in a few words: `accuracy 0.811`, `accuracy 0.811, 3 of 4 sites`, or
+    `abandoned at submit: 2 of 4 sites stayed, 3 needed`."""
+    if row.get("abandoned"):
+        return f"abandoned {say.plain(row['abandoned'])}"
+    shown = [f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None]
+    survivors = len(row["survivors"])
+    return ", ".join(
+        [*shown[:1], *([f"{survivors} of {sites} sites"] if survivors < sites else [])]
+    )
+
+
 def summary(result: Json, report: Path | str | None = None) -> RenderableType:
     """The end of a run: warnings, the headline, arms, sites, where the loss comes from, cost, and how
     to reproduce it. `report` is the path of the page, if one was written."""

@@ -24,17 +24,23 @@ def fedcore(*arguments, cwd, timeout=300, env=None):
     )  # fmt: skip
 
 
+PROTECTIONS = ("plain", "encrypted", "masked", "layered")
+DROPS = ("--drop", "3:submit:va,5:unmask:hungary", "--drop", "7:keys:va", "--drop", "7:shares:hungary",
+         "--drop", "9:unmask:va,9:unmask:cleveland", "--dropout", "0.05")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
     """`simulate --task heart --protection P --rounds 20 --seed S --json` for the runs compared below."""
     folder = tmp_path_factory.mktemp("heart")
+    wanted = {p: ("--protection", p, "--seed", 0) for p in PROTECTIONS}
+    wanted |= {"again": ("--seed", 0), "other": ("--protection", "plain", "--seed", 1)}
+    wanted |= {f"{p} with absences": (*wanted[p], *DROPS) for p in PROTECTIONS}
     results = {}
-    for name, protection, seed in (
-        ("encrypted", "encrypted", 0), ("again", "encrypted", 0), ("plain", "plain", 0), ("other", "plain", 1),
-    ):  # fmt: skip
+    for name, more in wanted.items():
         done = fedcore(
-            "simulate", "--task", "heart", "--protection", protection, "--rounds", 20, "--seed", seed,
-            "--out", folder / name, "--json", cwd=folder,
+            "simulate", "--task", "heart", "--rounds", 20, *more, "--out", folder / name, "--json",
+            cwd=folder,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         results[name] = (json.loads(done.stdout), folder / name)
@@ -42,13 +48,13 @@ def heart(tmp_path_factory):
 
 
 def test_one_json_object_on_stdout_the_same_as_the_file(heart):
-    printed, directory = heart["encrypted"]
+    printed, directory = heart["again"]
     assert printed == json.loads((directory / "result.json").read_text())
     assert set(printed) >= {
         "schema", "task", "protection", "seed", "rounds", "sites", "model_sha256", "arms", "gap", "per_site",
         "bytes_up_per_site_round", "bytes_down_per_site_round", "seconds", "clipped_fraction", "label",
     }  # fmt: skip
-    assert (printed["schema"], printed["task"], printed["protection"]) == (1, "heart", "encrypted")
+    assert (printed["schema"], printed["task"], printed["protection"]) == (1, "heart", "layered")
     assert (printed["seed"], printed["rounds"]) == (0, 20)
     assert printed["sites"] == ["cleveland", "hungary", "switzerland", "va"]
     assert set(printed["arms"]) == {"centralised", "local_only", "federated_float", "federated"}
@@ -72,23 +78,48 @@ def test_one_json_object_on_stdout_the_same_as_the_file(heart):
     assert printed["label"].startswith("Protects against")
 
 
-def test_the_model_is_the_same_under_plain_and_encrypted_and_twice(heart):
+def test_the_model_is_the_same_under_every_protection_and_twice(heart):
     hashes = {name: result["model_sha256"] for name, (result, _) in heart.items()}
-    assert hashes["encrypted"] == hashes["again"] == hashes["plain"] != hashes["other"]
+    assert len({hashes[name] for name in (*PROTECTIONS, "again")}) == 1
+    assert hashes["again"] != hashes["other"]
+
+
+def test_the_model_with_absences_is_that_of_plain_with_the_same(heart):
+    plain, directory = heart["plain with absences"]
+    assert [row["round"] for row in plain["abandoned_rounds"]] == [7, 9]
+    survivors = survivors_of(directory)
+    everybody = plain["sites"]
+    assert survivors[3] == everybody[:3] and survivors[7] == survivors[9] == []
+    assert survivors[5] == survivors[20] == everybody  # who left at unmask is in the sum
+    assert plain["absences"] > 6  # chance added to the six that are named
+    assert plain["model_sha256"] != heart["plain"][0]["model_sha256"]
+    for protection in PROTECTIONS[1:]:
+        found, directory = heart[f"{protection} with absences"]
+        assert found["model_sha256"] == plain["model_sha256"]
+        assert survivors_of(directory) == survivors
+        assert found["absences"] == plain["absences"]
+        assert [row["round"] for row in found["abandoned_rounds"]] == [7, 9]
+
+
+def survivors_of(directory):
+    rows = map(json.loads, (directory / "rounds.jsonl").read_text().splitlines())
+    return {row["round"]: row["survivors"] for row in rows if row["arm"] == "federated"}
 
 
 def test_protection_costs_exactly_nothing(heart):
-    for metric in ("auc", "accuracy"):
-        gap = heart["encrypted"][0]["gap"]["protection"][metric]
-        assert (gap["mean"], gap["low"], gap["high"]) == (0, 0, 0)
+    for name, (result, _) in heart.items():
+        assert result["unequal_rounds"] == 0
+        for metric in ("auc", "accuracy"):
+            gap = result["gap"]["protection"][metric]
+            assert (gap["mean"], gap["low"], gap["high"]) == (0, 0, 0), name
 
 
-def test_the_forecast_of_the_plan_is_what_was_sent(heart):
-    result, directory = heart["encrypted"]
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_the_forecast_of_the_plan_is_what_was_sent(heart, protection):
+    result, directory = heart[protection]
     plan = json.loads((directory / "plan.json").read_text())
     assert plan["bytes_up"] == result["bytes_up_per_site_round"]
     assert plan["bytes_down"] == result["bytes_down_per_site_round"]
-    assert heart["plain"][0]["plan"]["bytes_up"] == heart["plain"][0]["bytes_up_per_site_round"]
 
 
 def test_the_screen_tells_what_a_person_asks(tmp_path):
@@ -99,8 +130,8 @@ def test_the_screen_tells_what_a_person_asks(tmp_path):
     for part in (
         "4 sites",
         "920 rows",
-        "encrypted",
-        "runs/heart-encrypted-001",
+        "layered",
+        "runs/heart-layered-001",
         "Protects against",
         "round 3/3",
     ):
@@ -108,7 +139,7 @@ def test_the_screen_tells_what_a_person_asks(tmp_path):
     shown = " ".join(done.stdout.split())
     for part in (
         "centralised", "local only", "federated", "points lost", "protection", "cleveland",
-        "13.9 kB per site and round (one ciphertext", "report.html", "fedcore reproduce runs/heart-encrypted-001",
+        "13.9 kB per site and round (one ciphertext", "report.html", "fedcore reproduce runs/heart-layered-001",
     ):  # fmt: skip
         assert part in shown, part
 
@@ -167,7 +198,7 @@ def test_the_notebook_in_the_docs_runs(tmp_path, monkeypatch):
     texts = [str(o) for cell in notebook.cells for o in cell.get("outputs", [])]
     assert any("points" in text for text in texts)
     assert any("image/png" in text for text in texts)
-    assert (tmp_path / "runs" / "notebook-encrypted-001" / "report.html").is_file()
+    assert (tmp_path / "runs" / "notebook-layered-001" / "report.html").is_file()
 
 
 def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
@@ -180,7 +211,7 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    directory = tmp_path / "runs" / "heart-encrypted-001"
+    directory = tmp_path / "runs" / "heart-layered-001"
     for _ in range(600):
         if (directory / "checkpoint.pt").is_file() or process.poll() is not None:
             break
@@ -188,28 +219,36 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "resume: fedcore simulate --resume runs/heart-encrypted-001" in said
+    assert "resume: fedcore simulate --resume runs/heart-layered-001" in said
     assert "Traceback" not in said
-    done = fedcore("simulate", "--resume", "runs/heart-encrypted-001", "--json", cwd=tmp_path)
+    done = fedcore("simulate", "--resume", "runs/heart-layered-001", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole = fedcore("simulate", "--rounds", 400, "--lr", 0.1, "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["model_sha256"] == json.loads(whole.stdout)["model_sha256"]
 
 
-def test_a_broken_tenseal_disables_encrypted_with_one_line_and_plain_still_runs(tmp_path):
+def test_a_broken_tenseal_disables_ciphertexts_with_one_line_and_masks_still_run(tmp_path):
     (tmp_path / "broken" / "tenseal").mkdir(parents=True)
     (tmp_path / "broken" / "tenseal" / "__init__.py").write_text(
         "raise ImportError('libseal is gone')"
     )
     env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{ROOT}"}
-    refused = fedcore("simulate", "--rounds", 2, cwd=tmp_path, env=env)
-    assert refused.returncode == 3
-    lines = refused.stderr.splitlines()
-    assert "tenseal cannot be used here (ImportError: libseal is gone)" in lines[-2]
-    assert lines[-1].startswith("hint:") and "--protection plain" in lines[-1]
-    assert not (tmp_path / "runs").exists()
-    plain = fedcore("simulate", "--rounds", 2, "--protection", "plain", cwd=tmp_path, env=env)
-    assert plain.returncode == 0, plain.stderr
+    for more in ((), ("--protection", "encrypted")):
+        refused = fedcore("simulate", "--rounds", 2, *more, cwd=tmp_path, env=env)
+        assert refused.returncode == 3
+        lines = refused.stderr.splitlines()
+        assert "tenseal cannot be used here (ImportError: libseal is gone)" in lines[-2]
+        assert lines[-1].startswith("hint:") and "--protection masked" in lines[-1]
+        assert not (tmp_path / "runs").exists()
+    hashes = set()
+    for protection in ("plain", "masked"):
+        done = fedcore(
+            "simulate", "--rounds", 2, "--protection", protection, "--drop", "1:submit:va", "--json",
+            cwd=tmp_path, env=env,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        hashes.add(json.loads(done.stdout)["model_sha256"])
+    assert len(hashes) == 1
     doctor = fedcore("doctor", cwd=tmp_path, env=env)
     assert doctor.returncode == 3 and "FAIL  SEAL" in doctor.stdout
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 
 from fedcore.bench import fold, protect
+from fedcore.encode.pack import Layout
 from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, PlanRefused
+from fedcore.plan import MASKS, PROTECTIONS, VectorSpec, solve_packing
 from fedcore.protect import ckks
+from fedcore.protect.masked import MaskedFold, MaskedSealer
+from fedcore.protect.masking import add_masks
 from fedcore.report.terminal import as_text
 
 ROW_KEYS = {
@@ -25,6 +29,7 @@ ROW_KEYS = {
     "bytes_down_per_parameter",
     "protect_seconds_per_million",
     "fold_seconds_per_million",
+    "unmask_seconds_per_million",
     "unprotect_seconds_per_million",
     "max_error",
 }
@@ -40,7 +45,11 @@ def test_bench_protect_has_a_row_per_scheme(protect_result: dict) -> None:
     assert [(row["name"], row["bits"]) for row in rows] == [
         ("float32", 32),
         ("encrypted", 8),
+        ("masked", 8),
+        ("layered", 8),
         ("encrypted", 16),
+        ("masked", 16),
+        ("layered", 16),
         ("ckks", None),
         ("ckks-blocks", None),
     ]
@@ -51,10 +60,54 @@ def test_bench_protect_has_a_row_per_scheme(protect_result: dict) -> None:
 
 def test_bench_protect_decodes_within_one_step(protect_result: dict) -> None:
     for row in protect_result["rows"]:
-        if row["name"] == "encrypted":
+        if row["name"] in PROTECTIONS:
             assert 0 < row["max_error"] <= row["quantisation_step"]
         else:
             assert row["max_error"] < 1e-6
+
+
+def test_every_protection_decodes_the_same_sum_of_the_same_bits(protect_result: dict) -> None:
+    """Masks that were not all taken off, or ciphertexts, cannot give it by accident."""
+    for bits in (8, 16):
+        errors = {row["max_error"] for row in protect_result["rows"] if row["bits"] == bits}
+        assert len(errors) == 1
+
+
+def test_only_masks_are_unmasked(protect_result: dict) -> None:
+    for row in protect_result["rows"]:
+        unmasked = row["unmask_seconds_per_million"]
+        assert unmasked > 0 if row["name"] in MASKS else unmasked is None
+
+
+def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None:
+    for sites in (3, 4, 16):
+        packing = solve_packing(12, sites, "masked")
+        layout = Layout(VectorSpec("update", 5000), packing, sites)
+        masks = protect._Masks.draw(layout, sites)
+        # n - 1 pairwise masks and the self mask; the coordinator expands one self mask a site.
+        assert [len(found) for found in masks.of_site] == [sites] * protect.CONTRIBUTORS
+        assert len(masks.own) == sites
+        seeds = [seed for found in masks.of_site for seed, _ in found]
+        pairs_shared = protect.CONTRIBUTORS * (protect.CONTRIBUTORS - 1) // 2
+        assert len(set(seeds)) == len(seeds) - pairs_shared
+        fold = MaskedFold(packing, layout.slots)
+        for found in masks.of_site:
+            slots = np.full(layout.slots, 7, dtype=np.uint64)
+            add_masks(slots, found, packing.slot_bits)
+            for index, chunk in enumerate(MaskedSealer(packing).protect(slots)):
+                fold.add(index, chunk)
+        assert not (MaskedSealer(packing).open(fold.total(), layout.slots) == 21).any()
+        masks.take_off(fold)
+        assert (MaskedSealer(packing).open(fold.total(), layout.slots) == 21).all()
+
+
+def test_masks_are_left_out_where_no_plan_may_have_them() -> None:
+    found = protect.run(100, 65, bits=[8], repeats=1)
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["float32", "encrypted", "ckks", "ckks-blocks"]
+    assert "a plan with masks has at most 64 sites" in " ".join(
+        as_text(protect.page(found)).split()
+    )
 
 
 def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> None:
@@ -63,7 +116,28 @@ def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> Non
     expected = other["bytes_up_per_parameter"] / ours["bytes_up_per_parameter"]
     ratios = protect_result["ratios"]["encrypted-16"]
     assert ratios["ckks"]["bytes_up"] == pytest.approx(expected, abs=1e-3)
-    assert set(ratios) == {"float32", "ckks", "ckks-blocks"}
+    assert set(ratios) == {"float32", "ckks", "ckks-blocks", "masked", "layered"}
+    for other in ("masked", "layered"):
+        for short, long in (
+            ("bytes_up", "bytes_up_per_parameter"),
+            ("protect_seconds", "protect_seconds_per_million"),
+        ):
+            expected = rows[other, 16][long] / ours[long]
+            assert ratios[other][short] == pytest.approx(expected, abs=1e-3)
+    assert set(protect_result["ratios"]["layered-8"]) == {
+        "float32", "ckks", "ckks-blocks", "encrypted", "masked"
+    }  # fmt: skip
+
+
+def test_the_page_says_what_masks_cost_beside_encryption(protect_result: dict) -> None:
+    text = " ".join(as_text(protect.page(protect_result)).split())
+    for bits in (8, 16):
+        ratio = protect_result["ratios"][f"encrypted-{bits}"]["layered"]
+        assert (
+            f"layered-{bits}: {ratio['bytes_up']:.2f} times the bytes up and "
+            f"{ratio['protect_seconds']:.2f} times the seconds to protect of encrypted-{bits}"
+        ) in text
+        assert text.count(f"masked-{bits}: ") == 1
 
 
 def test_the_pages_fit_80_columns(protect_result: dict) -> None:
@@ -75,7 +149,14 @@ def test_the_pages_fit_80_columns(protect_result: dict) -> None:
     ]
     text = "\n".join(as_text(page) for page in pages)
     assert max(map(len, text.splitlines())) <= 80
-    for whole in ("encrypted 16 bits", "ckks-blocks", "unprotect", "max error", "99999.9"):
+    for whole in (
+        "encrypted 16 bits",
+        "ckks-blocks",
+        "unmask",
+        "unprotect",
+        "max error",
+        "99999.9",
+    ):
         assert whole in text
     assert text.count("12.3456") == len(rows) and "…" not in text
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.encode.pack import Layout
-from fedcore.errors import BadInput, ChunkRefused, PlanRefused, Unavailable
+from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.plan import RINGS, Packing, Ring, VectorSpec, field_width, solve_packing
 from fedcore.protect import bfv
 from fedcore.protect.bfv import (
@@ -164,6 +165,112 @@ def test_a_vector_that_is_not_whole_blocks_is_refused_rather_than_cut():
             sealer.open([], slots)
         with pytest.raises(BadInput):
             EncryptedFold(public, slots)
+
+
+# --------------------------------------------------------------- masks taken off an encrypted sum
+
+
+def last_proved(ring, slot_bits):
+    """The most ciphertexts whose sum, less one plaintext, is proved exact: 43 n + 1 < q / t."""
+    return (ring.modulus - 1 - 2**slot_bits) // (43 * 2**slot_bits)
+
+
+@pytest.mark.parametrize(
+    ("ring", "slot_bits"),
+    [(ring, bits) for ring, top in ((SMALL, 46), (LARGE, 52)) for bits in range(top - 3, top + 1)],
+)
+def test_masked_sums_are_exact_at_the_last_proved_number_of_sites(ring, slot_bits):
+    """Any residue in any slot, as masks leave them, and one subtraction of any residues from the sum."""
+    sites = last_proved(ring, slot_bits)
+    assert ring.proves(sites, slot_bits) and not ring.proves(sites + 1, slot_bits)
+    assert sites in (5, 11, 23, 47)
+    rng, t = np.random.default_rng(slot_bits), 1 << slot_bits
+    rows = rng.integers(0, t, (sites, ring.degree), dtype=np.uint64)
+    rows[0], rows[1, :2] = t - 1, (0, t >> 1)
+    mask = rng.integers(0, t, ring.degree, dtype=np.uint64)
+    mask[:4] = (0, t - 1, t >> 1, 1)
+    public = PublicContext(ring, slot_bits)
+    sealer = EncryptedSealer(SecretContext(public))
+    fold = fold_of(public, ring.degree, map(sealer.protect, rows))
+    fold.remove(mask)
+    expected = (rows.sum(axis=0) - mask) % np.uint64(t)
+    assert (sealer.open(fold.total(), ring.degree) == expected).all()
+
+
+def test_a_plain_modulus_far_beyond_the_proof_gives_wrong_sums():
+    """The control: such a sum can go wrong, silently. Two to four bits beyond, it happens not to."""
+    rng, public = np.random.default_rng(4), PublicContext(SMALL, 49)
+    sealer = EncryptedSealer(SecretContext(public))
+    rows = rng.integers(0, 2**49, (16, 2048), dtype=np.uint64)
+    fold = fold_of(public, 2048, map(sealer.protect, rows))
+    fold.remove(rows[0])
+    assert (sealer.open(fold.total(), 2048) != rows[1:].sum(axis=0) % np.uint64(2**49)).any()
+
+
+@pytest.mark.parametrize(
+    ("ring", "slot_bits"), [(SMALL, 40), (SMALL, 46), (LARGE, 52), (LARGE, 44)]
+)
+def test_a_subtraction_moves_each_coefficient_by_at_most_half_more_than_it_should(ring, slot_bits):
+    """The half that `plan.py` reserves for it, read off the words: c0 falls by q m / t, c1 stays."""
+    public, t = PublicContext(ring, slot_bits), 1 << slot_bits
+    sealer = EncryptedSealer(SecretContext(public))
+    mask = np.random.default_rng(5).integers(0, t, ring.degree, dtype=np.uint64)
+    mask[:4] = (0, t - 1, t >> 1, 1)
+    fold = fold_of(public, ring.degree, [sealer.protect(mask)])
+    (before,) = fold.total()
+    fold.remove(mask)
+    (after,) = fold.total()
+    old, new = (bfv._read_chunk(public, 2, chunk, 0, 1).words[0] for chunk in (before, after))
+    assert (old[ring.degree :] == new[ring.degree :]).all()
+    for value, was, now in zip(mask.tolist(), old.tolist(), new.tolist(), strict=False):
+        fall = (was - now) % ring.modulus
+        # |fall - q m / t| <= 1/2, multiplied by 2 t.
+        assert abs(2 * t * fall - 2 * ring.modulus * value) <= t
+
+
+def test_masks_of_several_chunks_come_off_in_any_order_of_folding(monkeypatch):
+    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 2)
+    public, size = PublicContext(SMALL, 40), 5 * 2048
+    sealer = EncryptedSealer(SecretContext(public))
+    rng = np.random.default_rng(6)
+    rows = rng.integers(0, 2**40, (3, size), dtype=np.uint64)
+    mask = rng.integers(0, 2**64, size, dtype=np.uint64)  # taken mod t
+    uploads = [list(sealer.protect(row)) for row in rows]
+    sums = []
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        fold = EncryptedFold(public, size)
+        for index, site in zip(order * 3, [s for s in order for _ in range(3)], strict=True):
+            fold.add(index, uploads[site][index])
+        fold.remove(mask)
+        sums.append(list(fold.total()))
+    assert sums[0] == sums[1] == sums[2]
+    expected = (rows.sum(axis=0) - mask) % np.uint64(2**40)
+    assert (sealer.open(sums[0], size) == expected).all()
+
+
+def test_masks_come_off_once_whole_and_from_a_whole_sum(monkeypatch):
+    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 1)
+    public = PublicContext(SMALL, 40)
+    sealer = EncryptedSealer(SecretContext(public))
+    slots, mask = np.arange(4096, dtype=np.uint64), np.ones(4096, dtype=np.uint64)
+    first, second = sealer.protect(slots)
+    fold = EncryptedFold(public, 4096)
+    for missing, chunk in ((0, first), (1, second)):
+        with pytest.raises(ChunkRefused, match=f"ciphertext {missing} was never added"):
+            fold.remove(mask)
+        fold.add(missing, chunk)
+    whole = list(fold.total())
+    for wrong in (mask[:2048], mask[:4095], np.ones(4097, np.uint64), mask.astype(np.int64)):
+        with pytest.raises(BadInput, match=r"expected uint64 of shape \(4096,\)"):
+            fold.remove(wrong)
+    assert list(fold.total()) == whole
+    fold.remove(mask)
+    with pytest.raises(BadInput, match="found a second removal, expected one"):
+        fold.remove(mask)
+    with pytest.raises(ChunkRefused, match="the masks are already off this sum"):
+        fold.add(0, first)
+    opened = sealer.open(fold.total(), 4096)
+    assert opened[0] == 2**40 - 1 and (opened[1:] == slots[:-1]).all()
 
 
 # ------------------------------------------------------------------------------- refused chunks
@@ -399,7 +506,92 @@ def test_secrets_are_redacted_and_never_compared_copied_or_pickled():
             refused(one)
     with pytest.raises(TypeError):
         pickle.dumps(EncryptedSealer(one))
-    assert not any("bytes" in name or "save" in name for name in dir(one))
+    # One byte form, for the sealed envelopes of a key epoch.
+    assert [name for name in dir(one) if re.search("byte|payload|save", name)] == [
+        "from_payload",
+        "to_payload",
+    ]
+
+
+@pytest.mark.parametrize(("ring", "slot_bits"), [(SMALL, 46), (LARGE, 52)])
+def test_a_key_epoch_s_payload_is_the_same_key_elsewhere(ring, slot_bits):
+    """Encrypted under one, opened under the other, both ways, and one group secret."""
+    public = PublicContext(ring, slot_bits)
+    made = SecretContext(public)
+    payload = made.to_payload()
+    assert len(payload) == 8 * ring.degree + 32
+    assert payload[-32:] == made.group.to_bytes()
+    again = SecretContext.from_payload(PublicContext.from_bytes(public.to_bytes()), payload)
+    assert again.to_payload() == payload == made.to_payload()
+    assert again.group.derive(b"s", b"i", 32) == made.group.derive(b"s", b"i", 32)
+    rows = np.random.default_rng(7).integers(0, 2**slot_bits, (4, ring.degree), dtype=np.uint64)
+    sealers = (EncryptedSealer(made), EncryptedSealer(again))
+    fold = fold_of(public, ring.degree, [sealers[i % 2].protect(rows[i]) for i in range(3)])
+    fold.remove(rows[3])
+    released = list(fold.total())
+    expected = (rows[:3].sum(axis=0) - rows[3]) % np.uint64(1 << slot_bits)
+    for sealer in sealers:
+        assert (sealer.open(released, ring.degree) == expected).all()
+    stranger = EncryptedSealer(SecretContext(public))
+    assert (stranger.open(released, ring.degree) != expected).any()
+
+
+def test_payloads_are_of_fresh_keys_and_group_secrets():
+    public = PublicContext(SMALL, 40)
+    one, two = SecretContext(public).to_payload(), SecretContext(public).to_payload()
+    assert one[:-32] != two[:-32] and one[-32:] != two[-32:]
+
+
+def with_words(payload, changes):
+    words = np.frombuffer(payload[:-32], "<u8").copy()
+    for place, value in changes.items():
+        words[place] = value
+    return words.tobytes() + payload[-32:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    {
+        "empty": lambda payload: b"",
+        "group secret alone": lambda payload: payload[-32:],
+        "truncated": lambda payload: payload[:-1],
+        "oversized": lambda payload: payload + b"\0",
+        "twice": lambda payload: payload * 2,
+        "of the other ring": lambda _: SecretContext(PublicContext(LARGE, 40)).to_payload(),
+        "first word": lambda payload: with_words(payload, {0: SMALL.modulus}),
+        "last word": lambda payload: with_words(payload, {2047: 2**64 - 1}),
+        "no key": lambda payload: bytes(len(payload) - 32) + payload[-32:],
+    }.items(),
+    ids=lambda named: named[0],
+)
+def test_a_payload_that_is_no_key_of_this_ring_is_refused(spoil):
+    public = PublicContext(SMALL, 40)
+    payload = SecretContext(public).to_payload()
+    with pytest.raises(EnvelopeRefused, match="key epoch") as refused:
+        SecretContext.from_payload(public, spoil[1](payload), sender="ann")
+    assert refused.value.fault == "ann"
+    with pytest.raises(EnvelopeRefused) as refused:
+        SecretContext.from_payload(public, spoil[1](payload))
+    assert refused.value.fault == "this site"
+    # The control: the largest coefficient there is.
+    SecretContext.from_payload(public, with_words(payload, {0: SMALL.modulus - 1}))
+
+
+def test_no_word_of_a_refused_payload_is_in_the_refusal():
+    public = PublicContext(SMALL, 40)
+    payload = with_words(SecretContext(public).to_payload(), {5: 2**64 - 3})
+    with pytest.raises(EnvelopeRefused) as refused:
+        SecretContext.from_payload(public, payload)
+    said = str(refused.value) + refused.value.remedy
+    assert str(2**64 - 3) not in said
+    assert not any(len(number) > 5 for number in re.findall(r"\d+", said))
+
+
+def test_a_key_that_seal_lays_out_otherwise_is_not_sent(monkeypatch):
+    secret = SecretContext(PublicContext(SMALL, 40))
+    monkeypatch.setattr(bfv, "_key_prefix", lambda _: bytes(72))
+    with pytest.raises(Unavailable, match="layout unknown"):
+        secret.to_payload()
 
 
 def test_the_fold_holds_public_material_only():
@@ -531,16 +723,17 @@ def no_tenseal(monkeypatch):
     monkeypatch.setitem(sys.modules, "tenseal", None)
 
 
-def test_a_missing_tenseal_disables_encrypted_with_one_line(no_tenseal):
+def test_a_missing_tenseal_disables_encryption_with_one_line(no_tenseal):
     for use in (load_seal, lambda: PublicContext(SMALL, 40), self_test):
         with pytest.raises(Unavailable) as refused:
             use()
-        assert "protection 'encrypted': tenseal cannot be used here" in str(refused.value)
+        reason = "protections 'encrypted' and 'layered': tenseal cannot be used here"
+        assert reason in str(refused.value)
         assert "\n" not in str(refused.value)
-        assert "--protection plain" in refused.value.remedy
+        assert "`--protection masked` and `plain` run without it" in refused.value.remedy
 
 
-def test_plain_runs_where_tenseal_is_missing_or_broken(tmp_path):
+def test_plain_and_masked_run_where_tenseal_is_missing_or_broken(tmp_path):
     """A fresh interpreter in which `import tenseal` fails the way a broken wheel does."""
     package = tmp_path / "tenseal"
     package.mkdir()
@@ -548,20 +741,33 @@ def test_plain_runs_where_tenseal_is_missing_or_broken(tmp_path):
         "raise OSError('libtenseal.so: cannot open\\nshared file')"
     )
     code = """
+        from dataclasses import replace
         import numpy as np
-        from fedcore.encode.pack import Layout
+        from fedcore import loopback
         from fedcore.errors import Unavailable
-        from fedcore.plan import VectorSpec, solve_packing
-        from fedcore.simulation import KeyEpoch, Stopwatch
+        from fedcore.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+        from fedcore.protect.masked import MaskedFold, MaskedSealer
 
-        spec = VectorSpec("update", 3)
-        vectors = lambda: iter([(i, np.array([i, 1, 2], dtype=np.uint64), {}) for i in range(3)])
-        packing = solve_packing(16, 3, "plain")
-        epoch = KeyEpoch("job", "plain", packing, "plan")
-        total = epoch.protected_sum(spec, 1, ("a", "b", "c"), vectors(), b"", Stopwatch())
+        plan = RoundPlan(
+            "task", "", ("a", "b", "c"), "plain", solve_packing(16, 3, "plain"), 3, 0, 16, 1,
+            TrainPlan(), ServerPlan(), RangePlan(),
+        )
+        wides = {"weight": [1], "over_range": [0], "over_half_range": [0]}
+        site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
+        epoch = loopback.KeyEpoch("job", plan)
+        total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
         assert total.opened.coordinates.tolist() == [3, 3, 6]
+
+        packing = solve_packing(16, 3, "masked")
+        sealer, fold = MaskedSealer(packing), MaskedFold(packing, 2048)
+        for index, chunk in enumerate(sealer.protect(np.arange(2048, dtype=np.uint64))):
+            fold.add(index, chunk)
+        fold.remove(np.ones(2048, dtype=np.uint64))
+        assert sealer.open(fold.total(), 2048)[1:].tolist() == list(range(2047))
+
+        packing = solve_packing(16, 3, "layered")
         try:
-            KeyEpoch("job", "encrypted", solve_packing(16, 3, "encrypted"), "plan")
+            loopback.KeyEpoch("job", replace(plan, protection="layered", packing=packing))
         except Unavailable as error:
             print(error, "hint:", error.remedy)
     """
@@ -572,7 +778,7 @@ def test_plain_runs_where_tenseal_is_missing_or_broken(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "protection 'encrypted': tenseal cannot be used here (OSError" in done.stdout
+    assert "'encrypted' and 'layered': tenseal cannot be used here (OSError" in done.stdout
     assert done.stdout.count("\n") == 1
 
 

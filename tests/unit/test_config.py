@@ -9,6 +9,7 @@ import pytest
 
 from fedcore.config import KEYS, SECTIONS, build_job, parse_set, read_job_file
 from fedcore.errors import BadInput, UnknownName
+from fedcore.plan import PROTECTIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -58,7 +59,9 @@ def test_unknown_keys_are_named_with_the_nearest(layer, message, remedy):
         ({"fold": 5}, "fold: found 5, expected 0 to folds - 1 = 4"),
         ({"sites": ["a"]}, "sites: found list"),
         ({"train": 3}, "train: found int"),
-        ({"protection": "layered"}, "which this version does not have yet"),
+        ({"threshold": "most"}, "protect.threshold: found 'most', expected"),
+        ({"dropout": 1}, "round.dropout: found 1, expected less than 1"),
+        ({"drop": 3}, "round.drop: found 3, expected"),
         ({"protection": "encripted"}, "'encripted', which is not known"),
     ],
 )
@@ -67,6 +70,23 @@ def test_wrong_values_are_one_line_with_the_path(layer, message):
         build_job(layer)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_default_protection_is_the_strongest():
+    assert build_job().protect.protection == "layered" == PROTECTIONS[-1]
+    for protection in PROTECTIONS:
+        assert build_job({"protection": protection}).protect.protection == protection
+
+
+@pytest.mark.parametrize(
+    "value", ["3:submit:va,4:keys:va", " 3:submit:va , 4:keys:va,", ["3:submit:va", "4:keys:va"]]
+)
+def test_absences_are_words_or_a_list(value):
+    job = build_job({"drop": value})
+    assert job.round.drop == ("3:submit:va", "4:keys:va")
+    # In a list a comma belongs to a site's name.
+    assert build_job({"drop": ["3:submit:Bern, CH"]}).round.drop == ("3:submit:Bern, CH",)
+    assert build_job(job.to_json()["round"]).round == job.round
 
 
 def test_a_job_file_s_paths_count_from_its_folder(tmp_path):

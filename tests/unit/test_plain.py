@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import ChunkRefused
 from fedcore.plan import solve_packing
-from fedcore.protect import plain
+from fedcore.protect import words
 from fedcore.protect.plain import PlainFold, PlainSealer
 
 
@@ -35,7 +35,7 @@ def test_the_opened_sum_is_the_integer_sum_in_any_order(bits, sites, blocks, see
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Three chunks of 2,048 slots, so that places in the middle exist."""
-    monkeypatch.setattr(plain, "SLOTS_PER_CHUNK", 2048)
+    monkeypatch.setattr(words, "SLOTS_PER_CHUNK", 2048)
     packing = solve_packing(16, 4, "plain")
     slots = np.arange(3 * 2048, dtype=np.uint64)
     return packing, slots, list(PlainSealer(packing).protect(slots))

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.plan import (
+    MAX_MASKED_SITES,
     MAX_SLOT_BITS,
+    PROTECTIONS,
     RINGS,
     SECURITY_TABLE,
     Packing,
@@ -27,9 +29,11 @@ from fedcore.plan import (
     TrainPlan,
     Wide,
     canonical,
+    check_threshold,
+    default_threshold,
     field_width,
     price_list,
-    refuse_small_roster,
+    refuse_roster,
     solve_packing,
 )
 
@@ -129,13 +133,60 @@ def test_the_solver_finds_the_cheapest_proved_packing(bits, sites):
     assert packing.slot_bits == packing.fields_per_slot * field_width(bits, sites)
 
 
+@pytest.mark.parametrize("protection", ["plain", "masked"])
 @given(bits=st.integers(2, 24), sites=st.integers(1, 1 << 20))
-def test_plain_slots_cost_one_field_each_and_fit_the_tag_field(bits, sites):
-    packing = solve_packing(bits, sites, "plain")
+def test_words_cost_one_field_each_and_as_many_fill_a_slot_as_the_tag_field_takes(
+    protection, bits, sites
+):
+    packing, width = solve_packing(bits, sites, protection), field_width(bits, sites)
     assert packing.ring is None
-    assert packing.slot_bits <= MAX_SLOT_BITS
-    assert packing.wire_bits == packing.fields_per_slot * field_width(bits, sites)
+    assert packing.wire_bits == packing.fields_per_slot * width <= MAX_SLOT_BITS
+    # Every price per field is equal, and every slot of a vector costs 8 bytes of each mask.
+    assert packing.slot_bits + width > MAX_SLOT_BITS
     assert packing.slots_per_block == 2048
+
+
+@given(bits=st.integers(2, 24), sites=st.integers(3, 64), fields=st.integers(1, 10**7))
+def test_a_vector_of_words_costs_the_fewest_bytes_counting_a_bit_for_each_slot_s_masks(
+    bits, sites, fields
+):
+    width = field_width(bits, sites)
+
+    def blocks(k):
+        return -(-fields // (2048 * k))
+
+    found = solve_packing(bits, sites, "masked", fields)
+    bytes_of = {k: blocks(k) * k for k in range(1, 60 // width + 1)}
+    assert bytes_of[found.fields_per_slot] * width + blocks(found.fields_per_slot) == min(
+        count * width + blocks(k) for k, count in bytes_of.items()
+    )
+    assert solve_packing(bits, sites, "plain", fields) == found
+
+
+def test_full_slots_are_worth_the_rounding_up_to_a_last_block():
+    # 489 blocks of one field cost 0.2 % less than 245 of two, and twice the keystream of each mask.
+    assert solve_packing(16, 64, "masked", 1_000_000).fields_per_slot == 2
+    assert solve_packing(16, 16, "masked", 1_000_000).fields_per_slot == 3
+    # A small model has one block either way, and empty fields are bytes on the wire.
+    assert solve_packing(16, 16, "masked", 500).fields_per_slot == 1
+
+
+@settings(max_examples=100)
+@given(
+    bits=st.integers(2, 24), sites=st.integers(3, 64),
+    fields=st.one_of(st.none(), st.integers(1, 10**7)),
+)  # fmt: skip
+def test_layered_is_packed_as_encrypted_is(bits, sites, fields):
+    assert solve_packing(bits, sites, "layered", fields) == solve_packing(
+        bits, sites, "encrypted", fields
+    )
+
+
+def test_equal_prices_go_to_the_smaller_ring():
+    # 9 fields of 5 bits in the ring of 54 bits, 10 in that of 60: six bits a field, exactly.
+    assert (SMALL.proves(4, 45), SMALL.proves(4, 50)) == (True, False)
+    assert (LARGE.proves(4, 50), LARGE.proves(4, 55)) == (True, False)
+    assert solve_packing(3, 4, "encrypted") == Packing(3, 4, 9, SMALL)
 
 
 def test_16_bits_pack_two_per_slot_up_to_32_sites_only():
@@ -170,6 +221,26 @@ def test_the_price_list_covers_every_roster_once_and_names_what_does_not_fit(mon
     assert price_list(16, "plain", limit=5)[0]["degree"] is None
 
 
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_the_price_list_under_masks_ends_where_rosters_do(protection):
+    rows = price_list(16, protection)
+    assert (rows[0]["from_sites"], rows[-1]["to_sites"]) == (3, MAX_MASKED_SITES)
+    assert price_list(16, protection, limit=10)[-1]["to_sites"] == 10
+    assert price_list(16, "encrypted", limit=65)[-1]["to_sites"] == 65
+
+
+def test_the_price_list_of_words_says_what_a_field_costs_and_names_no_ring():
+    rows = price_list(16, "masked")
+    assert rows[0] == {
+        "from_sites": 3, "to_sites": 4, "fields_per_slot": 3, "degree": None,
+        "bytes_up_per_parameter": 2.25,
+    }  # fmt: skip
+    at_16 = next(row for row in rows if row["from_sites"] <= 16 <= row["to_sites"])
+    assert (at_16["fields_per_slot"], at_16["bytes_up_per_parameter"]) == (3, 2.5)
+    rows = price_list(16, "layered")
+    assert [row["degree"] for row in rows] == [2048, 4096]
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
@@ -202,7 +273,7 @@ def test_bits_outside_2_to_24_are_refused(bits):
         solve_packing(bits, 4, "encrypted")
 
 
-@pytest.mark.parametrize("protection", ["plain", "encrypted"])
+@pytest.mark.parametrize("protection", PROTECTIONS)
 @pytest.mark.parametrize("bits", [2, 24])
 def test_bits_2_and_24_are_accepted(bits, protection):
     assert solve_packing(bits, 4, protection).bits == bits
@@ -286,15 +357,77 @@ def round_plan(**changes):
     return RoundPlan(**values | changes)
 
 
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
 @pytest.mark.parametrize("sites", [(), ("a",), ("a", "b")])
-def test_fewer_than_three_sites_are_refused_unless_plain(sites):
-    with pytest.raises(PlanRefused, match=f"found {len(sites)} under 'encrypted'") as refused:
-        round_plan(sites=sites)
+def test_fewer_than_three_sites_are_refused_unless_plain(sites, protection):
+    packing = solve_packing(16, 4, protection)
+    with pytest.raises(PlanRefused, match=f"found {len(sites)} under '{protection}'") as refused:
+        round_plan(sites=sites, protection=protection, packing=packing)
+    assert "expected at least 3: with fewer, the sum shows each site" in str(refused.value)
     assert "--protection plain" in refused.value.remedy
-    round_plan(sites=sites, protection="plain", packing=solve_packing(16, 4, "plain"))
     with pytest.raises(PlanRefused):
-        refuse_small_roster(len(sites), "encrypted")
-    refuse_small_roster(3, "encrypted")
+        refuse_roster(len(sites), protection)
+    refuse_roster(3, protection)
+    round_plan(protection=protection, packing=packing)
+
+
+@pytest.mark.parametrize("sites", [("a",), ("a", "b")])
+def test_plain_runs_with_one_site_or_two(sites):
+    round_plan(sites=sites, protection="plain", packing=solve_packing(16, 4, "plain"))
+
+
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_more_sites_than_a_complete_graph_of_masks_takes_are_refused(protection):
+    names = tuple(f"site-{place}" for place in range(65))
+    packing = solve_packing(12, 65, protection)
+    with pytest.raises(
+        PlanRefused, match=f"found 65 under '{protection}', expected at most 64"
+    ) as no:
+        round_plan(sites=names, protection=protection, packing=packing)
+    assert "every pair of sites agrees on a mask" in str(no.value)
+    assert "--protection encrypted" in no.value.remedy
+    assert round_plan(sites=names[:64], protection=protection, packing=packing).threshold == 43
+    for other in ("plain", "encrypted"):
+        refuse_roster(65, other)
+
+
+# ------------------------------------------------------------------------------------- thresholds
+
+
+@pytest.mark.parametrize(
+    ("sites", "threshold"),
+    [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (6, 5), (7, 5), (8, 6), (9, 7), (16, 11), (64, 43)],
+)
+def test_the_default_threshold_is_two_thirds_and_one_more(sites, threshold):
+    assert default_threshold(sites) == threshold
+    assert check_threshold(threshold, sites) == threshold
+    names = tuple(f"site-{place}" for place in range(sites))
+    packing = solve_packing(12, 64, "plain")
+    plan = round_plan(sites=names, protection="plain", packing=packing)
+    assert plan.threshold == threshold
+    assert plan.to_json()["threshold"] == threshold
+
+
+@given(sites=st.integers(1, 200), threshold=st.integers(-5, 205))
+def test_a_threshold_above_half_and_up_to_all_is_accepted_and_no_other(sites, threshold):
+    # Two lists of t sites each must share a site, or a coordinator opens both (PROTOCOL C).
+    if threshold > sites / 2 and threshold <= sites:
+        assert check_threshold(threshold, sites) == threshold
+        return
+    with pytest.raises(PlanRefused, match=f"found {threshold} for {sites} sites") as refused:
+        check_threshold(threshold, sites)
+    low, high = map(int, re.findall(r"expected (\d+) to (\d+)", str(refused.value))[0])
+    assert (low, high) == (min(t for t in range(1, 202) if 2 * t > sites), sites)
+    assert f"the default, {default_threshold(sites)}" in refused.value.remedy
+
+
+@pytest.mark.parametrize("threshold", [-1, 1, 2, 5, 99])
+def test_a_plan_refuses_a_threshold_outside_its_roster(threshold):
+    four = {"sites": ("a", "b", "c", "d")}
+    with pytest.raises(PlanRefused, match=rf"protect\.threshold: found {threshold} for 4 sites"):
+        round_plan(threshold=threshold, **four)
+    assert [round_plan(threshold=t, **four).threshold for t in (0, 3, 4)] == [3, 3, 4]
+    assert round_plan(threshold=0, **four).digest == round_plan(threshold=3, **four).digest
 
 
 def test_a_site_twice_or_more_sites_than_planned_are_refused():
@@ -316,8 +449,8 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
     assert round_plan(parameters=30).count_bits == 6
     assert plan.range_vector.wides == (Wide("exceeding", 24, 5),)
     assert plan.metrics_vector.coordinates == 0
-    stages = {v.stage for v in (plan.update_vector, plan.range_vector, plan.metrics_vector)}
-    assert len(stages) == 3
+    vectors = (plan.update_vector, plan.range_vector, plan.metrics_vector)
+    assert [vector.purpose for vector in vectors] == ["update", "range", "metrics"]
 
 
 @pytest.mark.parametrize(
@@ -325,10 +458,10 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
     [
         {"task": "x"}, {"task_digest": "01"}, {"sites": ("a", "b", "d")}, {"sites": ("b", "a", "c")},
         {"packing": solve_packing(15, 4, "encrypted")}, {"packing": solve_packing(16, 5, "encrypted")},
-        {"protection": "plain"}, {"parameters": 22}, {"buffer_coordinates": 1}, {"max_examples": 511},
+        {"protection": "layered"}, {"parameters": 22}, {"buffer_coordinates": 1}, {"max_examples": 511},
         {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
         {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": 2},
-        {"inputs": "02"},
+        {"inputs": "02"}, {"threshold": 2},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
@@ -337,28 +470,45 @@ def test_every_field_of_a_plan_is_in_its_digest(changes):
     assert round_plan(**changes).digest != round_plan().digest
 
 
-def test_the_list_of_changes_above_is_complete():
-    marks = test_every_field_of_a_plan_is_in_its_digest.pytestmark
-    changed = {name for changes in marks[0].args[1] for name in changes}
-    assert changed == {field.name for field in fields(RoundPlan)}
-
-
-HEADER = RoundHeader("job", 3, "update", ("a", "b", "c"), "digest")
+HEADER = RoundHeader(
+    federation="clinics", job="job", epoch=1, round=3, training_round=2, purpose="update",
+    roster=("a", "b", "c"), pins="pins", threshold=2, protection="layered", plan_digest="digest",
+    certificate="certificate",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
-        replace(HEADER, job="jo"), replace(HEADER, round=4), replace(HEADER, stage="metrics"),
-        replace(HEADER, roster=("a", "b")), replace(HEADER, roster=("b", "a", "c")),
-        replace(HEADER, roster=("a", "b,c")), replace(HEADER, plan_digest="digesu"),
-        replace(HEADER, version=2),
+        {"federation": "clinic"}, {"job": "jo"}, {"epoch": 2}, {"round": 4}, {"training_round": 3},
+        {"purpose": "metrics"}, {"roster": ("a", "b")}, {"roster": ("b", "a", "c")},
+        {"roster": ("a", "b,c")}, {"pins": "pin"}, {"threshold": 3}, {"protection": "masked"},
+        {"plan_digest": "digesu"}, {"certificate": ""}, {"version": 2},
     ],
+    ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
-def test_every_field_of_a_header_is_in_h(other):
+def test_every_field_of_a_header_is_in_h(changes):
     assert len(HEADER.digest) == 32
     assert replace(HEADER).digest == HEADER.digest
-    assert other.digest != HEADER.digest
+    assert replace(HEADER, **changes).digest != HEADER.digest
+
+
+@pytest.mark.parametrize(
+    ("test", "record"),
+    [
+        (test_every_field_of_a_plan_is_in_its_digest, RoundPlan),
+        (test_every_field_of_a_header_is_in_h, RoundHeader),
+    ],
+)
+def test_the_lists_of_changes_above_are_complete(test, record):
+    changed = {name for changes in test.pytestmark[0].args[1] for name in changes}
+    assert changed == {field.name for field in fields(record)}
+
+
+def test_the_place_of_a_site_is_that_in_the_roster():
+    assert [HEADER.place(site) for site in HEADER.roster] == [0, 1, 2]
+    with pytest.raises(ValueError, match="not in tuple"):
+        HEADER.place("d")
 
 
 def test_the_canonical_form_is_unique_and_has_no_nan():

@@ -18,7 +18,7 @@ from torch import nn
 import fedcore
 from fedcore.comparison import api
 from fedcore.data.rows import ArrayRows, split_rows
-from fedcore.plan import TrainPlan
+from fedcore.plan import PROTECTIONS, TrainPlan
 from fedcore.protect.plain import PlainSealer
 
 SIZES = {"a": 25, "b": 41, "c": 63, "d": 102}
@@ -65,9 +65,9 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def by_hand(start=None, *, fold=FOLD, adaptive=True, rounds=2):
+def by_hand(start=None, *, fold=FOLD, adaptive=True, rounds=2, stayed=None):
     settings = reference.Settings(
-        SEED, fold, FOLDS, rounds, 8, start, adaptive, TrainPlan("sgd", **TRAIN)
+        SEED, fold, FOLDS, rounds, 8, start, adaptive, TrainPlan("sgd", **TRAIN), stayed or {}
     )
     return reference.federation(TASK, list(SIZES), RANGES, INDICATED, settings)
 
@@ -142,8 +142,41 @@ def test_statistics_are_numpy_s_of_the_training_rows():
     assert found["sites"] == [4, 4, 4, 3]
 
 
-def test_the_protected_run_is_the_reference_too():
-    assert run(range=0.05, protection="encrypted").result["model_sha256"] == by_hand(0.05).digest
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_every_protected_run_is_the_reference_too(protection):
+    assert run(range=0.05, protection=protection).result["model_sha256"] == by_hand(0.05).digest
+
+
+ABSENT = {
+    "drop": ["1:submit:c", "2:keys:a", "2:confirm:d", "3:unmask:b", "4:shares:d"], "rounds": 5, "dropout": 0.0,
+}  # fmt: skip
+STAYED = {1: ("a", "b", "d"), 2: (), 4: ("a", "b", "c")}
+"""Of 4 sites 3 are needed: in round 2 two stayed; in round 3 b had submitted when it left."""
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+@pytest.mark.parametrize("start", [0.002, 8.0])
+def test_a_run_with_absences_is_the_reference_of_who_stayed(start, protection):
+    """Weights, ranges and clipping count survivors only; 0.002 doubles and 8 halves in every round."""
+    slow = by_hand(start, rounds=5, stayed=STAYED)
+    found = run(range=start, protection=protection, **ABSENT)
+    assert found.result["model_sha256"] == slow.digest
+    assert column(found, "federated", "range") == slow.ranges
+    assert len(set(slow.ranges)) == 4  # one for each round that was released, none for round 2
+    survivors = column(found, "federated", "survivors")
+    assert survivors == [list(STAYED.get(r, tuple(SIZES))) for r in range(1, 6)]
+    values = [len(sites) * len(reference.flat(found.model)) for sites in survivors]
+    assert column(found, "federated", "clipped_fraction") == [
+        over / size if size else None for over, size in zip(slow.over, values, strict=True)
+    ]
+    assert found.result["clipped_fraction"] == sum(slow.over) / sum(values)
+    for name in ARMS:
+        for key in ("train_loss", "loss", "accuracy"):
+            expected = getattr(slow.arms[name], key)
+            got = column(found, name, key)
+            assert [v is None for v in got] == [v is None for v in expected]
+            pairs = [(a, b) for a, b in zip(got, expected, strict=True) if b is not None]
+            assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=1e-9), name
 
 
 def test_a_fixed_range_stays():

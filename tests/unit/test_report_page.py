@@ -238,6 +238,7 @@ def test_hostile_names_stay_text(name):
         result[key] = name
     result["warnings"] = [name]
     result["environment"]["cpu"] = name
+    result["seen"]["site"] = result["seen"]["other"] = result["seen"]["protection"] = name
     result["gap"]["total"]["auc"]["method"] = name
     rounds = [{**row, name: row["accuracy"]} for row in rounds]
     # Once with the name as the plotted metric, so that it is drawn into the figure as well.
@@ -308,3 +309,18 @@ def test_metrics_from_sums_show_their_bound_and_what_was_clipped():
     assert "± 0.004" in Document(page.render([(result, rounds)])).text
     result["protected_metrics_bound"]["auc"] = 0.0
     assert protected_cells([result])["AUC"][-1].sub == "± 0"
+
+
+def test_metrics_of_fewer_sites_have_no_bound_and_say_so():
+    result = load("heart")[0] | {
+        "protected_metrics_bound": {"auc": 0.004},
+        "protected_metrics_sites": ["cleveland", "hungary", "va"],
+    }
+    (table,) = tables.protected([result])
+    assert "of the sites that stayed" in table.note
+    assert "±" not in str(table.rows)
+    everyone = result | {"protected_metrics_sites": result["sites"]}
+    (table,) = tables.protected([everyone])
+    assert "that stayed" not in table.note and "±" in str(table.rows)
+    lost = result | {"protected_metrics": None, "protected_metrics_bound": None}
+    assert tables.protected([lost | {"protected_metrics_sites": []}]) == []

@@ -255,6 +255,60 @@ def test_methods_follow_plan_and_result():
     assert "5 seeds x 5 folds" in say.methods(load("heart_compare"))
 
 
+ABSENT = {
+    "absences": 3, "drop": ["3:submit:va", "5:keys:va"], "dropout": 0.1,
+    "abandoned_rounds": [{"round": 5, "stage": "keys", "left": 2, "exposed": False}],
+}  # fmt: skip
+
+
+def with_absences(**more: Any) -> Json:
+    result = load("heart")
+    result["plan"]["threshold"] = 3
+    return result | ABSENT | more
+
+
+def test_absences_are_among_the_facts_and_none_are_not():
+    facts = say.setting(with_absences())
+    assert facts[-2:] == ["3 absences", "1 round abandoned"]
+    assert say.setting(with_absences(absences=1, abandoned_rounds=[]))[-1] == "1 absence"
+    without = say.setting(with_absences(absences=0, abandoned_rounds=[]))
+    assert without == say.setting(load("heart"))
+
+
+def test_methods_say_the_threshold_and_that_absences_were_simulated():
+    text = say.methods(with_absences())
+    assert "A round needed 3 of 4 sites at every stage." in text
+    assert (
+        "Absences were simulated: 3 times a site left a round, and 1 round in which too few" in text
+    )
+    quiet = say.methods(with_absences(absences=0, abandoned_rounds=[]))
+    assert "A round needed 3 of 4 sites" in quiet and "simulated" not in quiet
+    one = say.methods(with_absences(absences=1, abandoned_rounds=[], protection="plain"))
+    assert "1 time a site left a round." in one and "A round needed" in one
+    plain = say.methods(with_absences(absences=0, abandoned_rounds=[], protection="plain"))
+    assert "A round needed" not in plain
+
+
+@pytest.mark.parametrize(
+    ("protection", "masks", "ciphertexts"),
+    [("plain", False, False), ("encrypted", False, True), ("masked", True, False), ("layered", True, True)],
+)  # fmt: skip
+def test_methods_name_the_layers_of_the_protection(protection: str, masks: bool, ciphertexts: bool):
+    text = say.methods(load("heart") | {"protection": protection})
+    assert ("pairwise and self masks" in text) == ("X25519 with ML-KEM-768" in text) == masks
+    assert ("BFV homomorphic" in text) == ("ring degree 2048" in text) == ciphertexts
+    assert ", put under" in text if protection == "layered" else ", put under" not in text
+
+
+def test_runs_that_differ_in_their_absences_say_so():
+    one, other = with_absences(), with_absences(drop=["3:submit:va"], dropout=0.0)
+    other["plan"]["threshold"] = 4
+    _, own = say.settings_of([one, other])
+    assert own[0][:3] == ["threshold 3", "drop 3:submit:va and 5:keys:va", "dropout 0.1"]
+    assert own[1][:2] == ["threshold 4", "drop 3:submit:va"]
+    assert not any("dropout" in fact for fact in own[1])
+
+
 def test_methods_leave_out_what_the_result_does_not_say():
     text = say.methods(
         {"task": "t", "protection": "encrypted", "sites": ["a"], "metrics": ["accuracy"]}

@@ -42,6 +42,7 @@ def hostile(name: str) -> Json:
     result["sites"][0] = name
     result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
     result["warnings"] = [name]
+    result["seen"]["site"] = result["seen"]["other"] = name
     return result
 
 

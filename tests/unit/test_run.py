@@ -14,6 +14,7 @@ import fedcore
 from fedcore.comparison import api
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.files import read_json, write_atomic
+from fedcore.plan import PROTECTIONS
 from fedcore.reproduction import reproduce
 from fedcore.run import list_runs
 
@@ -35,7 +36,7 @@ def test_runs_are_numbered_and_latest_points_to_the_newest():
 
 
 def test_a_run_holds_what_it_says():
-    found = heart(protection="encrypted")
+    found = heart(protection="layered")
     names = {path.name for path in found.directory.iterdir()}
     assert names >= {
         "plan.json", "job.json", "rounds.jsonl", "result.json", "model.safetensors", "report.html", "report.md",
@@ -102,7 +103,7 @@ def interrupt_after(round_, arm="federated"):
     return stop
 
 
-@pytest.mark.parametrize("protection", ["plain", "encrypted"])
+@pytest.mark.parametrize("protection", PROTECTIONS)
 @pytest.mark.parametrize(
     ("round_", "arm"), [(1, "centralised"), (2, "federated"), (3, "local_only")]
 )
@@ -149,7 +150,7 @@ task = fedcore.Task("mine", data, model, torch.nn.functional.cross_entropy, site
 
 
 def test_reproduce_says_same_or_where_it_first_differs():
-    found = heart(protection="encrypted")
+    found = heart(protection="layered")
     assert reproduce(found.directory).same
     rows = found.rounds
     rows[5]["auc"] += 1e-9

@@ -16,7 +16,7 @@ def test_it_runs_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = fedcore.simulate(job=tmp_path / "mine" / "job.toml", rounds=6, out=tmp_path / "run")
     assert run.result["sites"] == ["north", "south", "coast"]
-    assert run.result["protection"] == "encrypted"
+    assert run.result["protection"] == "layered"
     assert run.result["arms"]["federated"]["auc"] > 0.7
     assert not run.result.get("unknown_categories")
 

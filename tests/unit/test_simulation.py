@@ -12,7 +12,8 @@ from fedcore.comparison.transport import MetricTransport
 from fedcore.errors import BadInput, PlanRefused, TagRefused
 from fedcore.learn.score import Scored
 from fedcore.learn.train import local_train
-from fedcore.simulation import KeyEpoch
+from fedcore.loopback import KeyEpoch, Stopwatch
+from fedcore.plan import PROTECTIONS, VectorSpec, Wide
 
 SITES = {"a": 1, "b": 2, "c": 3}
 
@@ -43,23 +44,26 @@ def run(task=None, **settings):
     return fedcore.simulate(task or make_task(), **{"sites": SITES, "rounds": 3} | settings)
 
 
-def test_plain_and_encrypted_give_the_same_model_and_another_seed_another():
-    plain = run(protection="plain")
-    encrypted = run(protection="encrypted")
-    again = run(protection="encrypted")
-    hashes = [r.result["model_sha256"] for r in (plain, encrypted, again)]
-    assert len(set(hashes)) == 1
-    assert run(protection="plain", seed=1).result["model_sha256"] != hashes[0]
-    for metric in ("accuracy", "auc"):
-        gap = encrypted.result["gap"]["protection"][metric]
-        assert (gap["mean"], gap["low"], gap["high"]) == (0.0, 0.0, 0.0)
-    assert encrypted.result["unequal_rounds"] == 0
-    drop = {"seconds", "bytes", "peak"}
-    strip = [
-        [{k: v for k, v in row.items() if k.split("_")[0] not in drop} for row in r.rounds]
-        for r in (plain, encrypted)
+def unmeasured(found):
+    """The rows without what this machine and the protection's size of things decide."""
+    measured = {"seconds", "bytes", "peak"}
+    return [
+        {k: v for k, v in row.items() if k.split("_")[0] not in measured} for row in found.rounds
     ]
-    assert strip[0] == strip[1]
+
+
+def test_every_protection_gives_the_same_model_and_another_seed_another():
+    plain, *others = (run(protection=protection) for protection in PROTECTIONS)
+    for found in (*others, run(protection="layered")):
+        assert found.result["model_sha256"] == plain.result["model_sha256"]
+        assert found.result["unequal_rounds"] == 0
+        assert unmeasured(found) == unmeasured(plain)
+        assert found.result["protected_metrics"] == plain.result["protected_metrics"]
+        for metric in ("accuracy", "auc"):
+            gap = found.result["gap"]["protection"][metric]
+            assert (gap["mean"], gap["low"], gap["high"]) == (0.0, 0.0, 0.0)
+    other = run(protection="plain", seed=1)
+    assert other.result["model_sha256"] != plain.result["model_sha256"]
 
 
 @pytest.mark.parametrize("server", ["fedavg", "fedavgm", "fedadam", "fedyogi"])
@@ -72,7 +76,7 @@ def test_every_server_and_width_agrees_across_protections(server, bits):
         "rounds": 2,
         "arms": ("federated",),
     }
-    hashes = {run(protection=p, **settings).result["model_sha256"] for p in ("plain", "encrypted")}
+    hashes = {run(protection=p, **settings).result["model_sha256"] for p in PROTECTIONS}
     assert len(hashes) == 1
 
 
@@ -135,20 +139,25 @@ def test_metrics_that_travelled_protected_equal_the_pooled_ones():
     )
 
 
-def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(
+    protection, tmp_path, monkeypatch
+):
     """Take one site's chunks out of the fold: the tag must notice, and the run must leave nothing."""
     from fedcore.protect.bfv import EncryptedFold
+    from fedcore.protect.masked import MaskedFold
 
-    original, seen = EncryptedFold.add, []
+    fold = MaskedFold if protection == "masked" else EncryptedFold
+    original, seen = fold.add, []
 
     def forgetful(self, index, chunk):
         seen.append(index)
         if len(seen) != 2:
             original(self, index, chunk)
 
-    monkeypatch.setattr(EncryptedFold, "add", forgetful)
+    monkeypatch.setattr(fold, "add", forgetful)
     with pytest.raises(TagRefused):
-        run(protection="encrypted")
+        run(protection=protection)
     assert not list(tmp_path.glob("runs/t-*"))
 
 
@@ -172,7 +181,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_sites_only_plain(count):
     sites = dict(list(SITES.items())[:count])
-    with pytest.raises(PlanRefused, match=f"found {count} under 'encrypted'"):
+    with pytest.raises(PlanRefused, match=f"found {count} under 'layered'"):
         run(sites=sites)
     assert run(sites=sites, protection="plain").result["rounds"] == 3
 
@@ -290,35 +299,90 @@ def test_own_metrics_survive_the_integers_with_their_sign():
     assert transport.finish(total, 2) == {"m": pytest.approx(-2.25 / 6)}
 
 
-def test_an_epoch_s_secrets_do_not_follow_the_seed():
-    from fedcore.plan import solve_packing
+def prepared_run(**settings):
+    from fedcore.comparison.experiment import job_for, prepare
 
-    packing = solve_packing(16, 3, "encrypted")
-    epochs = [KeyEpoch("job", "encrypted", packing, "digest") for _ in range(2)]
-    slots = np.arange(2048, dtype=np.uint64)
-    chunks = [list(epoch.sealer.protect(slots)) for epoch in epochs]
-    assert chunks[0] != chunks[1]
-    assert chunks[0] != list(epochs[0].sealer.protect(slots))
-    assert epochs[0]._group.derive(b"", b"x", 32) != epochs[1]._group.derive(b"", b"x", 32)
+    given = {"sites": SITES, "rounds": 2, "range": 0.25} | settings
+    return prepare(*job_for(make_task(), given))
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+def test_an_epoch_s_secrets_do_not_follow_the_seed(protection, monkeypatch):
+    """Two runs of one seed: equal models, and no upload of one is an upload of the other."""
+    from fedcore.protect.bfv import EncryptedFold
+    from fedcore.protect.masked import MaskedFold
+
+    fold = MaskedFold if protection == "masked" else EncryptedFold
+    original, sent = fold.add, []
+
+    def record(self, index, chunk):
+        sent.append(bytes(chunk))
+        original(self, index, chunk)
+
+    monkeypatch.setattr(fold, "add", record)
+    uploads, hashes = [], set()
+    for _ in range(2):
+        hashes.add(run(protection=protection, rounds=2).result["model_sha256"])
+        uploads.append(list(sent))
+        sent.clear()
+    assert len(hashes) == 1
+    assert len(uploads[0]) == len(uploads[1]) >= 3 * (1 + 2 + 1)  # calibration, rounds, metrics
+    assert not set(uploads[0]) & set(uploads[1])
+
+
+def test_equal_contributions_of_two_sites_travel_as_different_bytes():
+    """What `plain` cannot say: there equal vectors are equal but for the mark of the site."""
+    from fedcore.loopback import Witness
+
+    spec = VectorSpec("update", 6, (Wide("weight", 1, 20),))
+    fields = np.full(6, 7, dtype=np.uint64)
+    for protection in ("encrypted", "masked", "layered"):
+        epoch = KeyEpoch("job", prepared_run(protection=protection).plan)
+        uploads = []
+        for target in (0, 0, 1):
+            witness = Witness(target, 2)
+            total = epoch.protected_sum(
+                spec, 1, lambda _: (fields, {"weight": [1]}), b"", Stopwatch(), witness=witness
+            )
+            assert total.opened.wides == {"weight": [3]}
+            uploads.append(b"".join(witness.upload))
+        assert len(set(uploads)) == 3
 
 
 def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
     from fedcore.comparison.experiment import Experiment, job_for, prepare
 
-    layers = {"rounds": 1, "protection": "encrypted"}
-    experiment = Experiment(prepare(*job_for(None, layers)))
+    experiment = Experiment(prepare(*job_for(None, {"rounds": 1, "protection": "plain"})))
     seen = []
     original = KeyEpoch.protected_sum
 
-    def record(self, spec, round_, roster, contributions, state, watch):
+    def record(self, spec, training_round, contribute, state, watch, **more):
         seen.append(state)
-        return original(self, spec, round_, roster, contributions, state, watch)
+        return original(self, spec, training_round, contribute, state, watch, **more)
 
     monkeypatch.setattr(KeyEpoch, "protected_sum", record)
     experiment.calibrate()
     statistics = experiment.federation.statistics
     assert b'"mean"' in statistics and seen[0].endswith(statistics)
+
+
+def test_every_sum_says_what_it_is_of(monkeypatch):
+    """Preparatory rounds are training round 0; the metrics-only round comes after the last one."""
+    seen = []
+    original = KeyEpoch.protected_sum
+
+    def record(self, spec, training_round, *rest, absences=None, **more):
+        seen.append((spec.purpose, training_round))
+        return original(self, spec, training_round, *rest, absences=absences, **more)
+
+    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    fedcore.simulate("heart", rounds=2, protection="plain", arms="federated", resamples=0)
+    assert seen == [("statistics", 0), ("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]
+    seen.clear()
+    stop = lambda row: fedcore.STOP if row["round"] == 1 else None  # noqa: E731  one expression
+    run(rounds=5, protection="plain", range=0.1, on_round=stop)
+    assert seen == [("update", 1), ("metrics", 6)]
 
 
 def test_a_range_outside_the_limits_is_refused():

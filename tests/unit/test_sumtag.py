@@ -7,6 +7,7 @@ is the coordinator: it holds every ciphertext and the public parameters, and no 
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 from dataclasses import replace
 
@@ -17,18 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.encode.pack import Layout
-from fedcore.errors import TagRefused
+from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
 from fedcore.protect import bfv, sumtag
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.sumtag import PRIME, GroupSecret, SumTag, state_tag
+from fedcore.protect.masked import MaskedFold, MaskedSealer
+from fedcore.protect.masking import add_masks, mask_sum
+from fedcore.protect.sumtag import PRIME, GroupSecret, SumTag, key_id, state_tag
 
 pytest.importorskip("tenseal.sealapi")
 
 ROSTER = ("ann", "bob", "cat", "dan", "eve")
 PACKING = solve_packing(16, len(ROSTER), "encrypted")
 LAYOUT = Layout(VectorSpec("update", 5000, (Wide("weight", 1, 20),)), PACKING, len(ROSTER))
-HEADER = RoundHeader("job", 7, "update", ROSTER, "plan")
+HEADER = RoundHeader(
+    federation="federation", job="job", epoch=1, round=7, training_round=6, purpose="update",
+    roster=ROSTER, pins="pins", threshold=4, protection="encrypted", plan_digest="plan",
+    certificate="certificate",
+)  # fmt: skip
 STATE = b"state tag of round 7".ljust(32, b".")
 
 
@@ -116,6 +123,26 @@ def test_group_secrets_are_fresh_redacted_and_never_compared_or_pickled():
     for refused in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="never pickled"):
             refused(one)
+
+
+def test_a_group_secret_survives_bytes_of_its_length_and_no_others():
+    one = GroupSecret()
+    assert len(one.to_bytes()) == 32
+    again = GroupSecret.from_bytes(one.to_bytes())
+    assert again.derive(b"s", b"i", 32) == one.derive(b"s", b"i", 32)
+    for size in (0, 16, 31, 33, 16416):
+        with pytest.raises(EnvelopeRefused, match=f"found {size} bytes, expected 32") as refused:
+            GroupSecret.from_bytes(bytes(size), sender="ann")
+        assert refused.value.fault == "ann"
+    with pytest.raises(EnvelopeRefused, match="this site"):
+        GroupSecret.from_bytes(b"")
+
+
+def test_a_key_id_is_the_hash_of_its_payload_under_a_label():
+    payload = GroupSecret(KEY).to_bytes()
+    assert key_id(payload) == hashlib.sha256(b"key id" + KEY).digest()
+    assert key_id(payload) != key_id(bytes(32))
+    assert key_id(payload) != hashlib.sha256(KEY).digest()
 
 
 def test_derive_is_rfc_5869_and_labels_are_apart():
@@ -235,6 +262,78 @@ def test_attack_1_one_ciphertext_dressed_up_as_the_sum(epoch):
     epoch.refuses(fold, ROSTER)
 
 
+class Unmasking:
+    """A fold whose sum carries masks, and the sealer that opens it, under each protection with masks."""
+
+    def __init__(self, epoch, protection):
+        if protection == "masked":
+            self.sealer, self.fold = MaskedSealer(PACKING), MaskedFold(PACKING, LAYOUT.slots)
+        else:
+            self.sealer, self.fold = epoch.sealer, EncryptedFold(epoch.public, LAYOUT.slots)
+        self.tag = SumTag(epoch.secret.group, HEADER, STATE)
+
+    def add(self, slots, masks):
+        """One site's part: lay on its masks, protect, fold."""
+        masked = slots.copy()
+        add_masks(masked, masks, PACKING.slot_bits)
+        for index, chunk in enumerate(self.sealer.protect(masked)):
+            self.fold.add(index, chunk)
+
+    def receive(self, survivors, *, check_tag=True):
+        total = self.sealer.open(self.fold.total(), LAYOUT.slots)
+        if check_tag:
+            self.tag.check(total[: LAYOUT.tagged_slots], LAYOUT.read_tag(total), survivors)
+        return LAYOUT.unpack(total, [ROSTER.index(site) for site in survivors])
+
+
+def seed(text):
+    return hashlib.sha256(text.encode()).digest()
+
+
+def masks_of(site):
+    """Pairwise masks with every other site of the roster, + for the first of a pair, and a self mask."""
+    pairs = [
+        (seed(" ".join(sorted((site, other)))), 1 if site < other else -1)
+        for other in ROSTER
+        if other != site
+    ]
+    return [(seed(site), 1), *pairs]
+
+
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_the_sum_of_the_survivors_is_accepted_once_its_masks_are_off(epoch, protection):
+    """Eve is gone before she submits: the self masks of four, and what they share with her, come off."""
+    survivors, rows = ROSTER[:4], [epoch.vector(site) for site in ROSTER[:4]]
+    left_over = [(key, sign) for site in survivors for key, sign in masks_of(site)]
+    left_over = [mask for mask in left_over if (mask[0], -mask[1]) not in left_over]
+    assert len(left_over) == 8
+    honest = Unmasking(epoch, protection)
+    for site, row in zip(survivors, rows, strict=True):
+        honest.add(row, masks_of(site))
+    honest.fold.remove(mask_sum(left_over, LAYOUT.slots, PACKING.slot_bits))
+    assert honest.receive(survivors).wides["weight"] == [400]
+    forgotten = Unmasking(epoch, protection)
+    for site, row in zip(survivors, rows, strict=True):
+        forgotten.add(row, masks_of(site))
+    forgotten.fold.remove(mask_sum(left_over[1:], LAYOUT.slots, PACKING.slot_bits))
+    with pytest.raises(TagRefused):
+        forgotten.receive(survivors)
+
+
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_attack_1_with_the_subtraction_that_is_meant_for_masks(epoch, protection):
+    """Whoever takes the masks off can add anything: one site's vector dressed up as the sum of five."""
+    forged = Unmasking(epoch, protection)
+    forged.add(epoch.vector("ann"), masks_of("ann"))
+    mask = mask_sum(masks_of("ann"), LAYOUT.slots, PACKING.slot_bits)
+    for slot, value in plus(canaries(4), *(mark(site, 1) for site in ROSTER[1:])).items():
+        mask[slot] = (int(mask[slot]) - value) % 2**64
+    forged.fold.remove(mask)
+    assert forged.receive(ROSTER, check_tag=False).wides["weight"] == [100]  # the control
+    with pytest.raises(TagRefused):
+        forged.receive(ROSTER)
+
+
 def test_attack_1_an_old_ciphertext_under_the_same_key(epoch):
     old = epoch.upload("cat", header=replace(HEADER, round=6))
     fresh = [epoch.upload(site) for site in ROSTER if site != "cat"]
@@ -286,15 +385,16 @@ def test_one_unit_added_to_any_slot(epoch, slot):
 
 
 @pytest.mark.parametrize(
-    "header",
+    "changes",
     [
-        replace(HEADER, job="other"), replace(HEADER, round=8), replace(HEADER, stage="metrics"),
-        replace(HEADER, roster=(*ROSTER, "fay")), replace(HEADER, plan_digest="other"),
-        replace(HEADER, version=2),
+        {"federation": "other"}, {"job": "other"}, {"epoch": 2}, {"round": 8}, {"training_round": 7},
+        {"purpose": "metrics"}, {"roster": (*ROSTER, "fay")}, {"pins": "other"}, {"threshold": 3},
+        {"protection": "layered"}, {"plan_digest": "other"}, {"certificate": "other"}, {"version": 2},
     ],
-    ids=["job", "round", "stage", "roster", "plan", "version"],
+    ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
-def test_a_vector_of_another_header_is_refused(epoch, header):
+def test_a_vector_of_another_header_is_refused(epoch, changes):
+    header = replace(HEADER, **changes)
     fold = epoch.fold([epoch.upload(site, header=header) for site in ROSTER])
     epoch.receive(fold, ROSTER, check_tag=True, header=header)
     epoch.refuses(fold, ROSTER)

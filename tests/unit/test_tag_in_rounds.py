@@ -1,8 +1,8 @@
 """The sum tag where it is used: `KeyEpoch.protected_sum` refuses what is not this sum (PROTOCOL T).
 
-`test_sumtag.py` has the tag's own attacks. Here a coordinator hands out sums of another round, stage,
-plan, roster or model, or alters the opened one, and the round itself must refuse: each attack with a
-positive control, in which the tag is not checked and the wrong sum is accepted.
+`test_sumtag.py` has the tag's own attacks. Here a coordinator hands out sums of another round, purpose
+or model, or alters the opened one, and the round itself must refuse: each attack with a positive
+control, in which the tag is not checked and the wrong sum is accepted.
 """
 
 from __future__ import annotations
@@ -14,21 +14,40 @@ import pytest
 import torch
 
 import fedcore
-from fedcore import simulation
 from fedcore.comparison.experiment import Experiment, job_for, prepare
 from fedcore.errors import TagRefused
-from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
-from fedcore.protect.sumtag import SumTag, state_tag
-from fedcore.simulation import KeyEpoch, Stopwatch
+from fedcore.loopback import KeyEpoch, Stopwatch
+from fedcore.plan import (
+    RangePlan,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    VectorSpec,
+    Wide,
+    solve_packing,
+)
+from fedcore.protect.masked import MaskedFold, MaskedSealer
+from fedcore.protect.sumtag import SumTag
 
 pytest.importorskip("tenseal.sealapi")
 
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer
 
 ROSTER = ("ann", "bob", "cat")
-PACKING = solve_packing(16, len(ROSTER) + 1, "encrypted")
 WIDES = (Wide("weight", 1, 20),)
 SPEC = VectorSpec("update", 6, WIDES)
+TAGGED = ("encrypted", "masked", "layered")
+FOLDS = {"encrypted": EncryptedFold, "masked": MaskedFold, "layered": EncryptedFold}
+SEALERS = {"encrypted": EncryptedSealer, "masked": MaskedSealer, "layered": EncryptedSealer}
+
+
+def plan_of(protection):
+    return RoundPlan(
+        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection,
+        packing=solve_packing(16, len(ROSTER) + 1, protection), parameters=SPEC.coordinates,
+        buffer_coordinates=0, max_examples=1 << 19, rounds=9, train=TrainPlan(), server=ServerPlan(),
+        range=RangePlan(),
+    )  # fmt: skip
 
 
 def unchecked(monkeypatch):
@@ -42,90 +61,86 @@ def unchecked(monkeypatch):
 class Coordinator:
     """Keeps the first sum it released, and hands it out again instead of every later one."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, protection):
         self.kept = None
-        honest = EncryptedFold.total
+        honest = FOLDS[protection].total
 
         def total(fold):
             released = list(honest(fold))
             self.kept = self.kept or released
             return iter(self.kept)
 
-        monkeypatch.setattr(EncryptedFold, "total", total)
+        monkeypatch.setattr(FOLDS[protection], "total", total)
 
 
-@pytest.fixture
-def epoch():
-    return KeyEpoch("job", "encrypted", PACKING, "plan digest")
-
-
-def protected(epoch, value, *, stage="update", round_=7, roster=ROSTER, state=b"model"):
+def protected(epoch, value, *, purpose="update", round_=7, state=b"model"):
     """The opened sum of three sites whose coordinates and weight are all `value`."""
     fields = np.full(SPEC.coordinates, value, dtype=np.uint64)
-    contributions = ((place, fields, {"weight": [value]}) for place in range(3))
-    spec = VectorSpec(stage, SPEC.coordinates, WIDES)
-    return epoch.protected_sum(spec, round_, roster, contributions, state, Stopwatch()).opened
+    spec = VectorSpec(purpose, SPEC.coordinates, WIDES)
+    return epoch.protected_sum(
+        spec, round_, lambda _: (fields, {"weight": [value]}), state, Stopwatch()
+    ).opened
 
 
 ANOTHER = {
+    "repeat": {},  # everything the same: only the protocol's own counter is another
     "round": {"round_": 8},
-    "stage": {"stage": "metrics"},
-    "roster": {"roster": ("cat", "bob", "ann")},
+    "purpose": {"purpose": "metrics"},
     "state": {"state": b"another model"},
-    "plan": {},
-    "job": {},
 }
 
 
+@pytest.mark.parametrize("protection", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_a_released_sum_is_refused_where_it_does_not_belong(epoch, what, monkeypatch):
-    Coordinator(monkeypatch)
+def test_a_released_sum_is_refused_where_it_does_not_belong(protection, what, monkeypatch):
+    Coordinator(monkeypatch, protection)
+    epoch = KeyEpoch("job", plan_of(protection))
     assert protected(epoch, 100).wides == {"weight": [300]}
-    # The control: where it belongs, the same chunks are accepted, so only what differs refuses them.
-    assert protected(epoch, 55).wides == {"weight": [300]}
-    if what == "plan":
-        epoch.plan_digest = "another digest"
-    if what == "job":
-        epoch.job = "another job"
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
         protected(epoch, 55, **ANOTHER[what])
+
+
+@pytest.mark.parametrize("protection", TAGGED)
+@pytest.mark.parametrize("what", ANOTHER)
+def test_without_the_check_it_is_accepted(protection, what, monkeypatch):
+    """The control: marks and canaries see nothing, so only the tag refuses it above."""
+    Coordinator(monkeypatch, protection)
     unchecked(monkeypatch)
+    epoch = KeyEpoch("job", plan_of(protection))
+    assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
     assert opened.wides == {"weight": [300]} and (opened.coordinates == 300).all()
 
 
-@pytest.mark.parametrize("what", ["round", "stage", "roster", "plan", "job"])
-def test_the_header_alone_refuses_it_too(epoch, what, monkeypatch):
-    """The state tag covers job and round as well; with one tag for all, the header must suffice."""
-    monkeypatch.setattr(simulation, "state_tag", lambda *_: bytes(32))
-    test_a_released_sum_is_refused_where_it_does_not_belong(epoch, what, monkeypatch)
-
-
-@pytest.mark.parametrize("what", ["round", "state", "job"])
-def test_the_state_tag_alone_refuses_it_too(epoch, what, monkeypatch):
-    """As above, with one header for all."""
-    header = RoundHeader("any", 0, "any", ROSTER, "any")
-    monkeypatch.setattr(simulation, "RoundHeader", lambda *_: header)
-    test_a_released_sum_is_refused_where_it_does_not_belong(epoch, what, monkeypatch)
-
-
-def test_the_tag_s_keys_come_from_exactly_these_words(epoch, monkeypatch):
+@pytest.mark.parametrize("protection", TAGGED)
+def test_the_tag_s_header_and_state_are_of_this_very_sum(protection, monkeypatch):
+    """Of each sum's tags: one header for all sites, every sum another one, and the plan in all."""
     made = []
+    honest = SumTag.tag
 
-    def record(group, header, state):
-        made.append((header, state))
-        return SumTag(group, header, state)
+    def record(tag, slots, site):
+        made.append((site, tag.header, tag.state))
+        return honest(tag, slots, site)
 
-    monkeypatch.setattr(simulation, "SumTag", record)
-    protected(epoch, 1, stage="range", round_=0, state=b"start")
-    protected(epoch, 1, stage="update", round_=3, state=b"later")
-    assert made == [
-        (
-            RoundHeader("job", round_, stage, ROSTER, "plan digest"),
-            state_tag(epoch._group, "job", round_, state),
-        )
-        for stage, round_, state in (("range", 0, b"start"), ("update", 3, b"later"))
-    ]
+    monkeypatch.setattr(SumTag, "tag", record)
+    plan = plan_of(protection)
+    epoch = KeyEpoch("job", plan)
+    protected(epoch, 1, purpose="range", round_=0, state=b"start")
+    protected(epoch, 1, purpose="update", round_=3, state=b"start")
+    protected(epoch, 1, purpose="update", round_=4, state=b"later")
+    assert [site for site, _, _ in made] == [*ROSTER] * 3
+    sums = [made[i : i + 3] for i in (0, 3, 6)]
+    for tags in sums:
+        assert len({(header.digest, state) for _, header, state in tags}) == 1
+    headers = [tags[0][1] for tags in sums]
+    assert [(h.purpose, h.training_round) for h in headers] == [
+        ("range", 0), ("update", 3), ("update", 4),
+    ]  # fmt: skip
+    assert headers[0].round < headers[1].round < headers[2].round
+    for header in headers:
+        assert (header.job, header.plan_digest, header.roster) == ("job", plan.digest, ROSTER)
+        assert (header.protection, header.threshold) == (protection, plan.threshold)
+    assert len({tags[0][2] for tags in sums}) == 3
 
 
 # --------------------------------------------------------------------------------- altered sums
@@ -141,7 +156,12 @@ TASK = fedcore.Task(
     "tagged", data, lambda: torch.nn.Linear(4, 2), torch.nn.functional.cross_entropy,
     sites={"a": 1, "b": 2, "c": 3},
 )  # fmt: skip
-SETTINGS = {"rounds": 3, "protection": "encrypted", "range": 0.25, "resamples": 20}
+SETTINGS = {"rounds": 3, "range": 0.25, "resamples": 20}
+
+
+@pytest.fixture(params=TAGGED)
+def protection(request):
+    return request.param
 
 
 @pytest.fixture
@@ -152,44 +172,50 @@ def in_tmp(tmp_path, monkeypatch):
 class Shift:
     """Adds 40 to the low field of five data slots of one opened sum; marks and canaries stay right."""
 
-    def __init__(self, monkeypatch, which):
-        self.opened = 0
-        honest = EncryptedSealer.open
+    def __init__(self, monkeypatch, protection, which):
+        self.sums = 0
+        fold, sealer = FOLDS[protection], SEALERS[protection]
+        total, open_ = fold.total, sealer.open
 
-        def open_(sealer, chunks, slots):
-            total = honest(sealer, chunks, slots)
-            self.opened += 1
-            if self.opened == which:
-                total[1:6] += np.uint64(40)
-            return total
+        def counted(fold):
+            self.sums += 1
+            return total(fold)
 
-        monkeypatch.setattr(EncryptedSealer, "open", open_)
+        def shifted(sealer, chunks, slots):
+            opened = open_(sealer, chunks, slots)
+            if self.sums == which:  # at every site that opens this sum
+                opened[1:6] += np.uint64(40)
+            return opened
+
+        monkeypatch.setattr(fold, "total", counted)
+        monkeypatch.setattr(sealer, "open", shifted)
 
 
-def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, monkeypatch):
-    Shift(monkeypatch, which=1)
+def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, protection, monkeypatch):
+    Shift(monkeypatch, protection, which=1)
     rows = []
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
-        fedcore.simulate(TASK, **SETTINGS, on_round=rows.append)
+        fedcore.simulate(TASK, **SETTINGS, protection=protection, on_round=rows.append)
     assert all(row["arm"] != "federated" for row in rows)
     assert [path for path in Path().rglob("*") if path != Path("runs")] == []
 
 
-def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, monkeypatch):
+def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, protection, monkeypatch):
     """The control: marks and canaries see nothing; only the comparison with the twin does."""
-    honest = fedcore.simulate(TASK, **SETTINGS).result
-    Shift(monkeypatch, which=1)
+    honest = fedcore.simulate(TASK, **SETTINGS, protection=protection).result
+    Shift(monkeypatch, protection, which=1)
     unchecked(monkeypatch)
-    result = fedcore.simulate(TASK, **SETTINGS).result
+    result = fedcore.simulate(TASK, **SETTINGS, protection=protection).result
     assert result["rounds"] == 3 and result["unequal_rounds"] == 1
     assert result["model_sha256"] != honest["model_sha256"]
 
 
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_refused_round_does_not_advance_the_state(in_tmp, which, monkeypatch):
-    experiment = Experiment(prepare(*job_for(TASK, SETTINGS)))
+def test_a_refused_round_does_not_advance_the_state(in_tmp, protection, which, monkeypatch):
+    settings = SETTINGS | {"protection": protection}
+    experiment = Experiment(prepare(*job_for(TASK, settings)))
     federated = experiment.federated
-    Shift(monkeypatch, which)
+    Shift(monkeypatch, protection, which)
     for round_ in range(1, which):
         federated.step(round_)
     before = federated.save()
@@ -200,20 +226,21 @@ def test_a_refused_round_does_not_advance_the_state(in_tmp, which, monkeypatch):
     assert federated.state is state and federated.twin is twin
     assert state.canonical() == kept
     assert federated.budget.examples == budget
-    assert [federated.save()[key] for key in ("counts", "bytes")] == [
-        before[key] for key in ("counts", "bytes")
-    ]
+    after = federated.save()
+    for key in ("counts", "bytes", "abandoned"):
+        assert after[key] == before[key], key
 
 
-def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, monkeypatch):
+def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, protection, monkeypatch):
     """Resumed with new keys and no attack, the run ends where an undisturbed one does."""
     from fedcore.comparison import api
 
-    whole = fedcore.simulate(TASK, **SETTINGS).result
+    settings = SETTINGS | {"protection": protection}
+    whole = fedcore.simulate(TASK, **settings).result
     with monkeypatch.context() as attack:
-        Shift(attack, which=2)
+        Shift(attack, protection, which=2)
         with pytest.raises(TagRefused):
-            fedcore.simulate(TASK, **SETTINGS, out="attacked")
+            fedcore.simulate(TASK, **settings, out="attacked")
     assert not Path("attacked/result.json").exists()
     assert not Path("attacked/model.safetensors").exists()
     found = api.resume("attacked", task=TASK).result

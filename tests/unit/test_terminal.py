@@ -137,6 +137,23 @@ def test_more_than_two_metrics_take_more_tables():
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"accuracy": 0.8114, "auc": 0.9, "survivors": ["a", "b", "c", "d"]}, "accuracy 0.811"),
+        ({"auc": None, "accuracy": 0.5, "survivors": ["a", "c", "d"]}, "accuracy 0.500, 3 of 4 sites"),
+        ({"mse": 2.0, "survivors": ["a", "b", "c", "d"]}, ""),
+        ({"mse": 2.0, "survivors": ["a", "b", "c"]}, "3 of 4 sites"),
+        (
+            {"accuracy": 0.8, "survivors": [], "abandoned": "at keys: 2 of 4 sites stayed, 3 needed"},
+            "abandoned at keys: 2 of 4 sites stayed, 3 needed",
+        ),
+    ],
+)  # fmt: skip
+def test_a_round_in_a_few_words(row, text):
+    assert terminal.progress(row, 4) == text
+
+
 def test_the_list_of_runs():
     rows = [{"run": load(name)["run"], "result": load(name)} for name in NAMES]
     text = terminal.as_text(

@@ -1,0 +1,182 @@
+"""`fedcore bench secagg`: one whole protected round, from keys to certificate, for each number of sites.
+
+Both protocol machines run in this process, with real keys, shares, signatures, masks, encryption and
+tags; `drop` sites leave after they shared their keys, the case in which masks must be rebuilt.
+Invariant: the opened sum is compared with the plain integer sum, slot for slot; a row says whether they
+are equal. Seconds are CPU time of one thread: of one site (the mean over sites; every site would open
+the sum, here it is opened once), and of the coordinator. Sending takes no time here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fedcore.bench import progress
+from fedcore.encode.pack import Layout
+from fedcore.environment import environment
+from fedcore.errors import BadInput
+from fedcore.loopback import Contribution, KeyEpoch, Stopwatch
+from fedcore.plan import (
+    MASKS,
+    RangePlan,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    default_threshold,
+    solve_packing,
+)
+from fedcore.protocol import messages
+from fedcore.protocol.encoding import encode
+from fedcore.report.terminal import fitted, grid
+from fedcore.seeds import generator
+from fedcore.types import Json, SiteId
+
+DEFAULT_SITES = (4, 16, 64)
+
+
+class CpuWatch(Stopwatch):
+    """A stopwatch that counts this process' CPU time: other jobs of the machine do not enter."""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.process_time() - start
+
+
+def run(
+    parameters: int = 1_000_000,
+    sites: Sequence[int] = DEFAULT_SITES,
+    drop: int = 1,
+    bits: int = 16,
+    protection: str = "layered",
+    seed: int = 0,
+) -> Json:
+    """One round for each number of sites, at the default threshold.
+
+    drop: sites that leave before they send their vector. Returns the JSON of kind bench-secagg.
+    Raises BadInput where that many absences are not survived, and PlanRefused.
+    """
+    if protection not in MASKS:
+        raise BadInput(
+            f"bench.protection: found {protection!r}, expected one of {', '.join(MASKS)}"
+        )
+    if parameters < 1:
+        raise BadInput(f"bench.parameters: found {parameters}, expected at least 1")
+    for count in sites:
+        survived = count - default_threshold(count)
+        if not 0 <= drop <= survived:
+            raise BadInput(
+                f"bench.drop: found {drop}, expected 0 to {survived}, the absences that "
+                f"{count} sites survive",
+            )
+    rows = []
+    for count in sites:
+        progress(f"bench secagg: {count} sites, {parameters} parameters, {drop} dropping out")
+        rows.append(_row(_plan(count, parameters, bits, protection), drop, seed))
+    return {
+        "schema": 1,
+        "kind": "bench-secagg",
+        "parameters": parameters,
+        "protection": protection,
+        "bits": bits,
+        "drop": drop,
+        "seed": seed,
+        "rows": rows,
+        "environment": environment(),
+    }
+
+
+def _plan(sites: int, parameters: int, bits: int, protection: str) -> RoundPlan:
+    names = tuple(SiteId(f"site-{index:02d}") for index in range(sites))
+    return RoundPlan(
+        task="bench", task_digest="", sites=names, protection=protection,
+        packing=solve_packing(bits, sites, protection), parameters=parameters,
+        buffer_coordinates=0, max_examples=1 << 20, rounds=1, train=TrainPlan(),
+        server=ServerPlan(), range=RangePlan(),
+    )  # fmt: skip
+
+
+class _Traffic:
+    """Bytes of messages, beside the vectors, per site and direction."""
+
+    def __init__(self) -> None:
+        self.up: dict[str, int] = {}
+        self.down: dict[str, int] = {}
+
+    def __call__(self, to: str, message: Any) -> None:
+        if to == messages.COORDINATOR:
+            sender = message.head.site if isinstance(message, messages.Shares) else message.site
+            self.up[sender] = self.up.get(sender, 0) + len(encode(message))
+        else:
+            self.down[to] = self.down.get(to, 0) + len(encode(message))
+
+
+def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
+    epoch, watch, traffic = KeyEpoch("bench", plan), CpuWatch(), _Traffic()
+    epoch.tap = traffic
+    absences = dict.fromkeys(plan.sites[1 : 1 + drop], "submit")
+
+    def contribute(index: int) -> Contribution:
+        rng = generator(seed, 1, plan.sites[index], "bench fields")
+        fields = rng.integers(0, 1 << plan.packing.bits, plan.parameters, dtype=np.uint64)
+        return fields, {"weight": [1], "over_range": [0], "over_half_range": [0]}
+
+    total = epoch.protected_sum(
+        plan.update_vector, 1, contribute, b"bench", watch, absences=absences
+    )
+    survivors = len(total.survivors)
+    layout = Layout(plan.update_vector, plan.packing, len(plan.sites))
+    return {
+        "sites": len(plan.sites),
+        "threshold": plan.threshold,
+        "survivors": survivors,
+        "exact": total.twin is total.opened,
+        "slots": layout.slots,
+        "bytes_up_per_site": total.bytes_up + round(mean(traffic.up.values())),
+        "bytes_up_per_parameter": round(total.bytes_up / plan.parameters, 4),
+        "control_bytes_up_per_site": round(mean(traffic.up.values())),
+        "control_bytes_down_per_site": round(mean(traffic.down.values())),
+        "bytes_down_per_site": total.bytes_down + round(mean(traffic.down.values())),
+        "site_cpu_seconds": {
+            "encode": round(watch.seconds["encode"] / survivors, 6),
+            "protect": round(watch.seconds["protect"] / survivors, 6),
+            "unprotect": round(watch.seconds["unprotect"], 6),
+        },
+        "coordinator_cpu_seconds": round(watch.seconds["fold"], 6),
+    }
+
+
+def page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore bench secagg`."""
+    table = grid(
+        "sites", "in the sum", "threshold", "bytes up", "control up", "control down",
+        "site CPU, s", "coordinator CPU, s", "sum",
+    )  # fmt: skip
+    for row in found["rows"]:
+        table.add_row(
+            str(row["sites"]),
+            str(row["survivors"]),
+            str(row["threshold"]),
+            f"{row['bytes_up_per_site']:,}",
+            f"{row['control_bytes_up_per_site']:,}",
+            f"{row['control_bytes_down_per_site']:,}",
+            f"{sum(row['site_cpu_seconds'].values()):.3f}",
+            f"{row['coordinator_cpu_seconds']:.3f}",
+            "exact" if row["exact"] else "NOT the plain sum",
+        )
+    note = (
+        f"{found['parameters']:,} parameters at {found['bits']} bits under {found['protection']!r}, "
+        f"{found['drop']} of the sites leaving after the shares; bytes and CPU seconds per site"
+    )
+    return Group(fitted(table), Text(), Text(note))

@@ -1,0 +1,88 @@
+"""What is done with a symmetric key: derive others, seal a box, expand a keystream. All of it is pyca's.
+
+Invariant: two keys are equal only if secret, salt, label and every part are equal. The labels stand in
+one table, and everything that goes into HKDF's info is framed by its length, so that no two lists of
+parts give the same bytes.
+HKDF-SHA256: RFC 5869; ChaCha20-Poly1305: RFC 8439; AES-256 in counter mode: NIST SP 800-38A, section 6.5.
+Whose secret it is, and what its context holds, is decided in `hybrid`, `pairwise` and `masking`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum, unique
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedcore.errors import BadInput, EnvelopeRefused
+
+KEY_BYTES = 32
+BOX_OVERHEAD = 16
+"""Bytes a box is longer than its plaintext: Poly1305's tag."""
+
+_VERSION = b"fedcore/1"
+_ONLY_NONCE = bytes(12)
+"""Every box has a key of its own, derived from a fresh shared secret, so one nonce is enough."""
+_CTR_START = bytes(16)
+
+
+@unique
+class Label(StrEnum):
+    """Every use of `derive`, once: a key made for one of them is of no use to another."""
+
+    ENVELOPE = "envelope"
+    MASK_X25519 = "mask x25519"
+    MASK_MLKEM = "mask mlkem"
+    OFFER_ROOT = "offer root"
+    OFFERED = "offered value"
+    OFFER_BOX = "offer box"
+    PAIR_SEED = "pair seed"
+    SELF_MASK = "self mask"
+
+
+def framed(*parts: bytes) -> bytes:
+    """The parts, each behind its length in 4 bytes little-endian: injective, for any number of parts."""
+    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+
+def hkdf(secret: bytes, salt: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-SHA256, extract and expand: `length` bytes, at most 8160."""
+    return HKDF(SHA256(), length, salt, info).derive(secret)
+
+
+def derive(
+    secret: bytes, label: Label, *parts: bytes, salt: bytes = b"", length: int = KEY_BYTES
+) -> bytes:
+    """HKDF(secret, salt, version || label || parts, each framed): `length` bytes."""
+    return hkdf(secret, salt, framed(_VERSION, label.encode(), *parts), length)
+
+
+def seal_box(key: bytes, plaintext: bytes, context: bytes) -> bytes:
+    """ChaCha20-Poly1305 under a key that seals nothing else: len(plaintext) + 16 bytes."""
+    return ChaCha20Poly1305(key).encrypt(_ONLY_NONCE, plaintext, context)
+
+
+def open_box(key: bytes, box: bytes, context: bytes, *, sender: str) -> bytes:
+    """The inverse of `seal_box`. Raises EnvelopeRefused, which does not say what differs."""
+    try:
+        return ChaCha20Poly1305(key).decrypt(_ONLY_NONCE, box, context)
+    except InvalidTag:
+        raise EnvelopeRefused(
+            f"sealed message from {sender}",
+            found="one that does not open",
+            expected="one sealed for this recipient, round and purpose",
+            fault=sender,
+        ) from None
+
+
+def keystream(key: bytes, start: bytes = _CTR_START) -> CipherContext:
+    """AES-256-CTR from counter block `start`: what it makes of zeros is the stream.
+
+    Raises BadInput unless the key has 32 bytes: with 16 pyca would quietly run AES-128.
+    """
+    if len(key) != KEY_BYTES:
+        raise BadInput(f"keystream: found a key of {len(key)} bytes, expected {KEY_BYTES}")
+    return Cipher(algorithms.AES256(key), modes.CTR(start)).encryptor()

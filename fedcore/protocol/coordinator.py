@@ -1,0 +1,1019 @@
+"""The coordinator in a round: `step(hub, stage, event, now) -> (stage, effects)`, the other machine.
+
+It sees signed messages, sizes and digests, never a vector in clear, and holds no secret until the
+survivors' answers let it rebuild the masks of one sum. Each stage ends when everybody it waits for has
+answered or left, or at its deadline; with fewer than t sites left the round is abandoned, nothing is
+opened, and the next one starts with fresh keys.
+
+Invariant: an upload is folded once, U3 is journalled before anybody hears of it, and each site's
+secret of exactly one kind is asked for. `replay` of the journal gives the live stage.
+Bonawitz et al. 2017 (ePrint 2017/281), figure 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedcore.errors import (
+    Conflicting,
+    HeaderRefused,
+    ListRefused,
+    OutOfOrder,
+    PeerRefused,
+    RosterRefused,
+    ShareRefused,
+    VectorRefused,
+)
+from fedcore.plan import MASKS, RoundHeader
+from fedcore.protect import shamir
+from fedcore.protect.pairwise import (
+    MaskRoot,
+    open_offer,
+    pair_secret,
+    pair_seed,
+    self_mask_seed,
+)
+from fedcore.protect.secret import SecretBytes
+from fedcore.protocol.effects import Discard, Effect, Fold, Mask, Persist, RemoveMasks, Send, Warn
+from fedcore.protocol.encoding import digest, record
+from fedcore.protocol.messages import (
+    COORDINATOR,
+    MASK_ROOT,
+    RELEASE_REFUSED,
+    SELF_SEED,
+    Abandon,
+    Aggregate,
+    Announce,
+    Certificate,
+    Confirm,
+    Confirmations,
+    Delivery,
+    KeyBundle,
+    Keys,
+    Leave,
+    Parcel,
+    Shares,
+    SharesHead,
+    Statement,
+    Submit,
+    SurvivorList,
+    Unmask,
+    check_signature,
+)
+from fedcore.protocol.shared import (
+    check_header,
+    check_keys,
+    check_submission,
+    listed,
+    survivors_of,
+)
+from fedcore.protocol.site import share_digest
+from fedcore.types import SiteId
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What the coordinator knows of a job. pins: {site: Ed25519 public key}; patience: seconds a stage
+    waits for silent sites before it goes on without them."""
+
+    pins: Mapping[SiteId, bytes]
+    patience: float = 600.0
+
+
+# ------------------------------------------------------------------------------------ what happens
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begin a round. size: bytes of one protected vector, which follow from the plan."""
+
+    header: RoundHeader
+    size: int
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of an authenticated site."""
+
+    sender: SiteId
+    message: Any
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A vector arrived whole: what the site signed, and what its chunks really hash to."""
+
+    sender: SiteId
+    submit: Submit
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A site will not send any more in this round."""
+
+    site: SiteId
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class SumReady:
+    """The masks are off the sum and it is spooled: its digest and size."""
+
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The process is new, and the stage comes from the journal."""
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """A site is back: it gets again what this stage has for it."""
+
+    site: SiteId
+
+
+# -------------------------------------------------------------------------------------- the stages
+
+
+def _until() -> float:
+    return field(default=0.0, compare=False, metadata={"byte_form": False})
+
+
+@record
+@dataclass(frozen=True)
+class Ready:
+    """Between rounds. round: the last number used."""
+
+    round: int = 0
+
+
+@record
+@dataclass(frozen=True)
+class Advertising:
+    """Waiting for keys."""
+
+    header: RoundHeader
+    size: int
+    keys: tuple[Keys, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Sharing:
+    """Waiting for shares of the sites in the bundle (U1)."""
+
+    header: RoundHeader
+    size: int
+    bundle: tuple[Keys, ...]
+    shares: tuple[Shares, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Collecting:
+    """Waiting for vectors of the sites that shared (U2; under `encrypted` of the whole roster)."""
+
+    header: RoundHeader
+    size: int
+    bundle: tuple[Keys, ...]
+    shares: tuple[Shares, ...]
+    submissions: tuple[Submit, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Confirming:
+    """Waiting for signatures under the one survivor list (U3)."""
+
+    header: RoundHeader
+    bundle: tuple[Keys, ...]
+    shares: tuple[Shares, ...]
+    submissions: tuple[Submit, ...]
+    confirms: tuple[Confirm, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Unmasking:
+    """Waiting for the survivors' key shares."""
+
+    header: RoundHeader
+    bundle: tuple[Keys, ...]
+    shares: tuple[Shares, ...]
+    submissions: tuple[Submit, ...]
+    confirms: tuple[Confirm, ...]
+    answers: tuple[Unmask, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Summing:
+    """The masks are being taken off the sum. masks: of every survivor, and left by every dropout."""
+
+    header: RoundHeader
+    submissions: tuple[Submit, ...]
+    masks: tuple[tuple[SecretBytes, int], ...]
+    gone: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Releasing:
+    """Waiting for the survivors' statements about the sum."""
+
+    header: RoundHeader
+    submissions: tuple[Submit, ...]
+    aggregate: Aggregate
+    statements: tuple[Statement, ...] = ()
+    gone: tuple[SiteId, ...] = ()
+    refused: tuple[SiteId, ...] = ()
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Released:
+    """The round ended with a certificate."""
+
+    header: RoundHeader
+    certificate: Certificate
+    refused: tuple[SiteId, ...] = ()
+
+    @property
+    def round(self) -> int:
+        """The number used up."""
+        return self.header.round
+
+
+@record
+@dataclass(frozen=True)
+class Abandoned:
+    """The round ended without one. exposed: sites that had answered unmask.
+
+    refused: sites that refused the release; they take part in no further round of this key epoch.
+    """
+
+    header: RoundHeader
+    stage: str
+    left: int
+    exposed: tuple[SiteId, ...]
+    refused: tuple[SiteId, ...] = ()
+
+    @property
+    def round(self) -> int:
+        """The number used up."""
+        return self.header.round
+
+
+Waiting = Advertising | Sharing | Collecting | Confirming | Unmasking | Releasing
+Stage = Ready | Waiting | Summing | Released | Abandoned
+
+STAGE_NAMES = {
+    Advertising: "keys",
+    Sharing: "shares",
+    Collecting: "submit",
+    Confirming: "confirm",
+    Unmasking: "unmask",
+    Summing: "unmask",
+    Releasing: "release",
+}
+"""What the coordinator waits for at each stage, in the words of `absences.STAGES`."""
+
+
+# ------------------------------------------------------------------------- what the journal records
+
+
+@record
+@dataclass(frozen=True)
+class RoundStarted:
+    """A round number is used up."""
+
+    header: RoundHeader
+    size: int
+
+
+@record
+@dataclass(frozen=True)
+class KeysTaken:
+    """One site's keys."""
+
+    keys: Keys
+
+
+@record
+@dataclass(frozen=True)
+class BundleFixed:
+    """U1; gone: sites that sent keys and are not in it."""
+
+    bundle: tuple[Keys, ...]
+    gone: tuple[SiteId, ...]
+
+
+@record
+@dataclass(frozen=True)
+class SharesTaken:
+    """One site's shares."""
+
+    shares: Shares
+
+
+@record
+@dataclass(frozen=True)
+class CohortFixed:
+    """U2."""
+
+
+@record
+@dataclass(frozen=True)
+class SubmissionTaken:
+    """One site's vector, complete and verified; it is folded from here on."""
+
+    submit: Submit
+
+
+@record
+@dataclass(frozen=True)
+class ListFixed:
+    """U3, before anybody hears of it."""
+
+
+@record
+@dataclass(frozen=True)
+class ConfirmTaken:
+    """One site's signature under U3."""
+
+    confirm: Confirm
+
+
+@record
+@dataclass(frozen=True)
+class ConfirmsFixed:
+    """Enough signatures; unmask is asked for from here on."""
+
+
+@record
+@dataclass(frozen=True)
+class AnswerTaken:
+    """One site's key shares, each checked against its sender's signed digest."""
+
+    unmask: Unmask
+
+
+@record
+@dataclass(frozen=True)
+class MasksRebuilt:
+    """What is to be subtracted from the sum."""
+
+    masks: tuple[tuple[SecretBytes, int], ...]
+
+
+@record
+@dataclass(frozen=True)
+class SumSpooled:
+    """The sum without masks."""
+
+    aggregate: Aggregate
+
+
+@record
+@dataclass(frozen=True)
+class StatementTaken:
+    """What one site found in the sum."""
+
+    statement: Statement
+
+
+@record
+@dataclass(frozen=True)
+class SiteGone:
+    """A site left; refused: 1 if it refused the release, else 0."""
+
+    site: SiteId
+    refused: int
+
+
+@record
+@dataclass(frozen=True)
+class RoundReleased:
+    """The certificate."""
+
+    certificate: Certificate
+
+
+@record
+@dataclass(frozen=True)
+class RoundGivenUp:
+    """Too few sites."""
+
+    stage: str
+    left: int
+
+
+def evolve(stage: Any, entry: Any) -> Any:
+    """The stage after a journal record."""
+    match stage, entry:
+        case ((Ready() | Released() | Abandoned()), RoundStarted(header, size)):
+            if header.protection in MASKS:
+                return Advertising(header, size)
+            return Collecting(header, size, (), ())
+        case Advertising(), KeysTaken(keys):
+            return replace(stage, keys=_in_order(stage.header, (*stage.keys, keys)))
+        case Advertising(), BundleFixed(bundle, gone):
+            return Sharing(stage.header, stage.size, bundle, (), _merged(stage.gone, gone))
+        case Sharing(), SharesTaken(shares):
+            place = stage.header.place
+            sent = sorted((*stage.shares, shares), key=lambda each: place(each.head.site))
+            return replace(stage, shares=tuple(sent))
+        case Sharing(), CohortFixed():
+            return Collecting(stage.header, stage.size, stage.bundle, stage.shares, (), stage.gone)
+        case Collecting(), SubmissionTaken(submit):
+            found = _in_order(stage.header, (*stage.submissions, submit))
+            return replace(stage, submissions=found)
+        case Collecting(), ListFixed():
+            if stage.header.protection not in MASKS:
+                return Summing(stage.header, stage.submissions, (), stage.gone)
+            return Confirming(
+                stage.header, stage.bundle, stage.shares, stage.submissions, (), stage.gone
+            )
+        case Confirming(), ConfirmTaken(confirm):
+            return replace(stage, confirms=_in_order(stage.header, (*stage.confirms, confirm)))
+        case Confirming(), ConfirmsFixed():
+            return Unmasking(
+                stage.header, stage.bundle, stage.shares, stage.submissions, stage.confirms, (),
+                stage.gone,
+            )  # fmt: skip
+        case Unmasking(), AnswerTaken(unmask):
+            return replace(stage, answers=_in_order(stage.header, (*stage.answers, unmask)))
+        case Unmasking(), MasksRebuilt(masks):
+            return Summing(stage.header, stage.submissions, masks, stage.gone)
+        case Summing(), SumSpooled(aggregate):
+            return Releasing(stage.header, stage.submissions, aggregate, (), stage.gone)
+        case Releasing(), StatementTaken(statement):
+            return replace(
+                stage, statements=_in_order(stage.header, (*stage.statements, statement))
+            )
+        case _, SiteGone(site, refused) if isinstance(stage, Waiting | Summing):
+            gone = _merged(stage.gone, (site,))
+            if isinstance(stage, Releasing) and refused:
+                return replace(stage, gone=gone, refused=_merged(stage.refused, (site,)))
+            return replace(stage, gone=gone)
+        case Releasing(), RoundReleased(certificate):
+            return Released(stage.header, certificate, stage.refused)
+        case _, RoundGivenUp(name, left) if isinstance(stage, Waiting | Summing):
+            exposed = _exposed(stage)
+            return Abandoned(stage.header, name, left, exposed, getattr(stage, "refused", ()))
+    raise OutOfOrder(
+        "journal", found=f"{type(entry).__name__} after {type(stage).__name__}",
+        expected="a record this stage can have written", fault=COORDINATOR,
+    )  # fmt: skip
+
+
+def _exposed(stage: Any) -> tuple[SiteId, ...]:
+    if isinstance(stage, Unmasking):
+        return tuple(answer.site for answer in stage.answers)
+    return survivors_of(stage.submissions) if isinstance(stage, Summing | Releasing) else ()
+
+
+def _in_order(header: RoundHeader, items: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(sorted(items, key=lambda item: header.place(item.site)))
+
+
+def _merged(old: tuple[SiteId, ...], new: Iterable[SiteId]) -> tuple[SiteId, ...]:
+    return tuple(dict.fromkeys((*old, *new)))
+
+
+def replay(start: Any, journal: Iterable[Any]) -> Any:
+    """The stage that the records of a journal lead to."""
+    for entry in journal:
+        start = evolve(start, entry)
+    return start
+
+
+# --------------------------------------------------------------------------------- the moves
+
+
+@dataclass
+class _Move:
+    """One step in the making: records move the stage, effects follow in order."""
+
+    hub: Hub
+    stage: Any
+    effects: list[Effect] = field(default_factory=list)
+
+    def record(self, entry: Any) -> None:
+        self.stage = evolve(self.stage, entry)
+        self.effects.append(Persist(entry))
+
+    def send(self, site: SiteId, message: Any) -> None:
+        self.effects.append(Send(site, message))
+
+    def do(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+
+def _start(move: _Move, event: Start) -> None:
+    header = event.header
+    if header.round <= move.stage.round:
+        raise HeaderRefused(
+            "round", found=header.round, expected=f"more than {move.stage.round}", fault=COORDINATOR
+        )
+    unknown = sorted(set(header.roster) - set(move.hub.pins))
+    if unknown or len(set(header.roster)) != len(header.roster):
+        raise RosterRefused(
+            "roster", found=unknown[0] if unknown else "a site twice",
+            expected="distinct pinned sites", fault=COORDINATOR,
+        )  # fmt: skip
+    move.record(RoundStarted(header, event.size))
+    for site in header.roster:
+        move.send(site, Announce(header))
+
+
+def members_of(stage: Any) -> tuple[SiteId, ...]:
+    """Whose message a stage takes: the roster, then U1, U2, U3."""
+    match stage:
+        case Advertising():
+            return stage.header.roster
+        case Sharing():
+            return tuple(keys.site for keys in stage.bundle)
+        case Collecting():
+            shared = tuple(shares.head.site for shares in stage.shares)
+            return shared if stage.header.protection in MASKS else stage.header.roster
+        case Confirming() | Unmasking() | Releasing() | Summing():
+            return survivors_of(stage.submissions)
+    return ()
+
+
+def _came(stage: Any) -> tuple[Any, ...]:
+    """What this stage has received so far."""
+    match stage:
+        case Advertising():
+            return stage.keys
+        case Sharing():
+            return stage.shares
+        case Collecting():
+            return stage.submissions
+        case Confirming():
+            return stage.confirms
+        case Unmasking():
+            return stage.answers
+        case Releasing():
+            return stage.statements
+    return ()
+
+
+def _site_of(message: Any) -> SiteId:
+    site: SiteId = message.head.site if isinstance(message, Shares) else message.site
+    return site
+
+
+def waiting_for(stage: Any) -> tuple[SiteId, ...]:
+    """The sites this stage still hopes to hear from: what a person waits for."""
+    came = {_site_of(message) for message in _came(stage)}
+    return tuple(s for s in members_of(stage) if s not in came and s not in stage.gone)
+
+
+def _take_keys(move: _Move, keys: Keys) -> None:
+    check_keys(keys, move.stage.header, move.hub.pins)
+    move.record(KeysTaken(keys))
+
+
+def _take_shares(move: _Move, shares: Shares) -> None:
+    stage, head = move.stage, shares.head
+    check_header(head.header, stage.header, head.site)
+    check_signature(head, move.hub.pins)
+    joined = list(members_of(stage))
+    if [(p.recipient, digest(p)) for p in shares.parcels] != list(head.parcels):
+        raise ShareRefused(
+            "shares", found="parcels that differ from the signed list", expected="the signed ones",
+            fault=head.site,
+        )  # fmt: skip
+    if [p.recipient for p in shares.parcels] != joined or any(
+        p.sender != head.site for p in shares.parcels
+    ):
+        raise ShareRefused(
+            "shares", found=f"parcels for {len(shares.parcels)} sites",
+            expected=f"one for each of the {len(joined)} that joined", fault=head.site,
+        )  # fmt: skip
+    move.record(SharesTaken(shares))
+
+
+def _take_vector(move: _Move, event: Uploaded) -> None:
+    stage, submit = move.stage, event.submit
+    check_submission(submit, stage.header, move.hub.pins)
+    if submit.size != stage.size or event.size != stage.size:
+        raise VectorRefused(
+            "vector", found=f"{event.size} bytes", expected=f"{stage.size} bytes", fault=submit.site
+        )
+    if event.digest != submit.digest:
+        raise VectorRefused(
+            "vector", found="other bytes than were signed", expected="the signed digest",
+            fault=submit.site,
+        )  # fmt: skip
+    move.record(SubmissionTaken(submit))
+    move.do(Fold(submit))
+
+
+def _take_confirm(move: _Move, confirm: Confirm) -> None:
+    stage = move.stage
+    check_header(confirm.header, stage.header, confirm.site)
+    check_signature(confirm, move.hub.pins)
+    cohort = tuple(shares.head.site for shares in stage.shares)
+    expected = (digest(stage.bundle), digest(cohort), listed(stage.submissions))
+    if (confirm.bundle, confirm.cohort, confirm.survivors) != expected:
+        raise ListRefused(
+            "confirmation", found="another list", expected="the survivor list that was sent",
+            fault=confirm.site,
+        )  # fmt: skip
+    move.record(ConfirmTaken(confirm))
+
+
+def _take_answer(move: _Move, unmask: Unmask) -> None:
+    stage = move.stage
+    header = stage.header
+    check_header(unmask.header, header, unmask.site)
+    survivors = set(survivors_of(stage.submissions))
+    cohort = [shares.head.site for shares in stage.shares]
+    expected = [(site, SELF_SEED if site in survivors else MASK_ROOT) for site in cohort]
+    if [(answer.of, answer.kind) for answer in unmask.answers] != expected:
+        raise ShareRefused(
+            "unmask", found="shares of other sites or kinds", expected="exactly one of each site",
+            fault=unmask.site,
+        )  # fmt: skip
+    parcels = _parcels(stage.shares)
+    for answer in unmask.answers:
+        parcel = parcels[answer.of, unmask.site]
+        signed = parcel.self_share_digest if answer.kind == SELF_SEED else parcel.root_share_digest
+        found = share_digest(header.digest, answer.of, unmask.site, answer.kind, answer.share)
+        if found != signed:
+            raise ShareRefused(
+                f"{answer.kind} share of {answer.of!r}", found="one its sender did not sign",
+                expected="the signed share", fault=unmask.site,
+            )  # fmt: skip
+    move.record(AnswerTaken(unmask))
+
+
+def _parcels(shares: Iterable[Shares]) -> dict[tuple[SiteId, SiteId], Parcel]:
+    return {(p.sender, p.recipient): p for each in shares for p in each.parcels}
+
+
+def _take_statement(move: _Move, statement: Statement) -> None:
+    stage = move.stage
+    check_header(statement.header, stage.header, statement.site)
+    check_signature(statement, move.hub.pins)
+    if statement.survivors != digest(survivors_of(stage.submissions)):
+        raise ListRefused(
+            "statement", found="another survivor list", expected="that of the sum",
+            fault=statement.site,
+        )  # fmt: skip
+    move.record(StatementTaken(statement))
+
+
+def _take_leave(move: _Move, leave: Leave) -> None:
+    check_header(leave.header, move.stage.header, leave.site)
+    move.record(SiteGone(leave.site, int(leave.code == RELEASE_REFUSED)))
+
+
+def _take_gone(move: _Move, event: Gone) -> None:
+    if event.site in move.stage.header.roster and event.site not in move.stage.gone:
+        move.record(SiteGone(event.site, 0))
+
+
+# ------------------------------------------------------------------------- the end of a stage
+
+
+def _close_keys(move: _Move) -> None:
+    """Fix U1: of the sites that sent keys the largest group with one state and one key epoch.
+
+    A site that starts from another state would only make the others leave; it catches up instead.
+    """
+    stage = move.stage
+    groups = Counter((keys.state_tag, keys.key_id) for keys in stage.keys)
+    common = groups.most_common(1)[0][0]
+    bundle = tuple(keys for keys in stage.keys if (keys.state_tag, keys.key_id) == common)
+    late = tuple(keys.site for keys in stage.keys if keys not in bundle)
+    if len(bundle) < stage.header.threshold:
+        _give_up(move, len(bundle))
+        return
+    move.record(BundleFixed(bundle, late))
+    for site in members_of(move.stage):
+        move.send(site, KeyBundle(stage.header.digest, bundle))
+
+
+def _close_shares(move: _Move) -> None:
+    move.record(CohortFixed())
+    stage = move.stage
+    for site in members_of(stage):
+        move.send(site, _delivery(stage, site))
+
+
+def _delivery(stage: Collecting, to: SiteId) -> Delivery:
+    heads: tuple[SharesHead, ...] = tuple(shares.head for shares in stage.shares)
+    parcels = tuple(p for shares in stage.shares for p in shares.parcels if p.recipient == to)
+    return Delivery(stage.header.digest, heads, parcels)
+
+
+def _close_vectors(move: _Move) -> None:
+    move.record(ListFixed())
+    stage = move.stage
+    if isinstance(stage, Summing):  # `encrypted`: no mask to remove
+        move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), ()))
+        return
+    for site in members_of(stage):
+        move.send(site, SurvivorList(stage.header.digest, stage.submissions))
+
+
+def _close_confirms(move: _Move) -> None:
+    move.record(ConfirmsFixed())
+    stage = move.stage
+    for site in members_of(stage):
+        move.send(site, Confirmations(stage.header.digest, stage.confirms))
+
+
+def _close_answers(move: _Move) -> None:
+    try:
+        masks = rebuild_masks(move.stage)
+    except PeerRefused as error:  # a lying site can spoil a round, and is named
+        move.do(Warn(str(error)))
+        _give_up(move, len(move.stage.answers))
+        return
+    move.record(MasksRebuilt(masks))
+    move.do(RemoveMasks(move.stage.header, survivors_of(move.stage.submissions), masks))
+
+
+def _close_statements(move: _Move) -> None:
+    stage = move.stage
+    found = Counter((s.sum_mac, s.state_mac) for s in stage.statements).most_common(1)
+    macs, count = found[0] if found else (None, 0)
+    if macs is None or count < stage.header.threshold:
+        _give_up(move, count)
+        return
+    signatures = tuple(
+        (s.site, s.signature) for s in stage.statements if (s.sum_mac, s.state_mac) == macs
+    )
+    certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
+    move.record(RoundReleased(certificate))
+    for site in survivors_of(stage.submissions):
+        move.send(site, certificate)
+
+
+_CLOSE: dict[type[Any], Callable[[_Move], None]] = {
+    Advertising: _close_keys,
+    Sharing: _close_shares,
+    Collecting: _close_vectors,
+    Confirming: _close_confirms,
+    Unmasking: _close_answers,
+    Releasing: _close_statements,
+}
+
+
+def _give_up(move: _Move, left: int) -> None:
+    stage = move.stage
+    name = STAGE_NAMES[type(stage)]
+    if _exposed(stage):
+        move.do(Warn(f"round {stage.header.round} is given up after sites answered unmask"))
+    roster, header = stage.header.roster, stage.header
+    move.record(RoundGivenUp(name, left))
+    for site in roster:
+        move.send(site, Abandon(header.digest, name))
+    move.do(Discard(header))
+
+
+def _settle(move: _Move, now: float) -> None:
+    """End the stage if nobody is waited for any more, or at its deadline."""
+    stage = move.stage
+    if not isinstance(stage, Waiting):
+        return
+    came, missing = len(_came(stage)), len(waiting_for(stage))
+    if came + missing < stage.header.threshold:
+        _give_up(move, came + missing)
+    elif not missing:
+        _CLOSE[type(stage)](move)
+    elif now >= stage.until:
+        if came < stage.header.threshold:
+            _give_up(move, came)
+        else:
+            for site in waiting_for(stage):
+                move.record(SiteGone(site, 0))
+            _CLOSE[type(stage)](move)
+
+
+# --------------------------------------------------------------------------- rebuilding the masks
+
+
+def rebuild_masks(stage: Unmasking) -> tuple[Mask, ...]:
+    """Every mask that is still in the sum: the survivors' self masks, and the pairwise masks between
+    a survivor and a site that shared and then dropped. Raises ShareRefused where what is rebuilt is
+    not what its owner advertised."""
+    header = stage.header
+    survivors = survivors_of(stage.submissions)
+    public = {keys.site: keys for keys in stage.bundle}
+    shares: dict[SiteId, dict[int, bytes]] = {}
+    for unmask in stage.answers:
+        for answer in unmask.answers:
+            shares.setdefault(answer.of, {})[header.place(unmask.site) + 1] = answer.share
+    masks: list[Mask] = []
+    offers = _parcels(stage.shares)
+    for site, points in shares.items():
+        secret = shamir.combine(points, header.threshold, owner=site)
+        if site in survivors:
+            masks.append(_self_mask(secret, public[site], header))
+        else:
+            root = _checked_root(secret, public[site])
+            masks += [_pairwise(root, site, other, stage, public, offers) for other in survivors]
+    return tuple(masks)
+
+
+def _self_mask(secret: bytes, keys: Keys, header: RoundHeader) -> Mask:
+    if hashlib.sha256(secret).digest() != keys.self_seed_hash:
+        raise ShareRefused(
+            "rebuilt self-seed", found="another one", expected="the one its site committed to",
+            fault=keys.site,
+        )  # fmt: skip
+    seed = self_mask_seed(secret, site=keys.site, header=header.digest, state_tag=keys.state_tag)
+    return SecretBytes(seed), 1
+
+
+def _checked_root(secret: bytes, keys: Keys) -> MaskRoot:
+    root = MaskRoot(secret)
+    if root.keys.public != keys.mask:
+        raise ShareRefused(
+            "rebuilt mask root", found="one of other keys", expected="the advertised mask keys",
+            fault=keys.site,
+        )  # fmt: skip
+    return root
+
+
+def _pairwise(
+    root: MaskRoot,
+    dropped: SiteId,
+    survivor: SiteId,
+    stage: Unmasking,
+    public: Mapping[SiteId, Keys],
+    parcels: Mapping[tuple[SiteId, SiteId], Parcel],
+) -> Mask:
+    """The mask between a dropout and a survivor, with the sign it has in the survivor's vector."""
+    header = stage.header
+    lower = header.place(survivor) < header.place(dropped)
+    if lower:
+        offer = parcels[survivor, dropped].offer
+        offered = open_offer(root, offer, sender=survivor, recipient=dropped, header=header.digest)
+    else:
+        offered = pair_secret(root, sender=dropped, recipient=survivor, header=header.digest)
+    seed = pair_seed(
+        root, public[survivor].mask, offered, mine=dropped, theirs=survivor, header=header.digest,
+        state_tag=public[survivor].state_tag,
+    )  # fmt: skip
+    return SecretBytes(seed), 1 if lower else -1
+
+
+# --------------------------------------------------------------------------------- the table
+
+
+def _publish(move: _Move, event: SumReady) -> None:
+    stage = move.stage
+    aggregate = Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
+    move.record(SumSpooled(aggregate))
+    for site in members_of(move.stage):
+        move.send(site, aggregate)
+
+
+def _restart(move: _Move, _: Restarted) -> None:
+    """Everybody gets again what this stage has for them; an unfinished sum is made from the spool."""
+    stage = move.stage
+    if isinstance(stage, Collecting | Confirming | Unmasking | Summing):
+        for submit in stage.submissions:
+            move.do(Fold(submit))
+    if isinstance(stage, Summing):
+        move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
+    for site in waiting_for(stage) if isinstance(stage, Waiting) else ():
+        _repeat(move, Reconnected(site))
+
+
+def _repeat(move: _Move, event: Reconnected) -> None:
+    stage, site = move.stage, event.site
+    if isinstance(stage, Released) and site in stage.certificate.survivors:
+        move.send(site, stage.certificate)
+    if isinstance(stage, Ready | Released | Abandoned) or site not in members_of(stage):
+        return
+    match stage:
+        case Advertising():
+            move.send(site, Announce(stage.header))
+        case Sharing():
+            move.send(site, KeyBundle(stage.header.digest, stage.bundle))
+        case Collecting() if stage.header.protection in MASKS:
+            move.send(site, _delivery(stage, site))
+        case Collecting():
+            move.send(site, Announce(stage.header))
+        case Confirming():
+            move.send(site, SurvivorList(stage.header.digest, stage.submissions))
+        case Unmasking():
+            move.send(site, Confirmations(stage.header.digest, stage.confirms))
+        case Releasing():
+            move.send(site, stage.aggregate)
+
+
+Handler = Callable[[_Move, Any], None]
+Kind = type[Any]
+
+_ENDS: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
+    Leave: (_take_leave, (Abandoned,)),
+    Gone: (_take_gone, (Abandoned,)),
+    Tick: (lambda move, _: None, (Abandoned,)),
+    Restarted: (_restart, ()),
+    Reconnected: (_repeat, ()),
+}
+
+MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
+    Ready: {Start: (_start, (Advertising, Collecting))},
+    Advertising: {Keys: (_take_keys, (Sharing,)), **_ENDS},
+    Sharing: {Shares: (_take_shares, (Collecting,)), **_ENDS},
+    Collecting: {Uploaded: (_take_vector, (Confirming, Summing)), **_ENDS},
+    Confirming: {Confirm: (_take_confirm, (Unmasking,)), **_ENDS},
+    Unmasking: {Unmask: (_take_answer, (Summing,)), **_ENDS},
+    Summing: {SumReady: (_publish, (Releasing,)), **_ENDS},
+    Releasing: {Statement: (_take_statement, (Released,)), **_ENDS},
+    Released: {Start: (_start, (Advertising, Collecting)), Reconnected: (_repeat, ())},
+    Abandoned: {Start: (_start, (Advertising, Collecting))},
+}
+"""{stage: {event or received message: (handler, stages it may lead to besides staying)}}.
+
+A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
+
+
+def step(hub: Hub, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effect, ...]]:
+    """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
+
+    now: seconds of a clock that never goes back.
+    """
+    message = event.message if isinstance(event, Received) else event
+    kind = type(message)
+    legal = MOVES[type(stage)]
+    sender = getattr(event, "sender", None)
+    if kind not in legal:
+        raise OutOfOrder(
+            "message" if sender else "event", found=kind.__name__,
+            expected=" or ".join(sorted(each.__name__ for each in legal)),
+            fault=sender or COORDINATOR,
+        )  # fmt: skip
+    if sender is not None and _seen_before(stage, event, sender):
+        return stage, ()
+    move = _Move(hub, stage)
+    legal[kind][0](move, message)
+    before = stage
+    if type(move.stage) is type(before) and kind not in {Restarted, Reconnected}:
+        _settle(move, now)
+    if isinstance(move.stage, Waiting) and (
+        type(move.stage) is not type(before) or kind is Restarted
+    ):
+        move.stage = replace(move.stage, until=now + hub.patience)
+    return move.stage, tuple(move.effects)
+
+
+def _seen_before(stage: Any, event: Received | Uploaded, sender: SiteId) -> bool:
+    """Whether this very message came already. Raises for a second, different one, or a stranger's."""
+    message = event.submit if isinstance(event, Uploaded) else event.message
+    site = _site_of(message)
+    if site != sender:
+        raise RosterRefused(
+            "message", found=f"one of {site!r} from {sender!r}", expected="its own", fault=sender
+        )
+    if isinstance(message, Leave):
+        return sender in stage.gone or sender not in stage.header.roster
+    if sender not in members_of(stage) or sender in stage.gone:
+        raise RosterRefused(
+            "message", found=f"{type(message).__name__} of a site not waited for",
+            expected=f"one of {len(members_of(stage))} sites", fault=sender,
+        )  # fmt: skip
+    for past in _came(stage):
+        if _site_of(past) == site:
+            if past != message:
+                raise Conflicting(
+                    f"second {type(message).__name__}", found="other bytes than the first",
+                    expected="one a round", fault=sender,
+                )  # fmt: skip
+            return True
+    return False

@@ -1,0 +1,198 @@
+"""The one byte form of a message: what is signed, hashed, journalled and published in the vectors.
+
+    value  = 'N' | 'I' int64 | 'B' length bytes | 'S' length UTF-8 | 'L' count value... | 'R' name value...
+           | 'X' length bytes      a secret, in journal records only
+
+Lengths and counts are 4 bytes, integers 8, all big-endian; a record is its type's name and then its
+fields in order. Invariant: one value has one byte form, and `decode` takes nothing else: no tail, no
+other type, no unknown record, no length beyond the input. Nothing but registered frozen records, tuples,
+strings, bytes and integers has a form, so a message cannot bring code along; a message type has no
+field that takes a secret, so it cannot carry one out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import types
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fedcore.errors import MalformedMessage
+from fedcore.protect.secret import SecretBytes
+
+_RECORDS: dict[str, type[Any]] = {}
+_FIELDS: dict[str, tuple[tuple[str, Any], ...]] = {}
+
+MAX_DEPTH = 12
+"""Nesting of real messages stays below 8."""
+
+R = TypeVar("R")
+
+
+def record(cls: type[R]) -> type[R]:
+    """Give a frozen dataclass a byte form; its name must be new."""
+    if cls.__name__ in _RECORDS or not is_dataclass(cls):
+        raise TypeError(f"record {cls.__name__}: expected a dataclass with a name of its own")
+    _RECORDS[cls.__name__] = cls
+    return cls
+
+
+def encode(value: Any) -> bytes:
+    """The byte form of a record, tuple, string, bytes, int or None."""
+    parts: list[bytes] = []
+    _write(parts.append, value)
+    return b"".join(parts)
+
+
+def digest(value: Any) -> bytes:
+    """SHA-256 over the byte form: 32 bytes."""
+    return _kept(value, "_digest", lambda: hashlib.sha256(encode(value)).digest())
+
+
+def unsigned(message: Any) -> bytes:
+    """What a signature of the message covers: its byte form with an empty `signature`."""
+    return _kept(message, "_unsigned", lambda: encode(replace(message, signature=b"")))
+
+
+def _kept(value: Any, name: str, make: Callable[[], bytes]) -> bytes:
+    """Made once for a frozen record: a bundle of 64 sites is hashed and checked many times."""
+    kept: dict[str, bytes] | None = getattr(value, "__dict__", None)
+    if kept is None:  # a tuple
+        return make()
+    if name not in kept:
+        kept[name] = make()
+    return kept[name]
+
+
+_LENGTH, _INTEGER = struct.Struct(">I").pack, struct.Struct(">q").pack
+
+
+def _write(out: Callable[[bytes], None], value: Any) -> None:
+    kind = type(value)
+    if kind is bytes:
+        out(b"B" + _LENGTH(len(value)))
+        out(value)
+    elif kind is str:
+        data = value.encode()
+        out(b"S" + _LENGTH(len(data)) + data)
+    elif kind is tuple:
+        out(b"L" + _LENGTH(len(value)))
+        for item in value:
+            _write(out, item)
+    elif kind is int:
+        out(b"I" + _INTEGER(value))
+    elif value is None:
+        out(b"N")
+    elif kind is SecretBytes:
+        out(b"X" + _LENGTH(len(value.reveal())) + value.reveal())
+    elif _RECORDS.get(kind.__name__) is kind:
+        name = kind.__name__.encode()
+        out(b"RS" + _LENGTH(len(name)) + name)
+        for each, _ in _hints(kind):
+            _write(out, getattr(value, each))
+    else:  # a bool too: the two cases have names of their own
+        raise TypeError(f"{kind.__name__} has no byte form")
+
+
+def decode(data: bytes, expected: type[R], *, sender: str = "this site") -> R:
+    """The inverse of `encode` for a record of type `expected`. Raises MalformedMessage."""
+    value, end = _read(data, 0, sender, 0)
+    if end != len(data):
+        raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
+    if not _is(value, expected):
+        raise _malformed(type(value).__name__, getattr(expected, "__name__", expected), sender)
+    return value  # type: ignore[no-any-return]
+
+
+def _malformed(found: object, expected: object, sender: str) -> MalformedMessage:
+    return MalformedMessage("message", found=found, expected=expected, fault=sender)
+
+
+def _read(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, int]:
+    if depth > MAX_DEPTH:
+        raise _malformed("deeper nesting", f"at most {MAX_DEPTH} levels", sender)
+    kind, at = data[at : at + 1], at + 1
+    if kind == b"N":
+        return None, at
+    if kind == b"I":
+        body = _take(data, at, 8, sender)
+        return struct.unpack(">q", body)[0], at + 8
+    if kind in {b"B", b"S", b"L", b"X"}:
+        size = struct.unpack(">I", _take(data, at, 4, sender))[0]
+        at += 4
+        if kind == b"L":
+            items = []
+            for _ in range(size):  # a lying count ends at the first missing item
+                item, at = _read(data, at, sender, depth + 1)
+                items.append(item)
+            return tuple(items), at
+        body = _take(data, at, size, sender)
+        return _LEAVES[kind](body, sender), at + size
+    if kind == b"R":
+        return _read_record(data, at, sender, depth)
+    raise _malformed(f"the kind {kind!r}", "one of N I B S L R", sender)
+
+
+def _read_record(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, int]:
+    name, at = _read(data, at, sender, depth + 1)
+    cls = _RECORDS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise _malformed("an unknown record", "a record of this version", sender)
+    values = []
+    for field_name, hint in _hints(cls):
+        value, at = _read(data, at, sender, depth + 1)
+        if not _is(value, hint):
+            raise _malformed(f"{type(value).__name__} in {name}.{field_name}", hint, sender)
+        values.append(value)
+    return cls(*values), at
+
+
+def _take(data: bytes, at: int, size: int, sender: str) -> bytes:
+    part = data[at : at + size]
+    if len(part) != size:
+        raise _malformed(f"{len(part)} bytes", f"{size}", sender)
+    return part
+
+
+def _text(body: bytes, sender: str) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise _malformed("bytes that are not UTF-8", "text", sender) from error
+
+
+_LEAVES: dict[bytes, Callable[[bytes, str], Any]] = {
+    b"B": lambda body, _: body,
+    b"S": _text,
+    b"X": lambda body, _: SecretBytes(body),
+}
+
+
+def _hints(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
+    """(field, type) of a record, in order, without the fields that have no byte form."""
+    name = cls.__name__
+    if name not in _FIELDS:  # not before first use: annotations may name later classes
+        hints = get_type_hints(cls)
+        _FIELDS[name] = tuple(
+            (f.name, hints[f.name]) for f in fields(cls) if f.metadata.get("byte_form", True)
+        )
+    return _FIELDS[name]
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a decoded value is of the annotated type."""
+    hint = getattr(hint, "__supertype__", hint)  # NewType
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in {Union, types.UnionType}:
+        return any(_is(value, each) for each in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(_is(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_is, value, arguments))
+    if hint is None or hint is type(None):
+        return value is None
+    return isinstance(hint, type) and isinstance(value, hint)

@@ -1,0 +1,657 @@
+"""Key epochs: how the sites come to share one secret that the coordinator only carries (PROTOCOL E).
+
+One site, the maker, makes the payload (BFV secret key and group secret G) and seals it for every other
+site under keys that each signed for this epoch alone. A rostered late joiner gets the same payload from
+any holder, and believes it only if at least t sites signed its key id.
+Both roles are here, as in a round: `step_site` and `step_hub`, without input or output.
+
+Invariant: epochs only grow at a site; a payload is installed only if the pinned sender signed the grant
+for this site's own key of this epoch, roster and plan, and its key id is SHA-256("key id" || payload).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedcore.errors import (
+    Conflicting,
+    HeaderRefused,
+    KeyRefused,
+    OutOfOrder,
+    RosterRefused,
+    StaleEpoch,
+    ThresholdRefused,
+)
+from fedcore.plan import PLAN_VERSION
+from fedcore.protect.hybrid import HybridKey, HybridPublic, open_envelope, seal_envelope
+from fedcore.protect.identity import roster_digest
+from fedcore.protect.secret import SecretBytes
+from fedcore.protect.sumtag import key_id
+from fedcore.protocol.effects import Effect, Persist, Send
+from fedcore.protocol.encoding import digest, encode, record
+from fedcore.protocol.messages import COORDINATOR, check_signature, sign
+from fedcore.protocol.shared import check_members
+from fedcore.protocol.site import Member
+from fedcore.types import SiteId
+
+
+@record
+@dataclass(frozen=True)
+class EpochHeader:
+    """What a key epoch belongs to. roster: every pinned site; threshold: signed key ids a late joiner
+    asks for; maker: the site whose payload it will be."""
+
+    federation: str
+    job: str
+    epoch: int
+    roster: tuple[SiteId, ...]
+    pins: str
+    threshold: int
+    plan_digest: str
+    maker: SiteId
+    version: int = PLAN_VERSION
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes, in every message of the epoch."""
+        return digest(self)
+
+
+# --------------------------------------------------------------------------------------- messages
+
+
+@record
+@dataclass(frozen=True)
+class EpochCall:
+    """Coordinator to sites: sign fresh keys for this epoch."""
+
+    header: EpochHeader
+
+
+@record
+@dataclass(frozen=True)
+class EpochKey:
+    """A site's fresh public keys for one epoch."""
+
+    header: bytes
+    site: SiteId
+    key: HybridPublic
+    signature: bytes
+
+
+@record
+@dataclass(frozen=True)
+class EpochKeys:
+    """Coordinator to the maker: everybody's signed epoch keys."""
+
+    header: bytes
+    keys: tuple[EpochKey, ...]
+
+
+@record
+@dataclass(frozen=True)
+class Grant:
+    """The payload, sealed by `site` for one recipient's epoch key."""
+
+    header: bytes
+    site: SiteId
+    recipient: SiteId
+    recipient_key: bytes
+    key_id: bytes
+    envelope: bytes
+    signature: bytes
+
+
+@record
+@dataclass(frozen=True)
+class Grants:
+    """The maker to the coordinator: one grant for each other site."""
+
+    header: bytes
+    site: SiteId
+    grants: tuple[Grant, ...]
+
+
+@record
+@dataclass(frozen=True)
+class Granted:
+    """Coordinator to a site: its grant, the granter's signed epoch key, and who signed the key id.
+
+    held: empty for the first recipients, who check the maker; at least t for a late joiner.
+    """
+
+    grant: Grant
+    granter: EpochKey
+    held: tuple[KeyHeld, ...]
+
+
+@record
+@dataclass(frozen=True)
+class GrantRequest:
+    """Coordinator to a holder: seal the payload for a late joiner."""
+
+    key: EpochKey
+
+
+@record
+@dataclass(frozen=True)
+class KeyHeld:
+    """A site signs which payload it holds."""
+
+    header: bytes
+    site: SiteId
+    key_id: bytes
+    signature: bytes
+
+
+# ------------------------------------------------------------------------------- a site: stages
+
+
+@record
+@dataclass(frozen=True)
+class NoKey:
+    """No payload of the present job. epoch: the last one seen."""
+
+    epoch: int = 0
+
+
+@record
+@dataclass(frozen=True)
+class Offered:
+    """This site's epoch key is signed; the payload is awaited."""
+
+    header: EpochHeader
+    secret: SecretBytes
+    key: EpochKey
+
+    @property
+    def epoch(self) -> int:
+        """Its number, used up."""
+        return self.header.epoch
+
+
+@record
+@dataclass(frozen=True)
+class Making:
+    """This site is the maker, and its shell makes the payload."""
+
+    header: EpochHeader
+    secret: SecretBytes
+    key: EpochKey
+    keys: tuple[EpochKey, ...]
+
+    @property
+    def epoch(self) -> int:
+        """Its number, used up."""
+        return self.header.epoch
+
+
+@record
+@dataclass(frozen=True)
+class Holding:
+    """The payload is installed. sent: what was said last, to be said again after a new connection."""
+
+    header: EpochHeader
+    secret: SecretBytes
+    key: EpochKey
+    payload: SecretBytes
+    held: KeyHeld
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.header.epoch
+
+
+SiteStage = NoKey | Offered | Making | Holding
+
+
+@dataclass(frozen=True)
+class FromHub:
+    """A message of the coordinator."""
+
+    message: Any
+
+
+@dataclass(frozen=True)
+class SecretsMade:
+    """The maker's shell made the payload."""
+
+    payload: SecretBytes
+
+
+@dataclass(frozen=True)
+class MakeSecrets:
+    """Effect: make a new random payload, then tell `SecretsMade`. Never derived from an old one."""
+
+    header: EpochHeader
+
+
+@dataclass(frozen=True)
+class Install:
+    """Effect: use this payload from now on; the round machine hears `NewEpoch(epoch, key_id)`."""
+
+    epoch: int
+    key_id: bytes
+    payload: SecretBytes = field(repr=False)
+
+
+EpochEffect = Effect | MakeSecrets | Install
+
+
+def step_site(member: Member, stage: Any, event: Any) -> tuple[Any, tuple[EpochEffect, ...]]:
+    """One event at a site; `Persist` records are whole stages here. Raises a ProtocolRefused and changes
+    nothing where the event is not legal."""
+    message = event.message if isinstance(event, FromHub) else event
+    match stage, message:
+        case _, EpochCall(header):
+            return _offer(member, stage, header)
+        case Offered(), EpochKeys():
+            return _begin_making(member, stage, message)
+        case Making(), SecretsMade(payload):
+            return _grant_all(member, stage, payload)
+        case Offered(), Granted():
+            return _accept(member, stage, message)
+        case Holding(), GrantRequest(key):
+            grant = _grant(member, stage, key, stage.payload, stage.held.key_id)
+            return stage, (Send(COORDINATOR, grant),)
+        case Holding(), Granted(grant) if grant.key_id == stage.held.key_id:
+            return stage, (Send(COORDINATOR, stage.held),)
+    raise OutOfOrder(
+        "key epoch", found=type(message).__name__, expected=f"what {type(stage).__name__} takes",
+        fault=COORDINATOR,
+    )  # fmt: skip
+
+
+def _offer(member: Member, stage: Any, header: EpochHeader) -> tuple[Any, tuple[EpochEffect, ...]]:
+    if isinstance(stage, Offered | Making | Holding) and stage.header == header:
+        return stage, (Send(COORDINATOR, stage.key),)
+    if header.epoch <= stage.epoch:
+        raise StaleEpoch(
+            "key epoch", found=header.epoch, expected=f"more than {stage.epoch}", fault=COORDINATOR
+        )
+    _check_header(member, header)
+    secret = HybridKey.draw(member.entropy)
+    key = sign(EpochKey(header.digest, member.id, secret.public, b""), member.identity)
+    offered = Offered(header, SecretBytes(secret.to_bytes()), key)
+    return offered, (Persist(offered), Send(COORDINATOR, key))
+
+
+def _check_header(member: Member, header: EpochHeader) -> None:
+    expected: dict[str, tuple[Any, Any]] = {
+        "federation": (header.federation, member.federation),
+        "job": (header.job, member.job),
+        "protocol version": (header.version, PLAN_VERSION),
+        "roster": (header.roster, tuple(member.pins)),
+        "pinned keys": (header.pins, roster_digest(member.pins)),
+        "plan digest": (header.plan_digest, member.plan.digest),
+        "threshold": (header.threshold, member.plan.threshold),
+    }
+    for what, (found, wanted) in expected.items():
+        if found != wanted:
+            raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    if header.maker not in member.pins:
+        raise RosterRefused(
+            "maker", found=header.maker, expected="a pinned site", fault=COORDINATOR
+        )
+
+
+def check_epoch_key(key: EpochKey, header: EpochHeader, pins: Mapping[SiteId, bytes]) -> None:
+    """One signed epoch key of this epoch, well formed."""
+    _same_epoch(key.header, header, key.site)
+    check_signature(key, pins)
+    key.key.check(key.site)
+
+
+def _same_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
+    if found != header.digest:
+        raise StaleEpoch(
+            "key epoch", found="a message of another one",
+            expected=f"epoch {header.epoch} of job {header.job}", fault=fault,
+        )  # fmt: skip
+
+
+def _begin_making(
+    member: Member, stage: Offered, request: EpochKeys
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    header = stage.header
+    _same_epoch(request.header, header, COORDINATOR)
+    if header.maker != member.id:
+        raise OutOfOrder(
+            "key epoch", found=f"a request to {member.id!r} to make it", expected=header.maker,
+            fault=COORDINATOR,
+        )  # fmt: skip
+    names = [key.site for key in request.keys]
+    check_members(names, header.roster, header.threshold, "epoch keys")
+    seen: dict[bytes, SiteId] = {}
+    for key in request.keys:
+        check_epoch_key(key, header, member.pins)
+        for public in (key.key.x25519, key.key.mlkem):
+            if public in seen:
+                raise KeyRefused(
+                    "epoch keys", found=f"a key of {seen[public]!r} again",
+                    expected="distinct keys", fault=key.site,
+                )  # fmt: skip
+            seen[public] = key.site
+    making = Making(header, stage.secret, stage.key, request.keys)
+    return making, (Persist(making), MakeSecrets(header))
+
+
+def _context(
+    header: EpochHeader, sender: SiteId, recipient: SiteId, recipient_key: bytes, name: bytes
+) -> bytes:
+    return encode(("fedcore/1 key epoch", header.digest, sender, recipient, recipient_key, name))
+
+
+def _grant(member: Member, stage: Any, to: EpochKey, payload: SecretBytes, name: bytes) -> Grant:
+    """The payload for one recipient: sealed to its epoch key, bound to everything, signed."""
+    header = stage.header
+    check_epoch_key(to, header, member.pins)
+    recipient_key = digest(to.key)
+    envelope = seal_envelope(
+        HybridKey.from_bytes(stage.secret.reveal()), to.key, payload.reveal(),
+        context=_context(header, member.id, to.site, recipient_key, name), recipient=to.site,
+        entropy=member.entropy,
+    )  # fmt: skip
+    grant = Grant(header.digest, member.id, to.site, recipient_key, name, envelope, b"")
+    return sign(grant, member.identity)
+
+
+def _grant_all(
+    member: Member, stage: Making, payload: SecretBytes
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    name = key_id(payload.reveal())
+    others = [key for key in stage.keys if key.site != member.id]
+    grants = tuple(_grant(member, stage, key, payload, name) for key in others)
+    holding, effects = _hold(member, stage, payload, name)
+    sent = Send(COORDINATOR, Grants(stage.header.digest, member.id, grants))
+    return holding, (*effects[:-1], sent, effects[-1])
+
+
+def _hold(
+    member: Member, stage: Any, payload: SecretBytes, name: bytes
+) -> tuple[Holding, tuple[EpochEffect, ...]]:
+    held = sign(KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
+    holding = Holding(stage.header, stage.secret, stage.key, payload, held)
+    install = Install(stage.header.epoch, name, payload)
+    return holding, (Persist(holding), install, Send(COORDINATOR, held))
+
+
+def _accept(
+    member: Member, stage: Offered, granted: Granted
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    header, grant, granter = stage.header, granted.grant, granted.granter
+    _same_epoch(grant.header, header, grant.site)
+    check_signature(grant, member.pins)
+    check_epoch_key(granter, header, member.pins)
+    mine = digest(stage.key.key)
+    if (grant.recipient, grant.recipient_key) != (member.id, mine) or granter.site != grant.site:
+        raise KeyRefused(
+            "grant", found="one for another recipient or key", expected="this site's epoch key",
+            fault=grant.site,
+        )  # fmt: skip
+    if grant.site != header.maker:
+        _check_held(member, header, grant.key_id, granted.held)
+    payload = open_envelope(
+        HybridKey.from_bytes(stage.secret.reveal()), granter.key, grant.envelope,
+        context=_context(header, grant.site, member.id, mine, grant.key_id), sender=grant.site,
+    )  # fmt: skip
+    if key_id(payload) != grant.key_id:
+        raise KeyRefused(
+            "key id", found="another payload", expected="the one that was signed", fault=grant.site
+        )
+    return _hold(member, stage, SecretBytes(payload), grant.key_id)
+
+
+def _check_held(
+    member: Member, header: EpochHeader, name: bytes, held: tuple[KeyHeld, ...]
+) -> None:
+    """At least t sites of the roster signed this very key id."""
+    check_members([each.site for each in held], header.roster, header.threshold, "holders")
+    for each in held:
+        _same_epoch(each.header, header, each.site)
+        check_signature(each, member.pins)
+        if each.key_id != name:
+            raise KeyRefused(
+                "key id", found=f"another one at {each.site!r}", expected="that of the grant",
+                fault=COORDINATOR,
+            )  # fmt: skip
+
+
+# ------------------------------------------------------------------------ the coordinator: stages
+
+
+@record
+@dataclass(frozen=True)
+class NoEpoch:
+    """No epoch yet. epoch: the last number used."""
+
+    epoch: int = 0
+
+
+@record
+@dataclass(frozen=True)
+class Calling:
+    """Waiting for epoch keys."""
+
+    header: EpochHeader
+    keys: tuple[EpochKey, ...] = ()
+    until: float = field(default=0.0, compare=False, metadata={"byte_form": False})
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.header.epoch
+
+
+@record
+@dataclass(frozen=True)
+class Granting:
+    """Waiting for the maker's grants."""
+
+    header: EpochHeader
+    keys: tuple[EpochKey, ...]
+    until: float = field(default=0.0, compare=False, metadata={"byte_form": False})
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.header.epoch
+
+
+@record
+@dataclass(frozen=True)
+class Spreading:
+    """The payload is with its maker and on its way; complete when every key holder signed its id."""
+
+    header: EpochHeader
+    keys: tuple[EpochKey, ...]
+    grants: tuple[Grant, ...]
+    held: tuple[KeyHeld, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.header.epoch
+
+    @property
+    def holders(self) -> tuple[SiteId, ...]:
+        """Sites that can take part in rounds."""
+        return tuple(each.site for each in self.held)
+
+
+@dataclass(frozen=True)
+class StartEpoch:
+    """Begin a new key epoch; `tried` are makers that did not answer."""
+
+    header: EpochHeader
+
+
+@dataclass(frozen=True)
+class FromSite:
+    """A message of an authenticated site."""
+
+    sender: SiteId
+    message: Any
+
+
+@dataclass(frozen=True)
+class EpochTick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class EpochHub:
+    """What the coordinator knows. patience: seconds it waits for keys, and then for the maker."""
+
+    pins: Mapping[SiteId, bytes]
+    patience: float = 600.0
+
+
+def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> SiteId:
+    """The lowest id present, in roster order."""
+    return next(site for site in roster if site in present)
+
+
+def step_hub(
+    hub: EpochHub, stage: Any, event: Any, now: float
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
+    if isinstance(event, FromSite) and event.message.site != event.sender:
+        raise RosterRefused(
+            "message", found=f"one of {event.message.site!r} from {event.sender!r}",
+            expected="its own", fault=event.sender,
+        )  # fmt: skip
+    message = event.message if isinstance(event, FromSite) else event
+    match stage, message:
+        case _, StartEpoch(header):
+            if header.epoch <= stage.epoch:
+                raise StaleEpoch(
+                    "key epoch", found=header.epoch, expected=f"more than {stage.epoch}",
+                    fault=COORDINATOR,
+                )  # fmt: skip
+            calling = Calling(header, (), now + hub.patience)
+            calls = tuple(Send(site, EpochCall(header)) for site in header.roster)
+            return calling, (Persist(calling), *calls)
+        case Calling(), EpochKey():
+            return _take_key(hub, stage, message, now)
+        case ((Calling() | Granting()), EpochTick()):
+            return _late(hub, stage, now)
+        case Granting(), Grants():
+            return _take_grants(hub, stage, message)
+        case Spreading(), KeyHeld():
+            return _take_held(hub, stage, message)
+        case Spreading(), EpochKey():
+            return _late_joiner(hub, stage, message)
+        case Spreading(), Grant():
+            check_signature(message, hub.pins)
+            return stage, (Send(message.recipient, _granted(stage, message)),)
+        case _, EpochTick():
+            return stage, ()
+    raise OutOfOrder(
+        "key epoch", found=type(message).__name__, expected=f"what {type(stage).__name__} takes",
+        fault=getattr(event, "sender", COORDINATOR),
+    )  # fmt: skip
+
+
+def _take_key(
+    hub: EpochHub, stage: Calling, key: EpochKey, now: float
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    check_epoch_key(key, stage.header, hub.pins)
+    for past in stage.keys:
+        if past.site == key.site:
+            if past != key:
+                raise Conflicting(
+                    "second EpochKey", found="another key", expected="one an epoch", fault=key.site
+                )
+            return stage, ()
+    place = stage.header.roster.index
+    keys = tuple(sorted((*stage.keys, key), key=lambda each: place(each.site)))
+    stage = replace(stage, keys=keys)
+    if len(keys) < len(stage.header.roster):
+        return stage, (Persist(stage),)
+    return _ask_maker(hub, stage, now)
+
+
+def _ask_maker(hub: EpochHub, stage: Calling, now: float) -> tuple[Any, tuple[EpochEffect, ...]]:
+    header = stage.header
+    granting = Granting(header, stage.keys, now + hub.patience)
+    request = EpochKeys(header.digest, stage.keys)
+    return granting, (Persist(granting), Send(header.maker, request))
+
+
+def _late(hub: EpochHub, stage: Any, now: float) -> tuple[Any, tuple[EpochEffect, ...]]:
+    """At the deadline: go on without silent sites, or call a new epoch under the next maker."""
+    if now < stage.until:
+        return stage, ()
+    header = stage.header
+    present = tuple(key.site for key in stage.keys)
+    if len(present) < header.threshold:
+        raise ThresholdRefused(
+            "epoch keys", found=f"{len(present)} sites", expected=f"at least {header.threshold}",
+            fault=COORDINATOR, remedy="a key epoch starts again when enough sites are connected",
+        )  # fmt: skip
+    if isinstance(stage, Calling) and header.maker in present:
+        return _ask_maker(hub, stage, now)
+    others = tuple(site for site in present if site != header.maker)
+    after = [s for s in others if header.roster.index(s) > header.roster.index(header.maker)]
+    maker = after[0] if after else others[0]
+    new = StartEpoch(replace(header, epoch=header.epoch + 1, maker=maker))
+    return step_hub(hub, stage, new, now)
+
+
+def _take_grants(
+    hub: EpochHub, stage: Granting, message: Grants
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    header = stage.header
+    _same_epoch(message.header, header, message.site)
+    expected = [key.site for key in stage.keys if key.site != header.maker]
+    if message.site != header.maker or [g.recipient for g in message.grants] != expected:
+        raise KeyRefused(
+            "grants", found=f"{len(message.grants)} by {message.site!r}",
+            expected=f"one by the maker for each of {len(expected)} sites", fault=message.site,
+        )  # fmt: skip
+    for grant in message.grants:
+        check_signature(grant, hub.pins)
+    spreading = Spreading(header, stage.keys, message.grants)
+    sends = tuple(Send(g.recipient, _granted(spreading, g)) for g in message.grants)
+    return spreading, (Persist(spreading), *sends)
+
+
+def _granted(stage: Spreading, grant: Grant) -> Granted:
+    granter = next(key for key in stage.keys if key.site == grant.site)
+    return Granted(grant, granter, stage.held if grant.site != stage.header.maker else ())
+
+
+def _take_held(
+    hub: EpochHub, stage: Spreading, held: KeyHeld
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    _same_epoch(held.header, stage.header, held.site)
+    check_signature(held, hub.pins)
+    if held.site in stage.holders:
+        return stage, ()
+    place = stage.header.roster.index
+    everyone = tuple(sorted((*stage.held, held), key=lambda each: place(each.site)))
+    stage = replace(stage, held=everyone)
+    return stage, (Persist(stage),)
+
+
+def _late_joiner(
+    hub: EpochHub, stage: Spreading, key: EpochKey
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
+    check_epoch_key(key, stage.header, hub.pins)
+    rest = tuple(each for each in stage.keys if each.site != key.site)
+    place = stage.header.roster.index
+    stage = replace(
+        stage, keys=tuple(sorted((*rest, key), key=lambda each: place(each.site))),
+        held=tuple(each for each in stage.held if each.site != key.site),
+    )  # fmt: skip
+    holder = next((site for site in stage.holders if site != key.site), None)
+    if holder is None:
+        raise ThresholdRefused(
+            "late joiner", found="no holder of the key", expected="at least one", fault=COORDINATOR
+        )
+    return stage, (Persist(stage), Send(holder, GrantRequest(key)))

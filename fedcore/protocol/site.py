@@ -1,0 +1,1153 @@
+"""A site in a round: `step(member, stage, event, now) -> (stage, effects)`, without input or output.
+
+The stages hold only what is true in them; `MOVES` is the table of legal moves. Anything else raises a
+typed error and leaves the stage as it was; the shell then steps with `Refused(error)`, which leaves the
+round in the way PROTOCOL R allows: the coordinator learns that this site left, never why.
+
+Invariant (PROTOCOL D): a round number is used once; one vector, one survivor list and one answer to
+unmask leave this site in a round, each journalled before it is sent; an identical request gets the
+stored bytes again, a different one is refused. `replay` of the journal gives the live stage.
+Bonawitz et al. 2017 (ePrint 2017/281), figure 4, the variant against an active adversary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from fedcore.errors import (
+    HeaderRefused,
+    KeyRefused,
+    ListRefused,
+    OutOfOrder,
+    ReleaseRefused,
+    ShareRefused,
+    StaleEpoch,
+    VectorRefused,
+)
+from fedcore.plan import MASKS, RoundHeader, RoundPlan
+from fedcore.protect import shamir
+from fedcore.protect.entropy import Entropy
+from fedcore.protect.hybrid import HybridKey, open_envelope, seal_envelope
+from fedcore.protect.identity import IdentityKey, roster_digest
+from fedcore.protect.pairwise import (
+    MaskRoot,
+    make_offer,
+    open_offer,
+    pair_secret,
+    pair_seed,
+    self_mask_seed,
+)
+from fedcore.protect.secret import SecretBytes
+from fedcore.protocol.effects import (
+    Apply,
+    Effect,
+    Erase,
+    MakeVector,
+    OpenSum,
+    Persist,
+    Send,
+    Upload,
+    Warn,
+)
+from fedcore.protocol.encoding import decode, digest, encode, record
+from fedcore.protocol.messages import (
+    COORDINATOR,
+    LEFT,
+    MASK_ROOT,
+    RELEASE_REFUSED,
+    SELF_SEED,
+    Abandon,
+    Aggregate,
+    Announce,
+    Answer,
+    Certificate,
+    Confirm,
+    Confirmations,
+    Delivery,
+    KeyBundle,
+    Keys,
+    Leave,
+    Parcel,
+    Shares,
+    SharesHead,
+    SiteMessage,
+    Statement,
+    Submit,
+    SurvivorList,
+    Unmask,
+    check_signature,
+    sign,
+)
+from fedcore.protocol.shared import (
+    THIS_SITE,
+    Exchange,
+    History,
+    Standing,
+    answered,
+    check_certificate,
+    check_cohort_threshold,
+    check_confirm,
+    check_distinct,
+    check_header,
+    check_keys,
+    check_members,
+    check_roster,
+    check_same_state,
+    check_submission,
+    exchange,
+    listed,
+    refuse_missing,
+    survivors_of,
+)
+from fedcore.types import SiteId
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who this site is and what it insists on; the same for a whole job.
+
+    pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
+    minimum: the smallest cohort it takes part in. patience: seconds it waits at any stage.
+    """
+
+    id: SiteId
+    identity: IdentityKey
+    pins: Mapping[SiteId, bytes]
+    plan: RoundPlan
+    federation: str
+    job: str
+    entropy: Entropy
+    minimum: int = 3
+    patience: float = 600.0
+
+
+# ------------------------------------------------------------------------------------ what happens
+
+
+@dataclass(frozen=True)
+class Invited:
+    """A round was announced. state_tag: HMAC under G of this site's own state for it (PROTOCOL S)."""
+
+    announce: Announce
+    state_tag: bytes
+
+
+@dataclass(frozen=True)
+class Received:
+    """Any other message of the coordinator."""
+
+    message: Any
+
+
+@dataclass(frozen=True)
+class VectorMade:
+    """The protected vector is spooled, its chunks on disk: its digest and size in bytes."""
+
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class SumOpened:
+    """The sum decrypted and its tag held; HMACs under G of the sum and of the state it leads to."""
+
+    sum_mac: bytes
+    state_mac: bytes
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A step of this round raised, the tag did not hold, or somebody here said no: leave it."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """The connection is new: what was sent last may not have arrived."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The process is new, and the stage comes from the journal."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class CaughtUp:
+    """A certificate for a release this site missed; its state was unsealed and matches state_mac."""
+
+    certificate: Certificate
+    state_mac: bytes
+
+
+@dataclass(frozen=True)
+class NewEpoch:
+    """A later key epoch is installed here."""
+
+    epoch: int
+    key_id: bytes
+
+
+# -------------------------------------------------------------------------------------- the stages
+
+
+def _until() -> float:
+    return field(default=0.0, compare=False, metadata={"byte_form": False})
+
+
+@record
+@dataclass(frozen=True)
+class Secrets:
+    """The round's own secrets: mask root, self-seed, and the channel key of the envelopes."""
+
+    root: SecretBytes
+    self_seed: SecretBytes
+    channel: SecretBytes
+
+
+@record
+@dataclass(frozen=True)
+class Held:
+    """Two key shares of one site, kept until unmask asks for exactly one of them."""
+
+    of: SiteId
+    self_share: SecretBytes
+    root_share: SecretBytes
+
+
+@record
+@dataclass(frozen=True)
+class Idle:
+    """Between rounds."""
+
+    standing: Standing
+
+
+@record
+@dataclass(frozen=True)
+class Halted:
+    """A release was refused: no further round under this key epoch (PROTOCOL R)."""
+
+    standing: Standing
+
+
+@record
+@dataclass(frozen=True)
+class Advertised:
+    """Keys are sent; the bundle is awaited."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    secrets: Secrets
+    keys: Keys
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Shared:
+    """Shares are sent; the others' are awaited. own: the shares kept of this site's own secrets."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    secrets: Secrets
+    bundle: tuple[Keys, ...]
+    own: Held
+    shares: Shares
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Masking:
+    """The vector is being made. masks: (seed, sign) of each; mask root and self-seed are gone."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    bundle: bytes
+    cohort: tuple[SiteId, ...]
+    held: tuple[Held, ...]
+    masks: tuple[tuple[SecretBytes, int], ...]
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Submitted:
+    """The vector is on its way; the survivor list is awaited. The masks are gone."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    bundle: bytes
+    cohort: tuple[SiteId, ...]
+    held: tuple[Held, ...]
+    submit: Submit
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Confirmed:
+    """One survivor list is signed; the others' signatures are awaited."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    cohort: tuple[SiteId, ...]
+    held: tuple[Held, ...]
+    submissions: tuple[Submit, ...]
+    confirm: Confirm
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Answered:
+    """Unmask is answered, so the round counts as released; the sum is awaited. The shares are gone."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    submissions: tuple[Submit, ...]
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Opening:
+    """The sum is being opened and its tag checked."""
+
+    standing: Standing
+    header: RoundHeader
+    state_tag: bytes
+    submissions: tuple[Submit, ...]
+    aggregate: Aggregate
+    history: History
+    until: float = _until()
+
+
+@record
+@dataclass(frozen=True)
+class Stated:
+    """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
+
+    standing: Standing
+    header: RoundHeader
+    submissions: tuple[Submit, ...]
+    statement: Statement
+    history: History
+    until: float = _until()
+
+
+Stage = (
+    Idle
+    | Halted
+    | Advertised
+    | Shared
+    | Masking
+    | Submitted
+    | Confirmed
+    | Answered
+    | Opening
+    | Stated
+)
+
+IN_ROUND = (Advertised, Shared, Masking, Submitted, Confirmed, Answered, Opening, Stated)
+EXPOSED = (Answered, Opening, Stated)
+"""Stages after unmask was answered: the coordinator may hold this round's sum."""
+
+
+# ------------------------------------------------------------------------- what the journal records
+
+
+@record
+@dataclass(frozen=True)
+class Joined:
+    """A round begins here, under masks: its number is used up with this record."""
+
+    header: RoundHeader
+    state_tag: bytes
+    secrets: Secrets
+    keys: Keys
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class JoinedUnmasked:
+    """A round begins here under `encrypted`: there is no key to agree on."""
+
+    header: RoundHeader
+    state_tag: bytes
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class SharesMade:
+    """The bundle is accepted, and the shares are made."""
+
+    bundle: tuple[Keys, ...]
+    own: Held
+    shares: Shares
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class DeliveryOpened:
+    """The others' shares are held, and the masks agreed."""
+
+    cohort: tuple[SiteId, ...]
+    held: tuple[Held, ...]
+    masks: tuple[tuple[SecretBytes, int], ...]
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class VectorSpooled:
+    """The final chunks are on disk."""
+
+    submit: Submit
+
+
+@record
+@dataclass(frozen=True)
+class ListSigned:
+    """The one survivor list of this round."""
+
+    submissions: tuple[Submit, ...]
+    confirm: Confirm
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class UnmaskAnswered:
+    """The one answer of this round."""
+
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class SumAnnounced:
+    """Which sum this site was asked to open."""
+
+    aggregate: Aggregate
+    exchange: Exchange
+
+
+@record
+@dataclass(frozen=True)
+class SumStated:
+    """What this site found in it."""
+
+    statement: Statement
+
+
+@record
+@dataclass(frozen=True)
+class Certified:
+    """The release is proved; the new state is on disk beside this record."""
+
+    certificate: Certificate
+
+
+@record
+@dataclass(frozen=True)
+class Departed:
+    """This site left the round before its end."""
+
+    stage: str
+
+
+@record
+@dataclass(frozen=True)
+class ReleaseRefusedHere:
+    """A release failed its checks: the key epoch ends here."""
+
+    stage: str
+
+
+@record
+@dataclass(frozen=True)
+class EpochInstalled:
+    """A later key epoch."""
+
+    epoch: int
+    key_id: bytes
+
+
+@record
+@dataclass(frozen=True)
+class CheckpointTaken:
+    """The state of a release this site missed."""
+
+    certificate: Certificate
+
+
+def evolve(stage: Any, entry: Any) -> Stage:
+    """The stage after a journal record. Total on what `step` records, and on nothing else."""
+    match stage, entry:
+        case Idle(), Joined(header, tag, secrets, keys, first):
+            return Advertised(_used(stage.standing, header), header, tag, secrets, keys, (first,))
+        case Idle(), JoinedUnmasked(header, tag, first):
+            standing = _used(stage.standing, header)
+            return Masking(standing, header, tag, b"", header.roster, (), (), (first,))
+        case Advertised(), SharesMade(bundle, own, shares, last):
+            return Shared(
+                stage.standing, stage.header, stage.state_tag, stage.secrets, bundle, own, shares,
+                (*stage.history, last),
+            )  # fmt: skip
+        case Shared(), DeliveryOpened(cohort, held, masks, last):
+            return Masking(
+                stage.standing, stage.header, stage.state_tag, digest(stage.bundle), cohort, held,
+                masks, (*stage.history, last),
+            )  # fmt: skip
+        case Masking(), VectorSpooled(submit):
+            return Submitted(
+                stage.standing, stage.header, stage.state_tag, stage.bundle, stage.cohort, stage.held,
+                submit, stage.history,
+            )  # fmt: skip
+        case Submitted(), ListSigned(submissions, confirm, last):
+            return Confirmed(
+                stage.standing, stage.header, stage.state_tag, stage.cohort, stage.held, submissions,
+                confirm, (*stage.history, last),
+            )  # fmt: skip
+        case Confirmed(), UnmaskAnswered(last):
+            return Answered(
+                stage.standing, stage.header, stage.state_tag, stage.submissions,
+                (*stage.history, last),
+            )  # fmt: skip
+        case ((Answered() | Submitted()), SumAnnounced(aggregate, last)):
+            return Opening(
+                stage.standing, stage.header, stage.state_tag, aggregate.submissions, aggregate,
+                (*stage.history, last),
+            )  # fmt: skip
+        case Opening(), SumStated(statement):
+            last = exchange(stage.aggregate, statement)
+            return Stated(
+                stage.standing, stage.header, stage.submissions, statement,
+                (*stage.history[:-1], last),
+            )  # fmt: skip
+        case Stated(), Certified(certificate):
+            return Idle(_released(stage.standing, certificate))
+        case _, Departed() if isinstance(stage, IN_ROUND):
+            return Idle(stage.standing)
+        case _, ReleaseRefusedHere() if isinstance(stage, IN_ROUND):
+            return Halted(stage.standing)
+        case ((Idle() | Halted()), EpochInstalled(epoch, key_id)):
+            return Idle(replace(stage.standing, epoch=epoch, key_id=key_id))
+        case Idle(), CheckpointTaken(certificate):
+            return Idle(_released(stage.standing, certificate))
+    raise OutOfOrder(
+        "journal", found=f"{type(entry).__name__} after {type(stage).__name__}",
+        expected="a record this stage can have written", fault=THIS_SITE,
+    )  # fmt: skip
+
+
+def _used(standing: Standing, header: RoundHeader) -> Standing:
+    return replace(standing, round=header.round)
+
+
+def _released(standing: Standing, certificate: Certificate) -> Standing:
+    number = certificate.header.round
+    return replace(
+        standing, certificate=certificate.hash, released=number, round=max(standing.round, number)
+    )
+
+
+def replay(start: Stage, journal: Iterable[Any]) -> Stage:
+    """The stage that the records of a journal lead to."""
+    for entry in journal:
+        start = evolve(start, entry)
+    return start
+
+
+# --------------------------------------------------------------------------------- the moves
+
+
+@dataclass
+class _Move:
+    """One step in the making: records move the stage, effects follow in order."""
+
+    member: Member
+    stage: Any
+    effects: list[Effect] = field(default_factory=list)
+
+    def record(self, entry: Any) -> None:
+        self.stage = evolve(self.stage, entry)
+        self.effects.append(Persist(entry))
+
+    def send(self, message: SiteMessage) -> None:
+        self.effects.append(Send(COORDINATOR, message))
+
+    def do(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+
+def _join(move: _Move, event: Invited) -> None:
+    member, standing, header = move.member, move.stage.standing, event.announce.header
+    _check_invitation(member, standing, header)
+    if header.protection not in MASKS:
+        move.record(JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
+        move.do(MakeVector(header, event.state_tag, ()))
+        return
+    root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
+    channel = HybridKey.draw(member.entropy)
+    keys = sign(
+        Keys(
+            header.digest, member.id, channel.public, MaskRoot(root).keys.public,
+            hashlib.sha256(self_seed).digest(), event.state_tag, standing.key_id, b"",
+        ),
+        member.identity,
+    )  # fmt: skip
+    secrets = Secrets(SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes()))
+    move.record(Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys)))
+    move.send(keys)
+
+
+def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -> None:
+    check_roster(header, member.pins, member.minimum)
+    if member.id not in header.roster:
+        refuse_missing(member.id, header.roster, "roster")
+    check_cohort_threshold(header, member.plan.threshold, len(member.pins))
+    expected: dict[str, tuple[Any, Any]] = {
+        "federation": (header.federation, member.federation),
+        "job": (header.job, member.job),
+        "protocol version": (header.version, member.plan.version),
+        "protection": (header.protection, member.plan.protection),
+        "plan digest": (header.plan_digest, member.plan.digest),
+        "pinned keys": (header.pins, roster_digest(member.pins)),
+    }
+    for what, (found, wanted) in expected.items():
+        if found != wanted:
+            raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    if header.epoch != standing.epoch:
+        raise StaleEpoch(
+            "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
+            remedy="install the announced epoch's secrets first",
+        )  # fmt: skip
+    if header.round <= standing.round:
+        raise HeaderRefused(
+            "round", found=header.round, expected=f"more than {standing.round}", fault=COORDINATOR
+        )
+    if header.certificate != standing.certificate:
+        raise HeaderRefused(
+            "release certificate", found=header.certificate[:16] or "none",
+            expected=standing.certificate[:16] or "none", fault=COORDINATOR,
+            remedy="a site that missed a release catches up from the sealed checkpoint",
+        )  # fmt: skip
+
+
+def _share(move: _Move, bundle: KeyBundle) -> None:
+    member, stage = move.member, cast(Advertised, move.stage)
+    header = stage.header
+    _check_bundle(member, stage, bundle)
+    count, root, seed = len(header.roster), stage.secrets.root, stage.secrets.self_seed
+    draw = member.entropy.draw
+    self_shares = shamir.split(seed.reveal(), header.threshold, count, draw)
+    root_shares = shamir.split(root.reveal(), header.threshold, count, draw)
+    channel, mask_root = _own_keys(stage)
+    parcels = tuple(
+        _parcel(member, header, keys, (self_shares[place], root_shares[place]), channel, mask_root)
+        for keys in bundle.keys
+        for place in (header.place(keys.site),)
+    )
+    own = header.place(member.id)
+    head = SharesHead(
+        header.digest, member.id, tuple((p.recipient, digest(p)) for p in parcels), b""
+    )
+    shares = Shares(sign(head, member.identity), parcels)
+    held = Held(member.id, SecretBytes(self_shares[own]), SecretBytes(root_shares[own]))
+    move.record(SharesMade(bundle.keys, held, shares, exchange(bundle, shares)))
+    move.send(shares)
+
+
+def _check_bundle(member: Member, stage: Advertised, bundle: KeyBundle) -> None:
+    header = stage.header
+    check_header(bundle.header, header, COORDINATOR)
+    names = [keys.site for keys in bundle.keys]
+    check_members(names, header.roster, header.threshold, "key bundle")
+    refuse_missing(member.id, names, "key bundle")
+    for keys in bundle.keys:
+        if keys.site != member.id:
+            check_keys(keys, header, member.pins)
+        elif keys != stage.keys:
+            raise KeyRefused(
+                "key bundle", found="other keys for this site", expected="those it sent",
+                fault=COORDINATOR,
+            )  # fmt: skip
+    check_distinct(bundle.keys)
+    check_same_state(bundle.keys, stage.state_tag, stage.standing.key_id)
+
+
+def _context(header: RoundHeader, sender: SiteId, recipient: SiteId) -> bytes:
+    """What an envelope is bound to: version, h, and who writes to whom."""
+    return encode(("fedcore/1 shares", header.digest, sender, recipient))
+
+
+def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
+    """What a sender signs of one plaintext key share."""
+    return digest((header, of, holder, kind, share))
+
+
+def _own_keys(stage: Advertised | Shared) -> tuple[HybridKey, MaskRoot]:
+    """The channel key and the mask root, made from their bytes once a step."""
+    secrets = stage.secrets
+    return HybridKey.from_bytes(secrets.channel.reveal()), MaskRoot(secrets.root.reveal())
+
+
+def _parcel(
+    member: Member,
+    header: RoundHeader,
+    keys: Keys,
+    shares: tuple[bytes, bytes],
+    channel: HybridKey,
+    root: MaskRoot,
+) -> Parcel:
+    """shares: of the self-seed and of the mask root, for the owner of `keys`."""
+    to, entropy = keys.site, member.entropy
+    digests = tuple(
+        share_digest(header.digest, member.id, to, kind, share)
+        for kind, share in zip((SELF_SEED, MASK_ROOT), shares, strict=True)
+    )
+    if to == member.id:
+        return Parcel(member.id, to, b"", b"", *digests)
+    envelope = seal_envelope(
+        channel, keys.channel, b"".join(shares), context=_context(header, member.id, to),
+        recipient=to, entropy=entropy,
+    )  # fmt: skip
+    offer = b""
+    if header.place(member.id) < header.place(to):
+        _, offer = make_offer(
+            root, keys.mask.mlkem, sender=member.id, recipient=to, header=header.digest,
+            entropy=entropy,
+        )  # fmt: skip
+    return Parcel(member.id, to, envelope, offer, *digests)
+
+
+def _open_delivery(move: _Move, delivery: Delivery) -> None:
+    member, stage = move.member, cast(Shared, move.stage)
+    header = stage.header
+    check_header(delivery.header, header, COORDINATOR)
+    joined = [keys.site for keys in stage.bundle]
+    cohort = tuple(head.site for head in delivery.heads)
+    check_members(cohort, joined, header.threshold, "shares")
+    refuse_missing(member.id, cohort, "shares")
+    if [parcel.sender for parcel in delivery.parcels] != list(cohort):
+        raise ShareRefused(
+            "parcels", found=f"{len(delivery.parcels)} that do not match the heads",
+            expected=f"one of each of {len(cohort)} sites", fault=COORDINATOR,
+        )  # fmt: skip
+    channel, root = _own_keys(stage)
+    held, masks = [stage.own], [_self_mask(member, stage)]
+    for head, parcel in zip(delivery.heads, delivery.parcels, strict=True):
+        _check_head(member, stage, head, parcel, joined)
+        if head.site != member.id:
+            held.append(_open_parcel(member, stage, parcel, channel))
+            masks.append(_pairwise_mask(member, stage, parcel, root))
+    move.record(DeliveryOpened(cohort, tuple(held), tuple(masks), exchange(delivery)))
+    move.do(MakeVector(header, stage.state_tag, tuple(masks)))
+
+
+def _check_head(
+    member: Member, stage: Shared, head: SharesHead, parcel: Parcel, joined: list[SiteId]
+) -> None:
+    check_header(head.header, stage.header, head.site)
+    check_signature(head, member.pins)
+    if [recipient for recipient, _ in head.parcels] != joined:
+        raise ShareRefused(
+            "shares", found=f"parcels for {len(head.parcels)} sites",
+            expected=f"one for each of the {len(joined)} that joined", fault=head.site,
+        )  # fmt: skip
+    signed = dict(head.parcels)[member.id]
+    if parcel.recipient != member.id or digest(parcel) != signed:
+        raise ShareRefused(
+            "parcel", found="other bytes than its sender signed", expected="the signed parcel",
+            fault=COORDINATOR,
+        )  # fmt: skip
+
+
+def _open_parcel(member: Member, stage: Shared, parcel: Parcel, channel: HybridKey) -> Held:
+    """Both key shares of a sender, checked against the digests it signed."""
+    header, sender = stage.header, parcel.sender
+    theirs = next(keys for keys in stage.bundle if keys.site == sender)
+    plain = open_envelope(
+        channel, theirs.channel, parcel.envelope, context=_context(header, sender, member.id),
+        sender=sender,
+    )  # fmt: skip
+    parts = plain[: shamir.SHARE_BYTES], plain[shamir.SHARE_BYTES :]
+    kinds = (SELF_SEED, parcel.self_share_digest), (MASK_ROOT, parcel.root_share_digest)
+    for share, (kind, signed) in zip(parts, kinds, strict=True):
+        found = share_digest(header.digest, sender, member.id, kind, share)
+        if len(share) != shamir.SHARE_BYTES or found != signed:
+            raise ShareRefused(
+                f"{kind} share", found="one that differs from its signed digest",
+                expected="the share its sender signed", fault=sender,
+            )  # fmt: skip
+    return Held(sender, SecretBytes(parts[0]), SecretBytes(parts[1]))
+
+
+def _self_mask(member: Member, stage: Shared) -> tuple[SecretBytes, int]:
+    seed = self_mask_seed(
+        stage.secrets.self_seed.reveal(), site=member.id, header=stage.header.digest,
+        state_tag=stage.state_tag,
+    )  # fmt: skip
+    return SecretBytes(seed), 1
+
+
+def _pairwise_mask(
+    member: Member, stage: Shared, parcel: Parcel, root: MaskRoot
+) -> tuple[SecretBytes, int]:
+    """The mask shared with the sender: the lower of the pair in the roster adds it."""
+    header, peer = stage.header, parcel.sender
+    lower = header.place(member.id) < header.place(peer)
+    if bool(parcel.offer) == lower:
+        raise ShareRefused(
+            "pair-seed offer", found="one" if parcel.offer else "none",
+            expected="one from the first of the pair only", fault=peer,
+        )  # fmt: skip
+    if lower:
+        offered = pair_secret(root, sender=member.id, recipient=peer, header=header.digest)
+    else:
+        offered = open_offer(
+            root, parcel.offer, sender=peer, recipient=member.id, header=header.digest
+        )
+    public = next(keys.mask for keys in stage.bundle if keys.site == peer)
+    seed = pair_seed(
+        root, public, offered, mine=member.id, theirs=peer, header=header.digest,
+        state_tag=stage.state_tag,
+    )  # fmt: skip
+    return SecretBytes(seed), 1 if lower else -1
+
+
+def _submit(move: _Move, made: VectorMade) -> None:
+    member, stage = move.member, cast(Masking, move.stage)
+    submit = sign(
+        Submit(
+            stage.header.digest, member.id, made.digest, made.size, stage.state_tag,
+            stage.standing.key_id, b"",
+        ),
+        member.identity,
+    )  # fmt: skip
+    move.record(VectorSpooled(submit))
+    move.send(submit)
+    move.do(Upload(submit))
+
+
+def _check_list(
+    member: Member, stage: Submitted | Answered, header: bytes, submissions: tuple[Submit, ...],
+    cohort: Iterable[SiteId],
+) -> None:  # fmt: skip
+    """U3: a subset of U2, at least t, with this site's own submission, each signed by its site."""
+    check_header(header, stage.header, COORDINATOR)
+    names = survivors_of(submissions)
+    check_members(names, list(cohort), stage.header.threshold, "survivor list")
+    refuse_missing(member.id, names, "survivor list")
+    for submit in submissions:
+        check_submission(submit, stage.header, member.pins)
+    check_same_state(submissions, stage.state_tag, stage.standing.key_id)
+
+
+def _check_own_submission(submissions: tuple[Submit, ...], own: Submit) -> None:
+    if own not in submissions:
+        raise VectorRefused(
+            "survivor list", found="another submission of this site", expected="the one it sent",
+            fault=COORDINATOR,
+        )  # fmt: skip
+
+
+def _confirm(move: _Move, request: SurvivorList) -> None:
+    member, stage = move.member, cast(Submitted, move.stage)
+    _must_mask(stage.header, request)
+    _check_list(member, stage, request.header, request.submissions, stage.cohort)
+    _check_own_submission(request.submissions, stage.submit)
+    confirm = sign(
+        Confirm(
+            stage.header.digest, member.id, stage.bundle, digest(stage.cohort),
+            listed(request.submissions), b"",
+        ),
+        member.identity,
+    )  # fmt: skip
+    move.record(ListSigned(request.submissions, confirm, exchange(request, confirm)))
+    move.send(confirm)
+
+
+def _must_mask(header: RoundHeader, request: Any) -> None:
+    if header.protection not in MASKS:
+        raise OutOfOrder(
+            "message", found=type(request).__name__, expected="none under `encrypted`",
+            fault=COORDINATOR,
+        )  # fmt: skip
+
+
+def _answer(move: _Move, request: Confirmations) -> None:
+    member, stage = move.member, cast(Confirmed, move.stage)
+    check_header(request.header, stage.header, COORDINATOR)
+    survivors = survivors_of(stage.submissions)
+    signers = [confirm.site for confirm in request.confirms]
+    check_members(signers, survivors, stage.header.threshold, "confirmations")
+    refuse_missing(member.id, signers, "confirmations")
+    for confirm in request.confirms:
+        check_confirm(confirm, stage.confirm, member.pins)
+    held = {each.of: each for each in stage.held}
+    answers = tuple(_one_share(held[of], of in survivors) for of in stage.cohort)
+    unmask = Unmask(stage.header.digest, member.id, answers)
+    move.record(UnmaskAnswered(exchange(request, unmask)))
+    move.send(unmask)
+
+
+def _one_share(held: Held, survived: bool) -> Answer:
+    """Exactly one of the two: both would open the update of a site."""
+    if survived:
+        return Answer(held.of, SELF_SEED, held.self_share.reveal())
+    return Answer(held.of, MASK_ROOT, held.root_share.reveal())
+
+
+def _open(move: _Move, request: Aggregate) -> None:
+    member, stage = move.member, move.stage
+    header: RoundHeader = stage.header
+    if isinstance(stage, Submitted):
+        if header.protection in MASKS:
+            raise OutOfOrder(
+                "message", found="Aggregate", expected="SurvivorList first", fault=COORDINATOR
+            )
+        _check_list(member, stage, request.header, request.submissions, stage.cohort)
+        _check_own_submission(request.submissions, stage.submit)
+    else:
+        check_header(request.header, header, COORDINATOR)
+        if request.submissions != stage.submissions:
+            raise ListRefused(
+                "sum", found="another survivor list", expected="the one this site signed",
+                fault=COORDINATOR,
+            )  # fmt: skip
+    move.record(SumAnnounced(request, exchange(request)))
+    move.do(_open_sum(move.stage))
+
+
+def _open_sum(stage: Opening) -> OpenSum:
+    names = survivors_of(stage.submissions)
+    found = stage.aggregate
+    return OpenSum(stage.header, names, stage.state_tag, found.digest, found.size)
+
+
+def _state(move: _Move, opened: SumOpened) -> None:
+    member, stage = move.member, cast(Opening, move.stage)
+    survivors = digest(survivors_of(stage.submissions))
+    statement = sign(
+        Statement(stage.header.digest, member.id, survivors, opened.sum_mac, opened.state_mac, b""),
+        member.identity,
+    )
+    move.record(SumStated(statement))
+    move.send(statement)
+
+
+def _release(move: _Move, certificate: Certificate) -> None:
+    member, stage = move.member, cast(Stated, move.stage)
+    check_certificate(certificate, stage.header, member.pins)
+    own = stage.statement
+    if certificate.statement(member.id, own.signature) != own:
+        raise ReleaseRefused(
+            "certificate", found="another sum, state or survivor list",
+            expected="what this site found in the sum", fault=COORDINATOR,
+        )  # fmt: skip
+    move.record(Certified(certificate))
+    move.do(Apply(certificate))
+    move.do(Erase(stage.header))
+
+
+def _abandon(move: _Move, request: Abandon) -> None:
+    check_header(request.header, move.stage.header, COORDINATOR)
+    _depart(move)
+
+
+def _depart(move: _Move) -> None:
+    """Leave the round: nothing is applied, and what was secret is erased."""
+    stage = move.stage
+    if isinstance(stage, EXPOSED):
+        move.do(
+            Warn(
+                f"round {stage.header.round} ended without a certificate after unmask was answered: "
+                "the coordinator may hold its sum. The next update starts from a new round's "
+                "randomness; two sums that differ by few sites show those sites' updates."
+            )
+        )
+    move.record(Departed(type(stage).__name__))
+    move.do(Erase(stage.header))
+
+
+def _refuse(move: _Move, _: Refused) -> None:
+    """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
+    stage = move.stage
+    if isinstance(stage, Opening | Stated):
+        move.record(ReleaseRefusedHere(type(stage).__name__))
+        move.send(Leave(stage.header.digest, move.member.id, RELEASE_REFUSED))
+        move.do(Erase(stage.header))
+        return
+    _depart(move)
+    move.send(Leave(stage.header.digest, move.member.id, LEFT))
+
+
+def _resend(move: _Move, _: Any) -> None:
+    """What was sent last, byte for byte as the journal has it."""
+    match move.stage:
+        case Advertised(keys=keys):
+            move.send(keys)
+        case Shared(shares=shares):
+            move.send(shares)
+        case Submitted(submit=submit):
+            move.send(submit)
+            move.do(Upload(submit))
+        case Confirmed(confirm=confirm):
+            move.send(confirm)
+        case Answered(history=history):
+            move.send(decode(history[-1].answer, Unmask))
+        case Stated(statement=statement):
+            move.send(statement)
+
+
+def _restart(move: _Move, event: Restarted) -> None:
+    """Go on from the journal: a half-made vector is never made a second time, so the round is left."""
+    if isinstance(move.stage, Masking):
+        header = move.stage.header
+        _depart(move)
+        move.send(Leave(header.digest, move.member.id, LEFT))
+    elif isinstance(move.stage, Opening):
+        move.do(_open_sum(move.stage))
+    else:
+        _resend(move, event)
+
+
+def _install(move: _Move, event: NewEpoch) -> None:
+    if event.epoch <= move.stage.standing.epoch:
+        raise StaleEpoch(
+            "key epoch", found=event.epoch, expected=f"more than {move.stage.standing.epoch}",
+            fault=COORDINATOR,
+        )  # fmt: skip
+    move.record(EpochInstalled(event.epoch, event.key_id))
+
+
+def _catch_up(move: _Move, event: CaughtUp) -> None:
+    member, found = move.member, event.certificate
+    _check_same_job(member, found.header)
+    if found.header.round <= move.stage.standing.released:
+        raise HeaderRefused(
+            "checkpoint", found=f"round {found.header.round}",
+            expected=f"one after {move.stage.standing.released}", fault=COORDINATOR,
+        )  # fmt: skip
+    check_roster(found.header, member.pins, member.minimum)
+    check_cohort_threshold(found.header, member.plan.threshold, len(member.pins))
+    check_certificate(found, found.header, member.pins)
+    if event.state_mac != found.state_mac:
+        raise ReleaseRefused(
+            "checkpoint", found="another state", expected="the certified one", fault=COORDINATOR
+        )
+    move.record(CheckpointTaken(found))
+    move.do(Apply(found))
+
+
+def _check_same_job(member: Member, header: RoundHeader) -> None:
+    for what, found, expected in (
+        ("federation", header.federation, member.federation),
+        ("job", header.job, member.job),
+        ("plan digest", header.plan_digest, member.plan.digest),
+        ("pinned keys", header.pins, roster_digest(member.pins)),
+    ):
+        if found != expected:
+            raise HeaderRefused(what, found=found, expected=expected, fault=COORDINATOR)
+
+
+Handler = Callable[[_Move, Any], None]
+Kind = type[Any]
+
+_LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
+    Abandon: (_abandon, (Idle,)),
+    Refused: (_refuse, (Idle, Halted)),
+    Tick: (lambda move, _: None, ()),
+    Reconnected: (_resend, ()),
+    Restarted: (_restart, (Idle,)),
+}
+
+MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
+    Idle: {
+        Invited: (_join, (Advertised, Masking)),
+        NewEpoch: (_install, (Idle,)),
+        CaughtUp: (_catch_up, (Idle,)),
+    },
+    Halted: {NewEpoch: (_install, (Idle,))},
+    Advertised: {KeyBundle: (_share, (Shared,)), **_LEAVING},
+    Shared: {Delivery: (_open_delivery, (Masking,)), **_LEAVING},
+    Masking: {VectorMade: (_submit, (Submitted,)), **_LEAVING},
+    Submitted: {
+        SurvivorList: (_confirm, (Confirmed,)),
+        Aggregate: (_open, (Opening,)),
+        **_LEAVING,
+    },
+    Confirmed: {Confirmations: (_answer, (Answered,)), **_LEAVING},
+    Answered: {Aggregate: (_open, (Opening,)), **_LEAVING},
+    Opening: {SumOpened: (_state, (Stated,)), **_LEAVING},
+    Stated: {Certificate: (_release, (Idle,)), **_LEAVING},
+}
+"""{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
+
+
+def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effect, ...]]:
+    """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
+
+    now: seconds of a clock that never goes back; after `patience` at one stage the site leaves.
+    """
+    if isinstance(event, Tick) and isinstance(stage, IN_ROUND) and now >= stage.until:
+        event = Refused(TimeoutError(f"no progress at {type(stage).__name__}"))
+        if isinstance(stage, Opening | Stated):  # silence is no failed check: leave, do not halt
+            return _leave_in_silence(member, stage)
+    message = event.message if isinstance(event, Received) else getattr(event, "announce", event)
+    past = answered(getattr(stage, "history", ()), message)
+    if past is not None:
+        answer = decode(past.answer, object) if past.answer else None
+        return stage, ((Send(COORDINATOR, answer),) if answer else ())
+    kind = type(event.message) if isinstance(event, Received) else type(event)
+    legal = MOVES[type(stage)]
+    if kind not in legal:
+        raise OutOfOrder(
+            "message" if isinstance(event, Received) else "event", found=kind.__name__,
+            expected=" or ".join(sorted(each.__name__ for each in legal)),
+            fault=COORDINATOR if isinstance(event, Received) else THIS_SITE,
+        )  # fmt: skip
+    move = _Move(member, stage)
+    legal[kind][0](move, event.message if isinstance(event, Received) else event)
+    return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)
+
+
+def _timed(new: Any, old: Any, event: Any, now: float, patience: float) -> Any:
+    """Every stage of a round starts with its own patience; so does one that comes from a journal."""
+    if not isinstance(new, IN_ROUND) or (new is old and not isinstance(event, Restarted)):
+        return new
+    return replace(new, until=now + patience)
+
+
+def _leave_in_silence(member: Member, stage: Any) -> tuple[Any, tuple[Effect, ...]]:
+    move = _Move(member, stage)
+    _depart(move)
+    move.send(Leave(stage.header.digest, member.id, LEFT))
+    return move.stage, tuple(move.effects)

@@ -1,0 +1,214 @@
+"""What each party could read of one site's update: sentences, a table and small pictures of bars.
+
+Invariant: a reading of an upload is called the update only if every coordinate is exact, and nothing
+only if its correlation stays within chance; both numbers stand beside the word. What a sum gives away
+is never called nothing: it is stated with its correlation.
+The numbers are `result["seen"]` (fedcore.comparison.seen); a result without them has no section.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from fedcore.report import sentences as say
+from fedcore.report.sentences import Json
+from fedcore.report.tables import Cell, Table
+
+COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
+"""The keys of `seen["parties"]` (a test compares them with fedcore.comparison.seen)."""
+
+_UPLOAD = {
+    "plain": "The upload as it is",
+    "encrypted": "The upload, a ciphertext",
+    "masked": "The upload less the masks it rebuilt",
+    "layered": "The upload, masked and encrypted",
+}
+_UPLOAD_OF_BOTH = {
+    "encrypted": "The upload, opened with the key that {other} has",
+    "masked": "The upload less every mask that one of them knows",
+    "layered": "The upload, decrypted, less every mask that one of them knows",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One cell: what was read, and bars of the reading that tells most ("" where there is none)."""
+
+    text: str
+    bars: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """The section of one run. columns: the protections; rows: (party, one `Held` a column)."""
+
+    title: str
+    headline: str
+    bars: Markup
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Held, ...]], ...]
+    note: str
+    caption: str
+
+
+def section(result: Mapping[str, Any]) -> Section | None:
+    """What a page shows of one run; None where the run had no witness."""
+    seen = result.get("seen")
+    if not seen:
+        return None
+    site, size = say.plain(seen["site"]), seen["coordinates"]
+    found = [("parties", say.plain(seen["protection"])), ("plain", "plain")]
+    columns = found[: 1 if seen["protection"] == "plain" else 2]
+    rows = []
+    for party in PARTIES:
+        held = []
+        for key, protection in columns:
+            view = seen[key][party]
+            best = view["best"] or {"strip": [], "exact": 0}
+            words = (
+                f"{_name(seen, party)} under {protection}: {len(best['strip'])} coordinates as read"
+            )
+            strip = bars(best["strip"], words, exact=best["exact"] == 1)
+            held.append(Held(_cell(seen, party, view, protection), strip))
+        rows.append((_name(seen, party), tuple(held)))
+    drawn = len(seen["strip"])
+    first = f"the first {drawn} of {size:,}" if drawn < size else f"all {size:,}"
+    return Section(
+        f"What anyone could read of {site}'s update",
+        headline(seen),
+        bars(seen["strip"], f"{site}'s update: its first {drawn} coordinates", exact=True),
+        tuple(f"under {protection}" for _, protection in columns),
+        tuple(rows),
+        _note(seen),
+        f"Bars: {first} coordinates, above or below zero, each strip scaled to its own largest one; "
+        "of a party the reading that tells it most. Strong: the update itself. Pale: anything else.",
+    )
+
+
+def table(result: Mapping[str, Any]) -> list[Table]:
+    """The same as a table of words, for Markdown; empty where the run had no witness."""
+    found = section(result)
+    if found is None:
+        return []
+    rows = [
+        (Cell(party, number=False), *(Cell(held.text, number=False) for held in cells))
+        for party, cells in found.rows
+    ]
+    note = f"{found.headline} {found.note}"
+    return [Table(found.title, ("party", *found.columns), tuple(rows), note)]
+
+
+def headline(seen: Json) -> str:
+    """One sentence: what each party could read of the named site's update under this plan."""
+    alone, other, both = (_level(seen, party) for party in PARTIES)
+    if both == other:
+        both = "no more"
+    site, who = say.plain(seen["site"]), say.plain(seen["other"])
+    return (
+        f"Of {site}'s update in round {seen['round']}, the coordinator could read {alone}, "
+        f"{who} {other}, and both together {both}."
+    )
+
+
+def _level(seen: Json, party: str) -> str:
+    view, sites = seen["parties"][party], seen["contributors"]
+    message, best = view["message"], view["best"]
+    if best and best["exact"] == 1:
+        return "all of it"
+    if message and _beyond_chance(seen, message):
+        return f"something (correlation {_number(seen, message['correlation'])})"
+    if view["sum"] is None:
+        return "nothing measurable"
+    if party == COORDINATOR:
+        return f"only the sum of {sites} sites"
+    return f"only the mean of the other {sites - 1} sites"
+
+
+def _name(seen: Json, party: str) -> str:
+    other = say.plain(seen["other"])
+    return {COORDINATOR: "coordinator", SITE: f"another site ({other})"}.get(party, party)
+
+
+def _cell(seen: Json, party: str, view: Json, protection: str) -> str:
+    other, sites = say.plain(seen["other"]), seen["contributors"]
+    message, from_sum = view["message"], view["sum"]
+    parts = []
+    if message is None:
+        parts.append("It never gets the upload.")
+    else:
+        lead = _UPLOAD_OF_BOTH.get(protection) if party == BOTH else None
+        lead = (lead or _UPLOAD.get(protection, "The upload")).format(other=other)
+        parts.append(f"{lead}: {_verdict(seen, message)}.")
+        if message["exact"] == 1:
+            return parts[0]
+    if from_sum is None:
+        parts.append("The sum stays encrypted for it.")
+    elif party == COORDINATOR:
+        parts.append(f"The sum of {sites} sites: {_correlation(seen, from_sum)}.")
+    elif sites == 2:
+        parts.append(f"The sum less {other}'s own update: {_verdict(seen, from_sum)}.")
+    else:
+        parts.append(
+            f"The sum less {other}'s own update, so the mean of the other {sites - 1}: "
+            f"{_correlation(seen, from_sum)}."
+        )
+    return " ".join(parts)
+
+
+def _verdict(seen: Json, reading: Json) -> str:
+    if reading["exact"] == 1:
+        return "the update itself, every coordinate exact"
+    if reading["correlation"] is None:
+        return "nothing measurable (its values are all alike)"
+    found, limit = _correlation(seen, reading), _number(seen, seen["chance"])
+    if not _beyond_chance(seen, reading):
+        return f"nothing measurable ({found}; chance alone reaches {limit})"
+    exact = f"{reading['exact'] * 100:.2g} % of the coordinates exact"
+    return f"{found}, where chance alone reaches {limit}; {exact}"
+
+
+def _beyond_chance(seen: Json, reading: Json) -> bool:
+    return reading["correlation"] is not None and abs(reading["correlation"]) > seen["chance"]
+
+
+def _correlation(seen: Json, reading: Json) -> str:
+    return f"correlation {_number(seen, reading['correlation'])}"
+
+
+def _number(seen: Json, value: float | None) -> str:
+    """A correlation with as many decimals as chance leaves a meaning to; never `-0.00`."""
+    if value is None:
+        return say.DASH
+    digits = max(2, 1 - math.floor(math.log10(seen["chance"])))
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _note(seen: Json) -> str:
+    size, other = seen["coordinates"], say.plain(seen["other"])
+    return (
+        "Measured on this run's own messages, a check and not a proof: Pearson correlation over "
+        f"{say.plural(size, 'coordinate')}, where 1 is the update itself and unrelated values stay below "
+        f"{_number(seen, seen['chance'])} in 999 of 1000 readings. Sites that learn the same thing send "
+        f"similar updates: {other}'s own, with no message at all, reaches {_number(seen, seen['own'])}. "
+        "The parties followed the protocol; what one that breaks it can do is said under "
+        '"Who could have seen what".'
+    )
+
+
+def bars(strip: Sequence[int], label: str, *, exact: bool) -> Markup:
+    """A strip of bars as one `<svg>`: per cent of the largest, up or down from a line in the middle."""
+    if not strip:
+        return Markup()
+    path = "".join(f"M{4 * i} 20V{20 - value * 0.19:.4g}h3V20z" for i, value in enumerate(strip))
+    width = 4 * len(strip) - 1
+    return Markup(
+        '<svg class="strip" viewBox="0 0 {w} 40" preserveAspectRatio="none" role="img" '
+        'aria-label="{label}"><path d="M0 20h{w}" stroke="var(--plot-rule)" fill="none" '
+        'vector-effect="non-scaling-stroke"/><path d="{path}" fill="var(--plot-{ink})"/></svg>'
+    ).format(w=width, label=label, path=path, ink="ink" if exact else "muted")

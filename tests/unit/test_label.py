@@ -1,0 +1,238 @@
+"""The label against PROTOCOL's table of collusion, and as text a person reads."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.comparison.experiment import describe_plan
+from fedcore.inspection import plan_page
+from fedcore.label import Collusion, collusion, label_of, label_warnings
+from fedcore.plan import (
+    PROTECTIONS,
+    RangePlan,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    default_threshold,
+    solve_packing,
+)
+from fedcore.report.terminal import as_text
+
+MASKED = ("masked", "layered")
+
+
+def plan_for(sites, threshold=0, protection="layered"):
+    return RoundPlan(
+        task="heart", task_digest="00", sites=tuple(f"site-{place}" for place in range(sites)),
+        protection=protection, packing=solve_packing(8, 64, protection), parameters=21,
+        buffer_coordinates=0, max_examples=512, rounds=20, train=TrainPlan(), server=ServerPlan(),
+        range=RangePlan(), threshold=threshold,
+    )  # fmt: skip
+
+
+TABLE = [  # PROTOCOL, Collusion: n, t, active, curious, absences; the last is t less active
+    (3, 3, 1, 1, 0, 2),
+    (3, 2, 0, 0, 1, 2),
+    (4, 3, 1, 1, 1, 2),
+    (4, 4, 2, 2, 0, 2),
+    (5, 4, 2, 2, 1, 2),
+    (6, 5, 3, 3, 1, 2),
+    (7, 5, 2, 3, 2, 3),
+    (8, 6, 3, 4, 2, 3),
+    (16, 11, 5, 9, 5, 6),
+    (64, 43, 21, 41, 21, 22),
+]
+
+
+@pytest.mark.parametrize("protection", MASKED)
+@pytest.mark.parametrize(("sites", "threshold", *Collusion.__annotations__), TABLE)
+def test_the_table_of_the_protocol(
+    sites, threshold, active, curious, absences, hidden_among, protection
+):
+    found = collusion(plan_for(sites, threshold, protection))
+    assert found == Collusion(active, curious, absences, hidden_among)
+    if threshold == default_threshold(sites):
+        assert collusion(plan_for(sites, 0, protection)) == found
+
+
+@pytest.mark.parametrize("sites", [3, 4, 5, 6, 7])
+def test_the_figures_are_what_counting_every_set_of_colluders_gives(sites):
+    """The slow second version: what each number of colluders can do, tried over all their sets."""
+    for threshold in range(sites // 2 + 1, sites + 1):
+        found = collusion(plan_for(sites, threshold))
+        roster = range(sites)
+        survivors = [frozenset(s) for s in combinations(roster, threshold)]
+
+        def two_lists(colluders, survivors=survivors):
+            """Two lists, each signed by all on it, and no honest site on both."""
+            return any(one & two <= colluders for one, two in combinations(survivors, 2))
+
+        def alone(colluders, survivors=survivors):
+            return any(len(one - colluders) == 1 for one in survivors)
+
+        def withstood(attack, roster=roster):
+            fails = [
+                count
+                for count in range(sites)
+                if any(attack(frozenset(c)) for c in combinations(roster, count))
+            ]
+            return min(fails, default=sites) - 1
+
+        assert found.curious == withstood(alone)
+        assert found.active == withstood(lambda c, a=alone, b=two_lists: a(c) or b(c))
+        colluders = frozenset(range(found.active))
+        assert found.hidden_among == min(len(one - colluders) for one in survivors)
+        assert found.absences == sites - threshold
+
+
+@pytest.mark.parametrize(("protection", "hidden"), [("encrypted", 3), ("plain", 1)])
+def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
+    assert collusion(plan_for(4, 3, protection)) == Collusion(0, 0, 1, hidden)
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+@given(sites=st.integers(3, 64), data=st.data(), features=st.lists(st.just("age"), max_size=2))
+def test_a_label_is_a_few_whole_sentences_without_a_formula(protection, sites, data, features):
+    threshold = data.draw(st.integers(sites // 2 + 1, sites))
+    plan = plan_for(sites, threshold, protection)
+    lines = label_of(plan, features).splitlines()
+    assert len(lines) <= 8
+    assert lines[0].startswith("Protects against: ")
+    assert lines[1].startswith("Does not protect against: ")
+    assert "only differential privacy bounds that" in lines[-1]
+    for line in [*lines, *label_warnings(plan)]:
+        assert line.endswith(".")
+        assert not re.search(
+            r"[=<>+*/_]|\b[ntc]\b|  |\.\.| 0 (?!of)|None", line.replace("`", "")
+        ), line
+        for number, more, word in re.findall(r"(\d+)( or more)? (?:colluding )?(sites?)\b", line):
+            assert (word == "site") == (number == "1" and not more), line
+    assert any("of age, age come" in line or "of age come" in line for line in lines) == bool(
+        features
+    )
+
+
+@pytest.mark.parametrize(("sites", "threshold", *Collusion.__annotations__), TABLE)
+def test_a_label_says_its_figures(sites, threshold, active, curious, absences, hidden_among):
+    lines = label_of(plan_for(sites, threshold)).splitlines()
+    protects, does_not, who, hidden, absent, right, _ = lines
+    many = {0: "alone,", 1: "with 1 colluding site,"}.get(
+        active, f"up to {active} colluding sites,"
+    )
+    assert f"{many} even if it breaks the rules" in protects
+    enough = f"{active + 1} or more colluding sites" if active else "1 colluding site"
+    assert f"the coordinator and {enough} together" in does_not
+    looks_on = {0: "no site", 1: "1 site"}.get(curious, f"up to {curious} sites")
+    assert f"only looks on, {looks_on} may collude" in who
+    assert "the coordinator's own identities on the roster count as colluding sites" in who
+    if threshold > 2:
+        assert f"sums of at least {threshold} sites are opened" in hidden
+        assert f"hidden among at least {hidden_among} honest ones" in hidden
+        assert (f"with {active} colluding site" in hidden) == (active > 0)
+    else:
+        assert "each can work out the other's update" in hidden
+    assert absent.startswith(f"Absences survived: {absences} of {sites}.")
+    assert f"fewer than {threshold} sites is abandoned" in absent
+    assert "the result is right if no colluding site lies" in right
+
+
+def test_four_hospitals_read_this():
+    assert label_of(plan_for(4)).splitlines() == [
+        "Protects against: the coordinator, alone or with 1 colluding site, even if it breaks the rules. "
+        "It sees no site's update; alone, neither their sum nor the model.",
+        "Does not protect against: the coordinator and 2 or more colluding sites together: they open "
+        "other sites' updates. With 1 colluding site it also sees the sum and the model.",
+        "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
+        "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
+        "1 site may collude with it.",
+        "Only sums of at least 3 sites are opened; with 1 colluding site among them, each honest update "
+        "is hidden among at least 2 honest ones, its own included.",
+        "Absences survived: 1 of 4. A round with fewer than 3 sites is abandoned, and no site's update "
+        "is opened.",
+        "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
+        "each once; the result is right if no colluding site lies.",
+        "Not bounded by any of this: what the released model itself reveals about training rows; "
+        "only differential privacy bounds that.",
+    ]
+
+
+def test_who_sees_the_sum_is_in_the_first_two_lines():
+    """DESIGN s4: under `masked` the coordinator, under `layered` only with a site, never alone."""
+    first = {p: label_of(plan_for(16, protection=p)).splitlines()[:2] for p in PROTECTIONS}
+    assert "it does see their sum and the model" in first["masked"][0]
+    assert "alone, neither their sum nor the model" in first["layered"][0]
+    assert first["layered"][1].endswith("With 1 colluding site it also sees the sum and the model.")
+    assert "the sum and the model" not in first["masked"][1]
+    assert "not their sum and not the model" in first["encrypted"][0]
+    assert "opens every site's update" in first["encrypted"][1]
+    assert "nobody" in first["plain"][0]
+    # Without a colluding site to spare, the coordinator is alone.
+    assert "not their sum and not the model" in label_of(plan_for(3, 2)).splitlines()[0]
+
+
+# --------------------------------------------------------------------------------------- warnings
+
+
+def test_three_sites_survive_no_absence_and_are_told_what_does():
+    (warning,) = label_warnings(plan_for(3))
+    assert warning == (
+        "Absences survived: 0 of 3. One absent site abandons the round. A threshold of 2 "
+        "(`protect.threshold`) survives 1 absence, but tolerates no colluding site; four sites with a "
+        "threshold of 3 survive 1 absence and tolerate 1 colluding site."
+    )
+    # What it says of the alternatives is what they are.
+    assert collusion(plan_for(3, 2)) == Collusion(0, 0, 1, 2)
+    assert collusion(plan_for(4, 3)) == Collusion(1, 1, 1, 2)
+    (other,) = label_warnings(plan_for(3, protection="encrypted"))
+    assert "survives 1 absence, but of two sites in a sum, each can work out the other's" in other
+    (plain,) = label_warnings(plan_for(3, protection="plain"))
+    assert "collu" not in plain and "two sites" not in plain
+
+
+@pytest.mark.parametrize(
+    ("sites", "tolerated"), [(4, "1 colluding site."), (6, "3 colluding sites.")]
+)
+def test_a_threshold_of_all_sites_is_told_what_one_less_gives(sites, tolerated):
+    (warning,) = label_warnings(plan_for(sites, sites, "masked"))
+    assert warning.startswith(f"Absences survived: 0 of {sites}.")
+    said = f"A threshold of {sites - 1} (`protect.threshold`) survives 1 absence and tolerates "
+    assert warning.endswith(said + tolerated)
+
+
+def test_a_threshold_of_two_is_told_that_each_of_two_reads_the_other():
+    for protection in ("encrypted", *MASKED):
+        (warning,) = label_warnings(plan_for(3, 2, protection))
+        assert "each can work out the other's update" in warning
+        assert "The default for 3 sites is 3." in warning
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_the_page_of_a_plan_shows_its_label_threshold_and_warnings(protection):
+    for sites, threshold in ((3, 3), (4, 3)):
+        plan = plan_for(sites, threshold, protection)
+        said = {"label": label_of(plan), "warnings": label_warnings(plan)}
+        text = " ".join(as_text(plan_page(describe_plan(plan) | said)).split())
+        assert f"threshold: {threshold} of {sites} sites at every stage" in text
+        assert f"absences survived: {sites - threshold}" in text
+        for line in said["label"].splitlines():
+            assert line in text
+        assert text.count("warning: ") == len(said["warnings"]) == (sites == 3)
+        assert all(f"warning: {warning}" in text for warning in said["warnings"])
+        # A list of prices ends where rosters under masks do.
+        assert (" to 64 " in text and "1024" not in text) == (protection in MASKED)
+
+
+def test_no_warning_where_there_is_nothing_to_change():
+    for protection in PROTECTIONS:
+        for sites in (4, 5, 16, 64):
+            assert label_warnings(plan_for(sites, protection=protection)) == []
+    for sites, threshold in ((1, 0), (2, 0), (3, 2)):
+        assert label_warnings(plan_for(sites, threshold, "plain")) == []

@@ -1,0 +1,228 @@
+"""The byte form of messages: one form for one value, and nothing but MalformedMessage for the rest."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedcore.errors import MalformedMessage
+from fedcore.protect.secret import SecretBytes
+from fedcore.protocol import coordinator, effects, messages, site
+from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode, record
+from parties import Parties, secrets_in
+
+
+def said():
+    """One message of every type, from a round with a dropout, a refusal and an abandonment."""
+    parties = Parties(4)
+    parties.play(s03="submit")
+    parties.refusers = {"s00"}
+    parties.catch_up()
+    parties.play(s01="release")
+    return {type(m): m for step in parties.log for m in step.sent}, parties
+
+
+SAID, PARTIES = said()
+JOURNALLED = {
+    type(entry): entry for who in PARTIES.journals for entry in PARTIES.records(who)
+}  # from both journals
+LEAVE = messages.Leave(b"h" * 32, "ann", "left")
+
+
+def text(value):
+    return b"S" + struct.pack(">I", len(value)) + value
+
+
+def test_every_message_of_a_round_was_said():
+    kinds = {*messages.SiteMessage.__args__, *messages.CoordinatorMessage.__args__}
+    assert set(SAID) == kinds
+
+
+@pytest.mark.parametrize("message", SAID.values(), ids=lambda m: type(m).__name__)
+def test_a_message_survives_its_bytes(message):
+    data = encode(message)
+    back = decode(data, type(message), sender="ann")
+    assert back == message and encode(back) == data and digest(back) == digest(message)
+
+
+@pytest.mark.parametrize("entry", JOURNALLED.values(), ids=lambda m: type(m).__name__)
+def test_a_journal_record_survives_its_bytes_with_its_secrets(entry):
+    data = encode(entry)
+    back = decode(data, type(entry))
+    assert encode(back) == data and secrets_in(back) == secrets_in(entry)
+
+
+def test_the_form_is_the_documented_one():
+    fields = text(b"Leave") + b"B" + struct.pack(">I", 32) + b"h" * 32 + text(b"ann") + text(b"left")
+    assert encode(LEAVE) == b"R" + fields
+    assert encode((1, -1, None)) == b"L\0\0\0\3I" + bytes(7) + b"\1I" + b"\xff" * 8 + b"N"
+    assert encode(SecretBytes(b"ab")) == b"X\0\0\0\2ab"
+
+
+@pytest.mark.parametrize("kind", SAID, ids=lambda kind: kind.__name__)
+def test_every_truncation_and_every_tail_is_refused(kind):
+    data = encode(SAID[kind])
+    for cut in range(0, len(data), max(1, len(data) // 400)):
+        with pytest.raises(MalformedMessage):
+            decode(data[:cut], kind)
+    for tail in (b"\0", b"N", data):
+        with pytest.raises(MalformedMessage, match="behind the message"):
+            decode(data + tail, kind)
+
+
+def test_a_short_message_is_refused_cut_at_every_byte():
+    data = encode(LEAVE)
+    for cut in range(len(data)):
+        with pytest.raises(MalformedMessage):
+            decode(data[:cut], messages.Leave)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"Z",
+        b"R" + text(b"NoSuchRecord"),
+        b"R" + text(b"object"),
+        b"R" + text(b"leave") + encode(LEAVE)[11:],
+        b"RI" + bytes(8),
+        b"RN",
+        b"RL\0\0\0\0",
+        text(b"\xff"),
+        text(b"\xed\xa0\x80"),  # a lone surrogate
+        b"R" + text(b"Leave") + b"NNN",
+        b"R" + text(b"Leave") + b"X" + encode(LEAVE)[12:],
+    ],
+)
+def test_what_is_no_message_is_refused(data):
+    with pytest.raises(MalformedMessage) as found:
+        decode(data, messages.Leave, sender="ann")
+    assert found.value.fault == "ann"
+
+
+@pytest.mark.parametrize("expected", [messages.Keys, messages.SharesHead, int, bytes])
+def test_a_message_of_another_type_is_refused(expected):
+    with pytest.raises(MalformedMessage, match="found Leave"):
+        decode(encode(LEAVE), expected)
+
+
+def test_fields_are_of_their_types_all_the_way_down():
+    head = SAID[messages.Shares].head
+    good = encode(head)
+    bad = [
+        replace(head, site=b"ann"),
+        replace(head, header="h"),
+        replace(head, header=None),
+        replace(head, parcels=((b"ann", b"d"),)),
+        replace(head, parcels=(("ann", b"d", b"d"),)),
+        replace(head, parcels=(head,)),
+        replace(head, signature=1),
+        replace(head, signature=SecretBytes(b"s")),
+    ]
+    assert decode(good, messages.SharesHead) == head
+    for wrong in bad:
+        with pytest.raises(MalformedMessage):
+            decode(encode(wrong), messages.SharesHead)
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, [1], {"a": 1}, bytearray(b"a"), object(), set()])
+def test_nothing_else_has_a_byte_form(value):
+    for wrapped in (value, (value,), replace(LEAVE, site=value)):
+        with pytest.raises(TypeError, match="has no byte form"):
+            encode(wrapped)
+
+
+def test_an_effect_has_no_byte_form():
+    """It may hold secrets, and stays in the process."""
+    with pytest.raises(TypeError, match="MakeVector has no byte form"):
+        encode(effects.MakeVector(PARTIES.header(), b"t", ()))
+
+
+def test_deep_nesting_ends_before_the_interpreter_does():
+    fine = b"L\0\0\0\1" * MAX_DEPTH + b"N"
+    assert encode(decode(fine, tuple)) == fine
+    for kind in (b"L\0\0\0\1", b"R", b"R" + text(b"Announce")):
+        for depth in (MAX_DEPTH + 1, 10 * sys.getrecursionlimit()):
+            with pytest.raises(MalformedMessage):
+                decode(kind * depth + b"N", tuple)
+
+
+def test_a_real_message_is_far_from_the_limit():
+    def depth(value):
+        if isinstance(value, tuple):
+            return 1 + max(map(depth, value), default=0)
+        parts = fields(value) if hasattr(value, "__dataclass_fields__") else ()
+        return 1 + max((depth(getattr(value, f.name)) for f in parts), default=0)
+
+    stages = [step.after for step in PARTIES.log]
+    assert max(map(depth, [*SAID.values(), *JOURNALLED.values(), *stages])) <= 8 < MAX_DEPTH
+
+
+@pytest.mark.parametrize("kind", [b"B", b"S", b"L", b"X"])
+@pytest.mark.parametrize("size", [2, 2**31, 2**32 - 1])
+def test_a_length_beyond_the_input_is_refused_at_once(kind, size):
+    with pytest.raises(MalformedMessage):
+        decode(kind + struct.pack(">I", size) + b"N", object)
+
+
+def test_only_journal_records_take_a_secret():
+    """No message has a field that could carry one; the control: the journal does."""
+    for message in SAID.values():
+        assert not secrets_in(message)
+        assert not {SecretBytes, "SecretBytes"} & set(type(message).__annotations__.values())
+    assert secrets_in(JOURNALLED[site.Joined]) and secrets_in(JOURNALLED[coordinator.MasksRebuilt])
+    keys = SAID[messages.Keys]
+    with pytest.raises(MalformedMessage, match="SecretBytes in Keys.state_tag"):
+        decode(encode(replace(keys, state_tag=SecretBytes(b"s" * 32))), messages.Keys)
+
+
+def test_a_record_has_a_name_of_its_own():
+    with pytest.raises(TypeError, match="Leave"):
+        record(type("Leave", (messages.Leave,), {}))
+    with pytest.raises(TypeError, match="expected a dataclass"):
+        record(type("Plain", (), {}))
+
+
+def checked(data):
+    """Whatever decodes has exactly these bytes; everything else is refused by name."""
+    try:
+        value = decode(data, object)
+    except MalformedMessage:
+        return
+    assert encode(value) == data
+
+
+@settings(max_examples=400)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_canonical(data):
+    checked(data)
+    checked(b"R" + text(b"Leave") + data)
+
+
+@settings(max_examples=400)
+@given(
+    kind=st.sampled_from(sorted(SAID, key=lambda kind: kind.__name__)),
+    place=st.floats(0, 1), data=st.binary(min_size=1, max_size=6), cut=st.integers(0, 6),
+)  # fmt: skip
+def test_changed_messages_are_refused_or_canonical(kind, place, data, cut):
+    whole = encode(SAID[kind])
+    at = int(place * len(whole))
+    checked(whole[:at] + data + whole[at + cut :])
+
+
+LEAVES = st.one_of(
+    st.none(), st.integers(-(2**63), 2**63 - 1), st.binary(max_size=20), st.text(max_size=20)
+)
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4).map(tuple), max_leaves=9))
+def test_values_come_back_and_differ_in_bytes_where_they_differ(value):
+    try:
+        assert decode(encode(value), object) == value
+    except MalformedMessage:
+        assert encode(value).count(b"L") > MAX_DEPTH

@@ -1,0 +1,61 @@
+"""The sealed checkpoint opens for holders of G, for its own job, round and certificate, and nobody else."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedcore.errors import EnvelopeRefused
+from fedcore.protect.entropy import OsEntropy
+from fedcore.protect.sealed import OVERHEAD, open_checkpoint, seal_checkpoint
+from fedcore.protect.sumtag import GroupSecret
+
+STATE = b"parameters and moments" * 50
+PLACE = {"job": "job", "round_": 7, "certificate": "ab" * 32}
+
+
+@pytest.fixture
+def group():
+    return GroupSecret()
+
+
+@pytest.fixture
+def sealed(group):
+    return seal_checkpoint(group, STATE, **PLACE, entropy=OsEntropy())
+
+
+def test_it_opens_with_the_group_secret_where_it_belongs(group, sealed):
+    assert open_checkpoint(group, sealed, **PLACE) == STATE
+    assert len(sealed) == len(STATE) + OVERHEAD
+
+
+@pytest.mark.parametrize(
+    "other", [{"job": "jo"}, {"round_": 8}, {"certificate": "cd" * 32}, {"certificate": ""}]
+)
+def test_another_job_round_or_certificate_is_refused(group, sealed, other):
+    with pytest.raises(EnvelopeRefused):
+        open_checkpoint(group, sealed, **(PLACE | other))
+
+
+def test_another_group_secret_is_refused(sealed):
+    with pytest.raises(EnvelopeRefused):
+        open_checkpoint(GroupSecret(), sealed, **PLACE)
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, -1])
+def test_every_byte_counts(group, sealed, place):
+    changed = bytearray(sealed)
+    changed[place] ^= 1
+    with pytest.raises(EnvelopeRefused):
+        open_checkpoint(group, bytes(changed), **PLACE)
+
+
+@pytest.mark.parametrize("length", [0, 31, 32, 47, -1])
+def test_a_cut_checkpoint_is_refused(group, sealed, length):
+    with pytest.raises(EnvelopeRefused):
+        open_checkpoint(group, sealed[:length], **PLACE)
+
+
+def test_two_seals_of_one_state_share_nothing(group, sealed):
+    again = seal_checkpoint(group, STATE, **PLACE, entropy=OsEntropy())
+    assert again[:32] != sealed[:32]
+    assert again[32:] != sealed[32:]
