@@ -197,7 +197,8 @@ class SiteShell:
 
     def install(self, event: epoch.Install) -> None:
         """Use the payload of a key epoch from now on."""
-        self.group, self.sealer = self.scheme.open_payload(event.payload.reveal())
+        maker = self.epoch.header.maker
+        self.group, self.sealer = self.scheme.open_payload(event.payload.reveal(), maker)
         new = site.NewEpoch(event.epoch, event.key_id)
         self.stage, found = site.step(self.member, self.stage, new, 0.0)
         self.journal += [e.record for e in found if isinstance(e, effects.Persist)]
@@ -279,15 +280,15 @@ class _Scheme:
 
         return SecretContext(self._public).to_payload()
 
-    def open_payload(self, payload: bytes) -> tuple[GroupSecret, Sealer]:
-        """A site's secrets and its sealer."""
+    def open_payload(self, payload: bytes, maker: SiteId) -> tuple[GroupSecret, Sealer]:
+        """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
         if self._public is None:
             from fedcore.protect.masked import MaskedSealer
 
-            return GroupSecret.from_bytes(payload), MaskedSealer(self.plan.packing)
+            return GroupSecret.from_bytes(payload, sender=maker), MaskedSealer(self.plan.packing)
         from fedcore.protect.bfv import EncryptedSealer, SecretContext
 
-        secret = SecretContext.from_payload(self._public, payload)
+        secret = SecretContext.from_payload(self._public, payload, sender=maker)
         return secret.group, EncryptedSealer(secret, self._courier)
 
     def upload_bytes(self, layout: Layout) -> int:

@@ -172,7 +172,8 @@ class Prepared:
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
-        return describe_plan(self.plan) | {"label": self.label, "buffers_policy": self.flat.policy}
+        about = {"label": self.label, "warnings": label_warnings(self.plan)}
+        return describe_plan(self.plan) | about | {"buffers_policy": self.flat.policy}
 
 
 def describe_plan(plan: RoundPlan) -> Json:

@@ -949,13 +949,13 @@ _ENDS: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
 
 MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
     Ready: {Start: (_start, (Advertising, Collecting))},
-    Advertising: {Keys: (_take_keys, (Sharing,)), **_ENDS},
-    Sharing: {Shares: (_take_shares, (Collecting,)), **_ENDS},
-    Collecting: {Uploaded: (_take_vector, (Confirming, Summing)), **_ENDS},
-    Confirming: {Confirm: (_take_confirm, (Unmasking,)), **_ENDS},
-    Unmasking: {Unmask: (_take_answer, (Summing,)), **_ENDS},
+    Advertising: {Keys: (_take_keys, (Sharing, Abandoned)), **_ENDS},
+    Sharing: {Shares: (_take_shares, (Collecting, Abandoned)), **_ENDS},
+    Collecting: {Uploaded: (_take_vector, (Confirming, Summing, Abandoned)), **_ENDS},
+    Confirming: {Confirm: (_take_confirm, (Unmasking, Abandoned)), **_ENDS},
+    Unmasking: {Unmask: (_take_answer, (Summing, Abandoned)), **_ENDS},
     Summing: {SumReady: (_publish, (Releasing,)), **_ENDS},
-    Releasing: {Statement: (_take_statement, (Released,)), **_ENDS},
+    Releasing: {Statement: (_take_statement, (Released, Abandoned)), **_ENDS},
     Released: {Start: (_start, (Advertising, Collecting)), Reconnected: (_repeat, ())},
     Abandoned: {Start: (_start, (Advertising, Collecting))},
 }

@@ -484,7 +484,7 @@ class Spreading:
 
 @dataclass(frozen=True)
 class StartEpoch:
-    """Begin a new key epoch; `tried` are makers that did not answer."""
+    """Begin a new key epoch; its header names the maker."""
 
     header: EpochHeader
 
@@ -511,7 +511,7 @@ class EpochHub:
 
 
 def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> SiteId:
-    """The lowest id present, in roster order."""
+    """The first site of the roster that is present."""
     return next(site for site in roster if site in present)
 
 
@@ -519,9 +519,10 @@ def step_hub(
     hub: EpochHub, stage: Any, event: Any, now: float
 ) -> tuple[Any, tuple[EpochEffect, ...]]:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
-    if isinstance(event, FromSite) and event.message.site != event.sender:
+    named = getattr(event.message, "site", None) if isinstance(event, FromSite) else None
+    if isinstance(event, FromSite) and named != event.sender:
         raise RosterRefused(
-            "message", found=f"one of {event.message.site!r} from {event.sender!r}",
+            "message", found=f"one of {named!r} from {event.sender!r}",
             expected="its own", fault=event.sender,
         )  # fmt: skip
     message = event.message if isinstance(event, FromSite) else event
@@ -546,8 +547,7 @@ def step_hub(
         case Spreading(), EpochKey():
             return _late_joiner(hub, stage, message)
         case Spreading(), Grant():
-            check_signature(message, hub.pins)
-            return stage, (Send(message.recipient, _granted(stage, message)),)
+            return _take_grant(hub, stage, message)
         case _, EpochTick():
             return stage, ()
     raise OutOfOrder(
@@ -618,6 +618,20 @@ def _take_grants(
     spreading = Spreading(header, stage.keys, message.grants)
     sends = tuple(Send(g.recipient, _granted(spreading, g)) for g in message.grants)
     return spreading, (Persist(spreading), *sends)
+
+
+def _take_grant(
+    hub: EpochHub, stage: Spreading, grant: Grant
+) -> tuple[Any, tuple[EpochEffect, ...]]:
+    """A holder's grant for a late joiner: both have signed a key of this epoch."""
+    _same_epoch(grant.header, stage.header, grant.site)
+    check_signature(grant, hub.pins)
+    if not {grant.site, grant.recipient} <= {key.site for key in stage.keys}:
+        raise KeyRefused(
+            "grant", found=f"one by {grant.site!r} for {grant.recipient!r}",
+            expected="two sites with a key of this epoch", fault=grant.site,
+        )  # fmt: skip
+    return stage, (Send(grant.recipient, _granted(stage, grant)),)
 
 
 def _granted(stage: Spreading, grant: Grant) -> Granted:

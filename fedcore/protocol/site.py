@@ -27,7 +27,7 @@ from fedcore.errors import (
     StaleEpoch,
     VectorRefused,
 )
-from fedcore.plan import MASKS, RoundHeader, RoundPlan
+from fedcore.plan import ENCRYPTS, MASKS, RoundHeader, RoundPlan
 from fedcore.protect import shamir
 from fedcore.protect.entropy import Entropy
 from fedcore.protect.hybrid import HybridKey, open_envelope, seal_envelope
@@ -643,6 +643,11 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
     for what, (found, wanted) in expected.items():
         if found != wanted:
             raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    if header.protection not in (*MASKS, *ENCRYPTS):  # whatever a local plan says
+        raise HeaderRefused(
+            "protection", found=header.protection, expected="masks or encryption",
+            fault=COORDINATOR, remedy="`plain` exists inside one process only",
+        )  # fmt: skip
     if header.epoch != standing.epoch:
         raise StaleEpoch(
             "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
@@ -1084,7 +1089,7 @@ Kind = type[Any]
 _LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
     Abandon: (_abandon, (Idle,)),
     Refused: (_refuse, (Idle, Halted)),
-    Tick: (lambda move, _: None, ()),
+    Tick: (lambda move, _: None, (Idle,)),
     Reconnected: (_resend, ()),
     Restarted: (_restart, (Idle,)),
 }

@@ -100,7 +100,7 @@ CASES = {
     "NaN in an update": (simulate("huge"), 2, "site c, round 1: found NaN or infinity", "train.lr"),
     "model sizes differ": (simulate("wide"), 2, "site c: found a model of 18 coordinates, expected 10", ""),
     "two sites": (simulate("two"), 3, "found 2 under 'layered', expected at least 3", "plain"),
-    "a threshold of half": (simulate("fine", "--threshold", "1"), 3, "found 1 for 3 sites, expected 2 to 3", "default, 3"),
+    "a threshold of less than half": (simulate("fine", "--threshold", "1"), 3, "found 1 for 3 sites", "default, 3"),
     "a threshold above all": (simulate("fine", "--threshold", "4"), 3, "found 4 for 3 sites", "leave it out"),
     "a threshold in words": (simulate("fine", "--threshold", "most"), 2, "'most' is not a valid integer", "--help"),
     "no absence": (simulate("fine", "--drop", "submit"), 2, "round.drop: found 'submit'", "--drop 3:submit:va"),

@@ -26,7 +26,7 @@ def fedcore(*arguments, cwd, timeout=300, env=None):
 
 PROTECTIONS = ("plain", "encrypted", "masked", "layered")
 DROPS = ("--drop", "3:submit:va,5:unmask:hungary", "--drop", "7:keys:va", "--drop", "7:shares:hungary",
-         "--drop", "9:unmask:va,9:unmask:cleveland", "--dropout", "0.05")  # fmt: skip
+         "--drop", "9:unmask:va,9:unmask:cleveland", "--dropout", "0.03")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

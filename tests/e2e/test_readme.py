@@ -35,6 +35,12 @@ def commands(markdown: str) -> list[str]:
     return found
 
 
+def label(text: str) -> list[str]:
+    """The words of the label as a run prints it, whatever the width it was wrapped at."""
+    found = re.search(r"^Protects against: .*?(?=^round )", text, re.DOTALL | re.MULTILINE)
+    return found.group().split() if found else []
+
+
 def test_commands_are_read_from_console_blocks_only():
     page = "```console\n$ one \\\n  two\nout\n$ three\n```\n```console skip\n$ no\n```\n```sh\n$ no\n```\n"
     assert [" ".join(line.split()) for line in commands(page)] == ["one two", "three"]
@@ -88,3 +94,11 @@ def test_readme_runs_from_a_fresh_clone(clone):
 
     demo = outputs[found[0]]
     assert "centralised" in demo and "federated" in demo
+    assert label(page) and label(page) == label(demo), (
+        "the page shows the label that the demo prints"
+    )
+    dropped = next(command for command in found if "--drop" in command)
+    stayed = re.findall(r"^round .+ abandoned at .+$", page, re.MULTILINE)
+    assert stayed and stayed == re.findall(
+        r"^round .+ abandoned at .+$", outputs[dropped], re.MULTILINE
+    )

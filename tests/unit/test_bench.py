@@ -15,11 +15,12 @@ import pytest
 from fedcore.bench import fold, protect
 from fedcore.encode.pack import Layout
 from fedcore.environment import peak_memory_mb
-from fedcore.errors import Abandoned, BadInput, PlanRefused
+from fedcore.errors import Abandoned, BadInput, PlanRefused, TagRefused
 from fedcore.plan import MASKS, PROTECTIONS, VectorSpec, solve_packing
 from fedcore.protect import ckks
 from fedcore.protect.masked import MaskedFold, MaskedSealer
 from fedcore.protect.masking import add_masks
+from fedcore.protect.sumtag import SumTag
 from fedcore.report.terminal import as_text
 
 ROW_KEYS = {
@@ -99,6 +100,19 @@ def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None
         assert not (MaskedSealer(packing).open(fold.total(), layout.slots) == 21).any()
         masks.take_off(fold)
         assert (MaskedSealer(packing).open(fold.total(), layout.slots) == 21).all()
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+def test_the_sum_tag_is_part_of_what_is_measured(
+    protection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = [np.full(100, 0.01, dtype=np.float32)] * protect.CONTRIBUTORS
+    scheme = protect.protected(protection, 100, 4, bits=8, bound=0.25, seed=0)
+    protect._measure(scheme, vectors, protect._Measured())
+    honest = SumTag.tag
+    monkeypatch.setattr(SumTag, "tag", lambda *arguments: honest(*arguments) ^ 1)
+    with pytest.raises(TagRefused):
+        protect._measure(scheme, vectors, protect._Measured())
 
 
 def test_masks_are_left_out_where_no_plan_may_have_them() -> None:

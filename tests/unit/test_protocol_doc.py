@@ -64,7 +64,16 @@ def test_a_move_of_one_stage_is_never_hidden_among_the_common_ones():
     """The picture of a table in which one stage goes elsewhere on the same event shows that stage."""
     one, two, event = (type(name, (), {}) for name in ("One", "Two", "Event"))
     moves = {one: {event: (None, (two,))}, two: {event: (None, ())}}
-    assert picture(moves, (one, two)).split() == ["One", "Event", "->", "Two", "Two", "Event", "->", "(stays)"]
+    assert picture(moves, (one, two)).split() == [
+        "One",
+        "Event",
+        "->",
+        "Two",
+        "Two",
+        "Event",
+        "->",
+        "(stays)",
+    ]
 
 
 def test_every_stage_and_every_message_is_on_the_page():

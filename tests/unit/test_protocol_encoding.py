@@ -9,12 +9,12 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parties import Parties, secrets_in
 
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol import coordinator, effects, messages, site
 from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode, record
-from parties import Parties, secrets_in
 
 
 def said():
@@ -58,7 +58,9 @@ def test_a_journal_record_survives_its_bytes_with_its_secrets(entry):
 
 
 def test_the_form_is_the_documented_one():
-    fields = text(b"Leave") + b"B" + struct.pack(">I", 32) + b"h" * 32 + text(b"ann") + text(b"left")
+    fields = (
+        text(b"Leave") + b"B" + struct.pack(">I", 32) + b"h" * 32 + text(b"ann") + text(b"left")
+    )
     assert encode(LEAVE) == b"R" + fields
     assert encode((1, -1, None)) == b"L\0\0\0\3I" + bytes(7) + b"\1I" + b"\xff" * 8 + b"N"
     assert encode(SecretBytes(b"ab")) == b"X\0\0\0\2ab"
@@ -130,7 +132,9 @@ def test_fields_are_of_their_types_all_the_way_down():
             decode(encode(wrong), messages.SharesHead)
 
 
-@pytest.mark.parametrize("value", [True, False, 1.0, [1], {"a": 1}, bytearray(b"a"), object(), set()])
+@pytest.mark.parametrize(
+    "value", [True, False, 1.0, [1], {"a": 1}, bytearray(b"a"), object(), set()]
+)
 def test_nothing_else_has_a_byte_form(value):
     for wrapped in (value, (value,), replace(LEAVE, site=value)):
         with pytest.raises(TypeError, match="has no byte form"):
@@ -177,7 +181,7 @@ def test_only_journal_records_take_a_secret():
         assert not {SecretBytes, "SecretBytes"} & set(type(message).__annotations__.values())
     assert secrets_in(JOURNALLED[site.Joined]) and secrets_in(JOURNALLED[coordinator.MasksRebuilt])
     keys = SAID[messages.Keys]
-    with pytest.raises(MalformedMessage, match="SecretBytes in Keys.state_tag"):
+    with pytest.raises(MalformedMessage, match=r"SecretBytes in Keys\.state_tag"):
         decode(encode(replace(keys, state_tag=SecretBytes(b"s" * 32))), messages.Keys)
 
 

@@ -261,7 +261,7 @@ ABSENT = {
 }  # fmt: skip
 
 
-def with_absences(**more: Any) -> Json:
+def with_absences(**more: object) -> say.Json:
     result = load("heart")
     result["plan"]["threshold"] = 3
     return result | ABSENT | more

@@ -14,7 +14,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
+import fedcore
+from fedcore.comparison import api
 from fedcore.comparison import seen as measured
 from fedcore.comparison.seen import (
     BOTH,
@@ -484,3 +487,42 @@ def test_markdown_has_the_same_words_in_a_table(quiet):
     ]
     assert CELLS["encrypted"][1] in lines[6]
     assert words.headline(found) in lines[8]
+
+
+# ------------------------------------------------------------------------------------- in a run
+
+
+def heart(out, **settings):
+    chosen = {"rounds": 3, "protection": "layered", "arms": ["federated"]} | settings
+    return fedcore.simulate("heart", out=out, **chosen)
+
+
+def test_a_run_names_the_first_site_that_stays_in_the_first_round_that_is_released(tmp_path):
+    drops = ["1:submit:cleveland", "1:keys:va", "2:unmask:cleveland"]
+    found = heart(tmp_path / "run", drop=drops).result["seen"]
+    assert (found["site"], found["other"], found["round"]) == ("hungary", "switzerland", 2)
+    assert found["protection"] == "layered"
+    assert found["contributors"] == 4  # who leaves at unmask is in the sum all the same
+
+
+def test_a_resumed_run_keeps_what_its_first_round_showed(tmp_path):
+    def stop(row):
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heart(tmp_path / "run", on_round=stop)
+    assert api.resume(tmp_path / "run").result["seen"]["round"] == 1
+    assert "What anyone could read of cleveland" in (tmp_path / "run" / "report.html").read_text()
+    assert "What anyone could read of cleveland" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_run_of_one_site_has_nobody_who_looks_on(tmp_path):
+    rng = np.random.default_rng(0)
+    sites = {"only": (rng.normal(size=(40, 3)).astype("f4"), rng.integers(0, 2, 40))}
+    task = fedcore.Task(
+        "one", lambda rows: rows, lambda: torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy
+    )
+    found = fedcore.simulate(task, sites, rounds=1, protection="plain", out=tmp_path / "run")
+    assert found.result["seen"] is None
+    assert "What anyone could read" not in (tmp_path / "run" / "report.html").read_text()

@@ -1,0 +1,287 @@
+"""A small federation in memory: real keys and both protocol machines, without any vector.
+
+Digests and sizes stand for the bulk, and everything else is the real thing. Messages wait in one queue;
+who pumps may choose the order between channels, drop sites, crash a party, or rewrite what goes over.
+Every step is logged with its stages, so a test can ask about all of them afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+from fedcore.errors import PeerRefused, TagRefused
+from fedcore.plan import (
+    MASKS,
+    RangePlan,
+    RoundHeader,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    solve_packing,
+)
+from fedcore.protect.entropy import OsEntropy
+from fedcore.protect.identity import IdentityKey, roster_digest
+from fedcore.protect.secret import SecretBytes
+from fedcore.protocol import coordinator, effects, messages, site
+from fedcore.protocol.absences import STAGES
+from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.shared import Standing
+
+HUB = messages.COORDINATOR
+FEDERATION, JOB, SIZE, KEY_ID = "trial", "job", 640, b"k" * 32
+STATE = hashlib.sha256(b"state").digest()
+
+ANSWERED_AT = {
+    messages.Announce: "keys",
+    messages.KeyBundle: "shares",
+    messages.Delivery: "submit",
+    messages.SurvivorList: "confirm",
+    messages.Confirmations: "unmask",
+    messages.Aggregate: "release",
+    messages.Certificate: "release",
+    messages.Abandon: "release",
+}
+"""What a site sends in answer to a message: who is absent from there on has not heard the message."""
+
+
+def plan_of(n, threshold=0, protection="masked", coordinates=6):
+    return RoundPlan(
+        task="t", task_digest="0" * 64, sites=tuple(f"s{k:02d}" for k in range(n)),
+        protection=protection, packing=solve_packing(16, n, protection, coordinates + 8),
+        parameters=coordinates, buffer_coordinates=0, max_examples=1 << 10, rounds=9,
+        train=TrainPlan(), server=ServerPlan(), range=RangePlan(), threshold=threshold,
+    )  # fmt: skip
+
+
+def hashed(*parts):
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def recoded(message):
+    """The message as it comes out of its bytes on another machine."""
+    return decode(encode(message), type(message))
+
+
+def net(vectors):
+    """What many masks leave of each seed: {seed: sum of its signs}, without those that cancel."""
+    found = Counter()
+    for masks in vectors:
+        for seed, sign in masks:
+            found[seed.reveal()] += sign
+    return {seed: count for seed, count in found.items() if count}
+
+
+def secrets_in(value):
+    """Every secret reachable from a record, a tuple or a list."""
+    if isinstance(value, SecretBytes):
+        return [value.reveal()]
+    if isinstance(value, tuple | list):
+        return [found for item in value for found in secrets_in(item)]
+    if is_dataclass(value):
+        return [found for f in fields(value) for found in secrets_in(getattr(value, f.name))]
+    return []
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a machine. journalled: how many records its journal held afterwards."""
+
+    who: str
+    before: object
+    event: object
+    after: object
+    effects: tuple
+    journalled: int
+
+    @property
+    def kind(self):
+        return kind_of(self.event)
+
+    @property
+    def sent(self):
+        return [e.message for e in self.effects if isinstance(e, effects.Send)]
+
+
+def kind_of(event):
+    """What the tables of moves are keyed by."""
+    return type(getattr(event, "message", event))
+
+
+class Parties:
+    """n sites and their coordinator between rounds. Stages are replaced, never changed."""
+
+    def __init__(self, n, threshold=0, protection="masked"):
+        self.plan = plan_of(n, threshold, protection)
+        self.sites = self.plan.sites
+        identities = {name: IdentityKey() for name in self.sites}
+        self.pins = {name: key.public for name, key in identities.items()}
+        # A site outwaits the coordinator, which alone decides who is late.
+        self.members = {
+            name: site.Member(
+                name, key, self.pins, self.plan, FEDERATION, JOB, OsEntropy(), patience=6000.0
+            )
+            for name, key in identities.items()
+        }
+        self.hub = coordinator.Hub(self.pins)
+        self.first = {name: site.Idle(Standing(1, KEY_ID)) for name in self.sites}
+        self.first[HUB] = coordinator.Ready()
+        self.stages = dict(self.first)
+        self.journals = {who: [] for who in self.first}
+        self.queue, self.log, self.refusals = deque(), [], []
+        self.now, self.absences, self.wire = 0.0, {}, lambda message: message
+        self.tags, self.refusers, self.contrary = {}, set(), set()
+        self.made, self.removed, self.folded = {}, None, []
+
+    # ------------------------------------------------------------------------------ rounds
+
+    def header(self, **changes):
+        stage = self.stages[HUB]
+        released = [s for s in self.log if isinstance(s.after, coordinator.Released)]
+        last = released[-1].after.certificate.hash if released else ""
+        plan = self.plan
+        header = RoundHeader(
+            FEDERATION, JOB, 1, stage.round + 1, 1, "update", self.sites, roster_digest(self.pins),
+            plan.threshold, plan.protection, plan.digest, last,
+        )  # fmt: skip
+        return replace(header, **changes)
+
+    def begin(self, **absences):
+        """Announce a round; nothing is delivered yet."""
+        self.absences = absences
+        self.made, self.removed, self.folded = {}, None, []
+        self.step(HUB, coordinator.Start(self.header(), SIZE))
+
+    def play(self, choose=None, **absences):
+        """One whole round; returns the coordinator's last stage."""
+        self.begin(**absences)
+        return self.finish(choose)
+
+    def finish(self, choose=None):
+        """Deliver what waits, and let time pass until the round has ended everywhere."""
+        self.pump(choose)
+        while not isinstance(self.stages[HUB], coordinator.Released | coordinator.Abandoned):
+            self.now = max(self.now, self.stages[HUB].until)
+            self.step(HUB, coordinator.Tick())
+            self.pump(choose)
+        for name in self.sites:
+            if isinstance(self.stages[name], site.IN_ROUND):
+                self.now = max(self.now, self.stages[name].until)
+                self.step(name, site.Tick())
+        self.queue.clear()
+        return self.stages[HUB]
+
+    def catch_up(self):
+        """Sites that missed the last release take its certificate."""
+        certificate = self.stages[HUB].certificate
+        for name in self.sites:
+            if self.stages[name].standing.certificate != certificate.hash:
+                self.step(name, site.CaughtUp(certificate, certificate.state_mac))
+
+    def pump(self, choose=None, until=lambda: False):
+        """Deliver until nothing waits. choose(k): which of k waiting ones; channels keep their order."""
+        while self.queue and not until():
+            picked = self.queue[choose(len(self.queue)) if choose else 0]
+            first = next(e for e in self.queue if e[:2] == picked[:2])
+            self.queue.remove(first)
+            self.deliver(first[1], first[2])
+
+    def deliver(self, to, event):
+        """As a shell does: what a machine refuses makes the site leave, and the coordinator go on."""
+        if self.absent(to, event):
+            return
+        try:
+            self.step(to, event)
+        except PeerRefused as error:
+            self.refusals.append((to, event, error))
+            if to != HUB and isinstance(self.stages[to], site.IN_ROUND):
+                self.step(to, site.Refused(error))
+
+    def absent(self, to, event):
+        message = getattr(event, "announce", getattr(event, "message", event))
+        if to not in self.absences or type(message) not in ANSWERED_AT:
+            return False
+        answer = ANSWERED_AT[type(message)]
+        if answer == "keys" and self.plan.protection not in MASKS:
+            answer = "submit"
+        return STAGES.index(self.absences[to]) <= STAGES.index(answer)
+
+    # ------------------------------------------------------------------------------- steps
+
+    def step(self, who, event):
+        """One step, logged; raises what the machine raises. Its effects wait in the queue."""
+        before = self.stages[who]
+        if who == HUB:
+            after, found = coordinator.step(self.hub, before, event, self.now)
+        else:
+            after, found = site.step(self.members[who], before, event, self.now)
+        self.stages[who] = after
+        for effect in found:
+            self.act(who, effect)
+        self.log.append(Step(who, before, event, after, found, len(self.journals[who])))
+        return found
+
+    def act(self, who, effect):
+        match effect:
+            case effects.Persist(record=record):
+                self.journals[who].append((type(record), encode(record)))
+            case effects.Send(message=messages.Submit()):
+                pass  # arrives with the upload
+            case effects.Send(to=to, message=message):
+                self.send(who, to, self.wire(message))
+            case effects.MakeVector(header=header, masks=masks):
+                self.made[who] = masks
+                self.later(who, site.VectorMade(hashed(who, header.round), SIZE))
+            case effects.Upload(submit=submit):
+                event = coordinator.Uploaded(who, self.wire(submit), submit.digest, submit.size)
+                self.queue.append((who, HUB, event))
+            case effects.OpenSum(header=header, digest=digest):
+                self.later(who, self.opened(who, header, digest))
+            case effects.Fold(submit=submit):
+                self.folded.append(submit.site)
+            case effects.RemoveMasks(header=header, masks=masks):
+                self.removed = masks
+                self.later(who, coordinator.SumReady(hashed("sum", header.round), SIZE))
+
+    def opened(self, who, header, digest):
+        if who in self.refusers:
+            return site.Refused(TagRefused("sum: found another tag, expected the survivors'"))
+        mine = who if who in self.contrary else ""
+        return site.SumOpened(hashed("sum", digest, mine), hashed("new state", header.round, mine))
+
+    def later(self, who, event):
+        self.queue.append((who, who, event))
+
+    def send(self, sender, to, message):
+        if to == HUB:
+            event = coordinator.Received(sender, message)
+        elif isinstance(message, messages.Announce):
+            event = site.Invited(message, self.tags.get(to, STATE))
+        else:
+            event = site.Received(message)
+        self.queue.append((sender, to, event))
+
+    # ---------------------------------------------------------------------------- crashes
+
+    def records(self, who, count=None):
+        """The journal as it comes back from the disk."""
+        return [decode(data, kind) for kind, data in self.journals[who][:count]]
+
+    def replayed(self, who, count=None):
+        machine = coordinator if who == HUB else site
+        return machine.replay(self.first[who], self.records(who, count))
+
+    def crash(self, who):
+        """The process dies: its stage comes from the journal, and its connections' messages are lost."""
+        self.queue = deque(e for e in self.queue if who not in e[:2])
+        self.stages[who] = self.replayed(who)
+        if who == HUB and not isinstance(self.stages[who], coordinator.Releasing):
+            self.folded = []  # the running sum was in memory; the finished one is spooled
+        found = self.step(who, (coordinator if who == HUB else site).Restarted())
+        for name in self.sites if who == HUB else [who]:
+            if who == HUB and isinstance(self.stages[name], site.IN_ROUND):
+                self.step(name, site.Reconnected())
+            elif who != HUB:
+                self.step(HUB, coordinator.Reconnected(name))
+        return found

@@ -1,0 +1,323 @@
+"""The tables of legal moves against what the machines do: nothing outside, everything inside reached.
+
+Rounds are played in random order with absences, departures, crashes, refusals and lies, and every step
+of both machines is held against the table.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
+
+from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned
+from fedcore.protocol import coordinator, messages, site
+from fedcore.protocol.absences import STAGES
+from fedcore.protocol.encoding import encode
+from fedcore.protocol.shared import answered
+
+MACHINES = {"site": site, "coordinator": coordinator}
+ENDED = coordinator.Ready | coordinator.Released | coordinator.Abandoned
+
+
+def disturb(parties, draw):
+    """Something that happens while messages are under way."""
+    name = draw.choice(parties.sites)
+    what = draw.randrange(7)
+    in_round = isinstance(parties.stages[name], site.IN_ROUND)
+    if what == 0 and in_round:
+        parties.crash(name)
+    elif what == 1:
+        if not isinstance(parties.stages[HUB], ENDED):
+            parties.crash(HUB)
+    elif what == 2 and not isinstance(parties.stages[HUB], ENDED):
+        parties.step(HUB, coordinator.Gone(name))
+    elif what == 3 and in_round:
+        parties.deliver(name, site.Refused(RuntimeError("an operator says no")))
+    elif what == 4 and in_round:
+        parties.step(name, site.Tick())
+    elif what == 5 and in_round:
+        parties.step(name, site.Reconnected())
+    elif not isinstance(parties.stages[HUB], ENDED):
+        parties.step(HUB, coordinator.Tick())
+
+
+def random_rounds(seed):
+    """Two rounds of a random cohort, with everything that may happen; returns the parties."""
+    draw = random.Random(seed)
+    parties = Parties(draw.randint(3, 5), protection="encrypted" if seed % 4 == 3 else "masked")
+    for _ in range(2):
+        gone = draw.sample(parties.sites, draw.choice([0, 0, 1, 1, 2]))
+        some = draw.sample(parties.sites, 2)
+        parties.refusers = set(some[:1]) if draw.random() < 0.1 else set()
+        parties.contrary = set(some) if draw.random() < 0.15 else set()
+        parties.tags = dict.fromkeys(some, b"x" * 32) if draw.random() < 0.1 else {}
+        parties.begin(**{name: draw.choice(STAGES) for name in gone})
+        trouble = draw.choice([0, 0, 0.03, 0.1])
+        while parties.queue:
+            count = draw.randint(1, 9)
+            stop = len(parties.log) + count
+            parties.pump(draw.randrange, until=lambda stop=stop: len(parties.log) >= stop)
+            if draw.random() < trouble * count:
+                disturb(parties, draw)
+        last = parties.finish(draw.randrange)
+        if isinstance(last, coordinator.Released):
+            halted = {n for n in parties.sites if isinstance(parties.stages[n], site.Halted)}
+            if halted:
+                break
+            parties.catch_up()
+    return parties
+
+
+SEEDS = range(60)
+PLAYED = {}
+
+
+def played(seed):
+    if seed not in PLAYED:
+        PLAYED[seed] = random_rounds(seed)
+    return PLAYED[seed]
+
+
+def machine_of(step):
+    return coordinator if step.who == HUB else site
+
+
+def event_of(step):
+    """What its table calls the event: the type of a received message, else of the event."""
+    event = step.event
+    received = isinstance(event, site.Received | coordinator.Received)
+    return type(event.message) if received else type(event)
+
+
+def allowed(step):
+    """Stages the table lets this step end in, besides the one it began in."""
+    machine, kind = machine_of(step), event_of(step)
+    moves = machine.MOVES[type(step.before)]
+    targets = set(moves[kind][1])
+    if machine is coordinator and kind in {messages.Leave, coordinator.Gone, coordinator.Tick}:
+        ends = [t for k, (_, t) in moves.items() if k not in coordinator._ENDS]
+        targets |= {stage for found in ends for stage in found}
+    return targets
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_step_of_random_rounds_is_in_the_table(seed):
+    parties = played(seed)
+    for step in parties.log:
+        if type(step.before) is not type(step.after):
+            assert type(step.after) in allowed(step), (type(step.before), event_of(step))
+    assert all(isinstance(error, ProtocolRefused) for _, _, error in parties.refusals if error)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_rounds_end_and_leave_nobody_behind(seed):
+    parties = played(seed)
+    assert isinstance(parties.stages[HUB], coordinator.Released | coordinator.Abandoned)
+    for name in parties.sites:
+        assert isinstance(parties.stages[name], site.Idle | site.Halted)
+        standing = parties.stages[name].standing
+        assert standing.released <= standing.round <= parties.stages[HUB].round
+        made = [(s.after.header.round, type(s.after)) for s in parties.log if s.who == name
+                if isinstance(s.after, site.Masking) and not isinstance(s.before, site.Masking)]  # fmt: skip
+        assert len(made) == len(set(made)), "one vector a round"
+
+
+def test_random_rounds_reach_every_stage_and_both_ends():
+    seen = {"site": set(), "coordinator": set()}
+    edges = {"site": set(), "coordinator": set()}
+    for seed in SEEDS:
+        for step in played(seed).log:
+            name = "coordinator" if step.who == HUB else "site"
+            seen[name] |= {type(step.before), type(step.after)}
+            if type(step.before) is not type(step.after):
+                edges[name].add((type(step.before), event_of(step), type(step.after)))
+    for name, machine in MACHINES.items():
+        assert seen[name] == set(machine.MOVES)
+        own = {  # what leads on by a message or by the shell's own work
+            (before, kind, after)
+            for before, moves in machine.MOVES.items()
+            for kind, (_, targets) in moves.items()
+            for after in targets
+            if kind not in getattr(machine, "_ENDS", {}) and kind not in getattr(machine, "_LEAVING", {})
+            if before not in {site.Halted, coordinator.Released, coordinator.Abandoned}
+            and after not in {site.Idle, coordinator.Abandoned} and before is not after
+        }  # fmt: skip
+        assert own and own <= edges[name], own - edges[name]
+
+
+# --------------------------------------------------------------------- what is not in the table
+
+
+def samples():
+    """A stage of each type and an event of each type, of both machines, from the same round."""
+    found = {"site": ({}, {}), "coordinator": ({}, {})}
+    for protection, absences in (("masked", {}), ("masked", {"s01": "keys", "s02": "keys"})):
+        parties = Parties(3, protection=protection)
+        parties.play(**absences)
+        for step in parties.log:
+            if step.who not in {HUB, "s00"}:
+                continue
+            stages, events = found["coordinator" if step.who == HUB else "site"]
+            stages.setdefault(type(step.before), step.before)
+            stages.setdefault(type(step.after), step.after)
+            events.setdefault(event_of(step), step.event)
+        first = found.setdefault("parties", parties)
+    parties = first
+    certificate = found["coordinator"][0][coordinator.Released].certificate
+    stages, events = found["site"]
+    stages[site.Halted] = site.Halted(stages[site.Idle].standing)
+    for event in (
+        site.Refused(RoundAbandoned("keys", 1, 2, exposed=False)), site.Reconnected(),
+        site.Restarted(), site.Tick(), site.CaughtUp(certificate, certificate.state_mac),
+        site.NewEpoch(2, hashed("key")), site.Invited(messages.Announce(parties.header()), STATE),
+        site.Received(messages.Leave(b"h", "s01", "left")), site.Received("anything"),
+        site.Received(certificate), site.Received(None),
+    ):  # fmt: skip
+        events.setdefault(kind_of(event), event)
+    stages, events = found["coordinator"]
+    leave = messages.Leave(certificate.header.digest, "s00", "left")
+    for event in (
+        coordinator.Restarted(), coordinator.Reconnected("s00"), coordinator.Gone("s00"),
+        coordinator.Tick(), coordinator.Received("s00", leave),
+    ):  # fmt: skip
+        events.setdefault(kind_of(event), event)
+    for kind, event in found["site"][1].items():  # nobody may say the coordinator's part to it
+        if isinstance(event, site.Received) and kind not in events:
+            events[kind] = coordinator.Received("s00", event.message)
+    for kind, event in list(found["coordinator"][1].items()):  # or a site's to a site
+        if isinstance(event, coordinator.Received) and kind not in found["site"][1]:
+            found["site"][1][kind] = site.Received(event.message)
+    submit = next(s.event.submit for s in parties.log if event_of(s) is coordinator.Uploaded) if any(
+        event_of(s) is coordinator.Uploaded for s in parties.log
+    ) else found["coordinator"][1][coordinator.Uploaded].submit  # fmt: skip
+    events[messages.Submit] = coordinator.Received(submit.site, submit)
+    return found, parties
+
+
+SAMPLES, PARTIES = samples()
+
+
+def try_step(machine, stage, event):
+    if machine is site:
+        return site.step(PARTIES.members["s00"], stage, event, 0.0)
+    return coordinator.step(PARTIES.hub, stage, event, 0.0)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_there_is_a_sample_of_every_stage_and_of_every_event(name):
+    stages, events = SAMPLES[name]
+    machine = MACHINES[name]
+    assert set(stages) == set(machine.MOVES)
+    assert set(events) >= {kind for moves in machine.MOVES.values() for kind in moves}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_whatever_is_not_in_the_table_is_refused_and_changes_nothing(name):
+    machine = MACHINES[name]
+    stages, events = SAMPLES[name]
+    refused = repeated = 0
+    for kind_of_stage, stage in stages.items():
+        for kind, event in events.items():
+            if kind in machine.MOVES[kind_of_stage]:
+                continue
+            before = encode(stage)
+            request = getattr(event, "announce", getattr(event, "message", event))
+            past = None
+            if request is not None and machine is site:
+                try:
+                    past = answered(getattr(stage, "history", ()), request)
+                except ProtocolRefused:
+                    past = request  # of another round: refused below, as Conflicting
+            if past is not None:  # an earlier request of this round: its answer, and no move
+                repeated += 1
+                try:
+                    assert try_step(machine, stage, event)[0] is stage
+                except ProtocolRefused:
+                    assert past is request
+            else:
+                refused += 1
+                with pytest.raises(OutOfOrder):
+                    try_step(machine, stage, event)
+            assert encode(stage) == before
+    assert refused > 60 and bool(repeated) == (machine is site)
+
+
+@pytest.mark.parametrize("kind", site.IN_ROUND, ids=lambda kind: kind.__name__)
+def test_a_site_waits_at_no_stage_for_ever(kind):
+    """Its patience starts with the stage, or with a restart; then it leaves and says only that."""
+    member = PARTIES.members["s00"]
+    stage = replace(SAMPLES["site"][0][kind], until=50.0)
+    same, found = site.step(member, stage, site.Tick(), 49.9)
+    assert same is stage and not found
+    after, found = site.step(member, stage, site.Tick(), 50.0)
+    assert isinstance(after, site.Idle)
+    assert [e.message for e in found if hasattr(e, "message")] == [
+        messages.Leave(stage.header.digest, "s00", "left")
+    ]
+    if kind is not site.Masking:
+        again, _ = site.step(member, stage, site.Restarted(), 70.0)
+        assert again.until == 70.0 + member.patience
+
+
+def test_every_stage_of_real_rounds_has_its_own_deadline():
+    parties = Parties(3)
+    parties.now = 1000.0
+    parties.play()
+    for step in parties.log:
+        if isinstance(step.after, site.IN_ROUND):
+            assert step.after.until == 1000.0 + parties.members["s00"].patience
+        if isinstance(step.after, coordinator.Waiting):
+            assert step.after.until == 1000.0 + parties.hub.patience
+
+
+@pytest.mark.parametrize("kind", coordinator._CLOSE, ids=lambda kind: kind.__name__)
+def test_the_coordinator_waits_at_no_stage_for_ever(kind):
+    """With nobody there it abandons at the deadline, with who is left."""
+    parties = Parties(3)
+    parties.play()
+    stage = next(
+        s.after for s in parties.log if type(s.after) is kind and type(s.before) is not kind
+    )
+    stage = replace(stage, until=50.0)
+    same, found = coordinator.step(parties.hub, stage, coordinator.Tick(), 49.9)
+    assert same is stage and not found
+    after, found = coordinator.step(parties.hub, stage, coordinator.Tick(), 50.0)
+    assert isinstance(after, coordinator.Abandoned) and after.left == 0
+    assert after.stage == coordinator.STAGE_NAMES[kind]
+    told = [e.to for e in found if hasattr(e, "message")]
+    assert told == list(parties.sites)
+
+
+def test_a_sum_is_asked_for_only_after_a_list_was_signed():
+    """The one row of the table that depends on the protection."""
+    masked, encrypted = Parties(3), Parties(3, protection="encrypted")
+    for parties in (masked, encrypted):
+        parties.play()
+    submitted = [
+        next(s.after for s in p.log if s.who == "s00" and isinstance(s.after, site.Submitted))
+        for p in (masked, encrypted)
+    ]
+    sums = [next(m for s in p.log for m in s.sent if isinstance(m, messages.Aggregate))
+            for p in (masked, encrypted)]  # fmt: skip
+    with pytest.raises(OutOfOrder, match="SurvivorList first"):
+        site.step(masked.members["s00"], submitted[0], site.Received(sums[0]), 0.0)
+    wanted = messages.SurvivorList(sums[1].header, sums[1].submissions)
+    with pytest.raises(OutOfOrder, match="none under `encrypted`"):
+        site.step(encrypted.members["s00"], submitted[1], site.Received(wanted), 0.0)
+    opening, _ = site.step(encrypted.members["s00"], submitted[1], site.Received(sums[1]), 0.0)
+    assert isinstance(opening, site.Opening)
+
+
+def test_after_a_refused_release_a_site_sits_out_until_a_new_key_epoch():
+    parties = Parties(4)
+    parties.refusers = {"s02"}
+    assert isinstance(parties.play(), coordinator.Released)
+    assert parties.stages[HUB].refused == ("s02",)
+    invited = site.Invited(messages.Announce(parties.header()), STATE)
+    with pytest.raises(OutOfOrder):
+        parties.step("s02", invited)
+    parties.step("s02", site.NewEpoch(2, KEY_ID))
+    assert isinstance(parties.stages["s02"], site.Idle)
