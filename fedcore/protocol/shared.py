@@ -105,9 +105,16 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], minimum: int
 
 
 def check_cohort_threshold(header: RoundHeader, planned: int, pinned: int) -> None:
-    """t is the plan's for the whole roster and at least the default for a smaller cohort."""
+    """t is the plan's for the whole roster and the default, or more, for a smaller cohort (PROTOCOL C).
+
+    Where the plan is stricter than its default, a smaller cohort is held to it as far as it has sites:
+    otherwise inviting fewer would undo what the operators asked for.
+    """
     sites = len(header.roster)
-    expected = planned if sites == pinned else max(default_threshold(sites), header.threshold)
+    least = default_threshold(sites)
+    if planned > default_threshold(pinned):
+        least = max(least, min(planned, sites))
+    expected = planned if sites == pinned else max(least, header.threshold)
     if header.threshold != expected or not sites < 2 * header.threshold <= 2 * sites:
         raise ThresholdRefused(
             "threshold", found=header.threshold, expected=expected, fault=COORDINATOR

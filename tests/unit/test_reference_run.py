@@ -19,7 +19,7 @@ import fedcore
 from fedcore.comparison import api
 from fedcore.data.rows import ArrayRows, split_rows
 from fedcore.plan import PROTECTIONS, TrainPlan
-from fedcore.protect.plain import PlainSealer
+from fedcore.protect.plain import PlainFold, PlainSealer
 
 SIZES = {"a": 25, "b": 41, "c": 63, "d": 102}
 SEED, FOLD, FOLDS = 3, 1, 4
@@ -216,15 +216,22 @@ STATISTICS, ROUND_1, ROUND_2 = 0, 1, 2
 
 def shift_opened(monkeypatch, which, by):
     """Under `plain`, where no tag watches: add `by` to the last layer's weights of class 1."""
-    original, calls = PlainSealer.open, []
+    fold_total, original, sums = PlainFold.total, PlainSealer.open, []
+
+    def counted(self):
+        sums.append(self)
+        return fold_total(self)
 
     def shifted(self, chunks, slots):
         total = original(self, chunks, slots)
-        if len(calls) == which:
+        if len(sums) - 1 == which and sums[-1] is not None:
             total[1 + 84 : 1 + 96] += np.uint64(by)  # behind the canary: 72 + 12 come before them
-        calls.append(slots)
+            sums[-1] = None  # once: whoever looks on may open other things later
         return total
 
+    # Whoever looks on folds and opens one upload too: not here, where sums are counted.
+    monkeypatch.setattr("fedcore.comparison.arms.watch_one", lambda *_: None)
+    monkeypatch.setattr(PlainFold, "total", counted)
     monkeypatch.setattr(PlainSealer, "open", shifted)
 
 

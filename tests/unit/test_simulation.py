@@ -367,6 +367,36 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     assert b'"mean"' in statistics and seen[0].endswith(statistics)
 
 
+def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
+    """What the sites sign as their new state is what they then start from, in every kind of round."""
+    from fedcore.comparison.experiment import Experiment, job_for, prepare
+    from fedcore.plan import canonical
+
+    led = []
+    original = KeyEpoch.protected_sum
+
+    def record(self, *rest, lead, **more):
+        total = original(self, *rest, lead=lead, **more)
+        led.append(lead(total.opened, len(total.survivors)))
+        return total
+
+    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    settings = {"rounds": 2, "protection": "plain", "server": "fedadam", "drop": "2:submit:va"}
+    experiment = Experiment(prepare(*job_for(None, settings)))
+    statistics = canonical(experiment.prepared.statistics.to_json())
+    assert led == [statistics]
+    federated = experiment.federated
+    experiment.calibrate()
+    assert led[1] == federated.state.canonical() + statistics
+    for round_ in (1, 2):
+        federated.step(round_)
+        experiment.round = round_
+        assert led[-1] == federated.state.canonical() + statistics
+    assert len(set(led)) == len(led) == 4
+    experiment.federation.final_metrics(federated.state)
+    assert led[4] == led[3]
+
+
 def test_every_sum_says_what_it_is_of(monkeypatch):
     """Preparatory rounds are training round 0; the metrics-only round comes after the last one."""
     seen = []
