@@ -122,7 +122,9 @@ class ProtocolRefused(PeerRefused):
     def __init__(
         self, what: str, *, found: object, expected: object, fault: str, remedy: str = ""
     ) -> None:
-        super().__init__(f"{what}: found {found}, expected {expected} (fault: {fault})", remedy=remedy)
+        super().__init__(
+            f"{what}: found {found}, expected {expected} (fault: {fault})", remedy=remedy
+        )
         self.found, self.expected, self.fault = found, expected, fault
 
 
