@@ -31,7 +31,12 @@ from fedcore.protect.entropy import Entropy, OsEntropy
 from fedcore.protect.identity import IdentityKey, roster_digest
 from fedcore.protect.masking import add_masks, mask_sum
 from fedcore.protect.plain import PlainFold, PlainSealer
-from fedcore.protect.sealed import open_checkpoint, seal_checkpoint
+from fedcore.protect.sealed import (
+    open_checkpoint,
+    open_notice,
+    seal_checkpoint,
+    seal_notice,
+)
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import GroupSecret, SumTag, state_tag
 from fedcore.protocol import coordinator, effects, epoch, messages, site
@@ -253,6 +258,19 @@ class SiteShell:
             sum_mac = self.group.authenticate(b"sum", asked.header.digest + current.total.tobytes())  # type: ignore[union-attr]
             return site.SumOpened(sum_mac, self.state_mac(asked.header, current.led_to))
 
+    def sealed_cause(self, error: Exception) -> bytes:
+        """Why this site refuses, for the other sites; the coordinator carries it and cannot read it."""
+        assert self.group is not None
+        return seal_notice(
+            self.group, str(error), header=self.stage.header.digest, site=self.member.id,
+            entropy=self.member.entropy,
+        )  # fmt: skip
+
+    def read_notice(self, notice: messages.Notice) -> str:
+        """The cause of another site's refusal."""
+        assert self.group is not None
+        return open_notice(self.group, notice.sealed, header=notice.header, site=notice.site)
+
     def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
         """HMAC under G of the state a release leads to."""
         assert self.group is not None
@@ -346,6 +364,7 @@ class KeyEpoch:
 
     entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.
     tap: called with (recipient, message) for every message of a round, to count or to record.
+    warnings: what the parties' own logs would say, each with its party's name.
     """
 
     def __init__(self, job: str, plan: RoundPlan, entropy: Entropy | None = None) -> None:
@@ -353,6 +372,7 @@ class KeyEpoch:
         self.now = 0.0
         self.certificate: messages.Certificate | None = None
         self.tap: Callable[[str, Any], None] | None = None
+        self.warnings: list[str] = []
         if plan.protection == "plain":
             return
         identities = {name: IdentityKey() for name in plan.sites}
@@ -602,8 +622,10 @@ class _Exchange:
                 self._site_effect(shell, effect)
         except PeerRefused as error:
             self.current.failure = self.current.failure or error
-            if isinstance(shell.stage, site.IN_ROUND):
-                self._site_step(shell, site.Refused(error))
+            if isinstance(event, site.Invited):
+                self._site_step(shell, site.Declined(event.announce.header))
+            elif isinstance(shell.stage, site.IN_ROUND):
+                self._site_step(shell, site.Refused(error, shell.sealed_cause(error)))
 
     def _site_effect(self, shell: SiteShell, effect: Any) -> None:
         match effect:
@@ -620,6 +642,10 @@ class _Exchange:
                 self._site_step(shell, shell.open_sum(effect, self.current, self.hub.released))
             case effects.Erase():
                 shell.spool = []
+            case effects.Warn(text=text):
+                self.parties.warnings.append(f"{shell.member.id}: {text}")
+            case effects.ShowNotice(notice=notice):
+                self.parties.warnings.append(f"{notice.site}: {shell.read_notice(notice)}")
 
     # -------------------------------------------------------------------------- the coordinator
 
@@ -655,6 +681,12 @@ class _Exchange:
                     self._post(self.parties.shells[SiteId(to)], message)
                 case effects.Fold(submit=submit):
                     self._fold(submit.site)
+                case effects.Rebuild(submissions=submissions):
+                    hub.fold = hub.scheme.fold(self.current.layout.slots)
+                    for submit in submissions:
+                        self._fold(submit.site)
+                case effects.Warn(text=text):
+                    self.parties.warnings.append(f"{messages.COORDINATOR}: {text}")
                 case effects.RemoveMasks():
                     self._hub_step(hub.remove_masks(effect, self.current))
 
@@ -662,7 +694,7 @@ class _Exchange:
         hub = self.hub
         assert hub.fold is not None
         with self.current.watch("fold"):
-            for place, chunk in enumerate(hub.arrived.pop(name)):
+            for place, chunk in enumerate(hub.arrived[name]):
                 hub.fold.add(place, chunk)
 
     def end(self) -> None:
@@ -679,7 +711,7 @@ class _Exchange:
                 late = shell.stage.until
                 shell.stage, _ = site.step(shell.member, shell.stage, site.Tick(), late)
             shell.spool = []
-        hub.fold, hub.released = None, []
+        hub.fold, hub.released, hub.arrived = None, [], {}
 
 
 def sites_of(roster: Sequence[SiteId], survivors: Sequence[int]) -> list[SiteId]:

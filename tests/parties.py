@@ -11,6 +11,8 @@ import hashlib
 from collections import Counter, deque
 from dataclasses import dataclass, fields, is_dataclass, replace
 
+import pytest
+
 from fedcore.errors import PeerRefused, TagRefused
 from fedcore.plan import (
     MASKS,
@@ -24,7 +26,7 @@ from fedcore.plan import (
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey, roster_digest
 from fedcore.protect.secret import SecretBytes
-from fedcore.protocol import coordinator, effects, messages, site
+from fedcore.protocol import coordinator, effects, epoch, messages, site
 from fedcore.protocol.absences import STAGES
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import Standing
@@ -109,8 +111,15 @@ def kind_of(event):
     return type(getattr(event, "message", event))
 
 
+class Died(Exception):
+    """A process ended after one effect and before the next."""
+
+
 class Parties:
-    """n sites and their coordinator between rounds. Stages are replaced, never changed."""
+    """n sites and their coordinator between rounds. Stages are replaced, never changed.
+
+    cut: {who: how many more effects it carries out before its process ends}.
+    """
 
     def __init__(self, n, threshold=0, protection="masked"):
         self.plan = plan_of(n, threshold, protection)
@@ -131,8 +140,8 @@ class Parties:
         self.journals = {who: [] for who in self.first}
         self.queue, self.log, self.refusals = deque(), [], []
         self.now, self.absences, self.wire = 0.0, {}, lambda message: message
-        self.tags, self.refusers, self.contrary = {}, set(), set()
-        self.made, self.removed, self.folded = {}, None, []
+        self.tags, self.refusers, self.contrary, self.cut = {}, set(), set(), {}
+        self.made, self.removed, self.folded, self.vectors = {}, None, [], Counter()
 
     # ------------------------------------------------------------------------------ rounds
 
@@ -195,8 +204,12 @@ class Parties:
             self.step(to, event)
         except PeerRefused as error:
             self.refusals.append((to, event, error))
-            if to != HUB and isinstance(self.stages[to], site.IN_ROUND):
+            if to == HUB:
+                return
+            if isinstance(self.stages[to], site.IN_ROUND):
                 self.step(to, site.Refused(error))
+            elif isinstance(event, site.Invited):
+                self.step(to, site.Declined(event.announce.header))
 
     def absent(self, to, event):
         message = getattr(event, "announce", getattr(event, "message", event))
@@ -210,17 +223,33 @@ class Parties:
     # ------------------------------------------------------------------------------- steps
 
     def step(self, who, event):
-        """One step, logged; raises what the machine raises. Its effects wait in the queue."""
+        """One step, logged; raises what the machine raises. Its effects wait in the queue.
+
+        Raises Died after the last effect that `cut` lets it carry out; only those done are logged.
+        """
         before = self.stages[who]
         if who == HUB:
             after, found = coordinator.step(self.hub, before, event, self.now)
         else:
             after, found = site.step(self.members[who], before, event, self.now)
         self.stages[who] = after
-        for effect in found:
-            self.act(who, effect)
-        self.log.append(Step(who, before, event, after, found, len(self.journals[who])))
+        done = []
+        try:
+            for effect in found:
+                self.act(who, effect)
+                done.append(effect)
+                self.count(who, effect)
+        finally:
+            self.log.append(Step(who, before, event, after, tuple(done), len(self.journals[who])))
         return found
+
+    def count(self, who, effect):
+        """One effect is done; raises Died if it was the last."""
+        if who in self.cut:
+            self.cut[who] -= 1
+            if not self.cut[who]:
+                del self.cut[who]
+                raise Died(f"{who} after {type(effect).__name__}")
 
     def act(self, who, effect):
         match effect:
@@ -232,7 +261,9 @@ class Parties:
                 self.send(who, to, self.wire(message))
             case effects.MakeVector(header=header, masks=masks):
                 self.made[who] = masks
-                self.later(who, site.VectorMade(hashed(who, header.round), SIZE))
+                self.vectors[who, header.round] += 1  # a second one would be another vector
+                digest = hashed(who, header.round, self.vectors[who, header.round])
+                self.later(who, site.VectorMade(digest, SIZE))
             case effects.Upload(submit=submit):
                 event = coordinator.Uploaded(who, self.wire(submit), submit.digest, submit.size)
                 self.queue.append((who, HUB, event))
@@ -240,13 +271,16 @@ class Parties:
                 self.later(who, self.opened(who, header, digest))
             case effects.Fold(submit=submit):
                 self.folded.append(submit.site)
+            case effects.Rebuild(submissions=submissions):
+                self.folded = [submit.site for submit in submissions]
             case effects.RemoveMasks(header=header, masks=masks):
                 self.removed = masks
                 self.later(who, coordinator.SumReady(hashed("sum", header.round), SIZE))
 
     def opened(self, who, header, digest):
         if who in self.refusers:
-            return site.Refused(TagRefused("sum: found another tag, expected the survivors'"))
+            error = TagRefused("sum: found another tag, expected the survivors'")
+            return site.Refused(error, b"sealed cause")
         mine = who if who in self.contrary else ""
         return site.SumOpened(hashed("sum", digest, mine), hashed("new state", header.round, mine))
 
@@ -272,11 +306,16 @@ class Parties:
         machine = coordinator if who == HUB else site
         return machine.replay(self.first[who], self.records(who, count))
 
-    def crash(self, who):
-        """The process dies: its stage comes from the journal, and its connections' messages are lost."""
-        self.queue = deque(e for e in self.queue if who not in e[:2])
+    def crash(self, who, heard=False):
+        """The process dies: its stage comes from the journal, and its connections' messages are lost.
+
+        heard: those it sent had arrived before.
+        """
+        kept = (e for e in self.queue if who not in e[:2] or (heard and who == e[0] != e[1]))
+        self.queue = deque(kept)
         self.stages[who] = self.replayed(who)
-        if who == HUB and not isinstance(self.stages[who], coordinator.Releasing):
+        spooled = coordinator.Releasing | coordinator.Released
+        if who == HUB and not isinstance(self.stages[who], spooled):
             self.folded = []  # the running sum was in memory; the finished one is spooled
         found = self.step(who, (coordinator if who == HUB else site).Restarted())
         for name in self.sites if who == HUB else [who]:
@@ -285,3 +324,105 @@ class Parties:
             elif who != HUB:
                 self.step(HUB, coordinator.Reconnected(name))
         return found
+
+
+# ------------------------------------------------------------------------------- key epochs
+
+PAYLOAD = SecretBytes(b"secret key and group secret, " * 4)
+
+
+class Epochs:
+    """n sites, their coordinator, and what is on the wire between them."""
+
+    def __init__(self, n=4):
+        self.parties = Parties(n)
+        self.sites, self.members = self.parties.sites, self.parties.members
+        self.hub = epoch.EpochHub(self.parties.pins, patience=100.0)
+        self.stages = {name: epoch.NoKey() for name in self.sites}
+        self.stages[HUB] = epoch.NoEpoch()
+        self.queue, self.log, self.silent = deque(), [], set()
+        self.installed, self.now, self.payload = {}, 0.0, PAYLOAD
+
+    def header(self, number=1, maker="s00", **changes):
+        plan = self.parties.plan
+        header = epoch.EpochHeader(
+            FEDERATION, JOB, number, self.sites, roster_digest(self.parties.pins), plan.threshold,
+            plan.digest, maker,
+        )  # fmt: skip
+        return replace(header, **changes)
+
+    def step(self, who, event):
+        before = self.stages[who]
+        if who == HUB:
+            after, found = epoch.step_hub(self.hub, before, event, self.now)
+        else:
+            after, found = epoch.step_site(self.members[who], before, event)
+        self.stages[who] = after
+        persisted = False
+        for effect in found:
+            match effect:
+                case effects.Persist(record=record):
+                    persisted = True
+                    assert encode(record) == encode(after)
+                case effects.Send(to=to, message=message):
+                    assert persisted or after == before, "on disk before it is said"
+                    self.log.append(message)
+                    self.queue.append((who, to, message))
+                case epoch.MakeSecrets():
+                    self.step(who, epoch.SecretsMade(self.payload))
+                case epoch.Install():
+                    self.installed.setdefault(who, []).append(effect)
+        return found
+
+    def pump(self, until=lambda to, message: False):
+        while self.queue:
+            sender, to, message = self.queue[0]
+            if until(to, message):
+                return message
+            self.queue.popleft()
+            if to not in self.silent:
+                event = epoch.FromSite(sender, message) if to == HUB else epoch.FromHub(message)
+                self.step(to, event)
+        return None
+
+    def begin(self, number=1, maker="s00"):
+        self.step(HUB, epoch.StartEpoch(self.header(number, maker)))
+        return self
+
+    def until(self, kind, to):
+        """Pump up to the first message of this type to `to`, and take it off the wire."""
+        found = self.pump(lambda at, message: at == to and isinstance(message, kind))
+        self.queue.popleft()
+        return found
+
+    def refused(self, who, event, error, match=None):
+        """The event is refused with this error, nothing is said and no secret named: whose fault it is."""
+        before, said = encode(self.stages[who]), len(self.log)
+        with pytest.raises(error, match=match) as found:
+            self.step(who, event)
+        assert encode(self.stages[who]) == before and len(self.log) == said
+        for secret in secrets_in(self.stages[who]):
+            assert secret.hex() not in str(found.value) and repr(secret) not in str(found.value)
+        return found.value.fault
+
+
+def with_late_joiner():
+    """s03 was away while s00 to s02 got the payload; the maker is gone now, s01 is asked."""
+    epochs = Epochs(4)
+    epochs.silent = {"s03"}
+    epochs.begin().pump()
+    epochs.now = 100.0
+    epochs.step(HUB, epoch.EpochTick())
+    epochs.pump()
+    assert epochs.stages[HUB].holders == ("s00", "s01", "s02")
+    epochs.silent = set()
+    epochs.step("s03", epoch.FromHub(epoch.EpochCall(epochs.header())))
+    return epochs
+
+
+def granted_by(epochs, holder):
+    """What s03 gets from this holder, as the coordinator hands it on."""
+    epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
+    _, _, request = epochs.queue.popleft()
+    epochs.step(holder, epoch.FromHub(request))
+    return epochs.until(epoch.Granted, "s03")

@@ -1,7 +1,9 @@
-"""The sealed checkpoint: a released state, kept by the coordinator for sites that come late (PROTOCOL E).
+"""What passes the coordinator sealed under G: the checkpoint for sites that come late (PROTOCOL E), and
+the notice that tells the other sites why one refused a release (PROTOCOL R).
 
-Invariant: it opens only with G, for the job, round and release certificate it was made for. Whoever
-opens it still compares the state with the certificate, which at least t sites signed.
+Invariant: a checkpoint opens only with G, for the job, round and release certificate it was made for;
+whoever opens it still compares the state with the certificate, which at least t sites signed. Every
+notice has the same length, so the coordinator learns nothing from it but that it was sent.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 from fedcore.protect.entropy import Entropy
 from fedcore.protect.sumtag import GroupSecret
 from fedcore.protect.symmetric import BOX_OVERHEAD, framed, open_box, seal_box
+from fedcore.types import SiteId
 
 SALT_BYTES = 32
 
@@ -42,3 +45,31 @@ def _key(group: GroupSecret, salt: bytes) -> bytes:
 def _context(job: str, round_: int, certificate: str) -> bytes:
     context = framed(b"checkpoint", job.encode(), str(round_).encode(), certificate.encode())
     return hashlib.sha256(context).digest()
+
+
+NOTICE_BYTES = 512
+"""Bytes of text a notice has room for; the rest is cut."""
+
+NOTICE_LENGTH = NOTICE_BYTES + OVERHEAD
+"""Bytes of every sealed notice."""
+
+
+def seal_notice(
+    group: GroupSecret, text: str, *, header: bytes, site: SiteId, entropy: Entropy
+) -> bytes:
+    """NOTICE_LENGTH bytes for any text."""
+    salt = entropy.draw(SALT_BYTES)
+    body = text.encode()[:NOTICE_BYTES].decode(errors="ignore").encode().ljust(NOTICE_BYTES, b"\0")
+    key = group.derive(salt, b"sealed notice", 32)
+    return salt + seal_box(key, body, _notice(header, site))
+
+
+def open_notice(group: GroupSecret, sealed: bytes, *, header: bytes, site: SiteId) -> str:
+    """The text. Raises EnvelopeRefused for anything but that site's notice of that round."""
+    key = group.derive(sealed[:SALT_BYTES], b"sealed notice", 32)
+    body = open_box(key, sealed[SALT_BYTES:], _notice(header, site), sender=site)
+    return body.rstrip(b"\0").decode(errors="replace")
+
+
+def _notice(header: bytes, site: SiteId) -> bytes:
+    return hashlib.sha256(framed(b"notice", header, site.encode())).digest()

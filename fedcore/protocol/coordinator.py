@@ -37,8 +37,19 @@ from fedcore.protect.pairwise import (
     pair_seed,
     self_mask_seed,
 )
+from fedcore.protect.sealed import NOTICE_LENGTH
 from fedcore.protect.secret import SecretBytes
-from fedcore.protocol.effects import Discard, Effect, Fold, Mask, Persist, RemoveMasks, Send, Warn
+from fedcore.protocol.effects import (
+    Discard,
+    Effect,
+    Fold,
+    Mask,
+    Persist,
+    Rebuild,
+    RemoveMasks,
+    Send,
+    Warn,
+)
 from fedcore.protocol.encoding import digest, record
 from fedcore.protocol.messages import (
     COORDINATOR,
@@ -55,6 +66,7 @@ from fedcore.protocol.messages import (
     KeyBundle,
     Keys,
     Leave,
+    Notice,
     Parcel,
     Shares,
     SharesHead,
@@ -358,7 +370,10 @@ class SubmissionTaken:
 @record
 @dataclass(frozen=True)
 class ListFixed:
-    """U3, before anybody hears of it."""
+    """U3, before anybody hears of it; gone: sites whose vectors started from another state."""
+
+    submissions: tuple[Submit, ...]
+    gone: tuple[SiteId, ...]
 
 
 @record
@@ -453,12 +468,11 @@ def evolve(stage: Any, entry: Any) -> Any:
         case Collecting(), SubmissionTaken(submit):
             found = _in_order(stage.header, (*stage.submissions, submit))
             return replace(stage, submissions=found)
-        case Collecting(), ListFixed():
+        case Collecting(), ListFixed(submissions, late):
+            gone = _merged(stage.gone, late)
             if stage.header.protection not in MASKS:
-                return Summing(stage.header, stage.submissions, (), stage.gone)
-            return Confirming(
-                stage.header, stage.bundle, stage.shares, stage.submissions, (), stage.gone
-            )
+                return Summing(stage.header, submissions, (), gone)
+            return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone)
         case Confirming(), ConfirmTaken(confirm):
             return replace(stage, confirms=_in_order(stage.header, (*stage.confirms, confirm)))
         case Confirming(), ConfirmsFixed():
@@ -592,6 +606,8 @@ def _site_of(message: Any) -> SiteId:
 
 def waiting_for(stage: Any) -> tuple[SiteId, ...]:
     """The sites this stage still hopes to hear from: what a person waits for."""
+    if not isinstance(stage, Waiting):
+        return ()
     came = {_site_of(message) for message in _came(stage)}
     return tuple(s for s in members_of(stage) if s not in came and s not in stage.gone)
 
@@ -624,6 +640,12 @@ def _take_shares(move: _Move, shares: Shares) -> None:
 def _take_vector(move: _Move, event: Uploaded) -> None:
     stage, submit = move.stage, event.submit
     check_submission(submit, stage.header, move.hub.pins)
+    for keys in stage.bundle:
+        if keys.site == submit.site and _started_from(keys) != _started_from(submit):
+            raise VectorRefused(
+                "vector", found="another state tag or key id than in its keys",
+                expected="what the site joined with", fault=submit.site,
+            )  # fmt: skip
     if submit.size != stage.size or event.size != stage.size:
         raise VectorRefused(
             "vector", found=f"{event.size} bytes", expected=f"{stage.size} bytes", fault=submit.site
@@ -693,8 +715,13 @@ def _take_statement(move: _Move, statement: Statement) -> None:
 
 
 def _take_leave(move: _Move, leave: Leave) -> None:
-    check_header(leave.header, move.stage.header, leave.site)
+    stage = move.stage
+    check_header(leave.header, stage.header, leave.site)
     move.record(SiteGone(leave.site, int(leave.code == RELEASE_REFUSED)))
+    if 0 < len(leave.sealed) <= NOTICE_LENGTH and isinstance(stage, Releasing):
+        for site in members_of(stage):
+            if site != leave.site:
+                move.send(site, Notice(leave.header, leave.site, leave.sealed))
 
 
 def _take_gone(move: _Move, event: Gone) -> None:
@@ -705,16 +732,24 @@ def _take_gone(move: _Move, event: Gone) -> None:
 # ------------------------------------------------------------------------- the end of a stage
 
 
-def _close_keys(move: _Move) -> None:
-    """Fix U1: of the sites that sent keys the largest group with one state and one key epoch.
+def _started_from(message: Keys | Submit) -> tuple[bytes, bytes]:
+    return message.state_tag, message.key_id
+
+
+def _common(messages: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[SiteId, ...]]:
+    """The largest group with one state and one key epoch, and the sites that are not in it.
 
     A site that starts from another state would only make the others leave; it catches up instead.
     """
+    start = Counter(map(_started_from, messages)).most_common(1)[0][0]
+    same = tuple(each for each in messages if _started_from(each) == start)
+    return same, tuple(each.site for each in messages if each not in same)
+
+
+def _close_keys(move: _Move) -> None:
+    """Fix U1."""
     stage = move.stage
-    groups = Counter((keys.state_tag, keys.key_id) for keys in stage.keys)
-    common = groups.most_common(1)[0][0]
-    bundle = tuple(keys for keys in stage.keys if (keys.state_tag, keys.key_id) == common)
-    late = tuple(keys.site for keys in stage.keys if keys not in bundle)
+    bundle, late = _common(stage.keys)
     if len(bundle) < stage.header.threshold:
         _give_up(move, len(bundle))
         return
@@ -737,8 +772,14 @@ def _delivery(stage: Collecting, to: SiteId) -> Delivery:
 
 
 def _close_vectors(move: _Move) -> None:
-    move.record(ListFixed())
+    submissions, late = _common(move.stage.submissions)
+    if len(submissions) < move.stage.header.threshold:
+        _give_up(move, len(submissions))
+        return
+    move.record(ListFixed(submissions, late))
     stage = move.stage
+    if late:  # only under `encrypted`: under masks a vector has the state of its site's keys
+        move.do(Rebuild(submissions))
     if isinstance(stage, Summing):  # `encrypted`: no mask to remove
         move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), ()))
         return
@@ -803,10 +844,21 @@ def _give_up(move: _Move, left: int) -> None:
 
 
 def _settle(move: _Move, now: float) -> None:
-    """End the stage if nobody is waited for any more, or at its deadline."""
+    """End the stage, and any that follows, if nobody is waited for any more, or at its deadline.
+
+    A stage that begins with too few sites, because some left while they were not waited for, ends too.
+    """
+    while isinstance(move.stage, Waiting):
+        before = move.stage
+        _settle_one(move, now)
+        if type(move.stage) is type(before):
+            return
+        if isinstance(move.stage, Waiting):
+            move.stage = replace(move.stage, until=now + move.hub.patience)
+
+
+def _settle_one(move: _Move, now: float) -> None:
     stage = move.stage
-    if not isinstance(stage, Waiting):
-        return
     came, missing = len(_came(stage)), len(waiting_for(stage))
     if came + missing < stage.header.threshold:
         _give_up(move, came + missing)
@@ -905,18 +957,26 @@ def _restart(move: _Move, _: Restarted) -> None:
     """Everybody gets again what this stage has for them; an unfinished sum is made from the spool."""
     stage = move.stage
     if isinstance(stage, Collecting | Confirming | Unmasking | Summing):
-        for submit in stage.submissions:
-            move.do(Fold(submit))
+        move.do(Rebuild(stage.submissions))
     if isinstance(stage, Summing):
         move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
-    for site in waiting_for(stage) if isinstance(stage, Waiting) else ():
+    if isinstance(stage, Abandoned):  # the crash may have come before anybody was told
+        for site in stage.header.roster:
+            move.send(site, Abandon(stage.header.digest, stage.stage))
+    for site in waiting_for(stage) if isinstance(stage, Waiting) else _certified(stage):
         _repeat(move, Reconnected(site))
+
+
+def _certified(stage: Any) -> tuple[SiteId, ...]:
+    return stage.certificate.survivors if isinstance(stage, Released) else ()
 
 
 def _repeat(move: _Move, event: Reconnected) -> None:
     stage, site = move.stage, event.site
-    if isinstance(stage, Released) and site in stage.certificate.survivors:
+    if site in _certified(stage):
         move.send(site, stage.certificate)
+    if isinstance(stage, Abandoned) and site in stage.header.roster:
+        move.send(site, Abandon(stage.header.digest, stage.stage))
     if isinstance(stage, Ready | Released | Abandoned) or site not in members_of(stage):
         return
     match stage:
@@ -947,17 +1007,22 @@ _ENDS: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
     Reconnected: (_repeat, ()),
 }
 
+_BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
+    Restarted: (_restart, ()),
+    Reconnected: (_repeat, ()),
+}
+
 MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
-    Ready: {Start: (_start, (Advertising, Collecting))},
+    Ready: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
     Advertising: {Keys: (_take_keys, (Sharing, Abandoned)), **_ENDS},
     Sharing: {Shares: (_take_shares, (Collecting, Abandoned)), **_ENDS},
     Collecting: {Uploaded: (_take_vector, (Confirming, Summing, Abandoned)), **_ENDS},
     Confirming: {Confirm: (_take_confirm, (Unmasking, Abandoned)), **_ENDS},
     Unmasking: {Unmask: (_take_answer, (Summing, Abandoned)), **_ENDS},
-    Summing: {SumReady: (_publish, (Releasing,)), **_ENDS},
+    Summing: {SumReady: (_publish, (Releasing, Abandoned)), **_ENDS},
     Releasing: {Statement: (_take_statement, (Released, Abandoned)), **_ENDS},
-    Released: {Start: (_start, (Advertising, Collecting)), Reconnected: (_repeat, ())},
-    Abandoned: {Start: (_start, (Advertising, Collecting))},
+    Released: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
+    Abandoned: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
 }
 """{stage: {event or received message: (handler, stages it may lead to besides staying)}}.
 
@@ -983,13 +1048,12 @@ def step(hub: Hub, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effec
         return stage, ()
     move = _Move(hub, stage)
     legal[kind][0](move, message)
-    before = stage
-    if type(move.stage) is type(before) and kind not in {Restarted, Reconnected}:
-        _settle(move, now)
     if isinstance(move.stage, Waiting) and (
-        type(move.stage) is not type(before) or kind is Restarted
+        type(move.stage) is not type(stage) or kind is Restarted
     ):
         move.stage = replace(move.stage, until=now + hub.patience)
+    if kind is not Reconnected:
+        _settle(move, now)
     return move.stage, tuple(move.effects)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedcore.plan import RoundHeader
 from fedcore.protect.secret import SecretBytes
-from fedcore.protocol.messages import Certificate, Submit
+from fedcore.protocol.messages import Certificate, Notice, Submit
 from fedcore.types import SiteId
 
 Mask = tuple[SecretBytes, int]
@@ -72,6 +72,13 @@ class OpenSum:
 
 
 @dataclass(frozen=True)
+class ShowNotice:
+    """Unseal why another site refused the release, for this site's own log."""
+
+    notice: Notice
+
+
+@dataclass(frozen=True)
 class Apply:
     """Make the state that the opened sum led to the site's own."""
 
@@ -93,6 +100,13 @@ class Fold:
     """Add one complete, verified upload to the running sum, once."""
 
     submit: Submit
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Make the running sum anew from the spool, of exactly these uploads."""
+
+    submissions: tuple[Submit, ...]
 
 
 @dataclass(frozen=True)
@@ -118,9 +132,11 @@ Effect = (
     | MakeVector
     | Upload
     | OpenSum
+    | ShowNotice
     | Apply
     | Erase
     | Fold
+    | Rebuild
     | RemoveMasks
     | Discard
 )

@@ -82,6 +82,8 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
         for item in value:
             _write(out, item)
     elif kind is int:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise TypeError("an integer beyond 64 bits has no byte form")
         out(b"I" + _INTEGER(value))
     elif value is None:
         out(b"N")

@@ -216,6 +216,11 @@ class FromHub:
 
 
 @dataclass(frozen=True)
+class Again:
+    """The connection or the process is new: what was said last may not have arrived."""
+
+
+@dataclass(frozen=True)
 class SecretsMade:
     """The maker's shell made the payload."""
 
@@ -259,6 +264,14 @@ def step_site(member: Member, stage: Any, event: Any) -> tuple[Any, tuple[EpochE
             return stage, (Send(COORDINATOR, grant),)
         case Holding(), Granted(grant) if grant.key_id == stage.held.key_id:
             return stage, (Send(COORDINATOR, stage.held),)
+        case Making(), EpochKeys() if message.keys == stage.keys:
+            return stage, (MakeSecrets(stage.header),)  # nothing of an earlier payload has left
+        case Holding(), EpochKeys() if message.header == stage.header.digest:
+            return stage, (Send(COORDINATOR, _grants(member, stage, message.keys)), _told(stage))
+        case ((Offered() | Making() | Holding()), Again()):
+            return stage, _say_again(stage)
+        case NoKey(), Again():
+            return stage, ()
     raise OutOfOrder(
         "key epoch", found=type(message).__name__, expected=f"what {type(stage).__name__} takes",
         fault=COORDINATOR,
@@ -362,12 +375,34 @@ def _grant(member: Member, stage: Any, to: EpochKey, payload: SecretBytes, name:
 def _grant_all(
     member: Member, stage: Making, payload: SecretBytes
 ) -> tuple[Any, tuple[EpochEffect, ...]]:
-    name = key_id(payload.reveal())
-    others = [key for key in stage.keys if key.site != member.id]
-    grants = tuple(_grant(member, stage, key, payload, name) for key in others)
-    holding, effects = _hold(member, stage, payload, name)
-    sent = Send(COORDINATOR, Grants(stage.header.digest, member.id, grants))
+    holding, effects = _hold(member, stage, payload, key_id(payload.reveal()))
+    sent = Send(COORDINATOR, _grants(member, holding, stage.keys))
     return holding, (*effects[:-1], sent, effects[-1])
+
+
+def _grants(member: Member, stage: Holding, keys: tuple[EpochKey, ...]) -> Grants:
+    """The maker's grants; asked again it makes new envelopes of the same payload."""
+    if stage.header.maker != member.id:
+        raise OutOfOrder(
+            "key epoch", found=f"a request to {member.id!r} to make it", expected=stage.header.maker,
+            fault=COORDINATOR,
+        )  # fmt: skip
+    others = [key for key in keys if key.site != member.id]
+    grants = [_grant(member, stage, key, stage.payload, stage.held.key_id) for key in others]
+    return Grants(stage.header.digest, member.id, tuple(grants))
+
+
+def _told(stage: Holding) -> Send:
+    return Send(COORDINATOR, stage.held)
+
+
+def _say_again(stage: Any) -> tuple[EpochEffect, ...]:
+    match stage:
+        case Making():
+            return (MakeSecrets(stage.header),)
+        case Holding():
+            return (_told(stage),)
+    return (Send(COORDINATOR, stage.key),)
 
 
 def _hold(
@@ -392,7 +427,7 @@ def _accept(
             "grant", found="one for another recipient or key", expected="this site's epoch key",
             fault=grant.site,
         )  # fmt: skip
-    if grant.site != header.maker:
+    if grant.site != header.maker or granted.held:
         _check_held(member, header, grant.key_id, granted.held)
     payload = open_envelope(
         HybridKey.from_bytes(stage.secret.reveal()), granter.key, grant.envelope,
@@ -503,6 +538,13 @@ class EpochTick:
 
 
 @dataclass(frozen=True)
+class Reconnected:
+    """A site is back, or the coordinator is: the site gets again what this stage has for it."""
+
+    site: SiteId
+
+
+@dataclass(frozen=True)
 class EpochHub:
     """What the coordinator knows. patience: seconds it waits for keys, and then for the maker."""
 
@@ -540,8 +582,16 @@ def step_hub(
             return _take_key(hub, stage, message, now)
         case ((Calling() | Granting()), EpochTick()):
             return _late(hub, stage, now)
+        case _, Reconnected(site):
+            return stage, _pending(stage, site)
+        case ((Granting() | Spreading()), EpochKey()) if message in stage.keys:
+            return stage, _pending(stage, message.site)
+        case Granting(), KeyHeld():
+            return stage, ()  # the maker's, whose grants were lost: it is asked for them again
         case Granting(), Grants():
             return _take_grants(hub, stage, message)
+        case Spreading(), Grants() if message.site == stage.header.maker:
+            return stage, ()  # said twice after a new connection; the first ones count
         case Spreading(), KeyHeld():
             return _take_held(hub, stage, message)
         case Spreading(), EpochKey():
@@ -580,6 +630,29 @@ def _ask_maker(hub: EpochHub, stage: Calling, now: float) -> tuple[Any, tuple[Ep
     granting = Granting(header, stage.keys, now + hub.patience)
     request = EpochKeys(header.digest, stage.keys)
     return granting, (Persist(granting), Send(header.maker, request))
+
+
+def _pending(stage: Any, site: SiteId) -> tuple[EpochEffect, ...]:
+    """What a site may have missed."""
+    match stage:
+        case Calling() if site not in [key.site for key in stage.keys]:
+            return (Send(site, EpochCall(stage.header)),)
+        case Granting() if site == stage.header.maker:
+            return (Send(site, EpochKeys(stage.header.digest, stage.keys)),)
+        case Spreading() if site not in stage.holders:
+            key = next((each for each in stage.keys if each.site == site), None)
+            if key is None:
+                return (Send(site, EpochCall(stage.header)),)
+            grants = {grant.recipient_key: grant for grant in stage.grants}
+            if digest(key.key) in grants:
+                return (Send(site, _granted(stage, grants[digest(key.key)])),)
+            return _ask_a_holder(stage, key)
+    return ()
+
+
+def _ask_a_holder(stage: Spreading, key: EpochKey) -> tuple[EpochEffect, ...]:
+    holders = [site for site in stage.holders if site != key.site]
+    return (Send(holders[0], GrantRequest(key)),) if holders else ()
 
 
 def _late(hub: EpochHub, stage: Any, now: float) -> tuple[Any, tuple[EpochEffect, ...]]:
@@ -636,7 +709,9 @@ def _take_grant(
 
 def _granted(stage: Spreading, grant: Grant) -> Granted:
     granter = next(key for key in stage.keys if key.site == grant.site)
-    return Granted(grant, granter, stage.held if grant.site != stage.header.maker else ())
+    proved = len(stage.held) >= stage.header.threshold
+    from_maker = grant.site == stage.header.maker
+    return Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
 def _take_held(
@@ -663,9 +738,9 @@ def _late_joiner(
         stage, keys=tuple(sorted((*rest, key), key=lambda each: place(each.site))),
         held=tuple(each for each in stage.held if each.site != key.site),
     )  # fmt: skip
-    holder = next((site for site in stage.holders if site != key.site), None)
-    if holder is None:
+    asked = _ask_a_holder(stage, key)
+    if not asked:
         raise ThresholdRefused(
             "late joiner", found="no holder of the key", expected="at least one", fault=COORDINATOR
         )
-    return stage, (Persist(stage), Send(holder, GrantRequest(key)))
+    return stage, (Persist(stage), *asked)

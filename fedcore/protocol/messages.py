@@ -154,11 +154,16 @@ class Statement:
 @record
 @dataclass(frozen=True)
 class Leave:
-    """A site leaves the round. `code` is LEFT or RELEASE_REFUSED: nothing more reaches the coordinator."""
+    """A site leaves the round. `code` is LEFT or RELEASE_REFUSED: nothing more reaches the coordinator.
+
+    sealed: with RELEASE_REFUSED the cause, for the other sites, under G and of one length whatever it
+    is (`protect/sealed.py`); else empty.
+    """
 
     header: bytes
     site: SiteId
     code: str
+    sealed: bytes = b""
 
 
 LEFT, RELEASE_REFUSED = "left", "release refused"
@@ -263,6 +268,16 @@ class Abandon:
     stage: str
 
 
+@record
+@dataclass(frozen=True)
+class Notice:
+    """Why another site refused the release, as it sealed it: for the sites' own logs."""
+
+    header: bytes
+    site: SiteId
+    sealed: bytes
+
+
 SiteMessage = Keys | Shares | Submit | Confirm | Unmask | Statement | Leave
 CoordinatorMessage = (
     Announce
@@ -272,6 +287,7 @@ CoordinatorMessage = (
     | Confirmations
     | Aggregate
     | Certificate
+    | Notice
     | Abandon
 )
 

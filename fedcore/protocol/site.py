@@ -49,6 +49,7 @@ from fedcore.protocol.effects import (
     OpenSum,
     Persist,
     Send,
+    ShowNotice,
     Upload,
     Warn,
 )
@@ -70,6 +71,7 @@ from fedcore.protocol.messages import (
     KeyBundle,
     Keys,
     Leave,
+    Notice,
     Parcel,
     Shares,
     SharesHead,
@@ -110,7 +112,8 @@ class Member:
     """Who this site is and what it insists on; the same for a whole job.
 
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
-    minimum: the smallest cohort it takes part in. patience: seconds it waits at any stage.
+    minimum: the smallest cohort it takes part in. patience: seconds it waits at any stage; well above
+    the coordinator's, which alone decides who is late: a site that gives up first leaves a good round.
     """
 
     id: SiteId
@@ -121,7 +124,7 @@ class Member:
     job: str
     entropy: Entropy
     minimum: int = 3
-    patience: float = 600.0
+    patience: float = 1800.0
 
 
 # ------------------------------------------------------------------------------------ what happens
@@ -160,9 +163,25 @@ class SumOpened:
 
 @dataclass(frozen=True)
 class Refused:
-    """A step of this round raised, the tag did not hold, or somebody here said no: leave it."""
+    """A step of this round raised, the tag did not hold, or somebody here said no: leave it.
+
+    sealed: the cause under G for the other sites, sent only with a refused release; all have one length.
+    """
 
     error: Exception
+    sealed: bytes = b""
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """A later round was announced while this one is open: the word that ended it was lost."""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """An invitation raised: the coordinator need not wait for this site."""
+
+    header: RoundHeader
 
 
 @dataclass(frozen=True)
@@ -987,6 +1006,27 @@ def _abandon(move: _Move, request: Abandon) -> None:
     _depart(move)
 
 
+def _decline(move: _Move, event: Declined) -> None:
+    move.send(Leave(event.header.digest, move.member.id, LEFT))
+
+
+def _show(move: _Move, notice: Notice) -> None:
+    check_header(notice.header, move.stage.header, COORDINATOR)
+    move.do(ShowNotice(notice))
+
+
+def _ended_already(move: _Move, _: Abandon) -> None:
+    """The coordinator tells the whole roster; this site has left before."""
+
+
+def _certified_already(move: _Move, certificate: Certificate) -> None:
+    if certificate.hash != move.stage.standing.certificate:
+        raise OutOfOrder(
+            "message", found="Certificate of a round this site is not in", expected="none",
+            fault=COORDINATOR, remedy="a site that missed a release catches up from the checkpoint",
+        )  # fmt: skip
+
+
 def _depart(move: _Move) -> None:
     """Leave the round: nothing is applied, and what was secret is erased."""
     stage = move.stage
@@ -1002,12 +1042,12 @@ def _depart(move: _Move) -> None:
     move.do(Erase(stage.header))
 
 
-def _refuse(move: _Move, _: Refused) -> None:
+def _refuse(move: _Move, event: Refused) -> None:
     """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
     stage = move.stage
     if isinstance(stage, Opening | Stated):
         move.record(ReleaseRefusedHere(type(stage).__name__))
-        move.send(Leave(stage.header.digest, move.member.id, RELEASE_REFUSED))
+        move.send(Leave(stage.header.digest, move.member.id, RELEASE_REFUSED, event.sealed))
         move.do(Erase(stage.header))
         return
     _depart(move)
@@ -1089,9 +1129,18 @@ Kind = type[Any]
 _LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
     Abandon: (_abandon, (Idle,)),
     Refused: (_refuse, (Idle, Halted)),
+    Superseded: (lambda move, _: _depart(move), (Idle,)),
     Tick: (lambda move, _: None, (Idle,)),
     Reconnected: (_resend, ()),
     Restarted: (_restart, (Idle,)),
+}
+
+_BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
+    Declined: (_decline, ()),
+    Abandon: (_ended_already, ()),
+    Tick: (lambda move, _: None, ()),
+    Reconnected: (lambda move, _: None, ()),
+    Restarted: (lambda move, _: None, ()),
 }
 
 MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
@@ -1099,8 +1148,10 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
         Invited: (_join, (Advertised, Masking)),
         NewEpoch: (_install, (Idle,)),
         CaughtUp: (_catch_up, (Idle,)),
+        Certificate: (_certified_already, ()),
+        **_BETWEEN,
     },
-    Halted: {NewEpoch: (_install, (Idle,))},
+    Halted: {NewEpoch: (_install, (Idle,)), **_BETWEEN},
     Advertised: {KeyBundle: (_share, (Shared,)), **_LEAVING},
     Shared: {Delivery: (_open_delivery, (Masking,)), **_LEAVING},
     Masking: {VectorMade: (_submit, (Submitted,)), **_LEAVING},
@@ -1111,8 +1162,8 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
     },
     Confirmed: {Confirmations: (_answer, (Answered,)), **_LEAVING},
     Answered: {Aggregate: (_open, (Opening,)), **_LEAVING},
-    Opening: {SumOpened: (_state, (Stated,)), **_LEAVING},
-    Stated: {Certificate: (_release, (Idle,)), **_LEAVING},
+    Opening: {SumOpened: (_state, (Stated,)), Notice: (_show, ()), **_LEAVING},
+    Stated: {Certificate: (_release, (Idle,)), Notice: (_show, ()), **_LEAVING},
 }
 """{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
 

@@ -60,9 +60,14 @@ def test_a_journal_record_survives_its_bytes_with_its_secrets(entry):
 def test_the_form_is_the_documented_one():
     fields = (
         text(b"Leave") + b"B" + struct.pack(">I", 32) + b"h" * 32 + text(b"ann") + text(b"left")
-    )
+        + b"B" + bytes(4)
+    )  # fmt: skip
     assert encode(LEAVE) == b"R" + fields
     assert encode((1, -1, None)) == b"L\0\0\0\3I" + bytes(7) + b"\1I" + b"\xff" * 8 + b"N"
+    assert encode((1 << 63) - 1)[1:] == b"\x7f" + b"\xff" * 7
+    for beyond in (1 << 63, -(1 << 63) - 1):
+        with pytest.raises(TypeError, match="beyond 64 bits"):
+            encode(beyond)
     assert encode(SecretBytes(b"ab")) == b"X\0\0\0\2ab"
 
 

@@ -5,11 +5,10 @@ Each attack stands beside the same message unaltered, which the same site accept
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 
 import pytest
-from parties import FEDERATION, HUB, JOB, Parties, secrets_in
+from parties import HUB, PAYLOAD, Epochs, granted_by, secrets_in, with_late_joiner
 
 from fedcore.errors import (
     Conflicting,
@@ -25,86 +24,11 @@ from fedcore.errors import (
     StateDiffers,
     ThresholdRefused,
 )
-from fedcore.protect.identity import roster_digest
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import key_id
-from fedcore.protocol import effects, epoch, messages, site
+from fedcore.protocol import epoch, messages, site
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.messages import sign
-
-PAYLOAD = SecretBytes(b"secret key and group secret, " * 4)
-
-
-class Epochs:
-    """n sites, their coordinator, and what is on the wire between them."""
-
-    def __init__(self, n=4):
-        self.parties = Parties(n)
-        self.sites, self.members = self.parties.sites, self.parties.members
-        self.hub = epoch.EpochHub(self.parties.pins, patience=100.0)
-        self.stages = {name: epoch.NoKey() for name in self.sites}
-        self.stages[HUB] = epoch.NoEpoch()
-        self.queue, self.log, self.silent = deque(), [], set()
-        self.installed, self.now, self.payload = {}, 0.0, PAYLOAD
-
-    def header(self, number=1, maker="s00", **changes):
-        plan = self.parties.plan
-        header = epoch.EpochHeader(
-            FEDERATION, JOB, number, self.sites, roster_digest(self.parties.pins), plan.threshold,
-            plan.digest, maker,
-        )  # fmt: skip
-        return replace(header, **changes)
-
-    def step(self, who, event):
-        before = self.stages[who]
-        if who == HUB:
-            after, found = epoch.step_hub(self.hub, before, event, self.now)
-        else:
-            after, found = epoch.step_site(self.members[who], before, event)
-        self.stages[who] = after
-        persisted = False
-        for effect in found:
-            match effect:
-                case effects.Persist(record=record):
-                    persisted = True
-                    assert encode(record) == encode(after)
-                case effects.Send(to=to, message=message):
-                    assert persisted or after == before, "on disk before it is said"
-                    self.log.append(message)
-                    self.queue.append((who, to, message))
-                case epoch.MakeSecrets():
-                    self.step(who, epoch.SecretsMade(self.payload))
-                case epoch.Install():
-                    self.installed.setdefault(who, []).append(effect)
-        return found
-
-    def pump(self, until=lambda to, message: False):
-        while self.queue:
-            sender, to, message = self.queue[0]
-            if until(to, message):
-                return message
-            self.queue.popleft()
-            if to not in self.silent:
-                event = epoch.FromSite(sender, message) if to == HUB else epoch.FromHub(message)
-                self.step(to, event)
-        return None
-
-    def begin(self, number=1, maker="s00"):
-        self.step(HUB, epoch.StartEpoch(self.header(number, maker)))
-        return self
-
-    def until(self, kind, to):
-        """Pump up to the first message of this type to `to`, and take it off the wire."""
-        found = self.pump(lambda at, message: at == to and isinstance(message, kind))
-        self.queue.popleft()
-        return found
-
-    def refused(self, who, event, error, match=None):
-        before = encode(self.stages[who])
-        with pytest.raises(error, match=match) as found:
-            self.step(who, event)
-        assert encode(self.stages[who]) == before
-        return found.value.fault
 
 
 def test_everybody_ends_with_the_maker_s_payload():
@@ -435,28 +359,6 @@ def test_a_grant_heard_twice_installs_once():
 
 
 # -------------------------------------------------------------------------- the late joiner
-
-
-def with_late_joiner():
-    """s03 was away while s00 to s02 got the payload; the maker is gone now, s01 is asked."""
-    epochs = Epochs(4)
-    epochs.silent = {"s03"}
-    epochs.begin().pump()
-    epochs.now = 100.0
-    epochs.step(HUB, epoch.EpochTick())
-    epochs.pump()
-    assert epochs.stages[HUB].holders == ("s00", "s01", "s02")
-    epochs.silent = set()
-    epochs.step("s03", epoch.FromHub(epoch.EpochCall(epochs.header())))
-    return epochs
-
-
-def granted_by(epochs, holder):
-    """What s03 gets from this holder, as the coordinator hands it on."""
-    epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
-    _, _, request = epochs.queue.popleft()
-    epochs.step(holder, epoch.FromHub(request))
-    return epochs.until(epoch.Granted, "s03")
 
 
 def test_a_late_joiner_gets_the_same_payload_from_any_holder():

@@ -173,6 +173,8 @@ def samples():
         site.Refused(RoundAbandoned("keys", 1, 2, exposed=False)), site.Reconnected(),
         site.Restarted(), site.Tick(), site.CaughtUp(certificate, certificate.state_mac),
         site.NewEpoch(2, hashed("key")), site.Invited(messages.Announce(parties.header()), STATE),
+        site.Superseded(), site.Declined(parties.header()),
+        site.Received(messages.Notice(certificate.header.digest, "s01", b"sealed")),
         site.Received(messages.Leave(b"h", "s01", "left")), site.Received("anything"),
         site.Received(certificate), site.Received(None),
     ):  # fmt: skip

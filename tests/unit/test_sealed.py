@@ -1,4 +1,4 @@
-"""The sealed checkpoint opens for holders of G, for its own job, round and certificate, and nobody else."""
+"""What is sealed under G opens for its holders, where it belongs, and for nobody else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 
 from fedcore.errors import EnvelopeRefused
 from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.sealed import OVERHEAD, open_checkpoint, seal_checkpoint
+from fedcore.protect.sealed import (
+    NOTICE_LENGTH,
+    OVERHEAD,
+    open_checkpoint,
+    open_notice,
+    seal_checkpoint,
+    seal_notice,
+)
 from fedcore.protect.sumtag import GroupSecret
 
 STATE = b"parameters and moments" * 50
@@ -59,3 +66,32 @@ def test_two_seals_of_one_state_share_nothing(group, sealed):
     again = seal_checkpoint(group, STATE, **PLACE, entropy=OsEntropy())
     assert again[:32] != sealed[:32]
     assert again[32:] != sealed[32:]
+
+
+def noticed(group, text, header=b"h" * 32, site="ann"):
+    return seal_notice(group, text, header=header, site=site, entropy=OsEntropy())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "sum: found another tag", "x" * 512, "x" * 10_000, "ü" * 300, "a" + "ü" * 300]
+)
+def test_every_notice_has_one_length_and_says_its_text(group, text):
+    sealed = noticed(group, text)
+    assert len(sealed) == NOTICE_LENGTH
+    said = open_notice(group, sealed, header=b"h" * 32, site="ann")
+    assert text.startswith(said) and len(said.encode()) >= min(len(text.encode()), 511)
+
+
+@pytest.mark.parametrize("where", [{"header": b"g" * 32}, {"site": "bob"}])
+def test_a_notice_of_another_round_or_site_is_refused(group, where):
+    with pytest.raises(EnvelopeRefused):
+        open_notice(group, noticed(group, "why"), **({"header": b"h" * 32, "site": "ann"} | where))
+
+
+def test_a_notice_opens_with_the_group_secret_only_and_is_no_checkpoint(group):
+    sealed = noticed(group, "why")
+    with pytest.raises(EnvelopeRefused):
+        open_notice(GroupSecret(), sealed, header=b"h" * 32, site="ann")
+    with pytest.raises(EnvelopeRefused):
+        open_checkpoint(group, sealed, **PLACE)
+    assert noticed(group, "why") != sealed, "a key of its own each time"
