@@ -169,7 +169,7 @@ def _starting(command: str, job: Path | None, task: str | None) -> None:
 
 
 class _Progress:
-    """A bar on a terminal; in a pipe a line every few rounds, and for each that was abandoned."""
+    """A bar on a terminal, in a pipe a line every few rounds; on both one for each abandoned round."""
 
     def __init__(self, total: int, sites: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -191,14 +191,11 @@ class _Progress:
         from fedcore.report.terminal import progress
 
         shown = progress(row, self._sites)
+        due = row["round"] == self._total or row["round"] % max(1, self._total // 5) == 0
         if self._bar is not None:
             self._bar.update(self._task, completed=row["round"], metric=shown)
-        elif (
-            "abandoned" in row
-            or row["round"] == self._total
-            or row["round"] % max(1, self._total // 5) == 0
-        ):
-            say(f"round {row['round']}/{self._total}  {shown}")
+        if "abandoned" in row or (due and self._bar is None):
+            say(f"round {row['round']}/{self._total}  {shown}")  # above the bar, where it stays
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -382,8 +379,14 @@ def plan(
     if where is not None and (where / "plan.json").is_file():
         from fedcore.files import read_json
 
+        if settings:
+            raise BadInput(
+                f"plan: found settings beside the run {where}, whose plan is fixed, expected none",
+                remedy="the settings with a job file or --task show another plan",
+            )
         found = read_json(where / "plan.json")
     else:
+        _starting("plan", where, task)
         from fedcore.comparison.api import prepare_layers
 
         found = prepare_layers(_layers(where, settings), _quiet).plan_json()
@@ -458,9 +461,25 @@ def runs(
 def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or comparison.")]) -> None:
     """Run it again: the same bits, or the first round that differs and what differs around it."""
     say(f"fedcore reproduce: {run}")
+    from fedcore.files import read_json
     from fedcore.reproduction import reproduce as again
 
-    found = again(run)
+    progress: list[_Progress] = []
+
+    def on_row(row: dict[str, Any]) -> None:
+        if "arm" not in row:
+            say(f"seed {row['seed']}, fold {row['fold']}: run again")
+            return
+        if not progress:
+            old = read_json(run / "result.json")
+            progress.append(_Progress(old["rounds"], len(old["sites"])))
+        progress[0].row(row)
+
+    try:
+        found = again(run, on_row=on_row)
+    finally:
+        for bar in progress:
+            bar.close()
     if found.same:
         typer.echo(f"same bits: model {found.model_sha256[0]}")
         return
@@ -626,6 +645,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with _exit_codes():
         given = list(arguments) if arguments is not None else None
         code = app(args=given, prog_name="fedcore", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer has caught the KeyboardInterrupt itself
+            say("interrupted")
         sys.exit(code if isinstance(code, int) else EXIT_DONE)
 
 

@@ -17,9 +17,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fedcore.encode.limbs import limb_count
 from fedcore.errors import BadInput, UnknownName
-from fedcore.plan import PROTECTIONS, RangePlan, ServerPlan, TrainPlan
-from fedcore.types import Json
+from fedcore.plan import (
+    PROTECTIONS,
+    ModelShape,
+    RangePlan,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    solve_packing,
+)
+from fedcore.types import Json, SiteId
 
 
 class _Section(BaseModel):
@@ -149,6 +158,26 @@ class Job:
         for name in ("train", "protect", "round", "track"):
             out[name] = getattr(self, name).model_dump(mode="json")
         return {**out, "base": str(self.base)}
+
+
+def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples: int) -> RoundPlan:
+    """The plan that follows from a job, the model and the roster; whoever knows them finds the same.
+
+    Raises PlanRefused where no packing proves headroom, BadInput for a roster it cannot take.
+    """
+    bits = job.protect.bits
+    fields = shape.parameters + shape.buffer_coordinates
+    fields += sum(wide.count * limb_count(wide.bits, bits) for wide in shape.metric_sums)
+    largest = job.protect.max_sites or len(sites)
+    return RoundPlan(
+        task=shape.task, task_digest=shape.task_digest, sites=sites,
+        protection=job.protect.protection,
+        packing=solve_packing(bits, largest, job.protect.protection, fields),
+        parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
+        max_examples=max_examples, rounds=job.round.rounds, train=job.train_plan,
+        server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
+        inputs=shape.inputs, threshold=job.protect.threshold or 0,
+    )  # fmt: skip
 
 
 def is_json(value: Any) -> bool:

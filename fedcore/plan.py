@@ -234,6 +234,22 @@ class Wide:
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """What a task and its columns fix of a plan; sites of one federation must find the same.
+
+    features: table columns that are standardised, 0 for rows without. inputs: as in RoundPlan.
+    """
+
+    task: str
+    task_digest: str
+    parameters: int
+    buffer_coordinates: int
+    features: int
+    inputs: str
+    metric_sums: tuple[Wide, ...]
+
+
+@dataclass(frozen=True)
 class VectorSpec:
     """What one protected vector holds: d quantised coordinates, then wide integers, in this order.
 
@@ -397,6 +413,24 @@ class RoundPlan:
         flat["sites"] = list(self.sites)
         flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
         return flat
+
+    @classmethod
+    def from_json(cls, value: Json) -> RoundPlan:
+        """The inverse of `to_json`, with every proof made again. Raises BadInput and PlanRefused."""
+        try:
+            packing = dict(value["packing"])
+            ring = packing["ring"]
+            parts = {
+                "sites": tuple(value["sites"]),
+                "packing": Packing(**packing | {"ring": Ring(**ring) if ring else None}),
+                "train": TrainPlan(**value["train"]),
+                "server": ServerPlan(**value["server"]),
+                "range": RangePlan(**value["range"]),
+                "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
+            }
+            return cls(**value | parts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"plan: found one that is not of version {PLAN_VERSION}") from error
 
     @cached_property
     def digest(self) -> str:

@@ -148,15 +148,29 @@ def read_rounds(directory: Path) -> list[Json]:
     return rows
 
 
+def all_abandoned(directory: Path) -> bool:
+    """Whether a run ended with every one of its rounds abandoned: there is nothing to go on from."""
+    if (directory / "result.json").is_file() or not (directory / "plan.json").is_file():
+        return False
+    rows = [row for row in read_rounds(directory) if row["arm"] == "federated"]
+    done = bool(rows) and rows[-1]["round"] == read_json(directory / "plan.json")["rounds"]
+    return done and all("abandoned" in row for row in rows)
+
+
 def list_runs(root: Path = RUNS) -> list[Json]:
-    """One row per run directory under `root`, newest last: name, result or None, changed."""
+    """One row per run directory under `root`, newest last: name, result or None, abandoned, changed."""
     rows: list[Json] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.is_symlink() or not (path / "job.json").is_file():
             continue
         result = read_json(path / "result.json") if (path / "result.json").is_file() else None
         rows.append(
-            {"run": str(path), "result": result, "changed": (path / "job.json").stat().st_mtime}
+            {
+                "run": str(path),
+                "result": result,
+                "abandoned": all_abandoned(path),
+                "changed": (path / "job.json").stat().st_mtime,
+            }
         )
     return sorted(rows, key=lambda row: float(row["changed"]))
 

@@ -78,7 +78,8 @@ epochs = 1
 batch_size = 16
 
 [protect]
-protection = "layered"    # masked and encrypted; "plain" protects nothing
+protection = "layered"  # masks, and encryption over them; "plain" protects nothing
+# threshold = 3         # sites that a round needs; with three sites all of them, by default
 bits = 16               # of each coordinate of an update
 
 [round]

@@ -1,8 +1,8 @@
 """Federated rounds in one process: every site, the coordinator, and real encoding and protection.
 
-Read `Federation.round` first: train, quantise, sum under protection, dequantise, apply; each is one
-function in one file, and its inverse stands beside it. What happens between quantised fields and their
-opened sum (pack, tag, protect, fold, open, check) is `loopback.KeyEpoch.protected_sum`.
+Read `Federation.round` first: train and quantise (`sitework.py`), sum under protection, dequantise and
+apply (`aggregate/released.py`). What happens between quantised fields and their opened sum (pack, tag,
+protect, fold, open, check) is `loopback.KeyEpoch.protected_sum`.
 
 Invariant: the opened sum is compared with the plain integer sum of the same fields, slot for slot, in
 every round (`RoundOutcome.twin`), so "protection costs no accuracy" is measured and never assumed.
@@ -13,24 +13,15 @@ Nothing here knows of the other arms; `comparison/` runs them beside this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from fedcore.aggregate.adaptive_range import (
-    calibrated_bound,
-    exceedance_counts,
-    next_bound,
-)
-from fedcore.aggregate.optimisers import ServerState, apply_update
-from fedcore.data.rows import Rows
-from fedcore.data.statistics import Statistics, finish_statistics, site_sums, statistics_vector
+from fedcore.aggregate.optimisers import ServerState
+from fedcore.aggregate.released import applied, calibrated
+from fedcore.data.statistics import Statistics, finish_statistics, statistics_vector
 from fedcore.encode.pack import Opened
-from fedcore.encode.quantise import dequantise, quantise
-from fedcore.errors import BadInput
 from fedcore.learn.flat import FlatModel
-from fedcore.learn.train import TrainReport, local_train
+from fedcore.learn.train import TrainReport
 from fedcore.loopback import (
     Contribute,
     Contribution,
@@ -42,21 +33,12 @@ from fedcore.loopback import (
 from fedcore.plan import RoundPlan, VectorSpec, canonical
 from fedcore.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.seeds import generator
+from fedcore.sitework import MetricSums, SiteRows, SiteWork, statistics_of
 from fedcore.task import Task
-from fedcore.types import FloatVector, SiteId, WideVector
+from fedcore.types import SiteId
 
 PREPARATORY = 0
 """The training round of what comes before round 1: the statistics and the calibration of the range."""
-
-
-@dataclass(frozen=True)
-class SiteRows:
-    """One site's rows, split, ready to train on: `index` is its place in the roster."""
-
-    id: SiteId
-    index: int
-    train: Rows
-    test: Rows
 
 
 def federated_statistics(
@@ -73,9 +55,7 @@ def federated_statistics(
 
     def contribute(index: int) -> Contribution:
         with watch("encode"):
-            features = sites[index].train.features
-            assert features is not None
-            return np.empty(0, dtype=np.uint64), site_sums(features, ranges)
+            return statistics_of(sites[index].train)
 
     def finish(opened: Opened) -> Statistics:
         return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
@@ -146,53 +126,28 @@ class Federation:
     sites: Sequence[SiteRows]
     flat: FlatModel
     seed: int
-    metric_sums: Callable[[SiteRows, ServerState], Mapping[str, Sequence[int]]]
+    metric_sums: MetricSums
     statistics: bytes = b""
     leaving: Leaving = field(default_factory=Leaving)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
-    def update_of(
-        self, site: SiteRows, model: FloatVector, round_: int
-    ) -> tuple[FloatVector, TrainReport]:
-        """Train at one site: update = local - global, (d,) float32. Raises BadInput on NaN or infinity."""
-        with self.watch("train"):
-            self.flat.write(model)
-            report = local_train(
-                self.task, self.flat.module, site.train, self.plan.train,
-                seed=self.seed, round_=round_, site=site.id,
-            )  # fmt: skip
-            update = self.flat.read() - model
-        if not np.isfinite(update).all():
-            bad = int(np.count_nonzero(~np.isfinite(update)))
-            raise BadInput(
-                f"site {site.id}, round {round_}: found NaN or infinity in {bad} of {len(update)} "
-                "coordinates of the update, expected finite numbers",
-                remedy="lower train.lr, or look for unscaled or missing values in the site's data",
-            )
-        return update, report
+    def work(self, site: SiteRows) -> SiteWork:
+        """What this site computes, on the run's one module."""
+        return SiteWork(
+            self.task, self.plan, site, self.flat, self.seed, self.metric_sums, self.watch
+        )
 
-    def weighted(self, update: FloatVector, site: SiteRows) -> WideVector:
-        """The update times examples / max_examples, so that a weighted mean is one sum (float64)."""
-        return update.astype(np.float64) * (len(site.train) / self.plan.max_examples)
-
-    def calibrate(self, state: ServerState) -> float:
+    def calibrate(self, state: ServerState) -> ServerState:
         """R_0 from protected counts over 24 powers of two; sites train round 1 again afterwards."""
 
         def contribute(index: int) -> Contribution:
-            site = self.sites[index]
-            update, _ = self.update_of(site, state.model, 1)
-            counts = exceedance_counts(self.weighted(update, site).astype(np.float32))
-            return np.empty(0, dtype=np.uint64), {"exceeding": counts}
-
-        def bound(opened: Opened, contributors: int) -> float:
-            values = contributors * self.plan.coordinates
-            return calibrated_bound(opened.wides["exceeding"], values, self.plan.range)
+            return self.work(self.sites[index]).exceeding(state)
 
         def lead(opened: Opened, contributors: int) -> ServerState:
-            return replace(state, bound=bound(opened, contributors))
+            return calibrated(self.plan, state, opened, contributors)
 
         total = self._sum(self.plan.range_vector, PREPARATORY, contribute, state, lead)
-        return bound(total.opened, len(total.survivors))
+        return lead(total.opened, len(total.survivors))
 
     def round(
         self, state: ServerState, round_: int, witness: Witness | None = None
@@ -205,54 +160,26 @@ class Federation:
         plan, reports = self.plan, dict[int, TrainReport]()
 
         def contribute(index: int) -> Contribution:
-            site = self.sites[index]
-            update, reports[index] = self.update_of(site, state.model, round_)
-            with self.watch("encode"):
-                rounding = generator(self.seed, round_, site.id, "rounding")
-                quantised = quantise(
-                    self.weighted(update, site), plan.packing.bits, state.bound, rounding
-                )
-            return quantised.fields, {
-                "weight": [len(site.train)],
-                "over_range": [quantised.over],
-                "over_half_range": [quantised.over_half],
-                **self.metric_sums(site, state),
-            }
+            found, reports[index] = self.work(self.sites[index]).update(state, round_)
+            return found
 
         def lead(opened: Opened, contributors: int) -> ServerState:
-            return self.apply(state, opened, contributors)
+            return applied(plan, state, opened, contributors)
 
         absences = self.absent(round_)
         total = self._sum(plan.update_vector, round_, contribute, state, lead, absences, witness)
         survivors = total.survivors
         with self.watch("unprotect"):
-            released = self.apply(state, total.opened, len(survivors))
+            released = applied(plan, state, total.opened, len(survivors))
             twin = released
             if total.twin is not total.opened:
-                twin = self.apply(state, total.twin, len(survivors))
+                twin = applied(plan, state, total.twin, len(survivors))
         wides = total.opened.wides
         return RoundOutcome(
             released, twin, survivors, tuple(reports[index] for index in survivors),
             wides["over_range"][0], total.bytes_up, total.bytes_down,
             {wide.name: wides[wide.name] for wide in plan.metric_sums},
         )  # fmt: skip
-
-    def apply(self, state: ServerState, opened: Opened, contributors: int) -> ServerState:
-        """From the released integers to the next state: dequantise, weighted mean, server step, range.
-
-        contributors: sites in the sum.
-        """
-        sums = dequantise(opened.coordinates, self.plan.packing.bits, state.bound, contributors)
-        mean = sums * (self.plan.max_examples / opened.wides["weight"][0])
-        moved = apply_update(state, mean, self.plan.parameters, self.plan.server)
-        bound = next_bound(
-            state.bound,
-            opened.wides["over_range"][0],
-            opened.wides["over_half_range"][0],
-            contributors * self.plan.coordinates,
-            self.plan.range,
-        )
-        return ServerState(moved.parameters, moved.moments, moved.scalars, bound)
 
     def final_metrics(self, state: ServerState) -> ProtectedTotal:
         """The protected metrics-only round after the last one: the metric sums of the final model.
@@ -262,7 +189,7 @@ class Federation:
         """
 
         def contribute(index: int) -> Contribution:
-            return np.empty(0, dtype=np.uint64), self.metric_sums(self.sites[index], state)
+            return self.work(self.sites[index]).metrics(state)
 
         last = self.plan.rounds + 1
         return self._sum(self.plan.metrics_vector, last, contribute, state, None, self.absent(last))

@@ -114,11 +114,11 @@ def run(
     where bits do not fit the sites, and Unavailable without tenseal.
     """
     if parameters < 1:
-        raise BadInput(f"bench.parameters: found {parameters}, expected at least 1")
+        raise BadInput(f"--parameters: found {parameters}, expected at least 1")
     if repeats < 1:
         raise BadInput(f"bench.repeats: found {repeats}, expected at least 1")
     if sites < CONTRIBUTORS:
-        raise BadInput(f"bench.sites: found {sites}, expected at least {CONTRIBUTORS}")
+        raise BadInput(f"--sites: found {sites}, expected at least {CONTRIBUTORS}")
     vectors = [
         generator(seed, 0, str(site), "bench vector").normal(0, _SPREAD, parameters).astype("f4")
         for site in range(CONTRIBUTORS)

@@ -69,16 +69,18 @@ def run(
     """
     if protection not in MASKS:
         raise BadInput(
-            f"bench.protection: found {protection!r}, expected one of {', '.join(MASKS)}"
+            f"--protection: found {protection!r}, expected one of {', '.join(MASKS)}",
+            remedy="`fedcore bench protect` has every protection",
         )
     if parameters < 1:
-        raise BadInput(f"bench.parameters: found {parameters}, expected at least 1")
+        raise BadInput(f"--parameters: found {parameters}, expected at least 1")
     for count in sites:
         survived = count - default_threshold(count)
         if not 0 <= drop <= survived:
             raise BadInput(
-                f"bench.drop: found {drop}, expected 0 to {survived}, the absences that "
+                f"--drop: found {drop}, expected 0 to {survived}, the absences that "
                 f"{count} sites survive",
+                remedy="more --sites, or fewer to drop",
             )
     rows = []
     for count in sites:

@@ -33,7 +33,7 @@ from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput
 from fedcore.files import write_json
-from fedcore.run import Comparison, Run, append_row, new_directory
+from fedcore.run import Comparison, Run, all_abandoned, append_row, new_directory
 from fedcore.task import Task
 from fedcore.types import Json
 
@@ -120,6 +120,11 @@ def resume(
         raise BadInput(
             f"--resume: found the comparison {path}, expected a run",
             remedy="comparisons start again: `fedcore compare` with the same settings",
+        )
+    if all_abandoned(path):
+        raise BadInput(
+            f"--resume: found {path}, of which every round was abandoned, expected an interrupted run",
+            remedy="a new run with fewer absences: the same settings would end the same way",
         )
     found, complete = job_for(task, stored)
     prepared = prepare(found, complete, say)

@@ -28,7 +28,8 @@ from fedcore.learn.score import Scored, score
 from fedcore.learn.train import TrainReport
 from fedcore.loopback import Stopwatch, sites_of
 from fedcore.plan import RoundPlan
-from fedcore.simulation import Federation, RoundOutcome, SiteRows
+from fedcore.simulation import Federation, RoundOutcome
+from fedcore.sitework import SiteRows
 from fedcore.task import Task
 from fedcore.types import FloatVector, Json
 
@@ -204,6 +205,7 @@ class Federated:
     leads to. unequal_rounds counts rounds whose opened sum was not the plain integer sum.
 
     survivors: roster indices of the last round's sum, none if it was abandoned.
+    summed: {site: in how many rounds' sums it was}.
     abandoned: {round, stage, left, exposed} of each round that was.
     seen: what each party held of one site's update in the first round that can show it (`seen.py`).
     """
@@ -217,6 +219,7 @@ class Federated:
         self.clipped = self.contributions = self.unequal_rounds = 0
         self.bytes_up = self.bytes_down = 0
         self.survivors: tuple[int, ...] = ()
+        self.summed = dict.fromkeys(bench.plan.sites, 0)
         self.abandoned: list[Json] = []
         self.seen: Json | None = None
         self.outcome: RoundOutcome | None = None
@@ -252,6 +255,8 @@ class Federated:
         self.unequal_rounds += outcome.twin is not outcome.state
         self.clipped += outcome.clipped
         self.contributions += len(outcome.survivors)
+        for site in sites_of(plan.sites, outcome.survivors):
+            self.summed[site] += 1
         self.bytes_up, self.bytes_down = outcome.bytes_up, outcome.bytes_down
         return {
             "train_loss": self.budget.add(outcome.reports),
@@ -296,6 +301,7 @@ class Federated:
             "counts": (self.clipped, self.contributions, self.unequal_rounds),
             "bytes": (self.bytes_up, self.bytes_down),
             "abandoned": self.abandoned,
+            "summed": dict(self.summed),
             "seen": self.seen,
             "seconds": dict(self.federation.watch.seconds),
         }
@@ -308,6 +314,7 @@ class Federated:
         self.bytes_up, self.bytes_down = saved["bytes"]
         self.seen = saved["seen"]
         self.abandoned = list(saved["abandoned"])
+        self.summed = dict(saved["summed"])
         self.federation.watch.seconds.update(saved["seconds"])
 
 
@@ -330,7 +337,7 @@ class FederatedFloat:
         total, weight, reports = np.zeros(plan.coordinates), 0, []
         for index in self._beside.survivors:
             site = self._federation.sites[index]
-            update, report = self._federation.update_of(site, model, round_)
+            update, report = self._federation.work(site).train(model, round_)
             total += update.astype(np.float64) * len(site.train)
             weight += len(site.train)
             reports.append(report)

@@ -6,7 +6,6 @@ same number of rows per round. After every round the run can be interrupted and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import uuid
@@ -32,21 +31,27 @@ from fedcore.comparison.arms import (
 )
 from fedcore.comparison.events import Events
 from fedcore.comparison.gap import PARTS, bootstrap_gap
+from fedcore.comparison.localsite import (
+    check_rows,
+    load_site,
+    model_of,
+    sample_of,
+    shape_of,
+    standardised,
+)
 from fedcore.comparison.transport import MetricTransport
-from fedcore.config import Job, build_job, is_json
-from fedcore.data.rows import Layout, Rows, load_rows, pool, split_rows
+from fedcore.config import Job, build_job, is_json, plan_of
+from fedcore.data.rows import Layout, Rows, pool
 from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statistics, site_sums
-from fedcore.encode.limbs import limb_count
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, RoundAbandoned, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.label import label_of, label_warnings
 from fedcore.learn import checkpoint
-from fedcore.learn.flat import FlatModel, build_model, model_summary, single_thread
+from fedcore.learn.flat import FlatModel, model_summary, single_thread
 from fedcore.learn.saved import model_digest, save_model
-from fedcore.learn.score import probe
-from fedcore.learn.train import predict, task_code
+from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
 from fedcore.plan import (
     ENCRYPTS,
@@ -60,7 +65,8 @@ from fedcore.plan import (
 from fedcore.protocol.absences import parse_absence
 from fedcore.report.sentences import metric_name
 from fedcore.run import append_row, read_rounds
-from fedcore.simulation import Federation, Leaving, SiteRows, federated_statistics
+from fedcore.simulation import Federation, Leaving, federated_statistics
+from fedcore.sitework import SiteRows
 from fedcore.task import Task, load_task
 from fedcore.types import ARMS, Json, SiteId
 
@@ -104,24 +110,6 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
         if not name.strip() or len(name) > 64 or not name.isprintable():
             raise BadInput(f"sites: found the id {name!r}, expected 1 to 64 visible characters")
     return {SiteId(name): source for name, source in wanted.items()}
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Neutral statistics: mean 0, spread 1. They decide shapes only."""
-
-    mean: Any
-    std: Any
-
-    @classmethod
-    def of(cls, rows: Any) -> _Unit:
-        size = len(rows.names)
-        return cls(np.zeros(size), np.ones(size))
-
-
-def _standardised(rows: Any, scale: Any) -> Rows:
-    found: Rows = rows.standardise(scale)
-    return found
 
 
 @dataclass
@@ -237,26 +225,11 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     sites = loaded.sites
     max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
     for site in sites:
-        if len(site.train) + len(site.test) > max_examples:
-            raise BadInput(
-                f"site {site.id}: found {len(site.train) + len(site.test)} rows, expected at most "
-                f"protect.max_examples = {max_examples}",
-                remedy="raise protect.max_examples: a public cap on any site's rows",
-            )
+        check_rows(site, max_examples)
     flat, sample = _build(task, job, sites)
     transport = MetricTransport.of(task, sample, max_examples)
-    fields = flat.coordinates + sum(
-        wide.count * limb_count(wide.bits, job.protect.bits) for wide in transport.wides
-    )
-    packing = solve_packing(*limits, fields)
-    plan = RoundPlan(
-        task=task.name, task_digest=task.digest(), sites=tuple(s.id for s in sites),
-        protection=job.protect.protection, packing=packing, parameters=flat.parameters,
-        buffer_coordinates=flat.buffer_coordinates, max_examples=max_examples,
-        rounds=job.round.rounds, train=job.train_plan, server=job.server_plan,
-        range=job.range_plan, metric_sums=transport.wides, inputs=_inputs_digest(sites[0].train),
-        threshold=job.protect.threshold or 0,
-    )  # fmt: skip
+    shape = shape_of(task, flat, transport, sites[0].train)
+    plan = plan_of(job, shape, tuple(s.id for s in sites), max_examples)
     epoch = KeyEpoch(uuid.uuid4().hex, plan)
     prepared = Prepared(
         job=job,
@@ -291,29 +264,15 @@ def _load_sites(
     loaded = Loaded([], 0, True, {}, {})
     for index, (name, source) in enumerate(sources.items()):
         say(f"loading site {name}")
-        everything, test = load_rows(task, source, name)
+        site, everything, test = load_site(task, job, name, index, source)
         loaded.class_counts[name] = _class_counts(everything, test)
         for column, count in getattr(everything, "unknown", {}).items():
             before = loaded.unknown_categories.get(column, 0)
             loaded.unknown_categories[column] = before + count
         loaded.own_test_rows &= test is not None
         loaded.largest = max(loaded.largest, len(everything) + len(test or ()))
-        train = everything
-        if test is None:
-            train, test = split_rows(
-                everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
-            )
-        loaded.sites.append(SiteRows(name, index, train, test))
+        loaded.sites.append(site)
     return loaded
-
-
-def _inputs_digest(rows: Any) -> str:
-    """SHA-256 over how a table's raw columns become inputs; "" for rows that need no statistics.
-
-    It is part of the plan, so sites that declare other ranges or categories do not share a sum.
-    """
-    layout: Layout | None = getattr(rows, "layout", None)
-    return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
 
 
 def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
@@ -330,24 +289,9 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
 
     Every site builds the model under the same seed; a site whose model differs is named.
     """
-
-    def first_rows(site: SiteRows) -> Rows:
-        rows: Any = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
-        return rows if rows.features is None else _standardised(rows, _Unit.of(rows))
-
-    def make(site: SiteRows) -> FlatModel:
-        rows = first_rows(site)
-
-        def first_pass(module: Any) -> None:
-            predict(task, module, next(iter(rows.batches(len(rows), None))))
-
-        with task_code(site.id, None, "model"):
-            module = build_model(task.model, job.run.seed, first_pass)
-        return FlatModel(module, job.round.buffers)
-
-    flat = make(sites[0])
+    flat = model_of(task, job, sites[0])
     for site in sites[1:]:
-        other = make(site)
+        other = model_of(task, job, site)
         if (other.parameters, other.buffer_coordinates) != (
             flat.parameters,
             flat.buffer_coordinates,
@@ -357,9 +301,7 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
                 f"{flat.coordinates} as at site {sites[0].id}",
                 remedy="every site must have the same columns and build the same model",
             )
-    sample = probe(
-        task, flat.module, first_rows(sites[0]), seed=job.run.seed, round_=0, site=sites[0].id
-    )
+    sample = sample_of(task, job, flat, sites[0])
     return flat, sample
 
 
@@ -374,7 +316,7 @@ def _standardise_all(prepared: Prepared) -> None:
     rows: Any = sites[0].train
     prepared.statistics, prepared.layout = found, rows.layout
     prepared.sites = [
-        replace(s, train=_standardised(s.train, found), test=_standardised(s.test, found))
+        replace(s, train=standardised(s.train, found), test=standardised(s.test, found))
         for s in sites
     ]
     local = []
@@ -384,7 +326,7 @@ def _standardise_all(prepared: Prepared) -> None:
             raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
         )
         local.append(
-            replace(site, train=_standardised(site.train, own), test=_standardised(site.test, own))
+            replace(site, train=standardised(site.train, own), test=standardised(site.test, own))
         )
     prepared.local_sites = local
 
@@ -435,8 +377,7 @@ class Experiment:
     def calibrate(self) -> None:
         """Find R before round 1 unless the plan states it."""
         if self.prepared.plan.range.start is None:
-            bound = self.federation.calibrate(self.federated.state)
-            state = replace(self.federated.state, bound=bound)
+            state = self.federation.calibrate(self.federated.state)
             self.federated.state = self.federated.twin = state
 
     def rounds(self) -> Iterator[Json]:
@@ -487,11 +428,11 @@ class Experiment:
         plan, abandoned = self.prepared.plan, self.federated.abandoned
         if len(abandoned) < self.round:
             return
-        sites = len(plan.sites)
+        sites, released = len(plan.sites), released_warning(abandoned, plan.protection)
         lower = f", or a smaller --threshold ({sites // 2 + 1} or more)"
         raise Abandoned(
             f"run: found all {self.round} rounds abandoned, expected at least one with {plan.threshold} "
-            f"of {sites} sites at every stage",
+            f"of {sites} sites at every stage" + (f". {released}" if released else ""),
             remedy=f"fewer absences (--drop, --dropout){lower if plan.threshold > sites // 2 + 1 else ''}",
         )
 
@@ -618,12 +559,17 @@ def _protected_metrics(experiment: Experiment) -> Json:
     transport = experiment.prepared.transport
     try:
         total = experiment.federation.final_metrics(experiment.federated.state)
-    except RoundAbandoned:
+    except RoundAbandoned as abandoned:
         return {
             "protected_metrics": None,
             "protected_metrics_bound": None,
             "protected_clipped": None,
             "protected_metrics_sites": [],
+            "protected_metrics_abandoned": {
+                "stage": abandoned.stage,
+                "left": abandoned.left,
+                "exposed": abandoned.exposed,
+            },
         }
     sums = total.opened.wides
     return {
@@ -631,6 +577,7 @@ def _protected_metrics(experiment: Experiment) -> Json:
         "protected_metrics_bound": transport.bounds(sums),
         "protected_clipped": transport.clipped(sums),
         "protected_metrics_sites": sites_of(experiment.prepared.plan.sites, total.survivors),
+        "protected_metrics_abandoned": None,
     }
 
 
@@ -643,6 +590,7 @@ def _per_site(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> 
             "train_rows": len(site.train),
             "test_rows": len(site.test),
             "class_counts": prepared.loaded.class_counts[site.id],
+            "rounds_in_sum": experiment.federated.summed[site.id],
         }
         for name, evaluation in evaluations.items():
             part = evaluation.parts[site.index]
@@ -742,22 +690,30 @@ def _warnings(result: Json) -> list[str]:
         "`fedcore compare` repeats the run over seeds and folds."
     )
     gaps, clipped = result["gap"]["total"], result["clipped_fraction"]
-    found = [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"])]
-    found += absence_warnings(result["abandoned_rounds"], result["rounds"], result["protection"])
-    if result["protected_metrics"] is None:
+    found = absence_warnings(result["abandoned_rounds"], result["rounds"], result["protection"])
+    if (last := result["protected_metrics_abandoned"]) is not None:
+        exposed = last["exposed"] and result["protection"] in MASKS
         found.append(
-            "The metrics-only round was abandoned: the sites do not know the final model's metrics. "
-            "The scores here are the simulation's own."
+            f"The metrics-only round was abandoned at {last['stage']}: the sites do not know the final "
+            "model's metrics. The scores here are the simulation's own."
+            + (
+                " A site had answered `unmask`, so it counts as released: "
+                f"{_may_hold(result['protection'])}."
+                if exposed
+                else ""
+            )
         )
+    found += [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"])]
     return [*found, *result["notes"]]
 
 
 def absence_warnings(abandoned: Sequence[Json], rounds: int, protection: str) -> list[str]:
-    """What abandoned rounds cost, and what they may have shown (PROTOCOL D).
+    """What abandoned rounds may have shown, then what they cost.
 
     abandoned: {round, stage, left, exposed} of each; rounds: all that were run.
     """
-    found = []
+    released = released_warning(abandoned, protection)
+    found = [released] if released else []
     if abandoned:
         verb = "was" if len(abandoned) == 1 else "were"
         places = _listed(abandoned, lambda row: f"{row['round']} at {row['stage']}")
@@ -765,15 +721,31 @@ def absence_warnings(abandoned: Sequence[Json], rounds: int, protection: str) ->
             f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
             "the model did not change in them."
         )
-    exposed = [row for row in abandoned if row["exposed"]]
-    if exposed and protection in MASKS:
-        verb = "was" if len(exposed) == 1 else "were"
-        found.append(
-            f"When {_listed(exposed, lambda row: str(row['round']))} {verb} abandoned, a site had already "
-            "answered `unmask`: the coordinator may hold that sum and take its difference from the next "
-            "one. The next round started from fresh randomness, so no update is in both."
-        )
     return found
+
+
+def released_warning(abandoned: Sequence[Json], protection: str) -> str:
+    """The differencing warning for rounds abandoned after an answer to `unmask` (PROTOCOL D), or "".
+
+    abandoned: as in `absence_warnings`. The next round has secrets of its own, but it trains from the
+    same model: two sums of nearly the same sites differ by about the update of those that differ.
+    """
+    exposed = [row for row in abandoned if row["exposed"]]
+    if not exposed or protection not in MASKS:
+        return ""
+    rounds, many = _listed(exposed, lambda row: str(row["round"])).capitalize(), len(exposed) > 1
+    return (
+        f"{rounds} {'were' if many else 'was'} abandoned after a site had answered `unmask`, so "
+        f"{'they count' if many else 'it counts'} as released: {_may_hold(protection, many=many)}. "
+        f"The next round trains from the same model: if other sites are in that one, the difference of "
+        "the two sums is about what those sites sent."
+    )
+
+
+def _may_hold(protection: str, *, many: bool = False) -> str:
+    its, it = ("their sums", "them") if many else ("its sum", "it")
+    opened = f", and open {it} with 1 colluding site" if protection == "layered" else ""
+    return f"the coordinator may hold {its}{opened}"
 
 
 def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int = 5) -> str:

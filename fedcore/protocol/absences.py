@@ -46,7 +46,10 @@ def parse_absence(text: str, sites: Sequence[SiteId], rounds: int) -> Absence:
             f"round.drop: found {text!r}, expected round:stage:site", remedy="--drop 3:submit:va"
         )
     if not 1 <= int(number) <= rounds + 1:
-        raise BadInput(f"round.drop: found round {number}, expected 1 to {rounds + 1}")
+        raise BadInput(
+            f"round.drop: found round {number}, expected 1 to {rounds + 1}",
+            remedy=f"the job has {rounds} rounds, and {rounds + 1} is the metrics-only one after them",
+        )
     if stage not in STAGES:
         raise UnknownName("round.drop: stage", stage, STAGES)
     if site not in sites:

@@ -1008,6 +1008,7 @@ _ENDS: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
 }
 
 _BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
+    Tick: (lambda move, _: None, ()),
     Restarted: (_restart, ()),
     Reconnected: (_repeat, ()),
 }

@@ -808,6 +808,17 @@ def _primes(modulus: Any) -> str:
     )
 
 
+def _methods_rows(result: Mapping[str, Any]) -> str:
+    """How many rows the reference arms trained on: those of the survivors, or more."""
+    if not result.get("absences"):
+        return " and saw as many training rows"
+    every = [ARM_NAMES[a] for a in ("centralised", "local_only") if ran(result, a)]
+    facts = [f"{listed(every)} trained on all sites' rows in every round"] if every else []
+    if ran(result, "federated_float"):
+        facts.append("federated averaging in floating point on those of each round's survivors")
+    return f"; {', and '.join(facts)}"
+
+
 def _methods_evaluation(result: Mapping[str, Any]) -> str:
     names = listed(metric_name(m) for m in metrics_of(result))
     arms = listed(
@@ -817,7 +828,8 @@ def _methods_evaluation(result: Mapping[str, Any]) -> str:
     )
     text = ""
     if arms:
-        text = f"Reference arms ({arms}) used the same seeds and splits and saw as many training rows. "
+        text = f"Reference arms ({arms}) used the same seeds and splits"
+        text += _methods_rows(result) + ". "
     verb = "were" if len(metrics_of(result)) > 1 else "was"
     text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
     if method := how_measured(result):

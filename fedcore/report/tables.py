@@ -365,17 +365,24 @@ def budgets(results: Sequence[Json]) -> list[Table]:
 
 
 def sites(results: Sequence[Json]) -> list[Table]:
-    """Rows and classes of every site; the rows are of the data, so the first result speaks for all."""
-    found = []
-    for site, values in (results[0].get("per_site") or {}).items():
+    """Rows and classes of every site; the rows are of the data, so the first result speaks for all.
+
+    Of a single run in which sites were absent also how many rounds' sums each of them was in.
+    """
+    first, found = results[0], []
+    absent = len(results) == 1 and bool(first.get("absences"))
+    for site, values in (first.get("per_site") or {}).items():
         if values.get("rows") is None:
             continue
         classes = values.get("class_counts") or {}
         counts = ", ".join(f"{say.plain(name)}: {say.count(n)}" for name, n in classes.items())
         numbers = [Cell(say.count(values.get(k))) for k in ("rows", "train_rows", "test_rows")]
+        if absent:
+            of = f"{say.count(values.get('rounds_in_sum'))} of {say.count(first.get('rounds'))}"
+            numbers.append(Cell(of))
         found.append((_name(say.plain(site)), *numbers, _name(counts or say.DASH)))
-    head = ("site", "rows", "train", "test", "rows per class")
-    return [Table("Sites", head, tuple(found))] if found else []
+    head = ("site", "rows", "train", "test", *(["rounds in the sum"] if absent else []))
+    return [Table("Sites", (*head, "rows per class"), tuple(found))] if found else []
 
 
 def plan(results: Sequence[Json]) -> list[Table]:

@@ -120,9 +120,10 @@ def header(info: Mapping[str, Any]) -> RenderableType:
 
 def progress(row: Mapping[str, Any], sites: int) -> str:
     """A federated row in a few words: `accuracy 0.811`, `accuracy 0.811, 3 of 4 sites`, or
-    `abandoned at submit: 2 of 4 sites stayed, 3 needed`."""
+    `abandoned at submit: 2 of 4 sites stayed, 3 needed`; whether its sum may be known is said too."""
     if row.get("abandoned"):
-        return f"abandoned {say.plain(row['abandoned'])}"
+        released = " (after an answer to unmask)" if row.get("exposed") else ""
+        return f"abandoned {say.plain(row['abandoned'])}{released}"
     shown = [f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None]
     survivors = len(row["survivors"])
     return ", ".join(
@@ -150,7 +151,8 @@ def compare_summary(result: Json, report: Path | str | None = None) -> Renderabl
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per row of `fedcore.run.list_runs`: `run` (directory) and `result` (None: unfinished)."""
+    """One line per row of `fedcore.run.list_runs`: `run` (directory), `result` (None: unfinished) and
+    `abandoned` (there is nothing to go on with)."""
     if not rows:
         return Text("no runs yet: `fedcore simulate` makes the first", style="dim")
     finished = [row["result"] for row in rows if row["result"] is not None]
@@ -159,7 +161,8 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     for row in rows:
         name, result = row["run"], row["result"]
         if result is None:
-            table.add_row(Text(say.plain(name)), Text("not finished", style="dim"))
+            state = "abandoned" if row.get("abandoned") else "not finished"
+            table.add_row(Text(say.plain(name)), Text(state, style="dim"))
             continue
         metric = say.primary_metric(result)
         value = (result.get("arms") or {}).get("federated", {}).get(metric)

@@ -163,6 +163,15 @@ def test_the_user_s_own_error_shows_their_traceback_first(arguments, line, messa
     assert not out
 
 
+def test_the_plan_of_a_run_takes_no_settings(folder, capfd):
+    """It would show the run's own plan as if it were that of the settings."""
+    (folder / "run").mkdir()
+    (folder / "run" / "plan.json").write_text("{}")
+    got, out, err = call(capfd, "plan", "run", "--threshold", "4")
+    assert got == 2 and not out
+    assert "whose plan is fixed" in err and "hint: the settings with a job file" in err
+
+
 def test_an_existing_directory_without_force(folder, capfd):
     (folder / "out").mkdir()
     (folder / "out" / "letter.txt").write_text("dear")

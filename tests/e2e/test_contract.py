@@ -220,7 +220,7 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "resume: fedcore simulate --resume runs/heart-layered-001" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and said.splitlines()[-1] == "interrupted"
     done = fedcore("simulate", "--resume", "runs/heart-layered-001", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole = fedcore("simulate", "--rounds", 400, "--lr", 0.1, "--json", cwd=tmp_path)
@@ -282,6 +282,7 @@ def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
     assert both.returncode == 0 and (tmp_path / both.stdout.strip()).is_file()
     same = fedcore("reproduce", first, cwd=tmp_path)
     assert same.returncode == 0 and same.stdout.startswith("same bits: model ")
+    assert any(line.startswith("round ") for line in same.stderr.splitlines())
     assert "Protects against" in fedcore("plan", first, cwd=tmp_path).stdout
 
 

@@ -237,9 +237,10 @@ class World:
 
     def rebuilt(self, found):
         """{(site, kind): secret} for all that has t shares."""
+        t = self.round_header.threshold
         return {
-            key: shamir.combine(points, self.t, owner=key[0])
-            for key, points in found.items() if len(points) >= self.t
+            key: shamir.combine(points, t, owner=key[0])
+            for key, points in found.items() if len(points) >= t
         }  # fmt: skip
 
     def self_mask(self, name, secret):

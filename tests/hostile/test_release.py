@@ -22,7 +22,13 @@ from fedcore.errors import (
 from fedcore.protect.pairwise import pair_seed
 from fedcore.protect.sumtag import SumTag
 from fedcore.protocol import effects, shared, site
-from fedcore.protocol.messages import COORDINATOR, RELEASE_REFUSED, Leave, Statement
+from fedcore.protocol.messages import (
+    COORDINATOR,
+    RELEASE_REFUSED,
+    SELF_SEED,
+    Leave,
+    Statement,
+)
 
 
 def asked_to_open(world, name):
@@ -45,6 +51,7 @@ SUMS = {
     "one site alone": lambda w: w.plain["bob"],
     "one site left out": lambda w: w.plain_sum(w.roster[1:]),
     "one site twice": lambda w: w.plain_sum((*w.roster, "bob")),
+    "one site in another's place": lambda w: w.plain_sum((*w.roster[:4], "bob")),
     "one unit more": lambda w: w.ring(w.plain_sum(w.roster) + (np.arange(w.layout.slots) == 0)),
     "noise": lambda w: w.masked["bob"],
 }
@@ -185,7 +192,10 @@ def test_nothing_is_applied_before_the_certificate_and_then_once():
         early = world_at(stage)
         refuses(early, "ann", certificate, OutOfOrder, found="Certificate")
     released(world, "ann", certificate)
-    refuses(world, "ann", certificate, OutOfOrder, found="Certificate")
+    done = world.stages["ann"]
+    assert world.step("ann", site.Received(certificate)) == (), "heard again, applied once"
+    assert world.stages["ann"] is done
+    refuses(world, "ann", replace(certificate, sum_mac=b"x" * 32), OutOfOrder, found="Certificate")
 
 
 @pytest.mark.parametrize(
@@ -283,8 +293,12 @@ def test_a_late_joiner_takes_the_certified_state_and_no_older_one():
 
 
 @pytest.mark.parametrize(
-    "lie", ["state", "signers", "forged", "job", "pins", "cohort", "threshold"]
-)
+    "lie",
+    [
+        "state", "signers", "repeated", "forged", "stranger", "no survivor", "federation", "job",
+        "plan", "pins", "cohort", "unpinned", "threshold", "smaller cohort's threshold",
+    ],
+)  # fmt: skip
 def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
     world = world_at("state")
     good = world.certificate()
@@ -301,6 +315,25 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
         "state": (good, ReleaseRefused, None),
         "signers": (world.certificate(names[:3]), ThresholdRefused, "check_certificate"),
         "forged": (replace(good, sum_mac=b"x" * 32), SignatureRefused, "check_certificate"),
+        "repeated": (
+            world.certificate(("ann", "bob", "cat", "cat")), ListRefused, "check_certificate",
+        ),
+        "stranger": (
+            replace(good, signatures=(*good.signatures[:3], ("mallory", b"m" * 64))), ListRefused,
+            "check_certificate",
+        ),
+        "no survivor": (  # eve signed as well, and is not in the sum
+            replace(good, survivors=names[:4]), ListRefused, "check_certificate",
+        ),
+        "federation": (resigned(federation="another"), HeaderRefused, "_check_same_job"),
+        "plan": (resigned(plan_digest="0" * 64), HeaderRefused, "_check_same_job"),
+        "unpinned": (
+            resigned(roster=(*names[:4], "mallory")), shared.RosterRefused, "check_roster",
+        ),
+        "smaller cohort's threshold": (
+            replace(resigned(roster=names[:4], threshold=2), survivors=names[:4]), ThresholdRefused,
+            "check_cohort_threshold",
+        ),
         "job": (resigned(job="job2"), HeaderRefused, "_check_same_job"),
         "pins": (resigned(pins="0" * 64), HeaderRefused, "_check_same_job"),
         "cohort": (
@@ -315,11 +348,81 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
     refuses(world, "ann", site.CaughtUp(certificate, mac), error, fault=fault)
     if check:
         monkeypatch.setattr(site, check, lambda *_: None)
-    if lie == "cohort":
+    if lie in {"cohort", "unpinned", "smaller cohort's threshold"}:
         monkeypatch.setattr(site, "check_cohort_threshold", lambda *_: None)
         monkeypatch.setattr(site, "check_certificate", lambda *_: None)
     found = world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
     assert any(isinstance(e, effects.Apply) for e in found)
+
+
+def test_a_checkpoint_may_skip_releases_but_never_go_back():
+    """An older release is as well signed as the newest: only what is held already tells them apart."""
+    world = world_at("state")
+    old = world.certificate()
+    header = replace(world.round_header, round=5, certificate="c" * 64)
+    lies = {n: world.signed(n, s, header=header.digest) for n, s in world.statements.items()}
+    new = replace(old, header=header, signatures=tuple((n, s.signature) for n, s in lies.items()))
+    late(world)
+    world.step("ann", site.CaughtUp(new, new.state_mac))
+    standing = world.stages["ann"].standing
+    assert (standing.released, standing.round, standing.certificate) == (5, 5, new.hash)
+    for again in (old, new):
+        refuses(
+            world, "ann", site.CaughtUp(again, again.state_mac), HeaderRefused, expected="after 5"
+        )
+    late(world)  # the control: a site that forgot what it holds takes the older one
+    world.step("ann", site.CaughtUp(old, old.state_mac))
+    assert world.stages["ann"].standing.released == 1
+
+
+@pytest.mark.parametrize("stage", ["keys", "submit", "unmask", "state"])
+def test_a_checkpoint_is_not_taken_within_a_round(stage):
+    """The state a vector was made from stays what it was until the round has ended."""
+    world = world_at(stage)
+    certificate = world_at("state").certificate()
+    event = site.CaughtUp(certificate, certificate.state_mac)
+    refuses(world, "ann", event, OutOfOrder, fault="this site", found="CaughtUp")
+    halted = world_at("open")
+    halted.step("ann", site.Refused(TagRefused("sum")))
+    refuses(halted, "ann", event, OutOfOrder, fault="this site", found="CaughtUp")
+
+
+# ------------------------------------------------------------------------------ a smaller cohort
+
+
+def smaller(*names, threshold=3):
+    """A round to which only these sites of five are invited."""
+    world = World()
+    world.round_header = replace(world.round_header, roster=names, threshold=threshold)
+    return world
+
+
+def test_a_smaller_cohort_releases_its_own_sum_and_the_others_catch_up():
+    """Four of five at the default t = 3: an exact sum, a certificate that three signatures make good."""
+    four = ("ann", "bob", "cat", "dan")
+    world = smaller(*four)
+    world.advance("unmask", four)
+    secrets = world.rebuilt(world.shares_held(world.answers.values()))
+    masks = [world.self_mask(name, secrets[name, SELF_SEED]) for name in four]
+    assert np.array_equal(world.minus(four, masks), world.plain_sum(four))
+    for stage in ("open", "state"):
+        for name in four:
+            getattr(world, f"_{stage}")(name, True)
+    certificate = world.certificate(("ann", "bob", "cat"))
+    released(world, "dan", certificate)
+    world.step("eve", site.CaughtUp(certificate, certificate.state_mac))
+    assert world.stages["eve"].standing == world.stages["dan"].standing
+    refuses(smaller(*four), "eve", world.invitation("eve"), ListRefused, found="left out")
+
+
+@pytest.mark.parametrize("names", [("ann", "bob", "cat"), ("ann", "bob")])
+def test_a_cohort_below_its_threshold_or_the_minimum(names):
+    """Three of five may run at t = 3 only (all must stay), two not at all."""
+    world = smaller(*names, threshold=2)
+    error = ThresholdRefused if len(names) == 3 else shared.RosterRefused
+    refuses(world, "ann", world.invitation("ann"), error)
+    whole = smaller("ann", "bob", "cat")
+    assert answer_of(whole.step("ann", whole.invitation("ann"))) is not None, "control"
 
 
 # ---------------------------------------------------------------- different models, to different sites

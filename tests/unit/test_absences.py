@@ -6,13 +6,16 @@ made stage by stage, and whole runs against `plain`, which follows it.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from torch import nn
 
 import fedcore
@@ -24,7 +27,7 @@ from fedcore.files import read_json
 from fedcore.plan import MASKS, PROTECTIONS, default_threshold
 from fedcore.protocol.absences import STAGES, Absence, earliest, outcome, parse_absence
 from fedcore.reproduction import reproduce
-from fedcore.run import read_rounds
+from fedcore.run import all_abandoned, read_rounds
 from fedcore.simulation import Leaving
 
 ROSTER = ("a", "b", "c", "d")
@@ -275,6 +278,12 @@ def test_a_row_names_its_survivors_and_one_that_was_abandoned_why():
     ]
     assert found.result["absences"] == 6
     assert len(found.rounds) == 4 * 4  # the other arms went on
+    counted = {site: entry["rounds_in_sum"] for site, entry in found.result["per_site"].items()}
+    assert counted == {"a": 2, "b": 1, "c": 2, "d": 2}
+    page = (found.directory / "report.html").read_text()
+    assert "rounds in the sum" in page and re.findall(r">(\d) of 4<", page) == ["2", "1", "2", "2"]
+    without = run(protection="plain").directory / "report.html"
+    assert "rounds in the sum" not in without.read_text()
 
 
 def test_an_abandoned_round_changes_nothing_of_either_federated_arm():
@@ -378,12 +387,15 @@ def test_abandoned_and_exposed_rounds_are_warnings():
             "2 at submit, 3 at release" if protection == "encrypted" else "2 at keys, 3 at unmask"
         )
         assert abandoned.startswith("2 of 4 rounds") and places in abandoned
-        exposed = [line for line in warnings if "may hold that sum" in line]
+        exposed = [line for line in warnings if "may hold its sum" in line]
         assert len(exposed) == (protection in MASKS)
-        assert all(line.startswith("When round 3 was") and "fresh" in line for line in exposed)
+        start = "Round 3 was abandoned after a site had answered `unmask`, so it counts as released"
+        assert all(line.startswith(start) and "from the same model" in line for line in exposed)
+        assert exposed == warnings[: len(exposed)], "no cut list of warnings leaves it out"
+        assert any("open it with 1" in line for line in exposed) == (protection == "layered")
     one = run(protection="masked", drop=drop[:2]).result["warnings"]
     assert any(line.startswith("1 of 4 rounds was abandoned") for line in one)
-    assert not any("may hold" in line for line in one)
+    assert not any("may hold its" in line or "counts as" in line for line in one)
     assert not any("abandoned" in line for line in run(protection="plain").result["warnings"])
 
 
@@ -394,6 +406,19 @@ def test_without_a_metrics_only_round_the_metrics_are_null_and_the_run_ends():
     assert found["abandoned_rounds"] == [] and found["absences"] == 2
     assert any("metrics-only round was abandoned" in line for line in found["warnings"])
     assert found["model_sha256"] == run(protection="plain").result["model_sha256"]
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_an_abandoned_metrics_only_round_says_what_may_be_known(protection):
+    early = run(protection=protection, drop=["5:submit:a", "5:submit:b"]).result
+    late = run(protection=protection, drop=["5:unmask:a", "5:unmask:b"]).result
+    for found, exposed in ((early, False), (late, True)):
+        (line,) = [line for line in found["warnings"] if "metrics-only round was" in line]
+        assert ("may hold its sum" in line) == (exposed and protection in MASKS)
+    assert early["protected_metrics_abandoned"] == {"stage": "submit", "left": 2, "exposed": False}
+    stage = "release" if protection == "encrypted" else "unmask"
+    assert late["protected_metrics_abandoned"]["stage"] == stage
+    assert run(protection="plain").result["protected_metrics_abandoned"] is None
 
 
 def test_metrics_of_the_survivors_are_of_their_rows():
@@ -470,6 +495,56 @@ def test_on_the_command_line_it_is_code_4_and_where_to_look(capfd):
     assert "what became of each round: x/rounds.jsonl" in said
     assert "error: run: found all 2 rounds abandoned" in said and "hint: fewer absences" in said
     assert "--resume" not in said
+    for call, hint in (
+        (("simulate", "--resume", "x"), "of which every round was abandoned"),
+        (("runs", "."), " abandoned\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(call)
+        assert hint in "".join(capfd.readouterr()) and ended.value.code == (2 if "x" in call else 0)
+
+
+def test_a_sum_that_may_be_known_is_on_the_screen_though_no_round_was_released(capfd):
+    """The row, the round's line and the last line: nobody may have to open a file for it."""
+    late = ["--drop", "1:keys:va,1:keys:hungary", "--drop", "2:unmask:va,2:unmask:hungary"]
+    call = ["simulate", "--task", "heart", "--rounds", "2", "--protection", "masked", "--out", "x"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*call, *late])
+    said = capfd.readouterr().err
+    assert ended.value.code == 4
+    lines = [line for line in said.splitlines() if "abandoned at" in line]
+    assert [line.endswith("(after an answer to unmask)") for line in lines] == [False, True]
+    assert "Round 2 was abandoned after a site had answered `unmask`" in said
+    rows = [row for row in read_rounds(Path("x")) if row["arm"] == "federated"]
+    assert [row.get("exposed") for row in rows] == [None, True]
+
+
+def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(cli, "stderr", Console(file=screen, force_terminal=True, width=100))
+    bar = cli._Progress(3, 4)
+    for number, more in enumerate(
+        ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
+    ):
+        bar.row(
+            {"arm": "federated", "round": number, "accuracy": 0.5, "survivors": [*ROSTER]} | more
+        )
+    bar.close()
+    lines = [
+        line for line in screen.getvalue().splitlines() if "round 2/3  abandoned at keys" in line
+    ]
+    assert len(lines) == 1 and "round 1/3" not in screen.getvalue()
+
+
+def test_an_interrupted_run_whose_rounds_were_abandoned_so_far_can_go_on():
+    def stop(row):
+        if (row["round"], row["arm"]) == (2, "federated"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=3, drop=ALL, protection="plain", on_round=stop, out="broken")
+    assert not all_abandoned(Path("broken"))
+    assert api.resume("broken", task=TASK).result["rounds"] == 3
 
 
 def test_the_screen_counts_the_sites_of_a_round(capfd):
@@ -514,7 +589,7 @@ def test_an_interrupted_run_with_absences_resumes_to_the_same_bits(protection, r
     assert unmeasured(found) == unmeasured(whole)
     for key in (
         "model_sha256", "arms", "gap", "clipped_fraction", "absences", "abandoned_rounds", "warnings",
-        "protected_metrics",
+        "protected_metrics", "per_site",
     ):  # fmt: skip
         assert found.result[key] == whole.result[key], key
     assert [row["round"] for row in found.result["abandoned_rounds"]] == [3]

@@ -62,10 +62,10 @@ def test_the_page_names_a_sum_that_is_not_exact(found):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sites": (4,), "drop": 2}, "bench.drop: found 2, expected 0 to 1"),
-        ({"sites": (3,), "drop": 1}, "bench.drop: found 1, expected 0 to 0"),
-        ({"protection": "encrypted"}, "bench.protection: found 'encrypted'"),
-        ({"parameters": 0}, "bench.parameters: found 0"),
+        ({"sites": (4,), "drop": 2}, "--drop: found 2, expected 0 to 1"),
+        ({"sites": (3,), "drop": 1}, "--drop: found 1, expected 0 to 0"),
+        ({"protection": "encrypted"}, "--protection: found 'encrypted'"),
+        ({"parameters": 0}, "--parameters: found 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -58,6 +59,32 @@ def test_the_table_of_the_protocol(
     assert found == Collusion(active, curious, absences, hidden_among)
     if threshold == default_threshold(sites):
         assert collusion(plan_for(sites, 0, protection)) == found
+
+
+DOCUMENTED = {
+    "README.md": ("breaks every rule", "only looks on", "may be absent"),
+    "docs/threat-model.md": ("breaks every rule", "looks on", "absences survived"),
+}
+
+
+@pytest.mark.parametrize("page", DOCUMENTED)
+def test_the_tables_of_the_pages_are_the_labels(page):
+    """Row by row: the numbers of sites, the thresholds, and what each pair of them withstands."""
+    text = (Path(__file__).resolve().parents[2] / page).read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    cells = {row[0].strip(): [int(re.search(r"\d+", cell)[0]) for cell in row[1:]]
+             for row in rows if all(re.match(r" \d+( \(default\))? $", c) for c in row[1:])}  # fmt: skip
+    head = next(line for line in text.splitlines() if re.match(r"\| (sites )?n \|", line))
+    sites = [int(cell) for cell in head.strip("| ").split("|")[1:]]
+    (thresholds,) = [found for name, found in cells.items() if name in ("t", "threshold t")]
+    plans = [plan_for(n, t) for n, t in zip(sites, thresholds, strict=True)]
+    expected = [(c.active, c.curious, c.absences) for c in map(collusion, plans)]
+    columns = [
+        next(found for name, found in cells.items() if words in name) for words in DOCUMENTED[page]
+    ]
+    assert list(zip(*columns, strict=True)) == expected
+    if page == "README.md":
+        assert thresholds == [default_threshold(n) for n in sites]
 
 
 @pytest.mark.parametrize("sites", [3, 4, 5, 6, 7])

@@ -289,6 +289,17 @@ def test_methods_say_the_threshold_and_that_absences_were_simulated():
     assert "A round needed" not in plain
 
 
+def test_methods_say_who_trained_on_the_rows_of_absent_sites():
+    """The centralised arm goes on where a round is abandoned: it saw more rows than the federation."""
+    assert "splits and saw as many training rows." in say.methods(load("heart"))
+    text = say.methods(with_absences())
+    assert "as many training rows" not in text
+    assert "centralised and local only trained on all sites' rows in every round" in text
+    assert ", and federated averaging in floating point on those of each round's survivors." in text
+    arms = {k: v for k, v in load("heart")["arms"].items() if k in ("federated", "federated_float")}
+    assert "trained on all sites' rows" not in say.methods(with_absences(arms=arms))
+
+
 @pytest.mark.parametrize(
     ("protection", "masks", "ciphertexts"),
     [("plain", False, False), ("encrypted", False, True), ("masked", True, False), ("layered", True, True)],

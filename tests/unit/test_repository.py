@@ -193,6 +193,15 @@ def test_tests_named_in_the_docs_exist():
     assert not missing
 
 
+def test_there_are_as_many_tests_as_readme_says():
+    """It gives no exact number, which the next commit would make wrong; functions are fewer than tests."""
+    functions = sum(
+        path.read_text().count("def test_") for path in (ROOT / "tests").rglob("test_*.py")
+    )
+    assert "Over a thousand tests" in (ROOT / "README.md").read_text()
+    assert functions > 1000
+
+
 def test_no_stray_absolute_paths():
     """Nothing may lean on one person's machine."""
     home = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|opt)/[\w.-]+")

@@ -1,0 +1,122 @@
+"""All that a site starts a round from, as one value: statistics, server state, and how far the job is.
+
+Invariant: `canonical` covers all of it, so two sites whose state tags agree train from the same bits and
+stand at the same step. The byte form is safetensors with plain JSON beside it: nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedcore.aggregate.optimisers import ServerState, init_state
+from fedcore.aggregate.released import applied, calibrated
+from fedcore.data.statistics import Statistics, finish_statistics
+from fedcore.encode.pack import Opened
+from fedcore.errors import BadInput
+from fedcore.plan import RoundPlan, canonical
+from fedcore.protocol.course import Step
+from fedcore.types import FloatVector
+
+Column = tuple[str, float, float]
+"""(name, low, high) of a standardised column: its public range."""
+
+_META = "fedcore"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """statistics: None before they are released, or where no column is standardised.
+
+    done: the last released step, None before the first.
+    """
+
+    server: ServerState
+    statistics: Statistics | None = None
+    done: Step | None = None
+
+    @classmethod
+    def initial(cls, plan: RoundPlan, model: FloatVector) -> JobState:
+        """Before the first round: the model every site makes from the job's seed."""
+        start = plan.range.start or 0.0
+        return cls(init_state(model, plan.parameters, plan.server, start))
+
+    def canonical(self) -> bytes:
+        """The bytes that state tag and certificate cover (PROTOCOL S)."""
+        return self.server.canonical() + canonical(self._about())
+
+    def _about(self) -> dict[str, object]:
+        statistics = self.statistics.to_json() if self.statistics else None
+        done = [self.done.purpose, self.done.training_round] if self.done else None
+        return {"statistics": statistics, "done": done}
+
+    def after(
+        self,
+        plan: RoundPlan,
+        step: Step,
+        opened: Opened,
+        contributors: int,
+        columns: Sequence[Column] = (),
+        *,
+        allow_few_sites: bool = False,
+    ) -> JobState:
+        """The state that the sum of a step's vectors leads to. contributors: sites in the sum."""
+        moved = replace(self, done=step)
+        match step.purpose:
+            case "statistics":
+                names, ranges = [c[0] for c in columns], [(c[1], c[2]) for c in columns]
+                found = finish_statistics(
+                    names, ranges, opened.wides, allow_few_sites=allow_few_sites
+                )
+                return replace(moved, statistics=found)
+            case "range":
+                return replace(moved, server=calibrated(plan, self.server, opened, contributors))
+            case "update":
+                return replace(moved, server=applied(plan, self.server, opened, contributors))
+        return moved
+
+    def to_bytes(self) -> bytes:
+        """Safetensors: parameters and moments, with the rest as metadata."""
+        server = self.server
+        tensors = {f"moment.{name}": value for name, value in server.moments.items()}
+        about = self._about() | {"scalars": dict(server.scalars), "bound": server.bound}
+        # Floats print as their shortest round-trip form, so nothing is lost.
+        meta = {_META: json.dumps(about, sort_keys=True, allow_nan=False)}
+        return save({"parameters": server.parameters, **tensors}, meta)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> JobState:
+        """The inverse of `to_bytes`. Raises BadInput for anything else."""
+        try:
+            tensors = load(data)
+            length = int.from_bytes(data[:8], "little")
+            about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_META])
+            moments = {
+                name.removeprefix("moment."): value.astype(np.float64)
+                for name, value in tensors.items()
+                if name.startswith("moment.")
+            }
+            scalars = {str(name): float(value) for name, value in about["scalars"].items()}
+            server = ServerState(
+                tensors["parameters"].astype(np.float64), moments, scalars, float(about["bound"])
+            )
+            statistics = about["statistics"]
+            done = about["done"]
+            return cls(
+                server,
+                Statistics.from_json(statistics) if statistics else None,
+                Step(str(done[0]), int(done[1])) if done else None,
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput("state: found bytes that are no saved state of a job") from error
+
+    @property
+    def model_sha256(self) -> str:
+        """SHA-256 of the flat model, little-endian float32: as a run's `model_sha256`."""
+        return hashlib.sha256(self.server.model.astype("<f4").tobytes()).hexdigest()

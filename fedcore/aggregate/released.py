@@ -1,0 +1,41 @@
+"""From the integers of a released sum to the state they lead to: what every site computes alike.
+
+Invariant: a function of the plan, the state before and the integers alone, in float64 operations that
+round alike everywhere (PROTOCOL F), so that all sites sign the same next state (PROTOCOL R).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedcore.aggregate.adaptive_range import calibrated_bound, next_bound
+from fedcore.aggregate.optimisers import ServerState, apply_update
+from fedcore.encode.pack import Opened
+from fedcore.encode.quantise import dequantise
+from fedcore.plan import RoundPlan
+
+
+def calibrated(
+    plan: RoundPlan, state: ServerState, opened: Opened, contributors: int
+) -> ServerState:
+    """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum."""
+    values = contributors * plan.coordinates
+    return replace(state, bound=calibrated_bound(opened.wides["exceeding"], values, plan.range))
+
+
+def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: int) -> ServerState:
+    """The state after an `update` vector: dequantise, weighted mean, server step, range.
+
+    contributors: sites in the sum.
+    """
+    sums = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
+    mean = sums * (plan.max_examples / opened.wides["weight"][0])
+    moved = apply_update(state, mean, plan.parameters, plan.server)
+    bound = next_bound(
+        state.bound,
+        opened.wides["over_range"][0],
+        opened.wides["over_half_range"][0],
+        contributors * plan.coordinates,
+        plan.range,
+    )
+    return replace(moved, bound=bound)

@@ -1,0 +1,177 @@
+"""One site by itself: its rows and its model, and what it gives to each round of a job.
+
+A deployed site runs this in its training process; `prepare` does the same for every site of a
+simulation. Invariant: built from the task, the job and one site's source alone, so a site finds the same
+model and the same vectors wherever it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedcore.aggregate.jobstate import JobState
+from fedcore.aggregate.optimisers import ServerState
+from fedcore.comparison.transport import MetricTransport
+from fedcore.config import Job
+from fedcore.data.rows import Layout, Rows, load_rows, split_rows
+from fedcore.data.statistics import Statistics
+from fedcore.errors import BadInput
+from fedcore.learn.flat import FlatModel, build_model
+from fedcore.learn.score import Scored, probe, score
+from fedcore.learn.train import predict, task_code
+from fedcore.loopback import Contribution
+from fedcore.plan import ModelShape, RoundPlan, canonical
+from fedcore.protocol.course import Step
+from fedcore.sitework import SiteRows, SiteWork, statistics_of
+from fedcore.task import Task
+from fedcore.types import FloatVector, SiteId
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Neutral statistics: mean 0, spread 1. They decide shapes only."""
+
+    mean: Any
+    std: Any
+
+    @classmethod
+    def of(cls, rows: Any) -> Unit:
+        """For the columns of these rows."""
+        size = len(rows.names)
+        return cls(np.zeros(size), np.ones(size))
+
+
+def standardised(rows: Any, scale: Any) -> Rows:
+    """Rows as inputs, by statistics or by `Unit`."""
+    found: Rows = rows.standardise(scale)
+    return found
+
+
+def load_site(
+    task: Task, job: Job, name: SiteId, index: int, source: Any
+) -> tuple[SiteRows, Rows, Rows | None]:
+    """A site's rows, split; then all of them, and the test part that the task brought itself."""
+    everything, test = load_rows(task, source, name)
+    train, tested = everything, test
+    if tested is None:
+        train, tested = split_rows(
+            everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
+        )
+    return SiteRows(name, index, train, tested), everything, test
+
+
+def check_rows(site: SiteRows, max_examples: int) -> None:
+    """Raise BadInput for a site with more rows than the public cap."""
+    found = len(site.train) + len(site.test)
+    if found > max_examples:
+        raise BadInput(
+            f"site {site.id}: found {found} rows, expected at most "
+            f"protect.max_examples = {max_examples}",
+            remedy="raise protect.max_examples: a public cap on any site's rows",
+        )
+
+
+def first_rows(site: SiteRows) -> Rows:
+    """Up to two rows, to see shapes by."""
+    rows: Any = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
+    return rows if rows.features is None else standardised(rows, Unit.of(rows))
+
+
+def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
+    """The job's model as this site builds it: every site builds it under the same seed."""
+    rows = first_rows(site)
+
+    def first_pass(module: Any) -> None:
+        predict(task, module, next(iter(rows.batches(len(rows), None))))
+
+    with task_code(site.id, None, "model"):
+        module = build_model(task.model, job.run.seed, first_pass)
+    return FlatModel(module, job.round.buffers)
+
+
+def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
+    """One scored batch, which fixes the number of outputs."""
+    rows, seed = first_rows(site), job.run.seed
+    return probe(task, flat.module, rows, seed=seed, round_=0, site=site.id)
+
+
+def shape_of(task: Task, flat: FlatModel, transport: MetricTransport, rows: Any) -> ModelShape:
+    """What a site finds of the plan in its task and its rows."""
+    return ModelShape(
+        task.name, task.digest(), flat.parameters, flat.buffer_coordinates,
+        0 if rows.features is None else len(rows.names), _inputs_digest(rows), transport.wides,
+    )  # fmt: skip
+
+
+def _inputs_digest(rows: Any) -> str:
+    """SHA-256 over how a table's raw columns become inputs; "" for rows that need no statistics.
+
+    It is part of the plan, so sites that declare other ranges or categories do not share a sum.
+    """
+    layout: Layout | None = getattr(rows, "layout", None)
+    return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
+
+
+class LocalSite:
+    """A site's task, rows and model for one job; `contribute` is called once for each vector."""
+
+    def __init__(self, task: Task, job: Job, name: SiteId, source: Any, max_examples: int) -> None:
+        self.task, self.job = task, job
+        self.site, _, _ = load_site(task, job, name, 0, source)
+        check_rows(self.site, max_examples)
+        self.flat = model_of(task, job, self.site)
+        self.transport = MetricTransport.of(
+            task, sample_of(task, job, self.flat, self.site), max_examples
+        )
+        self.initial: FloatVector = self.flat.read()
+        self.shape = shape_of(task, self.flat, self.transport, self.site.train)
+        self._standardised: tuple[Statistics, SiteRows] | None = None
+
+    @property
+    def columns(self) -> tuple[tuple[str, float, float], ...]:
+        """(name, low, high) of each column that is standardised."""
+        rows: Any = self.site.train
+        if rows.features is None:
+            return ()
+        return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
+
+    def contribute(self, plan: RoundPlan, step: Step, state: JobState) -> Contribution:
+        """The content of this site's vector for a step of the job, from the state it starts from."""
+        if step.purpose == "statistics":
+            return statistics_of(self.site.train)
+        site = self._rows(state.statistics)
+
+        def metric_sums(site: SiteRows, server: ServerState) -> dict[str, list[int]]:
+            return self.transport.sums(self.scored(server.model, site, step.training_round - 1))
+
+        work = SiteWork(self.task, plan, site, self.flat, self.job.run.seed, metric_sums)
+        if step.purpose == "range":
+            return work.exceeding(state.server)
+        if step.purpose == "metrics":
+            return work.metrics(state.server)
+        found, _ = work.update(state.server, step.training_round)
+        return found
+
+    def scored(self, model: FloatVector, site: SiteRows, round_: int) -> Scored | None:
+        """The model on this site's test rows; None where it has none."""
+        self.flat.write(model)
+        if not len(site.test):
+            return None
+        return score(
+            self.task, self.flat.module, site.test, seed=self.job.run.seed, round_=round_,
+            site=site.id,
+        )  # fmt: skip
+
+    def _rows(self, statistics: Statistics | None) -> SiteRows:
+        """The site's rows as inputs; standardised once for the statistics they go by."""
+        if statistics is None:
+            return self.site
+        if self._standardised is None or self._standardised[0].to_json() != statistics.to_json():
+            train = standardised(self.site.train, statistics)
+            test = standardised(self.site.test, statistics)
+            self._standardised = statistics, replace(self.site, train=train, test=test)
+        return self._standardised[1]

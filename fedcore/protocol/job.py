@@ -1,0 +1,125 @@
+"""What coordinator and sites say about a job outside its rounds: offer, survey, plan, catching up, end.
+
+A job is WHAT to run: its settings travel as canonical JSON, never code. Every site looks up the task it
+has installed itself, surveys its own rows, and makes the plan itself; it goes on only if the plan it is
+sent has the same digest. Nothing here is secret, and nothing derived from a site's rows but the shape of
+the model and the columns' declaration is in it (PROTOCOL R).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedcore.plan import ModelShape, Wide
+from fedcore.protocol.encoding import record
+from fedcore.types import SiteId
+
+record(Wide)
+record(ModelShape)
+
+REASONS = {
+    "task not allowed": "the site's operator has not allowed this task",
+    "task differs": "the site has another version of the task",
+    "task failed": "the task raised at the site; its own log says where",
+    "bad data": "the site's rows cannot be used; its own log says why",
+    "too many rows": "the site has more rows than protect.max_examples",
+    "plan differs": "the site finds another plan for the same job",
+    "policy": "the site's policy refuses the job",
+    "no source": "the site has no data source for the task",
+    "stopped": "somebody at the site stopped it",
+    "trouble": "the site's process had a problem; its own log says which",
+}
+"""Every reason a site may give, and what it means: nothing else about a failure leaves a site."""
+
+OUTCOMES = ("finished", "abandoned", "stopped", "failed")
+
+
+@record
+@dataclass(frozen=True)
+class JobOffer:
+    """Coordinator to sites: a job begins. settings: canonical JSON of the job file's tables."""
+
+    job: str
+    task: str
+    task_digest: str
+    settings: bytes
+
+
+@record
+@dataclass(frozen=True)
+class Survey:
+    """A site found the task, loaded its rows and built the model: this is its shape."""
+
+    job: str
+    site: SiteId
+    shape: ModelShape
+
+
+@record
+@dataclass(frozen=True)
+class Unable:
+    """A site cannot take part, or not any more. reason: one of REASONS."""
+
+    job: str
+    site: SiteId
+    reason: str
+
+
+@record
+@dataclass(frozen=True)
+class PlanOffer:
+    """Coordinator to sites: the plan, as canonical JSON. A site compares it with its own."""
+
+    job: str
+    plan: bytes
+
+
+@record
+@dataclass(frozen=True)
+class PlanAgreed:
+    """A site found the same plan itself."""
+
+    job: str
+    site: SiteId
+    plan_digest: str
+
+
+@record
+@dataclass(frozen=True)
+class Doing:
+    """What a site is doing, for people who wait: a word of the shell's own list, and since when."""
+
+    job: str
+    site: SiteId
+    activity: str
+
+
+@record
+@dataclass(frozen=True)
+class CheckpointWanted:
+    """Coordinator to a site that has the state of this certificate: seal it for those that missed it."""
+
+    job: str
+    certificate: str
+
+
+@record
+@dataclass(frozen=True)
+class CheckpointSealed:
+    """A site uploaded the sealed state of this certificate."""
+
+    job: str
+    site: SiteId
+    certificate: str
+    digest: bytes
+    size: int
+
+
+@record
+@dataclass(frozen=True)
+class JobEnded:
+    """Coordinator to sites: no further round of this job. outcome: one of OUTCOMES."""
+
+    job: str
+    outcome: str
+    text: str

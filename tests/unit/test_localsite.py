@@ -1,0 +1,188 @@
+"""Sites by themselves, step after step, arrive at the bits of the simulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fedcore
+from fedcore.aggregate.jobstate import JobState
+from fedcore.comparison.localsite import LocalSite
+from fedcore.config import build_job, plan_of
+from fedcore.data.statistics import statistics_vector
+from fedcore.encode.pack import Opened
+from fedcore.errors import BadInput, HeaderRefused
+from fedcore.learn.flat import single_thread
+from fedcore.plan import RoundHeader, RoundPlan
+from fedcore.protocol.course import Step, check_step, first_step, step_after
+from fedcore.task import load_task
+
+SETTINGS = {"rounds": 3, "seed": 4, "protection": "plain", "arms": ("federated",), "resamples": 0}
+CAP = 512
+
+
+def added(contributions):
+    """The sum that a protected round opens, by plain addition."""
+    coordinates = sum(fields.astype(np.uint64) for fields, _ in contributions)
+    names = contributions[0][1]
+    wides = {
+        name: [sum(map(int, each)) for each in zip(*(w[name] for _, w in contributions), strict=True)]
+        for name in names
+    }  # fmt: skip
+    return Opened(coordinates, wides)
+
+
+def run_by_hand(task, job, sources, order=None):
+    """Every site on its own; only their sums meet. Returns the plan and each site's last state."""
+    sites = {name: LocalSite(task, job, name, source, CAP) for name, source in sources.items()}
+    first = next(iter(sites.values()))
+    plan = plan_of(job, first.shape, tuple(sites), CAP)
+    states = {name: JobState.initial(plan, site.initial) for name, site in sites.items()}
+    step = first_step(plan, first.shape.features)
+    while step is not None:
+        found = [
+            site.contribute(plan, step, JobState.from_bytes(states[name].to_bytes()))
+            for name, site in (order or list)(sites.items())
+        ]
+        opened = added(found)
+        states = {
+            name: states[name].after(plan, step, opened, len(sites), site.columns)
+            for name, site in sites.items()
+        }
+        assert len({state.canonical() for state in states.values()}) == 1
+        step = step_after(plan, step, released=True)
+    return plan, next(iter(states.values()))
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    task = load_task("heart")
+    job = build_job(task.defaults, SETTINGS)
+    with single_thread():
+        return task, *run_by_hand(task, job, dict(task.sites))
+
+
+def test_sites_by_themselves_arrive_at_the_simulations_model(by_hand, tmp_path):
+    task, plan, state = by_hand
+    run = fedcore.simulate(task, out=tmp_path / "run", max_examples=CAP, **SETTINGS)
+    assert run.result["model_sha256"] == state.model_sha256
+    assert plan.digest == fedcore.run.read_json(tmp_path / "run" / "plan.json")["digest"]
+
+
+def test_it_does_not_matter_in_which_order_or_company_they_compute(by_hand):
+    task, _, state = by_hand
+    job = build_job(task.defaults, SETTINGS)
+    with single_thread():
+        _, other = run_by_hand(task, job, dict(task.sites), order=lambda items: [*items][::-1])
+    assert other.canonical() == state.canonical()
+
+
+def test_a_state_survives_its_bytes(by_hand):
+    _, _, state = by_hand
+    back = JobState.from_bytes(state.to_bytes())
+    assert back.canonical() == state.canonical() and back.done == Step("metrics", 4)
+    assert back.model_sha256 == state.model_sha256 and back.to_bytes() == state.to_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_other_bytes_are_no_state(by_hand, cut):
+    with pytest.raises(BadInput, match="no saved state"):
+        JobState.from_bytes(by_hand[2].to_bytes()[:cut])
+
+
+def test_every_part_of_a_state_counts(by_hand):
+    _, _, state = by_hand
+    server = state.server
+    for other in (
+        replace(state, done=Step("update", 3)),
+        replace(state, statistics=None),
+        replace(state, server=replace(server, bound=server.bound * 2)),
+        replace(state, server=replace(server, parameters=server.parameters + 1e-12)),
+    ):
+        assert other.canonical() != state.canonical()
+
+
+def test_a_plan_comes_back_from_its_json(by_hand):
+    _, plan, _ = by_hand
+    assert RoundPlan.from_json(plan.to_json()) == plan
+    for broken in ({}, plan.to_json() | {"colour": 1}, plan.to_json() | {"packing": {}}):
+        with pytest.raises(BadInput, match="version 1"):
+            RoundPlan.from_json(broken)
+
+
+def test_a_site_with_more_rows_than_the_cap_is_refused():
+    task = load_task("heart")
+    job = build_job(task.defaults, SETTINGS)
+    name, source = next(iter(dict(task.sites).items()))
+    with pytest.raises(BadInput, match="at most protect.max_examples = 10"):
+        LocalSite(task, job, name, source, 10)
+
+
+# ---------------------------------------------------------------------------------- the course
+
+
+def header(plan, purpose, number):
+    return RoundHeader(
+        "f",
+        "j",
+        1,
+        1,
+        number,
+        purpose,
+        plan.sites,
+        "",
+        plan.threshold,
+        plan.protection,
+        plan.digest,
+    )
+
+
+def whole_course(plan, features):
+    steps, step = [], first_step(plan, features)
+    while step is not None:
+        steps.append(step)
+        step = step_after(plan, step, released=True)
+    return steps
+
+
+def test_the_course_of_a_job_is_that_of_the_simulation(by_hand):
+    _, plan, _ = by_hand
+    trained = [Step("update", k) for k in (1, 2, 3)]
+    end = [Step("metrics", 4)]
+    first = [Step("statistics", 0), Step("range", 0)]
+    assert whole_course(plan, 20) == first + trained + end
+    assert whole_course(plan, 0) == [Step("range", 0), *trained, *end]
+    fixed = replace(plan, range=replace(plan.range, start=1.0))
+    assert whole_course(fixed, 0) == trained + end
+    assert statistics_vector(20, CAP).purpose == first[0].purpose
+
+
+def test_an_abandoned_step_is_tried_again_only_where_nothing_can_follow_without_it(by_hand):
+    _, plan, _ = by_hand
+    for step in (Step("statistics", 0), Step("range", 0)):
+        assert step_after(plan, step, released=False) == step
+    assert step_after(plan, Step("update", 1), released=False) == Step("update", 2)
+    assert step_after(plan, Step("update", 3), released=False) == Step("metrics", 4)
+    assert step_after(plan, Step("metrics", 4), released=False) is None
+
+
+def test_a_site_takes_the_next_step_and_no_earlier_or_strange_one(by_hand):
+    _, plan, _ = by_hand
+    course = whole_course(plan, 20)
+    for place, step in enumerate(course):
+        done = course[place - 1] if place else None
+        check_step(plan, 20, done, header(plan, step.purpose, step.training_round))
+        for earlier in course[:place]:
+            with pytest.raises(HeaderRefused):
+                check_step(plan, 20, done, header(plan, earlier.purpose, earlier.training_round))
+    check_step(plan, 20, Step("update", 1), header(plan, "update", 3))  # round 2 was abandoned
+    for done, purpose, number in (
+        (None, "range", 0), (None, "update", 1), (Step("statistics", 0), "update", 1),
+        (Step("update", 1), "update", 4), (Step("update", 1), "metrics", 3),
+        (Step("range", 0), "update", 0), (Step("metrics", 4), "metrics", 4),
+        (Step("metrics", 4), "update", 3), (Step("update", 1), "other", 2),
+    ):  # fmt: skip
+        with pytest.raises(HeaderRefused):
+            check_step(plan, 20, done, header(plan, purpose, number))
