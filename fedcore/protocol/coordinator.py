@@ -817,8 +817,20 @@ def _close_statements(move: _Move) -> None:
     )
     certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
     move.record(RoundReleased(certificate))
-    for site in survivors_of(stage.submissions):
-        move.send(site, certificate)
+    survivors = certificate.survivors
+    for site in (*survivors, *(site for site in stage.header.roster if site not in survivors)):
+        _tell_end(move, site)
+
+
+def _tell_end(move: _Move, site: SiteId) -> None:
+    """How the round ended, to one site of its roster: whoever is not in the sum leaves it now."""
+    stage = move.stage
+    if isinstance(stage, Released) and site in stage.certificate.survivors:
+        move.send(site, stage.certificate)
+    elif isinstance(stage, Released):
+        move.send(site, Abandon(stage.header.digest, STAGE_NAMES[Collecting]))
+    elif isinstance(stage, Abandoned):
+        move.send(site, Abandon(stage.header.digest, stage.stage))
 
 
 _CLOSE: dict[type[Any], Callable[[_Move], None]] = {
@@ -836,11 +848,10 @@ def _give_up(move: _Move, left: int) -> None:
     name = STAGE_NAMES[type(stage)]
     if _exposed(stage):
         move.do(Warn(f"round {stage.header.round} is given up after sites answered unmask"))
-    roster, header = stage.header.roster, stage.header
     move.record(RoundGivenUp(name, left))
-    for site in roster:
-        move.send(site, Abandon(header.digest, name))
-    move.do(Discard(header))
+    for site in stage.header.roster:
+        _tell_end(move, site)
+    move.do(Discard(stage.header))
 
 
 def _settle(move: _Move, now: float) -> None:
@@ -960,23 +971,17 @@ def _restart(move: _Move, _: Restarted) -> None:
         move.do(Rebuild(stage.submissions))
     if isinstance(stage, Summing):
         move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
-    if isinstance(stage, Abandoned):  # the crash may have come before anybody was told
+    if isinstance(stage, Released | Abandoned):  # the crash may have come before anybody was told
         for site in stage.header.roster:
-            move.send(site, Abandon(stage.header.digest, stage.stage))
-    for site in waiting_for(stage) if isinstance(stage, Waiting) else _certified(stage):
+            _tell_end(move, site)
+    for site in waiting_for(stage):
         _repeat(move, Reconnected(site))
-
-
-def _certified(stage: Any) -> tuple[SiteId, ...]:
-    return stage.certificate.survivors if isinstance(stage, Released) else ()
 
 
 def _repeat(move: _Move, event: Reconnected) -> None:
     stage, site = move.stage, event.site
-    if site in _certified(stage):
-        move.send(site, stage.certificate)
-    if isinstance(stage, Abandoned) and site in stage.header.roster:
-        move.send(site, Abandon(stage.header.digest, stage.stage))
+    if isinstance(stage, Released | Abandoned) and site in stage.header.roster:
+        _tell_end(move, site)
     if isinstance(stage, Ready | Released | Abandoned) or site not in members_of(stage):
         return
     match stage:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fedcore.plan import ModelShape, Wide
 from fedcore.protocol.encoding import record
+from fedcore.protocol.messages import Certificate
 from fedcore.types import SiteId
 
 record(Wide)
@@ -86,12 +87,17 @@ class PlanAgreed:
 
 @record
 @dataclass(frozen=True)
-class Doing:
-    """What a site is doing, for people who wait: a word of the shell's own list, and since when."""
+class AtRest:
+    """A site is between rounds and stands here: key epoch, hash of its last certificate, last round.
+
+    A coordinator invites only sites that stand where the job stands; others catch up first.
+    """
 
     job: str
     site: SiteId
-    activity: str
+    epoch: int
+    certificate: str
+    round: int
 
 
 @record
@@ -111,6 +117,17 @@ class CheckpointSealed:
     job: str
     site: SiteId
     certificate: str
+    digest: bytes
+    size: int
+
+
+@record
+@dataclass(frozen=True)
+class CheckpointOffer:
+    """Coordinator to a site that missed a release: its certificate, and the sealed state to download."""
+
+    job: str
+    certificate: Certificate
     digest: bytes
     size: int
 

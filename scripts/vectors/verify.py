@@ -95,6 +95,7 @@ RECORDS = {
     "SurvivorList": "header:B submissions:[Submit]",
     "Confirmations": "header:B confirms:[Confirm]",
     "Aggregate": "header:B submissions:[Submit] digest:B size:I",
+    "Abandon": "header:B stage:S",
     "Certificate": (
         "header:RoundHeader survivors:[S] sum_mac:B state_mac:B signatures:[(S,B)]"
     ),
@@ -725,6 +726,8 @@ class Round:
         yield hub, left, aggregate
         yield from ((each["site"], [hub], each) for each in self.statements)
         yield hub, left, self.certificate
+        gone = [name for name in everybody if name not in left]
+        yield hub, gone, record("Abandon", self.h, "submit")  # the round is over for it too
 
 
 # --------------------------------------------------------------------------------- the sections
