@@ -116,7 +116,7 @@ def test_a_site_with_more_rows_than_the_cap_is_refused():
     task = load_task("heart")
     job = build_job(task.defaults, SETTINGS)
     name, source = next(iter(dict(task.sites).items()))
-    with pytest.raises(BadInput, match="at most protect.max_examples = 10"):
+    with pytest.raises(BadInput, match=r"at most protect\.max_examples = 10"):
         LocalSite(task, job, name, source, 10)
 
 
