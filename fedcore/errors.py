@@ -11,8 +11,10 @@
     |   `-- PeerRefused       3  bytes from the other side break a rule of the round
     |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
     |       |-- TagRefused         3  the sum is not of exactly the listed survivors, this round, each once
+    |       |-- CertificateRefused 3  a certificate fails a check of TLS or of ours; carries which
     |       `-- ProtocolRefused    3  a message breaks the protocol; carries found, expected and fault
     |           |-- MalformedMessage   bytes that are no message, or not of the expected type
+    |           |   `-- VersionRefused   a frame of another wire version; names both
     |           |-- OutOfOrder         a message that this stage does not take
     |           |-- RosterRefused      a cohort too small, unpinned, repeated, or with an unknown site
     |           |-- ThresholdRefused   a threshold outside (n/2, n], or fewer answers than it asks
@@ -25,8 +27,11 @@
     |           |-- ShareRefused       a key share that is not what its sender signed, or rebuilds wrongly
     |           |-- ListRefused        a survivor list that overlaps, repeats, or is no subset
     |           |-- VectorRefused      a protected vector of the wrong size or digest
+    |           |   `-- OffsetRefused  a part of it at another place than the next; `expected` is that place
     |           |-- Conflicting        a second request for the same thing, and a different one
     |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
+    |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
+    |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
     `-- Abandoned             4  a round or run ended without a result
         `-- RoundAbandoned    4  fewer sites than the threshold; carries stage, left and exposed
 
@@ -113,6 +118,18 @@ class TagRefused(PeerRefused):
     """PROTOCOL T: the opened sum is not the sum of the listed survivors of this round, each once."""
 
 
+class CertificateRefused(PeerRefused):
+    """A certificate, of either side, does not prove what it should.
+
+    check: "readable", "issuer", "begins", "expired", "usage", "federation", "role", "host", "roster",
+    "revoked", "version" (of TLS), "tls" (none spoken) or "accepted" (closed without a reason).
+    """
+
+    def __init__(self, message: str, *, check: str, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.check = check
+
+
 class ProtocolRefused(PeerRefused):
     """A message breaks the protocol. found, expected: what is said of it; fault: whose it is.
 
@@ -130,6 +147,10 @@ class ProtocolRefused(PeerRefused):
 
 class MalformedMessage(ProtocolRefused):
     """Bytes that are no message of the protocol, have a tail, or are of another type."""
+
+
+class VersionRefused(MalformedMessage):
+    """The other side speaks another wire version, so nothing else it says is read."""
 
 
 class OutOfOrder(ProtocolRefused):
@@ -180,12 +201,24 @@ class VectorRefused(ProtocolRefused):
     """A protected vector has the wrong size or digest."""
 
 
+class OffsetRefused(VectorRefused):
+    """A part of a vector that does not go on where the last one ended; `expected` is where that is."""
+
+
 class Conflicting(ProtocolRefused):
     """A second request for what was already given, and a different one (PROTOCOL D)."""
 
 
 class ReleaseRefused(ProtocolRefused):
     """The release is not proved; no further round runs under this key epoch (PROTOCOL R)."""
+
+
+class StoreProblem(FedcoreError):
+    """A journal or spool that cannot be opened, read or written; what was on disk before still is."""
+
+
+class StoreFull(StoreProblem):
+    """No room for more, on the disk or within the quota; nothing of this step was kept."""
 
 
 class Abandoned(FedcoreError):

@@ -12,37 +12,30 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fedcore.encode.bitpack import packed_size
 from fedcore.encode.pack import Layout, Opened
-from fedcore.errors import PeerRefused, ReleaseRefused, RoundAbandoned
-from fedcore.plan import ENCRYPTS, MASKS, RoundHeader, RoundPlan, VectorSpec
+from fedcore.errors import PeerRefused, RoundAbandoned
+from fedcore.plan import MASKS, RoundHeader, RoundPlan, VectorSpec
 from fedcore.protect import Sealer, UnmaskableFold
 from fedcore.protect.entropy import Entropy, OsEntropy
 from fedcore.protect.identity import IdentityKey, roster_digest
-from fedcore.protect.masking import add_masks, mask_sum
+from fedcore.protect.masking import mask_sum
 from fedcore.protect.plain import PlainFold, PlainSealer
-from fedcore.protect.sealed import (
-    open_checkpoint,
-    open_notice,
-    seal_checkpoint,
-    seal_notice,
-)
 from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import GroupSecret, SumTag, state_tag
 from fedcore.protocol import coordinator, effects, epoch, messages, site
 from fedcore.protocol.absences import STAGES as PROTOCOL_STAGES
 from fedcore.protocol.absences import Absences, outcome
 from fedcore.protocol.shared import Standing
+from fedcore.scheme import EpochSecrets, Masks, Scheme, check_announced
+from fedcore.store.container import vector_digest
 from fedcore.types import Fields, SiteId, Slots
 
 STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
@@ -68,9 +61,6 @@ Contribution = tuple[Fields, Mapping[str, Sequence[int]]]
 
 Contribute = Callable[[int], Contribution]
 """What a site puts into its vector, by its index in the roster; called once for each that submits."""
-
-Masks = tuple[tuple[bytes, int], ...]
-"""(seed, sign) of masks, as they are laid on one vector."""
 
 Lead = Callable[[Opened, int], bytes]
 """The canonical bytes of the state that an opened sum of so many sites leads to."""
@@ -139,7 +129,7 @@ class _Round:
     bytes_down: int = 0
     failure: Exception | None = None
 
-    def pack(self, index: int, put_tag: Callable[[Slots], int] | None) -> Slots:
+    def pack(self, index: int, put_tag: Callable[[Slots], None] | None) -> Slots:
         """One site's slots with their tag; its plain slots go into the twin."""
         coordinates, wides = self.contribute(index)
         with self.watch("encode"):
@@ -147,7 +137,7 @@ class _Round:
             self.twin += slots
         if put_tag is not None:
             with self.watch("protect"):
-                self.layout.put_tag(slots, put_tag(slots[: self.layout.tagged_slots]))
+                put_tag(slots)
         if self.witness is not None:
             self._show(self.witness, index, slots)
         return slots
@@ -183,47 +173,40 @@ class _Round:
         return ProtectedTotal(self.opened, twin, survivors, self.bytes_up, self.bytes_down)
 
 
-def vector_digest(chunks: Iterable[bytes]) -> bytes:
-    """What a site signs of its vector: SHA-256 over the SHA-256 of every chunk, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).digest()
-
-
 class SiteShell:
     """One site: its machines, its secrets, and what they ask for."""
 
-    def __init__(self, member: site.Member, scheme: _Scheme) -> None:
+    def __init__(self, member: site.Member, scheme: Scheme) -> None:
         self.member, self.scheme = member, scheme
         self.epoch: Any = epoch.NoKey()
         self.stage: Any = site.Idle(Standing(0, b""))
         self.journal: list[Any] = []
-        self.group: GroupSecret | None = None
-        self.sealer: Sealer | None = None
+        self.held: EpochSecrets | None = None
         self.spool: list[bytes] = []
 
     def install(self, event: epoch.Install) -> None:
         """Use the payload of a key epoch from now on."""
         maker = self.epoch.header.maker
-        self.group, self.sealer = self.scheme.open_payload(event.payload.reveal(), maker)
+        self.held = self.scheme.open_payload(event.payload.reveal(), maker)
         new = site.NewEpoch(event.epoch, event.key_id)
         self.stage, found = site.step(self.member, self.stage, new, 0.0)
         self.journal += [e.record for e in found if isinstance(e, effects.Persist)]
 
-    def tag(self, header: RoundHeader, state: bytes) -> bytes:
-        """HMAC under G of this site's own state."""
-        assert self.group is not None
-        return state_tag(self.group, header.job, header.round, state)
+    @property
+    def secrets(self) -> EpochSecrets:
+        """What it holds of the present key epoch."""
+        assert self.held is not None
+        return self.held
 
     def make_vector(self, asked: effects.MakeVector, current: _Round) -> site.VectorMade:
         """Pack, tag, mask, encrypt, spool."""
-        assert self.group is not None
-        assert self.sealer is not None
-        place = asked.header.place(self.member.id)
-        tag = SumTag(self.group, asked.header, asked.state_tag)
-        slots = current.pack(place, lambda tagged: tag.tag(tagged, self.member.id))
+        place, me = asked.header.place(self.member.id), self.member.id
+        slots = current.pack(
+            place, lambda slots: self.secrets.put_tag(slots, current.layout, asked, me)
+        )
         with current.watch("protect"):
             masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
-            add_masks(slots, masks, self.member.plan.packing.slot_bits)
-            self.spool = list(self.sealer.protect(slots))
+            self.spool = self.secrets.protect(slots, masks, self.member.plan.packing.slot_bits)
         current.show_masks(place, masks)
         current.show_upload(place, self.spool)
         return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)))
@@ -236,103 +219,31 @@ class SiteShell:
         Raises TagRefused or ChunkRefused. In one process all sites hold the same key and were given the
         same chunks, so the first to open them opens them for all; every site signs for itself.
         """
-        assert self.group is not None
-        assert self.sealer is not None
-        if vector_digest(chunks) != asked.digest:
-            raise ReleaseRefused(
-                "sum", found="other bytes than announced", expected="the announced digest",
-                fault=messages.COORDINATOR,
-            )  # fmt: skip
+        check_announced(chunks, asked)
         if current.opened is None:
-            layout = current.layout
             with current.watch("unprotect"):
-                total = self.sealer.open(chunks, layout.slots)
-                tag = SumTag(self.group, asked.header, asked.state_tag)
-                tag.check(total[: layout.tagged_slots], layout.read_tag(total), asked.survivors)
-                survivors = [asked.header.place(each) for each in asked.survivors]
-                current.opened, current.total = layout.unpack(total, survivors), total
+                total, opened = self.secrets.open(chunks, current.layout, asked)
+                current.opened, current.total = opened, total
             current.led_to = current.state
             if current.lead is not None:
-                current.led_to = current.lead(current.opened, len(survivors))
+                current.led_to = current.lead(opened, len(asked.survivors))
+        assert current.total is not None
         with current.watch("unprotect"):
-            sum_mac = self.group.authenticate(b"sum", asked.header.digest + current.total.tobytes())  # type: ignore[union-attr]
-            return site.SumOpened(sum_mac, self.state_mac(asked.header, current.led_to))
+            return site.SumOpened(
+                self.secrets.sum_mac(asked.header, current.total),
+                self.secrets.state_mac(asked.header, current.led_to),
+            )
 
     def sealed_cause(self, error: Exception) -> bytes:
-        """Why this site refuses, for the other sites; the coordinator carries it and cannot read it."""
-        assert self.group is not None
-        return seal_notice(
-            self.group, str(error), header=self.stage.header.digest, site=self.member.id,
-            entropy=self.member.entropy,
-        )  # fmt: skip
-
-    def read_notice(self, notice: messages.Notice) -> str:
-        """The cause of another site's refusal."""
-        assert self.group is not None
-        return open_notice(self.group, notice.sealed, header=notice.header, site=notice.site)
-
-    def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
-        """HMAC under G of the state a release leads to."""
-        assert self.group is not None
-        return self.group.authenticate(b"new state", header.digest + state)
-
-
-@dataclass
-class _Scheme:
-    """What a protection puts behind the machines: payloads, sealers, folds."""
-
-    plan: RoundPlan
-
-    def __post_init__(self) -> None:
-        self._public: Any = None
-        if self.plan.protection in ENCRYPTS:
-            from fedcore.protect.bfv import Courier, PublicContext
-
-            self._public, self._courier = PublicContext.of(self.plan.packing), Courier()
-
-    def make_payload(self) -> bytes:
-        """A new random key epoch's secrets."""
-        if self._public is None:
-            return GroupSecret().to_bytes()
-        from fedcore.protect.bfv import SecretContext
-
-        return SecretContext(self._public).to_payload()
-
-    def open_payload(self, payload: bytes, maker: SiteId) -> tuple[GroupSecret, Sealer]:
-        """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
-        if self._public is None:
-            from fedcore.protect.masked import MaskedSealer
-
-            return GroupSecret.from_bytes(payload, sender=maker), MaskedSealer(self.plan.packing)
-        from fedcore.protect.bfv import EncryptedSealer, SecretContext
-
-        secret = SecretContext.from_payload(self._public, payload, sender=maker)
-        return secret.group, EncryptedSealer(secret, self._courier)
-
-    def upload_bytes(self, layout: Layout) -> int:
-        """What every site's vector weighs: a pure function, so any other size is refused."""
-        packing = self.plan.packing
-        if packing.ring is None:
-            return packed_size(layout.slots, packing.slot_bits)
-        from fedcore.protect.bfv import vector_size
-
-        return vector_size(packing.ring, layout.blocks, 1)
-
-    def fold(self, slots: int) -> UnmaskableFold:
-        """The coordinator's running sum."""
-        if self._public is None:
-            from fedcore.protect.masked import MaskedFold
-
-            return MaskedFold(self.plan.packing, slots)
-        from fedcore.protect.bfv import EncryptedFold
-
-        return EncryptedFold(self._public, slots, self._courier)
+        """Why this site refuses the release, for the other sites."""
+        member = self.member
+        return self.secrets.seal_cause(error, self.stage.header, member.id, member.entropy)
 
 
 class HubShell:
     """The coordinator: its machines, and what they ask for."""
 
-    def __init__(self, pins: Mapping[SiteId, bytes], scheme: _Scheme) -> None:
+    def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
         self.hub, self.scheme = coordinator.Hub(pins), scheme
         self.epoch_hub = epoch.EpochHub(pins)
         self.epoch: Any = epoch.NoEpoch()
@@ -377,7 +288,7 @@ class KeyEpoch:
             return
         identities = {name: IdentityKey() for name in plan.sites}
         self.pins = {name: key.public for name, key in identities.items()}
-        scheme = _Scheme(plan)
+        scheme = Scheme(plan)
         self.hub = HubShell(self.pins, scheme)
         self.shells = {
             name: SiteShell(
@@ -393,9 +304,7 @@ class KeyEpoch:
         """A site's sealer, for those who look on."""
         if self.plan.protection == "plain":
             return PlainSealer(self.plan.packing)
-        found = self.shells[self.plan.sites[0]].sealer
-        assert found is not None
-        return found
+        return self.shells[self.plan.sites[0]].secrets.sealer
 
     # ------------------------------------------------------------------------------- key epochs
 
@@ -462,7 +371,7 @@ class KeyEpoch:
             return self._plain_sum(current)
         header = self._header(spec, training_round)
         with watch("protect"):
-            current.tag = self.shells[self.plan.sites[0]].tag(header, state)
+            current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, state)
         exchange = _Exchange(self, current)
         try:
             exchange.run(header)
@@ -517,11 +426,7 @@ class KeyEpoch:
         if all(self._has(shell, certificate) for shell in self.shells.values()):
             return
         shell = next(s for s in self.shells.values() if self._has(s, certificate))
-        assert shell.group is not None
-        current.sealed = seal_checkpoint(
-            shell.group, current.led_to, job=self.job, round_=certificate.header.round,
-            certificate=certificate.hash, entropy=shell.member.entropy,
-        )  # fmt: skip
+        current.sealed = shell.secrets.seal_state(current.led_to, certificate, shell.member.entropy)
 
     @staticmethod
     def _has(shell: SiteShell, certificate: messages.Certificate) -> bool:
@@ -535,12 +440,9 @@ class KeyEpoch:
         for shell in self.shells.values():
             if self._has(shell, certificate) or isinstance(shell.stage, site.Halted):
                 continue
-            assert shell.group is not None
-            state = open_checkpoint(
-                shell.group, current.sealed, job=self.job, round_=certificate.header.round,
-                certificate=certificate.hash,
-            )  # fmt: skip
-            event = site.CaughtUp(certificate, shell.state_mac(certificate.header, state))
+            state = shell.secrets.open_state(current.sealed, certificate)
+            state_mac = shell.secrets.state_mac(certificate.header, state)
+            event = site.CaughtUp(certificate, state_mac)
             shell.stage, _ = site.step(shell.member, shell.stage, event, self.now)
 
 
@@ -645,7 +547,7 @@ class _Exchange:
             case effects.Warn(text=text):
                 self.parties.warnings.append(f"{shell.member.id}: {text}")
             case effects.ShowNotice(notice=notice):
-                self.parties.warnings.append(f"{notice.site}: {shell.read_notice(notice)}")
+                self.parties.warnings.append(f"{notice.site}: {shell.secrets.read_notice(notice)}")
 
     # -------------------------------------------------------------------------- the coordinator
 

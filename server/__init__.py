@@ -1,8 +1,7 @@
 """The coordinator's shell: everything that touches a network, a clock or a disk on its behalf.
 
-It installs as `fedcore_server`. Empty in this version: the gRPC service, the journal, the spool of
-running sums and the `fed-coordinator` command come here, and until then a federation exists only in
-`fedcore simulate`, in one process.
+It installs as `fedcore_server`; `fed-coordinator` is its command. `service.py` takes calls, `jobs.py`
+runs a job by the protocol's machines, `folding.py` adds vectors in processes of its own.
 
 Invariant: this package imports `fedcore` and never `fedcore_clients`, and nothing imports it. The
 coordinator's decisions live in `fedcore`, where they need neither network nor disk; what stands here

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from fedcore.encode.bitpack import packed_size, unpack_words
 from fedcore.encode.pack import Layout
-from fedcore.loopback import Masks, Witness
+from fedcore.loopback import Witness
 from fedcore.plan import ENCRYPTS, Packing, RoundPlan
 from fedcore.protect import Sealer
 from fedcore.protect.masking import mask_sum
 from fedcore.protect.plain import PlainSealer
+from fedcore.scheme import Masks
 from fedcore.types import Json, SiteId, Slots
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")

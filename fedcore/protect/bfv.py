@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ class Courier:
         self._fd = -1
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        # While the interpreter ends its modules may be gone; the system then closes what is open.
+        if getattr(self, "_fd", -1) >= 0 and not sys.is_finalizing():
             self.close()
 
     def take(self, seal_object: Any) -> bytes:
@@ -448,10 +450,18 @@ class EncryptedFold:
     """The coordinator's end of `encrypted` and `layered`: one running sum of ciphertexts.
 
     Memory is one sum of `slots` slots, however many sites are added. It holds public parameters only.
+    With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
     """
 
-    def __init__(self, public: PublicContext, slots: int, courier: Courier | None = None) -> None:
-        self._public = public
+    def __init__(
+        self,
+        public: PublicContext,
+        slots: int,
+        courier: Courier | None = None,
+        *,
+        first_chunk: int = 0,
+    ) -> None:
+        self._public, self._first = public, first_chunk * BLOCKS_PER_CHUNK
         self._courier = courier or Courier()
         self._blocks = _blocks(public.ring, slots)
         self._evaluator = public.api.Evaluator(public.seal)
@@ -462,19 +472,35 @@ class EncryptedFold:
         """Add chunk `index` of one site's vector. Raises ChunkRefused before anything is added."""
         if self._removed:
             raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
-        first = index * BLOCKS_PER_CHUNK
+        first = index * BLOCKS_PER_CHUNK - self._first
         count = min(BLOCKS_PER_CHUNK, self._blocks - first)
-        if index < 0 or count <= 0:
+        if first < 0 or count <= 0:
+            lowest = self._first // BLOCKS_PER_CHUNK
             raise ChunkRefused(
-                f"chunk {index}: expected chunks 0 to {(self._blocks - 1) // BLOCKS_PER_CHUNK}"
+                f"chunk {index}: expected chunks {lowest} to "
+                f"{lowest + (self._blocks - 1) // BLOCKS_PER_CHUNK}"
             )
-        parsed = _read_chunk(self._public, _SEEDED, chunk, first, count)
+        parsed = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
         loaded = [self._load_seeded(parsed.words[row], parsed.seeds[row]) for row in range(count)]
         for row, ciphertext in enumerate(loaded):
             if self._total[first + row] is None:
                 self._total[first + row] = ciphertext
             else:
                 self._evaluator.add_inplace(self._total[first + row], ciphertext)
+
+    def merge(self, other: EncryptedFold) -> None:
+        """Add another fold's sum, of the same part; the other is not used afterwards.
+
+        Raises ChunkRefused after `remove`, or where the other has gaps.
+        """
+        other._refuse_gaps()
+        if self._removed or other._removed:
+            raise ChunkRefused("sum: the masks are already off")
+        for place, ciphertext in enumerate(other._total):
+            if self._total[place] is None:
+                self._total[place] = ciphertext
+            else:
+                self._evaluator.add_inplace(self._total[place], ciphertext)
 
     def _load_seeded(self, words: Words, seed_block: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
@@ -498,7 +524,7 @@ class EncryptedFold:
     def _refuse_gaps(self) -> None:
         for place, ciphertext in enumerate(self._total):
             if ciphertext is None:
-                raise ChunkRefused(f"sum: ciphertext {place} was never added")
+                raise ChunkRefused(f"sum: ciphertext {self._first + place} was never added")
 
     def total(self) -> Iterator[bytes]:
         """The chunks of the sum. Raises ChunkRefused if some ciphertext was never added."""
@@ -509,7 +535,7 @@ class EncryptedFold:
             for row in range(count):
                 body = self._courier.take(self._total[first + row])
                 words[row] = _words_of(self._public, _FULL, body)
-            yield _write_chunk(self._public, _FULL, first, [], words.reshape(-1))
+            yield _write_chunk(self._public, _FULL, self._first + first, [], words.reshape(-1))
 
 
 def self_test() -> Json:

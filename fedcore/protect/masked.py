@@ -38,10 +38,13 @@ class MaskedSealer:
 
 
 class MaskedFold:
-    """The coordinator's end of `masked`: one running sum of (slots,) uint64, and its masks taken off."""
+    """The coordinator's end of `masked`: one running sum of (slots,) uint64, and its masks taken off.
 
-    def __init__(self, packing: Packing, slots: int) -> None:
-        self._bits = packing.slot_bits
+    With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
+    """
+
+    def __init__(self, packing: Packing, slots: int, *, first_chunk: int = 0) -> None:
+        self._bits, self._first = packing.slot_bits, first_chunk
         self._total = np.zeros(slots, dtype=np.uint64)
         self._missing = set(range(words.chunk_count(slots)))
         self._removed = False
@@ -50,8 +53,16 @@ class MaskedFold:
         """Add one chunk. Raises ChunkRefused on a size that is not its place's, and after `remove`."""
         if self._removed:
             raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
-        words.add(self._total, index, chunk, self._bits)
-        self._missing.discard(index)
+        words.add(self._total, index - self._first, chunk, self._bits)
+        self._missing.discard(index - self._first)
+
+    def merge(self, other: MaskedFold) -> None:
+        """Add another fold's sum, of the same part. Raises ChunkRefused after `remove`, or with gaps."""
+        other._refuse_gaps()
+        if self._removed or other._removed:
+            raise ChunkRefused("sum: the masks are already off")
+        self._total += other._total
+        self._missing.clear()
 
     def remove(self, mask: Slots) -> None:
         """Subtract the sum of all masks, (slots,) uint64, once, when every vector is in.
@@ -70,4 +81,4 @@ class MaskedFold:
 
     def _refuse_gaps(self) -> None:
         if self._missing:
-            raise ChunkRefused(f"sum: chunk {min(self._missing)} was never added")
+            raise ChunkRefused(f"sum: chunk {self._first + min(self._missing)} was never added")

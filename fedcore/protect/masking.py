@@ -24,16 +24,23 @@ _BLOCK = 1 << 14
 _CIPHER_BLOCK = 16
 
 
-def add_masks(slots: Slots, masks: Iterable[tuple[bytes, int]], slot_bits: int) -> None:
+def add_masks(
+    slots: Slots, masks: Iterable[tuple[bytes, int]], slot_bits: int, *, first: int = 0
+) -> None:
     """In place: slots += sum of sign * stream(seed) mod 2^slot_bits, for (32-byte seed, +1 or -1).
 
-    slots: (s,) uint64. Wraps in uint64 and is reduced once, at the end. Raises BadInput.
+    slots: (s,) uint64, the part of a vector that begins at slot `first`, an even one. Wraps in uint64
+    and is reduced once, at the end. Raises BadInput.
     """
+    block, odd = divmod(8 * first, _CIPHER_BLOCK)
+    if odd:
+        raise BadInput(f"mask: found a part from slot {first}, expected an even one")
+    start_at = block.to_bytes(_CIPHER_BLOCK, "big")
     streams = []
     for key, sign in masks:
         if sign not in {1, -1}:
             raise BadInput(f"mask: found sign {sign}, expected 1 or -1")
-        streams.append((keystream(key), np.add if sign == 1 else np.subtract))
+        streams.append((keystream(key, start_at), np.add if sign == 1 else np.subtract))
     ring = np.uint64((1 << slot_bits) - 1)
     zeros = memoryview(bytes(8 * _BLOCK))
     buffer = bytearray(8 * _BLOCK + _CIPHER_BLOCK - 1)  # update_into asks for the room to spare
@@ -47,8 +54,10 @@ def add_masks(slots: Slots, masks: Iterable[tuple[bytes, int]], slot_bits: int) 
         part &= ring
 
 
-def mask_sum(masks: Iterable[tuple[bytes, int]], slots: int, slot_bits: int) -> Slots:
+def mask_sum(
+    masks: Iterable[tuple[bytes, int]], slots: int, slot_bits: int, *, first: int = 0
+) -> Slots:
     """The sum of many masks as one (slots,) uint64 vector below 2^slot_bits: one subtraction."""
     total = np.zeros(slots, dtype=np.uint64)
-    add_masks(total, masks, slot_bits)
+    add_masks(total, masks, slot_bits, first=first)
     return total

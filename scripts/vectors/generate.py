@@ -24,7 +24,7 @@ import numpy as np
 from fedcore import loopback
 from fedcore.encode.pack import Layout
 from fedcore.errors import SignatureRefused
-from fedcore.loopback import _Exchange, _Round, _Scheme
+from fedcore.loopback import _Exchange, _Round
 from fedcore.plan import (
     RangePlan,
     RoundHeader,
@@ -46,6 +46,7 @@ from fedcore.protect.sumtag import GroupSecret, key_id, state_tag
 from fedcore.protocol import coordinator, messages, site
 from fedcore.protocol.encoding import digest, encode
 from fedcore.protocol.shared import Standing
+from fedcore.scheme import EpochSecrets, Scheme
 from fedcore.types import Json, SiteId
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "vectors"
@@ -190,13 +191,13 @@ def play(
     plan = plan_of_round()
     keys = {name: IdentityKey(identities[name]) for name in ROSTER}
     pins = {name: key.public for name, key in keys.items()}
-    scheme = _Scheme(plan)
+    scheme = Scheme(plan)
     parties = loopback.KeyEpoch("golden", plan)
     parties.hub = loopback.HubShell(pins, scheme)  # everybody of the recorded round takes over
     for name in ROSTER:
         member = site.Member(name, keys[name], pins, plan, "vectors", "golden", entropies[name])
         shell = parties.shells[name] = loopback.SiteShell(member, scheme)
-        shell.group, shell.sealer = GroupSecret(group), MaskedSealer(plan.packing)
+        shell.held = EpochSecrets(GroupSecret(group), MaskedSealer(plan.packing))
         shell.stage = site.Idle(Standing(1, key_id(group)))
     header = RoundHeader(
         "vectors", "golden", 1, 1, 1, plan.update_vector.purpose, ROSTER, roster_digest(pins),

@@ -66,7 +66,7 @@ def decrypted(epoch, witness, by):
     fold = EncryptedFold(bfv.PublicContext.of(epoch.plan.packing), slots)
     for index, chunk in enumerate(witness.upload):
         fold.add(index, chunk)
-    return shell.sealer.open(fold.total(), slots)
+    return shell.secrets.sealer.open(fold.total(), slots)
 
 
 def without(slots, masks):

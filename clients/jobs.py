@@ -1,0 +1,676 @@
+"""One job at a site: runs the site's machines over what the session brings, and obeys their effects.
+
+Every event goes through one queue and is handled to its end before the next; training, encryption and
+transfers run beside it and come back as events. Invariant (PROTOCOL D): what a step records is in the
+journal before anything else of that step is done, and the state a certificate proves is on disk before
+the certificate is. A process killed at any instant goes on from there, or leaves the round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedcore_clients.training import Loaded, TrainingFailed
+
+from fedcore.aggregate.jobstate import Column, JobState
+from fedcore.config import build_job, plan_of
+from fedcore.encode.pack import Layout
+from fedcore.errors import BadInput, FedcoreError, PeerRefused, Refused
+from fedcore.files import write_atomic
+from fedcore.loopback import Contribution
+from fedcore.plan import RoundHeader, RoundPlan, canonical
+from fedcore.protect.entropy import OsEntropy
+from fedcore.protect.identity import IdentityKey
+from fedcore.protect.secret import SecretBytes
+from fedcore.protocol import course, effects, epoch, job, messages, site
+from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.shared import Standing
+from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
+from fedcore.store import container
+from fedcore.store.disk import sync_folder
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.types import Json, SiteId
+
+LOG = logging.getLogger("fedcore.site.job")
+ROUND = "round"
+
+
+class Contributor(Protocol):
+    """Who computes the content of vectors: the training process, or a stand-in of the benchmark."""
+
+    async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
+        """Find the task, load the rows, build the model. Raises TrainingFailed."""
+        ...
+
+    async def contribute(
+        self, job: str, plan: RoundPlan, step: course.Step, state: JobState
+    ) -> Contribution:
+        """The content of one vector. Raises TrainingFailed."""
+        ...
+
+    async def forget(self, job: str) -> None:
+        """The job is over."""
+        ...
+
+
+@dataclass(frozen=True)
+class Party:
+    """Who this site is, for every job. patience: seconds its machine waits at a stage."""
+
+    federation: str
+    id: SiteId
+    identity: IdentityKey
+    pins: Mapping[SiteId, bytes]
+    journal: Journal
+    spool: Spool
+    folder: Path
+    minimum: int = 3
+    patience: float = 1800.0
+    clock: Callable[[], float] = time.monotonic
+
+
+class Link(Protocol):
+    """The session as a job sees it."""
+
+    def say(self, job: str, message: Any) -> None:
+        """Send a record if there is a session; a lost one is asked for again."""
+        ...
+
+    def doing(self, job: str, what: str) -> None:
+        """Tell people who wait what this site is at."""
+        ...
+
+    async def upload(self, job: str, header: bytes, digest: bytes, path: Path) -> None:
+        """Send a container whole, going on where it broke off. Raises Offline without a session."""
+        ...
+
+    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
+        """The chunks of a sum or checkpoint. Raises Offline without a session."""
+        ...
+
+
+class Offline(Exception):
+    """There is no session now: the step is done again at the next one."""
+
+
+# ------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A record of the coordinator."""
+
+    message: Any
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Work beside the queue ended; `round` is the header it was for."""
+
+    event: Any
+    header: bytes = b""
+
+
+@dataclass(frozen=True)
+class _Connected:
+    """A new session."""
+
+
+def wire_settings(settings: bytes) -> Json:
+    """The job's tables of an offer. Raises BadInput."""
+    try:
+        found = json.loads(settings)
+    except ValueError as error:
+        raise BadInput("job: found settings that are no JSON") from error
+    if not isinstance(found, dict) or canonical(found) != settings:
+        raise BadInput("job: found settings in another form, expected canonical JSON")
+    return found
+
+
+class SiteJob:
+    """One job here, from its offer to its end."""
+
+    def __init__(
+        self, party: Party, link: Link, contributor: Contributor, offer: job.JobOffer
+    ) -> None:
+        self.party, self.link, self.contributor, self.offer = party, link, contributor, offer
+        self.id = offer.job
+        self.plan: RoundPlan | None = None
+        self.features = 0
+        self.columns: tuple[Column, ...] = ()
+        self.state: JobState | None = None
+        self.epoch: Any = epoch.NoKey()
+        self.stage: Any = site.Idle(Standing(0, b""))
+        self.secrets: EpochSecrets | None = None
+        self.survey: Loaded | None = None
+        self.ended: job.JobEnded | None = None
+        self.last_error = ""
+        self._scheme: Scheme | None = None
+        self._member: site.Member | None = None
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._beside: set[asyncio.Task[None]] = set()
+        self._inline: dict[bytes, list[bytes]] = {}
+
+    # --------------------------------------------------------------------------- coming back
+
+    @classmethod
+    def stored(cls, party: Party, link: Link, contributor: Contributor, name: str) -> SiteJob:
+        """A job that this site took part in before its process ended."""
+        kept = party.journal.get(name, "offer")
+        assert kept is not None
+        found = cls(party, link, contributor, decode(kept, job.JobOffer))
+        found._restore()
+        return found
+
+    def _restore(self) -> None:
+        journal, name = self.party.journal, self.id
+        ended = journal.get(name, "ended")
+        if ended is not None:
+            self.ended = decode(ended, job.JobEnded)
+        about = journal.get(name, "plan")
+        if about is None:
+            return
+        kept = json.loads(about)
+        self._adopt(
+            RoundPlan.from_json(kept["plan"]), kept["features"],
+            tuple((str(n), float(low), float(high)) for n, low, high in kept["columns"]),
+        )  # fmt: skip
+        standing = journal.get(name, "stage")
+        if standing is not None:
+            self.stage = decode(standing, object)
+        records = list(journal.read(name, ROUND))
+        self.stage = site.replay(self.stage, records)
+        for record in records:
+            if isinstance(record, site.Certified | site.CheckpointTaken):
+                journal.put(name, "certificate", encode(record.certificate))
+        self._recover_state()
+        held = journal.get(name, "epoch")
+        if held is not None:
+            self.epoch = decode(held, object)
+            if isinstance(self.epoch, epoch.Holding):
+                self._use(self.epoch.payload, self.epoch.header.maker)
+
+    def _recover_state(self) -> None:
+        """The state on disk, and the one that a certificate of the journal has just proved."""
+        released = self.stage.standing.released
+        candidate = self._state_path(f"candidate-{released}")
+        if released and candidate.exists():
+            candidate.replace(self._state_path("current"))
+            sync_folder(candidate.parent)
+        current = self._state_path("current")
+        self.state = JobState.from_bytes(current.read_bytes())
+
+    def _state_path(self, name: str) -> Path:
+        return self.party.folder / "states" / self.id / f"{name}.safetensors"
+
+    # ----------------------------------------------------------------------------- the queue
+
+    def tell(self, message: Any) -> None:
+        """A record of the coordinator for this job."""
+        self._queue.put_nowait(_Told(message))
+
+    def inline(self, digest: bytes, data: bytes) -> None:
+        """A small sum or checkpoint that came inside the session."""
+        self._inline = {digest: list(container_chunks(data))}
+
+    def connected(self) -> None:
+        """There is a new session."""
+        self._queue.put_nowait(_Connected())
+
+    async def run(self) -> None:
+        """Handle events until cancelled. A stage's deadline is an event too."""
+        if self.plan is not None and self.ended is None:
+            await self._machine(site.Restarted())
+            await self._epoch_machine(epoch.Again())
+        elif self.plan is None:
+            self._aside(self._load())
+        while True:
+            wait = self._wait()
+            try:
+                event = await asyncio.wait_for(self._queue.get(), wait)
+            except TimeoutError:
+                event = _Done(site.Tick())
+            try:
+                await self._handle(event)
+            except (PeerRefused, Refused, BadInput) as error:
+                self._note(error)
+
+    def _wait(self) -> float | None:
+        until = getattr(self.stage, "until", None)
+        if until is None or not isinstance(self.stage, site.IN_ROUND):
+            return None
+        return max(0.0, float(until) - self.party.clock()) + 0.001
+
+    def _note(self, error: Exception) -> None:
+        self.last_error = str(error)
+        LOG.warning("%s", error)
+
+    async def close(self) -> None:
+        """Stop what runs beside the queue."""
+        for task in list(self._beside):
+            task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
+
+    def _aside(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    # ------------------------------------------------------------------------------- events
+
+    async def _handle(self, event: Any) -> None:
+        match event:
+            case _Connected():
+                await self._reconnected()
+            case _Done(inner, header) if not header or self._is_round(header):
+                await self._machine(inner)
+            case _Told(message):
+                await self._on_message(message)
+
+    def _is_round(self, header: bytes) -> bool:
+        found: RoundHeader | None = getattr(self.stage, "header", None)
+        return found is not None and found.digest == header
+
+    async def _reconnected(self) -> None:
+        if self.ended is not None:
+            return
+        if self.survey is not None and self.plan is None:
+            self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
+        if self.plan is None:
+            return
+        self._agree()
+        await self._epoch_machine(epoch.Again())
+        if isinstance(self.stage, site.IN_ROUND):
+            await self._machine(site.Reconnected())
+        else:
+            self._rest()
+
+    async def _on_message(self, message: Any) -> None:
+        match message:
+            case job.PlanOffer():
+                self._take_plan(message)
+            case job.CheckpointWanted():
+                self._aside(self._seal(message))
+            case job.CheckpointOffer():
+                self._aside(self._catch_up(message))
+            case job.JobEnded():
+                await self._end(message)
+            case job.JobOffer():
+                pass  # said again after a new session
+            case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
+                await self._epoch_machine(epoch.FromHub(message))
+            case messages.Announce():
+                await self._invited(message)
+            case _:
+                await self._machine(site.Received(message))
+
+    # ----------------------------------------------------------------- offer, survey and plan
+
+    async def _load(self) -> None:
+        """Survey the task and the rows here; what fails is told by a word of the list."""
+        self.link.doing(self.id, "loading")
+        try:
+            settings = wire_settings(self.offer.settings)
+            self.survey = await self.contributor.load(
+                self.id, settings, self.offer.task, self.offer.task_digest
+            )
+        except TrainingFailed as failed:
+            self._unable(failed.reason)
+        except FedcoreError as error:
+            self._note(error)
+            self._unable("policy" if isinstance(error, Refused) else "bad data")
+        else:
+            self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
+            self.link.doing(self.id, "idle")
+
+    def _unable(self, reason: str) -> None:
+        self.last_error = job.REASONS[reason]
+        self.link.say(self.id, job.Unable(self.id, self.party.id, reason))
+
+    def _take_plan(self, offered: job.PlanOffer) -> None:
+        """Make the plan here, and go on only if the offered one is the same."""
+        if self.plan is not None:
+            self._agree()
+            return
+        if self.survey is None:
+            return  # still loading: the coordinator offers it again
+        settings = wire_settings(self.offer.settings)
+        complete = build_job(settings)
+        cap = complete.protect.max_examples
+        assert cap is not None
+        mine = plan_of(complete, self.survey.shape, tuple(self.party.pins), cap)
+        if canonical(mine.to_json()) != offered.plan:
+            self._unable("plan differs")
+            return
+        self._adopt(mine, self.survey.shape.features, self.survey.columns)
+        self.state = JobState.initial(mine, self.survey.initial)
+        self._state_path("current").parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._write_state("current", self.state)
+        about = {
+            "plan": mine.to_json(), "features": self.features,
+            "columns": [list(column) for column in self.columns],
+        }  # fmt: skip
+        self.party.journal.put(self.id, "plan", canonical(about))
+        self._agree()
+
+    def _adopt(self, plan: RoundPlan, features: int, columns: Sequence[Column]) -> None:
+        party = self.party
+        self.plan, self.features, self.columns = plan, features, tuple(columns)
+        self._scheme = Scheme(plan)
+        self._member = site.Member(
+            party.id, party.identity, {name: party.pins[name] for name in plan.sites}, plan,
+            party.federation, self.id, OsEntropy(), party.minimum, party.patience,
+        )  # fmt: skip
+
+    def _agree(self) -> None:
+        assert self.plan is not None
+        self.link.say(self.id, job.PlanAgreed(self.id, self.party.id, self.plan.digest))
+
+    def _rest(self) -> None:
+        """Say where this site stands between rounds."""
+        standing: Standing = self.stage.standing
+        if isinstance(self.stage, site.Idle) and self.secrets is not None:
+            self.link.say(
+                self.id,
+                job.AtRest(
+                    self.id, self.party.id, standing.epoch, standing.certificate, standing.round
+                ),
+            )
+        self.link.doing(self.id, "waiting")
+
+    # ---------------------------------------------------------------------------- key epochs
+
+    async def _epoch_machine(self, event: Any) -> None:
+        assert self._member is not None
+        assert self._scheme is not None
+        self.epoch, found = epoch.step_site(self._member, self.epoch, event)
+        for effect in found:
+            match effect:
+                case effects.Persist(record=record):
+                    self.party.journal.put(self.id, "epoch", encode(record))
+                case effects.Send(message=message):
+                    self.link.say(self.id, message)
+                case epoch.MakeSecrets():
+                    payload = await asyncio.to_thread(self._scheme.make_payload)
+                    await self._epoch_machine(epoch.SecretsMade(SecretBytes(payload)))
+                case epoch.Install():
+                    self._use(effect.payload, self.epoch.header.maker)
+                    if effect.epoch > self.stage.standing.epoch:
+                        await self._machine(site.NewEpoch(effect.epoch, effect.key_id))
+                        self._keep_stage()
+                    self._rest()
+
+    def _use(self, payload: SecretBytes, maker: SiteId) -> None:
+        assert self._scheme is not None
+        self.secrets = self._scheme.open_payload(payload.reveal(), maker)
+
+    # -------------------------------------------------------------------------------- rounds
+
+    async def _invited(self, announce: messages.Announce) -> None:
+        """A round begins; whatever this site still does of an earlier one is over."""
+        assert self.plan is not None
+        header = announce.header
+        stage = self.stage
+        if isinstance(stage, site.IN_ROUND) and header.round > stage.header.round:
+            await self._machine(site.Superseded())
+        try:
+            if isinstance(self.stage, site.Idle):
+                assert self.state is not None
+                course.check_step(self.plan, self.features, self.state.done, header)
+            tag = b"" if self.secrets is None else self._tag(header)
+            await self._machine(site.Invited(announce, tag), refusing=False)
+        except PeerRefused as error:
+            self._note(error)
+            if not isinstance(self.stage, site.IN_ROUND):
+                await self._machine(site.Declined(header))
+                self._rest()
+
+    def _tag(self, header: RoundHeader) -> bytes:
+        assert self.secrets is not None
+        assert self.state is not None
+        return self.secrets.tag(header, self.state.canonical())
+
+    async def _machine(self, event: Any, *, refusing: bool = True) -> None:
+        """Step, and do what the machine asks for, in order. What it refuses makes the site leave."""
+        assert self._member is not None
+        before = self.stage
+        try:
+            after, found = site.step(self._member, before, event, self.party.clock())
+        except PeerRefused as error:
+            if not refusing or not isinstance(before, site.IN_ROUND):
+                raise
+            self._note(error)
+            await self._refuse(error)
+            return
+        self._journal(found)
+        self.stage = after
+        for effect in found:
+            if not isinstance(effect, effects.Persist):
+                await self._obey(effect)
+        ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
+        if ended or isinstance(event, site.CaughtUp):
+            self._keep_stage()
+            self._rest()
+
+    async def _refuse(self, error: Exception) -> None:
+        assert self._member is not None
+        sealed = b""
+        if self.secrets is not None:
+            sealed = self.secrets.seal_cause(
+                error, self.stage.header, self.party.id, self._member.entropy
+            )
+        await self._machine(site.Refused(error, sealed))
+
+    def _journal(self, found: Sequence[Any]) -> None:
+        records = [e.record for e in found if isinstance(e, effects.Persist)]
+        if records:
+            self.party.journal.append(self.id, ROUND, records)
+
+    def _keep_stage(self) -> None:
+        """Between rounds one record says all; those of the round, and its secrets, go for good."""
+        self.party.journal.compact(self.id, ROUND, put={"stage": encode(self.stage)})
+
+    async def _obey(self, effect: Any) -> None:
+        match effect:
+            case effects.Send(message=message):
+                self.link.say(self.id, message)
+            case effects.Warn(text=text):
+                LOG.warning("%s", text)
+            case effects.MakeVector():
+                self._aside(self._make_vector(effect))
+            case effects.Upload(submit=submit):
+                self._aside(self._upload(submit))
+            case effects.OpenSum():
+                self._aside(self._open_sum(effect))
+            case effects.ShowNotice(notice=notice):
+                if self.secrets is not None:
+                    LOG.warning(
+                        "site %s refused: %s", notice.site, self.secrets.read_notice(notice)
+                    )
+            case effects.Apply(certificate=certificate):
+                self._apply(certificate)
+            case effects.Erase(header=header):
+                self.party.spool.discard(self.id, header.digest)
+
+    def _layout(self, header: RoundHeader) -> Layout:
+        assert self.plan is not None
+        spec = vector_of(self.plan, self.features, header.purpose)
+        return Layout(spec, self.plan.packing, len(self.plan.sites))
+
+    async def _make_vector(self, asked: effects.MakeVector) -> None:
+        header = asked.header
+        try:
+            assert self.plan is not None
+            assert self.state is not None
+            step = course.Step(header.purpose, header.training_round)
+            self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
+            found = await self.contributor.contribute(self.id, self.plan, step, self.state)
+            self.link.doing(self.id, "protecting")
+            stored = await asyncio.to_thread(self._protect, asked, found)
+            event: Any = site.VectorMade(stored.digest, stored.size)
+        except TrainingFailed as failed:
+            self._unable(failed.reason)
+            event = site.Refused(failed)
+        except FedcoreError as error:
+            self._note(error)
+            self._unable("trouble")
+            event = site.Refused(error)
+        self._queue.put_nowait(_Done(event, header.digest))
+
+    def _protect(self, asked: effects.MakeVector, found: Contribution) -> Any:
+        assert self.plan is not None
+        assert self.secrets is not None
+        layout, place = self._layout(asked.header), asked.header.place(self.party.id)
+        slots = layout.pack(*found, place)
+        self.secrets.put_tag(slots, layout, asked, self.party.id)
+        masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
+        chunks = self.secrets.protect(slots, masks, self.plan.packing.slot_bits)
+        return self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest)
+
+    async def _upload(self, submit: messages.Submit) -> None:
+        """Retried at the next session, where the machine asks for it again."""
+        stored = await asyncio.to_thread(
+            self.party.spool.find, self.id, "vector", header=submit.header
+        )
+        if stored is None:
+            return
+        self.link.doing(self.id, "uploading")
+        with contextlib.suppress(Offline):
+            await self.link.upload(self.id, submit.header, submit.digest, stored.path)
+            self.link.doing(self.id, "waiting")
+
+    async def _open_sum(self, asked: effects.OpenSum) -> None:
+        """Download, open, check, and put the state it leads to on disk, unused until it is certified."""
+        try:
+            chunks = self._inline.pop(asked.digest, None)
+            if chunks is None:
+                self.link.doing(self.id, "downloading")
+                chunks = await self.link.download(self.id, "sum", asked.digest)
+            self.link.doing(self.id, "opening")
+            event: Any = await asyncio.to_thread(self._opened, asked, chunks)
+        except Offline:
+            return  # asked again by Reconnected
+        except (PeerRefused, Refused, BadInput) as error:
+            self._note(error)
+            assert self.secrets is not None
+            sealed = self.secrets.seal_cause(error, asked.header, self.party.id, OsEntropy())
+            event = site.Refused(error, sealed)
+        self._queue.put_nowait(_Done(event, asked.header.digest))
+
+    def _opened(self, asked: effects.OpenSum, chunks: list[bytes]) -> site.SumOpened:
+        assert self.plan is not None
+        assert self.secrets is not None
+        assert self.state is not None
+        check_announced(chunks, asked)
+        header, layout = asked.header, self._layout(asked.header)
+        total, opened = self.secrets.open(chunks, layout, asked)
+        step = course.Step(header.purpose, header.training_round)
+        allow = bool(
+            wire_settings(self.offer.settings).get("protect", {}).get("single_site_features")
+        )
+        led_to = self.state.after(
+            self.plan, step, opened, len(asked.survivors), self.columns, allow_few_sites=allow
+        )
+        self._write_state(f"candidate-{header.round}", led_to)
+        return site.SumOpened(
+            self.secrets.sum_mac(header, total), self.secrets.state_mac(header, led_to.canonical())
+        )
+
+    def _write_state(self, name: str, state: JobState) -> None:
+        path = self._state_path(name)
+        write_atomic(path, state.to_bytes())
+        sync_folder(path.parent)
+
+    def _apply(self, certificate: messages.Certificate) -> None:
+        self.party.journal.put(self.id, "certificate", encode(certificate))
+        candidate = self._state_path(f"candidate-{certificate.header.round}")
+        candidate.replace(self._state_path("current"))
+        sync_folder(candidate.parent)
+        for left in candidate.parent.glob("candidate-*"):
+            left.unlink()
+        self.state = JobState.from_bytes(self._state_path("current").read_bytes())
+
+    # ----------------------------------------------------------------------------- catching up
+
+    async def _seal(self, wanted: job.CheckpointWanted) -> None:
+        """Seal this site's state for those that missed its release."""
+        standing: Standing = self.stage.standing
+        kept = self.party.journal.get(self.id, "certificate")
+        if kept is None or self.secrets is None or self.state is None:
+            return
+        certificate = decode(kept, messages.Certificate)
+        if certificate.hash != wanted.certificate or standing.certificate != wanted.certificate:
+            return
+        sealed = self.secrets.seal_state(self.state.to_bytes(), certificate, OsEntropy())
+        name = f"checkpoint-{certificate.header.round}"
+        stored = await asyncio.to_thread(self.party.spool.put, self.id, name, _pieces(sealed))
+        with contextlib.suppress(Offline):
+            digest = certificate.header.digest
+            await self.link.upload(self.id, digest, stored.digest, stored.path)
+            self.link.say(
+                self.id,
+                job.CheckpointSealed(
+                    self.id, self.party.id, certificate.hash, stored.digest, stored.size
+                ),
+            )
+        self.party.spool.remove(self.id, name)
+
+    async def _catch_up(self, offered: job.CheckpointOffer) -> None:
+        """Take the state of a release this site missed, if its certificate bears it out."""
+        certificate = offered.certificate
+        try:
+            chunks = self._inline.pop(offered.digest, None)
+            if chunks is None:
+                chunks = await self.link.download(self.id, "checkpoint", offered.digest)
+            assert self.secrets is not None
+            data = self.secrets.open_state(b"".join(chunks), certificate)
+            state = JobState.from_bytes(data)
+            mac = self.secrets.state_mac(certificate.header, state.canonical())
+            self._write_state(f"candidate-{certificate.header.round}", state)
+        except Offline:
+            return
+        except (PeerRefused, BadInput) as error:
+            self._note(error)
+            return
+        self._queue.put_nowait(_Done(site.CaughtUp(certificate, mac)))
+
+    async def _end(self, ended: job.JobEnded) -> None:
+        """No further round: the state stays, everything of the rounds goes."""
+        if isinstance(self.stage, site.IN_ROUND):
+            await self._machine(site.Superseded())
+        self.ended = ended
+        self.party.journal.put(self.id, "ended", encode(ended))
+        self.party.spool.drop(self.id)
+        await self.contributor.forget(self.id)
+        self.link.doing(self.id, "idle")
+        LOG.info("job %s: %s %s", self.id, ended.outcome, ended.text)
+
+
+def _pieces(data: bytes, size: int = 1 << 20) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)] or [b""]
+
+
+def container_chunks(data: bytes) -> list[bytes]:
+    """The chunks of a container in memory. Raises BadInput."""
+    count, at, found = int.from_bytes(data[:4], "big"), 4, []
+    for _ in range(count):
+        size = int.from_bytes(data[at : at + 4], "big")
+        at += 4
+        found.append(data[at : at + size])
+        at += size
+    if at != len(data) or sum(map(len, found)) + container.overhead(count) != len(data):
+        raise BadInput("vector: found bytes that are no chunk container")
+    return found

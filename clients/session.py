@@ -1,0 +1,340 @@
+"""The site's one connection: a session that is pushed to, and the transfers beside it.
+
+Connects, says hello, hands frames on, and connects again with growing, jittered pauses when it breaks.
+Invariant: nothing waits for a session: what is said without one is lost, and whoever said it says it
+again when `connected` is told; a transfer raises Offline and is done again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from fedcore_clients.jobs import Offline, container_chunks
+from fedcore_clients.tls import open_channel, preflight
+
+from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
+from fedcore.provision.kit import Kit
+from fedcore.wire import calls, chunks
+from fedcore.wire.frames import (
+    Doing,
+    DownloadHead,
+    DownloadStart,
+    Goodbye,
+    Hello,
+    Ping,
+    Pong,
+    Record,
+    SmallDownload,
+    SmallUpload,
+    UploadReceipt,
+    UploadStart,
+    Welcome,
+)
+from fedcore.wire.jobs import TO_COORDINATOR
+from fedcore.wire.limits import INLINE
+from fedcore.wire.records import pack_record
+
+LOG = logging.getLogger("fedcore.site.session")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
+"""seconds between attempts: doubled each time, and drawn between half and all of it."""
+
+OPTIONS = (
+    *calls.LENGTHS,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every site of a process
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the coordinator is. proxy: a CONNECT proxy, or "" for none."""
+
+    host: str
+    port: int
+    proxy: str = ""
+
+
+@dataclass
+class Status:
+    """What a person asks about the connection. since: of the present session, None without one."""
+
+    since: float | None = None
+    attempts: int = 0
+    last_error: str = ""
+    welcome: Welcome | None = None
+    coordinator: str = field(default="")
+
+
+class Session:
+    """Runs until cancelled. on_frame: Record, SmallDownload, Goodbye; on_connected: after a Welcome."""
+
+    def __init__(
+        self,
+        kit: Kit,
+        address: Address,
+        hello: Callable[[], Hello],
+        on_frame: Callable[[Any], None],
+        on_connected: Callable[[], None],
+    ) -> None:
+        self._kit, self._address, self._hello = kit, address, hello
+        self._on_frame, self._on_connected = on_frame, on_connected
+        self._out: asyncio.Queue[bytes] | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._receipts: dict[bytes, asyncio.Future[UploadReceipt]] = {}
+        self.status = Status(coordinator=f"{address.host}:{address.port}")
+        self.refused: Goodbye | None = None
+
+    # -------------------------------------------------------------------------------- a session
+
+    async def run(self) -> None:
+        """Sessions, one after the other; ends only when the coordinator says that none can help."""
+        pause = FIRST_PAUSE
+        while self.refused is None:
+            started = time.monotonic()
+            try:
+                await self._once()
+                self.status.last_error = "the coordinator ended the session"
+            except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
+                await self._explain(error)
+            if time.monotonic() - started > LONGEST_PAUSE:
+                pause = FIRST_PAUSE
+            self.status.attempts += 1
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _once(self) -> None:
+        address = self._address
+        channel = open_channel(
+            self._kit, address.host, address.port, proxy=address.proxy, options=OPTIONS
+        )
+        out: asyncio.Queue[bytes] = asyncio.Queue()
+        try:
+            self._channel = channel
+            session = calls.SESSION
+            stream: Any = channel.stream_stream(session.path)(wait_for_ready=False)
+            await stream.write(session.takes.pack(self._hello()))
+            first = await stream.read()
+            if first is grpc.aio.EOF:
+                raise MalformedMessage(
+                    "session", found="its end", expected="a welcome", fault="coordinator"
+                )
+            self._welcomed(session.gives.unpack(first, sender="coordinator"))
+            if self.refused is not None:
+                return
+            self._out = out
+            writer = asyncio.get_running_loop().create_task(_write(stream, out))
+            try:
+                self._on_connected()
+                while (data := await stream.read()) is not grpc.aio.EOF:
+                    if self._take(session.gives.unpack(data, sender="coordinator")):
+                        return
+            finally:
+                writer.cancel()
+                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                    await writer
+        finally:
+            self._lost()
+            await channel.close()
+
+    def _welcomed(self, frame: Any) -> None:
+        if isinstance(frame, Goodbye):
+            self._goodbye(frame)
+            return
+        if not isinstance(frame, Welcome) or frame.federation != self._kit.peer.federation:
+            raise MalformedMessage(
+                "session", found="another first frame or federation", expected="a welcome",
+                fault="coordinator",
+            )  # fmt: skip
+        self.status.welcome, self.status.since, self.status.last_error = frame, time.time(), ""
+        self.status.attempts = 0
+        LOG.info("connected to %s (%s)", self.status.coordinator, frame.software)
+
+    def _goodbye(self, frame: Goodbye) -> None:
+        self.status.last_error = f"{frame.code}: {frame.text}"
+        LOG.warning("the coordinator says goodbye: %s", self.status.last_error)
+        if not frame.again:
+            self.refused = frame
+
+    def _take(self, frame: Any) -> bool:
+        """Whether the session ends with this frame."""
+        match frame:
+            case Ping(number):
+                self._put(Pong(number))
+            case UploadReceipt(digest=digest):
+                waiting = self._receipts.pop(digest, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(frame)
+            case Goodbye():
+                self._goodbye(frame)
+                return True
+            case Record() | SmallDownload():
+                self._on_frame(frame)
+        return False
+
+    def _lost(self) -> None:
+        self._out = self._channel = None
+        if self.status.since is not None:
+            LOG.info("the session with %s ended", self.status.coordinator)
+        self.status.since = None
+        for waiting in self._receipts.values():
+            if not waiting.done():
+                waiting.set_exception(Offline())
+        self._receipts.clear()
+
+    async def _explain(self, error: Exception) -> None:
+        """gRPC says little of a failed connection: ask Python's ssl once, and log what changed."""
+        text = str(error)
+        if isinstance(error, grpc.aio.AioRpcError):
+            text = f"{error.code().name.lower()}: {error.details()}"
+            if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED}:
+                text = await asyncio.to_thread(self._why, text)
+        if text != self.status.last_error:
+            LOG.warning("no session with %s: %s", self.status.coordinator, text)
+        self.status.last_error = text
+
+    def _why(self, otherwise: str) -> str:
+        address = self._address
+        try:
+            preflight(
+                self._kit, address.host, address.port, now=datetime.now(UTC), proxy=address.proxy
+            )
+        except (CertificateRefused, BadInput) as error:
+            return f"{error} (hint: {error.remedy})" if error.remedy else str(error)
+        except OSError as error:
+            return str(error)
+        return otherwise
+
+    # ----------------------------------------------------------------------------------- saying
+
+    def _put(self, frame: Any) -> bool:
+        if self._out is None:
+            return False
+        self._out.put_nowait(calls.SESSION.takes.pack(frame))
+        return True
+
+    def say(self, job: str, message: Any) -> None:
+        """Send a record, if there is a session."""
+        self._put(pack_record(job, message, TO_COORDINATOR))
+
+    def doing(self, job: str, what: str) -> None:
+        """Tell what this site is at, if there is a session."""
+        self._put(Doing(job, what))
+
+    async def goodbye(self, text: str) -> None:
+        """The last word of a site that stops in an orderly way."""
+        out = self._out
+        if out is None:
+            return
+        self._put(Goodbye("stopping", text))
+        for _ in range(100):
+            if out.empty():
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # what was written is on its way, which grpc does not tell
+
+    # -------------------------------------------------------------------------------- transfers
+
+    async def upload(self, job: str, header: bytes, digest: bytes, path: Path) -> None:
+        """A container, whole: inside the session where it is small, else in a call of its own."""
+        size = (await asyncio.to_thread(path.stat)).st_size
+        start = UploadStart(job, header, digest, size)
+        if size <= INLINE:
+            data = await asyncio.to_thread(path.read_bytes)
+            await self._inline(SmallUpload(start, data))
+            return
+        try:
+            while True:
+                channel = self._open()
+                found = await _unary(channel, calls.UPLOAD_OFFSET, start)
+                if found.complete:
+                    return
+                start = UploadStart(job, header, digest, size, found.offset)
+                begin: Any = channel.stream_unary(calls.UPLOAD.path)
+                call = begin(_frames(start, path))
+                receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
+                if receipt.complete:
+                    return
+        except grpc.aio.AioRpcError as error:
+            LOG.info("upload interrupted: %s", error.code().name.lower())
+            raise Offline from error
+
+    async def _inline(self, frame: SmallUpload) -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        self._receipts[frame.start.digest] = waiting
+        if not self._put(frame):
+            self._receipts.pop(frame.start.digest, None)
+            raise Offline
+        await waiting
+
+    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
+        """The chunks of a sum or a checkpoint; broken off, it goes on from where it stood."""
+        data = bytearray()
+        for _ in range(5):
+            try:
+                await self._download(DownloadStart(job, what, digest, len(data)), data)
+            except grpc.aio.AioRpcError as error:
+                LOG.info("download interrupted at %d: %s", len(data), error.code().name.lower())
+                if self._channel is None:
+                    raise Offline from error
+                await asyncio.sleep(0.2)
+                continue
+            return await asyncio.to_thread(container_chunks, bytes(data))
+        raise Offline
+
+    async def _download(self, start: DownloadStart, into: bytearray) -> None:
+        call = calls.DOWNLOAD
+        begin: Any = self._open().unary_stream(call.path)
+        stream = begin(call.takes.pack(start))
+        incoming = None
+        async for raw in stream:
+            frame = call.gives.unpack(raw, sender="coordinator")
+            if incoming is None:
+                if not isinstance(frame, DownloadHead) or frame.offset != start.offset:
+                    raise MalformedMessage(
+                        "download", found="another first frame", expected="its head",
+                        fault="coordinator",
+                    )  # fmt: skip
+                incoming = chunks.Incoming(frame, sender="coordinator")
+            else:
+                into += incoming.take(frame)
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise Offline
+        return self._channel
+
+
+async def _write(stream: Any, out: asyncio.Queue[bytes]) -> None:
+    while True:
+        await stream.write(await out.get())
+
+
+async def _frames(start: UploadStart, path: Path) -> AsyncIterator[bytes]:
+    """The upload's frames, read from disk in a thread one at a time."""
+    with path.open("rb") as file:
+        frames = chunks.upload(start, file)
+        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+            yield frame
+
+
+async def _unary(channel: grpc.aio.Channel, call: calls.Call[Any, Any], asked: Any) -> Any:
+    begin: Any = channel.unary_unary(call.path)
+    answer = await begin(call.takes.pack(asked))
+    return call.gives.unpack(answer, sender="coordinator")

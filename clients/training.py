@@ -1,0 +1,170 @@
+"""The site's end of its training process: asks, waits without blocking, starts it again if it died.
+
+Invariant: one request at a time; a process that died is a `TrainingFailed` of this request only, and
+the next request finds a new one. What failed inside is written to the site's log and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedcore.aggregate.jobstate import Column, JobState
+from fedcore.loopback import Contribution
+from fedcore.plan import ModelShape, RoundPlan, Wide
+from fedcore.protocol.course import Step
+from fedcore.types import FloatVector, Json
+
+LOG = logging.getLogger("fedcore.site.training")
+_LENGTH = struct.Struct(">I")
+
+
+class TrainingFailed(Exception):
+    """The task, its data or the process failed. reason: one of protocol/job.py REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a site found when it loaded a job's task and rows."""
+
+    shape: ModelShape
+    columns: tuple[Column, ...]
+    initial: FloatVector
+
+
+class Training:
+    """One training process, started when it is first asked for."""
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        self._command = command or (sys.executable, "-P", "-m", "fedcore_clients.worker")
+        self._process: asyncio.subprocess.Process | None = None
+        self._one = asyncio.Lock()
+        self._loads: dict[str, Json] = {}
+
+    async def start(self) -> None:
+        """Start the process now: before grpc, which makes starting one later less sure."""
+        async with self._one:
+            if not self._alive():
+                await self._start()
+
+    async def task_digest(self, task: str, base: str) -> tuple[str, str]:
+        """(name, digest) of an installed task."""
+        head, _ = await self._ask({"do": "digest", "task": task, "base": base})
+        return str(head["name"]), str(head["digest"])
+
+    async def load(
+        self,
+        job: str,
+        *,
+        task: str,
+        base: str,
+        digest: str,
+        settings: Mapping[str, Any],
+        site: str,
+        source: Any,
+    ) -> Loaded:
+        """Load the task and the site's rows. Raises TrainingFailed."""
+        asked = {
+            "do": "load", "job": job, "task": task, "base": base, "digest": digest,
+            "settings": dict(settings), "site": site, "source": source,
+        }  # fmt: skip
+        head, blobs = await self._ask(asked)
+        self._loads[job] = asked
+        shape = head["shape"]
+        sums = tuple(Wide(**wide) for wide in shape["metric_sums"])
+        columns = tuple((str(n), float(low), float(high)) for n, low, high in head["columns"])
+        initial = np.frombuffer(blobs[0], dtype="<f4").astype(np.float32)
+        return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial)
+
+    async def contribute(
+        self, job: str, plan: RoundPlan, step: Step, state: JobState
+    ) -> Contribution:
+        """The content of the site's vector for a step of the job. Raises TrainingFailed."""
+        asked = {
+            "do": "contribute", "job": job, "plan": plan.to_json(),
+            "step": [step.purpose, step.training_round],
+        }  # fmt: skip
+        head, blobs = await self._ask(asked, [state.to_bytes()], needs=job)
+        return np.frombuffer(blobs[0], dtype="<u8").astype(np.uint64), head["wides"]
+
+    async def forget(self, job: str) -> None:
+        """Free what is held of a job."""
+        if self._loads.pop(job, None) is not None and self._alive():
+            await self._ask({"do": "forget", "job": job})
+
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def _ask(
+        self, asked: Json, blobs: Sequence[bytes] = (), needs: str = ""
+    ) -> tuple[Json, list[bytes]]:
+        async with self._one:
+            try:
+                if not self._alive():
+                    await self._start()
+                    if needs:  # a new process: what the job needs is loaded again
+                        _told(*await self._exchange(self._loads[needs], ()))
+                return _told(*await self._exchange(asked, blobs))
+            except (
+                asyncio.IncompleteReadError,
+                ConnectionError,
+                BrokenPipeError,
+                OSError,
+            ) as error:
+                await self._end()
+                LOG.warning("the training process ended while it was asked to %s", asked["do"])
+                raise TrainingFailed("trouble") from error
+            except asyncio.CancelledError:
+                await self._end()  # its answer would be taken for the next one's
+                raise
+
+    async def _start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )  # fmt: skip
+
+    async def _exchange(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        data = json.dumps(asked | {"blobs": [len(blob) for blob in blobs]}).encode()
+        process.stdin.write(_LENGTH.pack(len(data)) + data)
+        for blob in blobs:
+            process.stdin.write(blob)
+        await process.stdin.drain()
+        (size,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
+        head: Json = json.loads(await process.stdout.readexactly(size))
+        return head, [await process.stdout.readexactly(length) for length in head["blobs"]]
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def close(self) -> None:
+        """End the process."""
+        await self._end()
+
+
+def _told(head: Json, blobs: list[bytes]) -> tuple[Json, list[bytes]]:
+    if "failed" in head:
+        LOG.error("%s: %s", head["failed"], head["text"])
+        raise TrainingFailed(str(head["failed"]))
+    return head, blobs

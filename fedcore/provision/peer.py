@@ -1,0 +1,159 @@
+"""Who a certificate names: one URI, `fedcore://<federation>/<role>/<name>`, and what it is good for.
+
+Invariant: a certificate names exactly one party. Two such URIs, or one in another spelling, name nobody.
+That the certificate was issued by the authority is TLS's finding, made before anything here is asked.
+The URI is a subject alternative name (RFC 5280, section 4.2.1.6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from fedcore.errors import BadInput, CertificateRefused, UnknownName
+
+ROLES = ("coordinator", "site", "operator", "observer")
+CLIENT_ROLES = ("site", "operator", "observer")
+"""Who connects; a coordinator is connected to."""
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_URI = re.compile(rf"fedcore://({_NAME})/({'|'.join(ROLES)})/({_NAME})")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One party as its certificate names it. begins, ends: its time of validity, in UTC."""
+
+    federation: str
+    role: str
+    name: str
+    serial: str  # hex, as `openssl x509 -serial` prints it but lower case
+    fingerprint: str  # hex SHA-256 of the certificate
+    begins: datetime
+    ends: datetime
+
+    def __str__(self) -> str:
+        """For messages; the serial is what an operator writes into the list of withdrawn ones."""
+        return f"{self.role} {self.name!r} of {self.federation!r}, serial {self.serial}"
+
+
+def check_name(what: str, name: str) -> str:
+    """`name` itself, where it can stand in a certificate. Raises BadInput."""
+    if not re.fullmatch(_NAME, name):
+        raise BadInput(
+            f"{what}: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or a digit"
+        )
+    return name
+
+
+def identity_uri(federation: str, role: str, name: str) -> str:
+    """What a certificate says of its holder. Raises BadInput, UnknownName."""
+    if role not in ROLES:
+        raise UnknownName("role", role, ROLES)
+    return f"fedcore://{check_name('federation', federation)}/{role}/{check_name('name', name)}"
+
+
+def peer_of(certificate_pem: bytes) -> Peer:
+    """The party a certificate names. Raises CertificateRefused for one that names nobody."""
+    certificate = read_certificate(certificate_pem)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except x509.ExtensionNotFound:
+        uris = []
+    ours = [uri for uri in uris if uri.casefold().startswith("fedcore:")]
+    match = _URI.fullmatch(ours[0]) if len(ours) == 1 else None
+    if match is None:
+        raise CertificateRefused(
+            f"certificate: found {', '.join(map(repr, ours)) or 'no federation'} in it, "
+            "expected one fedcore://FEDERATION/ROLE/NAME",
+            check="role",
+            remedy="use the certificate that was issued for this federation",
+        )
+    federation, role, name = match.groups()
+    return Peer(
+        federation=federation,
+        role=role,
+        name=name,
+        serial=f"{certificate.serial_number:x}",
+        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+        begins=certificate.not_valid_before_utc,
+        ends=certificate.not_valid_after_utc,
+    )
+
+
+def read_certificate(certificate_pem: bytes) -> x509.Certificate:
+    """The first certificate of a PEM text. Raises CertificateRefused."""
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        _ = certificate.extensions  # parsed on first use only
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise CertificateRefused(
+            "certificate: found bytes that are no X.509 certificate, expected one in PEM form",
+            check="readable",
+        ) from None
+    return certificate
+
+
+def require_federation(peer: Peer, federation: str) -> None:
+    """Return if the peer belongs to this federation, else raise CertificateRefused."""
+    if peer.federation != federation:
+        raise CertificateRefused(
+            f"certificate of {peer}: found federation {peer.federation!r}, expected {federation!r}",
+            check="federation",
+            remedy=f"use the certificate that was issued for {federation!r}",
+        )
+
+
+def require_role(peer: Peer, roles: Collection[str]) -> None:
+    """Return if the peer holds one of `roles`, else raise CertificateRefused."""
+    if peer.role not in roles:
+        raise CertificateRefused(
+            f"certificate of {peer}: found role {peer.role!r}, expected {' or '.join(sorted(roles))}",
+            check="role",
+            remedy="each role has a certificate of its own; ask the operator for the right one",
+        )
+
+
+def require_current(peer: Peer, now: datetime) -> None:
+    """Return if `now` (with a zone) lies in the certificate's time, else raise CertificateRefused."""
+    require_time(str(peer), peer.begins, peer.ends, now)
+
+
+def require_time(whose: str, begins: datetime, ends: datetime, now: datetime) -> None:
+    """`require_current` for a certificate that names no party: an authority's, a stranger's."""
+    if now < begins:
+        raise CertificateRefused(
+            f"certificate of {whose}: found not valid before {_time(begins)}, expected a beginning "
+            f"before {_time(now)}, the time here",
+            check="begins",
+            remedy="compare the clocks of both machines: one of them is wrong, or wait until then",
+        )
+    if now > ends:
+        raise CertificateRefused(
+            f"certificate of {whose}: found expired since {_time(ends)}, expected an end after "
+            f"{_time(now)}, the time here",
+            check="expired",
+            remedy="have a new certificate issued; if that date is still to come, the clock here is wrong",
+        )
+
+
+def require_rostered(peer: Peer, roster: Collection[str]) -> None:
+    """Return unless the peer is a site that `roster` does not name: then raise CertificateRefused."""
+    if peer.role == "site" and peer.name not in roster:
+        raise CertificateRefused(
+            f"certificate of {peer}: found site {peer.name!r}, expected one of the roster's "
+            f"{len(roster)} sites",
+            check="roster",
+            remedy=f"the operator adds {peer.name!r} and its identity key to roster.toml",
+        )
+
+
+def _time(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"

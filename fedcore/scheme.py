@@ -1,0 +1,176 @@
+"""What a protection puts behind the machines: a key epoch's payload, and what a site does with it.
+
+The shells, in one process or over a network, call these where an effect asks for them, so that packing,
+tag, masks, encryption and the checks of an opened sum stand in one order in one place.
+
+Invariant: nothing of a sum is returned before its tag was checked against exactly the listed survivors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcore.data.statistics import statistics_vector
+from fedcore.encode.bitpack import packed_size
+from fedcore.encode.pack import Layout, Opened
+from fedcore.errors import ReleaseRefused
+from fedcore.plan import ENCRYPTS, RoundHeader, RoundPlan, VectorSpec
+from fedcore.protect import Sealer, UnmaskableFold
+from fedcore.protect.entropy import Entropy
+from fedcore.protect.masking import add_masks
+from fedcore.protect.sealed import (
+    open_checkpoint,
+    open_notice,
+    seal_checkpoint,
+    seal_notice,
+)
+from fedcore.protect.sumtag import GroupSecret, SumTag, state_tag
+from fedcore.protocol import effects, messages
+from fedcore.store.container import vector_digest
+from fedcore.types import SiteId, Slots
+
+Masks = tuple[tuple[bytes, int], ...]
+"""(seed, sign) of masks, as they are laid on one vector."""
+
+
+@dataclass(frozen=True)
+class EpochSecrets:
+    """What a site holds of one key epoch: the group secret, and the key that opens sums."""
+
+    group: GroupSecret
+    sealer: Sealer
+
+    def tag(self, header: RoundHeader, state: bytes) -> bytes:
+        """HMAC under G of a site's own state."""
+        return state_tag(self.group, header.job, header.round, state)
+
+    def put_tag(
+        self, slots: Slots, layout: Layout, asked: effects.MakeVector, site: SiteId
+    ) -> None:
+        """The sum tag's share of this site, in place."""
+        tag = SumTag(self.group, asked.header, asked.state_tag)
+        layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], site))
+
+    def protect(self, slots: Slots, masks: Masks, slot_bits: int) -> list[bytes]:
+        """Masks, then encryption: the chunks of a tagged vector."""
+        add_masks(slots, masks, slot_bits)
+        return list(self.sealer.protect(slots))
+
+    def open(
+        self, chunks: Iterable[bytes], layout: Layout, asked: effects.OpenSum
+    ) -> tuple[Slots, Opened]:
+        """The sum, once its tag holds. Raises TagRefused and ChunkRefused."""
+        total = self.sealer.open(chunks, layout.slots)
+        tag = SumTag(self.group, asked.header, asked.state_tag)
+        tag.check(total[: layout.tagged_slots], layout.read_tag(total), asked.survivors)
+        places = [asked.header.place(each) for each in asked.survivors]
+        return total, layout.unpack(total, places)
+
+    def sum_mac(self, header: RoundHeader, total: Slots) -> bytes:
+        """HMAC under G of an opened sum."""
+        return self.group.authenticate(b"sum", header.digest + total.tobytes())
+
+    def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
+        """HMAC under G of the state a release leads to."""
+        return self.group.authenticate(b"new state", header.digest + state)
+
+    def seal_cause(
+        self, error: Exception, header: RoundHeader, site: SiteId, entropy: Entropy
+    ) -> bytes:
+        """Why this site refuses, for the other sites; the coordinator carries it and cannot read it."""
+        return seal_notice(self.group, str(error), header=header.digest, site=site, entropy=entropy)
+
+    def read_notice(self, notice: messages.Notice) -> str:
+        """The cause of another site's refusal. Raises EnvelopeRefused."""
+        return open_notice(self.group, notice.sealed, header=notice.header, site=notice.site)
+
+    def seal_state(
+        self, state: bytes, certificate: messages.Certificate, entropy: Entropy
+    ) -> bytes:
+        """A released state, for sites that missed it."""
+        header = certificate.header
+        return seal_checkpoint(
+            self.group, state, job=header.job, round_=header.round, certificate=certificate.hash,
+            entropy=entropy,
+        )  # fmt: skip
+
+    def open_state(self, sealed: bytes, certificate: messages.Certificate) -> bytes:
+        """The state of a certificate. Raises EnvelopeRefused."""
+        header = certificate.header
+        return open_checkpoint(
+            self.group, sealed, job=header.job, round_=header.round, certificate=certificate.hash
+        )
+
+
+def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
+    """What the vectors of a round hold, by the round's purpose."""
+    if purpose == "statistics":
+        return statistics_vector(features, plan.max_examples)
+    by_purpose = {
+        "range": plan.range_vector, "update": plan.update_vector, "metrics": plan.metrics_vector
+    }  # fmt: skip
+    return by_purpose[purpose]
+
+
+def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
+    """Raise ReleaseRefused for other bytes than the coordinator announced."""
+    if vector_digest(chunks) != asked.digest:
+        raise ReleaseRefused(
+            "sum", found="other bytes than announced", expected="the announced digest",
+            fault=messages.COORDINATOR,
+        )  # fmt: skip
+
+
+@dataclass
+class Scheme:
+    """Payloads, sealers and folds of one plan's protection."""
+
+    plan: RoundPlan
+
+    def __post_init__(self) -> None:
+        self._public: Any = None
+        if self.plan.protection in ENCRYPTS:
+            from fedcore.protect.bfv import Courier, PublicContext
+
+            self._public, self._courier = PublicContext.of(self.plan.packing), Courier()
+
+    def make_payload(self) -> bytes:
+        """A new random key epoch's secrets."""
+        if self._public is None:
+            return GroupSecret().to_bytes()
+        from fedcore.protect.bfv import SecretContext
+
+        return SecretContext(self._public).to_payload()
+
+    def open_payload(self, payload: bytes, maker: SiteId) -> EpochSecrets:
+        """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
+        if self._public is None:
+            from fedcore.protect.masked import MaskedSealer
+
+            group = GroupSecret.from_bytes(payload, sender=maker)
+            return EpochSecrets(group, MaskedSealer(self.plan.packing))
+        from fedcore.protect.bfv import EncryptedSealer, SecretContext
+
+        secret = SecretContext.from_payload(self._public, payload, sender=maker)
+        return EpochSecrets(secret.group, EncryptedSealer(secret, self._courier))
+
+    def upload_bytes(self, layout: Layout) -> int:
+        """What every site's vector weighs: a pure function, so any other size is refused."""
+        packing = self.plan.packing
+        if packing.ring is None:
+            return packed_size(layout.slots, packing.slot_bits)
+        from fedcore.protect.bfv import vector_size
+
+        return vector_size(packing.ring, layout.blocks, 1)
+
+    def fold(self, slots: int) -> UnmaskableFold:
+        """The coordinator's running sum."""
+        if self._public is None:
+            from fedcore.protect.masked import MaskedFold
+
+            return MaskedFold(self.plan.packing, slots)
+        from fedcore.protect.bfv import EncryptedFold
+
+        return EncryptedFold(self._public, slots, self._courier)

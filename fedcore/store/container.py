@@ -1,0 +1,154 @@
+"""One vector as a file: count, then for each chunk its length and its bytes (4 bytes each, big-endian).
+
+This is what travels in an upload or download and what lies in the spool, byte for byte. It can be read
+chunk by chunk, from any chunk on, and never has to fit into memory.
+Invariant: `check` accepts exactly the files that `write` can make: no tail, no length beyond the file.
+
+Two sizes must not be confused: a vector's size is that of its chunks (what a site signs), and the
+container is `overhead(count)` longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from fedcore.errors import StoreProblem, VectorRefused
+
+MAX_CHUNK = 1 << 23
+"""Bytes: a chunk of 64 full ciphertexts of the larger ring has 3.9 MB."""
+
+_NUMBER = struct.Struct(">I")
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What a container holds. digest: of the chunks, as sites sign it; size: their bytes together."""
+
+    digest: bytes
+    size: int
+    chunks: int
+
+
+def vector_digest(chunks: Iterable[bytes]) -> bytes:
+    """What a site signs of its vector: SHA-256 over the SHA-256 of every chunk, in order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).digest()
+
+
+def overhead(chunks: int) -> int:
+    """Bytes of a container beyond those of its chunks."""
+    return _NUMBER.size * (1 + chunks)
+
+
+def to_bytes(chunks: Iterable[bytes]) -> bytes:
+    """A small vector's container in memory."""
+    parts = list(chunks)
+    return b"".join([_NUMBER.pack(len(parts)), *(_NUMBER.pack(len(p)) + p for p in parts)])
+
+
+def write(
+    file: IO[bytes], chunks: Iterable[bytes], reserve: Callable[[int], None] = lambda _: None
+) -> Vector:
+    """Write the chunks into an empty, seekable file; one chunk is in memory at a time.
+
+    reserve: called with the bytes that come next, before they are written; it may raise.
+    """
+    reserve(_NUMBER.size)
+    file.write(_NUMBER.pack(0))
+    hashes, size, count = hashlib.sha256(), 0, 0
+    for chunk in chunks:
+        reserve(_NUMBER.size + len(chunk))
+        file.write(_NUMBER.pack(len(chunk)))
+        file.write(chunk)
+        hashes.update(hashlib.sha256(chunk).digest())
+        size, count = size + len(chunk), count + 1
+    file.seek(0)
+    file.write(_NUMBER.pack(count))
+    return Vector(hashes.digest(), size, count)
+
+
+def count(path: Path) -> int:
+    """Chunks of a complete container. Raises StoreProblem."""
+    with path.open("rb") as file:
+        return _number(file, path)
+
+
+def read(path: Path, first: int = 0, chunks: int | None = None) -> Iterator[bytes]:
+    """The chunks of a complete container from `first` on, all or so many. Raises StoreProblem."""
+    with path.open("rb") as file:
+        there = _number(file, path)
+        end = there if chunks is None else first + chunks
+        if not 0 <= first <= end <= there:
+            raise _damaged(path, f"{there} chunks", f"chunks {first} to {end - 1}")
+        for _ in range(first):
+            file.seek(_number(file, path), os.SEEK_CUR)
+        for _ in range(first, end):
+            size = _number(file, path)
+            chunk = file.read(size) if size <= MAX_CHUNK else b""
+            if len(chunk) != size:
+                raise _damaged(path, "a chunk cut short", f"one of {size} bytes")
+            yield chunk
+
+
+def _number(file: IO[bytes], path: Path) -> int:
+    data = file.read(_NUMBER.size)
+    if len(data) != _NUMBER.size:
+        raise _damaged(path, "the end of the file", "a chunk")
+    value: int = _NUMBER.unpack(data)[0]
+    return value
+
+
+def _damaged(path: Path, found: object, expected: object) -> StoreProblem:
+    return StoreProblem(
+        f"spool: {path}: found {found}, expected {expected}",
+        remedy="the file was damaged after it was stored: check the disk",
+    )
+
+
+def check(path: Path, *, fault: str) -> Vector:
+    """Read a container from its first byte to its last. Raises VectorRefused, fault of who sent it."""
+    hashes, size, found = hashlib.sha256(), 0, 0
+    left = path.stat().st_size - _NUMBER.size
+    with path.open("rb") as file:
+        chunks = _announced(file, "a vector with chunks", fault)
+        while found < chunks and left > 0:
+            length = _announced(file, "a chunk's length", fault)
+            left -= _NUMBER.size + length
+            if length > MAX_CHUNK:
+                raise _refused(f"a chunk of {length} bytes", f"at most {MAX_CHUNK}", fault)
+            hashes.update(_hash_of(file, length))
+            size, found = size + length, found + 1
+    if found != chunks or left:
+        raise _refused(
+            f"{found} of {chunks} chunks and {left} bytes behind them", "all and none", fault
+        )
+    return Vector(hashes.digest(), size, chunks)
+
+
+def _announced(file: IO[bytes], what: str, fault: str) -> int:
+    data = file.read(_NUMBER.size)
+    if len(data) != _NUMBER.size:
+        raise _refused(f"{len(data)} bytes", what, fault)
+    value: int = _NUMBER.unpack(data)[0]
+    return value
+
+
+def _hash_of(file: IO[bytes], length: int) -> bytes:
+    chunk = hashlib.sha256()
+    while length:
+        piece = file.read(min(length, _PIECE))
+        chunk.update(piece)
+        length -= len(piece)
+        if not piece:  # it shrank under us: the digest will not match
+            break
+    return chunk.digest()
+
+
+def _refused(found: object, expected: object, fault: str) -> VectorRefused:
+    return VectorRefused("vector", found=found, expected=expected, fault=fault)

@@ -1,0 +1,108 @@
+"""The calls there are: where each is, what it takes and gives, and whose certificate may make it.
+
+`grpc` needs no stubs for them: a server registers a handler per call and a client asks for
+`channel.stream_stream(call.path)`, both with bytes, which `call.takes` and `call.gives` pack and
+unpack. Invariant: the list is that of `federation.proto` (a test compares them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from fedcore.wire import frames
+from fedcore.wire.codec import Codec
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+SITE, OPERATOR, OBSERVER = "site", "operator", "observer"
+_SITES = frozenset({SITE})
+_OPERATORS = frozenset({OPERATOR})
+_READERS = frozenset({OPERATOR, OBSERVER})
+
+
+@dataclass(frozen=True)
+class Call(Generic[Q, A]):
+    """One call. takes, gives: its frames; takes_stream, gives_stream: one of them or many.
+
+    roles: of the certificates that may make it; the shell asks before it reads a frame.
+    """
+
+    service: str
+    name: str
+    takes: Codec[Q]
+    gives: Codec[A]
+    takes_stream: bool
+    gives_stream: bool
+    roles: frozenset[str]
+
+    @property
+    def path(self) -> str:
+        """What HTTP/2 calls it."""
+        return f"/{self.service}/{self.name}"
+
+
+COORDINATOR = "fedcore.v1.Coordinator"
+OPERATORS = "fedcore.v1.Operator"
+
+SESSION = Call(
+    COORDINATOR, "Session", frames.FROM_SITE, frames.TO_SITE,
+    takes_stream=True, gives_stream=True, roles=_SITES,
+)  # fmt: skip
+CHECK = Call(
+    COORDINATOR, "Check", frames.HELLO, frames.WELCOME,
+    takes_stream=False, gives_stream=False, roles=_SITES,
+)  # fmt: skip
+UPLOAD = Call(
+    COORDINATOR, "Upload", frames.UPLOAD, frames.UPLOAD_RECEIPT,
+    takes_stream=True, gives_stream=False, roles=_SITES,
+)  # fmt: skip
+UPLOAD_OFFSET = Call(
+    COORDINATOR, "UploadOffset", frames.UPLOAD_START, frames.UPLOAD_RECEIPT,
+    takes_stream=False, gives_stream=False, roles=_SITES,
+)  # fmt: skip
+DOWNLOAD = Call(
+    COORDINATOR, "Download", frames.DOWNLOAD_START, frames.DOWNLOAD,
+    takes_stream=False, gives_stream=True, roles=_SITES,
+)  # fmt: skip
+
+SUBMIT = Call(
+    OPERATORS, "Submit", frames.SUBMIT_REQUEST, frames.SUBMIT_REPLY,
+    takes_stream=False, gives_stream=False, roles=_OPERATORS,
+)  # fmt: skip
+JOBS = Call(
+    OPERATORS, "Jobs", frames.JOBS_REQUEST, frames.JOBS_REPLY,
+    takes_stream=False, gives_stream=False, roles=_READERS,
+)  # fmt: skip
+WATCH = Call(
+    OPERATORS, "Watch", frames.WATCH_REQUEST, frames.WATCH_EVENT,
+    takes_stream=False, gives_stream=True, roles=_READERS,
+)  # fmt: skip
+STOP = Call(
+    OPERATORS, "Stop", frames.JOB_REQUEST, frames.REPLY,
+    takes_stream=False, gives_stream=False, roles=_OPERATORS,
+)  # fmt: skip
+EVICT = Call(
+    OPERATORS, "Evict", frames.SITE_REQUEST, frames.REPLY,
+    takes_stream=False, gives_stream=False, roles=_OPERATORS,
+)  # fmt: skip
+RESULT = Call(
+    OPERATORS, "Result", frames.JOB_REQUEST, frames.FILE_PART,
+    takes_stream=False, gives_stream=True, roles=_READERS,
+)  # fmt: skip
+
+_ALL: tuple[Call[Any, Any], ...] = (
+    SESSION, CHECK, UPLOAD, UPLOAD_OFFSET, DOWNLOAD,
+    SUBMIT, JOBS, WATCH, STOP, EVICT, RESULT,
+)  # fmt: skip
+CALLS: Mapping[str, Call[Any, Any]] = MappingProxyType({call.path: call for call in _ALL})
+"""By path, as an interceptor meets them."""
+
+LENGTHS = (
+    ("grpc.max_receive_message_length", frames.MAX_FRAME),
+    ("grpc.max_send_message_length", frames.MAX_FRAME),
+)
+"""Options for servers and channels: grpc drops anything longer before it is in memory."""

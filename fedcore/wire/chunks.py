@@ -1,0 +1,135 @@
+"""A long run of bytes as parts, from any offset, and checked as it comes in.
+
+What travels is a vector's file as the spool keeps it (the chunk container) or a file of a result; here
+it is bytes, so that a file is sent from disk and received to disk without being held or understood.
+Parts are PART bytes, the last may be shorter.
+After a break a site asks `UploadOffset` and begins a new call there; a coordinator that finds a start
+at another offset than its spool's ends the call at once, with a receipt that names its own.
+
+Invariant: memory is one part, however long the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from fedcore.errors import MalformedMessage, VectorRefused
+from fedcore.wire.frames import (
+    DOWNLOAD,
+    UPLOAD,
+    DownloadHead,
+    DownloadPart,
+    FilePart,
+    Part,
+    UploadPart,
+    UploadStart,
+)
+from fedcore.wire.limits import PART
+
+
+def upload(start: UploadStart, source: BinaryIO) -> Iterator[bytes]:
+    """The packed frames of an upload, from `start.offset` of the source on."""
+    yield UPLOAD.pack(start)
+    for data in _pieces(source, start.offset, start.size):
+        yield UPLOAD.pack(Part(data))
+
+
+def download(head: DownloadHead, source: BinaryIO) -> Iterator[bytes]:
+    """The packed frames of a download, from `head.offset` of the source on."""
+    yield DOWNLOAD.pack(head)
+    for data in _pieces(source, head.offset, head.size):
+        yield DOWNLOAD.pack(Part(data))
+
+
+def _pieces(source: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
+    """Bytes [offset, size) of the source. Raises VectorRefused where it ends early."""
+    source.seek(offset)
+    while offset < size:
+        data = source.read(min(PART, size - offset))
+        if not data:
+            raise VectorRefused(
+                "file", found=f"{offset} bytes", expected=f"{size}", fault="this site"
+            )
+        yield data
+        offset += len(data)
+
+
+MAX_FILES = 256
+"""Of one result."""
+
+
+class Incoming:
+    """The receiving end of one upload or download: `take` gives each frame's bytes, in order.
+
+    size: bytes in all. offset: where the next part belongs; what is written up to there can be kept
+    when the connection breaks, and is where to go on.
+    """
+
+    def __init__(self, start: UploadStart | DownloadHead, *, sender: str) -> None:
+        self.size, self.offset, self.sender = start.size, start.offset, sender
+        if self.offset > self.size:
+            raise _malformed("offset", f"{self.offset}", f"at most {self.size}", sender)
+
+    def take(self, frame: UploadPart | DownloadPart) -> bytes:
+        """The bytes of the next part. Raises MalformedMessage, and VectorRefused beyond the size."""
+        if not isinstance(frame, Part):
+            raise _malformed("frame", f"a second {type(frame).__name__}", "a part", self.sender)
+        end = self.offset + len(frame.data)
+        if end > self.size:
+            raise VectorRefused(
+                "vector", found=f"{end} bytes or more", expected=f"{self.size}", fault=self.sender
+            )
+        if end < self.size and len(frame.data) != PART:  # or a trickle of bytes could keep us busy
+            raise _malformed("part", f"{len(frame.data)} bytes", f"{PART}", self.sender)
+        self.offset = end
+        return frame.data
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes came; whether they are the right ones is for whoever keeps them."""
+        return self.offset == self.size
+
+
+def file_parts(name: str, source: BinaryIO) -> Iterator[FilePart]:
+    """A file of a result, whole."""
+    offset, data = 0, source.read(PART)
+    while True:
+        following = source.read(PART)
+        yield FilePart(name, offset, data, not following)
+        if not following:
+            return
+        offset, data = offset + len(data), following
+
+
+class Files:
+    """The receiving end of a result: files one after the other, each whole and none twice."""
+
+    def __init__(self, *, sender: str) -> None:
+        self.sender = sender
+        self.done: set[str] = set()
+        self._open: str | None = None
+        self._offset = 0
+
+    def take(self, part: FilePart) -> FilePart:
+        """The next part, if it continues its file. Raises MalformedMessage."""
+        if self._open is None and part.name not in self.done:
+            self._open, self._offset = part.name, 0
+            if len(self.done) == MAX_FILES:
+                raise _malformed("files", "one more", f"at most {MAX_FILES}", self.sender)
+        if part.name != self._open or part.offset != self._offset:
+            raise _malformed("file", "a part out of order", "the next one", self.sender)
+        self._offset += len(part.data)
+        if part.last:
+            self.done.add(part.name)
+            self._open = None
+        return part
+
+    def finish(self) -> None:
+        """The stream ended. Raises MalformedMessage if it did so inside a file."""
+        if self._open is not None:
+            raise _malformed("file", "a part of it", "all of it", self.sender)
+
+
+def _malformed(what: str, found: str, expected: str, sender: str) -> MalformedMessage:
+    return MalformedMessage(what, found=found, expected=expected, fault=sender)

@@ -1,0 +1,393 @@
+"""Every frame of the wire with the limits of its fields; `federation.proto` says what they are for.
+
+`FROM_SITE.pack(Doing("job", "training", 40))` gives bytes, `FROM_SITE.unpack(data, sender="va")` gives
+the frame again. The shells pass bytes to grpc and from it, so that whatever comes in is judged here.
+
+Invariant: a frame beyond its limits is neither sent nor taken. No field carries free text of a site to
+the coordinator: what a site is doing is a word of `DOING`, and `Goodbye.text` is our own sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+from fedcore import __version__
+from fedcore.errors import MalformedMessage
+from fedcore.types import Json
+from fedcore.wire._generated import federation_pb2
+from fedcore.wire.codec import WIRE_VERSION, Codec, Form
+from fedcore.wire.limits import (
+    INLINE,
+    KIB,
+    MAX_JSON,
+    MAX_RECORD,
+    MAX_TOML,
+    PART,
+    SMALL,
+    Digest,
+    FileName,
+    Hex,
+    HexOrNone,
+    Id,
+    Line,
+    Number,
+    Offset,
+    Size,
+    length,
+    one_of,
+    text,
+    within,
+)
+
+DOING = (
+    "idle",
+    "loading",
+    "training",
+    "evaluating",
+    "protecting",
+    "uploading",
+    "downloading",
+    "opening",
+    "waiting",
+)
+"""What a site may be at."""
+
+GOODBYES = {
+    "stopping": True,  # this process ends; it may come back
+    "busy": True,  # too many at once
+    "malformed": True,  # a frame broke a rule of this file
+    "replaced": False,  # a newer session of the same site took its place
+    "version": False,  # the two sides speak different wire versions
+    "roster": False,  # the identity keys pinned on both sides differ, or the site is not among them
+    "revoked": False,  # the certificate was withdrawn
+    "evicted": False,  # an operator sent the site away
+}
+"""Why a session ends: code -> whether connecting again, after a while, can help."""
+
+WHAT = ("sum", "checkpoint")
+"""What a site may download."""
+
+Version = Annotated[int, within(WIRE_VERSION, WIRE_VERSION)]
+Software = Annotated[str, text(1, 64)]
+SOFTWARE = f"fedcore {__version__}"
+
+
+# ------------------------------------------------------------------------------------ session
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that a site allows, by name and by the hash of its code."""
+
+    name: Id
+    sha256: Hex
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a site stands in one job: hash of its last release certificate, key epoch, last round."""
+
+    job: Id
+    certificate: HexOrNone
+    epoch: Number
+    round: Number
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first frame of a site. pins: `roster_digest` of the identity keys it has pinned, hex."""
+
+    pins: Hex
+    tasks: Annotated[tuple[Task, ...], length(0, 64)] = ()
+    held: Annotated[tuple[Held, ...], length(0, 64)] = ()
+    software: Software = SOFTWARE
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The coordinator's answer. time_ms: its clock, milliseconds since 1970 UTC."""
+
+    federation: Id
+    time_ms: Number
+    software: Software = SOFTWARE
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class Record:
+    """A message of the protocol in its canonical bytes; `records.py` makes and reads it."""
+
+    job: Id
+    body: Annotated[bytes, length(1, MAX_RECORD)] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What the site is at. percent: of this one piece of work, 0 where unknown; never a count of rows."""
+
+    job: Id
+    what: Annotated[str, one_of(DOING)]
+    percent: Annotated[int, within(0, 100)] = 0
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Answered at once with a Pong of the same number, by the session and not by whoever trains."""
+
+    number: Number
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The answer to a Ping."""
+
+    number: Number
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    """The last frame of either side. text: for a person, one line of our own."""
+
+    code: Annotated[str, one_of(GOODBYES)]
+    text: Line = ""
+
+    @property
+    def again(self) -> bool:
+        """Whether connecting again can help."""
+        return GOODBYES[self.code]
+
+
+# ------------------------------------------------------------------------------------ vectors
+
+
+@dataclass(frozen=True)
+class UploadStart:
+    """What follows. header: h of the round; digest: what the site signed of its vector.
+
+    size: bytes that travel in all; offset: where the first part begins, from an UploadReceipt.
+    """
+
+    job: Id
+    header: Digest
+    digest: Digest
+    size: Size
+    offset: Offset = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The next bytes of a vector: PART of them, fewer only in the last."""
+
+    data: Annotated[bytes, length(1, PART)] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class UploadReceipt:
+    """How much of the upload with this digest is on the coordinator's disk.
+
+    complete: all of it, and its digest is this one. A receipt before all parts were sent says: go on
+    from `offset`, in a new call.
+    """
+
+    digest: Digest
+    offset: Offset
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class DownloadStart:
+    """Which bytes a site wants, and from where on."""
+
+    job: Id
+    what: Annotated[str, one_of(WHAT)]
+    digest: Digest
+    offset: Offset = 0
+
+
+@dataclass(frozen=True)
+class DownloadHead:
+    """The first frame of a download: how much there is in all, and where the first part begins."""
+
+    digest: Digest
+    size: Size
+    offset: Offset
+
+
+@dataclass(frozen=True)
+class SmallUpload:
+    """A whole vector in one frame; answered with an UploadReceipt in the session."""
+
+    start: UploadStart
+    data: Annotated[bytes, length(1, INLINE)] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SmallDownload:
+    """A whole sum or checkpoint in one frame, sent unasked beside the record that announces it."""
+
+    start: DownloadStart
+    data: Annotated[bytes, length(1, INLINE)] = field(repr=False)
+
+
+# ------------------------------------------------------------------------------------ operators
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """A job: its file as it is, the task's name and hash at the operator's machine.
+
+    about: JSON of what that machine found about the task, empty if nothing is needed.
+    """
+
+    toml: Annotated[bytes, length(1, MAX_TOML)]
+    task: Id
+    task_sha256: Hex
+    about: Annotated[bytes, length(0, MAX_JSON)] = b""
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class SubmitReply:
+    """The job's id."""
+
+    job: Id
+
+
+@dataclass(frozen=True)
+class JobsRequest:
+    """All jobs, please."""
+
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class JobsReply:
+    """A JSON object; `json_value` reads it."""
+
+    json: Annotated[bytes, length(2, MAX_JSON)]
+
+
+@dataclass(frozen=True)
+class WatchRequest:
+    """Events of a job; "" is the one that runs, or else the last."""
+
+    job: Annotated[str, text(0, 64)] = ""
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class WatchEvent:
+    """A JSON object; `json_value` reads it."""
+
+    json: Annotated[bytes, length(2, MAX_JSON)]
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Something about one job."""
+
+    job: Id
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class SiteRequest:
+    """Something about one site."""
+
+    site: Id
+    version: Version = WIRE_VERSION
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Done, in one line."""
+
+    text: Line = ""
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """The next bytes of a file of a result; a file ends with `last`, an empty one is one empty part."""
+
+    name: FileName
+    offset: Offset
+    data: Annotated[bytes, length(0, PART)] = field(repr=False)
+    last: bool
+
+
+def json_bytes(value: Json) -> bytes:
+    """An object as the JSON of a frame."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def json_value(data: bytes, *, sender: str) -> Json:
+    """The JSON object of a frame. Raises MalformedMessage."""
+    try:
+        value = json.loads(data, parse_constant=_no_such_number)
+    except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError too
+        value = None
+    if not isinstance(value, dict):
+        raise MalformedMessage("JSON", found="something else", expected="an object", fault=sender)
+    return cast("Json", value)
+
+
+def _no_such_number(name: str) -> None:
+    raise ValueError(name)
+
+
+# ------------------------------------------------------------------------------------ codecs
+
+FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye
+ToSite = Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye
+UploadPart = UploadStart | Part
+DownloadPart = DownloadHead | Part
+
+
+def _form(frame: type[Any], number: int = 0, most: int = SMALL) -> Form[Any]:
+    """How a frame travels; its protobuf class has its name, and a Part is bare bytes."""
+    message: Callable[[], Any] | None = None
+    if frame is not Part:
+        message = getattr(federation_pb2, frame.__name__)
+    return Form(frame, message, most, number)
+
+
+def _oneof(name: str, *frames: type[Any]) -> Codec[Any]:
+    """The frames of a `oneof`, numbered from 1."""
+    most = {Record: MAX_RECORD + KIB, Part: PART}
+    forms = (_form(each, at, most.get(each, SMALL)) for at, each in enumerate(frames, start=1))
+    return Codec(name, *forms)
+
+
+def _alone(frame: type[Any], most: int = SMALL) -> Codec[Any]:
+    return Codec(frame.__name__, _form(frame, most=most))
+
+
+FROM_SITE: Codec[FromSite] = _oneof("FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye)
+TO_SITE: Codec[ToSite] = _oneof(
+    "ToSite", Welcome, Record, Ping, UploadReceipt, SmallDownload, Goodbye
+)
+UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
+DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)
+
+HELLO: Codec[Hello] = _alone(Hello)
+WELCOME: Codec[Welcome] = _alone(Welcome)
+UPLOAD_START: Codec[UploadStart] = _alone(UploadStart)
+UPLOAD_RECEIPT: Codec[UploadReceipt] = _alone(UploadReceipt)
+DOWNLOAD_START: Codec[DownloadStart] = _alone(DownloadStart)
+SUBMIT_REQUEST: Codec[SubmitRequest] = _alone(SubmitRequest, MAX_TOML + MAX_JSON + KIB)
+SUBMIT_REPLY: Codec[SubmitReply] = _alone(SubmitReply)
+JOBS_REQUEST: Codec[JobsRequest] = _alone(JobsRequest)
+JOBS_REPLY: Codec[JobsReply] = _alone(JobsReply, MAX_JSON + KIB)
+WATCH_REQUEST: Codec[WatchRequest] = _alone(WatchRequest)
+WATCH_EVENT: Codec[WatchEvent] = _alone(WatchEvent, MAX_JSON + KIB)
+JOB_REQUEST: Codec[JobRequest] = _alone(JobRequest)
+SITE_REQUEST: Codec[SiteRequest] = _alone(SiteRequest)
+REPLY: Codec[Reply] = _alone(Reply)
+FILE_PART: Codec[FilePart] = _alone(FilePart, PART + KIB)
+
+MAX_FRAME = MAX_RECORD + 2 * KIB
+"""What grpc must let through (it stops at 4 MiB unless told): above every form's own limit."""

@@ -1,0 +1,109 @@
+"""Messages of the protocol inside `Record` frames, in the one byte form that is signed and hashed.
+
+Which types may come one way, and how long, is said once, in a table made by `travelling`; anything
+else is refused by its name, before it is read. Invariant: no type of a table has a field, however deep, that can hold
+a secret: such a table cannot be made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
+
+from fedcore.errors import MalformedMessage
+from fedcore.protect.secret import Secret
+from fedcore.protocol import epoch, messages
+from fedcore.protocol.encoding import decode, encode
+from fedcore.wire.frames import Record
+from fedcore.wire.limits import MAX_RECORD, SITE_RECORD
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record type that may come one way, of so many bytes at most."""
+
+    kind: type[Any]
+    most: int
+
+
+Table = Mapping[str, Entry]
+"""By the record's name; tables of one way join as mappings do: `{**FROM_SITES, **more}`."""
+
+
+def travelling(*types: type[Any], most: int) -> Table:
+    """A table of record types, each of at most so many bytes. Raises TypeError for one that may hold a
+    secret."""
+    for each in types:
+        _refuse_secrets(each, each.__name__, set())
+    return MappingProxyType({each.__name__: Entry(each, most) for each in types})
+
+
+def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
+    if hint is Any or (isinstance(hint, type) and issubclass(hint, Secret)):
+        raise TypeError(f"{where} may hold a secret: it cannot travel")
+    for each in get_args(hint):
+        _refuse_secrets(each, where, seen)
+    if is_dataclass(hint) and hint not in seen:
+        seen.add(hint)
+        hints = get_type_hints(hint)
+        for each in fields(hint):
+            _refuse_secrets(hints[each.name], f"{where}.{each.name}", seen)
+
+
+FROM_SITES: Table = {
+    **travelling(
+        *get_args(messages.SiteMessage), epoch.EpochKey, epoch.Grant, epoch.KeyHeld,
+        most=SITE_RECORD,
+    ),
+    **travelling(epoch.Grants, most=MAX_RECORD),
+}  # fmt: skip
+FROM_COORDINATOR: Table = travelling(
+    *get_args(messages.CoordinatorMessage),
+    epoch.EpochCall,
+    epoch.EpochKeys,
+    epoch.Granted,
+    epoch.GrantRequest,
+    most=MAX_RECORD,
+)
+"""What the round and the key epoch say each way; a shell adds its job's own messages."""
+
+
+def pack_record(job: str, message: Any, allowed: Table) -> Record:
+    """A message as a frame. Raises TypeError for one that does not travel this way, and
+    MalformedMessage (fault: this site) for one that is too long."""
+    entry = allowed.get(type(message).__name__)
+    if entry is None or entry.kind is not type(message):
+        raise TypeError(f"{type(message).__name__} does not travel this way")
+    return Record(job, _fitting(encode(message), entry, "this site"))
+
+
+def unpack_record(record: Record, allowed: Table, *, sender: str) -> Any:
+    """The message in a frame. Raises MalformedMessage (fault: sender).
+
+    A message names its site itself: that this is the sender is for the machines and their signatures.
+    """
+    entry = allowed.get(_name(record.body))
+    if entry is None:
+        known = "a message that travels this way"
+        raise MalformedMessage("record", found="another one", expected=known, fault=sender)
+    return decode(_fitting(record.body, entry, sender), entry.kind, sender=sender)
+
+
+def _fitting(body: bytes, entry: Entry, sender: str) -> bytes:
+    if len(body) > entry.most:
+        raise MalformedMessage(
+            entry.kind.__name__, found=f"{len(body)} bytes",
+            expected=f"at most {entry.most} bytes", fault=sender,
+        )  # fmt: skip
+    return body
+
+
+def _name(body: bytes) -> str:
+    """The type a record says it is, or "" where the bytes begin like none."""
+    if body[:2] != b"RS" or len(body) < 6:
+        return ""
+    (size,) = struct.unpack(">I", body[2:6])
+    return body[6 : 6 + min(size, 64)].decode(errors="replace")

@@ -1,0 +1,517 @@
+"""The fold in processes of its own: SEAL holds Python's lock, and would hold up every connection.
+
+A job's vectors are cut by ranges of chunks, one range to a worker. A worker keeps one running sum of its
+range, reads uploads from the spool by their paths, expands of each mask only its own range, and writes
+its chunks of the sum to a file; the coordinator's process never holds a vector.
+Invariants: an upload is in the sum of every worker or of none; `total` is the sum of exactly the uploads
+it is given, whatever was folded ahead and whichever worker died meanwhile; memory, here and there, does
+not grow with the number of sites. The bits are those of one fold over the whole vector: sums are exact,
+and chunks do not know of each other.
+
+Workers are started as commands and not forked, and before grpc: a fork under grpc hangs. They read
+requests from their standard input and end with it, so none outlives this process, however it dies.
+A request or answer is a header in JSON and a payload, each with its length; seeds of masks are payload.
+What an upload holds is not trusted: a worker that it kills takes nobody along, and the upload is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Protocol, Self, TypeVar
+
+from fedcore.errors import (
+    BadInput,
+    ChunkRefused,
+    FedcoreError,
+    PlanRefused,
+    StoreFull,
+    StoreProblem,
+    Unavailable,
+)
+from fedcore.plan import Packing, Ring
+from fedcore.protect import UnmaskableFold, words
+from fedcore.protect.masking import mask_sum
+from fedcore.protocol.effects import Mask
+from fedcore.store import container
+from fedcore.store.disk import make_folder, refusals
+from fedcore.types import Json
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds for one answer: a hundred times what ten million parameters take on one slow core."""
+
+_ATTEMPTS = 3
+"""A worker may die of something else than the upload in hand; not three times."""
+
+_LENGTHS = struct.Struct(">II")
+_SEED_BYTES = 32
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (BadInput, ChunkRefused, PlanRefused, StoreFull, StoreProblem, Unavailable)
+}
+
+
+def chunk_slots(packing: Packing) -> int:
+    """Slots of a whole chunk."""
+    if packing.ring is None:
+        return words.SLOTS_PER_CHUNK
+    from fedcore.protect.bfv import BLOCKS_PER_CHUNK
+
+    return BLOCKS_PER_CHUNK * packing.ring.degree
+
+
+# -------------------------------------------------------------------------- the coordinator's side
+
+
+class FoldPool:
+    """Worker processes. Start it before grpc; its jobs may come and go.
+
+    workers: processes, at least 1. scratch: a folder on the spool's file system for parts of sums.
+    One operation runs at a time, in a thread of its own, on all workers at once: an awaiting task that
+    is cancelled leaves it to end by itself.
+    """
+
+    def __init__(self, workers: int, scratch: Path) -> None:
+        if workers < 1:
+            raise BadInput(f"fold workers: found {workers}, expected at least 1")
+        self._scratch = scratch
+        with refusals("fold", scratch):
+            make_folder(scratch)
+            for left in scratch.glob("part-*"):
+                left.unlink()
+        self._workers = [_Worker() for _ in range(workers)]
+        self.closed = False
+        self._line = ThreadPoolExecutor(1, "fold")
+        self._hands = ThreadPoolExecutor(workers, "fold-worker")
+
+    def job(self, name: str, packing: Packing, slots: int) -> JobFold:
+        """The running sum of a vector of `slots` slots; it starts empty. `name` is unique in the pool."""
+        return JobFold(self, name, packing, slots)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The workers that are alive."""
+        return tuple(worker.pid for worker in self._workers if worker.alive)
+
+    def close(self) -> None:
+        """End the workers; what still runs is refused with StoreProblem."""
+        self.closed = True
+        for worker in self._workers:
+            worker.closed = True
+            worker.kill()
+        self._line.shutdown(wait=True, cancel_futures=True)
+        self._hands.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass
+class _Shard:
+    """One worker's range of chunks of one job, and which uploads are in its sum.
+
+    life: of the worker, when the sum was begun; another one means that the sum is gone.
+    """
+
+    worker: _Worker
+    first: int
+    chunks: int
+    slots: int
+    life: int = -1
+    held: list[Path] = field(default_factory=list)
+
+
+class JobFold:
+    """The running sum of one round's vectors. Made by `FoldPool.job`."""
+
+    def __init__(self, pool: FoldPool, name: str, packing: Packing, slots: int) -> None:
+        self._pool, self._name, self._packing = pool, name, packing
+        self._held: list[Path] = []
+        each = chunk_slots(packing)
+        self._chunks = -(-slots // each)
+        workers = pool._workers[: max(1, self._chunks)]
+        # Rounded down, so that the last range is the longer one: its last chunk is seldom whole.
+        bounds = [place * self._chunks // len(workers) for place in range(len(workers) + 1)]
+        self._shards = [
+            _Shard(worker, first, end - first, min(slots, end * each) - first * each)
+            for worker, first, end in zip(workers, bounds, bounds[1:], strict=False)
+        ]
+
+    async def add(self, path: Path) -> None:
+        """Fold a complete upload ahead of `total`; a second time does nothing.
+
+        Raises ChunkRefused for what is no vector of this plan, and then nothing of it is in the sum.
+        Ask before the upload is taken for the round: the protocol's machine cannot take it back.
+        """
+        await self._alone(lambda: self._add(path))
+
+    async def total(
+        self,
+        uploads: Iterable[Path],
+        masks: Sequence[Mask],
+        store: Callable[[Iterator[bytes]], T],
+    ) -> T:
+        """The sum of exactly these uploads without these masks: `store` gets its chunks, in order.
+
+        store: such as `lambda chunks: spool.put(job, "sum", chunks)`; called in a thread, and what it
+        returns comes back. The running sum is empty afterwards. May be repeated, with the same bits.
+        Raises StoreProblem, StoreFull.
+        """
+        wanted, laid = list(dict.fromkeys(uploads)), _laid(masks)
+        return await self._alone(lambda: self._total(wanted, laid, store))
+
+    async def end(self) -> None:
+        """Forget the running sum."""
+        await self._alone(self._end)
+
+    async def _alone(self, work: Callable[[], T]) -> T:
+        if self._pool.closed:
+            raise _ended()
+        return await asyncio.get_running_loop().run_in_executor(self._pool._line, work)
+
+    # ----------------------------------------------------------------- in the pool's own thread
+
+    def _add(self, path: Path) -> None:
+        if path in self._held:
+            return
+        refused = [error for error in self._each(lambda s: self._prepare(s, path)) if error]
+        if refused:
+            raise refused[0]
+        self._held.append(path)
+        self._each(lambda shard: self._commit(shard, path))
+
+    def _total(self, uploads: list[Path], masks: bytes, store: Callable[[Iterator[bytes]], T]) -> T:
+        if not uploads:
+            raise BadInput("sum: found no upload, expected at least one")
+        parts = [self._part(shard) for shard in self._shards]
+        self._held = uploads
+        try:
+            self._each(lambda shard: self._write(shard, self._part(shard), masks))
+            return store(chunk for part in parts for chunk in container.read(part))
+        finally:
+            self._held = []
+            for shard in self._shards:
+                shard.life = -1
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        self._held = []
+        for shard in self._shards:
+            shard.life = -1
+        self._each(self._forget)
+
+    def _part(self, shard: _Shard) -> Path:
+        return self._pool._scratch / f"part-{shard.first}"
+
+    def _each(self, work: Callable[[_Shard], T]) -> list[T]:
+        """On all workers at once; returns or raises only when all of them are done."""
+        running = [self._pool._hands.submit(work, shard) for shard in self._shards]
+        wait(running)
+        return [each.result() for each in running]
+
+    def _prepare(self, shard: _Shard, path: Path) -> FedcoreError | None:
+        """Read an upload beside the running sum; what is wrong with it, or None."""
+        try:
+            self._trying(shard, lambda: self._call(shard, {"op": "prepare", "path": str(path)}))
+        except _WorkerDied:
+            return ChunkRefused(
+                f"vector: found that reading it ended {_ATTEMPTS} fold workers, expected one to read it",
+                remedy="the coordinator's log has their last words; is memory short?",
+            )
+        except FedcoreError as error:
+            return error
+        return None
+
+    def _commit(self, shard: _Shard, path: Path) -> None:
+        """Into the sum with it. Where the worker died since, the sum is made again when it is needed."""
+        if shard.life == shard.worker.life:
+            with contextlib.suppress(_WorkerDied):
+                self._call(shard, {"op": "commit"})
+                shard.held.append(path)
+
+    def _write(self, shard: _Shard, part: Path, masks: bytes) -> None:
+        """This shard's chunks of the sum, into a file of their own."""
+        request = {"op": "sum", "path": str(part)}
+        try:
+            self._trying(shard, lambda: self._call(shard, request, masks))
+        except _WorkerDied as error:
+            raise StoreProblem(
+                f"fold: found that its worker ended {_ATTEMPTS} times, expected a sum",
+                remedy="the coordinator's log has its last words; is memory short?",
+            ) from error
+
+    def _forget(self, shard: _Shard) -> None:
+        """What a dead worker has done already."""
+        if shard.worker.alive:
+            with contextlib.suppress(_WorkerDied):
+                self._call(shard, {"op": "end"})
+
+    def _trying(self, shard: _Shard, work: Callable[[], None]) -> None:
+        """`work` on a shard whose sum is that of the held uploads, though its worker may die."""
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(_WorkerDied):
+                self._settle(shard)
+                work()
+                return
+        self._settle(shard)
+        work()
+
+    def _settle(self, shard: _Shard) -> None:
+        """Make the shard's sum that of the held uploads: from the spool, as far as it is not yet."""
+        worker = shard.worker
+        if not (worker.alive and shard.life == worker.life and set(shard.held) <= set(self._held)):
+            worker.wake()
+            begin = {
+                "op": "begin", "packing": _packing_form(self._packing), "slots": shard.slots,
+                "first": shard.first, "chunks": shard.chunks, "of": self._chunks,
+            }  # fmt: skip
+            self._call(shard, begin)
+            shard.life, shard.held = worker.life, []
+        for path in self._held:
+            if path not in shard.held:
+                try:
+                    self._call(shard, {"op": "prepare", "path": str(path)})
+                except ChunkRefused as error:
+                    raise StoreProblem(
+                        f"fold: found a spooled upload that cannot be read ({error})",
+                        remedy=f"look at {path}: it was taken before it was folded, or damaged since",
+                    ) from error
+                self._call(shard, {"op": "commit"})
+                shard.held.append(path)
+
+    def _call(self, shard: _Shard, request: Json, payload: bytes = b"") -> None:
+        shard.worker.call({"job": self._name, **request}, payload)
+
+
+def _laid(masks: Sequence[Mask]) -> bytes:
+    """Each mask's seed and one byte for its sign."""
+    return b"".join(seed.reveal() + (b"+" if sign == 1 else b"-") for seed, sign in masks)
+
+
+def _ended() -> StoreProblem:
+    return StoreProblem("fold: found its workers ended, expected them to run")
+
+
+class _WorkerDied(Exception):
+    """A worker gave no answer: it is gone, and so are its sums."""
+
+
+class _Worker:
+    """One process and the pipes to it. life: counts its starts; a sum belongs to one of them."""
+
+    def __init__(self) -> None:
+        self.life, self.closed = 0, False
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.life += 1
+        return subprocess.Popen(  # noqa: S603  # this interpreter on this very module
+            [sys.executable, "-P", "-m", __spec__.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wake(self) -> None:
+        """Start it again if it is gone."""
+        if self.closed:
+            raise _ended()
+        if not self.alive:
+            self.kill()
+            self._process = self._start()
+
+    def call(self, request: Json, payload: bytes) -> None:
+        """Ask and wait. Raises what the worker raised, or _WorkerDied."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            _send(self._process.stdin, request, payload)
+            self._wait()
+            answer, _ = _receive(self._process.stdout)
+        except (OSError, EOFError, ValueError) as error:
+            self.kill()
+            raise _WorkerDied from error
+        if "error" in answer:
+            raise _ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
+
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            assert self._process.stdout is not None
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(PATIENCE):
+                raise TimeoutError
+
+    def kill(self) -> None:
+        """End it now; a second call does nothing."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what a dead process will never read
+                if pipe is not None:
+                    pipe.close()
+
+
+# ------------------------------------------------------------------------------------ both sides
+
+
+def _send(pipe: IO[bytes], header: Json, payload: bytes = b"") -> None:
+    data = json.dumps(header).encode()
+    pipe.write(_LENGTHS.pack(len(data), len(payload)) + data + payload)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[Json, bytes]:
+    """The next frame. Raises EOFError at the end."""
+    header, payload = _LENGTHS.unpack(_exactly(pipe, _LENGTHS.size))
+    return json.loads(_exactly(pipe, header)), _exactly(pipe, payload)
+
+
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
+    data = pipe.read(size)
+    if len(data) != size:
+        raise EOFError
+    return data
+
+
+def _packing_form(packing: Packing) -> list[int]:
+    form = [packing.bits, packing.max_sites, packing.fields_per_slot]
+    return form if packing.ring is None else [*form, packing.ring.degree, packing.ring.modulus]
+
+
+def _packing_of(form: list[int]) -> Packing:
+    return Packing(form[0], form[1], form[2], Ring(form[3], form[4]) if form[3:] else None)
+
+
+# ------------------------------------------------------------------------------ the worker's side
+
+
+class _Mergeable(UnmaskableFold, Protocol):
+    """Both folds, which can also add another one's sum to their own."""
+
+    def merge(self, other: Self) -> None: ...
+
+
+class _Part:
+    """A worker's range of one job: the running sum, and one upload beside it that may yet be refused."""
+
+    def __init__(self, request: Json) -> None:
+        self._packing = _packing_of(request["packing"])
+        self._slots, self._of = request["slots"], request["of"]
+        self._first, self._chunks = request["first"], request["chunks"]
+        self._make = _maker(self._packing, self._slots, self._first)
+        self._sum = self._make()
+        self._beside: _Mergeable | None = None
+
+    def prepare(self, path: Path) -> None:
+        """Read this range of an upload. Raises ChunkRefused, StoreProblem."""
+        self._beside = None
+        fold = self._make()
+        with refusals("fold", path):
+            found = container.count(path)
+            if found != self._of:
+                raise ChunkRefused(f"vector: found {found} chunks, expected {self._of}")
+            for place, chunk in enumerate(container.read(path, self._first, self._chunks)):
+                fold.add(self._first + place, chunk)
+        self._beside = fold
+
+    def commit(self) -> None:
+        """Add what was read to the sum."""
+        assert self._beside is not None
+        self._sum.merge(self._beside)
+        self._beside = None
+
+    def write(self, path: Path, masks: bytes) -> None:
+        """Take the masks off and write the chunks of the sum. Raises StoreProblem."""
+        laid = [
+            (masks[at : at + _SEED_BYTES], 1 if masks[at + _SEED_BYTES] == ord("+") else -1)
+            for at in range(0, len(masks), _SEED_BYTES + 1)
+        ]
+        if laid:
+            start = self._first * chunk_slots(self._packing)
+            bits = self._packing.slot_bits
+            self._sum.remove(mask_sum(laid, self._slots, bits, first=start))
+        with refusals("fold", path), path.open("wb") as file:
+            container.write(file, self._sum.total())
+
+
+def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Mergeable]:
+    """How an empty fold of this range is made: ciphertexts, or words where nothing encrypts them."""
+    if packing.ring is None:
+        from fedcore.protect.masked import MaskedFold
+
+        return lambda: MaskedFold(packing, slots, first_chunk=first_chunk)
+    from fedcore.protect.bfv import Courier, EncryptedFold, PublicContext
+
+    public, courier = PublicContext.of(packing), Courier()
+    return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk)
+
+
+def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
+    """Do one request."""
+    job = request["job"]
+    match request["op"]:
+        case "begin":
+            parts[job] = _Part(request)
+        case "prepare":
+            parts[job].prepare(Path(request["path"]))
+        case "commit":
+            parts[job].commit()
+        case "sum":  # once: what is left of the masks' seeds and the sum goes with it
+            parts.pop(job).write(Path(request["path"]), payload)
+        case "end":
+            parts.pop(job, None)
+
+
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer requests until they end. An error of the tree is an answer; any other ends the process."""
+    parts: dict[str, _Part] = {}
+    while True:
+        try:
+            request, payload = _receive(requests)
+        except EOFError:
+            return
+        answer: Json = {}
+        try:
+            _obey(parts, request, payload)
+        except FedcoreError as error:
+            kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
+            answer = {"error": kind, "text": str(error), "remedy": error.remedy}
+        _send(answers, answer)
+
+
+def main() -> None:
+    """A worker: requests on standard input, answers on standard output, words on standard error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    with contextlib.suppress(BrokenPipeError):  # the coordinator is gone; there is nobody to tell
+        serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

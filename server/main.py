@@ -1,0 +1,94 @@
+"""The coordinator's process: opens what is on disk, starts the fold workers, then listens.
+
+Order matters: fold workers are started before grpc (a process made under grpc's threads may hang), and
+the journal is read before the port is bound, so a site never meets a coordinator that knows nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import grpc.aio
+from fedcore_server.config import FederationConfig
+from fedcore_server.folding import FoldPool
+from fedcore_server.jobs import House, Limits
+from fedcore_server.service import Coordinator, handlers, journal_path
+from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
+
+from fedcore.errors import BadInput
+from fedcore.provision.identities import read_roster
+from fedcore.provision.kit import Kit
+from fedcore.provision.revocation import Revocations
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.wire import calls
+
+LOG = logging.getLogger("fedcore.coordinator")
+
+GRACE_SECONDS = 5.0
+"""How long open calls may take to end after a signal."""
+
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
+    """Run until SIGTERM or SIGINT. said: one line for a person, once it listens. Raises FedcoreError."""
+    pins = read_roster(config.roster)
+    kit = Kit.load(config.kit)
+    if kit.peer.federation != config.name:
+        raise BadInput(
+            f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
+        )
+    limits = config.limits
+    with (
+        Journal.open(journal_path(config.folder), party=f"coordinator of {config.name}") as journal,
+        FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
+    ):
+        house = House(
+            config.name, pins, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
+            config.folder, Limits(limits.stage_seconds, limits.gather_seconds, limits.minimum_sites),
+        )  # fmt: skip
+        gate = Gate(
+            config.name, {**pins}.keys(), Revocations(config.revoked), lambda: datetime.now(UTC),
+            lambda error: LOG.error("%s", error),
+        )  # fmt: skip
+        asyncio.run(_serve(config, kit, house, gate, said))
+
+
+async def _serve(
+    config: FederationConfig, kit: Kit, house: House, gate: Gate, said: Callable[[str], None]
+) -> None:
+    hub = Coordinator(house, gate)
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE))
+    server.add_generic_rpc_handlers(handlers(hub))
+    port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
+    await server.start()
+    said(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, stop.set)
+    work = loop.create_task(hub.run())
+    waiting = loop.create_task(stop.wait())
+    try:
+        await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        waiting.cancel()
+        hub.say_goodbye()
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        await server.stop(GRACE_SECONDS)

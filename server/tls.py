@@ -1,0 +1,184 @@
+"""The coordinator's end of TLS: who may connect, and who a call comes from.
+
+Invariant: every port is TLS with a client certificate required, and every call is admitted anew, by
+`Gate`: version, federation, role, time, roster, withdrawal. gRPC checks the chain and the times when a
+connection begins; a session that outlives its certificate is ended by `Gate.still`.
+
+What is negotiated: gRPC's floor is TLS 1.2 and has no setting in Python, so a call under anything but
+1.3 is refused here. Between two of our own ends it is 1.3 with X25519MLKEM768, so what is recorded
+today stays closed to a quantum computer of tomorrow; `tests/unit/test_tls.py` reads both from a call.
+A gRPC server that refuses a certificate closes without saying why: `clients/tls.py` finds out.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+import grpc.aio
+
+from fedcore.errors import BadInput, CertificateRefused, PeerRefused
+from fedcore.provision.explain import printable, refusal_text
+from fedcore.provision.kit import Kit
+from fedcore.provision.peer import (
+    Peer,
+    peer_of,
+    require_current,
+    require_federation,
+    require_role,
+    require_rostered,
+)
+from fedcore.provision.revocation import Revocations
+
+SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
+"""Without it a second coordinator binds the same port in silence and takes half of the sites."""
+
+LOOPBACK = ("127.0.0.1", "::1")
+EVERYWHERE = ("::",)
+"""IPv6 and IPv4; gRPC falls back to IPv4 where a machine has no IPv6."""
+
+TLS_VERSION = "TLSv1.3"
+
+ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def server_credentials(kit: Kit) -> grpc.ServerCredentials:
+    """TLS with this certificate, for clients with one of the same authority only.
+
+    Raises CertificateRefused for a kit that is not a coordinator's.
+    """
+    require_role(kit.peer, ["coordinator"])
+    return grpc.ssl_server_credentials(
+        [(kit.key_pem.reveal(), kit.certificate_pem)],
+        root_certificates=kit.authority_pem,
+        require_client_auth=True,
+    )
+
+
+def bind(
+    server: grpc.aio.Server,
+    credentials: grpc.ServerCredentials,
+    *,
+    hosts: Sequence[str] = EVERYWHERE,
+    port: int = 0,
+) -> tuple[int, tuple[str, ...]]:
+    """Bind every address to one port (0: a free one); the port, and the addresses it is bound to.
+
+    hosts: IP addresses. `::1` is left out on a machine without IPv6 if something else is bound; whatever
+    else cannot be bound raises BadInput. `server` must have been made with SERVER_OPTIONS.
+    """
+    bound: list[str] = []
+    for host in hosts:
+        try:
+            version = ipaddress.ip_address(host).version
+        except ValueError:
+            raise BadInput(
+                f"listen: found {host!r}, expected an IP address, as ::1 or 0.0.0.0"
+            ) from None
+        address = f"[{host}]" if version == 6 else host
+        try:
+            port = server.add_secure_port(f"{address}:{port}", credentials)
+        except RuntimeError:
+            cause = _cause(host, port)
+            if host == "::1" and cause in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL} and bound:
+                continue
+            raise _unbound(f"{address}:{port}", cause) from None
+        bound.append(f"{address}:{port}")
+    if not bound:
+        raise BadInput("listen: found no address, expected one, as :: for all of this machine")
+    return port, tuple(bound)
+
+
+@dataclass
+class Gate:
+    """Whom the coordinator lets in. roster: the sites' names, read live. clock: now, with a zone.
+
+    trouble: told when the list of withdrawn certificates changed and cannot be read.
+    """
+
+    federation: str
+    roster: Collection[str]
+    revocations: Revocations
+    clock: Callable[[], datetime]
+    trouble: Callable[[BadInput], None]
+
+    def admit(self, context: ServicerContext, roles: Collection[str]) -> Peer:
+        """The peer of a call that may make it, else CertificateRefused: see `refuse`."""
+        peer = peer_of_call(context)
+        require_federation(peer, self.federation)
+        require_role(peer, roles)
+        self.still(peer)
+        return peer
+
+    def still(self, peer: Peer) -> None:
+        """What can end while a session lasts: time, roster, withdrawal. Raises CertificateRefused.
+
+        Cheap enough to be asked every second for every session.
+        """
+        try:
+            self.revocations.refresh()
+        except BadInput as error:
+            self.trouble(error)
+        self.revocations.check(peer)
+        require_current(peer, self.clock())
+        require_rostered(peer, self.roster)
+
+
+def peer_of_call(context: ServicerContext) -> Peer:
+    """Who calls, from the connection's own certificate. Raises CertificateRefused."""
+    about = context.auth_context()
+    certificates = list(about.get("x509_pem_cert", ()))
+    if not certificates:
+        raise CertificateRefused(
+            "call: found no certificate on its connection, expected one", check="readable"
+        )
+    peer = peer_of(certificates[0])
+    version = b" ".join(about.get("ssl_tls_version", ())).decode()
+    if version != TLS_VERSION:
+        raise CertificateRefused(
+            f"connection of {peer}: found {version or 'an unknown version of TLS'}, "
+            f"expected {TLS_VERSION}",
+            check="version",
+            remedy="use fed-site, or another client that speaks TLS 1.3",
+        )
+    return peer
+
+
+async def refuse(context: ServicerContext, error: PeerRefused) -> NoReturn:
+    """End a call with the line that its caller should see. Raises what gRPC raises."""
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal_text(error))
+    raise AssertionError  # pragma: no cover  abort never returns
+
+
+def _cause(host: str, port: int) -> int:
+    """The errno that a plain socket meets here, or 0: gRPC says only that it failed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, port))
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def _unbound(address: str, cause: int) -> BadInput:
+    found, remedy = {
+        errno.EADDRINUSE: (
+            "it in use",
+            "another coordinator runs here, or another program has this port: stop it or choose another",
+        ),
+        errno.EACCES: ("no permission", "ports below 1024 need privileges; choose a higher one"),
+        errno.EADDRNOTAVAIL: (
+            "no such address on this machine",
+            "listen on an address of this machine, or on :: for all of them",
+        ),
+    }.get(cause, ("an address that cannot be bound", "choose another address or port"))
+    return BadInput(
+        f"listen on {printable(address)}: found {found}, expected a free port", remedy=remedy
+    )
