@@ -88,8 +88,16 @@ class RoundSection(_Section):
         return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+class Reference(_Section):
+    """A value from elsewhere that a metric is held against where pooling is impossible."""
+
+    metric: str
+    value: float
+    source: str
+
+
 class TrackSection(_Section):
-    """[track]: what is compared, and with how many bootstrap resamples."""
+    """[track]: what is compared, with how many bootstrap resamples, and against which value."""
 
     arms: tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...] = (
         "centralised",
@@ -105,6 +113,7 @@ class TrackSection(_Section):
         return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
 
     resamples: int = Field(1000, ge=0)
+    reference: Reference | None = None
 
 
 SECTIONS: dict[str, type[_Section]] = {
@@ -222,7 +231,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 sites = _sites_of(value, here)
             elif key.startswith("sites."):
                 sites[key.removeprefix("sites.")] = _absolute(value, here)
-            elif key and (key in SECTIONS or isinstance(value, Mapping)):
+            elif key and key not in KEYS and (key in SECTIONS or isinstance(value, Mapping)):
                 _merge_section(merged, key, value)
             else:
                 base = here if key == "task" else base

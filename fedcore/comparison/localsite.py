@@ -143,7 +143,7 @@ class LocalSite:
         """The content of this site's vector for a step of the job, from the state it starts from."""
         if step.purpose == "statistics":
             return statistics_of(self.site.train)
-        site = self._rows(state.statistics)
+        site = self.standard_rows(state)
 
         def metric_sums(site: SiteRows, server: ServerState) -> dict[str, list[int]]:
             return self.transport.sums(self.scored(server.model, site, step.training_round - 1))
@@ -166,8 +166,9 @@ class LocalSite:
             site=site.id,
         )  # fmt: skip
 
-    def _rows(self, statistics: Statistics | None) -> SiteRows:
+    def standard_rows(self, state: JobState) -> SiteRows:
         """The site's rows as inputs; standardised once for the statistics they go by."""
+        statistics = state.statistics
         if statistics is None:
             return self.site
         if self._standardised is None or self._standardised[0].to_json() != statistics.to_json():

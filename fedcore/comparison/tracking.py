@@ -1,0 +1,120 @@
+"""Accuracy where pooling is impossible: what a deployed site can say of each round (DESIGN s9).
+
+Three numbers per metric: of the released model on this site's own test rows; of a model that the site
+trains alone, as the arm `local_only` does; and over all sites' test rows, from the sums that rode in the
+round's vector (of the model the round started from). The gap to a registered reference stands beside.
+
+Invariant: nothing here leaves the site; the sums over all sites are those every site opened anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedcore.aggregate.jobstate import JobState
+from fedcore.comparison.localsite import LocalSite, standardised
+from fedcore.comparison.metrics import Scores, evaluate_scores
+from fedcore.comparison.transport import MetricTransport
+from fedcore.config import Reference
+from fedcore.data.statistics import finish_statistics, site_sums
+from fedcore.learn.own import OwnModel
+from fedcore.learn.score import Scored, score
+from fedcore.plan import RoundPlan
+from fedcore.protocol.course import Step
+from fedcore.sitework import SiteRows
+from fedcore.types import Json
+
+
+class Tracker:
+    """One site's record of a job, round by round."""
+
+    def __init__(self, local: LocalSite, plan: RoundPlan) -> None:
+        self._local, self._plan = local, plan
+        self._alone_rows = _by_own_statistics(local.site)
+        self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
+        self._trained = 0
+
+    def row(
+        self, step: Step, state: JobState, wides: Mapping[str, Sequence[int]], sites: int
+    ) -> Json:
+        """What is known after a released step.
+
+        state: the one it led to; wides: its opened sums, of `sites` sites.
+        """
+        local, transport = self._local, self._local.transport
+        rounds = min(step.training_round, self._plan.rounds)
+        self._train_alone(rounds)
+        shared = local.scored(state.server.model, local.standard_rows(state), rounds)
+        here, alone = values_of(transport, shared), values_of(transport, self._scored_alone(rounds))
+        everywhere = transport.finish(wides, sites)
+        row: Json = {
+            "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
+            "alone": alone, "gained": _difference(here, alone),
+            "everywhere_before": everywhere,
+        }  # fmt: skip
+        reference = local.job.track.reference
+        if reference is not None:
+            row["reference"] = against(reference, everywhere)
+        return row
+
+    def _train_alone(self, rounds: int) -> None:
+        """Bring the model trained alone to the same number of rounds; a new process starts over."""
+        site = self._alone_rows
+        while self._trained < rounds:
+            self._trained += 1
+            self._alone.train(
+                site.train, seed=self._local.job.run.seed, round_=self._trained, site=site.id
+            )
+
+    def _scored_alone(self, rounds: int) -> Scored | None:
+        site = self._alone_rows
+        if not len(site.test):
+            return None
+        return score(
+            self._local.task, self._alone.module, site.test, seed=self._local.job.run.seed,
+            round_=rounds, site=site.id,
+        )  # fmt: skip
+
+
+def _by_own_statistics(site: SiteRows) -> SiteRows:
+    """The rows as the arm `local_only` has them: standardised by the site's own statistics."""
+    raw: Any = site.train
+    if raw.features is None:
+        return site
+    own = finish_statistics(
+        raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
+    )
+    return replace(site, train=standardised(site.train, own), test=standardised(site.test, own))
+
+
+def values_of(transport: MetricTransport, scored: Scored | None) -> dict[str, float | None]:
+    """{metric: value} of one site's scored rows; None where they cannot say it."""
+    names = [metric.name for metric in transport.metrics] + list(transport.own)
+    if scored is None:
+        return dict.fromkeys(names)
+    if scored.own is not None:
+        pairs = ((name, scored.own[name]) for name in transport.own)
+        return {name: total / count if count else None for name, (total, count) in pairs}
+    rows = Scores(scored.outputs, scored.targets, np.zeros(len(scored.targets), dtype=np.int64))
+    return evaluate_scores(rows, transport.metrics)
+
+
+def _difference(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> Json:
+    found: Json = {}
+    for name, value in a.items():
+        other = b[name]
+        found[name] = None if value is None or other is None else value - other
+    return found
+
+
+def against(reference: Reference, values: Mapping[str, float | None]) -> Json:
+    """The registered value, and the gap to it: positive means that the federation is below it."""
+    found = values.get(reference.metric)
+    return {
+        "metric": reference.metric, "value": reference.value, "source": reference.source,
+        "gap": None if found is None else reference.value - found,
+    }  # fmt: skip

@@ -1,0 +1,94 @@
+"""What a deployed site records of accuracy: the numbers are those of the simulation's own arms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fedcore
+from fedcore.aggregate.jobstate import JobState
+from fedcore.comparison.localsite import LocalSite
+from fedcore.comparison.tracking import Tracker
+from fedcore.config import build_job, plan_of
+from fedcore.encode.pack import Opened
+from fedcore.errors import BadInput
+from fedcore.learn.flat import single_thread
+from fedcore.protocol.course import first_step, step_after
+from fedcore.task import load_task
+
+REFERENCE = {"metric": "auc", "value": 0.95, "source": "a registry"}
+SETTINGS = {
+    "rounds": 2, "seed": 1, "protection": "plain", "resamples": 0, "max_examples": 512,
+    "reference": REFERENCE,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Rows of every site's tracker, and the run that simulates the same job."""
+    task = load_task("heart")
+    job = build_job(task.defaults, SETTINGS)
+    rows = {}
+    with single_thread():
+        sites = {n: LocalSite(task, job, n, s, 512) for n, s in dict(task.sites).items()}
+        first = next(iter(sites.values()))
+        plan = plan_of(job, first.shape, tuple(sites), 512)
+        trackers = {name: Tracker(site, plan) for name, site in sites.items()}
+        state, step = JobState.initial(plan, first.initial), first_step(plan, first.shape.features)
+        while step is not None:
+            found = [site.contribute(plan, step, state) for site in sites.values()]
+            sums = {
+                name: [sum(map(int, each)) for each in zip(*(w[name] for _, w in found), strict=True)]
+                for name in found[0][1]
+            }  # fmt: skip
+            opened = Opened(sum(f.astype(np.uint64) for f, _ in found), sums)
+            state = state.after(plan, step, opened, len(sites), first.columns)
+            if step.purpose in {"update", "metrics"}:
+                for name, tracker in trackers.items():
+                    rows.setdefault(name, []).append(tracker.row(step, state, sums, len(sites)))
+            step = step_after(plan, step, released=True)
+    out = tmp_path_factory.mktemp("run") / "run"
+    return rows, fedcore.simulate(task, out=out, **SETTINGS)
+
+
+def test_here_and_alone_are_the_arms_of_the_simulation_at_this_site(recorded):
+    rows, run = recorded
+    for name, found in rows.items():
+        last, expected = found[-1], run.result["per_site"][name]
+        for metric in ("auc", "accuracy"):
+            assert last["here"][metric] == expected["federated"][metric]
+            assert last["alone"][metric] == expected["local_only"][metric]
+            if last["here"][metric] is not None:
+                gained = expected["federated"][metric] - expected["local_only"][metric]
+                assert last["gained"][metric] == pytest.approx(gained, abs=1e-12)
+
+
+def test_everywhere_is_what_the_protected_sums_say(recorded):
+    rows, run = recorded
+    last = next(iter(rows.values()))[-1]
+    assert last["purpose"] == "metrics" and last["sites"] == 4
+    assert last["everywhere_before"] == run.result["protected_metrics"]
+    assert all(
+        found[-1]["everywhere_before"] == last["everywhere_before"] for found in rows.values()
+    )
+
+
+def test_the_gap_to_a_registered_value_is_signed_like_every_gap(recorded):
+    rows, run = recorded
+    said = next(iter(rows.values()))[-1]["reference"]
+    assert said["gap"] == 0.95 - run.result["protected_metrics"]["auc"] and said["gap"] > 0
+    assert {key: said[key] for key in REFERENCE} == REFERENCE
+
+
+def test_one_row_a_round_and_a_process_that_starts_over_says_the_same(recorded):
+    rows, _ = recorded
+    for found in rows.values():
+        assert [(row["round"], row["purpose"]) for row in found] == [
+            (1, "update"), (2, "update"), (2, "metrics")
+        ]  # fmt: skip
+        assert found[1]["here"] == found[2]["here"] and found[1]["alone"] == found[2]["alone"]
+
+
+def test_a_reference_of_another_form_is_refused_with_its_path():
+    with pytest.raises(BadInput, match=r"track\.reference\.source: found"):
+        build_job({"track": {"reference": {"metric": "auc", "value": 0.9}}})
