@@ -90,10 +90,14 @@ from fedcore.types import SiteId
 @dataclass(frozen=True)
 class Hub:
     """What the coordinator knows of a job. pins: {site: Ed25519 public key}; patience: seconds a stage
-    waits for silent sites before it goes on without them."""
+    waits for silent sites before it goes on without them.
+
+    enough: over-selection: so many vectors (and at least t) end the wait for vectors; 0 for all.
+    """
 
     pins: Mapping[SiteId, bytes]
     patience: float = 600.0
+    enough: int = 0
 
 
 # ------------------------------------------------------------------------------------ what happens
@@ -875,6 +879,8 @@ def _settle_one(move: _Move, now: float) -> None:
         _give_up(move, came + missing)
     elif not missing:
         _CLOSE[type(stage)](move)
+    elif isinstance(stage, Collecting) and 0 < move.hub.enough <= came >= stage.header.threshold:
+        _CLOSE[Collecting](move)  # who comes later has an answer in the next round
     elif now >= stage.until:
         if came < stage.header.threshold:
             _give_up(move, came)

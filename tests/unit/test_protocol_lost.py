@@ -254,3 +254,32 @@ def test_only_the_maker_is_asked_again_for_everybodys_grants():
     sent = [message for _, _, message in epochs.queue]
     assert [type(message) for message in sent] == [epoch.Grants, epoch.KeyHeld]
     assert [grant.recipient for grant in sent[0].grants] == ["s01", "s02", "s03"]
+
+
+# --------------------------------------------------------------------------------- over-selection
+
+
+@pytest.mark.parametrize("protection", ["masked", "encrypted"])
+@pytest.mark.parametrize(("enough", "survivors"), [(0, 5), (3, 4), (4, 4), (5, 5), (9, 5)])
+def test_enough_vectors_end_the_wait_for_more(protection, enough, survivors):
+    """Of five sites one is slow; the threshold is four whatever is enough."""
+    parties = Parties(5, protection=protection)
+    parties.hub = replace(parties.hub, enough=enough)
+    parties.begin()
+    slow = []
+    while parties.queue:
+        sender, to, event = parties.queue.popleft()
+        if isinstance(event, coordinator.Uploaded) and sender == "s01" and not slow:
+            slow.append((sender, to, event))
+            continue
+        parties.deliver(to, event)
+    parties.queue.extend(slow)
+    parties.pump()
+    last = parties.finish()
+    assert len(last.certificate.survivors) == survivors and parties.now == 0.0
+    assert len(parties.folded) == survivors
+    left_out = "s01" not in last.certificate.survivors
+    assert left_out == (survivors == 4)
+    assert isinstance(parties.stages["s01"], site.Idle), "told that the round is over"
+    parties.catch_up()
+    assert isinstance(parties.play(), coordinator.Released), "and it is in the next one"
