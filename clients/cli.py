@@ -1,10 +1,13 @@
-"""fed-site: one institution's process."""
+"""fed-site: one institution's process, and what a person there asks it.
+
+Results go to stdout, everything said on the way to stderr; exit codes are those of every command
+(`fedcore/errors.py`). grpc, torch and pydantic are imported inside commands, so `--help` answers at once.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,39 +17,99 @@ os.environ.setdefault(
 
 import typer
 
-from fedcore.errors import FedcoreError
+from fedcore.edge import emit, run, say, start_logging
+from fedcore.errors import EXIT_REFUSED
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="A site of a federation: its process, and what it is at.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
-Config = Annotated[Path, typer.Option("--config", help="site.toml")]
+Config = Annotated[Path, typer.Option("--config", help="The site's file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+_HERE = Path("site.toml")
+
+
+@app.command("run")
+def run_site(
+    config: Config = _HERE,
+    health: Annotated[
+        int | None,
+        typer.Option(
+            "--health", min=0, max=65535, help="Answer /healthz and /readyz on this loopback port."
+        ),
+    ] = None,
+) -> None:
+    """Take part in the federation until told to stop."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.main import run as begin
+
+    start_logging()
+    begin(read_config(config), typer.echo, health)
 
 
 @app.command()
-def run(config: Config = Path("site.toml")) -> None:
-    """Take part in the federation until told to stop."""
+def check(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Try everything this site needs: config, keys, tasks and their hashes, data, network, clock."""
+    from fedcore_clients.check import examine
+
+    found = []
+    for each in examine(config):
+        found.append(each)
+        if as_json:
+            continue
+        typer.echo(f"{'OK  ' if each.ok else 'FAIL'}  {each.name:<12}  {each.found}")
+        if each.traceback:
+            say(each.traceback.rstrip())
+        if each.remedy:
+            typer.echo(f"      hint: {each.remedy}")
+    failed = [each for each in found if not each.ok]
+    if as_json:
+        emit({"ok": not failed, "checks": [each.to_json() for each in found]})
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
+
+
+@app.command()
+def status(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """What this site's process is at: connection, jobs, rounds, errors, last model."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.main import run as run_site
+    from fedcore_clients.status import read_status, status_lines
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run_site(read_config(config), lambda line: print(line, flush=True))
+    found = read_status(read_config(config).folder)
+    if as_json:
+        emit(found)
+    else:
+        for line in status_lines(found):
+            typer.echo(line)
+    if not found["running"]:
+        raise typer.Exit(EXIT_REFUSED)
 
 
-@app.callback()
-def _main() -> None:
-    """A site of a federation."""
+@app.command()
+def model(
+    job: Annotated[str, typer.Argument(help="The job's id, as `fed-site status` prints it.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write, *.safetensors.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model that this site was released, with its statistics, as `fedcore simulate` does."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.model import export_model
+
+    found = export_model(read_config(config), job, out)
+    if as_json:
+        emit(found.to_json())
+    else:
+        typer.echo(f"wrote {out}: after round {found.round}, sha256 {found.model_sha256}")
 
 
-def main() -> None:
-    """Entry point: one line and a hint for every error of ours."""
-    try:
-        app(standalone_mode=False)
-    except FedcoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.remedy:
-            print(f"hint: {error.remedy}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fed-site` command; always ends in SystemExit."""
+    run(app, "fed-site", arguments)
 
 
 if __name__ == "__main__":

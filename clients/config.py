@@ -7,25 +7,22 @@ folder = "state"          minimum_sites = 3
 [tasks.heart]             # a task this site takes part in, by the name jobs call it
 task = "heart"            # where it is: as for `fedcore simulate --task`
 sha256 = "..."            # `fed-site check` prints it
-source = "va.csv"         # given to the task's `data` as it is
+source = "va.csv"         # given to the task's `data`; written like a path, it counts from here
 """
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from fedcore.errors import BadInput, UnknownName
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from fedcore.config import beside
+from fedcore.provision.reach import endpoint
+from fedcore.tables import Section, read_toml
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """[tasks.NAME]: what is installed, what it must hash to, and this site's data for it."""
 
     task: str
@@ -33,7 +30,7 @@ class TaskSection(_Section):
     source: Any = None
 
 
-class SiteConfig(_Section):
+class SiteConfig(Section):
     """A site as its operator runs it; paths are absolute. base: the file's folder."""
 
     site: str
@@ -47,53 +44,35 @@ class SiteConfig(_Section):
     minimum_sites: int = Field(3, ge=3)
     patience_seconds: float = Field(1800.0, gt=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
-    tasks: dict[str, TaskSection] = {}
+    tasks: dict[str, TaskSection] = Field(default_factory=dict)
 
     @property
     def host(self) -> str:
         """Name or address of the coordinator."""
-        return self.coordinator.rpartition(":")[0].strip("[]")
+        return endpoint(self.coordinator)[0]
 
     @property
     def port(self) -> int:
-        """Its port. Raises BadInput."""
-        text = self.coordinator.rpartition(":")[2]
-        if not self.host or not text.isdecimal() or not 0 < int(text) < 65536:
-            raise BadInput(
-                f"coordinator: found {self.coordinator!r}, expected host:port, as hub.example.org:7443"
-            )
-        return int(text)
+        """Its port."""
+        return endpoint(self.coordinator)[1]
 
-
-_PATHS = ("kit", "identity", "roster", "folder")
+    @property
+    def through(self) -> str:
+        """The proxy's URL, or "" for none."""
+        return "" if self.proxy == "none" else self.proxy
 
 
 def read_config(path: Path) -> SiteConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(
-            f"{path}: found no such file", remedy="`fedcore up` writes one to start from"
-        ) from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not readable as TOML: {error}") from error
-    here = path.resolve().parent
-    for key in _PATHS:
-        if isinstance(tables.get(key), str):
-            tables[key] = str(here / tables[key])
-    try:
-        found = SiteConfig.model_validate({**tables, "base": str(here)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UnknownName(f"{path.name}: key", place, list(SiteConfig.model_fields)) from error
-        what = "nothing" if first["type"] == "missing" else repr(first["input"])
-        words = str(first["msg"]).removeprefix("Input should be ").lower()
-        raise BadInput(
-            f"{path.name}: {place}: found {what}, expected "
-            f"{'a value' if first['type'] == 'missing' else words}"
-        ) from error
-    _ = found.port
-    return found
+    found = read_toml(
+        SiteConfig,
+        path,
+        paths=("kit", "identity", "roster", "folder"),
+        base=str(path.resolve().parent),
+    )
+    endpoint(found.coordinator, f"{path.name}: coordinator")
+    tasks = {
+        name: task.model_copy(update={"source": beside(task.source, found.base)})
+        for name, task in found.tasks.items()
+    }
+    return found.model_copy(update={"tasks": tasks})

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +23,14 @@ from fedcore_clients.training import Loaded, TrainingFailed
 from fedcore.aggregate.jobstate import Column, JobState
 from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Layout
-from fedcore.errors import BadInput, FedcoreError, PeerRefused, Refused
+from fedcore.errors import BadInput, FedcoreError, PeerRefused, Refused, StoreProblem
 from fedcore.files import write_atomic
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundHeader, RoundPlan, canonical
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey
 from fedcore.protect.secret import SecretBytes
+from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.protocol import course, effects, epoch, job, messages, site
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import Standing
@@ -42,6 +43,9 @@ from fedcore.types import Json, SiteId
 
 LOG = logging.getLogger("fedcore.site.job")
 ROUND = "round"
+
+_AGAIN = 2.0
+"""Seconds before what found no session, or no room on the disk, is tried again at the latest."""
 
 
 class Contributor(Protocol):
@@ -125,13 +129,21 @@ class _Connected:
     """A new session."""
 
 
+@dataclass(frozen=True)
+class _Trouble:
+    """The disk refused work beside the queue."""
+
+    error: Exception
+
+
 def wire_settings(settings: bytes) -> Json:
     """The job's tables of an offer. Raises BadInput."""
     try:
         found = json.loads(settings)
-    except ValueError as error:
+        same = canonical(found) == settings
+    except (ValueError, RecursionError) as error:
         raise BadInput("job: found settings that are no JSON") from error
-    if not isinstance(found, dict) or canonical(found) != settings:
+    if not isinstance(found, dict) or not same:
         raise BadInput("job: found settings in another form, expected canonical JSON")
     return found
 
@@ -159,6 +171,14 @@ class SiteJob:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._beside: set[asyncio.Task[None]] = set()
         self._inline: dict[bytes, list[bytes]] = {}
+        self._making: asyncio.Task[None] | None = None
+        self._early: messages.Certificate | None = None
+        self._catching = ""
+        self._ending: job.JobEnded | None = None
+        self._groups: dict[str, str] = {}
+        """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
+        self._online = asyncio.Event()
+        self._loading = asyncio.Lock()
 
     # --------------------------------------------------------------------------- coming back
 
@@ -193,6 +213,7 @@ class SiteJob:
             if isinstance(record, site.Certified | site.CheckpointTaken):
                 journal.put(name, "certificate", encode(record.certificate))
         self._recover_state()
+        self._groups = json.loads(journal.get(name, "groups") or b"{}")
         held = journal.get(name, "epoch")
         if held is not None:
             self.epoch = decode(held, object)
@@ -224,31 +245,81 @@ class SiteJob:
 
     def connected(self) -> None:
         """There is a new session."""
+        self._online.set()
         self._queue.put_nowait(_Connected())
 
     async def run(self) -> None:
-        """Handle events until cancelled. A stage's deadline is an event too."""
+        """Handle events until cancelled. A stage's deadline is an event too.
+
+        Where the disk refuses, everything is read from it again, as a new process would, and goes on.
+        """
+        while True:
+            try:
+                await self._serve()
+            except (StoreProblem, OSError) as error:
+                self._note(error)
+                await self.close()
+                while not await self._again():
+                    pass
+
+    async def _serve(self) -> None:
         if self.plan is not None and self.ended is None:
+            self._tidy()
+            if not isinstance(self.stage, site.IN_ROUND):
+                self._keep_stage()  # a round that ended just before: its secrets go
             await self._machine(site.Restarted())
+            await self._install_held()
             await self._epoch_machine(epoch.Again())
-        elif self.plan is None:
+            self._aside(self._load_again())
+        elif self.ended is None and self.survey is None:
             self._aside(self._load())
         while True:
-            wait = self._wait()
             try:
-                event = await asyncio.wait_for(self._queue.get(), wait)
+                # Not wait_for: before Python 3.12 it may lose a cancellation.
+                async with asyncio.timeout(self._wait()):
+                    event = await self._queue.get()
             except TimeoutError:
                 event = _Done(site.Tick())
-            try:
-                await self._handle(event)
-            except (PeerRefused, Refused, BadInput) as error:
-                self._note(error)
+            for each in (event, _Done(site.Tick())) if self._wait() == 0 else (event,):
+                try:
+                    await self._handle(each)
+                except (PeerRefused, Refused, BadInput) as error:
+                    self._note(error)
+
+    async def _again(self) -> bool:
+        """After a pause, what a new process would know. False: the disk still refuses."""
+        await asyncio.sleep(_AGAIN)
+        try:
+            fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
+        except (StoreProblem, OSError) as error:
+            self._note(error)
+            return False
+        for name in ("plan", "features", "columns", "state", "epoch", "stage", "secrets", "ended",
+                     "_scheme", "_member", "_groups"):  # fmt: skip
+            setattr(self, name, getattr(fresh, name))
+        self._catching, self._early, self._making, self._ending = "", None, None, None
+        self._queue.put_nowait(_Connected())
+        return True
+
+    def _tidy(self) -> None:
+        """Remove the spool's rounds that a crash kept from being removed."""
+        keep = self.stage.header.digest if isinstance(self.stage, site.IN_ROUND) else b""
+        for found in self.party.spool.rounds(self.id):
+            if found != keep:
+                self.party.spool.discard(self.id, found)
+
+    async def _install_held(self) -> None:
+        """A process that ended between taking a key epoch and starting it begins it now."""
+        held = self.epoch
+        if isinstance(held, epoch.Holding) and held.epoch > self.stage.standing.epoch:
+            await self._install(epoch.Install(held.epoch, held.held.key_id, held.payload))
 
     def _wait(self) -> float | None:
         until = getattr(self.stage, "until", None)
         if until is None or not isinstance(self.stage, site.IN_ROUND):
             return None
-        return max(0.0, float(until) - self.party.clock()) + 0.001
+        left = float(until) - self.party.clock()
+        return left + 0.001 if left > 0 else 0.0
 
     def _note(self, error: Exception) -> None:
         self.last_error = str(error)
@@ -260,21 +331,35 @@ class SiteJob:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
 
-    def _aside(self, work: Awaitable[None]) -> None:
+    def _aside(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def guarded() -> None:
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await work
+            except asyncio.CancelledError:
+                pass
+            except (StoreProblem, OSError) as error:
+                self._queue.put_nowait(_Trouble(error))
+            except (FedcoreError, TrainingFailed) as error:
+                self._note(error)
+            except Exception as error:
+                LOG.exception("job %s: a fault of this side", self.id)
+                self.last_error = type(error).__name__
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        return task
 
     # ------------------------------------------------------------------------------- events
 
     async def _handle(self, event: Any) -> None:
         match event:
+            case _Trouble(error):
+                raise error
             case _Connected():
                 await self._reconnected()
+            case _Done(site.CaughtUp(certificate)) if not self._missed(certificate):
+                pass  # it came twice, or a round began meanwhile: it is offered again
             case _Done(inner, header) if not header or self._is_round(header):
                 await self._machine(inner)
             case _Told(message):
@@ -284,7 +369,12 @@ class SiteJob:
         found: RoundHeader | None = getattr(self.stage, "header", None)
         return found is not None and found.digest == header
 
+    def _missed(self, certificate: messages.Certificate) -> bool:
+        number = certificate.header.round
+        return isinstance(self.stage, site.Idle) and number > self.stage.standing.released
+
     async def _reconnected(self) -> None:
+        self._online.clear()
         if self.ended is not None:
             return
         if self.survey is not None and self.plan is None:
@@ -295,6 +385,15 @@ class SiteJob:
         await self._epoch_machine(epoch.Again())
         if isinstance(self.stage, site.IN_ROUND):
             await self._machine(site.Reconnected())
+        else:
+            self._stand()
+
+    def _stand(self) -> None:
+        """Between rounds, say where."""
+        if isinstance(self.stage, site.Halted):
+            # The word of the refusal may have been lost: without it no new key epoch would come.
+            refusal = messages.Leave(bytes(32), self.party.id, messages.RELEASE_REFUSED)
+            self.link.say(self.id, refusal)
         else:
             self._rest()
 
@@ -310,6 +409,10 @@ class SiteJob:
                 await self._end(message)
             case job.JobOffer():
                 pass  # said again after a new session
+            case _ if self.plan is None:
+                pass  # still loading: what is meant for this site is said again when it agreed
+            case messages.Certificate():
+                await self._certified(message)
             case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
                 await self._epoch_machine(epoch.FromHub(message))
             case messages.Announce():
@@ -340,10 +443,28 @@ class SiteJob:
         self.last_error = job.REASONS[reason]
         self.link.say(self.id, job.Unable(self.id, self.party.id, reason))
 
+    async def _load_again(self) -> None:
+        """A new process has to load the rows anew, and must find the plan it agreed to."""
+        async with self._loading:
+            if self.survey is not None:
+                return
+            settings = wire_settings(self.offer.settings)
+            found = await self.contributor.load(
+                self.id, settings, self.offer.task, self.offer.task_digest
+            )
+            assert self.plan is not None
+            complete = build_job(settings)
+            mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
+            if mine.digest != self.plan.digest:
+                raise TrainingFailed("plan differs")
+            self.survey = found
+
     def _take_plan(self, offered: job.PlanOffer) -> None:
         """Make the plan here, and go on only if the offered one is the same."""
         if self.plan is not None:
             self._agree()
+            if not isinstance(self.stage, site.IN_ROUND):
+                self._stand()  # the coordinator may have lost it
             return
         if self.survey is None:
             return  # still loading: the coordinator offers it again
@@ -396,22 +517,35 @@ class SiteJob:
     async def _epoch_machine(self, event: Any) -> None:
         assert self._member is not None
         assert self._scheme is not None
-        self.epoch, found = epoch.step_site(self._member, self.epoch, event)
+        after, found = epoch.step_site(self._member, self.epoch, event)
+        for effect in found:
+            if isinstance(effect, effects.Persist):
+                self.party.journal.put(self.id, "epoch", encode(effect.record))
+        self.epoch = after
         for effect in found:
             match effect:
-                case effects.Persist(record=record):
-                    self.party.journal.put(self.id, "epoch", encode(record))
                 case effects.Send(message=message):
                     self.link.say(self.id, message)
                 case epoch.MakeSecrets():
                     payload = await asyncio.to_thread(self._scheme.make_payload)
                     await self._epoch_machine(epoch.SecretsMade(SecretBytes(payload)))
                 case epoch.Install():
-                    self._use(effect.payload, self.epoch.header.maker)
-                    if effect.epoch > self.stage.standing.epoch:
-                        await self._machine(site.NewEpoch(effect.epoch, effect.key_id))
-                        self._keep_stage()
-                    self._rest()
+                    await self._install(effect)
+
+    async def _install(self, effect: epoch.Install) -> None:
+        """Begin a key epoch; a round of the one before is over."""
+        if effect.epoch > self.stage.standing.epoch:
+            if isinstance(self.stage, site.IN_ROUND):
+                await self._machine(site.Superseded())
+            self._use(effect.payload, self.epoch.header.maker)
+            assert self.secrets is not None
+            self._groups[str(effect.epoch)] = self.secrets.group.to_bytes().hex()
+            self.party.journal.put(self.id, "groups", canonical(self._groups))
+            await self._machine(site.NewEpoch(effect.epoch, effect.key_id))
+            self._keep_stage()
+        else:
+            self._use(effect.payload, self.epoch.header.maker)
+        self._rest()
 
     def _use(self, payload: SecretBytes, maker: SiteId) -> None:
         assert self._scheme is not None
@@ -432,11 +566,29 @@ class SiteJob:
                 course.check_step(self.plan, self.features, self.state.done, header)
             tag = b"" if self.secrets is None else self._tag(header)
             await self._machine(site.Invited(announce, tag), refusing=False)
+            self._tidy()
         except PeerRefused as error:
             self._note(error)
             if not isinstance(self.stage, site.IN_ROUND):
                 await self._machine(site.Declined(header))
                 self._rest()
+
+    async def _certified(self, certificate: messages.Certificate) -> None:
+        """Apply a release; where this site is not that far, it leaves the round and catches up.
+
+        A sum that is being opened is opened to its end first: its checks may still refuse the release.
+        """
+        stage = self.stage
+        if isinstance(stage, site.Opening) and certificate.header.digest == stage.header.digest:
+            self._early = certificate
+        elif (
+            isinstance(stage, site.IN_ROUND)
+            and not isinstance(stage, site.Stated)
+            and certificate.header.digest == stage.header.digest
+        ):
+            await self._machine(site.Superseded())
+        else:
+            await self._machine(site.Received(certificate))
 
     def _tag(self, header: RoundHeader) -> bytes:
         assert self.secrets is not None
@@ -463,7 +615,20 @@ class SiteJob:
         ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
         if ended or isinstance(event, site.CaughtUp):
             self._keep_stage()
+            self._stop_making()
             self._rest()
+            if self._ending is not None:
+                await self._end(self._ending)
+        elif isinstance(after, site.Stated) and self._early is not None:
+            certificate, self._early = self._early, None
+            if certificate.header.digest == after.header.digest:
+                await self._machine(site.Received(certificate))
+
+    def _stop_making(self) -> None:
+        """Training for a round that is over would only keep the next one waiting."""
+        if self._making is not None and not self._making.done():
+            self._making.cancel()
+        self._making = None
 
     async def _refuse(self, error: Exception) -> None:
         assert self._member is not None
@@ -476,8 +641,12 @@ class SiteJob:
 
     def _journal(self, found: Sequence[Any]) -> None:
         records = [e.record for e in found if isinstance(e, effects.Persist)]
-        if records:
-            self.party.journal.append(self.id, ROUND, records)
+        put = {}
+        for effect in found:
+            if isinstance(effect, effects.Apply):
+                put["certificate"] = encode(effect.certificate)
+        if records or put:
+            self.party.journal.append(self.id, ROUND, records, put=put)
 
     def _keep_stage(self) -> None:
         """Between rounds one record says all; those of the round, and its secrets, go for good."""
@@ -490,7 +659,7 @@ class SiteJob:
             case effects.Warn(text=text):
                 LOG.warning("%s", text)
             case effects.MakeVector():
-                self._aside(self._make_vector(effect))
+                self._making = self._aside(self._make_vector(effect))
             case effects.Upload(submit=submit):
                 self._aside(self._upload(submit))
             case effects.OpenSum():
@@ -516,6 +685,7 @@ class SiteJob:
             assert self.plan is not None
             assert self.state is not None
             step = course.Step(header.purpose, header.training_round)
+            await self._load_again()
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(self.id, self.plan, step, self.state)
             self.link.doing(self.id, "protecting")
@@ -526,6 +696,10 @@ class SiteJob:
             event = site.Refused(failed)
         except FedcoreError as error:
             self._note(error)
+            self._unable("trouble")
+            event = site.Refused(error)
+        except Exception as error:
+            LOG.exception("job %s: a fault of this side", self.id)
             self._unable("trouble")
             event = site.Refused(error)
         self._queue.put_nowait(_Done(event, header.digest))
@@ -541,34 +715,61 @@ class SiteJob:
         return self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest)
 
     async def _upload(self, submit: messages.Submit) -> None:
-        """Retried at the next session, where the machine asks for it again."""
+        """Until it is there whole, or the round has gone on."""
         stored = await asyncio.to_thread(
             self.party.spool.find, self.id, "vector", header=submit.header
         )
         if stored is None:
             return
         self.link.doing(self.id, "uploading")
-        with contextlib.suppress(Offline):
-            await self.link.upload(self.id, submit.header, submit.digest, stored.path)
-            self.link.doing(self.id, "waiting")
+        while isinstance(self.stage, site.Submitted) and self._is_round(submit.header):
+            with contextlib.suppress(Offline):
+                await self.link.upload(self.id, submit.header, submit.digest, stored.path)
+                self.link.doing(self.id, "waiting")
+                return
+            await self._session_or_pause()
+
+    async def _session_or_pause(self) -> None:
+        """Wait for a new session; the present one may serve as well a little later."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AGAIN):
+                await self._online.wait()
+        await asyncio.sleep(0.05)
+
+    async def _fetch(self, what: str, digest: bytes, wanted: Callable[[], bool]) -> list[bytes]:
+        """A sum or checkpoint, as long as it is wanted. Raises Offline when it is not any more."""
+        while wanted():
+            chunks = self._inline.pop(digest, None)
+            if chunks is not None:
+                return chunks
+            with contextlib.suppress(Offline):
+                return await self.link.download(self.id, what, digest)
+            await self._session_or_pause()
+        raise Offline
 
     async def _open_sum(self, asked: effects.OpenSum) -> None:
         """Download, open, check, and put the state it leads to on disk, unused until it is certified."""
+
+        def wanted() -> bool:
+            here = isinstance(self.stage, site.Opening) and self._is_round(asked.header.digest)
+            return here and self._early is None
+
         try:
-            chunks = self._inline.pop(asked.digest, None)
-            if chunks is None:
+            if asked.digest not in self._inline:
                 self.link.doing(self.id, "downloading")
-                chunks = await self.link.download(self.id, "sum", asked.digest)
+            chunks = await self._fetch("sum", asked.digest, wanted)
             self.link.doing(self.id, "opening")
             event: Any = await asyncio.to_thread(self._opened, asked, chunks)
-        except Offline:
-            return  # asked again by Reconnected
+        except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
+            event = site.Superseded() if self._early is not None else None
+            self._early = None
         except (PeerRefused, Refused, BadInput) as error:
             self._note(error)
             assert self.secrets is not None
             sealed = self.secrets.seal_cause(error, asked.header, self.party.id, OsEntropy())
             event = site.Refused(error, sealed)
-        self._queue.put_nowait(_Done(event, asked.header.digest))
+        if event is not None:
+            self._queue.put_nowait(_Done(event, asked.header.digest))
 
     def _opened(self, asked: effects.OpenSum, chunks: list[bytes]) -> site.SumOpened:
         assert self.plan is not None
@@ -595,7 +796,6 @@ class SiteJob:
         sync_folder(path.parent)
 
     def _apply(self, certificate: messages.Certificate) -> None:
-        self.party.journal.put(self.id, "certificate", encode(certificate))
         candidate = self._state_path(f"candidate-{certificate.header.round}")
         candidate.replace(self._state_path("current"))
         sync_folder(candidate.parent)
@@ -614,10 +814,14 @@ class SiteJob:
         certificate = decode(kept, messages.Certificate)
         if certificate.hash != wanted.certificate or standing.certificate != wanted.certificate:
             return
-        sealed = self.secrets.seal_state(self.state.to_bytes(), certificate, OsEntropy())
+        group = self._groups.get(str(certificate.header.epoch))
+        if group is None:
+            return
+        data = bytes.fromhex(group) + self.state.to_bytes()
+        sealed = self.secrets.seal_state(data, certificate, OsEntropy())
         name = f"checkpoint-{certificate.header.round}"
         stored = await asyncio.to_thread(self.party.spool.put, self.id, name, _pieces(sealed))
-        with contextlib.suppress(Offline):
+        with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
             digest = certificate.header.digest
             await self.link.upload(self.id, digest, stored.digest, stored.path)
             self.link.say(
@@ -631,28 +835,52 @@ class SiteJob:
     async def _catch_up(self, offered: job.CheckpointOffer) -> None:
         """Take the state of a release this site missed, if its certificate bears it out."""
         certificate = offered.certificate
+        if self._catching == certificate.hash:
+            return
+        self._catching = certificate.hash
+
+        def wanted() -> bool:
+            return self._catching == certificate.hash and self._missed(certificate)
+
         try:
-            chunks = self._inline.pop(offered.digest, None)
-            if chunks is None:
-                chunks = await self.link.download(self.id, "checkpoint", offered.digest)
+            chunks = await self._fetch("checkpoint", offered.digest, wanted)
             assert self.secrets is not None
             data = self.secrets.open_state(b"".join(chunks), certificate)
-            state = JobState.from_bytes(data)
-            mac = self.secrets.state_mac(certificate.header, state.canonical())
+            # The certificate may be of an earlier key epoch: its G comes with the state, and nobody can
+            # find another G and another state that give the certified HMAC.
+            group = GroupSecret.from_bytes(data[:GROUP_SECRET_BYTES], sender="checkpoint")
+            state = JobState.from_bytes(data[GROUP_SECRET_BYTES:])
+            secrets = replace(self.secrets, group=group)
+            mac = secrets.state_mac(certificate.header, state.canonical())
             self._write_state(f"candidate-{certificate.header.round}", state)
+            self._groups.setdefault(str(certificate.header.epoch), group.to_bytes().hex())
+            self.party.journal.put(self.id, "groups", canonical(self._groups))
         except Offline:
             return
         except (PeerRefused, BadInput) as error:
             self._note(error)
             return
+        finally:
+            if self._catching == certificate.hash:
+                self._catching = ""
         self._queue.put_nowait(_Done(site.CaughtUp(certificate, mac)))
 
     async def _end(self, ended: job.JobEnded) -> None:
-        """No further round: the state stays, everything of the rounds goes."""
+        """No further round: the state stays, everything of the rounds goes.
+
+        A site that missed the last release says where it stands and catches up first.
+        """
+        self._ending = None
         if isinstance(self.stage, site.IN_ROUND):
             await self._machine(site.Superseded())
-        self.ended = ended
+        behind = self.plan is not None and self.stage.standing.certificate != ended.certificate
+        if ended.certificate and behind:
+            self._ending = ended
+            self._rest()
+            return
+        self._stop_making()
         self.party.journal.put(self.id, "ended", encode(ended))
+        self.ended = ended
         self.party.spool.drop(self.id)
         await self.contributor.forget(self.id)
         self.link.doing(self.id, "idle")
@@ -666,6 +894,8 @@ def _pieces(data: bytes, size: int = 1 << 20) -> list[bytes]:
 def container_chunks(data: bytes) -> list[bytes]:
     """The chunks of a container in memory. Raises BadInput."""
     count, at, found = int.from_bytes(data[:4], "big"), 4, []
+    if container.overhead(count) > len(data):  # a count of four bytes can ask for years
+        raise BadInput("vector: found bytes that are no chunk container")
     for _ in range(count):
         size = int.from_bytes(data[at : at + 4], "big")
         at += 4

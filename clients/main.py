@@ -10,35 +10,47 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.jobs import Contributor, Party, SiteJob
 from fedcore_clients.session import Address, Session
 from fedcore_clients.training import Loaded, Training, TrainingFailed
 
 from fedcore.aggregate.jobstate import JobState
-from fedcore.errors import BadInput, MalformedMessage
+from fedcore.edge import ago
+from fedcore.errors import BadInput, MalformedMessage, Refused
 from fedcore.files import write_json
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
-from fedcore.protect.identity import roster_digest
+from fedcore.protect.identity import IdentityKey, roster_digest
 from fedcore.protocol import course, job
 from fedcore.protocol.encoding import encode
+from fedcore.provision.explain import check_certificate
 from fedcore.provision.identities import read_identity, read_roster
 from fedcore.provision.kit import Kit
-from fedcore.provision.peer import require_role
+from fedcore.provision.peer import check_name, require_role
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId
-from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task
+from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
 from fedcore.wire.jobs import TO_SITE
 from fedcore.wire.records import unpack_record
 
 LOG = logging.getLogger("fedcore.site")
+
+STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
+
+CLOCKS_APART = 60.0
+"""Seconds between two clocks from which on somebody should look at them."""
 
 
 class AllowedTasks:
@@ -70,6 +82,23 @@ class AllowedTasks:
         await self._training.forget(job)
 
 
+def waiting_json(found: Waiting | None) -> Json | None:
+    """For `fedcore.edge.waiting_text`; None where nobody is waited for."""
+    if found is None or not found.sites:
+        return None
+    return {
+        "for": dict.fromkeys(each.site for each in found.sites), "of": found.of,
+        "then": found.then, "least": found.least,
+        "until": found.until_ms / 1000 if found.until_ms else None, "in_round": found.in_round,
+    }  # fmt: skip
+
+
+def released_round(done: course.Step) -> int:
+    """The round of training behind a state: 0 before the first, the last one under the last metrics."""
+    before = done.purpose in {"metrics", "statistics", "range"}
+    return max(0, done.training_round - before)
+
+
 class Site:
     """All jobs of one site process."""
 
@@ -78,10 +107,10 @@ class Site:
     ) -> None:
         self.config, self.party, self.contributor = config, party, contributor
         self.jobs: dict[str, SiteJob] = {}
+        self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        proxy = "" if config.proxy == "none" else config.proxy
         self.session = Session(
-            kit, Address(config.host, config.port, proxy), self._hello, self._on_frame,
+            kit, Address(config.host, config.port, config.through), self._hello, self._on_frame,
             self._on_connected,
         )  # fmt: skip
 
@@ -93,6 +122,7 @@ class Site:
 
     def _begin(self, found: SiteJob) -> None:
         self.jobs[found.id] = found
+        write_recipe(self.party.folder, found.offer)
         if found.ended is None:
             task = asyncio.get_running_loop().create_task(found.run())
             task.add_done_callback(self._job_task_ended)
@@ -108,10 +138,17 @@ class Site:
         for found in self.jobs.values():
             standing = found.stage.standing
             held.append(Held(found.id, standing.certificate, standing.epoch, standing.round))
-        tasks = tuple(Task(name, task.sha256) for name, task in self.config.tasks.items())
-        return Hello(roster_digest(self.party.pins), tasks, tuple(held[-64:]))
+        return hello_of(self.config, dict(self.party.pins), held)
 
     def _on_connected(self) -> None:
+        welcome = self.session.status.welcome
+        if welcome is not None:
+            apart = welcome.time_ms / 1000 - time.time()
+            if abs(apart) > CLOCKS_APART:
+                LOG.warning(
+                    "the coordinator's clock and this one differ by %s: certificates and times "
+                    "in logs go by clocks", ago(abs(apart)),
+                )  # fmt: skip
         for found in self.jobs.values():
             found.connected()
 
@@ -126,6 +163,8 @@ class Site:
                     LOG.warning("a message of the unknown job %s", frame.job)
                 else:
                     found.tell(message)
+            case Waiting():
+                self.waits[frame.job] = frame
             case SmallDownload(start, data):
                 if start.job in self.jobs:
                     self.jobs[start.job].inline(start.digest, data)
@@ -140,13 +179,19 @@ class Site:
                     fault="coordinator",
                 )  # fmt: skip
             return
+        try:
+            check_name("job", offer.job)  # it names folders
+        except BadInput as error:
+            raise MalformedMessage(
+                "job", found="an id that is no plain name", expected="one", fault="coordinator"
+            ) from error
         journal = self.party.journal
         journal.put(offer.job, "offer", encode(offer))
         journal.put("site", "jobs", json.dumps([*self.jobs, offer.job]).encode())
         LOG.info("job %s: task %s", offer.job, offer.task)
         self._begin(SiteJob(self.party, self.session, self.contributor, offer))
 
-    def status(self) -> Json:
+    def status(self, *, running: bool = True) -> Json:
         """What `fed-site status` shows."""
         link = self.session.status
         rows = []
@@ -156,18 +201,20 @@ class Site:
             rows.append(
                 {
                     "job": found.id, "task": found.offer.task,
+                    "rounds": json.loads(found.offer.settings)["round"]["rounds"],
                     "stage": "over" if found.ended else type(stage).__name__.lower(),
                     "round": header.training_round if header is not None else None,
+                    "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
                     "last_error": found.last_error,
                     "outcome": found.ended.outcome if found.ended else None,
                     "model_sha256": state.model_sha256 if state and state.done else None,
-                    "done": [state.done.purpose, state.done.training_round]
-                    if state and state.done else None,
+                    "model_round": released_round(state.done) if state and state.done else None,
                 }
             )  # fmt: skip
         return {
             "site": self.party.id, "coordinator": link.coordinator, "connected_since": link.since,
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
+            "running": running, "process": os.getpid(),
         }  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -183,7 +230,11 @@ class Site:
                 session.result()
                 refused = self.session.refused
                 assert refused is not None
-                raise BadInput(f"coordinator: {refused.code}: {refused.text}")
+                raise Refused(
+                    f"coordinator: found this site refused ({refused.code}: {refused.text}), "
+                    "expected it welcome",
+                    remedy=_REMEDIES.get(refused.code, ""),
+                )
             await self.session.goodbye("the site stops")
         finally:
             tasks = [session, status, waiting, *self._running.values()]
@@ -192,28 +243,54 @@ class Site:
             await asyncio.gather(*tasks, return_exceptions=True)
             for found in self.jobs.values():
                 await found.close()
-            self._write_status()
+            self._write_status(running=False)
 
     async def _keep_status(self) -> None:
         while True:
             self._write_status()
             await asyncio.sleep(1.0)
 
-    def _write_status(self) -> None:
+    def _write_status(self, *, running: bool = True) -> None:
         with contextlib.suppress(OSError):
-            write_json(self.party.folder / "status.json", self.status())
+            write_json(self.party.folder / STATUS_FILE, self.status(running=running))
 
 
-def run(config: SiteConfig, said: Callable[[str], None]) -> None:
-    """Run until SIGTERM or SIGINT. Raises FedcoreError."""
-    pins = read_roster(config.roster)
+_REMEDIES = {
+    "replaced": "another process runs as this site: one process to a site, so stop one of them",
+    "version": "install the Fedcore of the coordinator here, or have it brought up to this one",
+    "roster": "both need the same roster.toml: compare this site's with the coordinator's",
+    "revoked": "ask the operator why; a new certificate has a new serial number",
+    "evicted": "ask the operator why; `fed-coordinator evict SITE --undo` lets it in again",
+}
+
+
+@dataclass(frozen=True)
+class Papers:
+    """Who a site is, as its files say."""
+
+    kit: Kit
+    pins: dict[SiteId, bytes]
+    identity: IdentityKey
+
+
+def read_papers(config: SiteConfig) -> Papers:
+    """Certificate, roster and identity key, each checked against the others. Raises FedcoreError."""
     kit = Kit.load(config.kit)
     require_role(kit.peer, ["site"])
-    if kit.peer.name != config.site or config.site not in pins:
+    if kit.peer.name != config.site:
         raise BadInput(
-            f"site: found a certificate of {kit.peer.name!r}, expected one of {config.site!r}, "
-            "which must be on the roster",
-            remedy="check `site`, `kit` and `roster` in site.toml",
+            f"kit: found a certificate of site {kit.peer.name!r}, expected one of {config.site!r}",
+            remedy="name this site in `site`, or its own kit in `kit`, of site.toml",
+        )
+    check_certificate(
+        kit.certificate_pem, kit.authority_pem, federation=kit.peer.federation, role="site",
+        now=datetime.now(UTC),
+    )  # fmt: skip
+    pins = read_roster(config.roster)
+    if SiteId(config.site) not in pins:
+        raise BadInput(
+            f"roster: found {', '.join(pins)}, expected this site {config.site!r} among them",
+            remedy=f"ask the operator for a roster.toml with {config.site!r} in it",
         )
     identity = read_identity(config.identity)
     if pins[SiteId(config.site)] != identity.public:
@@ -221,16 +298,59 @@ def run(config: SiteConfig, said: Callable[[str], None]) -> None:
             f"identity: found another key than roster.toml pins for {config.site!r}",
             remedy="the roster must hold the public half of this site's identity key",
         )
-    with Journal.open(config.folder / "journal.sqlite", party=f"site {config.site}") as journal:
+    return Papers(kit, pins, identity)
+
+
+def party_of(config: SiteConfig) -> str:
+    """Whose journal it is, as it is written in it."""
+    return f"site {config.site}"
+
+
+def hello_of(config: SiteConfig, pins: dict[SiteId, bytes], held: Sequence[Held] = ()) -> Hello:
+    """What a site says first."""
+    tasks = tuple(Task(name, task.sha256) for name, task in config.tasks.items())
+    return Hello(roster_digest(pins), tasks, tuple(held[-64:]))
+
+
+def job_folder(folder: Path, name: str) -> Path:
+    """Where a site keeps the state of a job."""
+    return folder / "states" / name
+
+
+def write_recipe(folder: Path, offer: job.JobOffer) -> None:
+    """What `fed-site model` needs beside the state; the journal is the running process's own."""
+    path = job_folder(folder, offer.job) / RECIPE_FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(
+            path,
+            {
+                "job": offer.job, "task": offer.task, "task_sha256": offer.task_digest,
+                "settings": json.loads(offer.settings),
+            },
+        )  # fmt: skip
+
+
+def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None = None) -> None:
+    """Run until SIGTERM or SIGINT. health_port: of /healthz and /readyz. Raises FedcoreError."""
+    papers = read_papers(config)
+    kit = papers.kit
+    with Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal:
         party = Party(
-            kit.peer.federation, SiteId(config.site), identity, pins, journal,
+            kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             config.minimum_sites, config.patience_seconds,
         )  # fmt: skip
-        asyncio.run(_run(config, kit, party, said))
+        asyncio.run(_run(config, kit, party, said, health_port))
 
 
-async def _run(config: SiteConfig, kit: Kit, party: Party, said: Callable[[str], None]) -> None:
+async def _run(
+    config: SiteConfig,
+    kit: Kit,
+    party: Party,
+    said: Callable[[str], None],
+    health_port: int | None,
+) -> None:
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
@@ -238,7 +358,13 @@ async def _run(config: SiteConfig, kit: Kit, party: Party, said: Callable[[str],
     await training.start()
     try:
         site = Site(config, kit, party, AllowedTasks(config, training))
-        said(f"site {config.site}: coordinator {config.coordinator}")
-        await site.run(stop)
+        async with contextlib.AsyncExitStack() as opened:
+            if health_port is not None:
+                port = await opened.enter_async_context(
+                    health(health_port, lambda: site.session.status.since is not None)
+                )
+                LOG.info("health on http://%s:%d/healthz and /readyz", ADDRESS, port)
+            said(f"site {config.site}: coordinator {config.coordinator}")
+            await site.run(stop)
     finally:
         await training.close()

@@ -21,10 +21,11 @@ from typing import Any
 import grpc
 import grpc.aio
 from fedcore_clients.jobs import Offline, container_chunks
-from fedcore_clients.tls import open_channel, preflight
+from fedcore_clients.tls import open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.provision.kit import Kit
+from fedcore.provision.reach import preflight
 from fedcore.wire import calls, chunks
 from fedcore.wire.frames import (
     Doing,
@@ -39,6 +40,7 @@ from fedcore.wire.frames import (
     SmallUpload,
     UploadReceipt,
     UploadStart,
+    Waiting,
     Welcome,
 )
 from fedcore.wire.jobs import TO_COORDINATOR
@@ -49,6 +51,12 @@ LOG = logging.getLogger("fedcore.site.session")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """seconds between attempts: doubled each time, and drawn between half and all of it."""
+
+ANSWER_SECONDS = 30.0
+"""How long a coordinator may take for its first word, and for a part of a transfer."""
+
+TELLING_SECONDS = 0.2
+"""How long a site is at something before it says so: a third of a small round's messages are spared."""
 
 OPTIONS = (
     *calls.LENGTHS,
@@ -83,7 +91,7 @@ class Status:
 
 
 class Session:
-    """Runs until cancelled. on_frame: Record, SmallDownload, Goodbye; on_connected: after a Welcome."""
+    """Runs until cancelled. on_frame: Record, SmallDownload, Waiting; on_connected: after a Welcome."""
 
     def __init__(
         self,
@@ -98,8 +106,10 @@ class Session:
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[UploadReceipt]] = {}
+        self._telling: dict[str, asyncio.TimerHandle] = {}
         self.status = Status(coordinator=f"{address.host}:{address.port}")
         self.refused: Goodbye | None = None
+        self._was_welcome = False
 
     # -------------------------------------------------------------------------------- a session
 
@@ -113,14 +123,17 @@ class Session:
                 self.status.last_error = "the coordinator ended the session"
             except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
                 await self._explain(error)
-            if time.monotonic() - started > LONGEST_PAUSE:
+            except Exception as error:
+                LOG.exception("the session ended by a fault of this side")
+                self.status.last_error = type(error).__name__
+            if self._was_welcome and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
             self.status.attempts += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _once(self) -> None:
-        address = self._address
+        address, self._was_welcome = self._address, False
         channel = open_channel(
             self._kit, address.host, address.port, proxy=address.proxy, options=OPTIONS
         )
@@ -130,7 +143,8 @@ class Session:
             session = calls.SESSION
             stream: Any = channel.stream_stream(session.path)(wait_for_ready=False)
             await stream.write(session.takes.pack(self._hello()))
-            first = await stream.read()
+            async with asyncio.timeout(ANSWER_SECONDS):
+                first = await stream.read()
             if first is grpc.aio.EOF:
                 raise MalformedMessage(
                     "session", found="its end", expected="a welcome", fault="coordinator"
@@ -163,7 +177,7 @@ class Session:
                 fault="coordinator",
             )  # fmt: skip
         self.status.welcome, self.status.since, self.status.last_error = frame, time.time(), ""
-        self.status.attempts = 0
+        self.status.attempts, self._was_welcome = 0, True
         LOG.info("connected to %s (%s)", self.status.coordinator, frame.software)
 
     def _goodbye(self, frame: Goodbye) -> None:
@@ -184,7 +198,7 @@ class Session:
             case Goodbye():
                 self._goodbye(frame)
                 return True
-            case Record() | SmallDownload():
+            case Record() | SmallDownload() | Waiting():
                 self._on_frame(frame)
         return False
 
@@ -234,7 +248,15 @@ class Session:
         self._put(pack_record(job, message, TO_COORDINATOR))
 
     def doing(self, job: str, what: str) -> None:
-        """Tell what this site is at, if there is a session."""
+        """Tell what this site is at, if there is a session: only what lasts is worth a message."""
+        before = self._telling.pop(job, None)
+        if before is not None:
+            before.cancel()
+        loop = asyncio.get_running_loop()
+        self._telling[job] = loop.call_later(TELLING_SECONDS, self._tell, job, what)
+
+    def _tell(self, job: str, what: str) -> None:
+        self._telling.pop(job, None)
         self._put(Doing(job, what))
 
     async def goodbye(self, text: str) -> None:
@@ -281,12 +303,14 @@ class Session:
         if not self._put(frame):
             self._receipts.pop(frame.start.digest, None)
             raise Offline
-        await waiting
+        receipt = await waiting
+        if not receipt.complete:  # no room there now, or its round is over
+            raise Offline
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
         """The chunks of a sum or a checkpoint; broken off, it goes on from where it stood."""
         data = bytearray()
-        for _ in range(5):
+        for _ in range(2):
             try:
                 await self._download(DownloadStart(job, what, digest, len(data)), data)
             except grpc.aio.AioRpcError as error:

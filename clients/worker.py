@@ -68,7 +68,10 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
                 text = getattr(error, "user_traceback", "") or traceback.format_exc()
                 head, out = {"failed": reason_of(error), "text": f"{error}\n{text}"}, []
-            write_frame(answers, head, out)
+            try:
+                write_frame(answers, head, out)
+            except BrokenPipeError:  # whoever asked is gone
+                return
 
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """One request. Raises whatever the task raises."""

@@ -7,30 +7,17 @@ imported inside commands, so that `--help` answers at once and a run's first lin
 
 from __future__ import annotations
 
-import difflib
-import json
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from fedcore.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_REFUSED,
-    Abandoned,
-    BadInput,
-    FedcoreError,
-    TaskFailed,
-)
+from fedcore.edge import JobCommand, emit, say, stderr
+from fedcore.edge import run as run_command
+from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError
 
 app = typer.Typer(
     name="fedcore",
@@ -64,8 +51,6 @@ _KEYS_HELP = (
     "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
     "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
 )
-
-stderr = Console(stderr=True, highlight=False)
 
 JobFile = Annotated[
     Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
@@ -110,36 +95,6 @@ Set = Annotated[
 ]
 
 
-def say(text: str) -> None:
-    """One line to stderr, never wrapped or read as markup."""
-    stderr.print(Text(text), soft_wrap=True)
-
-
-class _JobCommand(typer.core.TyperCommand):
-    """A command for which every key of a job is a flag: `--batch-size 64` is `--set batch_size=64`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Rewrite flags that are none of the command's own before click sees them."""
-        own = {option for parameter in self.params for option in parameter.opts} | {"--help"}
-        return super().parse_args(ctx, _as_settings(args, own))
-
-
-def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
-    found, rest = [], list(args)
-    while rest:
-        flag = rest.pop(0)
-        name, equals, value = flag.partition("=")
-        if not name.startswith("--") or name in own:
-            found.append(flag)
-            continue
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
-            value = rest.pop(0)
-        found += ["--set", f"{name[2:].replace('-', '_')}={value}"]
-    return found
-
-
 def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
     """One flat layer from --set and the named options, which win."""
     from fedcore.config import parse_set
@@ -154,10 +109,6 @@ def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     from fedcore.config import read_job_file
 
     return [*([read_job_file(job)] if job else []), settings]
-
-
-def _emit(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _starting(command: str, job: Path | None, task: str | None) -> None:
@@ -203,7 +154,7 @@ class _Progress:
             self._bar.stop()
 
 
-@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
 def simulate(
     job: JobFile = None,
     task: TaskName = None,
@@ -237,7 +188,6 @@ def simulate(
         )
     say("loading torch")
     from fedcore.comparison import api
-    from fedcore.learn.flat import model_summary
     from fedcore.report import terminal
 
     directory: list[Path] = []
@@ -245,18 +195,7 @@ def simulate(
 
     def ready(prepared: Any, path: Path) -> None:
         directory.append(path)
-        info = {
-            "task": prepared.task.name,
-            "sites": list(prepared.plan.sites),
-            "rows": sum(len(s.train) + len(s.test) for s in prepared.sites),
-            "model": model_summary(prepared.flat),
-            "protection": prepared.plan.protection,
-            "run": str(path),
-            "label": prepared.label,
-        }
-        terminal.show(stderr, terminal.header(info))
-        if any(True for _ in prepared.flat.module.buffers()):
-            say(f"buffers: {prepared.flat.policy}")
+        _show_header(prepared, path)
         progress.append(_Progress(prepared.plan.rounds, len(prepared.plan.sites)))
 
     def on_round(row: dict[str, Any]) -> None:
@@ -284,11 +223,30 @@ def simulate(
         for bar in progress:
             bar.close()
     if as_json:
-        _emit(run.result)
+        emit(run.result)
     else:
         terminal.show(
             Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
         )
+
+
+def _show_header(prepared: Any, path: Path) -> None:
+    """What is about to run, before its first round."""
+    from fedcore.learn.flat import model_summary
+    from fedcore.report import terminal
+
+    info = {
+        "task": prepared.task.name,
+        "sites": list(prepared.plan.sites),
+        "rows": sum(len(s.train) + len(s.test) for s in prepared.sites),
+        "model": model_summary(prepared.flat),
+        "protection": prepared.plan.protection,
+        "run": str(path),
+        "label": prepared.label,
+    }
+    terminal.show(stderr, terminal.header(info))
+    if any(True for _ in prepared.flat.module.buffers()):
+        say(f"buffers: {prepared.flat.policy}")
 
 
 def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
@@ -315,7 +273,84 @@ def _quiet(text: str) -> None:
         say(text)
 
 
-@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def up(
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    threshold: Threshold = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rehearse a deployment here: a coordinator and one process a site over TLS, then `simulate`."""
+    _starting("up", job, task)
+    settings = _settings(
+        set_, task=task, protection=protection, rounds=rounds, seed=seed, threshold=threshold
+    )
+    say("loading torch")
+    from fedcore import rehearsal
+    from fedcore.report import terminal
+
+    bars: list[_Progress] = []
+    about: list[Any] = []
+
+    def ready(prepared: Any, path: Path) -> None:
+        about.append(prepared)
+        _show_header(prepared, path)
+        say("started here; the same on other machines is the deployment:")
+
+    def begin() -> _Progress:
+        for bar in bars:
+            bar.close()
+        plan = about[0].plan
+        bars[:] = [_Progress(plan.rounds, len(plan.sites))]
+        return bars[0]
+
+    def on_deployed_round(row: dict[str, Any]) -> None:
+        shown = {"arm": "federated", "round": row["round"], "survivors": row["survivors"]}
+        if "abandoned" in row:
+            shown["abandoned"] = "at {stage}: {left} sites stayed, {needed} needed".format(
+                **row["abandoned"]
+            )
+        (bars[0] if bars else begin()).row(shown)
+
+    def on_deployed(found: dict[str, Any]) -> None:
+        say(f"deployment: {len(found['round_seconds'])} rounds, every process ended")
+        say("the same job in this process, for the comparison")
+        begin()
+
+    def on_round(row: dict[str, Any]) -> None:
+        bars[0].row(row)
+
+    listener = rehearsal.Listener(
+        on_ready=ready,
+        on_deployed_round=on_deployed_round,
+        on_waiting=say,
+        on_command=lambda command: say(f"  {command}"),
+        on_deployed=on_deployed,
+        on_round=on_round,
+        say=_quiet,
+    )
+    try:
+        run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
+    finally:
+        for bar in bars:
+            bar.close()
+    if as_json:
+        emit(run.result)
+    else:
+        terminal.show(
+            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
+        )
+    rehearsal.require_equal(run)
+    say(f"the deployment's model is the simulation's, bit for bit: {run.result['model_sha256']}")
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
 def compare(
     job: JobFile = None,
     task: TaskName = None,
@@ -352,7 +387,7 @@ def compare(
         _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
     )
     if as_json:
-        _emit(found.result)
+        emit(found.result)
     else:
         terminal.show(
             Console(highlight=False),
@@ -363,7 +398,7 @@ def compare(
 # ---------------------------------------------------------------------------------------- looking
 
 
-@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
 def plan(
     where: Annotated[
         Path | None, typer.Argument(help="A job file or folder, or a run's directory.")
@@ -392,10 +427,10 @@ def plan(
         found = prepare_layers(_layers(where, settings), _quiet).plan_json()
     from fedcore.inspection import plan_page
 
-    _emit(found) if as_json else _print(plan_page(found))
+    emit(found) if as_json else _print(plan_page(found))
 
 
-@app.command(cls=_JobCommand, epilog=_KEYS_HELP)
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
 def check(
     what: Annotated[
         str,
@@ -414,7 +449,7 @@ def check(
     from fedcore.inspection import check_page, check_task
 
     found = check_task(prepare_layers(layers, _quiet))
-    _emit(found) if as_json else _print(check_page(found))
+    emit(found) if as_json else _print(check_page(found))
 
 
 @app.command()
@@ -450,7 +485,7 @@ def runs(
 
     rows = list_runs(folder)
     if as_json:
-        _emit([{k: row[k] for k in ("run", "result")} for row in rows])
+        emit([{k: row[k] for k in ("run", "result")} for row in rows])
     elif not rows:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
     else:
@@ -545,7 +580,7 @@ def protect(
     from fedcore.bench import protect as bench
 
     found = bench.run(parameters=parameters, sites=sites, bits=wanted, repeats=repeats)
-    _emit(found) if as_json else _print(bench.page(found))
+    emit(found) if as_json else _print(bench.page(found))
 
 
 @bench_app.command()
@@ -565,7 +600,7 @@ def secagg(
     found = bench.run(
         parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection
     )
-    _emit(found) if as_json else _print(bench.page(found))
+    emit(found) if as_json else _print(bench.page(found))
 
 
 def _numbers(flag: str, text: str, example: str) -> list[int]:
@@ -588,66 +623,38 @@ def fold(
     from fedcore.bench import fold as bench
 
     found = bench.run(sites=wanted, parameters=parameters)
-    _emit(found) if as_json else _print(bench.page(found))
+    emit(found) if as_json else _print(bench.page(found))
+
+
+@bench_app.command()
+def engine(
+    sites: Annotated[int, typer.Option(help="Number of sites.")] = 4,
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 50,
+    protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
+    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
+    per_process: Annotated[
+        int, typer.Option("--per-process", help="Sites that share one process, to have many.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Rounds of a deployed federation without training: real processes, TLS, journals, masks, keys."""
+    say(f"fedcore bench engine: {sites} sites x {parameters:,} parameters, {protection}")
+    from fedcore.bench import engine as bench
+
+    found = bench.run(
+        sites=sites, parameters=parameters, rounds=rounds, protection=protection, bits=bits,
+        per_process=per_process,
+    )  # fmt: skip
+    emit(found) if as_json else _print(bench.page(found))
 
 
 # ---------------------------------------------------------------------------------------- the edge
 
 
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Every way out, as one exit code and at most two lines (a task's own traceback before them)."""
-    try:
-        yield
-    except FedcoreError as error:
-        if isinstance(error, TaskFailed) and error.user_traceback:
-            stderr.print(Text(error.user_traceback.rstrip()), soft_wrap=True)
-        say(f"error: {error}")
-        if error.remedy:
-            say(f"hint: {error.remedy}")
-        sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        say(f"error: {error.format_message().partition(' Did you mean')[0]}")
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            say(f"hint: {_usage_hint(error.ctx, error)}")
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        say("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `fedcore runs | head`
-        sys.stderr.close()
-        sys.exit(EXIT_DONE)
-    except OSError as error:
-        where = error.filename or "a file"
-        say(f"error: {where}: {error.strerror or error}")
-        say("hint: look at the path, its permissions and the space left there")
-        sys.exit(EXIT_BAD_INPUT)
-
-
-def _usage_hint(context: click.Context, error: click.UsageError) -> str:
-    """The nearest command for a mistyped one, else where the options are listed."""
-    commands = getattr(context.command, "commands", None)
-    if commands and "'" in error.message:
-        typed = error.message.split("'")[1]
-        near = difflib.get_close_matches(typed, commands, n=1)
-        if near:
-            return f"did you mean {context.command_path} {near[0]}?"
-    return f"{context.command_path} --help"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `fedcore` command; always ends in SystemExit."""
-    with _exit_codes():
-        given = list(arguments) if arguments is not None else None
-        code = app(args=given, prog_name="fedcore", standalone_mode=False)
-        if code == EXIT_INTERRUPTED:  # typer has caught the KeyboardInterrupt itself
-            say("interrupted")
-        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+    run_command(app, "fedcore", arguments)
 
 
 if __name__ == "__main__":

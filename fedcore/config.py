@@ -230,7 +230,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
             if key == "sites":
                 sites = _sites_of(value, here)
             elif key.startswith("sites."):
-                sites[key.removeprefix("sites.")] = _absolute(value, here)
+                sites[key.removeprefix("sites.")] = beside(value, here)
             elif key and key not in KEYS and (key in SECTIONS or isinstance(value, Mapping)):
                 _merge_section(merged, key, value)
             else:
@@ -251,7 +251,7 @@ def _sites_of(value: Any, base: Path) -> dict[str, Any]:
             f"sites: found {type(value).__name__}, expected a mapping of site id to source",
             remedy='sites={"north": "north.csv", ...}, or `id = "source"` lines under [sites]',
         )
-    found = {str(name): _absolute(source, base) for name, source in value.items()}
+    found = {str(name): beside(source, base) for name, source in value.items()}
     if len(found) != len(value):
         raise BadInput("sites: found the same site id twice, expected distinct ids")
     return found
@@ -305,7 +305,7 @@ def _check_fold(section: Any) -> None:
         raise BadInput(f"fold: found {section.fold}, expected 0 to folds - 1 = {section.folds - 1}")
 
 
-def _absolute(source: Any, base: Path) -> Any:
+def beside(source: Any, base: Path) -> Any:
     """A source that is written like a path (`data/a.csv`, `./north`) and names something beside the
     job file becomes absolute; a plain word stays what the task makes of it."""
     if not isinstance(source, str) or not ("/" in source or Path(source).suffix):

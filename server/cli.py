@@ -1,63 +1,228 @@
-"""fed-coordinator: run a federation, and speak to one that runs."""
+"""fed-coordinator: run a federation, and speak to one that runs.
+
+Results go to stdout, everything said on the way to stderr; exit codes are those of every command
+(`fedcore/errors.py`). grpc, torch and pydantic are imported inside commands, so `--help` answers at once.
+"""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault(
     "GRPC_VERBOSITY", "NONE"
 )  # its lines are ours to explain; before it is imported
 
 import typer
+from rich.console import Console
 
-from fedcore.errors import FedcoreError
+from fedcore.edge import JobCommand, emit, run, say, start_logging
+from fedcore.errors import EXIT_ABANDONED
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from fedcore_server.operators import Operator
 
-Config = Annotated[Path, typer.Option("--config", help="federation.toml")]
+app = typer.Typer(
+    help="The coordinator of a federation, and an operator's commands to it.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
+Where = Annotated[
+    str | None, typer.Option("--coordinator", help="HOST:PORT; default: of operator.toml.")
+]
+KitFolder = Annotated[
+    Path | None,
+    typer.Option("--kit", help="Folder of the operator's certificate; default: of operator.toml."),
+]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--operator", help="A file with both; default: $FEDCORE_OPERATOR, or operator.toml here."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+JobId = Annotated[str, typer.Argument(help="The job's id, as `submit` and `jobs` print it.")]
 
 
-def _logging() -> None:
-    """Text on a terminal, JSON otherwise."""
-    if sys.stderr.isatty():
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    else:
-        logging.basicConfig(
-            level=logging.INFO,
-            format='{"time": "%(asctime)s", "level": "%(levelname)s", "text": "%(message)s"}',
-        )
+def _operator(where: str | None, kit: Path | None, file: Path | None) -> Operator:
+    from fedcore_server.config import find_place
+    from fedcore_server.operators import Operator as Found
+
+    return Found(find_place(where, kit, file))
 
 
 @app.command()
 def serve(config: Config = Path("federation.toml")) -> None:
     """Run the coordinator of a federation until it is told to stop."""
     from fedcore_server.config import read_config
-    from fedcore_server.main import serve as run
+    from fedcore_server.main import serve as run_server
 
-    _logging()
-    run(read_config(config), lambda line: print(line, flush=True))
-
-
-@app.callback()
-def _main() -> None:
-    """The coordinator of a federation."""
+    start_logging()
+    run_server(read_config(config), typer.echo)
 
 
-def main() -> None:
-    """Entry point: one line and a hint for every error of ours."""
-    try:
-        app(standalone_mode=False)
-    except FedcoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.remedy:
-            print(f"hint: {error.remedy}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+@app.command(
+    cls=JobCommand,
+    epilog="Every key of a job file is a flag too: --lr 0.1, --rounds 5 ... (docs/jobs.md lists them).",
+)
+def submit(
+    job: Annotated[Path, typer.Argument(help="A job file, or a folder with job.toml in it.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value, repeatable: --set train.lr=0.05"),
+    ] = None,
+    where: Where = None,
+    kit: KitFolder = None,
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a job: the file that `fedcore simulate` runs. Prints its id."""
+    from fedcore_server.operators import prepare
+
+    from fedcore.config import parse_set, read_job_file
+    from fedcore.wire import calls
+
+    operator = _operator(where, kit, file)
+    tables = read_job_file(job)
+    found = prepare(job, tables, dict(parse_set(text) for text in set_ or []))
+    name = operator.ask(calls.SUBMIT, found.request).job
+    if as_json:
+        emit({"job": name, "task": found.task, "task_sha256": found.task_sha256})
+        return
+    typer.echo(name)
+    say(f"watch it: fed-coordinator watch {name}")
+
+
+@app.command()
+def jobs(
+    where: Where = None, kit: KitFolder = None, file: File = None, as_json: AsJson = False
+) -> None:
+    """List the jobs, and who is connected."""
+    from fedcore_server.operators import jobs_table
+
+    from fedcore.wire import calls, frames
+
+    reply = _operator(where, kit, file).ask(calls.JOBS, frames.JobsRequest())
+    found = frames.json_value(reply.json, sender="coordinator")
+    emit(found) if as_json else Console(highlight=False).print(jobs_table(found))
+
+
+@app.command()
+def watch(
+    job: Annotated[str, typer.Argument(help="The job's id; default: the one that runs.")] = "",
+    where: Where = None,
+    kit: KitFolder = None,
+    file: File = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each event as one JSON object a line.")
+    ] = False,
+) -> None:
+    """Follow a job to its end: round, stage, what each site is doing, whom it waits for, bytes."""
+    console = Console(highlight=False)
+    events = _operator(where, kit, file).watch(job, say)
+    if as_json:
+        last: Any = None
+        for last in events:
+            typer.echo(json.dumps(last, ensure_ascii=False, allow_nan=False))
+    else:
+        last = _live(events, console) if console.is_terminal else _lines(events)
+    if last is not None and last["state"] != "finished":
+        raise typer.Exit(EXIT_ABANDONED)
+
+
+def _lines(events: Any) -> Any:
+    from fedcore_server.operators import event_lines
+
+    before = None
+    for event in events:
+        for line in event_lines(event, before):
+            typer.echo(line)
+        before = event
+    return before
+
+
+def _live(events: Any, console: Console) -> Any:
+    from fedcore_server.operators import event_table
+    from rich.live import Live
+
+    rows: list[Any] = []
+    event: Any = None
+
+    def picture() -> Any:
+        return event_table(event, rows) if event else "connecting"
+
+    with Live(console=console, get_renderable=picture, refresh_per_second=2):  # times run on
+        for event in events:
+            rows += event["new_rounds"]
+    return event
+
+
+@app.command()
+def stop(
+    job: JobId,
+    where: Where = None,
+    kit: KitFolder = None,
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """End a job; its last released model stays at the sites."""
+    from fedcore.wire import calls, frames
+
+    reply = _operator(where, kit, file).ask(calls.STOP, frames.JobRequest(job))
+    emit({"job": job, "text": reply.text}) if as_json else typer.echo(reply.text)
+
+
+@app.command()
+def evict(
+    site: Annotated[str, typer.Argument(help="The site's name on the roster.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it connect again.")] = False,
+    where: Where = None,
+    kit: KitFolder = None,
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send a site away: its session ends, and it is refused until --undo."""
+    from fedcore.wire import calls, frames
+
+    reply = _operator(where, kit, file).ask(calls.EVICT, frames.SiteRequest(site, undo))
+    emit({"site": site, "text": reply.text}) if as_json else typer.echo(reply.text)
+
+
+@app.command()
+def result(
+    job: JobId,
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the files.")],
+    where: Where = None,
+    kit: KitFolder = None,
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch what the coordinator has of a job: its file, its rounds, how it ended."""
+    from fedcore_server.operators import CALL_SECONDS, save_result, write_report
+
+    from fedcore.wire import calls, frames
+
+    operator = _operator(where, kit, file)
+    parts = operator.stream(calls.RESULT, frames.JobRequest(job), 10 * CALL_SECONDS)
+    written = [*save_result(parts, out), write_report(out)]
+    if as_json:
+        emit({"job": job, "files": [str(path) for path in written]})
+        return
+    for path in written:
+        typer.echo(path)
+    say(f"the model is at the sites: fed-site model {job} --out FILE")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fed-coordinator` command; always ends in SystemExit."""
+    run(app, "fed-coordinator", arguments)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,43 @@
 
 name = "hospitals"          roster = "roster.toml"        kit = "kit"         folder = "state"
 listen = ["::"]             port = 7443                   revoked = "revoked.txt"
+metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
 [limits]                    stage_seconds, gather_seconds, minimum_sites, spool_bytes, fold_workers
+
+operator.toml: where an operator's commands go.
+
+coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 """
 
 from __future__ import annotations
 
-import tomllib
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import BadInput
+from fedcore.provision.reach import endpoint
+from fedcore.tables import Section, read_toml
+
+OPERATOR_FILE = "operator.toml"
+OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LimitsSection(_Section):
+class LimitsSection(Section):
     """[limits]: seconds a stage waits, seconds to gather sites, the smallest cohort, room and hands."""
 
     stage_seconds: float = Field(600.0, gt=0)
     gather_seconds: float = Field(60.0, ge=0)
+    grace_seconds: float = Field(60.0, ge=0)
+    enough_seconds: float = Field(86_400.0, gt=0)
     minimum_sites: int = Field(3, ge=3)
     spool_bytes: int | None = Field(None, ge=1 << 20)
     fold_workers: int = Field(1, ge=1, le=64)
 
 
-class FederationConfig(_Section):
+class FederationConfig(Section):
     """A federation as its coordinator runs it; paths are absolute."""
 
     name: str
@@ -39,40 +47,52 @@ class FederationConfig(_Section):
     folder: Path
     listen: tuple[str, ...] = ("::",)
     port: int = Field(7443, ge=0, lt=65536)
+    metrics_port: int | None = Field(None, ge=0, lt=65536)
     revoked: Path | None = None
     limits: LimitsSection = LimitsSection()
 
 
 def read_config(path: Path) -> FederationConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
-    found: FederationConfig = parse(FederationConfig, path, ("roster", "kit", "folder", "revoked"))
-    return found
+    return read_toml(FederationConfig, path, paths=("roster", "kit", "folder", "revoked"))
 
 
-def parse(model: type[Any], path: Path, paths: tuple[str, ...]) -> Any:
-    """A TOML file as a model of pydantic; the named keys are paths that count from the file's folder."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+class OperatorConfig(Section):
+    """operator.toml; `kit` is absolute."""
+
+    coordinator: str
+    kit: Path
+    proxy: str = "none"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an operator's calls go, and with whose certificate. proxy: "" for none."""
+
+    host: str
+    port: int
+    kit: Path
+    proxy: str = ""
+
+
+def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> Place:
+    """From options, else from operator.toml: `--operator`, $FEDCORE_OPERATOR, or in this folder.
+
+    Raises BadInput where something is missing.
+    """
+    named = file or (Path(os.environ[OPERATOR_VARIABLE]) if os.getenv(OPERATOR_VARIABLE) else None)
+    if named is None and (coordinator is None or kit is None) and Path(OPERATOR_FILE).is_file():
+        named = Path(OPERATOR_FILE)
+    proxy = "none"
+    if named is not None:
+        found = read_toml(OperatorConfig, named, paths=("kit",))
+        coordinator, kit, proxy = coordinator or found.coordinator, kit or found.kit, found.proxy
+    if coordinator is None or kit is None:
+        missing = "--coordinator HOST:PORT" if coordinator is None else "--kit FOLDER"
         raise BadInput(
-            f"{path}: found no such file", remedy="`fedcore up` writes one to start from"
-        ) from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not readable as TOML: {error}") from error
-    here = path.resolve().parent
-    for key in paths:
-        if isinstance(tables.get(key), str):
-            tables[key] = str(here / tables[key])
-    try:
-        return model.model_validate(tables)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UnknownName(f"{path.name}: key", place, list(model.model_fields)) from error
-        found = "nothing" if first["type"] == "missing" else repr(first["input"])
-        words = str(first["msg"]).removeprefix("Input should be ").lower()
-        raise BadInput(
-            f"{path.name}: {place}: found {found}, expected "
-            f"{'a value' if first['type'] == 'missing' else words}"
-        ) from error
+            f"operator: found no {missing}, expected it or an {OPERATOR_FILE}",
+            remedy=f"write `coordinator` and `kit` into {OPERATOR_FILE} in this folder, or name the file "
+            f"with --operator or ${OPERATOR_VARIABLE}",
+        )
+    host, port = endpoint(coordinator)
+    return Place(host, port, kit, "" if proxy == "none" else proxy)

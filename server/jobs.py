@@ -16,8 +16,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,23 +25,51 @@ from fedcore_server.folding import FoldPool, JobFold
 
 from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Layout
-from fedcore.errors import FedcoreError, PeerRefused
+from fedcore.errors import (
+    ChunkRefused,
+    FedcoreError,
+    OutOfOrder,
+    PeerRefused,
+    StoreFull,
+    StoreProblem,
+)
+from fedcore.files import write_atomic
 from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator, course, effects, epoch, job, messages
 from fedcore.protocol.encoding import decode, encode
 from fedcore.run import append_row
 from fedcore.scheme import Scheme, vector_of
-from fedcore.store.container import overhead
+from fedcore.store import container
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
 from fedcore.types import Json, SiteId
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
+_ROW = "row-"
+"""Rows of rounds.jsonl in the journal: the file is written from them."""
+
+MOST_AHEAD = 1 << 20
+"""Rounds that a site may have seen and this journal not: it was restored from a backup."""
+
+TICK = 1.0
+"""Seconds between looks at the clock."""
+
+_AGAIN = 2.0
+"""Seconds before what got no answer, or found no room on the disk, is tried again."""
+
+_MOST_STATE, _MOST_REST = 64, 1 << 24
+"""Bytes of a sealed state: for each parameter, and for all the rest."""
+
+MOST_TRIES = 12
+"""Times in a row that a step without which nothing can follow may be abandoned."""
 
 WAITING, RUNNING = "waiting", "running"
 """States of a job besides job.OUTCOMES: in the queue, and under way."""
+
+_ROUND_STAGES = (*coordinator.Waiting.__args__, coordinator.Summing)
+"""Stages of a round under way."""
 
 
 class Links(Protocol):
@@ -62,11 +90,18 @@ class Links(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a job waits, and for how many. Seconds; sites."""
+    """How long a job waits, and for how many. Seconds; sites.
+
+    stage: for the sites at one stage of a round. gather: for absent sites before a round begins without
+    them. grace: for a site that lost its connection during a round; shorter than that it goes on where
+    it stood. enough: while fewer sites are there than a round needs; then the job ends.
+    """
 
     stage: float = 600.0
     gather: float = 60.0
     minimum: int = 3
+    grace: float = 60.0
+    enough: float = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +145,13 @@ class _Came:
 
 
 @dataclass(frozen=True)
+class _Left:
+    """A site said that it stops."""
+
+    site: SiteId
+
+
+@dataclass(frozen=True)
 class _Done:
     """Work beside the queue ended."""
 
@@ -120,6 +162,7 @@ class _Done:
 @dataclass(frozen=True)
 class _Stop:
     text: str
+    outcome: str = "stopped"
 
 
 @dataclass
@@ -129,9 +172,15 @@ class SiteView:
     shape: ModelShape | None = None
     unable: str = ""
     agreed: bool = False
+    anew: bool = False
+    """It agreed before and surveys again: its journal is gone, and the epoch's secret with it."""
     rest: job.AtRest | None = None
     doing: str = ""
     last_seen: float = 0.0
+    missed: bool = False
+    """A round began without it; nobody waits for it again before it comes."""
+    away_since: float | None = None
+    """Clock seconds at which its connection was found lost."""
 
 
 @dataclass
@@ -143,6 +192,13 @@ class Progress:
     rounds: list[Json] = field(default_factory=list)
     waiting_for: tuple[SiteId, ...] = ()
     waiting_until: float | None = None
+
+
+_FROM_DISK = (
+    "plan", "features", "epoch", "stage", "step", "certificate", "outcome", "_scheme", "_sum", "_submits",
+    "_arrived", "_begun", "_stage_since", "_stage_seconds", "_checkpoint", "_asked_checkpoint",
+)  # fmt: skip
+"""What a job knows from the journal and the spool."""
 
 
 class CoordinatedJob:
@@ -166,11 +222,20 @@ class CoordinatedJob:
         self._sum: Stored | None = None
         self._submits: dict[SiteId, messages.Submit] = {}
         self._arrived: dict[SiteId, Stored] = {}
-        self._begun = 0.0
+        self._begun = self._stage_since = 0.0
+        self._stage_seconds: dict[str, float] = {}
         self._checkpoint: Stored | None = None
-        self._asked_checkpoint = ""
-        self._gather_until: float | None = None
+        self._asked_checkpoint: SiteId | None = None
+        self._asked_at = 0.0
+        self._offered: dict[SiteId, job.AtRest] = {}
+        self._gathering: float | None = None
+        self._tick_at = 0.0
+        self._nudged_at = 0.0
+        self._finishing: float | None = None
+        self._restarted = False
+        self._epoch_refused = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._due: list[tuple[Any, Any, Sequence[Any]]] = []
         self._beside: set[asyncio.Task[None]] = set()
         self._hub = coordinator.Hub(dict(house.pins), house.limits.stage)
         self._epoch_hub = epoch.EpochHub(dict(house.pins), house.limits.gather)
@@ -204,27 +269,84 @@ class CoordinatedJob:
         certificate = journal.get(name, "certificate")
         if certificate is not None:
             self.certificate = decode(certificate, messages.Certificate)
-        self.stage = coordinator.replay(self.stage, journal.read(name, ROUND))
+        self._restore_rows()
+        records = list(journal.read(name, ROUND))
+        self.stage = coordinator.replay(self.stage, records)
+        if self.outcome is not None:
+            self._checkpoint = self._kept_checkpoint()
+            return
+        self._restarted = bool(records)
+        if isinstance(self.stage, coordinator.Releasing):
+            digest = self.stage.header.digest
+            self._sum = self.house.spool.find(self.id, "sum", header=digest)
+        self._begun = self._stage_since = self.house.clock()
+        if records and isinstance(self.stage, coordinator.Released | coordinator.Abandoned):
+            self._round_over()  # the process ended after the round and before this was written
         self._checkpoint = self._kept_checkpoint()
+        self._tidy()
+
+    def _restore_rows(self) -> None:
+        """The rows the journal has, into the file if a crash came between the two."""
+        journal, name = self.house.journal, self.id
+        keys = [key for key in journal.keys(name) if key.startswith(_ROW)]
+        rows = [journal.get(name, key) for key in keys]
+        self.progress.rounds = [json.loads(row) for row in rows if row is not None]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.progress.rounds)
+        path = self.directory / "rounds.jsonl"
+        if (path.read_bytes() if path.exists() else b"") != text.encode():
+            write_atomic(path, text.encode())
+
+    def _tidy(self) -> None:
+        """Remove the spool's rounds that a crash kept from being removed."""
+        header = getattr(self.stage, "header", None)
+        keep = {header.digest} if isinstance(self.stage, _ROUND_STAGES) and header else set()
+        if self.certificate is not None:  # a checkpoint on its way in
+            keep.add(self.certificate.header.digest)
+        for found in self.house.spool.rounds(self.id):
+            if found not in keep:
+                self.house.spool.discard(self.id, found)
+
+    def _checkpoint_name(self) -> str:
+        """A checkpoint is sealed under the secret of a key epoch."""
+        assert self.certificate is not None
+        return f"checkpoint-{self.epoch.epoch}-{self.certificate.hash[:32]}"
 
     def _kept_checkpoint(self) -> Stored | None:
         if self.certificate is None:
             return None
-        return self.house.spool.find(self.id, f"checkpoint-{self.certificate.hash[:32]}")
+        return self.house.spool.find(self.id, self._checkpoint_name())
 
     # ----------------------------------------------------------------------------- the queue
 
     def tell(self, site: SiteId, message: Any) -> None:
         """A record of a site."""
-        self._queue.put_nowait(_Told(site, message))
+        self._take(_Told(site, message))
+
+    @property
+    def backlog(self) -> int:
+        """Events that wait."""
+        return self._queue.qsize()
 
     def arrived(self, site: SiteId, header: bytes, stored: Stored) -> None:
         """A whole upload of a site."""
-        self._queue.put_nowait(_Arrived(site, header, stored))
+        self._take(_Arrived(site, header, stored))
 
     def came(self, site: SiteId) -> None:
         """A site has a new session."""
-        self._queue.put_nowait(_Came(site))
+        self._take(_Came(site))
+
+    def left(self, site: SiteId) -> None:
+        """A site says that it stops: the round under way goes on without it."""
+        self._take(_Left(site))
+
+    def _take(self, event: Any) -> None:
+        if self.outcome is None:
+            self._queue.put_nowait(event)
+            return
+        try:
+            self._afterwards(event)
+        except FedcoreError as error:
+            LOG.warning("job %s: %s", self.id, error)
 
     def doing(self, site: SiteId, what: str) -> None:
         """What a site says it is at."""
@@ -237,16 +359,40 @@ class CoordinatedJob:
         self._queue.put_nowait(_Stop(text))
 
     async def run(self) -> None:
-        """Run the job to its end."""
+        """Run the job to its end.
+
+        Where the disk refuses, everything is read from it again, as a new process would, and goes on.
+        """
         self.progress.state = RUNNING
+        while self.outcome is None:
+            try:
+                await self._serve()
+            except StoreProblem as error:
+                LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
+                self.progress.text = str(error)
+                self.on_change()
+                while not await self._again():
+                    pass
+            except Exception:
+                LOG.exception("job %s: ended by a fault of this side", self.id)
+                self.end("failed", "a fault of the coordinator; its own log says which")
+        self.on_change()
+
+    async def _serve(self) -> None:
+        self._due.clear()
         try:
             self._resume()
             while self.outcome is None:
                 try:
-                    event = await asyncio.wait_for(self._queue.get(), self._wait())
+                    # Not wait_for: before Python 3.12 it may lose a cancellation.
+                    async with asyncio.timeout(self._wait()):
+                        event = await self._queue.get()
                 except TimeoutError:
                     event = None
                 await self._handle(event)
+                await self._handle_waiting()
+                if self.house.clock() >= self._tick_at:
+                    await self._handle(None)  # however much is said, the clock is looked at
                 self._advance()
                 self.on_change()
         finally:
@@ -257,10 +403,38 @@ class CoordinatedJob:
                 with contextlib.suppress(FedcoreError):
                     await self._fold.end()
 
+    async def _handle_waiting(self) -> None:
+        """What came in at the same time: the records of several sites' messages in one commit."""
+        await asyncio.sleep(0)  # frames that are read already get here first
+        for _ in range(self._queue.qsize()):
+            if self.outcome is not None:
+                break
+            await self._handle(self._queue.get_nowait())
+        self._commit()
+
+    async def _again(self) -> bool:
+        """After a pause, what a new process would know. False: the disk still refuses."""
+        await asyncio.sleep(_AGAIN)
+        fresh = CoordinatedJob(self.house, self.links, self.offer)
+        try:
+            fresh._restore()
+        except StoreProblem as error:
+            LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
+            return False
+        for name in _FROM_DISK:
+            setattr(self, name, getattr(fresh, name))
+        self.progress.rounds, self.progress.text = fresh.progress.rounds, ""
+        for view in self.sites.values():
+            view.rest = None
+        self._restarted = True
+        return True
+
     def _resume(self) -> None:
-        if self.plan is not None and isinstance(
-            self.stage, coordinator.Waiting | coordinator.Summing
-        ):
+        now = self.house.clock()
+        self._tick_at = now + TICK
+        if isinstance(self.epoch, epoch.Calling | epoch.Granting):
+            self.epoch = replace(self.epoch, until=now + self._epoch_hub.patience)
+        if self.plan is not None and isinstance(self.stage, _ROUND_STAGES):
             self._open_fold(self.stage.header)
             self._machine(coordinator.Restarted())
         for name in self.links.connected():
@@ -268,7 +442,7 @@ class CoordinatedJob:
 
     def _wait(self) -> float:
         """Seconds until something is due by itself; never more than a second, for people who watch."""
-        until = [self.house.clock() + 1.0]
+        until = [self._tick_at]
         if isinstance(self.stage, coordinator.Waiting):
             until.append(self.stage.until)
         return max(0.0, min(until) - self.house.clock()) + 0.001
@@ -278,6 +452,8 @@ class CoordinatedJob:
             match event:
                 case None:
                     self._tick()
+                case _Left(name):
+                    self._gone(name)
                 case _Told(name, message):
                     self.sites[name].last_seen = self.house.now()
                     await self._on_message(name, message)
@@ -288,20 +464,58 @@ class CoordinatedJob:
                 case _Done(inner, header):
                     if getattr(getattr(self.stage, "header", None), "digest", b"") == header:
                         self._machine(inner)
-                case _Stop(text):
-                    self.end("stopped", text)
+                case _Stop(text, outcome):
+                    self.end(outcome, text)
+        except OutOfOrder as error:  # said again after a new connection, and known already
+            LOG.info("job %s: %s", self.id, error)
         except PeerRefused as error:
             LOG.warning("job %s: %s", self.id, error)
 
     def _tick(self) -> None:
+        now = self.house.clock()
+        self._tick_at = now + TICK
         self._machine(coordinator.Tick())
         self._epoch_machine(epoch.EpochTick())
+        self._look_for_lost(now)
+        if now - self._nudged_at >= _AGAIN:
+            self._nudged_at = now
+            self._nudge()
+
+    def _look_for_lost(self, now: float) -> None:
+        """A round goes on without a site whose connection is lost for longer than the grace."""
+        here = self.links.connected()
+        for name, view in self.sites.items():
+            if name in here:
+                view.away_since = None
+            elif view.away_since is None:
+                view.away_since = now
+            if view.away_since is not None and now - view.away_since >= self.house.limits.grace:
+                self._gone(name)
+
+    def _gone(self, name: SiteId) -> None:
+        if name in coordinator.waiting_for(self.stage):
+            LOG.info("job %s: the round goes on without site %s", self.id, name)
+            self._machine(coordinator.Gone(name))
+
+    def _nudge(self) -> None:
+        """Say again what may have been lost on its way between two others."""
+        if self.plan is None:
+            return
+        for name in self.links.connected():
+            view = self.sites[name]
+            spreading = isinstance(self.epoch, epoch.Spreading) and view.agreed
+            if spreading and name not in self.epoch.holders:
+                self._epoch_machine(epoch.Reconnected(name))
+            if view.rest is not None:
+                self._catch_up(name)
 
     # -------------------------------------------------------------------------------- sites
 
     def _greet(self, name: SiteId) -> None:
-        """What a site that just connected needs to hear."""
-        self.sites[name].rest = None
+        """What a site that just connected needs to hear; it answers where it stands."""
+        view = self.sites[name]
+        view.rest, view.missed, view.away_since = None, False, None
+        self._offered.pop(name, None)
         self.links.say(name, self.id, self.offer)
         if self.plan is None:
             return
@@ -311,8 +525,9 @@ class CoordinatedJob:
 
     def _rejoin(self, name: SiteId) -> None:
         """A site that knows the plan gets again what epoch and round have for it."""
-        self._epoch_machine(epoch.Reconnected(name))
+        # The round first: a site takes no new epoch inside one.
         self._machine(coordinator.Reconnected(name))
+        self._epoch_machine(epoch.Reconnected(name))
 
     async def _on_message(self, name: SiteId, message: Any) -> None:
         view = self.sites[name]
@@ -321,6 +536,10 @@ class CoordinatedJob:
         match message:
             case job.Survey(shape=shape):
                 view.shape, view.unable = shape, ""
+                view.anew = (
+                    view.agreed
+                )  # a site surveys before it has a plan, or without its journal
+                view.agreed = False
                 if self.plan is not None:
                     self.links.say(
                         name, self.id, job.PlanOffer(self.id, canonical(self.plan.to_json()))
@@ -331,9 +550,19 @@ class CoordinatedJob:
             case job.PlanAgreed(plan_digest=digest):
                 if self.plan is not None and digest == self.plan.digest and not view.agreed:
                     view.agreed = True
+                    if view.anew and isinstance(self.epoch, epoch.Spreading):
+                        view.anew = False
+                        self.links.say(name, self.id, epoch.EpochCall(self.epoch.header))
                     self._rejoin(name)
             case job.AtRest():
+                if not 0 <= message.round <= self._number() + MOST_AHEAD:
+                    raise PeerRefused(f"round: found a number of {name} that is far from ours")
                 view.rest = message
+                number = getattr(getattr(self.stage, "header", None), "round", 0)
+                if isinstance(self.stage, _ROUND_STAGES) and message.round >= number:
+                    self._gone(name)  # it left this round, and its word was lost
+                if self._asked_checkpoint == name:
+                    self._asked_checkpoint = None  # back from elsewhere: it may not have heard
                 self._catch_up(name)
             case job.CheckpointSealed():
                 self._take_checkpoint(name, message)
@@ -342,8 +571,27 @@ class CoordinatedJob:
             case messages.Submit():
                 self._submits[name] = message
                 await self._take_upload(name)
+            case messages.Leave(code=messages.RELEASE_REFUSED) if not self._of_this_round(message):
+                self._halted(name)
             case _:
-                self._machine(coordinator.Received(name, message))
+                self._machine(coordinator.Received(name, message), together=True)
+
+    def _of_this_round(self, leave: messages.Leave) -> bool:
+        header = getattr(self.stage, "header", None)
+        if header is None or not isinstance(self.stage, _ROUND_STAGES):
+            return False
+        return bool(header.digest == leave.header)
+
+    def _number(self) -> int:
+        """Of the round under way, or else of the last one."""
+        header = getattr(self.stage, "header", None)
+        return int(header.round if header is not None else self.stage.round)
+
+    def _halted(self, name: SiteId) -> None:
+        """A site refused the release of a round that is over: this key epoch is, too (PROTOCOL R)."""
+        if isinstance(self.epoch, epoch.Spreading) and name in self.epoch.holders:
+            self._epoch_refused = True
+        self._gone(name)
 
     # ------------------------------------------------------------------------------ the plan
 
@@ -351,6 +599,8 @@ class CoordinatedJob:
         """Whatever can begin now, begins."""
         if self.outcome is not None:
             return
+        if isinstance(self.stage, coordinator.Waiting):
+            self._show_waiting(self.stage)
         if self.plan is None:
             self._make_plan()
         elif isinstance(self.epoch, epoch.NoEpoch):
@@ -361,28 +611,50 @@ class CoordinatedJob:
             self._next_round()
 
     def _gathered(self, present: list[SiteId], wanted: int) -> bool:
-        """Whether to go on: everybody is there, or enough are and the time to wait for more is over."""
-        least = max(self.house.limits.minimum, wanted)
-        absent = [name for name in self.house.pins if name not in present]
-        hopeless = [name for name in absent if self.sites[name].unable]
-        if len(present) >= least and len(absent) == len(hopeless):
-            self._gather_until = None
+        """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
+
+        Who was waited for once and did not come is not waited for again before it connects.
+        """
+        limits, now = self.house.limits, self.house.clock()
+        enough = len(present) >= max(limits.minimum, wanted)
+        for name in present:
+            self.sites[name].missed = False
+        views = {name: self.sites[name] for name in self.house.pins if name not in present}
+        awaited = tuple(n for n, v in views.items() if not (v.unable or v.missed))
+        if enough and not awaited:
+            self._gathering = None
             self._waiting((), None)
             return True
-        now = self.house.clock()
-        if self._gather_until is None:
-            self._gather_until = now + self.house.limits.gather
-        self._waiting(tuple(n for n in absent if n not in hopeless), self._gather_until)
-        if now < self._gather_until or len(present) < least:
+        if self._gathering is None:
+            self._gathering = now
+        until = self._gathering + (limits.gather if enough else limits.enough)
+        self._waiting(awaited or tuple(views), until)
+        if now < until:
             return False
-        self._gather_until = None
+        self._gathering = None
         self._waiting((), None)
+        if not enough:
+            text = (
+                f"{len(present)} sites were there after {limits.enough:.0f} s, too few for a round"
+            )
+            self.end("abandoned" if self.progress.rounds else "failed", text)
+            return False
+        for name in awaited:
+            self.sites[name].missed = True
         return True
 
     def _waiting(self, sites: tuple[SiteId, ...], until: float | None) -> None:
         self.progress.waiting_for = sites
         moment = None if until is None else self.house.now() + until - self.house.clock()
         self.progress.waiting_until = moment
+
+    def _show_waiting(self, stage: Any) -> None:
+        """During a round: who is not connected, and when the round goes on without them."""
+        here = self.links.connected()
+        lost = tuple(name for name in coordinator.waiting_for(stage) if name not in here)
+        since = [self.sites[name].away_since or self.house.clock() for name in lost]
+        ends = [moment + self.house.limits.grace for moment in since]
+        self._waiting(lost, min([stage.until, *ends]) if lost else None)
 
     def _threshold(self) -> int:
         if self.plan is not None:
@@ -458,13 +730,24 @@ class CoordinatedJob:
                 case effects.Persist(record=record):
                     self.house.journal.put(self.id, "epoch", encode(record))
                 case effects.Send(to=to, message=message):
-                    self.links.say(SiteId(to), self.id, message)
+                    self.links.say(self._holder(SiteId(to), message), self.id, message)
+
+    def _holder(self, to: SiteId, message: Any) -> SiteId:
+        """Any holder can grant: one that is connected is asked."""
+        here = self.links.connected()
+        if not isinstance(message, epoch.GrantRequest) or to in here:
+            return to
+        holders = [n for n in self.epoch.holders if n in here and n != message.key.site]
+        return holders[0] if holders else to
 
     # ---------------------------------------------------------------------------- the rounds
 
     def _next_round(self) -> None:
         """Announce the next step to the sites that stand where the job stands."""
         assert self.plan is not None
+        refused = getattr(self.stage, "refused", ())
+        if self._epoch_refused or (refused and self.stage.header.epoch == self.epoch.epoch):
+            self._new_epoch()
         if self.step is None:
             self._finish()
             return
@@ -494,8 +777,9 @@ class CoordinatedJob:
             step.training_round, step.purpose, roster, roster_digest(self.house.pins), threshold,
             plan.protection, plan.digest, self.certificate.hash if self.certificate else "",
         )  # fmt: skip
-        self._submits, self._arrived, self._sum = {}, {}, None
-        self._begun = self.house.clock()
+        self._submits, self._arrived, self._sum, self._restarted = {}, {}, None, False
+        self._begun = self._stage_since = self.house.clock()
+        self._stage_seconds = {}
         self._open_fold(header)
         for name in roster:
             self.sites[name].rest = None
@@ -513,19 +797,42 @@ class CoordinatedJob:
         name = f"{self.id}-{header.round}"
         self._fold = self.house.pool.job(name, self.plan.packing, slots)
 
-    def _machine(self, event: Any) -> None:
-        """Step; records first, then everything else in order."""
+    def _machine(self, event: Any, *, together: bool = False) -> None:
+        """Step; records first, then everything else in order.
+
+        together: the commit may wait for the messages that came in with this one, until the stage
+        changes; what was asked for waits with it, so nothing is sent before its record.
+        """
+        if not together:
+            self._commit()
         before = self.stage
-        after, found = coordinator.step(self._hub, before, event, self.house.clock())
-        records = [e.record for e in found if isinstance(e, effects.Persist)]
+        self.stage, found = coordinator.step(self._hub, before, event, self.house.clock())
+        self._due.append((before, self.stage, found))
+        if not together or type(self.stage) is not type(before):
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write the records of the steps taken, and do what they ask for."""
+        due, self._due = self._due, []
+        records = [e.record for _, _, found in due for e in found if isinstance(e, effects.Persist)]
         if records:
             self.house.journal.append(self.id, ROUND, records)
-        self.stage = after
-        for effect in found:
-            self._obey(effect)
         ended = coordinator.Released | coordinator.Abandoned
-        if isinstance(after, ended) and not isinstance(before, ended):
-            self._round_over()
+        for before, after, found in due:
+            if type(after) is not type(before):
+                self._time(before)
+            for effect in found:
+                self._obey(effect)
+            if isinstance(after, ended) and not isinstance(before, ended):
+                self._round_over()
+
+    def _time(self, before: Any) -> None:
+        """Add the time since the last change of stage to the stage that ended."""
+        now, name = self.house.clock(), coordinator.STAGE_NAMES.get(type(before))
+        if name is not None:
+            spent = self._stage_seconds.get(name, 0.0) + now - self._stage_since
+            self._stage_seconds[name] = spent
+        self._stage_since = now
 
     def _obey(self, effect: Any) -> None:
         match effect:
@@ -546,7 +853,7 @@ class CoordinatedJob:
                 await work
             except FedcoreError as error:
                 LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
-                self._queue.put_nowait(_Stop(str(error)))
+                self._queue.put_nowait(_Stop(str(error), "failed"))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
@@ -565,62 +872,106 @@ class CoordinatedJob:
         if submit is None or stored is None or not isinstance(self.stage, coordinator.Collecting):
             return
         assert self._fold is not None
+        self._commit()  # folding takes its time, and what is due shall not wait for it
         event = coordinator.Uploaded(name, submit, stored.digest, stored.size)
         # What cannot be folded must not be taken; what is not taken must not be in the sum, and is
         # not: `total` gets the list.
         coordinator.step(self._hub, self.stage, event, self.house.clock())
-        await self._fold.add(stored.path)
+        try:
+            await self._fold.add(stored.path)
+        except ChunkRefused:
+            self._machine(coordinator.Gone(name))
+            raise
         self._machine(event)
+        self.sites[name].unable = ""
 
     async def _remove_masks(self, asked: effects.RemoveMasks) -> None:
         assert self._fold is not None
         header = asked.header.digest
         paths = self.house.spool.complete(self.id, header)
         uploads = [paths[name] for name in asked.survivors]
-        self._sum = await self._fold.total(
-            uploads, asked.masks,
-            lambda chunks: self.house.spool.put(self.id, "sum", chunks, header=header),
-        )  # fmt: skip
+        until = self.house.clock() + self.house.limits.stage
+        while True:
+            try:
+                self._sum = await self._fold.total(
+                    uploads, asked.masks,
+                    lambda chunks: self.house.spool.put(self.id, "sum", chunks, header=header),
+                )  # fmt: skip
+                break
+            except StoreFull as error:  # room may come back, and nothing of the round is lost
+                LOG.warning("job %s: %s", self.id, error)
+                self.progress.text = str(error)
+                if self.house.clock() > until:
+                    raise
+                await asyncio.sleep(_AGAIN)
         self._queue.put_nowait(
             _Done(coordinator.SumReady(self._sum.digest, self._sum.size), header)
         )
 
     def _round_over(self) -> None:
-        """One value says how the round ended; its records and its spool go."""
+        """In one write: how the round ended, its row, and what comes next; its records go.
+
+        A process that ended before it finds the round's last record, and comes here again.
+        """
         assert self.plan is not None
         stage, step = self.stage, self.step
         assert step is not None
         released = isinstance(stage, coordinator.Released)
-        values = {"stage": encode(stage)}
+        row = self._row(step)
+        after = course.step_after(self.plan, step, released=released)
+        values = {
+            "stage": encode(stage), "step": encode(after),
+            f"{_ROW}{len(self.progress.rounds):06}": canonical(row),
+        }  # fmt: skip
         if isinstance(stage, coordinator.Released):
-            self.certificate = stage.certificate
             values["certificate"] = encode(stage.certificate)
-            self._checkpoint, self._asked_checkpoint = None, ""
-        self._report(step)
-        self.step = course.step_after(self.plan, step, released=released)
-        values["step"] = encode(self.step)
-        self.house.journal.append(self.id, ROUND, (), put=values)
-        self.house.journal.compact(self.id, ROUND)
+        self.house.journal.compact(self.id, ROUND, put=values)
+        self.step = after
+        if isinstance(stage, coordinator.Released):
+            self._drop_checkpoint()
+            self.certificate = stage.certificate
+        self.progress.rounds.append(row)
+        append_row(self.directory, row)
         self.house.spool.discard(self.id, stage.header.digest)
-        if stage.refused:
-            self._new_epoch()
+        self._give_up_trying(step)
+
+    def _give_up_trying(self, step: course.Step) -> None:
+        """A step that is tried again and again ends the job, not later than its last try."""
+        last = self.progress.rounds[-MOST_TRIES:]
+        same = [r for r in last if r["purpose"] == step.purpose and "abandoned" in r]
+        if self.step == step and len(same) == MOST_TRIES:
+            self.end(
+                "abandoned", f"the {step.purpose} round was abandoned {MOST_TRIES} times in a row"
+            )
+
+    def _drop_checkpoint(self) -> None:
+        """It is of an earlier release or key epoch."""
+        if self.certificate is not None:
+            self.house.spool.remove(self.id, self._checkpoint_name())
+        self._checkpoint, self._asked_checkpoint = None, None
+        self._offered.clear()
 
     def _new_epoch(self) -> None:
         """After a refused release no round runs under this key (PROTOCOL R)."""
+        self._epoch_refused = False
+        self._drop_checkpoint()
         present = tuple(name for name in self.house.pins if name in self.links.connected())
         for view in self.sites.values():
             view.rest = None
         self._call_epoch(present or tuple(self.house.pins))
 
-    def _report(self, step: course.Step) -> None:
+    def _row(self, step: course.Step) -> Json:
         stage = self.stage
         row: Json = {
-            "round": step.training_round, "purpose": step.purpose,
+            "round": step.training_round, "purpose": step.purpose, "number": stage.header.round,
             "seconds": round(self.house.clock() - self._begun, 4),
             "survivors": list(stage.certificate.survivors)
             if isinstance(stage, coordinator.Released) else [],
             "roster": list(stage.header.roster),
+            "seconds_by_stage": {n: round(s, 5) for n, s in self._stage_seconds.items()},
         }  # fmt: skip
+        if self._restarted:
+            row["restarted"] = True  # the times are those since the coordinator came back
         if self._arrived:
             row["bytes_up"] = max(stored.size for stored in self._arrived.values())
         if self._sum is not None:
@@ -630,8 +981,7 @@ class CoordinatedJob:
                 "stage": stage.stage, "left": stage.left, "needed": stage.header.threshold,
                 "exposed": list(stage.exposed),
             }  # fmt: skip
-        self.progress.rounds.append(row)
-        append_row(self.directory, row)
+        return row
 
     @property
     def directory(self) -> Path:
@@ -647,37 +997,49 @@ class CoordinatedJob:
         rest = self.sites[name].rest
         if rest is None or self.certificate is None or rest.certificate == self.certificate.hash:
             return
-        if self._checkpoint is not None:
+        if rest.epoch != self.epoch.epoch:
+            return  # it could not open the checkpoint: the key epoch first
+        if self._checkpoint is None:
+            self._want_checkpoint()
+        elif self._offered.get(name) != rest:
+            self._offered[name] = rest
             self._offer_checkpoint(name)
-            return
-        self._want_checkpoint()
 
     def _want_checkpoint(self) -> None:
+        """Ask a site that has the state; another one after a while without an answer."""
         assert self.certificate is not None
-        for name in self.links.connected():
-            rest = self.sites[name].rest
-            has = rest is not None and rest.certificate == self.certificate.hash
-            if has and self._asked_checkpoint != name:
-                self._asked_checkpoint = name
-                self.links.say(name, self.id, job.CheckpointWanted(self.id, self.certificate.hash))
-                return
+        now, here = self.house.clock(), self.links.connected()
+        asked = self._asked_checkpoint
+        if asked is not None and asked in here and now - self._asked_at < self.house.limits.gather:
+            return
+        stands = (self.epoch.epoch, self.certificate.hash)
+        able = [
+            name for name in here
+            if (rest := self.sites[name].rest) and (rest.epoch, rest.certificate) == stands
+        ]  # fmt: skip
+        if not able:
+            return
+        others = [name for name in able if name != asked] or able
+        self._asked_checkpoint, self._asked_at = others[0], now
+        self.links.say(others[0], self.id, job.CheckpointWanted(self.id, self.certificate.hash))
 
     def _take_checkpoint(self, name: SiteId, sealed: job.CheckpointSealed) -> None:
         if self.certificate is None or sealed.certificate != self.certificate.hash:
             return
         header = self.certificate.header.digest
-        paths = self.house.spool.complete(self.id, header)
-        if name not in paths:
+        path = self.house.spool.complete(self.id, header).get(name)
+        if name != self._asked_checkpoint or path is None:
             return
-        from fedcore.store import container
-
+        if path.name.removeprefix("whole-") != sealed.digest.hex():
+            return
         self._checkpoint = self.house.spool.put(
-            self.id, f"checkpoint-{sealed.certificate[:32]}", container.read(paths[name])
+            self.id, self._checkpoint_name(), container.read(path)
         )
+        self._asked_checkpoint = None
         self.house.spool.discard(self.id, header)
         for other, view in self.sites.items():
             if view.rest is not None and view.rest.certificate != sealed.certificate:
-                self._offer_checkpoint(other)
+                self._catch_up(other)
 
     def _offer_checkpoint(self, name: SiteId) -> None:
         assert self._checkpoint is not None
@@ -698,30 +1060,83 @@ class CoordinatedJob:
         """Whether an upload of this site for this round may come in: nothing else is spooled."""
         stage = self.stage
         if isinstance(stage, coordinator.Collecting) and stage.header.digest == header:
-            slack = overhead(1 + size // 1024)
+            slack = container.overhead(1 + size // 1024)
             return name in coordinator.members_of(stage) and size <= stage.size + slack
         certificate = self.certificate
-        sealing = certificate is not None and certificate.header.digest == header
-        return sealing and self._asked_checkpoint == name
+        if certificate is None or certificate.header.digest != header or self.plan is None:
+            return False
+        most = _MOST_STATE * self.plan.parameters + _MOST_REST  # as large as a state can be
+        return self._asked_checkpoint == name and size <= most
 
     # ---------------------------------------------------------------------------------- the end
 
     def _finish(self) -> None:
+        """End, once a sealed checkpoint is here for whoever is not at the last release."""
+        now = self.house.clock()
+        if self._finishing is None:
+            self._finishing = now
+        spent = now - self._finishing
+        if self._checkpoint is None and spent < max(self.house.limits.gather, _AGAIN):
+            here = self.links.connected()
+            if spent < _AGAIN and any(self.sites[name].rest is None for name in here):
+                return  # they are about to say where they stand
+            if self._somebody_behind():
+                if isinstance(self.epoch, epoch.Spreading):
+                    self._want_checkpoint()
+                return
         trained = [r for r in self.progress.rounds if r["purpose"] == "update"]
         if trained and all("abandoned" in row for row in trained):
             self.end("abandoned", "every round was abandoned for want of sites")
             return
         self.end("finished", "")
 
+    def _somebody_behind(self) -> bool:
+        here = self._last_certificate()
+        rests = [view.rest for view in self.sites.values()]
+        return bool(here) and any(rest is None or rest.certificate != here for rest in rests)
+
     def end(self, outcome: str, text: str) -> None:
-        """No further round: the sites hear of it."""
-        ended = job.JobEnded(self.id, outcome, text)
-        self.house.journal.append(self.id, ROUND, (), put={"ended": encode(ended)})
+        """No further round: the sites hear of it. Of the rounds nothing is kept but their rows."""
+        ended = job.JobEnded(self.id, outcome, text, self._last_certificate())
+        self.house.journal.compact(self.id, ROUND, put={"ended": encode(ended)})
         self.outcome = ended
         self.progress.state, self.progress.text = outcome, text
+        self._waiting((), None)
+        for found in self.house.spool.rounds(self.id):
+            self.house.spool.discard(self.id, found)
         for name in self.links.connected():
             self.links.say(name, self.id, ended)
         LOG.info("job %s: %s %s", self.id, outcome, text)
+
+    def _last_certificate(self) -> str:
+        return self.certificate.hash if self.certificate is not None else ""
+
+    def _afterwards(self, event: Any) -> None:
+        """The job is over: a site that was away hears of it, and gets the last state it missed."""
+        assert self.outcome is not None
+        match event:
+            case _Came(name):
+                self.links.say(name, self.id, self.outcome)
+            case _Told(name, job.AtRest() as rest):
+                self.sites[name].rest = rest
+                if rest.certificate == self.outcome.certificate:
+                    self.links.say(name, self.id, self.outcome)
+                elif rest.epoch == self.epoch.epoch and self._checkpoint is not None:
+                    self._offer_checkpoint(name)
+                elif rest.epoch == self.epoch.epoch or self.plan is None:
+                    # Nobody left a checkpoint: the site stays where it is.
+                    self.links.say(name, self.id, replace(self.outcome, certificate=""))
+                else:
+                    self._epoch_machine(epoch.Reconnected(name))
+            case _Told(name, job.Survey()) if self.plan is not None:  # it was loading at the end
+                plan = canonical(self.plan.to_json())
+                self.links.say(name, self.id, job.PlanOffer(self.id, plan))
+            case _Told(name, job.Survey() | job.Unable()):
+                self.links.say(name, self.id, replace(self.outcome, certificate=""))
+            case _Told(name, job.PlanAgreed()) if self.plan is not None:
+                self._epoch_machine(epoch.Reconnected(name))
+            case _Told(name, (epoch.EpochKey() | epoch.Grant() | epoch.KeyHeld()) as message):
+                self._epoch_machine(epoch.FromSite(name, message))
 
 
 def _cohort_threshold(plan: RoundPlan, sites: int) -> int:

@@ -17,10 +17,13 @@ import grpc.aio
 from fedcore_server.config import FederationConfig
 from fedcore_server.folding import FoldPool
 from fedcore_server.jobs import House, Limits
+from fedcore_server.metrics import ADDRESS, serve_metrics
+from fedcore_server.probes import Probes
 from fedcore_server.service import Coordinator, handlers, journal_path
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput
+from fedcore.provision.explain import check_certificate
 from fedcore.provision.identities import read_roster
 from fedcore.provision.kit import Kit
 from fedcore.provision.revocation import Revocations
@@ -34,6 +37,7 @@ GRACE_SECONDS = 5.0
 """How long open calls may take to end after a signal."""
 
 KEEPALIVE = (
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -50,6 +54,11 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
         raise BadInput(
             f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
         )
+    check_certificate(
+        kit.certificate_pem, kit.authority_pem, federation=config.name, role="coordinator",
+        now=datetime.now(UTC),
+    )  # fmt: skip
+    revoked = Revocations(config.revoked)
     limits = config.limits
     with (
         Journal.open(journal_path(config.folder), party=f"coordinator of {config.name}") as journal,
@@ -57,10 +66,14 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
     ):
         house = House(
             config.name, pins, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
-            config.folder, Limits(limits.stage_seconds, limits.gather_seconds, limits.minimum_sites),
+            config.folder,
+            Limits(
+                limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
+                limits.grace_seconds, limits.enough_seconds,
+            ),
         )  # fmt: skip
         gate = Gate(
-            config.name, {**pins}.keys(), Revocations(config.revoked), lambda: datetime.now(UTC),
+            config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
         asyncio.run(_serve(config, kit, house, gate, said))
@@ -69,12 +82,23 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
 async def _serve(
     config: FederationConfig, kit: Kit, house: House, gate: Gate, said: Callable[[str], None]
 ) -> None:
-    hub = Coordinator(house, gate)
+    hub, probes = Coordinator(house, gate), Probes(gate)
     server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE))
-    server.add_generic_rpc_handlers(handlers(hub))
+    server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])
     port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
-    await server.start()
-    said(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
+    with contextlib.ExitStack() as opened:
+        if config.metrics_port is not None:
+            metrics, end = serve_metrics(hub, config.metrics_port)
+            opened.callback(end)
+            LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
+        await server.start()
+        await probes.begin()
+        said(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
+        await _until_told(hub, probes, server)
+
+
+async def _until_told(hub: Coordinator, probes: Probes, server: grpc.aio.Server) -> None:
+    """Run the jobs until SIGTERM or SIGINT, then end every call in an orderly way."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -87,6 +111,7 @@ async def _serve(
             work.result()
     finally:
         waiting.cancel()
+        await probes.end()
         hub.say_goodbye()
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,23 +25,29 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 from fedcore_server.jobs import WAITING, CoordinatedJob, House
+from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
 from fedcore.config import build_job
+from fedcore.edge import waiting_text
 from fedcore.errors import (
     BadInput,
     CertificateRefused,
     FedcoreError,
     MalformedMessage,
+    PeerRefused,
     PlanRefused,
+    StoreProblem,
     UnknownName,
     VersionRefused,
 )
+from fedcore.files import write_json
 from fedcore.plan import canonical
 from fedcore.protect.identity import roster_digest
+from fedcore.protocol import coordinator
 from fedcore.protocol import job as job_messages
 from fedcore.protocol.encoding import encode
-from fedcore.provision.peer import Peer
+from fedcore.provision.peer import Peer, check_name
 from fedcore.store.spool import Incoming, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
@@ -51,10 +59,27 @@ LOG = logging.getLogger("fedcore.coordinator")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-MOST_FRAMES = 4096
-"""Frames that may wait for one site; beyond it its session ends, and it connects again."""
+MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
+"""What may wait for one site that does not read; beyond it its session ends, and it connects again."""
+
+MOST_CALLS = 32
+"""Open calls of one certificate: a site has a session, a transfer or two, and for a while old ones."""
+
+MOST_RECORDS = 64
+"""Records that may wait for a job; beyond it nothing more is read, and whoever sends waits."""
+
+FIRST_WORD_SECONDS, PART_SECONDS = 10.0, 120.0
+"""How long a call may be open without its first frame, and an upload without its next part."""
 
 PING_SECONDS = 10.0
+
+SLOW_SECONDS, SAID_SECONDS = 1.0, 10.0
+"""From when on a wait is shown to those who watch, and when it is a line of the log."""
+
+EVICTED = "evicted"
+"""What is said of a site that an operator sent away, in `unable` and as a Goodbye."""
+
+RESULT_FILE = "result.json"
 
 
 @dataclass
@@ -67,15 +92,28 @@ class SiteSession:
     last_seen: float = field(default_factory=time.time)
     tasks: tuple[str, ...] = ()
     over: bool = False
+    begun: bool = False
+    waiting: int = 0
 
     def put(self, frame: Any) -> None:
         """Queue a frame; a site that does not read loses its session."""
         if self.over:
             return
-        try:
-            self.out.put_nowait(calls.SESSION.gives.pack(frame))
-        except asyncio.QueueFull:
+        data = calls.SESSION.gives.pack(frame)
+        if self.out.full() or self.waiting + len(data) > MOST_BYTES:
+            LOG.warning("%s: found %d frames unread, session ended", self.peer, self.out.qsize())
             self.end(None)
+            return
+        self.waiting += len(data)
+        self.out.put_nowait(data)
+
+    async def next(self) -> bytes | None:
+        """The next frame to send; None after the last one."""
+        if self.over and self.out.empty():
+            return None
+        data = await self.out.get()
+        self.waiting -= len(data or b"")
+        return data
 
     def end(self, goodbye: frames.Goodbye | None) -> None:
         """No more frames but this one."""
@@ -94,6 +132,10 @@ class Coordinator:
         self.sessions: dict[SiteId, SiteSession] = {}
         self.jobs: dict[str, CoordinatedJob] = {}
         self.pins = roster_digest(house.pins)
+        self.counts = Counts()
+        kept = house.journal.get("coordinator", "evicted")
+        self.evicted: set[str] = set(json.loads(kept)) if kept else set()
+        self._wait: _Wait = _Wait()
         self._changed = asyncio.Event()
         self._queued = asyncio.Event()
         self._restore()
@@ -104,8 +146,13 @@ class Coordinator:
         kept = self.house.journal.get("coordinator", "jobs")
         for name in json.loads(kept) if kept else []:
             found = CoordinatedJob.stored(self.house, self, name)
-            found.on_change = self.changed
-            self.jobs[name] = found
+            self._adopt(found)
+
+    def _adopt(self, found: CoordinatedJob) -> None:
+        found.on_change = self.changed
+        for site in self.evicted & found.sites.keys():
+            found.sites[SiteId(site)].unable = EVICTED
+        self.jobs[found.id] = found
 
     async def run(self) -> None:
         """Run the jobs, one after the other, and look after the sessions, until cancelled."""
@@ -125,7 +172,7 @@ class Coordinator:
                 await care
 
     async def _care(self) -> None:
-        """Every second: who may not stay; now and then: who is still there."""
+        """Every second: who may not stay, and what people should see; now and then: who is there."""
         number, last = 0, 0.0
         while True:
             await asyncio.sleep(1.0)
@@ -133,15 +180,99 @@ class Coordinator:
             if ping:
                 number, last = number + 1, time.monotonic()
             for session in list(self.sessions.values()):
-                try:
-                    self.gate.still(session.peer)
-                except CertificateRefused as error:
-                    LOG.warning("%s", error)
-                    code = "revoked" if error.check == "revoked" else "roster"
-                    session.end(frames.Goodbye(code, _line(str(error))))
-                    continue
-                if ping:
-                    session.put(frames.Ping(number))
+                self._keep(session, frames.Ping(number) if ping else None)
+            try:
+                self._watch_waits(again=ping)
+            except Exception:  # what is only shown must not end the care for the sessions
+                LOG.exception("waits cannot be shown")
+
+    def _keep(self, session: SiteSession, ping: frames.Ping | None) -> None:
+        """End a session whose certificate no longer counts, or ask whether it is there."""
+        try:
+            self.gate.still(session.peer)
+        except CertificateRefused as error:
+            LOG.warning("%s", error)
+            code = "revoked" if error.check == "revoked" else "roster"
+            session.end(frames.Goodbye(code, _line(str(error))))
+            return
+        if ping is not None:
+            session.put(ping)
+
+    def _watch_waits(self, *, again: bool) -> None:
+        """What people are told of a wait: shown after a second, in the log after ten."""
+        found = self.running()
+        names = tuple(self._waiting_for(found)) if found else ()
+        key = _stage_key(found) if found is not None and names else None
+        if key != self._wait.key:
+            if self._wait.key is not None and self._wait.shown:
+                self._to_all(frames.Waiting(self._wait.key[0]))
+            self._wait = _Wait(key, since=time.monotonic())
+        wait = self._wait
+        if found is None or not names or wait.seconds < SLOW_SECONDS:
+            return
+        if wait.shown and names == wait.sites and not again:
+            return
+        wait.shown, wait.sites = True, names
+        about = self._waiting(found)
+        assert about is not None
+        self.changed()
+        awaited = tuple(map(frames.Awaited, names[:64]))
+        until, then = 1000 * (about["until"] or 0), about["then"]
+        told = (about["of"], until, then, about["least"], about["in_round"])
+        self._to_all(frames.Waiting(found.id, awaited, *told))
+        if not wait.said and wait.seconds >= SAID_SECONDS:
+            wait.said = True
+            LOG.info("job %s: %s", found.id, waiting_text(about, time.time()))
+
+    def _to_all(self, frame: frames.Waiting) -> None:
+        for session in list(self.sessions.values()):
+            session.put(frame)
+
+    def _waiting_for(self, found: CoordinatedJob) -> Collection[SiteId]:
+        """Who is away, else who is still at work on this stage."""
+        return found.progress.waiting_for or coordinator.waiting_for(found.stage)
+
+    def _waiting(self, found: CoordinatedJob) -> Json | None:
+        """Whom a job waits for, of how many, until when, and with how many it then goes on.
+
+        None while nobody would call it waiting. then: 0 where it could not go on.
+        """
+        wait, stage = self._wait, found.stage
+        names = tuple(self._waiting_for(found))
+        if wait.key is None or found.id != wait.key[0] or not wait.shown or not names:
+            return None
+        until, least = found.progress.waiting_until, self.house.limits.minimum
+        if isinstance(stage, coordinator.Waiting):
+            of = coordinator.members_of(stage)
+            out, least = set(stage.gone) | set(names), stage.header.threshold
+            if not found.progress.waiting_for:
+                until = self.house.now() + stage.until - self.house.clock()
+        else:
+            of = tuple(self.house.pins)
+            out = {n for n, view in found.sites.items() if view.unable or view.missed} | set(names)
+            least = max(least, found.plan.threshold if found.plan is not None else 0)
+        there = len(of) - len(out & set(of))
+        return {
+            "for": {name: self._seen(found, name) for name in names}, "of": len(of),
+            "until": None if until is None else round(until), "then": there if there >= least else 0,
+            "least": least, "in_round": isinstance(stage, coordinator.Waiting),
+        }  # fmt: skip
+
+    def _seen(self, found: CoordinatedJob, name: SiteId) -> Json:
+        """What a connected site is at, or when another one was heard of last."""
+        if name in self.sessions:
+            return {"doing": found.sites[name].doing or "connected", "last_seen": None}
+        return {"doing": "", "last_seen": round(found.sites[name].last_seen) or None}
+
+    def seen(self) -> Seen:
+        """For the counters; asked from another thread."""
+        jobs = list(self.jobs.values())
+        rows = [row for found in jobs for row in list(found.progress.rounds)]
+        return Seen(
+            len(self.house.pins), len(self.sessions),
+            Counter(found.progress.state for found in jobs),
+            Counter("abandoned" if "abandoned" in row else "released" for row in rows),
+        )  # fmt: skip
 
     def say_goodbye(self) -> None:
         """This process ends; the sites come back to the next one."""
@@ -161,7 +292,7 @@ class Coordinator:
 
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order."""
-        return [name for name in self.house.pins if name in self.sessions]
+        return [n for n in self.house.pins if n in self.sessions and not self.sessions[n].over]
 
     def say(self, site: SiteId, job: str, message: Any) -> None:
         """Send a record if the site has a session."""
@@ -175,7 +306,9 @@ class Coordinator:
         if session is None or stored.travels > INLINE:
             return
         start = frames.DownloadStart(job, what, stored.digest)
-        session.put(frames.SmallDownload(start, stored.path.read_bytes()))
+        data = stored.path.read_bytes()
+        self.counts.bytes_out += len(data)
+        session.put(frames.SmallDownload(start, data))
 
     # ---------------------------------------------------------------------------- site's calls
 
@@ -185,10 +318,13 @@ class Coordinator:
         """One site, as long as it stays."""
         peer = await self._admit(context, calls.SESSION)
         name = SiteId(peer.name)
+        if name in self.evicted:
+            yield calls.SESSION.gives.pack(_SENT_AWAY)
+            return
         session = SiteSession(peer)
         reader = asyncio.get_running_loop().create_task(self._read(name, session, requests))
         try:
-            while (data := await session.out.get()) is not None:
+            while (data := await session.next()) is not None:
                 yield data
         finally:
             reader.cancel()
@@ -203,15 +339,24 @@ class Coordinator:
         self, name: SiteId, session: SiteSession, requests: AsyncIterator[bytes]
     ) -> None:
         try:
-            async for data in requests:
+            async for data in _prompt(
+                requests, lambda: None if session.begun else FIRST_WORD_SECONDS
+            ):
+                if session.over:
+                    return
                 frame = calls.SESSION.takes.unpack(data, sender=name)
                 session.last_seen = time.time()
-                if self.sessions.get(name) is not session and not self._begin(name, session, frame):
+                if session.begun:
+                    await self._on_frame(name, session, frame)
+                elif self._begin(name, session, frame):
+                    session.begun = True
+                else:
                     return
-                await self._on_frame(name, session, frame)
+        except TimeoutError:
+            LOG.info("site %s: a session without a word, ended", name)
         except VersionRefused as error:
             session.end(frames.Goodbye("version", _line(str(error))))
-        except MalformedMessage as error:
+        except PeerRefused as error:
             LOG.warning("site %s: %s", name, error)
             session.end(frames.Goodbye("malformed", _line(str(error))))
         except Exception:
@@ -221,8 +366,6 @@ class Coordinator:
 
     def _begin(self, name: SiteId, session: SiteSession, frame: Any) -> bool:
         """The first frame. False: the session is over already."""
-        if session.over:
-            return False
         if not isinstance(frame, frames.Hello):
             raise MalformedMessage(
                 "session", found=type(frame).__name__, expected="Hello first", fault=name
@@ -237,6 +380,7 @@ class Coordinator:
             before.end(frames.Goodbye("replaced", "a newer session of this site"))
         session.tasks = tuple(task.name for task in frame.tasks)
         self.sessions[name] = session
+        self.counts.sessions += 1
         session.put(frames.Welcome(self.house.federation, int(time.time() * 1000)))
         LOG.info("site %s: connected (%s)", name, frame.software)
         found = self.running()
@@ -244,7 +388,7 @@ class Coordinator:
             found.came(name)
         for ended in self.jobs.values():  # a site that was away at the end hears of it
             if ended.outcome is not None and any(h.job == ended.id for h in frame.held):
-                self.say(name, ended.id, ended.outcome)
+                ended.came(name)
         self.changed()
         return True
 
@@ -252,28 +396,48 @@ class Coordinator:
         match frame:
             case frames.Record():
                 found = self.jobs.get(frame.job)
-                if found is not None and found.outcome is None:
+                if found is not None and (found.outcome is not None or found is self.running()):
+                    await self._room(found)
                     found.tell(name, unpack_record(frame, TO_COORDINATOR, sender=name))
             case frames.Doing(job, what):
                 if job in self.jobs:
                     self.jobs[job].doing(name, what)
             case frames.SmallUpload(start, data):
-                incoming = self._incoming(name, start)
-                if not incoming.complete:
-                    if incoming.offset:
-                        incoming = self._incoming(name, start)
-                    incoming.write(incoming.offset, data[incoming.offset :])
-                await self._finish(name, start, incoming)
-                session.put(frames.UploadReceipt(start.digest, start.size, complete=True))
+                complete = await self._small(name, start, data)
+                session.put(frames.UploadReceipt(start.digest, 0, complete=complete))
             case frames.Goodbye():
                 LOG.info("site %s says goodbye: %s", name, frame.code)
                 session.end(None)
-            case frames.Hello() if self.sessions.get(name) is not session:
+                running = self.running()
+                if running is not None:
+                    running.left(name)
+            case frames.Hello():
                 raise MalformedMessage(
                     "session", found="a second Hello", expected="none", fault=name
                 )
             case _:
                 pass
+
+    @staticmethod
+    async def _room(found: CoordinatedJob) -> None:
+        """Wait until a job has handled what came before: nothing more of this site is read meanwhile."""
+        while found.backlog >= MOST_RECORDS and found.outcome is None:  # noqa: ASYNC110 - rare
+            await asyncio.sleep(0.01)
+
+    async def _small(self, name: SiteId, start: frames.UploadStart, data: bytes) -> bool:
+        """A vector inside the session: whether it is here whole. One that comes late, or finds no
+        room, is no reason to end the session: the site tries again while its round lasts."""
+        try:
+            incoming = self._incoming(name, start)
+            if not incoming.complete:
+                incoming.write(incoming.offset, data[incoming.offset :])
+            await self._finish(name, start, incoming)
+        except MalformedMessage:
+            raise
+        except (BadInput, PeerRefused, StoreProblem) as error:
+            LOG.warning("site %s: %s", name, error)
+            return False
+        return True
 
     def _incoming(self, name: SiteId, start: frames.UploadStart) -> Incoming:
         """The upload, if a job waits for it. Raises BadInput otherwise: nothing else is spooled."""
@@ -287,6 +451,7 @@ class Coordinator:
 
     async def _finish(self, name: SiteId, start: frames.UploadStart, incoming: Incoming) -> None:
         stored = await asyncio.to_thread(incoming.finish)
+        self.counts.bytes_in += start.size
         self.jobs[start.job].arrived(name, start.header, stored)
 
     async def check(self, data: bytes, context: Context) -> bytes:
@@ -306,7 +471,8 @@ class Coordinator:
         """A vector, from where it broke off."""
         name = SiteId((await self._admit(context, calls.UPLOAD)).name)
         incoming, coming, start = None, None, None
-        async for data in requests:
+        pauses = itertools.chain([FIRST_WORD_SECONDS], itertools.repeat(PART_SECONDS))
+        async for data in _prompt(requests, lambda: next(pauses)):
             frame = calls.UPLOAD.takes.unpack(data, sender=name)
             if incoming is None or coming is None:
                 if not isinstance(frame, frames.UploadStart):
@@ -351,6 +517,7 @@ class Coordinator:
         with stored.path.open("rb") as file:
             parts = chunks.download(head, file)
             while (part := await asyncio.to_thread(next, parts, None)) is not None:
+                self.counts.bytes_out += len(part)
                 yield part
 
     # ------------------------------------------------------------------------- operators' calls
@@ -363,16 +530,17 @@ class Coordinator:
         settings = about.get("settings")
         if not isinstance(settings, dict):
             raise BadInput("submit: found no settings, expected those of the job file, complete")
+        check_name("task", asked.task)  # it names folders
         _check_settings(settings, len(self.house.pins))
-        name = f"{asked.task}-{secrets.token_hex(4)}"
+        check_name("submit: task", asked.task)  # it names folders, here and at the sites
+        name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = CoordinatedJob(self.house, self, offer)
-        found.on_change = self.changed
+        (found.directory / "job.toml").write_bytes(asked.toml)
         journal = self.house.journal
         journal.put(name, "offer", encode(offer))
-        self.jobs[name] = found
+        self._adopt(found)
         journal.put("coordinator", "jobs", json.dumps([*self.jobs]).encode())
-        (found.directory / "job.toml").write_bytes(asked.toml)
         LOG.info("job %s: submitted by %s", name, peer.name)
         self._queued.set()
         self.changed()
@@ -402,12 +570,11 @@ class Coordinator:
             self.gate.still(peer)
             changed = self._changed
             event = self._about(found) | {"sites": self._sites(found)}
-            rounds = found.progress.rounds
-            event["new_rounds"] = rounds[sent:]
+            event["new_rounds"] = fresh = found.progress.rounds[sent:]
             if event != last:
                 yield calls.WATCH.gives.pack(frames.WatchEvent(frames.json_bytes(event)))
-                last, sent = event | {"new_rounds": []}, len(rounds)
-            if found.outcome is not None and sent == len(rounds):
+                last, sent = event | {"new_rounds": []}, sent + len(fresh)
+            if found.outcome is not None and sent == len(found.progress.rounds):
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), 1.0)
@@ -423,6 +590,7 @@ class Coordinator:
             "rounds_done": sum(r["purpose"] == "update" for r in progress.rounds),
             "protection": json.loads(found.offer.settings)["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
+            "waiting": self._waiting(found),
         }  # fmt: skip
 
     def _sites(self, found: CoordinatedJob | None) -> Json:
@@ -432,6 +600,7 @@ class Coordinator:
             view = found.sites[name] if found is not None else None
             out[name] = {
                 "connected": session is not None,
+                "evicted": name in self.evicted,
                 "since": session.since if session else None,
                 "last_seen": session.last_seen if session else (view.last_seen if view else None),
                 "doing": view.doing if view and session else "",
@@ -456,27 +625,103 @@ class Coordinator:
             found.end("stopped", f"stopped by {peer.name}")
         return calls.STOP.gives.pack(frames.Reply(f"job {found.id} is being stopped"))
 
+    async def evict(self, data: bytes, context: Context) -> bytes:
+        """Send a site away until it is let in again; survives a restart."""
+        peer = await self._admit(context, calls.EVICT)
+        asked = calls.EVICT.takes.unpack(data, sender=peer.name)
+        if asked.site not in self.house.pins:
+            raise UnknownName("site", asked.site, list(self.house.pins))
+        if (asked.site in self.evicted) is not asked.undo:
+            how = "is not evicted" if asked.undo else "is evicted already"
+            raise BadInput(f"evict: site {asked.site} {how}")
+        evicted = self.evicted ^ {asked.site}
+        self.house.journal.put("coordinator", "evicted", json.dumps(sorted(evicted)).encode())
+        self.evicted = evicted
+        name = SiteId(asked.site)
+        for found in self.jobs.values():
+            view = found.sites[name]
+            if asked.undo and view.unable == EVICTED:
+                view.unable = ""
+            elif not asked.undo and found.outcome is None:
+                view.unable = EVICTED
+        session = self.sessions.get(name)
+        if session is not None and not asked.undo:
+            session.end(_SENT_AWAY)
+        LOG.info("site %s: %s by %s", name, "let in again" if asked.undo else "evicted", peer.name)
+        self.changed()
+        text = f"site {name} may connect again" if asked.undo else f"site {name} is evicted"
+        return calls.EVICT.gives.pack(frames.Reply(text))
+
     async def result(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
         """The files of a job."""
         peer = await self._admit(context, calls.RESULT)
         found = self._named(calls.RESULT.takes.unpack(data, sender=peer.name).job)
+        result = self._about(found) | {"sites": self._sites(found)} | self._recipe(found)
+        await asyncio.to_thread(write_json, found.directory / RESULT_FILE, result)
         for path in await asyncio.to_thread(lambda: sorted(found.directory.iterdir())):
+            if path.name.startswith("."):
+                continue
             with path.open("rb") as file:
                 for part in chunks.file_parts(path.name, file):
                     yield calls.RESULT.gives.pack(part)
+
+    @staticmethod
+    def _recipe(found: CoordinatedJob) -> Json:
+        """What was run: enough to run it again."""
+        return {
+            "task_sha256": found.offer.task_digest, "settings": json.loads(found.offer.settings),
+            "plan": found.plan.to_json() if found.plan is not None else None,
+            "plan_sha256": found.plan.digest if found.plan is not None else None,
+        }  # fmt: skip
 
     # ----------------------------------------------------------------------------------- gates
 
     async def _admit(self, context: Context, call: calls.Call[Any, Any]) -> Peer:
         try:
-            return self.gate.admit(context, call.roles)
+            peer = self.gate.admit(context, call.roles)
+            if peer.role == calls.SITE and peer.name in self.evicted and call is not calls.SESSION:
+                raise CertificateRefused(
+                    f"site {peer.name!r}: found it evicted by an operator, expected one in the federation",
+                    check="roster",
+                    remedy="ask the operator why: `fed-coordinator evict SITE --undo` lets it in again",
+                )
+            return peer
         except CertificateRefused as error:
+            self.counts.refused += 1
             LOG.warning("%s: %s", call.name, error)
             await refuse(context, error)
 
 
+def _stage_key(found: CoordinatedJob) -> tuple[str, str, int]:
+    """One stage of one round of one job."""
+    header = getattr(found.stage, "header", None)
+    return found.id, type(found.stage).__name__, header.round if header is not None else 0
+
+
+@dataclass
+class _Wait:
+    """For whom the running job waits, and since when. shown, said: to watchers, in the log."""
+
+    key: tuple[str, str, int] | None = None
+    sites: tuple[SiteId, ...] = ()
+    since: float = 0.0
+    shown: bool = False
+    said: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+_SENT_AWAY = frames.Goodbye(EVICTED, "an operator sent this site away")
+
+
 def _check_settings(settings: Json, sites: int) -> None:
     """What a deployed job must have. Raises BadInput and PlanRefused."""
+    for section, key in (("round", "rounds"), ("protect", "protection")):
+        table = settings.get(section)
+        if not isinstance(table, dict) or key not in table:
+            raise BadInput(f"{section}.{key}: found none, expected the settings of a job, complete")
     found = build_job(settings)
     if found.protect.max_examples is None:
         raise BadInput(
@@ -508,10 +753,11 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
         (calls.SESSION, hub.session), (calls.CHECK, hub.check), (calls.UPLOAD, hub.upload),
         (calls.UPLOAD_OFFSET, hub.upload_offset), (calls.DOWNLOAD, hub.download),
         (calls.SUBMIT, hub.submit), (calls.JOBS, hub.list_jobs), (calls.WATCH, hub.watch),
-        (calls.STOP, hub.stop), (calls.RESULT, hub.result),
+        (calls.STOP, hub.stop), (calls.EVICT, hub.evict), (calls.RESULT, hub.result),
     ]  # fmt: skip
+    busy: Counter[bytes] = Counter()
     for call, function in table:
-        told = _told_stream(function) if call.gives_stream else _told(function)
+        told = _told_stream(function, busy) if call.gives_stream else _told(function, busy)
         kind = {
             (True, True): grpc.stream_stream_rpc_method_handler,
             (True, False): grpc.stream_unary_rpc_method_handler,
@@ -522,31 +768,67 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
     return [grpc.method_handlers_generic_handler(name, each) for name, each in methods.items()]
 
 
-def _told(function: Callable[[Any, Context], Awaitable[bytes]]) -> Callable[..., Awaitable[bytes]]:
+def _told(
+    function: Callable[[Any, Context], Awaitable[bytes]], busy: Counter[bytes]
+) -> Callable[..., Awaitable[bytes]]:
     async def call(request: Any, context: Context) -> bytes:
-        try:
+        async with _one_of(busy, context):
             return await function(request, context)
-        except FedcoreError as error:
-            await _abort(context, error)
-            raise
 
     return call
 
 
 def _told_stream(
-    function: Callable[[Any, Context], AsyncIterator[bytes]],
+    function: Callable[[Any, Context], AsyncIterator[bytes]], busy: Counter[bytes]
 ) -> Callable[..., AsyncIterator[bytes]]:
     async def call(request: Any, context: Context) -> AsyncIterator[bytes]:
-        try:
+        async with _one_of(busy, context):
             async for data in function(request, context):
                 yield data
-        except FedcoreError as error:
-            await _abort(context, error)
 
     return call
 
 
-async def _abort(context: Context, error: FedcoreError) -> None:
+@contextlib.asynccontextmanager
+async def _one_of(busy: Counter[bytes], context: Context) -> AsyncIterator[None]:
+    """One of the few open calls of a certificate; what goes wrong in it is told without its text."""
+    who = b"".join(context.auth_context().get("x509_pem_cert", ()))
+    if busy[who] >= MOST_CALLS:
+        line = f"calls: found {MOST_CALLS} of this certificate open, expected fewer"
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, line)
+    busy[who] += 1
+    try:
+        yield
+    except FedcoreError as error:
+        await _abort(context, error)
+    except TimeoutError:
+        await context.abort(
+            grpc.StatusCode.DEADLINE_EXCEEDED, "call: found nothing to read for long"
+        )
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except Exception as error:
+        LOG.exception("a call ended by a fault of this side")
+        await _abort(context, error)
+    finally:
+        busy[who] -= 1
+        if not busy[who]:
+            del busy[who]
+
+
+async def _prompt(
+    requests: AsyncIterator[bytes], patience: Callable[[], float | None]
+) -> AsyncIterator[bytes]:
+    """What comes in, while no pause is longer than `patience` says. Raises TimeoutError."""
+    coming = aiter(requests)
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(coming), patience())
+        except StopAsyncIteration:
+            return
+
+
+async def _abort(context: Context, error: Exception) -> None:
     code, details = refusals.status_of(error)
     LOG.info("%s", error)
     await context.abort(getattr(grpc.StatusCode, code), details)

@@ -166,13 +166,13 @@ def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, res
 
     directory = writer.directory
     experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
-    result |= {"run": str(directory), "reproduce": _reproduce_line(directory)}
+    result |= {"run": str(directory), "reproduce": reproduce_line(directory)}
     writer.finish(experiment, result)
     write(directory)
     return Run(directory, prepared.task)
 
 
-def _reproduce_line(directory: Path) -> str:
+def reproduce_line(directory: Path) -> str:
     """What to type to run it again, whatever the directory is called."""
     return f"fedcore reproduce {shlex.quote(str(directory))}"
 
@@ -218,7 +218,7 @@ def compare_layers(
     name = f"{found.name}-compare"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         result = _compare_into(directory, found, complete, chosen, on_cell, say)
-        result["reproduce"] = _reproduce_line(directory)
+        result["reproduce"] = reproduce_line(directory)
         write_json(directory / "result.json", result)
         comparison = Comparison(directory)
         comparison.report()

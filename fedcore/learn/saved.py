@@ -46,6 +46,13 @@ def save_model(
     layout: Layout | None,
 ) -> None:
     """Write model.safetensors, whole."""
+    write_atomic(directory / FILE, model_bytes(module, task, statistics, layout))
+
+
+def model_bytes(
+    module: nn.Module, task: Task, statistics: Statistics | None, layout: Layout | None
+) -> bytes:
+    """The file's bytes: the state dict, and as metadata what raw rows need."""
     about: Json = {
         "task": task.origin,
         "task_name": task.name,
@@ -58,7 +65,8 @@ def save_model(
     tensors = {
         name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
     }
-    write_atomic(directory / FILE, save(tensors, {"fedcore": json.dumps(about)}))
+    data: bytes = save(tensors, {"fedcore": json.dumps(about)})
+    return data
 
 
 def _numbers(layout: Layout) -> list[tuple[float, float, bool]]:

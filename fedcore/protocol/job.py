@@ -135,8 +135,13 @@ class CheckpointOffer:
 @record
 @dataclass(frozen=True)
 class JobEnded:
-    """Coordinator to sites: no further round of this job. outcome: one of OUTCOMES."""
+    """Coordinator to sites: no further round of this job. outcome: one of OUTCOMES.
+
+    certificate: hash of the last release; a site that stands elsewhere catches up first. Empty: none was
+    released, or nobody left its state, and every site stays where it is.
+    """
 
     job: str
     outcome: str
     text: str
+    certificate: str = ""

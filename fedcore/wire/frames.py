@@ -149,6 +149,30 @@ class Pong:
 
 
 @dataclass(frozen=True)
+class Awaited:
+    """One site that a job waits for."""
+
+    site: Id
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Whom a job waits for, for people at the sites. sites: empty where for nobody any more.
+
+    of: how many there could be; until_ms: 0 where nobody knows; then: with how many it goes on, 0 where
+    it cannot; least: how many it needs.
+    """
+
+    job: Id
+    sites: Annotated[tuple[Awaited, ...], length(0, 64)] = ()
+    of: Annotated[int, within(0, 1 << 20)] = 0
+    until_ms: Number = 0
+    then: Annotated[int, within(0, 1 << 20)] = 0
+    least: Annotated[int, within(0, 1 << 20)] = 0
+    in_round: bool = False
+
+
+@dataclass(frozen=True)
 class Goodbye:
     """The last frame of either side. text: for a person, one line of our own."""
 
@@ -296,9 +320,10 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class SiteRequest:
-    """Something about one site."""
+    """Something about one site. undo: of Evict, let it come back."""
 
     site: Id
+    undo: bool = False
     version: Version = WIRE_VERSION
 
 
@@ -342,7 +367,7 @@ def _no_such_number(name: str) -> None:
 # ------------------------------------------------------------------------------------ codecs
 
 FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye
-ToSite = Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye
+ToSite = Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting
 UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
 
@@ -368,7 +393,7 @@ def _alone(frame: type[Any], most: int = SMALL) -> Codec[Any]:
 
 FROM_SITE: Codec[FromSite] = _oneof("FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye)
 TO_SITE: Codec[ToSite] = _oneof(
-    "ToSite", Welcome, Record, Ping, UploadReceipt, SmallDownload, Goodbye
+    "ToSite", Welcome, Record, Ping, UploadReceipt, SmallDownload, Goodbye, Waiting
 )
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)

@@ -10,6 +10,7 @@ import json
 
 from fedcore import errors
 from fedcore.errors import Abandoned, BadInput, FedcoreError, MalformedMessage, Refused
+from fedcore.provision.explain import refusal_from
 
 MOST = 600
 """Characters of a sentence: the details are a header, and headers have 8 KiB in all."""
@@ -49,6 +50,13 @@ def error_of(details: str) -> FedcoreError | None:
     if not isinstance(line, str) or not isinstance(hint, str) or not isinstance(code, int):
         return None
     return _CLASSES.get(code, Refused)(_short(line), remedy=_short(hint))
+
+
+def told(status: str, details: str) -> FedcoreError | None:
+    """What the coordinator said of a call that ended with this grpc.StatusCode; None: grpc's own words."""
+    if status == "PERMISSION_DENIED":
+        return refusal_from(details)
+    return error_of(details)
 
 
 def _short(text: str) -> str:

@@ -30,6 +30,7 @@ from fedcore.errors import BadInput, CertificateRefused
 from fedcore.protect.secret import SecretBytes
 from fedcore.provision.authority import LOOPBACK, Authority, Issued
 from fedcore.provision.kit import KEY_FILE, Kit
+from fedcore.provision.reach import preflight
 from fedcore.provision.revocation import EMPTY, Revocations
 
 NOW = datetime.now(UTC)
@@ -185,9 +186,7 @@ async def fails(kit, served, host="127.0.0.1", **how) -> grpc.aio.AioRpcError:
 
 
 async def look(kit, served, host="127.0.0.1", **how):
-    return await asyncio.to_thread(
-        client.preflight, kit, host, served.port, now=datetime.now(UTC), **how
-    )
+    return await asyncio.to_thread(preflight, kit, host, served.port, now=datetime.now(UTC), **how)
 
 
 async def line(kit, served, host="127.0.0.1", **how) -> CertificateRefused:
@@ -585,7 +584,7 @@ def test_a_certificate_without_the_right_to_serve_serves_nothing(va):
 
 
 def test_a_coordinators_certificate_connects_to_nothing(hub):
-    for connect in (client.open_channel, lambda *args: client.preflight(*args, now=NOW)):
+    for connect in (client.open_channel, lambda *args: preflight(*args, now=NOW)):
         with pytest.raises(CertificateRefused, match="found role 'coordinator', expected obs"):
             connect(hub, "127.0.0.1", 8443)
 
@@ -601,7 +600,7 @@ def test_a_key_exchanged_under_a_running_site(va, passphrase):
         )
     )
     with pytest.raises(BadInput, match="found it changed since it was read"):
-        client.preflight(va, "127.0.0.1", 8443, now=NOW)
+        preflight(va, "127.0.0.1", 8443, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +629,7 @@ def test_what_is_no_coordinator(va, behaviour, check, words):
         thread.start()
         port = listener.getsockname()[1]
         with pytest.raises(CertificateRefused) as caught:
-            client.preflight(va, "127.0.0.1", port, now=NOW, timeout=0.3)
+            preflight(va, "127.0.0.1", port, now=NOW, timeout=0.3)
         thread.join()
     says(caught.value, check, words)
 
@@ -664,7 +663,7 @@ def test_a_server_that_does_say_why(hub, va, fault, check, words):
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(CertificateRefused) as caught:
-            client.preflight(va, "127.0.0.1", listener.getsockname()[1], now=NOW)
+            preflight(va, "127.0.0.1", listener.getsockname()[1], now=NOW)
         thread.join()
     says(caught.value, check, words)
 
@@ -673,9 +672,9 @@ def test_nothing_listens_and_no_such_name(va):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(BadInput, match=rf"127.0.0.1:{port}: found no connection .*refused"):
-        client.preflight(va, "127.0.0.1", port, now=NOW)
+        preflight(va, "127.0.0.1", port, now=NOW)
     with pytest.raises(BadInput, match=r"hub\.invalid:8443: found no address under this name"):
-        client.preflight(va, "hub.invalid", 8443, now=NOW)
+        preflight(va, "hub.invalid", 8443, now=NOW)
 
 
 @pytest.mark.parametrize(

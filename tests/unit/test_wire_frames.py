@@ -254,6 +254,7 @@ GOOD = {
     frames.TO_SITE: [
         frames.Welcome("hospitals", 1_700_000_000_000), frames.UploadReceipt(H, 0),
         frames.SmallDownload(WANT, b"x"),
+        frames.Waiting("job", (frames.Awaited("va"),), 4, 7, 3, 3, in_round=True),
     ],
     frames.UPLOAD: [START, frames.Part(b"x")],
     frames.DOWNLOAD_START: [WANT],
@@ -292,6 +293,7 @@ BEYOND = [
     ("Welcome", {"time_ms": 1 << 53}),
     ("UploadReceipt", {"digest": b""}),
     ("SmallDownload", {"data": b""}),
+    ("Waiting", {"sites": (frames.Awaited("va"),) * 65}),
     ("UploadStart", {"header": b"h" * 33}),
     ("UploadStart", {"size": 0}),
     ("UploadStart", {"size": (1 << 40) + 1}),

@@ -23,20 +23,22 @@ class FromSite(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class ToSite(_message.Message):
-    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye")
+    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     record: Record
     ping: Ping
     receipt: UploadReceipt
     download: SmallDownload
     goodbye: Goodbye
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "software", "pins", "tasks", "held")
@@ -113,6 +115,30 @@ class Pong(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("job", "sites", "of", "until_ms", "then", "least", "in_round")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_MS_FIELD_NUMBER: _ClassVar[int]
+    THEN_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    IN_ROUND_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    sites: _containers.RepeatedCompositeFieldContainer[Awaited]
+    of: int
+    until_ms: int
+    then: int
+    least: int
+    in_round: bool
+    def __init__(self, job: _Optional[str] = ..., sites: _Optional[_Iterable[_Union[Awaited, _Mapping]]] = ..., of: _Optional[int] = ..., until_ms: _Optional[int] = ..., then: _Optional[int] = ..., least: _Optional[int] = ..., in_round: _Optional[bool] = ...) -> None: ...
+
+class Awaited(_message.Message):
+    __slots__ = ("site",)
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    def __init__(self, site: _Optional[str] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("code", "text")
@@ -255,12 +281,14 @@ class JobRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ...) -> None: ...
 
 class SiteRequest(_message.Message):
-    __slots__ = ("version", "site")
+    __slots__ = ("version", "site", "undo")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
     version: int
     site: str
-    def __init__(self, version: _Optional[int] = ..., site: _Optional[str] = ...) -> None: ...
+    undo: bool
+    def __init__(self, version: _Optional[int] = ..., site: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("text",)

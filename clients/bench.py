@@ -1,0 +1,118 @@
+"""Sites for `fedcore bench engine`: the real site with a stand-in for training, one or many to a process.
+
+Everything but the content of a vector is what `fed-site run` does: journal, spool, session, protection.
+Invariant: torch is not imported here, so the memory and seconds of such a process are the engine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
+
+import numpy as np
+from fedcore_clients.config import SiteConfig, read_config
+from fedcore_clients.jobs import Party
+from fedcore_clients.main import Site
+from fedcore_clients.training import Loaded
+
+from fedcore.aggregate.jobstate import JobState
+from fedcore.errors import FedcoreError
+from fedcore.loopback import Contribution
+from fedcore.plan import ModelShape, RoundPlan, Wide
+from fedcore.protocol.course import Step
+from fedcore.provision.identities import read_identity, read_roster
+from fedcore.provision.kit import Kit
+from fedcore.seeds import generator
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.types import Fields, Json, SiteId
+
+NO_COORDINATES = np.empty(0, dtype=np.uint64)
+ROWS = Wide("bench rows", 1, 16)
+"""What its metrics-only round carries: a vector must hold something."""
+
+
+class Drawn:
+    """A contributor whose update is drawn once and sent in every round."""
+
+    def __init__(self, site: SiteId, parameters: int) -> None:
+        self._site, self._parameters = site, parameters
+        self._fields: Fields | None = None
+
+    async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:  # noqa: ARG002
+        """A model of so many parameters, all 0, without columns."""
+        shape = ModelShape(task, digest, self._parameters, 0, 0, "bench", (ROWS,))
+        return Loaded(shape, (), np.zeros(self._parameters, dtype=np.float32))
+
+    async def contribute(
+        self,
+        job: str,  # noqa: ARG002
+        plan: RoundPlan,
+        step: Step,
+        state: JobState,  # noqa: ARG002
+    ) -> Contribution:
+        """The drawn fields, or the metrics of no model."""
+        if step.purpose == "metrics":
+            return NO_COORDINATES, {ROWS.name: [1]}
+        if self._fields is None:
+            rng = generator(0, 1, self._site, "bench fields")
+            self._fields = rng.integers(
+                1, 1 << plan.packing.bits, self._parameters, dtype=np.uint64
+            )
+        counts = {"weight": [1], "over_range": [0], "over_half_range": [0]}
+        return self._fields, {**counts, ROWS.name: [1]}
+
+    async def forget(self, job: str) -> None:
+        """Nothing is held of a job."""
+
+
+async def _run(configs: Sequence[SiteConfig], parameters: int) -> None:
+    stop = asyncio.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(each, stop.set)
+    with contextlib.ExitStack() as opened:
+        sites = [_site(config, parameters, opened) for config in configs]
+        await asyncio.gather(*(site.run(stop) for site in sites))
+
+
+def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> Site:
+    kit, name = Kit.load(config.kit), SiteId(config.site)
+    journal = opened.enter_context(
+        Journal.open(config.folder / "journal.sqlite", party=f"site {name}")
+    )
+    party = Party(
+        kit.peer.federation, name, read_identity(config.identity), read_roster(config.roster),
+        journal, Spool(config.folder / "spool"), config.folder,
+    )  # fmt: skip
+    return Site(config, kit, party, Drawn(name, parameters))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -P -m fedcore_clients.bench --config site.toml [--config ...] --parameters N`."""
+    parser = argparse.ArgumentParser(prog="fedcore_clients.bench")
+    parser.add_argument("--config", type=Path, action="append", required=True)
+    parser.add_argument("--parameters", type=int, required=True)
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        asyncio.run(_run([read_config(path) for path in asked.config], asked.parameters))
+    except FedcoreError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    if "torch" in sys.modules:
+        sys.stderr.write("error: found torch imported, expected a site without it\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

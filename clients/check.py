@@ -1,0 +1,295 @@
+"""`fed-site check`: everything a site needs, one line each, with the next step where it fails.
+
+Invariant: nothing is changed, here or at the coordinator: the Check call begins no session, no journal
+is made, and a running site is not disturbed. What the checks say of rows stays on this screen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from fedcore_clients.config import SiteConfig, TaskSection, read_config
+from fedcore_clients.main import (
+    CLOCKS_APART,
+    JOURNAL_FILE,
+    Papers,
+    hello_of,
+    party_of,
+    read_papers,
+)
+from fedcore_clients.status import runs
+from fedcore_clients.tls import open_channel
+
+from fedcore.edge import ago
+from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
+from fedcore.provision.reach import authority_of, preflight, proxied
+from fedcore.store.journal import Journal
+from fedcore.types import Json, SiteId
+from fedcore.wire import calls, frames
+from fedcore.wire.refusals import told
+
+if TYPE_CHECKING:
+    from fedcore.task import Task
+
+SECONDS = 10.0
+LEAST_FREE = 1 << 30
+"""Bytes on the disk of the site's folder below which somebody should look at it."""
+
+CAP = 1 << 24
+"""Public cap on rows that stands in for a job's while the data is tried."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line. exit_code: what the command ends with if this is the first that failed."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    exit_code: int = EXIT_DONE
+    traceback: str = ""
+
+    def to_json(self) -> Json:
+        """For `--json`."""
+        return {key: value for key, value in asdict(self).items() if value or key == "ok"}
+
+
+def _try(name: str, do: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, do())
+    except FedcoreError as error:
+        text = error.user_traceback if isinstance(error, TaskFailed) else ""
+        return Check(name, False, str(error), error.remedy, error.exit_code, text)
+
+
+def examine(path: Path) -> Iterator[Check]:
+    """Every check, in the order in which a person would ask; what a failed one hides is left out."""
+    kept: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> Any:
+        kept[name] = value
+        return value
+
+    def configured() -> str:
+        found: SiteConfig = keep("config", read_config(path))
+        return f"{path}: site {found.site!r}, tasks {', '.join(found.tasks) or 'none'}"
+
+    yield _try("config", configured)
+    if "config" not in kept:
+        return
+    config: SiteConfig = kept["config"]
+    yield _try("keys", lambda: _papers(keep("papers", read_papers(config))))
+    yield _try("folder", lambda: _folder(config))
+    if not config.tasks:
+        yield Check(
+            "tasks", False, f"{path}: found no [tasks.NAME], expected one for each task that may run",
+            "write [tasks.heart] with task, sha256 and source", BadInput.exit_code,
+        )  # fmt: skip
+    for name, section in config.tasks.items():
+        found = _try(f"task {name}", partial(_task, config, name, section, keep))
+        yield found
+        if name in kept:
+            yield _try(f"data {name}", partial(_data, config, kept[name], section))
+    if "papers" in kept:
+        yield from _network(config, kept["papers"])
+
+
+def _papers(papers: Papers) -> str:
+    left = papers.kit.peer.ends - datetime.now(UTC)
+    return (
+        f"{papers.kit.peer}, valid for {ago(left.total_seconds())} more; "
+        f"on a roster of {len(papers.pins)} sites"
+    )
+
+
+def _folder(config: SiteConfig) -> str:
+    folder = there = config.folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise StoreProblem(
+            f"folder: found {there} that cannot be written, expected one that can",
+            remedy=f"give this user the right to write to {there}, or name another `folder`",
+        )
+    free = shutil.disk_usage(there).free
+    if free < LEAST_FREE:
+        raise StoreProblem(
+            f"folder: found {free >> 20} MiB free at {there}, expected {LEAST_FREE >> 20} MiB",
+            remedy="free some space, or name a `folder` on another disk",
+        )
+    return f"{folder}: {free >> 30} GiB free{_journal(config)}"
+
+
+def _journal(config: SiteConfig) -> str:
+    """Whether the journal can be opened, if there is one and nobody has it open."""
+    path = config.folder / JOURNAL_FILE
+    if not path.exists():
+        return ""
+    try:
+        with Journal.open(path, party=party_of(config)) as journal:
+            return f"; {journal.verify()} records"
+    except StoreProblem:
+        if runs(config.folder):
+            return "; its process runs"
+        raise
+
+
+def _task(
+    config: SiteConfig, name: str, section: TaskSection, keep: Callable[[str, Any], Any]
+) -> str:
+    from fedcore.task import load_task
+
+    task = load_task(section.task, config.base)
+    keep(name, task)
+    digest = task.digest()
+    if task.name != name:
+        raise BadInput(
+            f"tasks.{name}: found a task that is called {task.name!r}, expected {name!r}",
+            remedy=f"write [tasks.{task.name}]: jobs go by the task's own name",
+        )
+    if digest != section.sha256:
+        raise Refused(
+            f"tasks.{name}: found {section.task} with another hash than site.toml allows, expected "
+            f"{section.sha256}",
+            remedy=f'read the task again; if it is meant, write sha256 = "{digest}"',
+        )
+    return f"{section.task}: sha256 {digest}"
+
+
+def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
+    from fedcore.comparison.localsite import LocalSite
+    from fedcore.config import build_job
+    from fedcore.learn.flat import single_thread
+
+    job = build_job(task.defaults)
+    with single_thread():
+        site = LocalSite(task, job, SiteId(config.site), section.source, CAP)
+    train, test = len(site.site.train), len(site.site.test)
+    columns = f", {len(site.columns)} columns" if site.columns else ""
+    return (
+        f"{train + test} rows ({train} to train on, {test} to test){columns}; "
+        f"model of {site.flat.parameters} parameters"
+    )
+
+
+# ---------------------------------------------------------------------------------- the network
+
+
+def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
+    through = proxied(config.host, config.through)
+    host, port = (through[0], through[1]) if through else (config.host, config.port)
+    whose = "proxy" if through else "coordinator"
+    found = _try("dns", lambda: _addresses(host, port, whose))
+    yield found
+    if not found.ok:
+        return
+    found = _try("tcp", lambda: _connects(host, port, whose))
+    yield found
+    if not found.ok:
+        return
+    found = _try("tls", lambda: _handshake(config, papers))
+    yield found
+    if not found.ok:
+        return
+    welcome: list[tuple[frames.Welcome, float]] = []
+    found = _try("admitted", lambda: _admitted(config, papers, welcome))
+    yield found
+    if welcome:
+        yield _try("clock", lambda: clock_text(*welcome[0]))
+        yield _try("version", lambda: version_text(welcome[0][0].software))
+
+
+def _addresses(host: str, port: int, whose: str) -> str:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise BadInput(
+            f"{whose} {host}: found no address under this name ({error.strerror})",
+            remedy="check the name in site.toml, and that this machine's DNS knows it",
+        ) from error
+    return f"{host}: {', '.join(dict.fromkeys(str(each[4][0]) for each in found))}"
+
+
+def _connects(host: str, port: int, whose: str) -> str:
+    where = authority_of(host, port)
+    try:
+        with socket.create_connection((host, port), SECONDS):
+            return f"{where} accepts connections"
+    except OSError as error:
+        raise BadInput(
+            f"{whose} {where}: found no connection ({error.strerror or 'timed out'}), expected a listening port",
+            remedy="check that it runs, and that no firewall is between",
+        ) from error
+
+
+def _handshake(config: SiteConfig, papers: Papers) -> str:
+    found = preflight(
+        papers.kit, config.host, config.port, now=datetime.now(UTC), proxy=config.through
+    )
+    return f"{found.version}, {found.cipher}; {found.coordinator}"
+
+
+def _admitted(
+    config: SiteConfig, papers: Papers, welcome: list[tuple[frames.Welcome, float]]
+) -> str:
+    hello = hello_of(config, papers.pins)
+    before = time.time()
+    found = asyncio.run(_ask(config, papers, hello))
+    welcome.append((found, (before + time.time()) / 2))
+    if found.federation != papers.kit.peer.federation:
+        raise Refused(f"coordinator: found federation {found.federation!r}")
+    return f"site {config.site!r} of {found.federation!r}: same roster at both ends"
+
+
+async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frames.Welcome:
+    call = calls.CHECK
+    channel = open_channel(
+        papers.kit, config.host, config.port, proxy=config.through, options=calls.LENGTHS
+    )
+    try:
+        begin: Any = channel.unary_unary(call.path)
+        return call.gives.unpack(
+            await begin(call.takes.pack(hello), timeout=SECONDS), sender="coordinator"
+        )
+    except grpc.aio.AioRpcError as error:
+        found = told(error.code().name, error.details() or "")
+        raise found or Refused(
+            f"coordinator {config.coordinator}: found {error.code().name.lower()}, expected an answer"
+        ) from None
+    finally:
+        await channel.close()
+
+
+def clock_text(welcome: frames.Welcome, here: float) -> str:
+    """How far the two clocks are apart. here: seconds since 1970. Raises Refused beyond a minute."""
+    apart = here - welcome.time_ms / 1000
+    if abs(apart) > CLOCKS_APART:
+        raise Refused(
+            f"clock: found this one {ago(abs(apart))} {'ahead of' if apart > 0 else 'behind'} the "
+            f"coordinator's, expected less than {ago(CLOCKS_APART)}",
+            remedy="set both by NTP: certificates begin and end by the clock",
+        )
+    return f"{abs(apart):.1f} s from the coordinator's"
+
+
+def version_text(theirs: str) -> str:
+    """The version at both ends. Raises Refused where they differ."""
+    if theirs != frames.SOFTWARE:
+        raise Refused(
+            f"version: found {frames.SOFTWARE} here and {theirs} at the coordinator, expected the same",
+            remedy="install the same version: plans and models are compared bit by bit",
+        )
+    return f"{theirs} at both ends"

@@ -1,0 +1,82 @@
+"""`fed-site model`: the model this site was released, as a file that predicts on raw rows.
+
+Under the default protection only the sites have it. The file is the one `fedcore simulate` writes:
+safetensors, with the statistics and columns that raw rows go through first (`learn/saved.py`).
+
+Invariant: only a certified state is exported, the one the site trains from; it is read, never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore_clients.config import SiteConfig
+from fedcore_clients.main import RECIPE_FILE, job_folder, released_round
+
+from fedcore.aggregate.jobstate import JobState
+from fedcore.comparison.localsite import LocalSite
+from fedcore.config import build_job
+from fedcore.errors import BadInput, Refused, UnknownName
+from fedcore.files import read_json, write_atomic
+from fedcore.learn.flat import single_thread
+from fedcore.learn.saved import model_bytes
+from fedcore.task import load_task
+from fedcore.types import Json, SiteId
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. round: of training, after which the model was released."""
+
+    path: Path
+    round: int
+    model_sha256: str
+
+    def to_json(self) -> Json:
+        """For `--json`."""
+        return {"path": str(self.path), "round": self.round, "model_sha256": self.model_sha256}
+
+
+def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
+    """Write the last released model of a job. Raises BadInput, UnknownName, Refused, TaskFailed."""
+    states = job_folder(config.folder, "")
+    known = [path.parent.name for path in states.glob(f"*/{RECIPE_FILE}")]
+    if name not in known:
+        if not known:
+            raise BadInput(
+                f"job: found {name!r}, and no job at this site yet",
+                remedy="`fed-site status` lists the jobs this site took part in",
+            )
+        raise UnknownName("job", name, known)
+    recipe = read_json(job_folder(config.folder, name) / RECIPE_FILE)
+    path = job_folder(config.folder, name) / "current.safetensors"
+    state = JobState.from_bytes(path.read_bytes()) if path.is_file() else None
+    done = state.done if state else None
+    if state is None or done is None or not released_round(done):
+        raise BadInput(
+            f"job {name}: found no released model at this site, expected one round to be over",
+            remedy="`fed-site status` shows how far it is",
+        )
+    allowed = config.tasks.get(recipe["task"])
+    if allowed is None:
+        raise Refused(
+            f"job {name}: found its task {recipe['task']!r} not in site.toml, expected [tasks.{recipe['task']}]",
+            remedy="the architecture comes from the task: allow it again",
+        )
+    task = load_task(allowed.task, config.base)
+    if task.digest() != recipe["task_sha256"]:
+        raise Refused(
+            f"job {name}: found {allowed.task} changed since it trained, expected sha256 "
+            f"{recipe['task_sha256']}",
+            remedy="install the version of the task that trained this model; `fed-site check` prints hashes",
+        )
+    job = build_job(recipe["settings"])
+    cap = job.protect.max_examples
+    assert cap is not None
+    with single_thread():
+        site = LocalSite(task, job, SiteId(config.site), allowed.source, cap)
+    site.flat.write(state.server.model)
+    layout = getattr(site.site.train, "layout", None)
+    write_atomic(out, model_bytes(site.flat.module, task, state.statistics, layout))
+    return Exported(out, released_round(done), state.model_sha256)

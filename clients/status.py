@@ -1,0 +1,81 @@
+"""`fed-site status`: what the site's process last wrote of itself, and whether it still runs.
+
+Invariant: only status.json is read and nothing locked, so asking never disturbs the process that runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedcore_clients.main import STATUS_FILE
+
+from fedcore.edge import ago, waiting_text
+from fedcore.errors import BadInput
+from fedcore.files import read_json
+from fedcore.types import Json
+
+STALE_SECONDS = 15.0
+"""A process writes its status every second; older than this, it hangs or is gone."""
+
+
+def read_status(folder: Path) -> Json:
+    """The last status, with `running` made true to this moment. Raises BadInput where there is none."""
+    path = folder / STATUS_FILE
+    if not path.is_file():
+        raise BadInput(
+            f"status: found no {path}, expected one: this site's process never ran here",
+            remedy="start it: fed-site run --config site.toml",
+        )
+    found = read_json(path)
+    return found | {"running": _lives(found)}
+
+
+def runs(folder: Path) -> bool:
+    """Whether a process of this site runs on this machine."""
+    return (folder / STATUS_FILE).is_file() and bool(read_status(folder)["running"])
+
+
+def _lives(status: Json) -> bool:
+    if not status.get("running") or time.time() - status["written"] > STALE_SECONDS:
+        return False
+    try:
+        os.kill(int(status["process"]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's process: it is there
+    return True
+
+
+def status_lines(status: Json) -> Iterator[str]:
+    """The status in words."""
+    now, name = time.time(), status["site"]
+    if not status["running"]:
+        yield f"site {name}: not running (last word {ago(now - status['written'])} ago)"
+    elif status["connected_since"]:
+        since = ago(now - status["connected_since"])
+        yield f"site {name}: connected to {status['coordinator']} for {since} (process {status['process']})"
+    else:
+        yield f"site {name}: running, not connected to {status['coordinator']} (process {status['process']})"
+    if status["last_error"]:
+        yield f"last error: {status['last_error']}"
+    if not status["jobs"]:
+        yield "no jobs yet"
+    for job in status["jobs"]:
+        yield from _job_lines(job, now)
+
+
+def _job_lines(job: Json, now: float) -> Iterator[str]:
+    where = f"over ({job['outcome']})" if job["stage"] == "over" else job["stage"]
+    if job["round"] is not None and job["stage"] != "over":
+        where = f"round {job['round']} of {job['rounds']}, {where}"
+    yield f"job {job['job']}: {where}"
+    if job.get("waiting") and job["stage"] != "over":
+        yield f"  {waiting_text(job['waiting'], now)}"
+    if job["model_sha256"] and job["model_round"]:
+        yield f"  last model: after round {job['model_round']}, sha256 {job['model_sha256']}"
+    if job["last_error"]:
+        yield f"  last error: {job['last_error']}"

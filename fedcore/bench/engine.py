@@ -1,0 +1,245 @@
+"""`fedcore bench engine`: what a round of a deployed federation costs when nobody trains.
+
+A coordinator and the sites as processes on loopback, with mutual TLS, journals and spools on disk, and
+every message, key, mask and ciphertext of the protection; the sites send an update drawn once. Seconds
+of a round are the coordinator's own: from its announcement to the certificate.
+
+Invariant: the first round of training is left out (buffers are still being made), and so is every round
+without training. Abandoned rounds are counted and not timed. The peak memory is of whole processes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fedcore.bench import progress
+from fedcore.config import build_job
+from fedcore.deployment import COORDINATOR, Command, Deployment, Running, SiteTask, running, write
+from fedcore.environment import environment
+from fedcore.errors import Abandoned, BadInput
+from fedcore.plan import MASKS, MAX_MASKED_SITES
+from fedcore.protocol.course import Step
+from fedcore.report.terminal import fitted, grid
+from fedcore.store.journal import Journal
+from fedcore.task import Task
+from fedcore.types import Json, SiteId
+
+LEAST_SITES = 3
+COMMITS = 50
+SITE_BENCH = "fedcore_clients.bench"
+
+STALLED_SECONDS = 600.0
+"""Without a round for so long the coordinator has given up on a stage."""
+
+
+def _nothing(*_: Any) -> Any:
+    """Data, model and loss of a task that nobody trains."""
+
+
+STAND_IN = Task(name="bench", data=_nothing, model=_nothing, loss=_nothing)
+"""What the job is called; the sites of this benchmark never look it up."""
+
+
+def run(
+    sites: int = 4,
+    parameters: int = 10,
+    rounds: int = 50,
+    protection: str = "layered",
+    bits: int = 16,
+    per_process: int = 1,
+) -> Json:
+    """Run the rounds and time them. per_process: sites that share one process, to have many.
+
+    Returns the JSON of kind bench-engine. Raises BadInput, PlanRefused, and Abandoned where no round
+    was released.
+    """
+    _check(sites, rounds, protection, per_process)
+    names = [SiteId(f"site-{number:03d}") for number in range(sites)]
+    task = SiteTask(STAND_IN.name, "fedcore.bench.engine:STAND_IN", STAND_IN.digest())
+    with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
+        deployment = write(
+            Path(place),
+            "bench",
+            dict.fromkeys(names, task),
+            _job(task.task, rounds, protection, bits),
+        )
+        commands = _commands(deployment, parameters, per_process)
+        with running(deployment, commands, lambda _: None) as parties:
+            progress(f"bench engine: {sites} sites, {parameters:,} parameters, {rounds} rounds")
+            job = str(parties.ask("submit", str(deployment.job))["job"])
+            rows, wall = _watch(parties, job, rounds)
+            memory = _memory(parties, commands)
+        commit = _commit_ms(Path(place) / "commits")
+    timed = [r for r in rows if r["purpose"] == "update" and "abandoned" not in r][1:]
+    if not timed:
+        raise Abandoned(f"bench: found no released round after the first of {rounds}")
+    return {
+        "schema": 1,
+        "kind": "bench-engine",
+        "sites": sites,
+        "parameters": parameters,
+        "rounds": rounds,
+        "timed_rounds": len(timed),
+        "abandoned_rounds": sum("abandoned" in row for row in rows),
+        "protection": protection,
+        "bits": bits,
+        "sites_per_process": per_process,
+        "seconds_per_round": _spread([row["seconds"] for row in timed]),
+        "seconds_between_certificates": wall,
+        "seconds_by_stage": _by_stage(timed),
+        "bytes_up_per_site": timed[-1].get("bytes_up"),
+        "bytes_down_per_site": timed[-1].get("bytes_down"),
+        "rss_mb": memory,
+        "commit_ms": commit,
+        "environment": environment(),
+    }
+
+
+def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
+    if sites < LEAST_SITES:
+        raise BadInput(f"--sites: found {sites}, expected at least {LEAST_SITES}")
+    if protection in MASKS and sites > MAX_MASKED_SITES:
+        raise BadInput(
+            f"--sites: found {sites}, expected at most {MAX_MASKED_SITES} under {protection!r}",
+            remedy="--protection encrypted has no such limit",
+        )
+    if protection == "plain":
+        raise BadInput("--protection: found 'plain', expected layered, masked or encrypted")
+    if rounds < 2:
+        raise BadInput(f"--rounds: found {rounds}, expected at least 2: the first is not timed")
+    if per_process < 1:
+        raise BadInput(f"--per-process: found {per_process}, expected at least 1")
+
+
+def _job(task: str, rounds: int, protection: str, bits: int) -> dict[str, Any]:
+    """A range that is stated, and no column: so every round but the last carries an update."""
+    settings = {
+        "protection": protection, "rounds": rounds, "bits": bits, "range": 0.5,
+        "adaptive_range": False, "max_examples": 16, "resamples": 0,
+    }  # fmt: skip
+    tables = build_job(settings).to_json()
+    del tables["base"]
+    return tables | {"task": task}
+
+
+def _commands(deployment: Deployment, parameters: int, per_process: int) -> list[Command]:
+    coordinator, *sites = deployment.commands()
+    found = [coordinator]
+    for first in range(0, len(sites), per_process):
+        group = sites[first : first + per_process]
+        python, unlisted, module, *_ = group[0].arguments
+        words = [word for each in group for word in each.arguments[-2:]]
+        line = (python, unlisted, module, SITE_BENCH, *words, "--parameters", str(parameters))
+        found.append(Command(group[0].name, line))
+    return found
+
+
+def _watch(parties: Running, job: str, rounds: int) -> tuple[list[Json], float | None]:
+    """Until the last round; its rows, and the mean time from one certificate to the next.
+
+    The coordinator's own file is read, so that nobody who watches takes a part of the machine.
+    """
+    path = parties.deployment.state(COORDINATOR) / "jobs" / job / "rounds.jsonl"
+    rows: list[Json] = []
+    ends: list[float] = []
+    heard = time.monotonic()
+    while not (rows and rows[-1]["purpose"] == "metrics"):
+        parties.check()
+        time.sleep(0.02)
+        text = path.read_text() if path.is_file() else ""
+        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        if len(found) == len(rows):
+            if time.monotonic() - heard > STALLED_SECONDS:
+                raise Abandoned(f"bench: found no round for {STALLED_SECONDS:.0f} s")
+            continue
+        heard = time.monotonic()
+        for row in found[len(rows) :]:
+            if row["purpose"] == "update":
+                ends.append(heard)
+                if len(ends) % max(1, rounds // 5) == 0:
+                    progress(f"round {row['round']}/{rounds}  {row['seconds']:.3f} s")
+        rows = found
+    return rows, round((ends[-1] - ends[0]) / (len(ends) - 1), 4) if len(ends) > 1 else None
+
+
+def _spread(values: list[float]) -> Json:
+    ordered = sorted(values)
+    place = max(0, -(-95 * len(ordered) // 100) - 1)
+    return {"median": round(median(ordered), 4), "p95": round(ordered[place], 4)}
+
+
+def _by_stage(rows: list[Json]) -> dict[str, float]:
+    """Median of each stage, in the order of a round."""
+    stages: Mapping[str, float] = rows[-1]["seconds_by_stage"]
+    return {
+        name: round(median(row["seconds_by_stage"].get(name, 0.0) for row in rows), 5)
+        for name in stages
+    }
+
+
+def _memory(parties: Running, commands: list[Command]) -> dict[str, float | None]:
+    """Peak resident MB of the coordinator, of its fold workers together, and of the largest site."""
+    coordinator, *sites = [parties.pid(each.name) for each in commands]
+    site = [peak for pid in sites if (peak := _peak_mb(pid)) is not None]
+    workers = [peak for pid in _children(coordinator) if (peak := _peak_mb(pid)) is not None]
+    return {
+        "coordinator": _peak_mb(coordinator),
+        "fold_workers": round(sum(workers), 1) if workers else None,
+        "site": max(site, default=None),
+    }
+
+
+def _peak_mb(pid: int) -> float | None:
+    """VmHWM of a process; None where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return round(int(found[0]) / 1024, 1) if found else None
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _commit_ms(folder: Path) -> float:
+    """Median of one journal commit of one record, on the same file system."""
+    taken = []
+    with Journal.open(folder / "journal.sqlite", party="bench") as journal:
+        for number in range(COMMITS):
+            start = time.perf_counter()
+            journal.append("bench", "round", [Step("update", number)])
+            taken.append(time.perf_counter() - start)
+    return round(1000 * median(taken), 3)
+
+
+def page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore bench engine`."""
+    table = grid(
+        "sites", "parameters", "median, s", "p95, s", "coordinator, MB", "site, MB", "commit, ms"
+    )
+    seconds, memory = found["seconds_per_round"], found["rss_mb"]
+    table.add_row(
+        str(found["sites"]), f"{found['parameters']:,}", f"{seconds['median']:.3f}",
+        f"{seconds['p95']:.3f}", str(memory["coordinator"]), str(memory["site"]),
+        f"{found['commit_ms']:.2f}",
+    )  # fmt: skip
+    stages = ", ".join(f"{name} {value:.3f}" for name, value in found["seconds_by_stage"].items())
+    note = (
+        f"{found['timed_rounds']} rounds under {found['protection']!r} at {found['bits']} bits, separate "
+        f"processes, mutual TLS, training excluded; seconds by stage: {stages}"
+    )
+    return Group(fitted(table), Text(), Text(note))

@@ -1,0 +1,209 @@
+"""Where a command meets a person: one table of exit codes, at most two lines of error, logs.
+
+Invariant: every way out of a command is one exit code of `errors.py`: 0 done, 1 the user's task failed,
+2 bad input, 3 refused by plan or policy, 4 abandoned, 130 interrupted. Results go to stdout, everything
+said on the way to stderr. A log line is one line whatever it quotes: text on a terminal, JSON otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from fedcore.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    BadInput,
+    FedcoreError,
+    TaskFailed,
+)
+from fedcore.types import Json
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line to stderr, never wrapped or read as markup."""
+    stderr.print(Text(text), soft_wrap=True)
+
+
+def emit(value: Any) -> None:
+    """A result as JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+class JobCommand(typer.core.TyperCommand):
+    """A command for which every key of a job is a flag: `--batch-size 64` is `--set batch_size=64`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Rewrite flags that are none of the command's own before click sees them."""
+        own = {option for parameter in self.params for option in parameter.opts} | {"--help"}
+        return super().parse_args(ctx, _as_settings(args, own))
+
+
+def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
+    found, rest = [], list(args)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--") or name in own:
+            found.append(flag)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
+            value = rest.pop(0)
+        found += ["--set", f"{name[2:].replace('-', '_')}={value}"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------- ways out
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of a command; always ends in SystemExit."""
+    with exit_codes():
+        given = list(arguments) if arguments is not None else None
+        code = app(args=given, prog_name=name, standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer has caught the KeyboardInterrupt itself
+            say("interrupted")
+        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Every way out, as one exit code and at most two lines (a task's own traceback before them)."""
+    try:
+        yield
+    except FedcoreError as error:
+        if isinstance(error, TaskFailed) and error.user_traceback:
+            stderr.print(Text(error.user_traceback.rstrip()), soft_wrap=True)
+        say(f"error: {error}")
+        if error.remedy:
+            say(f"hint: {error.remedy}")
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        say(f"error: {error.format_message().partition(' Did you mean')[0]}")
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            say(f"hint: {_usage_hint(error.ctx, error)}")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        say("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `fedcore runs | head`
+        sys.stderr.close()
+        sys.exit(EXIT_DONE)
+    except OSError as error:
+        where = error.filename or "a file"
+        say(f"error: {where}: {error.strerror or error}")
+        say("hint: look at the path, its permissions and the space left there")
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _usage_hint(context: click.Context, error: click.UsageError) -> str:
+    """The nearest command for a mistyped one, else where the options are listed."""
+    commands = getattr(context.command, "commands", None)
+    if commands and "'" in error.message:
+        typed = error.message.split("'")[1]
+        near = difflib.get_close_matches(typed, commands, n=1)
+        if near:
+            return f"did you mean {context.command_path} {near[0]}?"
+    return f"{context.command_path} --help"
+
+
+# ---------------------------------------------------------------------------------------- waiting
+
+
+def waiting_text(waiting: Json, now: float) -> str:
+    """`waiting for 1 of 4 sites: va (last seen 2 min ago); at 14:05 goes on with 3`.
+
+    waiting: "for" {site: {"doing", "last_seen": seconds since 1970 or None}, or None}, "of", "until" or
+    None, "then" (0: it cannot go on), "least", "in_round".
+    """
+    names = [
+        name if seen is None else f"{name} ({_seen_text(seen, now)})"
+        for name, seen in waiting["for"].items()
+    ]
+    text = f"waiting for {len(names)} of {waiting['of']} sites: {', '.join(names)}"
+    if waiting["until"] is None:
+        return text
+    moment = datetime.fromtimestamp(waiting["until"]).astimezone()
+    left = waiting["until"] - now
+    form = "%H:%M:%S" if left < 120 else "%H:%M" if left < 12 * 3600 else "%d %b %H:%M"
+    shown = moment.strftime(form)
+    if waiting["then"]:
+        return f"{text}; at {shown} goes on with {waiting['then']}"
+    what = "this round" if waiting["in_round"] else "the job"
+    return f"{text}; at {shown} gives up {what}: it needs {waiting['least']}"
+
+
+def _seen_text(seen: Json, now: float) -> str:
+    if seen["doing"]:
+        return str(seen["doing"])
+    when = seen["last_seen"]
+    return "not seen yet" if when is None else f"last seen {ago(now - when)} ago"
+
+
+def ago(seconds: float) -> str:
+    """A length of time as a person says it: 5 s, 2 min, 3 h, 4 days."""
+    whole = max(0, round(seconds))
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if whole >= 2 * size or (whole >= size and name != "days"):
+            return f"{whole // size} {name}"
+    return f"{whole} s"
+
+
+# ---------------------------------------------------------------------------------------- logs
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, from, text, and a traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line, whatever its text holds."""
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(), "from": record.name, "text": record.getMessage(),
+        }  # fmt: skip
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """Time, level and text for a terminal, without anything that moves a cursor."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record; only line breaks are left of its control characters."""
+        text = super().format(record)
+        return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def start_logging() -> None:
+    """Everything from INFO on to stderr: text where a person looks on, JSON lines otherwise."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TextLines() if sys.stderr.isatty() else JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,0 +1,80 @@
+"""A configuration file in TOML as a frozen, validated model; paths in it count from its folder.
+
+Invariant: an error names the file, the key with its path, what was found and what was expected, and for
+an unknown key the nearest one. A value that may be a secret has no place in such a file: keys are files.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedcore.errors import BadInput, UnknownName
+
+
+class Section(BaseModel):
+    """A table of a file. Unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_toml(model: type[S], path: Path, *, paths: Collection[str], **more: Any) -> S:
+    """A file as `model`. paths: keys whose values are paths; more: values that the file does not hold.
+
+    Raises BadInput and UnknownName.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{path}: found no such file", remedy="`fedcore up` writes one to start from"
+        ) from error
+    except OSError as error:
+        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: it cannot be read as TOML ({error})") from error
+    here = path.resolve().parent
+    for key in paths:
+        if isinstance(tables.get(key), str):
+            tables[key] = str(here / tables[key])
+    for key in more:
+        if key in tables:
+            raise UnknownName(f"{path.name}: key", key, set(model.model_fields) - set(more))
+    try:
+        return model.model_validate({**tables, **more})
+    except ValidationError as error:
+        raise _refused(model, path, error) from error
+
+
+def _refused(model: type[Section], path: Path, error: ValidationError) -> BadInput:
+    found = error.errors()  # a mistyped key says more than the one that is missing for it
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        beside = ".".join(map(str, first["loc"][:-1]))
+        known = [f"{beside}.{name}".lstrip(".") for name in _fields(model, first["loc"][:-1])]
+        return UnknownName(f"{path.name}: key", place, known)
+    if first["type"] == "missing":
+        return BadInput(f"{path.name}: {place}: found nothing, expected a value")
+    words = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return BadInput(
+        f"{path.name}: {place}: found {first['input']!r}, expected {words[:1].lower()}{words[1:]}"
+    )
+
+
+def _fields(model: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at a place: of the section itself, or of a mapping's values."""
+    for step in place:
+        fields = getattr(model, "model_fields", {})
+        if step in fields:
+            model = fields[step].annotation
+        elif get_args(model):
+            model = get_args(model)[-1]
+    return list(getattr(model, "model_fields", {}))

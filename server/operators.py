@@ -1,0 +1,356 @@
+"""An operator's end: calls to a coordinator, and what they say in words.
+
+Invariant: every failure is an error of `fedcore.errors`: what the coordinator said, or, where no call
+came through, what a handshake of our own finds. No wait is unbounded: a call ends after `CALL_SECONDS`,
+and `watch` gives up when the coordinator stayed away for `AWAY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from fedcore_server.config import Place
+
+from fedcore.config import Job, build_job
+from fedcore.edge import ago, waiting_text
+from fedcore.errors import AlreadyExists, BadInput, FedcoreError, MalformedMessage, Refused
+from fedcore.files import read_json, write_atomic
+from fedcore.provision.kit import Kit
+from fedcore.provision.peer import require_role
+from fedcore.provision.reach import authority_of, channel_target, preflight
+from fedcore.task import load_task
+from fedcore.types import Json
+from fedcore.wire import calls, frames
+from fedcore.wire.refusals import told
+
+CALL_SECONDS = 30.0
+AWAY_SECONDS = 60.0
+
+R = TypeVar("R")
+
+
+class Operator:
+    """Calls with an operator's or observer's certificate."""
+
+    def __init__(self, place: Place) -> None:
+        """Raises BadInput and CertificateRefused for the kit."""
+        self._place, self._kit = place, Kit.load(place.kit)
+        require_role(self._kit.peer, [calls.OPERATOR, calls.OBSERVER])
+        self.where = authority_of(place.host, place.port)
+
+    @contextmanager
+    def _channel(self) -> Iterator[grpc.Channel]:
+        place, kit = self._place, self._kit
+        ours = (*calls.LENGTHS, ("grpc.use_local_subchannel_pool", 1))
+        target, options = channel_target(place.host, place.port, place.proxy, ours)
+        credentials = grpc.ssl_channel_credentials(
+            kit.authority_pem, kit.key_pem.reveal(), kit.certificate_pem
+        )
+        with grpc.secure_channel(target, credentials, options=options) as channel:
+            yield channel
+
+    def ask(self, call: calls.Call[Any, R], request: Any) -> R:
+        """One answer. Raises FedcoreError."""
+        with self._channel() as channel:
+            try:
+                begin: Any = channel.unary_unary(call.path)
+                data = begin(call.takes.pack(request), timeout=CALL_SECONDS)
+            except grpc.RpcError as error:
+                raise self._told(call, error) from None
+        return call.gives.unpack(data, sender="coordinator")
+
+    def stream(
+        self, call: calls.Call[Any, R], request: Any, seconds: float | None = None
+    ) -> Iterator[R]:
+        """Answers, one after the other. Raises FedcoreError."""
+        with self._channel() as channel:
+            begin: Any = channel.unary_stream(call.path)
+            stream = begin(call.takes.pack(request), timeout=seconds)
+            try:
+                for data in stream:
+                    yield call.gives.unpack(data, sender="coordinator")
+            except grpc.RpcError as error:
+                raise self._told(call, error) from None
+            finally:
+                stream.cancel()
+
+    def watch(self, job: str, lost: Callable[[str], None]) -> Iterator[Json]:
+        """A job's events to its end, through restarts of the coordinator. lost: told why one is away."""
+        since: float | None = None
+        shown = 0
+        while True:
+            try:
+                asked, told_again = frames.WatchRequest(job), shown
+                for event in self.stream(calls.WATCH, asked):
+                    found = frames.json_value(event.json, sender="coordinator")
+                    job, since = str(found["job"]), None
+                    rows = found["new_rounds"]  # a new call begins with all of them
+                    found["new_rounds"] = rows[told_again:]
+                    told_again = max(0, told_again - len(rows))
+                    shown += len(found["new_rounds"])
+                    yield found
+                return
+            except _Away as error:
+                if not job or (since and time.monotonic() - since > AWAY_SECONDS):
+                    raise
+                if since is None:
+                    since = time.monotonic()
+                    lost(f"{error}; trying again for {ago(AWAY_SECONDS)}")
+            time.sleep(1.0)
+
+    def _told(self, call: calls.Call[Any, Any], error: Any) -> FedcoreError:
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return _Away(f"coordinator {self.where}: found no answer to {call.name} in time")
+        if code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}:
+            return self._unreached()
+        found = told(code.name, details)
+        if found is not None:
+            return found
+        name = code.name.lower().replace("_", " ")
+        return Refused(f"coordinator {self.where}: {call.name}: found {name}, expected an answer")
+
+    def _unreached(self) -> FedcoreError:
+        """Why there is no connection: gRPC does not tell."""
+        place = self._place
+        try:
+            preflight(self._kit, place.host, place.port, now=datetime.now(UTC), proxy=place.proxy)
+        except BadInput as error:
+            return _Away(str(error), remedy=error.remedy)
+        except FedcoreError as error:
+            return error
+        return _Away(f"coordinator {self.where}: found the connection lost, expected an answer")
+
+
+class _Away(BadInput):
+    """The coordinator cannot be reached now."""
+
+
+# --------------------------------------------------------------------------------- submitting
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job ready to be sent. settings: complete, without what is a machine's own."""
+
+    task: str
+    task_sha256: str
+    settings: Json
+    toml: bytes
+
+    @property
+    def request(self) -> frames.SubmitRequest:
+        """Its frame. Raises MalformedMessage where the job file is too large."""
+        about = frames.json_bytes({"settings": self.settings})
+        return frames.SubmitRequest(self.toml, self.task, self.task_sha256, about)
+
+
+def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> Submission:
+    """Load the task of a job file here and complete its settings. Raises FedcoreError.
+
+    The task is loaded for its hash and its defaults; no row of anybody is read.
+    """
+    toml = (path / "job.toml" if path.is_dir() else path).read_bytes()
+    named: Job = build_job(tables, settings)
+    task = load_task(named.run.task, named.base)
+    job = build_job(task.defaults, tables, settings)
+    return Submission(task.name, task.digest(), wire_settings(job), toml)
+
+
+def wire_settings(job: Job) -> Json:
+    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset."""
+    whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
+    return {
+        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for key, value in whole.items()
+    }
+
+
+# --------------------------------------------------------------------------------- results
+
+
+def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
+    """Write the files of a result into a new folder; their paths. Raises AlreadyExists, BadInput."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AlreadyExists(f"--out: found {folder} in use, expected a new folder")
+    written, data = [], bytearray()
+    name = ""
+    for part in parts:
+        if part.offset != len(data) or (data and part.name != name):
+            raise MalformedMessage(
+                "result", found="parts out of order", expected="the next part", fault="coordinator"
+            )
+        name = part.name
+        data += part.data
+        if part.last:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / name, bytes(data))
+            written.append(folder / name)
+            data.clear()
+    if data:
+        raise BadInput("result: found its end inside a file", remedy="ask for it again")
+    return written
+
+
+def write_report(folder: Path) -> Path:
+    """A page in Markdown beside the files of a result. Raises BadInput where they are not a result's."""
+    found, rows = read_json(folder / "result.json"), _rows(folder / "rounds.jsonl")
+    lines = [
+        f"# {found['job']}", "",
+        f"Task {found['task']} (sha256 {found['task_sha256']}), {found['protection']}, "
+        f"{found['rounds_done']} of {found['rounds']} rounds: {state_text(found)}.", "",
+        "The model is at the sites: `fed-site model`.", "",
+        *(f"- {round_text(row, found['rounds'])}" for row in rows),
+    ]  # fmt: skip
+    write_atomic(folder / "report.md", ("\n".join(lines) + "\n").encode())
+    return folder / "report.md"
+
+
+def _rows(path: Path) -> list[Json]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --------------------------------------------------------------------------------- words
+
+
+def round_text(row: Json, rounds: int) -> str:
+    """One line for a round that ended."""
+    what = f"round {row['round']}/{rounds}"
+    if row["purpose"] != "update":
+        what = f"{row['purpose']}" + (
+            f" after round {row['round'] - 1}" if row["round"] > 1 else ""
+        )
+    if "abandoned" in row:
+        why = row["abandoned"]
+        return (
+            f"{what}  abandoned at {why['stage']}: {why['left']} sites left, {why['needed']} needed"
+        )
+    moved = [
+        f"{arrow} {bytes_text(row[key])}"
+        for arrow, key in (("up", "bytes_up"), ("down", "bytes_down"))
+        if key in row
+    ]
+    there = f"{len(row['survivors'])} of {len(row['roster'])} sites"
+    return "  ".join([what, there, f"{row['seconds']:.2f} s", *moved])
+
+
+def bytes_text(number: float) -> str:
+    """1234567 as 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            break
+        number /= 1000
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def head_text(event: Json) -> str:
+    """`heart-1a2b3c4d (heart, layered): round 3 of 20, collecting`."""
+    about = f"{event['job']} ({event['task']}, {event['protection']}): "
+    if event["state"] not in {"running", "waiting"}:
+        return about + state_text(event)
+    if event["state"] == "waiting":
+        return about + "queued"
+    step = event["step"]
+    if step is None:
+        return about + "beginning"
+    purpose, round_ = step
+    what = f"round {round_} of {event['rounds']}" if purpose == "update" else purpose
+    return f"{about}{what}, {event['stage']}"
+
+
+def state_text(event: Json) -> str:
+    """A job's state with its reason."""
+    return f"{event['state']}: {event['text']}" if event["text"] else str(event["state"])
+
+
+def site_text(site: Json, now: float) -> str:
+    """What one site is at, in a few words."""
+    if site.get("evicted"):
+        return "evicted"
+    if site["unable"]:
+        return f"takes no part: {site['unable']}"
+    if site["connected"]:
+        return site["doing"] or "connected"
+    seen = site["last_seen"]
+    return "away" if not seen else f"away, last seen {ago(now - seen)} ago"
+
+
+def event_lines(event: Json, before: Json | None) -> Iterator[str]:
+    """What is new in an event, for a log or a pipe: rounds that ended, waits, states."""
+    for row in event["new_rounds"]:
+        yield round_text(row, event["rounds"])
+    now = time.time()
+    old = (before or {}).get("sites", {})
+    for name, site in event["sites"].items():
+        was = old.get(name)
+        if was is None or (was["connected"], was["unable"]) != (site["connected"], site["unable"]):
+            yield f"{name}: {site_text(site | {'doing': ''}, now)}"
+    waiting = event.get("waiting")
+    if waiting and (before is None or _for(before) != _for(event)):
+        yield waiting_text(waiting, now)
+    if before is None or event["state"] != before["state"]:
+        yield head_text(event)
+
+
+def _for(event: Json) -> list[str]:
+    return sorted((event.get("waiting") or {}).get("for", {}))
+
+
+def event_table(event: Json, rows: list[Json]) -> Any:
+    """The live picture of a job. rows: rounds that ended, oldest first."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    now = time.time()
+    sites = Table(box=None, pad_edge=False)
+    for heading in ("site", "", "last seen"):
+        sites.add_column(heading)
+    for name, site in event["sites"].items():
+        seen = "" if not site["last_seen"] else f"{ago(now - site['last_seen'])} ago"
+        sites.add_row(Text(name), Text(site_text(site, now)), seen)
+    lines: list[Any] = [Text(head_text(event)), sites]
+    if event.get("waiting"):
+        lines.append(Text(waiting_text(event["waiting"], now)))
+    lines += [Text(round_text(row, event["rounds"])) for row in rows[-5:]]
+    up = sum(row.get("bytes_up", 0) * len(row["survivors"]) for row in rows)
+    down = sum(row.get("bytes_down", 0) * len(row["roster"]) for row in rows)
+    if rows:
+        lines.append(Text(f"in all: up {bytes_text(up)}, down {bytes_text(down)}"))
+    return Group(*lines)
+
+
+def jobs_table(answer: Json) -> Any:
+    """All jobs, then all sites."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    jobs = Table(box=None, pad_edge=False)
+    for heading in ("job", "task", "protection", "rounds", "state"):
+        jobs.add_column(heading, overflow="fold")
+    for job in answer["jobs"]:
+        done = f"{job['rounds_done']}/{job['rounds']}"
+        state = "queued" if job["state"] == "waiting" else state_text(job)
+        jobs.add_row(*map(Text, (job["job"], job["task"], job["protection"], done, state)))
+    sites = Table(box=None, pad_edge=False)
+    for heading in ("site", ""):
+        sites.add_column(heading)
+    for name, site in answer["sites"].items():
+        sites.add_row(Text(name), Text(site_text(site, time.time())))
+    parts: list[Any] = (
+        [jobs]
+        if answer["jobs"]
+        else [Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")]
+    )
+    return Group(*parts, Text(), sites)

@@ -1,0 +1,77 @@
+"""What tools ask a coordinator: is it well (gRPC health), what does it serve (gRPC reflection).
+
+Invariant: nobody gets an answer without a certificate of the federation that the gate admits; nothing
+here says anything about a job. Health has Check and no Watch: nothing of it outlives its admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from fedcore_server.tls import Gate, refuse
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from fedcore.errors import CertificateRefused
+from fedcore.provision.peer import CLIENT_ROLES
+from fedcore.wire import calls
+from fedcore.wire._generated import federation_pb2
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Probes:
+    """Both services behind one gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._health = health.aio.HealthServicer()
+        _ = federation_pb2  # reflection looks the services up among the descriptors that are loaded
+        names = (calls.COORDINATOR, calls.OPERATORS, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._reflection = reflection.aio.ReflectionServicer(names)
+
+    async def begin(self) -> None:
+        """Every service is well."""
+        for name in (calls.COORDINATOR, calls.OPERATORS):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def end(self) -> None:
+        """No service is well from now on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def _check(self, request: Any, context: Context) -> Any:
+        await self._admit(context)
+        return await self._health.Check(request, context)
+
+    async def _reflect(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        await self._admit(context)
+        async for answer in self._reflection.ServerReflectionInfo(requests, context):
+            yield answer
+
+    async def _admit(self, context: Context) -> None:
+        try:
+            self._gate.admit(context, CLIENT_ROLES)
+        except CertificateRefused as error:
+            await refuse(context, error)
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """What a gRPC server registers."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self._check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        reflect = grpc.stream_stream_rpc_method_handler(
+            self._reflect,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+        return [
+            grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check}),
+            grpc.method_handlers_generic_handler(
+                reflection.SERVICE_NAME, {"ServerReflectionInfo": reflect}
+            ),
+        ]

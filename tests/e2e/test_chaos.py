@@ -1,0 +1,39 @@
+"""scripts/chaos on real processes: kills, cuts, full disks and clock jumps, and nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHAOS = Path(__file__).parents[2] / "scripts" / "chaos"
+
+
+def chaos(seconds, seed):
+    done = subprocess.run(
+        [sys.executable, str(CHAOS), "--seconds", str(seconds), "--seed", str(seed)],
+        capture_output=True, text=True, timeout=seconds + 240, check=False,
+    )  # fmt: skip
+    last = (done.stdout.splitlines() or [""])[-1]
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert last.startswith("chaos: ") and last.endswith("faults 0")
+    found = [part.rpartition(" ") for part in last.removeprefix("chaos: ").split(", ")]
+    return {name: float(value) for name, _, value in found}
+
+
+def test_twenty_seconds_of_chaos():
+    found = chaos(20, 11)
+    assert found["rounds released"] == found["sums made again"] > 0
+    assert found["journals"] == 5 and found["models equal"] > 0
+    assert found.get("kills of sites", 0) + found.get("kills of the coordinator", 0) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_minute_of_chaos(seed):
+    found = chaos(60, seed)
+    assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0
+    assert found["cuts"] + found["delays"] > 0 and found["full disks"] > 0
+    assert found["rounds released"] == found["sums made again"] > 5

@@ -1,0 +1,72 @@
+"""What people read of a command: waits, times, and log lines that stay lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime
+
+import pytest
+
+from fedcore.edge import JsonLines, TextLines, ago, waiting_text
+
+NOW = datetime(2026, 11, 21, 14, 0, 30).timestamp()  # noqa: DTZ001 - as a clock on the wall shows it
+
+
+def waits(**changes):
+    return {
+        "for": {"va": {"doing": "", "last_seen": NOW - 120}}, "of": 4, "until": NOW + 270, "then": 3,
+        "least": 3, "in_round": False, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "waiting for 1 of 4 sites: va (last seen 2 min ago); at 14:05 goes on with 3"),
+        ({"until": NOW + 5}, "va (last seen 2 min ago); at 14:00:35 goes on with 3"),
+        ({"then": 0}, "at 14:05 gives up the job: it needs 3"),
+        ({"then": 0, "in_round": True}, "at 14:05 gives up this round: it needs 3"),
+        ({"until": NOW + 86400, "then": 0}, "at 22 Nov 14:00 gives up the job"),
+        ({"until": None}, "waiting for 1 of 4 sites: va (last seen 2 min ago)"),
+        ({"for": {"va": None, "north": {"doing": "training", "last_seen": None}}},
+         "waiting for 2 of 4 sites: va, north (training); at 14:05"),
+        ({"for": {"va": {"doing": "", "last_seen": None}}}, "va (not seen yet)"),
+    ],
+)  # fmt: skip
+def test_a_wait_in_words(changes, text):
+    assert text in waiting_text(waits(**changes), NOW)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-3, "0 s"), (59.4, "59 s"), (60, "1 min"), (7199, "1 h"),
+     (86400, "24 h"), (90 * 3600, "3 days")],
+)  # fmt: skip
+def test_a_length_of_time_in_words(seconds, text):
+    assert ago(seconds) == text
+
+
+def record(text, *args, fault=None):
+    return logging.LogRecord("fedcore.site", logging.WARNING, "x.py", 1, text, args, fault)
+
+
+def test_a_json_line_is_one_line_whatever_it_quotes():
+    line = JsonLines().format(record('said "%s"', 'a"b\nc\x1b[31m'))
+    assert "\n" not in line and "\x1b" not in line
+    found = json.loads(line)
+    assert found["text"] == 'said "a"b\nc\x1b[31m"'
+    assert (found["level"], found["from"]) == ("warning", "fedcore.site")
+
+
+def test_a_json_line_holds_the_traceback():
+    try:
+        raise ValueError("here")
+    except ValueError:
+        line = JsonLines().format(record("fault", fault=sys.exc_info()))
+    assert "\n" not in line and "ValueError: here" in json.loads(line)["traceback"]
+
+
+def test_a_text_line_moves_no_cursor():
+    assert "\x1b" not in TextLines().format(record("a\x1b[2Jb"))

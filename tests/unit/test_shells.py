@@ -1,0 +1,322 @@
+"""The shells' edges: what a coordinator takes from a site or an operator, and a site from a coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from fedcore_clients.config import SiteConfig
+from fedcore_clients.jobs import container_chunks, wire_settings
+from fedcore_clients.main import AllowedTasks
+from fedcore_clients.training import TrainingFailed
+from fedcore_server import service
+from fedcore_server.service import SiteSession
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.comparison.api import prepare_layers
+from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
+from fedcore.plan import canonical
+from fedcore.store import container
+from fedcore.wire import frames
+
+# ----------------------------------------------------------------------------- what a site is sent
+
+
+def test_settings_come_back_as_they_were_sent():
+    settings = {"round": {"rounds": 2}, "train": {"lr": 0.1}}
+    assert wire_settings(canonical(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff", b"[]", b'"x"', b"null", b'{"a": 1}', b'{"b":1,"a":2}', b'{"a":1,"a":1}',
+        b'{"a":NaN}', b'{"a":1e999}', b"[" * 100_000,
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_settings_in_another_form_are_refused(data):
+    with pytest.raises(BadInput, match="settings"):
+        wire_settings(data)
+
+
+@given(st.binary(max_size=200))
+def test_no_settings_raise_anything_but_bad_input(data):
+    with contextlib.suppress(BadInput):
+        assert isinstance(wire_settings(data), dict)
+
+
+@given(st.lists(st.binary(max_size=50), max_size=5))
+def test_a_container_gives_its_chunks(chunks):
+    assert container_chunks(container.to_bytes(chunks)) == chunks
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=3), st.data())
+def test_a_damaged_container_is_refused_or_another_one(chunks, data):
+    whole = bytearray(container.to_bytes(chunks))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(BadInput):
+        assert container.to_bytes(container_chunks(bytes(whole))) == bytes(whole)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\xff" * 4, b"\xff" * 60_000, bytes(3), bytes(5)])
+def test_a_count_that_lies_costs_no_time(data):
+    begun = time.process_time()
+    with pytest.raises(BadInput, match="chunk container"):
+        container_chunks(data)
+    assert time.process_time() - begun < 0.5
+
+
+# --------------------------------------------------------------------------- what a site's operator allows
+
+
+class Recording:
+    def __init__(self):
+        self.asked = []
+
+    async def load(self, job, **asked):
+        self.asked.append((job, asked))
+        return "loaded"
+
+
+def allowed(tmp_path, **tasks):
+    config = SiteConfig.model_validate(
+        {
+            "site": "a", "coordinator": "127.0.0.1:7443", "kit": "k", "identity": "i", "roster": "r",
+            "folder": "f", "base": str(tmp_path), "tasks": tasks,
+        }
+    )  # fmt: skip
+    training = Recording()
+    return AllowedTasks(config, training), training
+
+
+def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
+    ours = {"task": "here.py", "sha256": "a" * 64, "source": "rows.csv"}
+    tasks, training = allowed(tmp_path, heart=ours)
+    assert asyncio.run(tasks.load("job", {}, "heart", "a" * 64)) == "loaded"
+    ((job, asked),) = training.asked
+    assert job == "job"
+    assert (asked["task"], asked["base"], asked["site"]) == ("here.py", str(tmp_path), "a")
+
+
+@pytest.mark.parametrize(
+    ("task", "digest", "reason"),
+    [
+        ("here.py", "a" * 64, "task not allowed"), ("Heart", "a" * 64, "task not allowed"),
+        ("heart", "b" * 64, "task differs"), ("heart", "A" * 64, "task differs"),
+        ("heart", "", "task differs"), ("", "a" * 64, "task not allowed"),
+    ],
+)  # fmt: skip
+def test_any_other_is_refused_before_the_training_process_hears_of_it(
+    tmp_path, task, digest, reason
+):
+    tasks, training = allowed(tmp_path, heart={"task": "here.py", "sha256": "a" * 64})
+    with pytest.raises(TrainingFailed) as failed:
+        asyncio.run(tasks.load("job", {}, task, digest))
+    assert failed.value.reason == reason
+    assert training.asked == []
+
+
+# --------------------------------------------------------------------------------- what is submitted
+
+
+def settings(**changes):
+    whole = prepare_layers([{"task": "heart", "rounds": 2, "resamples": 0}])
+    tables = {k: v for k, v in whole.job.to_json().items() if k not in {"task", "base"}}
+    tables = {
+        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+        for key, part in tables.items()
+    }
+    tables["protect"]["max_examples"] = 1024
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        if value is None:
+            tables[section].pop(key, None)
+        else:
+            tables[section][key] = value
+    return tables
+
+
+def test_complete_settings_are_taken():
+    service._check_settings(settings(), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"round__rounds": None}, BadInput, "round.rounds"),
+        ({"protect__protection": None}, BadInput, "protect.protection"),
+        ({"protect__max_examples": None}, BadInput, "max_examples"),
+        ({"protect__protection": "plain"}, PlanRefused, "inside one process"),
+        ({"round__drop": ["1:keys:va"]}, BadInput, "simulated absences"),
+        ({"round__rounds": 0}, BadInput, "round.rounds"),
+        ({"round__rounds": "many"}, BadInput, "round.rounds"),
+        ({"train__nothing": 1}, BadInput, "nothing"),
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused_by_the_key_that_is_wrong(changes, error, says):
+    with pytest.raises(error, match=says) as found:
+        service._check_settings(settings(**changes), 4)
+    assert found.value.remedy or isinstance(found.value, FedcoreError)
+
+
+@pytest.mark.parametrize("table", [{}, {"round": 3}, {"round": {"rounds": 2}}, {"protect": []}])
+def test_settings_with_sections_missing_are_refused(table):
+    with pytest.raises(BadInput):
+        service._check_settings(json.loads(json.dumps(table)), 4)
+
+
+def test_two_sites_are_too_few():
+    with pytest.raises(PlanRefused, match="at least 3"):
+        service._check_settings(settings(), 2)
+
+
+# ------------------------------------------------------------------------- how much a coordinator holds
+
+
+def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
+    monkeypatch.setattr(service, "MOST_BYTES", 10_000)
+
+    async def play():
+        session = SiteSession(SimpleNamespace(name="a"))
+        frame = frames.Record("job", bytes(1000))
+        for _ in range(50):
+            session.put(frame)
+        assert session.over
+        sent = []
+        while (data := await asyncio.wait_for(session.next(), 1)) is not None:
+            sent.append(data)
+        assert 1 <= len(sent) < 10
+        assert session.waiting == 0
+
+    asyncio.run(play())
+
+
+def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
+    monkeypatch.setattr(service, "MOST_FRAMES", 3)
+
+    async def play():
+        session = SiteSession(SimpleNamespace(name="a"))
+        session.out = asyncio.Queue(3)
+        for number in range(3):
+            session.put(frames.Ping(number))
+        session.end(frames.Goodbye("replaced"))
+        found = [await asyncio.wait_for(session.next(), 1) for _ in range(4)]
+        assert found[:3] != [None] * 3
+        assert found[-1] is None
+
+    asyncio.run(play())
+
+
+def test_records_wait_while_a_job_has_many_to_handle():
+    async def play():
+        job = SimpleNamespace(backlog=service.MOST_RECORDS, outcome=None)
+        waiting = asyncio.get_running_loop().create_task(service.Coordinator._room(job))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        job.backlog -= 1
+        await asyncio.wait_for(waiting, 1)
+        job.backlog, job.outcome = service.MOST_RECORDS, "over"
+        await asyncio.wait_for(service.Coordinator._room(job), 1)
+
+    asyncio.run(play())
+
+
+async def never():
+    await asyncio.sleep(60)
+    yield b""
+
+
+def test_a_stream_without_a_word_is_given_up():
+    async def play():
+        with pytest.raises(TimeoutError):
+            async for _ in service._prompt(never(), lambda: 0.01):
+                pass
+
+    asyncio.run(play())
+
+
+def test_a_stream_gives_what_comes_and_ends_with_it():
+    async def three():
+        for each in (b"a", b"b", b"c"):
+            yield each
+
+    async def play():
+        assert [data async for data in service._prompt(three(), lambda: 1.0)] == [b"a", b"b", b"c"]
+
+    asyncio.run(play())
+
+
+class Ended(Exception):
+    """What `abort` raises here."""
+
+
+class Call:
+    def __init__(self, certificate=b"one"):
+        self.certificate, self.ended = certificate, None
+
+    def auth_context(self):
+        return {"x509_pem_cert": [self.certificate]}
+
+    async def abort(self, code, details):
+        self.ended = (code, details)
+        raise Ended
+
+
+def test_a_certificate_has_so_many_calls_and_others_have_theirs():
+    async def play():
+        busy, inside = Counter(), []
+        for _ in range(service.MOST_CALLS):
+            inside.append(service._one_of(busy, Call()))
+            await inside[-1].__aenter__()
+        more = Call()
+        with pytest.raises(Ended):
+            async with service._one_of(busy, more):
+                pass
+        assert more.ended[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        async with service._one_of(busy, Call(b"two")):
+            pass
+        await inside.pop().__aexit__(None, None, None)
+        async with service._one_of(busy, Call()):
+            pass
+        for each in inside:
+            await each.__aexit__(None, None, None)
+        assert not busy
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (BadInput("upload: found none"), grpc.StatusCode.INVALID_ARGUMENT, "upload: found none"),
+        (
+            MalformedMessage("x", found="1", expected="2", fault="a"),
+            grpc.StatusCode.INVALID_ARGUMENT, "expected 2",
+        ),
+        (KeyError("SECRET"), grpc.StatusCode.INTERNAL, "the coordinator failed"),
+        (TimeoutError("SECRET"), grpc.StatusCode.DEADLINE_EXCEEDED, "nothing to read"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_a_call_is_told_without_another_programs_text(error, code, says):
+    async def play():
+        call, busy = Call(), Counter()
+        with pytest.raises(Ended):
+            async with service._one_of(busy, call):
+                raise error
+        assert call.ended[0] is code
+        assert says in call.ended[1]
+        assert "SECRET" not in call.ended[1]
+        assert not busy
+
+    asyncio.run(play())
