@@ -38,6 +38,7 @@ from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator, course, effects, epoch, job, messages
 from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.shared import cohort_threshold
 from fedcore.run import append_row
 from fedcore.scheme import Scheme, vector_of
 from fedcore.store import container
@@ -347,6 +348,11 @@ class CoordinatedJob:
             self._afterwards(event)
         except FedcoreError as error:
             LOG.warning("job %s: %s", self.id, error)
+
+    def asks_for_grants(self, site: SiteId) -> bool:
+        """Whether this site was asked to make the epoch's payload: only then is its word long."""
+        header = getattr(self.epoch, "header", None)
+        return header is not None and header.maker == site
 
     def doing(self, site: SiteId, what: str) -> None:
         """What a site says it is at."""
@@ -713,7 +719,7 @@ class CoordinatedJob:
             roster_digest(self.house.pins), self.plan.threshold, self.plan.digest,
             epoch.first_maker(roster, present),
         )  # fmt: skip
-        self._epoch_machine(epoch.StartEpoch(header))
+        self._epoch_machine(epoch.StartEpoch(header, present))
 
     def _epoch_machine(self, event: Any) -> None:
         try:
@@ -752,6 +758,7 @@ class CoordinatedJob:
             self._finish()
             return
         if not isinstance(self.epoch, epoch.Spreading):
+            self._waiting(epoch.awaited_in(self.epoch), getattr(self.epoch, "until", None))
             return
         here = self.certificate.hash if self.certificate else ""
         ready = []
@@ -768,10 +775,7 @@ class CoordinatedJob:
         assert self.plan is not None
         assert self._scheme is not None
         plan, seen = self.plan, [v.rest.round for v in self.sites.values() if v.rest]
-        sites = len(plan.sites)
-        threshold = plan.threshold
-        if len(roster) != sites:
-            threshold = _cohort_threshold(plan, len(roster))
+        threshold = cohort_threshold(plan.threshold, len(plan.sites), len(roster))
         header = RoundHeader(
             self.house.federation, self.id, self.epoch.epoch, max([self.stage.round, *seen]) + 1,
             step.training_round, step.purpose, roster, roster_digest(self.house.pins), threshold,
@@ -1137,10 +1141,3 @@ class CoordinatedJob:
                 self._epoch_machine(epoch.Reconnected(name))
             case _Told(name, (epoch.EpochKey() | epoch.Grant() | epoch.KeyHeld()) as message):
                 self._epoch_machine(epoch.FromSite(name, message))
-
-
-def _cohort_threshold(plan: RoundPlan, sites: int) -> int:
-    """t of a smaller cohort, as the sites check it (protocol/shared.py check_cohort_threshold)."""
-    default = min(sites, 2 * sites // 3 + 1)
-    stricter = plan.threshold > min(len(plan.sites), 2 * len(plan.sites) // 3 + 1)
-    return max(default, min(plan.threshold, sites)) if stricter else default

@@ -51,13 +51,16 @@ from fedcore.provision.peer import Peer, check_name
 from fedcore.store.spool import Incoming, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
-from fedcore.wire.jobs import TO_COORDINATOR, TO_SITE
+from fedcore.wire.jobs import FROM_ANY_SITE, TO_COORDINATOR, TO_SITE
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import pack_record, unpack_record
 
 LOG = logging.getLogger("fedcore.coordinator")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+ROWS_AT_ONCE = 20
+"""Rounds in one event of `watch`: a row names every site, and a frame has a limit."""
 
 MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
 """What may wait for one site that does not read; beyond it its session ends, and it connects again."""
@@ -398,7 +401,8 @@ class Coordinator:
                 found = self.jobs.get(frame.job)
                 if found is not None and (found.outcome is not None or found is self.running()):
                     await self._room(found)
-                    found.tell(name, unpack_record(frame, TO_COORDINATOR, sender=name))
+                    table = TO_COORDINATOR if found.asks_for_grants(name) else FROM_ANY_SITE
+                    found.tell(name, unpack_record(frame, table, sender=name))
             case frames.Doing(job, what):
                 if job in self.jobs:
                     self.jobs[job].doing(name, what)
@@ -570,12 +574,14 @@ class Coordinator:
             self.gate.still(peer)
             changed = self._changed
             event = self._about(found) | {"sites": self._sites(found)}
-            event["new_rounds"] = fresh = found.progress.rounds[sent:]
+            event["new_rounds"] = fresh = found.progress.rounds[sent : sent + ROWS_AT_ONCE]
             if event != last:
                 yield calls.WATCH.gives.pack(frames.WatchEvent(frames.json_bytes(event)))
                 last, sent = event | {"new_rounds": []}, sent + len(fresh)
             if found.outcome is not None and sent == len(found.progress.rounds):
                 return
+            if sent < len(found.progress.rounds):
+                continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), 1.0)
             await asyncio.sleep(0.05)

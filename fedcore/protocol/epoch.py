@@ -469,10 +469,11 @@ class NoEpoch:
 @record
 @dataclass(frozen=True)
 class Calling:
-    """Waiting for epoch keys."""
+    """Waiting for epoch keys. awaited: of these sites; more are welcome."""
 
     header: EpochHeader
     keys: tuple[EpochKey, ...] = ()
+    awaited: tuple[SiteId, ...] = ()
     until: float = field(default=0.0, compare=False, metadata={"byte_form": False})
 
     @property
@@ -519,9 +520,13 @@ class Spreading:
 
 @dataclass(frozen=True)
 class StartEpoch:
-    """Begin a new key epoch; its header names the maker."""
+    """Begin a new key epoch; its header names the maker.
+
+    present: the sites whose keys are waited for, all of the roster if none is named; others join late.
+    """
 
     header: EpochHeader
+    present: tuple[SiteId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -552,6 +557,17 @@ class EpochHub:
     patience: float = 600.0
 
 
+def awaited_in(stage: Any) -> tuple[SiteId, ...]:
+    """The sites an epoch's coordinator waits for now: what a person waits for."""
+    match stage:
+        case Calling(keys=keys, awaited=awaited):
+            came = {key.site for key in keys}
+            return tuple(site for site in awaited if site not in came)
+        case Granting(header=header):
+            return (header.maker,)
+    return ()
+
+
 def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> SiteId:
     """The first site of the roster that is present."""
     return next(site for site in roster if site in present)
@@ -569,13 +585,13 @@ def step_hub(
         )  # fmt: skip
     message = event.message if isinstance(event, FromSite) else event
     match stage, message:
-        case _, StartEpoch(header):
+        case _, StartEpoch(header, present):
             if header.epoch <= stage.epoch:
                 raise StaleEpoch(
                     "key epoch", found=header.epoch, expected=f"more than {stage.epoch}",
                     fault=COORDINATOR,
                 )  # fmt: skip
-            calling = Calling(header, (), now + hub.patience)
+            calling = Calling(header, (), present or header.roster, now + hub.patience)
             calls = tuple(Send(site, EpochCall(header)) for site in header.roster)
             return calling, (Persist(calling), *calls)
         case Calling(), EpochKey():
@@ -620,7 +636,8 @@ def _take_key(
     place = stage.header.roster.index
     keys = tuple(sorted((*stage.keys, key), key=lambda each: place(each.site)))
     stage = replace(stage, keys=keys)
-    if len(keys) < len(stage.header.roster):
+    came = {each.site for each in keys}
+    if not {*stage.awaited, stage.header.maker} <= came or len(came) < stage.header.threshold:
         return stage, (Persist(stage),)
     return _ask_maker(hub, stage, now)
 
@@ -671,7 +688,7 @@ def _late(hub: EpochHub, stage: Any, now: float) -> tuple[Any, tuple[EpochEffect
     others = tuple(site for site in present if site != header.maker)
     after = [s for s in others if header.roster.index(s) > header.roster.index(header.maker)]
     maker = after[0] if after else others[0]
-    new = StartEpoch(replace(header, epoch=header.epoch + 1, maker=maker))
+    new = StartEpoch(replace(header, epoch=header.epoch + 1, maker=maker), others)
     return step_hub(hub, stage, new, now)
 
 

@@ -104,17 +104,23 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], minimum: int
         )
 
 
-def check_cohort_threshold(header: RoundHeader, planned: int, pinned: int) -> None:
-    """t is the plan's for the whole roster and the default, or more, for a smaller cohort (PROTOCOL C).
+def cohort_threshold(planned: int, pinned: int, sites: int) -> int:
+    """t of a cohort: the plan's for the whole roster, at least the default for a smaller one.
 
     Where the plan is stricter than its default, a smaller cohort is held to it as far as it has sites:
     otherwise inviting fewer would undo what the operators asked for.
     """
+    if sites == pinned:
+        return planned
+    stricter = planned > default_threshold(pinned)
+    return max(default_threshold(sites), min(planned, sites) if stricter else 0)
+
+
+def check_cohort_threshold(header: RoundHeader, planned: int, pinned: int) -> None:
+    """t is that of the cohort, or more for one smaller than the roster (PROTOCOL C)."""
     sites = len(header.roster)
-    least = default_threshold(sites)
-    if planned > default_threshold(pinned):
-        least = max(least, min(planned, sites))
-    expected = planned if sites == pinned else max(least, header.threshold)
+    least = cohort_threshold(planned, pinned, sites)
+    expected = least if sites == pinned else max(least, header.threshold)
     if header.threshold != expected or not sites < 2 * header.threshold <= 2 * sites:
         raise ThresholdRefused(
             "threshold", found=header.threshold, expected=expected, fault=COORDINATOR

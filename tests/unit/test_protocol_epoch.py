@@ -203,11 +203,8 @@ def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
     epochs.pump()
     epochs.step("s01", epoch.FromHub(epoch.EpochCall(header)))  # its key arrives, and no grants
     epochs.pump()
+    assert isinstance(epochs.stages[HUB], epoch.Granting), "s00 is not waited for a second time"
     epochs.now = 200.0
-    epochs.step(HUB, epoch.EpochTick())  # without s00 the maker is asked
-    assert isinstance(epochs.stages[HUB], epoch.Granting)
-    epochs.pump()
-    epochs.now = 300.0
     epochs.step(HUB, epoch.EpochTick())
     header = epochs.stages[HUB].header
     assert (header.epoch, header.maker) == (3, "s02")
@@ -215,6 +212,36 @@ def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
     epochs.pump()
     assert epochs.stages[HUB].holders == epochs.sites
     assert all(epochs.stages[s].epoch == 3 for s in epochs.sites)
+
+
+def test_who_is_not_there_is_not_waited_for_and_joins_late():
+    epochs = Epochs(4)
+    epochs.silent = {"s02"}
+    present = ("s00", "s01", "s03")
+    epochs.step(HUB, epoch.StartEpoch(epochs.header(), present))
+    assert epoch.awaited_in(epochs.stages[HUB]) == present
+    epochs.until(epoch.EpochKeys, "s00")
+    assert isinstance(epochs.stages[HUB], epoch.Granting)
+    assert epoch.awaited_in(epochs.stages[HUB]) == ("s00",), "a person sees that the maker is asked"
+    request = epoch.EpochKeys(epochs.header().digest, epochs.stages[HUB].keys)
+    epochs.step("s00", epoch.FromHub(request))
+    epochs.pump()
+    assert epochs.stages[HUB].holders == present and epoch.awaited_in(epochs.stages[HUB]) == ()
+    epochs.silent = set()
+    epochs.step(HUB, epoch.Reconnected("s02"))
+    epochs.pump()
+    assert epochs.stages[HUB].holders == epochs.sites
+
+
+@pytest.mark.parametrize("present", [("s01", "s02", "s03"), ("s00", "s01")])
+def test_the_maker_and_a_threshold_are_waited_for_whoever_is_named(present):
+    """`present` spares a wait; it makes no epoch of fewer sites, and none without its maker."""
+    epochs = Epochs(4)
+    missing = "s00" if "s00" not in present else "s02"
+    epochs.silent = {missing, "s03"} if missing == "s02" else {missing}
+    epochs.step(HUB, epoch.StartEpoch(epochs.header(), present))
+    epochs.pump()
+    assert isinstance(epochs.stages[HUB], epoch.Calling)
 
 
 def test_too_few_sites_make_no_epoch():
