@@ -34,6 +34,7 @@ from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.protocol import course, effects, epoch, job, messages, site
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import Standing
+from fedcore.run import append_row
 from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
 from fedcore.store.disk import sync_folder
@@ -59,6 +60,18 @@ class Contributor(Protocol):
         self, job: str, plan: RoundPlan, step: course.Step, state: JobState
     ) -> Contribution:
         """The content of one vector. Raises TrainingFailed."""
+        ...
+
+    async def track(
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: course.Step,
+        state: JobState,
+        wides: Mapping[str, Sequence[int]],
+        sites: int,
+    ) -> Json | None:
+        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         ...
 
     async def forget(self, job: str) -> None:
@@ -166,6 +179,9 @@ class SiteJob:
         self.survey: Loaded | None = None
         self.ended: job.JobEnded | None = None
         self.last_error = ""
+        self.tracked: Json | None = None
+        self._sums: tuple[int, course.Step, Mapping[str, Sequence[int]], int] | None = None
+        self._tracking: list[asyncio.Task[None]] = []
         self._scheme: Scheme | None = None
         self._member: site.Member | None = None
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -786,6 +802,7 @@ class SiteJob:
             self.plan, step, opened, len(asked.survivors), self.columns, allow_few_sites=allow
         )
         self._write_state(f"candidate-{header.round}", led_to)
+        self._sums = header.round, step, dict(opened.wides), len(asked.survivors)
         return site.SumOpened(
             self.secrets.sum_mac(header, total), self.secrets.state_mac(header, led_to.canonical())
         )
@@ -802,6 +819,27 @@ class SiteJob:
         for left in candidate.parent.glob("candidate-*"):
             left.unlink()
         self.state = JobState.from_bytes(self._state_path("current").read_bytes())
+        sums, self._sums = self._sums, None
+        tracked = sums is not None and sums[1].purpose in {"update", "metrics"}
+        if tracked and sums is not None and sums[0] == certificate.header.round:
+            self._tracking = [task for task in self._tracking if not task.done()]
+            self._tracking.append(self._aside(self._track(*sums[1:], self.state)))
+
+    async def _track(
+        self, step: course.Step, sums: Mapping[str, Sequence[int]], sites: int, state: JobState
+    ) -> None:
+        """Write down what the release is worth here; nothing waits for it, and nothing of it leaves."""
+        assert self.plan is not None
+        try:
+            row = await self.contributor.track(self.id, self.plan, step, state, sums, sites)
+        except TrainingFailed as failed:
+            LOG.warning("job %s: accuracy not tracked: %s", self.id, failed.reason)
+            return
+        if row is not None:
+            self.tracked = row
+            folder = self.party.folder / "jobs" / self.id
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
+            append_row(folder, row)
 
     # ----------------------------------------------------------------------------- catching up
 
@@ -882,6 +920,7 @@ class SiteJob:
         self.party.journal.put(self.id, "ended", encode(ended))
         self.ended = ended
         self.party.spool.drop(self.id)
+        await asyncio.gather(*self._tracking, return_exceptions=True)
         await self.contributor.forget(self.id)
         self.link.doing(self.id, "idle")
         LOG.info("job %s: %s %s", self.id, ended.outcome, ended.text)

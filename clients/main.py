@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +76,18 @@ class AllowedTasks:
     ) -> Contribution:
         """The content of one vector. Raises TrainingFailed."""
         return await self._training.contribute(job, plan, step, state)
+
+    async def track(
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: course.Step,
+        state: JobState,
+        wides: Mapping[str, Sequence[int]],
+        sites: int,
+    ) -> Json:
+        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
+        return await self._training.track(job, plan, step, state, wides, sites)
 
     async def forget(self, job: str) -> None:
         """The job is over."""
@@ -205,6 +217,7 @@ class Site:
                     "stage": "over" if found.ended else type(stage).__name__.lower(),
                     "round": header.training_round if header is not None else None,
                     "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
+                    "tracked": found.tracked,
                     "last_error": found.last_error,
                     "outcome": found.ended.outcome if found.ended else None,
                     "model_sha256": state.model_sha256 if state and state.done else None,

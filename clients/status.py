@@ -77,5 +77,30 @@ def _job_lines(job: Json, now: float) -> Iterator[str]:
         yield f"  {waiting_text(job['waiting'], now)}"
     if job["model_sha256"] and job["model_round"]:
         yield f"  last model: after round {job['model_round']}, sha256 {job['model_sha256']}"
+    if job.get("tracked"):
+        yield from _tracked_lines(job["tracked"])
     if job["last_error"]:
         yield f"  last error: {job['last_error']}"
+
+
+def _tracked_lines(row: Json) -> Iterator[str]:
+    """What the last release is worth: here, against training alone, and over all sites."""
+    for name, here in row["here"].items():
+        words = [f"{name} here {_value(here)}"]
+        if row["alone"][name] is not None:
+            words.append(
+                f"alone {_value(row['alone'][name])}, gained {_value(row['gained'][name], '+')}"
+            )
+        words.append(
+            f"all {row['sites']} sites, a round before: {_value(row['everywhere_before'].get(name))}"
+        )
+        yield f"  {'; '.join(words)}"
+    if reference := row.get("reference"):
+        gap = _value(reference["gap"], "+")
+        yield (
+            f"  {reference['metric']} of {reference['source']}: {_value(reference['value'])}; gap {gap}"
+        )
+
+
+def _value(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3f}"

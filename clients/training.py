@@ -100,6 +100,25 @@ class Training:
         head, blobs = await self._ask(asked, [state.to_bytes()], needs=job)
         return np.frombuffer(blobs[0], dtype="<u8").astype(np.uint64), head["wides"]
 
+    async def track(
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: Step,
+        state: JobState,
+        wides: Mapping[str, Sequence[int]],
+        sites: int,
+    ) -> Json:
+        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
+        asked = {
+            "do": "track", "job": job, "plan": plan.to_json(),
+            "step": [step.purpose, step.training_round], "sites": sites,
+            "wides": {name: [int(value) for value in values] for name, values in wides.items()},
+        }  # fmt: skip
+        head, _ = await self._ask(asked, [state.to_bytes()], needs=job)
+        row: Json = head["row"]
+        return row
+
     async def forget(self, job: str) -> None:
         """Free what is held of a job."""
         if self._loads.pop(job, None) is not None and self._alive():

@@ -58,6 +58,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.sites: dict[str, Any] = {}
+        self.trackers: dict[str, Any] = {}
 
     def serve(self, requests: IO[bytes], answers: IO[bytes]) -> None:
         """Answer until the other side closes."""
@@ -85,7 +86,10 @@ class Worker:
                 return self._load(asked)
             case "contribute":
                 return self._contribute(asked, blobs[0])
+            case "track":
+                return self._track(asked, blobs[0])
             case "forget":
+                self.trackers.pop(asked["job"], None)
                 self.sites.pop(asked["job"], None)
                 return {}, []
         raise BadInput(f"worker: found the request {asked['do']!r}")
@@ -108,6 +112,21 @@ class Worker:
         self.sites[asked["job"]] = site
         head = {"shape": asdict(site.shape), "columns": [list(column) for column in site.columns]}
         return head, [site.initial.astype("<f4").tobytes()]
+
+    def _track(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
+        from fedcore.aggregate.jobstate import JobState
+        from fedcore.comparison.tracking import Tracker
+        from fedcore.plan import RoundPlan
+        from fedcore.protocol.course import Step
+
+        name = asked["job"]
+        if name not in self.trackers:
+            self.trackers[name] = Tracker(self.sites[name], RoundPlan.from_json(asked["plan"]))
+        step = Step(asked["step"][0], asked["step"][1])
+        found = self.trackers[name].row(
+            step, JobState.from_bytes(state), asked["wides"], asked["sites"]
+        )
+        return {"row": found}, []
 
     def _contribute(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
         from fedcore.aggregate.jobstate import JobState

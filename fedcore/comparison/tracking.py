@@ -1,8 +1,9 @@
 """Accuracy where pooling is impossible: what a deployed site can say of each round (DESIGN s9).
 
 Three numbers per metric: of the released model on this site's own test rows; of a model that the site
-trains alone, as the arm `local_only` does; and over all sites' test rows, from the sums that rode in the
-round's vector (of the model the round started from). The gap to a registered reference stands beside.
+trains alone, as the arm `local_only` does (where the job has it); and over all sites' test rows, from
+the sums that rode in the round's vector (of the model the round started from). The gap to a registered
+reference stands beside.
 
 Invariant: nothing here leaves the site; the sums over all sites are those every site opened anyway.
 """
@@ -35,7 +36,9 @@ class Tracker:
     def __init__(self, local: LocalSite, plan: RoundPlan) -> None:
         self._local, self._plan = local, plan
         self._alone_rows = _by_own_statistics(local.site)
-        self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
+        self._alone = None
+        if "local_only" in local.job.track.arms:
+            self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
         self._trained = 0
 
     def row(
@@ -64,7 +67,7 @@ class Tracker:
     def _train_alone(self, rounds: int) -> None:
         """Bring the model trained alone to the same number of rounds; a new process starts over."""
         site = self._alone_rows
-        while self._trained < rounds:
+        while self._alone is not None and self._trained < rounds:
             self._trained += 1
             self._alone.train(
                 site.train, seed=self._local.job.run.seed, round_=self._trained, site=site.id
@@ -72,7 +75,7 @@ class Tracker:
 
     def _scored_alone(self, rounds: int) -> Scored | None:
         site = self._alone_rows
-        if not len(site.test):
+        if self._alone is None or not len(site.test):
             return None
         return score(
             self._local.task, self._alone.module, site.test, seed=self._local.job.run.seed,

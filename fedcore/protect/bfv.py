@@ -19,7 +19,7 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,9 +106,9 @@ class Courier:
         os.close(self._fd)
         self._fd = -1
 
-    def __del__(self) -> None:
-        # While the interpreter ends its modules may be gone; the system then closes what is open.
-        if getattr(self, "_fd", -1) >= 0 and not sys.is_finalizing():
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # While the interpreter ends its modules may be gone, and the system closes what is open.
+        if getattr(self, "_fd", -1) >= 0 and not ending():
             self.close()
 
     def take(self, seal_object: Any) -> bytes:

@@ -1019,6 +1019,10 @@ def _ended_already(move: _Move, _: Abandon) -> None:
     """The coordinator tells the whole roster; this site has left before."""
 
 
+def _heard_too_late(move: _Move, _: Notice) -> None:
+    """Why another site refused, after this one has left or refused itself: its own log says enough."""
+
+
 def _certified_already(move: _Move, certificate: Certificate) -> None:
     if certificate.hash != move.stage.standing.certificate:
         raise OutOfOrder(
@@ -1138,6 +1142,7 @@ _LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
 _BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
     Declined: (_decline, ()),
     Abandon: (_ended_already, ()),
+    Notice: (_heard_too_late, ()),
     Tick: (lambda move, _: None, ()),
     Reconnected: (lambda move, _: None, ()),
     Restarted: (lambda move, _: None, ()),
