@@ -48,6 +48,9 @@ ROUND = "round"
 _AGAIN = 2.0
 """Seconds before what found no session, or no room on the disk, is tried again at the latest."""
 
+_ENDING_SECONDS = 5.0
+"""How often a site that missed the last release of a job that is over asks for it."""
+
 
 class Contributor(Protocol):
     """Who computes the content of vectors: the training process, or a stand-in of the benchmark."""
@@ -296,6 +299,8 @@ class SiteJob:
                     event = await self._queue.get()
             except TimeoutError:
                 event = _Done(site.Tick())
+                if self._ending is not None:  # the way to the last state was lost somewhere
+                    self._rest()
             for each in (event, _Done(site.Tick())) if self._wait() == 0 else (event,):
                 try:
                     await self._handle(each)
@@ -333,7 +338,7 @@ class SiteJob:
     def _wait(self) -> float | None:
         until = getattr(self.stage, "until", None)
         if until is None or not isinstance(self.stage, site.IN_ROUND):
-            return None
+            return None if self._ending is None else _ENDING_SECONDS
         left = float(until) - self.party.clock()
         return left + 0.001 if left > 0 else 0.0
 

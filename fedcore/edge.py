@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import typer
@@ -29,7 +29,9 @@ from fedcore.errors import (
     FedcoreError,
     TaskFailed,
 )
-from fedcore.types import Json
+
+if TYPE_CHECKING:
+    from fedcore.types import Json  # it loads NumPy, which `--help` does not need
 
 stderr = Console(stderr=True, highlight=False)
 

@@ -31,7 +31,7 @@ def test_twenty_seconds_of_chaos():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_a_minute_of_chaos(seed):
     found = chaos(60, seed)
     assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import fedcore
-from fedcore import cli
+from fedcore import cli, edge
 from fedcore.comparison import api
 from fedcore.comparison.experiment import job_for, prepare
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
@@ -521,7 +521,9 @@ def test_a_sum_that_may_be_known_is_on_the_screen_though_no_round_was_released(c
 
 def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "stderr", Console(file=screen, force_terminal=True, width=100))
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(cli, "stderr", terminal)
+    monkeypatch.setattr(edge, "stderr", terminal)
     bar = cli._Progress(3, 4)
     for number, more in enumerate(
         ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
