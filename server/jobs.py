@@ -202,6 +202,13 @@ _FROM_DISK = (
 """What a job knows from the journal and the spool."""
 
 
+_OF_A_ROUND = (
+    messages.Keys, messages.Shares, messages.Submit, messages.Confirm, messages.Unmask,
+    messages.Statement,
+)  # fmt: skip
+"""What only a site in a round says."""
+
+
 class CoordinatedJob:
     """One job, run to its end by `run`."""
 
@@ -1132,6 +1139,9 @@ class CoordinatedJob:
                     self.links.say(name, self.id, replace(self.outcome, certificate=""))
                 else:
                     self._epoch_machine(epoch.Reconnected(name))
+            case _Told(name, message) if isinstance(message, _OF_A_ROUND):
+                # It is in the last round still: the word that ended it was lost there.
+                self.links.say(name, self.id, self.outcome)
             case _Told(name, job.Survey()) if self.plan is not None:  # it was loading at the end
                 plan = canonical(self.plan.to_json())
                 self.links.say(name, self.id, job.PlanOffer(self.id, plan))
