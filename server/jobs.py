@@ -34,7 +34,7 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import write_atomic
-from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical
+from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical, default_threshold
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator, course, effects, epoch, job, messages
 from fedcore.protocol.encoding import decode, encode
@@ -672,8 +672,7 @@ class CoordinatedJob:
     def _threshold(self) -> int:
         if self.plan is not None:
             return self.plan.threshold
-        sites = len(self.house.pins)
-        return min(sites, 2 * sites // 3 + 1)
+        return default_threshold(len(self.house.pins))
 
     def _make_plan(self) -> None:
         """One plan from what the sites found; a site that finds another shape is named and stays out."""

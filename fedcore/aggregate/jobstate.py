@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from safetensors import SafetensorError
@@ -116,7 +117,7 @@ class JobState:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput("state: found bytes that are no saved state of a job") from error
 
-    @property
+    @cached_property
     def model_sha256(self) -> str:
         """SHA-256 of the flat model, little-endian float32: as a run's `model_sha256`."""
         return hashlib.sha256(self.server.model.astype("<f4").tobytes()).hexdigest()
