@@ -3,7 +3,7 @@
 name = "hospitals"          roster = "roster.toml"        kit = "kit"         folder = "state"
 listen = ["::"]             port = 7443                   revoked = "revoked.txt"
 metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
-[limits]                    stage_seconds, gather_seconds, minimum_sites, spool_bytes, fold_workers
+[limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
 operator.toml: where an operator's commands go.
 
@@ -27,13 +27,17 @@ OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
 
 
 class LimitsSection(Section):
-    """[limits]: seconds a stage waits, seconds to gather sites, the smallest cohort, room and hands."""
+    """[limits]: seconds that are waited, the smallest cohort, room and hands.
+
+    enough_vectors: over-selection: so many vectors of a round end the wait for those of slower sites.
+    """
 
     stage_seconds: float = Field(600.0, gt=0)
     gather_seconds: float = Field(60.0, ge=0)
     grace_seconds: float = Field(60.0, ge=0)
     enough_seconds: float = Field(86_400.0, gt=0)
     minimum_sites: int = Field(3, ge=3)
+    enough_vectors: int | None = None
     spool_bytes: int | None = Field(None, ge=1 << 20)
     fold_workers: int = Field(1, ge=1, le=64)
 

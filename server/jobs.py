@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,7 +95,8 @@ class Limits:
 
     stage: for the sites at one stage of a round. gather: for absent sites before a round begins without
     them. grace: for a site that lost its connection during a round; shorter than that it goes on where
-    it stood. enough: while fewer sites are there than a round needs; then the job ends.
+    it stood. enough: while fewer sites are there than a round needs; then the job ends. vectors:
+    over-selection: so many of a round (and at least its threshold) end the wait for more; 0 for all.
     """
 
     stage: float = 600.0
@@ -103,6 +104,7 @@ class Limits:
     minimum: int = 3
     grace: float = 60.0
     enough: float = 86_400.0
+    vectors: int = 0
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class CoordinatedJob:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._due: list[tuple[Any, Any, Sequence[Any]]] = []
         self._beside: set[asyncio.Task[None]] = set()
-        self._hub = coordinator.Hub(dict(house.pins), house.limits.stage)
+        self._hub = coordinator.Hub(dict(house.pins), house.limits.stage, house.limits.vectors)
         self._epoch_hub = epoch.EpochHub(dict(house.pins), house.limits.gather)
 
     # --------------------------------------------------------------------------- coming back
@@ -648,9 +650,11 @@ class CoordinatedJob:
         self._waiting((), None)
         if not enough:
             text = (
-                f"{len(present)} sites were there after {limits.enough:.0f} s, too few for a round"
+                f"{len(present)} sites were there after {limits.enough:.0f} s, too few for a round, "
+                f"which needs {max(limits.minimum, wanted)}"
             )
-            self.end("abandoned" if self.progress.rounds else "failed", text)
+            why = f": {self.progress.text}" if self.progress.text else ""
+            self.end("abandoned" if self.progress.rounds else "failed", text + why)
             return False
         for name in awaited:
             self.sites[name].missed = True
@@ -773,9 +777,30 @@ class CoordinatedJob:
             if rest is not None and (rest.epoch, rest.certificate) == (self.epoch.epoch, here):
                 ready.append(name)
         roster = tuple(name for name in self.house.pins if name in ready)
-        if not self._gathered(list(roster), self._threshold()):
+        if not self._gathered(list(roster), self._wanted()):
             return
+        self.progress.text = ""
         self._begin_round(self.step, roster)
+
+    def _wanted(self) -> int:
+        """How many sites the next round needs.
+
+        Statistics that were refused are tried again with more sites than before, if there are more: with
+        too few of them some column has fewer than three contributors (PROTOCOL W), and every try costs
+        a key epoch.
+        """
+        stage, least = self.stage, self._threshold()
+        if not isinstance(stage, coordinator.Abandoned) or stage.header.purpose != "statistics":
+            return least
+        able = sum(not view.unable for view in self.sites.values())
+        more = min(able, len(stage.header.roster) + 1)
+        if not stage.refused or more <= least:
+            return least
+        self.progress.text = (
+            f"the sites refused the statistics of {len(stage.header.roster)} sites (their logs say why); "
+            f"tried again with {more}"
+        )
+        return more
 
     def _begin_round(self, step: course.Step, roster: tuple[SiteId, ...]) -> None:
         assert self.plan is not None
@@ -857,7 +882,7 @@ class CoordinatedJob:
             case _:
                 pass  # Fold and Rebuild: `total` makes the sum of exactly the uploads it is given
 
-    def _aside(self, work: Awaitable[None]) -> None:
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
         async def guarded() -> None:
             try:
                 await work
@@ -868,6 +893,7 @@ class CoordinatedJob:
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step
 
     async def _on_upload(self, name: SiteId, header: bytes, stored: Stored) -> None:
         stage = self.stage

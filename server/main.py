@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import grpc.aio
-from fedcore_server.config import FederationConfig
+from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.folding import FoldPool
 from fedcore_server.jobs import House, Limits
 from fedcore_server.metrics import ADDRESS, serve_metrics
@@ -69,7 +69,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
             config.folder,
             Limits(
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
-                limits.grace_seconds, limits.enough_seconds,
+                limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(pins)),
             ),
         )  # fmt: skip
         gate = Gate(
@@ -77,6 +77,18 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
         asyncio.run(_serve(config, kit, house, gate, said))
+
+
+def _vectors(limits: LimitsSection, sites: int) -> int:
+    """Vectors that end the wait for more, 0 for none. Raises BadInput for a number that cannot be."""
+    found = limits.enough_vectors
+    if found is not None and not limits.minimum_sites <= found <= sites:
+        raise BadInput(
+            f"limits.enough_vectors: found {found}, expected {limits.minimum_sites} (minimum_sites) to "
+            f"{sites} (the sites of the roster)",
+            remedy="leave it out to wait for every site of a round",
+        )
+    return found or 0
 
 
 async def _serve(

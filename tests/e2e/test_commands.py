@@ -499,6 +499,8 @@ def edit(path, old, new):
     [
         ("port =", "prot =", ("federation.toml: key: found 'prot'", "did you mean 'port'")),
         ("listen", "[limits]\nspool_byte = 1\n#", ("limits.spool_byte", "limits.spool_bytes")),
+        ("listen", "[limits]\nenough_vectors = 2\n#", ("enough_vectors: found 2", "3 (min", "hint:")),
+        ("listen", "[limits]\nenough_vectors = 4\n#", ("enough_vectors: found 4", "to 3 (the")),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_named_with_its_path(home, call, old, new, parts):

@@ -92,7 +92,7 @@ def test_the_keys_and_defaults_are_those_of_the_code():
         fields = {**LimitsSection.model_fields, **SiteConfig.model_fields}
         assert fields[key].default == float(value), key
     keys = {*LimitsSection.model_fields, *SiteConfig.model_fields, *FederationConfig.model_fields}
-    for key in set(re.findall(r"`(\w+_(?:seconds|bytes|sites|workers))`", PAGE)):
+    for key in set(re.findall(r"`(\w+_(?:seconds|bytes|sites|workers|vectors))`", PAGE)):
         assert key in keys, key
 
 
