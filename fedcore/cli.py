@@ -311,7 +311,9 @@ def up(
         return bars[0]
 
     def on_deployed_round(row: dict[str, Any]) -> None:
-        shown = {"arm": "federated", "round": row["round"], "survivors": row["survivors"]}
+        shown = {name: row[name] for name in ("round", "survivors", "seconds")} | {
+            "arm": "federated"
+        }
         if "abandoned" in row:
             shown["abandoned"] = "at {stage}: {left} sites stayed, {needed} needed".format(
                 **row["abandoned"]
