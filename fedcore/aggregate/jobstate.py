@@ -31,6 +31,11 @@ Column = tuple[str, float, float]
 _META = "fedcore"
 
 
+def model_digest(vector: FloatVector) -> str:
+    """SHA-256 of a flat model, little-endian float32: a run's and a site's `model_sha256`."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class JobState:
     """statistics: None before they are released, or where no column is standardised.
@@ -119,5 +124,5 @@ class JobState:
 
     @cached_property
     def model_sha256(self) -> str:
-        """SHA-256 of the flat model, little-endian float32: as a run's `model_sha256`."""
-        return hashlib.sha256(self.server.model.astype("<f4").tobytes()).hexdigest()
+        """Of the model that this state stands for."""
+        return model_digest(self.server.model)

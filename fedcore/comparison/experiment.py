@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fedcore.aggregate.jobstate import model_digest
 from fedcore.aggregate.optimisers import ServerState, init_state
 from fedcore.comparison import metrics as metric_list
 from fedcore.comparison.arms import (
@@ -50,7 +51,7 @@ from fedcore.files import read_json, write_atomic, write_json
 from fedcore.label import label_of, label_warnings
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, model_summary, single_thread
-from fedcore.learn.saved import model_digest, save_model
+from fedcore.learn.saved import save_model
 from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
 from fedcore.plan import (

@@ -7,7 +7,6 @@ which is looked for where the run found it, never in the folder somebody happens
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +26,10 @@ from fedcore.data.tabular import Table, number
 from fedcore.errors import BadInput
 from fedcore.files import read_json, write_atomic
 from fedcore.task import Task, load_task
-from fedcore.types import FloatVector, Json
+from fedcore.types import Json
 
 FILE = "model.safetensors"
 _CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
-
-
-def model_digest(vector: FloatVector) -> str:
-    """SHA-256 of the flat model, little-endian float32: the run's `model_sha256`."""
-    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
 
 
 def save_model(

@@ -44,7 +44,7 @@ from fedcore.protocol.effects import (
     Effect,
     Fold,
     Mask,
-    Persist,
+    Move,
     Rebuild,
     RemoveMasks,
     Send,
@@ -535,22 +535,13 @@ def replay(start: Any, journal: Iterable[Any]) -> Any:
 
 
 @dataclass
-class _Move:
-    """One step in the making: records move the stage, effects follow in order."""
+class _Move(Move):
+    """A step of this role."""
 
-    hub: Hub
-    stage: Any
-    effects: list[Effect] = field(default_factory=list)
-
-    def record(self, entry: Any) -> None:
-        self.stage = evolve(self.stage, entry)
-        self.effects.append(Persist(entry))
+    hub: Hub = field(kw_only=True)
 
     def send(self, site: SiteId, message: Any) -> None:
         self.effects.append(Send(site, message))
-
-    def do(self, effect: Effect) -> None:
-        self.effects.append(effect)
 
 
 def _start(move: _Move, event: Start) -> None:
@@ -1058,7 +1049,7 @@ def step(hub: Hub, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effec
         )  # fmt: skip
     if sender is not None and _seen_before(stage, event, sender):
         return stage, ()
-    move = _Move(hub, stage)
+    move = _Move(stage, evolve, hub=hub)
     legal[kind][0](move, message)
     if isinstance(move.stage, Waiting) and (
         type(move.stage) is not type(stage) or kind is Restarted

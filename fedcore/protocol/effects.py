@@ -7,6 +7,7 @@ and in `MakeVector` and `RemoveMasks`, which stay in the process; never in a `Se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,3 +141,21 @@ Effect = (
     | RemoveMasks
     | Discard
 )
+
+
+@dataclass
+class Move:
+    """One step of a machine in the making: records move the stage, effects follow in order."""
+
+    stage: Any
+    evolve: Callable[[Any, Any], Any]
+    effects: list[Effect] = field(default_factory=list)
+
+    def record(self, entry: Any) -> None:
+        """What happened: the stage after it, and the entry on disk."""
+        self.stage = self.evolve(self.stage, entry)
+        self.effects.append(Persist(entry))
+
+    def do(self, effect: Effect) -> None:
+        """Ask for it after what was asked for before."""
+        self.effects.append(effect)

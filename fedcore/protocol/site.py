@@ -46,8 +46,8 @@ from fedcore.protocol.effects import (
     Effect,
     Erase,
     MakeVector,
+    Move,
     OpenSum,
-    Persist,
     Send,
     ShowNotice,
     Upload,
@@ -607,22 +607,13 @@ def replay(start: Stage, journal: Iterable[Any]) -> Stage:
 
 
 @dataclass
-class _Move:
-    """One step in the making: records move the stage, effects follow in order."""
+class _Move(Move):
+    """A step of this role."""
 
-    member: Member
-    stage: Any
-    effects: list[Effect] = field(default_factory=list)
-
-    def record(self, entry: Any) -> None:
-        self.stage = evolve(self.stage, entry)
-        self.effects.append(Persist(entry))
+    member: Member = field(kw_only=True)
 
     def send(self, message: SiteMessage) -> None:
         self.effects.append(Send(COORDINATOR, message))
-
-    def do(self, effect: Effect) -> None:
-        self.effects.append(effect)
 
 
 def _join(move: _Move, event: Invited) -> None:
@@ -1195,7 +1186,7 @@ def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple
             expected=" or ".join(sorted(each.__name__ for each in legal)),
             fault=COORDINATOR if isinstance(event, Received) else THIS_SITE,
         )  # fmt: skip
-    move = _Move(member, stage)
+    move = _Move(stage, evolve, member=member)
     legal[kind][0](move, event.message if isinstance(event, Received) else event)
     return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)
 
@@ -1208,7 +1199,7 @@ def _timed(new: Any, old: Any, event: Any, now: float, patience: float) -> Any:
 
 
 def _leave_in_silence(member: Member, stage: Any) -> tuple[Any, tuple[Effect, ...]]:
-    move = _Move(member, stage)
+    move = _Move(stage, evolve, member=member)
     _depart(move)
     move.send(Leave(stage.header.digest, member.id, LEFT))
     return move.stage, tuple(move.effects)

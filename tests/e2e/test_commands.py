@@ -23,21 +23,22 @@ from datetime import UTC, datetime, timedelta
 import grpc
 import numpy as np
 import pytest
-from deployment import HUB, Deployment, free_port, small_task
+from deployment import HUB, PATIENCE, Deployment, free_port, small_task
 from fedcore_clients import cli as site_cli
 from fedcore_server import cli as hub_cli
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from fedcore import simulate
-from fedcore.learn.saved import load_model, model_digest
+from fedcore.aggregate.jobstate import model_digest
+from fedcore.learn.saved import load_model
 from fedcore.provision.authority import LOOPBACK, Authority
 from fedcore.provision.identities import create_identity, write_roster
 
 ROUNDS = 3
 
 
-def run(shell, *words, seconds=120.0, folder=None, **how):
+def run(shell, *words, seconds=PATIENCE, folder=None, **how):
     """A command as a process: (exit code, stdout, stderr)."""
     line = [sys.executable, "-P", "-m", f"fedcore_{shell}.cli", *map(str, words)]
     found = subprocess.run(line, capture_output=True, text=True, timeout=seconds, cwd=folder, **how)
@@ -81,7 +82,7 @@ def fed(tmp_path_factory):
         folder / "federation", small_task(folder), {"a": 1, "b": 2, "c": 3, "d": 4}, free_port()
     )
     found.folder.mkdir()
-    found.write({"gather_seconds": 20, "stage_seconds": 20})
+    found.write({"gather_seconds": 2 * PATIENCE, "stage_seconds": PATIENCE})
     found.metrics, found.health = free_port(), free_port()
     path = found.config(HUB)
     path.write_text(f"metrics_port = {found.metrics}\n" + path.read_text())
@@ -98,7 +99,7 @@ def fed(tmp_path_factory):
         found.start_hub()
         for name in "abc":
             found.start(name)
-        found.connected("abc", seconds=90)
+        found.connected("abc")
         yield found
     finally:
         found.end()
@@ -114,7 +115,7 @@ def ran(fed):
     assert err.splitlines() == [f"watch it: fed-coordinator watch {job}"]
     line = [sys.executable, "-P", "-m", "fedcore_server.cli", "watch", job]
     watch = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
-    bound = threading.Timer(150, watch.kill)
+    bound = threading.Timer(2 * PATIENCE, watch.kill)
     bound.start()
     try:
         lines = []
@@ -122,7 +123,7 @@ def ran(fed):
             lines.append(line.rstrip("\n"))
             if line.startswith("waiting for 1 of 4"):
                 break
-        end, waits = time.monotonic() + 30, ""
+        end, waits = time.monotonic() + PATIENCE, ""
         while time.monotonic() < end and "waiting for 1 of 4" not in waits:
             waits = run("clients", "status", "--config", fed.config("a"))[1]
         assert run("server", "evict", "d", folder=folder)[0] == 0  # nobody waits for it any more
@@ -134,8 +135,8 @@ def ran(fed):
         watch.stdout.close()
     assert run("server", "evict", "d", "--undo", folder=folder)[0] == 0
     assert watch.returncode == 0, lines
-    fed.released(job, sites=list("abc"), seconds=60)
-    with urllib.request.urlopen(f"http://127.0.0.1:{fed.metrics}/metrics", timeout=5) as answer:
+    fed.released(job, sites=list("abc"))
+    with urllib.request.urlopen(f"http://127.0.0.1:{fed.metrics}/metrics", timeout=60) as answer:
         fed.counted = answer.read().decode()
     return job, lines, waits
 
@@ -288,7 +289,7 @@ def test_health_and_reflection_are_behind_the_gate(fed):
     def ask(kit):
         with fed.channel(kit) as channel:
             check = channel.unary_unary("/grpc.health.v1.Health/Check")
-            data = check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=5)
+            data = check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=60)
         return health_pb2.HealthCheckResponse.FromString(data).status
 
     assert ask(fed.site_kit("a")) == health_pb2.HealthCheckResponse.SERVING
@@ -308,7 +309,7 @@ def test_health_and_reflection_are_behind_the_gate(fed):
         asked = iter([listing.SerializeToString(), method.SerializeToString()])
         names, file = (
             reflection_pb2.ServerReflectionResponse.FromString(data)
-            for data in begin(asked, timeout=5)
+            for data in begin(asked, timeout=60)
         )
     assert {"fedcore.v1.Coordinator", "fedcore.v1.Operator"} <= {
         service.name for service in names.list_services_response.service
@@ -341,7 +342,7 @@ def test_a_site_answers_probes(fed):
     def ask(path):
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{fed.health}{path}", timeout=5
+                f"http://127.0.0.1:{fed.health}{path}", timeout=60
             ) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
@@ -369,14 +370,14 @@ def test_an_evicted_site_stays_away_until_it_is_let_in(fed, ran):
     folder = fed.folder.parent
     try:
         assert run("server", "evict", "c", folder=folder)[1] == "site c is evicted\n"
-        assert fed.processes["c"].wait(60) == 3
+        assert fed.processes["c"].wait(PATIENCE) == 3
         assert "hint: ask the operator why; `fed-coordinator evict SITE --undo`" in fed.log("c")
         refused(run("server", "evict", "zz", folder=folder), 2, "zz", "one of: a, b, c, d")
         again = run("server", "evict", "c", folder=folder)
         assert again[0] == 2 and "evicted already" in again[2]
         assert fed.stop(HUB) == 0
         fed.start_hub()
-        assert fed.start("c").wait(60) == 3
+        assert fed.start("c").wait(PATIENCE) == 3
         assert "c     evicted" in run("server", "jobs", folder=folder)[1]
         code, out, _ = run("clients", "check", "--config", fed.config("c"))
         assert code == 3 and "FAIL  admitted" in out and "evicted by an operator" in out
@@ -384,7 +385,7 @@ def test_an_evicted_site_stays_away_until_it_is_let_in(fed, ran):
         assert text == "site c may connect again\n"
     finally:
         fed.start("c")
-    fed.connected("abc", seconds=90)
+    fed.connected("abc")
 
 
 # ---------------------------------------------------------------------------- bad jobs
@@ -480,11 +481,11 @@ class _Home:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(PATIENCE)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait(5)
+                process.wait(PATIENCE)
                 process.stdout.close()
 
 
@@ -643,13 +644,13 @@ def test_two_processes_for_one_site(fed, ran, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        assert fed.processes["b"].wait(60) == 3
+        assert fed.processes["b"].wait(PATIENCE) == 3
         assert "hint: another process runs as this site" in fed.log("b")
     finally:
         second.send_signal(signal.SIGTERM)
-        second.wait(30)
+        second.wait(PATIENCE)
         fed.start("b")
-        fed.connected("abc", seconds=90)
+        fed.connected("abc")
 
 
 @pytest.mark.parametrize("module", [hub_cli, site_cli])
