@@ -2,8 +2,12 @@
 
 Every event goes through one queue and is handled to its end before the next; training, encryption and
 transfers run beside it and come back as events. Invariant (PROTOCOL D): what a step records is in the
-journal before anything else of that step is done, and the state a certificate proves is on disk before
-the certificate is. A process killed at any instant goes on from there, or leaves the round.
+journal before anything else of that step is done, and the state a certificate proves is on disk not later
+than the certificate is. A process killed at any instant goes on from there, or leaves the round.
+
+A vector and a state that are small travel in the journal, in the commit of the record that relies on them,
+and cost no sync of their own; the file that shows people such a state is then only a copy, written again
+from the journal at the next start. Large ones are files, synced before that record.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +35,7 @@ from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
-from fedcore.protocol import course, effects, epoch, job, messages, site
+from fedcore.protocol import course, effects, epoch, job, messages, publicmetrics, site
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import Standing
 from fedcore.run import append_row
@@ -39,14 +43,18 @@ from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
 from fedcore.store.disk import sync_folder
 from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
+from fedcore.store.spool import Spool, Stored
 from fedcore.types import Json, SiteId
+from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
 ROUND = "round"
 
 _AGAIN = 2.0
 """Seconds before what found no session, or no room on the disk, is tried again at the latest."""
+
+_MANY = 50_000
+"""Parameters from which on hashing a state takes longer than handing it to a thread."""
 
 _ENDING_SECONDS = 5.0
 """How often a site that missed the last release of a job that is over asks for it."""
@@ -109,7 +117,7 @@ class Link(Protocol):
         """Tell people who wait what this site is at."""
         ...
 
-    async def upload(self, job: str, header: bytes, digest: bytes, path: Path) -> None:
+    async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
         """Send a container whole, going on where it broke off. Raises Offline without a session."""
         ...
 
@@ -120,6 +128,14 @@ class Link(Protocol):
 
 class Offline(Exception):
     """There is no session now: the step is done again at the next one."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The state that a round leads to. data: its bytes where they are few, else they are in a file."""
+
+    state: JobState
+    data: bytes
 
 
 # ------------------------------------------------------------------------------------ events
@@ -185,12 +201,18 @@ class SiteJob:
         self.tracked: Json | None = None
         self._sums: tuple[int, course.Step, Mapping[str, Sequence[int]], int] | None = None
         self._tracking: list[asyncio.Task[None]] = []
+        self._told: job.PublicMetrics | None = None
         self._scheme: Scheme | None = None
         self._member: site.Member | None = None
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._beside: set[asyncio.Task[None]] = set()
         self._inline: dict[bytes, list[bytes]] = {}
+        self._vector: tuple[bytes, bytes] = b"", b""
+        """Digest and container of the last small vector made here."""
+        self._candidates: dict[int, _Candidate] = {}
+        """By round; a release makes one of them the state and drops the earlier ones."""
         self._making: asyncio.Task[None] | None = None
+        self._uploading: tuple[bytes, asyncio.Task[None]] | None = None
         self._early: messages.Certificate | None = None
         self._catching = ""
         self._ending: job.JobEnded | None = None
@@ -241,12 +263,17 @@ class SiteJob:
 
     def _recover_state(self) -> None:
         """The state on disk, and the one that a certificate of the journal has just proved."""
-        released = self.stage.standing.released
+        released, current = self.stage.standing.released, self._state_path("current")
+        kept = self.party.journal.get(self.id, "state")
+        if kept:
+            if not current.exists() or current.read_bytes() != kept:
+                self._show_state(kept)
+            self.state = JobState.from_bytes(kept)
+            return
         candidate = self._state_path(f"candidate-{released}")
         if released and candidate.exists():
-            candidate.replace(self._state_path("current"))
+            candidate.replace(current)
             sync_folder(candidate.parent)
-        current = self._state_path("current")
         self.state = JobState.from_bytes(current.read_bytes())
 
     def _state_path(self, name: str) -> Path:
@@ -260,7 +287,7 @@ class SiteJob:
 
     def inline(self, digest: bytes, data: bytes) -> None:
         """A small sum or checkpoint that came inside the session."""
-        self._inline = {digest: list(container_chunks(data))}
+        self._inline = {digest: container.from_bytes(data)}
 
     def connected(self) -> None:
         """There is a new session."""
@@ -316,7 +343,7 @@ class SiteJob:
             self._note(error)
             return False
         for name in ("plan", "features", "columns", "state", "epoch", "stage", "secrets", "ended",
-                     "_scheme", "_member", "_groups"):  # fmt: skip
+                     "_scheme", "_member", "_groups", "_candidates"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
         self._queue.put_nowait(_Connected())
@@ -352,7 +379,7 @@ class SiteJob:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
 
-    def _aside(self, work: Awaitable[None]) -> asyncio.Task[None]:
+    def _aside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
@@ -369,6 +396,7 @@ class SiteJob:
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step
         return task
 
     # ------------------------------------------------------------------------------- events
@@ -408,6 +436,8 @@ class SiteJob:
             await self._machine(site.Reconnected())
         else:
             self._stand()
+        if self._told is not None:
+            self.link.say(self.id, self._told)
 
     def _stand(self) -> None:
         """Between rounds, say where."""
@@ -448,6 +478,7 @@ class SiteJob:
         self.link.doing(self.id, "loading")
         try:
             settings = wire_settings(self.offer.settings)
+            build_job(settings)  # what no plan may ask for is refused before a row is read
             self.survey = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
@@ -500,12 +531,17 @@ class SiteJob:
         self._adopt(mine, self.survey.shape.features, self.survey.columns)
         self.state = JobState.initial(mine, self.survey.initial)
         self._state_path("current").parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._write_state("current", self.state)
+        self._write_state("current", self.state.to_bytes())
         about = {
             "plan": mine.to_json(), "features": self.features,
             "columns": [list(column) for column in self.columns],
         }  # fmt: skip
         self.party.journal.put(self.id, "plan", canonical(about))
+        if mine.public_metrics:
+            LOG.info(
+                "job %s: the coordinator will learn the metrics of each release, over all its sites",
+                self.id,
+            )
         self._agree()
 
     def _adopt(self, plan: RoundPlan, features: int, columns: Sequence[Column]) -> None:
@@ -585,7 +621,10 @@ class SiteJob:
             if isinstance(self.stage, site.Idle):
                 assert self.state is not None
                 course.check_step(self.plan, self.features, self.state.done, header)
-            tag = b"" if self.secrets is None else self._tag(header)
+            tag = b""
+            if self.secrets is not None:  # a large state is not hashed while the session waits
+                many = self.plan.parameters > _MANY
+                tag = await asyncio.to_thread(self._tag, header) if many else self._tag(header)
             await self._machine(site.Invited(announce, tag), refusing=False)
             self._tidy()
         except PeerRefused as error:
@@ -635,6 +674,7 @@ class SiteJob:
                 await self._obey(effect)
         ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
         if ended or isinstance(event, site.CaughtUp):
+            self._early = None  # of this round, and the next one is not to be left for it
             self._keep_stage()
             self._stop_making()
             self._rest()
@@ -663,15 +703,23 @@ class SiteJob:
     def _journal(self, found: Sequence[Any]) -> None:
         records = [e.record for e in found if isinstance(e, effects.Persist)]
         put = {}
+        for record in records:
+            if isinstance(record, site.VectorSpooled) and record.submit.digest == self._vector[0]:
+                put["vector"] = self._vector[1]
+            elif isinstance(record, site.SumStated):
+                number = self.stage.header.round
+                put["candidate"] = encode((number, self._candidate(number).data))
         for effect in found:
             if isinstance(effect, effects.Apply):
                 put["certificate"] = encode(effect.certificate)
+                put["state"] = self._candidate(effect.certificate.header.round).data
         if records or put:
             self.party.journal.append(self.id, ROUND, records, put=put)
 
     def _keep_stage(self) -> None:
         """Between rounds one record says all; those of the round, and its secrets, go for good."""
-        self.party.journal.compact(self.id, ROUND, put={"stage": encode(self.stage)})
+        stage, over = {"stage": encode(self.stage)}, ("vector", "candidate")
+        self.party.journal.compact(self.id, ROUND, put=stage, forget=over)
 
     async def _obey(self, effect: Any) -> None:
         match effect:
@@ -682,14 +730,14 @@ class SiteJob:
             case effects.MakeVector():
                 self._making = self._aside(self._make_vector(effect))
             case effects.Upload(submit=submit):
-                self._aside(self._upload(submit))
+                self._begin_upload(submit)
             case effects.OpenSum():
                 self._aside(self._open_sum(effect))
             case effects.ShowNotice(notice=notice):
                 if self.secrets is not None:
-                    LOG.warning(
-                        "site %s refused: %s", notice.site, self.secrets.read_notice(notice)
-                    )
+                    cause = self.secrets.read_notice(notice)
+                    who = notice.site if notice.site in self.party.pins else "not in the roster"
+                    LOG.warning("site %s refused: %s", who, cause)
             case effects.Apply(certificate=certificate):
                 self._apply(certificate)
             case effects.Erase(header=header):
@@ -710,8 +758,9 @@ class SiteJob:
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(self.id, self.plan, step, self.state)
             self.link.doing(self.id, "protecting")
-            stored = await asyncio.to_thread(self._protect, asked, found)
-            event: Any = site.VectorMade(stored.digest, stored.size)
+            made, small = await asyncio.to_thread(self._protect, asked, found)
+            self._vector = made.digest, small
+            event: Any = site.VectorMade(made.digest, made.size)
         except TrainingFailed as failed:
             self._unable(failed.reason)
             event = site.Refused(failed)
@@ -725,7 +774,10 @@ class SiteJob:
             event = site.Refused(error)
         self._queue.put_nowait(_Done(event, header.digest))
 
-    def _protect(self, asked: effects.MakeVector, found: Contribution) -> Any:
+    def _protect(
+        self, asked: effects.MakeVector, found: Contribution
+    ) -> tuple[container.Vector | Stored, bytes]:
+        """The vector: on disk, synced, or where it is small as a container for the journal."""
         assert self.plan is not None
         assert self.secrets is not None
         layout, place = self._layout(asked.header), asked.header.place(self.party.id)
@@ -733,19 +785,40 @@ class SiteJob:
         self.secrets.put_tag(slots, layout, asked, self.party.id)
         masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
         chunks = self.secrets.protect(slots, masks, self.plan.packing.slot_bits)
-        return self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest)
+        size = sum(map(len, chunks))
+        if size + container.overhead(len(chunks)) <= INLINE:
+            made = container.Vector(container.vector_digest(chunks), size, len(chunks))
+            return made, container.to_bytes(chunks)
+        return self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest), b""
+
+    async def _finished_vector(self, submit: messages.Submit) -> Path | bytes | None:
+        """Where the vector of this submission is, or the bytes of a small one."""
+        digest, small = self._vector
+        if small and digest == submit.digest:
+            return small
+        kept = self.party.journal.get(self.id, "vector")
+        if kept:  # empty beside a vector on the disk
+            return kept
+        found = await asyncio.to_thread(
+            self.party.spool.find, self.id, "vector", header=submit.header
+        )
+        return None if found is None else found.path
+
+    def _begin_upload(self, submit: messages.Submit) -> None:
+        """Asked for at every new session; two of one vector would end each other at the coordinator."""
+        header, task = self._uploading or (b"", None)
+        if task is None or task.done() or header != submit.header:
+            self._uploading = submit.header, self._aside(self._upload(submit))
 
     async def _upload(self, submit: messages.Submit) -> None:
         """Until it is there whole, or the round has gone on."""
-        stored = await asyncio.to_thread(
-            self.party.spool.find, self.id, "vector", header=submit.header
-        )
-        if stored is None:
+        source = await self._finished_vector(submit)
+        if source is None:
             return
         self.link.doing(self.id, "uploading")
         while isinstance(self.stage, site.Submitted) and self._is_round(submit.header):
             with contextlib.suppress(Offline):
-                await self.link.upload(self.id, submit.header, submit.digest, stored.path)
+                await self.link.upload(self.id, submit.header, submit.digest, source)
                 self.link.doing(self.id, "waiting")
                 return
             await self._session_or_pause()
@@ -770,6 +843,7 @@ class SiteJob:
 
     async def _open_sum(self, asked: effects.OpenSum) -> None:
         """Download, open, check, and put the state it leads to on disk, unused until it is certified."""
+        event: Any
 
         def wanted() -> bool:
             here = isinstance(self.stage, site.Opening) and self._is_round(asked.header.digest)
@@ -780,7 +854,8 @@ class SiteJob:
                 self.link.doing(self.id, "downloading")
             chunks = await self._fetch("sum", asked.digest, wanted)
             self.link.doing(self.id, "opening")
-            event: Any = await asyncio.to_thread(self._opened, asked, chunks)
+            event, candidate = await asyncio.to_thread(self._opened, asked, chunks)
+            self._hold(asked.header.round, candidate)
         except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
             event = site.Superseded() if self._early is not None else None
             self._early = None
@@ -792,7 +867,9 @@ class SiteJob:
         if event is not None:
             self._queue.put_nowait(_Done(event, asked.header.digest))
 
-    def _opened(self, asked: effects.OpenSum, chunks: list[bytes]) -> site.SumOpened:
+    def _opened(
+        self, asked: effects.OpenSum, chunks: list[bytes]
+    ) -> tuple[site.SumOpened, _Candidate]:
         assert self.plan is not None
         assert self.secrets is not None
         assert self.state is not None
@@ -806,34 +883,80 @@ class SiteJob:
         led_to = self.state.after(
             self.plan, step, opened, len(asked.survivors), self.columns, allow_few_sites=allow
         )
-        self._write_state(f"candidate-{header.round}", led_to)
+        candidate = self._kept_candidate(header.round, led_to)
         self._sums = header.round, step, dict(opened.wides), len(asked.survivors)
-        return site.SumOpened(
-            self.secrets.sum_mac(header, total), self.secrets.state_mac(header, led_to.canonical())
-        )
+        mac = self.secrets.state_mac(header, led_to.canonical())
+        return site.SumOpened(self.secrets.sum_mac(header, total), mac), candidate
 
-    def _write_state(self, name: str, state: JobState) -> None:
+    # --------------------------------------------------------------------------------- states
+
+    def _kept_candidate(self, number: int, state: JobState) -> _Candidate:
+        """A large state goes to disk now; a small one into the journal, with what relies on it."""
+        data = state.to_bytes()
+        if len(data) <= INLINE:
+            return _Candidate(state, data)
+        self._write_state(f"candidate-{number}", data)
+        return _Candidate(state, b"")
+
+    def _hold(self, number: int, candidate: _Candidate) -> None:
+        """Keep what a round leads to; what earlier ones would have led to is not needed any more."""
+        later = {n: each for n, each in self._candidates.items() if n > number}
+        self._candidates = later | {number: candidate}
+
+    def _candidate(self, number: int) -> _Candidate:
+        """What was held, or what a process before this one left of it."""
+        if number not in self._candidates:
+            kept = self.party.journal.get(self.id, "candidate")
+            of, data = (0, b"") if kept is None else decode(kept, tuple)
+            if of == number and data:
+                self._hold(number, _Candidate(JobState.from_bytes(data), data))
+            else:
+                path = self._state_path(f"candidate-{number}")
+                self._hold(number, _Candidate(JobState.from_bytes(path.read_bytes()), b""))
+        return self._candidates[number]
+
+    def _write_state(self, name: str, data: bytes) -> None:
         path = self._state_path(name)
-        write_atomic(path, state.to_bytes())
+        write_atomic(path, data)
         sync_folder(path.parent)
 
+    def _show_state(self, data: bytes) -> None:
+        """The file of a state that the journal has: for people, and without a sync."""
+        path = self._state_path("current")
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_bytes(data)
+        beside.replace(path)
+
     def _apply(self, certificate: messages.Certificate) -> None:
-        candidate = self._state_path(f"candidate-{certificate.header.round}")
-        candidate.replace(self._state_path("current"))
-        sync_folder(candidate.parent)
-        for left in candidate.parent.glob("candidate-*"):
-            left.unlink()
-        self.state = JobState.from_bytes(self._state_path("current").read_bytes())
+        number = certificate.header.round
+        found = self._candidate(number)
+        if found.data:
+            self._show_state(found.data)
+        else:
+            path = self._state_path(f"candidate-{number}")
+            path.replace(self._state_path("current"))
+            sync_folder(path.parent)
+            for left in path.parent.glob("candidate-*"):
+                left.unlink()
+        self._candidates = {n: each for n, each in self._candidates.items() if n > number}
+        self.state = found.state
         sums, self._sums = self._sums, None
         tracked = sums is not None and sums[1].purpose in {"update", "metrics"}
         if tracked and sums is not None and sums[0] == certificate.header.round:
             self._tracking = [task for task in self._tracking if not task.done()]
-            self._tracking.append(self._aside(self._track(*sums[1:], self.state)))
+            work = self._track(*sums[1:], self.state, certificate)
+            self._tracking.append(self._aside(work))
 
     async def _track(
-        self, step: course.Step, sums: Mapping[str, Sequence[int]], sites: int, state: JobState
+        self,
+        step: course.Step,
+        sums: Mapping[str, Sequence[int]],
+        sites: int,
+        state: JobState,
+        certificate: messages.Certificate,
     ) -> None:
-        """Write down what the release is worth here; nothing waits for it, and nothing of it leaves."""
+        """Write down what the release is worth here. No round waits for it, and nothing of it leaves but,
+        under a plan that makes them public, the metrics over all sites of this certified release."""
         assert self.plan is not None
         try:
             row = await self.contributor.track(self.id, self.plan, step, state, sums, sites)
@@ -845,6 +968,10 @@ class SiteJob:
             folder = self.party.folder / "jobs" / self.id
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
             append_row(folder, row)
+            if self.plan.public_metrics:
+                values = row["everywhere_before"]
+                self._told = publicmetrics.told(self.plan, certificate, self.party.id, values)
+                self.link.say(self.id, self._told)
 
     # ----------------------------------------------------------------------------- catching up
 
@@ -895,7 +1022,8 @@ class SiteJob:
             state = JobState.from_bytes(data[GROUP_SECRET_BYTES:])
             secrets = replace(self.secrets, group=group)
             mac = secrets.state_mac(certificate.header, state.canonical())
-            self._write_state(f"candidate-{certificate.header.round}", state)
+            number = certificate.header.round
+            self._hold(number, self._kept_candidate(number, state))
             self._groups.setdefault(str(certificate.header.epoch), group.to_bytes().hex())
             self.party.journal.put(self.id, "groups", canonical(self._groups))
         except Offline:
@@ -922,6 +1050,8 @@ class SiteJob:
             self._rest()
             return
         self._stop_making()
+        if self.state is not None:  # synced: no process may look after this job again
+            self._write_state("current", self.state.to_bytes())
         self.party.journal.put(self.id, "ended", encode(ended))
         self.ended = ended
         self.party.spool.drop(self.id)
@@ -933,18 +1063,3 @@ class SiteJob:
 
 def _pieces(data: bytes, size: int = 1 << 20) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)] or [b""]
-
-
-def container_chunks(data: bytes) -> list[bytes]:
-    """The chunks of a container in memory. Raises BadInput."""
-    count, at, found = int.from_bytes(data[:4], "big"), 4, []
-    if container.overhead(count) > len(data):  # a count of four bytes can ask for years
-        raise BadInput("vector: found bytes that are no chunk container")
-    for _ in range(count):
-        size = int.from_bytes(data[at : at + 4], "big")
-        at += 4
-        found.append(data[at : at + size])
-        at += size
-    if at != len(data) or sum(map(len, found)) + container.overhead(count) != len(data):
-        raise BadInput("vector: found bytes that are no chunk container")
-    return found

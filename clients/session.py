@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from fedcore_clients.jobs import Offline, container_chunks
+from fedcore_clients.jobs import Offline
 from fedcore_clients.tls import open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.provision.kit import Kit
 from fedcore.provision.reach import preflight
+from fedcore.store import container
 from fedcore.wire import calls, chunks
 from fedcore.wire.frames import (
     Doing,
@@ -107,6 +108,8 @@ class Session:
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[UploadReceipt]] = {}
         self._telling: dict[str, asyncio.TimerHandle] = {}
+        self._partial: dict[bytes, bytearray] = {}
+        """What came of the last download that broke off."""
         self.status = Status(coordinator=f"{address.host}:{address.port}")
         self.refused: Goodbye | None = None
         self._was_welcome = False
@@ -273,15 +276,17 @@ class Session:
 
     # -------------------------------------------------------------------------------- transfers
 
-    async def upload(self, job: str, header: bytes, digest: bytes, path: Path) -> None:
+    async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
         """A container, whole: inside the session where it is small, else in a call of its own."""
-        size = (await asyncio.to_thread(path.stat)).st_size
-        start = UploadStart(job, header, digest, size)
-        if size <= INLINE:
-            data = await asyncio.to_thread(path.read_bytes)
-            await self._inline(SmallUpload(start, data))
+        if isinstance(source, Path):
+            size = (await asyncio.to_thread(source.stat)).st_size
+            if size <= INLINE:
+                source = await asyncio.to_thread(source.read_bytes)
+        if isinstance(source, bytes):
+            await self._inline(SmallUpload(UploadStart(job, header, digest, len(source)), source))
             return
-        try:
+        start = UploadStart(job, header, digest, size)
+        with self._of_the_session("upload"):
             while True:
                 channel = self._open()
                 found = await _unary(channel, calls.UPLOAD_OFFSET, start)
@@ -289,12 +294,26 @@ class Session:
                     return
                 start = UploadStart(job, header, digest, size, found.offset)
                 begin: Any = channel.stream_unary(calls.UPLOAD.path)
-                call = begin(_frames(start, path))
+                call = begin(_frames(start, source))
                 receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
                 if receipt.complete:
                     return
+
+    @contextlib.contextmanager
+    def _of_the_session(self, what: str) -> Iterator[None]:
+        """A transfer that ends with the session, or by the coordinator's word, is done again later.
+
+        grpc says that it is cancelled where the channel was closed: that is not this task's end.
+        """
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
-            LOG.info("upload interrupted: %s", error.code().name.lower())
+            LOG.info("%s interrupted: %s", what, error.code().name.lower())
+            raise Offline from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
             raise Offline from error
 
     async def _inline(self, frame: SmallUpload) -> None:
@@ -308,19 +327,16 @@ class Session:
             raise Offline
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or a checkpoint; broken off, it goes on from where it stood."""
-        data = bytearray()
-        for _ in range(2):
-            try:
+        """The chunks of a sum or a checkpoint. Broken off, it goes on from where it stood, if this is
+        the download that broke off last."""
+        data = self._partial.pop(digest, bytearray())
+        try:
+            with self._of_the_session("download"):
                 await self._download(DownloadStart(job, what, digest, len(data)), data)
-            except grpc.aio.AioRpcError as error:
-                LOG.info("download interrupted at %d: %s", len(data), error.code().name.lower())
-                if self._channel is None:
-                    raise Offline from error
-                await asyncio.sleep(0.2)
-                continue
-            return await asyncio.to_thread(container_chunks, bytes(data))
-        raise Offline
+        except Offline:
+            self._partial = {digest: data}
+            raise
+        return await asyncio.to_thread(container.from_bytes, bytes(data))
 
     async def _download(self, start: DownloadStart, into: bytearray) -> None:
         call = calls.DOWNLOAD

@@ -1,7 +1,9 @@
 """The site's end of its training process: asks, waits without blocking, starts it again if it died.
 
 Invariant: one request at a time; a process that died is a `TrainingFailed` of this request only, and
-the next request finds a new one. What failed inside is written to the site's log and nowhere else.
+the next request finds a new one. A request that nobody waits for any more is answered to its end and the
+answer dropped, since a new process would have to import and load everything again; one that has not begun
+is never asked. What failed inside is written to the site's log and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from fedcore.types import FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
 _LENGTH = struct.Struct(">I")
+
+OVERTAKEN_SECONDS = 60.0
+"""How long a request that nobody waits for may keep the process from the next one: about what a new
+process costs at worst, to import torch and load the rows. A task that hangs is ended then."""
 
 
 class TrainingFailed(Exception):
@@ -53,6 +59,10 @@ class Training:
         self._process: asyncio.subprocess.Process | None = None
         self._one = asyncio.Lock()
         self._loads: dict[str, Json] = {}
+        self._turns: set[asyncio.Task[tuple[Json, list[bytes]]]] = set()
+        self._at_work: asyncio.Task[tuple[Json, list[bytes]]] | None = None
+        self._late: asyncio.TimerHandle | None = None
+        """Set while the process is at something that nobody waits for."""
 
     async def start(self) -> None:
         """Start the process now: before grpc, which makes starting one later less sure."""
@@ -120,8 +130,12 @@ class Training:
         return row
 
     async def forget(self, job: str) -> None:
-        """Free what is held of a job."""
-        if self._loads.pop(job, None) is not None and self._alive():
+        """Free what is held of a job; a process that is still at work for nobody is ended."""
+        if self._loads.pop(job, None) is None:
+            return
+        if self._late is not None:
+            self._kill()
+        elif self._alive():
             await self._ask({"do": "forget", "job": job})
 
     def _alive(self) -> bool:
@@ -130,7 +144,28 @@ class Training:
     async def _ask(
         self, asked: Json, blobs: Sequence[bytes] = (), needs: str = ""
     ) -> tuple[Json, list[bytes]]:
+        turn = asyncio.get_running_loop().create_task(self._turn(asked, blobs, needs))
+        self._turns.add(turn)
+        turn.add_done_callback(self._turns.discard)
+        try:
+            return await asyncio.shield(turn)
+        except asyncio.CancelledError:
+            self._overtake(turn)
+            raise
+
+    def _overtake(self, turn: asyncio.Task[tuple[Json, list[bytes]]]) -> None:
+        """Nobody waits for it any more."""
+        if turn is not self._at_work:
+            turn.cancel()
+        elif self._late is None:
+            loop = asyncio.get_running_loop()
+            self._late = loop.call_later(OVERTAKEN_SECONDS, self._kill)
+
+    async def _turn(
+        self, asked: Json, blobs: Sequence[bytes], needs: str
+    ) -> tuple[Json, list[bytes]]:
         async with self._one:
+            self._at_work = asyncio.current_task()
             try:
                 if not self._alive():
                     await self._start()
@@ -149,6 +184,11 @@ class Training:
             except asyncio.CancelledError:
                 await self._end()  # its answer would be taken for the next one's
                 raise
+            finally:
+                self._at_work = None
+                if self._late is not None:
+                    self._late.cancel()
+                    self._late = None
 
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
@@ -170,15 +210,24 @@ class Training:
         head: Json = json.loads(await process.stdout.readexactly(size))
         return head, [await process.stdout.readexactly(length) for length in head["blobs"]]
 
+    def _kill(self) -> None:
+        """Whoever reads its answer finds the end of it, and waits for the process."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def _end(self) -> None:
+        self._kill()
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
             await process.wait()
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process, and whatever is asked of it."""
+        turns = list(self._turns)
+        for turn in turns:
+            turn.cancel()
+        await asyncio.gather(*turns, return_exceptions=True)
         await self._end()
 
 

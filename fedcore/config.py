@@ -26,6 +26,7 @@ from fedcore.plan import (
     RoundPlan,
     ServerPlan,
     TrainPlan,
+    refuse_public_metrics,
     solve_packing,
 )
 from fedcore.types import Json, SiteId
@@ -95,9 +96,16 @@ class Reference(_Section):
     value: float
     source: str
 
+    def against(self, values: Mapping[str, float | None]) -> Json:
+        """The registered value, and the gap to it: positive means that the federation is below it."""
+        found = values.get(self.metric)
+        gap = None if found is None else self.value - found
+        return {**self.model_dump(), "gap": gap}
+
 
 class TrackSection(_Section):
-    """[track]: what is compared, with how many bootstrap resamples, and against which value."""
+    """[track]: what is compared, with how many bootstrap resamples, against which value, and whether a
+    deployment's coordinator learns the metrics of each release."""
 
     arms: tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...] = (
         "centralised",
@@ -114,6 +122,7 @@ class TrackSection(_Section):
 
     resamples: int = Field(1000, ge=0)
     reference: Reference | None = None
+    public_metrics: bool = False
 
 
 SECTIONS: dict[str, type[_Section]] = {
@@ -186,6 +195,7 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
         max_examples=max_examples, rounds=job.round.rounds, train=job.train_plan,
         server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=job.protect.threshold or 0,
+        public_metrics=job.track.public_metrics,
     )  # fmt: skip
 
 
@@ -217,7 +227,8 @@ def read_job_file(path: Path) -> Json:
 def build_job(*layers: Mapping[str, Any]) -> Job:
     """One job from layers, later ones winning. A layer may be nested like the TOML or flat keywords.
 
-    Raises UnknownName with the nearest key, or BadInput with the key's path.
+    Raises UnknownName with the nearest key, BadInput with the key's path, or PlanRefused for public
+    metrics under `encrypted`.
     """
     merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sites: dict[str, Any] = {}
@@ -238,6 +249,8 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 _put(merged, key, value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     _check_protection(sections["protect"])
+    if sections["track"].public_metrics:
+        refuse_public_metrics(sections["protect"].protection)
     _check_fold(sections[""])
     return Job(
         sections[""], sections["train"], sections["protect"], sections["round"], sections["track"],

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from fedcore.plan import MASKS, MIN_SITES, RoundPlan, default_threshold
 
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
+_PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _TWO_SITES = "of two sites in a sum, each can work out the other's update"
 
 
@@ -50,6 +51,8 @@ def collusion(plan: RoundPlan) -> Collusion:
 def label_of(plan: RoundPlan, single_site_features: Sequence[str] = ()) -> str:
     """At most eight lines; the first says what it protects against, the second what not."""
     lines = _masked(plan) if plan.protection in MASKS else list(_UNMASKED[plan.protection])
+    if plan.public_metrics:
+        lines[0] += f" {_PUBLIC}"
     if single_site_features:
         names = ", ".join(single_site_features)
         lines.append(

@@ -49,6 +49,12 @@ MIN_SITES = 3
 MAX_MASKED_SITES = 64
 """Every pair of sites shares a mask (complete graph): n^2 key agreements, so no more for now."""
 
+METRIC = "metric:"
+"""How the name of a metric's sums begins, among the wide integers of a vector."""
+
+MOST_PUBLIC_METRICS, MOST_METRIC_NAME = 64, 64
+"""Of a plan that makes its metrics public: how many, and characters of a name on a screen."""
+
 TAG_BITS = 61
 """The sum tag is an element of the prime field of 2^61 - 1."""
 
@@ -332,12 +338,29 @@ def refuse_roster(sites: int, protection: str) -> None:
         )
 
 
+def refuse_public_metrics(protection: str) -> None:
+    """Raise PlanRefused for public metrics under `encrypted` (PROTOCOL R).
+
+    There one key opens every site's own upload, and the sites confirm no list before they open a sum: the
+    coordinator must not be answered with anything that was decrypted.
+    """
+    if protection == "encrypted":
+        raise PlanRefused(
+            "track.public_metrics: found true under 'encrypted', expected false: nothing that was "
+            "decrypted goes back to a coordinator that has every site's own ciphertext",
+            remedy="use `--protection layered`, or leave public_metrics out: each site still has the "
+            "metrics in its own record",
+        )
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
 
     inputs: digest of how raw columns become inputs (names, ranges, categories, order), or "".
     threshold: t, the sites a round needs at every stage; 0 becomes the default for `sites`.
+    public_metrics: whether the sites tell the coordinator the metrics of each certified release over all
+    its sites; never under `encrypted`.
     """
 
     task: str
@@ -355,6 +378,7 @@ class RoundPlan:
     metric_sums: tuple[Wide, ...] = ()
     inputs: str = ""
     threshold: int = 0
+    public_metrics: bool = False
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
@@ -370,6 +394,25 @@ class RoundPlan:
                 f"{self.packing.max_sites}",
                 remedy=f"set protect.max_sites to {len(self.sites)} or more",
             )
+        if self.public_metrics:
+            refuse_public_metrics(self.protection)
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Names that are to be shown are few, short and of characters that a terminal shows."""
+        names = self.metrics
+        fits = all(1 <= len(name) <= MOST_METRIC_NAME and name.isprintable() for name in names)
+        if not fits or not 1 <= len(names) <= MOST_PUBLIC_METRICS:
+            raise PlanRefused(
+                f"track.public_metrics: found {len(names)} metrics, expected 1 to "
+                f"{MOST_PUBLIC_METRICS}, each named by 1 to {MOST_METRIC_NAME} printable characters",
+                remedy="name fewer or shorter metrics in the task, or leave public_metrics out",
+            )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the task's metrics, the first one first."""
+        return tuple(wide.name.removeprefix(METRIC) for wide in self.metric_sums)
 
     @property
     def coordinates(self) -> int:
@@ -408,8 +451,14 @@ class RoundPlan:
         return VectorSpec("metrics", 0, self.metric_sums)
 
     def to_json(self) -> Json:
-        """The plan as plain JSON, the form whose digest is signed and printed."""
+        """The plan as plain JSON, the form whose digest is signed and printed.
+
+        `public_metrics` is there only when true: every other plan keeps the digest that it had before
+        there was the key, and with it the rounds recorded in journals, runs and vectors.
+        """
         flat = asdict(self)
+        if not self.public_metrics:
+            del flat["public_metrics"]
         flat["sites"] = list(self.sites)
         flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
         return flat

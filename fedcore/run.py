@@ -130,9 +130,9 @@ def _point_to_newest() -> None:
         _point_latest(Path(left[-1]["run"]))
 
 
-def append_row(directory: Path, row: Json) -> None:
-    """One more line of rounds.jsonl."""
-    with (directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
+def append_row(directory: Path, row: Json, name: str = "rounds.jsonl") -> None:
+    """One more line of a file of rows."""
+    with (directory / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 

@@ -124,7 +124,7 @@ def watch(
         bool, typer.Option("--json", help="Print each event as one JSON object a line.")
     ] = False,
 ) -> None:
-    """Follow a job to its end: round, stage, what each site is doing, whom it waits for, bytes."""
+    """Follow a job to its end: round, stage, sites, whom it waits for, metrics if they are public, bytes."""
     console = Console(highlight=False)
     events = _operator(where, kit, file).watch(job, say)
     if as_json:
@@ -153,14 +153,16 @@ def _live(events: Any, console: Console) -> Any:
     from rich.live import Live
 
     rows: list[Any] = []
+    metrics: list[Any] = []
     event: Any = None
 
     def picture() -> Any:
-        return event_table(event, rows) if event else "connecting"
+        return event_table(event, rows, metrics) if event else "connecting"
 
     with Live(console=console, get_renderable=picture, refresh_per_second=2):  # times run on
         for event in events:
             rows += event["new_rounds"]
+            metrics += event["new_metrics"]
     return event
 
 

@@ -190,11 +190,18 @@ class JobFold:
     def _add(self, path: Path) -> None:
         if path in self._held:
             return
-        refused = [error for error in self._each(lambda s: self._prepare(s, path)) if error]
+        alone = (
+            len(self._shards) == 1
+        )  # then no other sum has to have it too: one request does both
+        op = "add" if alone else "prepare"
+        refused = [error for error in self._each(lambda s: self._prepare(s, path, op)) if error]
         if refused:
             raise refused[0]
         self._held.append(path)
-        self._each(lambda shard: self._commit(shard, path))
+        if alone:
+            self._shards[0].held.append(path)
+        else:
+            self._each(lambda shard: self._commit(shard, path))
 
     def _total(self, uploads: list[Path], masks: bytes, store: Callable[[Iterator[bytes]], T]) -> T:
         if not uploads:
@@ -222,14 +229,16 @@ class JobFold:
 
     def _each(self, work: Callable[[_Shard], T]) -> list[T]:
         """On all workers at once; returns or raises only when all of them are done."""
+        if len(self._shards) == 1:
+            return [work(self._shards[0])]
         running = [self._pool._hands.submit(work, shard) for shard in self._shards]
         wait(running)
         return [each.result() for each in running]
 
-    def _prepare(self, shard: _Shard, path: Path) -> FedcoreError | None:
-        """Read an upload beside the running sum; what is wrong with it, or None."""
+    def _prepare(self, shard: _Shard, path: Path, op: str) -> FedcoreError | None:
+        """Read an upload beside the running sum, or into it; what is wrong with it, or None."""
         try:
-            self._trying(shard, lambda: self._call(shard, {"op": "prepare", "path": str(path)}))
+            self._trying(shard, lambda: self._call(shard, {"op": op, "path": str(path)}))
         except _WorkerDied:
             return ChunkRefused(
                 f"vector: found that reading it ended {_ATTEMPTS} fold workers, expected one to read it",
@@ -360,7 +369,7 @@ class _Worker:
             raise _ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 
     def _wait(self) -> None:
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:
             assert self._process.stdout is not None
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(PATIENCE):
@@ -480,6 +489,9 @@ def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
         case "prepare":
             parts[job].prepare(Path(request["path"]))
         case "commit":
+            parts[job].commit()
+        case "add":
+            parts[job].prepare(Path(request["path"]))
             parts[job].commit()
         case "sum":  # once: what is left of the masks' seeds and the sum goes with it
             parts.pop(job).write(Path(request["path"]), payload)

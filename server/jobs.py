@@ -36,20 +36,29 @@ from fedcore.errors import (
 from fedcore.files import write_atomic
 from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical, default_threshold
 from fedcore.protect.identity import roster_digest
-from fedcore.protocol import coordinator, course, effects, epoch, job, messages
+from fedcore.protocol import coordinator, course, effects, epoch, job, messages, publicmetrics
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import cohort_threshold
 from fedcore.run import append_row
 from fedcore.scheme import Scheme, vector_of
 from fedcore.store import container
+from fedcore.store.disk import refusals
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
 from fedcore.types import Json, SiteId
+from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-_ROW = "row-"
-"""Rows of rounds.jsonl in the journal: the file is written from them."""
+_ROW, ROUNDS_FILE = "row-", "rounds.jsonl"
+"""Rows of ROUNDS_FILE in the journal: the file is written from them."""
+
+_METRICS, METRICS_FILE = "metrics-", "metrics.jsonl"
+"""The same for the metrics that sites made public; one of a round may come after the round's row."""
+
+_VECTOR, _SUM = "vector-", "sum-"
+"""Small files of the round under way: in the journal with the record that relies on them, in one commit,
+and so without a sync of their own. A power cut may take the file; the next start writes it again."""
 
 MOST_AHEAD = 1 << 20
 """Rounds that a site may have seen and this journal not: it was restored from a backup."""
@@ -193,12 +202,13 @@ class Progress:
     state: str = WAITING
     text: str = ""
     rounds: list[Json] = field(default_factory=list)
+    metrics: list[Json] = field(default_factory=list)
     waiting_for: tuple[SiteId, ...] = ()
     waiting_until: float | None = None
 
 
 _FROM_DISK = (
-    "plan", "features", "epoch", "stage", "step", "certificate", "outcome", "_scheme", "_sum", "_submits",
+    "_small", "plan", "features", "epoch", "stage", "step", "certificate", "outcome", "_scheme", "_sum", "_submits",
     "_arrived", "_begun", "_stage_since", "_stage_seconds", "_checkpoint", "_asked_checkpoint",
 )  # fmt: skip
 """What a job knows from the journal and the spool."""
@@ -209,6 +219,17 @@ _OF_A_ROUND = (
     messages.Statement,
 )  # fmt: skip
 """What only a site in a round says."""
+
+
+def _small_key(what: str, digest: bytes) -> str:
+    return f"{what}{digest.hex()[:48]}"
+
+
+def _small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
+    """What the journal keeps of a file that was not synced."""
+    if stored is None or stored.travels > INLINE:
+        return {}
+    return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
 
 class CoordinatedJob:
@@ -242,10 +263,16 @@ class CoordinatedJob:
         self._tick_at = 0.0
         self._nudged_at = 0.0
         self._finishing: float | None = None
+        self._hearing: publicmetrics.Hearing | None = None
         self._restarted = False
+        self._behind: set[str] = set()
+        """Files of rows that a full disk kept from being written to their end."""
         self._epoch_refused = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._due: list[tuple[Any, Any, Sequence[Any]]] = []
+        self._put: dict[str, bytes] = {}
+        self._small: set[str] = set()
+        """Keys of the journal with files of the round under way that came without a sync."""
         self._beside: set[asyncio.Task[None]] = set()
         self._hub = coordinator.Hub(dict(house.pins), house.limits.stage, house.limits.vectors)
         self._epoch_hub = epoch.EpochHub(dict(house.pins), house.limits.gather)
@@ -279,9 +306,12 @@ class CoordinatedJob:
         certificate = journal.get(name, "certificate")
         if certificate is not None:
             self.certificate = decode(certificate, messages.Certificate)
-        self._restore_rows()
+        self.progress.rounds = self._restored_rows(_ROW, ROUNDS_FILE)
+        self.progress.metrics = self._restored_rows(_METRICS, METRICS_FILE)
+        self._hear_of(self.certificate)
         records = list(journal.read(name, ROUND))
         self.stage = coordinator.replay(self.stage, records)
+        self._give_back_small()
         if self.outcome is not None:
             self._checkpoint = self._kept_checkpoint()
             return
@@ -295,16 +325,47 @@ class CoordinatedJob:
         self._checkpoint = self._kept_checkpoint()
         self._tidy()
 
-    def _restore_rows(self) -> None:
+    def _give_back_small(self) -> None:
+        """Files that the journal has may be gone, or empty, after a power cut."""
+        journal, name, stage = self.house.journal, self.id, self.stage
+        self._small = {key for key in journal.keys(name) if key.startswith((_VECTOR, _SUM))}
+        if not isinstance(stage, _ROUND_STAGES):
+            return
+        header = stage.header.digest
+        for submit in getattr(stage, "submissions", ()):
+            data = journal.get(name, _small_key(_VECTOR, submit.digest))
+            if data is not None:
+                self.house.spool.give_back(name, header, submit.site, data)
+        for key in self._small:
+            data = journal.get(name, key) if key.startswith(_SUM) else None
+            if data is not None:
+                chunks = container.from_bytes(data)
+                self.house.spool.put(name, "sum", chunks, header=header, unsynced=INLINE)
+
+    def _restored_rows(self, prefix: str, file: str) -> list[Json]:
         """The rows the journal has, into the file if a crash came between the two."""
         journal, name = self.house.journal, self.id
-        keys = [key for key in journal.keys(name) if key.startswith(_ROW)]
-        rows = [journal.get(name, key) for key in keys]
-        self.progress.rounds = [json.loads(row) for row in rows if row is not None]
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.progress.rounds)
-        path = self.directory / "rounds.jsonl"
-        if (path.read_bytes() if path.exists() else b"") != text.encode():
-            write_atomic(path, text.encode())
+        keys = [key for key in journal.keys(name) if key.startswith(prefix)]
+        found = [json.loads(row) for key in keys if (row := journal.get(name, key)) is not None]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in found)
+        path = self.directory / file
+        with refusals("rounds", path):
+            if (path.read_bytes() if path.exists() else b"") != text.encode():
+                write_atomic(path, text.encode())
+        return found
+
+    def _write_row(self, row: Json, file: str) -> None:
+        """One more line for people. The journal has it: a disk without room costs the line, not the job,
+        and the whole file is made again with the next row that finds room, or at the next start."""
+        try:
+            if file in self._behind:
+                self._restored_rows(_ROW if file == ROUNDS_FILE else _METRICS, file)
+            else:
+                append_row(self.directory, row, file)
+            self._behind.discard(file)
+        except (OSError, StoreProblem) as error:
+            self._behind.add(file)
+            LOG.warning("job %s: %s not written: %s", self.id, file, error)
 
     def _tidy(self) -> None:
         """Remove the spool's rounds that a crash kept from being removed."""
@@ -395,6 +456,7 @@ class CoordinatedJob:
 
     async def _serve(self) -> None:
         self._due.clear()
+        self._put.clear()
         try:
             self._resume()
             while self.outcome is None:
@@ -439,6 +501,7 @@ class CoordinatedJob:
         for name in _FROM_DISK:
             setattr(self, name, getattr(fresh, name))
         self.progress.rounds, self.progress.text = fresh.progress.rounds, ""
+        self._hear_of(self.certificate)
         for view in self.sites.values():
             view.rest = None
         self._restarted = True
@@ -478,7 +541,8 @@ class CoordinatedJob:
                     self._greet(name)
                 case _Done(inner, header):
                     if getattr(getattr(self.stage, "header", None), "digest", b"") == header:
-                        self._machine(inner)
+                        kept = self._sum if isinstance(inner, coordinator.SumReady) else None
+                        self._machine(inner, put=_small_file(_SUM, kept))
                 case _Stop(text, outcome):
                     self.end(outcome, text)
         except OutOfOrder as error:  # said again after a new connection, and known already
@@ -576,11 +640,16 @@ class CoordinatedJob:
                 number = getattr(getattr(self.stage, "header", None), "round", 0)
                 if isinstance(self.stage, _ROUND_STAGES) and message.round >= number:
                     self._gone(name)  # it left this round, and its word was lost
+                elif name in coordinator.waiting_for(self.stage):
+                    # It could not write down that the round began, or said this before it heard.
+                    self._machine(coordinator.Reconnected(name))
                 if self._asked_checkpoint == name:
                     self._asked_checkpoint = None  # back from elsewhere: it may not have heard
                 self._catch_up(name)
             case job.CheckpointSealed():
                 self._take_checkpoint(name, message)
+            case job.PublicMetrics():
+                self._take_metrics(name, message)
             case epoch.EpochKey() | epoch.Grants() | epoch.Grant() | epoch.KeyHeld():
                 self._epoch_machine(epoch.FromSite(name, message))
             case messages.Submit():
@@ -714,6 +783,7 @@ class CoordinatedJob:
 
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
+        self._hearing = publicmetrics.Hearing(plan, self.id)
 
     def _begin_epoch(self) -> None:
         agreed = [name for name in self.links.connected() if self.sites[name].agreed]
@@ -832,17 +902,21 @@ class CoordinatedJob:
         name = f"{self.id}-{header.round}"
         self._fold = self.house.pool.job(name, self.plan.packing, slots)
 
-    def _machine(self, event: Any, *, together: bool = False) -> None:
+    def _machine(
+        self, event: Any, *, together: bool = False, put: Mapping[str, bytes] | None = None
+    ) -> None:
         """Step; records first, then everything else in order.
 
         together: the commit may wait for the messages that came in with this one, until the stage
         changes; what was asked for waits with it, so nothing is sent before its record.
+        put: what goes into the journal in the commit of this step's records.
         """
         if not together:
             self._commit()
         before = self.stage
         self.stage, found = coordinator.step(self._hub, before, event, self.house.clock())
         self._due.append((before, self.stage, found))
+        self._put.update(put or {})
         if not together or type(self.stage) is not type(before):
             self._commit()
 
@@ -850,8 +924,10 @@ class CoordinatedJob:
         """Write the records of the steps taken, and do what they ask for."""
         due, self._due = self._due, []
         records = [e.record for _, _, found in due for e in found if isinstance(e, effects.Persist)]
+        put, self._put = self._put, {}
         if records:
-            self.house.journal.append(self.id, ROUND, records)
+            self.house.journal.append(self.id, ROUND, records, put=put)
+            self._small |= put.keys()
         ended = coordinator.Released | coordinator.Abandoned
         for before, after, found in due:
             if type(after) is not type(before):
@@ -918,7 +994,7 @@ class CoordinatedJob:
         except ChunkRefused:
             self._machine(coordinator.Gone(name))
             raise
-        self._machine(event)
+        self._machine(event, put=_small_file(_VECTOR, stored))
         self.sites[name].unable = ""
 
     async def _remove_masks(self, asked: effects.RemoveMasks) -> None:
@@ -931,7 +1007,9 @@ class CoordinatedJob:
             try:
                 self._sum = await self._fold.total(
                     uploads, asked.masks,
-                    lambda chunks: self.house.spool.put(self.id, "sum", chunks, header=header),
+                    lambda chunks: self.house.spool.put(
+                        self.id, "sum", chunks, header=header, unsynced=INLINE
+                    ),
                 )  # fmt: skip
                 break
             except StoreFull as error:  # room may come back, and nothing of the round is lost
@@ -961,13 +1039,16 @@ class CoordinatedJob:
         }  # fmt: skip
         if isinstance(stage, coordinator.Released):
             values["certificate"] = encode(stage.certificate)
-        self.house.journal.compact(self.id, ROUND, put=values)
+        # Nothing of it is secret here, so it need not be gone from free pages.
+        self.house.journal.trim(self.id, ROUND, put=values, forget=sorted(self._small))
+        self._small = set()
         self.step = after
         if isinstance(stage, coordinator.Released):
             self._drop_checkpoint()
             self.certificate = stage.certificate
+            self._hear_of(stage.certificate)
         self.progress.rounds.append(row)
-        append_row(self.directory, row)
+        self._write_row(row, ROUNDS_FILE)
         self.house.spool.discard(self.id, stage.header.digest)
         self._give_up_trying(step)
 
@@ -1019,6 +1100,46 @@ class CoordinatedJob:
             }  # fmt: skip
         return row
 
+    # ------------------------------------------------------------------------- public metrics
+
+    def _hear_of(self, certificate: messages.Certificate | None) -> None:
+        """From now on the sites may say the metrics of this release."""
+        if certificate is None or self._hearing is None:
+            return
+        number = certificate.header.round
+        known = any(row["number"] == number for row in self.progress.metrics)
+        self._hearing.released(certificate, believed=known)
+
+    def _take_metrics(self, name: SiteId, message: job.PublicMetrics) -> None:
+        """A site's word on a release; the one that makes it enough gives the values a row."""
+        if self._hearing is None:
+            raise PeerRefused(f"public metrics: found some of {name} before there is a plan")
+        found, warning = self._hearing.take(name, message)
+        if warning:
+            LOG.warning("job %s: %s", self.id, warning)
+        if found is None:
+            return
+        # The sums that ride in a round are of the model that it starts from.
+        row: Json = {
+            "round": found.header.training_round - 1, "number": found.header.round,
+            "sites": found.sites, "metrics": found.values,
+        }  # fmt: skip
+        reference = build_job(json.loads(self.offer.settings)).track.reference
+        if reference is not None:
+            row["reference"] = reference.against(found.values)
+        key = f"{_METRICS}{len(self.progress.metrics):06}"
+        self.house.journal.put(self.id, key, canonical(row))
+        self.progress.metrics.append(row)
+        self._write_row(row, METRICS_FILE)
+        self.on_change()
+
+    def _metrics_awaited(self) -> bool:
+        """Whether a connected site may still say what the last release is worth."""
+        if self.certificate is None or self._hearing is None:
+            return False
+        here = [name for name in self.links.connected() if not self.sites[name].unable]
+        return bool(self._hearing.awaited(self.certificate, here))
+
     @property
     def directory(self) -> Path:
         """Where people find this job's files."""
@@ -1063,10 +1184,8 @@ class CoordinatedJob:
         if self.certificate is None or sealed.certificate != self.certificate.hash:
             return
         header = self.certificate.header.digest
-        path = self.house.spool.complete(self.id, header).get(name)
-        if name != self._asked_checkpoint or path is None:
-            return
-        if path.name.removeprefix("whole-") != sealed.digest.hex():
+        path = self.house.spool.uploaded(self.id, header, name, sealed.digest)
+        if path is None:  # nothing came but from a site that was asked, if not as the last one
             return
         self._checkpoint = self.house.spool.put(
             self.id, self._checkpoint_name(), container.read(path)
@@ -1101,17 +1220,22 @@ class CoordinatedJob:
         certificate = self.certificate
         if certificate is None or certificate.header.digest != header or self.plan is None:
             return False
+        if self.outcome is not None:
+            return False  # a checkpoint that was asked for, and is not needed any more
         most = _MOST_STATE * self.plan.parameters + _MOST_REST  # as large as a state can be
         return self._asked_checkpoint == name and size <= most
 
     # ---------------------------------------------------------------------------------- the end
 
     def _finish(self) -> None:
-        """End, once a sealed checkpoint is here for whoever is not at the last release."""
+        """End, once a sealed checkpoint is here for whoever is not at the last release, and the metrics of
+        that release if they are public: whoever watches goes with the end."""
         now = self.house.clock()
         if self._finishing is None:
             self._finishing = now
         spent = now - self._finishing
+        if spent < self.house.limits.gather and self._metrics_awaited():
+            return
         if self._checkpoint is None and spent < max(self.house.limits.gather, _AGAIN):
             here = self.links.connected()
             if spent < _AGAIN and any(self.sites[name].rest is None for name in here):
@@ -1134,7 +1258,9 @@ class CoordinatedJob:
     def end(self, outcome: str, text: str) -> None:
         """No further round: the sites hear of it. Of the rounds nothing is kept but their rows."""
         ended = job.JobEnded(self.id, outcome, text, self._last_certificate())
-        self.house.journal.compact(self.id, ROUND, put={"ended": encode(ended)})
+        kept = {"ended": encode(ended)}
+        self.house.journal.compact(self.id, ROUND, put=kept, forget=sorted(self._small))
+        self._small = set()
         self.outcome = ended
         self.progress.state, self.progress.text = outcome, text
         self._waiting((), None)
@@ -1164,6 +1290,8 @@ class CoordinatedJob:
                     self.links.say(name, self.id, replace(self.outcome, certificate=""))
                 else:
                     self._epoch_machine(epoch.Reconnected(name))
+            case _Told(name, job.PublicMetrics() as message):
+                self._take_metrics(name, message)  # it needed longer than the end waited
             case _Told(name, message) if isinstance(message, _OF_A_ROUND):
                 # It is in the last round still: the word that ended it was lost there.
                 self.links.say(name, self.id, self.outcome)

@@ -26,6 +26,7 @@ from fedcore.files import read_json, write_atomic
 from fedcore.provision.kit import Kit
 from fedcore.provision.peer import require_role
 from fedcore.provision.reach import authority_of, channel_target, preflight
+from fedcore.report.sentences import size
 from fedcore.task import load_task
 from fedcore.types import Json
 from fedcore.wire import calls, frames
@@ -85,17 +86,18 @@ class Operator:
     def watch(self, job: str, lost: Callable[[str], None]) -> Iterator[Json]:
         """A job's events to its end, through restarts of the coordinator. lost: told why one is away."""
         since: float | None = None
-        shown = 0
+        shown = dict.fromkeys(("new_rounds", "new_metrics"), 0)
         while True:
             try:
-                asked, told_again = frames.WatchRequest(job), shown
+                asked, told_again = frames.WatchRequest(job), dict(shown)
                 for event in self.stream(calls.WATCH, asked):
                     found = frames.json_value(event.json, sender="coordinator")
                     job, since = str(found["job"]), None
-                    rows = found["new_rounds"]  # a new call begins with all of them
-                    found["new_rounds"] = rows[told_again:]
-                    told_again = max(0, told_again - len(rows))
-                    shown += len(found["new_rounds"])
+                    for name, again in told_again.items():
+                        rows = found[name]  # a new call begins with all of them
+                        found[name] = rows[again:]
+                        told_again[name] = max(0, again - len(rows))
+                        shown[name] += len(found[name])
                     yield found
                 return
             except _Away as error:
@@ -208,7 +210,9 @@ def write_report(folder: Path) -> Path:
         f"Task {found['task']} (sha256 {found['task_sha256']}), {found['protection']}, "
         f"{found['rounds_done']} of {found['rounds']} rounds: {state_text(found)}.", "",
         "The model is at the sites: `fed-site model`.", "",
-        *(f"- {round_text(row, found['rounds'])}" for row in rows),
+        *(f"- {round_text(row, found['rounds'])}" for row in rows), "",
+        *(f"- {metrics_text(row)}" for row in _rows(folder / "metrics.jsonl")),
+        *([METRICS_AT_HOME] if found["public_metrics"] is False else []),
     ]  # fmt: skip
     write_atomic(folder / "report.md", ("\n".join(lines) + "\n").encode())
     return folder / "report.md"
@@ -236,7 +240,7 @@ def round_text(row: Json, rounds: int) -> str:
             f"{what}  abandoned at {why['stage']}: {why['left']} sites left, {why['needed']} needed"
         )
     moved = [
-        f"{arrow} {bytes_text(row[key])}"
+        f"{arrow} {size(row[key])}"
         for arrow, key in (("up", "bytes_up"), ("down", "bytes_down"))
         if key in row
     ]
@@ -244,13 +248,30 @@ def round_text(row: Json, rounds: int) -> str:
     return "  ".join([what, there, f"{row['seconds']:.2f} s", *moved])
 
 
-def bytes_text(number: float) -> str:
-    """1234567 as 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            break
-        number /= 1000
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+METRICS_AT_HOME = "metrics: known to the sites only"
+"""What is said of a job whose plan does not make them public."""
+
+
+def metrics_text(row: Json) -> str:
+    """One line for what the sites say of a model; a gap is positive where the model is below."""
+    values = "  ".join(f"{name} {value_text(value)}" for name, value in row["metrics"].items())
+    return f"metrics after round {row['round']}: {values}" + (
+        f"  ({gap_text(row)})" if "reference" in row else ""
+    )
+
+
+def gap_text(row: Json) -> str:
+    """`gap of auc to 0.9 (our registry): 0.0877`."""
+    to = row["reference"]
+    text = f"gap of {to['metric']} to {value_text(to['value'])} ({to['source']})"
+    return f"{''.join(c if c.isprintable() else '?' for c in text)}: {value_text(to['gap'])}"
+
+
+def value_text(value: float | None) -> str:
+    """A metric with four decimals, and in another form where these would not say it."""
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if not value or 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"
 
 
 def head_text(event: Json) -> str:
@@ -262,7 +283,7 @@ def head_text(event: Json) -> str:
         return about + "queued"
     step = event["step"]
     if step is None:
-        return about + "beginning"
+        return about + ("ending" if event["rounds_done"] else "beginning")
     purpose, round_ = step
     what = f"round {round_} of {event['rounds']}" if purpose == "update" else purpose
     return f"{about}{what}, {event['stage']}"
@@ -289,6 +310,10 @@ def event_lines(event: Json, before: Json | None) -> Iterator[str]:
     """What is new in an event, for a log or a pipe: rounds that ended, waits, states."""
     for row in event["new_rounds"]:
         yield round_text(row, event["rounds"])
+    for row in event["new_metrics"]:
+        yield metrics_text(row)
+    if event["public_metrics"] is False and (before or {}).get("public_metrics") is None:
+        yield METRICS_AT_HOME
     now = time.time()
     old = (before or {}).get("sites", {})
     for name, site in event["sites"].items():
@@ -306,8 +331,8 @@ def _for(event: Json) -> list[str]:
     return sorted((event.get("waiting") or {}).get("for", {}))
 
 
-def event_table(event: Json, rows: list[Json]) -> Any:
-    """The live picture of a job. rows: rounds that ended, oldest first."""
+def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> Any:
+    """The live picture of a job. rows: rounds that ended, metrics: what is known of models; oldest first."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -323,11 +348,35 @@ def event_table(event: Json, rows: list[Json]) -> Any:
     if event.get("waiting"):
         lines.append(Text(waiting_text(event["waiting"], now)))
     lines += [Text(round_text(row, event["rounds"])) for row in rows[-5:]]
+    if metrics:
+        lines.append(_metrics_table(sorted(metrics, key=lambda row: row["number"])[-5:]))
+    elif event["public_metrics"] is not None:
+        none_yet = "metrics: none yet" if event["public_metrics"] else METRICS_AT_HOME
+        lines.append(Text(none_yet))
     up = sum(row.get("bytes_up", 0) * len(row["survivors"]) for row in rows)
     down = sum(row.get("bytes_down", 0) * len(row["roster"]) for row in rows)
     if rows:
-        lines.append(Text(f"in all: up {bytes_text(up)}, down {bytes_text(down)}"))
+        lines.append(Text(f"in all: up {size(up)}, down {size(down)}"))
     return Group(*lines)
+
+
+def _metrics_table(metrics: list[Json]) -> Any:
+    """The first metric of the last few models, and the gap to the registered value if there is one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    first, to = next(iter(metrics[-1]["metrics"])), metrics[-1].get("reference")
+    table.add_column("after round", justify="right")
+    table.add_column(Text(first), justify="right")
+    if to is not None:
+        table.add_column(
+            Text(f"gap of {to['metric']} to {value_text(to['value'])}"), justify="right"
+        )
+    for row in metrics:
+        cells = [str(row["round"]), value_text(row["metrics"][first])]
+        table.add_row(*cells, *([value_text(row["reference"]["gap"])] if to is not None else []))
+    return table
 
 
 def jobs_table(answer: Json) -> Any:
@@ -337,12 +386,13 @@ def jobs_table(answer: Json) -> Any:
     from rich.text import Text
 
     jobs = Table(box=None, pad_edge=False)
-    for heading in ("job", "task", "protection", "rounds", "state"):
+    for heading in ("job", "task", "protection", "rounds", "metric", "state"):
         jobs.add_column(heading, overflow="fold")
     for job in answer["jobs"]:
         done = f"{job['rounds_done']}/{job['rounds']}"
         state = "queued" if job["state"] == "waiting" else state_text(job)
-        jobs.add_row(*map(Text, (job["job"], job["task"], job["protection"], done, state)))
+        cells = (job["job"], job["task"], job["protection"], done, _first_metric(job), state)
+        jobs.add_row(*map(Text, cells))
     sites = Table(box=None, pad_edge=False)
     for heading in ("site", ""):
         sites.add_column(heading)
@@ -353,4 +403,16 @@ def jobs_table(answer: Json) -> Any:
         if answer["jobs"]
         else [Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")]
     )
+    if answer.get("earlier"):
+        parts.insert(
+            0, Text(f"{answer['earlier']} earlier jobs are not shown; `watch JOB` finds them")
+        )
     return Group(*parts, Text(), sites)
+
+
+def _first_metric(job: Json) -> str:
+    """The first metric of the newest model it is known of; where it stays, if that is at the sites."""
+    if job["metrics"] is None:
+        return "at the sites" if job["public_metrics"] is False else ""
+    name, value = next(iter(job["metrics"]["metrics"].items()))
+    return f"{name} {value_text(value)}"

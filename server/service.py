@@ -17,7 +17,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,15 +52,18 @@ from fedcore.store.spool import Incoming, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
 from fedcore.wire.jobs import FROM_ANY_SITE, TO_COORDINATOR, TO_SITE
-from fedcore.wire.limits import INLINE
+from fedcore.wire.limits import INLINE, KIB, MAX_JSON
 from fedcore.wire.records import pack_record, unpack_record
 
 LOG = logging.getLogger("fedcore.coordinator")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-ROWS_AT_ONCE = 20
-"""Rounds in one event of `watch`: a row names every site, and a frame has a limit."""
+ROWS_AT_ONCE, ROWS_BYTES = 20, 256 * KIB
+"""Rounds in one event of `watch`, and their bytes: a row names every site, and a frame has a limit."""
+
+REST_BYTES = KIB
+"""Of an answer to `jobs`, what is neither a job nor a site."""
 
 MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
 """What may wait for one site that does not read; beyond it its session ends, and it connects again."""
@@ -100,9 +103,12 @@ class SiteSession:
 
     def put(self, frame: Any) -> None:
         """Queue a frame; a site that does not read loses its session."""
+        self.put_packed(calls.SESSION.gives.pack(frame))
+
+    def put_packed(self, data: bytes) -> None:
+        """Queue a frame as bytes."""
         if self.over:
             return
-        data = calls.SESSION.gives.pack(frame)
         if self.out.full() or self.waiting + len(data) > MOST_BYTES:
             LOG.warning("%s: found %d frames unread, session ended", self.peer, self.out.qsize())
             self.end(None)
@@ -136,6 +142,7 @@ class Coordinator:
         self.jobs: dict[str, CoordinatedJob] = {}
         self.pins = roster_digest(house.pins)
         self.counts = Counts()
+        self._said: tuple[str, Any, bytes] = "", None, b""
         kept = house.journal.get("coordinator", "evicted")
         self.evicted: set[str] = set(json.loads(kept)) if kept else set()
         self._wait: _Wait = _Wait()
@@ -228,8 +235,9 @@ class Coordinator:
             LOG.info("job %s: %s", found.id, waiting_text(about, time.time()))
 
     def _to_all(self, frame: frames.Waiting) -> None:
+        data = calls.SESSION.gives.pack(frame)
         for session in list(self.sessions.values()):
-            session.put(frame)
+            session.put_packed(data)
 
     def _waiting_for(self, found: CoordinatedJob) -> Collection[SiteId]:
         """Who is away, else who is still at work on this stage."""
@@ -294,14 +302,19 @@ class Coordinator:
     # ------------------------------------------------------------------- the sessions, for jobs
 
     def connected(self) -> Collection[SiteId]:
-        """Sites with a session now, in roster order."""
-        return [n for n in self.house.pins if n in self.sessions and not self.sessions[n].over]
+        """Sites with a session now, in roster order; whether one is in it is asked for each of many."""
+        here = self.sessions
+        return dict.fromkeys(n for n in self.house.pins if n in here and not here[n].over)
 
     def say(self, site: SiteId, job: str, message: Any) -> None:
         """Send a record if the site has a session."""
         session = self.sessions.get(site)
-        if session is not None:
-            session.put(pack_record(job, message, TO_SITE))
+        if session is None:
+            return
+        if self._said[:2] != (job, message):  # what all sites hear is laid out once for all of them
+            frame = calls.SESSION.gives.pack(pack_record(job, message, TO_SITE))
+            self._said = job, message, frame
+        session.put_packed(self._said[2])
 
     def push(self, site: SiteId, job: str, what: str, stored: Stored) -> None:
         """Send a small sum or checkpoint unasked."""
@@ -407,7 +420,7 @@ class Coordinator:
                 if job in self.jobs:
                     self.jobs[job].doing(name, what)
             case frames.SmallUpload(start, data):
-                complete = await self._small(name, start, data)
+                complete = self._small(name, start, data)
                 session.put(frames.UploadReceipt(start.digest, 0, complete=complete))
             case frames.Goodbye():
                 LOG.info("site %s says goodbye: %s", name, frame.code)
@@ -428,14 +441,15 @@ class Coordinator:
         while found.backlog >= MOST_RECORDS and found.outcome is None:  # noqa: ASYNC110 - rare
             await asyncio.sleep(0.01)
 
-    async def _small(self, name: SiteId, start: frames.UploadStart, data: bytes) -> bool:
+    def _small(self, name: SiteId, start: frames.UploadStart, data: bytes) -> bool:
         """A vector inside the session: whether it is here whole. One that comes late, or finds no
         room, is no reason to end the session: the site tries again while its round lasts."""
         try:
             incoming = self._incoming(name, start)
             if not incoming.complete:
                 incoming.write(incoming.offset, data[incoming.offset :])
-            await self._finish(name, start, incoming)
+            # No thread and no sync: the job keeps so small a file in its journal when it takes it.
+            self._whole(name, start, incoming.finish(unsynced=INLINE))
         except MalformedMessage:
             raise
         except (BadInput, PeerRefused, StoreProblem) as error:
@@ -454,7 +468,9 @@ class Coordinator:
         return self.house.spool.upload(start.job, start.header, name, start.digest, start.size)
 
     async def _finish(self, name: SiteId, start: frames.UploadStart, incoming: Incoming) -> None:
-        stored = await asyncio.to_thread(incoming.finish)
+        self._whole(name, start, await asyncio.to_thread(incoming.finish))
+
+    def _whole(self, name: SiteId, start: frames.UploadStart, stored: Stored) -> None:
         self.counts.bytes_in += start.size
         self.jobs[start.job].arrived(name, start.header, stored)
 
@@ -551,11 +567,16 @@ class Coordinator:
         return calls.SUBMIT.gives.pack(frames.SubmitReply(name))
 
     async def list_jobs(self, data: bytes, context: Context) -> bytes:
-        """Every job, oldest first, and the sites."""
+        """The jobs, oldest first, and the sites; where not all have room, how many came earlier."""
         peer = await self._admit(context, calls.JOBS)
         calls.JOBS.takes.unpack(data, sender=peer.name)
-        rows = [self._about(found) for found in self.jobs.values()]
-        answer = {"federation": self.house.federation, "jobs": rows, "sites": self._sites(None)}
+        sites = self._sites(None)
+        room = MAX_JSON - REST_BYTES - len(frames.json_bytes(sites))
+        rows = _fitting(map(self._about, reversed(self.jobs.values())), room)
+        answer = {
+            "federation": self.house.federation, "earlier": len(self.jobs) - len(rows),
+            "jobs": rows[::-1], "sites": sites,
+        }  # fmt: skip
         return calls.JOBS.gives.pack(frames.JobsReply(frames.json_bytes(answer)))
 
     async def watch(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
@@ -569,18 +590,22 @@ class Coordinator:
             raise BadInput(
                 "watch: found no job here", remedy="`fed-coordinator submit job.toml` begins one"
             )
-        last, sent = None, 0
+        last, sent, shown = None, 0, 0
         while True:
             self.gate.still(peer)
-            changed = self._changed
+            changed, over = self._changed, found.outcome is not None
             event = self._about(found) | {"sites": self._sites(found)}
-            event["new_rounds"] = fresh = found.progress.rounds[sent : sent + ROWS_AT_ONCE]
+            rounds, metrics = found.progress.rounds, found.progress.metrics
+            event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
+            event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
             if event != last:
                 yield calls.WATCH.gives.pack(frames.WatchEvent(frames.json_bytes(event)))
-                last, sent = event | {"new_rounds": []}, sent + len(fresh)
-            if found.outcome is not None and sent == len(found.progress.rounds):
-                return
-            if sent < len(found.progress.rounds):
+                last, sent = event | {"new_rounds": [], "new_metrics": []}, sent + len(fresh)
+                shown += len(known)
+            all_sent = sent == len(rounds) and shown == len(metrics)
+            if over and all_sent:
+                return  # not as soon as it ends: that may be while an event before it is sent
+            if not all_sent:
                 continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), 1.0)
@@ -597,6 +622,8 @@ class Coordinator:
             "protection": json.loads(found.offer.settings)["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self._waiting(found),
+            "public_metrics": found.plan.public_metrics if found.plan is not None else None,
+            "metrics": max(progress.metrics, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 
     def _sites(self, found: CoordinatedJob | None) -> Json:
@@ -696,6 +723,17 @@ class Coordinator:
             self.counts.refused += 1
             LOG.warning("%s: %s", call.name, error)
             await refuse(context, error)
+
+
+def _fitting(rows: Iterable[Json], most: int = ROWS_BYTES) -> list[Json]:
+    """The first rows, as many as have room in so many bytes of JSON: one at least."""
+    found: list[Json] = []
+    for row in rows:
+        most -= len(frames.json_bytes(row)) + 1
+        if found and most < 0:
+            break
+        found.append(row)
+    return found
 
 
 def _stage_key(found: CoordinatedJob) -> tuple[str, str, int]:

@@ -6,11 +6,13 @@ of a round are the coordinator's own: from its announcement to the certificate.
 
 Invariant: the first round of training is left out (buffers are still being made), and so is every round
 without training. Abandoned rounds are counted and not timed. The peak memory is of whole processes.
+CPU seconds say what a round costs each side, whatever else the machine does meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -76,7 +78,7 @@ def run(
         with running(deployment, commands, lambda _: None) as parties:
             progress(f"bench engine: {sites} sites, {parameters:,} parameters, {rounds} rounds")
             job = str(parties.ask("submit", str(deployment.job))["job"])
-            rows, wall = _watch(parties, job, rounds)
+            rows, wall, cpu = _watch(parties, job, rounds, commands)
             memory = _memory(parties, commands)
         commit = _commit_ms(Path(place) / "commits")
     timed = [r for r in rows if r["purpose"] == "update" and "abandoned" not in r][1:]
@@ -90,12 +92,14 @@ def run(
         "rounds": rounds,
         "timed_rounds": len(timed),
         "abandoned_rounds": sum("abandoned" in row for row in rows),
+        "least_survivors": min(len(row["survivors"]) for row in timed),
         "protection": protection,
         "bits": bits,
         "sites_per_process": per_process,
         "seconds_per_round": _spread([row["seconds"] for row in timed]),
         "seconds_between_certificates": wall,
         "seconds_by_stage": _by_stage(timed),
+        "cpu_seconds_per_round": cpu,
         "bytes_up_per_site": timed[-1].get("bytes_up"),
         "bytes_down_per_site": timed[-1].get("bytes_down"),
         "rss_mb": memory,
@@ -143,14 +147,17 @@ def _commands(deployment: Deployment, parameters: int, per_process: int) -> list
     return found
 
 
-def _watch(parties: Running, job: str, rounds: int) -> tuple[list[Json], float | None]:
-    """Until the last round; its rows, and the mean time from one certificate to the next.
+def _watch(
+    parties: Running, job: str, rounds: int, commands: list[Command]
+) -> tuple[list[Json], float | None, dict[str, float] | None]:
+    """Until the last round; its rows, and the mean time and CPU from one certificate to the next.
 
     The coordinator's own file is read, so that nobody who watches takes a part of the machine.
     """
     path = parties.deployment.state(COORDINATOR) / "jobs" / job / "rounds.jsonl"
     rows: list[Json] = []
     ends: list[float] = []
+    used: list[dict[str, float]] = []
     heard = time.monotonic()
     while not (rows and rows[-1]["purpose"] == "metrics"):
         parties.check()
@@ -165,10 +172,15 @@ def _watch(parties: Running, job: str, rounds: int) -> tuple[list[Json], float |
         for row in found[len(rows) :]:
             if row["purpose"] == "update":
                 ends.append(heard)
+                used.append(_cpu(parties, commands))
                 if len(ends) % max(1, rounds // 5) == 0:
                     progress(f"round {row['round']}/{rounds}  {row['seconds']:.3f} s")
         rows = found
-    return rows, round((ends[-1] - ends[0]) / (len(ends) - 1), 4) if len(ends) > 1 else None
+    if len(ends) < 2:
+        return rows, None, None
+    steps = len(ends) - 1
+    cpu = {who: round((used[-1][who] - used[0][who]) / steps, 4) for who in used[0]}
+    return rows, round((ends[-1] - ends[0]) / steps, 4), cpu
 
 
 def _spread(values: list[float]) -> Json:
@@ -184,6 +196,26 @@ def _by_stage(rows: list[Json]) -> dict[str, float]:
         name: round(median(row["seconds_by_stage"].get(name, 0.0) for row in rows), 5)
         for name in stages
     }
+
+
+def _cpu(parties: Running, commands: list[Command]) -> dict[str, float]:
+    """CPU seconds used so far by the coordinator, its fold workers, and all processes of sites."""
+    coordinator, *sites = [parties.pid(each.name) for each in commands]
+    return {
+        "coordinator": _cpu_seconds(coordinator),
+        "fold_workers": sum(map(_cpu_seconds, _children(coordinator))),
+        "sites": sum(map(_cpu_seconds, sites)),
+    }
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process; 0 where the system does not tell."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system = text.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(parties: Running, commands: list[Command]) -> dict[str, float | None]:
@@ -242,4 +274,10 @@ def page(found: Json) -> RenderableType:
         f"{found['timed_rounds']} rounds under {found['protection']!r} at {found['bits']} bits, separate "
         f"processes, mutual TLS, training excluded; seconds by stage: {stages}"
     )
+    cpu = found["cpu_seconds_per_round"]
+    if cpu is not None:
+        note += (
+            f"; CPU seconds a round: coordinator {cpu['coordinator']:.2f}, its fold workers "
+            f"{cpu['fold_workers']:.2f}, all sites {cpu['sites']:.2f}"
+        )
     return Group(fitted(table), Text(), Text(note))

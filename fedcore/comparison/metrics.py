@@ -15,6 +15,7 @@ equals). Which rows are test rows, and running the model on them, is left to oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -190,7 +191,8 @@ def _balanced_finish(sums: NDArray[np.generic]) -> float | None:
     """Unweighted mean recall over the classes that have rows; None without rows."""
     pairs = np.asarray(sums, dtype=np.int64).reshape(-1, 2)
     recalls = [int(right) / int(rows) for right, rows in pairs if rows]
-    return sum(recalls) / len(recalls) if recalls else None
+    # fsum: `sum` of floats rounds otherwise from Python 3.12 on, and sites compare these bits.
+    return math.fsum(recalls) / len(recalls) if recalls else None
 
 
 def _balanced_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
@@ -265,7 +267,7 @@ def _auc_finish(sums: NDArray[np.generic]) -> float | None:
             not_above = np.cumsum(negatives)
             doubled = int((positives * (2 * not_above - negatives)).sum())
             areas.append(doubled / (2 * pairs))
-    return sum(areas) / len(areas) if areas else None
+    return math.fsum(areas) / len(areas) if areas else None
 
 
 def auc_error_bound(sums: NDArray[np.generic]) -> float | None:
@@ -279,7 +281,7 @@ def auc_error_bound(sums: NDArray[np.generic]) -> float | None:
         pairs = int(negatives.sum()) * int(positives.sum())
         if pairs:
             bounds.append(int((negatives * positives).sum()) / (2 * pairs))
-    return sum(bounds) / len(bounds) if bounds else None
+    return math.fsum(bounds) / len(bounds) if bounds else None
 
 
 def _auc_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:

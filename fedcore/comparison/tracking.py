@@ -5,7 +5,9 @@ trains alone, as the arm `local_only` does (where the job has it); and over all 
 the sums that rode in the round's vector (of the model the round started from). The gap to a registered
 reference stands beside.
 
-Invariant: nothing here leaves the site; the sums over all sites are those every site opened anyway.
+Invariant: nothing here leaves the site, with one exception that the job must ask for: where the plan makes
+metrics public, `everywhere_before` is told to the coordinator (`protocol/publicmetrics.py`). It is of the
+sums over all sites, which every site opened anyway; `here`, `alone` and `gained` are this site's own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite, standardised
 from fedcore.comparison.metrics import Scores, evaluate_scores
 from fedcore.comparison.transport import MetricTransport
-from fedcore.config import Reference
 from fedcore.data.statistics import finish_statistics, site_sums
 from fedcore.learn.own import OwnModel
 from fedcore.learn.score import Scored, score
@@ -61,7 +62,7 @@ class Tracker:
         }  # fmt: skip
         reference = local.job.track.reference
         if reference is not None:
-            row["reference"] = against(reference, everywhere)
+            row["reference"] = reference.against(everywhere)
         return row
 
     def _train_alone(self, rounds: int) -> None:
@@ -112,12 +113,3 @@ def _difference(a: Mapping[str, float | None], b: Mapping[str, float | None]) ->
         other = b[name]
         found[name] = None if value is None or other is None else value - other
     return found
-
-
-def against(reference: Reference, values: Mapping[str, float | None]) -> Json:
-    """The registered value, and the gap to it: positive means that the federation is below it."""
-    found = values.get(reference.metric)
-    return {
-        "metric": reference.metric, "value": reference.value, "source": reference.source,
-        "gap": None if found is None else reference.value - found,
-    }  # fmt: skip

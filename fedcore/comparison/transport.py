@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from fedcore.comparison.metrics import Metric, auc_error_bound, clipped_rows, get
 from fedcore.errors import BadInput
 from fedcore.learn.score import Scored
-from fedcore.plan import Wide
+from fedcore.plan import METRIC, Wide
 from fedcore.task import Task
 
 OWN_FRACTION_BITS = 16
 OWN_BITS = 64
 _OFFSET = 1 << (OWN_BITS - 1)
-_PREFIX = "metric:"
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class MetricTransport:
         """What the plan reserves in every vector."""
         built_in = (
             Wide(
-                _PREFIX + m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length()
+                METRIC + m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length()
             )
             for m in self.metrics
         )
-        return (*built_in, *(Wide(_PREFIX + name, 2, OWN_BITS) for name in self.own))
+        return (*built_in, *(Wide(METRIC + name, 2, OWN_BITS) for name in self.own))
 
     def sums(self, scored: Scored | None) -> dict[str, list[int]]:
         """One site's integers; zeros for a site without test rows (scored None)."""
@@ -59,16 +58,16 @@ class MetricTransport:
             values: Sequence[int] = [0] * metric.size(self.columns)
             if scored is not None:
                 values = metric.sums(scored.outputs, scored.targets).tolist()
-            out[_PREFIX + metric.name] = list(values)
+            out[METRIC + metric.name] = list(values)
         for name in self.own:
             total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
-            out[_PREFIX + name] = [_to_fixed(name, total), _to_fixed(name, count)]
+            out[METRIC + name] = [_to_fixed(name, total), _to_fixed(name, count)]
         return out
 
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
         """{metric: how far its value from sums may be from the exact one}, where one is stated."""
         return {
-            metric.name: auc_error_bound(_as_array(wides[_PREFIX + metric.name]))
+            metric.name: auc_error_bound(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics
             if metric.name == "auc"
         }
@@ -76,7 +75,7 @@ class MetricTransport:
     def clipped(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """{metric: rows whose error was beyond the fixed-point range}, for errors only."""
         return {
-            metric.name: clipped_rows(_as_array(wides[_PREFIX + metric.name]))
+            metric.name: clipped_rows(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics
             if not metric.higher_is_better
         }
@@ -86,10 +85,10 @@ class MetricTransport:
         values: dict[str, float | None] = {}
         for metric in self.metrics:
             values[metric.name] = metric.finish(
-                np.asarray(wides[_PREFIX + metric.name], dtype=np.int64)
+                np.asarray(wides[METRIC + metric.name], dtype=np.int64)
             )
         for name in self.own:
-            total, count = (v - sites * _OFFSET for v in wides[_PREFIX + name])
+            total, count = (v - sites * _OFFSET for v in wides[METRIC + name])
             values[name] = total / count if count else None
         return values
 

@@ -65,10 +65,12 @@ def seal_notice(
 
 
 def open_notice(group: GroupSecret, sealed: bytes, *, header: bytes, site: SiteId) -> str:
-    """The text. Raises EnvelopeRefused for anything but that site's notice of that round."""
+    """The text, fit for one line of a log. Raises EnvelopeRefused for anything but a notice that a
+    holder of G made in that site's name for that round."""
     key = group.derive(sealed[:SALT_BYTES], b"sealed notice", 32)
     body = open_box(key, sealed[SALT_BYTES:], _notice(header, site), sender=site)
-    return body.rstrip(b"\0").decode(errors="replace")
+    text = body.rstrip(b"\0").decode(errors="replace")
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _notice(header: bytes, site: SiteId) -> bytes:

@@ -17,6 +17,7 @@ import struct
 import types
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedcore.errors import MalformedMessage
@@ -103,7 +104,8 @@ def decode(data: bytes, expected: type[R], *, sender: str = "this site") -> R:
     value, end = _read(data, 0, sender, 0)
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
-    if not _is(value, expected):
+    kind: Any = expected
+    if not _checker(kind)(value):
         raise _malformed(type(value).__name__, getattr(expected, "__name__", expected), sender)
     return value  # type: ignore[no-any-return]
 
@@ -145,7 +147,7 @@ def _read_record(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, in
     values = []
     for field_name, hint in _hints(cls):
         value, at = _read(data, at, sender, depth + 1)
-        if not _is(value, hint):
+        if not _checker(hint)(value):
             raise _malformed(f"{type(value).__name__} in {name}.{field_name}", hint, sender)
         values.append(value)
     return cls(*values), at
@@ -183,18 +185,24 @@ def _hints(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
     return _FIELDS[name]
 
 
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a decoded value is of the annotated type."""
+@cache
+def _checker(hint: Any) -> Callable[[Any], bool]:
+    """Whether a decoded value is of an annotated type; the annotation is read once."""
     hint = getattr(hint, "__supertype__", hint)  # NewType
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
-        return any(_is(value, each) for each in arguments)
+        some = tuple(map(_checker, arguments))
+        return lambda value: any(each(value) for each in some)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        item = _checker(arguments[0])
+        return lambda value: isinstance(value, tuple) and all(map(item, value))
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_is(item, arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_is, value, arguments))
+        parts = tuple(map(_checker, arguments))
+        return lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(parts)
+            and all(check(each) for check, each in zip(parts, value, strict=True))
+        )
     if hint is None or hint is type(None):
-        return value is None
-    return isinstance(hint, type) and isinstance(value, hint)
+        return lambda value: value is None
+    return lambda value: isinstance(hint, type) and isinstance(value, hint)

@@ -2,8 +2,9 @@
 
 A job is WHAT to run: its settings travel as canonical JSON, never code. Every site looks up the task it
 has installed itself, surveys its own rows, and makes the plan itself; it goes on only if the plan it is
-sent has the same digest. Nothing here is secret, and nothing derived from a site's rows but the shape of
-the model and the columns' declaration is in it (PROTOCOL R).
+sent has the same digest. Nothing here is secret, and nothing derived from a site's rows is in it but the
+shape of the model, the columns' declaration and, where the plan says so, the metrics over all sites of a
+release that is certified (PROTOCOL R).
 """
 
 from __future__ import annotations
@@ -130,6 +131,32 @@ class CheckpointOffer:
     certificate: Certificate
     digest: bytes
     size: int
+
+
+@record
+@dataclass(frozen=True)
+class PublicMetric:
+    """One metric over all sites of a release. value: the 8 bytes of a float, or None where the sums
+    leave it undefined."""
+
+    name: str
+    value: bytes | None
+
+
+@record
+@dataclass(frozen=True)
+class PublicMetrics:
+    """A site applied the release of this certificate: the metrics that its sums give, in the plan's order.
+
+    Only under a plan that makes them public. It is the same at every site but for `site`: nothing of the
+    site itself is in it.
+    """
+
+    job: str
+    site: SiteId
+    round: int
+    certificate: str
+    values: tuple[PublicMetric, ...]
 
 
 @record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from fedcore.errors import SignatureRefused
@@ -247,11 +248,16 @@ class Certificate:
         return Statement(
             self.header.digest,
             site,
-            digest(self.survivors),
+            self._survivors,
             self.sum_mac,
             self.state_mac,
             signature,
         )
+
+    @cached_property
+    def _survivors(self) -> bytes:
+        """Made once: for every signature anew, checking would grow with the square of the sites."""
+        return digest(self.survivors)
 
     @property
     def hash(self) -> str:

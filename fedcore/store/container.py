@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fedcore.errors import StoreProblem, VectorRefused
+from fedcore.errors import BadInput, StoreProblem, VectorRefused
 
 MAX_CHUNK = 1 << 23
 """Bytes: a chunk of 64 full ciphertexts of the larger ring has 3.9 MB."""
@@ -50,6 +50,21 @@ def to_bytes(chunks: Iterable[bytes]) -> bytes:
     """A small vector's container in memory."""
     parts = list(chunks)
     return b"".join([_NUMBER.pack(len(parts)), *(_NUMBER.pack(len(p)) + p for p in parts)])
+
+
+def from_bytes(data: bytes) -> list[bytes]:
+    """The inverse of `to_bytes`. Raises BadInput."""
+    count, at, found = int.from_bytes(data[: _NUMBER.size], "big"), _NUMBER.size, []
+    if overhead(count) > len(data):  # a count of four bytes can ask for years
+        raise BadInput("vector: found bytes that are no chunk container")
+    for _ in range(count):
+        size = int.from_bytes(data[at : at + _NUMBER.size], "big")
+        at += _NUMBER.size
+        found.append(data[at : at + size])
+        at += size
+    if at != len(data) or sum(map(len, found)) + overhead(count) != len(data):
+        raise BadInput("vector: found bytes that are no chunk container")
+    return found
 
 
 def write(

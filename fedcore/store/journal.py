@@ -3,17 +3,20 @@
 A record belongs to a job and a stream ("round", "epoch"); a stream is read back in the order in which
 it was written. Small values (a state, a payload) have a key each and may be put in the same commit.
 Invariants: `append` returns when the records would survive a power cut, and keeps all of them or none.
-What `compact`, `drop` and `forget` removed is in no file of the folder when they return. One process at
-a time holds a journal.
+What `compact`, `drop` and `forget` removed is in no file of the folder when they return; what `trim`
+removed may be, in free pages, until one of these or the next `open`. One process at a time holds a
+journal.
 
 Records of a site hold the round's secrets, so removing them must be more than a DELETE, and more than
 SQLite's secure_delete: that clears freed cells, but not what earlier moves of rows between pages copied.
 In five of six random histories a removed secret was still in the file. So what stays is written anew
-(VACUUM), and the write-ahead log, which holds everything twice, is cut to nothing. That costs 2 ms, and
-5 ms more for every MB that stays: a large state belongs in the spool, and its digest here. What a file
-system or an SSD keeps of overwritten blocks is beyond a program: round secrets want an encrypted disk.
+(VACUUM), and the write-ahead log, which holds everything twice, is cut to nothing. That costs 1 ms and
+two syncs, and 5 ms more for every MB that stays: a large state belongs in the spool, and its digest here.
+A coordinator has no secret of a round, and `trim` spares it both. What a file system or an SSD keeps of
+overwritten blocks is beyond a program: round secrets want an encrypted disk.
 
-SQLAlchemy Core, so that PostgreSQL can follow: all that is SQLite's own stands in `_Sqlite`.
+SQLAlchemy Core, so that PostgreSQL can follow: all that is SQLite's own stands in `_Sqlite`. One connection
+is kept, and what every round says is compiled once: SQLAlchemy's own way there took longer than the commit.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Executable,
     Float,
     Index,
     Integer,
@@ -41,6 +45,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    bindparam,
     create_engine,
     delete,
     insert,
@@ -50,7 +55,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool
 
 from fedcore.errors import MalformedMessage, StoreFull, StoreProblem
 from fedcore.protocol.encoding import decode, encode
@@ -101,7 +106,11 @@ class Journal:
 
     def __init__(self, engine: Engine, path: Path, lock: int) -> None:
         self._engine, self._path, self._lock = engine, path, lock
-        self._sqlite = _Sqlite(engine)
+        self._connection = engine.connect()
+        self._sqlite = _Sqlite(self._connection)
+        self._add, self._clear, self._change, self._new, self._get, self._remove = (
+            _Compiled(each, engine) for each in (_ADD, _CLEAR, _CHANGE, _NEW, _GET, _REMOVE)
+        )
         self._busy = threading.RLock()
 
     @classmethod
@@ -121,15 +130,18 @@ class Journal:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 sync_folder(path.parent)
             engine = create_engine(
-                URL.create("sqlite", database=str(path)), poolclass=StaticPool, hide_parameters=True,
+                URL.create("sqlite", database=str(path)), poolclass=NullPool, hide_parameters=True,
                 connect_args={"check_same_thread": False},
             )  # fmt: skip
-            journal = cls(engine, path, lock)
+            try:
+                journal = cls(engine, path, lock)
+            except DBAPIError as error:
+                raise _refused("open", path, error) from error
             try:
                 with journal._told("open"):
                     journal._prepare(party)
             except BaseException:
-                engine.dispose()
+                journal._connection.close()
                 raise
         except BaseException:
             os.close(lock)
@@ -138,7 +150,8 @@ class Journal:
 
     def _prepare(self, party: str) -> None:
         self._sqlite.tune()
-        found = set(inspect(self._engine).get_table_names())
+        with self._connection.begin():
+            found = set(inspect(self._connection).get_table_names())
         if found - set(_TABLES.tables):
             raise StoreProblem(
                 f"journal {self._path}: found another program's tables, expected a journal",
@@ -146,22 +159,22 @@ class Journal:
             )
         meta = {}
         if _META.name in found:
-            with self._engine.connect() as connection:
-                meta = {row.name: row.value for row in connection.execute(select(_META))}
+            with self._connection.begin():
+                meta = {row.name: row.value for row in self._connection.execute(select(_META))}
         if meta:
             _check_meta(meta, party, self._path)
         else:
-            _TABLES.create_all(self._engine)
             rows = [{"name": "version", "value": str(SCHEMA)}, {"name": "party", "value": party}]
-            with self._engine.begin() as connection:
-                connection.execute(insert(_META), rows)
+            with self._connection.begin():
+                _TABLES.create_all(self._connection)
+                self._connection.execute(insert(_META), rows)
         self._sqlite.scrub()
 
     def close(self) -> None:
         """Give the journal back; a second call does nothing."""
         with self._busy:
             if self._lock >= 0:
-                self._engine.dispose()
+                self._connection.close()
                 os.close(self._lock)
                 self._lock = -1
 
@@ -189,9 +202,25 @@ class Journal:
 
     def write(self, entries: Iterable[Entry]) -> None:
         """Several streams' records in one commit: what came in during one turn of an event loop."""
-        with self._told("append"), self._engine.begin() as connection:
+        with self._told("append"), self._connection.begin():
             for entry in entries:
-                _insert(connection, entry)
+                self._insert(entry)
+
+    def _insert(self, entry: Entry) -> None:
+        now = time.time()  # for people who look into the file; nothing is decided by it
+        rows = [
+            {
+                "job": entry.job, "stream": entry.stream, "kind": type(record).__name__,
+                "body": encode(record), "created_at": now,
+            }
+            for record in entry.records
+        ]  # fmt: skip
+        if rows:
+            self._add.run(self._connection, *rows)
+        for key, value in entry.put.items():
+            row = {"of": entry.job, "named": key, "value": value}
+            if not self._change.run(self._connection, row).rowcount:
+                self._new.run(self._connection, row)
 
     def compact(
         self,
@@ -203,29 +232,47 @@ class Journal:
         forget: Sequence[str] = (),
     ) -> None:
         """Replace all records of a stream by those to keep, and remove the named values: for good."""
-        with self._told("compact"):
-            with self._engine.begin() as connection:
-                connection.execute(delete(_RECORDS).where(*_in(job, stream)))
-                _insert(connection, Entry(job, stream, keep, put or {}))
-                if forget:
-                    gone = _VALUES.c.key.in_(list(forget))
-                    connection.execute(delete(_VALUES).where(_VALUES.c.job == job, gone))
-            self._sqlite.scrub()
+        with self._told("compact"), self._erasing():
+            self._replace(Entry(job, stream, keep, put or {}), forget)
+
+    def trim(
+        self,
+        job: str,
+        stream: str,
+        *,
+        put: Mapping[str, bytes] | None = None,
+        forget: Sequence[str] = (),
+    ) -> None:
+        """Remove all records of a stream and the named values: one commit, for what is no secret."""
+        with self._told("trim"), self._connection.begin():
+            self._replace(Entry(job, stream, (), put or {}), forget)
 
     def forget(self, job: str, *keys: str) -> None:
         """Remove values for good."""
-        with self._told("forget"):
-            with self._engine.begin() as connection:
-                gone = _VALUES.c.key.in_(keys)
-                connection.execute(delete(_VALUES).where(_VALUES.c.job == job, gone))
-            self._sqlite.scrub()
+        with self._told("forget"), self._erasing():
+            self._forget(job, keys)
 
     def drop(self, job: str) -> None:
         """Remove everything of a job for good."""
-        with self._told("drop"):
-            with self._engine.begin() as connection:
-                connection.execute(delete(_RECORDS).where(_RECORDS.c.job == job))
-                connection.execute(delete(_VALUES).where(_VALUES.c.job == job))
+        with self._told("drop"), self._erasing():
+            for table in (_RECORDS, _VALUES):
+                self._connection.execute(delete(table).where(table.c.job == job))
+
+    def _replace(self, entry: Entry, forget: Sequence[str]) -> None:
+        self._clear.run(self._connection, {"of": entry.job, "named": entry.stream})
+        self._insert(entry)
+        self._forget(entry.job, forget)
+
+    def _forget(self, job: str, keys: Sequence[str]) -> None:
+        if keys:
+            self._remove.run(self._connection, *({"of": job, "named": key} for key in keys))
+
+    @contextlib.contextmanager
+    def _erasing(self) -> Iterator[None]:
+        """A transaction, and no trace of what it removes when it is over."""
+        with self._sqlite.synced_at_the_end():
+            with self._connection.begin():
+                yield
             self._sqlite.scrub()
 
     def put(self, job: str, key: str, value: bytes) -> None:
@@ -242,8 +289,8 @@ class Journal:
                 select(_RECORDS).where(*_in(job, stream), _RECORDS.c.id > last)
                 .order_by(_RECORDS.c.id).limit(_PAGE)
             )  # fmt: skip
-            with self._told("read"), self._engine.connect() as connection:
-                rows = connection.execute(query).all()
+            with self._told("read"), self._connection.begin():
+                rows = self._connection.execute(query).all()
             for row in rows:
                 yield self._decoded(row)
                 last = row.id
@@ -268,22 +315,23 @@ class Journal:
 
     def get(self, job: str, key: str) -> bytes | None:
         """The value of a key, or None."""
-        query = select(_VALUES.c.body).where(_VALUES.c.job == job, _VALUES.c.key == key)
-        with self._told("read"), self._engine.connect() as connection:
-            found: bytes | None = connection.execute(query).scalar_one_or_none()
+        with self._told("read"), self._connection.begin():
+            row = {"of": job, "named": key}
+            found: bytes | None = self._get.run(self._connection, row).scalar_one_or_none()
             return found
 
     def keys(self, job: str) -> list[str]:
         """The keys of a job that have a value, in order."""
         query = select(_VALUES.c.key).where(_VALUES.c.job == job).order_by(_VALUES.c.key)
-        with self._told("read"), self._engine.connect() as connection:
-            return list(connection.execute(query).scalars())
+        with self._told("read"), self._connection.begin():
+            return list(self._connection.execute(query).scalars())
 
     def streams(self) -> list[tuple[str, str]]:
         """Every (job, stream) with records, by its first record: what a restart finds."""
         query = select(_RECORDS.c.job, _RECORDS.c.stream).order_by(_RECORDS.c.id)
-        with self._told("read"), self._engine.connect() as connection:
-            return list(dict.fromkeys((row.job, row.stream) for row in connection.execute(query)))
+        with self._told("read"), self._connection.begin():
+            rows = self._connection.execute(query)
+            return list(dict.fromkeys((row.job, row.stream) for row in rows))
 
     def verify(self) -> int:
         """Check the file and decode every record; how many there are. Raises StoreProblem."""
@@ -315,21 +363,31 @@ def _in(job: str, stream: str) -> tuple[Any, ...]:
     return (_RECORDS.c.job == job, _RECORDS.c.stream == stream)
 
 
-def _insert(connection: Connection, entry: Entry) -> None:
-    now = time.time()  # for people who look into the file; nothing is decided by it
-    rows = [
-        {
-            "job": entry.job, "stream": entry.stream, "kind": type(record).__name__,
-            "body": encode(record), "created_at": now,
-        }
-        for record in entry.records
-    ]  # fmt: skip
-    if rows:
-        connection.execute(insert(_RECORDS), rows)
-    for key, value in entry.put.items():
-        place = (_VALUES.c.job == entry.job, _VALUES.c.key == key)
-        if not connection.execute(update(_VALUES).where(*place).values(body=value)).rowcount:
-            connection.execute(insert(_VALUES).values(job=entry.job, key=key, body=value))
+class _Compiled:
+    """A statement in the database's own words, made once."""
+
+    def __init__(self, statement: Executable, engine: Engine) -> None:
+        compiled: Any = statement.compile(engine)  # type: ignore[attr-defined]
+        self._text, self._names = str(compiled), compiled.positiontup
+
+    def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
+        """Execute it for every row."""
+        names = self._names
+        given = [tuple(row[n] for n in names) if names else dict(row) for row in rows]
+        return connection.exec_driver_sql(self._text, given[0] if len(given) == 1 else given)
+
+
+_ADD = insert(_RECORDS).values(
+    {name: bindparam(name) for name in ("job", "stream", "kind", "body", "created_at")}
+)
+_PLACE = (_VALUES.c.job == bindparam("of"), _VALUES.c.key == bindparam("named"))
+_CHANGE = update(_VALUES).where(*_PLACE).values(body=bindparam("value"))
+_NEW = insert(_VALUES).values(job=bindparam("of"), key=bindparam("named"), body=bindparam("value"))
+_REMOVE = delete(_VALUES).where(*_PLACE)
+_CLEAR = delete(_RECORDS).where(
+    _RECORDS.c.job == bindparam("of"), _RECORDS.c.stream == bindparam("named")
+)
+_GET = select(_VALUES.c.body).where(*_PLACE)
 
 
 def _path_of(where: Path | str) -> Path:
@@ -403,8 +461,8 @@ def _refused(doing: str, path: Path, error: DBAPIError) -> StoreProblem:
 class _Sqlite:
     """Everything that is SQLite's own: how it is made durable, emptied and checked."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def tune(self) -> None:
         """A commit is one sync of the log; temporary copies stay in memory.
@@ -423,6 +481,16 @@ class _Sqlite:
         """Write what is left anew and cut the log: no removed byte is in any file afterwards."""
         self._run("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
 
+    @contextlib.contextmanager
+    def synced_at_the_end(self) -> Iterator[None]:
+        """For commits that a scrub follows: it syncs the log before it copies it into the file, and the
+        file before it cuts the log, so the syncs of the commits between would add nothing."""
+        self._run("PRAGMA synchronous=NORMAL")
+        try:
+            yield
+        finally:
+            self._run("PRAGMA synchronous=FULL")
+
     def fault(self) -> str:
         """What is wrong with the file, or nothing."""
         found = self._run("PRAGMA integrity_check(1)")
@@ -431,9 +499,9 @@ class _Sqlite:
     def _run(self, *statements: str) -> Any:
         """One after the other, outside any transaction; the first value the last of them gives."""
         found = None
-        with self._engine.connect() as connection:
-            plain = connection.execution_options(isolation_level="AUTOCOMMIT")
-            for statement in statements:
-                result = plain.exec_driver_sql(statement)
+        for statement in statements:
+            # Python's driver begins no transaction for these words, whatever SQLAlchemy calls it.
+            with self._connection.begin():
+                result = self._connection.exec_driver_sql(statement)
                 found = result.scalar() if result.returns_rows else None
         return found

@@ -1,12 +1,17 @@
 """Vectors on disk: uploads on their way in, a site's own vector, sums and checkpoints.
 
-    FOLDER/JOB/ROUND/in/SITE/part-DIGEST-SIZE    an upload that is not complete: the offset is its length
-    FOLDER/JOB/ROUND/in/SITE/whole-DIGEST        a complete one: synced, checked, renamed
+    FOLDER/JOB/ROUND/in/part-DIGEST-SIZE-SITE    an upload that is not complete: the offset is its length
+    FOLDER/JOB/ROUND/in/whole-DIGEST-SITE        a complete one: checked, synced, renamed
+    FOLDER/JOB/ROUND/in/small-DIGEST-SITE        a complete one that was not synced
     FOLDER/JOB/ROUND/NAME.chunks                 what `put` stored under a round, or (ROUND = kept) for long
 
-All of them are chunk containers (`container.py`); ROUND is h, the digest of the round's header, in hex.
+All of them are chunk containers (`container.py`); ROUND is h, the digest of the round's header, in hex,
+and DIGEST that of the vector, in base 64. A site has one upload in a round.
 Invariants: a complete file has exactly the digest it is named for; nothing but a file's last bytes is
 ever written twice; a crash at any instant leaves an upload where it can go on, a `put` there or not.
+A small file may be left without a sync (`unsynced`) by whoever keeps its bytes elsewhere: a power cut may
+take it, or leave anything in its place. So no such upload outlives its process, and who kept the bytes
+gives them back to the next one; a `put` is put again.
 Two processes never share a spool: the journal's lock beside it sees to that.
 """
 
@@ -17,6 +22,7 @@ import re
 import shutil
 import threading
 import time
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,8 +37,9 @@ from fedcore.types import SiteId
 
 _KEPT = "kept"
 _GONE = ".gone-"
-_PART = re.compile(r"part-([0-9a-f]{64})-([0-9]+)")
-_LONGEST_NAME = 200
+_UPLOAD = re.compile(r"(?:part-[A-Za-z0-9_-]{43}-[0-9]+|whole-[A-Za-z0-9_-]{43})-(?P<site>.+)")
+_PART, _WHOLE, _SMALL = "part-", "whole-", "small-"
+_LONGEST_NAME, _LONGEST_SITE = 200, 192
 """Bytes of a name as a path component: file systems take 255, and files are written under longer ones."""
 
 
@@ -54,13 +61,18 @@ class Stored:
 class Incoming:
     """One upload: where it stands, what comes next, and its end. Made by `Spool.upload`."""
 
-    def __init__(self, spool: Spool, site: SiteId, part: Path, digest: bytes, size: int) -> None:
-        self._spool, self._site, self._part = spool, site, part
-        self._whole = part.with_name(f"whole-{digest.hex()}")
+    def __init__(
+        self, spool: Spool, site: SiteId, part: Path, there: Path | None, digest: bytes, size: int
+    ) -> None:
+        self._spool, self._site, self._part, self._there = spool, site, part, there
         self.digest, self.size = digest, size
         self.closed = False
-        self.complete = self._whole.exists()
-        self.offset = size if self.complete else _length(part)
+        self.offset = size if self.complete else _length(self._part)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it came, and was what it should be."""
+        return self._there is not None
 
     def write(self, offset: int, data: bytes) -> None:
         """Go on at `offset`, which must be where the last part ended.
@@ -82,9 +94,10 @@ class Incoming:
             _append(self._part, offset, data)
         self.offset = offset + len(data)
 
-    def finish(self) -> Stored:
+    def finish(self, *, unsynced: int = 0) -> Stored:
         """Check and sync what came: complete when this returns, or gone. A second call says the same.
 
+        unsynced: bytes of a file up to which it is not synced.
         Raises OffsetRefused while bytes are missing; VectorRefused for another digest or no container,
         and then the upload begins anew at 0.
         """
@@ -93,15 +106,23 @@ class Incoming:
             raise OffsetRefused(
                 "vector", found=f"an end at {self.offset}", expected=self.offset, fault=self._site
             )
+        small = self.size <= unsynced
         with refusals("spool", self._part), self._still_there():
-            found = self._checked(self._whole if self.complete else self._part)
-            if not self.complete:
-                _sync(self._part)
-                self._part.replace(self._whole)
-                sync_folder(self._whole.parent)
-                self._spool._moved(self._part, self._whole, self.size)
-                self.complete = True
-        return Stored(self._whole, found.digest, found.size, found.chunks)
+            before = self._there or self._part
+            found = self._checked(before)
+            after = _complete(before, _SMALL if small else _WHOLE, self.digest, self._site)
+            if before != after and not before.name.startswith(_WHOLE):
+                if not small:
+                    _sync(before)
+                with self._spool._busy:  # gone where a newer connection began with another vector
+                    before.replace(after)
+                    self._spool._moved(before, after, self.size)
+                    self._spool._know(self._site, after)
+                    self._there = after
+            assert self._there is not None
+            if not small:
+                self._spool._settle(self._there.parent)
+        return Stored(self._there, found.digest, found.size, found.chunks)
 
     @contextmanager
     def _still_there(self) -> Iterator[None]:
@@ -123,6 +144,7 @@ class Incoming:
         except VectorRefused:
             path.unlink()
             self._spool._released(path)
+            self._spool._know(self._site, path, gone=True)
             self.closed = True
             raise
         return found
@@ -141,7 +163,11 @@ class Spool:
     def __init__(self, folder: Path, quota_bytes: int | None = None) -> None:
         self.folder, self.quota = folder, quota_bytes
         self._busy = threading.RLock()
-        self._open: dict[Path, Incoming] = {}
+        self._open: dict[tuple[Path, str], Incoming] = {}
+        self._uploads: dict[Path, dict[str, Path]] = {}
+        """By a round's `in`: the file of each site, as far as anybody asked."""
+        self._settled = {folder}
+        """Folders whose own names are durable."""
         with refusals("spool", folder):
             make_folder(folder)
             self._tidy()
@@ -161,55 +187,113 @@ class Spool:
         Room for all of it is taken now. A second call for the same site closes what the first returned.
         Raises StoreFull; VectorRefused for another vector than the one that is already complete.
         """
-        folder = self._round(job, header) / "in" / _component(site)
-        part = folder / f"part-{digest.hex()}-{size}"
+        folder, name = self._round(job, header) / "in", _component(site, _LONGEST_SITE)
+        part = folder / f"{_PART}{_code(digest)}-{size}-{name}"
+        whole, small = (_complete(part, kind, digest, site) for kind in (_WHOLE, _SMALL))
         with self._busy, refusals("spool", folder):
-            for other in list(folder.glob("*")):
-                if other.name.startswith("whole-") and other.name != f"whole-{digest.hex()}":
+            here = self._files(folder)
+            before = here.get(name)
+            if before is not None and before not in {part, whole, small}:
+                if not before.name.startswith(_PART):
                     raise VectorRefused(
                         "vector", found="another one than came before", expected="one a round",
                         fault=site,
                     )  # fmt: skip
-                if _PART.fullmatch(other.name) and other != part:
-                    other.unlink()
-                    self._room.pop(other, None)
-            before = self._open.pop(folder, None)
-            if before is not None:
-                before.closed = True
-            make_folder(folder)
-            incoming = Incoming(self, site, part, digest, size)
+                before.unlink(missing_ok=True)
+                self._released(before)
+                del here[name]
+            earlier = self._open.pop((folder, name), None)
+            if earlier is not None:
+                earlier.closed = True
+            there = before if before in {whole, small} else None
+            incoming = Incoming(self, site, part, there, digest, size)
             if not incoming.complete:
+                self._enter(folder)
                 self._reserve(part, size)
                 part.touch(mode=0o600)
-            self._open[folder] = incoming
+                here[name] = part
+            self._open[folder, name] = incoming
             return incoming
 
     def complete(self, job: str, header: bytes) -> dict[SiteId, Path]:
         """The complete uploads of a round, by site, in the order of their names."""
         folder = self._round(job, header) / "in"
-        with refusals("spool", folder):
-            found = sorted(folder.glob("*/whole-*"))
-        return {SiteId(unquote(path.parent.name)): path for path in found}
+        with self._busy, refusals("spool", folder):
+            found = sorted(self._files(folder).items())
+        return {SiteId(unquote(n)): p for n, p in found if not p.name.startswith(_PART)}
+
+    def uploaded(self, job: str, header: bytes, site: SiteId, digest: bytes) -> Path | None:
+        """A site's complete upload, if it is the one with this digest."""
+        path = self.complete(job, header).get(site)
+        if path is None:
+            return None
+        names = (_complete(path, kind, digest, site) for kind in (_WHOLE, _SMALL))
+        return path if path in names else None
+
+    def give_back(self, job: str, header: bytes, site: SiteId, data: bytes) -> None:
+        """Make a complete upload again from its bytes, which were kept elsewhere; without a sync.
+
+        Raises StoreFull; BadInput for bytes that are no container.
+        """
+        digest = container.vector_digest(container.from_bytes(data))
+        for _ in range(2):  # a file that holds something else is gone after the first time
+            incoming = self.upload(job, header, site, digest, len(data))
+            with suppress(VectorRefused):
+                if not incoming.complete:
+                    incoming.write(incoming.offset, data[incoming.offset :])
+                incoming.finish(unsynced=len(data))
+                return
+
+    def _files(self, folder: Path) -> dict[str, Path]:
+        """The uploads of a round; the folder is listed once."""
+        if folder not in self._uploads:
+            found = self._uploads[folder] = {}
+            for path in folder.glob("*"):
+                match = _UPLOAD.fullmatch(path.name)
+                if match is not None:
+                    found[match["site"]] = path
+        return self._uploads[folder]
+
+    def _know(self, site: SiteId, path: Path, *, gone: bool = False) -> None:
+        """What has become of a site's upload, unless its round was discarded meanwhile."""
+        with self._busy:
+            here, name = self._uploads.get(path.parent, {}), _component(site, _LONGEST_SITE)
+            if gone:
+                here.pop(name, None)
+            elif name in here:
+                here[name] = path
 
     # -------------------------------------------------------------------- sums, checkpoints, own
 
-    def put(self, job: str, name: str, chunks: Iterable[bytes], *, header: bytes = b"") -> Stored:
+    def put(
+        self,
+        job: str,
+        name: str,
+        chunks: Iterable[bytes],
+        *,
+        header: bytes = b"",
+        unsynced: int = 0,
+    ) -> Stored:
         """Store chunks under a name, whole or not at all; an earlier one of that name is replaced.
 
         header: of the round it goes with, for `discard`; without, it is kept until `remove` or `drop`.
+        unsynced: bytes of a file up to which it is not synced.
         One chunk is in memory at a time. Raises StoreFull, and then the earlier one is still there.
         """
         path = self._named(job, name, header)
         beside = path.with_name(f".{path.name}.{threading.get_ident()}.{time.monotonic_ns()}")
         try:
             with refusals("spool", path):
-                make_folder(path.parent)
+                self._enter(path.parent)
                 with _create(beside) as file:
                     found = container.write(file, chunks, lambda more: self._grow(beside, more))
                     file.flush()
-                    os.fsync(file.fileno())
+                    small = found.size + container.overhead(found.chunks) <= unsynced
+                    if not small:
+                        os.fsync(file.fileno())
                 beside.replace(path)
-                sync_folder(path.parent)
+                if not small:
+                    self._settle(path.parent)
         except BaseException:
             with suppress(OSError):
                 beside.unlink()
@@ -267,8 +351,11 @@ class Spool:
     def _remove_folder(self, folder: Path) -> None:
         """At once under another name, then file by file: a crash in between is tidied at the start."""
         with self._busy, refusals("spool", folder):
-            for place in [each for each in self._open if folder in each.parents]:
+            for place in [each for each in self._open if folder in each[0].parents]:
                 self._open.pop(place).closed = True
+            for here in [each for each in self._uploads if folder in each.parents]:
+                del self._uploads[here]
+            self._settled = {e for e in self._settled if e != folder and folder not in e.parents}
             gone = self.folder / f"{_GONE}{time.monotonic_ns()}"
             with suppress(FileNotFoundError):
                 folder.rename(gone)
@@ -277,11 +364,25 @@ class Spool:
                 del self._room[path]
 
     def _tidy(self) -> None:
-        """What a crash left: rounds half removed, and puts that did not end."""
+        """What a crash left: rounds half removed, puts that did not end, uploads without a sync."""
         for path in self.folder.glob(f"{_GONE}*"):
             shutil.rmtree(path)
-        for path in self.folder.rglob(".*.chunks.*"):
+        for path in [*self.folder.rglob(".*.chunks.*"), *self.folder.glob(f"*/*/in/{_SMALL}*")]:
             path.unlink()
+
+    def _enter(self, folder: Path) -> None:
+        """Make a folder; its name gets durable with the first file in it that is."""
+        if not folder.is_dir():
+            self._enter(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def _settle(self, folder: Path) -> None:
+        """Make the names in a folder durable, and its own, and so on up to the first that is."""
+        sync_folder(folder)
+        while folder not in self._settled:
+            sync_folder(folder.parent)
+            self._settled.add(folder)
+            folder = folder.parent
 
     # ------------------------------------------------------------------------- names and room
 
@@ -319,15 +420,23 @@ class Spool:
             self._room.pop(path, None)
 
 
-def _component(name: str) -> str:
+def _code(digest: bytes) -> str:
+    """A digest of 32 bytes in 43 characters: in hex it would not fit beside a long name."""
+    return urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _complete(path: Path, kind: str, digest: bytes, site: SiteId) -> Path:
+    """The file of a complete upload, synced or not, in the folder of another."""
+    return path.with_name(f"{kind}{_code(digest)}-{_component(site, _LONGEST_SITE)}")
+
+
+def _component(name: str, most: int = _LONGEST_NAME) -> str:
     """A job, site or name as one path component, so that none can leave the folder or meet another."""
     safe = name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
     if safe.startswith("."):
         safe = "%2E" + safe[1:]
-    if not safe or len(safe.encode()) > _LONGEST_NAME:
-        raise BadInput(
-            f"spool: found a name of {len(safe.encode())} bytes, expected 1 to {_LONGEST_NAME}"
-        )
+    if not safe or len(safe.encode()) > most:
+        raise BadInput(f"spool: found a name of {len(safe.encode())} bytes, expected 1 to {most}")
     return safe
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from fedcore.protocol import epoch, job
-from fedcore.wire.limits import MAX_RECORD, SITE_RECORD
+from fedcore.wire.limits import KIB, MAX_RECORD, SITE_RECORD
 from fedcore.wire.records import FROM_COORDINATOR, FROM_SITES, Table, travelling
+
+METRICS_RECORD = 32 * KIB
+"""Of a site's public metrics: 64 of them, with names of 64 characters of four bytes, are 20 KiB."""
 
 TO_COORDINATOR: Table = MappingProxyType(
     {
@@ -19,6 +22,7 @@ TO_COORDINATOR: Table = MappingProxyType(
             job.CheckpointSealed,
             most=SITE_RECORD,
         ),
+        **travelling(job.PublicMetrics, most=METRICS_RECORD),
     }
 )
 FROM_ANY_SITE: Table = MappingProxyType(

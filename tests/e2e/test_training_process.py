@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import textwrap
+import time
 
 import numpy as np
 import pytest
+from fedcore_clients import training as module
 from fedcore_clients.training import Training, TrainingFailed
 
 from fedcore.aggregate.jobstate import JobState
@@ -81,3 +84,133 @@ def test_what_fails_leaves_one_word(changes, reason):
     with pytest.raises(TrainingFailed) as failed:
         asyncio.run(asked(**changes))
     assert failed.value.reason == reason == str(failed.value)
+
+
+# ---------------------------------------------------------------------- what nobody waits for any more
+
+SLOW = """
+import time
+from pathlib import Path
+from fedcore.task import Task
+
+def data(source):
+    with Path(__file__).with_name("asked").open("a") as file:
+        file.write(source + " ")
+    time.sleep({seconds})
+    raise ValueError
+
+task = Task(name="slow", data=data, model=lambda: None, loss=lambda model, batch: None)
+"""
+
+
+class Slow:
+    """A training process, and a task whose rows take so long to read."""
+
+    def __init__(self, folder, seconds):
+        self.file, self.asked = folder / "slow.py", folder / "asked"
+        self.file.write_text(textwrap.dedent(SLOW.format(seconds=seconds)))
+        self.training = Training()
+
+    async def begin(self):
+        """Start the process and learn the task's digest."""
+        self.digest = (await self.training.task_digest(str(self.file), "/"))[1]
+        self.pid = self.training._process.pid
+
+    def load(self, source, job="j"):
+        return asyncio.create_task(
+            self.training.load(
+                job, task=str(self.file), base="/", digest=self.digest, settings=COMPLETE,
+                site="va", source=source,
+            )
+        )  # fmt: skip
+
+    async def reads(self, source):
+        """Until the process is at it."""
+        while not (self.asked.exists() and source in self.asked.read_text()):  # noqa: ASYNC110 - a file
+            await asyncio.sleep(0.01)
+
+    async def overtake(self, task):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+def play(folder, seconds, scene):
+    async def begin():
+        slow = Slow(folder, seconds)
+        try:
+            await slow.begin()
+            async with asyncio.timeout(60):
+                await scene(slow)
+        finally:
+            await slow.training.close()
+            assert not slow.training._turns
+
+    asyncio.run(begin())
+
+
+def test_an_overtaken_request_is_answered_to_its_end_and_the_next_gets_its_own_answer(tmp_path):
+    async def scene(slow):
+        first = slow.load("first")
+        await slow.reads("first")
+        never, after = slow.load("never"), slow.load("after")
+        await asyncio.sleep(0.05)
+        await slow.overtake(never)
+        await slow.overtake(first)
+        with pytest.raises(TrainingFailed) as failed:
+            await after
+        assert failed.value.reason == "task failed"
+        assert slow.asked.read_text() == "first after "  # what had not begun was never asked
+        assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
+        assert slow.training._process.pid == slow.pid and slow.training._late is None
+
+    play(tmp_path, 0.5, scene)
+
+
+def test_a_task_that_hangs_keeps_the_next_request_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 0.4)
+
+    async def scene(slow):
+        hangs = slow.load("hangs")
+        await slow.reads("hangs")
+        await slow.overtake(hangs)
+        begun = time.monotonic()
+        assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
+        assert time.monotonic() - begun >= 0.3 and slow.training._process.pid != slow.pid
+
+    play(tmp_path, 1000, scene)
+
+
+def test_somebody_who_still_waits_is_not_hurried(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 0.1)
+
+    async def scene(slow):
+        first = slow.load("first")
+        await slow.reads("first")
+        await slow.overtake(first)
+        after = slow.load("after")  # in a new process, since the first was ended
+        with pytest.raises(TrainingFailed) as failed:
+            await after
+        assert (
+            failed.value.reason == "task failed"
+        )  # and not "trouble", of a process that was ended
+
+    play(tmp_path, 0.5, scene)
+
+
+def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path):
+    async def scene(slow):
+        slow.training._loads["j"] = {}
+        hangs = slow.load("hangs")
+        await slow.reads("hangs")
+        await slow.overtake(hangs)
+        async with asyncio.timeout(10):
+            await slow.training.forget("j")
+            assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
+        assert slow.training._process.pid != slow.pid
+        slow.load("again")
+        await asyncio.sleep(0.1)
+
+    begun = time.monotonic()
+    play(tmp_path, 1000, scene)  # and `close`, with a request under way
+    assert time.monotonic() - begun < 50

@@ -277,15 +277,16 @@ def test_workers_killed_at_any_instant_change_no_bit(pool, spool):
     kills = []
 
     def killer():
-        while not over.wait(rng.uniform(0.2, 0.6)):
+        pause = 1.0  # longer and longer: on a slow machine too, sums are made between two deaths
+        while not over.wait(pause * rng.uniform(0.2, 0.6)):
+            pause *= 1.1
             for pid in pool.pids[:1]:
                 os.kill(pid, signal.SIGKILL)
                 kills.append(pid)
 
     async def go():
         done = 0
-        ends = time.monotonic() + 3
-        while time.monotonic() < ends:
+        while done < 3 or len(kills) < 3:
             job = job_of(pool, made)
             try:
                 for path in made.paths:
@@ -300,11 +301,11 @@ def test_workers_killed_at_any_instant_change_no_bit(pool, spool):
     thread = threading.Thread(target=killer)
     thread.start()
     try:
-        assert asyncio.run(go()) > 0
+        assert asyncio.run(asyncio.wait_for(go(), 240)) >= 3
     finally:
         over.set()
         thread.join()
-    assert kills
+    assert len(kills) >= 3
 
 
 def test_an_upload_that_ends_every_worker_is_refused_and_the_rest_goes_on(pool, spool):
@@ -384,7 +385,7 @@ def ignores_interrupts(pid: int) -> bool:
     return bool(int(line.split()[1], 16) & 1 << (signal.SIGINT - 1))
 
 
-def until(condition, seconds: float = 10) -> None:
+def until(condition, seconds: float = 240) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends

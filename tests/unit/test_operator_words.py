@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import time
+from pathlib import Path
 
 import pytest
+from fedcore_server.jobs import METRICS_FILE
 from fedcore_server.operators import (
+    METRICS_AT_HOME,
     Operator,
     _Away,
-    bytes_text,
     event_lines,
     event_table,
     jobs_table,
+    metrics_text,
     round_text,
     save_result,
+    value_text,
+    write_report,
 )
 from rich.console import Console
 
@@ -24,6 +30,10 @@ from fedcore.wire.frames import FilePart, WatchEvent, json_bytes
 ROW = {
     "round": 3, "purpose": "update", "seconds": 0.25, "survivors": ["a", "b", "c"],
     "roster": ["a", "b", "c", "d"], "bytes_up": 13_900, "bytes_down": 1_200_000,
+}  # fmt: skip
+METRICS = {
+    "round": 2, "number": 7, "sites": 3, "metrics": {"auc": 0.81234, "accuracy": None},
+    "reference": {"metric": "auc", "value": 0.9, "source": "a registry", "gap": 0.08766},
 }  # fmt: skip
 LOST = {**ROW, "survivors": [], "abandoned": {"stage": "submit", "left": 2, "needed": 3}}
 
@@ -38,7 +48,7 @@ def event(**changes):
         "job": "heart-1", "task": "heart", "protection": "layered", "state": "running", "text": "",
         "stage": "collecting", "step": ["update", 4], "rounds": 20, "rounds_done": 3,
         "new_rounds": [], "waiting": None, "sites": {"a": site(), "d": site(connected=False)},
-        **changes,
+        "public_metrics": None, "metrics": None, "new_metrics": [], **changes,
     }  # fmt: skip
 
 
@@ -49,18 +59,11 @@ def shown(renderable):
 
 
 def test_a_round_in_one_line():
-    assert round_text(ROW, 20) == "round 3/20  3 of 4 sites  0.25 s  up 13.9 kB  down 1.2 MB"
+    assert round_text(ROW, 20) == "round 3/20  3 of 4 sites  0.25 s  up 13.9 kB  down 1.20 MB"
     assert round_text(LOST, 20) == "round 3/20  abandoned at submit: 2 sites left, 3 needed"
     assert round_text({**ROW, "purpose": "metrics", "round": 21}, 20).startswith(
         "metrics after round 20  "
     )
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e12, "2500.0 GB")]
-)
-def test_bytes_in_words(number, text):
-    assert bytes_text(number) == text
 
 
 def test_a_pipe_gets_what_is_new():
@@ -84,15 +87,89 @@ def test_a_pipe_gets_what_is_new():
 
 
 def test_a_terminal_gets_the_whole_picture():
-    text = shown(event_table(event(sites={"a": site(), "[red]": site(evicted=True)}), [ROW, LOST]))
+    people = {"a": site(), "[red]": site(evicted=True)}
+    text = shown(event_table(event(sites=people), [ROW, LOST], []))
     for part in ("round 4 of 20, collecting", "training", "[red]", "evicted", "abandoned at submit",
-                 "in all: up 41.7 kB, down 9.6 MB"):  # fmt: skip
+                 "in all: up 41.7 kB, down 9.60 MB"):  # fmt: skip
         assert part in text, (part, text)
+    assert "metrics" not in text, "nobody knows yet what the plan says"
+
+
+def test_a_table_has_the_first_metric_and_its_gap_or_says_where_they_are():
+    rows = [{**METRICS, "round": k, "number": 9 - k} for k in range(8)]
+    lines = [
+        line.split() for line in shown(event_table(event(public_metrics=True), [], rows)).splitlines()
+    ]  # fmt: skip
+    at = lines.index(["after", "round", "auc", "gap", "of", "auc", "to", "0.9000"])
+    expected = [[str(k), "0.8123", "0.0877"] for k in (4, 3, 2, 1, 0)]
+    assert lines[at + 1 : at + 6] == expected, "the last five, in the order of their rounds"
+    plain = shown(event_table(event(public_metrics=True), [], [without(METRICS, "reference")]))
+    assert "gap" not in plain and "0.8123" in plain
+    assert "metrics: none yet" in shown(event_table(event(public_metrics=True), [], []))
+    home = shown(event_table(event(public_metrics=False), [], []))
+    assert "metrics: known to the sites only" in home and "none yet" not in home
+
+
+def without(row, key):
+    return {name: value for name, value in row.items() if name != key}
+
+
+def test_metrics_in_one_line():
+    whole = "metrics after round 2: auc 0.8123  accuracy undefined"
+    assert metrics_text(without(METRICS, "reference")) == whole
+    assert metrics_text(METRICS) == f"{whole}  (gap of auc to 0.9000 (a registry): 0.0877)"
+    odd = {**METRICS["reference"], "source": "a\x1b[2Jb\n", "gap": None}
+    said = metrics_text({**METRICS, "reference": odd})
+    assert said.endswith("(gap of auc to 0.9000 (a?[2Jb?): undefined)"), said
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0000"), (-0.5, "-0.5000"), (0.00012345, "1.234e-04"), (12345.0, "1.234e+04"),
+     (9999.0, "9999.0000"), (0.001, "0.0010"), (None, "undefined")],
+)  # fmt: skip
+def test_a_value_in_words(value, text):
+    assert value_text(value) == text
+
+
+def test_a_pipe_gets_each_metric_once_or_one_line_that_there_is_none():
+    first = event()
+    known = event(public_metrics=False)
+    assert list(event_lines(known, first)) == ["metrics: known to the sites only"]
+    assert list(event_lines(event(public_metrics=False), known)) == []
+    assert "metrics: known to the sites only" in list(event_lines(known, None))
+    told = event(public_metrics=True, new_metrics=[METRICS])
+    assert list(event_lines(told, first)) == [metrics_text(METRICS)]
+
+
+def test_the_page_for_operators_quotes_what_is_printed():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    row = {
+        "round": 3, "metrics": {"auc": 0.8123, "accuracy": 0.75},
+        "reference": {"metric": "auc", "value": 0.9, "source": "our registry, 2025", "gap": 0.0877},
+    }  # fmt: skip
+    assert f"`{metrics_text(row)}`" in page and f"`{METRICS_AT_HOME}`" in page
+    assert f"`{METRICS_FILE}`" in page
+
+
+def test_a_report_has_the_metrics_or_says_where_they_are(tmp_path):
+    rows = '{"round": 2, "number": 7, "sites": 3, "metrics": {"auc": 0.5}}\n'
+    result = {**event(state="finished"), "task_sha256": "00", "public_metrics": True}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    assert "\n- metrics after round 2: auc 0.5000\n" in write_report(tmp_path).read_text()
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "metrics" not in write_report(tmp_path).read_text()
+    (tmp_path / "result.json").write_text(json.dumps({**result, "public_metrics": False}))
+    assert "\nmetrics: known to the sites only\n" in write_report(tmp_path).read_text()
 
 
 def test_jobs_and_sites_in_a_table():
     text = shown(jobs_table({"jobs": [event()], "sites": {"a": site()}}))
     assert "3/20" in text and "running" in text and "training" in text
+    about = [event(metrics=METRICS, public_metrics=True), event(public_metrics=False)]
+    text = shown(jobs_table({"jobs": about, "sites": {}}))
+    assert "auc 0.8123" in text and "at the sites" in text
     assert "no jobs yet" in shown(jobs_table({"jobs": [], "sites": {}}))
 
 
@@ -103,7 +180,7 @@ def test_a_watch_goes_on_where_it_was_when_the_coordinator_restarts(monkeypatch)
 
     def stream(*_):
         for rows in answers.pop(0):
-            yield WatchEvent(json_bytes(event(new_rounds=rows)))
+            yield WatchEvent(json_bytes(event(new_rounds=rows, new_metrics=rows[:1])))
         if answers:
             raise _Away("gone")
 
@@ -111,6 +188,7 @@ def test_a_watch_goes_on_where_it_was_when_the_coordinator_restarts(monkeypatch)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     found = list(operator.watch("", lost.append))
     assert [each["new_rounds"] for each in found] == [[ROW], [LOST], [], [ROW]]
+    assert [each["new_metrics"] for each in found] == [[ROW], [LOST], [], []]
     assert lost == ["gone; trying again for 1 min"]
 
 

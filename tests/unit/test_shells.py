@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
+import sys
 import time
+import warnings
 from collections import Counter
 from types import SimpleNamespace
 
 import grpc
 import pytest
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.jobs import container_chunks, wire_settings
+from fedcore_clients.jobs import SiteJob, wire_settings
 from fedcore_clients.main import AllowedTasks
 from fedcore_clients.training import TrainingFailed
 from fedcore_server import service
+from fedcore_server.jobs import CoordinatedJob
 from fedcore_server.service import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +28,7 @@ from fedcore.comparison.api import prepare_layers
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.plan import canonical
 from fedcore.store import container
-from fedcore.wire import frames
+from fedcore.wire import calls, frames
 
 # ----------------------------------------------------------------------------- what a site is sent
 
@@ -56,7 +60,7 @@ def test_no_settings_raise_anything_but_bad_input(data):
 
 @given(st.lists(st.binary(max_size=50), max_size=5))
 def test_a_container_gives_its_chunks(chunks):
-    assert container_chunks(container.to_bytes(chunks)) == chunks
+    assert container.from_bytes(container.to_bytes(chunks)) == chunks
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=3), st.data())
@@ -65,14 +69,14 @@ def test_a_damaged_container_is_refused_or_another_one(chunks, data):
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
     with contextlib.suppress(BadInput):
-        assert container.to_bytes(container_chunks(bytes(whole))) == bytes(whole)
+        assert container.to_bytes(container.from_bytes(bytes(whole))) == bytes(whole)
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\xff" * 4, b"\xff" * 60_000, bytes(3), bytes(5)])
 def test_a_count_that_lies_costs_no_time(data):
     begun = time.process_time()
     with pytest.raises(BadInput, match="chunk container"):
-        container_chunks(data)
+        container.from_bytes(data)
     assert time.process_time() - begun < 0.5
 
 
@@ -194,7 +198,7 @@ def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
             session.put(frame)
         assert session.over
         sent = []
-        while (data := await asyncio.wait_for(session.next(), 1)) is not None:
+        while (data := await asyncio.wait_for(session.next(), 60)) is not None:
             sent.append(data)
         assert 1 <= len(sent) < 10
         assert session.waiting == 0
@@ -211,7 +215,7 @@ def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
         for number in range(3):
             session.put(frames.Ping(number))
         session.end(frames.Goodbye("replaced"))
-        found = [await asyncio.wait_for(session.next(), 1) for _ in range(4)]
+        found = [await asyncio.wait_for(session.next(), 60) for _ in range(4)]
         assert found[:3] != [None] * 3
         assert found[-1] is None
 
@@ -225,11 +229,64 @@ def test_records_wait_while_a_job_has_many_to_handle():
         await asyncio.sleep(0.05)
         assert not waiting.done()
         job.backlog -= 1
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, 60)
         job.backlog, job.outcome = service.MOST_RECORDS, "over"
-        await asyncio.wait_for(service.Coordinator._room(job), 1)
+        await asyncio.wait_for(service.Coordinator._room(job), 60)
 
     asyncio.run(play())
+
+
+def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
+    """A busy coordinator, or a slow reader: between two events all that is left of a job may happen."""
+    job = SimpleNamespace(
+        outcome=None, progress=SimpleNamespace(rounds=[], metrics=[], state="running")
+    )
+
+    async def admitted(context, call):
+        return SimpleNamespace(name="op")
+
+    hub = SimpleNamespace(
+        _admit=admitted, gate=SimpleNamespace(still=lambda peer: None), _changed=asyncio.Event(),
+        _named=lambda name: job, _about=lambda found: {"state": found.progress.state},
+        _sites=lambda found: {},
+    )  # fmt: skip
+
+    def state_in(data):
+        event = calls.WATCH.gives.unpack(data, sender="hub")
+        return frames.json_value(event.json, sender="hub")["state"]
+
+    async def play():
+        asked = calls.WATCH.takes.pack(frames.WatchRequest("job"))
+        events = service.Coordinator.watch(hub, asked, None)
+        heard = [state_in(await anext(events))]
+        job.progress.state = job.outcome = "finished"
+        heard += [state_in(data) async for data in events]
+        assert heard == ["running", "finished"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("shell", [SiteJob, CoordinatedJob])
+def test_work_that_is_called_off_before_it_began_leaves_no_coroutine_behind(shell):
+    job = SimpleNamespace(_beside=set(), id="job")
+
+    async def work():
+        raise AssertionError("it never began")
+
+    async def play():
+        shell._aside(job, work())
+        (task,) = job._beside
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.MonkeyPatch.context() as patch:
+            unraised = []
+            patch.setattr(sys, "unraisablehook", unraised.append)
+            asyncio.run(play())
+            gc.collect()
+    assert unraised == [], "a warning at a destructor cannot be raised"
 
 
 async def never():

@@ -45,7 +45,7 @@ def child(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 def done(code: str, *arguments: object) -> list[str]:
     process = child(code, *arguments)
-    lines = process.communicate(timeout=60)[0].splitlines()
+    lines = process.communicate(timeout=300)[0].splitlines()
     assert process.returncode == 0
     return lines
 
@@ -225,11 +225,63 @@ def test_what_a_kill_in_the_middle_of_a_compaction_left_goes_when_the_journal_is
         """,
         path, secret,
     )  # fmt: skip
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(300) == -signal.SIGKILL
     assert secret.encode() in all_bytes(path)
     with Journal.open(path, party="va") as journal:
         assert secret.encode() not in all_bytes(path)
         assert list(journal.read("job", "round")) == [Standing(7, b"")]
+
+
+def test_what_is_trimmed_is_not_read_again_and_gone_for_good_later(path):
+    secret, kept = secret_of(os.urandom(32)), b"kept" + os.urandom(32)
+    with Journal.open(path, party="va") as journal:
+        journal.append("job", "round", [secret], put={"sum": b"s", "other": kept})
+        journal.append("job", "epoch", [Standing(1, b"")])
+        journal.trim("job", "round", put={"stage": b"now"}, forget=["sum", "never there"])
+        assert list(journal.read("job", "round")) == []
+        assert journal.keys("job") == ["other", "stage"] and journal.get("job", "stage") == b"now"
+        assert list(journal.read("job", "epoch")) == [Standing(1, b"")]
+        journal.compact("job", "nothing")
+        data = all_bytes(path)
+    assert secret.root.reveal() not in data and kept in data
+
+
+def test_a_trim_is_one_commit(path):
+    with Journal.open(path, party="va") as journal:
+        journal.append("job", "round", [Standing(1, b"")], put={"sum": b"s"})
+        with pytest.raises(StoreProblem):
+            journal.trim("job", "round", put={"stage": object()}, forget=["sum"])  # type: ignore[dict-item]
+        assert numbers(journal) == [0] and journal.get("job", "sum") == b"s"
+
+
+def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path, monkeypatch):
+    def setting(journal):
+        return journal._sqlite._run("PRAGMA synchronous")
+
+    seen = []
+    with Journal.open(path, party="va") as journal:
+        scrub = journal._sqlite.scrub
+        journal._sqlite.scrub = lambda: (seen.append(setting(journal)), scrub())
+        journal.append("job", "round", [Standing(1, b"")])
+        for erase in (
+            lambda: journal.compact("job", "round"), lambda: journal.forget("job", "key"),
+            lambda: journal.drop("job"),
+        ):  # fmt: skip
+            erase()
+            assert seen.pop() == 1 and setting(journal) == 2
+            assert (path.parent / f"{path.name}-wal").stat().st_size == 0  # all is in the file
+        with pytest.raises(TypeError):
+            journal.compact("job", "round", [object()])
+        assert setting(journal) == 2
+
+        def refused():
+            raise sqlite3.OperationalError
+
+        journal._sqlite.scrub = refused
+        with pytest.raises(sqlite3.OperationalError):
+            journal.compact("job", "round")
+        assert setting(journal) == 2
+        journal.append("job", "round", [Standing(2, b"")])
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -227,6 +227,41 @@ def test_only_the_newest_connection_of_a_site_writes(spool):
     assert new.finish().digest == DIGEST
 
 
+def test_an_older_connection_does_not_finish_over_a_newer_ones_vector(spool, monkeypatch):
+    old = begin(spool)
+    old.write(0, DATA)
+    other, check, begun = [b"another vector"], container.check, []
+
+    def meanwhile(path, **options):
+        """A newer connection, while a thread reads what the older one brought."""
+        found = check(path, **options)
+        if not begun:
+            begun.append(begin(spool, digest=vector_digest(other), size=len(to_bytes(other))))
+        return found
+
+    monkeypatch.setattr(container, "check", meanwhile)
+    with pytest.raises(VectorRefused, match="upload that is over"):
+        old.finish()
+    (new,) = begun
+    new.write(0, to_bytes(other))
+    stored = new.finish()
+    assert Spool(spool.folder).complete("job", H) == {"va": stored.path}
+    assert files(spool) == [stored.path]
+
+
+def test_uploads_of_many_sites_lie_side_by_side(spool):
+    names = [f"{n}-x" for n in range(12)]
+    sent = {name: send(spool, site=name).path for name in names}
+    begin(spool, "late").write(0, DATA[:5])
+    for found in (spool, Spool(spool.folder)):
+        assert found.complete("job", H) == dict(sorted(sent.items()))
+        assert found.uploaded("job", H, "3-x", DIGEST) == sent["3-x"]
+        assert found.uploaded("job", H, "3-x", bytes(32)) is None
+        assert found.uploaded("job", H, "late", DIGEST) is None
+        assert found.uploaded("job", OTHER, "3-x", DIGEST) is None
+        assert begin(found, "late").offset == 5
+
+
 UPLOADER = """
 data = Path(sys.argv[2]).read_bytes()
 incoming = spool.upload("job", H, "va", bytes.fromhex(sys.argv[3]), len(data))
@@ -340,6 +375,94 @@ def test_a_put_holds_one_chunk_in_memory(spool):
     assert peak < 4 * size
 
 
+# ---------------------------------------------------------------------------- syncs, power cuts
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What was synced, by its path from the spool's parent."""
+    seen, real = [], os.fsync
+
+    def fsync(handle):
+        seen.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return seen
+
+
+def test_what_is_reported_as_there_is_synced_and_every_folder_above_it(tmp_path, synced):
+    spool = Spool(tmp_path / "spool")
+    synced.clear()
+    first = begin(spool)
+    first.write(0, DATA)
+    assert synced == []  # a part is acknowledged, and asked for again after a power cut
+    part = first._part.name
+    first.finish()
+    assert synced == [part, "in", H.hex(), "job", "spool"]
+    synced.clear()
+    send(spool, site="vb")
+    assert len(synced) == 2 and synced[1] == "in"  # the folders' own names are durable by now
+    synced.clear()
+    begin(spool).finish()
+    assert synced == ["in"]  # said again: what synced it the first time may not have come that far
+    synced.clear()
+    spool.put("job", "sum", CHUNKS, header=H)
+    assert len(synced) == 2 and synced[1] == H.hex()
+    spool.discard("job", H)
+    synced.clear()
+    spool.put("job", "sum", CHUNKS, header=H)
+    assert synced[1:] == [H.hex(), "job"]  # a folder of that name, and a new one
+
+
+def test_only_small_files_are_left_without_a_sync(tmp_path, synced):
+    spool = Spool(tmp_path / "spool")
+    synced.clear()
+    incoming = begin(spool)
+    incoming.write(0, DATA)
+    first = incoming.finish(unsynced=SIZE)
+    assert incoming.complete and begin(spool).finish(unsynced=SIZE) == first
+    assert spool.uploaded("job", H, "va", DIGEST) == first.path
+    with pytest.raises(VectorRefused, match="another one than came before"):
+        begin(spool, digest=bytes(32))
+    spool.put("job", "sum", CHUNKS, header=H, unsynced=SIZE)
+    assert synced == [] and spool.find("job", "sum", header=H) is not None
+    incoming = begin(spool, "vb")
+    incoming.write(0, DATA)
+    incoming.finish(unsynced=SIZE - 1)
+    spool.put("job", "model", CHUNKS, header=H, unsynced=SIZE - 1)
+    assert len([name for name in synced if name.startswith((".model", "part"))]) == 2
+    assert {"in", H.hex(), "job", "spool"} < set(synced)
+    assert sorted(spool.complete("job", H)) == ["va", "vb"]
+    # A power cut may have left anything in the one that was not synced: the next process has it not.
+    assert list(Spool(spool.folder).complete("job", H)) == ["vb"]
+
+
+def test_an_upload_that_was_not_synced_can_be_later(tmp_path, synced):
+    spool = Spool(tmp_path / "spool")
+    spool.give_back("job", H, "va", DATA)
+    synced.clear()
+    stored = begin(spool).finish()
+    assert synced[0].startswith("small-") and synced[1] == "in"
+    assert Spool(spool.folder).complete("job", H) == {"va": stored.path}
+    assert begin(spool).finish(unsynced=SIZE).path == stored.path
+
+
+@pytest.mark.parametrize("left", [None, b"", DATA[:-1], DATA[:-1] + b"x", DATA, "part"])
+def test_an_upload_kept_elsewhere_is_given_back_whatever_a_power_cut_left(tmp_path, left):
+    spool = Spool(tmp_path / "spool")
+    if left == "part":
+        begin(spool).write(0, DATA[:7])
+    else:
+        path = send(spool).path
+        path.unlink() if left is None else path.write_bytes(left)
+    again = Spool(spool.folder)
+    for _ in range(2):
+        again.give_back("job", H, "va", DATA)
+        (path,) = again.complete("job", H).values()
+        assert path.read_bytes() == DATA and files(again) == [path] and again.used == SIZE
+
+
 # -------------------------------------------------------------------------------------- removal
 
 
@@ -421,7 +544,7 @@ def test_a_full_disk_cuts_the_part_back_and_the_upload_goes_on_later(tmp_path):
     print(incoming.finish().digest == digest)
     """
     process = child(code, tmp_path / "spool")
-    lines = process.communicate(timeout=60)[0].splitlines()
+    lines = process.communicate(timeout=300)[0].splitlines()
     assert process.returncode == 0 and len(lines) == 6
     assert "no room" in lines[0] and "free some space" in lines[1]
     assert lines[2] == "200000 200000"

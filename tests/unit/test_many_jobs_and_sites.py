@@ -1,0 +1,116 @@
+"""Many sites, jobs and rounds: what operators are told has room in a frame, and sites hear one frame."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from types import SimpleNamespace
+
+import pytest
+from fedcore_server.jobs import CoordinatedJob, House, Limits
+from fedcore_server.operators import jobs_table
+from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
+from rich.console import Console
+
+from fedcore.config import build_job
+from fedcore.plan import canonical
+from fedcore.protect.identity import IdentityKey
+from fedcore.protocol import job
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.wire import calls, frames
+from fedcore.wire.jobs import TO_SITE
+from fedcore.wire.limits import MAX_JSON
+from fedcore.wire.records import unpack_record
+
+SITES = [f"{number:03d}-{'x' * 60}" for number in range(500)]
+"""As many as one coordinator was tried with, under the longest names there are."""
+
+GATE = SimpleNamespace(
+    admit=lambda *_: SimpleNamespace(name="op", role="operator"), still=lambda _: None
+)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    journal = Journal.open(tmp_path / "journal.sqlite", party="hub")
+    pins = {name: IdentityKey().public for name in SITES}
+    house = House("town", pins, journal, Spool(tmp_path / "spool"), None, tmp_path, Limits())
+    return Coordinator(house, GATE)
+
+
+def over(hub, name):
+    """A job that has ended, as the coordinator has it."""
+    settings = {"protection": "layered", "rounds": 20, "max_examples": 16}
+    offer = job.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
+    found = hub.jobs[name] = CoordinatedJob(hub.house, hub, offer)
+    found.outcome = job.JobEnded(name, "finished", "", "")
+    found.progress.state = "finished"
+    return found
+
+
+def listed(hub):
+    answer = asyncio.run(hub.list_jobs(calls.JOBS.takes.pack(frames.JobsRequest()), None))
+    return frames.json_value(calls.JOBS.gives.unpack(answer, sender="hub").json, sender="hub")
+
+
+def shown(answer):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(jobs_table(answer))
+    return console.file.getvalue()
+
+
+def test_of_more_jobs_than_have_room_the_newest_are_listed(hub):
+    for number in range(20):
+        over(hub, f"t-{number:08x}")
+    found = listed(hub)
+    assert [row["job"] for row in found["jobs"]] == list(hub.jobs)
+    assert found["earlier"] == 0
+    assert "earlier" not in shown(found)
+    for number in range(20, 6000):
+        hub.jobs[f"t-{number:08x}"] = hub.jobs["t-00000000"]
+    last = over(hub, "t-last")
+    found = listed(hub)
+    assert found["jobs"][-1]["job"] == last.id
+    assert 1000 < len(found["jobs"]) < 6001
+    assert found["earlier"] == 6001 - len(found["jobs"])
+    assert f"{found['earlier']} earlier jobs are not shown" in shown(found)
+    assert list(found["sites"]) == SITES
+    assert MAX_JSON * 0.99 < len(frames.json_bytes(found)) <= MAX_JSON
+
+
+def test_whoever_watches_500_sites_gets_every_round_once(hub):
+    found = over(hub, "t-1")
+    row = {"purpose": "update", "survivors": SITES, "roster": SITES}
+    found.progress.rounds = rows = [{"round": number, **row} for number in range(45)]
+    found.progress.waiting_for = tuple(SITES)
+
+    async def play():
+        asked = calls.WATCH.takes.pack(frames.WatchRequest("t-1"))
+        return [event async for event in hub.watch(asked, None)]
+
+    events = [
+        frames.json_value(calls.WATCH.gives.unpack(event, sender="hub").json, sender="hub")
+        for event in asyncio.run(play())
+    ]
+    assert [row for event in events for row in event["new_rounds"]] == rows
+    assert 45 / ROWS_AT_ONCE < len(events) <= 45
+    assert all(list(event["sites"]) == SITES for event in events)
+
+
+def test_what_every_site_hears_is_laid_out_once(hub):
+    """At 500 sites a list of all of them, made anew for each, would be most of the coordinator's work."""
+    sessions = {name: SiteSession(None) for name in SITES[:3]}
+    hub.sessions.update(sessions)
+    words = [
+        ("one", job.JobEnded("one", "finished", "", "")),
+        ("one", job.JobEnded("one", "stopped", "", "")),
+        ("two", job.JobEnded("one", "stopped", "", "")),
+    ]
+    for name, message in words:
+        for site in sessions:
+            hub.say(site, name, message)
+    heard = [[each.out.get_nowait() for _ in words] for each in sessions.values()]
+    assert all(a is b for other in heard[1:] for a, b in zip(heard[0], other, strict=True))
+    found = [calls.SESSION.gives.unpack(data, sender="hub") for data in heard[0]]
+    assert [(each.job, unpack_record(each, TO_SITE, sender="hub")) for each in found] == words

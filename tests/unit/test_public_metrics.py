@@ -1,0 +1,629 @@
+"""Metrics that a plan makes public: who may ask for them, what a site says, and when it is believed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import struct
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fedcore_clients.bench import Drawn
+from fedcore_clients.jobs import Party, SiteJob
+from fedcore_server import service
+from fedcore_server.jobs import METRICS_FILE, CoordinatedJob, House, Limits
+from fedcore_server.operators import prepare
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedcore
+from fedcore import cli
+from fedcore.config import Reference, build_job, plan_of
+from fedcore.errors import (
+    Conflicting,
+    HeaderRefused,
+    ListRefused,
+    MalformedMessage,
+    OutOfOrder,
+    PlanRefused,
+)
+from fedcore.label import label_of
+from fedcore.plan import (
+    METRIC,
+    RangePlan,
+    RoundHeader,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    Wide,
+    canonical,
+    solve_packing,
+)
+from fedcore.protect.identity import IdentityKey
+from fedcore.protocol import job
+from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.job import PublicMetric, PublicMetrics
+from fedcore.protocol.messages import Certificate
+from fedcore.protocol.publicmetrics import KEPT, Hearing, told, values_of
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.wire import calls, frames
+from fedcore.wire.jobs import FROM_ANY_SITE, METRICS_RECORD, TO_SITE
+from fedcore.wire.records import pack_record, unpack_record
+
+SITES = ("a", "b", "c", "d")
+VALUES = {"auc": 0.8125, "accuracy": 2 / 3}
+OTHERS = {"auc": 0.99, "accuracy": 0.99}
+
+
+def plan_for(protection="layered", **changes):
+    values = {
+        "task": "t", "task_digest": "0" * 64, "sites": SITES, "protection": protection,
+        "packing": solve_packing(8, 4, protection), "parameters": 5, "buffer_coordinates": 0,
+        "max_examples": 64, "rounds": 3, "train": TrainPlan(), "server": ServerPlan(),
+        "range": RangePlan(), "metric_sums": tuple(Wide(METRIC + n, 2, 8) for n in VALUES),
+    }  # fmt: skip
+    return RoundPlan(**values | changes)
+
+
+PUBLIC = plan_for(public_metrics=True)
+
+
+def certificate(number=7, survivors=SITES, purpose="update", threshold=3, training_round=2):
+    header = RoundHeader(
+        "clinics", "job", 1, number, training_round, purpose, SITES, "pins", threshold, "layered",
+        PUBLIC.digest,
+    )  # fmt: skip
+    return Certificate(header, survivors, b"s" * 32, b"n" * 32, ())
+
+
+def word(site, values=VALUES, of=None):
+    return told(PUBLIC, of or certificate(), site, values)
+
+
+def hearing(*releases, plan=PUBLIC):
+    found = Hearing(plan, "job")
+    for each in releases or (certificate(),):
+        found.released(each)
+    return found
+
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+def test_a_plan_without_public_metrics_has_the_digest_it_always_had():
+    """Recorded rounds, journals and vectors name it."""
+    plain = plan_for()
+    assert "public_metrics" not in plain.to_json()
+    assert PUBLIC.to_json() == plain.to_json() | {"public_metrics": True}
+    assert plain.digest != PUBLIC.digest
+
+
+def test_a_plan_comes_back_from_its_json():
+    for plan in (plan_for(), PUBLIC):
+        assert RoundPlan.from_json(json.loads(canonical(plan.to_json()))) == plan
+
+
+def test_a_job_s_plan_has_what_the_job_says():
+    shape = job.ModelShape("t", "0" * 64, 5, 0, 0, "", PUBLIC.metric_sums)
+    for asked in (False, True):
+        found = build_job({"track": {"public_metrics": asked}, "max_examples": 64})
+        assert plan_of(found, shape, SITES, 64).public_metrics is asked
+
+
+@pytest.mark.parametrize("names", [(), ("x" * 65,), ("a\nb",), ("",), tuple(map(str, range(65)))])
+def test_names_that_no_screen_can_show_are_refused(names):
+    wides = tuple(Wide(METRIC + name, 2, 8) for name in names)
+    assert plan_for(metric_sums=wides).metrics == names
+    with pytest.raises(PlanRefused, match=r"track\.public_metrics: found \d+ metrics") as refused:
+        plan_for(metric_sums=wides, public_metrics=True)
+    assert refused.value.remedy
+    most = tuple(Wide(METRIC + f"{k:064d}", 2, 8) for k in range(64))
+    assert plan_for(metric_sums=most, public_metrics=True).public_metrics
+
+
+# ------------------------------------------------------------------- refused under `encrypted`
+
+REFUSED = r"track\.public_metrics: found true under 'encrypted'"
+
+
+def test_every_way_to_a_plan_refuses_public_metrics_under_encrypted():
+    asked = {"protection": "encrypted", "public_metrics": True}
+    with pytest.raises(PlanRefused, match=REFUSED) as refused:
+        build_job(asked)
+    assert "--protection layered" in refused.value.remedy
+    with pytest.raises(PlanRefused, match=REFUSED):
+        plan_for("encrypted", public_metrics=True)
+    with pytest.raises(PlanRefused, match=REFUSED):
+        RoundPlan.from_json(plan_for("encrypted").to_json() | {"public_metrics": True})
+    with pytest.raises(PlanRefused, match=REFUSED):
+        fedcore.simulate("heart", **asked)
+    for protection in ("plain", "masked", "layered"):
+        assert build_job(asked | {"protection": protection}).track.public_metrics
+
+
+@pytest.mark.parametrize("verb", ["simulate", "plan", "up"])
+def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [verb, "--task", "heart", "--protection", "encrypted", "--public-metrics", "true"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    lines = capfd.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith(("error:", "hint:"))]
+    assert ended.value.code == 3
+    assert said == lines[-2:] and said[0].startswith("error: track.public_metrics: found true")
+    assert not any("loading heart" in line or "Traceback" in line for line in lines), lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def submitted(**changes):
+    tables = build_job({"max_examples": 64, "rounds": 2, "range": 0.5, "bits": 16}).to_json()
+    tables = {
+        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+        for key, part in tables.items() if key not in {"task", "base"}
+    }  # fmt: skip
+    for section, values in changes.items():
+        tables[section] |= values
+    return tables
+
+
+ENCRYPTED = submitted(track={"public_metrics": True}, protect={"protection": "encrypted"})
+
+
+def test_submit_and_the_coordinator_refuse_it(tmp_path):
+    (tmp_path / "job.toml").write_text("[protect]\nmax_examples = 64\n")
+    with pytest.raises(PlanRefused, match=REFUSED):
+        prepare(tmp_path, ENCRYPTED, {})
+    with pytest.raises(PlanRefused, match=REFUSED):
+        service._check_settings(ENCRYPTED, 4)
+    service._check_settings(submitted(track={"public_metrics": True}), 4)
+
+
+# ----------------------------------------------------------------------------------- at a site
+
+
+class Link:
+    def __init__(self):
+        self.said = []
+
+    def say(self, _, message):
+        self.said.append(message)
+
+    def doing(self, *_):
+        pass
+
+
+class Rows(Drawn):
+    """Drawn numbers, and a record of every release."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.loaded = 0
+
+    async def load(self, *args):
+        self.loaded += 1
+        return await super().load(*args)
+
+    async def track(self, *_):
+        return ROW
+
+
+ROW = {
+    "round": 1, "here": {"bench rows": 0.123}, "alone": {"bench rows": 0.456},
+    "everywhere_before": {"bench rows": 0.75},
+}  # fmt: skip
+
+
+def site_job(folder, settings):
+    key = IdentityKey()
+    pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
+    journal = Journal.open(folder / "journal.sqlite", party="site a")
+    party = Party("town", "a", key, pins, journal, Spool(folder / "spool"), folder)
+    offer = job.JobOffer("job", "bench", "0" * 64, canonical(settings))
+    return SiteJob(party, Link(), Rows("a", 5), offer)
+
+
+def loaded(folder, settings, *messages):
+    """A site's job after its survey and these messages."""
+
+    async def play():
+        found = site_job(folder, settings)
+        await found._load()
+        for message in messages:
+            await found._on_message(message)
+        return found
+
+    return asyncio.run(play())
+
+
+def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
+    found = loaded(tmp_path / "1", ENCRYPTED)
+    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.contributor.loaded == 0
+    fine = loaded(tmp_path / "2", submitted(track={"public_metrics": True}))
+    assert [type(each) for each in fine.link.said] == [job.Survey]
+
+
+def offered(tmp_path, settings, plan_settings):
+    """What a site says to a plan that a coordinator made of other settings than the job's."""
+    shape = loaded(tmp_path / "first", settings).survey.shape
+    plan = plan_of(build_job(plan_settings), shape, SITES, 64)
+    message = job.PlanOffer("job", canonical(plan.to_json()))
+    return loaded(tmp_path / "second", settings, message)
+
+
+def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    quiet, public = submitted(), submitted(track={"public_metrics": True})
+    for one, other in ((quiet, public), (public, quiet)):
+        found = offered(tmp_path / str(one is quiet), one, other)
+        assert found.link.said[-1] == job.Unable("job", "a", "plan differs")
+        assert found.plan is None
+    assert "will learn the metrics" not in caplog.text
+    found = offered(tmp_path / "both", public, public)
+    assert found.plan.public_metrics and isinstance(found.link.said[-1], job.PlanAgreed)
+    assert "the coordinator will learn the metrics of each release" in caplog.text
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_what_a_site_says_of_a_release_is_of_all_sites_and_only_where_the_plan_says(
+    tmp_path, public
+):
+    settings = submitted(track={"public_metrics": public})
+    found = offered(tmp_path, settings, settings)
+    before = len(found.link.said)
+    asyncio.run(found._track(None, {}, 4, found.state, certificate()))
+    said = found.link.said[before:]
+    if not public:
+        assert said == []
+        return
+    (message,) = said
+    assert (message.site, message.round, message.certificate) == ("a", 7, certificate().hash)
+    assert [each.name for each in message.values] == ["bench rows"]
+    data = encode(message)
+    assert struct.pack(">d", 0.75) in data
+    assert not any(struct.pack(">d", value) in data for value in (0.123, 0.456))
+
+
+def test_a_site_says_it_again_after_a_new_session(tmp_path):
+    settings = submitted(track={"public_metrics": True})
+    found = offered(tmp_path, settings, settings)
+
+    async def play():
+        await found._reconnected()
+        assert not [m for m in found.link.said if isinstance(m, PublicMetrics)]
+        await found._track(None, {}, 4, found.state, certificate())
+        await found._reconnected()
+
+    asyncio.run(play())
+    said = [m for m in found.link.said if isinstance(m, PublicMetrics)]
+    assert len(said) == 2 and said[0] == said[1]
+
+
+# ----------------------------------------------------------------------------------- the label
+
+
+@pytest.mark.parametrize("protection", ["plain", "masked", "layered"])
+def test_the_label_says_that_the_coordinator_learns_them(protection):
+    quiet, public = plan_for(protection), plan_for(protection, public_metrics=True)
+    before = label_of(quiet).splitlines()
+    after = label_of(public, ["age"]).splitlines()
+    said = "It learns the metrics of each release over all its sites: the plan makes them public."
+    assert after[0] == f"{before[0]} {said}"
+    assert len(after) <= 8 and said not in label_of(quiet)
+    assert label_of(public).splitlines()[1:] == before[1:]
+
+
+# ----------------------------------------------------------------------------------- the record
+
+
+@given(
+    st.lists(st.none() | st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2)
+)
+def test_every_finite_float_arrives_as_it_is(values):
+    found = dict(zip(VALUES, values, strict=True))
+    message = word("a", found)
+    assert values_of(PUBLIC, decode(encode(message), PublicMetrics), "a") == found
+    assert encode(replace(word("b", found), site="a")) == encode(message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_site_does_not_say_what_is_not_finite(value):
+    with pytest.raises(MalformedMessage, match="this site"):
+        word("a", {"auc": value, "accuracy": 0.5})
+
+
+def test_a_site_says_nothing_under_a_plan_that_keeps_them():
+    with pytest.raises(PlanRefused):
+        told(plan_for(), certificate(), "a", VALUES)
+
+
+def test_a_site_says_the_plan_s_names_only():
+    for values in ({"auc": 0.5}, {**VALUES, "f1": 0.5}, {"accuracy": 0.5, "auc": 0.5}):
+        with pytest.raises(MalformedMessage, match="other names"):
+            word("a", values)
+
+
+def test_the_record_travels_from_sites_only_and_is_short():
+    largest = PublicMetrics(
+        "j" * 64, "ü" * 64, 1 << 62, "f" * 64,
+        tuple(PublicMetric("\U00020000" * 64, bytes(8)) for _ in range(64)),
+    )  # fmt: skip
+    frame = pack_record("job", largest, FROM_ANY_SITE)
+    assert unpack_record(frame, FROM_ANY_SITE, sender="a") == largest
+    assert METRICS_RECORD / 2 < len(frame.body) < METRICS_RECORD
+    longer = replace(largest, values=largest.values * 2)
+    with pytest.raises(MalformedMessage, match=f"at most {METRICS_RECORD} bytes"):
+        pack_record("job", longer, FROM_ANY_SITE)
+    with pytest.raises(TypeError):
+        pack_record("job", largest, TO_SITE)
+
+
+# ------------------------------------------------------------------------------- being believed
+
+
+def test_a_value_is_believed_once_the_threshold_says_it():
+    found = hearing()
+    assert found.take("a", word("a")) == (None, "")
+    assert found.take("a", word("a")) == (None, ""), "said twice is said once"
+    assert found.take("b", word("b")) == (None, "")
+    believed, warning = found.take("c", word("c"))
+    assert (believed.values, believed.sites, warning) == (VALUES, 4, "")
+    assert believed.header == certificate().header
+    assert found.take("d", word("d")) == (None, ""), "a row once"
+
+
+def test_the_threshold_is_that_of_the_round():
+    """A smaller cohort has its own: t relative to the announced roster (PROTOCOL C)."""
+    smaller = certificate(threshold=2)
+    found = hearing(smaller)
+    assert found.take("a", word("a", of=smaller)) == (None, "")
+    assert found.take("b", word("b", of=smaller))[0] is not None
+
+
+def test_sites_that_differ_are_a_warning_and_show_nothing_of_their_own():
+    found = hearing()
+    found.take("a", word("a"))
+    believed, warning = found.take("d", word("d", OTHERS))
+    assert believed is None
+    assert warning == (
+        "public metrics of round 7: sites differ (a - d); values are shown once 3 say the same"
+    )
+    assert found.take("b", word("b"))[1].endswith(
+        "(a, b - d); values are shown once 3 say the same"
+    )
+    believed, warning = found.take("c", word("c"))
+    assert believed.values == VALUES and "a, b, c - d" in warning, (
+        "one liar does not hide them either"
+    )
+
+
+def test_two_and_two_show_nothing():
+    found = hearing()
+    for name, values in (("a", VALUES), ("b", OTHERS), ("c", VALUES), ("d", OTHERS)):
+        assert found.take(name, word(name, values))[0] is None
+
+
+def refuses(found, error, site, message, says):
+    with pytest.raises(error, match=says) as refused:
+        found.take(site, message)
+    assert type(refused.value) is error
+    assert refused.value.fault == site
+    for name in ("a", "b", "c"):  # and nothing of it was counted
+        believed, _ = found.take(name, word(name))
+    assert believed is not None
+
+
+def test_before_the_certificate_nothing_is_taken():
+    to_come = certificate(8)
+    refuses(hearing(), HeaderRefused, "d", word("d", of=to_come), "not certified here")
+
+
+def test_of_a_round_without_metric_sums_nothing_is_taken():
+    for purpose in ("statistics", "range"):
+        other = certificate(8, purpose=purpose)
+        refuses(hearing(certificate(), other), HeaderRefused, "d", word("d", of=other), "certified")
+
+
+def test_under_another_round_s_number_nothing_is_taken():
+    refuses(hearing(), HeaderRefused, "d", replace(word("d"), round=8), "not certified here")
+    refuses(hearing(), HeaderRefused, "d", replace(word("d"), round=6), "not certified here")
+
+
+def test_of_a_release_long_ago_it_is_late_and_no_lie():
+    old = certificate(3)
+    refuses(hearing(), OutOfOrder, "d", word("d", of=old), "those of round 3")
+    many = [certificate(n) for n in range(7, 7 + KEPT + 1)]
+    found = hearing(*many)
+    with pytest.raises(OutOfOrder):
+        found.take("a", word("a", of=many[0]))
+    assert found.take("a", word("a", of=many[1])) == (None, "")
+
+
+def test_of_another_job_or_in_another_s_name_nothing_is_taken():
+    refuses(hearing(), HeaderRefused, "d", replace(word("d"), job="other"), "another job or site")
+    refuses(hearing(), HeaderRefused, "d", word("b"), "another job or site")
+
+
+def test_who_is_not_in_the_sum_has_no_say():
+    three = certificate(survivors=("a", "b", "c"))
+    found = hearing(three)
+    with pytest.raises(ListRefused, match="not in the sum") as refused:
+        found.take("d", word("d", of=three))
+    assert refused.value.fault == "d"
+    assert found.take("a", word("a", of=three)) == (None, "")
+    assert found.take("b", word("b", of=three)) == (None, ""), "the word of d was not counted"
+    assert found.take("c", word("c", of=three))[0].sites == 3
+
+
+def test_a_plan_that_keeps_them_takes_none():
+    found = hearing(plan=plan_for())
+    with pytest.raises(HeaderRefused, match="the plan keeps them at the sites") as refused:
+        found.take("a", word("a"))
+    assert refused.value.fault == "a"
+    assert found.awaited(certificate(), SITES) == ()
+
+
+def test_a_second_word_is_the_first_one():
+    found = hearing()
+    found.take("d", word("d", OTHERS))
+    refuses(found, Conflicting, "d", word("d"), "other values than before")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (), (PublicMetric("auc", bytes(8)),),
+        (PublicMetric("accuracy", bytes(8)), PublicMetric("auc", bytes(8))),
+        (PublicMetric("auc", bytes(7)), PublicMetric("accuracy", bytes(8))),
+        (PublicMetric("auc", b""), PublicMetric("accuracy", bytes(8))),
+        (PublicMetric("auc", struct.pack(">d", math.nan)), PublicMetric("accuracy", bytes(8))),
+        (PublicMetric("auc", struct.pack(">d", -math.inf)), PublicMetric("accuracy", bytes(8))),
+    ],
+)  # fmt: skip
+def test_a_malformed_word_is_refused_and_its_sender_named(values):
+    refuses(hearing(), MalformedMessage, "d", replace(word("d"), values=values), "public metric")
+
+
+def test_whose_word_may_still_help_is_awaited_and_nobody_else_s():
+    found = hearing()
+    assert found.awaited(certificate(), SITES) == list(SITES)
+    assert found.awaited(certificate(), "ab") == (), "two can never be three"
+    assert found.awaited(certificate(9), SITES) == ()
+    found.take("a", word("a"))
+    assert found.awaited(certificate(), ("a", "b", "d")) == ["b", "d"]
+    found.take("b", word("b", OTHERS))
+    assert found.awaited(certificate(), SITES) == ["c", "d"]
+    found.take("c", word("c", {"auc": None, "accuracy": None}))
+    assert found.awaited(certificate(), SITES) == (), "one and one and one, and one to come"
+    known = Hearing(PUBLIC, "job")
+    known.released(certificate(), believed=True)
+    assert known.awaited(certificate(), SITES) == ()
+    for name in SITES:
+        assert known.take(name, word(name)) == (None, ""), "it was shown before this process began"
+
+
+# ------------------------------------------------------------------------------ at a coordinator
+
+
+def coordinated(folder, plan=PUBLIC, here=()):
+    settings = submitted(track={"reference": {"metric": "auc", "value": 0.9, "source": "us"}})
+    journal = Journal.open(folder / "journal.sqlite", party="hub")
+    pins = {name: IdentityKey().public for name in SITES}
+    house = House("town", pins, journal, Spool(folder / "spool"), None, folder, Limits())
+
+    class Links:
+        def connected(self):
+            return here
+
+        def say(self, *_):
+            pass
+
+    found = CoordinatedJob(house, Links(), job.JobOffer("job", "t", "0" * 64, canonical(settings)))
+    journal.put("job", "offer", encode(found.offer))
+    journal.put("job", "plan", canonical({"plan": plan.to_json(), "features": 0}))
+    found._adopt(plan, 0)
+    return found
+
+
+def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog):
+    found = coordinated(tmp_path)
+    first, second = certificate(), certificate(8, purpose="metrics", training_round=4)
+    for each in (first, second):
+        found._hear_of(each)
+    found.house.journal.put("job", "certificate", encode(second))
+    for of, values in ((second, OTHERS), (first, VALUES)):  # the later one is known first
+        for name in ("a", "b", "c"):
+            asyncio.run(found._on_message(name, word(name, values, of)))
+    gap = 0.9 - VALUES["auc"]
+    reference = {"metric": "auc", "value": 0.9, "source": "us"}
+    rows = [
+        {"round": 3, "number": 8, "sites": 4, "metrics": OTHERS,
+         "reference": reference | {"gap": 0.9 - 0.99}},
+        {"round": 1, "number": 7, "sites": 4, "metrics": VALUES,
+         "reference": reference | {"gap": gap}},
+    ]  # fmt: skip
+    assert found.progress.metrics == rows
+    path = found.directory / METRICS_FILE
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    path.unlink()
+    again = CoordinatedJob.stored(found.house, found.links, "job")
+    assert again.progress.metrics == rows
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    for name in SITES:  # said again to the new process
+        asyncio.run(again._on_message(name, word(name, OTHERS, second)))
+    assert again.progress.metrics == rows and "WARNING" not in caplog.text
+
+
+def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
+    found = coordinated(tmp_path)
+    found._hear_of(certificate())
+    for name, values in (("a", VALUES), ("b", OTHERS)):
+        asyncio.run(found._on_message(name, word(name, values)))
+    assert "job job: public metrics of round 7: sites differ (a - b)" in caplog.text
+    assert "0.99" not in caplog.text and found.progress.metrics == []
+    assert not (found.directory / METRICS_FILE).exists()
+
+
+def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
+    found = coordinated(tmp_path)
+    found._hear_of(certificate())
+    found.end("finished", "")
+    for name in ("a", "b", "c"):
+        found.tell(name, word(name))
+    assert [row["metrics"] for row in found.progress.metrics] == [VALUES]
+
+
+def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
+    found = coordinated(tmp_path, here=SITES)
+    assert not found._metrics_awaited(), "nothing is released"
+    found.certificate = certificate()
+    found._hear_of(found.certificate)
+    assert found._metrics_awaited()
+    found.sites["c"].unable = "task failed"
+    assert found._metrics_awaited()
+    found.sites["d"].unable = "task failed"
+    assert not found._metrics_awaited(), "two can never be three"
+    for view in found.sites.values():
+        view.unable = ""
+    for name in ("a", "b", "c"):
+        asyncio.run(found._on_message(name, word(name)))
+    assert not found._metrics_awaited()
+
+
+def test_a_gap_is_undefined_where_the_metric_is():
+    reference = Reference(metric="auc", value=0.9, source="us")
+    assert reference.against({"auc": None})["gap"] is None
+    assert reference.against({"accuracy": 0.5})["gap"] is None
+    assert reference.against({"auc": np.float64(0.5)})["gap"] == 0.4
+
+
+def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
+    found = coordinated(tmp_path)
+    rows = [{"round": k, "number": k, "sites": 4, "metrics": VALUES} for k in range(45)]
+    found.progress.metrics = rows[::-1]
+    found.end("finished", "")
+
+    class Gate:
+        def admit(self, *_):
+            return SimpleNamespace(name="op", role="operator")
+
+        def still(self, _):
+            pass
+
+    async def play():
+        hub = service.Coordinator(found.house, Gate())
+        hub._adopt(found)
+        asked = calls.WATCH.takes.pack(frames.WatchRequest("job"))
+        events = [calls.WATCH.gives.unpack(e, sender="hub") async for e in hub.watch(asked, None)]
+        return [frames.json_value(event.json, sender="hub") for event in events]
+
+    events = asyncio.run(play())
+    assert [row for event in events for row in event["new_metrics"]] == rows[::-1]
+    assert all(len(event["new_metrics"]) <= service.ROWS_AT_ONCE for event in events)
+    assert all(event["metrics"] == rows[-1] for event in events), "the newest model's"
+    assert all(event["public_metrics"] is True for event in events)
