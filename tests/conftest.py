@@ -23,6 +23,7 @@ os.environ.update(
 )
 os.environ.pop("FORCE_COLOR", None)
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No deadlines: a shared machine's slow moment is not a failure. In CI the examples are the same on
@@ -30,3 +31,22 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("desk"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+LONGEST = (
+    "test_contract.py", "test_crash_points.py", "test_readme.py", "test_chaos.py", "test_up.py",
+    "test_commands.py", "test_traffic.py", "test_patients.py", "test_absences.py", "test_load.py",
+    "test_transfer.py", "test_restarts.py", "test_run.py", "test_simulation.py", "test_folding.py",
+)  # fmt: skip
+"""Files that take more than some twenty seconds, the longest first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out short forms of slow tests that run; whole files to a process: begin with the longest."""
+    if "not slow" not in config.option.markexpr:
+        brief = [item for item in items if item.get_closest_marker("brief")]
+        config.hook.pytest_deselected(items=brief)
+        items[:] = [item for item in items if item not in brief]
+    if getattr(config.option, "dist", "no") == "loadfile":
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))

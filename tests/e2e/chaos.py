@@ -41,7 +41,7 @@ PROTECTIONS = ("masked", "layered", "encrypted")
 LIMITS = {
     "stage_seconds": 20, "gather_seconds": 4, "grace_seconds": 5, "enough_seconds": 120,
 }  # fmt: skip
-CALM_SECONDS = 150.0
+CALM_SECONDS = 300.0
 USUAL_DELAY = 0.01
 """Seconds that every piece takes through the proxy."""
 

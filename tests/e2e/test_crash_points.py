@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Offline, Party, SiteJob, container_chunks
+from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_clients.training import TrainingFailed
 from fedcore_server.folding import FoldPool
 from fedcore_server.jobs import CoordinatedJob, House, Limits
@@ -30,13 +32,20 @@ from fedcore.protocol import job as job_messages
 from fedcore.protocol import site as site_machine
 from fedcore.protocol.course import Step
 from fedcore.protocol.encoding import decode, encode
+from fedcore.store import container
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
+from fedcore.wire.limits import INLINE
 
 SITES = ("a", "b", "c", "d")
 HUB = "hub"
 PARAMETERS = 20
-QUICK = Limits(stage=4.0, gather=0.6, minimum=3, grace=0.3, enough=10.0)
+
+PATIENT = Limits(stage=120.0, gather=60.0, minimum=3, grace=60.0, enough=120.0)
+"""Whoever goes comes back at once: a run that needs one of these deadlines hangs, and the test fails."""
+
+AWAY = Limits(stage=120.0, gather=0.5, minimum=3, grace=0.5, enough=120.0)
+"""One site stays away. The other three are the fewest that a round needs: being slow leaves none out."""
 
 
 class Killed(BaseException):
@@ -56,6 +65,9 @@ class Watched(Journal):
 
     def compact(self, *args, **kwargs):
         self._commit(lambda: Journal.compact(self, *args, **kwargs))
+
+    def trim(self, *args, **kwargs):
+        self._commit(lambda: Journal.trim(self, *args, **kwargs))
 
     def _commit(self, work):
         self.writes += 1
@@ -96,7 +108,7 @@ class Slow(Drawn):
 class Town:
     """A coordinator and four sites; `None` stands for a party that is down."""
 
-    def __init__(self, folder, pool, protection="masked", rounds=2, limits=QUICK, start=0.5):
+    def __init__(self, folder, pool, protection="masked", rounds=2, limits=PATIENT, start=0.5):
         self.folder, self.pool, self.limits = folder, pool, limits
         self.keys = {name: IdentityKey() for name in SITES}
         self.pins = {name: key.public for name, key in self.keys.items()}
@@ -116,6 +128,9 @@ class Town:
         self.tasks, self.births, self.deaths = {}, {}, []
         self.signed, self.broken, self.pushing = {}, {}, True
         self.mute, self.trouble = set(), {}
+        self.again, self.died_in = {}, []
+        """party -> how its next life ends; the rounds in which somebody died."""
+        self.cuts = 0
 
     # ------------------------------------------------------------------- starting and dying
 
@@ -196,13 +211,32 @@ class Town:
 
     def _dead(self, name):
         self.deaths.append(name)
+        found = self.hub if name == HUB else self.sites.get(name)
+        header = getattr(getattr(found, "stage", None), "header", None)
+        self.died_in.append(0 if header is None else header.round)
         self.births[name] += 1
+        self._cut_power(name)
         self.journals.pop(name).close()
         self.tasks.pop(name, None)
         if name == HUB:
             self.hub = None
         else:
             self.sites.pop(name, None)
+
+    def _cut_power(self, name):
+        """What nobody synced is there, or gone, or empty, one after the other."""
+        files, folder = [], self.folder / name
+        if name == HUB:
+            found = [*folder.rglob("small-*"), *folder.rglob("sum.chunks")]
+            files = [each for each in found if each.stat().st_size <= INLINE]
+        elif self.journals[name].get("job", "state"):
+            files = [folder / "states" / "job" / "current.safetensors"]
+        for each in files:
+            self.cuts += 1
+            if self.cuts % 3 == 1:
+                each.unlink(missing_ok=True)
+            elif self.cuts % 3 == 2:
+                each.write_bytes(b"")
 
     async def kill(self, name):
         """At once: nothing more of it runs."""
@@ -232,7 +266,7 @@ class Town:
                 raise task.exception()
             self._dead(name)
             await self._bury(found, None)
-            self.start(name)
+            self.start(name, **self.again.pop(name, {}))
 
     def start(self, name, **kill):
         if name == HUB:
@@ -242,7 +276,7 @@ class Town:
 
     # ------------------------------------------------------------------------------- a whole job
 
-    async def run(self, seconds=20.0, until=None):
+    async def run(self, seconds=100.0, until=None):
         """Until the coordinator's job is over and every site that runs has heard of it."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
@@ -308,6 +342,9 @@ class Town:
             if name != HUB:
                 assert list(journal.read("job", "round")) == []
         assert list(self.journals[HUB].read("job", "round")) == []
+        kept = {name: set(journal.keys("job")) for name, journal in self.journals.items()}
+        assert not [key for key in kept[HUB] if key.startswith(("vector-", "sum-"))]
+        assert not any({"vector", "candidate"} & keys for n, keys in kept.items() if n != HUB)
 
 
 class HubLinks:
@@ -360,16 +397,16 @@ class SiteLink:
             self.town.broken[self.name, what] -= 1
             raise Offline
 
-    async def upload(self, job, header, digest, path):
+    async def upload(self, job, header, digest, source):
         await asyncio.sleep(0)
         self._broken("upload")
-        hub, data = self.hub, path.read_bytes()
+        hub, data = self.hub, source if isinstance(source, bytes) else source.read_bytes()
         if hub is None or not hub.expects(self.name, header, len(data)):
             raise Offline
         incoming = hub.house.spool.upload(job, header, self.name, digest, len(data))
         if not incoming.complete:
             incoming.write(incoming.offset, data[incoming.offset :])
-        hub.arrived(self.name, header, incoming.finish())
+        hub.arrived(self.name, header, incoming.finish(unsynced=INLINE))
 
     async def download(self, job, what, digest):
         await asyncio.sleep(0)
@@ -377,7 +414,7 @@ class SiteLink:
         stored = self.hub.download(what, digest) if self.hub is not None else None
         if stored is None:
             raise Offline
-        return container_chunks(stored.path.read_bytes())
+        return container.from_bytes(stored.path.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -417,12 +454,14 @@ def test_without_a_crash(tmp_path, pool):
 
 
 def every(folder, pool, party, late, step, first):
-    writes = asyncio.run(whole(folder / "all", pool))[party]
+    # One round of training and that of the metrics: each kind of commit, and a round after a round.
+    writes = asyncio.run(whole(folder / "all", pool, rounds=1))[party]
     assert writes > 10
     for at in range(first, writes + 1, step):
-        asyncio.run(whole(folder / str(at), pool, party, {"at": at, "late": late}))
+        asyncio.run(whole(folder / str(at), pool, party, {"at": at, "late": late}, rounds=1))
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("party", [HUB, "a", "c"])
 def test_a_party_may_die_at_some_commits(tmp_path, pool, party, late):
@@ -434,6 +473,30 @@ def test_a_party_may_die_at_some_commits(tmp_path, pool, party, late):
 @pytest.mark.parametrize("party", [HUB, "a", "c"])
 def test_a_party_may_die_at_any_commit(tmp_path, pool, party, late):
     every(tmp_path, pool, party, late, step=1, first=1)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("party", [HUB, "a"])
+def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
+    """And a third life goes on from what two left behind."""
+    rounds = []
+
+    async def play(found):
+        found.again = {party: {"at": 2, "late": late}}
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        found.journals[party].countdown, found.journals[party].late = commits, late
+        await found.run()
+        assert found.deaths == [party, party]
+        assert found.hub.outcome.outcome == "finished"
+        await found.check()
+        rounds.append(tuple(found.died_in))
+
+    for commits in (2, 4, 6):
+        scene(tmp_path / str(commits), pool, play, rounds=3)
+    assert any(first == second > 1 for first, second in rounds), rounds
 
 
 # ------------------------------------------------------------------------------- who is missing
@@ -465,7 +528,7 @@ def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
         assert found.sites["b"].ended.outcome == "finished"
         await found.check(("b",))
 
-    scene(tmp_path, pool, play, protection="layered")
+    scene(tmp_path, pool, play, protection="layered", limits=AWAY)
 
 
 def test_a_site_that_comes_late_catches_up_and_takes_part(tmp_path, pool):
@@ -476,14 +539,15 @@ def test_a_site_that_comes_late_catches_up_and_takes_part(tmp_path, pool):
         for name in ("a", "b", "c"):
             found.start(name)
         await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 2)
+        found.hub.house = replace(found.hub.house, limits=PATIENT)  # from now on it is waited for
         found.start("d")
-        await found.run(seconds=30)
+        await found.run()
         rows = found.rounds()
         assert rows[0]["survivors"] == ["a", "b", "c"]
         assert rows[-1]["survivors"] == list(SITES)
         await found.check()
 
-    scene(tmp_path, pool, play, rounds=10, limits=Limits(stage=20.0, gather=4.0, grace=1.0))
+    scene(tmp_path, pool, play, rounds=10, limits=AWAY)
 
 
 def test_waiting_is_seen_and_bounded(tmp_path, pool):
@@ -493,14 +557,11 @@ def test_waiting_is_seen_and_bounded(tmp_path, pool):
             found.start(name)
         await found.run(until=lambda: found.hub.progress.waiting_for == ("d",))
         assert found.hub.progress.waiting_until is not None
-        began = asyncio.get_running_loop().time()
         await found.run()
-        # Once for the plan and once for its key epoch; not again for each of ten rounds.
-        assert asyncio.get_running_loop().time() - began < 10 * QUICK.gather + 5
         assert all(row["survivors"] == ["a", "b", "c"] for row in found.rounds())
         assert found.hub.outcome.outcome == "finished"
 
-    scene(tmp_path, pool, play, rounds=10)
+    scene(tmp_path, pool, play, rounds=10, limits=AWAY)
 
 
 def test_too_few_sites_end_the_job_with_a_reason(tmp_path, pool):
@@ -512,7 +573,7 @@ def test_too_few_sites_end_the_job_with_a_reason(tmp_path, pool):
         assert found.hub.outcome.outcome == "failed"
         assert "too few" in found.hub.outcome.text
 
-    few = Limits(stage=2.0, gather=0.2, minimum=3, grace=0.3, enough=1.0)
+    few = Limits(stage=120.0, gather=0.2, minimum=3, grace=0.3, enough=1.0)
     scene(tmp_path, pool, play, limits=few)
 
 
@@ -523,15 +584,12 @@ def test_a_round_waits_for_a_dead_site_no_longer_than_the_grace(tmp_path, pool):
             found.start(name)
         await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
         await found.run(until=lambda: type(found.hub.stage).__name__ == "Collecting")
-        began = asyncio.get_running_loop().time()
         await found.kill("c")
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 2)
-        assert asyncio.get_running_loop().time() - began < 10.0
         await found.run()
         await found.check(("a", "b", "d"))
 
-    slow = Limits(stage=60.0, gather=0.5, minimum=3, grace=0.5)
-    scene(tmp_path, pool, play, limits=slow)
+    # Not the stage's deadline: that is later than the end of the test.
+    scene(tmp_path, pool, play, limits=replace(AWAY, stage=600.0))
 
 
 def test_a_site_that_says_it_stops_is_not_waited_for(tmp_path, pool):
@@ -542,11 +600,11 @@ def test_a_site_that_says_it_stops_is_not_waited_for(tmp_path, pool):
         await found.run(until=lambda: type(found.hub.stage).__name__ == "Collecting")
         await found.kill("c")
         found.hub.left("c")
-        await found.run(seconds=15)
+        await found.run()
         await found.check(("a", "b", "d"))
 
-    slow = Limits(stage=60.0, gather=0.5, minimum=3, grace=60.0)
-    scene(tmp_path, pool, play, limits=slow)
+    # Neither of the deadlines that would let a round go on without it ends before the test does.
+    scene(tmp_path, pool, play, limits=replace(AWAY, stage=600.0, grace=600.0))
 
 
 # ---------------------------------------------------------------------------- what breaks off
@@ -559,13 +617,12 @@ def test_transfers_that_break_off_are_done_again_while_the_session_stays(tmp_pat
         for name in SITES:
             found.start(name)
         found.start_hub()
-        await found.run(seconds=30)
+        await found.run()
         assert all(row["survivors"] == list(SITES) for row in found.rounds())
         assert not any(found.broken.values())
         await found.check()
 
-    patient = Limits(stage=60.0, gather=5.0, minimum=3, grace=60.0)
-    scene(tmp_path, pool, play, limits=patient)
+    scene(tmp_path, pool, play)
 
 
 def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp_path, pool):
@@ -577,11 +634,11 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
         found.start_hub()
         await found.run(until=lambda: type(found.hub.stage).__name__ == "Releasing")
         await found.kill(HUB)
-        await found.run(seconds=30)
+        await found.run()
         assert found.rounds()[0]["survivors"] == list(SITES)
         await found.check()
 
-    scene(tmp_path, pool, play, limits=Limits(stage=60.0, gather=5.0, grace=60.0))
+    scene(tmp_path, pool, play)
 
 
 @pytest.mark.slow
@@ -593,16 +650,91 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party):
         found.start_hub()
         await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
         found.journals[party].full = 3
-        await found.run(seconds=40)
+        await found.run()
         assert found.hub.outcome.outcome == "finished"
         assert found.journals[party].full == 0
         await found.check()
 
-    patient = Limits(stage=20.0, gather=10.0, minimum=3, grace=20.0)
-    scene(tmp_path, pool, play, limits=patient, rounds=4)
+    scene(tmp_path, pool, play, rounds=4)
+
+
+def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):
+    async def play(found):
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        path = found.folder / HUB / "jobs" / "job" / "rounds.jsonl"
+        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        path.unlink()
+        path.mkdir()
+        await found.run(until=lambda: len(found.hub.progress.rounds) >= 3)
+        path.rmdir()
+        await found.run()
+        assert found.hub.outcome.outcome == "finished"
+        await found.check()
+
+    scene(tmp_path, pool, play, rounds=6)
 
 
 # ------------------------------------------------------------------------------- what goes wrong
+
+
+def test_nothing_is_spooled_for_a_job_that_is_over(tmp_path, pool):
+    """A checkpoint that was asked for may be on its way when nobody needs it any more."""
+
+    async def play(found):
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        await found.run(until=lambda: found.hub.certificate is not None)
+        hub, header = found.hub, found.hub.certificate.header.digest
+        hub._asked_checkpoint = "a"
+        assert hub.expects("a", header, 100)
+        await found.run()
+        header, hub._asked_checkpoint = hub.certificate.header.digest, "a"
+        assert not hub.expects("a", header, 100)
+
+    scene(tmp_path, pool, play)
+
+
+def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_was_asked(
+    tmp_path, pool
+):
+    """Whoever takes longer than the time to ask another one has it all the same."""
+
+    async def play(found):
+        for name in ("a", "b", "c"):
+            found.start(name)
+        found.start_hub()
+        await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 2)
+        found.hub.house = replace(found.hub.house, limits=PATIENT)
+        asked, another = [], asyncio.Event()
+
+        def slowly(name, upload):
+            async def uploaded(*about):
+                sealed = about[1] == found.hub.certificate.header.digest
+                if sealed and asked:
+                    asked.append(name)
+                    another.set()
+                    await asyncio.sleep(600)
+                await upload(*about)
+                if sealed:  # it is there; now the coordinator turns to another one
+                    asked.append(name)
+                    found.hub._asked_at = -1e9
+                    await another.wait()
+
+            return uploaded
+
+        for name in ("a", "b", "c"):
+            link = found.sites[name].link
+            link.upload = slowly(name, link.upload)
+        found.start("d")
+        await found.run()
+        assert len(set(asked)) == 2
+        assert found.rounds()[-1]["survivors"] == list(SITES)
+        await found.check()
+
+    scene(tmp_path, pool, play, rounds=10, limits=AWAY)
 
 
 def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
@@ -634,6 +766,41 @@ def test_a_step_that_nothing_can_follow_without_is_not_tried_for_ever(tmp_path, 
     scene(tmp_path, pool, play, start=None)
 
 
+def test_a_site_too_slow_for_one_release_is_there_for_the_next(tmp_path, pool):
+    """The certificate of a round came while it opened the sum, and its patience ended there."""
+
+    async def play(found):
+        found.start_hub()
+        for name in SITES:
+            found.start(name)
+        slow, caught, spent = found.sites["a"], [], [0.0]
+        slow.party = replace(slow.party, clock=lambda: time.monotonic() + spent[0])
+        fetch, catch_up = slow._fetch, slow._catch_up
+
+        async def late(what, *rest):
+            chunks = await fetch(what, *rest)
+            if what == "sum" and not caught:
+                while slow._early is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                spent[0] = 10_000.0
+                slow.connected()  # any event: the clock is looked at
+                while isinstance(slow.stage, site_machine.Opening):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                caught.append("late")
+            return chunks
+
+        async def catching(offered):
+            caught.append(offered.certificate.header.round)
+            await catch_up(offered)
+
+        slow._fetch, slow._catch_up = late, catching
+        await found.run()
+        await found.check()
+        assert caught[0] == "late" and len(set(caught)) == 2, caught  # of one release only
+
+    scene(tmp_path, pool, play, rounds=4, limits=replace(AWAY, stage=5.0))
+
+
 @pytest.mark.parametrize("heard", [True, False], ids=["heard", "word lost"])
 def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool, heard):
     async def play(found):
@@ -655,10 +822,9 @@ def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool,
             await found.kill("b")
             found.mute.clear()
             found.start("b")
-        await found.run(seconds=30)
+        await found.run()
         assert found.hub.epoch.epoch > first
         assert found.rounds()[-1]["survivors"] == list(SITES)
         await found.check()
 
-    patient = Limits(stage=20.0, gather=6.0, minimum=3, grace=1.0)
-    scene(tmp_path, pool, play, limits=patient, rounds=6, protection="layered")
+    scene(tmp_path, pool, play, rounds=6, protection="layered")

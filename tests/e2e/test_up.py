@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployment import SMALL, small_task
+from deployment import PATIENCE, SMALL, small_task
 from safetensors.numpy import load_file, save_file
 
 import fedcore
@@ -72,7 +72,7 @@ def is_free(port):
         return True
 
 
-def lines_until(stream, word, seconds=60):
+def lines_until(stream, word, seconds=PATIENCE):
     """Lines of a process up to the first with `word`; the test fails at the end of the stream."""
     until, seen = time.monotonic() + seconds, []
     while time.monotonic() < until:
@@ -88,7 +88,7 @@ def lines_until(stream, word, seconds=60):
 def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
     run = Marked(tmp_path / "up", *HEART, "--rounds", "3")
     try:
-        printed, said = run.process.communicate(timeout=120)
+        printed, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == 0, said
         assert run.alive() == []
         assert is_free(run.port())
@@ -134,7 +134,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_port(tmp_path, number, 
     try:
         lines_until(run.process.stderr, "started here")
         port = None
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while time.monotonic() < until:  # until every site is there and the rounds have begun
             rows = list((tmp_path / "up").glob("deployment/coordinator/state/jobs/*/rounds.jsonl"))
             if rows and rows[0].stat().st_size:
@@ -144,7 +144,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_port(tmp_path, number, 
         assert port is not None
         assert len(run.alive()) >= 10  # the coordinator and its worker, four sites and theirs
         run.process.send_signal(number)
-        _, said = run.process.communicate(timeout=30)
+        _, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == code, said
         assert "Traceback" not in said
         assert run.alive() == []
@@ -190,7 +190,7 @@ def test_a_deployment_that_fails_says_why_and_leaves_its_logs(tmp_path):
     task = small_task(tmp_path, "import sys" + SMALL.replace("def data(source):\n", failing))
     run = Marked(tmp_path / "up", "--task", task, "--rounds", "2")
     try:
-        printed, said = run.process.communicate(timeout=120)
+        printed, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == 4 and printed == ""
         assert "error: deployment: the job ended as failed: too few sites can take part" in said
         assert "hint: the logs: " in said and "Traceback" not in said and "ROW-7419" not in said

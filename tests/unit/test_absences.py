@@ -30,6 +30,8 @@ from fedcore.reproduction import reproduce
 from fedcore.run import all_abandoned, read_rounds
 from fedcore.simulation import Leaving
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 ROSTER = ("a", "b", "c", "d")
 
 

@@ -15,6 +15,8 @@ from fedcore.aggregate.adaptive_range import (
 )
 from fedcore.plan import RangePlan
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 PLAN = RangePlan(lowest=2.0**-4, highest=2.0**4)
 VALUES = 1_000_000
 

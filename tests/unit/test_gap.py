@@ -183,10 +183,10 @@ def test_a_thousand_resamples_take_a_fraction_of_a_second() -> None:
     scores, metrics = arms(), get(("accuracy", "auc"))
     best = math.inf
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         gap.bootstrap_gap(scores, metrics, resamples=1000, seed=0)
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.3  # 0.012 s on an idle core; the limit leaves room for a busy one
+        best = min(best, time.process_time() - started)
+    assert best < 0.3  # of this process; 0.012 s where it was written
 
 
 # ------------------------------------------------------------------ several splits

@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         [sys.executable, "-B", "-c", code, str(tmp_path / "key.pem")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert "key.pem: it cannot be written (File too large)" in done.stdout

@@ -21,6 +21,8 @@ from fedcore.data.rows import ArrayRows, split_rows
 from fedcore.plan import PROTECTIONS, TrainPlan
 from fedcore.protect.plain import PlainFold, PlainSealer
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 SIZES = {"a": 25, "b": 41, "c": 63, "d": 102}
 SEED, FOLD, FOLDS = 3, 1, 4
 RANGES = ((-60.0, 60.0), (-1.5, 1.5), (-60.0, 60.0), (-60.0, 60.0))

@@ -305,17 +305,17 @@ def test_set_up_happens_once_even_when_two_start(tmp_path, lock):
     elif shutil.which("flock") is None:
         pytest.skip("no flock on this machine: the mkdir case is the one that counts here")
     both = [start(root, env), start(root, env)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [out for out, _ in outputs] == ["fedcore simulate --task heart --seed 3\n"] * 2
     assert log.read_text().split() == ["venv", "pip"]
 
     third = start(root, env)
-    assert third.communicate(timeout=60)[1] == "", "a second run skips the set-up and says nothing"
+    assert third.communicate(timeout=300)[1] == "", "a second run skips the set-up and says nothing"
 
     with (root / "constraints.txt").open("a") as file:
         file.write("# a new pin\n")
-    start(root, env).communicate(timeout=60)
+    start(root, env).communicate(timeout=300)
     assert log.read_text().split() == ["venv", "pip", "pip"], "new pins install into the same .venv"
 
 
@@ -350,7 +350,7 @@ def test_a_lock_without_flock_whose_holder_has_ended(tmp_path, finishes):
         (tmp_path / "bin" / "cat").write_text(f"#!/bin/sh\n{script}\nexit $code\n")
         (tmp_path / "bin" / "cat").chmod(0o755)
     process = start(root, env | without_flock(tmp_path / "bin"))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     if finishes:
         assert process.returncode == 0, err
         assert out == "fedcore simulate --task heart --seed 3\n"
@@ -364,10 +364,10 @@ def test_a_failed_set_up_says_why_and_starts_over(tmp_path):
     log = tmp_path / "log"
     env = fake_python(tmp_path / "bin", FAKE_VENV) | {"LOG": str(log), "BROKEN": "yes"}
     process = start(root, env)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "no such package" in err and "\nhint: " in err
     again = start(root, env | {"BROKEN": ""})
-    again.communicate(timeout=60)
+    again.communicate(timeout=300)
     assert again.returncode == 0
     assert log.read_text().split() == ["venv", "pip", "venv", "pip"]

@@ -18,6 +18,8 @@ from fedcore.plan import PROTECTIONS
 from fedcore.reproduction import reproduce
 from fedcore.run import list_runs
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from fedcore.learn.train import local_train
 from fedcore.loopback import KeyEpoch, Stopwatch
 from fedcore.plan import PROTECTIONS, VectorSpec, Wide
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 SITES = {"a": 1, "b": 2, "c": 3}
 
 

@@ -33,6 +33,8 @@ pytest.importorskip("tenseal.sealapi")
 
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 ROSTER = ("ann", "bob", "cat")
 WIDES = (Wide("weight", 1, 20),)
 SPEC = VectorSpec("update", 6, WIDES)
