@@ -255,8 +255,12 @@ def test_an_upload_goes_on_where_it_broke_off(far, broken):
     assert there == 2 * PART  # whole parts only
     broken()
     row = job.finished(model)
-    first, then = job.began(f"upload of {FAR}")
-    assert (first, then) == (0, there) or (then > there and broken.how == "coordinator stopped")
+    began = job.began(f"upload of {FAR}")
+    if broken.how == "coordinator stopped":  # in its last seconds more may come, or even all of it
+        assert began[0] == 0
+        assert min(began[1:], default=there) >= there
+    else:
+        assert began == [0, there]
     assert row["bytes_up"] > 3 * PART > INLINE
     assert row["bytes_up"] < proxy.counted["up"] < 1.6 * row["bytes_up"]
 
