@@ -1055,7 +1055,11 @@ class SiteJob:
         self.party.journal.put(self.id, "ended", encode(ended))
         self.ended = ended
         self.party.spool.drop(self.id)
-        await asyncio.gather(*self._tracking, return_exceptions=True)
+        if self._tracking:
+            _, late = await asyncio.wait(self._tracking, timeout=self.party.patience)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.contributor.forget(self.id)
         self.link.doing(self.id, "idle")
         LOG.info("job %s: %s %s", self.id, ended.outcome, ended.text)

@@ -753,6 +753,32 @@ def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
     scene(tmp_path, pool, play, rounds=5)
 
 
+def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, pool):
+    async def play(found):
+        for name in SITES:
+            found.start(name)
+        asked, ended = [], []
+
+        async def hangs(*args):
+            asked.append(args)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(args)
+
+        found.sites["b"].contributor.track = hangs
+        found.start_hub()
+        await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 1)
+        found.sites["b"].party = replace(found.sites["b"].party, patience=0.5)
+        await found.run()
+        assert found.sites["b"].ended.outcome == "finished"
+        await asyncio.sleep(0.7)
+        assert asked and len(ended) == len(asked)
+        await found.check()
+
+    scene(tmp_path, pool, play)
+
+
 def test_a_step_that_nothing_can_follow_without_is_not_tried_for_ever(tmp_path, pool):
     async def play(found):
         found.trouble = {n: [TrainingFailed("task failed") for _ in range(99)] for n in SITES}
