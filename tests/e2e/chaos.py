@@ -490,3 +490,7 @@ def main():
     line = ", ".join(f"{name} {value}" for name, value in summary.items())
     sys.stdout.write(f"chaos: {line}\n")
     return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-CHAOS = Path(__file__).parents[2] / "scripts" / "chaos"
+CHAOS = Path(__file__).with_name("chaos.py")
+SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos"
 
 
 def chaos(seconds, seed):
@@ -27,6 +28,18 @@ def whole(found):
     """Of every run, however short."""
     assert found["rounds released"] == found["sums made again"] > 0
     assert found["journals"] == 5 and found["models equal"] > 0
+
+
+def test_the_command_finds_what_it_needs():
+    """Run by itself, as a reader runs it, with nothing of this process's environment."""
+    if not (SCRIPT.parents[1] / ".venv" / "fedcore-setup").is_file():
+        pytest.skip("this tree was not set up by scripts/setup: the command would begin with that")
+    done = subprocess.run(
+        [SCRIPT, "--help"], capture_output=True, text=True, timeout=300, check=False,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--minutes" in done.stdout and "--seed" in done.stdout
 
 
 @pytest.mark.brief
