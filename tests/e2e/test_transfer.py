@@ -278,8 +278,9 @@ def test_a_sum_is_read_on_where_it_broke_off(far, broken):
     if broken.how == "site killed":  # it keeps no part of a sum on its disk
         assert not later
     else:  # with the coordinator gone, another site's may have broken off, too
-        assert later
-        assert min(later) >= PART
+        # One that stops in an orderly way has seconds left, in which all of it may come.
+        assert later or broken.how == "coordinator stopped"
+        assert min(later, default=PART) >= PART
         assert row["bytes_down"] < proxy.counted["down"] < 1.6 * row["bytes_down"]
 
 
