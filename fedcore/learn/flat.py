@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,26 +43,12 @@ def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
     value = derive_seed(seed, round_, site, purpose)
     numpy_state = np.random.get_state()  # noqa: NPY002 - a task may draw from it
     with torch.random.fork_rng(devices=[]):
-        _seed(value)
+        torch.manual_seed(value)
         np.random.seed(value % (1 << 32))  # noqa: NPY002
         try:
             yield
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@cache
-def _accelerated() -> bool:
-    return torch.accelerator.is_available()
-
-
-def _seed(value: int) -> None:
-    """As `torch.manual_seed`, which on a machine without an accelerator takes 6 ms, most of a small round:
-    it writes down its own call stack for each kind of device that may come later, and keeps it."""
-    if _accelerated():
-        torch.manual_seed(value)
-    else:
-        torch.default_generator.manual_seed(value)
 
 
 class FlatModel:
