@@ -190,9 +190,8 @@ class JobFold:
     def _add(self, path: Path) -> None:
         if path in self._held:
             return
-        alone = (
-            len(self._shards) == 1
-        )  # then no other sum has to have it too: one request does both
+        # With one shard no other sum has to have it too, so one request does both.
+        alone = len(self._shards) == 1
         op = "add" if alone else "prepare"
         refused = [error for error in self._each(lambda s: self._prepare(s, path, op)) if error]
         if refused:
