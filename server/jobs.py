@@ -576,6 +576,11 @@ class CoordinatedJob:
             LOG.info("job %s: the round goes on without site %s", self.id, name)
             self._machine(coordinator.Gone(name))
 
+    def _out_of_round(self, name: SiteId) -> None:
+        """This site is in no round: it left the one under way and its word was lost, or lost its journal."""
+        if isinstance(self.stage, _ROUND_STAGES):
+            self._machine(coordinator.Gone(name))
+
     def _nudge(self) -> None:
         """Say again what may have been lost on its way between two others."""
         if self.plan is None:
@@ -615,10 +620,9 @@ class CoordinatedJob:
         match message:
             case job.Survey(shape=shape):
                 view.shape, view.unable = shape, ""
-                view.anew = (
-                    view.agreed
-                )  # a site surveys before it has a plan, or without its journal
-                view.agreed = False
+                # A site surveys before it has a plan, or without its journal.
+                view.anew, view.agreed = view.agreed, False
+                self._out_of_round(name)
                 if self.plan is not None:
                     self.links.say(
                         name, self.id, job.PlanOffer(self.id, canonical(self.plan.to_json()))
@@ -638,11 +642,12 @@ class CoordinatedJob:
                     raise PeerRefused(f"round: found a number of {name} that is far from ours")
                 view.rest = message
                 number = getattr(getattr(self.stage, "header", None), "round", 0)
-                if isinstance(self.stage, _ROUND_STAGES) and message.round >= number:
-                    self._gone(name)  # it left this round, and its word was lost
-                elif name in coordinator.waiting_for(self.stage):
+                waiting = coordinator.waiting_for(self.stage)
+                if message.round < number and coordinator.is_first(self.stage) and name in waiting:
                     # It could not write down that the round began, or said this before it heard.
                     self._machine(coordinator.Reconnected(name))
+                else:
+                    self._out_of_round(name)
                 if self._asked_checkpoint == name:
                     self._asked_checkpoint = None  # back from elsewhere: it may not have heard
                 self._catch_up(name)

@@ -190,9 +190,13 @@ def _balanced_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
 def _balanced_finish(sums: NDArray[np.generic]) -> float | None:
     """Unweighted mean recall over the classes that have rows; None without rows."""
     pairs = np.asarray(sums, dtype=np.int64).reshape(-1, 2)
-    recalls = [int(right) / int(rows) for right, rows in pairs if rows]
-    # fsum: `sum` of floats rounds otherwise from Python 3.12 on, and sites compare these bits.
-    return math.fsum(recalls) / len(recalls) if recalls else None
+    present = [(int(right), int(rows)) for right, rows in pairs if rows]
+    # One after the other, as `_balanced_resampled` adds: `sum` of floats rounds otherwise from Python
+    # 3.12 on, `math.fsum` otherwise from three classes on, and both results are compared bit for bit.
+    total = 0.0
+    for right, rows in present:
+        total += right / rows
+    return total / len(present) if present else None
 
 
 def _balanced_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:

@@ -607,6 +607,13 @@ def waiting_for(stage: Any) -> tuple[SiteId, ...]:
     return tuple(s for s in members_of(stage) if s not in came and s not in stage.gone)
 
 
+def is_first(stage: Any) -> bool:
+    """Whether the stage is the one that a round begins with: whoever is waited for may not know of it yet."""
+    if isinstance(stage, Collecting):
+        return stage.header.protection not in MASKS
+    return isinstance(stage, Advertising)
+
+
 def _take_keys(move: _Move, keys: Keys) -> None:
     check_keys(keys, move.stage.header, move.hub.pins)
     move.record(KeysTaken(keys))

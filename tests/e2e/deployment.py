@@ -314,10 +314,14 @@ class Deployment:
     def wait(self, job, until=None, seconds=PATIENCE):
         """Events up to the one that `until` accepts, or to the job's end."""
         events = []
-        for event in self.watch(job, seconds):
-            events.append(event)
-            if until is not None and until(event):
-                return events
+        try:
+            for event in self.watch(job, seconds):
+                events.append(event)
+                if until is not None and until(event):
+                    return events
+        except grpc.RpcError as error:
+            logs = "".join(f"\n--- {name}\n{self.log(name)[-1500:]}" for name in [HUB, *self.sites])
+            raise AssertionError(f"{error.code()} after {events[-1:]}{logs}") from error
         return events
 
     def released(self, job, seconds=PATIENCE, sites=None):
@@ -325,6 +329,12 @@ class Deployment:
 
         Before that a status may be of the release before: it is written once a second.
         """
+        found = {name: row["model_sha256"] for name, row in self.over(job, seconds, sites).items()}
+        assert len(set(found.values())) == 1 and None not in found.values(), found
+        return found
+
+    def over(self, job, seconds=PATIENCE, sites=None):
+        """site -> its row of the job, once each of `sites` (all) says that the job is over there."""
         wanted, end = sites or list(self.sites), time.monotonic() + seconds
         while True:
             with contextlib.suppress(OSError, ValueError):
@@ -333,9 +343,7 @@ class Deployment:
                     for name in wanted
                 }
                 if all(row and row[0]["stage"] == "over" for row in rows.values()):
-                    found = {name: row[0]["model_sha256"] for name, row in rows.items()}
-                    assert len(set(found.values())) == 1 and None not in found.values(), found
-                    return found
+                    return {name: row[0] for name, row in rows.items()}
             assert time.monotonic() < end, {name: self.status(name) for name in wanted}
             time.sleep(0.1)
 

@@ -11,7 +11,7 @@ import pytest
 from fedcore_clients.bench import Drawn
 from fedcore_clients.training import Loaded
 from fedcore_server.jobs import Limits
-from test_crash_points import SITES, pool, scene  # noqa: F401 - `pool` is a fixture
+from town import SITES, scene
 
 from fedcore.data.statistics import site_sums
 
@@ -31,7 +31,7 @@ def slow(found, site, release):
 
 
 @pytest.mark.parametrize("protection", ["layered", "encrypted"])
-def test_enough_vectors_end_the_wait_for_a_slow_site(tmp_path, pool, protection):  # noqa: F811
+def test_enough_vectors_end_the_wait_for_a_slow_site(tmp_path, pool, protection):
     async def play(found):
         release = asyncio.Event()
         for name in SITES:
@@ -73,7 +73,7 @@ def surveyed(found, site, observed):
     contributor.contribute = types.MethodType(contribute, contributor)
 
 
-def test_refused_statistics_wait_for_a_further_site(tmp_path, pool):  # noqa: F811
+def test_refused_statistics_wait_for_a_further_site(tmp_path, pool):
     async def play(found):
         for name in ("a", "b", "c"):
             found.start(name)
@@ -103,7 +103,7 @@ def test_refused_statistics_wait_for_a_further_site(tmp_path, pool):  # noqa: F8
     scene(tmp_path, pool, play, limits=limits)
 
 
-def test_refused_statistics_end_the_job_if_nobody_else_comes(tmp_path, pool):  # noqa: F811
+def test_refused_statistics_end_the_job_if_nobody_else_comes(tmp_path, pool):
     async def play(found):
         for name in ("a", "b", "c"):
             found.start(name)

@@ -1,435 +1,20 @@
-"""Every write to a journal is an instant at which a process may end: each is tried, at every party.
-
-The coordinator's and the sites' jobs run here as they are deployed, with real journals, spools, fold
-workers and protections; only the sessions are replaced by calls, and training by drawn numbers. A party
-"dies" by an exception out of its journal, just before or just after a commit, and all that it had in
-memory is dropped; then it is read from disk again.
-"""
+"""Every write to a journal is an instant at which a process may end: each is tried, at every party."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import shutil
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_clients.training import TrainingFailed
-from fedcore_server.folding import FoldPool
-from fedcore_server.jobs import CoordinatedJob, House, Limits
+from fedcore_server.jobs import Limits
+from town import AWAY, HUB, PATIENT, SITES, scene, town
 
-from fedcore.aggregate.jobstate import JobState
-from fedcore.config import build_job, plan_of
-from fedcore.encode.pack import Opened
-from fedcore.errors import StoreFull, TagRefused
-from fedcore.plan import canonical
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job as job_messages
+from fedcore.errors import TagRefused
 from fedcore.protocol import site as site_machine
-from fedcore.protocol.course import Step
-from fedcore.protocol.encoding import decode, encode
-from fedcore.store import container
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
-from fedcore.wire.limits import INLINE
-
-SITES = ("a", "b", "c", "d")
-HUB = "hub"
-PARAMETERS = 20
-
-PATIENT = Limits(stage=120.0, gather=60.0, minimum=3, grace=60.0, enough=120.0)
-"""Whoever goes comes back at once: a run that needs one of these deadlines hangs, and the test fails."""
-
-AWAY = Limits(stage=120.0, gather=0.5, minimum=3, grace=0.5, enough=120.0)
-"""One site stays away. The other three are the fewest that a round needs: being slow leaves none out."""
-
-
-class Killed(BaseException):
-    """The process is gone."""
-
-
-class Watched(Journal):
-    """A journal that ends its process at the n-th commit, before or after it is on disk."""
-
-    countdown = None
-    late = False
-    writes = 0
-    full = 0
-
-    def write(self, entries):
-        self._commit(lambda: Journal.write(self, entries))
-
-    def compact(self, *args, **kwargs):
-        self._commit(lambda: Journal.compact(self, *args, **kwargs))
-
-    def trim(self, *args, **kwargs):
-        self._commit(lambda: Journal.trim(self, *args, **kwargs))
-
-    def _commit(self, work):
-        self.writes += 1
-        if self.full:
-            self.full -= 1
-            raise StoreFull("journal: found no room")
-        if self.countdown is None:
-            work()
-            return
-        self.countdown -= 1
-        if self.countdown == 0:
-            if self.late:
-                work()
-            self.countdown = None
-            raise Killed
-        work()
-
-
-class Slow(Drawn):
-    """Numbers of its own, a little later; counts what it is asked for."""
-
-    def __init__(self, site, town):
-        super().__init__(site, PARAMETERS)
-        self.town, self.loaded = town, False
-
-    async def load(self, *args):
-        self.loaded = True
-        return await super().load(*args)
-
-    async def contribute(self, *args):
-        assert self.loaded, "a new process contributes only after it has loaded"
-        if self.town.trouble.get(self._site):
-            raise self.town.trouble[self._site].pop()
-        await asyncio.sleep(0.002)
-        return await super().contribute(*args)
-
-
-class Town:
-    """A coordinator and four sites; `None` stands for a party that is down."""
-
-    def __init__(self, folder, pool, protection="masked", rounds=2, limits=PATIENT, start=0.5):
-        self.folder, self.pool, self.limits = folder, pool, limits
-        self.keys = {name: IdentityKey() for name in SITES}
-        self.pins = {name: key.public for name, key in self.keys.items()}
-        tables = build_job(
-            {
-                "protection": protection, "rounds": rounds, "bits": 16, "range": start,
-                "adaptive_range": False, "max_examples": 64, "resamples": 0,
-            }
-        ).to_json()  # fmt: skip
-        self.settings = {
-            key: {k: v for k, v in part.items() if v is not None}
-            if isinstance(part, dict) else part
-            for key, part in tables.items() if key not in {"task", "base"}
-        }  # fmt: skip
-        self.offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(self.settings))
-        self.hub, self.sites, self.journals = None, {}, {}
-        self.tasks, self.births, self.deaths = {}, {}, []
-        self.signed, self.broken, self.pushing = {}, {}, True
-        self.mute, self.trouble = set(), {}
-        self.again, self.died_in = {}, []
-        """party -> how its next life ends; the rounds in which somebody died."""
-        self.cuts = 0
-
-    # ------------------------------------------------------------------- starting and dying
-
-    def open(self, name):
-        journal = Watched.open(self.folder / name / "journal.sqlite", party=name)
-        self.journals[name] = journal
-        return journal
-
-    def start_hub(self, **kill):
-        journal = self.open(HUB)
-        spool = Spool(self.folder / HUB / "spool")
-        house = House("town", self.pins, journal, spool, self.pool, self.folder / HUB, self.limits)
-        if journal.get("job", "offer") is None:
-            journal.put("job", "offer", encode(self.offer))
-        self._arm(journal, kill)
-        self.births[HUB] = self.births.get(HUB, 0) + 1
-        links = HubLinks(self, self.births[HUB])
-        try:
-            self.hub = CoordinatedJob.stored(house, links, "job")
-        except Killed:
-            self._dead(HUB)
-            self.start(HUB)
-            return
-        if self.hub.outcome is None:
-            self.tasks[HUB] = asyncio.get_running_loop().create_task(self.hub.run())
-        for name, found in self.sites.items():
-            found.connected()
-            self.hub.came(name)
-
-    def start_site(self, name, **kill):
-        journal = self.open(name)
-        folder = self.folder / name
-        party = Party(
-            "town", name, self.keys[name], self.pins, journal, Spool(folder / "spool"), folder
-        )
-        self.births[name] = self.births.get(name, 0) + 1
-        link = SiteLink(self, name, self.births[name])
-        self._arm(journal, kill)
-        contributor = Slow(name, self)
-        try:
-            if journal.get("job", "offer") is None:
-                journal.put("job", "offer", encode(self.offer))
-                found = SiteJob(party, link, contributor, self.offer)
-            else:
-                found = SiteJob.stored(party, link, contributor, "job")
-        except Killed:
-            self._dead(name)
-            self.start(name)
-            return
-        self.sites[name] = found
-        self._trace(name, found)
-        if found.ended is None:
-            self.tasks[name] = asyncio.get_running_loop().create_task(found.run())
-        if self.hub is not None:
-            found.connected()
-            self.hub.came(name)
-
-    @staticmethod
-    def _arm(journal, kill):
-        journal.countdown, journal.late = kill.get("at"), kill.get("late", False)
-
-    def _trace(self, name, found):
-        once = (
-            site_machine.VectorSpooled, site_machine.ListSigned, site_machine.UnmaskAnswered,
-            site_machine.SumStated,
-        )  # fmt: skip
-        written = found._journal
-
-        def journal(effects):
-            for effect in effects:
-                record = getattr(effect, "record", None)
-                if isinstance(record, once):
-                    place = name, found.stage.header.digest, type(record).__name__
-                    self.signed.setdefault(place, set()).add(encode(record))
-            written(effects)
-
-        found._journal = journal
-
-    def _dead(self, name):
-        self.deaths.append(name)
-        found = self.hub if name == HUB else self.sites.get(name)
-        header = getattr(getattr(found, "stage", None), "header", None)
-        self.died_in.append(0 if header is None else header.round)
-        self.births[name] += 1
-        self._cut_power(name)
-        self.journals.pop(name).close()
-        self.tasks.pop(name, None)
-        if name == HUB:
-            self.hub = None
-        else:
-            self.sites.pop(name, None)
-
-    def _cut_power(self, name):
-        """What nobody synced is there, or gone, or empty, one after the other."""
-        files, folder = [], self.folder / name
-        if name == HUB:
-            found = [*folder.rglob("small-*"), *folder.rglob("sum.chunks")]
-            files = [each for each in found if each.stat().st_size <= INLINE]
-        elif self.journals[name].get("job", "state"):
-            files = [folder / "states" / "job" / "current.safetensors"]
-        for each in files:
-            self.cuts += 1
-            if self.cuts % 3 == 1:
-                each.unlink(missing_ok=True)
-            elif self.cuts % 3 == 2:
-                each.write_bytes(b"")
-
-    async def kill(self, name):
-        """At once: nothing more of it runs."""
-        task = self.tasks.get(name)
-        found = self.hub if name == HUB else self.sites.get(name)
-        self._dead(name)
-        await self._bury(found, task)
-
-    @staticmethod
-    async def _bury(found, task):
-        beside = list(getattr(found, "_beside", ()))
-        for each in [task, *beside]:
-            if each is not None:
-                each.cancel()
-        await asyncio.gather(*[t for t in [task, *beside] if t is not None], return_exceptions=True)
-
-    async def look(self):
-        """Bury whoever died, and start it again."""
-        for name, task in list(self.tasks.items()):
-            if not task.done():
-                continue
-            found = self.hub if name == HUB else self.sites.get(name)
-            if task.cancelled() or not isinstance(task.exception(), Killed):
-                if task.cancelled() or task.exception() is None:
-                    self.tasks.pop(name)
-                    continue
-                raise task.exception()
-            self._dead(name)
-            await self._bury(found, None)
-            self.start(name, **self.again.pop(name, {}))
-
-    def start(self, name, **kill):
-        if name == HUB:
-            self.start_hub(**kill)
-        else:
-            self.start_site(name, **kill)
-
-    # ------------------------------------------------------------------------------- a whole job
-
-    async def run(self, seconds=100.0, until=None):
-        """Until the coordinator's job is over and every site that runs has heard of it."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        while loop.time() < end:
-            await self.look()
-            if self.hub is None:
-                self.start_hub()
-            if until is not None and until():
-                return
-            over = self.hub is not None and self.hub.outcome is not None
-            if until is None and over and all(s.ended is not None for s in self.sites.values()):
-                return
-            await asyncio.sleep(0.005)
-        stages = {n: (s.stage, s.epoch.epoch, s.ended) for n, s in self.sites.items()}
-        stages = {n: (type(s).__name__, e, x) for n, (s, e, x) in stages.items()}
-        raise AssertionError(
-            f"no end: {self.hub and (self.hub.progress, type(self.hub.stage).__name__)} {stages}"
-        )
-
-    async def close(self):
-        for name in [HUB, *SITES]:
-            if name in self.journals:
-                await self.kill(name)
-
-    # ------------------------------------------------------------------------------ the checks
-
-    def rounds(self):
-        text = (self.folder / HUB / "jobs" / "job" / "rounds.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
-        numbers = [row["number"] for row in rows]
-        assert numbers == sorted(set(numbers)), numbers
-        released = [(r["purpose"], r["round"]) for r in rows if r["survivors"]]
-        assert len(released) == len(set(released)), released
-        assert rows == self.hub.progress.rounds
-        return rows
-
-    async def expected(self):
-        """The state that the plain sums of exactly the listed survivors lead to."""
-        drawn = {name: Drawn(name, PARAMETERS) for name in SITES}
-        loaded = await drawn["a"].load("job", {}, "bench", "0" * 64)
-        plan = plan_of(build_job(self.settings), loaded.shape, SITES, 64)
-        state = JobState.initial(plan, loaded.initial)
-        for row in self.rounds():
-            if not row["survivors"]:
-                continue
-            step = Step(row["purpose"], row["round"])
-            found = [await drawn[n].contribute("job", plan, step, state) for n in row["survivors"]]
-            fields = sum(each.astype(np.uint64) for each, _ in found)
-            wides = {
-                name: [sum(v) for v in zip(*(w[name] for _, w in found), strict=True)]
-                for name in found[0][1]
-            }
-            state = state.after(plan, step, Opened(fields, wides), len(found))
-        return state
-
-    async def check(self, sites=SITES):
-        expected = await self.expected()
-        for name in sites:
-            assert self.sites[name].state.canonical() == expected.canonical(), name
-        assert all(len(each) == 1 for each in self.signed.values())
-        for name, journal in self.journals.items():
-            journal.verify()
-            if name != HUB:
-                assert list(journal.read("job", "round")) == []
-        assert list(self.journals[HUB].read("job", "round")) == []
-        kept = {name: set(journal.keys("job")) for name, journal in self.journals.items()}
-        assert not [key for key in kept[HUB] if key.startswith(("vector-", "sum-"))]
-        assert not any({"vector", "candidate"} & keys for n, keys in kept.items() if n != HUB)
-
-
-class HubLinks:
-    """The coordinator's sessions, as long as this life of it lasts."""
-
-    def __init__(self, town, life):
-        self.town, self.life = town, life
-
-    @property
-    def alive(self):
-        return self.town.births.get(HUB) == self.life
-
-    def connected(self):
-        return [n for n in SITES if n in self.town.sites and n not in self.town.mute]
-
-    def say(self, site, job, message):
-        found = self.town.sites.get(site)
-        if self.alive and found is not None and site not in self.town.mute:
-            found.tell(decode(encode(message), type(message)))
-
-    def push(self, site, job, what, stored):
-        found = self.town.sites.get(site)
-        here = self.alive and found is not None and site not in self.town.mute
-        if here and self.town.pushing:
-            found.inline(stored.digest, stored.path.read_bytes())
-
-
-class SiteLink:
-    """A site's session."""
-
-    def __init__(self, town, name, life):
-        self.town, self.name, self.life = town, name, life
-
-    @property
-    def hub(self):
-        """The coordinator, if both ends live."""
-        here = self.town.births.get(self.name) == self.life and self.name not in self.town.mute
-        return self.town.hub if here else None
-
-    def say(self, job, message):
-        if self.hub is not None:
-            self.hub.tell(self.name, decode(encode(message), type(message)))
-
-    def doing(self, job, what):
-        pass
-
-    def _broken(self, what):
-        """A transfer that breaks off while the session stays."""
-        if self.town.broken.get((self.name, what), 0):
-            self.town.broken[self.name, what] -= 1
-            raise Offline
-
-    async def upload(self, job, header, digest, source):
-        await asyncio.sleep(0)
-        self._broken("upload")
-        hub, data = self.hub, source if isinstance(source, bytes) else source.read_bytes()
-        if hub is None or not hub.expects(self.name, header, len(data)):
-            raise Offline
-        incoming = hub.house.spool.upload(job, header, self.name, digest, len(data))
-        if not incoming.complete:
-            incoming.write(incoming.offset, data[incoming.offset :])
-        hub.arrived(self.name, header, incoming.finish(unsynced=INLINE))
-
-    async def download(self, job, what, digest):
-        await asyncio.sleep(0)
-        self._broken(what)
-        stored = self.hub.download(what, digest) if self.hub is not None else None
-        if stored is None:
-            raise Offline
-        return container.from_bytes(stored.path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    with FoldPool(1, tmp_path_factory.mktemp("fold")) as found:
-        yield found
-
-
-@contextlib.asynccontextmanager
-async def town(folder, pool, **settings):
-    found = Town(folder, pool, **settings)
-    try:
-        yield found
-    finally:
-        await found.close()
 
 
 async def whole(folder, pool, party="", kill=None, **settings):
@@ -502,12 +87,36 @@ def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
 # ------------------------------------------------------------------------------- who is missing
 
 
-def scene(folder, pool, play, **settings):
-    async def begin():
-        async with town(folder, pool, **settings) as found:
-            await play(found)
+@pytest.mark.parametrize("protection", ["masked", "encrypted"])
+@pytest.mark.parametrize("kept", ["nothing", "an old copy"])
+def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, protection):
+    """It is back before anybody missed it, and the round goes on without it at once."""
+    started = replace(
+        PATIENT, stage=600.0, grace=600.0, gather=600.0
+    )  # later than the end of the test
 
-    asyncio.run(begin())
+    def play(at):
+        async def played(found):
+            for name in SITES:
+                found.start(name)
+            found.start_hub()
+            await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+            copy = tmp_path / f"copy-{at}"
+            if kept == "nothing":
+                copy.mkdir()
+            else:
+                shutil.copytree(found.folder / "b", copy)
+            found.left = {"b": copy}
+            found.journals["b"].countdown, found.journals["b"].late = at // 2 + 1, at % 2
+            await found.run()
+            assert found.deaths == ["b"]
+            assert found.hub.outcome.outcome == "finished"
+            await found.check(rolled_back=() if kept == "nothing" else ("b",))
+
+        return played
+
+    for at in range(0, 16, 3) if protection == "masked" else (1, 6):
+        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=started, protection=protection)
 
 
 def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):

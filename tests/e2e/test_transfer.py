@@ -201,9 +201,10 @@ class Job:
     def part(self, seconds=60.0):
         """The held upload on the coordinator's disk (path, bytes), once it rests: the others are whole."""
         place = self.fed.state(HUB) / "spool" / self.id
-        end, last = time.monotonic() + seconds, None
+        end, found, last = time.monotonic() + seconds, [], None
         while True:
-            found = [(path, path.stat().st_size) for path in place.rglob("part-*")]
+            with contextlib.suppress(FileNotFoundError):  # one that has come whole has another name
+                found = [(path, path.stat().st_size) for path in place.rglob("part-*")]
             if len(found) == 1 and found == last and found[0][1]:
                 return found[0]
             last = found

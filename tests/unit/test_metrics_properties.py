@@ -72,6 +72,16 @@ def test_finish_of_the_counting_metrics_is_exact(rows: Rows) -> None:
         assert metric.finish(metric.sums(*rows)) == metric.exact(*rows)
 
 
+def test_balanced_accuracy_of_three_classes_is_added_in_one_order() -> None:
+    """A correctly rounded sum of these three recalls has another last bit than the sum from left to right."""
+    rows = np.repeat([0, 1, 2], [20, 6, 8])
+    chosen = np.concatenate([[0] * 15 + [1] * 5, [1] + [0] * 5, [2] + [0] * 7])
+    outputs = np.eye(3)[chosen]
+    metric = m.METRICS["balanced_accuracy"]
+    assert metric.sums(outputs, rows).tolist() == [15, 20, 1, 6, 1, 8]
+    assert metric.finish(metric.sums(outputs, rows)) == metric.exact(outputs, rows)
+
+
 @given(classified_rows())
 @FEW
 def test_binned_auc_is_within_its_bound_of_the_exact_one(rows: Rows) -> None:
