@@ -211,6 +211,8 @@ class SiteJob:
         """Digest and container of the last small vector made here."""
         self._candidates: dict[int, _Candidate] = {}
         """By round; a release makes one of them the state and drops the earlier ones."""
+        self._unwritten: list[Any] = []
+        """Records of the round that nothing sent relies on yet."""
         self._making: asyncio.Task[None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[None]] | None = None
         self._early: messages.Certificate | None = None
@@ -248,11 +250,7 @@ class SiteJob:
         standing = journal.get(name, "stage")
         if standing is not None:
             self.stage = decode(standing, object)
-        records = list(journal.read(name, ROUND))
-        self.stage = site.replay(self.stage, records)
-        for record in records:
-            if isinstance(record, site.Certified | site.CheckpointTaken):
-                journal.put(name, "certificate", encode(record.certificate))
+        self.stage = site.replay(self.stage, journal.read(name, ROUND))
         self._recover_state()
         self._groups = json.loads(journal.get(name, "groups") or b"{}")
         held = journal.get(name, "epoch")
@@ -311,8 +309,6 @@ class SiteJob:
     async def _serve(self) -> None:
         if self.plan is not None and self.ended is None:
             self._tidy()
-            if not isinstance(self.stage, site.IN_ROUND):
-                self._keep_stage()  # a round that ended just before: its secrets go
             await self._machine(site.Restarted())
             await self._install_held()
             await self._epoch_machine(epoch.Again())
@@ -346,6 +342,7 @@ class SiteJob:
                      "_scheme", "_member", "_groups", "_candidates"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
+        self._unwritten.clear()
         self._queue.put_nowait(_Connected())
         return True
 
@@ -428,8 +425,11 @@ class SiteJob:
             return
         if self.survey is not None and self.plan is None:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
-        if self.plan is None:
-            return
+        if self.plan is not None:
+            await self._say_again()
+
+    async def _say_again(self) -> None:
+        """All that the coordinator may not have, or may have lost."""
         self._agree()
         await self._epoch_machine(epoch.Again())
         if isinstance(self.stage, site.IN_ROUND):
@@ -450,6 +450,8 @@ class SiteJob:
 
     async def _on_message(self, message: Any) -> None:
         match message:
+            case job.PlanOffer() if self.plan is not None:
+                await self._say_again()  # the coordinator's disk refused something that it was told
             case job.PlanOffer():
                 self._take_plan(message)
             case job.CheckpointWanted():
@@ -513,11 +515,6 @@ class SiteJob:
 
     def _take_plan(self, offered: job.PlanOffer) -> None:
         """Make the plan here, and go on only if the offered one is the same."""
-        if self.plan is not None:
-            self._agree()
-            if not isinstance(self.stage, site.IN_ROUND):
-                self._stand()  # the coordinator may have lost it
-            return
         if self.survey is None:
             return  # still loading: the coordinator offers it again
         settings = wire_settings(self.offer.settings)
@@ -599,7 +596,7 @@ class SiteJob:
             self._groups[str(effect.epoch)] = self.secrets.group.to_bytes().hex()
             self.party.journal.put(self.id, "groups", canonical(self._groups))
             await self._machine(site.NewEpoch(effect.epoch, effect.key_id))
-            self._keep_stage()
+            self._keep_stage(self.stage)
         else:
             self._use(effect.payload, self.epoch.header.maker)
         self._rest()
@@ -667,15 +664,15 @@ class SiteJob:
             self._note(error)
             await self._refuse(error)
             return
-        self._journal(found)
+        ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
+        ended = ended or isinstance(event, site.CaughtUp)
+        self._journal(found, after if ended else None)
         self.stage = after
         for effect in found:
             if not isinstance(effect, effects.Persist):
                 await self._obey(effect)
-        ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
-        if ended or isinstance(event, site.CaughtUp):
+        if ended:
             self._early = None  # of this round, and the next one is not to be left for it
-            self._keep_stage()
             self._stop_making()
             self._rest()
             if self._ending is not None:
@@ -700,26 +697,43 @@ class SiteJob:
             )
         await self._machine(site.Refused(error, sealed))
 
-    def _journal(self, found: Sequence[Any]) -> None:
-        records = [e.record for e in found if isinstance(e, effects.Persist)]
-        put = {}
-        for record in records:
-            if isinstance(record, site.VectorSpooled) and record.submit.digest == self._vector[0]:
-                put["vector"] = self._vector[1]
-            elif isinstance(record, site.SumStated):
-                number = self.stage.header.round
-                put["candidate"] = encode((number, self._candidate(number).data))
-        for effect in found:
-            if isinstance(effect, effects.Apply):
-                put["certificate"] = encode(effect.certificate)
-                put["state"] = self._candidate(effect.certificate.header.round).data
-        if records or put:
-            self.party.journal.append(self.id, ROUND, records, put=put)
+    def _journal(self, found: Sequence[Any], ended: Any = None) -> None:
+        """Write what a step records, before anything of it is sent.
 
-    def _keep_stage(self) -> None:
+        Records that only work here relies on wait for the next ones: a process that ends meanwhile has
+        not heard what they say, and the coordinator says it again.
+        ended: the stage between rounds that the step led to, if it did.
+        """
+        put: dict[str, bytes] = {}
+        for effect in found:
+            match effect:
+                case effects.Persist(record=record):
+                    self._unwritten.append(record)
+                    put |= self._small_beside(record)
+                case effects.Apply(certificate=certificate):
+                    put["certificate"] = encode(certificate)
+                    put["state"] = self._candidate(certificate.header.round).data
+        if ended is not None:
+            self._keep_stage(ended, put)
+        elif put or any(isinstance(effect, effects.Send) for effect in found):
+            if put or self._unwritten:
+                self.party.journal.append(self.id, ROUND, self._unwritten, put=put)
+            self._unwritten.clear()
+
+    def _small_beside(self, record: Any) -> dict[str, bytes]:
+        """The vector or the state that a record relies on, where it is small."""
+        if isinstance(record, site.VectorSpooled) and record.submit.digest == self._vector[0]:
+            return {"vector": self._vector[1]}
+        if isinstance(record, site.SumStated):
+            number = self.stage.header.round
+            return {"candidate": encode((number, self._candidate(number).data))}
+        return {}
+
+    def _keep_stage(self, stage: Any, put: Mapping[str, bytes] | None = None) -> None:
         """Between rounds one record says all; those of the round, and its secrets, go for good."""
-        stage, over = {"stage": encode(self.stage)}, ("vector", "candidate")
-        self.party.journal.compact(self.id, ROUND, put=stage, forget=over)
+        self._unwritten.clear()
+        kept, over = {**(put or {}), "stage": encode(stage)}, ("vector", "candidate")
+        self.party.journal.compact(self.id, ROUND, put=kept, forget=over)
 
     async def _obey(self, effect: Any) -> None:
         match effect:

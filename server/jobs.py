@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -269,7 +269,8 @@ class CoordinatedJob:
         """Files of rows that a full disk kept from being written to their end."""
         self._epoch_refused = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._due: list[tuple[Any, Any, Sequence[Any]]] = []
+        self._due: list[Any] = []
+        """Effects of the steps taken since the last commit."""
         self._put: dict[str, bytes] = {}
         self._small: set[str] = set()
         """Keys of the journal with files of the round under way that came without a sync."""
@@ -320,8 +321,6 @@ class CoordinatedJob:
             digest = self.stage.header.digest
             self._sum = self.house.spool.find(self.id, "sum", header=digest)
         self._begun = self._stage_since = self.house.clock()
-        if records and isinstance(self.stage, coordinator.Released | coordinator.Abandoned):
-            self._round_over()  # the process ended after the round and before this was written
         self._checkpoint = self._kept_checkpoint()
         self._tidy()
 
@@ -481,13 +480,12 @@ class CoordinatedJob:
                     await self._fold.end()
 
     async def _handle_waiting(self) -> None:
-        """What came in at the same time: the records of several sites' messages in one commit."""
+        """What came in at the same time, before anybody who watches looks again."""
         await asyncio.sleep(0)  # frames that are read already get here first
         for _ in range(self._queue.qsize()):
             if self.outcome is not None:
                 break
             await self._handle(self._queue.get_nowait())
-        self._commit()
 
     async def _again(self) -> bool:
         """After a pause, what a new process would know. False: the disk still refuses."""
@@ -503,7 +501,8 @@ class CoordinatedJob:
         self.progress.rounds, self.progress.text = fresh.progress.rounds, ""
         self._hear_of(self.certificate)
         for view in self.sites.values():
-            view.rest = None
+            # Each is offered the plan again, and says where it stands.
+            view.rest, view.agreed = None, False
         self._restarted = True
         return True
 
@@ -554,6 +553,7 @@ class CoordinatedJob:
         now = self.house.clock()
         self._tick_at = now + TICK
         self._machine(coordinator.Tick())
+        self._commit()
         self._epoch_machine(epoch.EpochTick())
         self._look_for_lost(now)
         if now - self._nudged_at >= _AGAIN:
@@ -601,14 +601,18 @@ class CoordinatedJob:
         view.rest, view.missed, view.away_since = None, False, None
         self._offered.pop(name, None)
         self.links.say(name, self.id, self.offer)
-        if self.plan is None:
-            return
+        if self.plan is not None and not view.agreed:
+            self._offer_plan(name)
+
+    def _offer_plan(self, name: SiteId) -> None:
+        assert self.plan is not None
         self.links.say(name, self.id, job.PlanOffer(self.id, canonical(self.plan.to_json())))
-        if self.sites[name].agreed:
-            self._rejoin(name)
 
     def _rejoin(self, name: SiteId) -> None:
-        """A site that knows the plan gets again what epoch and round have for it."""
+        """A site that says that it knows the plan gets again what epoch and round have for it.
+
+        It says so in every new session, and when its disk refused something that was said to it.
+        """
         # The round first: a site takes no new epoch inside one.
         self._machine(coordinator.Reconnected(name))
         self._epoch_machine(epoch.Reconnected(name))
@@ -624,14 +628,12 @@ class CoordinatedJob:
                 view.anew, view.agreed = view.agreed, False
                 self._out_of_round(name)
                 if self.plan is not None:
-                    self.links.say(
-                        name, self.id, job.PlanOffer(self.id, canonical(self.plan.to_json()))
-                    )
+                    self._offer_plan(name)
             case job.Unable(reason=reason):
                 view.unable = reason if reason in job.REASONS else "trouble"
                 LOG.warning("job %s: site %s: %s", self.id, name, job.REASONS[view.unable])
             case job.PlanAgreed(plan_digest=digest):
-                if self.plan is not None and digest == self.plan.digest and not view.agreed:
+                if self.plan is not None and digest == self.plan.digest:
                     view.agreed = True
                     if view.anew and isinstance(self.epoch, epoch.Spreading):
                         view.anew = False
@@ -663,7 +665,7 @@ class CoordinatedJob:
             case messages.Leave(code=messages.RELEASE_REFUSED) if not self._of_this_round(message):
                 self._halted(name)
             case _:
-                self._machine(coordinator.Received(name, message), together=True)
+                self._machine(coordinator.Received(name, message))
 
     def _of_this_round(self, leave: messages.Leave) -> bool:
         header = getattr(self.stage, "header", None)
@@ -907,40 +909,38 @@ class CoordinatedJob:
         name = f"{self.id}-{header.round}"
         self._fold = self.house.pool.job(name, self.plan.packing, slots)
 
-    def _machine(
-        self, event: Any, *, together: bool = False, put: Mapping[str, bytes] | None = None
-    ) -> None:
+    def _machine(self, event: Any, *, put: Mapping[str, bytes] | None = None) -> None:
         """Step; records first, then everything else in order.
 
-        together: the commit may wait for the messages that came in with this one, until the stage
-        changes; what was asked for waits with it, so nothing is sent before its record.
+        Records that nothing relies on yet may wait, for the next ones or for the clock: a process that
+        ends meanwhile has not heard what they say, and whoever said it says it again.
         put: what goes into the journal in the commit of this step's records.
         """
-        if not together:
-            self._commit()
         before = self.stage
         self.stage, found = coordinator.step(self._hub, before, event, self.house.clock())
-        self._due.append((before, self.stage, found))
+        self._due.extend(found)
         self._put.update(put or {})
-        if not together or type(self.stage) is not type(before):
-            self._commit()
+        changed = type(self.stage) is not type(before)
+        if changed:
+            self._time(before)
+        if changed or not all(isinstance(e, effects.Persist | effects.Fold) for e in found):
+            ended = coordinator.Released | coordinator.Abandoned
+            self._commit(ended=isinstance(self.stage, ended) and not isinstance(before, ended))
 
-    def _commit(self) -> None:
-        """Write the records of the steps taken, and do what they ask for."""
+    def _commit(self, *, ended: bool = False) -> None:
+        """Write the records of the steps taken, and do what they ask for. ended: so did the round."""
         due, self._due = self._due, []
-        records = [e.record for _, _, found in due for e in found if isinstance(e, effects.Persist)]
         put, self._put = self._put, {}
-        if records:
+        records = [effect.record for effect in due if isinstance(effect, effects.Persist)]
+        if ended:
+            self._keep_end()
+        elif records:
             self.house.journal.append(self.id, ROUND, records, put=put)
             self._small |= put.keys()
-        ended = coordinator.Released | coordinator.Abandoned
-        for before, after, found in due:
-            if type(after) is not type(before):
-                self._time(before)
-            for effect in found:
-                self._obey(effect)
-            if isinstance(after, ended) and not isinstance(before, ended):
-                self._round_over()
+        for effect in due:
+            self._obey(effect)
+        if ended:
+            self._round_over()
 
     def _time(self, before: Any) -> None:
         """Add the time since the last change of stage to the stage that ended."""
@@ -989,7 +989,6 @@ class CoordinatedJob:
         if submit is None or stored is None or not isinstance(self.stage, coordinator.Collecting):
             return
         assert self._fold is not None
-        self._commit()  # folding takes its time, and what is due shall not wait for it
         event = coordinator.Uploaded(name, submit, stored.digest, stored.size)
         # What cannot be folded must not be taken; what is not taken must not be in the sum, and is
         # not: `total` gets the list.
@@ -1027,16 +1026,13 @@ class CoordinatedJob:
             _Done(coordinator.SumReady(self._sum.digest, self._sum.size), header)
         )
 
-    def _round_over(self) -> None:
-        """In one write: how the round ended, its row, and what comes next; its records go.
-
-        A process that ended before it finds the round's last record, and comes here again.
-        """
+    def _keep_end(self) -> None:
+        """In one write: how the round ended, its row, and what comes next; its records go."""
         assert self.plan is not None
         stage, step = self.stage, self.step
         assert step is not None
-        released = isinstance(stage, coordinator.Released)
         row = self._row(step)
+        released = isinstance(stage, coordinator.Released)
         after = course.step_after(self.plan, step, released=released)
         values = {
             "stage": encode(stage), "step": encode(after),
@@ -1053,15 +1049,22 @@ class CoordinatedJob:
             self.certificate = stage.certificate
             self._hear_of(stage.certificate)
         self.progress.rounds.append(row)
-        self._write_row(row, ROUNDS_FILE)
-        self.house.spool.discard(self.id, stage.header.digest)
-        self._give_up_trying(step)
 
-    def _give_up_trying(self, step: course.Step) -> None:
+    def _round_over(self) -> None:
+        """What nobody waits for, once the sites have heard how the round ended."""
+        self._write_row(self.progress.rounds[-1], ROUNDS_FILE)
+        self.house.spool.discard(self.id, self.stage.header.digest)
+        self._give_up_trying()
+
+    def _give_up_trying(self) -> None:
         """A step that is tried again and again ends the job, not later than its last try."""
+        step = self.step
+        if step is None:
+            return
+        again = step.purpose, step.training_round
         last = self.progress.rounds[-MOST_TRIES:]
-        same = [r for r in last if r["purpose"] == step.purpose and "abandoned" in r]
-        if self.step == step and len(same) == MOST_TRIES:
+        same = [r for r in last if (r["purpose"], r["round"]) == again and "abandoned" in r]
+        if len(same) == MOST_TRIES:
             self.end(
                 "abandoned", f"the {step.purpose} round was abandoned {MOST_TRIES} times in a row"
             )
@@ -1262,6 +1265,8 @@ class CoordinatedJob:
 
     def end(self, outcome: str, text: str) -> None:
         """No further round: the sites hear of it. Of the rounds nothing is kept but their rows."""
+        self._due.clear()
+        self._put.clear()
         ended = job.JobEnded(self.id, outcome, text, self._last_certificate())
         kept = {"ended": encode(ended)}
         self.house.journal.compact(self.id, ROUND, put=kept, forget=sorted(self._small))

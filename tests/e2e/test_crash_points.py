@@ -8,6 +8,8 @@ import shutil
 import time
 from dataclasses import replace
 
+import fedcore_clients.jobs
+import fedcore_server.jobs
 import pytest
 from fedcore_clients.training import TrainingFailed
 from fedcore_server.jobs import Limits
@@ -250,21 +252,32 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
     scene(tmp_path, pool, play)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("party", [HUB, "b"])
-def test_a_full_disk_is_waited_out(tmp_path, pool, party):
-    async def play(found):
-        for name in SITES:
-            found.start(name)
-        found.start_hub()
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
-        found.journals[party].full = 3
-        await found.run()
-        assert found.hub.outcome.outcome == "finished"
-        assert found.journals[party].full == 0
-        await found.check()
+def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
+    """At any commit, and nobody waits for a deadline: what the disk kept from being heard is said again."""
+    for module in (fedcore_server.jobs, fedcore_clients.jobs):
+        monkeypatch.setattr(module, "_AGAIN", 0.05)
 
-    scene(tmp_path, pool, play, rounds=4)
+    def play(at):
+        async def played(found):
+            for name in SITES:
+                found.start(name)
+            found.start_hub()
+            await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+            found.journals[party].full_in, found.journals[party].full = at, 2
+            await found.run()
+            assert found.hub.outcome.outcome == "finished"
+            assert found.journals[party].full == 0
+            assert found.deaths == []
+            await found.check()
+
+        return played
+
+    late = replace(
+        PATIENT, stage=600.0, grace=600.0, gather=600.0
+    )  # later than the end of the test
+    for at in range(10):
+        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=late)
 
 
 def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):

@@ -19,8 +19,8 @@ from deployment import HUB, SMALL, deployment, small_task
 from fedcore_clients.bench import ROWS
 from fedcore_server.jobs import Limits
 from fedcore_server.operators import save_result, write_report
-from test_crash_points import SITES, HubLinks, SiteLink, pool, scene  # noqa: F401 - a fixture
 from test_patients import RECORDER
+from town import SITES, HubLinks, SiteLink, scene
 
 from fedcore import simulate
 from fedcore.errors import StoreFull
@@ -195,7 +195,7 @@ def shown(found):
     return [(row["round"], row["metrics"][ROWS.name]) for row in found.hub.progress.metrics]
 
 
-def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoken):  # noqa: F811
+def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoken):
     async def play(found):
         start = public(found)
         found.start_hub()
@@ -223,7 +223,7 @@ def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoke
 
 @pytest.mark.parametrize("thinned", [True, False], ids=["too few signatures", "control"])
 def test_a_coordinator_without_a_certificate_hears_nothing(
-    tmp_path, pool, spoken, monkeypatch, thinned  # noqa: F811
+    tmp_path, pool, spoken, monkeypatch, thinned
 ):  # fmt: skip
     """Attack: a coordinator that wants the metrics of a release that fewer than t sites signed."""
     say = HubLinks.say
@@ -250,7 +250,7 @@ def test_a_coordinator_without_a_certificate_hears_nothing(
     assert bool(spoken) is not thinned
 
 
-def test_a_record_that_never_ends_keeps_no_round_and_no_value_back(tmp_path, pool):  # noqa: F811
+def test_a_record_that_never_ends_keeps_no_round_and_no_value_back(tmp_path, pool):
     async def play(found):
         start = public(found, hang="d")
         found.start_hub()
@@ -263,7 +263,7 @@ def test_a_record_that_never_ends_keeps_no_round_and_no_value_back(tmp_path, poo
     scene(tmp_path, pool, play, limits=PATIENT)
 
 
-def test_what_too_few_sites_say_is_not_shown_and_not_waited_for_long(tmp_path, pool):  # noqa: F811
+def test_what_too_few_sites_say_is_not_shown_and_not_waited_for_long(tmp_path, pool):
     async def play(found):
         start = public(found, hang="cd")
         found.start_hub()
@@ -275,7 +275,7 @@ def test_what_too_few_sites_say_is_not_shown_and_not_waited_for_long(tmp_path, p
     scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.5))
 
 
-def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, pool):  # noqa: F811
+def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, pool):
     """The release is proved and cannot be written: read again from the disk, the round ends, and the sites'
     words on it count as in any other."""
 

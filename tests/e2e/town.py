@@ -63,6 +63,9 @@ class Watched(Journal):
     late = False
     writes = 0
     full = 0
+    full_in = 0
+    """Commits that find no room, and those before them that do."""
+    dead = False
 
     def write(self, entries):
         self._commit(lambda: Journal.write(self, entries))
@@ -74,8 +77,12 @@ class Watched(Journal):
         self._commit(lambda: Journal.trim(self, *args, **kwargs))
 
     def _commit(self, work):
+        if self.dead:
+            raise Killed
         self.writes += 1
-        if self.full:
+        if self.full_in:
+            self.full_in -= 1
+        elif self.full:
             self.full -= 1
             raise StoreFull("journal: found no room")
         if self.countdown is None:
@@ -85,7 +92,7 @@ class Watched(Journal):
         if self.countdown == 0:
             if self.late:
                 work()
-            self.countdown = None
+            self.countdown, self.dead = None, True
             raise Killed
         work()
 
@@ -205,13 +212,13 @@ class Town:
         )  # fmt: skip
         written = found._journal
 
-        def journal(effects):
+        def journal(effects, *rest):
             for effect in effects:
                 record = getattr(effect, "record", None)
                 if isinstance(record, once):
                     place = name, found.stage.header.digest, type(record).__name__
                     self.signed.setdefault(place, set()).add(encode(record))
-            written(effects)
+            written(effects, *rest)
 
         found._journal = journal
 
@@ -263,19 +270,15 @@ class Town:
         await asyncio.gather(*[t for t in [task, *beside] if t is not None], return_exceptions=True)
 
     async def look(self):
-        """Bury whoever died, and start it again."""
+        """Bury whoever died, in its task or in work beside it, and start it again."""
         for name, task in list(self.tasks.items()):
-            if not task.done():
-                continue
-            found = self.hub if name == HUB else self.sites.get(name)
-            if task.cancelled() or not isinstance(task.exception(), Killed):
-                if task.cancelled() or task.exception() is None:
-                    self.tasks.pop(name)
-                    continue
-                raise task.exception()
-            self._dead(name)
-            await self._bury(found, None)
-            self.start(name, **self.again.pop(name, {}))
+            if self.journals[name].dead:
+                await self.kill(name)
+                self.start(name, **self.again.pop(name, {}))
+            elif task.done():
+                self.tasks.pop(name)
+                if not task.cancelled() and task.exception() is not None:
+                    raise task.exception()
 
     def start(self, name, **kill):
         if name == HUB:
