@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,27 @@ def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
     value = derive_seed(seed, round_, site, purpose)
     numpy_state = np.random.get_state()  # noqa: NPY002 - a task may draw from it
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(value)
+        _seed(value)
         np.random.seed(value % (1 << 32))  # noqa: NPY002
         try:
             yield
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@cache
+def _accelerated() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _seed(value: int) -> None:
+    """As `torch.manual_seed`, without what it does on a machine that has no accelerator: it writes down its
+    own call stack for each kind of device that may come later. That is a fifth of a comparison of small
+    models."""
+    if _accelerated():
+        torch.manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
 
 
 class FlatModel:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.learn import flat
 from fedcore.learn.flat import FlatModel, build_model, model_summary, seeded, single_thread
+from fedcore.seeds import derive_seed
 
 
 class Tied(nn.Module):
@@ -127,6 +129,22 @@ def test_initial_values_come_from_the_seed_alone():
     b = FlatModel(make(4)).read()
     np.testing.assert_array_equal(a, b)
     assert (FlatModel(make(4, seed=1)).read() != a).any()
+
+
+def test_seeding_is_torch_s_own_and_keeps_nothing(monkeypatch):
+    """On a machine without an accelerator torch.manual_seed would keep its call stack, each time."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(derive_seed(3, 1, "a", "train"))
+    expected, kept = torch.randn(5), len(torch.cuda._queued_calls)
+    torch.random.set_rng_state(state)
+    with seeded(3, 1, "a", "train"):
+        assert torch.equal(torch.randn(5), expected)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    if not torch.accelerator.is_available():
+        assert len(torch.cuda._queued_calls) == kept
+    monkeypatch.setattr(flat, "_accelerated", lambda: True)
+    with seeded(3, 1, "a", "train"):
+        assert torch.equal(torch.randn(5), expected)
 
 
 def test_building_leaves_the_caller_s_generators_alone():
