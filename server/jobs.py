@@ -17,11 +17,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedcore_server.folding import FoldPool, JobFold
+from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
 
 from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Layout
@@ -33,16 +34,13 @@ from fedcore.errors import (
     StoreFull,
     StoreProblem,
 )
-from fedcore.files import write_atomic
 from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical, default_threshold
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator, course, effects, epoch, job, messages, publicmetrics
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.shared import cohort_threshold
-from fedcore.run import append_row
 from fedcore.scheme import Scheme, vector_of
 from fedcore.store import container
-from fedcore.store.disk import refusals
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
 from fedcore.types import Json, SiteId
@@ -50,12 +48,6 @@ from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-_ROW, ROUNDS_FILE = "row-", "rounds.jsonl"
-"""Rows of ROUNDS_FILE in the journal: the file is written from them."""
-
-_METRICS, METRICS_FILE = "metrics-", "metrics.jsonl"
-"""The same for the metrics that sites made public; one of a round may come after the round's row."""
-
 _VECTOR, _SUM = "vector-", "sum-"
 """Small files of the round under way: in the journal with the record that relies on them, in one commit,
 and so without a sync of their own. A power cut may take the file; the next start writes it again."""
@@ -201,8 +193,6 @@ class Progress:
 
     state: str = WAITING
     text: str = ""
-    rounds: list[Json] = field(default_factory=list)
-    metrics: list[Json] = field(default_factory=list)
     waiting_for: tuple[SiteId, ...] = ()
     waiting_until: float | None = None
 
@@ -242,6 +232,8 @@ class CoordinatedJob:
         self.features = 0
         self.sites = {name: SiteView() for name in house.pins}
         self.progress = Progress()
+        self.rounds = Rows(house.journal, self.id, self.directory, ROUNDS_FILE)
+        self.metrics = Rows(house.journal, self.id, self.directory, METRICS_FILE)
         self.epoch: Any = epoch.NoEpoch()
         self.stage: Any = coordinator.Ready()
         self.step: course.Step | None = None
@@ -265,8 +257,6 @@ class CoordinatedJob:
         self._finishing: float | None = None
         self._hearing: publicmetrics.Hearing | None = None
         self._restarted = False
-        self._behind: set[str] = set()
-        """Files of rows that a full disk kept from being written to their end."""
         self._epoch_refused = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._due: list[Any] = []
@@ -307,8 +297,8 @@ class CoordinatedJob:
         certificate = journal.get(name, "certificate")
         if certificate is not None:
             self.certificate = decode(certificate, messages.Certificate)
-        self.progress.rounds = self._restored_rows(_ROW, ROUNDS_FILE)
-        self.progress.metrics = self._restored_rows(_METRICS, METRICS_FILE)
+        self.rounds.restore()
+        self.metrics.restore()
         self._hear_of(self.certificate)
         records = list(journal.read(name, ROUND))
         self.stage = coordinator.replay(self.stage, records)
@@ -340,31 +330,6 @@ class CoordinatedJob:
             if data is not None:
                 chunks = container.from_bytes(data)
                 self.house.spool.put(name, "sum", chunks, header=header, unsynced=INLINE)
-
-    def _restored_rows(self, prefix: str, file: str) -> list[Json]:
-        """The rows the journal has, into the file if a crash came between the two."""
-        journal, name = self.house.journal, self.id
-        keys = [key for key in journal.keys(name) if key.startswith(prefix)]
-        found = [json.loads(row) for key in keys if (row := journal.get(name, key)) is not None]
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in found)
-        path = self.directory / file
-        with refusals("rounds", path):
-            if (path.read_bytes() if path.exists() else b"") != text.encode():
-                write_atomic(path, text.encode())
-        return found
-
-    def _write_row(self, row: Json, file: str) -> None:
-        """One more line for people. The journal has it: a disk without room costs the line, not the job,
-        and the whole file is made again with the next row that finds room, or at the next start."""
-        try:
-            if file in self._behind:
-                self._restored_rows(_ROW if file == ROUNDS_FILE else _METRICS, file)
-            else:
-                append_row(self.directory, row, file)
-            self._behind.discard(file)
-        except (OSError, StoreProblem) as error:
-            self._behind.add(file)
-            LOG.warning("job %s: %s not written: %s", self.id, file, error)
 
     def _tidy(self) -> None:
         """Remove the spool's rounds that a crash kept from being removed."""
@@ -498,7 +463,9 @@ class CoordinatedJob:
             return False
         for name in _FROM_DISK:
             setattr(self, name, getattr(fresh, name))
-        self.progress.rounds, self.progress.text = fresh.progress.rounds, ""
+        self.rounds.known[:] = fresh.rounds.known
+        self.metrics.known[:] = fresh.metrics.known
+        self.progress.text = ""
         self._hear_of(self.certificate)
         for view in self.sites.values():
             # Each is offered the plan again, and says where it stands.
@@ -730,7 +697,7 @@ class CoordinatedJob:
                 f"which needs {max(limits.minimum, wanted)}"
             )
             why = f": {self.progress.text}" if self.progress.text else ""
-            self.end("abandoned" if self.progress.rounds else "failed", text + why)
+            self.end("abandoned" if self.rounds.known else "failed", text + why)
             return False
         for name in awaited:
             self.sites[name].missed = True
@@ -854,7 +821,13 @@ class CoordinatedJob:
             if rest is not None and (rest.epoch, rest.certificate) == (self.epoch.epoch, here):
                 ready.append(name)
         roster = tuple(name for name in self.house.pins if name in ready)
-        if not self._gathered(list(roster), self._wanted()):
+        wanted = self._wanted()
+        if wanted > self._threshold():
+            self.progress.text = (
+                f"the sites refused the statistics of {len(self.stage.header.roster)} sites (their logs say "
+                f"why); tried again with {wanted}"
+            )
+        if not self._gathered(list(roster), wanted):
             return
         self.progress.text = ""
         self._begin_round(self.step, roster)
@@ -871,13 +844,7 @@ class CoordinatedJob:
             return least
         able = sum(not view.unable for view in self.sites.values())
         more = min(able, len(stage.header.roster) + 1)
-        if not stage.refused or more <= least:
-            return least
-        self.progress.text = (
-            f"the sites refused the statistics of {len(stage.header.roster)} sites (their logs say why); "
-            f"tried again with {more}"
-        )
-        return more
+        return max(least, more) if stage.refused else least
 
     def _begin_round(self, step: course.Step, roster: tuple[SiteId, ...]) -> None:
         assert self.plan is not None
@@ -1034,10 +1001,7 @@ class CoordinatedJob:
         row = self._row(step)
         released = isinstance(stage, coordinator.Released)
         after = course.step_after(self.plan, step, released=released)
-        values = {
-            "stage": encode(stage), "step": encode(after),
-            f"{_ROW}{len(self.progress.rounds):06}": canonical(row),
-        }  # fmt: skip
+        values = {"stage": encode(stage), "step": encode(after), **self.rounds.entry(row)}
         if isinstance(stage, coordinator.Released):
             values["certificate"] = encode(stage.certificate)
         # Nothing of it is secret here, so it need not be gone from free pages.
@@ -1048,11 +1012,11 @@ class CoordinatedJob:
             self._drop_checkpoint()
             self.certificate = stage.certificate
             self._hear_of(stage.certificate)
-        self.progress.rounds.append(row)
+        self.rounds.add(row)
 
     def _round_over(self) -> None:
         """What nobody waits for, once the sites have heard how the round ended."""
-        self._write_row(self.progress.rounds[-1], ROUNDS_FILE)
+        self.rounds.show()
         self.house.spool.discard(self.id, self.stage.header.digest)
         self._give_up_trying()
 
@@ -1062,7 +1026,7 @@ class CoordinatedJob:
         if step is None:
             return
         again = step.purpose, step.training_round
-        last = self.progress.rounds[-MOST_TRIES:]
+        last = self.rounds.known[-MOST_TRIES:]
         same = [r for r in last if (r["purpose"], r["round"]) == again and "abandoned" in r]
         if len(same) == MOST_TRIES:
             self.end(
@@ -1115,7 +1079,7 @@ class CoordinatedJob:
         if certificate is None or self._hearing is None:
             return
         number = certificate.header.round
-        known = any(row["number"] == number for row in self.progress.metrics)
+        known = any(row["number"] == number for row in self.metrics.known)
         self._hearing.released(certificate, believed=known)
 
     def _take_metrics(self, name: SiteId, message: job.PublicMetrics) -> None:
@@ -1135,10 +1099,9 @@ class CoordinatedJob:
         reference = build_job(json.loads(self.offer.settings)).track.reference
         if reference is not None:
             row["reference"] = reference.against(found.values)
-        key = f"{_METRICS}{len(self.progress.metrics):06}"
-        self.house.journal.put(self.id, key, canonical(row))
-        self.progress.metrics.append(row)
-        self._write_row(row, METRICS_FILE)
+        self.house.journal.append(self.id, ROUND, (), put=self.metrics.entry(row))
+        self.metrics.add(row)
+        self.metrics.show()
         self.on_change()
 
     def _metrics_awaited(self) -> bool:
@@ -1252,7 +1215,7 @@ class CoordinatedJob:
                 if isinstance(self.epoch, epoch.Spreading):
                     self._want_checkpoint()
                 return
-        trained = [r for r in self.progress.rounds if r["purpose"] == "update"]
+        trained = [r for r in self.rounds.known if r["purpose"] == "update"]
         if trained and all("abandoned" in row for row in trained):
             self.end("abandoned", "every round was abandoned for want of sites")
             return

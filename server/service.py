@@ -278,7 +278,7 @@ class Coordinator:
     def seen(self) -> Seen:
         """For the counters; asked from another thread."""
         jobs = list(self.jobs.values())
-        rows = [row for found in jobs for row in list(found.progress.rounds)]
+        rows = [row for found in jobs for row in list(found.rounds.known)]
         return Seen(
             len(self.house.pins), len(self.sessions),
             Counter(found.progress.state for found in jobs),
@@ -595,7 +595,7 @@ class Coordinator:
             self.gate.still(peer)
             changed, over = self._changed, found.outcome is not None
             event = self._about(found) | {"sites": self._sites(found)}
-            rounds, metrics = found.progress.rounds, found.progress.metrics
+            rounds, metrics = found.rounds.known, found.metrics.known
             event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
             event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
             if event != last:
@@ -618,12 +618,12 @@ class Coordinator:
             "text": progress.text, "stage": type(stage).__name__.lower(),
             "step": None if found.step is None else [found.step.purpose, found.step.training_round],
             "rounds": json.loads(found.offer.settings)["round"]["rounds"],
-            "rounds_done": sum(r["purpose"] == "update" for r in progress.rounds),
+            "rounds_done": sum(r["purpose"] == "update" for r in found.rounds.known),
             "protection": json.loads(found.offer.settings)["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self._waiting(found),
             "public_metrics": found.plan.public_metrics if found.plan is not None else None,
-            "metrics": max(progress.metrics, key=lambda row: row["number"], default=None),
+            "metrics": max(found.metrics.known, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 
     def _sites(self, found: CoordinatedJob | None) -> Json:

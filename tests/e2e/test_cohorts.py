@@ -38,7 +38,7 @@ def test_enough_vectors_end_the_wait_for_a_slow_site(tmp_path, pool, protection)
             found.start(name)
         slow(found, "d", release)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 2, seconds=50)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 2, seconds=50)
         release.set()
         await found.run(seconds=50)
         rows = found.rounds()
@@ -85,7 +85,7 @@ def test_refused_statistics_wait_for_a_further_site(tmp_path, pool):
         await found.run(until=lambda: found.hub.progress.waiting_for == ("d",))
         epoch = found.hub.epoch.epoch
         await asyncio.sleep(4 * limits.gather)
-        assert len(found.hub.progress.rounds) == 1, "with three it would be refused again"
+        assert len(found.hub.rounds.known) == 1, "with three it would be refused again"
         assert found.hub.epoch.epoch == epoch
         found.start("d")
         surveyed(found, "d", observed=True)

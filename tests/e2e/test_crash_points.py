@@ -73,7 +73,7 @@ def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
         for name in SITES:
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         found.journals[party].countdown, found.journals[party].late = commits, late
         await found.run()
         assert found.deaths == [party, party]
@@ -102,7 +102,7 @@ def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, pr
             for name in SITES:
                 found.start(name)
             found.start_hub()
-            await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+            await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
             copy = tmp_path / f"copy-{at}"
             if kept == "nothing":
                 copy.mkdir()
@@ -126,7 +126,7 @@ def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await found.kill("b")
         await found.run()
         assert "b" not in found.rounds()[-1]["survivors"]
@@ -149,7 +149,7 @@ def test_a_site_that_comes_late_catches_up_and_takes_part(tmp_path, pool):
         found.start_hub()
         for name in ("a", "b", "c"):
             found.start(name)
-        await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 2)
+        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
         found.hub.house = replace(found.hub.house, limits=PATIENT)  # from now on it is waited for
         found.start("d")
         await found.run()
@@ -193,7 +193,7 @@ def test_a_round_waits_for_a_dead_site_no_longer_than_the_grace(tmp_path, pool):
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await found.run(until=lambda: type(found.hub.stage).__name__ == "Collecting")
         await found.kill("c")
         await found.run()
@@ -263,7 +263,7 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
             for name in SITES:
                 found.start(name)
             found.start_hub()
-            await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+            await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
             found.journals[party].full_in, found.journals[party].full = at, 2
             await found.run()
             assert found.hub.outcome.outcome == "finished"
@@ -286,10 +286,10 @@ def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):
             found.start(name)
         found.start_hub()
         path = found.folder / HUB / "jobs" / "job" / "rounds.jsonl"
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         path.unlink()
         path.mkdir()
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 3)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 3)
         path.rmdir()
         await found.run()
         assert found.hub.outcome.outcome == "finished"
@@ -328,7 +328,7 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
         for name in ("a", "b", "c"):
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 2)
+        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
         found.hub.house = replace(found.hub.house, limits=PATIENT)
         asked, another = [], asyncio.Event()
 
@@ -390,7 +390,7 @@ def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, poo
 
         found.sites["b"].contributor.track = hangs
         found.start_hub()
-        await found.run(until=lambda: found.hub is not None and len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 1)
         found.sites["b"].party = replace(found.sites["b"].party, patience=0.5)
         await found.run()
         assert found.sites["b"].ended.outcome == "finished"
@@ -455,7 +455,7 @@ def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool,
         for name in SITES:
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         victim, first = found.sites["b"], found.hub.epoch.epoch
 
         def opened(asked, chunks):

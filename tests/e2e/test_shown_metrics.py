@@ -192,7 +192,7 @@ def public(found, *, hang=()):
 
 
 def shown(found):
-    return [(row["round"], row["metrics"][ROWS.name]) for row in found.hub.progress.metrics]
+    return [(row["round"], row["metrics"][ROWS.name]) for row in found.hub.metrics.known]
 
 
 def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoken):
@@ -206,11 +206,11 @@ def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoke
         found.start_hub()  # the sites say the last one again: no second row of it
         await found.run()
         await found.check()
-        numbers = [row["number"] for row in found.hub.progress.metrics]
+        numbers = [row["number"] for row in found.hub.metrics.known]
         assert len(numbers) == len(set(numbers)) and shown(found)[-1] == (3, 0.25)
         assert set(shown(found)) <= {(0, 1.0), (1, 0.5), (2, 1 / 3), (3, 0.25)}
         lines = (found.folder / HUB / "jobs" / "job" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == found.hub.progress.metrics
+        assert [json.loads(line) for line in lines] == found.hub.metrics.known
 
     scene(tmp_path, pool, play, protection="layered", rounds=3, limits=PATIENT)
     assert len(spoken) >= 16
@@ -240,7 +240,7 @@ def test_a_coordinator_without_a_certificate_hears_nothing(
         found.start_hub()
         for name in SITES:
             start(name)
-        await found.run(until=lambda: len(found.hub.progress.rounds) >= 1)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await asyncio.sleep(0.3)
         assert [bool(s.stage.standing.certificate) for s in found.sites.values()] == [
             not thinned

@@ -82,7 +82,7 @@ def test_of_more_jobs_than_have_room_the_newest_are_listed(hub):
 def test_whoever_watches_500_sites_gets_every_round_once(hub):
     found = over(hub, "t-1")
     row = {"purpose": "update", "survivors": SITES, "roster": SITES}
-    found.progress.rounds = rows = [{"round": number, **row} for number in range(45)]
+    found.rounds.known = rows = [{"round": number, **row} for number in range(45)]
     found.progress.waiting_for = tuple(SITES)
 
     async def play():

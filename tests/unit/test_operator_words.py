@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from fedcore_server.jobs import METRICS_FILE
 from fedcore_server.operators import (
     METRICS_AT_HOME,
     Operator,
@@ -22,6 +21,7 @@ from fedcore_server.operators import (
     value_text,
     write_report,
 )
+from fedcore_server.rows import METRICS_FILE
 from rich.console import Console
 
 from fedcore.errors import AlreadyExists, BadInput, MalformedMessage

@@ -15,8 +15,9 @@ import pytest
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Party, SiteJob
 from fedcore_server import service
-from fedcore_server.jobs import METRICS_FILE, CoordinatedJob, House, Limits
+from fedcore_server.jobs import CoordinatedJob, House, Limits
 from fedcore_server.operators import prepare
+from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -547,16 +548,16 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
         {"round": 1, "number": 7, "sites": 4, "metrics": VALUES,
          "reference": reference | {"gap": gap}},
     ]  # fmt: skip
-    assert found.progress.metrics == rows
+    assert found.metrics.known == rows
     path = found.directory / METRICS_FILE
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     path.unlink()
     again = CoordinatedJob.stored(found.house, found.links, "job")
-    assert again.progress.metrics == rows
+    assert again.metrics.known == rows
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for name in SITES:  # said again to the new process
         asyncio.run(again._on_message(name, word(name, OTHERS, second)))
-    assert again.progress.metrics == rows and "WARNING" not in caplog.text
+    assert again.metrics.known == rows and "WARNING" not in caplog.text
 
 
 def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
@@ -565,7 +566,7 @@ def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
     for name, values in (("a", VALUES), ("b", OTHERS)):
         asyncio.run(found._on_message(name, word(name, values)))
     assert "job job: public metrics of round 7: sites differ (a - b)" in caplog.text
-    assert "0.99" not in caplog.text and found.progress.metrics == []
+    assert "0.99" not in caplog.text and found.metrics.known == []
     assert not (found.directory / METRICS_FILE).exists()
 
 
@@ -575,7 +576,7 @@ def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
     found.end("finished", "")
     for name in ("a", "b", "c"):
         found.tell(name, word(name))
-    assert [row["metrics"] for row in found.progress.metrics] == [VALUES]
+    assert [row["metrics"] for row in found.metrics.known] == [VALUES]
 
 
 def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
@@ -605,7 +606,7 @@ def test_a_gap_is_undefined_where_the_metric_is():
 def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     found = coordinated(tmp_path)
     rows = [{"round": k, "number": k, "sites": 4, "metrics": VALUES} for k in range(45)]
-    found.progress.metrics = rows[::-1]
+    found.metrics.known = rows[::-1]
     found.end("finished", "")
 
     class Gate:
