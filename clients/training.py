@@ -136,7 +136,8 @@ class Training:
         if self._late is not None:
             self._kill()
         elif self._alive():
-            await self._ask({"do": "forget", "job": job})
+            with contextlib.suppress(TrainingFailed):  # a process that died just now holds nothing
+                await self._ask({"do": "forget", "job": job})
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.returncode is None

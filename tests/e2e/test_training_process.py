@@ -198,6 +198,16 @@ def test_somebody_who_still_waits_is_not_hurried(tmp_path, monkeypatch):
     play(tmp_path, 0.5, scene)
 
 
+def test_a_process_that_dies_at_the_end_of_a_job_is_no_fault(tmp_path):
+    async def scene(slow):
+        slow.training._loads["j"] = {}
+        slow.training._kill()  # and the loop has not heard of it
+        await slow.training.forget("j")
+        assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
+
+    play(tmp_path, 0, scene)
+
+
 def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path):
     async def scene(slow):
         slow.training._loads["j"] = {}
