@@ -296,6 +296,7 @@ class SiteJob:
         """Handle events until cancelled. A stage's deadline is an event too.
 
         Where the disk refuses, everything is read from it again, as a new process would, and goes on.
+        A fault of this program ends the job here, until this process is started again.
         """
         while True:
             try:
@@ -305,6 +306,11 @@ class SiteJob:
                 await self.close()
                 while not await self._again():
                     pass
+            except Exception:
+                LOG.exception("job %s: stopped here by a fault of this side", self.id)
+                self._unable("trouble")  # nobody shall wait for this site
+                await self.close()
+                return
 
     async def _serve(self) -> None:
         if self.plan is not None and self.ended is None:

@@ -136,14 +136,7 @@ class Site:
         self.jobs[found.id] = found
         write_recipe(self.party.folder, found.offer)
         if found.ended is None:
-            task = asyncio.get_running_loop().create_task(found.run())
-            task.add_done_callback(self._job_task_ended)
-            self._running[found.id] = task
-
-    @staticmethod
-    def _job_task_ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            LOG.error("a job stopped by a fault of this side", exc_info=task.exception())
+            self._running[found.id] = asyncio.get_running_loop().create_task(found.run())
 
     def _hello(self) -> Hello:
         held = []

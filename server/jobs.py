@@ -544,7 +544,7 @@ class CoordinatedJob:
             self._machine(coordinator.Gone(name))
 
     def _out_of_round(self, name: SiteId) -> None:
-        """This site is in no round: it left the one under way and its word was lost, or lost its journal."""
+        """This site is in no round, or no more: it says so, or has lost its journal."""
         if isinstance(self.stage, _ROUND_STAGES):
             self._machine(coordinator.Gone(name))
 
@@ -599,6 +599,7 @@ class CoordinatedJob:
             case job.Unable(reason=reason):
                 view.unable = reason if reason in job.REASONS else "trouble"
                 LOG.warning("job %s: site %s: %s", self.id, name, job.REASONS[view.unable])
+                self._out_of_round(name)
             case job.PlanAgreed(plan_digest=digest):
                 if self.plan is not None and digest == self.plan.digest:
                     view.agreed = True

@@ -78,8 +78,8 @@ def Party(*a, **k):
 _main.Party = Party
 _written = _jobs.SiteJob._journal
 _once = (_machine.VectorSpooled, _machine.ListSigned, _machine.UnmaskAnswered, _machine.SumStated)
-def _journal(self, found):
-    _written(self, found)
+def _journal(self, found, *rest):
+    _written(self, found, *rest)
     for effect in found:
         record = getattr(effect, "record", None)
         if isinstance(record, _once):

@@ -16,6 +16,7 @@ from fedcore_server.jobs import Limits
 from town import AWAY, HUB, PATIENT, SITES, scene, town
 
 from fedcore.errors import TagRefused
+from fedcore.protocol import job as job_messages
 from fedcore.protocol import site as site_machine
 
 
@@ -373,6 +374,32 @@ def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
         await found.check()
 
     scene(tmp_path, pool, play, rounds=5)
+
+
+@pytest.mark.parametrize("place", ["_invited", "_begin_upload"])
+def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, place):
+    async def play(found):
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 1)
+
+        def fails(*args):
+            raise KeyError("PATIENT-7419")
+
+        setattr(found.sites["b"], place, fails)
+        await found.run(until=lambda: found.hub.outcome is not None)
+        assert found.hub.outcome.outcome == "finished"
+        rows = found.rounds()
+        assert rows[-1]["survivors"] == ["a", "c", "d"]
+        assert found.hub.sites["b"].unable == "trouble"
+        assert found.sites["b"].last_error == job_messages.REASONS["trouble"]
+        assert "PATIENT" not in json.dumps(rows) + found.hub.progress.text
+        await found.kill("b")
+        await found.check(("a", "c", "d"))
+
+    # Later than the end of the test.
+    scene(tmp_path, pool, play, rounds=4, limits=replace(PATIENT, stage=600.0, gather=600.0))
 
 
 def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, pool):
