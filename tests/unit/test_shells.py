@@ -239,7 +239,10 @@ def test_records_wait_while_a_job_has_many_to_handle():
 def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     """A busy coordinator, or a slow reader: between two events all that is left of a job may happen."""
     job = SimpleNamespace(
-        outcome=None, progress=SimpleNamespace(rounds=[], metrics=[], state="running")
+        outcome=None,
+        progress=SimpleNamespace(state="running"),
+        rounds=SimpleNamespace(known=[]),
+        metrics=SimpleNamespace(known=[]),
     )
 
     async def admitted(context, call):
