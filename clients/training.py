@@ -147,12 +147,17 @@ class Training:
     ) -> tuple[Json, list[bytes]]:
         turn = asyncio.get_running_loop().create_task(self._turn(asked, blobs, needs))
         self._turns.add(turn)
-        turn.add_done_callback(self._turns.discard)
+        turn.add_done_callback(self._over)
         try:
             return await asyncio.shield(turn)
         except asyncio.CancelledError:
             self._overtake(turn)
             raise
+
+    def _over(self, turn: asyncio.Task[tuple[Json, list[bytes]]]) -> None:
+        self._turns.discard(turn)
+        if not turn.cancelled():
+            turn.exception()  # where nobody waits for it any more, it is in the log already
 
     def _overtake(self, turn: asyncio.Task[tuple[Json, list[bytes]]]) -> None:
         """Nobody waits for it any more."""

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from deployment import PATIENCE
 from fedcore_clients import training as module
 from fedcore_clients.training import Training, TrainingFailed
 
@@ -140,10 +141,11 @@ def play(folder, seconds, scene):
         slow = Slow(folder, seconds)
         try:
             await slow.begin()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 await scene(slow)
         finally:
-            await slow.training.close()
+            async with asyncio.timeout(PATIENCE):
+                await slow.training.close()
             assert not slow.training._turns
 
     asyncio.run(begin())
@@ -208,19 +210,19 @@ def test_a_process_that_dies_at_the_end_of_a_job_is_no_fault(tmp_path):
     play(tmp_path, 0, scene)
 
 
-def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path):
+def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 1e6)
+
     async def scene(slow):
         slow.training._loads["j"] = {}
         hangs = slow.load("hangs")
         await slow.reads("hangs")
         await slow.overtake(hangs)
-        async with asyncio.timeout(10):
-            await slow.training.forget("j")
-            assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
+        await slow.training.forget("j")
+        assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
         assert slow.training._process.pid != slow.pid
         slow.load("again")
         await asyncio.sleep(0.1)
 
-    begun = time.monotonic()
-    play(tmp_path, 1000, scene)  # and `close`, with a request under way
-    assert time.monotonic() - begun < 50
+    # `play` allows less than the task takes, and so does `close`, with a request under way.
+    play(tmp_path, 1000, scene)
