@@ -721,9 +721,8 @@ class SiteJob:
                     put["state"] = self._candidate(certificate.header.round).data
         if ended is not None:
             self._keep_stage(ended, put)
-        elif put or any(isinstance(effect, effects.Send) for effect in found):
-            if put or self._unwritten:
-                self.party.journal.append(self.id, ROUND, self._unwritten, put=put)
+        elif put or (self._unwritten and any(isinstance(e, effects.Send) for e in found)):
+            self.party.journal.append(self.id, ROUND, self._unwritten, put=put)
             self._unwritten.clear()
 
     def _small_beside(self, record: Any) -> dict[str, bytes]:

@@ -754,7 +754,7 @@ class CoordinatedJob:
             self.id, ROUND, (), put={"plan": canonical(about), "step": encode(self.step)}
         )
         for name in self.links.connected():
-            self.links.say(name, self.id, job.PlanOffer(self.id, canonical(plan.to_json())))
+            self._offer_plan(name)
 
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
@@ -1270,8 +1270,7 @@ class CoordinatedJob:
                 # It is in the last round still: the word that ended it was lost there.
                 self.links.say(name, self.id, self.outcome)
             case _Told(name, job.Survey()) if self.plan is not None:  # it was loading at the end
-                plan = canonical(self.plan.to_json())
-                self.links.say(name, self.id, job.PlanOffer(self.id, plan))
+                self._offer_plan(name)
             case _Told(name, job.Survey() | job.Unable()):
                 self.links.say(name, self.id, replace(self.outcome, certificate=""))
             case _Told(name, job.PlanAgreed()) if self.plan is not None:

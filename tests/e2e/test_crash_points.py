@@ -13,7 +13,7 @@ import fedcore_server.jobs
 import pytest
 from fedcore_clients.training import TrainingFailed
 from fedcore_server.jobs import Limits
-from town import AWAY, HUB, PATIENT, SITES, scene, town
+from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
 from fedcore.errors import TagRefused
 from fedcore.protocol import job as job_messages
@@ -71,10 +71,7 @@ def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
 
     async def play(found):
         found.again = {party: {"at": 2, "late": late}}
-        for name in SITES:
-            found.start(name)
-        found.start_hub()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.first_round()
         found.journals[party].countdown, found.journals[party].late = commits, late
         await found.run()
         assert found.deaths == [party, party]
@@ -94,16 +91,10 @@ def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
 @pytest.mark.parametrize("kept", ["nothing", "an old copy"])
 def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, protection):
     """It is back before anybody missed it, and the round goes on without it at once."""
-    started = replace(
-        PATIENT, stage=600.0, grace=600.0, gather=600.0
-    )  # later than the end of the test
 
     def play(at):
         async def played(found):
-            for name in SITES:
-                found.start(name)
-            found.start_hub()
-            await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+            await found.first_round()
             copy = tmp_path / f"copy-{at}"
             if kept == "nothing":
                 copy.mkdir()
@@ -119,7 +110,7 @@ def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, pr
         return played
 
     for at in range(0, 16, 3) if protection == "masked" else (1, 6):
-        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=started, protection=protection)
+        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=UNHURRIED, protection=protection)
 
 
 def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
@@ -261,10 +252,7 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
 
     def play(at):
         async def played(found):
-            for name in SITES:
-                found.start(name)
-            found.start_hub()
-            await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+            await found.first_round()
             found.journals[party].full_in, found.journals[party].full = at, 2
             await found.run()
             assert found.hub.outcome.outcome == "finished"
@@ -274,11 +262,8 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
 
         return played
 
-    late = replace(
-        PATIENT, stage=600.0, grace=600.0, gather=600.0
-    )  # later than the end of the test
     for at in range(10):
-        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=late)
+        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=UNHURRIED)
 
 
 def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):
@@ -379,10 +364,7 @@ def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
 @pytest.mark.parametrize("place", ["_invited", "_begin_upload"])
 def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, place):
     async def play(found):
-        for name in SITES:
-            found.start(name)
-        found.start_hub()
-        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 1)
+        await found.first_round()
 
         def fails(*args):
             raise KeyError("PATIENT-7419")
@@ -398,8 +380,7 @@ def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, pla
         await found.kill("b")
         await found.check(("a", "c", "d"))
 
-    # Later than the end of the test.
-    scene(tmp_path, pool, play, rounds=4, limits=replace(PATIENT, stage=600.0, gather=600.0))
+    scene(tmp_path, pool, play, rounds=4, limits=UNHURRIED)
 
 
 def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, pool):
@@ -479,10 +460,7 @@ def test_a_site_too_slow_for_one_release_is_there_for_the_next(tmp_path, pool):
 @pytest.mark.parametrize("heard", [True, False], ids=["heard", "word lost"])
 def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool, heard):
     async def play(found):
-        for name in SITES:
-            found.start(name)
-        found.start_hub()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.first_round()
         victim, first = found.sites["b"], found.hub.epoch.epoch
 
         def opened(asked, chunks):

@@ -51,6 +51,9 @@ PATIENT = Limits(stage=120.0, gather=60.0, minimum=3, grace=60.0, enough=120.0)
 AWAY = Limits(stage=120.0, gather=0.5, minimum=3, grace=0.5, enough=120.0)
 """One site stays away. The other three are the fewest that a round needs: being slow leaves none out."""
 
+UNHURRIED = Limits(stage=600.0, gather=600.0, minimum=3, grace=600.0, enough=120.0)
+"""Each deadline that would let a round go on without a site is later than the end of the test."""
+
 
 class Killed(BaseException):
     """The process is gone."""
@@ -287,6 +290,13 @@ class Town:
             self.start_site(name, **kill)
 
     # ------------------------------------------------------------------------------- a whole job
+
+    async def first_round(self):
+        """Everybody is started, and the first round is over."""
+        for name in SITES:
+            self.start(name)
+        self.start_hub()
+        await self.run(until=lambda: self.hub is not None and len(self.hub.rounds.known) >= 1)
 
     async def run(self, seconds=100.0, until=None):
         """Until the coordinator's job is over and every site that runs has heard of it."""
