@@ -439,10 +439,10 @@ def test_a_site_too_slow_for_one_release_is_there_for_the_next(tmp_path, pool):
                 while slow._early is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 spent[0] = 10_000.0
+                caught.append("late")
                 slow.connected()  # any event: the clock is looked at
                 while isinstance(slow.stage, site_machine.Opening):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-                caught.append("late")
             return chunks
 
         async def catching(offered):
