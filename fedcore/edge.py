@@ -204,8 +204,17 @@ class TextLines(logging.Formatter):
         return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
+def worth_a_line(record: logging.LogRecord) -> bool:
+    """All but what grpc says of a peer that went while its last answer was sent: the session or call
+    tells of that itself, in a line and without a traceback."""
+    kind = record.exc_info[0] if record.exc_info else None
+    gone = kind is not None and kind.__name__ == "ExecuteBatchError"
+    return not (gone and record.name.startswith("grpc."))
+
+
 def start_logging() -> None:
     """Everything from INFO on to stderr: text where a person looks on, JSON lines otherwise."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(worth_a_line)
     handler.setFormatter(TextLines() if sys.stderr.isatty() else JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -8,8 +8,9 @@ import sys
 from datetime import datetime
 
 import pytest
+from grpc._cython import cygrpc
 
-from fedcore.edge import JsonLines, TextLines, ago, waiting_text
+from fedcore.edge import JsonLines, TextLines, ago, start_logging, waiting_text
 
 NOW = datetime(2026, 11, 21, 14, 0, 30).timestamp()  # noqa: DTZ001 - as a clock on the wall shows it
 
@@ -70,3 +71,17 @@ def test_a_json_line_holds_the_traceback():
 
 def test_a_text_line_moves_no_cursor():
     assert "\x1b" not in TextLines().format(record("a\x1b[2Jb"))
+
+
+def test_a_peer_that_went_as_it_was_answered_is_no_traceback(monkeypatch, capsys):
+    """grpc tells of it as of a fault of its own; of every other fault it still may."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    start_logging()
+    told = logging.getLogger("grpc._cython.cygrpc")
+    gone = cygrpc.ExecuteBatchError("Failed: SendStatusFromServerOperation")
+    for error in (gone, cygrpc.InternalError("something else")):
+        told.error("raised in core by a method", exc_info=error)
+    logging.getLogger("fedcore.site").error("ours", exc_info=gone)
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["from"] for line in said] == ["grpc._cython.cygrpc", "fedcore.site"]
+    assert "something else" in said[0]["traceback"]
