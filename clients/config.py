@@ -2,7 +2,7 @@
 
 site = "va"               coordinator = "hub.example.org:7443"        proxy = "none"
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
-folder = "state"          minimum_sites = 3
+folder = "state"          minimum_sites = 3                   release = "sites"
 
 [tasks.heart]             # a task this site takes part in, by the name jobs call it
 task = "heart"            # where it is: as for `fedcore simulate --task`
@@ -13,7 +13,7 @@ source = "va.csv"         # given to the task's `data`; written like a path, it 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,7 +31,8 @@ class TaskSection(Section):
 
 
 class SiteConfig(Section):
-    """A site as its operator runs it; paths are absolute. base: the file's folder."""
+    """A site as its operator runs it; paths are absolute. base: the file's folder. release: whether jobs
+    may give the coordinator their last model."""
 
     site: str
     coordinator: str
@@ -42,6 +43,7 @@ class SiteConfig(Section):
     base: Path
     proxy: str = "none"
     minimum_sites: int = Field(3, ge=3)
+    release: Literal["sites", "coordinator"] = "sites"
     patience_seconds: float = Field(1800.0, gt=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
     tasks: dict[str, TaskSection] = Field(default_factory=dict)

@@ -25,9 +25,17 @@ from typing import Any, Protocol
 from fedcore_clients.training import Loaded, TrainingFailed
 
 from fedcore.aggregate.jobstate import Column, JobState
-from fedcore.config import build_job, plan_of
+from fedcore.config import Job, build_job, plan_of
 from fedcore.encode.pack import Layout
-from fedcore.errors import BadInput, FedcoreError, PeerRefused, Refused, StoreProblem
+from fedcore.errors import (
+    BadInput,
+    FedcoreError,
+    HeaderRefused,
+    PeerRefused,
+    PlanRefused,
+    Refused,
+    StoreProblem,
+)
 from fedcore.files import write_atomic
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundHeader, RoundPlan, canonical
@@ -85,6 +93,10 @@ class Contributor(Protocol):
         """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         ...
 
+    async def export(self, job: str, state: JobState) -> bytes:
+        """The file of a model that is given away: the same bytes at every site. Raises TrainingFailed."""
+        ...
+
     async def forget(self, job: str) -> None:
         """The job is over."""
         ...
@@ -92,7 +104,8 @@ class Contributor(Protocol):
 
 @dataclass(frozen=True)
 class Party:
-    """Who this site is, for every job. patience: seconds its machine waits at a stage."""
+    """Who this site is, for every job. patience: seconds its machine waits at a stage. release: who may
+    get a model: "sites", or "coordinator" for jobs whose plan gives it the last one."""
 
     federation: str
     id: SiteId
@@ -103,6 +116,7 @@ class Party:
     folder: Path
     minimum: int = 3
     patience: float = 1800.0
+    release: str = "sites"
     clock: Callable[[], float] = time.monotonic
 
 
@@ -217,6 +231,7 @@ class SiteJob:
         self._uploading: tuple[bytes, asyncio.Task[None]] | None = None
         self._early: messages.Certificate | None = None
         self._catching = ""
+        self._exporting = False
         self._ending: job.JobEnded | None = None
         self._groups: dict[str, str] = {}
         """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
@@ -464,6 +479,8 @@ class SiteJob:
                 self._aside(self._seal(message))
             case job.CheckpointOffer():
                 self._aside(self._catch_up(message))
+            case job.ModelWanted():
+                self._aside(self._give_model(message))
             case job.JobEnded():
                 await self._end(message)
             case job.JobOffer():
@@ -486,7 +503,7 @@ class SiteJob:
         self.link.doing(self.id, "loading")
         try:
             settings = wire_settings(self.offer.settings)
-            build_job(settings)  # what no plan may ask for is refused before a row is read
+            self._check_release(build_job(settings))  # what is refused, is so before a row is read
             self.survey = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
@@ -498,6 +515,14 @@ class SiteJob:
         else:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
             self.link.doing(self.id, "idle")
+
+    def _check_release(self, asked: Job) -> None:
+        """Raise PlanRefused where a job would give the coordinator a model and the operator does not."""
+        if asked.protect.release == "coordinator" and self.party.release != "coordinator":
+            raise PlanRefused(
+                "protect.release: found 'coordinator', expected 'sites': site.toml lets no model go there",
+                remedy='`release = "coordinator"` in site.toml lets jobs give the coordinator their last model',
+            )
 
     def _unable(self, reason: str) -> None:
         self.last_error = job.REASONS[reason]
@@ -514,6 +539,7 @@ class SiteJob:
             )
             assert self.plan is not None
             complete = build_job(settings)
+            self._check_release(complete)
             mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
             if mine.digest != self.plan.digest:
                 raise TrainingFailed("plan differs")
@@ -545,6 +571,8 @@ class SiteJob:
                 "job %s: the coordinator will learn the metrics of each release, over all its sites",
                 self.id,
             )
+        if mine.release == "coordinator":
+            LOG.info("job %s: the coordinator will be given the model of the last round", self.id)
         self._agree()
 
     def _adopt(self, plan: RoundPlan, features: int, columns: Sequence[Column]) -> None:
@@ -1054,6 +1082,59 @@ class SiteJob:
             if self._catching == certificate.hash:
                 self._catching = ""
         self._queue.put_nowait(_Done(site.CaughtUp(certificate, mac)))
+
+    # --------------------------------------------------------------------- a model that is given
+
+    def _may_give(self) -> bool:
+        """Whether plan and operator give the coordinator the model that this site has now.
+
+        Raises HeaderRefused (fault: coordinator) where they give it none, or not this one.
+        """
+        assert self.plan is not None
+        if self.plan.release != "coordinator" or self.party.release != "coordinator":
+            raise HeaderRefused(
+                "model", found="it asked for", expected="nothing: it stays at the sites",
+                fault=messages.COORDINATOR,
+            )  # fmt: skip
+        done = self.state.done if self.state is not None else None
+        if done is None or not isinstance(self.stage, site.Idle):
+            return False
+        if not course.is_last_model(self.plan, done):
+            raise HeaderRefused(
+                "model", found="it asked for before the last round", expected="it after that",
+                fault=messages.COORDINATOR,
+            )  # fmt: skip
+        return True
+
+    async def _give_model(self, wanted: job.ModelWanted) -> None:
+        """Say which file the last release leads to, or upload it (PROTOCOL R).
+
+        The state here is that of a release with its certificate: nothing else becomes the state.
+        """
+        if self.plan is None or not self._may_give() or self._exporting:
+            return
+        assert self.state is not None
+        standing: Standing = self.stage.standing
+        if standing.certificate != wanted.certificate:
+            return  # it is asked again once both stand at the same release
+        self._exporting = True
+        try:
+            async with self._loading:
+                data = await self.contributor.export(self.id, self.state)
+            stored = await asyncio.to_thread(self.party.spool.put, self.id, "model", _pieces(data))
+            if wanted.digest != stored.digest:
+                made = job.ModelMade(
+                    self.id, self.party.id, wanted.certificate, stored.digest, stored.size
+                )
+                self.link.say(self.id, made)
+                return
+            with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
+                header = job.model_upload(wanted.certificate)
+                await self.link.upload(self.id, header, stored.digest, stored.path)
+        except TrainingFailed as failed:
+            LOG.warning("job %s: the model could not be given: %s", self.id, failed.reason)
+        finally:
+            self._exporting = False
 
     async def _end(self, ended: job.JobEnded) -> None:
         """No further round: the state stays, everything of the rounds goes.

@@ -89,6 +89,10 @@ class AllowedTasks:
         """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         return await self._training.track(job, plan, step, state, wides, sites)
 
+    async def export(self, job: str, state: JobState) -> bytes:
+        """The file of a model that is given away. Raises TrainingFailed."""
+        return await self._training.export(job, state)
+
     async def forget(self, job: str) -> None:
         """The job is over."""
         await self._training.forget(job)
@@ -345,7 +349,7 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
         party = Party(
             kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
-            config.minimum_sites, config.patience_seconds,
+            config.minimum_sites, config.patience_seconds, config.release,
         )  # fmt: skip
         asyncio.run(_run(config, kit, party, said, health_port))
 

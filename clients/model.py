@@ -20,7 +20,6 @@ from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import read_json, write_atomic
 from fedcore.learn.flat import single_thread
-from fedcore.learn.saved import model_bytes
 from fedcore.task import load_task
 from fedcore.types import Json, SiteId
 
@@ -76,7 +75,6 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
     assert cap is not None
     with single_thread():
         site = LocalSite(task, job, SiteId(config.site), allowed.source, cap)
-    site.flat.write(state.server.model)
-    layout = getattr(site.site.train, "layout", None)
-    write_atomic(out, model_bytes(site.flat.module, task, state.statistics, layout))
+        data = site.exported(state)
+    write_atomic(out, data)
     return Exported(out, released_round(done), state.model_sha256)

@@ -129,6 +129,11 @@ class Training:
         row: Json = head["row"]
         return row
 
+    async def export(self, job: str, state: JobState) -> bytes:
+        """The file of a model that is given away. Raises TrainingFailed."""
+        _, blobs = await self._ask({"do": "export", "job": job}, [state.to_bytes()], needs=job)
+        return blobs[0]
+
     async def forget(self, job: str) -> None:
         """Free what is held of a job; a process that is still at work for nobody is ended."""
         if self._loads.pop(job, None) is None:

@@ -88,6 +88,11 @@ class Worker:
                 return self._contribute(asked, blobs[0])
             case "track":
                 return self._track(asked, blobs[0])
+            case "export":
+                from fedcore.aggregate.jobstate import JobState
+
+                site = self.sites[asked["job"]]
+                return {}, [site.exported(JobState.from_bytes(blobs[0]), public=True)]
             case "forget":
                 self.trackers.pop(asked["job"], None)
                 self.sites.pop(asked["job"], None)

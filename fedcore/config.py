@@ -27,6 +27,7 @@ from fedcore.plan import (
     ServerPlan,
     TrainPlan,
     refuse_public_metrics,
+    refuse_release,
     solve_packing,
 )
 from fedcore.types import Json, SiteId
@@ -57,7 +58,7 @@ class TrainSection(_Section):
 
 
 class ProtectSection(_Section):
-    """[protect]: how updates are encoded and hidden."""
+    """[protect]: how updates are encoded and hidden, and who gets the model."""
 
     protection: str = "layered"
     threshold: int | None = None
@@ -67,6 +68,7 @@ class ProtectSection(_Section):
     range: float | None = Field(None, gt=0)
     adaptive_range: bool = True
     single_site_features: bool = False
+    release: Literal["sites", "coordinator"] = "sites"
 
 
 class RoundSection(_Section):
@@ -195,7 +197,7 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
         max_examples=max_examples, rounds=job.round.rounds, train=job.train_plan,
         server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=job.protect.threshold or 0,
-        public_metrics=job.track.public_metrics,
+        public_metrics=job.track.public_metrics, release=job.protect.release,
     )  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     """One job from layers, later ones winning. A layer may be nested like the TOML or flat keywords.
 
     Raises UnknownName with the nearest key, BadInput with the key's path, or PlanRefused for public
-    metrics under `encrypted`.
+    metrics or a model for the coordinator under `encrypted`.
     """
     merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sites: dict[str, Any] = {}
@@ -251,6 +253,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     _check_protection(sections["protect"])
     if sections["track"].public_metrics:
         refuse_public_metrics(sections["protect"].protection)
+    refuse_release(sections["protect"].release, sections["protect"].protection)
     _check_fold(sections[""])
     return Job(
         sections[""], sections["train"], sections["protect"], sections["round"], sections["track"],

@@ -180,13 +180,19 @@ def write(
         site_toml = {
             "site": name, "coordinator": f"{HOST}:{deployment.port}", "kit": "kit",
             "identity": IDENTITY_FILE, "roster": ROSTER_FILE, "folder": "state",
-            "tasks": {task.name: allowed},
+            "release": _release_of(job), "tasks": {task.name: allowed},
         }  # fmt: skip
         _write_toml(deployment.site(name) / "site.toml", site_toml)
     _write_toml(deployment.job, job)
     operator_toml = {"coordinator": f"{HOST}:{deployment.port}", "kit": "kit"}
     _write_toml(deployment.job.with_name("operator.toml"), operator_toml)
     return deployment
+
+
+def _release_of(job: Mapping[str, Any]) -> str | None:
+    """What these sites' operators let go: what their job asks for, and nothing where it asks nothing."""
+    asked = job.get("protect", {}).get("release", "sites")
+    return None if asked == "sites" else str(asked)
 
 
 def _free_port() -> int:

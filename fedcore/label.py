@@ -17,6 +17,7 @@ from fedcore.plan import MASKS, MIN_SITES, RoundPlan, default_threshold
 
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
+_GIVEN = "of the models only the last one, which the plan gives it"
 _TWO_SITES = "of two sites in a sum, each can work out the other's update"
 
 
@@ -106,12 +107,16 @@ def _masked(plan: RoundPlan) -> list[str]:
     )
     if plan.protection == "masked":
         sight = "It sees no single site's update; it does see their sum and the model."
+    elif plan.release == "coordinator":
+        alone = "; alone, not their sum, and " if found.active else ", not their sum, and "
+        sight = f"It sees no site's update{alone}{_GIVEN}."
     elif found.active:
         sight = "It sees no site's update; alone, neither their sum nor the model."
     else:
         sight = "It sees no site's update, not their sum and not the model."
     too_many = f"{found.active + 1} or more colluding sites" if found.active else "1 colluding site"
-    then = " With 1 colluding site it also sees the sum and the model."
+    models = "every model" if plan.release == "coordinator" else "the model"
+    then = f" With 1 colluding site it also sees the sum and {models}."
     curious = _up_to(found.curious, "site") if found.curious else "no site"
     return [
         f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",

@@ -55,6 +55,9 @@ METRIC = "metric:"
 MOST_PUBLIC_METRICS, MOST_METRIC_NAME = 64, 64
 """Of a plan that makes its metrics public: how many, and characters of a name on a screen."""
 
+RELEASES = ("sites", "coordinator")
+"""Who gets the model: the sites alone, or, of a finished job, the coordinator too."""
+
 TAG_BITS = 61
 """The sum tag is an element of the prime field of 2^61 - 1."""
 
@@ -353,6 +356,19 @@ def refuse_public_metrics(protection: str) -> None:
         )
 
 
+def refuse_release(release: str, protection: str) -> None:
+    """Raise PlanRefused for a model that goes to the coordinator under `encrypted` (PROTOCOL R), for the
+    reason of `refuse_public_metrics`; UnknownName for another word."""
+    if release not in RELEASES:
+        raise UnknownName("protect.release", release, RELEASES)
+    if release == "coordinator" and protection == "encrypted":
+        raise PlanRefused(
+            "protect.release: found 'coordinator' under 'encrypted', expected 'sites': nothing that was "
+            "decrypted goes back to a coordinator that has every site's own ciphertext",
+            remedy="use `--protection layered`, or take the model from a site: `fed-site model`",
+        )
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
@@ -361,6 +377,7 @@ class RoundPlan:
     threshold: t, the sites a round needs at every stage; 0 becomes the default for `sites`.
     public_metrics: whether the sites tell the coordinator the metrics of each certified release over all
     its sites; never under `encrypted`.
+    release: whether the sites give the coordinator the model of the last round; never under `encrypted`.
     """
 
     task: str
@@ -379,6 +396,7 @@ class RoundPlan:
     inputs: str = ""
     threshold: int = 0
     public_metrics: bool = False
+    release: str = "sites"
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
@@ -397,6 +415,7 @@ class RoundPlan:
         if self.public_metrics:
             refuse_public_metrics(self.protection)
             self._check_names()
+        refuse_release(self.release, self.protection)
 
     def _check_names(self) -> None:
         """Names that are to be shown are few, short and of characters that a terminal shows."""
@@ -453,12 +472,15 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        `public_metrics` is there only when true: every other plan keeps the digest that it had before
-        there was the key, and with it the rounds recorded in journals, runs and vectors.
+        `public_metrics` and `release` are there only where they tell the coordinator something: every
+        other plan keeps the digest that it had before there were the keys, and with it the rounds
+        recorded in journals, runs and vectors.
         """
         flat = asdict(self)
         if not self.public_metrics:
             del flat["public_metrics"]
+        if self.release == "sites":
+            del flat["release"]
         flat["sites"] = list(self.sites)
         flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
         return flat

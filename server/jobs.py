@@ -6,7 +6,8 @@ whole, checked and folded ahead, and stays in the spool until the round is over,
 sum is made again from exactly the uploads the journal lists.
 
 The coordinator learns here who takes part, how large things are and how long they take; no vector is
-opened and no model is seen under `layered` and `encrypted`.
+opened and no model is seen under `layered` and `encrypted`, unless the plan gives it the last one
+(`handover.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedcore_server.folding import FoldPool, JobFold
+from fedcore_server.handover import HandOver
 from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
 
 from fedcore.config import build_job, plan_of
@@ -256,6 +258,7 @@ class CoordinatedJob:
         self._nudged_at = 0.0
         self._finishing: float | None = None
         self._hearing: publicmetrics.Hearing | None = None
+        self._handing: HandOver | None = None
         self._restarted = False
         self._epoch_refused = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -567,6 +570,8 @@ class CoordinatedJob:
         view = self.sites[name]
         view.rest, view.missed, view.away_since = None, False, None
         self._offered.pop(name, None)
+        if self._handing is not None:
+            self._handing.came(name)
         self.links.say(name, self.id, self.offer)
         if self.plan is not None and not view.agreed:
             self._offer_plan(name)
@@ -625,6 +630,8 @@ class CoordinatedJob:
                 self._take_checkpoint(name, message)
             case job.PublicMetrics():
                 self._take_metrics(name, message)
+            case job.ModelMade():
+                self._take_word(name, message)
             case epoch.EpochKey() | epoch.Grants() | epoch.Grant() | epoch.KeyHeld():
                 self._epoch_machine(epoch.FromSite(name, message))
             case messages.Submit():
@@ -759,6 +766,9 @@ class CoordinatedJob:
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
         self._hearing = publicmetrics.Hearing(plan, self.id)
+        if plan.release == "coordinator" and self._handing is None:
+            patience = self.house.limits.gather
+            self._handing = HandOver(plan, self.id, self.directory, patience)
 
     def _begin_epoch(self) -> None:
         agreed = [name for name in self.links.connected() if self.sites[name].agreed]
@@ -946,6 +956,9 @@ class CoordinatedJob:
 
     async def _on_upload(self, name: SiteId, header: bytes, stored: Stored) -> None:
         stage = self.stage
+        if header == job.model_upload(self._last_certificate()):
+            await self._take_model(header, stored)
+            return
         if not isinstance(stage, coordinator.Waiting) or stage.header.digest != header:
             return
         self._arrived[name] = stored
@@ -1109,8 +1122,47 @@ class CoordinatedJob:
         """Whether a connected site may still say what the last release is worth."""
         if self.certificate is None or self._hearing is None:
             return False
-        here = [name for name in self.links.connected() if not self.sites[name].unable]
-        return bool(self._hearing.awaited(self.certificate, here))
+        return bool(self._hearing.awaited(self.certificate, self._present()))
+
+    # ------------------------------------------------------------------- a model that is given
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model that the plan gives to the coordinator is among the job's files."""
+        return self._handing is not None and self._handing.here
+
+    def _present(self) -> list[SiteId]:
+        """Connected sites that can take part."""
+        return [name for name in self.links.connected() if not self.sites[name].unable]
+
+    def _model_awaited(self, spent: float) -> bool:
+        """Ask for the model that the plan gives; whether it may still come. spent: seconds of waiting."""
+        if self._handing is None or self.has_model or self.certificate is None:
+            return False
+        present = self._present()
+        for name, wanted in self._handing.asking(self.certificate, present, self.house.clock()):
+            self.links.say(name, self.id, wanted)
+        if not self._handing.lacking(self.certificate, present):
+            return spent < self.house.limits.stage
+        never = self._handing.lacking(self.certificate, self.house.pins)
+        return not never and spent < self.house.limits.gather
+
+    def _take_word(self, name: SiteId, made: job.ModelMade) -> None:
+        """Which file a site has for the model that the plan gives."""
+        if self._handing is None:
+            raise PeerRefused(f"model: found a word of {name} on it, and the plan gives none")
+        warning = self._handing.take(name, made, self.certificate)
+        if warning:
+            LOG.warning("job %s: %s", self.id, warning)
+
+    async def _take_model(self, header: bytes, stored: Stored) -> None:
+        if self._handing is None or self.certificate is None:
+            return
+        self._handing.lost()  # unless the disk takes it
+        pieces = container.read(stored.path)
+        if await asyncio.to_thread(self._handing.keep, stored.digest, pieces, self.certificate):
+            LOG.info("job %s: the sites gave the model", self.id)
+        self.house.spool.discard(self.id, header)
 
     @property
     def directory(self) -> Path:
@@ -1190,18 +1242,22 @@ class CoordinatedJob:
             slack = container.overhead(1 + size // 1024)
             return name in coordinator.members_of(stage) and size <= stage.size + slack
         certificate = self.certificate
-        if certificate is None or certificate.header.digest != header or self.plan is None:
+        if certificate is None or self.plan is None:
             return False
         if self.outcome is not None:
-            return False  # a checkpoint that was asked for, and is not needed any more
+            return False  # it was asked for, and is not needed any more
         most = _MOST_STATE * self.plan.parameters + _MOST_REST  # as large as a state can be
-        return self._asked_checkpoint == name and size <= most
+        if header == certificate.header.digest:
+            return self._asked_checkpoint == name and size <= most
+        if header == job.model_upload(certificate.hash) and self._handing is not None:
+            return self._handing.may_come_from(name) and size <= most
+        return False
 
     # ---------------------------------------------------------------------------------- the end
 
     def _finish(self) -> None:
-        """End, once a sealed checkpoint is here for whoever is not at the last release, and the metrics of
-        that release if they are public: whoever watches goes with the end."""
+        """End, once a sealed checkpoint is here for whoever is not at the last release, and what the plan
+        tells the coordinator of it: whoever watches goes with the end."""
         now = self.house.clock()
         if self._finishing is None:
             self._finishing = now
@@ -1220,7 +1276,13 @@ class CoordinatedJob:
         if trained and all("abandoned" in row for row in trained):
             self.end("abandoned", "every round was abandoned for want of sites")
             return
-        self.end("finished", "")
+        if self._model_awaited(spent):
+            return
+        text = ""
+        if self._handing is not None and not self.has_model:
+            why = self._handing.lacking(self.certificate, self._present())
+            text = f"without the model: {why or 'no site gave it in time'}"
+        self.end("finished", text)
 
     def _somebody_behind(self) -> bool:
         here = self._last_certificate()

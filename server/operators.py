@@ -209,7 +209,7 @@ def write_report(folder: Path) -> Path:
         f"# {found['job']}", "",
         f"Task {found['task']} (sha256 {found['task_sha256']}), {found['protection']}, "
         f"{found['rounds_done']} of {found['rounds']} rounds: {state_text(found)}.", "",
-        "The model is at the sites: `fed-site model`.", "",
+        MODEL_HERE if found.get("model") else MODEL_AT_HOME, "",
         *(f"- {round_text(row, found['rounds'])}" for row in rows), "",
         *(f"- {metrics_text(row)}" for row in _rows(folder / "metrics.jsonl")),
         *([METRICS_AT_HOME] if found["public_metrics"] is False else []),
@@ -248,6 +248,8 @@ def round_text(row: Json, rounds: int) -> str:
     return "  ".join([what, there, f"{row['seconds']:.2f} s", *moved])
 
 
+MODEL_AT_HOME = "The model is at the sites: `fed-site model`."
+MODEL_HERE = "The model is `model.safetensors`: the plan gives it to the coordinator. The sites have it, too."
 METRICS_AT_HOME = "metrics: known to the sites only"
 """What is said of a job whose plan does not make them public."""
 

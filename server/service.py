@@ -623,6 +623,7 @@ class Coordinator:
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self._waiting(found),
             "public_metrics": found.plan.public_metrics if found.plan is not None else None,
+            "release": json.loads(found.offer.settings)["protect"].get("release", "sites"), "model": found.has_model,
             "metrics": max(found.metrics.known, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 

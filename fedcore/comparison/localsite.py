@@ -21,13 +21,14 @@ from fedcore.data.rows import Layout, Rows, load_rows, split_rows
 from fedcore.data.statistics import Statistics
 from fedcore.errors import BadInput
 from fedcore.learn.flat import FlatModel, build_model
+from fedcore.learn.saved import model_bytes
 from fedcore.learn.score import Scored, probe, score
 from fedcore.learn.train import predict, task_code
 from fedcore.loopback import Contribution
 from fedcore.plan import ModelShape, RoundPlan, canonical
 from fedcore.protocol.course import Step
 from fedcore.sitework import SiteRows, SiteWork, statistics_of
-from fedcore.task import Task
+from fedcore.task import BUILT_IN, Task
 from fedcore.types import FloatVector, SiteId
 
 
@@ -130,6 +131,17 @@ class LocalSite:
         self.initial: FloatVector = self.flat.read()
         self.shape = shape_of(task, self.flat, self.transport, self.site.train)
         self._standardised: tuple[Statistics, SiteRows] | None = None
+
+    def exported(self, state: JobState, *, public: bool = False) -> bytes:
+        """The file of a released model, as `fedcore simulate` writes it.
+
+        public: without where this site has its task, so that the bytes are the same at every site.
+        """
+        task, flat = self.task, self.flat
+        flat.write(state.server.model)  # what training counted beside the parameters goes with it
+        named = task.origin if task.origin in BUILT_IN or not public else ""
+        layout = getattr(self.site.train, "layout", None)
+        return model_bytes(flat.module, task, state.statistics, layout, origin=named)
 
     @property
     def columns(self) -> tuple[tuple[str, float, float], ...]:

@@ -44,11 +44,19 @@ def save_model(
 
 
 def model_bytes(
-    module: nn.Module, task: Task, statistics: Statistics | None, layout: Layout | None
+    module: nn.Module,
+    task: Task,
+    statistics: Statistics | None,
+    layout: Layout | None,
+    *,
+    origin: str | None = None,
 ) -> bytes:
-    """The file's bytes: the state dict, and as metadata what raw rows need."""
+    """The file's bytes: the state dict, and as metadata what raw rows need.
+
+    origin: where to say that the task is; "" for nowhere.
+    """
     about: Json = {
-        "task": task.origin,
+        "task": task.origin if origin is None else origin,
         "task_name": task.name,
         "metrics": list(task.metrics),
         "statistics": statistics.to_json() if statistics else None,

@@ -56,6 +56,11 @@ def step_after(plan: RoundPlan, step: Step, *, released: bool) -> Step | None:
     return None
 
 
+def is_last_model(plan: RoundPlan, done: Step) -> bool:
+    """Whether the model that this step's release leads to, or measures, is the job's last one."""
+    return done in (Step("update", plan.rounds), Step("metrics", plan.rounds + 1))
+
+
 def check_step(plan: RoundPlan, features: int, done: Step | None, header: RoundHeader) -> None:
     """A site's view: the announced step comes after the last one released here. Raises HeaderRefused.
 

@@ -4,11 +4,12 @@ A job is WHAT to run: its settings travel as canonical JSON, never code. Every s
 has installed itself, surveys its own rows, and makes the plan itself; it goes on only if the plan it is
 sent has the same digest. Nothing here is secret, and nothing derived from a site's rows is in it but the
 shape of the model, the columns' declaration and, where the plan says so, the metrics over all sites of a
-release that is certified (PROTOCOL R).
+release that is certified, and its model after the last round (PROTOCOL R).
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from fedcore.plan import ModelShape, Wide
@@ -157,6 +158,37 @@ class PublicMetrics:
     round: int
     certificate: str
     values: tuple[PublicMetric, ...]
+
+
+@record
+@dataclass(frozen=True)
+class ModelWanted:
+    """Coordinator to a site, after the last round, under a plan that gives it the model: say which file
+    the release of this certificate leads to (digest empty), or upload the file of this digest."""
+
+    job: str
+    certificate: str
+    digest: bytes
+
+
+@record
+@dataclass(frozen=True)
+class ModelMade:
+    """The file that the release of this certificate leads to: the same bytes at every site.
+
+    digest: of the container it would travel in, of `size` bytes.
+    """
+
+    job: str
+    site: SiteId
+    certificate: str
+    digest: bytes
+    size: int
+
+
+def model_upload(certificate: str) -> bytes:
+    """What a model's upload goes under, where a vector's has the digest of its round's header."""
+    return hashlib.sha256(b"fedcore model " + certificate.encode()).digest()
 
 
 @record

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import fedcore
 from fedcore.aggregate.jobstate import JobState
@@ -186,3 +188,27 @@ def test_a_site_takes_the_next_step_and_no_earlier_or_strange_one(by_hand):
     ):  # fmt: skip
         with pytest.raises(HeaderRefused):
             check_step(plan, 20, done, header(plan, purpose, number))
+
+
+@single_thread()
+def test_the_file_of_a_given_model_is_the_same_at_every_site():
+    """Training counts batches beside the parameters, and each site has its task somewhere else."""
+    task = fedcore.Task(
+        name="t",
+        data=lambda n: (np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32), np.arange(n) % 2),
+        model=lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+        loss=nn.CrossEntropyLoss(), metrics=("accuracy",), sites={"a": 24, "b": 60, "c": 36},
+    )  # fmt: skip
+    job = build_job({"range": 0.5, "batch_size": 4})
+    files = set()
+    for batches, (name, source) in enumerate(task.sites.items(), start=1):
+        own = replace(task, origin=f"/home/{name}/task.py")
+        site = LocalSite(own, job, name, source, CAP)
+        plan = plan_of(job, site.shape, tuple(task.sites), CAP)
+        state = JobState.initial(plan, site.initial)
+        for _ in range(batches):
+            site.flat.module.train()(torch.ones(2, 4))
+        assert int(site.flat.module[1].num_batches_tracked) == batches
+        files.add(site.exported(state, public=True))
+        assert own.origin.encode() in site.exported(state)
+    assert len(files) == 1

@@ -28,7 +28,8 @@ MODULES = {
 def said():
     """Every command of the page: (program, verb, options), from its blocks and from its lines."""
     found = set()
-    texts = re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) + re.findall(r"`([^`\n]+)`", PAGE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    texts = [text for kind, text in blocks if not kind] + re.findall(r"`([^`\n]+)`", PAGE)
     for line in "\n".join(texts).splitlines():
         words = shlex.split(line.replace("[", "").replace("]", ""))
         if len(words) > 1 and words[0] in MODULES and re.fullmatch("[a-z]+", words[1]):

@@ -462,6 +462,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
         {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": 2},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
+        {"release": "coordinator", "protection": "layered"},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

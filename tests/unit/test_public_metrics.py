@@ -219,20 +219,20 @@ ROW = {
 }  # fmt: skip
 
 
-def site_job(folder, settings):
+def site_job(folder, settings, release="sites"):
     key = IdentityKey()
     pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
-    party = Party("town", "a", key, pins, journal, Spool(folder / "spool"), folder)
+    party = Party("town", "a", key, pins, journal, Spool(folder / "spool"), folder, release=release)
     offer = job.JobOffer("job", "bench", "0" * 64, canonical(settings))
     return SiteJob(party, Link(), Rows("a", 5), offer)
 
 
-def loaded(folder, settings, *messages):
-    """A site's job after its survey and these messages."""
+def loaded(folder, settings, *messages, release="sites"):
+    """A site's job after its survey and these messages. release: what its operator lets go."""
 
     async def play():
-        found = site_job(folder, settings)
+        found = site_job(folder, settings, release)
         await found._load()
         for message in messages:
             await found._on_message(message)
@@ -249,12 +249,12 @@ def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
     assert [type(each) for each in fine.link.said] == [job.Survey]
 
 
-def offered(tmp_path, settings, plan_settings):
-    """What a site says to a plan that a coordinator made of other settings than the job's."""
-    shape = loaded(tmp_path / "first", settings).survey.shape
+def offered(folder, settings, plan_settings, release="sites"):
+    """A site's job that was sent a plan which a coordinator made of other settings than the job's."""
+    shape = loaded(folder / "first", settings, release=release).survey.shape
     plan = plan_of(build_job(plan_settings), shape, SITES, 64)
     message = job.PlanOffer("job", canonical(plan.to_json()))
-    return loaded(tmp_path / "second", settings, message)
+    return loaded(folder / "second", settings, message, release=release)
 
 
 def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, caplog):

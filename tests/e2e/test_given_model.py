@@ -1,0 +1,373 @@
+"""A plan that gives the coordinator the last model: over real processes, and in one process with liars,
+deaths and full disks. Without the setting, and before the last round, nobody gives anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from deployment import HUB, deployment, small_task
+from fedcore_clients.config import read_config
+from fedcore_clients.jobs import SiteJob
+from fedcore_clients.model import export_model
+from fedcore_clients.training import TrainingFailed
+from fedcore_server import handover
+from fedcore_server.operators import save_result, write_report
+from safetensors.torch import load_file
+from test_patients import RECORDER
+from town import PATIENT, SITES, SiteLink, scene
+
+from fedcore.aggregate.jobstate import JobState
+from fedcore.errors import StoreFull
+from fedcore.learn.saved import load_model
+from fedcore.plan import canonical
+from fedcore.protocol import course
+from fedcore.protocol.job import JobOffer, ModelMade, ModelWanted
+from fedcore.task import load_task
+from fedcore.wire import calls, frames
+
+# ---------------------------------------------------------------------------- real processes
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory):
+    """Sites a, b and c let a model go to the coordinator; d does not."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "frames").touch()
+    with deployment(
+        folder, small_task(folder), start=[], patches={HUB: RECORDER},
+        env={"FRAMES": str(folder / "frames")},
+    ) as found:  # fmt: skip
+        for name in ("a", "b", "c"):
+            path = found.config(name)
+            path.write_text(f'release = "coordinator"\n{path.read_text()}')
+        for name in found.sites:
+            found.start(name)
+        found.connected()
+        found.wire = folder / "frames"
+        yield found
+
+
+def result_of(fed, job, out):
+    with fed.channel(fed.kit("operator", "op")) as channel:
+        stream = channel.unary_stream(calls.RESULT.path)
+        asked = calls.RESULT.takes.pack(frames.JobRequest(job))
+        parts = [
+            calls.RESULT.gives.unpack(data, sender="hub") for data in stream(asked, timeout=60)
+        ]
+    save_result(iter(parts), out)
+    return out
+
+
+def test_the_operator_gets_the_model_that_the_sites_have(fed, tmp_path):
+    job = fed.submit(rounds=2, release="coordinator")
+    event = fed.wait(job)[-1]
+    assert (event["state"], event["text"], event["model"]) == ("finished", "", True)
+    assert event["sites"]["d"]["unable"] == "policy", "its operator lets no model go"
+    assert "site.toml lets no model go there" in fed.log("d")
+    out = result_of(fed, job, tmp_path / "out")
+    fed.released(job, sites=["a", "b", "c"])
+    exported = tmp_path / "site" / "model.safetensors"
+    exported.parent.mkdir()
+    export_model(read_config(fed.config("b")), job, exported)
+    given, own = load_file(out / "model.safetensors"), load_file(exported)
+    assert given.keys() == own.keys()
+    assert all(torch.equal(given[name], own[name]) for name in own)
+    assert str(fed.folder).encode() not in (out / "model.safetensors").read_bytes()
+    assert "the plan gives it to the coordinator" in write_report(out).read_text()
+
+    task = load_task(fed.task, fed.folder)
+    rows, _ = task.data(1)
+    assert load_model(out, task).predict(rows).shape == (40,)
+
+
+def test_without_the_setting_no_model_leaves(fed, tmp_path):
+    begun = fed.wire.stat().st_size
+    job = fed.submit(rounds=2)
+    event = fed.wait(job)[-1]
+    assert (event["state"], event["model"]) == ("finished", False)
+    fed.released(job)
+    assert b"AtRest" in fed.wire.read_bytes()[begun:], "the recorder saw what the sites said"
+    assert b"ModelMade" not in fed.wire.read_bytes()[begun:]
+    out = result_of(fed, job, tmp_path / "out")
+    assert not (out / "model.safetensors").exists()
+    assert "The model is at the sites" in write_report(out).read_text()
+
+
+# ------------------------------------------------------------------------- jobs in one process
+
+
+def giving(found, *, lies=(), silent=()):
+    """Make a town's job give its model; `lies` export other bytes, `silent` never upload theirs."""
+    found.settings["protect"]["release"] = "coordinator"
+    found.offer = JobOffer("job", "bench", "0" * 64, canonical(found.settings))
+
+    def start(name):
+        found.start(name)
+        site = found.sites[name]
+        site.party = replace(site.party, release="coordinator")
+        if name in lies:
+
+            async def export(_, job, state, name=name):
+                return b"a lie of " + name.encode()
+
+            site.contributor.export = types.MethodType(export, site.contributor)
+        if name in silent:
+
+            async def give(wanted, site=site):
+                if not wanted.digest:
+                    await SiteJob._give_model(site, wanted)
+
+            site._give_model = give
+
+    return start
+
+
+def given(found):
+    path = found.folder / HUB / "jobs" / "job" / handover.MODEL_FILE
+    return path.read_bytes() if path.exists() else None
+
+
+async def check_given(found):
+    """The file is what the plain sums of the listed survivors lead to."""
+    expected = await found.expected()
+    assert JobState.from_bytes(given(found)).canonical() == expected.canonical()
+    await found.check()
+
+
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
+    async def play(found):
+        start = giving(found)
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run()
+        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
+        await check_given(found)
+
+    scene(tmp_path, pool, play, protection=protection, limits=PATIENT)
+
+
+@pytest.mark.parametrize("after", ["asked", "said", "uploaded"])
+@pytest.mark.parametrize("who", [HUB, "a", "b"])
+def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, after, who):
+    moments = []
+    take, keep = handover.HandOver.take, handover.HandOver.keep
+    asking = handover.HandOver.asking
+
+    def asked(self, *rest):
+        for name, wanted in asking(self, *rest):
+            moments.append("asked")
+            yield name, wanted
+
+    def said(self, *rest):
+        moments.append("said")
+        return take(self, *rest)
+
+    def kept(self, *rest):
+        done = keep(self, *rest)
+        moments.append("uploaded")
+        return done
+
+    for name, stands_in in (("asking", asked), ("take", said), ("keep", kept)):
+        monkeypatch.setattr(handover.HandOver, name, stands_in)
+
+    async def play(found):
+        start = giving(found)
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run(until=lambda: after in moments)
+        await found.kill(who)
+        if who == HUB:
+            found.start_hub()
+        else:
+            start(who)
+        await found.run()
+        assert found.hub.outcome.outcome == "finished"
+        await check_given(found)
+
+    scene(tmp_path, pool, play, limits=PATIENT)
+
+
+def test_a_site_that_lies_is_outvoted_and_named(tmp_path, pool, caplog):
+    async def play(found):
+        start = giving(found, lies="a")
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run()
+        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
+        await check_given(found)
+        assert "sites differ over the model" in caplog.text
+
+    scene(tmp_path, pool, play, limits=PATIENT)
+
+
+def test_too_few_that_say_the_same_give_no_model(tmp_path, pool):
+    async def play(found):
+        start = giving(found, lies="ab")
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run()
+        assert found.hub.outcome.outcome == "finished"
+        assert "without the model: too few sites say the same of it" in found.hub.outcome.text
+        assert given(found) is None and not found.hub.has_model
+
+    scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.5))
+
+
+def test_another_site_is_asked_where_one_does_not_give_it(tmp_path, pool):
+    async def play(found):
+        start = giving(found, silent="ab")
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run()
+        await check_given(found)
+
+    scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.3))
+
+
+def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
+    """Its site comes back in the middle of the job with a site.toml that lets no model go."""
+
+    async def play(found):
+        start = giving(found)
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.kill("d")
+        found.start("d")
+        await found.run()
+        assert "site.toml lets no model go there" in caplog.text
+        assert "d" not in found.hub._handing._said
+        assert "d" not in found.rounds()[-1]["survivors"]
+        await check_given(found)
+
+    scene(tmp_path, pool, play, rounds=4, limits=PATIENT)
+
+
+def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatch):
+    full, keep = [], handover.HandOver.keep
+
+    def no_room(self, *rest):
+        if not full:
+            full.append(True)
+            raise StoreFull("model: found no room")
+        return keep(self, *rest)
+
+    monkeypatch.setattr(handover.HandOver, "keep", no_room)
+
+    async def play(found):
+        start = giving(found)
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run()
+        assert full and found.hub.outcome.text == ""
+        await check_given(found)
+
+    scene(tmp_path, pool, play, limits=PATIENT)
+
+
+def first_only(contribute):
+    """A site whose training fails after the first round."""
+
+    async def once(job, plan, step, state):
+        if step.training_round > 1:
+            raise TrainingFailed("task failed")
+        return await contribute(job, plan, step, state)
+
+    return once
+
+
+def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool):
+    """The sites then have the model of an earlier round, which no plan gives."""
+
+    async def play(found):
+        start = giving(found)
+        found.start_hub()
+        for name in SITES:
+            start(name)
+            if name in "ab":
+                contributor = found.sites[name].contributor
+                contributor.contribute = first_only(contributor.contribute)
+        await found.run()
+        assert found.rounds()[0]["survivors"] == list(SITES)
+        assert not any(row["survivors"] for row in found.rounds()[1:])
+        said = "without the model: the last round was abandoned"
+        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", said)
+        assert given(found) is None
+
+    scene(tmp_path, pool, play, limits=PATIENT)
+
+
+# ---------------------------------------------------------- a coordinator that wants more of them
+
+
+ROUNDS = 200
+"""More than there is time for: the job is stopped."""
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["attack", "control"])
+@pytest.mark.parametrize("early", [False, True], ids=["not in the plan", "before the last round"])
+def test_a_model_that_the_plan_does_not_give_is_not_given(
+    tmp_path, pool, monkeypatch, caplog, early, control
+):
+    """Attack: a coordinator asks for the model of the first round, or under a plan that gives it none.
+
+    The control takes away the one check of the site that refuses it: then the words of the sites come.
+    """
+    said = []
+    say = SiteLink.say
+
+    def heard(self, job, message):
+        if isinstance(message, ModelMade):
+            said.append(self.name)
+        say(self, job, message)
+
+    monkeypatch.setattr(SiteLink, "say", heard)
+    if control:
+        monkeypatch.setattr(SiteJob, "_may_give", lambda self: True)
+
+    async def play(found):
+        start = giving(found) if early else found.start
+        found.start_hub()
+        for name in SITES:
+            start(name)
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        site, refusal = (
+            found.sites["a"],
+            ("before the last round" if early else "stays at the sites"),
+        )
+        while not said and refusal not in caplog.text:
+            standing = site.stage.standing.certificate
+            if standing:
+                site.tell(ModelWanted("job", standing, b""))
+            await asyncio.sleep(0.002)
+        words = list(said)
+        assert found.hub.outcome is None and len(found.hub.rounds.known) < ROUNDS
+        found.hub.stop("enough")
+        await found.run()
+        assert bool(words) is control and (refusal in caplog.text) is not control
+
+    scene(tmp_path, pool, play, rounds=ROUNDS, limits=PATIENT)
+
+
+def test_is_last_model_knows_the_last_round_and_its_measure():
+    class Plan:
+        rounds = 3
+
+    last = [("update", 3), ("metrics", 4)]
+    for purpose in course.PURPOSES:
+        for number in range(6):
+            step = course.Step(purpose, number)
+            assert course.is_last_model(Plan, step) is ((purpose, number) in last)

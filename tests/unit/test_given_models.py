@@ -1,0 +1,249 @@
+"""A plan that gives the coordinator a model: who may ask for it, who agrees, and whose file is taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from fedcore_clients.config import SiteConfig
+from fedcore_server import service
+from fedcore_server.handover import ASKED_AGAIN, MODEL_FILE, HandOver
+from fedcore_server.operators import prepare
+from pydantic import ValidationError
+from test_public_metrics import (
+    SITES,
+    certificate,
+    loaded,
+    offered,
+    plan_for,
+    submitted,
+)
+
+import fedcore
+from fedcore import cli
+from fedcore.config import build_job, plan_of
+from fedcore.deployment import SiteTask, to_toml, write
+from fedcore.errors import BadInput, Conflicting, HeaderRefused, OutOfOrder, PlanRefused
+from fedcore.label import label_of
+from fedcore.learn import saved
+from fedcore.plan import RoundPlan, canonical
+from fedcore.protocol import job
+
+GIVES = plan_for(release="coordinator")
+LAST = certificate(purpose="metrics", training_round=GIVES.rounds + 1)
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+def test_a_plan_that_gives_none_has_the_digest_it_always_had():
+    """Recorded rounds, journals and vectors name it."""
+    plain = plan_for()
+    assert "release" not in plain.to_json()
+    assert GIVES.to_json() == plain.to_json() | {"release": "coordinator"}
+    assert RoundPlan.from_json(json.loads(canonical(GIVES.to_json()))) == GIVES
+
+
+def test_a_job_s_plan_has_what_the_job_says():
+    shape = job.ModelShape("t", "0" * 64, 5, 0, 0, "", GIVES.metric_sums)
+    for asked in ("sites", "coordinator"):
+        found = build_job({"protect": {"release": asked}, "max_examples": 64})
+        assert plan_of(found, shape, SITES, 64).release == asked
+
+
+def test_another_word_is_refused():
+    with pytest.raises(BadInput, match=r"protect\.release: found 'both'"):
+        build_job({"release": "both"})
+    with pytest.raises(BadInput, match=r"protect\.release"):
+        plan_for(release="both")
+
+
+REFUSED = r"protect\.release: found 'coordinator' under 'encrypted'"
+
+
+def test_every_way_to_a_plan_refuses_it_under_encrypted(tmp_path):
+    asked = {"protection": "encrypted", "release": "coordinator"}
+    tables = submitted(protect=asked)
+    (tmp_path / "job.toml").write_text("[protect]\nmax_examples = 64\n")
+    for way in (
+        lambda: build_job(asked),
+        lambda: plan_for(**asked),
+        lambda: RoundPlan.from_json(plan_for("encrypted").to_json() | {"release": "coordinator"}),
+        lambda: fedcore.simulate("heart", **asked),
+        lambda: prepare(tmp_path, tables, {}),
+        lambda: service._check_settings(tables, 4),
+    ):
+        with pytest.raises(PlanRefused, match=REFUSED) as refused:
+            way()
+        assert "--protection layered" in refused.value.remedy
+    for protection in ("plain", "masked", "layered"):
+        assert build_job(asked | {"protection": protection}).protect.release == "coordinator"
+
+
+@pytest.mark.parametrize("verb", ["simulate", "plan", "up"])
+def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [verb, "--task", "heart", "--protection", "encrypted", "--release", "coordinator"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 3
+    assert lines[-2].startswith("error: protect.release: found 'coordinator'")
+    assert lines[-1].startswith("hint: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("protection", ["plain", "masked", "layered"])
+@pytest.mark.parametrize("sites", [3, 4])
+def test_the_label_says_what_the_coordinator_is_given(protection, sites):
+    quiet = plan_for(protection, sites=("a", "b", "c", "d")[:sites])
+    before, after = (
+        label_of(each).splitlines() for each in (quiet, replace(quiet, release="coordinator"))
+    )
+    if protection != "layered":  # it sees every model anyway, and the label says so
+        assert "the model" in before[0] and after == before
+        return
+    given = "of the models only the last one, which the plan gives it."
+    assert after[0].endswith(given) and "not their sum" in after[0] and len(after) <= 8
+    assert "also sees the sum and every model" in after[1]
+    assert after[2:] == before[2:] and given not in "\n".join(before)
+
+
+# ----------------------------------------------------------------------------------- at a site
+
+
+def test_a_site_whose_operator_lets_no_model_go_refuses_the_job_before_a_row_is_read(tmp_path):
+    asked = submitted(protect={"release": "coordinator"})
+    found = loaded(tmp_path / "1", asked)
+    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.contributor.loaded == 0
+    fine = loaded(tmp_path / "2", asked, release="coordinator")
+    assert [type(each) for each in fine.link.said] == [job.Survey]
+
+
+def test_a_site_agrees_to_it_only_where_the_job_says_so(tmp_path):
+    quiet, gives = submitted(), submitted(protect={"release": "coordinator"})
+    for place, (settings, of_plan) in enumerate(product((quiet, gives), repeat=2)):
+        found = offered(tmp_path / str(place), settings, of_plan, release="coordinator")
+        agreed = isinstance(found.link.said[-1], job.PlanAgreed)
+        assert agreed is (settings is of_plan), found.link.said
+
+
+def test_site_toml_says_who_gets_a_model(tmp_path):
+    with pytest.raises(ValidationError):
+        SiteConfig.model_validate({"release": "everybody"})
+    task = {"a": SiteTask("t", "t.py", "0" * 64)}
+    for given, line in (("sites", False), ("coordinator", True)):
+        folder = tmp_path / given
+        write(folder, "town", task, {"protect": {"release": given}})
+        text = (folder / "sites" / "a" / "site.toml").read_text()
+        assert ('release = "coordinator"' in text) is line
+    assert to_toml({"release": None}) == ""
+
+
+# -------------------------------------------------------------------------- at the coordinator
+
+
+def hand_over(folder, plan=GIVES):
+    return HandOver(plan, "job", folder, patience=10.0)
+
+
+def word(site, digest=b"d" * 32, of=LAST):
+    return job.ModelMade("job", site, of.hash, digest, 1000)
+
+
+def asked(found, sites=SITES, now=0.0, of=LAST):
+    return [(name, wanted.digest) for name, wanted in found.asking(of, sites, now)]
+
+
+def test_everybody_is_asked_until_enough_say_the_same_then_one_of_these(tmp_path):
+    found = hand_over(tmp_path)
+    assert asked(found) == [(name, b"") for name in SITES]
+    assert asked(found, now=ASKED_AGAIN / 2) == []
+    found.take("a", word("a"), LAST)
+    found.take("b", word("b", b"x" * 32), LAST)
+    found.take("c", word("c"), LAST)
+    assert asked(found, now=ASKED_AGAIN) == [("d", b"")], "two of the same are not three"
+    assert not any(found.may_come_from(name) for name in SITES)
+    found.take("d", word("d"), LAST)
+    assert asked(found, now=6.0) == [("a", b"d" * 32)] and found.may_come_from("a")
+    assert asked(found, now=6.1) == []
+    assert asked(found, now=16.0) == [("c", b"d" * 32)], "another one after a while"
+    assert asked(found, now=26.0) == [("d", b"d" * 32)]
+    assert asked(found, now=36.0) == [("a", b"d" * 32)]
+    assert asked(found, sites=("b", "c"), now=37.0) == [("c", b"d" * 32)], "the one asked is away"
+    assert not found.may_come_from("b"), "the one that says something else"
+
+
+def test_a_new_session_is_asked_at_once(tmp_path):
+    found = hand_over(tmp_path)
+    asked(found)
+    found.came("b")
+    assert asked(found, now=0.1) == [("b", b"")]
+    for name in SITES:
+        found.take(name, word(name), LAST)
+    assert asked(found, now=0.2) == [("a", b"d" * 32)]
+    found.came("a")
+    assert asked(found, now=0.3) == [("b", b"d" * 32)]
+    found.lost()
+    assert asked(found, now=0.4) == [("c", b"d" * 32)]
+
+
+def test_what_no_honest_site_says_is_refused(tmp_path):
+    found = hand_over(tmp_path)
+    with pytest.raises(HeaderRefused, match=r"nobody asked for.*fault: a"):
+        found.take("a", word("a"), LAST)
+    asked(found)
+    with pytest.raises(OutOfOrder):
+        found.take("a", word("a", of=certificate(number=1)), LAST)
+    with pytest.raises(OutOfOrder):
+        found.take("a", word("a"), None)
+    assert found.take("a", word("a"), LAST) == found.take("a", word("a"), LAST) == ""
+    with pytest.raises(Conflicting, match="fault: a"):
+        found.take("a", word("a", b"x" * 32), LAST)
+    assert "sites differ over the model (a - b)" in found.take("b", word("b", b"x" * 32), LAST)
+
+
+def test_why_no_model_can_come(tmp_path):
+    found = hand_over(tmp_path)
+    early = certificate(purpose="update", training_round=GIVES.rounds - 1)
+    for none in (None, early, certificate(purpose="metrics", training_round=GIVES.rounds)):
+        assert found.lacking(none, SITES) == "the last round was abandoned"
+    assert found.lacking(certificate(training_round=GIVES.rounds), SITES) == ""
+    assert found.lacking(LAST, SITES[:3]) == ""
+    assert "(0, and 3 are needed)" in found.lacking(LAST, SITES[:2])
+    asked(found)
+    found.take("a", word("a"), LAST)
+    found.take("b", word("b", b"x" * 32), LAST)
+    assert found.lacking(LAST, SITES) == "", "c and d may still say what a says"
+    found.take("c", word("c", b"y" * 32), LAST)
+    assert "(1, and 3 are needed)" in found.lacking(LAST, SITES)
+
+
+def test_only_the_file_that_enough_sites_name_is_kept_and_whole(tmp_path):
+    found, digest = hand_over(tmp_path), b"d" * 32
+    asked(found)
+    for name in "ab":
+        found.take(name, word(name), LAST)
+    assert not found.keep(digest, [b"mod", b"el"], LAST) and not found.here
+    found.take("c", word("c"), LAST)
+    assert not found.keep(b"x" * 32, [b"other"], LAST)
+
+    def broken():
+        yield b"mod"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        found.keep(digest, broken(), LAST)
+    assert not found.here
+    assert found.keep(digest, [b"mod", b"el"], LAST) and found.here
+    assert (tmp_path / MODEL_FILE).read_bytes() == b"model"
+    assert not found.keep(digest, [b"again"], LAST)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [
+        MODEL_FILE
+    ]
+
+
+def test_both_sides_name_the_file_alike():
+    assert MODEL_FILE == saved.FILE
