@@ -231,7 +231,9 @@ class SiteJob:
         self._uploading: tuple[bytes, asyncio.Task[None]] | None = None
         self._early: messages.Certificate | None = None
         self._catching = ""
-        self._exporting = False
+        self._exporting = asyncio.Lock()
+        self._exported: tuple[str, Stored] | None = None
+        """The file of the last model, and the certificate it was made after."""
         self._ending: job.JobEnded | None = None
         self._groups: dict[str, str] = {}
         """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
@@ -1111,30 +1113,38 @@ class SiteJob:
 
         The state here is that of a release with its certificate: nothing else becomes the state.
         """
-        if self.plan is None or not self._may_give() or self._exporting:
+        if self.plan is None or not self._may_give():
             return
-        assert self.state is not None
         standing: Standing = self.stage.standing
         if standing.certificate != wanted.certificate:
             return  # it is asked again once both stand at the same release
-        self._exporting = True
         try:
-            async with self._loading:
-                data = await self.contributor.export(self.id, self.state)
-            stored = await asyncio.to_thread(self.party.spool.put, self.id, "model", _pieces(data))
-            if wanted.digest != stored.digest:
-                made = job.ModelMade(
-                    self.id, self.party.id, wanted.certificate, stored.digest, stored.size
-                )
-                self.link.say(self.id, made)
-                return
-            with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
-                header = job.model_upload(wanted.certificate)
-                await self.link.upload(self.id, header, stored.digest, stored.path)
+            stored = await self._model_file(wanted.certificate)
         except TrainingFailed as failed:
             LOG.warning("job %s: the model could not be given: %s", self.id, failed.reason)
-        finally:
-            self._exporting = False
+            return
+        if wanted.digest != stored.digest:
+            made = job.ModelMade(
+                self.id, self.party.id, wanted.certificate, stored.digest, stored.size
+            )
+            self.link.say(self.id, made)
+            return
+        with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
+            header = job.model_upload(wanted.certificate)
+            await self.link.upload(self.id, header, stored.digest, stored.path)
+
+    async def _model_file(self, certificate: str) -> Stored:
+        """The file of the model here, made once. Raises TrainingFailed."""
+        async with self._exporting:
+            if self._exported is None or self._exported[0] != certificate:
+                assert self.state is not None
+                await self._load_again()
+                data = await self.contributor.export(self.id, self.state)
+                stored = await asyncio.to_thread(
+                    self.party.spool.put, self.id, "model", _pieces(data)
+                )
+                self._exported = certificate, stored
+            return self._exported[1]
 
     async def _end(self, ended: job.JobEnded) -> None:
         """No further round: the state stays, everything of the rounds goes.

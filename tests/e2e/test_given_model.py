@@ -155,7 +155,7 @@ def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
 
 @pytest.mark.parametrize("after", ["asked", "said", "uploaded"])
 @pytest.mark.parametrize("who", [HUB, "a", "b"])
-def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, after, who):
+def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, caplog, after, who):
     moments = []
     take, keep = handover.HandOver.take, handover.HandOver.keep
     asking = handover.HandOver.asking
@@ -190,6 +190,7 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, aft
             start(who)
         await found.run()
         assert found.hub.outcome.outcome == "finished"
+        assert "a fault of this side" not in caplog.text
         await check_given(found)
 
     scene(tmp_path, pool, play, limits=PATIENT)

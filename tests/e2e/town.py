@@ -108,8 +108,10 @@ class Slow(Drawn):
         self.town, self.loaded = town, False
 
     async def load(self, *args):
+        found = await super().load(*args)
+        await asyncio.sleep(0.02)
         self.loaded = True
-        return await super().load(*args)
+        return found
 
     async def contribute(self, *args):
         assert self.loaded, "a new process contributes only after it has loaded"
@@ -117,6 +119,10 @@ class Slow(Drawn):
             raise self.town.trouble[self._site].pop()
         await asyncio.sleep(0.002)
         return await super().contribute(*args)
+
+    async def export(self, *args):
+        assert self.loaded, "a new process exports only after it has loaded"
+        return await super().export(*args)
 
 
 class Town:
