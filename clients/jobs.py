@@ -1099,7 +1099,7 @@ class SiteJob:
                 fault=messages.COORDINATOR,
             )  # fmt: skip
         done = self.state.done if self.state is not None else None
-        if done is None or not isinstance(self.stage, site.Idle):
+        if done is None or self.ended is not None or not isinstance(self.stage, site.Idle):
             return False
         if not course.is_last_model(self.plan, done):
             raise HeaderRefused(

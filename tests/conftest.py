@@ -6,6 +6,11 @@ Set before anything imports torch or numpy, and inherited by the commands that t
 from __future__ import annotations
 
 import os
+import signal
+
+# A suite that a script starts in its background ignores Ctrl-C, and so would every command it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.update(
     {
