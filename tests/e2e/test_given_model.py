@@ -5,7 +5,6 @@ deaths and full disks. Without the setting, and before the last round, nobody gi
 from __future__ import annotations
 
 import asyncio
-import types
 from dataclasses import replace
 
 import pytest
@@ -101,29 +100,41 @@ def test_without_the_setting_no_model_leaves(fed, tmp_path):
 # ------------------------------------------------------------------------- jobs in one process
 
 
-def giving(found, *, lies=(), silent=()):
-    """Make a town's job give its model; `lies` export other bytes, `silent` never upload theirs."""
-    found.settings["protect"]["release"] = "coordinator"
+def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
+    """Begin a town's job that gives its model, at sites that let it; returns what starts one anew.
+
+    Sites in `lies` export other bytes, `silent` ones never upload theirs, and the training of those in
+    `failing` fails after the first round.
+    """
+    found.settings["protect"]["release"] = release
     found.offer = JobOffer("job", "bench", "0" * 64, canonical(found.settings))
 
     def start(name):
         found.start(name)
         site = found.sites[name]
         site.party = replace(site.party, release="coordinator")
-        if name in lies:
+        own, contribute = site.contributor, site.contributor.contribute
 
-            async def export(_, job, state, name=name):
-                return b"a lie of " + name.encode()
+        async def lie(job, state):
+            return b"a lie of " + name.encode()
 
-            site.contributor.export = types.MethodType(export, site.contributor)
+        async def give(wanted):
+            if not wanted.digest:
+                await SiteJob._give_model(site, wanted)
+
+        async def once(job, plan, step, state):
+            if step.training_round > 1:
+                raise TrainingFailed("task failed")
+            return await contribute(job, plan, step, state)
+
+        own.export = lie if name in lies else own.export
+        own.contribute = once if name in failing else contribute
         if name in silent:
-
-            async def give(wanted, site=site):
-                if not wanted.digest:
-                    await SiteJob._give_model(site, wanted)
-
             site._give_model = give
 
+    found.start_hub()
+    for name in SITES:
+        start(name)
     return start
 
 
@@ -142,10 +153,7 @@ async def check_given(found):
 @pytest.mark.parametrize("protection", ["masked", "layered"])
 def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
     async def play(found):
-        start = giving(found)
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found)
         await found.run()
         assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
         await check_given(found)
@@ -179,9 +187,6 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, cap
 
     async def play(found):
         start = giving(found)
-        found.start_hub()
-        for name in SITES:
-            start(name)
         await found.run(until=lambda: after in moments)
         await found.kill(who)
         if who == HUB:
@@ -198,10 +203,7 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, cap
 
 def test_a_site_that_lies_is_outvoted_and_named(tmp_path, pool, caplog):
     async def play(found):
-        start = giving(found, lies="a")
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found, lies="a")
         await found.run()
         assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
         await check_given(found)
@@ -212,10 +214,7 @@ def test_a_site_that_lies_is_outvoted_and_named(tmp_path, pool, caplog):
 
 def test_too_few_that_say_the_same_give_no_model(tmp_path, pool):
     async def play(found):
-        start = giving(found, lies="ab")
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found, lies="ab")
         await found.run()
         assert found.hub.outcome.outcome == "finished"
         assert "without the model: too few sites say the same of it" in found.hub.outcome.text
@@ -226,10 +225,7 @@ def test_too_few_that_say_the_same_give_no_model(tmp_path, pool):
 
 def test_another_site_is_asked_where_one_does_not_give_it(tmp_path, pool):
     async def play(found):
-        start = giving(found, silent="ab")
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found, silent="ab")
         await found.run()
         await check_given(found)
 
@@ -240,10 +236,7 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
     """Its site comes back in the middle of the job with a site.toml that lets no model go."""
 
     async def play(found):
-        start = giving(found)
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found)
         await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await found.kill("d")
         found.start("d")
@@ -268,10 +261,7 @@ def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatc
     monkeypatch.setattr(handover.HandOver, "keep", no_room)
 
     async def play(found):
-        start = giving(found)
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found)
         await found.run()
         assert full and found.hub.outcome.text == ""
         await check_given(found)
@@ -279,28 +269,11 @@ def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatc
     scene(tmp_path, pool, play, limits=PATIENT)
 
 
-def first_only(contribute):
-    """A site whose training fails after the first round."""
-
-    async def once(job, plan, step, state):
-        if step.training_round > 1:
-            raise TrainingFailed("task failed")
-        return await contribute(job, plan, step, state)
-
-    return once
-
-
 def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool):
     """The sites then have the model of an earlier round, which no plan gives."""
 
     async def play(found):
-        start = giving(found)
-        found.start_hub()
-        for name in SITES:
-            start(name)
-            if name in "ab":
-                contributor = found.sites[name].contributor
-                contributor.contribute = first_only(contributor.contribute)
+        giving(found, failing="ab")
         await found.run()
         assert found.rounds()[0]["survivors"] == list(SITES)
         assert not any(row["survivors"] for row in found.rounds()[1:])
@@ -340,16 +313,11 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
         monkeypatch.setattr(SiteJob, "_may_give", lambda self: True)
 
     async def play(found):
-        start = giving(found) if early else found.start
-        found.start_hub()
-        for name in SITES:
-            start(name)
+        giving(found, release="coordinator" if early else "sites")
         await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
-        site, refusal = (
-            found.sites["a"],
-            ("before the last round" if early else "stays at the sites"),
-        )
-        while not said and refusal not in caplog.text:
+        site = found.sites["a"]
+        refusal = "before the last round" if early else "stays at the sites"
+        while not said and refusal not in caplog.text and found.hub.outcome is None:
             standing = site.stage.standing.certificate
             if standing:
                 site.tell(ModelWanted("job", standing, b""))
