@@ -33,6 +33,7 @@ from pathlib import Path
 
 import grpc
 from fedcore_clients.tls import channel_credentials
+from fedcore_server.operators import save_result
 
 from fedcore import simulate
 from fedcore.comparison.api import prepare_layers
@@ -257,6 +258,16 @@ class Deployment:
         with self.channel(kit or self.kit("operator", "op")) as channel:
             data = channel.unary_unary(call.path)(call.takes.pack(request), timeout=seconds)
         return call.gives.unpack(data, sender="coordinator")
+
+    def result(self, job, out, kit=None):
+        """The folder with the files that `result` fetches for an operator (or `kit`'s owner)."""
+        call = calls.RESULT
+        with self.channel(kit or self.kit("operator", "op")) as channel:
+            asked = call.takes.pack(frames.JobRequest(job))
+            stream = channel.unary_stream(call.path)(asked, timeout=60.0)
+            parts = [call.gives.unpack(data, sender="coordinator") for data in stream]
+        save_result(iter(parts), out)
+        return out
 
     def _prepare(self, settings):
         key = json.dumps(settings, sort_keys=True)

@@ -15,7 +15,7 @@ from fedcore_clients.jobs import SiteJob
 from fedcore_clients.model import export_model
 from fedcore_clients.training import TrainingFailed
 from fedcore_server import handover
-from fedcore_server.operators import save_result, write_report
+from fedcore_server.operators import write_report
 from safetensors.torch import load_file
 from test_patients import RECORDER
 from town import PATIENT, SITES, SiteLink, scene
@@ -27,7 +27,6 @@ from fedcore.plan import canonical
 from fedcore.protocol import course
 from fedcore.protocol.job import JobOffer, ModelMade, ModelWanted
 from fedcore.task import load_task
-from fedcore.wire import calls, frames
 
 # ---------------------------------------------------------------------------- real processes
 
@@ -51,24 +50,13 @@ def fed(tmp_path_factory):
         yield found
 
 
-def result_of(fed, job, out):
-    with fed.channel(fed.kit("operator", "op")) as channel:
-        stream = channel.unary_stream(calls.RESULT.path)
-        asked = calls.RESULT.takes.pack(frames.JobRequest(job))
-        parts = [
-            calls.RESULT.gives.unpack(data, sender="hub") for data in stream(asked, timeout=60)
-        ]
-    save_result(iter(parts), out)
-    return out
-
-
 def test_the_operator_gets_the_model_that_the_sites_have(fed, tmp_path):
     job = fed.submit(rounds=2, release="coordinator")
     event = fed.wait(job)[-1]
     assert (event["state"], event["text"], event["model"]) == ("finished", "", True)
     assert event["sites"]["d"]["unable"] == "policy", "its operator lets no model go"
     assert "site.toml lets no model go there" in fed.log("d")
-    out = result_of(fed, job, tmp_path / "out")
+    out = fed.result(job, tmp_path / "out")
     fed.released(job, sites=["a", "b", "c"])
     exported = tmp_path / "site" / "model.safetensors"
     exported.parent.mkdir()
@@ -92,7 +80,7 @@ def test_without_the_setting_no_model_leaves(fed, tmp_path):
     fed.released(job)
     assert b"AtRest" in fed.wire.read_bytes()[begun:], "the recorder saw what the sites said"
     assert b"ModelMade" not in fed.wire.read_bytes()[begun:]
-    out = result_of(fed, job, tmp_path / "out")
+    out = fed.result(job, tmp_path / "out")
     assert not (out / "model.safetensors").exists()
     assert "The model is at the sites" in write_report(out).read_text()
 

@@ -18,7 +18,7 @@ import pytest
 from deployment import HUB, SMALL, deployment, small_task
 from fedcore_clients.bench import ROWS
 from fedcore_server.jobs import Limits
-from fedcore_server.operators import save_result, write_report
+from fedcore_server.operators import write_report
 from test_patients import RECORDER
 from town import SITES, HubLinks, SiteLink, scene
 
@@ -108,13 +108,7 @@ def test_operators_see_what_the_sites_wrote_and_simulate_found(fed, tmp_path):
     assert len(values) > 5
     assert not found_in(wire, values)
 
-    with fed.channel(fed.kit("observer", "obs")) as channel:  # the files that `result` fetches
-        stream = channel.unary_stream(calls.RESULT.path)
-        asked = calls.RESULT.takes.pack(frames.JobRequest(job))
-        parts = [
-            calls.RESULT.gives.unpack(data, sender="hub") for data in stream(asked, timeout=60)
-        ]
-    save_result(iter(parts), tmp_path / "out")
+    fed.result(job, tmp_path / "out", fed.kit("observer", "obs"))
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == shown
     assert f"metrics after round {ROUNDS}: auc " in write_report(tmp_path / "out").read_text()
