@@ -1124,9 +1124,7 @@ class SiteJob:
             LOG.warning("job %s: the model could not be given: %s", self.id, failed.reason)
             return
         if wanted.digest != stored.digest:
-            made = job.ModelMade(
-                self.id, self.party.id, wanted.certificate, stored.digest, stored.size
-            )
+            made = job.ModelMade(self.id, self.party.id, wanted.certificate, stored.digest)
             self.link.say(self.id, made)
             return
         with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile

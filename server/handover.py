@@ -9,14 +9,15 @@ that lie. Before the last round nobody is asked, and no honest site would answer
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder
+from fedcore.files import write_atomic
 from fedcore.plan import RoundPlan
 from fedcore.protocol import course, job, messages
+from fedcore.protocol.publicmetrics import differing
 from fedcore.store.disk import refusals, sync_folder
 from fedcore.types import SiteId
 
@@ -115,17 +116,11 @@ class HandOver:
             raise Conflicting(
                 "model", found="another one than before", expected="the same", fault=site
             )
-        said = Counter(self._said.values())
-        if len(said) < 2:
+        groups = differing(self._said)
+        if not groups:
             return ""
-        groups = (
-            ", ".join(name for name, digest in self._said.items() if digest == each)
-            for each, _ in said.most_common()
-        )
-        return (
-            f"sites differ over the model ({' - '.join(groups)}); it is taken once "
-            f"{certificate.header.threshold} say the same"
-        )
+        needed = certificate.header.threshold
+        return f"sites differ over the model ({groups}); it is taken once {needed} say the same"
 
     def _agreed(self, certificate: messages.Certificate) -> bytes:
         for digest, count in Counter(self._said.values()).items():
@@ -139,13 +134,7 @@ class HandOver:
         """Write the file if it is the one that enough sites name; whole or not at all. Raises StoreFull."""
         if self.here or digest != self._agreed(certificate):
             return False
-        beside = self.path.with_name(f".{MODEL_FILE}.part")
         with refusals("model", self.path):
-            with beside.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
+            write_atomic(self.path, pieces)
             sync_folder(self.path.parent)
         return True

@@ -766,7 +766,7 @@ class CoordinatedJob:
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
         self._hearing = publicmetrics.Hearing(plan, self.id)
-        if plan.release == "coordinator" and self._handing is None:
+        if plan.release == "coordinator":
             patience = self.house.limits.gather
             self._handing = HandOver(plan, self.id, self.directory, patience)
 
@@ -956,8 +956,8 @@ class CoordinatedJob:
 
     async def _on_upload(self, name: SiteId, header: bytes, stored: Stored) -> None:
         stage = self.stage
-        if header == job.model_upload(self._last_certificate()):
-            await self._take_model(header, stored)
+        if self._handing is not None and header == job.model_upload(self._last_certificate()):
+            await self._take_model(self._handing, header, stored)
             return
         if not isinstance(stage, coordinator.Waiting) or stage.header.digest != header:
             return
@@ -1139,13 +1139,13 @@ class CoordinatedJob:
         """Ask for the model that the plan gives; whether it may still come. spent: seconds of waiting."""
         if self._handing is None or self.has_model or self.certificate is None:
             return False
-        present = self._present()
+        if self._handing.lacking(self.certificate, self.house.pins):
+            return False
+        present, limits = self._present(), self.house.limits
         for name, wanted in self._handing.asking(self.certificate, present, self.house.clock()):
             self.links.say(name, self.id, wanted)
-        if not self._handing.lacking(self.certificate, present):
-            return spent < self.house.limits.stage
-        never = self._handing.lacking(self.certificate, self.house.pins)
-        return not never and spent < self.house.limits.gather
+        absent = self._handing.lacking(self.certificate, present)
+        return spent < (limits.gather if absent else limits.stage)
 
     def _take_word(self, name: SiteId, made: job.ModelMade) -> None:
         """Which file a site has for the model that the plan gives."""
@@ -1155,12 +1155,11 @@ class CoordinatedJob:
         if warning:
             LOG.warning("job %s: %s", self.id, warning)
 
-    async def _take_model(self, header: bytes, stored: Stored) -> None:
-        if self._handing is None or self.certificate is None:
-            return
-        self._handing.lost()  # unless the disk takes it
+    async def _take_model(self, handing: HandOver, header: bytes, stored: Stored) -> None:
+        assert self.certificate is not None
+        handing.lost()  # unless the disk takes it
         pieces = container.read(stored.path)
-        if await asyncio.to_thread(self._handing.keep, stored.digest, pieces, self.certificate):
+        if await asyncio.to_thread(handing.keep, stored.digest, pieces, self.certificate):
             LOG.info("job %s: the sites gave the model", self.id)
         self.house.spool.discard(self.id, header)
 
@@ -1249,7 +1248,7 @@ class CoordinatedJob:
         most = _MOST_STATE * self.plan.parameters + _MOST_REST  # as large as a state can be
         if header == certificate.header.digest:
             return self._asked_checkpoint == name and size <= most
-        if header == job.model_upload(certificate.hash) and self._handing is not None:
+        if self._handing is not None and header == job.model_upload(certificate.hash):
             return self._handing.may_come_from(name) and size <= most
         return False
 

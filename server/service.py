@@ -613,17 +613,18 @@ class Coordinator:
 
     def _about(self, found: CoordinatedJob) -> Json:
         progress, stage = found.progress, found.stage
+        settings = json.loads(found.offer.settings)
         return {
             "job": found.id, "task": found.offer.task, "state": progress.state or WAITING,
             "text": progress.text, "stage": type(stage).__name__.lower(),
             "step": None if found.step is None else [found.step.purpose, found.step.training_round],
-            "rounds": json.loads(found.offer.settings)["round"]["rounds"],
+            "rounds": settings["round"]["rounds"],
             "rounds_done": sum(r["purpose"] == "update" for r in found.rounds.known),
-            "protection": json.loads(found.offer.settings)["protect"]["protection"],
+            "protection": settings["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self._waiting(found),
             "public_metrics": found.plan.public_metrics if found.plan is not None else None,
-            "release": json.loads(found.offer.settings)["protect"].get("release", "sites"), "model": found.has_model,
+            "model": found.has_model,
             "metrics": max(found.metrics.known, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 

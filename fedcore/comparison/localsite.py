@@ -137,11 +137,11 @@ class LocalSite:
 
         public: without where this site has its task, so that the bytes are the same at every site.
         """
-        task, flat = self.task, self.flat
-        flat.write(state.server.model)  # what training counted beside the parameters goes with it
-        named = task.origin if task.origin in BUILT_IN or not public else ""
+        hidden = public and self.task.origin not in BUILT_IN
+        task = replace(self.task, origin="") if hidden else self.task
+        self.flat.write(state.server.model)  # what training counted beside the parameters goes
         layout = getattr(self.site.train, "layout", None)
-        return model_bytes(flat.module, task, state.statistics, layout, origin=named)
+        return model_bytes(self.flat.module, task, state.statistics, layout)
 
     @property
     def columns(self) -> tuple[tuple[str, float, float], ...]:

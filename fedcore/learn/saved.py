@@ -44,19 +44,11 @@ def save_model(
 
 
 def model_bytes(
-    module: nn.Module,
-    task: Task,
-    statistics: Statistics | None,
-    layout: Layout | None,
-    *,
-    origin: str | None = None,
+    module: nn.Module, task: Task, statistics: Statistics | None, layout: Layout | None
 ) -> bytes:
-    """The file's bytes: the state dict, and as metadata what raw rows need.
-
-    origin: where to say that the task is; "" for nowhere.
-    """
+    """The file's bytes: the state dict, and as metadata what raw rows need."""
     about: Json = {
-        "task": task.origin if origin is None else origin,
+        "task": task.origin,
         "task_name": task.name,
         "metrics": list(task.metrics),
         "statistics": statistics.to_json() if statistics else None,

@@ -176,14 +176,13 @@ class ModelWanted:
 class ModelMade:
     """The file that the release of this certificate leads to: the same bytes at every site.
 
-    digest: of the container it would travel in, of `size` bytes.
+    digest: of the container it would travel in.
     """
 
     job: str
     site: SiteId
     certificate: str
     digest: bytes
-    size: int
 
 
 def model_upload(certificate: str) -> bytes:

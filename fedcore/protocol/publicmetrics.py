@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedcore.errors import (
     Conflicting,
@@ -141,7 +142,7 @@ class Hearing:
         enough = release.counts[message.values] >= release.header.threshold
         fresh, release.believed = enough and not release.believed, enough or release.believed
         found = Believed(release.header, len(release.survivors), values) if fresh else None
-        return found, _differing(release)
+        return found, _warning(release)
 
     def _release(self, site: SiteId, message: PublicMetrics) -> _Release:
         if not self._plan.public_metrics:
@@ -183,13 +184,21 @@ class Hearing:
         return silent if most + len(silent) >= release.header.threshold else ()
 
 
-def _differing(release: _Release) -> str:
-    if len(release.counts) < 2:
+def differing(said: Mapping[SiteId, Any]) -> str:
+    """Who says what: `a, b - d`, the largest group first, or "" where nobody differs."""
+    counts = Counter(said.values())
+    if len(counts) < 2:
         return ""
-    groups = " - ".join(
-        ", ".join(name for name, values in release.said.items() if values == each)
-        for each, _ in release.counts.most_common()
+    return " - ".join(
+        ", ".join(name for name, word in said.items() if word == each)
+        for each, _ in counts.most_common()
     )
+
+
+def _warning(release: _Release) -> str:
+    groups = differing(release.said)
+    if not groups:
+        return ""
     return (
         f"public metrics of round {release.header.round}: sites differ ({groups}); values are shown once "
         f"{release.header.threshold} say the same"

@@ -257,7 +257,7 @@ def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatc
     scene(tmp_path, pool, play, limits=PATIENT)
 
 
-def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool):
+def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool, caplog):
     """The sites then have the model of an earlier round, which no plan gives."""
 
     async def play(found):
@@ -268,6 +268,7 @@ def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool):
         said = "without the model: the last round was abandoned"
         assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", said)
         assert given(found) is None
+        assert "fault: coordinator" not in caplog.text, "nobody asked for it"
 
     scene(tmp_path, pool, play, limits=PATIENT)
 
@@ -317,6 +318,26 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
         assert bool(words) is control and (refusal in caplog.text) is not control
 
     scene(tmp_path, pool, play, rounds=ROUNDS, limits=PATIENT)
+
+
+def test_after_the_end_nothing_is_given(tmp_path, pool, monkeypatch):
+    """A coordinator that asks once more; the site's process has forgotten the task by then."""
+    said, say = [], SiteLink.say
+
+    def heard(self, job, message):
+        said.append(type(message))
+        say(self, job, message)
+
+    async def play(found):
+        giving(found)
+        await found.run()
+        monkeypatch.setattr(SiteLink, "say", heard)
+        site = found.sites["a"]
+        site.tell(ModelWanted("job", site.stage.standing.certificate, b""))
+        await asyncio.sleep(0.3)
+        assert ModelMade not in said
+
+    scene(tmp_path, pool, play, limits=PATIENT)
 
 
 def test_is_last_model_knows_the_last_round_and_its_measure():

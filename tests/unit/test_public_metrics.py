@@ -147,18 +147,24 @@ def test_every_way_to_a_plan_refuses_public_metrics_under_encrypted():
         assert build_job(asked | {"protection": protection}).track.public_metrics
 
 
-@pytest.mark.parametrize("verb", ["simulate", "plan", "up"])
-def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [verb, "--task", "heart", "--protection", "encrypted", "--public-metrics", "true"]
+def check_refused(verb, flag, value, error, capfd, folder, monkeypatch):
+    """The command refuses a flag under `encrypted`: one line, a hint, its code, and nothing written."""
+    monkeypatch.chdir(folder)
+    words = [verb, "--task", "heart", "--protection", "encrypted", flag, value]
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     lines = capfd.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith(("error:", "hint:"))]
     assert ended.value.code == 3
-    assert said == lines[-2:] and said[0].startswith("error: track.public_metrics: found true")
+    assert said == lines[-2:] and said[0].startswith(error)
     assert not any("loading heart" in line or "Traceback" in line for line in lines), lines
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["simulate", "plan", "up"])
+def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monkeypatch):
+    error = "error: track.public_metrics: found true"
+    check_refused(verb, "--public-metrics", "true", error, capfd, tmp_path, monkeypatch)
 
 
 def submitted(**changes):
