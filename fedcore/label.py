@@ -1,6 +1,7 @@
-"""The label of a run: who can see what, computed from its plan and never typed by hand (PROTOCOL L).
+"""The label of a run: who can see what, computed from its terms and never typed by hand (PROTOCOL L).
 
-The same text is on the screen, in the report, in `plan.json` and in `fedcore plan`.
+The same text is on the screen, in the report, in `plan.json` and in `fedcore plan`. The terms follow from
+a job's settings and its roster alone, so a site has the label before it reads a row.
 
 With n sites and threshold t, an opened sum is of at least t of them. A coordinator that breaks every rule
 opens two different sums if it gets two lists signed by t sites each; two such lists share 2 t - n sites, and
@@ -12,13 +13,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from fedcore.plan import MASKS, MIN_SITES, RoundPlan, default_threshold
+from fedcore.plan import (
+    MASKS,
+    MIN_SITES,
+    RoundPlan,
+    check_threshold,
+    default_threshold,
+    refuse_roster,
+)
+from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.config import Job
 
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _GIVEN = "of the models only the last one, which the plan gives it"
 _TWO_SITES = "of two sites in a sum, each can work out the other's update"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What decides who can see what: every line of a label follows from these.
+
+    sites: the roster, as names or as their number. threshold: t; 0 becomes the default for the roster.
+    cipher: of `encrypted` and `layered`. release: who gets the last model, "sites" or "coordinator".
+    statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
+    over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
+    taken. Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take.
+    """
+
+    protection: str
+    sites: int | tuple[SiteId, ...]
+    threshold: int = 0
+    cipher: str = "bfv"
+    public_metrics: bool = False
+    release: str = "sites"
+    statistics: str = "ranges"
+    single_site_features: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_roster(self.count, self.protection)
+        if not self.threshold:
+            object.__setattr__(self, "threshold", default_threshold(self.count))
+        check_threshold(self.threshold, self.count)
+
+    @property
+    def count(self) -> int:
+        """n: sites on the roster."""
+        return self.sites if isinstance(self.sites, int) else len(self.sites)
+
+    @classmethod
+    def of_plan(cls, plan: RoundPlan) -> Terms:
+        """Those of a plan. It does not say whether a feature of few sites is taken: the job does."""
+        return cls(
+            protection=plan.protection, sites=plan.sites, threshold=plan.threshold,
+            public_metrics=plan.public_metrics, release=plan.release,
+            statistics="federated" if plan.inputs else "ranges",
+        )  # fmt: skip
+
+    @classmethod
+    def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
+        """Those of a job on a roster, known without rows and without the model.
+
+        A job does not say whether its task has a table; the terms are those of one that has.
+        """
+        protect = job.protect
+        return cls(
+            protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
+            public_metrics=job.track.public_metrics, release=protect.release,
+            statistics="federated", single_site_features=protect.single_site_features,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,28 +103,36 @@ class Collusion:
     hidden_among: int
 
 
-def collusion(plan: RoundPlan) -> Collusion:
-    """The figures of a plan: for the smallest sum it permits, that of `threshold` survivors."""
-    sites, threshold = len(plan.sites), plan.threshold
+def collusion(terms: Terms) -> Collusion:
+    """The figures of a plan's terms: for the smallest sum they permit, of `threshold` survivors."""
+    sites, threshold = terms.count, terms.threshold
     absences = sites - threshold
-    if plan.protection == "plain":
+    if terms.protection == "plain":
         return Collusion(0, 0, absences, 1)
-    if plan.protection not in MASKS:
+    if terms.protection not in MASKS:
         return Collusion(0, 0, absences, threshold)
     curious = threshold - 2
     active = min(2 * threshold - sites - 1, curious)
     return Collusion(active, curious, absences, threshold - active)
 
 
-def label_of(plan: RoundPlan, single_site_features: Sequence[str] = ()) -> str:
-    """At most eight lines; the first says what it protects against, the second what not."""
-    lines = _masked(plan) if plan.protection in MASKS else list(_UNMASKED[plan.protection])
-    if plan.public_metrics:
+def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
+    """At most eight lines; the first says what it protects against, the second what not.
+
+    few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
+    """
+    lines = _masked(terms) if terms.protection in MASKS else list(_UNMASKED[terms.protection])
+    if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
-    if single_site_features:
-        names = ", ".join(single_site_features)
+    if few_sites:
+        names = ", ".join(few_sites)
         lines.append(
             f"Statistics of {names} come from fewer than 3 sites: their sums show those sites' rows."
+        )
+    elif few_sites is None and terms.single_site_features:
+        lines.append(
+            "Statistics of a feature may come from fewer than 3 sites: their sums then show those "
+            "sites' rows."
         )
     lines.append(
         "Not bounded by any of this: what the released model itself reveals about training rows; "
@@ -66,16 +141,16 @@ def label_of(plan: RoundPlan, single_site_features: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def label_warnings(plan: RoundPlan) -> list[str]:
-    """What in a plan's roster and threshold deserves a warning, each with what to do instead."""
-    sites, threshold = len(plan.sites), plan.threshold
+def label_warnings(terms: Terms) -> list[str]:
+    """What in the roster and threshold deserves a warning, each with what to do instead."""
+    sites, threshold = terms.count, terms.threshold
     found = []
     if sites >= MIN_SITES and threshold == sites:
         found.append(
             f"Absences survived: 0 of {sites}. One absent site abandons the round. "
-            + _alternative(plan)
+            + _alternative(terms)
         )
-    if threshold == 2 and plan.protection != "plain":
+    if threshold == 2 and terms.protection != "plain":
         found.append(
             f"A threshold of 2 tolerates no colluding site: {_TWO_SITES}. The default for {sites} sites "
             f"is {default_threshold(sites)}."
@@ -100,14 +175,14 @@ _UNMASKED = {
 }
 
 
-def _masked(plan: RoundPlan) -> list[str]:
-    sites, threshold, found = len(plan.sites), plan.threshold, collusion(plan)
+def _masked(terms: Terms) -> list[str]:
+    sites, threshold, found = terms.count, terms.threshold, collusion(terms)
     with_sites = (
         f", alone or with {_up_to(found.active, 'colluding site')}," if found.active else " alone,"
     )
-    if plan.protection == "masked":
+    if terms.protection == "masked":
         sight = "It sees no single site's update; it does see their sum and the model."
-    elif plan.release == "coordinator":
+    elif terms.release == "coordinator":
         alone = "; alone, not their sum, and " if found.active else ", not their sum, and "
         sight = f"It sees no site's update{alone}{_GIVEN}."
     elif found.active:
@@ -115,13 +190,13 @@ def _masked(plan: RoundPlan) -> list[str]:
     else:
         sight = "It sees no site's update, not their sum and not the model."
     too_many = f"{found.active + 1} or more colluding sites" if found.active else "1 colluding site"
-    models = "every model" if plan.release == "coordinator" else "the model"
+    models = "every model" if terms.release == "coordinator" else "the model"
     then = f" With 1 colluding site it also sees the sum and {models}."
     curious = _up_to(found.curious, "site") if found.curious else "no site"
     return [
         f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",
         f"{_PROTECTS_NOT}the coordinator and {too_many} together: they open other sites' updates."
-        + (then if plan.protection == "layered" else ""),
+        + (then if terms.protection == "layered" else ""),
         "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
         "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
         f"{curious} may collude with it.",
@@ -144,20 +219,20 @@ def _hiding(threshold: int, found: Collusion) -> str:
     )
 
 
-def _alternative(plan: RoundPlan) -> str:
+def _alternative(terms: Terms) -> str:
     """What survives an absence instead: the next lower threshold, and for three sites a fourth."""
-    lower, masks = plan.threshold - 1, plan.protection in MASKS
+    lower, masks = terms.threshold - 1, terms.protection in MASKS
     said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
     if masks:
-        tolerated = collusion(replace(plan, threshold=lower)).active
+        tolerated = collusion(replace(terms, threshold=lower)).active
         said += (
             f" and tolerates {_sites(tolerated, 'colluding site')}"
             if tolerated
             else ", but tolerates no colluding site"
         )
-    elif lower == 2 and plan.protection != "plain":
+    elif lower == 2 and terms.protection != "plain":
         said += f", but {_TWO_SITES}"
-    if len(plan.sites) == MIN_SITES:
+    if terms.count == MIN_SITES:
         said += "; four sites with a threshold of 3 survive 1 absence"
         said += " and tolerate 1 colluding site" if masks else ""
     return said + "."

@@ -48,7 +48,7 @@ from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, RoundAbandoned, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
-from fedcore.label import label_of, label_warnings
+from fedcore.label import Terms, label_of, label_warnings
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, model_summary, single_thread
 from fedcore.learn.saved import save_model
@@ -152,7 +152,7 @@ class Prepared:
         if self.statistics is not None:
             counts = zip(self.statistics.names, self.statistics.sites, strict=True)
             few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
-        return label_of(self.plan, few)
+        return label_of(Terms.of_plan(self.plan), few)
 
     @property
     def own_test_rows(self) -> bool:
@@ -161,7 +161,7 @@ class Prepared:
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
-        about = {"label": self.label, "warnings": label_warnings(self.plan)}
+        about = {"label": self.label, "warnings": label_warnings(Terms.of_plan(self.plan))}
         return describe_plan(self.plan) | about | {"buffers_policy": self.flat.policy}
 
 
@@ -758,7 +758,7 @@ def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int =
 
 def _notes(prepared: Prepared, result: Json) -> list[str]:
     """What the plan and the sites' rows give reason to say; the same for one run and many splits."""
-    found = label_warnings(prepared.plan)
+    found = label_warnings(Terms.of_plan(prepared.plan))
     if "auc" in prepared.task.metrics:
         single = [name for name, e in result["per_site"].items() if len(e["class_counts"]) == 1]
         found += _of_sites(single, "rows of one class only, so no AUC of {} own")

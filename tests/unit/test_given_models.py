@@ -26,7 +26,7 @@ import fedcore
 from fedcore.config import build_job, plan_of
 from fedcore.deployment import SiteTask, to_toml, write
 from fedcore.errors import BadInput, Conflicting, HeaderRefused, OutOfOrder, PlanRefused
-from fedcore.label import label_of
+from fedcore.label import Terms, label_of
 from fedcore.learn import saved
 from fedcore.plan import RoundPlan, canonical
 from fedcore.protocol import job
@@ -92,7 +92,8 @@ def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monk
 def test_the_label_says_what_the_coordinator_is_given(protection, sites):
     quiet = plan_for(protection, sites=("a", "b", "c", "d")[:sites])
     before, after = (
-        label_of(each).splitlines() for each in (quiet, replace(quiet, release="coordinator"))
+        label_of(Terms.of_plan(each)).splitlines()
+        for each in (quiet, replace(quiet, release="coordinator"))
     )
     if protection != "layered":  # it sees every model anyway, and the label says so
         assert "the model" in before[0] and after == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,14 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.comparison.experiment import describe_plan
+from fedcore.config import build_job, plan_of
+from fedcore.errors import PlanRefused
 from fedcore.inspection import plan_page
-from fedcore.label import Collusion, collusion, label_of, label_warnings
+from fedcore.label import Collusion, Terms, collusion, label_of, label_warnings
 from fedcore.plan import (
+    METRIC,
     PROTECTIONS,
+    ModelShape,
     RangePlan,
     RoundPlan,
     ServerPlan,
     TrainPlan,
+    Wide,
     default_threshold,
     solve_packing,
 )
@@ -34,6 +40,10 @@ def plan_for(sites, threshold=0, protection="layered"):
         buffer_coordinates=0, max_examples=512, rounds=20, train=TrainPlan(), server=ServerPlan(),
         range=RangePlan(), threshold=threshold,
     )  # fmt: skip
+
+
+def terms_for(sites, threshold=0, protection="layered"):
+    return Terms.of_plan(plan_for(sites, threshold, protection))
 
 
 TABLE = [  # PROTOCOL, Collusion: n, t, active, curious, absences; the last is t less active
@@ -55,10 +65,10 @@ TABLE = [  # PROTOCOL, Collusion: n, t, active, curious, absences; the last is t
 def test_the_table_of_the_protocol(
     sites, threshold, active, curious, absences, hidden_among, protection
 ):
-    found = collusion(plan_for(sites, threshold, protection))
+    found = collusion(terms_for(sites, threshold, protection))
     assert found == Collusion(active, curious, absences, hidden_among)
     if threshold == default_threshold(sites):
-        assert collusion(plan_for(sites, 0, protection)) == found
+        assert collusion(terms_for(sites, 0, protection)) == found
 
 
 DOCUMENTED = {
@@ -77,7 +87,7 @@ def test_the_tables_of_the_pages_are_the_labels(page):
     head = next(line for line in text.splitlines() if re.match(r"\| (sites )?n \|", line))
     sites = [int(cell) for cell in head.strip("| ").split("|")[1:]]
     (thresholds,) = [found for name, found in cells.items() if name in ("t", "threshold t")]
-    plans = [plan_for(n, t) for n, t in zip(sites, thresholds, strict=True)]
+    plans = [terms_for(n, t) for n, t in zip(sites, thresholds, strict=True)]
     expected = [(c.active, c.curious, c.absences) for c in map(collusion, plans)]
     columns = [
         next(found for name, found in cells.items() if words in name) for words in DOCUMENTED[page]
@@ -91,7 +101,7 @@ def test_the_tables_of_the_pages_are_the_labels(page):
 def test_the_figures_are_what_counting_every_set_of_colluders_gives(sites):
     """The slow second version: what each number of colluders can do, tried over all their sets."""
     for threshold in range(sites // 2 + 1, sites + 1):
-        found = collusion(plan_for(sites, threshold))
+        found = collusion(terms_for(sites, threshold))
         roster = range(sites)
         survivors = [frozenset(s) for s in combinations(roster, threshold)]
 
@@ -119,7 +129,50 @@ def test_the_figures_are_what_counting_every_set_of_colluders_gives(sites):
 
 @pytest.mark.parametrize(("protection", "hidden"), [("encrypted", 3), ("plain", 1)])
 def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
-    assert collusion(plan_for(4, 3, protection)) == Collusion(0, 0, 1, hidden)
+    assert collusion(terms_for(4, 3, protection)) == Collusion(0, 0, 1, hidden)
+
+
+# ------------------------------------------------------------------------------ terms of a job
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(protection):
+    names = tuple(f"site-{place}" for place in range(5))
+    asked = {"protection": protection, "threshold": 4}
+    if protection != "encrypted":
+        asked |= {"release": "coordinator", "public_metrics": True}
+    job = build_job({"task": "heart"}, asked)
+    shape = ModelShape("heart", "00", 21, 0, 13, "columns", (Wide(METRIC + "auc", 512, 10),))
+    terms = Terms.of_job(job, names)
+    assert terms == Terms.of_plan(plan_of(job, shape, names, 512))
+    assert terms.threshold == 4 and terms.statistics == "federated"
+    # The number of sites says as much as their names.
+    assert label_of(Terms.of_job(job, 5)) == label_of(terms)
+
+
+def test_a_job_that_takes_features_of_few_sites_says_so_until_they_are_known():
+    few = Terms.of_job(build_job({"task": "heart", "single_site_features": True}), 4)
+    said = "Statistics of a feature may come from fewer than 3 sites"
+    assert any(line.startswith(said) for line in label_of(few).splitlines())
+    assert said not in label_of(few, ["age"]) and "of age come from fewer" in label_of(few, ["age"])
+    assert said not in label_of(few, []) and said not in label_of(
+        replace(few, single_site_features=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sites", "asked", "text"),
+    [
+        (5, {"threshold": 2}, "protect.threshold: found 2 for 5 sites, expected 3 to 5"),
+        (3, {"threshold": 4}, "protect.threshold: found 4 for 3 sites, expected 2 to 3"),
+        (2, {}, "sites: found 2 under 'layered', expected at least 3"),
+        (65, {}, "sites: found 65 under 'layered', expected at most 64"),
+    ],
+)
+def test_terms_that_no_plan_can_have_are_refused(sites, asked, text):
+    with pytest.raises(PlanRefused) as refused:
+        Terms.of_job(build_job({"task": "heart"}, asked), sites)
+    assert str(refused.value).startswith(text) and refused.value.remedy
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -129,13 +182,13 @@ def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
 @given(sites=st.integers(3, 64), data=st.data(), features=st.lists(st.just("age"), max_size=2))
 def test_a_label_is_a_few_whole_sentences_without_a_formula(protection, sites, data, features):
     threshold = data.draw(st.integers(sites // 2 + 1, sites))
-    plan = plan_for(sites, threshold, protection)
-    lines = label_of(plan, features).splitlines()
+    terms = terms_for(sites, threshold, protection)
+    lines = label_of(terms, features).splitlines()
     assert len(lines) <= 8
     assert lines[0].startswith("Protects against: ")
     assert lines[1].startswith("Does not protect against: ")
     assert "only differential privacy bounds that" in lines[-1]
-    for line in [*lines, *label_warnings(plan)]:
+    for line in [*lines, *label_warnings(terms)]:
         assert line.endswith(".")
         assert not re.search(
             r"[=<>+*/_]|\b[ntc]\b|  |\.\.| 0 (?!of)|None", line.replace("`", "")
@@ -149,7 +202,7 @@ def test_a_label_is_a_few_whole_sentences_without_a_formula(protection, sites, d
 
 @pytest.mark.parametrize(("sites", "threshold", *Collusion.__annotations__), TABLE)
 def test_a_label_says_its_figures(sites, threshold, active, curious, absences, hidden_among):
-    lines = label_of(plan_for(sites, threshold)).splitlines()
+    lines = label_of(terms_for(sites, threshold)).splitlines()
     protects, does_not, who, hidden, absent, right, _ = lines
     many = {0: "alone,", 1: "with 1 colluding site,"}.get(
         active, f"up to {active} colluding sites,"
@@ -172,7 +225,7 @@ def test_a_label_says_its_figures(sites, threshold, active, curious, absences, h
 
 
 def test_four_hospitals_read_this():
-    assert label_of(plan_for(4)).splitlines() == [
+    assert label_of(terms_for(4)).splitlines() == [
         "Protects against: the coordinator, alone or with 1 colluding site, even if it breaks the rules. "
         "It sees no site's update; alone, neither their sum nor the model.",
         "Does not protect against: the coordinator and 2 or more colluding sites together: they open "
@@ -193,7 +246,7 @@ def test_four_hospitals_read_this():
 
 def test_who_sees_the_sum_is_in_the_first_two_lines():
     """DESIGN s4: under `masked` the coordinator, under `layered` only with a site, never alone."""
-    first = {p: label_of(plan_for(16, protection=p)).splitlines()[:2] for p in PROTECTIONS}
+    first = {p: label_of(terms_for(16, protection=p)).splitlines()[:2] for p in PROTECTIONS}
     assert "it does see their sum and the model" in first["masked"][0]
     assert "alone, neither their sum nor the model" in first["layered"][0]
     assert first["layered"][1].endswith("With 1 colluding site it also sees the sum and the model.")
@@ -202,25 +255,25 @@ def test_who_sees_the_sum_is_in_the_first_two_lines():
     assert "opens every site's update" in first["encrypted"][1]
     assert "nobody" in first["plain"][0]
     # Without a colluding site to spare, the coordinator is alone.
-    assert "not their sum and not the model" in label_of(plan_for(3, 2)).splitlines()[0]
+    assert "not their sum and not the model" in label_of(terms_for(3, 2)).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------- warnings
 
 
 def test_three_sites_survive_no_absence_and_are_told_what_does():
-    (warning,) = label_warnings(plan_for(3))
+    (warning,) = label_warnings(terms_for(3))
     assert warning == (
         "Absences survived: 0 of 3. One absent site abandons the round. A threshold of 2 "
         "(`protect.threshold`) survives 1 absence, but tolerates no colluding site; four sites with a "
         "threshold of 3 survive 1 absence and tolerate 1 colluding site."
     )
     # What it says of the alternatives is what they are.
-    assert collusion(plan_for(3, 2)) == Collusion(0, 0, 1, 2)
-    assert collusion(plan_for(4, 3)) == Collusion(1, 1, 1, 2)
-    (other,) = label_warnings(plan_for(3, protection="encrypted"))
+    assert collusion(terms_for(3, 2)) == Collusion(0, 0, 1, 2)
+    assert collusion(terms_for(4, 3)) == Collusion(1, 1, 1, 2)
+    (other,) = label_warnings(terms_for(3, protection="encrypted"))
     assert "survives 1 absence, but of two sites in a sum, each can work out the other's" in other
-    (plain,) = label_warnings(plan_for(3, protection="plain"))
+    (plain,) = label_warnings(terms_for(3, protection="plain"))
     assert "collu" not in plain and "two sites" not in plain
 
 
@@ -228,7 +281,7 @@ def test_three_sites_survive_no_absence_and_are_told_what_does():
     ("sites", "tolerated"), [(4, "1 colluding site."), (6, "3 colluding sites.")]
 )
 def test_a_threshold_of_all_sites_is_told_what_one_less_gives(sites, tolerated):
-    (warning,) = label_warnings(plan_for(sites, sites, "masked"))
+    (warning,) = label_warnings(terms_for(sites, sites, "masked"))
     assert warning.startswith(f"Absences survived: 0 of {sites}.")
     said = f"A threshold of {sites - 1} (`protect.threshold`) survives 1 absence and tolerates "
     assert warning.endswith(said + tolerated)
@@ -236,7 +289,7 @@ def test_a_threshold_of_all_sites_is_told_what_one_less_gives(sites, tolerated):
 
 def test_a_threshold_of_two_is_told_that_each_of_two_reads_the_other():
     for protection in ("encrypted", *MASKED):
-        (warning,) = label_warnings(plan_for(3, 2, protection))
+        (warning,) = label_warnings(terms_for(3, 2, protection))
         assert "each can work out the other's update" in warning
         assert "The default for 3 sites is 3." in warning
 
@@ -245,7 +298,8 @@ def test_a_threshold_of_two_is_told_that_each_of_two_reads_the_other():
 def test_the_page_of_a_plan_shows_its_label_threshold_and_warnings(protection):
     for sites, threshold in ((3, 3), (4, 3)):
         plan = plan_for(sites, threshold, protection)
-        said = {"label": label_of(plan), "warnings": label_warnings(plan)}
+        terms = Terms.of_plan(plan)
+        said = {"label": label_of(terms), "warnings": label_warnings(terms)}
         text = " ".join(as_text(plan_page(describe_plan(plan) | said)).split())
         assert f"threshold: {threshold} of {sites} sites at every stage" in text
         assert f"absences survived: {sites - threshold}" in text
@@ -260,6 +314,6 @@ def test_the_page_of_a_plan_shows_its_label_threshold_and_warnings(protection):
 def test_no_warning_where_there_is_nothing_to_change():
     for protection in PROTECTIONS:
         for sites in (4, 5, 16, 64):
-            assert label_warnings(plan_for(sites, protection=protection)) == []
+            assert label_warnings(terms_for(sites, protection=protection)) == []
     for sites, threshold in ((1, 0), (2, 0), (3, 2)):
-        assert label_warnings(plan_for(sites, threshold, "plain")) == []
+        assert label_warnings(terms_for(sites, threshold, "plain")) == []

@@ -32,7 +32,7 @@ from fedcore.errors import (
     OutOfOrder,
     PlanRefused,
 )
-from fedcore.label import label_of
+from fedcore.label import Terms, label_of
 from fedcore.plan import (
     METRIC,
     RangePlan,
@@ -316,7 +316,9 @@ def test_a_site_says_it_again_after_a_new_session(tmp_path):
 
 @pytest.mark.parametrize("protection", ["plain", "masked", "layered"])
 def test_the_label_says_that_the_coordinator_learns_them(protection):
-    quiet, public = plan_for(protection), plan_for(protection, public_metrics=True)
+    quiet, public = (
+        Terms.of_plan(plan_for(protection, public_metrics=each)) for each in (False, True)
+    )
     before = label_of(quiet).splitlines()
     after = label_of(public, ["age"]).splitlines()
     said = "It learns the metrics of each release over all its sites: the plan makes them public."
