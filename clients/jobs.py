@@ -325,7 +325,7 @@ class SiteJob:
                     pass
             except Exception:
                 LOG.exception("job %s: stopped here by a fault of this side", self.id)
-                self._unable("trouble")  # nobody shall wait for this site
+                self._unable(job.UNABLE)  # nobody shall wait for this site
                 await self.close()
                 return
 
@@ -513,7 +513,7 @@ class SiteJob:
             self._unable(failed.reason)
         except FedcoreError as error:
             self._note(error)
-            self._unable("policy" if isinstance(error, Refused) else "bad data")
+            self._unable("policy" if isinstance(error, Refused) else job.UNABLE)
         else:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
             self.link.doing(self.id, "idle")
@@ -544,7 +544,7 @@ class SiteJob:
             self._check_release(complete)
             mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
             if mine.digest != self.plan.digest:
-                raise TrainingFailed("plan differs")
+                raise TrainingFailed(job.UNABLE)
             self.survey = found
 
     def _take_plan(self, offered: job.PlanOffer) -> None:
@@ -557,7 +557,11 @@ class SiteJob:
         assert cap is not None
         mine = plan_of(complete, self.survey.shape, tuple(self.party.pins), cap)
         if canonical(mine.to_json()) != offered.plan:
-            self._unable("plan differs")
+            LOG.warning(
+                "job %s: found another plan at the coordinator than this site makes of its offer and "
+                "its task; it takes no part", self.id,
+            )  # fmt: skip
+            self._unable(job.UNABLE)
             return
         self._adopt(mine, self.survey.shape.features, self.survey.columns)
         self.state = JobState.initial(mine, self.survey.initial)
@@ -815,11 +819,11 @@ class SiteJob:
             event = site.Refused(failed)
         except FedcoreError as error:
             self._note(error)
-            self._unable("trouble")
+            self._unable(job.UNABLE)
             event = site.Refused(error)
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
-            self._unable("trouble")
+            self._unable(job.UNABLE)
             event = site.Refused(error)
         self._queue.put_nowait(_Done(event, header.digest))
 

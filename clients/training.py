@@ -24,6 +24,7 @@ from fedcore.aggregate.jobstate import Column, JobState
 from fedcore.loopback import Contribution
 from fedcore.plan import ModelShape, RoundPlan, Wide
 from fedcore.protocol.course import Step
+from fedcore.protocol.job import UNABLE
 from fedcore.types import FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
@@ -191,7 +192,7 @@ class Training:
             ) as error:
                 await self._end()
                 LOG.warning("the training process ended while it was asked to %s", asked["do"])
-                raise TrainingFailed("trouble") from error
+                raise TrainingFailed(UNABLE) from error
             except asyncio.CancelledError:
                 await self._end()  # its answer would be taken for the next one's
                 raise

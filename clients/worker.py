@@ -5,7 +5,7 @@ no key, no certificate and no connection, and speaks frames over its standard in
 of length, JSON, then the blobs whose lengths the JSON names. No pickle.
 
 Invariant: whatever the task prints goes to standard error, so nothing of it can be taken for an answer;
-an exception becomes a reason of the fixed list, with its message and traceback for the site's own log.
+an exception becomes the one word `unable`, with its message and traceback for the site's own log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedcore.errors import BadInput, FedcoreError, TaskFailed
+from fedcore.errors import BadInput
+from fedcore.protocol.job import UNABLE
 from fedcore.types import Json, SiteId
 
 _LENGTH = struct.Struct(">I")
@@ -68,7 +69,7 @@ class Worker:
                 head, out = self.answer(asked, blobs)
             except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
                 text = getattr(error, "user_traceback", "") or traceback.format_exc()
-                head, out = {"failed": reason_of(error), "text": f"{error}\n{text}"}, []
+                head, out = {"failed": UNABLE, "text": f"{error}\n{text}"}, []
             try:
                 write_frame(answers, head, out)
             except BrokenPipeError:  # whoever asked is gone
@@ -150,15 +151,6 @@ def _path(text: str) -> Any:
     from pathlib import Path
 
     return Path(text)
-
-
-def reason_of(error: BaseException) -> str:
-    """The word that may leave the site for an exception (protocol/job.py REASONS)."""
-    if isinstance(error, BadInput):
-        return "too many rows" if "protect.max_examples" in str(error) else "bad data"
-    if isinstance(error, TaskFailed):
-        return "task failed"
-    return "trouble" if isinstance(error, FedcoreError | MemoryError) else "task failed"
 
 
 def main() -> int:

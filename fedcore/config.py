@@ -8,6 +8,7 @@ the key with its path, what was found and what was expected, and the nearest key
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from fedcore.plan import (
     RoundPlan,
     ServerPlan,
     TrainPlan,
+    canonical,
     refuse_public_metrics,
     refuse_release,
     solve_packing,
@@ -180,6 +182,25 @@ class Job:
         return {**out, "base": str(self.base)}
 
 
+def wire_settings(job: Job) -> Json:
+    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset."""
+    whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
+    return {
+        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for key, value in whole.items()
+    }
+
+
+def settings_digest(job: Job, max_examples: int) -> str:
+    """SHA-256 hex of a job's canonical settings, with the cap on rows that holds (PROTOCOL J).
+
+    It is in the plan, so two sites that were offered different settings find different plans.
+    """
+    settings = wire_settings(job)
+    settings["protect"]["max_examples"] = max_examples
+    return hashlib.sha256(canonical(settings)).hexdigest()
+
+
 def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples: int) -> RoundPlan:
     """The plan that follows from a job, the model and the roster; whoever knows them finds the same.
 
@@ -198,6 +219,7 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
         server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=job.protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=job.protect.release,
+        settings=settings_digest(job, max_examples),
     )  # fmt: skip
 
 

@@ -378,6 +378,9 @@ class RoundPlan:
     public_metrics: whether the sites tell the coordinator the metrics of each certified release over all
     its sites; never under `encrypted`.
     release: whether the sites give the coordinator the model of the last round; never under `encrypted`.
+    settings: SHA-256 hex of all settings of the job (`config.settings_digest`), so that whatever decides
+    which rows train, how, and what is released is in every header, state tag and signature (PROTOCOL J);
+    "" for a plan that no job made.
     """
 
     task: str
@@ -397,6 +400,7 @@ class RoundPlan:
     threshold: int = 0
     public_metrics: bool = False
     release: str = "sites"
+    settings: str = ""
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
@@ -472,15 +476,16 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        `public_metrics` and `release` are there only where they tell the coordinator something: every
-        other plan keeps the digest that it had before there were the keys, and with it the rounds
-        recorded in journals, runs and vectors.
+        `public_metrics` and `release` are there only where they tell the coordinator something, and
+        `settings` only where a job made the plan: the plans recorded in vectors keep their digest.
         """
         flat = asdict(self)
         if not self.public_metrics:
             del flat["public_metrics"]
         if self.release == "sites":
             del flat["release"]
+        if not self.settings:
+            del flat["settings"]
         flat["sites"] = list(self.sites)
         flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
         return flat

@@ -69,6 +69,9 @@ _MOST_STATE, _MOST_REST = 64, 1 << 24
 MOST_TRIES = 12
 """Times in a row that a step without which nothing can follow may be abandoned."""
 
+SHAPE_DIFFERS = "another model or other columns than most sites"
+"""What this coordinator finds where a site's survey differs: not a word of the site's."""
+
 WAITING, RUNNING = "waiting", "running"
 """States of a job besides job.OUTCOMES: in the queue, and under way."""
 
@@ -602,7 +605,7 @@ class CoordinatedJob:
                 if self.plan is not None:
                     self._offer_plan(name)
             case job.Unable(reason=reason):
-                view.unable = reason if reason in job.REASONS else "trouble"
+                view.unable = reason if reason in job.REASONS else job.UNABLE
                 LOG.warning("job %s: site %s: %s", self.id, name, job.REASONS[view.unable])
                 self._out_of_round(name)
             case job.PlanAgreed(plan_digest=digest):
@@ -744,7 +747,7 @@ class CoordinatedJob:
         assert common is not None
         for name in surveyed:
             if self.sites[name].shape != common:
-                self.sites[name].unable = "plan differs"
+                self.sites[name].unable = SHAPE_DIFFERS
         settings = json.loads(self.offer.settings)
         try:
             complete = build_job(settings)

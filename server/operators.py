@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import grpc
 from fedcore_server.config import Place
 
-from fedcore.config import Job, build_job
+from fedcore.config import Job, build_job, wire_settings
 from fedcore.edge import ago, waiting_text
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, MalformedMessage, Refused
 from fedcore.files import read_json, write_atomic
@@ -165,15 +165,6 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> Submission
     task = load_task(named.run.task, named.base)
     job = build_job(task.defaults, tables, settings)
     return Submission(task.name, task.digest(), wire_settings(job), toml)
-
-
-def wire_settings(job: Job) -> Json:
-    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset."""
-    whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
-    return {
-        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for key, value in whole.items()
-    }
 
 
 # --------------------------------------------------------------------------------- results

@@ -20,19 +20,19 @@ from fedcore.types import SiteId
 record(Wide)
 record(ModelShape)
 
+UNABLE = "unable"
+
 REASONS = {
+    "policy": "the site's policy refuses the job",
     "task not allowed": "the site's operator has not allowed this task",
     "task differs": "the site has another version of the task",
-    "task failed": "the task raised at the site; its own log says where",
-    "bad data": "the site's rows cannot be used; its own log says why",
-    "too many rows": "the site has more rows than protect.max_examples",
-    "plan differs": "the site finds another plan for the same job",
-    "policy": "the site's policy refuses the job",
-    "no source": "the site has no data source for the task",
     "stopped": "somebody at the site stopped it",
-    "trouble": "the site's process had a problem; its own log says which",
+    UNABLE: "the site cannot take part; its own log says why",
 }
-"""Every reason a site may give, and what it means: nothing else about a failure leaves a site."""
+"""Every reason a site may give, and what it means: nothing else about a failure leaves a site.
+
+`unable` is the one word for whatever depends on rows, on what the task does with them, or on the state of
+the site: two words there would let a coordinator ask about rows (PROTOCOL U)."""
 
 OUTCOMES = ("finished", "abandoned", "stopped", "failed")
 

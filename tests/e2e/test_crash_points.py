@@ -347,7 +347,7 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
 
 def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
     async def play(found):
-        found.trouble = {"b": [TrainingFailed("task failed")], "c": [RuntimeError("PATIENT-7419")]}
+        found.trouble = {"b": [TrainingFailed("unable")], "c": [RuntimeError("PATIENT-7419")]}
         for name in SITES:
             found.start(name)
         found.start_hub()
@@ -374,8 +374,8 @@ def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, pla
         assert found.hub.outcome.outcome == "finished"
         rows = found.rounds()
         assert rows[-1]["survivors"] == ["a", "c", "d"]
-        assert found.hub.sites["b"].unable == "trouble"
-        assert found.sites["b"].last_error == job_messages.REASONS["trouble"]
+        assert found.hub.sites["b"].unable == "unable"
+        assert found.sites["b"].last_error == job_messages.REASONS["unable"]
         assert "PATIENT" not in json.dumps(rows) + found.hub.progress.text
         await found.kill("b")
         await found.check(("a", "c", "d"))
@@ -411,7 +411,7 @@ def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, poo
 
 def test_a_step_that_nothing_can_follow_without_is_not_tried_for_ever(tmp_path, pool):
     async def play(found):
-        found.trouble = {n: [TrainingFailed("task failed") for _ in range(99)] for n in SITES}
+        found.trouble = {n: [TrainingFailed("unable") for _ in range(99)] for n in SITES}
         for name in SITES:
             found.start(name)
         found.start_hub()

@@ -112,7 +112,7 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
 
         async def once(job, plan, step, state):
             if step.training_round > 1:
-                raise TrainingFailed("task failed")
+                raise TrainingFailed("unable")
             return await contribute(job, plan, step, state)
 
         own.export = lie if name in lies else own.export

@@ -409,7 +409,7 @@ def some(hint, draw, site, job):
     hint = getattr(hint, "__supertype__", hint)
     arguments = get_args(hint)
     if hint is str:
-        return draw.choice([site, job, "a", "", "\x00\x1b[2J", "x" * 500, "../../x", "task failed"])
+        return draw.choice([site, job, "a", "", "\x00\x1b[2J", "x" * 500, "../../x", "unable"])
     if hint is int:
         return draw.choice([0, 1, 2, -1, 1 << 31, (1 << 63) - 1, -(1 << 63)])
     if hint is bytes:

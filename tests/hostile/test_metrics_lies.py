@@ -15,7 +15,7 @@ from fedcore_clients.bench import ROWS, Drawn
 from fedcore_clients.jobs import Party, SiteJob
 from kit import world_at
 
-from fedcore.config import build_job, plan_of
+from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
 from fedcore.plan import METRIC, Wide, canonical
 from fedcore.protect.identity import IdentityKey
@@ -160,11 +160,7 @@ SITES = ("a", "b", "c", "d")
 
 def settings(*, public, protection="layered"):
     asked = {"max_examples": 64, "rounds": 2, "range": 0.5, "protection": "layered"}
-    tables = build_job(asked).to_json()
-    found = {
-        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
-        for key, part in tables.items() if key not in {"task", "base"}
-    }  # fmt: skip
+    found = wire_settings(build_job(asked))
     found["track"]["public_metrics"], found["protect"]["protection"] = public, protection
     return found
 
@@ -202,7 +198,7 @@ def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
 
     async def speaks(folder, offered, plan):
         found = await begun(folder, offered, plan)
-        refused = job.Unable("job", "a", "plan differs") in found.link.said
+        refused = job.Unable("job", "a", "unable") in found.link.said
         if refused:  # and what it would say under its own plan
             found = await begun(folder / "own", offered, offered)
         certificate = Screen().certificate

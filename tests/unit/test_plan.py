@@ -463,6 +463,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": 2},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
         {"release": "coordinator", "protection": "layered"},
+        {"settings": "0" * 64},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

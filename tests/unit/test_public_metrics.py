@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import fedcore
 from fedcore import cli
-from fedcore.config import Reference, build_job, plan_of
+from fedcore.config import Reference, build_job, plan_of, wire_settings
 from fedcore.errors import (
     Conflicting,
     HeaderRefused,
@@ -168,11 +168,7 @@ def test_commands_refuse_it_with_one_line_and_a_hint(verb, capfd, tmp_path, monk
 
 
 def submitted(**changes):
-    tables = build_job({"max_examples": 64, "rounds": 2, "range": 0.5, "bits": 16}).to_json()
-    tables = {
-        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
-        for key, part in tables.items() if key not in {"task", "base"}
-    }  # fmt: skip
+    tables = wire_settings(build_job({"max_examples": 64, "rounds": 2, "range": 0.5, "bits": 16}))
     for section, values in changes.items():
         tables[section] |= values
     return tables
@@ -268,7 +264,7 @@ def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, ca
     quiet, public = submitted(), submitted(track={"public_metrics": True})
     for one, other in ((quiet, public), (public, quiet)):
         found = offered(tmp_path / str(one is quiet), one, other)
-        assert found.link.said[-1] == job.Unable("job", "a", "plan differs")
+        assert found.link.said[-1] == job.Unable("job", "a", "unable")
         assert found.plan is None
     assert "will learn the metrics" not in caplog.text
     found = offered(tmp_path / "both", public, public)
@@ -593,9 +589,9 @@ def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
     found.certificate = certificate()
     found._hear_of(found.certificate)
     assert found._metrics_awaited()
-    found.sites["c"].unable = "task failed"
+    found.sites["c"].unable = "unable"
     assert found._metrics_awaited()
-    found.sites["d"].unable = "task failed"
+    found.sites["d"].unable = "unable"
     assert not found._metrics_awaited(), "two can never be three"
     for view in found.sites.values():
         view.unable = ""
