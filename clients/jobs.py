@@ -37,8 +37,9 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import write_atomic
+from fedcore.label import Terms
 from fedcore.loopback import Contribution
-from fedcore.plan import RoundHeader, RoundPlan, canonical
+from fedcore.plan import RoundHeader, RoundPlan, canonical, refuse_plain
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey
 from fedcore.protect.secret import SecretBytes
@@ -391,7 +392,7 @@ class SiteJob:
 
     def _note(self, error: Exception) -> None:
         self.last_error = str(error)
-        LOG.warning("%s", error)
+        LOG.warning("%s", "; ".join([str(error), *getattr(error, "__notes__", ())]))
 
     async def close(self) -> None:
         """Stop what runs beside the queue."""
@@ -505,7 +506,7 @@ class SiteJob:
         self.link.doing(self.id, "loading")
         try:
             settings = wire_settings(self.offer.settings)
-            self._check_release(build_job(settings))  # what is refused, is so before a row is read
+            self._check_job(build_job(settings))  # what is refused, is so before a row is read
             self.survey = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
@@ -518,8 +519,11 @@ class SiteJob:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
             self.link.doing(self.id, "idle")
 
-    def _check_release(self, asked: Job) -> None:
-        """Raise PlanRefused where a job would give the coordinator a model and the operator does not."""
+    def _check_job(self, asked: Job) -> None:
+        """Raise PlanRefused for a protection, roster or threshold that no deployed plan can have, and
+        where a job would give the coordinator a model and the operator does not."""
+        refuse_plain(asked.protect.protection)
+        Terms.of_job(asked, tuple(self.party.pins))
         if asked.protect.release == "coordinator" and self.party.release != "coordinator":
             raise PlanRefused(
                 "protect.release: found 'coordinator', expected 'sites': site.toml lets no model go there",
@@ -536,12 +540,12 @@ class SiteJob:
             if self.survey is not None:
                 return
             settings = wire_settings(self.offer.settings)
+            complete = build_job(settings)
+            self._check_job(complete)
             found = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
             assert self.plan is not None
-            complete = build_job(settings)
-            self._check_release(complete)
             mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
             if mine.digest != self.plan.digest:
                 raise TrainingFailed(job.UNABLE)

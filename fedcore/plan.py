@@ -341,6 +341,15 @@ def refuse_roster(sites: int, protection: str) -> None:
         )
 
 
+def refuse_plain(protection: str) -> None:
+    """Raise PlanRefused for `plain` in a deployment, where parties are not one process."""
+    if protection not in (*MASKS, *ENCRYPTS):
+        raise PlanRefused(
+            f"protect.protection: found {protection!r}, expected layered, masked or encrypted",
+            remedy="`plain` exists inside one process only: `fedcore simulate --protection plain`",
+        )
+
+
 def refuse_public_metrics(protection: str) -> None:
     """Raise PlanRefused for public metrics under `encrypted` (PROTOCOL R).
 

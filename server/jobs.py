@@ -36,11 +36,11 @@ from fedcore.errors import (
     StoreFull,
     StoreProblem,
 )
-from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical, default_threshold
+from fedcore.label import Terms
+from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator, course, effects, epoch, job, messages, publicmetrics
 from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.shared import cohort_threshold
 from fedcore.scheme import Scheme, vector_of
 from fedcore.store import container
 from fedcore.store.journal import Journal
@@ -234,6 +234,8 @@ class CoordinatedJob:
         self.house, self.links, self.offer = house, links, offer
         self.id = offer.job
         self.plan: RoundPlan | None = None
+        self.threshold = 0
+        """t, once the job's settings were read."""
         self.features = 0
         self.sites = {name: SiteView() for name in house.pins}
         self.progress = Progress()
@@ -727,20 +729,22 @@ class CoordinatedJob:
         ends = [moment + self.house.limits.grace for moment in since]
         self._waiting(lost, min([stage.until, *ends]) if lost else None)
 
-    def _threshold(self) -> int:
-        if self.plan is not None:
-            return self.plan.threshold
-        return default_threshold(len(self.house.pins))
-
     def _make_plan(self) -> None:
         """One plan from what the sites found; a site that finds another shape is named and stays out."""
+        settings = json.loads(self.offer.settings)
+        try:
+            complete = build_job(settings)
+            self.threshold = Terms.of_job(complete, tuple(self.house.pins)).threshold
+        except FedcoreError as error:  # the roster is another one than when the job was submitted
+            self.end("failed", str(error))
+            return
         surveyed = [name for name, view in self.sites.items() if view.shape is not None]
         unable = [name for name, view in self.sites.items() if view.unable]
-        if len(self.sites) - len(unable) < self._threshold():
+        if len(self.sites) - len(unable) < self.threshold:
             reasons = ", ".join(f"{n}: {self.sites[n].unable}" for n in unable)
             self.end("failed", f"too few sites can take part ({reasons})")
             return
-        if not self._gathered(surveyed, self._threshold()):
+        if not self._gathered(surveyed, self.threshold):
             return
         shapes = [self.sites[name].shape for name in surveyed]
         common = max(shapes, key=shapes.count)
@@ -748,9 +752,7 @@ class CoordinatedJob:
         for name in surveyed:
             if self.sites[name].shape != common:
                 self.sites[name].unable = SHAPE_DIFFERS
-        settings = json.loads(self.offer.settings)
         try:
-            complete = build_job(settings)
             cap = complete.protect.max_examples
             assert cap is not None
             plan = plan_of(complete, common, tuple(self.house.pins), cap)
@@ -768,6 +770,7 @@ class CoordinatedJob:
 
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
+        self.threshold = plan.threshold
         self._hearing = publicmetrics.Hearing(plan, self.id)
         if plan.release == "coordinator":
             patience = self.house.limits.gather
@@ -776,7 +779,7 @@ class CoordinatedJob:
     def _begin_epoch(self) -> None:
         agreed = [name for name in self.links.connected() if self.sites[name].agreed]
         present = [name for name in self.house.pins if name in agreed]
-        if self._gathered(present, self._threshold()):
+        if self._gathered(present, self.threshold):
             self._call_epoch(tuple(present))
 
     def _call_epoch(self, present: tuple[SiteId, ...]) -> None:
@@ -836,7 +839,7 @@ class CoordinatedJob:
                 ready.append(name)
         roster = tuple(name for name in self.house.pins if name in ready)
         wanted = self._wanted()
-        if wanted > self._threshold():
+        if wanted > self.threshold:
             self.progress.text = (
                 f"the sites refused the statistics of {len(self.stage.header.roster)} sites (their logs say "
                 f"why); tried again with {wanted}"
@@ -853,7 +856,7 @@ class CoordinatedJob:
         too few of them some column has fewer than three contributors (PROTOCOL W), and every try costs
         a key epoch.
         """
-        stage, least = self.stage, self._threshold()
+        stage, least = self.stage, self.threshold
         if not isinstance(stage, coordinator.Abandoned) or stage.header.purpose != "statistics":
             return least
         able = sum(not view.unable for view in self.sites.values())
@@ -864,11 +867,10 @@ class CoordinatedJob:
         assert self.plan is not None
         assert self._scheme is not None
         plan, seen = self.plan, [v.rest.round for v in self.sites.values() if v.rest]
-        threshold = cohort_threshold(plan.threshold, len(plan.sites), len(roster))
         header = RoundHeader(
             self.house.federation, self.id, self.epoch.epoch, max([self.stage.round, *seen]) + 1,
-            step.training_round, step.purpose, roster, roster_digest(self.house.pins), threshold,
-            plan.protection, plan.digest, self.certificate.hash if self.certificate else "",
+            step.training_round, step.purpose, roster, roster_digest(self.house.pins),
+            plan.threshold, plan.protection, plan.digest, self.certificate.hash if self.certificate else "",
         )  # fmt: skip
         self._submits, self._arrived, self._sum, self._restarted = {}, {}, None, False
         self._begun = self._stage_since = self.house.clock()

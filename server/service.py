@@ -36,13 +36,13 @@ from fedcore.errors import (
     FedcoreError,
     MalformedMessage,
     PeerRefused,
-    PlanRefused,
     StoreProblem,
     UnknownName,
     VersionRefused,
 )
 from fedcore.files import write_json
-from fedcore.plan import canonical
+from fedcore.label import Terms
+from fedcore.plan import canonical, refuse_plain
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator
 from fedcore.protocol import job as job_messages
@@ -261,7 +261,7 @@ class Coordinator:
         else:
             of = tuple(self.house.pins)
             out = {n for n, view in found.sites.items() if view.unable or view.missed} | set(names)
-            least = max(least, found.plan.threshold if found.plan is not None else 0)
+            least = max(least, found.threshold)
         there = len(of) - len(out & set(of))
         return {
             "for": {name: self._seen(found, name) for name in names}, "of": len(of),
@@ -779,13 +779,8 @@ def _check_settings(settings: Json, sites: int) -> None:
             "round.drop: found simulated absences, expected none",
             remedy="they are for `fedcore simulate`; here sites really come and go",
         )
-    if found.protect.protection == "plain":
-        raise PlanRefused(
-            "protect.protection: found 'plain', expected layered, masked or encrypted",
-            remedy="`plain` exists inside one process only: `fedcore simulate --protection plain`",
-        )
-    if sites < 3:
-        raise PlanRefused(f"roster: found {sites} sites, expected at least 3")
+    refuse_plain(found.protect.protection)
+    Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
 
 
 def _line(text: str) -> str:

@@ -556,6 +556,11 @@ def _start(move: _Move, event: Start) -> None:
             "roster", found=unknown[0] if unknown else "a site twice",
             expected="distinct pinned sites", fault=COORDINATOR,
         )  # fmt: skip
+    if len(header.roster) < header.threshold:
+        raise RosterRefused(
+            "roster", found=f"{len(header.roster)} sites", expected=f"at least {header.threshold}",
+            fault=COORDINATOR,
+        )  # fmt: skip
     move.record(RoundStarted(header, event.size))
     for site in header.roster:
         move.send(site, Announce(header))

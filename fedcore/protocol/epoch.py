@@ -32,7 +32,7 @@ from fedcore.protect.sumtag import key_id
 from fedcore.protocol.effects import Effect, Persist, Send
 from fedcore.protocol.encoding import digest, encode, record
 from fedcore.protocol.messages import COORDINATOR, check_signature, sign
-from fedcore.protocol.shared import check_members
+from fedcore.protocol.shared import check_members, check_protection
 from fedcore.protocol.site import Member
 from fedcore.types import SiteId
 
@@ -305,6 +305,7 @@ def _check_header(member: Member, header: EpochHeader) -> None:
     for what, (found, wanted) in expected.items():
         if found != wanted:
             raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    check_protection(member.plan.protection)
     if header.maker not in member.pins:
         raise RosterRefused(
             "maker", found=header.maker, expected="a pinned site", fault=COORDINATOR

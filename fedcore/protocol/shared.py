@@ -15,7 +15,7 @@ from fedcore.errors import (
     StateDiffers,
     ThresholdRefused,
 )
-from fedcore.plan import RoundHeader, check_threshold, default_threshold
+from fedcore.plan import ENCRYPTS, MASKS, RoundHeader
 from fedcore.protocol.encoding import digest, encode, record
 from fedcore.protocol.messages import (
     COORDINATOR,
@@ -84,8 +84,8 @@ class Standing:
     released: int = 0
 
 
-def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], minimum: int) -> None:
-    """The cohort is large enough, of pinned sites, each once. Raises RosterRefused, ThresholdRefused."""
+def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) -> None:
+    """The cohort has at least `least` sites, all pinned, each once. Raises RosterRefused."""
     roster = header.roster
     if len(set(roster)) != len(roster):
         raise RosterRefused("roster", found="a site twice", expected="each once", fault=COORDINATOR)
@@ -95,37 +95,31 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], minimum: int
             "roster", found=f"the unpinned site {unknown[0]!r}", expected="pinned sites only",
             fault=COORDINATOR, remedy="a site joins with a roster that this site's operator approved",
         )  # fmt: skip
-    if len(roster) < minimum:
+    if len(roster) < least:
         raise RosterRefused(
             "roster",
             found=f"{len(roster)} sites",
-            expected=f"at least {minimum}",
+            expected=f"at least {least}",
             fault=COORDINATOR,
+            remedy="more sites connected at a time, or a lower protect.threshold in the job",
         )
 
 
-def cohort_threshold(planned: int, pinned: int, sites: int) -> int:
-    """t of a cohort: the plan's for the whole roster, at least the default for a smaller one.
-
-    Where the plan is stricter than its default, a smaller cohort is held to it as far as it has sites:
-    otherwise inviting fewer would undo what the operators asked for.
-    """
-    if sites == pinned:
-        return planned
-    stricter = planned > default_threshold(pinned)
-    return max(default_threshold(sites), min(planned, sites) if stricter else 0)
-
-
-def check_cohort_threshold(header: RoundHeader, planned: int, pinned: int) -> None:
-    """t is that of the cohort, or more for one smaller than the roster (PROTOCOL C)."""
-    sites = len(header.roster)
-    least = cohort_threshold(planned, pinned, sites)
-    expected = least if sites == pinned else max(least, header.threshold)
-    if header.threshold != expected or not sites < 2 * header.threshold <= 2 * sites:
+def check_round_threshold(header: RoundHeader, planned: int) -> None:
+    """t of a round is the plan's, however few sites are invited (PROTOCOL N). Raises ThresholdRefused."""
+    if header.threshold != planned:
         raise ThresholdRefused(
-            "threshold", found=header.threshold, expected=expected, fault=COORDINATOR
+            "threshold", found=header.threshold, expected=planned, fault=COORDINATOR
         )
-    check_threshold(header.threshold, sites)
+
+
+def check_protection(protection: str) -> None:
+    """Masks or encryption, whatever a local plan says. Raises HeaderRefused."""
+    if protection not in (*MASKS, *ENCRYPTS):
+        raise HeaderRefused(
+            "protection", found=protection, expected="masks or encryption", fault=COORDINATOR,
+            remedy="`plain` exists inside one process only",
+        )  # fmt: skip
 
 
 def check_header(found: bytes, header: RoundHeader, fault: str) -> None:

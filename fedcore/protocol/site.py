@@ -27,7 +27,7 @@ from fedcore.errors import (
     StaleEpoch,
     VectorRefused,
 )
-from fedcore.plan import ENCRYPTS, MASKS, RoundHeader, RoundPlan
+from fedcore.plan import MASKS, RoundHeader, RoundPlan
 from fedcore.protect import shamir
 from fedcore.protect.entropy import Entropy
 from fedcore.protect.hybrid import HybridKey, open_envelope, seal_envelope
@@ -90,13 +90,14 @@ from fedcore.protocol.shared import (
     Standing,
     answered,
     check_certificate,
-    check_cohort_threshold,
     check_confirm,
     check_distinct,
     check_header,
     check_keys,
     check_members,
+    check_protection,
     check_roster,
+    check_round_threshold,
     check_same_state,
     check_submission,
     exchange,
@@ -112,8 +113,9 @@ class Member:
     """Who this site is and what it insists on; the same for a whole job.
 
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
-    minimum: the smallest cohort it takes part in. patience: seconds it waits at any stage; well above
-    the coordinator's, which alone decides who is late: a site that gives up first leaves a good round.
+    minimum: the smallest cohort it takes part in, where the plan's threshold is lower. patience: seconds
+    it waits at any stage; well above the coordinator's, which alone decides who is late: a site that
+    gives up first leaves a good round.
     """
 
     id: SiteId
@@ -125,6 +127,11 @@ class Member:
     entropy: Entropy
     minimum: int = 3
     patience: float = 1800.0
+
+    @property
+    def least(self) -> int:
+        """The smallest cohort this site takes part in."""
+        return max(self.minimum, self.plan.threshold)
 
 
 # ------------------------------------------------------------------------------------ what happens
@@ -638,10 +645,10 @@ def _join(move: _Move, event: Invited) -> None:
 
 
 def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -> None:
-    check_roster(header, member.pins, member.minimum)
+    check_roster(header, member.pins, member.least)
     if member.id not in header.roster:
         refuse_missing(member.id, header.roster, "roster")
-    check_cohort_threshold(header, member.plan.threshold, len(member.pins))
+    check_round_threshold(header, member.plan.threshold)
     expected: dict[str, tuple[Any, Any]] = {
         "federation": (header.federation, member.federation),
         "job": (header.job, member.job),
@@ -653,11 +660,7 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
     for what, (found, wanted) in expected.items():
         if found != wanted:
             raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
-    if header.protection not in (*MASKS, *ENCRYPTS):  # whatever a local plan says
-        raise HeaderRefused(
-            "protection", found=header.protection, expected="masks or encryption",
-            fault=COORDINATOR, remedy="`plain` exists inside one process only",
-        )  # fmt: skip
+    check_protection(header.protection)
     if header.epoch != standing.epoch:
         raise StaleEpoch(
             "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
@@ -1096,8 +1099,8 @@ def _catch_up(move: _Move, event: CaughtUp) -> None:
             "checkpoint", found=f"round {found.header.round}",
             expected=f"one after {move.stage.standing.released}", fault=COORDINATOR,
         )  # fmt: skip
-    check_roster(found.header, member.pins, member.minimum)
-    check_cohort_threshold(found.header, member.plan.threshold, len(member.pins))
+    check_roster(found.header, member.pins, member.least)
+    check_round_threshold(found.header, member.plan.threshold)
     check_certificate(found, found.header, member.pins)
     if event.state_mac != found.state_mac:
         raise ReleaseRefused(

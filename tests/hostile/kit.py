@@ -53,7 +53,10 @@ from fedcore.protocol.messages import (
 )
 from fedcore.protocol.shared import Standing
 
-NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal")
+NAMES = (
+    "ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal",
+    "ida", "jim", "kay", "leo", "mia", "ned", "ola", "pam",
+)  # fmt: skip
 SPEC = VectorSpec("update", 12, (Wide("weight", 1, 12),))
 STATE = b"the model everybody starts from"
 STAGES = ("idle", "keys", "shares", "submit", "confirm", "unmask", "open", "state")
@@ -67,7 +70,7 @@ class World:
         self.roster = NAMES[:n]
         self.plan = RoundPlan(
             task="t", task_digest="0" * 64, sites=self.roster, protection=protection,
-            packing=solve_packing(16, 8, "masked"), parameters=SPEC.coordinates,
+            packing=solve_packing(16, max(8, n), "masked"), parameters=SPEC.coordinates,
             buffer_coordinates=0, max_examples=1000, rounds=9, train=TrainPlan(),
             server=ServerPlan(), range=RangePlan(), threshold=threshold,
         )  # fmt: skip
@@ -75,7 +78,7 @@ class World:
         self.pins = {name: key.public for name, key in self.identities.items()}
         self.group = GroupSecret()
         self.key_id = key_id(self.group.to_bytes())
-        self.layout = Layout(SPEC, self.plan.packing, 8)
+        self.layout = Layout(SPEC, self.plan.packing, max(8, n))
         self.members = {
             name: site.Member(
                 name, self.identities[name], self.pins, self.plan, "clinics", "job", OsEntropy()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kit import NAMES, World, answer_of, refuses, world_at
+from kit import World, answer_of, refuses, world_at
 
 from fedcore.errors import (  # fmt: skip
     HeaderRefused,
@@ -170,12 +170,12 @@ def test_a_roster_that_names_one_site_twice(monkeypatch):
 
 def test_a_cohort_below_the_sites_minimum(monkeypatch):
     """n = 2 protects nothing: each of the two subtracts its own update."""
-    world = world_at("idle")
-    header = cohort(world, "ann", "bob", threshold=2)
+    world = world_at("idle", threshold=3)
+    header = cohort(world, "ann", "bob")
     invitation = world.invitation("ann", header)
     refuses(world, "ann", invitation, RosterRefused, found="2 sites", expected="at least 3")
     world.members["bob"] = replace(world.members["bob"], minimum=5)
-    four = cohort(world, "ann", "bob", "cat", "dan", threshold=3)
+    four = cohort(world, "ann", "bob", "cat", "dan")
     refuses(
         world, "bob", world.invitation("bob", four), RosterRefused,
         found="4 sites", expected="at least 5",
@@ -200,7 +200,7 @@ def test_more_than_64_sites_are_refused_until_block_K_is_built():
 
 def test_a_round_for_a_roster_without_this_site(monkeypatch):
     world = world_at("idle")
-    header = cohort(world, "ann", "bob", "cat", "dan", threshold=3)
+    header = cohort(world, "ann", "bob", "cat", "dan")
     refuses(world, "eve", world.invitation("eve", header), ListRefused, found="left out")
     monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
     joins(world, "eve", header)
@@ -229,27 +229,35 @@ def test_a_threshold_other_than_the_plans(threshold, monkeypatch):
         world, "ann", world.invitation("ann", header), ThresholdRefused,
         found=str(threshold), expected="4",
     )  # fmt: skip
-    monkeypatch.setattr(site, "check_cohort_threshold", lambda *_: None)
+    monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
     joins(world, "ann", header)
 
 
-@pytest.mark.parametrize("threshold", [1, 2, 5])
-def test_a_smaller_cohort_has_at_least_the_default_threshold(threshold, monkeypatch):
+@pytest.mark.parametrize("threshold", [1, 2, 3, 5])
+def test_a_smaller_cohort_has_the_plans_threshold(threshold, monkeypatch):
+    """Four of five sites: t = 4 as for all five, though 3 is what four sites alone would have."""
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", threshold=threshold)
-    refuses(world, "ann", world.invitation("ann", header), ThresholdRefused, found=str(threshold))
-    joins(world.copy(), "ann", replace(header, threshold=3))
-    monkeypatch.setattr(site, "check_cohort_threshold", lambda *_: None)
+    refuses(
+        world, "ann", world.invitation("ann", header), ThresholdRefused,
+        found=str(threshold), expected="4",
+    )  # fmt: skip
+    joins(world.copy(), "ann", replace(header, threshold=4))
+    monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
     joins(world, "ann", header)
 
 
-def test_inviting_fewer_sites_does_not_lower_a_stricter_planned_threshold(monkeypatch):
-    """The label promises what t = 5 of 5 withstands; four sites at t = 3 would withstand less."""
+@pytest.mark.parametrize("minimum", [3, 4])
+def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, monkeypatch):
+    """The label promises what t = 5 of 5 withstands; four sites would withstand less."""
     world = world_at("idle", threshold=5)
-    header = cohort(world, "ann", "bob", "cat", "dan", threshold=3)
-    refuses(world, "ann", world.invitation("ann", header), ThresholdRefused, found="3")
-    joins(world.copy(), "ann", replace(header, threshold=4))
-    monkeypatch.setattr(site, "check_cohort_threshold", lambda *_: None)
+    world.members["ann"] = replace(world.members["ann"], minimum=minimum)
+    header = cohort(world, "ann", "bob", "cat", "dan")
+    refuses(
+        world, "ann", world.invitation("ann", header), RosterRefused,
+        found="4 sites", expected="at least 5",
+    )  # fmt: skip
+    monkeypatch.setattr(site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -257,5 +265,4 @@ def test_inviting_fewer_sites_does_not_lower_a_stricter_planned_threshold(monkey
 def test_a_plan_with_a_threshold_outside_half_and_all(threshold):
     with pytest.raises(PlanRefused, match="expected 3 to 5"):
         World(5, threshold)
-    assert len(NAMES) == 8
     assert World(5, 3).t == 3

@@ -332,7 +332,7 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
         ),
         "smaller cohort's threshold": (
             replace(resigned(roster=names[:4], threshold=2), survivors=names[:4]), ThresholdRefused,
-            "check_cohort_threshold",
+            "check_round_threshold",
         ),
         "job": (resigned(job="job2"), HeaderRefused, "_check_same_job"),
         "pins": (resigned(pins="0" * 64), HeaderRefused, "_check_same_job"),
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
             replace(resigned(roster=("ann", "bob"), threshold=2), survivors=("ann", "bob")),
             shared.RosterRefused, "check_roster",
         ),
-        "threshold": (resigned(threshold=1), ThresholdRefused, "check_cohort_threshold"),
+        "threshold": (resigned(threshold=1), ThresholdRefused, "check_round_threshold"),
     }[lie]  # fmt: skip
     late(world)
     mac = b"other state" if lie == "state" else certificate.state_mac
@@ -349,7 +349,7 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
     if check:
         monkeypatch.setattr(site, check, lambda *_: None)
     if lie in {"cohort", "unpinned", "smaller cohort's threshold"}:
-        monkeypatch.setattr(site, "check_cohort_threshold", lambda *_: None)
+        monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
         monkeypatch.setattr(site, "check_certificate", lambda *_: None)
     found = world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
     assert any(isinstance(e, effects.Apply) for e in found)
@@ -391,14 +391,14 @@ def test_a_checkpoint_is_not_taken_within_a_round(stage):
 
 
 def smaller(*names, threshold=3):
-    """A round to which only these sites of five are invited."""
-    world = World()
-    world.round_header = replace(world.round_header, roster=names, threshold=threshold)
+    """A round to which only these sites of five are invited, under a plan with this threshold."""
+    world = World(5, threshold)
+    world.round_header = replace(world.round_header, roster=names)
     return world
 
 
 def test_a_smaller_cohort_releases_its_own_sum_and_the_others_catch_up():
-    """Four of five at the default t = 3: an exact sum, a certificate that three signatures make good."""
+    """Four of five at t = 3: an exact sum, a certificate that three signatures make good."""
     four = ("ann", "bob", "cat", "dan")
     world = smaller(*four)
     world.advance("unmask", four)
@@ -415,12 +415,14 @@ def test_a_smaller_cohort_releases_its_own_sum_and_the_others_catch_up():
     refuses(smaller(*four), "eve", world.invitation("eve"), ListRefused, found="left out")
 
 
-@pytest.mark.parametrize("names", [("ann", "bob", "cat"), ("ann", "bob")])
-def test_a_cohort_below_its_threshold_or_the_minimum(names):
-    """Three of five may run at t = 3 only (all must stay), two not at all."""
-    world = smaller(*names, threshold=2)
-    error = ThresholdRefused if len(names) == 3 else shared.RosterRefused
-    refuses(world, "ann", world.invitation("ann"), error)
+@pytest.mark.parametrize(("names", "threshold"), [(("ann", "bob", "cat"), 4), (("ann", "bob"), 3)])
+def test_a_cohort_below_its_threshold_or_the_minimum(names, threshold):
+    """Three of five run at t = 3 only (all must stay), two not at all."""
+    world = smaller(*names, threshold=threshold)
+    refuses(
+        world, "ann", world.invitation("ann"), shared.RosterRefused,
+        found=f"{len(names)} sites", expected=f"at least {threshold}",
+    )  # fmt: skip
     whole = smaller("ann", "bob", "cat")
     assert answer_of(whole.step("ann", whole.invitation("ann"))) is not None, "control"
 

@@ -71,28 +71,59 @@ def test_the_table_of_the_protocol(
         assert collusion(terms_for(sites, 0, protection)) == found
 
 
-DOCUMENTED = {
-    "README.md": ("breaks every rule", "only looks on", "may be absent"),
-    "docs/threat-model.md": ("breaks every rule", "looks on", "absences survived"),
+ACTIVE, CURIOUS, ABSENCES, HIDDEN = "active", "curious", "absences", "hidden_among"
+MEANT = {
+    "sites that may collude with a coordinator that breaks every rule": ACTIVE,
+    "sites that may collude with one that only looks on": CURIOUS,
+    "sites that may be absent from a round": ABSENCES,
+    "the coordinator breaks every rule": ACTIVE,
+    "it keeps to the rules and looks on": CURIOUS,
+    "absences survived": ABSENCES,
+    "honest updates that each is hidden among, at least": HIDDEN,
 }
+"""First cells of the rows with figures, in every table of the documentation that has them."""
+
+PAGES = {"README.md": 3, "docs/threat-model.md": 3, "docs/operations.md": 4}
+"""Where these tables are, and how many rows of figures each has."""
 
 
-@pytest.mark.parametrize("page", DOCUMENTED)
+def tables_of(text):
+    """The tables of a page: lists of rows, each a list of its cells."""
+    found = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("| ").split("|")])
+        elif found[-1]:
+            found.append([])
+    return found
+
+
+def numbers(cells):
+    return [int(re.match(r"\d+", cell)[0]) for cell in cells]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_tables_of_the_pages_are_the_labels(page):
     """Row by row: the numbers of sites, the thresholds, and what each pair of them withstands."""
     text = (Path(__file__).resolve().parents[2] / page).read_text()
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
-    cells = {row[0].strip(): [int(re.search(r"\d+", cell)[0]) for cell in row[1:]]
-             for row in rows if all(re.match(r" \d+( \(default\))? $", c) for c in row[1:])}  # fmt: skip
-    head = next(line for line in text.splitlines() if re.match(r"\| (sites )?n \|", line))
-    sites = [int(cell) for cell in head.strip("| ").split("|")[1:]]
-    (thresholds,) = [found for name, found in cells.items() if name in ("t", "threshold t")]
-    plans = [terms_for(n, t) for n, t in zip(sites, thresholds, strict=True)]
-    expected = [(c.active, c.curious, c.absences) for c in map(collusion, plans)]
-    columns = [
-        next(found for name, found in cells.items() if words in name) for words in DOCUMENTED[page]
-    ]
-    assert list(zip(*columns, strict=True)) == expected
+    (table,) = [rows for rows in tables_of(text) if any(row[0] in MEANT for row in rows)]
+    by_name = {row[0]: row[1:] for row in table}
+    said = next(cells for name, cells in by_name.items() if re.search(r"\bt$", name))
+    thresholds = numbers(said)
+    if page == "docs/operations.md":
+        assert table[0][0].startswith("sixteen sites")
+        sites = [16] * len(thresholds)
+    else:
+        sites = numbers(table[0][1:])
+    figures = [collusion(terms_for(n, t)) for n, t in zip(sites, thresholds, strict=True)]
+    checked = 0
+    for name, cells in by_name.items():
+        if name in MEANT:
+            assert numbers(cells) == [getattr(each, MEANT[name]) for each in figures], name
+            checked += 1
+    assert checked == PAGES[page]
+    for n, t, cell in zip(sites, thresholds, said, strict=True):
+        assert "default" not in cell or t == default_threshold(n)
     if page == "README.md":
         assert thresholds == [default_threshold(n) for n in sites]
 
