@@ -27,7 +27,7 @@ from fedcore_clients.training import Loaded
 from fedcore.aggregate.jobstate import JobState
 from fedcore.errors import FedcoreError
 from fedcore.loopback import Contribution
-from fedcore.plan import ModelShape, RoundPlan, Wide
+from fedcore.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.protocol.course import Step
 from fedcore.provision.identities import read_identity, read_roster
 from fedcore.provision.kit import Kit
@@ -68,7 +68,7 @@ class Drawn:
             self._fields = rng.integers(
                 1, 1 << plan.packing.bits, self._parameters, dtype=np.uint64
             )
-        counts = {"weight": [1], "over_range": [0], "over_half_range": [0]}
+        counts = {"weight": [1], "over_range": [0], "over_half_range": [0], EXCEEDS: [0]}
         return self._fields, {**counts, ROWS.name: [1]}
 
     async def track(

@@ -34,6 +34,7 @@ from fedcore.errors import (
     PeerRefused,
     PlanRefused,
     Refused,
+    ReleaseRefused,
     StoreProblem,
 )
 from fedcore.files import write_atomic
@@ -46,7 +47,7 @@ from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.protocol import course, effects, epoch, job, messages, publicmetrics, site
 from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.shared import Standing
+from fedcore.protocol.shared import THIS_SITE, Standing
 from fedcore.run import append_row
 from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
@@ -224,6 +225,8 @@ class SiteJob:
         self._inline: dict[bytes, list[bytes]] = {}
         self._vector: tuple[bytes, bytes] = b"", b""
         """Digest and container of the last small vector made here."""
+        self._marks: tuple[bytes, dict[str, int]] = b"", {}
+        """What the last vector made here has in this site's own places, by the header it is for."""
         self._candidates: dict[int, _Candidate] = {}
         """By round; a release makes one of them the state and drops the earlier ones."""
         self._unwritten: list[Any] = []
@@ -764,9 +767,11 @@ class SiteJob:
             self._unwritten.clear()
 
     def _small_beside(self, record: Any) -> dict[str, bytes]:
-        """The vector or the state that a record relies on, where it is small."""
+        """The vector or the state that a record relies on, where it is small, and the vector's marks."""
         if isinstance(record, site.VectorSpooled) and record.submit.digest == self._vector[0]:
-            return {"vector": self._vector[1]}
+            header, marks = self._marks
+            own = {"header": header.hex(), "marks": marks}
+            return {"vector": self._vector[1], "marks": canonical(own)}
         if isinstance(record, site.SumStated):
             number = self.stage.header.round
             return {"candidate": encode((number, self._candidate(number).data))}
@@ -775,7 +780,7 @@ class SiteJob:
     def _keep_stage(self, stage: Any, put: Mapping[str, bytes] | None = None) -> None:
         """Between rounds one record says all; those of the round, and its secrets, go for good."""
         self._unwritten.clear()
-        kept, over = {**(put or {}), "stage": encode(stage)}, ("vector", "candidate")
+        kept, over = {**(put or {}), "stage": encode(stage)}, ("vector", "candidate", "marks")
         self.party.journal.compact(self.id, ROUND, put=kept, forget=over)
 
     async def _obey(self, effect: Any) -> None:
@@ -839,6 +844,7 @@ class SiteJob:
         assert self.secrets is not None
         layout, place = self._layout(asked.header), asked.header.place(self.party.id)
         slots = layout.pack(*found, place)
+        self._marks = asked.header.digest, layout.own_marks(found[1])
         self.secrets.put_tag(slots, layout, asked, self.party.id)
         masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
         chunks = self.secrets.protect(slots, masks, self.plan.packing.slot_bits)
@@ -933,6 +939,7 @@ class SiteJob:
         check_announced(chunks, asked)
         header, layout = asked.header, self._layout(asked.header)
         total, opened = self.secrets.open(chunks, layout, asked)
+        layout.check_own(opened, self._own_marks(header), header.place(self.party.id))
         step = course.Step(header.purpose, header.training_round)
         allow = bool(
             wire_settings(self.offer.settings).get("protect", {}).get("single_site_features")
@@ -944,6 +951,19 @@ class SiteJob:
         self._sums = header.round, step, dict(opened.wides), len(asked.survivors)
         mac = self.secrets.state_mac(header, led_to.canonical())
         return site.SumOpened(self.secrets.sum_mac(header, total), mac), candidate
+
+    def _own_marks(self, header: RoundHeader) -> dict[str, int]:
+        """What this site's vector of the round has in its own places, also after a restart."""
+        of, marks = self._marks
+        if of != header.digest:
+            kept = json.loads(self.party.journal.get(self.id, "marks") or b"{}")
+            of, marks = bytes.fromhex(kept.get("header", "")), kept.get("marks", {})
+        if of != header.digest:
+            raise ReleaseRefused(
+                "sum", found="no record of this site's own marks", expected="those it was sent with",
+                fault=THIS_SITE,
+            )  # fmt: skip
+        return marks
 
     # --------------------------------------------------------------------------------- states
 

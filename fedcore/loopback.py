@@ -128,10 +128,13 @@ class _Round:
     bytes_up: int = 0
     bytes_down: int = 0
     failure: Exception | None = None
+    marks: dict[int, dict[str, int]] = field(default_factory=dict)
+    """{place: {mark: value}} of what each site put into its own places."""
 
     def pack(self, index: int, put_tag: Callable[[Slots], None] | None) -> Slots:
         """One site's slots with their tag; its plain slots go into the twin."""
         coordinates, wides = self.contribute(index)
+        self.marks[index] = self.layout.own_marks(wides)
         with self.watch("encode"):
             slots = self.layout.pack(coordinates, wides, index)
             self.twin += slots
@@ -216,8 +219,9 @@ class SiteShell:
     ) -> site.SumOpened:
         """Decrypt, check the tag, and find the state the sum leads to.
 
-        Raises TagRefused or ChunkRefused. In one process all sites hold the same key and were given the
-        same chunks, so the first to open them opens them for all; every site signs for itself.
+        Raises TagRefused or ChunkRefused, also where this site's own marks are not in the sum. In one
+        process all sites hold the same key and were given the same chunks, so the first to open them
+        opens them for all; every site signs for itself.
         """
         check_announced(chunks, asked)
         if current.opened is None:
@@ -228,6 +232,8 @@ class SiteShell:
             if current.lead is not None:
                 current.led_to = current.lead(opened, len(asked.survivors))
         assert current.total is not None
+        place = asked.header.place(self.member.id)
+        current.layout.check_own(current.opened, current.marks[place], place)
         with current.watch("unprotect"):
             return site.SumOpened(
                 self.secrets.sum_mac(asked.header, current.total),

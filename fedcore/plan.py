@@ -49,6 +49,9 @@ MIN_SITES = 3
 MAX_MASKED_SITES = 64
 """Every pair of sites shares a mask (complete graph): n^2 key agreements, so no more for now."""
 
+EXCEEDS = "exceeds"
+"""The mark of a site of which more coordinates exceed the range than the range rule tolerates."""
+
 METRIC = "metric:"
 """How the name of a metric's sums begins, among the wide integers of a vector."""
 
@@ -260,14 +263,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """What one protected vector holds: d quantised coordinates, then wide integers, in this order.
+    """What one protected vector holds: d quantised coordinates, wide integers, marks, in this order.
 
-    purpose: "statistics", "range", "update" or "metrics".
+    purpose: "statistics", "range", "update" or "metrics". marks: names of values 0 or 1, of which each
+    site of the roster has a place of its own in the sum, so that no site can speak for another.
     """
 
     purpose: str
     coordinates: int
     wides: tuple[Wide, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -464,13 +469,13 @@ class RoundPlan:
     @cached_property
     def update_vector(self) -> VectorSpec:
         """A round's vector: the update, then its weight, the range counts, the metric sums of the
-        model it started from."""
+        model it started from, and a mark of each site whose update exceeds the range."""
         own = (
             Wide("weight", 1, self.weight_bits),
             Wide("over_range", 1, self.count_bits),
             Wide("over_half_range", 1, self.count_bits),
         )
-        return VectorSpec("update", self.coordinates, own + self.metric_sums)
+        return VectorSpec("update", self.coordinates, own + self.metric_sums, (EXCEEDS,))
 
     @cached_property
     def range_vector(self) -> VectorSpec:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcore.aggregate.adaptive_range import exceedance_counts
+from fedcore.aggregate.adaptive_range import exceedance_counts, exceeds
 from fedcore.aggregate.optimisers import ServerState
 from fedcore.data.rows import Rows
 from fedcore.data.statistics import site_sums
@@ -24,7 +24,7 @@ from fedcore.errors import BadInput
 from fedcore.learn.flat import FlatModel
 from fedcore.learn.train import TrainReport, local_train
 from fedcore.loopback import Contribution, Stopwatch
-from fedcore.plan import RoundPlan
+from fedcore.plan import EXCEEDS, RoundPlan
 from fedcore.seeds import generator
 from fedcore.task import Task
 from fedcore.types import FloatVector, SiteId, WideVector
@@ -108,6 +108,7 @@ class SiteWork:
             "weight": [len(self.site.train)],
             "over_range": [quantised.over],
             "over_half_range": [quantised.over_half],
+            EXCEEDS: [int(exceeds(quantised.over, self.plan.coordinates))],
             **self.metric_sums(self.site, state),
         }
         return (quantised.fields, wides), report

@@ -91,7 +91,11 @@ class JobState:
         """Safetensors: parameters and moments, with the rest as metadata."""
         server = self.server
         tensors = {f"moment.{name}": value for name, value in server.moments.items()}
-        about = self._about() | {"scalars": dict(server.scalars), "bound": server.bound}
+        about = self._about() | {
+            "scalars": dict(server.scalars),
+            "bound": server.bound,
+            "first_bound": server.first_bound,
+        }
         # Floats print as their shortest round-trip form, so nothing is lost.
         meta = {_META: json.dumps(about, sort_keys=True, allow_nan=False)}
         return save({"parameters": server.parameters, **tensors}, meta)
@@ -110,8 +114,9 @@ class JobState:
             }
             scalars = {str(name): float(value) for name, value in about["scalars"].items()}
             server = ServerState(
-                tensors["parameters"].astype(np.float64), moments, scalars, float(about["bound"])
-            )
+                tensors["parameters"].astype(np.float64), moments, scalars,
+                float(about["bound"]), float(about["first_bound"]),
+            )  # fmt: skip
             statistics = about["statistics"]
             done = about["done"]
             return cls(

@@ -28,12 +28,14 @@ class ServerState:
     """parameters: (d,) float64 master copy; moments: further (parameters,) float64 vectors by name.
 
     scalars: the running powers of beta. bound: R, the quantiser's range in the coming round.
+    first_bound: R_0, what the plan stated or the calibration found; 0 before it.
     """
 
     parameters: WideVector
     moments: Mapping[str, WideVector]
     scalars: Mapping[str, float]
     bound: float
+    first_bound: float
 
     @property
     def model(self) -> FloatVector:
@@ -45,7 +47,7 @@ class ServerState:
         parts = [self.parameters.astype("<f8").tobytes()]
         parts += [self.moments[name].astype("<f8").tobytes() for name in sorted(self.moments)]
         parts += [struct.pack("<d", self.scalars[name]) for name in sorted(self.scalars)]
-        parts.append(struct.pack("<d", self.bound))
+        parts.append(struct.pack("<dd", self.bound, self.first_bound))
         return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
@@ -119,7 +121,7 @@ def optimiser_of(plan: ServerPlan) -> ServerOptimiser:
 def init_state(model: FloatVector, parameters: int, plan: ServerPlan, bound: float) -> ServerState:
     """The state before round 1. The first `parameters` coordinates are optimised, buffers averaged."""
     moments, scalars = optimiser_of(plan).init(parameters)
-    return ServerState(model.astype(np.float64), moments, scalars, bound)
+    return ServerState(model.astype(np.float64), moments, scalars, bound, bound)
 
 
 def apply_update(

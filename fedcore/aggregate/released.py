@@ -12,7 +12,7 @@ from fedcore.aggregate.adaptive_range import calibrated_bound, next_bound
 from fedcore.aggregate.optimisers import ServerState, apply_update
 from fedcore.encode.pack import Opened
 from fedcore.encode.quantise import dequantise
-from fedcore.plan import RoundPlan
+from fedcore.plan import EXCEEDS, RoundPlan
 
 
 def calibrated(
@@ -20,7 +20,8 @@ def calibrated(
 ) -> ServerState:
     """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum."""
     values = contributors * plan.coordinates
-    return replace(state, bound=calibrated_bound(opened.wides["exceeding"], values, plan.range))
+    found = calibrated_bound(opened.wides["exceeding"], values, plan.range)
+    return replace(state, bound=found, first_bound=found)
 
 
 def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: int) -> ServerState:
@@ -37,5 +38,7 @@ def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: i
         opened.wides["over_half_range"][0],
         contributors * plan.coordinates,
         plan.range,
+        first=state.first_bound,
+        sites=sum(opened.wides[EXCEEDS]),
     )
     return replace(moved, bound=bound)

@@ -31,12 +31,14 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedcore.aggregate.adaptive_range import exceeds
 from fedcore.bench import progress
 from fedcore.encode.pack import Layout
 from fedcore.encode.quantise import dequantise, quantise, step_size
 from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.plan import (
+    EXCEEDS,
     MASKS,
     MAX_MASKED_SITES,
     PROTECTIONS,
@@ -194,7 +196,7 @@ def protected(
         Wide("over_range", 1, count_bits),
         Wide("over_half_range", 1, count_bits),
     )
-    layout = Layout(VectorSpec("update", parameters, wides), packing, sites)
+    layout = Layout(VectorSpec("update", parameters, wides, (EXCEEDS,)), packing, sites)
     sealer: Sealer
     start: Callable[[], Fold]
     if protection == "masked":
@@ -219,6 +221,7 @@ def protected(
             "weight": [1],
             "over_range": [quantised.over],
             "over_half_range": [quantised.over_half],
+            EXCEEDS: [int(exceeds(quantised.over, parameters))],
         }
         slots = layout.pack(quantised.fields, counts, site)
         layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], roster[site]))

@@ -25,6 +25,7 @@ from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.loopback import Contribution, KeyEpoch, Stopwatch
 from fedcore.plan import (
+    EXCEEDS,
     MASKS,
     RangePlan,
     RoundPlan,
@@ -132,7 +133,7 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
     def contribute(index: int) -> Contribution:
         rng = generator(seed, 1, plan.sites[index], "bench fields")
         fields = rng.integers(0, 1 << plan.packing.bits, plan.parameters, dtype=np.uint64)
-        return fields, {"weight": [1], "over_range": [0], "over_half_range": [0]}
+        return fields, {"weight": [1], "over_range": [0], "over_half_range": [0], EXCEEDS: [0]}
 
     total = epoch.protected_sum(
         plan.update_vector, 1, contribute, b"bench", watch, absences=absences

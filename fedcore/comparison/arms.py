@@ -191,13 +191,15 @@ def _save_state(state: ServerState) -> Any:
         "parameters": state.parameters,
         "moments": dict(state.moments),
         "scalars": dict(state.scalars),
-        "bound": state.bound,
+        "bounds": (state.bound, state.first_bound),
     }
 
 
 def _restore_state(saved: Mapping[str, Any]) -> ServerState:
     moments = {k: v.numpy() for k, v in saved["moments"].items()}
-    return ServerState(saved["parameters"].numpy(), moments, dict(saved["scalars"]), saved["bound"])
+    return ServerState(
+        saved["parameters"].numpy(), moments, dict(saved["scalars"]), *saved["bounds"]
+    )
 
 
 class Federated:

@@ -8,7 +8,8 @@ One vector of S = blocks x N slots. Field f of the data fills row 0 of the slots
 
 Invariant: every field of a sum is below 2^w, so rows never spill into each other.
 
-- **marks**: site i puts 1 into mark i; the sum's marks are the survivors.
+- **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has
+  such places too, and site i puts 0 or 1 into place i: who reads the sum checks that nobody else did.
 - **canaries**: the largest field value, one per block: they find wraps and missing blocks.
 Both find accidents. Proof against a lying coordinator is the sum tag (`protect/sumtag.py`).
 """
@@ -29,7 +30,10 @@ from fedcore.types import Fields, Slots
 
 @dataclass(frozen=True)
 class Opened:
-    """A sum, unpacked: coordinates are (d,) uint64 sums of fields, wides exact integers by name."""
+    """A sum, unpacked: coordinates are (d,) uint64 sums of fields, wides exact integers by name.
+
+    A named mark is in `wides` too: 0 or 1 for each site of the roster, in its order.
+    """
 
     coordinates: Fields
     wides: Mapping[str, list[int]]
@@ -48,7 +52,7 @@ class Layout:
         """Fields of coordinates, wide limbs and marks together."""
         bits = self.packing.bits
         wide = sum(w.count * limb_count(w.bits, bits) for w in self.spec.wides)
-        return self.spec.coordinates + wide + self.sites
+        return self.spec.coordinates + wide + self.sites * (len(self.spec.marks) + 1)
 
     @property
     def tag_slots(self) -> int:
@@ -84,7 +88,10 @@ class Layout:
         return self.data_fields / (self.slots * self.packing.fields_per_slot)
 
     def pack(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Slots:
-        """One site's (S,) uint64 slots, tag places zero. `site` is its index in the roster."""
+        """One site's (S,) uint64 slots, tag places zero. `site` is its index in the roster.
+
+        wides: by name; of a named mark the one value, 0 or 1, that goes into this site's place.
+        """
         return self._pack_fields(self._join(coordinates, wides, site))
 
     def _join(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Fields:
@@ -103,9 +110,32 @@ class Layout:
             if len(values) != wide.count:
                 raise BadInput(f"{wide.name}: found {len(values)} values, expected {wide.count}")
             parts.append(to_limbs(values, wide.bits, self.packing.bits))
+        for name in self.spec.marks:
+            if list(wides[name]) not in ([0], [1]):
+                raise BadInput(f"{name}: found {list(wides[name])}, expected one value, 0 or 1")
+            parts.append(self._mark(site, wides[name][0]))
+        return np.concatenate([*parts, self._mark(site, 1)])
+
+    def _mark(self, site: int, value: int) -> Fields:
+        """(sites,) fields: the value in this site's place, 0 in the others."""
         marks = np.zeros(self.sites, dtype=np.uint64)
-        marks[site] = 1
-        return np.concatenate([*parts, marks])
+        marks[site] = value
+        return marks
+
+    def check_own(self, opened: Opened, own: Mapping[str, int], site: int) -> None:
+        """Raise TagRefused where this site's place of a named mark holds something else than it put.
+
+        own: {mark: 0 or 1} of this site; `site` is its index in the roster.
+        """
+        for name, value in own.items():
+            if opened.wides[name][site] != value:
+                raise TagRefused(
+                    f"sum: found a mark {name!r} in this site's place that it did not put"
+                )
+
+    def own_marks(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """{mark: value} of a site's contribution: what `check_own` compares the sum with."""
+        return {name: int(wides[name][0]) for name in self.spec.marks}
 
     def _pack_fields(self, data: Fields) -> Slots:
         width, size = self.packing.field_width, self.packing.slots_per_block
@@ -134,7 +164,8 @@ class Layout:
     def unpack(self, total: Slots, survivors: Sequence[int]) -> Opened:
         """Open a sum of `survivors` (roster indices): the inverse of `pack` under addition.
 
-        Raises TagRefused when a mark or canary shows that the sum is of something else.
+        Raises TagRefused when a mark or canary shows that the sum is of something else, or where a
+        named mark is neither 0 nor 1, or not 0 in the place of a site that is not in the sum.
         """
         if len(total) != self.slots:
             raise BadInput(f"sum: found {len(total)} slots, expected {self.slots}")
@@ -146,9 +177,17 @@ class Layout:
             length = wide.count * limb_count(wide.bits, bits)
             wides[wide.name] = from_limbs(data[place : place + length], wide.bits, bits)
             place += length
-        marks = data[place : place + self.sites]
         expected = np.zeros(self.sites, dtype=np.uint64)
         expected[list(survivors)] = 1
+        for name in self.spec.marks:
+            found = data[place : place + self.sites]
+            if (found > expected).any():
+                raise TagRefused(
+                    f"sum: found marks {name!r} that the listed survivors cannot have put"
+                )
+            wides[name] = [int(value) for value in found]
+            place += self.sites
+        marks = data[place : place + self.sites]
         if not np.array_equal(marks, expected):
             raise TagRefused("sum: the contributor marks are not those of the listed survivors")
         return Opened(coordinates, wides)

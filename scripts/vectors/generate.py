@@ -1041,6 +1041,7 @@ def main() -> int:
                 "weight": [100 + place],
                 "over_range": [3 * place],
                 "over_half_range": [40 + place],
+                "exceeds": [place % 2],
                 "loss": [(1 << 39) + 12345 * place],
             },
         }

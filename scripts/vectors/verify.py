@@ -519,6 +519,9 @@ class Round:
             same(f"{name}: {wide}", len(values), count)
             for value in values:
                 data += limbs(value, wide_bits, bits)
+        exceeds = self.golden["contributions"][name]["wides"]["exceeds"]
+        same(f"{name}: exceeds", len(exceeds), 1)
+        data += [exceeds[0] * int(name == each) for each in self.roster]
         data += [int(name == each) for each in self.roster]
         slots = [(1 << bits) - 1] + [0] * (self.slots - 1)
         rest = iter(data)
@@ -859,6 +862,8 @@ def check_sum(r: Round) -> str:
     for name, count, _ in r.wides:
         each = [golden["contributions"][site]["wides"][name] for site in r.survivors]
         same(name, golden["sum"]["wides"][name], [sum(v[i] for v in each) for i in range(count)])
+    marks = {each: golden["contributions"][each]["wides"]["exceeds"][0] for each in r.survivors}
+    same("exceeds", golden["sum"]["wides"]["exceeds"], [marks.get(each, 0) for each in r.roster])
     return f"{len(answers)} masks rebuilt; the sum is exact and its tag holds"
 
 

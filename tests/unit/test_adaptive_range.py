@@ -1,4 +1,4 @@
-"""The rule of the next range, line by line (PROTOCOL Q)."""
+"""The rule of the next range, line by line (PROTOCOL Q, G)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from fedcore.aggregate.adaptive_range import (
     CALIBRATION_EXPONENTS,
     calibrated_bound,
     exceedance_counts,
-    next_bound,
+    exceeds,
 )
+from fedcore.aggregate.adaptive_range import next_bound as rule
 from fedcore.plan import RangePlan
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
 PLAN = RangePlan(lowest=2.0**-4, highest=2.0**4)
 VALUES = 1_000_000
+
+
+def next_bound(bound, over, over_half, values, plan, *, first=None, sites=2):
+    """The rule, where two sites exceed the range and it is as calibrated, unless a test says otherwise."""
+    return rule(bound, over, over_half, values, plan, first=first or bound, sites=sites)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ VALUES = 1_000_000
         (0, 1000, 1.0),
         (1000, 1000, 1.0),  # 1e-3 exactly does not exceed
         (1001, 1001, 2.0),
-        (1001, 0, 2.0),  # a liar's counts: too many over wins
+        (1001, 0, 2.0),  # too many over wins
         (VALUES, VALUES, 2.0),
     ],
 )
@@ -43,6 +49,35 @@ def test_the_range_stays_within_the_plan():
     assert next_bound(PLAN.highest / 2, VALUES, VALUES, VALUES, PLAN) == PLAN.highest
     assert next_bound(PLAN.lowest, 0, 0, VALUES, PLAN) == PLAN.lowest
     assert next_bound(PLAN.lowest * 2, 0, 0, VALUES, PLAN) == PLAN.lowest
+
+
+@pytest.mark.parametrize("sites", [0, 1])
+def test_one_site_alone_cannot_widen_the_range(sites):
+    assert next_bound(1.0, VALUES, VALUES, VALUES, PLAN, sites=sites) == 1.0
+    assert next_bound(1.0, VALUES, VALUES, VALUES, PLAN, sites=2) == 2.0
+
+
+def test_one_site_alone_cannot_keep_it_from_growing_or_shrinking_when_the_others_agree():
+    assert next_bound(1.0, VALUES, VALUES, VALUES, PLAN, sites=3) == 2.0
+    assert next_bound(1.0, 0, 0, VALUES, PLAN, sites=1) == 0.5
+
+
+def test_the_range_grows_to_four_times_its_first_value_and_no_further():
+    bound, seen = 1.0, []
+    for _ in range(5):
+        bound = next_bound(bound, VALUES, VALUES, VALUES, PLAN, first=1.0, sites=4)
+        seen.append(bound)
+    assert seen == [2.0, 4.0, 4.0, 4.0, 4.0]
+    # It may shrink below its first value, and comes back as far.
+    assert next_bound(1.0, 0, 0, VALUES, PLAN, first=1.0) == 0.5
+    assert next_bound(0.5, VALUES, VALUES, VALUES, PLAN, first=1.0) == 1.0
+
+
+def test_a_site_exceeds_with_more_than_one_coordinate_in_a_thousand():
+    assert [exceeds(over, 2000) for over in (0, 1, 2, 3)] == [False, False, False, True]
+    assert exceeds(1, 31)
+    assert not exceeds(0, 31)
+    assert not exceeds(0, 0)
 
 
 def test_a_fixed_range_and_an_empty_vector_do_not_move():

@@ -752,7 +752,7 @@ def test_plain_and_masked_run_where_tenseal_is_missing_or_broken(tmp_path):
             "task", "", ("a", "b", "c"), "plain", solve_packing(16, 3, "plain"), 3, 0, 16, 1,
             TrainPlan(), ServerPlan(), RangePlan(),
         )
-        wides = {"weight": [1], "over_range": [0], "over_half_range": [0]}
+        wides = {"weight": [1], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
         site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
         epoch = loopback.KeyEpoch("job", plan)
         total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())

@@ -158,8 +158,8 @@ def test_canonical_bytes_are_little_endian_with_lengths():
         raw = np.array(values, dtype="<f8").tobytes()
         return len(raw).to_bytes(8, "little") + raw
 
-    # parameters, first, second, beta1, beta2, bound
-    expected = part(1.5) + part(0.0) * 2 + part(1.0) * 2 + part(0.25)
+    # parameters, first, second, beta1, beta2, range and first range
+    expected = part(1.5) + part(0.0) * 2 + part(1.0) * 2 + part(0.25, 0.25)
     assert state.canonical() == expected
 
 

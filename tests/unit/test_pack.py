@@ -136,3 +136,58 @@ def test_wide_integers_of_another_count_or_size_are_refused():
 def test_a_sum_of_another_size_is_refused(slots):
     with pytest.raises(BadInput, match=f"found {slots} slots, expected 2048"):
         layout_of(3).unpack(np.zeros(slots, dtype=np.uint64), range(SITES))
+
+
+MARKED = Layout(
+    VectorSpec("update", 3, (Wide("weight", 1, 20),), ("exceeds", "late")), PACKING, SITES
+)
+
+
+def marked(site, exceeds, late=0):
+    wides = {"weight": [7], "exceeds": [exceeds], "late": [late]}
+    return MARKED.pack(np.ones(3, dtype=np.uint64), wides, site)
+
+
+def test_each_site_has_a_place_of_its_own_for_a_named_mark():
+    total = sum(marked(site, exceeds=site % 2, late=1) for site in (0, 1, 3))
+    opened = MARKED.unpack(total, (0, 1, 3))
+    assert opened.wides == {"weight": [21], "exceeds": [0, 1, 0, 1, 0], "late": [1, 1, 0, 1, 0]}
+    for site in (0, 1, 3):
+        MARKED.check_own(opened, MARKED.own_marks({"exceeds": [site % 2], "late": [1]}), site)
+
+
+def field_added(slots, field, value):
+    """Slots with something added to one field: row 0 holds the first ones, after the canary."""
+    changed = slots.copy()
+    changed[1 + field : 2 + field] += np.uint64(value)
+    return changed
+
+
+EXCEEDS_OF = {site: 3 + 2 + site for site in range(SITES)}
+"""Fields before it: three coordinates and two limbs of the weight."""
+
+
+@pytest.mark.parametrize(("place", "value"), [(1, 2), (2, 1), (4, 5)])
+def test_a_mark_that_no_survivor_can_have_put_is_refused(place, value):
+    """2 in one place, or any in the place of a site that is not in the sum."""
+    total = sum(marked(site, exceeds=0) for site in (0, 1, 3))
+    MARKED.unpack(total, (0, 1, 3))
+    with pytest.raises(TagRefused, match="marks 'exceeds' that the listed survivors cannot"):
+        MARKED.unpack(field_added(total, EXCEEDS_OF[place], value), (0, 1, 3))
+
+
+@pytest.mark.parametrize("put", [0, 1])
+def test_a_mark_put_for_another_site_is_found_by_that_site(put):
+    total = sum(marked(site, exceeds=put) for site in (0, 1, 3))
+    step = 1 if put == 0 else (1 << 64) - 1  # one more, or one less
+    opened = MARKED.unpack(field_added(total, EXCEEDS_OF[3], step), (0, 1, 3))
+    own = MARKED.own_marks({"exceeds": [put], "late": [0]})
+    MARKED.check_own(opened, own, 0)
+    with pytest.raises(TagRefused, match="'exceeds' in this site's place that it did not put"):
+        MARKED.check_own(opened, own, 3)
+
+
+@pytest.mark.parametrize("wrong", [[2], [0, 1], [], [-1]])
+def test_a_mark_is_one_value_0_or_1(wrong):
+    with pytest.raises(BadInput, match="expected one value, 0 or 1"):
+        MARKED.pack(np.ones(3, dtype=np.uint64), {"weight": [7], "exceeds": wrong, "late": [0]}, 2)

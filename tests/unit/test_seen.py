@@ -77,7 +77,12 @@ def round_seen(plan, absences=None, updates=None):
     witness = watch_one(plan.sites, absences or {})
 
     def contribute(index):
-        return fields[index], {"weight": [10], "over_range": [0], "over_half_range": [0]}
+        return fields[index], {
+            "weight": [10],
+            "over_range": [0],
+            "over_half_range": [0],
+            "exceeds": [0],
+        }
 
     epoch.protected_sum(
         plan.update_vector, 3, contribute, b"", Stopwatch(), absences=absences, witness=witness
@@ -247,7 +252,7 @@ def masked_witness(rebuilt, others):
     another site has the last `others`, with the other sign."""
     plan = plan_of("masked")
     layout, updates = Layout(plan.update_vector, plan.packing, 4), updates_of(plan)
-    wides = {"weight": [10], "over_range": [0], "over_half_range": [0]}
+    wides = {"weight": [10], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
     vectors = [layout.pack(fields, wides, index) for index, fields in enumerate(updates)]
     masks = ((b"s" * 32, 1), (b"p" * 32, 1), (b"q" * 32, -1))
     masked = vectors[0].copy()
