@@ -29,6 +29,7 @@ from fedcore.config import Job, build_job, plan_of
 from fedcore.encode.pack import Layout
 from fedcore.errors import (
     BadInput,
+    DataLost,
     FedcoreError,
     HeaderRefused,
     PeerRefused,
@@ -319,17 +320,18 @@ class SiteJob:
         Where the disk refuses, everything is read from it again, as a new process would, and goes on.
         A fault of this program ends the job here, until this process is started again.
         """
+        fault: Exception | None = None
         while True:
             try:
+                if fault is not None:
+                    await self._recover(fault)
+                fault = None
                 await self._serve()
             except (StoreProblem, OSError) as error:
-                self._note(error)
-                await self.close()
-                while not await self._again():
-                    pass
+                fault = error
             except Exception:
                 LOG.exception("job %s: stopped here by a fault of this side", self.id)
-                self._unable(job.UNABLE)  # nobody shall wait for this site
+                self._unable(job.UNABLE)  # so that no site waits for this one
                 await self.close()
                 return
 
@@ -357,21 +359,18 @@ class SiteJob:
                 except (PeerRefused, Refused, BadInput) as error:
                     self._note(error)
 
-    async def _again(self) -> bool:
-        """After a pause, what a new process would know. False: the disk still refuses."""
+    async def _recover(self, fault: Exception) -> None:
+        """After a pause, what a new process would know. Raises what the disk refused this time."""
+        self._note(fault)
+        await self.close()
         await asyncio.sleep(_AGAIN)
-        try:
-            fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
-        except (StoreProblem, OSError) as error:
-            self._note(error)
-            return False
+        fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
         for name in ("plan", "features", "columns", "state", "epoch", "stage", "secrets", "ended",
                      "_scheme", "_member", "_groups", "_candidates"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
         self._unwritten.clear()
         self._queue.put_nowait(_Connected())
-        return True
 
     def _tidy(self) -> None:
         """Remove the spool's rounds that a crash kept from being removed."""
@@ -403,7 +402,10 @@ class SiteJob:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
 
-    def _aside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _aside(self, work: Coroutine[Any, Any, None], header: bytes = b"") -> asyncio.Task[None]:
+        """Run work in the background. header: of the round whose other sites wait for this work; what
+        the work raises makes this site leave that round, so that nobody waits until a deadline."""
+
         async def guarded() -> None:
             try:
                 await work
@@ -413,9 +415,15 @@ class SiteJob:
                 self._queue.put_nowait(_Trouble(error))
             except (FedcoreError, TrainingFailed) as error:
                 self._note(error)
+                leave(error)
             except Exception as error:
                 LOG.exception("job %s: a fault of this side", self.id)
                 self.last_error = type(error).__name__
+                leave(error)
+
+        def leave(error: Exception) -> None:
+            if header:
+                self._queue.put_nowait(_Done(site.Refused(error), header))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
@@ -518,6 +526,9 @@ class SiteJob:
         except FedcoreError as error:
             self._note(error)
             self._unable("policy" if isinstance(error, Refused) else job.UNABLE)
+        except Exception:  # the others would wait for this site's survey
+            LOG.exception("job %s: a fault of this side while loading", self.id)
+            self._unable(job.UNABLE)
         else:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
             self.link.doing(self.id, "idle")
@@ -790,11 +801,11 @@ class SiteJob:
             case effects.Warn(text=text):
                 LOG.warning("%s", text)
             case effects.MakeVector():
-                self._making = self._aside(self._make_vector(effect))
+                self._making = self._aside(self._make_vector(effect), effect.header.digest)
             case effects.Upload(submit=submit):
                 self._begin_upload(submit)
             case effects.OpenSum():
-                self._aside(self._open_sum(effect))
+                self._aside(self._open_sum(effect), effect.header.digest)
             case effects.ShowNotice(notice=notice):
                 if self.secrets is not None:
                     cause = self.secrets.read_notice(notice)
@@ -871,13 +882,16 @@ class SiteJob:
         """Asked for at every new session; two of one vector would end each other at the coordinator."""
         header, task = self._uploading or (b"", None)
         if task is None or task.done() or header != submit.header:
-            self._uploading = submit.header, self._aside(self._upload(submit))
+            self._uploading = submit.header, self._aside(self._upload(submit), submit.header)
 
     async def _upload(self, submit: messages.Submit) -> None:
         """Until it is there whole, or the round has gone on."""
         source = await self._finished_vector(submit)
         if source is None:
-            return
+            raise DataLost(
+                "spool: found this round's vector gone, expected it until the round is over",
+                remedy="check the disk; nothing but this site may remove files from its spool",
+            )
         self.link.doing(self.id, "uploading")
         while isinstance(self.stage, site.Submitted) and self._is_round(submit.header):
             with contextlib.suppress(Offline):

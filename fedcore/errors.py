@@ -32,6 +32,7 @@
     |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
     |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
     |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
+    |-- DataLost              2  a stored file is gone and cannot be made again: what needs it fails
     `-- Abandoned             4  a round or run ended without a result
         `-- RoundAbandoned    4  fewer sites than the threshold; carries stage, left and exposed
 
@@ -219,6 +220,10 @@ class StoreProblem(FedcoreError):
 
 class StoreFull(StoreProblem):
     """No room for more, on the disk or within the quota; nothing of this step was kept."""
+
+
+class DataLost(FedcoreError):
+    """Something that was stored is gone, and no retry can bring it back."""
 
 
 class Abandoned(FedcoreError):

@@ -143,6 +143,7 @@ class JobFold:
     def __init__(self, pool: FoldPool, name: str, packing: Packing, slots: int) -> None:
         self._pool, self._name, self._packing = pool, name, packing
         self._held: list[Path] = []
+        self._given_up = False
         each = chunk_slots(packing)
         self._chunks = -(-slots // each)
         workers = pool._workers[: max(1, self._chunks)]
@@ -180,8 +181,17 @@ class JobFold:
         """Forget the running sum."""
         await self._alone(self._end)
 
+    def give_up(self) -> None:
+        """End what is under way for this sum, though its worker may hang; it takes no further request.
+
+        The workers are killed, and start again with the next job's first request.
+        """
+        self._given_up = True
+        for shard in self._shards:
+            shard.worker.interrupt()
+
     async def _alone(self, work: Callable[[], T]) -> T:
-        if self._pool.closed:
+        if self._pool.closed or self._given_up:
             raise _ended()
         return await asyncio.get_running_loop().run_in_executor(self._pool._line, work)
 
@@ -283,6 +293,8 @@ class JobFold:
 
     def _settle(self, shard: _Shard) -> None:
         """Make the shard's sum that of the held uploads: from the spool, as far as it is not yet."""
+        if self._given_up:
+            raise _ended()
         worker = shard.worker
         if not (worker.alive and shard.life == worker.life and set(shard.held) <= set(self._held)):
             worker.wake()
@@ -373,6 +385,10 @@ class _Worker:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(PATIENCE):
                 raise TimeoutError
+
+    def interrupt(self) -> None:
+        """End the process from another thread: whoever waits for its answer finds it gone."""
+        self._process.kill()
 
     def kill(self) -> None:
         """End it now; a second call does nothing."""

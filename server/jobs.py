@@ -30,6 +30,7 @@ from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Layout
 from fedcore.errors import (
     ChunkRefused,
+    DataLost,
     FedcoreError,
     OutOfOrder,
     PeerRefused,
@@ -169,6 +170,13 @@ class _Done:
 
 
 @dataclass(frozen=True)
+class _Fault:
+    """Background work raised; `run` decides what becomes of the job."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
 class _Stop:
     text: str
     outcome: str = "stopped"
@@ -227,6 +235,15 @@ def _small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
     return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
 
+def _reason(fault: Exception) -> str:
+    """One line for operators and sites on why a job failed."""
+    if isinstance(fault, FedcoreError):
+        return " ".join(str(fault).split())
+    if isinstance(fault, OSError):
+        return f"the coordinator's disk refused it ({fault.strerror or type(fault).__name__})"
+    return "a fault of the coordinator; its own log says which"
+
+
 class CoordinatedJob:
     """One job, run to its end by `run`."""
 
@@ -266,6 +283,12 @@ class CoordinatedJob:
         self._handing: HandOver | None = None
         self._restarted = False
         self._epoch_refused = False
+        self._stopped: _Stop | None = None
+        """An operator's word, which counts while the disk refuses too."""
+        self._refused_since: float | None = None
+        """Clock seconds of the first refusal of the disk since the round last went on."""
+        self._summing: tuple[bytes, float] = b"", 0.0
+        """Header of the sum under way, and the clock seconds at which making it began."""
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._due: list[Any] = []
         """Effects of the steps taken since the last commit."""
@@ -313,6 +336,7 @@ class CoordinatedJob:
         self._give_back_small()
         if self.outcome is not None:
             self._checkpoint = self._kept_checkpoint()
+            self._discard_rounds()
             return
         self._restarted = bool(records)
         if isinstance(self.stage, coordinator.Releasing):
@@ -404,26 +428,28 @@ class CoordinatedJob:
 
     def stop(self, text: str) -> None:
         """End the job at an operator's word."""
-        self._queue.put_nowait(_Stop(text))
+        self._stopped = _Stop(text)
+        self._queue.put_nowait(self._stopped)
 
     async def run(self) -> None:
-        """Run the job to its end.
+        """Run the job to its end. Never raises an Exception: the queue behind the job goes on.
 
-        Where the disk refuses, everything is read from it again, as a new process would, and goes on.
+        One policy for every fault, of the queue and of background work. Where the disk refuses
+        (StoreProblem, OSError), everything is read from it again, as a new process would, and goes on.
+        Anything else, and a disk that refuses the same stage for longer than a stage may take, fails the
+        job with a one-line reason. A disk that is only full is waited for, except while a sum is made.
         """
         self.progress.state = RUNNING
+        fault: Exception | None = None
         while self.outcome is None:
             try:
-                await self._serve()
-            except StoreProblem as error:
-                LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
-                self.progress.text = str(error)
-                self.on_change()
-                while not await self._again():
-                    pass
-            except Exception:
-                LOG.exception("job %s: ended by a fault of this side", self.id)
-                self.end("failed", "a fault of the coordinator; its own log says which")
+                if fault is not None:
+                    await self._recover(fault)
+                fault = None
+                if self.outcome is None:
+                    await self._serve()
+            except Exception as error:  # noqa: BLE001 - one policy for all of them: _recover
+                fault = error
         self.on_change()
 
     async def _serve(self) -> None:
@@ -460,15 +486,44 @@ class CoordinatedJob:
                 break
             await self._handle(self._queue.get_nowait())
 
-    async def _again(self) -> bool:
-        """After a pause, what a new process would know. False: the disk still refuses."""
-        await asyncio.sleep(_AGAIN)
+    async def _recover(self, fault: Exception) -> None:
+        """Read everything from disk again after a pause, or fail the job: see `run`.
+
+        Raises what the disk refused this time.
+        """
+        now = self.house.clock()
+        if self._refused_since is None:
+            self._refused_since = now
+        late = now - self._refused_since > self.house.limits.stage
+        if isinstance(fault, StoreFull) and not isinstance(self.stage, coordinator.Summing):
+            late = False
+        if self._stopped is not None:
+            await self._end_surely(self._stopped.outcome, self._stopped.text)
+        elif late or not isinstance(fault, StoreProblem | OSError):
+            LOG.error("job %s: ended by a fault of this side", self.id, exc_info=fault)
+            await self._end_surely("failed", _reason(fault))
+        else:
+            LOG.error("job %s: %s", self.id, fault)
+            self.progress.text = _reason(fault)
+            self.on_change()
+            await asyncio.sleep(_AGAIN)
+            self._reload()
+
+    async def _end_surely(self, outcome: str, text: str) -> None:
+        """End the job, as soon as the disk takes its end."""
+        while self.outcome is None:
+            try:
+                self.end(outcome, text)
+            except Exception:
+                LOG.exception("job %s: its end cannot be written; trying again", self.id)
+                self.progress.text = text
+                self.on_change()
+                await asyncio.sleep(_AGAIN)
+
+    def _reload(self) -> None:
+        """What a new process would know. Raises StoreProblem while the disk refuses."""
         fresh = CoordinatedJob(self.house, self.links, self.offer)
-        try:
-            fresh._restore()
-        except StoreProblem as error:
-            LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
-            return False
+        fresh._restore()
         for name in _FROM_DISK:
             setattr(self, name, getattr(fresh, name))
         self.rounds.known[:] = fresh.rounds.known
@@ -479,7 +534,6 @@ class CoordinatedJob:
             # Each is offered the plan again, and says where it stands.
             view.rest, view.agreed = None, False
         self._restarted = True
-        return True
 
     def _resume(self) -> None:
         now = self.house.clock()
@@ -500,6 +554,8 @@ class CoordinatedJob:
         return max(0.0, min(until) - self.house.clock()) + 0.001
 
     async def _handle(self, event: Any) -> None:
+        if isinstance(event, _Fault):
+            raise event.error
         try:
             match event:
                 case None:
@@ -527,6 +583,7 @@ class CoordinatedJob:
     def _tick(self) -> None:
         now = self.house.clock()
         self._tick_at = now + TICK
+        self._check_sum_deadline(now)
         self._machine(coordinator.Tick())
         self._commit()
         self._epoch_machine(epoch.EpochTick())
@@ -534,6 +591,20 @@ class CoordinatedJob:
         if now - self._nudged_at >= _AGAIN:
             self._nudged_at = now
             self._nudge()
+
+    def _check_sum_deadline(self, now: float) -> None:
+        """Raise DataLost for a sum that takes longer than a stage may: a worker or the disk hangs."""
+        stage, (header, since) = self.stage, self._summing
+        if not isinstance(stage, coordinator.Summing) or stage.header.digest != header:
+            return
+        if now - since > self.house.limits.stage:
+            if self._fold is not None:
+                self._fold.give_up()
+            raise DataLost(
+                f"sum of round {stage.header.round}: found none after {self.house.limits.stage:.0f} s, "
+                "expected it within the limit of a stage",
+                remedy="look at the disk and the fold workers, and raise limits.stage_seconds if they are slow",
+            )
 
     def _look_for_lost(self, now: float) -> None:
         """A round goes on without a site whose connection is lost for longer than the grace."""
@@ -905,6 +976,7 @@ class CoordinatedJob:
         self._put.update(put or {})
         changed = type(self.stage) is not type(before)
         if changed:
+            self._refused_since = None
             self._time(before)
         if changed or not all(isinstance(e, effects.Persist | effects.Fold) for e in found):
             ended = coordinator.Released | coordinator.Abandoned
@@ -939,7 +1011,9 @@ class CoordinatedJob:
                 if isinstance(message, messages.Aggregate) and self._sum is not None:
                     self.links.push(SiteId(to), self.id, "sum", self._sum)
                 self.links.say(SiteId(to), self.id, message)
-            case effects.RemoveMasks():
+            case effects.RemoveMasks(header=header):
+                if self._summing[0] != header.digest:
+                    self._summing = header.digest, self.house.clock()
                 self._aside(self._remove_masks(effect))
             case effects.Warn(text=text):
                 LOG.warning("job %s: %s", self.id, text)
@@ -950,9 +1024,8 @@ class CoordinatedJob:
         async def guarded() -> None:
             try:
                 await work
-            except FedcoreError as error:
-                LOG.error("job %s: %s", self.id, error)  # noqa: TRY400 - one line is what helps
-                self._queue.put_nowait(_Stop(str(error), "failed"))
+            except Exception as error:  # noqa: BLE001 - `run` decides
+                self._queue.put_nowait(_Fault(error))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
@@ -990,13 +1063,10 @@ class CoordinatedJob:
     async def _remove_masks(self, asked: effects.RemoveMasks) -> None:
         assert self._fold is not None
         header = asked.header.digest
-        paths = self.house.spool.complete(self.id, header)
-        uploads = [paths[name] for name in asked.survivors]
-        until = self.house.clock() + self.house.limits.stage
         while True:
             try:
                 self._sum = await self._fold.total(
-                    uploads, asked.masks,
+                    self._uploads(asked), asked.masks,
                     lambda chunks: self.house.spool.put(
                         self.id, "sum", chunks, header=header, unsynced=INLINE
                     ),
@@ -1005,12 +1075,26 @@ class CoordinatedJob:
             except StoreFull as error:  # room may come back, and nothing of the round is lost
                 LOG.warning("job %s: %s", self.id, error)
                 self.progress.text = str(error)
-                if self.house.clock() > until:
+                if self.house.clock() - self._summing[1] > self.house.limits.stage:
                     raise
                 await asyncio.sleep(_AGAIN)
         self._queue.put_nowait(
             _Done(coordinator.SumReady(self._sum.digest, self._sum.size), header)
         )
+
+    def _uploads(self, asked: effects.RemoveMasks) -> list[Path]:
+        """The files of a sum, small ones given back from the journal. Raises DataLost for one that is gone."""
+        found = self.house.spool.complete(self.id, asked.header.digest)
+        if not found.keys() >= set(asked.survivors):
+            self._give_back_small()
+            found = self.house.spool.complete(self.id, asked.header.digest)
+        for name in asked.survivors:
+            if name not in found:
+                raise DataLost(
+                    f"spool: found the vector of site {name} gone, expected it until its round is over",
+                    remedy="check the disk; the spool is the coordinator's own, nothing else may remove files",
+                )
+        return [found[name] for name in asked.survivors]
 
     def _keep_end(self) -> None:
         """In one write: how the round ended, its row, and what comes next; its records go."""
@@ -1304,11 +1388,17 @@ class CoordinatedJob:
         self.outcome = ended
         self.progress.state, self.progress.text = outcome, text
         self._waiting((), None)
-        for found in self.house.spool.rounds(self.id):
-            self.house.spool.discard(self.id, found)
         for name in self.links.connected():
             self.links.say(name, self.id, ended)
+        try:
+            self._discard_rounds()
+        except StoreProblem as error:  # the job is over all the same; the next process removes them
+            LOG.warning("job %s: %s", self.id, error)
         LOG.info("job %s: %s %s", self.id, outcome, text)
+
+    def _discard_rounds(self) -> None:
+        for found in self.house.spool.rounds(self.id):
+            self.house.spool.discard(self.id, found)
 
     def _last_certificate(self) -> str:
         return self.certificate.hash if self.certificate is not None else ""

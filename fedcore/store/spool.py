@@ -193,6 +193,9 @@ class Spool:
         with self._busy, refusals("spool", folder):
             here = self._files(folder)
             before = here.get(name)
+            if before is not None and not before.exists():  # somebody removed it from the disk
+                self._released(here.pop(name))
+                before = None
             if before is not None and before not in {part, whole, small}:
                 if not before.name.startswith(_PART):
                     raise VectorRefused(
@@ -220,7 +223,8 @@ class Spool:
         folder = self._round(job, header) / "in"
         with self._busy, refusals("spool", folder):
             found = sorted(self._files(folder).items())
-        return {SiteId(unquote(n)): p for n, p in found if not p.name.startswith(_PART)}
+            whole = [(n, p) for n, p in found if not p.name.startswith(_PART) and p.exists()]
+        return {SiteId(unquote(name)): path for name, path in whole}
 
     def uploaded(self, job: str, header: bytes, site: SiteId, digest: bytes) -> Path | None:
         """A site's complete upload, if it is the one with this digest."""

@@ -1,0 +1,352 @@
+"""Faults beside the event queue, at both ends: the job goes on or fails with a reason, and no party hangs.
+
+Journals, spools, fold workers and protections are real, as in `town`; each fault is made where a disk,
+a person or the kernel would make it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from dataclasses import replace
+
+import fedcore_clients.jobs
+import fedcore_server.jobs
+import pytest
+from deployment import HUB as COORDINATOR
+from deployment import deployment, small_task
+from fedcore_server.folding import FoldPool, JobFold
+from town import PATIENT, SITES, UNHURRIED, scene
+
+from fedcore.protocol import coordinator
+
+
+@pytest.fixture(autouse=True)
+def brief_pauses(monkeypatch):
+    """Retries follow each other quickly: no test waits for the pause between them."""
+    monkeypatch.setattr(fedcore_server.jobs, "_AGAIN", 0.05)
+    monkeypatch.setattr(fedcore_clients.jobs, "_AGAIN", 0.05)
+
+
+def begin(found):
+    found.start_hub()
+    for name in SITES:
+        found.start(name)
+    return found.hub
+
+
+def ended(found):
+    return lambda: found.hub.outcome is not None
+
+
+def lose_uploads(monkeypatch, times):
+    """Before a sum is made, the upload of site a is removed from the disk, so many times."""
+    left = [times]
+    real = fedcore_server.jobs.CoordinatedJob._remove_masks
+
+    async def removed(self, asked):
+        if left[0]:
+            left[0] -= 1
+            self.house.spool.complete(self.id, asked.header.digest)["a"].unlink()
+            for shard in self._fold._shards:  # its worker cannot have it in memory either
+                shard.life = -1
+        await real(self, asked)
+
+    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_remove_masks", removed)
+
+
+def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypatch):
+    """A small vector is in the journal too: its spool file is written again and the round goes on."""
+    lose_uploads(monkeypatch, 1)
+
+    async def play(found):
+        begin(found)
+        await found.run()
+        assert found.hub.outcome.outcome == "finished"
+        assert all(row["survivors"] for row in found.rounds())
+        await found.check()
+
+    scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
+
+
+def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, monkeypatch):
+    """No deadline passes: UNHURRIED's stages last longer than this test."""
+    monkeypatch.setattr(fedcore_server.jobs, "_small_file", lambda what, stored: {})
+    lose_uploads(monkeypatch, 1)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run()
+        assert (hub.outcome.outcome, "\n" in hub.outcome.text) == ("failed", False)
+        assert hub.outcome.text.startswith("spool: found the vector of site a gone")
+        assert str(tmp_path) not in hub.outcome.text
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+def broken_total(monkeypatch, error, times):
+    left, real = [times], JobFold.total
+
+    async def total(self, *args):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return await real(self, *args)
+
+    monkeypatch.setattr(JobFold, "total", total)
+    return left
+
+
+def test_a_disk_error_while_summing_is_retried(tmp_path, pool, monkeypatch):
+    broken_total(monkeypatch, OSError(5, "Input/output error"), 2)
+
+    async def play(found):
+        begin(found)
+        await found.run()
+        assert found.hub.outcome.outcome == "finished"
+        assert all(row["survivors"] for row in found.rounds())
+        await found.check()
+
+    scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
+
+
+def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, monkeypatch):
+    """The clock of the job, not this test, passes the limit of a stage."""
+    left = broken_total(monkeypatch, OSError(5, "Input/output error"), -1)
+
+    async def play(found):
+        hub = begin(found)
+        ahead = [0.0]
+        clock = hub.house.clock
+        hub.house = replace(hub.house, clock=lambda: clock() + ahead[0])
+        await found.run(until=lambda: left[0] < -3)  # tried again and again
+        assert hub.outcome is None
+        ahead[0] = 2 * PATIENT.stage
+        await found.run(until=ended(found))
+        assert hub.outcome.outcome == "failed"
+        assert hub.outcome.text == "the coordinator's disk refused it (Input/output error)"
+
+    scene(tmp_path, pool, play, limits=PATIENT)
+
+
+def test_any_other_fault_while_summing_fails_the_job(tmp_path, pool, monkeypatch):
+    broken_total(monkeypatch, KeyError("/secret/path"), 1)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run()
+        assert hub.outcome.outcome == "failed"
+        assert hub.outcome.text == "a fault of the coordinator; its own log says which"
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monkeypatch):
+    """The attack: without the report of background faults the job stays in Summing."""
+    broken_total(monkeypatch, KeyError("a"), 1)
+
+    def unreported(self, work):
+        self._beside.add(asyncio.get_running_loop().create_task(work))
+
+    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_aside", unreported)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run(until=lambda: isinstance(hub.stage, coordinator.Summing))
+        ticks = []
+        monkeypatch.setattr(hub, "_check_sum_deadline", ticks.append)
+        await found.run(until=lambda: len(ticks) > 2)
+        assert isinstance(hub.stage, coordinator.Summing)
+        assert hub.outcome is None
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+def test_a_fold_worker_that_hangs_fails_the_job_after_a_stage(tmp_path, monkeypatch):
+    """The worker is stopped by the kernel; once the job failed, it is gone and the pool works again."""
+
+    async def play(found):
+        hub, ahead = begin(found), [0.0]
+        clock = hub.house.clock
+        hub.house = replace(hub.house, clock=lambda: clock() + ahead[0])
+        real, stopped = JobFold.total, []
+
+        async def total(self, *args):
+            stopped.append(found.pool.pids[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+            return await real(self, *args)
+
+        monkeypatch.setattr(JobFold, "total", total)
+        await found.run(until=lambda: bool(stopped))
+        ahead[0] = 2 * PATIENT.stage
+        await found.run(until=ended(found))
+        assert hub.outcome.outcome == "failed"
+        assert "found none after 120 s" in hub.outcome.text
+        monkeypatch.setattr(JobFold, "total", real)
+        fresh = found.pool.job("next", hub.plan.packing, 10)
+        with pytest.raises(Exception, match="expected at least one"):
+            await fresh.total([], (), list)  # a request is served
+        assert found.pool.pids != tuple(stopped)
+
+    with FoldPool(1, tmp_path / "sums") as own:
+        scene(tmp_path, own, play, limits=PATIENT)
+
+
+def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, pool, monkeypatch):
+    broken_total(monkeypatch, KeyError("a"), 1)
+
+    async def play(found):
+        hub = begin(found)
+        real, refused = hub.house.journal.compact, itertools.count()
+
+        def compact(*args, **kwargs):
+            if next(refused) < 2:
+                raise OSError(28, "No space left on device")
+            real(*args, **kwargs)
+
+        hub.house.journal.compact = compact
+        await found.run()
+        assert next(refused) >= 3
+        assert hub.outcome.outcome == "failed"
+        assert hub.house.journal.get("job", "ended") is not None
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool, monkeypatch):
+    left = broken_total(monkeypatch, OSError(5, "Input/output error"), -1)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run(until=lambda: left[0] < -2)
+        hub.stop("stopped by op")
+        await found.run(until=ended(found))
+        assert (hub.outcome.outcome, hub.outcome.text) == ("stopped", "stopped by op")
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+# ---------------------------------------------------------------------------------- at a site
+
+
+def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, monkeypatch):
+    """The others do not wait for the deadline of the stage (600 s in UNHURRIED)."""
+    lost = []
+    real = fedcore_clients.jobs.SiteJob._finished_vector
+
+    async def finished(self, submit):
+        if self.party.id == "a" and not lost:
+            lost.append(submit)
+            return None
+        return await real(self, submit)
+
+    monkeypatch.setattr(fedcore_clients.jobs.SiteJob, "_finished_vector", finished)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run()
+        assert hub.outcome.outcome == "finished"
+        first = found.rounds()[0]
+        assert "a" not in first["survivors"]
+        await found.check()
+        assert "vector gone" in found.sites["a"].last_error
+
+    scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
+
+
+@pytest.mark.parametrize("where", ["_upload", "_open_sum", "_make_vector"])
+def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
+    tmp_path, pool, monkeypatch, where
+):
+    """Each kind of work that the other sites wait for: they do not wait until a deadline."""
+    failed = []
+    real = getattr(fedcore_clients.jobs.SiteJob, where)
+
+    async def work(self, asked):
+        if self.party.id == "a" and not failed:
+            failed.append(asked)
+            raise RuntimeError(f"a fault in {where}")
+        await real(self, asked)
+
+    monkeypatch.setattr(fedcore_clients.jobs.SiteJob, where, work)
+
+    async def play(found):
+        hub = begin(found)
+        await found.run(until=lambda: bool(hub.rounds.known))
+        assert failed
+        assert hub.rounds.known[0]["seconds"] < UNHURRIED.stage
+        await found.run()
+        assert hub.outcome.outcome == "finished"
+
+    scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
+
+
+def test_a_fault_while_loading_is_told(tmp_path, pool, monkeypatch):
+    async def play(found):
+        found.start_hub()
+        for name in SITES:
+            found.start(name)
+        contributor = found.sites["a"].contributor
+
+        async def load(*args):
+            raise RuntimeError("neither the task nor the data")
+
+        monkeypatch.setattr(contributor, "load", load)
+        hub = found.hub
+        await found.run(until=lambda: bool(hub.sites["a"].unable))
+        assert hub.sites["a"].unable
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+def test_a_site_whose_journal_cannot_be_read_says_that_it_is_unable(tmp_path, pool, monkeypatch):
+    """A fault while everything is read from disk again ends the job there, with a word to the others."""
+
+    async def play(found):
+        hub = begin(found)
+        await found.run(until=lambda: found.sites["a"].plan is not None)
+
+        def stored(*args):
+            raise ValueError("another fault")
+
+        monkeypatch.setattr(fedcore_clients.jobs.SiteJob, "stored", stored)
+        site = found.sites["a"]
+        site._aside(raising(OSError(5, "Input/output error")))
+        await found.run(until=lambda: bool(hub.sites["a"].unable))
+
+    scene(tmp_path, pool, play, limits=UNHURRIED)
+
+
+async def raising(error):
+    raise error
+
+
+# ------------------------------------------------------------------------------- real processes
+
+
+@pytest.mark.slow
+def test_the_queue_goes_on_after_a_job_whose_uploads_are_lost(tmp_path):
+    """Real processes (5 to 15 s): the first job's spool files vanish, the second runs to its end."""
+    patch = """
+        from fedcore_server import jobs
+        real, first = jobs.CoordinatedJob._remove_masks, []
+        jobs._small_file = lambda what, stored: {}
+        async def removed(self, asked):
+            first.append(self.id)
+            if self.id == first[0]:
+                for path in self.house.spool.complete(self.id, asked.header.digest).values():
+                    path.unlink()
+            await real(self, asked)
+        jobs.CoordinatedJob._remove_masks = removed
+    """
+    with deployment(tmp_path, small_task(tmp_path), patches={COORDINATOR: patch}) as fed:
+        fed.connected()
+        first = fed.submit(rounds=2)
+        second = fed.submit(rounds=2)
+        events = fed.wait(first)
+        assert events[-1]["state"] == "failed", events[-1]
+        assert "gone" in events[-1]["text"]
+        assert fed.wait(second)[-1]["state"] == "finished"
+        assert fed.released(second)
