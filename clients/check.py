@@ -24,6 +24,7 @@ from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.main import (
     CLOCKS_APART,
     JOURNAL_FILE,
+    OWN_FILES,
     Papers,
     hello_of,
     party_of,
@@ -35,6 +36,7 @@ from fedcore_clients.tls import open_channel
 from fedcore.edge import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
 from fedcore.provision.reach import authority_of, preflight, proxied
+from fedcore.store.disk import open_to_others
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, frames
@@ -130,7 +132,15 @@ def _folder(config: SiteConfig) -> str:
             f"folder: found {free >> 20} MiB free at {there}, expected {LEAST_FREE >> 20} MiB",
             remedy="free some space, or name a `folder` on another disk",
         )
-    return f"{folder}: {free >> 30} GiB free{_journal(config)}"
+    return f"{folder}: {free >> 30} GiB free{_journal(config)}{_modes(config)}"
+
+
+def _modes(config: SiteConfig) -> str:
+    """Whether other users of this machine can read what the site keeps."""
+    found = open_to_others(config.folder, OWN_FILES)
+    if not found:
+        return "; closed to other users"
+    return f"; {len(found)} files and folders open to other users: `fed-site run` closes them when it starts"
 
 
 def _journal(config: SiteConfig) -> str:

@@ -38,6 +38,7 @@ from fedcore.provision.explain import check_certificate
 from fedcore.provision.identities import read_identity, read_roster
 from fedcore.provision.kit import Kit
 from fedcore.provision.peer import check_name, require_role
+from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId
@@ -48,6 +49,9 @@ from fedcore.wire.records import unpack_record
 LOG = logging.getLogger("fedcore.site")
 
 STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
+
+OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", STATUS_FILE)
+"""What this process keeps in its folder, for its user alone."""
 
 CLOCKS_APART = 60.0
 """Seconds between two clocks from which on somebody should look at them."""
@@ -345,6 +349,7 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
     """Run until SIGTERM or SIGINT. health_port: of /healthz and /readyz. Raises FedcoreError."""
     papers = read_papers(config)
     kit = papers.kit
+    close_to_others(config.folder, OWN_FILES)
     with Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal:
         party = Party(
             kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,

@@ -27,6 +27,7 @@ from fedcore.provision.explain import check_certificate
 from fedcore.provision.identities import read_roster
 from fedcore.provision.kit import Kit
 from fedcore.provision.revocation import Revocations
+from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls
@@ -35,6 +36,9 @@ LOG = logging.getLogger("fedcore.coordinator")
 
 GRACE_SECONDS = 5.0
 """How long open calls may take to end after a signal."""
+
+OWN_FILES = ("journal.sqlite*", "spool", "jobs")
+"""What this process keeps in its folder, for its user alone."""
 
 KEEPALIVE = (
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -60,6 +64,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
     )  # fmt: skip
     revoked = Revocations(config.revoked)
     limits = config.limits
+    close_to_others(config.folder, OWN_FILES)
     with (
         Journal.open(journal_path(config.folder), party=f"coordinator of {config.name}") as journal,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,

@@ -7,12 +7,16 @@ the cause it is a StoreFull, so that a shell can wait for room and must not gues
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedcore.errors import StoreFull, StoreProblem
+
+LOG = logging.getLogger("fedcore.store")
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -57,3 +61,47 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     sync_folder(path.parent)
+
+
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+"""Rights of the group and of everybody else: 0o077."""
+
+
+def open_to_others(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The folder and, of its entries with these names (globs), every file and folder below that other
+    users may read, write or enter. Symbolic links are not followed. Raises StoreProblem."""
+
+    def walk(path: Path) -> Iterator[Path]:
+        with suppress(FileNotFoundError):  # a running process removed it meanwhile
+            mode = path.lstat().st_mode
+            if mode & OTHERS and not stat.S_ISLNK(mode):
+                yield path
+            if stat.S_ISDIR(mode):
+                for each in path.iterdir():
+                    yield from walk(each)
+
+    with refusals("folder", folder):
+        if not folder.is_dir():
+            return []
+        found = [folder] if folder.stat().st_mode & OTHERS else []
+        for each in sorted({path for name in names for path in folder.glob(name)}):
+            found += walk(each)
+    return found
+
+
+def close_to_others(folder: Path, names: Iterable[str]) -> None:
+    """Files that this process makes from now on are its user's alone (umask 0o077), and so are the folder
+    and what an earlier version, or a person, left more open in it. Raises StoreProblem.
+
+    names: globs of the entries that this program owns; other entries of the folder are left alone.
+    """
+    os.umask(OTHERS)
+    found = open_to_others(folder, names)
+    for path in found:
+        with refusals("folder", path):
+            path.chmod(stat.S_IMODE(path.lstat().st_mode) & ~OTHERS)
+    if found:
+        LOG.warning(
+            "folder %s: found %d files and folders open to other users, as %s; closed to all but this user",
+            folder, len(found), found[-1],
+        )  # fmt: skip
