@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -128,34 +128,168 @@ def test_the_tables_of_the_pages_are_the_labels(page):
         assert thresholds == [default_threshold(n) for n in sites]
 
 
-@pytest.mark.parametrize("sites", [3, 4, 5, 6, 7])
-def test_the_figures_are_what_counting_every_set_of_colluders_gives(sites):
-    """The slow second version: what each number of colluders can do, tried over all their sets."""
+# ------------------------------------------------------- counting what can be opened in one round
+
+
+def bits(members):
+    return sum(1 << each for each in members)
+
+
+def sets_of(members, least):
+    """Every subset of a set with at least `least` members; sets are the bits of a number."""
+    places = [place for place in range(members.bit_length()) if members >> place & 1]
+    return [
+        bits(chosen)
+        for size in range(least, len(places) + 1)
+        for chosen in combinations(places, size)
+    ]
+
+
+def both_signed(one, two, colluders, threshold):
+    """Whether one honest site a list can sign so that both lists have t signatures of their members.
+
+    A colluding site signs both, an honest one only a list that it is on, and only one of the two.
+    """
+    honest = ~colluders
+    lacking = [
+        max(0, threshold - (each & colluders).bit_count() - (each & ~other & honest).bit_count())
+        for each, other in ((one, two), (two, one))
+    ]
+    return sum(lacking) <= (one & two & honest).bit_count()
+
+
+def both_signed_slowly(one, two, colluders, threshold, sites):
+    """The same by trying what every honest site may sign."""
+    honest = [place for place in range(sites) if not colluders >> place & 1]
+    for signed in product((0, 1, 2), repeat=len(honest)):
+        first = bits(p for p, choice in zip(honest, signed, strict=True) if choice == 1)
+        second = bits(p for p, choice in zip(honest, signed, strict=True) if choice == 2)
+        if first & ~one or second & ~two:
+            continue
+        counts = [
+            ((own | colluders) & each).bit_count() for own, each in ((first, one), (second, two))
+        ]
+        if min(counts) >= threshold:
+            return True
+    return False
+
+
+def smallest_sum(lists, cohort, colluders, threshold):
+    """Honest updates in the smallest sum that the coordinator and these colluders can open.
+
+    lists: the survivor lists that t sites signed, one or two. Who signed gives, of each site of the
+    cohort, the share of its self-seed where the list has it, else that of its mask root; t shares give
+    the secret. A colluding site has both kinds of every site, and the masks it made itself.
+    """
+    honest = cohort & ~colluders
+    if (cohort & colluders).bit_count() >= threshold:
+        return 1 if honest else 0
+    seeds = roots = 0
+    for each in lists:
+        seeds |= each
+        roots |= cohort & ~each
+    # Known roots take every pairwise mask off a site; the others' masks with each other remain.
+    single = seeds & roots & honest
+    together = honest & ~roots
+    sums = [1] if single else []
+    if together and not together & ~seeds:
+        sums.append(together.bit_count())
+    return min(sums, default=sites_never(cohort))
+
+
+def sites_never(cohort):
+    """More sites than there are: nothing opens."""
+    return cohort.bit_length() + 1
+
+
+def counted(sites, threshold, colluders, shrunk=None):
+    """(smallest honest sum under a coordinator that looks on, under one that breaks every rule), over
+    every cohort that is permitted, every survivor list, and every two lists that t sites can sign.
+
+    shrunk: t of a smaller cohort, if it were another one; three sites may then be invited.
+    """
+    curious = active = sites + 1
+    for cohort in sets_of((1 << sites) - 1, 3 if shrunk else threshold):
+        size = cohort.bit_count()
+        needed = shrunk(size) if shrunk and size < sites else threshold
+        lists = sets_of(cohort, needed)
+        for one in lists:
+            curious = min(curious, smallest_sum((one,), cohort, colluders, needed))
+        for one, two in combinations(lists, 2):
+            if both_signed(one, two, colluders, needed):
+                active = min(active, smallest_sum((one, two), cohort, colluders, needed))
+    return curious, min(curious, active)
+
+
+def withstood(sites, threshold, place, shrunk=None):
+    """The most colluders under whom nothing but sums of two honest updates and more is opened."""
+    opened = [
+        counted(sites, threshold, (1 << count) - 1, shrunk)[place] <= 1 for count in range(sites)
+    ]
+    assert all(opened[opened.index(True) :]), "more colluders open no less"
+    return opened.index(True) - 1
+
+
+CASES = [(n, t) for n in range(3, 9) for t in range(n // 2 + 1, n + 1)]
+
+
+@pytest.mark.parametrize(("sites", "threshold"), CASES)
+def test_the_figures_are_what_counting_every_set_of_colluders_gives(sites, threshold):
+    """The slow second version: all cohorts, all lists, and the colluders up to their names."""
+    found = collusion(terms_for(sites, threshold))
+    assert found.curious == withstood(sites, threshold, 0)
+    assert found.active == withstood(sites, threshold, 1)
+    assert counted(sites, threshold, 0) == (threshold, threshold), "the smallest sum there may be"
+    assert counted(sites, threshold, (1 << found.active) - 1)[1] == found.hidden_among
+    assert found.absences == sites - threshold
+
+
+@pytest.mark.parametrize(("sites", "threshold"), [case for case in CASES if case[0] <= 5])
+def test_it_matters_how_many_collude_and_not_who(sites, threshold):
+    """Nor does the count of signatures differ from trying what every honest site may sign."""
+    for colluders in range((1 << sites) - 1):
+        first = (1 << colluders.bit_count()) - 1
+        assert counted(sites, threshold, colluders) == counted(sites, threshold, first)
+        for one, two in product(sets_of((1 << sites) - 1, threshold), repeat=2):
+            assert both_signed(one, two, colluders, threshold) == both_signed_slowly(
+                one, two, colluders, threshold, sites
+            )
+
+
+@pytest.mark.parametrize("sites", range(3, 9))
+def test_the_whole_roster_is_the_worst_cohort(sites):
+    """Two lists of t within m sites share 2t - m at least: fewer the larger the cohort is."""
     for threshold in range(sites // 2 + 1, sites + 1):
-        found = collusion(terms_for(sites, threshold))
-        roster = range(sites)
-        survivors = [frozenset(s) for s in combinations(roster, threshold)]
+        whole = collusion(terms_for(sites, threshold)).active
+        for cohort in range(max(3, threshold), sites):
+            if 2 * threshold > cohort:
+                assert collusion(terms_for(cohort, threshold)).active >= whole
 
-        def two_lists(colluders, survivors=survivors):
-            """Two lists, each signed by all on it, and no honest site on both."""
-            return any(one & two <= colluders for one, two in combinations(survivors, 2))
 
-        def alone(colluders, survivors=survivors):
-            return any(len(one - colluders) == 1 for one in survivors)
+@pytest.mark.parametrize(("sites", "active", "smallest"), [(5, 1, 3), (7, 1, 3), (8, 1, 3)])
+def test_with_a_threshold_that_shrank_with_the_cohort_the_label_would_be_wrong(
+    sites, active, smallest
+):
+    """The control: what the same count finds where a smaller cohort has the default for its size."""
+    said = collusion(terms_for(sites))
+    threshold = default_threshold(sites)
+    assert withstood(sites, threshold, 1, default_threshold) == active < said.active
+    assert counted(sites, threshold, 0, default_threshold)[0] == smallest < threshold
 
-        def withstood(attack, roster=roster):
-            fails = [
-                count
-                for count in range(sites)
-                if any(attack(frozenset(c)) for c in combinations(roster, count))
-            ]
-            return min(fails, default=sites) - 1
 
-        assert found.curious == withstood(alone)
-        assert found.active == withstood(lambda c, a=alone, b=two_lists: a(c) or b(c))
-        colluders = frozenset(range(found.active))
-        assert found.hidden_among == min(len(one - colluders) for one in survivors)
-        assert found.absences == sites - threshold
+def test_the_figures_up_to_64_sites():
+    """By numbers alone: c colluders, who are on both lists, and m - c honest sites who sign one each."""
+    for sites in range(3, 65):
+        for threshold in range(sites // 2 + 1, sites + 1):
+            found = collusion(terms_for(sites, threshold))
+            alone = next(c for c in range(sites + 1) if threshold - c <= 1)
+            split = next(
+                c for c in range(sites + 1)
+                if any(2 * (threshold - c) <= m - c for m in range(threshold, sites + 1))
+            )  # fmt: skip
+            assert (found.curious, found.active) == (alone - 1, min(alone, split) - 1)
+            assert found.hidden_among == threshold - found.active >= 2
+            assert found.active >= 0
 
 
 @pytest.mark.parametrize(("protection", "hidden"), [("encrypted", 3), ("plain", 1)])
