@@ -22,6 +22,7 @@ import numpy as np
 from fedcore_clients.config import SiteConfig, read_config
 from fedcore_clients.jobs import Party
 from fedcore_clients.main import Site
+from fedcore_clients.policy import SitePolicy
 from fedcore_clients.training import Loaded
 
 from fedcore.aggregate.jobstate import JobState
@@ -105,9 +106,11 @@ def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> 
     journal = opened.enter_context(
         Journal.open(config.folder / "journal.sqlite", party=f"site {name}")
     )
+    pins = read_roster(config.roster)
     party = Party(
-        kit.peer.federation, name, read_identity(config.identity), read_roster(config.roster),
-        journal, Spool(config.folder / "spool"), config.folder,
+        kit.peer.federation, name, read_identity(config.identity), pins, journal,
+        Spool(config.folder / "spool"), config.folder,
+        SitePolicy(config.policy, len(pins), config.hashes),
     )  # fmt: skip
     return Site(config, kit, party, Drawn(name, parameters))
 

@@ -2,7 +2,10 @@
 
 site = "va"               coordinator = "hub.example.org:7443"        proxy = "none"
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
-folder = "state"          minimum_sites = 3                   release = "sites"
+folder = "state"
+
+[policy]                  # what jobs may ask of this site: policy.py has the keys and their defaults
+protections = ["layered"]
 
 [tasks.heart]             # a task this site takes part in, by the name jobs call it
 task = "heart"            # where it is: as for `fedcore simulate --task`
@@ -13,8 +16,9 @@ source = "va.csv"         # given to the task's `data`; written like a path, it 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
@@ -31,8 +35,7 @@ class TaskSection(Section):
 
 
 class SiteConfig(Section):
-    """A site as its operator runs it; paths are absolute. base: the file's folder. release: whether jobs
-    may give the coordinator their last model."""
+    """A site as its operator runs it; paths are absolute. base: the file's folder."""
 
     site: str
     coordinator: str
@@ -42,11 +45,15 @@ class SiteConfig(Section):
     folder: Path
     base: Path
     proxy: str = "none"
-    minimum_sites: int = Field(3, ge=3)
-    release: Literal["sites", "coordinator"] = "sites"
     patience_seconds: float = Field(1800.0, gt=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
+    policy: PolicySection = Field(default_factory=PolicySection)
     tasks: dict[str, TaskSection] = Field(default_factory=dict)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """{name: SHA-256} of the tasks that may run here."""
+        return {name: task.sha256 for name, task in self.tasks.items()}
 
     @property
     def host(self) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedcore_clients.policy import POLICY, SitePolicy
 from fedcore_clients.training import Loaded, TrainingFailed
 
 from fedcore.aggregate.jobstate import Column, JobState
@@ -33,15 +34,14 @@ from fedcore.errors import (
     FedcoreError,
     HeaderRefused,
     PeerRefused,
-    PlanRefused,
+    PolicyRefused,
     Refused,
     ReleaseRefused,
     StoreProblem,
 )
 from fedcore.files import write_atomic
-from fedcore.label import Terms
 from fedcore.loopback import Contribution
-from fedcore.plan import RoundHeader, RoundPlan, canonical, refuse_plain
+from fedcore.plan import RoundHeader, RoundPlan, canonical
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey
 from fedcore.protect.secret import SecretBytes
@@ -107,8 +107,7 @@ class Contributor(Protocol):
 
 @dataclass(frozen=True)
 class Party:
-    """Who this site is, for every job. patience: seconds its machine waits at a stage. release: who may
-    get a model: "sites", or "coordinator" for jobs whose plan gives it the last one."""
+    """Who this site is, for every job. patience: seconds its machine waits at a stage."""
 
     federation: str
     id: SiteId
@@ -117,9 +116,8 @@ class Party:
     journal: Journal
     spool: Spool
     folder: Path
-    minimum: int = 3
+    policy: SitePolicy
     patience: float = 1800.0
-    release: str = "sites"
     clock: Callable[[], float] = time.monotonic
 
 
@@ -215,6 +213,8 @@ class SiteJob:
         self.survey: Loaded | None = None
         self.ended: job.JobEnded | None = None
         self.last_error = ""
+        self.refused: PolicyRefused | None = None
+        """Why this site's policy does not allow the job, if it does not."""
         self.tracked: Json | None = None
         self._sums: tuple[int, course.Step, Mapping[str, Sequence[int]], int] | None = None
         self._tracking: list[asyncio.Task[None]] = []
@@ -458,6 +458,10 @@ class SiteJob:
         self._online.clear()
         if self.ended is not None:
             return
+        if self.refused is not None:
+            self._unable(self.refused.word)
+            self.last_error = str(self.refused)
+            return
         if self.survey is not None and self.plan is None:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
         if self.plan is not None:
@@ -517,15 +521,17 @@ class SiteJob:
         self.link.doing(self.id, "loading")
         try:
             settings = wire_settings(self.offer.settings)
-            self._check_job(build_job(settings))  # what is refused, is so before a row is read
+            self._ask_policy(settings)  # before a row is read
             self.survey = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
         except TrainingFailed as failed:
             self._unable(failed.reason)
+        except PolicyRefused as refused:
+            self._refuse_job(refused)
         except FedcoreError as error:
             self._note(error)
-            self._unable("policy" if isinstance(error, Refused) else job.UNABLE)
+            self._unable(job.UNABLE)
         except Exception:  # the others would wait for this site's survey
             LOG.exception("job %s: a fault of this side while loading", self.id)
             self._unable(job.UNABLE)
@@ -533,16 +539,27 @@ class SiteJob:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
             self.link.doing(self.id, "idle")
 
-    def _check_job(self, asked: Job) -> None:
-        """Raise PlanRefused for a protection, roster or threshold that no deployed plan can have, and
-        where a job would give the coordinator a model and the operator does not."""
-        refuse_plain(asked.protect.protection)
-        Terms.of_job(asked, tuple(self.party.pins))
-        if asked.protect.release == "coordinator" and self.party.release != "coordinator":
-            raise PlanRefused(
-                "protect.release: found 'coordinator', expected 'sites': site.toml lets no model go there",
-                remedy='`release = "coordinator"` in site.toml lets jobs give the coordinator their last model',
-            )
+    def _ask_policy(self, settings: Json) -> Job:
+        """The job of an offer. Raises PolicyRefused for one that this site's operator does not allow."""
+        try:
+            asked = build_job(settings)
+        except Refused as refused:  # what no site runs, such as public metrics under `encrypted`
+            raise PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy) from refused
+        self._raise(self.party.policy.on_offer(self.offer.task, self.offer.task_digest, asked))
+        return asked
+
+    @staticmethod
+    def _raise(refusal: PolicyRefused | None) -> None:
+        if refusal is not None:
+            raise refusal
+
+    def _refuse_job(self, refused: PolicyRefused) -> None:
+        """One line here, one word to the coordinator, again at every new session."""
+        self.refused = refused
+        LOG.warning("job %s: refused: %s; hint: %s", self.id, refused, refused.remedy)
+        self._unable(refused.word)
+        self.last_error = str(refused)
+        self.link.doing(self.id, "idle")
 
     def _unable(self, reason: str) -> None:
         self.last_error = job.REASONS[reason]
@@ -553,13 +570,17 @@ class SiteJob:
         async with self._loading:
             if self.survey is not None:
                 return
+            assert self.plan is not None
             settings = wire_settings(self.offer.settings)
-            complete = build_job(settings)
-            self._check_job(complete)
+            try:  # the operator may have changed the policy since the job began
+                complete = self._ask_policy(settings)
+                self._raise(self.party.policy.on_plan(self.plan))
+            except PolicyRefused as refused:
+                self._refuse_job(refused)
+                raise
             found = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
-            assert self.plan is not None
             mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
             if mine.digest != self.plan.digest:
                 raise TrainingFailed(job.UNABLE)
@@ -580,6 +601,9 @@ class SiteJob:
                 "its task; it takes no part", self.id,
             )  # fmt: skip
             self._unable(job.UNABLE)
+            return
+        if (refusal := self.party.policy.on_plan(mine)) is not None:
+            self._refuse_job(refusal)
             return
         self._adopt(mine, self.survey.shape.features, self.survey.columns)
         self.state = JobState.initial(mine, self.survey.initial)
@@ -605,7 +629,7 @@ class SiteJob:
         self._scheme = Scheme(plan)
         self._member = site.Member(
             party.id, party.identity, {name: party.pins[name] for name in plan.sites}, plan,
-            party.federation, self.id, OsEntropy(), party.minimum, party.patience,
+            party.federation, self.id, OsEntropy(), party.policy.rules.minimum_sites, party.patience,
         )  # fmt: skip
 
     def _agree(self) -> None:
@@ -837,6 +861,8 @@ class SiteJob:
         except TrainingFailed as failed:
             self._unable(failed.reason)
             event = site.Refused(failed)
+        except PolicyRefused as refused:
+            event = site.Refused(refused)
         except FedcoreError as error:
             self._note(error)
             self._unable(job.UNABLE)
@@ -1060,6 +1086,7 @@ class SiteJob:
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
             append_row(folder, row)
             if self.plan.public_metrics:
+                self._raise(self.party.policy.on_release("metrics"))
                 values = row["everywhere_before"]
                 self._told = publicmetrics.told(self.plan, certificate, self.party.id, values)
                 self.link.say(self.id, self._told)
@@ -1130,12 +1157,15 @@ class SiteJob:
     # --------------------------------------------------------------------- a model that is given
 
     def _may_give(self) -> bool:
-        """Whether plan and operator give the coordinator the model that this site has now.
+        """Whether plan and policy give the coordinator the model that this site has now.
 
-        Raises HeaderRefused (fault: coordinator) where they give it none, or not this one.
+        Raises HeaderRefused (fault: coordinator) where the plan gives it none, or not this one, and
+        PolicyRefused where the operator does not.
         """
         assert self.plan is not None
-        if self.plan.release != "coordinator" or self.party.release != "coordinator":
+        if (refusal := self.party.policy.on_release("model")) is not None:
+            raise refusal
+        if self.plan.release != "coordinator":
             raise HeaderRefused(
                 "model", found="it asked for", expected="nothing: it stays at the sites",
                 fault=messages.COORDINATOR,

@@ -1,7 +1,7 @@
 """The site's process: its journal and spool, its jobs, its training process and its one session.
 
-Invariant: the training process is started before grpc; a task runs only if the operator allowed its
-name and its hash; on SIGTERM the session ends with a word and the process within ten seconds.
+Invariant: the training process is started before grpc; a job begins only if the policy of this site
+allows it (`policy.py`); on SIGTERM the session ends with a word and the process within ten seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.jobs import Contributor, Party, SiteJob
+from fedcore_clients.policy import SitePolicy
 from fedcore_clients.session import Address, Session
-from fedcore_clients.training import Loaded, Training, TrainingFailed
+from fedcore_clients.training import Loaded, Training
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.edge import ago
@@ -57,19 +58,15 @@ CLOCKS_APART = 60.0
 """Seconds between two clocks from which on somebody should look at them."""
 
 
-class AllowedTasks:
-    """The training process behind the operator's list of tasks."""
+class InstalledTasks:
+    """The training process, asked by the names of the operator's list of tasks."""
 
     def __init__(self, config: SiteConfig, training: Training) -> None:
         self._config, self._training = config, training
 
     async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
-        """Load a job's task, if it is allowed by name and hash. Raises TrainingFailed."""
-        allowed = self._config.tasks.get(task)
-        if allowed is None:
-            raise TrainingFailed("task not allowed")
-        if allowed.sha256 != digest:
-            raise TrainingFailed("task differs")
+        """Load a job's task, which the policy has allowed by name and hash. Raises TrainingFailed."""
+        allowed = self._config.tasks[task]
         return await self._training.load(
             job, task=allowed.task, base=str(self._config.base), digest=digest, settings=settings,
             site=self._config.site, source=allowed.source,
@@ -220,6 +217,7 @@ class Site:
                     "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
                     "tracked": found.tracked,
                     "last_error": found.last_error,
+                    "refused": str(found.refused) if found.refused is not None else None,
                     "outcome": found.ended.outcome if found.ended else None,
                     "model_sha256": state.model_sha256 if state and state.done else None,
                     "model_round": released_round(state.done) if state and state.done else None,
@@ -354,7 +352,7 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
         party = Party(
             kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
-            config.minimum_sites, config.patience_seconds, config.release,
+            SitePolicy(config.policy, len(papers.pins), config.hashes), config.patience_seconds,
         )  # fmt: skip
         asyncio.run(_run(config, kit, party, said, health_port))
 
@@ -372,7 +370,7 @@ async def _run(
     training = Training()
     await training.start()
     try:
-        site = Site(config, kit, party, AllowedTasks(config, training))
+        site = Site(config, kit, party, InstalledTasks(config, training))
         async with contextlib.AsyncExitStack() as opened:
             if health_port is not None:
                 port = await opened.enter_async_context(

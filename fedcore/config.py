@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedcore.encode.limbs import limb_count
 from fedcore.errors import BadInput, UnknownName
 from fedcore.plan import (
+    MIN_SITES,
     PROTECTIONS,
     ModelShape,
     RangePlan,
@@ -28,6 +29,7 @@ from fedcore.plan import (
     ServerPlan,
     TrainPlan,
     canonical,
+    default_threshold,
     refuse_public_metrics,
     refuse_release,
     solve_packing,
@@ -221,6 +223,25 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
         public_metrics=job.track.public_metrics, release=job.protect.release,
         settings=settings_digest(job, max_examples),
     )  # fmt: skip
+
+
+def narrowest_policy(job: Job, sites: int) -> Json:
+    """[policy] of site.toml that lets this job run on a roster of so many sites, and nothing wider.
+
+    `jobs_per_month`, the guard and `jobs` keep their defaults: no job asks for them.
+    """
+    threshold = job.protect.threshold or default_threshold(sites)
+    return {
+        "protections": [job.protect.protection],
+        "least_threshold": threshold,
+        "minimum_sites": max(MIN_SITES, threshold),
+        "most_rounds": job.round.rounds,
+        "most_epochs": job.train.epochs,
+        "least_batch": job.train.batch_size,
+        "public_metrics": job.track.public_metrics,
+        "single_site_features": job.protect.single_site_features,
+        "release": job.protect.release,
+    }
 
 
 def is_json(value: Any) -> bool:

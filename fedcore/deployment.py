@@ -145,11 +145,13 @@ def write(
     sites: Mapping[SiteId, SiteTask],
     job: Mapping[str, Any],
     *,
+    policy: Mapping[str, Any],
     limits: Mapping[str, Any] | None = None,
 ) -> Deployment:
     """Everything that operators of such a federation would have: an authority, kits, keys, files.
 
-    job: the tables of job.toml. Raises BadInput for a site's id or data that such files cannot hold.
+    job: the tables of job.toml. policy: [policy] of every site.toml. Raises BadInput for a site's id or
+    data that such files cannot hold.
     """
     now = datetime.now(UTC)
     deployment = Deployment(folder, _free_port(), tuple(sites))
@@ -180,19 +182,13 @@ def write(
         site_toml = {
             "site": name, "coordinator": f"{HOST}:{deployment.port}", "kit": "kit",
             "identity": IDENTITY_FILE, "roster": ROSTER_FILE, "folder": "state",
-            "release": _release_of(job), "tasks": {task.name: allowed},
+            "policy": policy, "tasks": {task.name: allowed},
         }  # fmt: skip
         _write_toml(deployment.site(name) / "site.toml", site_toml)
     _write_toml(deployment.job, job)
     operator_toml = {"coordinator": f"{HOST}:{deployment.port}", "kit": "kit"}
     _write_toml(deployment.job.with_name("operator.toml"), operator_toml)
     return deployment
-
-
-def _release_of(job: Mapping[str, Any]) -> str | None:
-    """What these sites' operators let go: what their job asks for, and nothing where it asks nothing."""
-    asked = job.get("protect", {}).get("release", "sites")
-    return None if asked == "sites" else str(asked)
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@
     |   `-- AlreadyExists     2  a directory that would be overwritten
     |-- Refused               3  understood, but a plan or policy says no
     |   |-- PlanRefused       3  no packing proves headroom; carries the largest value that fits
+    |   |-- PolicyRefused     3  this site's [policy] does not allow it; carries the coordinator's word
     |   |-- Unavailable       3  a protection whose library is missing or broken here
     |   `-- PeerRefused       3  bytes from the other side break a rule of the round
     |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
@@ -80,12 +81,13 @@ class BadInput(FedcoreError):
 
 
 class UnknownName(BadInput):
-    """A name outside a closed list; the hint offers the nearest known one, or the whole list."""
+    """A name outside a closed list; the hint offers `remedy`, or the nearest known one, or the whole list."""
 
-    def __init__(self, what: str, found: str, known: Iterable[str]) -> None:
+    def __init__(self, what: str, found: str, known: Iterable[str], *, remedy: str = "") -> None:
         names = sorted(known)
         near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
+        nearest = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(names)}"
+        remedy = remedy or nearest
         super().__init__(f"{what}: found {found!r}, which is not known", remedy=remedy)
 
 
@@ -101,6 +103,15 @@ class Refused(FedcoreError):
 
 class PlanRefused(Refused):
     """The plan cannot be proved safe, or breaks a rule of its protection."""
+
+
+class PolicyRefused(Refused):
+    """The operator of this site does not allow it. word: all that the coordinator is told, one of
+    protocol/job.py REASONS; the message and the remedy stay in this site's log and status."""
+
+    def __init__(self, message: str, *, word: str, remedy: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.word = word
 
 
 class Unavailable(Refused):

@@ -27,7 +27,7 @@ from fedcore.comparison.experiment import (
     resolve_sites,
     run_experiment,
 )
-from fedcore.config import Job, is_json
+from fedcore.config import Job, is_json, narrowest_policy
 from fedcore.deployment import Command, Deployment, Running, SiteTask, ask, running, write
 from fedcore.errors import (
     Abandoned,
@@ -159,7 +159,8 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
     tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
     # Every site must find the same plan, and no site tells how many rows it has.
     tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
-    return write(folder, FEDERATION, sites, tables)
+    policy = narrowest_policy(prepared.job, len(sites))
+    return write(folder, FEDERATION, sites, tables, policy=policy)
 
 
 def _installed(task: Task, job: Job) -> str:

@@ -60,13 +60,22 @@ def _refused(model: type[Section], path: Path, error: ValidationError) -> BadInp
     if first["type"] == "extra_forbidden":
         beside = ".".join(map(str, first["loc"][:-1]))
         known = [f"{beside}.{name}".lstrip(".") for name in _fields(model, first["loc"][:-1])]
-        return UnknownName(f"{path.name}: key", place, known)
+        return UnknownName(f"{path.name}: key", place, known, remedy=_elsewhere(model, place))
     if first["type"] == "missing":
         return BadInput(f"{path.name}: {place}: found nothing, expected a value")
     words = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return BadInput(
         f"{path.name}: {place}: found {first['input']!r}, expected {words[:1].lower()}{words[1:]}"
     )
+
+
+def _elsewhere(model: type[Section], place: str) -> str:
+    """A hint for a key of the top level that belongs in one of the model's tables, or ""."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and place in kind.model_fields:
+            return f"write `{place}` under [{name}]"
+    return ""
 
 
 def _fields(model: Any, place: tuple[int | str, ...]) -> list[str]:

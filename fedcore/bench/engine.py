@@ -24,7 +24,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.config import build_job
+from fedcore.config import Job, build_job, narrowest_policy
 from fedcore.deployment import COORDINATOR, Command, Deployment, Running, SiteTask, running, write
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput
@@ -68,17 +68,19 @@ def run(
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
     task = SiteTask(STAND_IN.name, "fedcore.bench.engine:STAND_IN", STAND_IN.digest())
     with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
+        job = _job(rounds, protection, bits)
         deployment = write(
             Path(place),
             "bench",
             dict.fromkeys(names, task),
-            _job(task.task, rounds, protection, bits),
+            {k: v for k, v in job.to_json().items() if k != "base"} | {"task": task.task},
+            policy=narrowest_policy(job, sites),
         )
         commands = _commands(deployment, parameters, per_process)
         with running(deployment, commands, lambda _: None) as parties:
             progress(f"bench engine: {sites} sites, {parameters:,} parameters, {rounds} rounds")
-            job = str(parties.ask("submit", str(deployment.job))["job"])
-            rows, wall, cpu = _watch(parties, job, rounds, commands)
+            name = str(parties.ask("submit", str(deployment.job))["job"])
+            rows, wall, cpu = _watch(parties, name, rounds, commands)
             memory = _memory(parties, commands)
         commit = _commit_ms(Path(place) / "commits")
     timed = [r for r in rows if r["purpose"] == "update" and "abandoned" not in r][1:]
@@ -124,15 +126,13 @@ def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
         raise BadInput(f"--per-process: found {per_process}, expected at least 1")
 
 
-def _job(task: str, rounds: int, protection: str, bits: int) -> dict[str, Any]:
+def _job(rounds: int, protection: str, bits: int) -> Job:
     """A range that is stated, and no column: so every round but the last carries an update."""
     settings = {
         "protection": protection, "rounds": rounds, "bits": bits, "range": 0.5,
         "adaptive_range": False, "max_examples": 16, "resamples": 0,
     }  # fmt: skip
-    tables = build_job(settings).to_json()
-    del tables["base"]
-    return tables | {"task": task}
+    return build_job(settings)
 
 
 def _commands(deployment: Deployment, parameters: int, per_process: int) -> list[Command]:

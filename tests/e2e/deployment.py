@@ -34,9 +34,11 @@ from pathlib import Path
 import grpc
 from fedcore_clients.tls import channel_credentials
 from fedcore_server.operators import save_result
+from policies import WIDE
 
 from fedcore import simulate
 from fedcore.comparison.api import prepare_layers
+from fedcore.deployment import to_toml
 from fedcore.provision.authority import LOOPBACK, Authority
 from fedcore.provision.identities import create_identity, write_roster
 from fedcore.provision.kit import Kit
@@ -104,6 +106,7 @@ class Deployment:
     processes: dict = field(default_factory=dict)
     patches: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
+    policy: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------- on disk
@@ -161,7 +164,8 @@ class Deployment:
             self.config(name).write_text(
                 f'site = "{name}"\ncoordinator = "127.0.0.1:{self.port}"\nkit = "kit"\n'
                 f'identity = "identity.pem"\nroster = "../../roster.toml"\nfolder = "state"\n'
-                f'[tasks.{found.task.name}]\ntask = "{self.task}"\n'
+                + to_toml({"policy": WIDE | self.policy})
+                + f'[tasks.{found.task.name}]\ntask = "{self.task}"\n'
                 f'sha256 = "{found.plan.task_digest}"\nsource = {json.dumps(source)}\n'
             )
 
@@ -370,12 +374,14 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def deployment(folder, task, sites=None, *, start=None, limits=None, patches=None, env=None):
+def deployment(
+    folder, task, sites=None, *, start=None, limits=None, patches=None, env=None, policy=None
+):
     """A federation for `task`, begun: its coordinator listens and its sites connect.
 
     task: "heart" or a file. sites: {name: source}; the task's own without it. start: the sites to
     start, all without it. limits: keys of federation.toml's [limits]. patches: name -> Python that
-    this party's process runs first.
+    this party's process runs first. policy: keys of [policy] at every site, beside WIDE.
     """
     if sites is None:
         layer = {} if task == "heart" else {"max_examples": CAP}
@@ -387,6 +393,7 @@ def deployment(folder, task, sites=None, *, start=None, limits=None, patches=Non
         free_port(),
         patches=patches or {},
         env=env or {},
+        policy=policy or {},
     )
     fed.folder.mkdir(parents=True)
     fed.write({"gather_seconds": PATIENCE, "stage_seconds": PATIENCE, **(limits or {})})

@@ -42,7 +42,9 @@ def fed(tmp_path_factory):
     ) as found:  # fmt: skip
         for name in ("a", "b", "c"):
             path = found.config(name)
-            path.write_text(f'release = "coordinator"\n{path.read_text()}')
+            path.write_text(
+                path.read_text().replace("[policy]", '[policy]\nrelease = "coordinator"')
+            )
         for name in found.sites:
             found.start(name)
         found.connected()
@@ -55,7 +57,7 @@ def test_the_operator_gets_the_model_that_the_sites_have(fed, tmp_path):
     event = fed.wait(job)[-1]
     assert (event["state"], event["text"], event["model"]) == ("finished", "", True)
     assert event["sites"]["d"]["unable"] == "policy", "its operator lets no model go"
-    assert "site.toml lets no model go there" in fed.log("d")
+    assert "expected 'sites' by policy.release of site.toml" in fed.log("d")
     out = fed.result(job, tmp_path / "out")
     fed.released(job, sites=["a", "b", "c"])
     exported = tmp_path / "site" / "model.safetensors"
@@ -98,9 +100,9 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
     found.offer = JobOffer("job", "bench", "0" * 64, canonical(found.settings))
 
     def start(name):
+        found.rules = {"release": "coordinator"}
         found.start(name)
         site = found.sites[name]
-        site.party = replace(site.party, release="coordinator")
         own, contribute = site.contributor, site.contributor.contribute
 
         async def lie(job, state):
@@ -227,9 +229,10 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
         giving(found)
         await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await found.kill("d")
+        found.rules = {}
         found.start("d")
         await found.run()
-        assert "site.toml lets no model go there" in caplog.text
+        assert "expected 'sites' by policy.release of site.toml" in caplog.text
         assert "d" not in found.hub._handing._said
         assert "d" not in found.rounds()[-1]["survivors"]
         await check_given(found)

@@ -45,7 +45,7 @@ def fed(tmp_path_factory):
     (folder / "frames").touch()
     with deployment(
         folder, small_task(folder, TASK), {"a": 1, "b": 2, "c": 3}, patches={HUB: RECORDER},
-        env={"FRAMES": str(folder / "frames")},
+        env={"FRAMES": str(folder / "frames")}, policy={"public_metrics": True},
     ) as found:  # fmt: skip
         found.wire = folder / "frames"
         found.connected()
@@ -165,6 +165,7 @@ def spoken(monkeypatch):
 def public(found, *, hang=()):
     """Make a town's job public; sites in `hang` never come to an end with their record."""
     found.settings["track"]["public_metrics"] = True
+    found.rules = {"public_metrics": True}
     found.offer = JobOffer("job", "bench", "0" * 64, canonical(found.settings))
 
     def start(name):

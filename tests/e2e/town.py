@@ -25,6 +25,7 @@ import numpy as np
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_server.jobs import CoordinatedJob, House, Limits
+from policies import policy_of
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.config import build_job, plan_of
@@ -152,7 +153,8 @@ class Town:
         """party -> how its next life ends; the rounds in which somebody died."""
         self.left = {}
         """party -> the folder that its next life finds, if not the one it left."""
-        self.cuts = 0
+        self.cuts, self.rules = 0, {}
+        """rules: of the policy of every site that starts from now on."""
 
     # ------------------------------------------------------------------- starting and dying
 
@@ -186,7 +188,14 @@ class Town:
         journal = self.open(name)
         folder = self.folder / name
         party = Party(
-            "town", name, self.keys[name], self.pins, journal, Spool(folder / "spool"), folder
+            "town",
+            name,
+            self.keys[name],
+            self.pins,
+            journal,
+            Spool(folder / "spool"),
+            folder,
+            policy_of(len(SITES), **self.rules),
         )
         self.births[name] = self.births.get(name, 0) + 1
         link = SiteLink(self, name, self.births[name])

@@ -14,6 +14,7 @@ import pytest
 from fedcore_clients.bench import ROWS, Drawn
 from fedcore_clients.jobs import Party, SiteJob
 from kit import world_at
+from policies import policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
@@ -170,7 +171,8 @@ async def begun(folder, offered, plan=None):
     key = IdentityKey()
     pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
-    party = Party("town", "a", key, pins, journal, Spool(folder / "spool"), folder)
+    spool, policy = Spool(folder / "spool"), policy_of(len(SITES), public_metrics=True)
+    party = Party("town", "a", key, pins, journal, spool, folder, policy)
     offer = job.JobOffer("job", "bench", "0" * 64, canonical(offered))
     found = SiteJob(party, Link(), Rows("a", 5), offer)
     await found._load()

@@ -8,6 +8,7 @@ import logging
 import pytest
 from fedcore_clients.jobs import Party, SiteJob
 from kit import refuses, world_at
+from policies import policy_of
 
 from fedcore.errors import EnvelopeRefused, HeaderRefused
 from fedcore.protect.entropy import OsEntropy
@@ -27,7 +28,14 @@ def deployed(world, name, folder):
     with Journal.open(folder / "journal.sqlite", party=f"site {name}") as journal:
         member = world.members[name]
         party = Party(
-            "clinics", name, member.identity, world.pins, journal, Spool(folder / "spool"), folder
+            "clinics",
+            name,
+            member.identity,
+            world.pins,
+            journal,
+            Spool(folder / "spool"),
+            folder,
+            policy_of(len(world.pins)),
         )
         found = SiteJob(party, None, None, job.JobOffer("job", "t", "0" * 64, b"{}"))
         found.plan, found._member, found.stage = world.plan, member, world.stages[name]

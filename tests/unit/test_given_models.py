@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from fedcore_clients.config import SiteConfig
+from fedcore_clients.config import read_config
+from fedcore_clients.policy import PolicySection
 from fedcore_server import service
 from fedcore_server.handover import ASKED_AGAIN, MODEL_FILE, HandOver
 from fedcore_server.operators import prepare
@@ -23,7 +24,7 @@ from test_public_metrics import (
 )
 
 import fedcore
-from fedcore.config import build_job, plan_of
+from fedcore.config import build_job, narrowest_policy, plan_of
 from fedcore.deployment import SiteTask, to_toml, write
 from fedcore.errors import BadInput, Conflicting, HeaderRefused, OutOfOrder, PlanRefused
 from fedcore.label import Terms, label_of
@@ -126,13 +127,13 @@ def test_a_site_agrees_to_it_only_where_the_job_says_so(tmp_path):
 
 def test_site_toml_says_who_gets_a_model(tmp_path):
     with pytest.raises(ValidationError):
-        SiteConfig.model_validate({"release": "everybody"})
+        PolicySection(release="everybody")
     task = {"a": SiteTask("t", "t.py", "0" * 64)}
-    for given, line in (("sites", False), ("coordinator", True)):
-        folder = tmp_path / given
-        write(folder, "town", task, {"protect": {"release": given}})
-        text = (folder / "sites" / "a" / "site.toml").read_text()
-        assert ('release = "coordinator"' in text) is line
+    for given in ("sites", "coordinator"):
+        policy = narrowest_policy(build_job({"release": given}), 3)
+        write(tmp_path / given, "town", task, {}, policy=policy)
+        found = read_config(tmp_path / given / "sites" / "a" / "site.toml")
+        assert found.policy.release == given
     assert to_toml({"release": None}) == ""
 
 

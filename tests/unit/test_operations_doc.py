@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.policy import PolicySection
 from fedcore_server import jobs
 from fedcore_server.config import FederationConfig, LimitsSection
 
@@ -133,3 +135,20 @@ def test_the_error_lines_of_the_page_are_in_the_code():
             fixed = part.strip(" ,:()")
             if len(fixed) > 6:
                 assert fixed in sources, (line, fixed)
+
+
+def test_the_policy_table_has_the_keys_and_defaults_of_the_code():
+    part = PAGE[PAGE.index("## What a site allows") :].split("\n## ")[0]
+    told = {}
+    for line in re.findall(r"^\| `.*$", part, re.MULTILINE):
+        keys, default = (cell.strip() for cell in line.split("|")[1:3])
+        told |= dict(zip(re.findall(r"`(\w+)`", keys), default.split(", "), strict=False))
+        if len(re.findall(r"`(\w+)`", keys)) == 1:
+            told[re.findall(r"`(\w+)`", keys)[0]] = default.strip("`")
+    rules = PolicySection()
+    assert told.keys() == PolicySection.model_fields.keys()
+    for key, default in told.items():
+        value = getattr(rules, key)
+        if value is not None:
+            value = list(value) if isinstance(value, tuple) else value
+            assert tomllib.loads(f"x = {default}")["x"] == value, key

@@ -20,6 +20,7 @@ from fedcore_server.operators import prepare
 from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
 from hypothesis import strategies as st
+from policies import policy_of
 
 import fedcore
 from fedcore import cli
@@ -221,20 +222,21 @@ ROW = {
 }  # fmt: skip
 
 
-def site_job(folder, settings, release="sites"):
+def site_job(folder, settings, **rules):
     key = IdentityKey()
     pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
-    party = Party("town", "a", key, pins, journal, Spool(folder / "spool"), folder, release=release)
+    spool, policy = Spool(folder / "spool"), policy_of(len(SITES), **rules)
+    party = Party("town", "a", key, pins, journal, spool, folder, policy)
     offer = job.JobOffer("job", "bench", "0" * 64, canonical(settings))
     return SiteJob(party, Link(), Rows("a", 5), offer)
 
 
-def loaded(folder, settings, *messages, release="sites"):
-    """A site's job after its survey and these messages. release: what its operator lets go."""
+def loaded(folder, settings, *messages, **rules):
+    """A site's job after its survey and these messages. rules: of its operator's policy."""
 
     async def play():
-        found = site_job(folder, settings, release)
+        found = site_job(folder, settings, **{"public_metrics": True, **rules})
         await found._load()
         for message in messages:
             await found._on_message(message)
@@ -251,12 +253,12 @@ def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
     assert [type(each) for each in fine.link.said] == [job.Survey]
 
 
-def offered(folder, settings, plan_settings, release="sites"):
+def offered(folder, settings, plan_settings, **rules):
     """A site's job that was sent a plan which a coordinator made of other settings than the job's."""
-    shape = loaded(folder / "first", settings, release=release).survey.shape
+    shape = loaded(folder / "first", settings, **rules).survey.shape
     plan = plan_of(build_job(plan_settings), shape, SITES, 64)
     message = job.PlanOffer("job", canonical(plan.to_json()))
-    return loaded(folder / "second", settings, message, release=release)
+    return loaded(folder / "second", settings, message, **rules)
 
 
 def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, caplog):

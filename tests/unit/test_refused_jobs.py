@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import logging
 
-import fedcore_clients.jobs
 import pytest
+from fedcore_clients import policy
 from fedcore_server import service
 from parties import Epochs, Parties
 from test_public_metrics import SITES, loaded, submitted
@@ -37,7 +37,7 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
     assert found.link.said == [job.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0 and found.plan is None
     (said,) = caplog.messages
-    assert said.startswith(line) and "hint: " in said and "\n" not in said
+    assert said.startswith(f"job job: refused: {line}") and "hint: " in said and "\n" not in said
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -71,7 +71,8 @@ def test_a_whole_plain_job_gets_no_plan_agreed(tmp_path, monkeypatch):
     found = agrees_to_plain(tmp_path / "1")
     assert [type(each) for each in found.link.said] == [job.Unable]
     assert found.plan is None and found.survey is None
-    monkeypatch.setattr(fedcore_clients.jobs, "refuse_plain", lambda _: None)
+    others = tuple(rule for rule in policy._RULES if rule is not policy._protection)
+    monkeypatch.setattr(policy, "_RULES", others)
     control = agrees_to_plain(tmp_path / "2")
     assert [type(each) for each in control.link.said] == [job.Survey, job.PlanAgreed]
     assert control.plan.protection == "plain"

@@ -16,8 +16,7 @@ import grpc
 import pytest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.jobs import SiteJob, wire_settings
-from fedcore_clients.main import AllowedTasks
-from fedcore_clients.training import TrainingFailed
+from fedcore_clients.main import InstalledTasks
 from fedcore_server import service
 from fedcore_server.jobs import CoordinatedJob
 from fedcore_server.service import SiteSession
@@ -100,7 +99,7 @@ def allowed(tmp_path, **tasks):
         }
     )  # fmt: skip
     training = Recording()
-    return AllowedTasks(config, training), training
+    return InstalledTasks(config, training), training
 
 
 def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
@@ -110,24 +109,6 @@ def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
     ((job, asked),) = training.asked
     assert job == "job"
     assert (asked["task"], asked["base"], asked["site"]) == ("here.py", str(tmp_path), "a")
-
-
-@pytest.mark.parametrize(
-    ("task", "digest", "reason"),
-    [
-        ("here.py", "a" * 64, "task not allowed"), ("Heart", "a" * 64, "task not allowed"),
-        ("heart", "b" * 64, "task differs"), ("heart", "A" * 64, "task differs"),
-        ("heart", "", "task differs"), ("", "a" * 64, "task not allowed"),
-    ],
-)  # fmt: skip
-def test_any_other_is_refused_before_the_training_process_hears_of_it(
-    tmp_path, task, digest, reason
-):
-    tasks, training = allowed(tmp_path, heart={"task": "here.py", "sha256": "a" * 64})
-    with pytest.raises(TrainingFailed) as failed:
-        asyncio.run(tasks.load("job", {}, task, digest))
-    assert failed.value.reason == reason
-    assert training.asked == []
 
 
 # --------------------------------------------------------------------------------- what is submitted

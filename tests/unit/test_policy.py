@@ -1,0 +1,241 @@
+"""[policy] of site.toml: every key, what it refuses, and who hears what of a refusal."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from fedcore_clients.config import read_config
+from fedcore_clients.policy import PolicySection, SitePolicy
+from policies import BENCH, policy_of
+from pydantic import ValidationError
+from test_deployed_configs import SITE
+from test_public_metrics import loaded, plan_for, submitted
+
+from fedcore.config import build_job, narrowest_policy
+from fedcore.deployment import to_toml
+from fedcore.errors import BadInput, UnknownName
+from fedcore.protocol import job
+
+SITES = 4
+
+
+def strict(**rules):
+    return SitePolicy(PolicySection(**rules), SITES, BENCH)
+
+
+def on_offer(policy, **settings):
+    return policy.on_offer("bench", BENCH["bench"], build_job({"max_examples": 64, **settings}))
+
+
+REFUSED = {
+    "protections": ({}, {"protection": "masked"}, "protect.protection: found 'masked'"),
+    "least_threshold": ({"least_threshold": 4}, {}, "protect.threshold: found 3, expected 4 or more"),
+    "minimum_sites": ({"minimum_sites": 5}, {}, "sites: found 4, expected 5 or more"),
+    "most_rounds": ({"most_rounds": 9}, {"rounds": 10}, "round.rounds: found 10, expected 9 or fewer"),
+    "most_epochs": ({"most_epochs": 2}, {"epochs": 3}, "train.epochs: found 3, expected 2 or fewer"),
+    "least_batch": ({}, {"batch_size": 7}, "train.batch_size: found 7, expected 8 or more"),
+    "public_metrics": (
+        {}, {"public_metrics": True}, "track.public_metrics: found true, expected false"
+    ),
+    "single_site_features": (
+        {}, {"single_site_features": True},
+        "protect.single_site_features: found true, expected false",
+    ),
+    "release": ({}, {"release": "coordinator"}, "protect.release: found 'coordinator', expected 'sites'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_every_key_refuses_the_job_that_asks_for_more(key):
+    rules, settings, line = REFUSED[key]
+    refused = on_offer(strict(**rules), **settings)
+    assert refused is not None and refused.word == "policy"
+    assert str(refused).startswith(line) and f"by policy.{key} of site.toml" in str(refused)
+    assert f"`{key}` under [policy]" in refused.remedy
+
+
+WIDENED = {
+    "protections": {"protections": ["masked"]},
+    "least_threshold": {"least_threshold": 3},
+    "minimum_sites": {"minimum_sites": 4},
+    "most_rounds": {"most_rounds": 10},
+    "most_epochs": {"most_epochs": 3},
+    "least_batch": {"least_batch": 7},
+    "public_metrics": {"public_metrics": True},
+    "single_site_features": {"single_site_features": True},
+    "release": {"release": "coordinator"},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_the_same_job_is_allowed_where_the_operator_widens_that_key(key):
+    """The control: nothing else of the job is refused."""
+    assert WIDENED.keys() == REFUSED.keys()
+    assert on_offer(strict(**WIDENED[key]), **REFUSED[key][1]) is None
+
+
+OF_A_PLAN = {
+    "protections": {"protection": "masked"}, "least_threshold": {"threshold": 3},
+    "public_metrics": {"public_metrics": True}, "release": {"release": "coordinator"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OF_A_PLAN)
+def test_a_plan_is_held_to_the_policy_whatever_its_job_said(key):
+    rules = {"least_threshold": 4} if key == "least_threshold" else {}
+    refused = strict(**rules).on_plan(plan_for(**OF_A_PLAN[key]))
+    assert refused is not None and f"policy.{key} " in str(refused)
+    assert strict(**WIDENED[key]).on_plan(plan_for(**OF_A_PLAN[key])) is None
+
+
+def test_an_ordinary_job_is_allowed_by_the_defaults():
+    assert on_offer(strict()) is None
+
+
+@pytest.mark.parametrize("limit", ["most_rounds", "most_epochs"])
+def test_any_runs_listed_tasks_without_limits_and_within_every_other_rule(limit):
+    rules, settings, _ = REFUSED[limit]
+    assert on_offer(strict(**rules, jobs="any"), **settings) is None
+    for key in REFUSED.keys() - {"most_rounds", "most_epochs"}:
+        rules, settings, _ = REFUSED[key]
+        assert on_offer(strict(**rules, jobs="any"), **settings) is not None
+
+
+@pytest.mark.parametrize("jobs", ["listed", "any", "ask"])
+@pytest.mark.parametrize(
+    ("task", "digest", "word"),
+    [
+        ("heart", "a" * 64, ""), ("here.py", "a" * 64, "task not allowed"),
+        ("Heart", "a" * 64, "task not allowed"), ("", "a" * 64, "task not allowed"),
+        ("heart", "b" * 64, "task differs"), ("heart", "A" * 64, "task differs"),
+        ("heart", "", "task differs"),
+    ],
+)  # fmt: skip
+def test_a_task_runs_by_its_listed_name_and_hash_only(jobs, task, digest, word):
+    policy = policy_of(SITES, {"heart": "a" * 64}, jobs=jobs)
+    refused = policy.on_offer(task, digest, build_job({}))
+    assert (refused.word if refused else "") == word
+    assert refused is None or "tasks" in str(refused)
+
+
+def test_what_may_go_to_the_coordinator_is_asked_again_when_it_is_about_to():
+    for what, wide in (
+        ("model", {"release": "coordinator"}),
+        ("metrics", {"public_metrics": True}),
+    ):
+        assert strict().on_release(what).word == "policy"
+        assert strict(**wide).on_release(what) is None
+
+
+# ------------------------------------------------------------------------------------- site.toml
+
+
+@pytest.mark.parametrize("text", ["true", "yes"])
+def test_a_text_is_no_yes(text):
+    for key in ("public_metrics", "single_site_features"):
+        with pytest.raises(ValidationError):
+            PolicySection.model_validate({key: text})
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            'protections = ["plain"]',
+            ("policy.protections.0: found 'plain'", "'encrypted', 'masked'"),
+        ),
+        ("protections = []", ("policy.protections",)),
+        ('ciphers = ["rot13"]', ("policy.ciphers.0: found 'rot13'",)),
+        ("minimum_sites = 2", ("policy.minimum_sites: found 2",)),
+        ("guard_loss_factor = 1.0", ("policy.guard_loss_factor",)),
+        ('jobs = "all"', ("policy.jobs: found 'all'", "'ask'")),
+        ("most_round = 3", ("policy.most_round", "'policy.most_rounds'")),
+    ],
+)
+def test_a_wrong_policy_is_refused_with_its_key(tmp_path, line, parts):
+    path = tmp_path / "site.toml"
+    path.write_text(f"{SITE}[policy]\n{line}\n")
+    with pytest.raises(BadInput) as caught:
+        read_config(path)
+    for part in parts:
+        assert part in f"{caught.value} {caught.value.remedy}"
+
+
+@pytest.mark.parametrize("line", ["minimum_sites = 3", 'release = "coordinator"'])
+def test_a_key_that_belongs_in_the_table_says_so(tmp_path, line):
+    path = tmp_path / "site.toml"
+    path.write_text(f"{line}\n{SITE}")
+    with pytest.raises(UnknownName) as caught:
+        read_config(path)
+    assert caught.value.remedy == f"write `{line.split(' ')[0]}` under [policy]"
+
+
+@pytest.mark.parametrize(("least", "sites"), [(2, 4), (5, 4), (8, 16), (17, 16), (4, 3)])
+def test_a_threshold_that_no_roster_of_this_size_has_is_refused(least, sites):
+    with pytest.raises(BadInput, match=rf"policy.least_threshold: found {least}, expected") as bad:
+        SitePolicy(PolicySection(least_threshold=least), sites, {})
+    assert f"{sites} sites in roster.toml" in str(bad.value) and bad.value.remedy
+
+
+@pytest.mark.parametrize(("sites", "least"), [(3, 3), (4, 3), (5, 4), (16, 11)])
+def test_the_least_threshold_is_that_of_a_job_that_says_none(sites, least):
+    assert SitePolicy(PolicySection(), sites, {}).least_threshold == least
+
+
+@pytest.mark.parametrize("sites", [3, 4, 16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"protection": "masked", "threshold": 3}, {"protection": "encrypted", "batch_size": 1},
+        {"public_metrics": True, "epochs": 200, "rounds": 5000}, {"release": "coordinator"},
+        {"single_site_features": True},
+    ],
+)  # fmt: skip
+def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sites, settings):
+    if settings.get("threshold") and sites == 16:
+        settings = {**settings, "threshold": 9}
+    job = build_job(settings)
+    path = tmp_path / "site.toml"
+    path.write_text(SITE + to_toml({"policy": narrowest_policy(job, sites)}))
+    rules = read_config(path).policy
+    policy = SitePolicy(rules, sites, BENCH)
+    assert policy.on_offer("bench", BENCH["bench"], job) is None
+    other = {
+        "protection": next(p for p in ("masked", "layered") if p != job.protect.protection),
+        "rounds": job.round.rounds + 1, "epochs": job.train.epochs + 1,
+    }  # fmt: skip
+    if job.train.batch_size > 1:
+        other["batch_size"] = job.train.batch_size - 1
+    for key in ("public_metrics", "single_site_features"):
+        if not settings.get(key):
+            other[key] = True
+    for key, value in other.items():
+        if key == "public_metrics" and job.protect.protection == "encrypted":
+            continue
+        asked = build_job(settings, {key: value})
+        assert policy.on_offer("bench", BENCH["bench"], asked) is not None, key
+
+
+# ---------------------------------------------------------------------------------- at the site
+
+
+def test_a_refusal_is_one_line_here_and_one_word_there(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    found = loaded(tmp_path, submitted(train={"batch_size": 7}))
+    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.contributor.loaded == 0
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert "train.batch_size: found 7, expected 8 or more by policy.least_batch" in line
+    assert "hint: " in line and "\n" not in line
+    assert "train.batch_size: found 7" in found.last_error and found.refused.word == "policy"
+
+
+def test_the_word_is_said_again_in_every_session(tmp_path):
+    import asyncio
+
+    found = loaded(tmp_path, submitted(train={"batch_size": 7}))
+    asyncio.run(found._reconnected())
+    assert found.link.said == [job.Unable("job", "a", "policy")] * 2
+    assert "train.batch_size" in found.last_error
