@@ -855,9 +855,9 @@ class SiteJob:
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(self.id, self.plan, step, self.state)
             self.link.doing(self.id, "protecting")
-            made, small = await asyncio.to_thread(self._protect, asked, found)
+            made, small, salt = await asyncio.to_thread(self._protect, asked, found)
             self._vector = made.digest, small
-            event: Any = site.VectorMade(made.digest, made.size)
+            event: Any = site.VectorMade(made.digest, made.size, salt)
         except TrainingFailed as failed:
             self._unable(failed.reason)
             event = site.Refused(failed)
@@ -875,21 +875,21 @@ class SiteJob:
 
     def _protect(
         self, asked: effects.MakeVector, found: Contribution
-    ) -> tuple[container.Vector | Stored, bytes]:
-        """The vector: on disk, synced, or where it is small as a container for the journal."""
+    ) -> tuple[container.Vector | Stored, bytes, bytes]:
+        """The vector: on disk, synced, or where it is small as a container for the journal; its salt."""
         assert self.plan is not None
         assert self.secrets is not None
         layout, place = self._layout(asked.header), asked.header.place(self.party.id)
         slots = layout.pack(*found, place)
         self._marks = asked.header.digest, layout.own_marks(found[1])
         self.secrets.put_tag(slots, layout, asked, self.party.id)
-        masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
-        chunks = self.secrets.protect(slots, masks, self.plan.packing.slot_bits)
+        chunks, salt = self.secrets.protect(slots, layout, asked, self.party.id, OsEntropy())
         size = sum(map(len, chunks))
         if size + container.overhead(len(chunks)) <= INLINE:
             made = container.Vector(container.vector_digest(chunks), size, len(chunks))
-            return made, container.to_bytes(chunks)
-        return self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest), b""
+            return made, container.to_bytes(chunks), salt
+        stored = self.party.spool.put(self.id, "vector", chunks, header=asked.header.digest)
+        return stored, b"", salt
 
     async def _finished_vector(self, submit: messages.Submit) -> Path | bytes | None:
         """Where the vector of this submission is, or the bytes of a small one."""

@@ -24,12 +24,14 @@ from fedcore.plan import (
     MIN_SITES,
     PROTECTIONS,
     ModelShape,
+    Packing,
     RangePlan,
     RoundPlan,
     ServerPlan,
     TrainPlan,
     canonical,
     default_threshold,
+    refuse_cipher,
     refuse_public_metrics,
     refuse_release,
     solve_packing,
@@ -73,6 +75,8 @@ class ProtectSection(_Section):
     adaptive_range: bool = True
     single_site_features: bool = False
     release: Literal["sites", "coordinator"] = "sites"
+    cipher: Literal["bfv", "keystream"] = "bfv"
+    lattice: Literal["standard", "wide"] = "standard"
 
 
 class RoundSection(_Section):
@@ -211,17 +215,25 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
     bits = job.protect.bits
     fields = shape.parameters + shape.buffer_coordinates
     fields += sum(wide.count * limb_count(wide.bits, bits) for wide in shape.metric_sums)
-    largest = job.protect.max_sites or len(sites)
     return RoundPlan(
         task=shape.task, task_digest=shape.task_digest, sites=sites,
         protection=job.protect.protection,
-        packing=solve_packing(bits, largest, job.protect.protection, fields),
+        packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=job.round.rounds, train=job.train_plan,
         server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=job.protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=job.protect.release,
-        settings=settings_digest(job, max_examples),
+        settings=settings_digest(job, max_examples), cipher=job.protect.cipher,
+    )  # fmt: skip
+
+
+def packing_of(job: Job, sites: int, fields: int | None = None) -> Packing:
+    """The packing a job's vectors get in a federation of so many sites. Raises as `solve_packing`."""
+    section = job.protect
+    return solve_packing(
+        section.bits, section.max_sites or sites, section.protection, fields,
+        cipher=section.cipher, lattice=section.lattice,
     )  # fmt: skip
 
 
@@ -273,7 +285,8 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     """One job from layers, later ones winning. A layer may be nested like the TOML or flat keywords.
 
     Raises UnknownName with the nearest key, BadInput with the key's path, or PlanRefused for public
-    metrics or a model for the coordinator under `encrypted`.
+    metrics or a model for the coordinator under `encrypted`, and for a cipher or lattice where the
+    protection has none.
     """
     merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sites: dict[str, Any] = {}
@@ -293,15 +306,16 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 base = here if key == "task" else base
                 _put(merged, key, value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
-    _check_protection(sections["protect"])
+    protect = sections["protect"]
+    _check_protection(protect)
+    refuse_cipher(protect.protection, protect.cipher, protect.lattice)
     if sections["track"].public_metrics:
-        refuse_public_metrics(sections["protect"].protection)
-    refuse_release(sections["protect"].release, sections["protect"].protection)
+        refuse_public_metrics(protect.protection)
+    refuse_release(protect.release, protect.protection)
     _check_fold(sections[""])
     return Job(
-        sections[""], sections["train"], sections["protect"], sections["round"], sections["track"],
-        sites, base,
-    )  # fmt: skip
+        sections[""], sections["train"], protect, sections["round"], sections["track"], sites, base
+    )
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from fedcore.protocol import coordinator, effects, epoch, messages, site
 from fedcore.protocol.absences import STAGES as PROTOCOL_STAGES
 from fedcore.protocol.absences import Absences, outcome
 from fedcore.protocol.shared import Standing
-from fedcore.scheme import EpochSecrets, Masks, Scheme, check_announced
+from fedcore.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
 from fedcore.store.container import vector_digest
 from fedcore.types import Fields, SiteId, Slots
 
@@ -73,7 +73,8 @@ class Witness:
     target, other: roster indices of the named site and of the site that looks on.
     slots, other_slots: their packed vectors before any protection. upload: the target's chunks as the
     coordinator gets them. total: the opened sum. masks, other_masks: of their vectors; rebuilt_masks:
-    those the coordinator took off the sum; all empty without masks.
+    those the coordinator took off the sum; all empty without masks. stream: the target's keystream,
+    which every site can make; empty under another cipher.
     """
 
     target: int
@@ -87,6 +88,7 @@ class Witness:
     masks: Masks = ()
     other_masks: Masks = ()
     rebuilt_masks: Masks = ()
+    stream: Masks = ()
 
     def masks_among(self, *known: Masks) -> Masks:
         """The target's masks whose seeds are among these, with the sign they have in its vector."""
@@ -158,6 +160,11 @@ class _Round:
         if self.witness is not None and index == self.witness.other:
             self.witness.other_masks = masks
 
+    def show_stream(self, index: int, stream: tuple[bytes, int]) -> None:
+        """Keep the keystream of the target's vector for a witness."""
+        if self.witness is not None and index == self.witness.target:
+            self.witness.stream = (stream,)
+
     def show_upload(self, index: int, chunks: list[bytes]) -> None:
         """Keep the target's chunks for a witness."""
         self.bytes_up = sum(map(len, chunks))
@@ -208,11 +215,14 @@ class SiteShell:
             place, lambda slots: self.secrets.put_tag(slots, current.layout, asked, me)
         )
         with current.watch("protect"):
-            masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
-            self.spool = self.secrets.protect(slots, masks, self.member.plan.packing.slot_bits)
-        current.show_masks(place, masks)
+            self.spool, salt = self.secrets.protect(
+                slots, current.layout, asked, me, self.member.entropy
+            )
+        current.show_masks(place, revealed(asked.masks))
         current.show_upload(place, self.spool)
-        return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)))
+        if salt:
+            current.show_stream(place, self.secrets.stream(asked.header, asked.state_tag, me, salt))
+        return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)), salt)
 
     def open_sum(
         self, asked: effects.OpenSum, current: _Round, chunks: Sequence[bytes]
@@ -266,7 +276,7 @@ class HubShell:
         assert fold is not None
         with current.watch("fold"):
             if asked.masks:
-                masks = tuple((seed.reveal(), sign) for seed, sign in asked.masks)
+                masks = revealed(asked.masks)
                 if current.witness is not None:
                     current.witness.rebuilt_masks = masks
                 bits = self.scheme.plan.packing.slot_bits
@@ -483,7 +493,7 @@ class _Exchange:
         for shell in self.parties.shells.values():
             shell.journal = []
         size = hub.scheme.upload_bytes(self.current.layout)
-        self._hub_step(coordinator.Start(header, size))
+        self._hub_step(coordinator.Start(header, size, self.parties.plan.salt_bytes))
         self._deliver()
         while not isinstance(hub.stage, coordinator.Released | coordinator.Abandoned):
             self.parties.now = max(self.parties.now, hub.stage.until)

@@ -22,7 +22,7 @@ from functools import cached_property
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.types import Json, SiteId
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 SECURITY_TABLE = {1024: 27, 2048: 54, 4096: 109, 8192: 218}
 """log2 q allowed for 128-bit security with a ternary secret, per ring degree (SEAL's own table, the
@@ -38,7 +38,16 @@ PROTECTIONS = ("plain", "encrypted", "masked", "layered")
 """The layers over one ring, weakest first (DESIGN s4); `layered` is the default everywhere."""
 
 ENCRYPTS = ("encrypted", "layered")
-"""Protections under which vectors travel as ciphertexts of a key the sites share."""
+"""Protections under which vectors travel encrypted under a key the sites share."""
+
+CIPHERS = ("bfv", "keystream")
+"""What encrypts them: BFV (ring-LWE), or the words of an AES-256-CTR stream added in the slot ring."""
+
+LATTICES = ("standard", "wide")
+"""Rings that `bfv` may use: the cheapest that is proved, or degree 4096 only, far from the table's edge."""
+
+SALT_BYTES = 32
+"""The fresh salt of every vector under `keystream`; it travels beside the vector."""
 
 MASKS = ("masked", "layered")
 """Protections under which every vector carries pairwise and self masks."""
@@ -97,6 +106,9 @@ class Ring:
         return slot_bits < SEAL_PLAIN_MODULUS_BITS and needed < available
 
 
+WIDE_DEGREE = 4096
+"""The least degree under `lattice = "wide"`."""
+
 RINGS = (
     # The largest primes = 1 mod 2N of 54 and 60 bits, which SEAL's CoeffModulus.Create also returns.
     Ring(2048, (1 << 54) - 77823),
@@ -109,7 +121,7 @@ class Packing:
     """How fields of a sum sit in slots: k fields of w bits in one slot of k w bits.
 
     bits: quantised bits b of one coordinate; max_sites: the n a sum may have.
-    ring: None under `plain`, where a slot travels as itself.
+    ring: None without a lattice, where a slot travels as itself or under masks and keystreams.
     Whoever makes one (the solver, or a site that reads another's plan) gets the proof or PlanRefused.
     """
 
@@ -138,7 +150,7 @@ class Packing:
 
     @property
     def slots_per_block(self) -> int:
-        """Slots of one ciphertext; under `plain` the same grain, so canaries sit alike."""
+        """Slots of one ciphertext; without a lattice the same grain, so canaries sit alike."""
         return self.ring.degree if self.ring else 2048
 
     @property
@@ -152,25 +164,64 @@ def field_width(bits: int, max_sites: int) -> int:
     return bits + (max_sites - 1).bit_length()
 
 
-def solve_packing(bits: int, max_sites: int, protection: str, fields: int | None = None) -> Packing:
+def has_lattice(protection: str, cipher: str) -> bool:
+    """Whether vectors travel as BFV ciphertexts, so that sums need a ring and its headroom."""
+    return protection in ENCRYPTS and cipher == "bfv"
+
+
+def refuse_cipher(protection: str, cipher: str, lattice: str = "standard") -> None:
+    """Raise PlanRefused for a keystream where nothing is encrypted, or a wide lattice where there is none;
+    UnknownName for another word."""
+    if cipher not in CIPHERS:
+        raise UnknownName("protect.cipher", cipher, CIPHERS)
+    if lattice not in LATTICES:
+        raise UnknownName("protect.lattice", lattice, LATTICES)
+    if cipher == "keystream" and protection not in ENCRYPTS:
+        raise PlanRefused(
+            f"protect.cipher: found 'keystream' under {protection!r}, expected it under "
+            f"{' or '.join(ENCRYPTS)}: nothing else is encrypted",
+            remedy="use `--protection layered`, or leave cipher out",
+        )
+    if lattice == "wide" and not has_lattice(protection, cipher):
+        under = f"the cipher {cipher!r}" if protection in ENCRYPTS else repr(protection)
+        raise PlanRefused(
+            f"protect.lattice: found 'wide' under {under}, expected 'standard': only the cipher 'bfv' "
+            "has a lattice",
+            remedy="leave lattice out, or use cipher 'bfv' with `--protection layered`",
+        )
+
+
+def solve_packing(
+    bits: int,
+    max_sites: int,
+    protection: str,
+    fields: int | None = None,
+    *,
+    cipher: str = "bfv",
+    lattice: str = "standard",
+) -> Packing:
     """The cheapest packing that is proved, or a refusal that names the largest values that fit.
 
     fields: how many a vector will hold; a small one is cheapest in a small ring, since a ciphertext
     is never sent in part. Without it the price of a long vector decides.
-    bits in [2, 24]; raises BadInput outside it, UnknownName for a protection nobody knows, and
-    PlanRefused where no ring proves headroom.
+    lattice: "wide" leaves rings of degree 4096 and more. BFV at N = 2048 with 54 bits of modulus stands at
+    the edge of SECURITY_TABLE (classical 128 bits); 4096 with 60 bits has 49 bits of modulus to spare.
+    bits in [2, 24]; raises BadInput outside it, UnknownName for an unknown protection, cipher or lattice,
+    and PlanRefused where no ring proves headroom.
     """
     if protection not in PROTECTIONS:
         raise UnknownName("protect.protection", protection, PROTECTIONS)
+    refuse_cipher(protection, cipher, lattice)
     if not 2 <= bits <= 24:
         raise BadInput(f"protect.bits: found {bits}, expected 2 to 24")
     if max_sites < 1:
         raise BadInput(f"protect.max_sites: found {max_sites}, expected at least 1")
-    found = _cheapest(bits, max_sites, protection, fields)
+    rings = _rings(protection, cipher, lattice)
+    found = _cheapest(bits, max_sites, rings, fields)
     if found is not None:
         return found
-    fits = [b for b in range(2, bits) if _cheapest(b, max_sites, protection)]
-    sites = _largest(lambda n: _cheapest(bits, n, protection) is not None)
+    fits = [b for b in range(2, bits) if _cheapest(b, max_sites, rings)]
+    sites = _largest(lambda n: _cheapest(bits, n, rings) is not None)
     raise PlanRefused(
         f"protect.bits: found {bits} bits for up to {max_sites} sites, but no ring proves headroom",
         remedy=(
@@ -189,11 +240,17 @@ def _largest(holds: Callable[[int], bool], limit: int = 1 << 30) -> int:
     return low
 
 
+def _rings(protection: str, cipher: str, lattice: str) -> tuple[Ring | None, ...]:
+    """The rings a packing may use; (None,) without a lattice, where only the width of fields counts."""
+    if not has_lattice(protection, cipher):
+        return (None,)
+    return tuple(ring for ring in RINGS if lattice == "standard" or ring.degree >= WIDE_DEGREE)
+
+
 def _cheapest(
-    bits: int, max_sites: int, protection: str, fields: int | None = None
+    bits: int, max_sites: int, rings: tuple[Ring | None, ...], fields: int | None = None
 ) -> Packing | None:
     width = field_width(bits, max_sites)
-    rings: tuple[Ring | None, ...] = RINGS if protection in ENCRYPTS else (None,)
     candidates = [
         Packing(bits, max_sites, k, ring)
         for ring in rings
@@ -214,15 +271,23 @@ def _cheapest(
     return min(candidates, key=price, default=None)
 
 
-def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:
+def price_list(
+    bits: int,
+    protection: str,
+    limit: int = 1024,
+    *,
+    cipher: str = "bfv",
+    lattice: str = "standard",
+) -> list[Json]:
     """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up.
 
     Ends at `limit` sites, or at the largest roster that the protection takes.
     """
     rows: list[Json] = []
+    rings = _rings(protection, cipher, lattice)
     most = min(limit, MAX_MASKED_SITES) if protection in MASKS else limit
     for n in range(MIN_SITES, most + 1):
-        packing = _cheapest(bits, n, protection)
+        packing = _cheapest(bits, n, rings)
         price = packing and (packing.fields_per_slot, packing.wire_bits, packing.slots_per_block)
         if rows and rows[-1]["price"] == price:
             rows[-1]["to_sites"] = n
@@ -231,7 +296,7 @@ def price_list(bits: int, protection: str, limit: int = 1024) -> list[Json]:
     for row in rows:
         price = row.pop("price")
         row["fields_per_slot"] = price[0] if price else None
-        row["degree"] = price[2] if price and protection in ENCRYPTS else None
+        row["degree"] = price[2] if price and rings != (None,) else None
         row["bytes_up_per_parameter"] = round(price[1] / 8 / price[0], 3) if price else None
     return rows
 
@@ -395,6 +460,7 @@ class RoundPlan:
     settings: SHA-256 hex of all settings of the job (`config.settings_digest`), so that whatever decides
     which rows train, how, and what is released is in every header, state tag and signature (PROTOCOL J);
     "" for a plan that no job made.
+    cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     """
 
     task: str
@@ -415,12 +481,15 @@ class RoundPlan:
     public_metrics: bool = False
     release: str = "sites"
     settings: str = ""
+    cipher: str = "bfv"
     version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
             raise BadInput("sites: found the same site id twice, expected distinct ids")
         refuse_roster(len(self.sites), self.protection)
+        refuse_cipher(self.protection, self.cipher)
+        self._check_ring()
         if not self.threshold:
             object.__setattr__(self, "threshold", default_threshold(len(self.sites)))
         check_threshold(self.threshold, len(self.sites))
@@ -434,6 +503,16 @@ class RoundPlan:
             refuse_public_metrics(self.protection)
             self._check_names()
         refuse_release(self.release, self.protection)
+
+    def _check_ring(self) -> None:
+        """The packing has a ring exactly where vectors are ciphertexts of one."""
+        lattice = has_lattice(self.protection, self.cipher)
+        if lattice != (self.packing.ring is not None):
+            raise PlanRefused(
+                f"packing: found {'no ring' if lattice else 'a ring'} under {self.protection!r} with the "
+                f"cipher {self.cipher!r}, expected {'one' if lattice else 'none'}",
+                remedy="`fedcore plan` solves a packing for the plan's protection and cipher",
+            )
 
     def _check_names(self) -> None:
         """Names that are to be shown are few, short and of characters that a terminal shows."""
@@ -466,6 +545,12 @@ class RoundPlan:
         """L of a number of examples, at most max_examples."""
         return self.max_examples.bit_length()
 
+    @property
+    def salt_bytes(self) -> int:
+        """Bytes of the salt that travels with every vector: 32 under `keystream`, else 0."""
+        encrypts = self.protection in ENCRYPTS
+        return SALT_BYTES if encrypts and not has_lattice(self.protection, self.cipher) else 0
+
     @cached_property
     def update_vector(self) -> VectorSpec:
         """A round's vector: the update, then its weight, the range counts, the metric sums of the
@@ -490,10 +575,12 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        `public_metrics` and `release` are there only where they tell the coordinator something, and
-        `settings` only where a job made the plan: the plans recorded in vectors keep their digest.
+        `public_metrics` and `release` are there only where they tell the coordinator something, `cipher`
+        only where vectors are encrypted, and `settings` only where a job made the plan.
         """
         flat = asdict(self)
+        if self.protection not in ENCRYPTS:
+            del flat["cipher"]
         if not self.public_metrics:
             del flat["public_metrics"]
         if self.release == "sites":

@@ -16,9 +16,10 @@ from fedcore.data.statistics import statistics_vector
 from fedcore.encode.bitpack import packed_size
 from fedcore.encode.pack import Layout, Opened
 from fedcore.errors import ReleaseRefused
-from fedcore.plan import ENCRYPTS, RoundHeader, RoundPlan, VectorSpec
+from fedcore.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.protect import Sealer, UnmaskableFold
 from fedcore.protect.entropy import Entropy
+from fedcore.protect.keystream import draw_salt, stream_key
 from fedcore.protect.masking import add_masks
 from fedcore.protect.sealed import (
     open_checkpoint,
@@ -37,10 +38,14 @@ Masks = tuple[tuple[bytes, int], ...]
 
 @dataclass(frozen=True)
 class EpochSecrets:
-    """What a site holds of one key epoch: the group secret, and the key that opens sums."""
+    """What a site holds of one key epoch: the group secret, and what opens sums with it.
+
+    streams: whether vectors travel under a keystream of G, and no sealer of a lattice.
+    """
 
     group: GroupSecret
     sealer: Sealer
+    streams: bool = False
 
     def tag(self, header: RoundHeader, state: bytes) -> bytes:
         """HMAC under G of a site's own state."""
@@ -53,20 +58,51 @@ class EpochSecrets:
         tag = SumTag(self.group, asked.header, asked.state_tag)
         layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], site))
 
-    def protect(self, slots: Slots, masks: Masks, slot_bits: int) -> list[bytes]:
-        """Masks, then encryption: the chunks of a tagged vector."""
-        add_masks(slots, masks, slot_bits)
-        return list(self.sealer.protect(slots))
+    def protect(
+        self,
+        slots: Slots,
+        layout: Layout,
+        asked: effects.MakeVector,
+        site: SiteId,
+        entropy: Entropy,
+    ) -> tuple[list[bytes], bytes]:
+        """Masks, then encryption: the chunks of a tagged vector, and the salt of its keystream.
+
+        The salt is drawn here, for this vector alone; b"" under another cipher. The slots are used up.
+        """
+        masks = revealed(asked.masks)
+        salt = draw_salt(entropy) if self.streams else b""
+        if self.streams:
+            masks = (*masks, self.stream(asked.header, asked.state_tag, site, salt))
+        add_masks(slots, masks, layout.packing.slot_bits)
+        return list(self.sealer.protect(slots)), salt
+
+    def stream(
+        self, header: RoundHeader, tag: bytes, site: SiteId, salt: bytes
+    ) -> tuple[bytes, int]:
+        """The keystream of one vector, as a mask that was added to it. tag: the sites' state tag."""
+        return stream_key(self.group, header.digest, tag, site, salt), 1
 
     def open(
         self, chunks: Iterable[bytes], layout: Layout, asked: effects.OpenSum
     ) -> tuple[Slots, Opened]:
         """The sum, once its tag holds. Raises TagRefused and ChunkRefused."""
         total = self.sealer.open(chunks, layout.slots)
+        if self.streams:
+            self.take_off_streams(total, layout, asked)
         tag = SumTag(self.group, asked.header, asked.state_tag)
         tag.check(total[: layout.tagged_slots], layout.read_tag(total), asked.survivors)
         places = [asked.header.place(each) for each in asked.survivors]
         return total, layout.unpack(total, places)
+
+    def take_off_streams(self, total: Slots, layout: Layout, asked: effects.OpenSum) -> None:
+        """Subtract the survivors' keystreams from their sum, in place, block by block."""
+        streams = (
+            self.stream(asked.header, asked.state_tag, site, salt)
+            for site, salt in zip(asked.survivors, asked.salts, strict=True)
+        )
+        laid = [(key, -sign) for key, sign in streams]
+        add_masks(total, laid, layout.packing.slot_bits)
 
     def sum_mac(self, header: RoundHeader, total: Slots) -> bytes:
         """HMAC under G of an opened sum."""
@@ -104,6 +140,11 @@ class EpochSecrets:
         )
 
 
+def revealed(masks: Iterable[effects.Mask]) -> Masks:
+    """The seeds of masks in clear, for those who lay them on or take them off."""
+    return tuple((seed.reveal(), sign) for seed, sign in masks)
+
+
 def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
     """What the vectors of a round hold, by the round's purpose."""
     if purpose == "statistics":
@@ -131,7 +172,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         self._public: Any = None
-        if self.plan.protection in ENCRYPTS:
+        if self.plan.packing.ring is not None:
             from fedcore.protect.bfv import Courier, PublicContext
 
             self._public, self._courier = PublicContext.of(self.plan.packing), Courier()
@@ -150,7 +191,8 @@ class Scheme:
             from fedcore.protect.masked import MaskedSealer
 
             group = GroupSecret.from_bytes(payload, sender=maker)
-            return EpochSecrets(group, MaskedSealer(self.plan.packing))
+            sealer = MaskedSealer(self.plan.packing)
+            return EpochSecrets(group, sealer, streams=bool(self.plan.salt_bytes))
         from fedcore.protect.bfv import EncryptedSealer, SecretContext
 
         secret = SecretContext.from_payload(self._public, payload, sender=maker)

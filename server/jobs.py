@@ -950,7 +950,8 @@ class CoordinatedJob:
         for name in roster:
             self.sites[name].rest = None
         layout = self._layout(header)
-        self._machine(coordinator.Start(header, self._scheme.upload_bytes(layout)))
+        size = self._scheme.upload_bytes(layout)
+        self._machine(coordinator.Start(header, size, plan.salt_bytes))
 
     def _layout(self, header: RoundHeader) -> Layout:
         assert self.plan is not None

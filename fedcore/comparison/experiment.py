@@ -41,7 +41,7 @@ from fedcore.comparison.localsite import (
     standardised,
 )
 from fedcore.comparison.transport import MetricTransport
-from fedcore.config import Job, build_job, is_json, plan_of
+from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.data.rows import Layout, Rows, pool
 from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statistics, site_sums
 from fedcore.encode.pack import Layout as VectorLayout
@@ -55,13 +55,11 @@ from fedcore.learn.saved import save_model
 from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
 from fedcore.plan import (
-    ENCRYPTS,
     MASKS,
     RoundPlan,
     canonical,
     check_threshold,
     refuse_roster,
-    solve_packing,
 )
 from fedcore.protocol.absences import parse_absence
 from fedcore.report.sentences import metric_name
@@ -213,12 +211,11 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     sources = resolve_sites(task, job)
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)
-    limits = (job.protect.bits, job.protect.max_sites or len(sources), job.protect.protection)
-    solve_packing(*limits)  # refused before any site is loaded
+    packing = packing_of(job, len(sources))  # refused before any site is loaded
     if job.protect.threshold is not None:
         check_threshold(job.protect.threshold, len(sources))
     leaving = _leaving(job, list(sources))
-    if job.protect.protection in ENCRYPTS:
+    if packing.ring is not None:
         from fedcore.protect.bfv import load_seal
 
         load_seal()

@@ -68,7 +68,7 @@ def observe(witness: Witness, plan: RoundPlan, sealer: Sealer, training_round: i
     unprotected = _open_plain(plan.packing, PlainSealer(plan.packing).protect(slots), layout)
     rebuilt = witness.masks_among(witness.rebuilt_masks)
     either = witness.masks_among(witness.rebuilt_masks, witness.other_masks)
-    here = _uploads(witness.upload, rebuilt, either, plan, sealer, layout)
+    here = _uploads(witness.upload, rebuilt, (*either, *witness.stream), plan, sealer, layout)
     plain = {COORDINATOR: unprotected, SITE: None, BOTH: unprotected}
 
     def parties(uploads: dict[str, Slots | None], coordinator_has_sum: bool) -> Json:
@@ -103,10 +103,11 @@ def _uploads(
 ) -> dict[str, Slots | None]:
     """The target's upload as slots, as each party reads it; None for who never holds it.
 
-    rebuilt, either: the masks of the upload that the coordinator knows, and that one of the two knows.
+    rebuilt, either: the masks of the upload that the coordinator knows, and that one of the two knows,
+    its keystream among them.
     """
     packing = plan.packing
-    if plan.protection in ENCRYPTS:
+    if packing.ring is not None:
         coordinator = ciphertext_as_slots(packing, upload, layout.blocks)
         together = _decrypt(packing, sealer, upload, layout)
     else:

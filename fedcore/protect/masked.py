@@ -1,7 +1,8 @@
-"""`masked`: slots under pairwise and self masks, travelling as words of Z_{2^slot_bits}.
+"""`masked`, and the cipher `keystream`: slots under masks, travelling as words of Z_{2^slot_bits}.
 
 The masks themselves are laid on by the site (`masking.add_masks`) before it hands a vector to the sealer,
-and rebuilt by the coordinator, which takes them off the sum at once: `MaskedFold.remove`.
+and rebuilt by the coordinator, which takes them off the sum at once: `MaskedFold.remove`. A keystream
+(`protect/keystream.py`) is laid on in the same way, and only the sites take it off.
 Invariant: what is left is the integer sum modulo 2^slot_bits, and headroom keeps every field below its
 own modulus, so it is the integer sum (Bonawitz et al. 2017, section 4). One masked vector alone is
 uniform in the ring. What `plain` folds has its own type: a coordinator makes this one and never that.

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.plan import RoundHeader
 from fedcore.protect.secret import Secret
+from fedcore.protect.symmetric import Label, derive
 from fedcore.types import SiteId, Slots
 
 PRIME = (1 << 61) - 1
@@ -51,7 +52,7 @@ class GroupSecret(Secret):
         self._key = os.urandom(GROUP_SECRET_BYTES) if key is None else key
 
     def to_bytes(self) -> bytes:
-        """The payload of a key epoch under `masked`; the end of it under `encrypted` and `layered`."""
+        """The payload of a key epoch; under the cipher `bfv` the end of it, behind the secret key."""
         return self._key
 
     @classmethod
@@ -70,6 +71,11 @@ class GroupSecret(Secret):
     def derive(self, salt: bytes, info: bytes, length: int) -> bytes:
         """HKDF-SHA256(G, salt, info): `length` bytes (RFC 5869)."""
         return HKDF(SHA256(), length, salt, b"fedcore/1 " + info).derive(self._key)
+
+    def derive_labelled(self, label: Label, *parts: bytes, salt: bytes) -> bytes:
+        """32 bytes of `symmetric.derive` under G. Its info begins with a length, that of `derive` above
+        with a word, so the two never meet."""
+        return derive(self._key, label, *parts, salt=salt)
 
     def authenticate(self, label: bytes, message: bytes) -> bytes:
         """HMAC-SHA256 under a key derived for `label`: 32 bytes."""

@@ -41,6 +41,7 @@ class Label(StrEnum):
     OFFER_BOX = "offer box"
     PAIR_SEED = "pair seed"
     SELF_MASK = "self mask"
+    KEYSTREAM = "keystream"
 
 
 def framed(*parts: bytes) -> bytes:

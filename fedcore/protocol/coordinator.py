@@ -105,10 +105,12 @@ class Hub:
 
 @dataclass(frozen=True)
 class Start:
-    """Begin a round. size: bytes of one protected vector, which follow from the plan."""
+    """Begin a round. size: bytes of one protected vector, salt: of the salt beside it, which both follow
+    from the plan."""
 
     header: RoundHeader
     size: int
+    salt: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class Advertising:
 
     header: RoundHeader
     size: int
+    salt: int
     keys: tuple[Keys, ...] = ()
     gone: tuple[SiteId, ...] = ()
     until: float = _until()
@@ -195,6 +198,7 @@ class Sharing:
 
     header: RoundHeader
     size: int
+    salt: int
     bundle: tuple[Keys, ...]
     shares: tuple[Shares, ...] = ()
     gone: tuple[SiteId, ...] = ()
@@ -208,6 +212,7 @@ class Collecting:
 
     header: RoundHeader
     size: int
+    salt: int
     bundle: tuple[Keys, ...]
     shares: tuple[Shares, ...]
     submissions: tuple[Submit, ...] = ()
@@ -330,6 +335,7 @@ class RoundStarted:
 
     header: RoundHeader
     size: int
+    salt: int
 
 
 @record
@@ -455,20 +461,23 @@ class RoundGivenUp:
 def evolve(stage: Any, entry: Any) -> Any:
     """The stage after a journal record."""
     match stage, entry:
-        case ((Ready() | Released() | Abandoned()), RoundStarted(header, size)):
+        case ((Ready() | Released() | Abandoned()), RoundStarted(header, size, salt)):
             if header.protection in MASKS:
-                return Advertising(header, size)
-            return Collecting(header, size, (), ())
+                return Advertising(header, size, salt)
+            return Collecting(header, size, salt, (), ())
         case Advertising(), KeysTaken(keys):
             return replace(stage, keys=_in_order(stage.header, (*stage.keys, keys)))
         case Advertising(), BundleFixed(bundle, gone):
-            return Sharing(stage.header, stage.size, bundle, (), _merged(stage.gone, gone))
+            gone = _merged(stage.gone, gone)
+            return Sharing(stage.header, stage.size, stage.salt, bundle, (), gone)
         case Sharing(), SharesTaken(shares):
             place = stage.header.place
             sent = sorted((*stage.shares, shares), key=lambda each: place(each.head.site))
             return replace(stage, shares=tuple(sent))
         case Sharing(), CohortFixed():
-            return Collecting(stage.header, stage.size, stage.bundle, stage.shares, (), stage.gone)
+            return Collecting(
+                stage.header, stage.size, stage.salt, stage.bundle, stage.shares, (), stage.gone
+            )
         case Collecting(), SubmissionTaken(submit):
             found = _in_order(stage.header, (*stage.submissions, submit))
             return replace(stage, submissions=found)
@@ -561,7 +570,7 @@ def _start(move: _Move, event: Start) -> None:
             "roster", found=f"{len(header.roster)} sites", expected=f"at least {header.threshold}",
             fault=COORDINATOR,
         )  # fmt: skip
-    move.record(RoundStarted(header, event.size))
+    move.record(RoundStarted(header, event.size, event.salt))
     for site in header.roster:
         move.send(site, Announce(header))
 
@@ -646,7 +655,7 @@ def _take_shares(move: _Move, shares: Shares) -> None:
 
 def _take_vector(move: _Move, event: Uploaded) -> None:
     stage, submit = move.stage, event.submit
-    check_submission(submit, stage.header, move.hub.pins)
+    check_submission(submit, stage.header, move.hub.pins, stage.salt)
     for keys in stage.bundle:
         if keys.site == submit.site and _started_from(keys) != _started_from(submit):
             raise VectorRefused(

@@ -63,10 +63,14 @@ class Upload:
 
 @dataclass(frozen=True)
 class OpenSum:
-    """Download, decrypt, check the tag against the survivors, and tell `SumOpened` or `SumRefused`."""
+    """Download, decrypt, check the tag against the survivors, and tell `SumOpened` or `SumRefused`.
+
+    salts: of the survivors' keystreams, in their order; each b"" under any other cipher.
+    """
 
     header: RoundHeader
     survivors: tuple[SiteId, ...]
+    salts: tuple[bytes, ...]
     state_tag: bytes
     digest: bytes
     size: int

@@ -89,7 +89,10 @@ class Shares:
 @record
 @dataclass(frozen=True)
 class Submit:
-    """A site's protected vector: SHA-256 over its chunks' digests, and its size in bytes."""
+    """A site's protected vector: SHA-256 over its chunks' digests, and its size in bytes.
+
+    salt: that of its keystream, 32 bytes drawn for this vector (X); b"" under any other cipher.
+    """
 
     header: bytes
     site: SiteId
@@ -97,6 +100,7 @@ class Submit:
     size: int
     state_tag: bytes
     key_id: bytes
+    salt: bytes
     signature: bytes
 
 
@@ -105,7 +109,8 @@ class Submit:
 class Confirm:
     """The one survivor list a site signs in a round.
 
-    bundle: digest of the signed key bundle; cohort: of U2; survivors: (site, its submission's digest).
+    bundle: digest of the signed key bundle; cohort: of U2; survivors: (site, digest of all that its
+    submission says, its vector and salt among it).
     """
 
     header: bytes

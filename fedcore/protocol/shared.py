@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from fedcore.errors import (
     RosterRefused,
     StateDiffers,
     ThresholdRefused,
+    VectorRefused,
 )
 from fedcore.plan import ENCRYPTS, MASKS, RoundHeader
-from fedcore.protocol.encoding import digest, encode, record
+from fedcore.protocol.encoding import digest, encode, record, unsigned
 from fedcore.protocol.messages import (
     COORDINATOR,
     Certificate,
@@ -208,10 +210,17 @@ def check_same_state(items: Iterable[Keys | Submit], state_tag: bytes, key_id: b
             )  # fmt: skip
 
 
-def check_submission(submit: Submit, header: RoundHeader, pins: Mapping[SiteId, bytes]) -> None:
-    """One signed submission of this round."""
+def check_submission(
+    submit: Submit, header: RoundHeader, pins: Mapping[SiteId, bytes], salt_bytes: int
+) -> None:
+    """One signed submission of this round, with a salt exactly where the plan's cipher takes one."""
     check_header(submit.header, header, submit.site)
     check_signature(submit, pins)
+    if len(submit.salt) != salt_bytes:
+        raise VectorRefused(
+            "vector", found=f"a salt of {len(submit.salt)} bytes", expected=f"{salt_bytes} bytes",
+            fault=submit.site, remedy="the plan's cipher decides: 32 under 'keystream', else none",
+        )  # fmt: skip
 
 
 def survivors_of(submissions: Iterable[Submit]) -> tuple[SiteId, ...]:
@@ -220,8 +229,9 @@ def survivors_of(submissions: Iterable[Submit]) -> tuple[SiteId, ...]:
 
 
 def listed(submissions: Iterable[Submit]) -> tuple[tuple[SiteId, bytes], ...]:
-    """U3 as a confirmation signs it."""
-    return tuple((submit.site, submit.digest) for submit in submissions)
+    """U3 as a confirmation signs it: of each submission all it says, so that a site cannot have signed
+    two of one vector with different salts."""
+    return tuple((submit.site, hashlib.sha256(unsigned(submit)).digest()) for submit in submissions)
 
 
 def check_confirm(confirm: Confirm, own: Confirm, pins: Mapping[SiteId, bytes]) -> None:

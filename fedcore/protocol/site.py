@@ -154,10 +154,11 @@ class Received:
 
 @dataclass(frozen=True)
 class VectorMade:
-    """The protected vector is spooled, its chunks on disk: its digest and size in bytes."""
+    """The protected vector is spooled, its chunks on disk: its digest, size in bytes and salt."""
 
     digest: bytes
     size: int
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -865,7 +866,7 @@ def _submit(move: _Move, made: VectorMade) -> None:
     submit = sign(
         Submit(
             stage.header.digest, member.id, made.digest, made.size, stage.state_tag,
-            stage.standing.key_id, b"",
+            stage.standing.key_id, made.salt, b"",
         ),
         member.identity,
     )  # fmt: skip
@@ -884,7 +885,7 @@ def _check_list(
     check_members(names, list(cohort), stage.header.threshold, "survivor list")
     refuse_missing(member.id, names, "survivor list")
     for submit in submissions:
-        check_submission(submit, stage.header, member.pins)
+        check_submission(submit, stage.header, member.pins, member.plan.salt_bytes)
     check_same_state(submissions, stage.state_tag, stage.standing.key_id)
 
 
@@ -965,9 +966,9 @@ def _open(move: _Move, request: Aggregate) -> None:
 
 
 def _open_sum(stage: Opening) -> OpenSum:
-    names = survivors_of(stage.submissions)
-    found = stage.aggregate
-    return OpenSum(stage.header, names, stage.state_tag, found.digest, found.size)
+    names, found = survivors_of(stage.submissions), stage.aggregate
+    salts = tuple(submit.salt for submit in stage.submissions)
+    return OpenSum(stage.header, names, salts, stage.state_tag, found.digest, found.size)
 
 
 def _state(move: _Move, opened: SumOpened) -> None:

@@ -50,7 +50,7 @@ from fedcore.scheme import EpochSecrets, Scheme
 from fedcore.types import Json, SiteId
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "vectors"
-FORMAT = "fedcore vectors 1"
+FORMAT = "fedcore vectors 2"
 
 # In no alphabetical order: signs follow the roster, pair seeds the ids. The dropout stands between two.
 ROSTER = tuple(map(SiteId, ("south", "east", "north", "west")))
@@ -482,7 +482,7 @@ class _Faults:
         ghost = sign(
             m.Submit(
                 self.played.header.digest, DROPPED, other, self.played.sealed_size, east,
-                self.entries[submit][0].message.key_id, b"",
+                self.entries[submit][0].message.key_id, b"", b"",
             )
         )  # fmt: skip
         lie_survivors = digest((SiteId("south"), SiteId("north")))
@@ -720,6 +720,13 @@ class _Faults:
                 "west",
             ),
             at_north(
+                "a submission with a salt, signed",
+                listing,
+                item("submissions", 2, lambda s: sign(replace(s, salt=other))),
+                "VectorRefused",
+                "west",
+            ),
+            at_north(
                 "another submission of the recipient, signed",
                 listing,
                 item("submissions", 1, lambda s: sign(replace(s, digest=other))),
@@ -841,6 +848,12 @@ class _Faults:
                 "a vector with another digest, signed",
                 submit,
                 lambda s: sign(replace(s, digest=other)),
+                "VectorRefused",
+            ),
+            at_hub(
+                "a vector with a salt, signed",
+                submit,
+                lambda s: sign(replace(s, salt=other)),
                 "VectorRefused",
             ),
             at_hub(

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "vectors"
-FORMAT = "fedcore vectors 1"
+FORMAT = "fedcore vectors 2"
 
 Json = dict[str, Any]
 Value = Any
@@ -84,7 +84,7 @@ RECORDS = {
     ),
     "SharesHead": "header:B site:S parcels:[(S,B)] signature:B",
     "Shares": "head:SharesHead parcels:[Parcel]",
-    "Submit": "header:B site:S digest:B size:I state_tag:B key_id:B signature:B",
+    "Submit": "header:B site:S digest:B size:I state_tag:B key_id:B salt:B signature:B",
     "Confirm": "header:B site:S bundle:B cohort:B survivors:[(S,B)] signature:B",
     "Answer": "of:S kind:S share:B",
     "Unmask": "header:B site:S answers:[Answer]",
@@ -650,7 +650,7 @@ class Round:
             self.sites[name].sign(
                 record(
                     "Submit", self.h, name, sha256(sha256(data)), len(data), self.state_tag,
-                    self.key_id, b"",
+                    self.key_id, b"", b"",
                 )
             )
             for name, data in self.vectors.items()
@@ -714,7 +714,7 @@ class Round:
             yield hub, [name], record("Delivery", self.h, heads, parcels)
         yield from ((each["site"], [hub], each) for each in self.submits)
         yield hub, left, record("SurvivorList", self.h, self.submits)
-        listed = [[each["site"], each["digest"]] for each in self.submits]
+        listed = [[each["site"], digest({**each, "signature": b""})] for each in self.submits]
         confirms = [
             self.sites[name].sign(
                 record("Confirm", self.h, name, digest(keys), digest(everybody), listed, b"")

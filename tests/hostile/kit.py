@@ -66,13 +66,14 @@ class World:
     """n honest sites; `stages`, and by site what each sent: keys, shares, submits, confirms, answers,
     statements; `plain` and `masked` are their slots before and after the masks."""
 
-    def __init__(self, n=5, threshold=0, protection="masked"):
+    def __init__(self, n=5, threshold=0, protection="masked", cipher="bfv"):
         self.roster = NAMES[:n]
         self.plan = RoundPlan(
             task="t", task_digest="0" * 64, sites=self.roster, protection=protection,
-            packing=solve_packing(16, max(8, n), "masked"), parameters=SPEC.coordinates,
+            packing=solve_packing(16, max(8, n), protection, cipher=cipher),
+            parameters=SPEC.coordinates,
             buffer_coordinates=0, max_examples=1000, rounds=9, train=TrainPlan(),
-            server=ServerPlan(), range=RangePlan(), threshold=threshold,
+            server=ServerPlan(), range=RangePlan(), threshold=threshold, cipher=cipher,
         )  # fmt: skip
         self.identities = {name: IdentityKey() for name in self.roster}
         self.pins = {name: key.public for name, key in self.identities.items()}

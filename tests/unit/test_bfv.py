@@ -733,7 +733,7 @@ def test_a_missing_tenseal_disables_encryption_with_one_line(no_tenseal):
         assert "`--protection masked` and `plain` run without it" in refused.value.remedy
 
 
-def test_plain_and_masked_run_where_tenseal_is_missing_or_broken(tmp_path):
+def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
     """A fresh interpreter in which `import tenseal` fails the way a broken wheel does."""
     package = tmp_path / "tenseal"
     package.mkdir()
@@ -741,6 +741,7 @@ def test_plain_and_masked_run_where_tenseal_is_missing_or_broken(tmp_path):
         "raise OSError('libtenseal.so: cannot open\\nshared file')"
     )
     code = """
+        import sys
         from dataclasses import replace
         import numpy as np
         from fedcore import loopback
@@ -764,6 +765,16 @@ def test_plain_and_masked_run_where_tenseal_is_missing_or_broken(tmp_path):
             fold.add(index, chunk)
         fold.remove(np.ones(2048, dtype=np.uint64))
         assert sealer.open(fold.total(), 2048)[1:].tolist() == list(range(2047))
+
+        for protection in ("encrypted", "layered"):
+            stream = replace(
+                plan, protection=protection, cipher="keystream",
+                packing=solve_packing(16, 3, protection, cipher="keystream"),
+            )
+            epoch = loopback.KeyEpoch("job", stream)
+            total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
+            assert total.opened.coordinates.tolist() == [3, 3, 6]
+        assert "tenseal" not in sys.modules
 
         packing = solve_packing(16, 3, "layered")
         try:

@@ -17,6 +17,7 @@ from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.plan import (
     MAX_MASKED_SITES,
     MAX_SLOT_BITS,
+    PLAN_VERSION,
     PROTECTIONS,
     RINGS,
     SECURITY_TABLE,
@@ -460,10 +461,11 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"packing": solve_packing(15, 4, "encrypted")}, {"packing": solve_packing(16, 5, "encrypted")},
         {"protection": "layered"}, {"parameters": 22}, {"buffer_coordinates": 1}, {"max_examples": 511},
         {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
-        {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": 2},
+        {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": PLAN_VERSION + 1},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
         {"release": "coordinator", "protection": "layered"},
         {"settings": "0" * 64},
+        {"cipher": "keystream", "packing": solve_packing(16, 4, "encrypted", cipher="keystream")},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
@@ -485,7 +487,7 @@ HEADER = RoundHeader(
         {"federation": "clinic"}, {"job": "jo"}, {"epoch": 2}, {"round": 4}, {"training_round": 3},
         {"purpose": "metrics"}, {"roster": ("a", "b")}, {"roster": ("b", "a", "c")},
         {"roster": ("a", "b,c")}, {"pins": "pin"}, {"threshold": 3}, {"protection": "masked"},
-        {"plan_digest": "digesu"}, {"certificate": ""}, {"version": 2},
+        {"plan_digest": "digesu"}, {"certificate": ""}, {"version": PLAN_VERSION + 1},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

@@ -36,7 +36,7 @@ TEXTS = {
     "m.html": st.from_regex(r"[a-z][a-z.]{0,20}", fullmatch=True),
     "": st.just(""),
 } | {word: st.just(word) for word in (*frames.DOING, *frames.GOODBYES, *frames.WHAT)}
-NUMBERS = (0, 1, 50, 100, 127, 128, 1 << 20, 1 << 40, (1 << 53) - 1)
+NUMBERS = (0, 1, WIRE_VERSION, 50, 100, 127, 128, 1 << 20, 1 << 40, (1 << 53) - 1)
 LENGTHS = (0, 1, 2, 32, 127, 128, 1000)
 
 
@@ -433,8 +433,8 @@ def test_bulk_is_not_shown():
 
 
 def newer(**more):
-    """A hello of version 2, with a field that this version does not know."""
-    hello = pb.Hello(version=2, **more).SerializeToString() + b"\x78\x01"
+    """A hello of the next version, with a field that this version does not know."""
+    hello = pb.Hello(version=WIRE_VERSION + 1, **more).SerializeToString() + b"\x78\x01"
     return wrapped(1, hello)
 
 
@@ -442,13 +442,14 @@ def test_another_version_is_named_beside_ours():
     with pytest.raises(VersionRefused) as caught:
         FROM_SITE.unpack(newer(software="fedcore 9.1"), sender="va")
     told = str(caught.value)
-    assert "found 2 (of fedcore 9.1)" in told and f"expected {WIRE_VERSION} (of fedcore" in told
+    assert f"found {WIRE_VERSION + 1} (of fedcore 9.1)" in told
+    assert f"expected {WIRE_VERSION} (of fedcore" in told
     assert caught.value.fault == "va" and "same version" in caught.value.remedy
 
 
 @pytest.mark.parametrize("software", ["", "\x1b[2J evil", "x" * 65])
 def test_what_another_version_calls_itself_is_not_repeated_blindly(software):
-    with pytest.raises(VersionRefused, match=r"found 2 \(of another Fedcore\)"):
+    with pytest.raises(VersionRefused, match=rf"found {WIRE_VERSION + 1} \(of another Fedcore\)"):
         FROM_SITE.unpack(newer(software=software), sender="va")
 
 
