@@ -89,6 +89,43 @@ def status(config: Config = _HERE, as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_REFUSED)
 
 
+@app.command("jobs")
+def list_jobs(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """All jobs this site was offered: state, task, protection, what it waits for, why it was refused."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.status import jobs_lines, read_status
+
+    found = read_status(read_config(config).folder)
+    if as_json:
+        emit({"jobs": found["jobs"]})
+    else:
+        for line in jobs_lines(found):
+            typer.echo(line)
+
+
+@app.command()
+def approve(
+    job: Annotated[str, typer.Argument(help="The job's id, as `fed-site jobs` prints it.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Let a job begin that waits for approval (`jobs = "ask"` under [policy]); prints what it takes."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.status import approve as approve_job
+
+    row = approve_job(read_config(config).folder, job)
+    if as_json:
+        emit({key: row[key] for key in ("job", "task", "offer", "label", "leaves")})
+        return
+    typer.echo(
+        f"job {job} approved: task {row['task']}, {row['protection']}, {row['rounds']} rounds"
+    )
+    for line in row["label"]:
+        typer.echo(f"  {line}")
+    for line in row["leaves"]:
+        typer.echo(f"  leaves: {line}")
+
+
 @app.command()
 def model(
     job: Annotated[str, typer.Argument(help="The job's id, as `fed-site status` prints it.")],

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedcore_clients.approvals import is_approved
 from fedcore_clients.policy import POLICY, SitePolicy
 from fedcore_clients.training import Loaded, TrainingFailed
 
@@ -40,6 +41,8 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import write_atomic
+from fedcore.label import Terms, label_of
+from fedcore.leaving import leaving_of
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundHeader, RoundPlan, canonical
 from fedcore.protect.entropy import OsEntropy
@@ -66,6 +69,9 @@ _AGAIN = 2.0
 
 _MANY = 50_000
 """Parameters from which on hashing a state takes longer than handing it to a thread."""
+
+APPROVAL_SECONDS = 1.0
+"""How often the approval of a job that waits for it is looked for."""
 
 _ENDING_SECONDS = 5.0
 """How often a site that missed the last release of a job that is over asks for it."""
@@ -195,6 +201,25 @@ def wire_settings(settings: bytes) -> Json:
     return found
 
 
+@dataclass(frozen=True)
+class _About:
+    """What an operator should know of a job before a row is read for it; empty where no plan can follow."""
+
+    protection: str = ""
+    label: Sequence[str] = ()
+    leaves: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, offer: job.JobOffer, sites: Sequence[SiteId]) -> _About:
+        """Label and list of what leaves, from the settings and the roster alone."""
+        try:
+            asked = build_job(wire_settings(offer.settings))
+            terms = Terms.of_job(asked, tuple(sites))
+        except FedcoreError:  # it is refused, and the refusal says why
+            return cls()
+        return cls(terms.protection, label_of(terms).splitlines(), leaving_of(asked, terms))
+
+
 class SiteJob:
     """One job here, from its offer to its end."""
 
@@ -213,6 +238,9 @@ class SiteJob:
         self.survey: Loaded | None = None
         self.ended: job.JobEnded | None = None
         self.last_error = ""
+        self.about = _About.of(offer, tuple(party.pins))
+        self.approval = "waiting" if party.policy.asks else "not needed"
+        """Whether its operator must approve it, and has: "not needed", "waiting" or "approved"."""
         self.refused: PolicyRefused | None = None
         """Why this site's policy does not allow the job, if it does not."""
         self.tracked: Json | None = None
@@ -242,6 +270,7 @@ class SiteJob:
         self._ending: job.JobEnded | None = None
         self._groups: dict[str, str] = {}
         """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
+        self._asked = False
         self._online = asyncio.Event()
         self._loading = asyncio.Lock()
 
@@ -522,6 +551,8 @@ class SiteJob:
         try:
             settings = wire_settings(self.offer.settings)
             self._ask_policy(settings)  # before a row is read
+            if not await self._approved():
+                return
             self.survey = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
@@ -553,6 +584,26 @@ class SiteJob:
         if refusal is not None:
             raise refusal
 
+    async def _approved(self) -> bool:
+        """Say what the job takes and, where the operator must approve it, wait. False: it ended first."""
+        for line in self.about.label:
+            LOG.info("job %s: label: %s", self.id, line)
+        for line in self.about.leaves:
+            LOG.info("job %s: leaves: %s", self.id, line)
+        while self.approval == "waiting":
+            if self.ended is not None:
+                return False
+            if is_approved(self.party.folder, self.offer):
+                self.approval = "approved"
+                LOG.info("job %s: approved", self.id)
+            elif not self._asked:
+                self._asked = True
+                LOG.warning("job %s: waits for approval: fed-site approve %s", self.id, self.id)
+                self.link.doing(self.id, "idle")
+            else:
+                await asyncio.sleep(APPROVAL_SECONDS)
+        return True
+
     def _refuse_job(self, refused: PolicyRefused) -> None:
         """One line here, one word to the coordinator, again at every new session."""
         self.refused = refused
@@ -578,6 +629,8 @@ class SiteJob:
             except PolicyRefused as refused:
                 self._refuse_job(refused)
                 raise
+            if not await self._approved():
+                raise TrainingFailed("stopped")
             found = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedcore_clients.approvals import FOLDER as APPROVALS
+from fedcore_clients.approvals import offer_digest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.jobs import Contributor, Party, SiteJob
@@ -51,7 +53,7 @@ LOG = logging.getLogger("fedcore.site")
 
 STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
 
-OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", STATUS_FILE)
+OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, STATUS_FILE)
 """What this process keeps in its folder, for its user alone."""
 
 CLOCKS_APART = 60.0
@@ -210,7 +212,9 @@ class Site:
             header = getattr(stage, "header", None)
             rows.append(
                 {
-                    "job": found.id, "task": found.offer.task,
+                    "job": found.id, "task": found.offer.task, "offer": offer_digest(found.offer),
+                    "protection": found.about.protection, "label": found.about.label,
+                    "leaves": found.about.leaves, "approval": found.approval,
                     "rounds": json.loads(found.offer.settings)["round"]["rounds"],
                     "stage": "over" if found.ended else type(stage).__name__.lower(),
                     "round": header.training_round if header is not None else None,

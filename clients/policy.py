@@ -121,6 +121,11 @@ class SitePolicy:
         """The smallest t of a plan that this site takes part in."""
         return self.rules.least_threshold or default_threshold(self.sites)
 
+    @property
+    def asks(self) -> bool:
+        """Whether every job waits for `fed-site approve`."""
+        return self.rules.jobs == "ask"
+
     def on_offer(self, task: str, digest: str, job: Job) -> PolicyRefused | None:
         """Task and terms of a job, before anything is read for it."""
         allowed = self.tasks.get(task)

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedcore_clients.approvals import approve_offer
 from fedcore_clients.main import STATUS_FILE
 
 from fedcore.edge import ago, waiting_text
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import read_json
 from fedcore.types import Json
 
@@ -68,11 +69,66 @@ def status_lines(status: Json) -> Iterator[str]:
         yield from _job_lines(job, now)
 
 
+def jobs_lines(status: Json) -> Iterator[str]:
+    """Every job that this site was offered, the oldest first, in words."""
+    if not status["jobs"]:
+        yield "no jobs yet"
+    for row in status["jobs"]:
+        asked = f"task {row['task']}, {row['protection'] or 'no plan fits'}, {row['rounds']} rounds"
+        yield f"job {row['job']}: {_where(row)} ({asked})"
+        if row["refused"]:
+            yield f"  refused: {row['refused']}"
+        elif row["label"]:
+            yield f"  {row['label'][0]}"
+
+
+def approve(folder: Path, job: str) -> Json:
+    """Approve the offer that this site has under an id; its row of the status, as it was then.
+
+    Raises UnknownName or BadInput for an id that this site was not offered, Refused for a job that is
+    over or that the policy refuses, StoreProblem.
+    """
+    rows = {row["job"]: row for row in read_status(folder)["jobs"]}
+    if job not in rows:
+        if not rows:
+            raise BadInput(
+                f"job: found {job!r}, and no job at this site yet",
+                remedy="`fed-site jobs` lists the jobs that this site was offered",
+            )
+        raise UnknownName("job", job, rows)
+    row: Json = rows[job]
+    if row["refused"]:
+        raise Refused(
+            f"job {job}: found it refused by the policy of this site, expected one that waits: "
+            f"{row['refused']}",
+            remedy="an approval does not widen [policy]: change the key in site.toml, start fed-site again",
+        )
+    if row["stage"] == "over":
+        raise Refused(
+            f"job {job}: found it over ({row['outcome']}), expected one that waits",
+            remedy="`fed-site jobs` lists the jobs that wait for approval",
+        )
+    approve_offer(folder, job, row["offer"])
+    return row
+
+
+def _where(row: Json) -> str:
+    if row["stage"] == "over":
+        return f"over ({row['outcome']})"
+    if row["refused"]:
+        return "refused"
+    if row["approval"] == "waiting":
+        return f"waiting for approval: fed-site approve {row['job']}"
+    if row["round"] is not None:
+        return f"round {row['round']} of {row['rounds']}, {row['stage']}"
+    return str(row["stage"])
+
+
 def _job_lines(job: Json, now: float) -> Iterator[str]:
-    where = f"over ({job['outcome']})" if job["stage"] == "over" else job["stage"]
-    if job["round"] is not None and job["stage"] != "over":
-        where = f"round {job['round']} of {job['rounds']}, {where}"
-    yield f"job {job['job']}: {where}"
+    yield f"job {job['job']}: {_where(job)}"
+    if job["stage"] != "over":
+        yield from (f"  {line}" for line in job["label"])
+        yield from (f"  leaves: {line}" for line in job["leaves"])
     if job.get("waiting") and job["stage"] != "over":
         yield f"  {waiting_text(job['waiting'], now)}"
     if job["model_sha256"] and job["model_round"]:

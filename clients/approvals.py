@@ -1,0 +1,43 @@
+"""The operator's word for a job, where `jobs = "ask"`: one small file for each job that was approved.
+
+`fed-site approve` writes it, the running process looks for it, and neither waits for the other: the
+journal belongs to the process. Invariant: a file approves one offer, by its SHA-256; another offer under
+the same id is not approved by it. Files are whole or not there, and for this user only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+from fedcore.files import read_json, write_json
+from fedcore.protocol.encoding import encode
+from fedcore.protocol.job import JobOffer
+from fedcore.store.disk import close_to_others, make_folder, sync_folder
+
+FOLDER = "approvals"
+
+
+def offer_digest(offer: JobOffer) -> str:
+    """SHA-256 over all that a coordinator offered: id, task, its hash, settings."""
+    return hashlib.sha256(encode(offer)).hexdigest()
+
+
+def _path(folder: Path, job: str) -> Path:
+    return folder / FOLDER / f"{job}.json"
+
+
+def is_approved(folder: Path, offer: JobOffer) -> bool:
+    """Whether this very offer was approved. Raises BadInput for a file that cannot be read."""
+    path = _path(folder, offer.job)
+    return path.is_file() and read_json(path).get("offer") == offer_digest(offer)
+
+
+def approve_offer(folder: Path, job: str, digest: str) -> None:
+    """Approve the offer of this id and digest; durable on return. Raises StoreProblem."""
+    path = _path(folder, job)
+    make_folder(path.parent)
+    close_to_others(folder, (FOLDER,))
+    write_json(path, {"job": job, "offer": digest, "approved": time.time()})
+    sync_folder(path.parent)
