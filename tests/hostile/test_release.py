@@ -337,7 +337,7 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
         "job": (resigned(job="job2"), HeaderRefused, "_check_same_job"),
         "pins": (resigned(pins="0" * 64), HeaderRefused, "_check_same_job"),
         "cohort": (
-            replace(resigned(roster=("ann", "bob"), threshold=2), survivors=("ann", "bob")),
+            replace(resigned(roster=("ann", "bob", "cat")), survivors=("ann", "bob", "cat")),
             shared.RosterRefused, "check_roster",
         ),
         "threshold": (resigned(threshold=1), ThresholdRefused, "check_round_threshold"),

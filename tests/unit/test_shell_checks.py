@@ -1,0 +1,260 @@
+"""What the shells check themselves, around the machines: a round out of the job's course, another sum than
+the announced one, an upload that no round waits for, a record of another site.
+
+Each lie is refused by one line of a shell, and the control is the same lie with that line switched off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields, replace
+
+import fedcore_clients.jobs
+import numpy as np
+import pytest
+from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.service import Coordinator
+from test_public_metrics import SITES, coordinated, loaded, plan_for, submitted
+
+from fedcore.config import build_job, plan_of
+from fedcore.errors import BadInput, PeerRefused, ReleaseRefused
+from fedcore.plan import RoundHeader, canonical
+from fedcore.protect.identity import roster_digest
+from fedcore.protect.secret import SecretBytes
+from fedcore.protect.sumtag import key_id
+from fedcore.protocol import coordinator, course, effects, job, messages, site
+from fedcore.protocol.shared import Standing
+from fedcore.store import container
+from fedcore.wire import frames
+from fedcore.wire.jobs import TO_COORDINATOR
+
+# ------------------------------------------------------------ a round out of the job's course
+
+
+def in_epoch(folder, protection, done=None):
+    """Site a of four with a plan of two rounds and a key epoch. done: the last step released here."""
+    settings = submitted(protect={"protection": protection})
+    shape = loaded(folder / "shape", settings).survey.shape
+    plan = plan_of(build_job(settings), shape, SITES, 64)
+    found = loaded(folder / "site", settings, job.PlanOffer("job", canonical(plan.to_json())))
+    payload = SecretBytes(found._scheme.make_payload())
+    found._use(payload, "a")
+    found.stage = site.Idle(Standing(1, key_id(payload.reveal())))
+    found.state = replace(found.state, done=done)
+    return found
+
+
+def header_of(found, purpose, training_round, number=1):
+    plan, pins = found.plan, roster_digest(found.party.pins)
+    return RoundHeader(
+        "town", "job", 1, number, training_round, purpose, SITES, pins, plan.threshold,
+        plan.protection, plan.digest,
+    )  # fmt: skip
+
+
+def invited(found, header):
+    """What site a says to a round."""
+    before = len(found.link.said)
+
+    async def play():
+        await found._invited(messages.Announce(header))
+        await found.close()
+
+    asyncio.run(play())
+    return found.link.said[before:]
+
+
+UPDATE_1, UPDATE_2 = course.Step("update", 1), course.Step("update", 2)
+
+
+@pytest.mark.parametrize(
+    ("done", "purpose", "training_round"),
+    [
+        (None, "range", 0),  # the plan states the range
+        (None, "statistics", 0),  # no column is standardised
+        (None, "update", 0),
+        (None, "update", 3),  # of two
+        (None, "metrics", 2),
+        (UPDATE_1, "update", 1),  # the same step again, from another state
+        (UPDATE_2, "update", 1),
+        (UPDATE_2, "update", 2),
+        (course.Step("metrics", 3), "metrics", 3),  # the job is done
+        (course.Step("metrics", 3), "update", 2),
+    ],
+)
+def test_a_round_out_of_the_jobs_course_is_not_joined(
+    done, purpose, training_round, tmp_path, monkeypatch
+):
+    """Its rows would enter a sum twice, or one that the plan does not have."""
+    found = in_epoch(tmp_path / "1", "masked", done)
+    said = invited(found, header_of(found, purpose, training_round))
+    assert [type(each) for each in said] == [messages.Leave, job.AtRest]
+    assert isinstance(found.stage, site.Idle) and found.stage.standing.round == 0
+    assert found.last_error.startswith("step: found ")
+    control = in_epoch(tmp_path / "2", "masked", done)
+    monkeypatch.setattr(course, "check_step", lambda *_: None)
+    (keys,) = invited(control, header_of(control, purpose, training_round))
+    assert isinstance(keys, messages.Keys)
+
+
+@pytest.mark.parametrize(
+    ("done", "purpose", "training_round"),
+    [
+        (None, "update", 1), (None, "update", 2), (UPDATE_1, "update", 2),
+        (UPDATE_1, "metrics", 3), (UPDATE_2, "metrics", 3),
+    ],
+)  # fmt: skip
+def test_a_round_in_the_jobs_course_is_joined(done, purpose, training_round, tmp_path):
+    """A site may have missed rounds that were abandoned."""
+    found = in_epoch(tmp_path, "masked", done)
+    (keys,) = invited(found, header_of(found, purpose, training_round))
+    assert isinstance(keys, messages.Keys)
+
+
+# ------------------------------------------------------------ another sum than the announced one
+
+
+def vectors(found, header, tag):
+    """The slots of four sites, each with its share of the tag."""
+    layout = found._layout(header)
+    ask = effects.MakeVector(header, tag, ())
+    for place, name in enumerate(SITES):
+        values = np.arange(found.plan.coordinates, dtype=np.uint64) + np.uint64(1 + place)
+        wides = {wide.name: [1] * wide.count for wide in layout.spec.wides}
+        wides |= {mark: [0] for mark in layout.spec.marks}
+        slots = layout.pack(values, wides, place)
+        found.secrets.put_tag(slots, layout, ask, name)
+        yield slots
+
+
+def summed(found, slots):
+    """The chunks of the sum of these vectors, each encrypted anew; their masks would cancel."""
+    fold = found._scheme.fold(len(slots[0]))
+    for each in slots:
+        chunks = found.secrets.protect(each.copy(), (), found.plan.packing.slot_bits)
+        for place, chunk in enumerate(chunks):
+            fold.add(place, chunk)
+    return [bytes(chunk) for chunk in fold.total()]
+
+
+def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_path, monkeypatch):
+    """Two ciphertexts of one sum: the second is not the one whose digest every site was told."""
+    found = in_epoch(tmp_path, "layered")
+    header = header_of(found, "update", 1)
+    tag = found._tag(header)
+    found._marks = header.digest, dict.fromkeys(found._layout(header).spec.marks, 0)
+    slots = list(vectors(found, header, tag))
+    told, other = summed(found, slots), summed(found, slots)
+    assert told != other
+    asked = effects.OpenSum(
+        header, SITES, tag, container.vector_digest(told), sum(map(len, told))
+    )  # fmt: skip
+    opened, _ = found._opened(asked, told)
+    with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
+        found._opened(asked, other)
+    monkeypatch.setattr(fedcore_clients.jobs, "check_announced", lambda *_: None)
+    control, _ = found._opened(asked, other)
+    assert control == opened
+
+
+# ------------------------------------------------------------ an upload that no round waits for
+
+
+def collecting(folder):
+    """A coordinator whose job waits for the vectors of a, b and c; d was not invited."""
+    found = coordinated(folder, plan_for("encrypted"))
+    header = RoundHeader(
+        "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.house.pins), 3,
+        "encrypted", found.plan.digest,
+    )  # fmt: skip
+    found.stage, _ = coordinator.step(
+        found._hub, coordinator.Ready(), coordinator.Start(header, 1000), 0.0
+    )
+    assert isinstance(found.stage, coordinator.Collecting)
+    hub = Coordinator(found.house, None)
+    hub.jobs["job"] = found
+    return hub, header.digest
+
+
+def sends(hub, name, header, size=1000, of="job"):
+    """Whether a vector of this site was spooled."""
+    chunks = [bytes(size)]
+    data = container.to_bytes(chunks)
+    start = frames.UploadStart(of, header, container.vector_digest(chunks), len(data))
+    return hub._small(name, start, data)
+
+
+UNASKED = {
+    "a site that was not invited": ("d", lambda header: header, 1000),
+    "another round": ("a", lambda _: b"r" * 32, 1000),
+    "more bytes than a vector has": ("a", lambda header: header, 5000),
+}
+
+
+@pytest.mark.parametrize("what", UNASKED)
+def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, monkeypatch, caplog):
+    """Else any site fills the coordinator's disk."""
+    hub, header = collecting(tmp_path)
+    name, lie, size = UNASKED[what]
+    assert not sends(hub, name, lie(header), size)
+    assert "upload: found one" in caplog.text
+    assert hub.house.spool.rounds("job") == [] and hub.jobs["job"].backlog == 0
+    assert not sends(hub, name, lie(header), size, of="another job")
+    monkeypatch.setattr(CoordinatedJob, "expects", lambda *_: True)
+    sends(hub, name, lie(header), size)
+    assert hub.house.spool.rounds("job") == [lie(header)], "control: it is on the disk"
+
+
+def test_the_vector_that_a_round_waits_for_is_spooled(tmp_path):
+    hub, header = collecting(tmp_path)
+    assert sends(hub, "a", header)
+    assert set(hub.house.spool.complete("job", header)) == {"a"}
+    assert hub.jobs["job"].backlog == 1
+
+
+def test_a_transfer_that_no_round_waits_for_is_refused_before_its_first_part(tmp_path):
+    hub, header = collecting(tmp_path)
+    start = frames.UploadStart("job", header, b"d" * 32, 1000)
+    with pytest.raises(BadInput, match="upload: found one"):
+        hub._incoming("d", start)
+    assert hub.house.spool.rounds("job") == []
+    hub._incoming("a", start)
+
+
+# -------------------------------------------------------------------- a record of another site
+
+KINDS = [entry.kind for entry in TO_COORDINATOR.values()]
+OWN = [kind for kind in KINDS if "site" in {each.name for each in fields(kind)}]
+"""Every record that says itself which site it is of."""
+
+
+def blank(kind, name):
+    """A record of this type in which nothing is right but its site."""
+    found = object.__new__(kind)
+    for each in fields(kind):
+        object.__setattr__(found, each.name, name if each.name == "site" else b"")
+    return found
+
+
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
+def test_a_record_of_another_site_is_refused_whatever_it_says(kind, tmp_path):
+    found = coordinated(tmp_path)
+    before = {name: replace(view) for name, view in found.sites.items()}
+    with pytest.raises(PeerRefused, match="record: found one of another site from a"):
+        asyncio.run(found._on_message("a", blank(kind, "b")))
+    assert found.sites == before
+
+
+def test_a_site_agrees_to_a_plan_for_itself_only(tmp_path, monkeypatch):
+    found = coordinated(tmp_path)
+    agreed = job.PlanAgreed("job", "b", found.plan.digest)
+    with pytest.raises(PeerRefused):
+        asyncio.run(found._on_message("a", agreed))
+    assert not any(view.agreed for view in found.sites.values())
+    asyncio.run(found._on_message("b", agreed))
+    assert [name for name, view in found.sites.items() if view.agreed] == ["b"]
+
+
+def test_no_record_that_a_site_sends_lacks_its_sender():
+    """Shares have a signed head with the site, which the coordinator's machine checks."""
+    assert set(KINDS) - set(OWN) == {messages.Shares}
