@@ -1015,7 +1015,9 @@ class SiteJob:
         except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
             event = site.Superseded() if self._early is not None else None
             self._early = None
-        except (PeerRefused, Refused, BadInput) as error:
+        except (StoreProblem, OSError):
+            raise  # this site's disk, and nothing that the sum did
+        except Exception as error:  # noqa: BLE001 - a lying site chooses the integers of a sum
             self._note(error)
             assert self.secrets is not None
             sealed = self.secrets.seal_cause(error, asked.header, self.party.id, OsEntropy())

@@ -31,6 +31,7 @@
     |           |   `-- OffsetRefused  a part of it at another place than the next; `expected` is that place
     |           |-- Conflicting        a second request for the same thing, and a different one
     |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
+    |               `-- ImpossibleSum  integers that no honest vectors add up to: some site lies
     |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
     |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
     |-- DataLost              2  a stored file is gone and cannot be made again: what needs it fails
@@ -223,6 +224,10 @@ class Conflicting(ProtocolRefused):
 
 class ReleaseRefused(ProtocolRefused):
     """The release is not proved; no further round runs under this key epoch (PROTOCOL R)."""
+
+
+class ImpossibleSum(ReleaseRefused):
+    """PROTOCOL U: no vectors of honest sites have this sum; which site lied, the sum does not show."""
 
 
 class StoreProblem(FedcoreError):

@@ -229,18 +229,19 @@ class SiteShell:
     ) -> site.SumOpened:
         """Decrypt, check the tag, and find the state the sum leads to.
 
-        Raises TagRefused or ChunkRefused, also where this site's own marks are not in the sum. In one
-        process all sites hold the same key and were given the same chunks, so the first to open them
-        opens them for all; every site signs for itself.
+        Raises TagRefused or ChunkRefused, also where this site's own marks are not in the sum, and whatever
+        `lead` raises. In one process all sites hold the same key and were given the same chunks, so the
+        first to open them opens them for all; every site signs for itself.
         """
         check_announced(chunks, asked)
         if current.opened is None:
             with current.watch("unprotect"):
                 total, opened = self.secrets.open(chunks, current.layout, asked)
-                current.opened, current.total = opened, total
             current.led_to = current.state
             if current.lead is not None:
                 current.led_to = current.lead(opened, len(asked.survivors))
+            # Not before: where `lead` raises, the next site finds it out too.
+            current.opened, current.total = opened, total
         assert current.total is not None
         place = asked.header.place(self.member.id)
         current.layout.check_own(current.opened, current.marks[place], place)
@@ -557,13 +558,23 @@ class _Exchange:
                 self.hub.arrived[submit.site] = shell.spool
                 self._uploaded(submit.site)
             case effects.OpenSum():
-                self._site_step(shell, shell.open_sum(effect, self.current, self.hub.released))
+                self._open(shell, effect)
             case effects.Erase():
                 shell.spool = []
             case effects.Warn(text=text):
                 self.parties.warnings.append(f"{shell.member.id}: {text}")
             case effects.ShowNotice(notice=notice):
                 self.parties.warnings.append(f"{notice.site}: {shell.secrets.read_notice(notice)}")
+
+    def _open(self, shell: SiteShell, asked: effects.OpenSum) -> None:
+        """Open a sum; whatever fails in it is the one uniform refusal (PROTOCOL R, U)."""
+        event: Any
+        try:
+            event = shell.open_sum(asked, self.current, self.hub.released)
+        except Exception as error:  # noqa: BLE001 - raised again once the round is over
+            self.current.failure = self.current.failure or error
+            event = site.Refused(error, shell.sealed_cause(error))
+        self._site_step(shell, event)
 
     # -------------------------------------------------------------------------- the coordinator
 

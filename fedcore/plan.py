@@ -61,6 +61,9 @@ MAX_MASKED_SITES = 64
 EXCEEDS = "exceeds"
 """The mark of a site of which more coordinates exceed the range than the range rule tolerates."""
 
+WEIGHT_STEPS = 32
+"""A weight is a multiple of max_examples / 32: two sums then show an absent site's rows to 3 % of the cap."""
+
 METRIC = "metric:"
 """How the name of a metric's sums begins, among the wide integers of a vector."""
 
@@ -542,7 +545,7 @@ class RoundPlan:
 
     @property
     def weight_bits(self) -> int:
-        """L of a number of examples, at most max_examples."""
+        """L of a weight or of a number of rows, at most max_examples."""
         return self.max_examples.bit_length()
 
     @property
@@ -550,6 +553,17 @@ class RoundPlan:
         """Bytes of the salt that travels with every vector: 32 under `keystream`, else 0."""
         encrypts = self.protection in ENCRYPTS
         return SALT_BYTES if encrypts and not has_lattice(self.protection, self.cipher) else 0
+
+    @property
+    def weight_step(self) -> int:
+        """What weights are multiples of, so that they barely tell a site's rows (PROTOCOL H)."""
+        return max(1, self.max_examples // WEIGHT_STEPS)
+
+    def weight_of(self, rows: int) -> int:
+        """The weight of an update from `rows` training rows: the nearest step, at least one, and at most
+        max_examples. Every arm that weights by rows uses it."""
+        step = self.weight_step
+        return step * min(max(1, (rows + step // 2) // step), self.max_examples // step)
 
     @cached_property
     def update_vector(self) -> VectorSpec:

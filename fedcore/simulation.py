@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedcore.aggregate.optimisers import ServerState
+from fedcore.aggregate.possible import check_possible
 from fedcore.aggregate.released import applied, calibrated
 from fedcore.data.statistics import Statistics, finish_statistics, statistics_vector
 from fedcore.encode.pack import Opened
@@ -44,7 +45,6 @@ PREPARATORY = 0
 def federated_statistics(
     epoch: KeyEpoch,
     sites: Sequence[SiteRows],
-    max_examples: int,
     watch: Stopwatch,
     *,
     allow_few_sites: bool,
@@ -57,15 +57,17 @@ def federated_statistics(
         with watch("encode"):
             return statistics_of(sites[index].train)
 
-    def finish(opened: Opened) -> Statistics:
+    spec = statistics_vector(len(names), epoch.plan.max_examples)
+
+    def finish(opened: Opened, contributors: int) -> Statistics:
+        check_possible(epoch.plan, spec, opened, contributors)
         return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
 
-    def lead(opened: Opened, _: int) -> bytes:
-        return canonical(finish(opened).to_json())
+    def lead(opened: Opened, contributors: int) -> bytes:
+        return canonical(finish(opened, contributors).to_json())
 
-    spec = statistics_vector(len(names), max_examples)
     total = epoch.protected_sum(spec, PREPARATORY, contribute, b"", watch, lead=lead)
-    return finish(total.opened), total
+    return finish(total.opened, len(total.survivors)), total
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,14 @@ class Federation:
         def contribute(index: int) -> Contribution:
             return self.work(self.sites[index]).metrics(state)
 
-        last = self.plan.rounds + 1
-        return self._sum(self.plan.metrics_vector, last, contribute, state, None, self.absent(last))
+        def lead(opened: Opened, contributors: int) -> ServerState:
+            check_possible(self.plan, self.plan.metrics_vector, opened, contributors)
+            return state
+
+        last, spec = self.plan.rounds + 1, self.plan.metrics_vector
+        total = self._sum(spec, last, contribute, state, lead, self.absent(last))
+        lead(total.opened, len(total.survivors))  # `plain` has no site that looks before it is used
+        return total
 
     def absent(self, training_round: int) -> Absences:
         """Who leaves this training round, and at which stage."""
@@ -204,15 +212,14 @@ class Federation:
         training_round: int,
         contribute: Contribute,
         state: ServerState,
-        lead: Callable[[Opened, int], ServerState] | None,
+        lead: Callable[[Opened, int], ServerState],
         absences: Absences | None = None,
         witness: Witness | None = None,
     ) -> ProtectedTotal:
-        """lead: the state that a sum of so many sites leads to, which the release certificate names;
-        None where it stays as it is."""
+        """lead: the state that a sum of so many sites leads to, which the release certificate names."""
 
         def released(opened: Opened, contributors: int) -> bytes:
-            return self._canonical(lead(opened, contributors) if lead else state)
+            return self._canonical(lead(opened, contributors))
 
         return self.epoch.protected_sum(
             spec, training_round, contribute, self._canonical(state), self.watch, lead=released,

@@ -87,8 +87,13 @@ class SiteWork:
         return update, report
 
     def weighted(self, update: FloatVector) -> WideVector:
-        """The update times examples / max_examples, so that a weighted mean is one sum (float64)."""
-        return update.astype(np.float64) * (len(self.site.train) / self.plan.max_examples)
+        """The update times weight / max_examples, so that a weighted mean is one sum (float64)."""
+        return update.astype(np.float64) * (self.weight / self.plan.max_examples)
+
+    @property
+    def weight(self) -> int:
+        """The weight of this site's updates: its training rows in the plan's steps."""
+        return self.plan.weight_of(len(self.site.train))
 
     def exceeding(self, state: ServerState) -> Contribution:
         """A `range` vector: round 1 is trained, and how far its update reaches is counted."""
@@ -105,7 +110,7 @@ class SiteWork:
                 self.weighted(update), self.plan.packing.bits, state.bound, rounding
             )
         wides = {
-            "weight": [len(self.site.train)],
+            "weight": [self.weight],
             "over_range": [quantised.over],
             "over_half_range": [quantised.over_half],
             EXCEEDS: [int(exceeds(quantised.over, self.plan.coordinates))],

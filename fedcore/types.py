@@ -2,7 +2,7 @@
 
 - A **model** is one flat vector: parameters first, then the floating buffers that travel with it.
 - An **update** is `local - global`, `(d,) float32`: what to ADD to the global model.
-- A **weight** is the number of training examples behind an update, an int >= 1.
+- A **weight** is the training examples behind an update, in steps of the plan, an int >= 1.
 - A **slot** is one uint64 below 2^60 holding k fields; a **chunk** is the bytes of one transport unit.
 """
 

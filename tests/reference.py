@@ -360,8 +360,14 @@ def federation(
         report = fit(module, train[site], round_, site)
         return flat(module) - model, report
 
+    def weight_of(site: str) -> int:
+        """Rows to the nearest 32nd of the cap, at least one and never above it."""
+        step = max(1, cap // 32)
+        steps = math.floor(len(train[site]) / step + 0.5)
+        return step * min(max(steps, 1), cap // step)
+
     def weighted(change: np.ndarray, site: str) -> list[float]:
-        return [float(value) * (len(train[site]) / cap) for value in change]
+        return [float(value) * (weight_of(site) / cap) for value in change]
 
     def shared(model: np.ndarray) -> Callable[[str], Any]:
         put(module, model)
@@ -391,8 +397,8 @@ def federation(
         total, weight = np.zeros(len(state)), 0
         for site in settings.stayed.get(round_, sites):
             change, report = update(model, site, round_)
-            total = total + change.astype(np.float64) * len(train[site])
-            weight += len(train[site])
+            total = total + change.astype(np.float64) * weight_of(site)
+            weight += weight_of(site)
             reports.append(report)
         if reports:
             state = state + total / weight
@@ -416,7 +422,7 @@ def federation(
             uniforms = generator(seed, round_, site, "rounding").random(len(values))
             fields = quantise(values, settings.bits, bound, uniforms)
             totals = [a + b for a, b in zip(totals, fields, strict=True)]
-            weight += len(train[site])
+            weight += weight_of(site)
             beyond += over(values, bound)
             beyond_half += over(values, bound / 2)
             reports.append(report)

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedcore.aggregate.optimisers import ServerState, init_state
+from fedcore.aggregate.possible import check_possible
 from fedcore.aggregate.released import applied, calibrated
-from fedcore.data.statistics import Statistics, finish_statistics
+from fedcore.data.statistics import Statistics, finish_statistics, statistics_vector
 from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput
 from fedcore.plan import RoundPlan, canonical
@@ -72,11 +73,16 @@ class JobState:
         *,
         allow_few_sites: bool = False,
     ) -> JobState:
-        """The state that the sum of a step's vectors leads to. contributors: sites in the sum."""
+        """The state that the sum of a step's vectors leads to. contributors: sites in the sum.
+
+        Raises ImpossibleSum, and Refused for statistics of too few sites.
+        """
         moved = replace(self, done=step)
         match step.purpose:
             case "statistics":
                 names, ranges = [c[0] for c in columns], [(c[1], c[2]) for c in columns]
+                spec = statistics_vector(len(names), plan.max_examples)
+                check_possible(plan, spec, opened, contributors)
                 found = finish_statistics(
                     names, ranges, opened.wides, allow_few_sites=allow_few_sites
                 )
@@ -85,6 +91,8 @@ class JobState:
                 return replace(moved, server=calibrated(plan, self.server, opened, contributors))
             case "update":
                 return replace(moved, server=applied(plan, self.server, opened, contributors))
+            case "metrics":
+                check_possible(plan, plan.metrics_vector, opened, contributors)
         return moved
 
     def to_bytes(self) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fedcore.aggregate.adaptive_range import calibrated_bound, next_bound
 from fedcore.aggregate.optimisers import ServerState, apply_update
+from fedcore.aggregate.possible import check_finite, check_possible
 from fedcore.encode.pack import Opened
 from fedcore.encode.quantise import dequantise
 from fedcore.plan import EXCEEDS, RoundPlan
@@ -18,7 +19,11 @@ from fedcore.plan import EXCEEDS, RoundPlan
 def calibrated(
     plan: RoundPlan, state: ServerState, opened: Opened, contributors: int
 ) -> ServerState:
-    """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum."""
+    """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum.
+
+    Raises ImpossibleSum.
+    """
+    check_possible(plan, plan.range_vector, opened, contributors)
     values = contributors * plan.coordinates
     found = calibrated_bound(opened.wides["exceeding"], values, plan.range)
     return replace(state, bound=found, first_bound=found)
@@ -27,8 +32,9 @@ def calibrated(
 def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: int) -> ServerState:
     """The state after an `update` vector: dequantise, weighted mean, server step, range.
 
-    contributors: sites in the sum.
+    contributors: sites in the sum. Raises ImpossibleSum.
     """
+    check_possible(plan, plan.update_vector, opened, contributors)
     sums = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
     moved = apply_update(state, mean, plan.parameters, plan.server)
@@ -41,4 +47,5 @@ def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: i
         first=state.first_bound,
         sites=sum(opened.wides[EXCEEDS]),
     )
+    check_finite([moved.model, *moved.moments.values()])
     return replace(moved, bound=bound)

@@ -340,8 +340,9 @@ class FederatedFloat:
         for index in self._beside.survivors:
             site = self._federation.sites[index]
             update, report = self._federation.work(site).train(model, round_)
-            total += update.astype(np.float64) * len(site.train)
-            weight += len(site.train)
+            own = plan.weight_of(len(site.train))
+            total += update.astype(np.float64) * own
+            weight += own
             reports.append(report)
         if weight:
             self.state = apply_update(self.state, total / weight, plan.parameters, plan.server)

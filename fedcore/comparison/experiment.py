@@ -308,9 +308,7 @@ def _standardise_all(prepared: Prepared) -> None:
     # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
     plain = prepared.plan.protection == "plain"
     allow = plain or prepared.job.protect.single_site_features
-    found, _ = federated_statistics(
-        prepared.epoch, sites, prepared.plan.max_examples, prepared.watch, allow_few_sites=allow
-    )
+    found, _ = federated_statistics(prepared.epoch, sites, prepared.watch, allow_few_sites=allow)
     rows: Any = sites[0].train
     prepared.statistics, prepared.layout = found, rows.layout
     prepared.sites = [

@@ -83,7 +83,7 @@ def test_every_server_and_width_agrees_across_protections(server, bits):
 
 
 def test_one_round_is_the_weighted_mean_of_the_sites_models():
-    """A slow obvious reference: train each site from the same start and average by rows."""
+    """A slow obvious reference: train each site from the same start and average by the plan's weights."""
     found = run(rounds=1, protection="plain", bits=24, arms=("federated", "federated_float"))
     from fedcore.comparison.experiment import job_for, prepare
 
@@ -104,8 +104,9 @@ def test_one_round_is_the_weighted_mean_of_the_sites_models():
             round_=1,
             site=site.id,
         )
-        total += prepared.flat.read().astype(float) * len(site.train)
-        weight += len(site.train)
+        own = prepared.plan.weight_of(len(site.train))
+        total += prepared.flat.read().astype(float) * own
+        weight += own
     mean = total / weight
     got = torch.cat([p.detach().reshape(-1) for p in found.model.parameters()]).numpy()
     np.testing.assert_allclose(got, mean, atol=1e-5)
@@ -175,7 +176,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
         return total
 
     monkeypatch.setattr(PlainSealer, "open", shifted)
-    result = run(protection="plain", range=0.1, adaptive_range=False).result
+    result = run(protection="plain", range=8.0, adaptive_range=False).result
     assert result["unequal_rounds"] == 3
     assert any("NOT the plain integer sum" in line for line in result["warnings"])
 
