@@ -26,7 +26,7 @@ from fedcore_clients.approvals import is_approved
 from fedcore_clients.policy import POLICY, SitePolicy
 from fedcore_clients.training import Loaded, TrainingFailed
 
-from fedcore.aggregate.jobstate import Column, JobState
+from fedcore.aggregate.jobstate import Column, JobState, without_metrics
 from fedcore.config import Job, build_job, plan_of
 from fedcore.encode.pack import Layout
 from fedcore.errors import (
@@ -41,7 +41,7 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import write_atomic
-from fedcore.label import Terms, label_of
+from fedcore.label import Terms, collusion, label_of
 from fedcore.leaving import leaving_of
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundHeader, RoundPlan, canonical
@@ -907,6 +907,7 @@ class SiteJob:
             await self._load_again()
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(self.id, self.plan, step, self.state)
+            found = self._without_isolating_metrics(found, header)
             self.link.doing(self.id, "protecting")
             made, small, salt = await asyncio.to_thread(self._protect, asked, found)
             self._vector = made.digest, small
@@ -925,6 +926,17 @@ class SiteJob:
             self._unable(job.UNABLE)
             event = site.Refused(error)
         self._queue.put_nowait(_Done(event, header.digest))
+
+    def _without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:
+        """Zeros for the metric sums where this cohort, beside an earlier release, would isolate fewer
+        sites than two honest ones (PROTOCOL H). All sites decide alike: state and cohort are theirs."""
+        assert self.plan is not None
+        assert self.state is not None
+        least = 2 + collusion(Terms.of_plan(self.plan)).active
+        if not self.state.isolates(header.roster, least):
+            return found
+        LOG.info("job %s: no metrics in round %s: they would isolate a site", self.id, header.round)
+        return found[0], without_metrics(self.plan, found[1])
 
     def _protect(
         self, asked: effects.MakeVector, found: Contribution
@@ -1040,7 +1052,7 @@ class SiteJob:
             wire_settings(self.offer.settings).get("protect", {}).get("single_site_features")
         )
         led_to = self.state.after(
-            self.plan, step, opened, len(asked.survivors), self.columns, allow_few_sites=allow
+            self.plan, step, opened, asked.survivors, self.columns, allow_few_sites=allow
         )
         candidate = self._kept_candidate(header.round, led_to)
         self._sums = header.round, step, dict(opened.wides), len(asked.survivors)

@@ -301,10 +301,15 @@ def first_range(updates: Sequence[Sequence[float]]) -> float:
     return 2.0**7
 
 
-def next_range(bound: float, beyond: int, beyond_half: int, values: int) -> float:
-    """Twice where more than 1 in 1000 exceeds R, half where fewer than 1 in 100 000 exceed R / 2."""
+def next_range(
+    bound: float, beyond: int, beyond_half: int, values: int, first: float, sites: int
+) -> float:
+    """Twice where more than 1 in 1000 exceeds R, half where fewer than 1 in 100 000 exceed R / 2.
+
+    It doubles only where this holds at two sites or more, and never beyond 4 times the first one.
+    """
     if 1000 * beyond > values:
-        return min(bound * 2, 2.0**10)
+        return min(bound * 2, 4 * first, 2.0**10) if sites >= 2 else bound
     if 100_000 * beyond_half < values:
         return max(bound / 2, 2.0**-20)
     return bound
@@ -410,11 +415,12 @@ def federation(
     parameters = [float(value) for value in start]
     bound = settings.start
     if bound is None:
-        first = [np.array(weighted(update(start, s, 1)[0], s)).astype(np.float32) for s in sites]
-        bound = first_range(first)
+        updates = [np.array(weighted(update(start, s, 1)[0], s)).astype(np.float32) for s in sites]
+        bound = first_range(updates)
+    first = bound
     for round_ in range(1, settings.rounds + 1):
         model, reports = np.array(parameters).astype(np.float32), []
-        totals, weight, beyond, beyond_half = [0] * len(parameters), 0, 0, 0
+        totals, weight, beyond, beyond_half, exceeding = [0] * len(parameters), 0, 0, 0, 0
         stayed = settings.stayed.get(round_, sites)
         for site in stayed:
             change, report = update(model, site, round_)
@@ -425,6 +431,7 @@ def federation(
             weight += weight_of(site)
             beyond += over(values, bound)
             beyond_half += over(values, bound / 2)
+            exceeding += 1000 * over(values, bound) > len(values)
             reports.append(report)
         step = bound / (2 ** (settings.bits - 1) - 1)
         offset = len(stayed) * 2 ** (settings.bits - 1)
@@ -433,7 +440,8 @@ def federation(
         ranges_.append(bound)
         overs.append(beyond)
         if settings.adaptive and stayed:
-            bound = next_range(bound, beyond, beyond_half, len(stayed) * len(parameters))
+            count = len(stayed) * len(parameters)
+            bound = next_range(bound, beyond, beyond_half, count, first, exceeding)
         model = arms["federated"].model = np.array(parameters).astype(np.float32)
         note(arms["federated"], task, reports, shared(model), test)
     raw_train = [splits[site][0].x.numpy() for site in sites]

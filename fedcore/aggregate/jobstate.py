@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput
 from fedcore.plan import RoundPlan, canonical
 from fedcore.protocol.course import Step
-from fedcore.types import FloatVector
+from fedcore.types import FloatVector, SiteId
 
 Column = tuple[str, float, float]
 """(name, low, high) of a standardised column: its public range."""
@@ -37,16 +37,26 @@ def model_digest(vector: FloatVector) -> str:
     return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
 
 
+def without_metrics(
+    plan: RoundPlan, wides: Mapping[str, Sequence[int]]
+) -> Mapping[str, Sequence[int]]:
+    """A site's wide integers with zeros for its metric sums."""
+    metrics = {wide.name for wide in plan.metric_sums}
+    return {n: [0] * len(v) if n in metrics else v for n, v in wides.items()}
+
+
 @dataclass(frozen=True)
 class JobState:
     """statistics: None before they are released, or where no column is standardised.
 
-    done: the last released step, None before the first.
+    done: the last released step, None before the first. shown: the survivors of each release whose metric
+    sums were not all zero, each set once, in the order of the releases.
     """
 
     server: ServerState
     statistics: Statistics | None = None
     done: Step | None = None
+    shown: tuple[tuple[SiteId, ...], ...] = ()
 
     @classmethod
     def initial(cls, plan: RoundPlan, model: FloatVector) -> JobState:
@@ -61,23 +71,46 @@ class JobState:
     def _about(self) -> dict[str, object]:
         statistics = self.statistics.to_json() if self.statistics else None
         done = [self.done.purpose, self.done.training_round] if self.done else None
-        return {"statistics": statistics, "done": done}
+        shown = [list(survivors) for survivors in self.shown]
+        return {"statistics": statistics, "done": done, "shown": shown}
+
+    def isolates(self, cohort: Sequence[SiteId], least: int) -> bool:
+        """Whether metric sums of a cohort, beside those of an earlier release, would be about fewer than
+        `least` sites: those in one of the two and not in the other (PROTOCOL H).
+
+        Class counts and other sums that hardly change from round to round would show these sites' share.
+        """
+        apart = (len(set(cohort) ^ set(survivors)) for survivors in self.shown)
+        return any(0 < sites < least for sites in apart)
+
+    def _shown_after(
+        self, plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]
+    ) -> tuple[tuple[SiteId, ...], ...]:
+        sums, these = (
+            (opened.wides[wide.name] for wide in plan.metric_sums),
+            tuple(sorted(survivors)),
+        )
+        if these in self.shown or not any(map(any, sums)):
+            return self.shown
+        return (*self.shown, these)
 
     def after(
         self,
         plan: RoundPlan,
         step: Step,
         opened: Opened,
-        contributors: int,
+        survivors: Sequence[SiteId],
         columns: Sequence[Column] = (),
         *,
         allow_few_sites: bool = False,
     ) -> JobState:
-        """The state that the sum of a step's vectors leads to. contributors: sites in the sum.
+        """The state that the sum of a step's vectors leads to. survivors: the sites in the sum, in order.
 
         Raises ImpossibleSum, and Refused for statistics of too few sites.
         """
-        moved = replace(self, done=step)
+        moved, contributors = replace(self, done=step), len(survivors)
+        if step.purpose in {"update", "metrics"}:
+            moved = replace(moved, shown=self._shown_after(plan, opened, survivors))
         match step.purpose:
             case "statistics":
                 names, ranges = [c[0] for c in columns], [(c[1], c[2]) for c in columns]
@@ -131,6 +164,7 @@ class JobState:
                 server,
                 Statistics.from_json(statistics) if statistics else None,
                 Step(str(done[0]), int(done[1])) if done else None,
+                tuple(tuple(map(SiteId, survivors)) for survivors in about["shown"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput("state: found bytes that are no saved state of a job") from error

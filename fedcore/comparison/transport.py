@@ -81,7 +81,10 @@ class MetricTransport:
         }
 
     def finish(self, wides: Mapping[str, Sequence[int]], sites: int) -> dict[str, float | None]:
-        """Summed integers of `sites` sites to values: {metric: value or None}."""
+        """Summed integers of `sites` sites to values: {metric: value or None}.
+
+        Sums that are all zero were not contributed (PROTOCOL H), or no site has a test row: None.
+        """
         values: dict[str, float | None] = {}
         for metric in self.metrics:
             values[metric.name] = metric.finish(
@@ -89,7 +92,8 @@ class MetricTransport:
             )
         for name in self.own:
             total, count = (v - sites * _OFFSET for v in wides[METRIC + name])
-            values[name] = total / count if count else None
+            given = any(wides[METRIC + name])
+            values[name] = total / count if given and count else None
         return values
 
 

@@ -352,10 +352,11 @@ class Verdict:
 
     def sums(self, job):
         """Every release of a job again, as plain sums, and the models of the sites against it."""
-        from fedcore.aggregate.jobstate import JobState
+        from fedcore.aggregate.jobstate import JobState, without_metrics
         from fedcore.comparison.localsite import LocalSite
         from fedcore.config import build_job, plan_of
         from fedcore.encode.pack import Opened
+        from fedcore.label import Terms, collusion
         from fedcore.learn.flat import single_thread
         from fedcore.protocol.course import Step
         from fedcore.protocol.encoding import decode
@@ -399,7 +400,11 @@ class Verdict:
                     name: [sum(map(int, v)) for v in zip(*(w[name] for _, w in found), strict=True)]
                     for name in found[0][1]
                 }
-                state = state.after(plan, step, Opened(fields, wides), len(found), first.columns)
+                if state.isolates(row["roster"], 2 + collusion(Terms.of_plan(plan)).active):
+                    wides = without_metrics(plan, wides)
+                state = state.after(
+                    plan, step, Opened(fields, wides), row["survivors"], first.columns
+                )
                 states.add(hashlib.sha256(state.canonical()).digest())
                 self.counts["sums made again"] += 1
         for name in sites:

@@ -50,7 +50,7 @@ async def asked(**changes):
         await training._process.wait()
         two = await training.contribute("j", plan, STATISTICS, state)
         own = Opened(two[0], two[1])
-        state = state.after(plan, STATISTICS, own, 1, loaded.columns, allow_few_sites=True)
+        state = state.after(plan, STATISTICS, own, ("va",), loaded.columns, allow_few_sites=True)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}
         row = await training.track("j", plan, LAST, state, zeros, 3)
         await training.forget("j")

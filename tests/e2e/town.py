@@ -27,10 +27,11 @@ from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_server.jobs import CoordinatedJob, House, Limits
 from policies import policy_of
 
-from fedcore.aggregate.jobstate import JobState
+from fedcore.aggregate.jobstate import JobState, without_metrics
 from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Opened
 from fedcore.errors import StoreFull
+from fedcore.label import Terms, collusion
 from fedcore.plan import canonical
 from fedcore.protect.identity import IdentityKey
 from fedcore.protocol import job as job_messages
@@ -366,7 +367,9 @@ class Town:
                 name: [sum(v) for v in zip(*(w[name] for _, w in found), strict=True)]
                 for name in found[0][1]
             }
-            state = state.after(plan, step, Opened(fields, wides), len(found))
+            if state.isolates(row["roster"], 2 + collusion(Terms.of_plan(plan)).active):
+                wides = without_metrics(plan, wides)
+            state = state.after(plan, step, Opened(fields, wides), row["survivors"])
         return state
 
     async def check(self, sites=SITES, rolled_back=()):

@@ -50,7 +50,7 @@ def run_by_hand(task, job, sources, order=None):
         ]
         opened = added(found)
         states = {
-            name: states[name].after(plan, step, opened, len(sites), site.columns)
+            name: states[name].after(plan, step, opened, tuple(sites), site.columns)
             for name, site in sites.items()
         }
         assert len({state.canonical() for state in states.values()}) == 1

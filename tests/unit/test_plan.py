@@ -520,3 +520,17 @@ def test_the_canonical_form_is_unique_and_has_no_nan():
     assert canonical({"a": 1.0}) == b'{"a":1.0}'
     with pytest.raises(ValueError, match="JSON"):
         canonical({"a": float("nan")})
+
+
+def test_weights_are_rows_in_32_steps_of_the_cap():
+    """At least one step, never above the cap, and off by at most half a step between."""
+    for cap in (1, 5, 31, 32, 33, 63, 64, 100, 512, 1000, 4096):
+        made = round_plan(max_examples=cap)
+        step = made.weight_step
+        assert step == max(1, cap // 32)
+        for rows in range(1, cap + 1):
+            weight = made.weight_of(rows)
+            assert weight % step == 0 and step <= weight <= cap
+            nearest = abs(weight - rows) * 2 <= step
+            assert nearest or rows < step or rows > cap - step
+    assert len({round_plan(max_examples=512).weight_of(rows) for rows in range(1, 513)}) == 32

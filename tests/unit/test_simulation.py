@@ -172,7 +172,8 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
 
     def shifted(self, chunks, slots):
         total = original(self, chunks, slots)
-        total[1:6] += 40_000  # some coordinates, far from canaries and marks
+        if total[1] > 50_000:  # some coordinates of an update, far from canaries and marks
+            total[1:6] += 40_000
         return total
 
     monkeypatch.setattr(PlainSealer, "open", shifted)
@@ -300,6 +301,7 @@ def test_own_metrics_survive_the_integers_with_their_sign():
     ]
     total = {"metric:m": [a + b for a, b in zip(*sums, strict=True)]}
     assert transport.finish(total, 2) == {"m": pytest.approx(-2.25 / 6)}
+    assert transport.finish({"metric:m": [0, 0]}, 2) == {"m": None}, "not contributed by rule"
 
 
 def prepared_run(**settings):

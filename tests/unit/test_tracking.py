@@ -42,7 +42,7 @@ def recorded(tmp_path_factory):
                 for name in found[0][1]
             }  # fmt: skip
             opened = Opened(sum(f.astype(np.uint64) for f, _ in found), sums)
-            state = state.after(plan, step, opened, len(sites), first.columns)
+            state = state.after(plan, step, opened, tuple(sites), first.columns)
             if step.purpose in {"update", "metrics"}:
                 for name, tracker in trackers.items():
                     rows.setdefault(name, []).append(tracker.row(step, state, sums, len(sites)))

@@ -1,0 +1,214 @@
+"""A lying site makes a sum that no honest vectors have: one uniform refusal everywhere (PROTOCOL U).
+
+The tag holds for such a sum: it proves whose vectors were added, not what was in them. All parties here
+are the real machines with real tags, masks and states; one site writes fields that its encoder never would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from kit import world_at
+from test_notices import deployed
+
+from fedcore.aggregate import jobstate, released
+from fedcore.aggregate.jobstate import JobState
+from fedcore.data.statistics import statistics_vector
+from fedcore.encode.pack import Layout
+from fedcore.errors import ImpossibleSum
+from fedcore.loopback import KeyEpoch, Stopwatch
+from fedcore.plan import (
+    EXCEEDS,
+    RangePlan,
+    RoundPlan,
+    ServerPlan,
+    TrainPlan,
+    Wide,
+    field_width,
+    solve_packing,
+)
+from fedcore.protocol import effects, messages, site
+from fedcore.protocol.course import Step
+
+SITES = ("a", "b", "c", "d", "e")
+LIAR, D, CAP = 4, 6, 1024
+TOP, WRAP = (1 << 16) - 1, 1 << field_width(16, len(SITES))
+COLUMNS = (("age", 0.0, 120.0),)
+WEIGHT, OVER, ACCURACY = D, D + 1, D + 3
+"""Fields of an update vector behind its coordinates: one limb each, over_half_range in between."""
+
+
+def plan_of(protection):
+    return RoundPlan(
+        task="t", task_digest="0" * 64, sites=SITES, protection=protection,
+        packing=solve_packing(16, len(SITES), protection), parameters=D, buffer_coordinates=0,
+        max_examples=CAP, rounds=9, train=TrainPlan(), server=ServerPlan(), range=RangePlan(start=1.0),
+        metric_sums=(Wide("metric:accuracy", 2, CAP.bit_length()),),
+    )  # fmt: skip
+
+
+HONEST = {"weight": [320], "over_range": [0], "over_half_range": [1], EXCEEDS: [0],
+          "metric:accuracy": [30, 40]}  # fmt: skip
+ROW = {"count": [60], "sum": [60 * 30_000], "square": [60 * 30_000**2], "contributes": [1],
+       "clipped": [0]}  # fmt: skip
+
+FIELDS = {
+    "no weight at all": (WEIGHT, WRAP - 4 * 320, "weight"),
+    "more weight than the cap": (WEIGHT, TOP, "weight"),
+    "a coordinate above the range": (0, WRAP - 1 - 4 * (1 << 15), "coordinates"),
+    "a coordinate below the range": (0, WRAP - 4 * (1 << 15), "coordinates"),
+    "more coordinates over the range than there are": (OVER, 5 * D + 1, "over_range"),
+    "more right answers than rows may be": (ACCURACY, 5 * CAP, "metric:accuracy"),
+}
+"""The field that the liar writes, what it puts there, and what the refusal names."""
+
+ROWS = {
+    "n S2 < S1^2": ROW | {"square": [0], "count": [CAP], "sum": [CAP * TOP]},
+    "sums beyond the rows": ROW | {"count": [5], "sum": [(1 << 27) - 1]},
+    "more clipped than rows": ROW | {"clipped": [CAP]},
+}
+
+
+class Town:
+    """Five sites and their coordinator, a liar among them."""
+
+    def __init__(self, protection):
+        self.plan = plan_of(protection)
+        self.epoch = KeyEpoch("job", self.plan)
+        self.heard = []
+        self.epoch.tap = self._tap
+        self.state = JobState.initial(self.plan, np.zeros(D, dtype=np.float32))
+        self.led_to = None
+
+    def _tap(self, to, message):
+        if to == messages.COORDINATOR:
+            self.heard.append(message)
+
+    def sum(self, purpose, lie=None):
+        """One round; the state that its release leads to."""
+        spec = self.plan.update_vector
+        if purpose == "statistics":
+            spec = statistics_vector(1, CAP)
+        step = Step(purpose, 1 if purpose == "update" else 0)
+
+        def contribute(index):
+            if purpose == "statistics":
+                return np.empty(0, dtype=np.uint64), lie if lie and index == LIAR else ROW
+            return np.full(D, 1 << 15, dtype=np.uint64), HONEST
+
+        def lead(opened, _):
+            self.led_to = self.state.after(self.plan, step, opened, SITES, COLUMNS)
+            return self.led_to.canonical()
+
+        self.epoch.protected_sum(spec, 1, contribute, b"state", Stopwatch(), lead=lead)
+        return self.led_to
+
+    def check_refused_alike(self, what):
+        """Every site is halted, each with the same length of words, and the others can read why."""
+        shells = self.epoch.shells
+        assert all(isinstance(shell.stage, site.Halted) for shell in shells.values())
+        words = [message for message in self.heard if isinstance(message, messages.Leave)]
+        assert {word.site for word in words} == set(SITES)
+        assert {word.code for word in words} == {messages.RELEASE_REFUSED}
+        assert len({len(word.sealed) for word in words}) == 1 and words[0].sealed
+        assert not any(isinstance(message, messages.Statement) for message in self.heard)
+        causes = {
+            shells["a"].secrets.read_notice(messages.Notice(word.header, word.site, word.sealed))
+            for word in words
+        }
+        assert len(causes) == 1
+        assert what in causes.pop()
+
+
+def lying(monkeypatch, field, value):
+    """The liar's encoder writes a field of its own: any w bits, where an honest one has at most b."""
+    honest = Layout._join
+
+    def join(self, coordinates, wides, place):
+        data = honest(self, coordinates, wides, place)
+        if place == LIAR and self.spec.purpose == "update":
+            data[field] = value
+        return data
+
+    monkeypatch.setattr(Layout, "_join", join)
+
+
+def unchecked(monkeypatch):
+    for module in (released, jobstate):
+        monkeypatch.setattr(module, "check_possible", lambda *_: None)
+    monkeypatch.setattr(released, "check_finite", lambda *_: None)
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+@pytest.mark.parametrize("lie", FIELDS)
+def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(
+    protection, lie, monkeypatch
+):
+    assert Town(protection).sum("update").done == Step("update", 1)  # control: honest sites
+    field, value, what = FIELDS[lie]
+    lying(monkeypatch, field, value)
+    town = Town(protection)
+    with pytest.raises(ImpossibleSum, match=what):
+        town.sum("update")
+    town.check_refused_alike(what)
+    unchecked(monkeypatch)  # control: the rule switched off
+    if lie == "no weight at all":  # then it is a fault of the arithmetic, and still one refusal
+        town = Town(protection)
+        with pytest.raises(ZeroDivisionError):
+            town.sum("update")
+        town.check_refused_alike("division by zero")
+    else:
+        assert Town(protection).sum("update").done == Step("update", 1)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
+@pytest.mark.parametrize("lie", ROWS)
+def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, monkeypatch):
+    assert Town("layered").sum("statistics").statistics.count == (300,)  # control
+    town = Town("layered")
+    with pytest.raises(ImpossibleSum, match="statistics"):
+        town.sum("statistics", ROWS[lie])
+    town.check_refused_alike("statistics")
+    unchecked(monkeypatch)
+    town = Town("layered")
+    if lie != "more clipped than rows":  # NaN as a spread, which no state's canonical form can hold
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            town.sum("statistics", ROWS[lie])
+        assert np.isnan(town.led_to.statistics.std).any()
+    else:
+        assert town.sum("statistics", ROWS[lie]).done == Step("statistics", 0)
+
+
+def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
+    tmp_path, monkeypatch
+):
+    """Before, only three classes were caught: the site said nothing, and all waited for its patience."""
+    world = world_at("state")
+    for found in deployed(world, "cat", tmp_path):
+        asked = effects.OpenSum(world.round_header, world.roster, b"t" * 32, b"d" * 32, 1)
+
+        async def chunks(*_):
+            return []
+
+        monkeypatch.setattr(found, "_fetch", chunks)
+        found.link = type("Link", (), {"doing": lambda *_: None})()
+        sealed = []
+        for error in (ZeroDivisionError("division by zero"), KeyError("x"), MemoryError()):
+            monkeypatch.setattr(found, "_opened", raising(error))
+            asyncio.run(found._open_sum(asked))
+            event = found._queue.get_nowait().event
+            assert isinstance(event, site.Refused) and event.error is error
+            sealed.append(event.sealed)
+        assert len({len(each) for each in sealed}) == 1 and sealed[0]
+        monkeypatch.setattr(found, "_opened", raising(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):  # the disk is not the sum: it is tried again
+            asyncio.run(found._open_sum(asked))
+
+
+def raising(error):
+    def work(*_):
+        raise error
+
+    return work
