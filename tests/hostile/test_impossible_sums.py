@@ -187,7 +187,9 @@ def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
     """Before, only three classes were caught: the site said nothing, and all waited for its patience."""
     world = world_at("state")
     for found in deployed(world, "cat", tmp_path):
-        asked = effects.OpenSum(world.round_header, world.roster, b"t" * 32, b"d" * 32, 1)
+        asked = effects.OpenSum(
+            world.round_header, world.roster, (b"",) * 5, b"t" * 32, b"d" * 32, 1
+        )
 
         async def chunks(*_):
             return []

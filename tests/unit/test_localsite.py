@@ -17,7 +17,7 @@ from fedcore.data.statistics import statistics_vector
 from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput, HeaderRefused
 from fedcore.learn.flat import single_thread
-from fedcore.plan import RoundHeader, RoundPlan
+from fedcore.plan import PLAN_VERSION, RoundHeader, RoundPlan
 from fedcore.protocol.course import Step, check_step, first_step, step_after
 from fedcore.task import load_task
 
@@ -110,7 +110,7 @@ def test_a_plan_comes_back_from_its_json(by_hand):
     _, plan, _ = by_hand
     assert RoundPlan.from_json(plan.to_json()) == plan
     for broken in ({}, plan.to_json() | {"colour": 1}, plan.to_json() | {"packing": {}}):
-        with pytest.raises(BadInput, match="version 1"):
+        with pytest.raises(BadInput, match=f"version {PLAN_VERSION}"):
             RoundPlan.from_json(broken)
 
 
