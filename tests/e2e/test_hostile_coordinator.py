@@ -1,0 +1,112 @@
+"""Attacks of a coordinator on real sites, across rounds, cohorts and jobs (PROTOCOL J H N G U V).
+
+Each is carried out twice: with the one rule switched off at the sites, where it reads what it is after, and
+with the rule. The sites are real processes; `tests/support` has the coordinator that lies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.attacked import COLLUDER, SITES, attacked, columns_of, is_vector, minus
+from support.hostile_coordinator import answers, attack, sums
+from support.unguarded_site import POLICY, SETTINGS, THRESHOLD, sent_by, switched_off
+
+ATTACKS = ("folds", "cohort", "downgrade")
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory):
+    """One deployment for all attacks; each has its own rows, and others for its positive control."""
+    tasks = [name for each in ATTACKS for name in (each, f"{each}_open")]
+    with attacked(tmp_path_factory.mktemp("attacked"), tasks) as found:
+        yield found
+        assert "Traceback" not in "".join(map(found.log, SITES))
+
+
+# -------------------------------------------------------------------- J: two jobs on the same rows
+
+
+def rows_by_fold(fed, task, victim="a", patients=3, gather=None):
+    """What differs between a job and others in which one site is offered another fold: the coordinator
+    alone, under `masked`. Rows of the victim, as (patients, columns)."""
+    base = {"rounds": 1, "protection": "masked", "fold": 1999, "folds": 2000}
+    read = []
+    for fold in [None, *range(patients)]:
+        offers = {} if fold is None else {victim: {"fold": fold}}
+        attack(fed.folder, offers=offers, stop_after=1, gather=gather)
+        job = fed.submit(task, **base)
+        fed.wait(job)
+        read += sums(fed.folder, job, "statistics")
+    whole = [each for each in read if victim in each["survivors"]]
+    return np.array([columns_of(whole[0]) - columns_of(each) for each in whole[1:]])
+
+
+def patients_read(fed, task, site, found):
+    """How many of these rows are patients of the site, each of the five numbers to a thousandth."""
+    rows, _ = fed.data(task, site)
+    return sum(bool((np.abs(rows - each).max(axis=1) < 2e-3).any()) for each in found)
+
+
+def test_two_jobs_in_which_one_site_is_offered_another_fold(fed):
+    with switched_off(fed.folder, SETTINGS):
+        found = rows_by_fold(fed, "folds_open")
+        assert patients_read(fed, "folds_open", "a", found) == 3
+    assert len(rows_by_fold(fed, "folds", gather=1.0)) == 0
+    assert "plan digest: found" in fed.log("a"), "it took no part, for this reason"
+
+
+# ------------------------------------------------------------------------- N: a cohort below t
+
+
+def vectors_of_a(fed, task):
+    """Purposes of the rounds of which two colluding sites read a's vector, in a cohort of three: the label
+    of four sites under t = 4 says that two colluders read nothing."""
+    attack(
+        fed.folder, cohort=["a", "c", COLLUDER], header={"threshold": 3}, stop_after=3,
+        key=str(fed.folder), gather=1.0,
+    )  # fmt: skip
+    job = fed.submit(task, rounds=1, threshold=4)
+    fed.wait(job)
+    read = []
+    for each in sums(fed.folder, job):
+        given_away = [
+            sent_by(fed.folder, job, each["purpose"], name)[0] for name in ("c", COLLUDER)
+        ]
+        (own,) = sent_by(fed.folder, job, each["purpose"], "a")
+        if is_vector(minus(each, *given_away), own):
+            read.append(each["purpose"])
+    return read
+
+
+def test_a_cohort_of_three_under_a_threshold_of_four(fed):
+    with switched_off(fed.folder, THRESHOLD):
+        assert vectors_of_a(fed, "cohort_open") == ["statistics", "range", "update"]
+    assert vectors_of_a(fed, "cohort") == []
+    assert "roster: found 3 sites, expected at least 4" in fed.log("a")
+
+
+# ------------------------------------------------------------------- 4: a job with less protection
+
+DOWNGRADES = {
+    "plain": {"protect.protection": "plain"},
+    "encrypted, and statistics of one site": {
+        "protect.protection": "encrypted", "protect.single_site_features": True,
+    },
+}  # fmt: skip
+
+
+def answers_to(fed, task, offer):
+    """What the sites say to a job of which each was offered this, and how many read their rows for it."""
+    before = fed.reads(task)
+    attack(fed.folder, offers=dict.fromkeys(SITES, offer), survey=True)
+    job = fed.submit(task, rounds=1)
+    fed.wait(job)
+    return answers(fed.folder, job), fed.reads(task) - before
+
+
+@pytest.mark.parametrize("offer", DOWNGRADES.values(), ids=DOWNGRADES)
+def test_a_job_with_less_protection_than_the_policy_allows(fed, offer):
+    with switched_off(fed.folder, POLICY):
+        assert answers_to(fed, "downgrade_open", offer) == (dict.fromkeys(SITES, "able"), 4)
+    assert answers_to(fed, "downgrade", offer) == (dict.fromkeys(SITES, "policy"), 0)

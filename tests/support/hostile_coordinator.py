@@ -1,0 +1,332 @@
+"""A coordinator that lies: the real `fed-coordinator serve`, with some of its decisions turned.
+
+    patches = {HUB: hostile(folder)}             # Python that the process runs before its command
+    attack(folder, leave_out=["a", "b"], abandon=True)
+    job = fed.submit(...)
+    sums(folder, job)                            # what this coordinator opened
+
+gRPC, TLS, journal, spool, fold and both machines are the product's own: what is replaced are decisions
+that a coordinator takes alone (whom it offers what, which cohort it announces, whose vector it drops, when
+it gives a round up), and it writes down every sum it can open: under `masked` each of them, under `layered`
+those for which a colluding site gave it the key.
+
+Each job reads the attack once, when it is submitted, so tests of one deployment follow one another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ATTACK, SUMS, ANSWERS, CAUGHT = "attack.json", "sums.jsonl", "answers.jsonl", "caught.jsonl"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What the coordinator does in one job.
+
+    offers: site -> {setting: value} that this site alone is offered. leave_out: the site whose vector it
+    drops in its first, second, ... round; null for none. abandon: it keeps the sums of these rounds and
+    gives each round up instead of releasing it. cohort: it announces rounds to these sites only and waits
+    for nobody else. header: fields of the round header that it announces otherwise. key: the file with
+    the payload of a colluding site, for sums that are encrypted. forge: it makes each release that of
+    its own model, all parameters this value, by a checkpoint sealed under that site's G. survey: it
+    offers the job, writes down what the sites answer, and stops. stop_after: it stops after this many
+    rounds. gather: seconds that it waits for absent sites;
+    null for what federation.toml says.
+    """
+
+    offers: dict = field(default_factory=dict)
+    leave_out: list = field(default_factory=list)
+    abandon: bool = False
+    cohort: list = field(default_factory=list)
+    header: dict = field(default_factory=dict)
+    key: str = ""
+    forge: float | None = None
+    survey: bool = False
+    stop_after: int = 0
+    gather: float | None = None
+
+
+def hostile(folder):
+    """What the coordinator's process runs first."""
+    return (
+        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        f"from support.hostile_coordinator import install; install({str(folder)!r})\n"
+    )
+
+
+def attack(folder, **what):
+    """The attack of the next job; none without arguments."""
+    (Path(folder) / ATTACK).write_text(json.dumps(asdict(Attack(**what))))
+
+
+def sums(folder, job, purpose=None):
+    """The sums of this job that the coordinator opened, in order, each a dict:
+
+    purpose, round (of training), number, survivors, wides (name -> integers), coordinates (integers).
+    """
+    return [r for r in rows_of(folder, SUMS, job) if purpose in {None, r["purpose"]}]
+
+
+def answers(folder, job):
+    """site -> what it answered to the offer: the word that says why it cannot take part, or "able"."""
+    return {row["site"]: row["said"] for row in rows_of(folder, ANSWERS, job)}
+
+
+def rows_of(folder, name, job):
+    """The rows of a job in a file of this folder."""
+    path = Path(folder) / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["job"] == job]
+
+
+def add_row(folder, name, row):
+    """One row more."""
+    with (Path(folder) / name).open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------- inside the coordinator
+
+
+class Offers:
+    """The sessions, through which some sites are offered another job, and the plan that follows from it."""
+
+    def __init__(self, job, links):
+        self._job, self._links = job, links
+
+    def __getattr__(self, name):
+        return getattr(self._links, name)
+
+    def say(self, site, job, message):
+        from fedcore.plan import canonical
+        from fedcore.protocol.job import JobOffer, PlanOffer
+
+        if site in self._job.attack.offers:
+            if isinstance(message, JobOffer):
+                message = replace(message, settings=canonical(self.settings(site)))
+            elif isinstance(message, PlanOffer):
+                message = replace(message, plan=canonical(self.plan(site).to_json()))
+        self._links.say(site, job, message)
+
+    def settings(self, site):
+        """The tables that this site is offered."""
+        settings = json.loads(self._job.offer.settings)
+        for key, value in self._job.attack.offers.get(site, {}).items():
+            section, _, name = key.rpartition(".")
+            (settings[section] if section else settings)[name] = value
+        return settings
+
+    def plan(self, site):
+        """The plan that it finds itself."""
+        from fedcore.config import build_job, plan_of
+
+        job, complete = self._job, build_job(self.settings(site))
+        shape, cap = job.sites[site].shape, complete.protect.max_examples
+        return plan_of(complete, shape, tuple(job.house.pins), cap)
+
+
+def install(folder):
+    """Turn the decisions of every job of this process."""
+    import numpy as np
+    from fedcore_server import jobs, main, service
+    from support.unguarded_site import SETTINGS, switches
+
+    from fedcore.aggregate.jobstate import JobState
+    from fedcore.protect.entropy import OsEntropy
+    from fedcore.protocol import coordinator, effects, messages
+    from fedcore.protocol import job as job_messages
+    from fedcore.protocol.course import Step
+    from fedcore.wire import calls
+
+    folder = Path(folder)
+    switches(folder, [SETTINGS])  # its plan is the one that its sites find
+
+    class HostileJob(jobs.CoordinatedJob):
+        def __init__(self, house, links, offer):
+            path = folder / ATTACK
+            self.attack = Attack(**json.loads(path.read_text())) if path.exists() else Attack()
+            if self.attack.gather is not None:
+                house = replace(house, limits=replace(house.limits, gather=self.attack.gather))
+            super().__init__(house, Offers(self, links), offer)
+            self.begun = 0
+            self.forged, self.late, self.stated = None, asyncio.Event(), []
+
+        # what it hears before there is a plan
+
+        async def _on_message(self, name, message):
+            if isinstance(message, job_messages.Survey | job_messages.Unable):
+                said = getattr(message, "reason", "able")
+                add_row(folder, ANSWERS, {"job": self.id, "site": name, "said": said})
+            agreed = isinstance(message, job_messages.PlanAgreed) and self.plan is not None
+            if agreed and name in self.attack.offers:  # to its own plan
+                message = replace(message, plan_digest=self.plan.digest)
+            if self.forged is not None and isinstance(message, messages.Statement):
+                await self.hear_all(name, message)
+                return
+            await super()._on_message(name, message)
+
+        def _make_plan(self):
+            if not self.attack.survey:
+                super()._make_plan()
+            elif all(view.shape or view.unable for view in self.sites.values()):
+                self.end("stopped", "it has what it wanted")
+
+        # whom it invites, to what
+
+        def _gathered(self, present, wanted):
+            if not self.attack.cohort:
+                return super()._gathered(present, wanted)
+            return set(self.attack.cohort) <= set(present)
+
+        def _begin_round(self, step, roster):
+            if 0 < self.attack.stop_after <= self.begun:
+                self.end("stopped", "it has what it wanted")
+                return
+            roster = tuple(n for n in roster if n in (self.attack.cohort or roster))
+            self.begun, self.again = self.begun + 1, step
+            super()._begin_round(step, roster)
+
+        def _next_round(self):
+            if self.keeps and isinstance(self.stage, coordinator.Abandoned):
+                self.step = self.again  # the product goes on to the next round of training
+            super()._next_round()
+
+        def _machine(self, event, **more):
+            if isinstance(event, coordinator.Start):
+                event = replace(event, header=replace(event.header, **self.attack.header))
+                self.offer_forged(event.header)
+            super()._machine(event, **more)
+
+        # whose vector is in the sum
+
+        @property
+        def left_out(self):
+            """The site whose vector this round goes without; None for none."""
+            rounds = self.attack.leave_out
+            return rounds[self.begun - 1] if 0 < self.begun <= len(rounds) else None
+
+        async def _take_upload(self, name):
+            if name == self.left_out:
+                if isinstance(self.stage, coordinator.Collecting) and name not in self.stage.gone:
+                    self._machine(coordinator.Gone(name))
+                return
+            await super()._take_upload(name)
+
+        # what becomes of the sum
+
+        @property
+        def keeps(self):
+            """Whether this round ends without a release."""
+            return self.attack.abandon and self.left_out is not None
+
+        async def _handle(self, event):
+            ready = isinstance(event, jobs._Done) and isinstance(event.event, coordinator.SumReady)
+            if ready and isinstance(self.stage, coordinator.Summing):
+                self.write_down()
+                for name in self.stage.header.roster if self.keeps else ():
+                    self._machine(coordinator.Gone(name))
+            await super()._handle(event)
+            if ready and self.attack.stop_after and self.begun >= self.attack.stop_after:
+                self.end("stopped", "it has what it wanted")
+
+        def _obey(self, effect):
+            sent = isinstance(effect, effects.Send)
+            if sent and self.keeps and isinstance(effect.message, messages.Aggregate):
+                return
+            super()._obey(effect)
+
+        def write_down(self):
+            """The sum, if it can be opened here."""
+            from fedcore.protect.masked import MaskedSealer
+            from fedcore.store import container
+
+            header = self.stage.header
+            chunks = list(container.read(self._sum.path))
+            layout = self._layout(header)
+            if self.plan.protection == "masked":
+                sealer = MaskedSealer(self.plan.packing)
+            elif self.attack.key:
+                sealer = self.colluders().sealer
+            else:
+                return
+            total = sealer.open(chunks, layout.slots)
+            names = [each.site for each in self.stage.submissions]
+            opened = layout.unpack(total, [header.place(name) for name in names])
+            row = {
+                "job": self.id, "purpose": header.purpose, "round": header.training_round,
+                "number": header.round, "survivors": names,
+                "wides": {name: list(map(int, values)) for name, values in opened.wides.items()},
+                "coordinates": [int(value) for value in opened.coordinates],
+            }  # fmt: skip
+            add_row(folder, SUMS, row)
+
+        def colluders(self):
+            """What a colluding site has of this key epoch."""
+            return self._scheme.open_payload(
+                Path(self.attack.key, f"key-{self.id}").read_bytes(), "x"
+            )
+
+        # a state that nothing proves
+
+        def offer_forged(self, header):
+            """Before the round, a checkpoint of it with a certificate that no site signed."""
+            if self.attack.forge is None or header.purpose != "update":
+                return
+            lie = np.full(self.plan.parameters, self.attack.forge, dtype=np.float32)
+            done = Step(header.purpose, header.training_round)
+            forged = replace(JobState.initial(self.plan, lie), done=done)
+            secrets = self.colluders()
+            certificate = messages.Certificate(header, header.roster, b"x" * 32, b"y" * 32, ())
+            data = secrets.group.to_bytes() + forged.to_bytes()
+            sealed = secrets.seal_state(data, certificate, OsEntropy())
+            self.forged = self.house.spool.put(self.id, "forged", [sealed])
+            found = self.forged
+            offer = job_messages.CheckpointOffer(self.id, certificate, found.digest, found.size)
+            for name in header.roster:
+                self.links.say(name, self.id, offer)
+
+        async def hear_all(self, name, statement):
+            """Keep the statements back until every site has the forged checkpoint."""
+            self.stated.append((name, statement))
+            roster = self.stage.header.roster
+            if len(self.stated) < len(roster):
+                return
+            self.late.set()
+            while self.not_yet(roster):  # noqa: ASYNC110 - other processes say so, in a file
+                await asyncio.sleep(0.02)
+            for each, stated in self.stated:
+                await super()._on_message(each, stated)
+
+        def not_yet(self, roster):
+            """Whether some site is still at the forged checkpoint."""
+            return not set(roster) <= {row["site"] for row in rows_of(folder, CAUGHT, self.id)}
+
+        def _round_over(self):
+            released = isinstance(self.stage, coordinator.Released)
+            super()._round_over()
+            if released and self.late.is_set():
+                self.end("stopped", "it has what it wanted")
+
+        def download(self, what, digest):
+            if self.forged is not None and self.forged.digest == digest:
+                return self.forged
+            return super().download(what, digest)
+
+    class HostileCoordinator(service.Coordinator):
+        async def download(self, data, context):
+            """A forged checkpoint comes late: when its round waits for its certificate."""
+            start = calls.DOWNLOAD.takes.unpack(data, sender="a site")
+            found = self.jobs.get(start.job)
+            forged = getattr(found, "forged", None)
+            if forged is not None and forged.digest == start.digest:
+                await found.late.wait()
+            async for part in super().download(data, context):
+                yield part
+
+    jobs.CoordinatedJob = service.CoordinatedJob = HostileJob
+    main.Coordinator = HostileCoordinator
