@@ -69,7 +69,7 @@ class Terms:
     def of_plan(cls, plan: RoundPlan) -> Terms:
         """Those of a plan. It does not say whether a feature of few sites is taken: the job does."""
         return cls(
-            protection=plan.protection, sites=plan.sites, threshold=plan.threshold,
+            protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
             statistics="federated" if plan.inputs else "ranges",
         )  # fmt: skip
@@ -83,6 +83,7 @@ class Terms:
         protect = job.protect
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
+            cipher=protect.cipher,
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics="federated", single_site_features=protect.single_site_features,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from fedcore.errors import PlanRefused
 from fedcore.inspection import plan_page
 from fedcore.label import Collusion, Terms, collusion, label_of, label_warnings
 from fedcore.plan import (
+    ENCRYPTS,
     METRIC,
     PROTECTIONS,
     ModelShape,
@@ -304,12 +305,15 @@ def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
 def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(protection):
     names = tuple(f"site-{place}" for place in range(5))
     asked = {"protection": protection, "threshold": 4}
+    if protection in ENCRYPTS:
+        asked["cipher"] = "keystream"
     if protection != "encrypted":
         asked |= {"release": "coordinator", "public_metrics": True}
     job = build_job({"task": "heart"}, asked)
     shape = ModelShape("heart", "00", 21, 0, 13, "columns", (Wide(METRIC + "auc", 512, 10),))
     terms = Terms.of_job(job, names)
     assert terms == Terms.of_plan(plan_of(job, shape, names, 512))
+    assert (terms.cipher == "keystream") == (protection in ENCRYPTS)
     assert terms.threshold == 4 and terms.statistics == "federated"
     # The number of sites says as much as their names.
     assert label_of(Terms.of_job(job, 5)) == label_of(terms)

@@ -19,6 +19,7 @@ from test_public_metrics import SITES, coordinated, loaded, plan_for, submitted
 from fedcore.config import build_job, plan_of
 from fedcore.errors import BadInput, PeerRefused, ReleaseRefused
 from fedcore.plan import RoundHeader, canonical
+from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import roster_digest
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import key_id
@@ -127,11 +128,12 @@ def vectors(found, header, tag):
         yield slots
 
 
-def summed(found, slots):
+def summed(found, header, tag, slots):
     """The chunks of the sum of these vectors, each encrypted anew; their masks would cancel."""
-    fold = found._scheme.fold(len(slots[0]))
-    for each in slots:
-        chunks = found.secrets.protect(each.copy(), (), found.plan.packing.slot_bits)
+    fold, ask = found._scheme.fold(len(slots[0])), effects.MakeVector(header, tag, ())
+    layout = found._layout(header)
+    for name, each in zip(SITES, slots, strict=True):
+        chunks, _ = found.secrets.protect(each.copy(), layout, ask, name, OsEntropy())
         for place, chunk in enumerate(chunks):
             fold.add(place, chunk)
     return [bytes(chunk) for chunk in fold.total()]
@@ -144,10 +146,11 @@ def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_
     tag = found._tag(header)
     found._marks = header.digest, dict.fromkeys(found._layout(header).spec.marks, 0)
     slots = list(vectors(found, header, tag))
-    told, other = summed(found, slots), summed(found, slots)
+    told, other = (summed(found, header, tag, slots) for _ in range(2))
     assert told != other
     asked = effects.OpenSum(
-        header, SITES, tag, container.vector_digest(told), sum(map(len, told))
+        header=header, survivors=SITES, state_tag=tag, salts=(b"",) * len(SITES),
+        digest=container.vector_digest(told), size=sum(map(len, told)),
     )  # fmt: skip
     opened, _ = found._opened(asked, told)
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):

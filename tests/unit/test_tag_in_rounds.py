@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import fedcore
+from fedcore import loopback
 from fedcore.comparison.experiment import Experiment, job_for, prepare
-from fedcore.errors import TagRefused
+from fedcore.encode.pack import Layout
+from fedcore.errors import ReleaseRefused, TagRefused
 from fedcore.loopback import KeyEpoch, Stopwatch
 from fedcore.plan import (
     RangePlan,
@@ -28,6 +30,7 @@ from fedcore.plan import (
 )
 from fedcore.protect.masked import MaskedFold, MaskedSealer
 from fedcore.protect.sumtag import SumTag
+from fedcore.protocol import messages
 
 pytest.importorskip("tenseal.sealapi")
 
@@ -112,6 +115,38 @@ def test_without_the_check_it_is_accepted(protection, what, monkeypatch):
     assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
     assert opened.wides == {"weight": [300]} and (opened.coordinates == 300).all()
+
+
+def another_ciphertext(epoch):
+    """From now on the coordinator hands out other bytes than it announced: the same sum, and an
+    encrypted zero added to it."""
+
+    def tap(_, message):
+        if isinstance(message, messages.Aggregate):
+            hub, shell = epoch.hub, epoch.shells[ROSTER[0]]
+            slots = Layout(SPEC, epoch.plan.packing, len(ROSTER)).slots
+            fold = hub.scheme.fold(slots)
+            for chunks in (
+                *hub.arrived.values(),
+                shell.secrets.sealer.protect(np.zeros(slots, "u8")),
+            ):
+                for place, chunk in enumerate(chunks):
+                    fold.add(place, chunk)
+            hub.released = list(fold.total())
+
+    epoch.tap = tap
+
+
+def test_another_ciphertext_of_the_sum_than_the_announced_one_is_refused(monkeypatch):
+    """The tag holds for it; the control is the comparison of digests switched off."""
+    epoch = KeyEpoch("job", plan_of("encrypted"))
+    another_ciphertext(epoch)
+    with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
+        protected(epoch, 100)
+    monkeypatch.setattr(loopback, "check_announced", lambda *_: None)
+    control = KeyEpoch("job", plan_of("encrypted"))
+    another_ciphertext(control)
+    assert protected(control, 100).wides == {"weight": [300]}
 
 
 @pytest.mark.parametrize("protection", TAGGED)
