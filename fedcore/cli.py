@@ -65,6 +65,10 @@ Protection = Annotated[
     str | None,
     typer.Option("--protection", help="layered (default), masked, encrypted or plain."),
 ]
+Cipher = Annotated[
+    str | None,
+    typer.Option("--cipher", help="What encrypts under layered and encrypted: bfv or keystream."),
+]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds to run.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of model, split and training.")]
 Threshold = Annotated[
@@ -159,6 +163,7 @@ def simulate(
     job: JobFile = None,
     task: TaskName = None,
     protection: Protection = None,
+    cipher: Cipher = None,
     rounds: Rounds = None,
     seed: Seed = None,
     bits: Annotated[
@@ -178,7 +183,7 @@ def simulate(
     """Train one model over several sites on this machine, beside the arms it is compared with."""
     _starting("simulate", job or resume, task)
     settings = _settings(
-        set_, task=task, protection=protection, rounds=rounds, seed=seed, bits=bits,
+        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, seed=seed, bits=bits,
         threshold=threshold, drop=drop, dropout=dropout,
     )  # fmt: skip
     if resume is not None and (settings or job or out):
@@ -278,6 +283,7 @@ def up(
     job: JobFile = None,
     task: TaskName = None,
     protection: Protection = None,
+    cipher: Cipher = None,
     rounds: Rounds = None,
     seed: Seed = None,
     threshold: Threshold = None,
@@ -289,7 +295,13 @@ def up(
     """Rehearse a deployment here: a coordinator and one process a site over TLS, then `simulate`."""
     _starting("up", job, task)
     settings = _settings(
-        set_, task=task, protection=protection, rounds=rounds, seed=seed, threshold=threshold
+        set_,
+        task=task,
+        protection=protection,
+        cipher=cipher,
+        rounds=rounds,
+        seed=seed,
+        threshold=threshold,
     )
     say("loading torch")
     from fedcore import rehearsal
@@ -357,6 +369,7 @@ def compare(
     job: JobFile = None,
     task: TaskName = None,
     protection: Protection = None,
+    cipher: Cipher = None,
     rounds: Rounds = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
     threshold: Threshold = None,
@@ -370,7 +383,7 @@ def compare(
     """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
     _starting("compare", job, task)
     settings = _settings(
-        set_, task=task, protection=protection, rounds=rounds, threshold=threshold, drop=drop,
+        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, threshold=threshold, drop=drop,
         dropout=dropout,
     )  # fmt: skip
     say("loading torch")
@@ -407,12 +420,13 @@ def plan(
     ] = None,
     task: TaskName = None,
     protection: Protection = None,
+    cipher: Cipher = None,
     rounds: Rounds = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """The solved plan: packing, proof of headroom, bytes forecast, where the price jumps, label."""
-    settings = _settings(set_, task=task, protection=protection, rounds=rounds)
+    settings = _settings(set_, task=task, protection=protection, cipher=cipher, rounds=rounds)
     if where is not None and (where / "plan.json").is_file():
         from fedcore.files import read_json
 

@@ -77,7 +77,7 @@ def plan_page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore plan`."""
     packing = found["packing"]
     facts = [
-        f"plan {found['digest'][:16]}: {found['protection']}, {len(found['sites'])} sites "
+        f"plan {found['digest'][:16]}: {_protection(found)}, {len(found['sites'])} sites "
         f"(up to {packing['max_sites']}), {found['rounds']} rounds",
         f"encoding: {found['bits']} bits in fields of {found['field_width']}, "
         f"{found['fields_per_slot']} per slot of {found['slot_bits']} bits",
@@ -93,9 +93,10 @@ def plan_page(found: Json) -> RenderableType:
             f"{100 * found['used_fraction']:.0f} % used)",
         ]
     else:
-        facts.append(
-            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down"
-        )
+        facts += [
+            f"headroom: sums of {packing['max_sites']} values of {found['bits']} bits fit their fields",
+            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down",
+        ]
     missing = len(found["sites"]) - found["threshold"]
     facts += [
         f"threshold: {found['threshold']} of {len(found['sites'])} sites at every stage of a round, "
@@ -103,7 +104,11 @@ def plan_page(found: Json) -> RenderableType:
         f"public cap on one site's rows: {found['max_examples']}",
     ]
     table = grid("sites", "per slot", "degree", "bytes/parameter up")
-    for row in price_list(found["bits"], found["protection"]):
+    prices = price_list(
+        found["bits"], found["protection"], cipher=found.get("cipher", "bfv"),
+        lattice=found.get("lattice", "standard"),
+    )  # fmt: skip
+    for row in prices:
         price = row["bytes_up_per_parameter"]
         table.add_row(
             f"{row['from_sites']} to {row['to_sites']}", str(row["fields_per_slot"] or "-"),
@@ -114,3 +119,9 @@ def plan_page(found: Json) -> RenderableType:
     head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
     warnings = (Text(f"warning: {plain(warning)}") for warning in found.get("warnings", ()))
     return Group(*head, fitted(table), Text(), Text(found["label"]), *warnings)
+
+
+def _protection(found: Json) -> str:
+    """The protection as a plan names it, with the cipher where vectors are encrypted."""
+    cipher = found.get("cipher")
+    return f"{found['protection']} ({cipher})" if cipher else str(found["protection"])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcore.plan import (
+    ENCRYPTS,
     MASKS,
     MIN_SITES,
     RoundPlan,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _GIVEN = "of the models only the last one, which the plan gives it"
+_STREAMS = "What travels is encrypted by AES-256 streams of a secret that all sites share."
 _TWO_SITES = "of two sites in a sum, each can work out the other's update"
 
 
@@ -123,6 +125,8 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
     few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
     """
     lines = _masked(terms) if terms.protection in MASKS else list(_UNMASKED[terms.protection])
+    if terms.protection in ENCRYPTS and terms.cipher == "keystream":
+        lines[-1] += f" {_STREAMS}"
     if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
     if few_sites:

@@ -43,6 +43,13 @@ ENCRYPTS = ("encrypted", "layered")
 CIPHERS = ("bfv", "keystream")
 """What encrypts them: BFV (ring-LWE), or the words of an AES-256-CTR stream added in the slot ring."""
 
+SCHEMES = {
+    protection if cipher == "bfv" else f"{protection}-{cipher}": (protection, cipher)
+    for protection in PROTECTIONS
+    for cipher in (CIPHERS if protection in ENCRYPTS else CIPHERS[:1])
+}
+"""Every protection with every cipher it takes: {the name in a benchmark's rows: (protection, cipher)}."""
+
 LATTICES = ("standard", "wide")
 """Rings that `bfv` may use: the cheapest that is proved, or degree 4096 only, far from the table's edge."""
 

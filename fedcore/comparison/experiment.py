@@ -159,7 +159,12 @@ class Prepared:
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
-        about = {"label": self.label, "warnings": label_warnings(Terms.of_plan(self.plan))}
+        lattice = self.job.protect.lattice
+        about = {
+            "label": self.label,
+            "lattice": lattice,
+            "warnings": label_warnings(Terms.of_plan(self.plan)),
+        }
         return describe_plan(self.plan) | about | {"buffers_policy": self.flat.policy}
 
 

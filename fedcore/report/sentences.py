@@ -747,7 +747,7 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
         text += f", and summed under {_MASKS}"
     elif protection in ("encrypted", "layered"):
         text += f", put under {_MASKS}" if protection == "layered" else ""
-        text += ", and summed under BFV homomorphic encryption"
+        text += f", and summed under {_CIPHERS.get(plan.get('cipher', 'bfv'), 'encryption')}"
         if plan.get("degree"):
             primes = _primes(plan.get("coeff_modulus"))
             text += f" (ring degree {plan['degree']}{', ' + primes if primes else ''}; Microsoft SEAL through TenSEAL)"
@@ -774,6 +774,10 @@ def _methods_protection(result: Mapping[str, Any]) -> str:
     return text
 
 
+_CIPHERS = {
+    "bfv": "BFV homomorphic encryption",
+    "keystream": "additively homomorphic AES-256 keystreams (after Castelluccia, Mykletun and Tsudik 2005)",
+}
 _MASKS = "pairwise and self masks agreed anew in every round (X25519 with ML-KEM-768; after Bonawitz et al. 2017)"
 
 

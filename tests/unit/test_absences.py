@@ -24,7 +24,7 @@ from fedcore.comparison import api
 from fedcore.comparison.experiment import job_for, prepare
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
 from fedcore.files import read_json
-from fedcore.plan import MASKS, PROTECTIONS, default_threshold
+from fedcore.plan import MASKS, PROTECTIONS, SCHEMES, default_threshold
 from fedcore.protocol.absences import STAGES, Absence, earliest, outcome, parse_absence
 from fedcore.reproduction import reproduce
 from fedcore.run import all_abandoned, read_rounds
@@ -235,11 +235,14 @@ PATTERNS = {
     "metrics of three": ("5:submit:d",),
 }
 
+EVERY = {name: {"protection": p, "cipher": c} for name, (p, c) in SCHEMES.items()}
+"""The settings of every protection with every cipher it takes."""
+
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_protection_ends_where_plain_ends(pattern):
     drop = [part for text in PATTERNS[pattern] for part in text.split(",")]
-    plain, *others = (run(protection=protection, drop=drop) for protection in PROTECTIONS)
+    plain, *others = (run(**scheme, drop=drop) for scheme in EVERY.values())
     for found in others:
         assert found.result["model_sha256"] == plain.result["model_sha256"]
         assert found.result["unequal_rounds"] == 0
@@ -254,10 +257,10 @@ def test_every_protection_ends_where_plain_ends(pattern):
     )
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_chance_takes_the_same_sites_in_every_protection(protection):
+@pytest.mark.parametrize("scheme", EVERY)
+def test_chance_takes_the_same_sites_in_every_protection(scheme):
     settings = {"rounds": 6, "dropout": 0.25, "arms": ("federated",)}
-    plain, found = run(protection="plain", **settings), run(protection=protection, **settings)
+    plain, found = run(protection="plain", **settings), run(**EVERY[scheme], **settings)
     require_the_rounds_of(plain, found)
     assert found.result["model_sha256"] == plain.result["model_sha256"]
     survivors = [row["survivors"] for row in rows_of(plain)]
@@ -572,12 +575,12 @@ ABSENT = {
 }
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
+@pytest.mark.parametrize("scheme", EVERY)
 @pytest.mark.parametrize(
     ("round_", "arm"), [(2, "federated"), (3, "centralised"), (3, "federated")]
 )
-def test_an_interrupted_run_with_absences_resumes_to_the_same_bits(protection, round_, arm):
-    settings = ABSENT | {"protection": protection, "server": "fedadam", "range": None}
+def test_an_interrupted_run_with_absences_resumes_to_the_same_bits(scheme, round_, arm):
+    settings = ABSENT | EVERY[scheme] | {"server": "fedadam", "range": None}
     settings = {k: v for k, v in settings.items() if v is not None}
     whole = run(**settings)
 
@@ -622,9 +625,9 @@ def test_an_own_evaluation_that_draws_resumes_to_the_same_bits_after_an_abandone
     assert unmeasured(found) == unmeasured(whole)
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_a_run_with_absences_reproduces(protection):
-    found = run(**ABSENT, protection=protection)
+@pytest.mark.parametrize("scheme", EVERY)
+def test_a_run_with_absences_reproduces(scheme):
+    found = run(**ABSENT | EVERY[scheme])
     again = reproduce(found.directory, task=TASK)
     assert again.same, again.difference
 

@@ -486,3 +486,18 @@ def test_no_warning_where_there_is_nothing_to_change():
             assert label_warnings(terms_for(sites, protection=protection)) == []
     for sites, threshold in ((1, 0), (2, 0), (3, 2)):
         assert label_warnings(terms_for(sites, threshold, "plain")) == []
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "layered"])
+def test_the_label_names_the_streams_that_hide_what_travels(protection):
+    """The figures of collusion are the same: both ciphers' keys are shared by all sites."""
+    bfv, stream = (Terms(protection, 4, cipher=c) for c in ("bfv", "keystream"))
+    added = " What travels is encrypted by AES-256 streams of a secret that all sites share."
+    assert label_of(stream).replace(added, "") == label_of(bfv) and added in label_of(stream)
+    assert collusion(stream) == collusion(bfv)
+
+
+def test_a_plan_and_its_job_have_the_same_cipher_in_their_label():
+    job = build_job({"protection": "layered", "cipher": "keystream"})
+    assert Terms.of_job(job, 4).cipher == "keystream"
+    assert Terms.of_job(build_job({}), 4).cipher == "bfv"

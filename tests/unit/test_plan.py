@@ -13,6 +13,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.plan import (
     MAX_MASKED_SITES,
@@ -20,6 +21,7 @@ from fedcore.plan import (
     PLAN_VERSION,
     PROTECTIONS,
     RINGS,
+    SCHEMES,
     SECURITY_TABLE,
     Packing,
     RangePlan,
@@ -534,3 +536,86 @@ def test_weights_are_rows_in_32_steps_of_the_cap():
             nearest = abs(weight - rows) * 2 <= step
             assert nearest or rows < step or rows > cap - step
     assert len({round_plan(max_examples=512).weight_of(rows) for rows in range(1, 513)}) == 32
+
+
+# ------------------------------------------------------------------------------ ciphers and lattices
+
+
+@pytest.mark.parametrize(
+    ("protection", "cipher", "lattice", "found"),
+    [
+        ("masked", "keystream", "standard", r"protect\.cipher: found 'keystream' under 'masked'"),
+        ("plain", "keystream", "standard", r"protect\.cipher: found 'keystream' under 'plain'"),
+        (
+            "layered",
+            "keystream",
+            "wide",
+            r"protect\.lattice: found 'wide' under the cipher 'keystream'",
+        ),
+        ("masked", "bfv", "wide", r"protect\.lattice: found 'wide' under 'masked'"),
+    ],
+)
+def test_a_cipher_or_lattice_without_a_use_is_refused(protection, cipher, lattice, found):
+    with pytest.raises(PlanRefused, match=found) as refusal:
+        solve_packing(16, 4, protection, cipher=cipher, lattice=lattice)
+    assert "leave" in refusal.value.remedy
+    with pytest.raises(PlanRefused, match=found):
+        build_job({"protection": protection, "cipher": cipher, "lattice": lattice})
+    if cipher == "keystream" and lattice == "standard":
+        with pytest.raises(PlanRefused, match=found):
+            round_plan(protection=protection, cipher=cipher, packing=solve_packing(16, 4, "masked"))
+
+
+@pytest.mark.parametrize("what", ["cipher", "lattice"])
+def test_an_unknown_cipher_or_lattice_is_refused(what):
+    with pytest.raises(UnknownName, match=rf"protect\.{what}: found 'rot13'"):
+        solve_packing(16, 4, "layered", **{what: "rot13"})
+    with pytest.raises(BadInput, match=rf"protect\.{what}: found 'rot13'"):
+        build_job({what: "rot13"})
+
+
+@pytest.mark.parametrize("sites", [3, 16, 64])
+@pytest.mark.parametrize("bits", [2, 8, 16, 24])
+def test_a_wide_lattice_is_of_degree_4096_whatever_is_cheaper(bits, sites):
+    for size in (None, 10, 100_000):
+        packing = solve_packing(bits, sites, "layered", size, lattice="wide")
+        assert packing.ring.degree == 4096
+        assert packing.ring.proves(sites, packing.slot_bits)
+        assert SECURITY_TABLE[4096] - packing.ring.modulus_bits == 49
+    assert solve_packing(16, 4, "layered", 10).ring.degree == 2048  # the control
+    assert {row["degree"] for row in price_list(16, "layered", lattice="wide")} == {4096}
+
+
+def test_a_keystream_packs_as_masks_do_and_needs_no_headroom_but_its_width():
+    for bits, sites, size in ((16, 4, None), (24, 64, 500), (16, 64, 1_000_000)):
+        stream = solve_packing(bits, sites, "layered", size, cipher="keystream")
+        assert stream == solve_packing(bits, sites, "masked", size) and stream.ring is None
+    large = solve_packing(16, 1000, "encrypted", cipher="keystream")
+    assert large.field_width == 26
+    rows = price_list(16, "layered", cipher="keystream")
+    assert rows == price_list(16, "masked") and rows[-1]["to_sites"] == 64
+    assert price_list(16, "encrypted", limit=100, cipher="keystream")[-1]["to_sites"] == 100
+
+
+def test_a_plan_s_ring_and_cipher_agree():
+    """A packing of another cipher would be read as what it is not."""
+    words, ring = solve_packing(16, 4, "masked"), solve_packing(16, 4, "layered")
+    for protection, cipher, wrong in (
+        ("layered", "keystream", ring), ("layered", "bfv", words), ("masked", "bfv", ring),
+    ):  # fmt: skip
+        with pytest.raises(PlanRefused, match=r"packing: found (a|no) ring under"):
+            round_plan(protection=protection, cipher=cipher, packing=wrong)
+    for protection, cipher, right in (
+        ("layered", "keystream", words), ("layered", "bfv", ring), ("masked", "bfv", words),
+    ):  # fmt: skip
+        plan = round_plan(protection=protection, cipher=cipher, packing=right)
+        assert RoundPlan.from_json(plan.to_json()) == plan
+        assert plan.to_json().get("cipher") == (None if protection == "masked" else cipher)
+
+
+def test_the_names_of_schemes_are_those_of_protections_with_their_ciphers():
+    assert SCHEMES == {
+        "plain": ("plain", "bfv"), "encrypted": ("encrypted", "bfv"),
+        "encrypted-keystream": ("encrypted", "keystream"), "masked": ("masked", "bfv"),
+        "layered": ("layered", "bfv"), "layered-keystream": ("layered", "keystream"),
+    }  # fmt: skip

@@ -37,6 +37,7 @@ from fedcore.plan import (
     MASKS,
     PROTECTIONS,
     RINGS,
+    SCHEMES,
     Packing,
     RangePlan,
     RoundPlan,
@@ -56,10 +57,12 @@ FAR = 6 / np.sqrt(COORDINATES)
 """Six standard deviations: what unrelated values never reach, however often the tests run."""
 
 
-def plan_of(protection, sites=4, coordinates=COORDINATES):
+def plan_of(scheme, sites=4, coordinates=COORDINATES):
+    protection, cipher = SCHEMES[scheme]
     return RoundPlan(
         task="t", task_digest="", sites=tuple(f"site-{i}" for i in range(sites)),
-        protection=protection, packing=solve_packing(16, sites, protection, coordinates),
+        protection=protection, cipher=cipher,
+        packing=solve_packing(16, sites, protection, coordinates, cipher=cipher),
         parameters=coordinates, buffer_coordinates=0, max_examples=100, rounds=1,
         train=TrainPlan(), server=ServerPlan(), range=RangePlan(start=1.0),
     )  # fmt: skip
@@ -107,56 +110,56 @@ def is_noise(reading):
 # ------------------------------------------------------------------------------ what each party has
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_the_coordinator_reads_an_upload_under_plain_only(protection):
-    found = seen_under(protection)["parties"][COORDINATOR]
-    assert (is_the_update if protection == "plain" else is_noise)(found["message"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_coordinator_reads_an_upload_under_plain_only(scheme):
+    found = seen_under(scheme)["parties"][COORDINATOR]
+    assert (is_the_update if scheme == "plain" else is_noise)(found["message"])
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_the_coordinator_has_the_sum_unless_it_is_encrypted(protection):
-    found = seen_under(protection)["parties"][COORDINATOR]["sum"]
-    if protection in ENCRYPTS:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_coordinator_has_the_sum_unless_it_is_encrypted(scheme):
+    found = seen_under(scheme)["parties"][COORDINATOR]["sum"]
+    if SCHEMES[scheme][0] in ENCRYPTS:
         assert found is None
     else:
         assert abs(found["correlation"] - 1 / np.sqrt(4)) < FAR
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_another_site_has_the_mean_of_the_others_and_no_upload(protection):
-    found = seen_under(protection)["parties"][SITE]
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_another_site_has_the_mean_of_the_others_and_no_upload(scheme):
+    found = seen_under(scheme)["parties"][SITE]
     assert found["message"] is None
     assert abs(found["sum"]["correlation"] - 1 / np.sqrt(3)) < FAR
     assert found["sum"]["exact"] < 0.01
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_both_together_open_an_upload_without_masks(protection):
-    found = seen_under(protection)["parties"][BOTH]
-    assert (is_noise if protection in MASKS else is_the_update)(found["message"])
-    assert found["sum"] == seen_under(protection)["parties"][SITE]["sum"]
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_both_together_open_an_upload_without_masks(scheme):
+    found = seen_under(scheme)["parties"][BOTH]
+    assert (is_noise if SCHEMES[scheme][0] in MASKS else is_the_update)(found["message"])
+    assert found["sum"] == seen_under(scheme)["parties"][SITE]["sum"]
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_the_best_reading_is_the_upload_where_it_tells_anything_else_the_sum(protection):
-    for found in seen_under(protection)["parties"].values():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_best_reading_is_the_upload_where_it_tells_anything_else_the_sum(scheme):
+    for found in seen_under(scheme)["parties"].values():
         message = found["message"]
         told = message is not None and measured.tells_more_than_chance(message, COORDINATES)
         best = found["message"] if told or found["sum"] is None else found["sum"]
         assert {key: found["best"][key] for key in best} == best
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_beside_it_stands_the_same_round_under_plain(protection):
-    found = seen_under(protection)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_beside_it_stands_the_same_round_under_plain(scheme):
+    found = seen_under(scheme)
     plain = seen_under("plain")
     assert found["plain"] == plain["plain"] == plain["parties"]
     assert found["strip"] == plain["strip"]
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_what_is_written_is_small_json(protection):
-    plan, found = plan_of(protection), seen_under(protection)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_written_is_small_json(scheme):
+    plan, found = plan_of(scheme), seen_under(scheme)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["site"], found["other"], found["round"]) == (*plan.sites[:2], 3)
     assert (found["coordinates"], found["contributors"]) == (COORDINATES, 4)
@@ -174,9 +177,9 @@ def test_the_own_update_of_the_other_site_is_the_level_without_a_message():
     assert abs(seen_under("plain")["own"]) < FAR
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_who_left_the_round_is_neither_named_nor_counted(protection):
-    _, found = round_seen(plan_of(protection, sites=4), absences={"site-0": "submit"})
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_who_left_the_round_is_neither_named_nor_counted(scheme):
+    _, found = round_seen(plan_of(scheme, sites=4), absences={"site-0": "submit"})
     assert (found["site"], found["other"], found["contributors"]) == ("site-1", "site-2", 3)
     assert abs(found["parties"][SITE]["sum"]["correlation"] - 1 / np.sqrt(2)) < FAR
 
@@ -378,9 +381,10 @@ def quiet():
     return of
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_the_headline_says_what_each_party_could_read(quiet, protection):
-    said = words.headline(quiet(protection))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_headline_says_what_each_party_could_read(quiet, scheme):
+    protection, _ = SCHEMES[scheme]
+    said = words.headline(quiet(scheme))
     assert said == f"Of site-0's update in round 3, {HEADLINES[protection]}"
 
 
@@ -407,9 +411,10 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("protection", PROTECTIONS)
-def test_each_cell_says_what_was_read_with_its_numbers(quiet, protection):
-    section = words.section({"seen": quiet(protection)})
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_cell_says_what_was_read_with_its_numbers(quiet, scheme):
+    protection, _ = SCHEMES[scheme]
+    section = words.section({"seen": quiet(scheme)})
     coordinator, site, both = (cells[0].text for _, cells in section.rows)
     for found, wanted in zip((coordinator, both), CELLS[protection], strict=True):
         # A correlation of a sum ends in digits that depend on the updates.

@@ -13,11 +13,15 @@ from fedcore.errors import BadInput, PlanRefused, TagRefused
 from fedcore.learn.score import Scored
 from fedcore.learn.train import local_train
 from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import PROTECTIONS, VectorSpec, Wide
+from fedcore.plan import SCHEMES, VectorSpec, Wide
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
 SITES = {"a": 1, "b": 2, "c": 3}
+
+EVERY = {name: {"protection": p, "cipher": c} for name, (p, c) in SCHEMES.items()}
+"""The settings of every protection with every cipher it takes."""
+PROTECTED = [name for name in EVERY if name != "plain"]
 
 
 def data(site):
@@ -55,7 +59,7 @@ def unmeasured(found):
 
 
 def test_every_protection_gives_the_same_model_and_another_seed_another():
-    plain, *others = (run(protection=protection) for protection in PROTECTIONS)
+    plain, *others = (run(**scheme) for scheme in EVERY.values())
     for found in (*others, run(protection="layered")):
         assert found.result["model_sha256"] == plain.result["model_sha256"]
         assert found.result["unequal_rounds"] == 0
@@ -78,7 +82,7 @@ def test_every_server_and_width_agrees_across_protections(server, bits):
         "rounds": 2,
         "arms": ("federated",),
     }
-    hashes = {run(protection=p, **settings).result["model_sha256"] for p in PROTECTIONS}
+    hashes = {run(**scheme, **settings).result["model_sha256"] for scheme in EVERY.values()}
     assert len(hashes) == 1
 
 
@@ -142,15 +146,13 @@ def test_metrics_that_travelled_protected_equal_the_pooled_ones():
     )
 
 
-@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
-def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(
-    protection, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("scheme", PROTECTED)
+def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_path, monkeypatch):
     """Take one site's chunks out of the fold: the tag must notice, and the run must leave nothing."""
     from fedcore.protect.bfv import EncryptedFold
     from fedcore.protect.masked import MaskedFold
 
-    fold = MaskedFold if protection == "masked" else EncryptedFold
+    fold = EncryptedFold if scheme in {"encrypted", "layered"} else MaskedFold
     original, seen = fold.add, []
 
     def forgetful(self, index, chunk):
@@ -160,7 +162,7 @@ def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(
 
     monkeypatch.setattr(fold, "add", forgetful)
     with pytest.raises(TagRefused):
-        run(protection=protection)
+        run(**EVERY[scheme])
     assert not list(tmp_path.glob("runs/t-*"))
 
 
@@ -311,13 +313,13 @@ def prepared_run(**settings):
     return prepare(*job_for(make_task(), given))
 
 
-@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
-def test_an_epoch_s_secrets_do_not_follow_the_seed(protection, monkeypatch):
+@pytest.mark.parametrize("scheme", PROTECTED)
+def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
     """Two runs of one seed: equal models, and no upload of one is an upload of the other."""
     from fedcore.protect.bfv import EncryptedFold
     from fedcore.protect.masked import MaskedFold
 
-    fold = MaskedFold if protection == "masked" else EncryptedFold
+    fold = EncryptedFold if scheme in {"encrypted", "layered"} else MaskedFold
     original, sent = fold.add, []
 
     def record(self, index, chunk):
@@ -327,7 +329,7 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed(protection, monkeypatch):
     monkeypatch.setattr(fold, "add", record)
     uploads, hashes = [], set()
     for _ in range(2):
-        hashes.add(run(protection=protection, rounds=2).result["model_sha256"])
+        hashes.add(run(**EVERY[scheme], rounds=2).result["model_sha256"])
         uploads.append(list(sent))
         sent.clear()
     assert len(hashes) == 1
@@ -341,8 +343,8 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
 
     spec = VectorSpec("update", 6, (Wide("weight", 1, 20),))
     fields = np.full(6, 7, dtype=np.uint64)
-    for protection in ("encrypted", "masked", "layered"):
-        epoch = KeyEpoch("job", prepared_run(protection=protection).plan)
+    for scheme in PROTECTED:
+        epoch = KeyEpoch("job", prepared_run(**EVERY[scheme]).plan)
         uploads = []
         for target in (0, 0, 1):
             witness = Witness(target, 2)

@@ -20,6 +20,7 @@ from fedcore.encode.pack import Layout
 from fedcore.errors import ReleaseRefused, TagRefused
 from fedcore.loopback import KeyEpoch, Stopwatch
 from fedcore.plan import (
+    SCHEMES,
     RangePlan,
     RoundPlan,
     ServerPlan,
@@ -41,15 +42,18 @@ pytestmark = pytest.mark.usefixtures("no_drawings")
 ROSTER = ("ann", "bob", "cat")
 WIDES = (Wide("weight", 1, 20),)
 SPEC = VectorSpec("update", 6, WIDES)
-TAGGED = ("encrypted", "masked", "layered")
-FOLDS = {"encrypted": EncryptedFold, "masked": MaskedFold, "layered": EncryptedFold}
-SEALERS = {"encrypted": EncryptedSealer, "masked": MaskedSealer, "layered": EncryptedSealer}
+TAGGED = tuple(name for name in SCHEMES if name != "plain")
+BFV = {"encrypted", "layered"}
+FOLDS = {name: EncryptedFold if name in BFV else MaskedFold for name in TAGGED}
+SEALERS = {name: EncryptedSealer if name in BFV else MaskedSealer for name in TAGGED}
 
 
-def plan_of(protection):
+def plan_of(scheme):
+    protection, cipher = SCHEMES[scheme]
     return RoundPlan(
-        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection,
-        packing=solve_packing(16, len(ROSTER) + 1, protection), parameters=SPEC.coordinates,
+        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection, cipher=cipher,
+        packing=solve_packing(16, len(ROSTER) + 1, protection, cipher=cipher),
+        parameters=SPEC.coordinates,
         buffer_coordinates=0, max_examples=1 << 19, rounds=9, train=TrainPlan(), server=ServerPlan(),
         range=RangePlan(),
     )  # fmt: skip
@@ -66,16 +70,16 @@ def unchecked(monkeypatch):
 class Coordinator:
     """Keeps the first sum it released, and hands it out again instead of every later one."""
 
-    def __init__(self, monkeypatch, protection):
+    def __init__(self, monkeypatch, scheme):
         self.kept = None
-        honest = FOLDS[protection].total
+        honest = FOLDS[scheme].total
 
         def total(fold):
             released = list(honest(fold))
             self.kept = self.kept or released
             return iter(self.kept)
 
-        monkeypatch.setattr(FOLDS[protection], "total", total)
+        monkeypatch.setattr(FOLDS[scheme], "total", total)
 
 
 def protected(epoch, value, *, purpose="update", round_=7, state=b"model"):
@@ -95,23 +99,26 @@ ANOTHER = {
 }
 
 
-@pytest.mark.parametrize("protection", TAGGED)
+@pytest.mark.parametrize("scheme", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_a_released_sum_is_refused_where_it_does_not_belong(protection, what, monkeypatch):
-    Coordinator(monkeypatch, protection)
-    epoch = KeyEpoch("job", plan_of(protection))
+def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, monkeypatch):
+    Coordinator(monkeypatch, scheme)
+    epoch = KeyEpoch("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
         protected(epoch, 55, **ANOTHER[what])
 
 
-@pytest.mark.parametrize("protection", TAGGED)
+@pytest.mark.parametrize("scheme", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_without_the_check_it_is_accepted(protection, what, monkeypatch):
-    """The control: marks and canaries see nothing, so only the tag refuses it above."""
-    Coordinator(monkeypatch, protection)
+def test_without_the_check_it_is_accepted(scheme, what, monkeypatch):
+    """The control: marks and canaries see nothing, so only the tag refuses it above. A keystream is bound
+    to the header and state as the tag is, so for its control streams are the same in every round."""
+    Coordinator(monkeypatch, scheme)
     unchecked(monkeypatch)
-    epoch = KeyEpoch("job", plan_of(protection))
+    same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
+    monkeypatch.setattr("fedcore.scheme.stream_key", lambda *parts: same[parts[3]])
+    epoch = KeyEpoch("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
     assert opened.wides == {"weight": [300]} and (opened.coordinates == 300).all()
@@ -149,8 +156,8 @@ def test_another_ciphertext_of_the_sum_than_the_announced_one_is_refused(monkeyp
     assert protected(control, 100).wides == {"weight": [300]}
 
 
-@pytest.mark.parametrize("protection", TAGGED)
-def test_the_tag_s_header_and_state_are_of_this_very_sum(protection, monkeypatch):
+@pytest.mark.parametrize("scheme", TAGGED)
+def test_the_tag_s_header_and_state_are_of_this_very_sum(scheme, monkeypatch):
     """Of each sum's tags: one header for all sites, every sum another one, and the plan in all."""
     made = []
     honest = SumTag.tag
@@ -160,7 +167,7 @@ def test_the_tag_s_header_and_state_are_of_this_very_sum(protection, monkeypatch
         return honest(tag, slots, site)
 
     monkeypatch.setattr(SumTag, "tag", record)
-    plan = plan_of(protection)
+    plan = plan_of(scheme)
     epoch = KeyEpoch("job", plan)
     protected(epoch, 1, purpose="range", round_=0, state=b"start")
     protected(epoch, 1, purpose="update", round_=3, state=b"start")
@@ -176,7 +183,7 @@ def test_the_tag_s_header_and_state_are_of_this_very_sum(protection, monkeypatch
     assert headers[0].round < headers[1].round < headers[2].round
     for header in headers:
         assert (header.job, header.plan_digest, header.roster) == ("job", plan.digest, ROSTER)
-        assert (header.protection, header.threshold) == (protection, plan.threshold)
+        assert (header.protection, header.threshold) == (SCHEMES[scheme][0], plan.threshold)
     assert len({tags[0][2] for tags in sums}) == 3
 
 
@@ -197,8 +204,12 @@ SETTINGS = {"rounds": 3, "range": 0.25, "resamples": 20}
 
 
 @pytest.fixture(params=TAGGED)
-def protection(request):
+def scheme(request):
     return request.param
+
+
+def settings_of(scheme):
+    return dict(zip(("protection", "cipher"), SCHEMES[scheme], strict=True))
 
 
 @pytest.fixture
@@ -209,11 +220,11 @@ def in_tmp(tmp_path, monkeypatch):
 class Shift:
     """Adds 40 to the low field of five data slots of one opened sum; marks and canaries stay right."""
 
-    def __init__(self, monkeypatch, protection, which):
+    def __init__(self, monkeypatch, scheme, which):
         self.sums = 0
         # Whoever looks on folds and opens one upload too: not here, where sums are counted.
         monkeypatch.setattr("fedcore.comparison.arms.watch_one", lambda *_: None)
-        fold, sealer = FOLDS[protection], SEALERS[protection]
+        fold, sealer = FOLDS[scheme], SEALERS[scheme]
         total, open_ = fold.total, sealer.open
 
         def counted(fold):
@@ -230,31 +241,31 @@ class Shift:
         monkeypatch.setattr(sealer, "open", shifted)
 
 
-def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, protection, monkeypatch):
-    Shift(monkeypatch, protection, which=1)
+def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, scheme, monkeypatch):
+    Shift(monkeypatch, scheme, which=1)
     rows = []
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
-        fedcore.simulate(TASK, **SETTINGS, protection=protection, on_round=rows.append)
+        fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme), on_round=rows.append)
     assert all(row["arm"] != "federated" for row in rows)
     assert [path for path in Path().rglob("*") if path != Path("runs")] == []
 
 
-def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, protection, monkeypatch):
+def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, monkeypatch):
     """The control: marks and canaries see nothing; only the comparison with the twin does."""
-    honest = fedcore.simulate(TASK, **SETTINGS, protection=protection).result
-    Shift(monkeypatch, protection, which=1)
+    honest = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
+    Shift(monkeypatch, scheme, which=1)
     unchecked(monkeypatch)
-    result = fedcore.simulate(TASK, **SETTINGS, protection=protection).result
+    result = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
     assert result["rounds"] == 3 and result["unequal_rounds"] == 1
     assert result["model_sha256"] != honest["model_sha256"]
 
 
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_refused_round_does_not_advance_the_state(in_tmp, protection, which, monkeypatch):
-    settings = SETTINGS | {"protection": protection}
+def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, monkeypatch):
+    settings = SETTINGS | settings_of(scheme)
     experiment = Experiment(prepare(*job_for(TASK, settings)))
     federated = experiment.federated
-    Shift(monkeypatch, protection, which)
+    Shift(monkeypatch, scheme, which)
     for round_ in range(1, which):
         federated.step(round_)
     before = federated.save()
@@ -270,14 +281,14 @@ def test_a_refused_round_does_not_advance_the_state(in_tmp, protection, which, m
         assert after[key] == before[key], key
 
 
-def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, protection, monkeypatch):
+def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, scheme, monkeypatch):
     """Resumed with new keys and no attack, the run ends where an undisturbed one does."""
     from fedcore.comparison import api
 
-    settings = SETTINGS | {"protection": protection}
+    settings = SETTINGS | settings_of(scheme)
     whole = fedcore.simulate(TASK, **settings).result
     with monkeypatch.context() as attack:
-        Shift(attack, protection, which=2)
+        Shift(attack, scheme, which=2)
         with pytest.raises(TagRefused):
             fedcore.simulate(TASK, **settings, out="attacked")
     assert not Path("attacked/result.json").exists()
