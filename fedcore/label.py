@@ -129,21 +129,34 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
         lines[-1] += f" {_STREAMS}"
     if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
+    lines += _statistics(terms, few_sites)
+    lines.append(
+        "Not bounded by any of this: what the released model itself reveals about training rows; what a "
+        "row that changes between two jobs, or a site that is absent from one of two rounds, shows in the "
+        "difference of their sums and models; only differential privacy bounds that."
+    )
+    return "\n".join(lines)
+
+
+def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
+    """What sums over the sites' columns show, where there are any."""
+    said = []
+    if terms.statistics == "federated":
+        said.append(
+            "Exact sums of every column over all sites are opened before the first round, to whoever sees "
+            "a sum."
+        )
     if few_sites:
         names = ", ".join(few_sites)
-        lines.append(
+        said.append(
             f"Statistics of {names} come from fewer than 3 sites: their sums show those sites' rows."
         )
     elif few_sites is None and terms.single_site_features:
-        lines.append(
+        said.append(
             "Statistics of a feature may come from fewer than 3 sites: their sums then show those "
             "sites' rows."
         )
-    lines.append(
-        "Not bounded by any of this: what the released model itself reveals about training rows; "
-        "only differential privacy bounds that."
-    )
-    return "\n".join(lines)
+    return [" ".join(said)] if said else []
 
 
 def label_warnings(terms: Terms) -> list[str]:

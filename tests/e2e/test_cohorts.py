@@ -14,6 +14,7 @@ from fedcore_server.jobs import Limits
 from town import SITES, scene
 
 from fedcore.data.statistics import site_sums
+from fedcore.plan import canonical
 
 COLUMNS = (("age", 0.0, 100.0), ("chol", 0.0, 600.0))
 
@@ -116,4 +117,45 @@ def test_refused_statistics_end_the_job_if_nobody_else_comes(tmp_path, pool):
         assert "refused the statistics of 3 sites" in found.hub.outcome.text
 
     limits = Limits(stage=20.0, gather=0.3, minimum=3, grace=5.0, enough=3.0)
+    scene(tmp_path, pool, play, limits=limits)
+
+
+def asking(found, threshold):
+    """The job with this threshold, before the coordinator begins it."""
+    settings = found.settings | {"protect": found.settings["protect"] | {"threshold": threshold}}
+    found.settings, found.offer = settings, replace(found.offer, settings=canonical(settings))
+
+
+def test_a_smaller_cohort_does_not_lower_the_threshold(tmp_path, pool):
+    """t = 4 of 4 and three sites there: nothing begins before the fourth comes, `minimum` or not."""
+
+    async def play(found):
+        asking(found, 4)
+        for name in ("a", "b", "c"):
+            found.start(name)
+        found.start_hub()
+        await found.run(until=lambda: found.hub.progress.waiting_for == ("d",), seconds=30)
+        await asyncio.sleep(4 * limits.gather)
+        assert found.hub.plan is None and found.hub.rounds.known == []
+        found.start("d")
+        await found.run(seconds=50)
+        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.certificate.header.threshold == found.hub.plan.threshold == 4
+        await found.check()
+
+    limits = Limits(stage=20.0, gather=0.3, minimum=3, grace=5.0, enough=60.0)
+    scene(tmp_path, pool, play, limits=limits)
+
+
+def test_rounds_without_an_absent_site_keep_the_plans_threshold(tmp_path, pool):
+    async def play(found):
+        for name in ("a", "b", "c"):
+            found.start(name)
+        found.start_hub()
+        await found.run(seconds=50)
+        assert found.hub.outcome.outcome == "finished"
+        header = found.hub.certificate.header
+        assert (header.roster, header.threshold) == (("a", "b", "c"), found.hub.plan.threshold)
+
+    limits = Limits(stage=20.0, gather=0.3, minimum=3, grace=5.0, enough=60.0)
     scene(tmp_path, pool, play, limits=limits)

@@ -322,11 +322,26 @@ def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(pr
 def test_a_job_that_takes_features_of_few_sites_says_so_until_they_are_known():
     few = Terms.of_job(build_job({"task": "heart", "single_site_features": True}), 4)
     said = "Statistics of a feature may come from fewer than 3 sites"
-    assert any(line.startswith(said) for line in label_of(few).splitlines())
+    assert said in label_of(few).splitlines()[-2]
     assert said not in label_of(few, ["age"]) and "of age come from fewer" in label_of(few, ["age"])
     assert said not in label_of(few, []) and said not in label_of(
         replace(few, single_site_features=False)
     )
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+@pytest.mark.parametrize("few", [(), ("age",)])
+def test_a_label_says_that_sums_of_columns_are_opened_where_they_are(protection, few):
+    quiet = Terms(protection, 4)
+    before, after = (
+        label_of(replace(quiet, statistics=how), few).splitlines()
+        for how in ("ranges", "federated")
+    )
+    said = "Exact sums of every column over all sites are opened before the first round"
+    assert said in after[-2] and len(after) <= 8
+    assert said not in "\n".join(before)
+    assert ("of age come from fewer than 3 sites" in after[-2]) == bool(few)
+    assert before[-1] == after[-1]
 
 
 @pytest.mark.parametrize(
@@ -408,8 +423,9 @@ def test_four_hospitals_read_this():
         "is opened.",
         "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
         "each once; the result is right if no colluding site lies.",
-        "Not bounded by any of this: what the released model itself reveals about training rows; "
-        "only differential privacy bounds that.",
+        "Not bounded by any of this: what the released model itself reveals about training rows; what a "
+        "row that changes between two jobs, or a site that is absent from one of two rounds, shows in the "
+        "difference of their sums and models; only differential privacy bounds that.",
     ]
 
 
