@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedcore.edge import JobCommand, emit, say, stderr
 from fedcore.edge import run as run_command
-from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError
+from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
 
 app = typer.Typer(
     name="fedcore",
@@ -260,7 +260,7 @@ def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
         return []
     path, quoted = directory[0], shlex.quote(str(directory[0]))
     interrupted = isinstance(error, KeyboardInterrupt)
-    if isinstance(error, Abandoned):
+    if isinstance(error, Abandoned | GuardTripped):
         rows = path / "rounds.jsonl"
         return [f"what became of each round: {rows}"] if rows.is_file() else []
     if (path / "result.json").is_file():

@@ -9,6 +9,7 @@
     |   |-- PlanRefused       3  no packing proves headroom; carries the largest value that fits
     |   |-- PolicyRefused     3  this site's [policy] does not allow it; carries the coordinator's word
     |   |-- Unavailable       3  a protection whose library is missing or broken here
+    |   |-- GuardTripped      3  a site leaves a job whose released model it does not trust; carries why
     |   `-- PeerRefused       3  bytes from the other side break a rule of the round
     |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
     |       |-- TagRefused         3  the sum is not of exactly the listed survivors, this round, each once
@@ -45,7 +46,7 @@ value. `remedy` is the sentence the command line prints behind `hint:`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
 EXIT_TASK_FAILED = 1
@@ -117,6 +118,23 @@ class PolicyRefused(Refused):
 
 class Unavailable(Refused):
     """A protection that this machine cannot run; the others still can."""
+
+
+class GuardTripped(Refused):
+    """Sites leave a job: the released model is not one that honest training leads to (PROTOCOL G).
+
+    sites: which; round: of training, whose release led to it. cause: for other sites, without a number.
+    found: the numbers, for this site's own log.
+    """
+
+    def __init__(self, sites: Sequence[str], round_: int, cause: str, *, found: str = "") -> None:
+        some = len(sites) > 1
+        super().__init__(
+            f"guard: {'sites' if some else 'site'} {', '.join(sites)} {'leave' if some else 'leaves'} "
+            f"the job after round {round_}: {cause}" + (f" ({found})" if found else ""),
+            remedy="a site may lie, or the training diverges: compare the sites' records, lower train.lr",
+        )
+        self.sites, self.round, self.cause, self.found = tuple(sites), round_, cause, found
 
 
 class PeerRefused(Refused):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import Abandoned, AlreadyExists, BadInput
+from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
 from fedcore.files import read_json
 from fedcore.types import Json
 
@@ -34,7 +34,7 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
 
     If the block raises before a whole round was saved, the directory goes away again, and a former
     run that `force` replaces comes back. After an interrupt a new directory stays, to be resumed, and
-    one whose every round was abandoned stays with its rounds.
+    one whose every round was abandoned, or that a site left, stays with its rounds.
     Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`,
     and BadInput where it cannot be written.
     """
@@ -50,7 +50,7 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
         yield path
     except BaseException as error:
         saved = any((path / file).is_file() for file in ("checkpoint.pt", "result.json"))
-        telling = isinstance(error, KeyboardInterrupt | Abandoned) and former is None
+        telling = isinstance(error, KeyboardInterrupt | Abandoned | GuardTripped) and former is None
         if not (saved or telling):
             shutil.rmtree(path, ignore_errors=True)
             if former is not None:

@@ -22,6 +22,7 @@ from fedcore.aggregate.released import applied, calibrated
 from fedcore.data.statistics import Statistics, finish_statistics, statistics_vector
 from fedcore.encode.pack import Opened
 from fedcore.learn.flat import FlatModel
+from fedcore.learn.guard import Guard, judge_all
 from fedcore.learn.train import TrainReport
 from fedcore.loopback import (
     Contribute,
@@ -120,6 +121,7 @@ class Federation:
     metric_sums: `metric_sums(site, state)`, the wide integers of a site's metrics of the model the
     round starts from (they ride in the round's vector). statistics: canonical bytes of the federated
     statistics, which the state tag covers with the rest of what a site starts from.
+    guards: of the sites, in their order; none where nobody looks. released: the last released round.
     """
 
     task: Task
@@ -132,6 +134,13 @@ class Federation:
     statistics: bytes = b""
     leaving: Leaving = field(default_factory=Leaving)
     watch: Stopwatch = field(default_factory=Stopwatch)
+    guards: Sequence[Guard] = ()
+    released: int = 0
+
+    def judge(self, state: ServerState) -> None:
+        """Every site's guard looks at the last released state. Raises GuardTripped."""
+        with self.watch("evaluate"):
+            judge_all(self.guards, state, self.released)
 
     def work(self, site: SiteRows) -> SiteWork:
         """What this site computes, on the run's one module."""
@@ -158,7 +167,9 @@ class Federation:
 
         witness: filled with what others hold of one site, for `comparison/seen.py`.
         Raises RoundAbandoned where fewer sites than the threshold stay; `state` is then the next one's.
+        Raises GuardTripped, before anything is trained, where a site does not trust `state`.
         """
+        self.judge(state)
         plan, reports = self.plan, dict[int, TrainReport]()
 
         def contribute(index: int) -> Contribution:
@@ -176,6 +187,7 @@ class Federation:
             twin = released
             if total.twin is not total.opened:
                 twin = applied(plan, state, total.twin, len(survivors))
+        self.released = round_
         wides = total.opened.wides
         return RoundOutcome(
             released, twin, survivors, tuple(reports[index] for index in survivors),
@@ -187,8 +199,9 @@ class Federation:
         """The protected metrics-only round after the last one: the metric sums of the final model.
 
         It is training round R + 1, also of a run that was stopped before round R. Raises
-        RoundAbandoned.
+        RoundAbandoned, and GuardTripped where a site does not trust the final model.
         """
+        self.judge(state)
 
         def contribute(index: int) -> Contribution:
             return self.work(self.sites[index]).metrics(state)

@@ -9,6 +9,7 @@ FedAdam, FedYogi: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, with Adam's
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -116,6 +117,25 @@ def optimiser_of(plan: ServerPlan) -> ServerOptimiser:
     if plan.optimiser not in OPTIMISERS:
         raise UnknownName("round.server", plan.optimiser, OPTIMISERS)
     return OPTIMISERS[plan.optimiser]
+
+
+MOST_ADAPTIVE = (1.0 - BETA1) / math.sqrt(1.0 - BETA2) / (1.0 - BETA1 / math.sqrt(BETA2))
+"""Most of |first moment| / sqrt(second moment) of FedAdam and FedYogi, whatever the updates were.
+
+For every past update g, j rounds ago, second >= (1 - BETA2) BETA2^j g^2 in both (in Yogi it falls by the
+factor BETA2 a round at most, and stands at (1 - BETA2) g^2 or more after g), so
+|first| <= sum (1 - BETA1) BETA1^j |g| <= sqrt(second) times the sum of a geometric series. The correction
+of the bias, sqrt(1 - BETA2^t) / (1 - BETA1^t), is at most 1."""
+
+
+def largest_step(plan: ServerPlan, mean: float) -> float:
+    """Bound on what one round adds to a parameter when no mean update ever exceeded `mean`."""
+    match plan.optimiser:
+        case "fedavgm":
+            return plan.lr * mean / (1.0 - plan.momentum) if plan.momentum < 1.0 else math.inf
+        case "fedadam" | "fedyogi":
+            return plan.lr * min(MOST_ADAPTIVE, mean / TAU)
+    return plan.lr * mean
 
 
 def init_state(model: FloatVector, parameters: int, plan: ServerPlan, bound: float) -> ServerState:

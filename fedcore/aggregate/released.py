@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedcore.aggregate.adaptive_range import calibrated_bound, next_bound
-from fedcore.aggregate.optimisers import ServerState, apply_update
+from fedcore.aggregate.adaptive_range import MOST_GROWTH, calibrated_bound, next_bound
+from fedcore.aggregate.optimisers import ServerState, apply_update, largest_step
 from fedcore.aggregate.possible import check_finite, check_possible
 from fedcore.encode.pack import Opened
 from fedcore.encode.quantise import dequantise
@@ -49,3 +49,16 @@ def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: i
     )
     check_finite([moved.model, *moved.moments.values()])
     return replace(moved, bound=bound)
+
+
+def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
+    """Bounds on what one released round adds to a parameter and to a buffer (PROTOCOL G).
+
+    A sum of k updates is at most k R in every coordinate, R never exceeds 4 R_0, and the weight that
+    divides it is at least 1; k is taken as all sites.
+    """
+    bound = (
+        min(first_bound * MOST_GROWTH, plan.range.highest) if plan.range.adaptive else first_bound
+    )
+    mean = len(plan.sites) * bound * plan.max_examples
+    return largest_step(plan.server, mean), mean

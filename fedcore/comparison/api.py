@@ -31,7 +31,7 @@ from fedcore.comparison.experiment import (
 from fedcore.comparison.gap import summarise_cells
 from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
-from fedcore.errors import Abandoned, BadInput
+from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
 from fedcore.files import write_json
 from fedcore.run import Comparison, Run, all_abandoned, append_row, new_directory
 from fedcore.task import Task
@@ -252,6 +252,10 @@ def _compare_into(
             raise Abandoned(
                 f"seed {seed}, fold {fold}: {what}", remedy=abandoned.remedy
             ) from abandoned
+        except GuardTripped as tripped:
+            raise Refused(
+                f"seed {seed}, fold {fold}: {tripped}", remedy=tripped.remedy
+            ) from tripped
         results.append(result)
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:

@@ -23,6 +23,7 @@ from fedcore.comparison.seen import observe, watch_one
 from fedcore.data.rows import Rows
 from fedcore.errors import RoundAbandoned
 from fedcore.learn.flat import FlatModel
+from fedcore.learn.guard import GuardMemory
 from fedcore.learn.own import OwnModel
 from fedcore.learn.score import Scored, score
 from fedcore.learn.train import TrainReport
@@ -305,6 +306,8 @@ class Federated:
             "abandoned": self.abandoned,
             "summed": dict(self.summed),
             "seen": self.seen,
+            "guards": [guard.memory.to_json() for guard in self.federation.guards],
+            "released": self.federation.released,
             "seconds": dict(self.federation.watch.seconds),
         }
 
@@ -317,6 +320,9 @@ class Federated:
         self.seen = saved["seen"]
         self.abandoned = list(saved["abandoned"])
         self.summed = dict(saved["summed"])
+        self.federation.released = saved["released"]
+        for guard, memory in zip(self.federation.guards, saved["guards"], strict=True):
+            guard.memory = GuardMemory.from_json(memory)
         self.federation.watch.seconds.update(saved["seconds"])
 
 

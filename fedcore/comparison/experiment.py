@@ -46,11 +46,12 @@ from fedcore.data.rows import Layout, Rows, pool
 from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statistics, site_sums
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
-from fedcore.errors import Abandoned, BadInput, RoundAbandoned, UnknownName
+from fedcore.errors import Abandoned, BadInput, GuardTripped, RoundAbandoned, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.label import Terms, label_of, label_warnings
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, model_summary, single_thread
+from fedcore.learn.guard import Guard
 from fedcore.learn.saved import save_model
 from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
@@ -354,6 +355,10 @@ class Experiment:
             statistics=canonical(prepared.statistics.to_json()) if prepared.statistics else b"",
             leaving=prepared.leaving,
             watch=prepared.watch,
+            guards=tuple(
+                Guard(prepared.task, plan, s.id, s.train, flat, self.initial, job.run.seed)
+                for s in prepared.sites
+            ),
         )
         # The float arm must not add its training seconds to the protected arm's.
         floating = replace(self.federation, watch=Stopwatch())
@@ -854,28 +859,36 @@ def run_experiment(
     *,
     resume: bool = False,
 ) -> tuple[Experiment, Json]:
-    """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round."""
+    """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round.
+
+    Raises Abandoned where no round was released, GuardTripped where a site leaves the job; then there is
+    nothing to go on from.
+    """
     started, clock = datetime.now(UTC), time.perf_counter()
-    with single_thread(), closing(writer) if writer else nullcontext():
-        experiment = Experiment(prepared)
-        if writer is not None and resume:
-            writer.resume(experiment)
-        last = list(experiment.arms)[-1]
-        for row in experiment.rounds():
-            if writer is not None:
-                writer.row(row)
-            if on_round is not None and on_round(row) is STOP:
-                experiment.stopped = f"on_round returned STOP in round {row['round']}"
-            if row["arm"] == last and writer is not None:
-                writer.checkpoint(experiment)
     try:
+        with single_thread(), closing(writer) if writer else nullcontext():
+            experiment = Experiment(prepared)
+            if writer is not None and resume:
+                writer.resume(experiment)
+            _run_rounds(experiment, writer, on_round)
         experiment.require_a_release()
-    except Abandoned:
+        result = build_result(experiment, started, time.perf_counter() - clock)
+    except (Abandoned, GuardTripped):
         if writer is not None:
             writer.forget()
         raise
-    result = build_result(experiment, started, time.perf_counter() - clock)
     return experiment, result
+
+
+def _run_rounds(experiment: Experiment, writer: RunWriter | None, on_round: OnRound | None) -> None:
+    last = list(experiment.arms)[-1]
+    for row in experiment.rounds():
+        if writer is not None:
+            writer.row(row)
+        if on_round is not None and on_round(row) is STOP:
+            experiment.stopped = f"on_round returned STOP in round {row['round']}"
+        if row["arm"] == last and writer is not None:
+            writer.checkpoint(experiment)
 
 
 def job_json(task: Task, job: Job, kind: str = "run") -> Json:

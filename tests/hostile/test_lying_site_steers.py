@@ -1,0 +1,106 @@
+"""Lying sites steer the common model into a question about single rows of the others (PROTOCOL G).
+
+`steering.py` is the attack. The control reads three of three patients of another hospital; each rule alone
+stops it. What the rules do not stop is said where it is shown, and in docs/decisions/0018-the-guard.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+from steering import Steering, steer
+
+from fedcore.aggregate import released
+from fedcore.protocol import site
+
+VICTIM = 0
+FIRST_RANGE_UP = 4.0
+
+
+@pytest.fixture
+def any_range(monkeypatch):
+    """The range rule as it was: a count alone doubles it, without an end."""
+    real = released.next_bound
+
+    def without_the_rule(bound, over, half, values, plan, *, first, sites):
+        return real(bound, over, half, values, plan, first=plan.highest, sites=2)
+
+    monkeypatch.setattr(released, "next_bound", without_the_rule)
+
+
+# About 15 s: 44 rounds of the real protocol.
+@pytest.mark.usefixtures("any_range")
+def test_control_without_both_rules_three_of_three_patients_are_read(monkeypatch):
+    found = steer(monkeypatch, Steering(range_wanted=4.0), guarded=False)
+    assert found.tripped is None
+    assert found.ranges[-1] == 64 * found.ranges[0]
+    assert found.read == [True, True, True]
+
+
+@pytest.mark.usefixtures("any_range")
+def test_the_guard_alone_refuses_the_lying_site_by_round_8(monkeypatch):
+    found = steer(monkeypatch, Steering(range_wanted=4.0))
+    assert found.tripped is not None
+    assert found.tripped.round < found.used <= 8
+    assert "exceeded 1.5 times the best so far for 2 rounds in a row" in str(found.tripped)
+    assert not found.answers
+
+
+def test_the_range_rule_alone_leaves_one_lying_site_nothing_to_steer_with(monkeypatch):
+    """What it still does: it pulls at the model, with the same strength as any honest site."""
+    found = steer(monkeypatch, Steering(), protection="plain", guarded=False)
+    assert set(found.ranges) == {found.ranges[0]}
+    assert not found.answers
+    assert found.used == 60
+
+
+def test_with_both_rules_nobody_is_read(monkeypatch):
+    found = steer(monkeypatch, Steering(rounds=12))
+    assert set(found.ranges) == {found.ranges[0]}
+    assert not found.answers
+
+
+# ------------------------------------------------------------------------------------ what else it may try
+
+
+def test_two_lying_sites_widen_the_range_four_times_and_are_refused_by_round_8(monkeypatch):
+    found = steer(monkeypatch, Steering(liars=(2, 3)), protection="plain")
+    assert max(found.ranges) == FIRST_RANGE_UP * found.ranges[0]
+    assert found.tripped is not None
+    assert found.used <= 8
+    assert not set(found.tripped.sites) & {"switzerland", "va"}
+    assert not found.answers
+
+
+def test_two_lying_sites_whom_no_guard_stops_get_no_answer_in_60_rounds(monkeypatch):
+    found = steer(monkeypatch, Steering(liars=(2, 3)), protection="plain", guarded=False)
+    assert max(found.ranges) == FIRST_RANGE_UP * found.ranges[0]
+    assert found.read == []
+
+
+@pytest.mark.usefixtures("any_range")
+@pytest.mark.parametrize("per_year", [0.05, 0.4])
+def test_a_soft_question_reads_no_single_row(monkeypatch, per_year):
+    """A model that asks softly stays closer to an honest one, and its answers mix many rows."""
+    asked = Steering(range_wanted=4.0, per_year=per_year)
+    found = steer(monkeypatch, asked, protection="plain", guarded=False)
+    assert len(found.answers) == 5
+    assert found.read == [False, False, False]
+
+
+def test_another_sites_mark_is_found_by_that_site_which_refuses(monkeypatch):
+    """The sum may still be released where enough others sign it; the range stops at four times all the same."""
+    shells = {}
+    real = site.step
+
+    def step(member, stage, event, now):
+        shells[member.id], found = real(member, stage, event, now)
+        return shells[member.id], found
+
+    with pytest.MonkeyPatch.context() as first:
+        first.setattr(site, "step", step)
+        found = steer(first, Steering(mark_of=VICTIM, rounds=2))
+    assert isinstance(shells["cleveland"], site.Halted)
+    assert found.refused is not None
+    # Control: without the site's check of its own place one liar widens the range.
+    control = steer(monkeypatch, Steering(mark_of=VICTIM, rounds=3), protection="plain")
+    assert control.ranges[-1] == FIRST_RANGE_UP * control.ranges[0]
