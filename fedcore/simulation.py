@@ -21,8 +21,8 @@ from fedcore.aggregate.possible import check_possible
 from fedcore.aggregate.released import applied, calibrated
 from fedcore.data.statistics import Statistics, finish_statistics, statistics_vector
 from fedcore.encode.pack import Opened
+from fedcore.guard import Guard, judge_all
 from fedcore.learn.flat import FlatModel
-from fedcore.learn.guard import Guard, judge_all
 from fedcore.learn.train import TrainReport
 from fedcore.loopback import (
     Contribute,

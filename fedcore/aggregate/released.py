@@ -54,11 +54,11 @@ def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: i
 def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
     """Bounds on what one released round adds to a parameter and to a buffer (PROTOCOL G).
 
-    A sum of k updates is at most k R in every coordinate, R never exceeds 4 R_0, and the weight that
-    divides it is at least 1; k is taken as all sites.
+    A sum of k updates is at most k R in every coordinate (another is refused), R never exceeds 4 R_0, and
+    the weight that divides it is at least k steps.
     """
     bound = (
         min(first_bound * MOST_GROWTH, plan.range.highest) if plan.range.adaptive else first_bound
     )
-    mean = len(plan.sites) * bound * plan.max_examples
+    mean = bound * plan.max_examples / plan.weight_step
     return largest_step(plan.server, mean), mean

@@ -22,8 +22,8 @@ from fedcore.comparison.metrics import Scores
 from fedcore.comparison.seen import observe, watch_one
 from fedcore.data.rows import Rows
 from fedcore.errors import RoundAbandoned
+from fedcore.guard import GuardMemory
 from fedcore.learn.flat import FlatModel
-from fedcore.learn.guard import GuardMemory
 from fedcore.learn.own import OwnModel
 from fedcore.learn.score import Scored, score
 from fedcore.learn.train import TrainReport

@@ -48,10 +48,10 @@ from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, GuardTripped, RoundAbandoned, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
+from fedcore.guard import Guard
 from fedcore.label import Terms, label_of, label_warnings
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel, model_summary, single_thread
-from fedcore.learn.guard import Guard
 from fedcore.learn.saved import save_model
 from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedcore.data.kinds import kind_of
+from fedcore.data.kinds import Indices, kind_of
 from fedcore.data.rows import Rows
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.learn.flat import seeded
@@ -24,6 +24,10 @@ from fedcore.learn.train import place, predict, task_code
 from fedcore.task import Task
 
 EVALUATION_BATCH = 1024
+
+MOST_ROWS = 4096
+"""Training rows whose mean loss judges a model, evenly spaced where a site has more: it is known well
+enough, and the pass stays short beside an epoch."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,37 @@ def _not_a_sum(where: str, shown: str, name: str) -> BadInput:
 def _as_array(outputs: torch.Tensor) -> NDArray[np.float64]:
     array = outputs.detach().cpu().to(torch.float64).numpy()
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def has_loss(task: Task) -> bool:
+    """Whether the task's loss says something: one that trains and evaluates by itself need not use it."""
+    return task.train is None or task.evaluate is None
+
+
+@torch.no_grad()
+def training_loss(
+    task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
+) -> float:
+    """Mean loss of a model over training rows, in evaluation mode.
+
+    In evaluation mode because training mode would make it depend on the batches (BatchNorm) and on chance
+    (dropout), and would move running statistics. It may be NaN or infinite. Raises TaskFailed.
+    """
+    module.eval()
+    total, count = 0.0, 0
+    with (
+        seeded(seed, round_, site, "guard"),
+        task_code(site, round_, "model, task.predict or task.loss"),
+    ):
+        for batch in rows.batches(EVALUATION_BATCH, _some(len(rows))):
+            outputs, targets = predict(task, module, batch)
+            size = len(targets)
+            total += float(task.loss(outputs, targets)) * size
+            count += size
+    return total / count if count else 0.0
+
+
+def _some(rows: int) -> Indices | None:
+    if rows <= MOST_ROWS:
+        return None
+    return np.linspace(0, rows - 1, MOST_ROWS).astype(np.int64)

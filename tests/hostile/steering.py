@@ -38,7 +38,7 @@ class Steering:
 
     liars: roster indices. range_wanted: they say that they exceed the range as long as it is smaller.
     beyond: how far above the range their fields go, in ranges. per_year: how sharp the question is.
-    mark_of: a site whose mark they put too.
+    mark_of: a site whose mark they put too. at_calibration: they lie about how large updates are.
     """
 
     liars: tuple[int, ...] = (3,)
@@ -46,6 +46,7 @@ class Steering:
     beyond: float = 1.0
     per_year: float = PER_YEAR
     mark_of: int | None = None
+    at_calibration: bool = False
     rounds: int = 60
     settings: dict[str, Any] = field(default_factory=dict)
     tripped: GuardTripped | None = None
@@ -219,6 +220,12 @@ class _LyingSite(SiteWork):
     def __init__(self, attack: _Attack, **honest: Any) -> None:
         super().__init__(**honest)
         self.attack = attack
+
+    def exceeding(self, state: Any) -> Any:
+        honest = super().exceeding(state)
+        if not self.attack.asked.at_calibration:
+            return honest
+        return honest[0], {"exceeding": [self.plan.coordinates] * len(honest[1]["exceeding"])}
 
     def update(self, state: Any, round_: int) -> Any:
         _, report = self.train(state.model, round_)

@@ -6,9 +6,12 @@ stops it. What the rules do not stop is said where it is shown, and in docs/deci
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from steering import Steering, steer
 
+from fedcore import guard
 from fedcore.aggregate import released
 from fedcore.protocol import site
 
@@ -85,6 +88,20 @@ def test_a_soft_question_reads_no_single_row(monkeypatch, per_year):
     found = steer(monkeypatch, asked, protection="plain", guarded=False)
     assert len(found.answers) == 5
     assert found.read == [False, False, False]
+
+
+def test_a_range_that_one_site_lied_up_at_calibration_lets_it_ask_nothing(monkeypatch):
+    """There one count of one site is enough for any first range: it then steers in a single round."""
+    asked = Steering(at_calibration=True, per_year=3.2, rounds=6)
+    with pytest.MonkeyPatch.context() as first:
+        first.setattr(guard, "AT_ONCE", float("inf"))
+        control = steer(first, replace(asked, answers={}, ranges=[]), protection="plain")
+    assert control.ranges[0] == 128.0
+    assert control.answers, "two strikes come too late: one question was answered"
+    found = steer(monkeypatch, asked, protection="plain")
+    assert found.used == 2
+    assert "rose far above the best so far" in str(found.tripped)
+    assert not found.answers
 
 
 def test_another_sites_mark_is_found_by_that_site_which_refuses(monkeypatch):

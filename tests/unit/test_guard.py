@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore import Task
+from fedcore import guard as guards
 from fedcore.aggregate.optimisers import (
     BETA1,
     BETA2,
@@ -24,10 +25,10 @@ from fedcore.aggregate.released import largest_move
 from fedcore.comparison.experiment import Experiment, job_for, prepare
 from fedcore.data.rows import ArrayRows
 from fedcore.errors import EXIT_REFUSED, GuardTripped
+from fedcore.guard import FLOOR, Guard, GuardMemory, GuardRules
 from fedcore.learn import checkpoint
-from fedcore.learn import guard as guards
 from fedcore.learn.flat import FlatModel
-from fedcore.learn.guard import FLOOR, MOST_ROWS, Guard, GuardMemory, GuardRules, has_loss
+from fedcore.learn.score import MOST_ROWS, has_loss, training_loss
 from fedcore.plan import ServerPlan
 
 
@@ -66,11 +67,14 @@ def judged(losses, monkeypatch, **rules):
         ([1.0, 1.51, 1.51], 2),
         ([1.0, 0.01, 0.74, 0.74, 0.74], None),  # half of the first, times 1.5, is always allowed
         ([1.0, 0.01, 0.76, 0.76], 3),
+        ([1.0, 3.1], 1),  # four times as far above the best as a strike needs: at once
+        ([1.0, 2.9, 0.9], None),
+        ([1.0, 0.8, 2.5], 2),
         ([1.0, math.nan], 1),
         ([1.0, 0.8, math.inf], 2),
         ([-1.0, -2.0, -1.1, -0.9, -0.9], 4),  # a density's loss: half of 2 above -2
         ([-1.0, -2.0, -1.01, -1.01], None),
-        ([0.0, 0.0, 0.0], None),
+        ([0.0, 0.0, 9.0, 9.0], None),
     ],
 )
 def test_a_site_trips_on_losses_in_a_row_above_the_best_so_far(losses, trips, monkeypatch):
@@ -78,7 +82,7 @@ def test_a_site_trips_on_losses_in_a_row_above_the_best_so_far(losses, trips, mo
 
 
 def test_the_thresholds_are_the_sites_own(monkeypatch):
-    losses = [1.0, 0.9, 1.9, 1.9, 1.9]
+    losses = [1.0, 0.9, 1.9, 1.9, 1.9, 1.9]
     assert judged(losses, monkeypatch) == 3
     assert judged(losses, monkeypatch, loss_factor=2.2) is None
     assert judged(losses, monkeypatch, rounds=1) == 2
@@ -147,7 +151,7 @@ TASK = Task(name="t", data=lambda s: s, model=Halving, loss=torch.nn.MSELoss(), 
 
 def loss_of(rows, module=None):
     flat = FlatModel(module or Halving())
-    found = guards.training_loss(TASK, flat, rows, seed=0, round_=1, site="a")
+    found = training_loss(TASK, flat.module, rows, seed=0, round_=1, site="a")
     return found, flat
 
 
@@ -248,7 +252,7 @@ def test_the_range_of_an_adaptive_plan_counts_four_times():
     plan = prepared.plan
     fixed = replace(plan, range=replace(plan.range, adaptive=False))
     assert largest_move(plan, 0.5)[1] == 4 * largest_move(fixed, 0.5)[1]
-    assert largest_move(fixed, 0.5)[1] == len(plan.sites) * 0.5 * plan.max_examples
+    assert largest_move(fixed, 0.5)[1] == 0.5 * plan.max_examples / plan.weight_step
 
 
 # ------------------------------------------------------------------------------------------ in a run

@@ -18,28 +18,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
-import torch
 
 from fedcore.aggregate.optimisers import ServerState
 from fedcore.aggregate.released import largest_move
-from fedcore.data.kinds import Indices
 from fedcore.data.rows import Rows
 from fedcore.errors import GuardTripped
-from fedcore.learn.flat import FlatModel, seeded
-from fedcore.learn.score import EVALUATION_BATCH
-from fedcore.learn.train import predict, task_code
+from fedcore.learn.flat import FlatModel
+from fedcore.learn.score import has_loss, training_loss
 from fedcore.plan import RoundPlan
 from fedcore.task import Task
 from fedcore.types import FloatVector, Json, SiteId, WideVector
 
-MOST_ROWS = 4096
-"""Training rows a model is judged on, evenly spaced where a site has more: the mean of so many losses is
-known well enough, and the pass stays short beside an epoch."""
+_LOSS = "the loss on its own training rows"
 
 FLOOR = 0.5
 """Share of the untrained model's loss below which no loss is a strike, times the factor. Without it the
 factor asks more of a model the better it is: digits dealt out by Dirichlet(0.1), trained with a rate ten
 times the default, swing by 3 times a loss that is a tenth of the first one."""
+
+AT_ONCE = 4.0
+"""How many times as far above the best loss as a first strike is ends the job without a second one. A model
+that asks for one row is far above that (docs/decisions/0018-the-guard.md), and one answer may be enough."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class GuardMemory:
         if self.best is None or self.first is None:
             return math.inf
         above_best = self.best + (rules.loss_factor - 1.0) * abs(self.best)
+        if self.best == 0.0 >= self.first:
+            return math.inf  # nothing to measure a rise by
         return (
             max(above_best, rules.loss_factor * FLOOR * self.first)
             if self.first > 0
@@ -127,10 +128,7 @@ class Guard:
 
     def _too_high(self) -> str:
         times = f"for {self.rules.rounds} rounds in a row" if self.rules.rounds > 1 else "once"
-        return (
-            "the loss on its own training rows exceeded "
-            f"{self.rules.loss_factor:g} times the best so far {times}"
-        )
+        return f"{_LOSS} exceeded {self.rules.loss_factor:g} times the best so far {times}"
 
     def _check_loss(self, state: ServerState, round_: int) -> None:
         memory = self.memory
@@ -141,17 +139,20 @@ class Guard:
         assert loss is not None
         assert memory.best is not None
         if not math.isfinite(loss):
-            raise self._tripped(round_, "the loss on its own training rows is not finite", "")
+            raise self._tripped(round_, f"{_LOSS} is not finite", "")
         most = memory.most(self.rules)
         strikes = memory.strikes + 1 if loss > most else 0
         self._found = f"{loss:.4g}, above {most:.4g}; best {memory.best:.4g}"
+        if loss > memory.best + AT_ONCE * (most - memory.best):
+            self.memory = replace(memory, strikes=self.rules.rounds, judged=round_)
+            raise self._tripped(round_, f"{_LOSS} rose far above the best so far", self._found)
         self.memory = replace(memory, best=min(memory.best, loss), strikes=strikes)
 
     def _loss(self, model: FloatVector, round_: int) -> float:
         """Mean loss of a model on this site's training rows."""
         self.flat.write(model)
         return training_loss(
-            self.task, self.flat, self.rows, seed=self.seed, round_=round_, site=self.site
+            self.task, self.flat.module, self.rows, seed=self.seed, round_=round_, site=self.site
         )
 
     def _check_moved(self, state: ServerState, round_: int) -> None:
@@ -190,37 +191,3 @@ def judge_all(guards: Sequence[Guard], state: ServerState, round_: int) -> None:
     if tripped:
         sites = tuple(site for error in tripped for site in error.sites)
         raise GuardTripped(sites, round_, tripped[0].cause, found=tripped[0].found)
-
-
-def has_loss(task: Task) -> bool:
-    """Whether the task's loss says something: one that trains and evaluates by itself need not use it."""
-    return task.train is None or task.evaluate is None
-
-
-@torch.no_grad()
-def training_loss(
-    task: Task, flat: FlatModel, rows: Rows, *, seed: int, round_: int, site: SiteId
-) -> float:
-    """Mean loss of the written model over training rows, in evaluation mode.
-
-    In evaluation mode because training mode would make it depend on the batches (BatchNorm) and on chance
-    (dropout), and would move running statistics. It may be NaN or infinite. Raises TaskFailed.
-    """
-    flat.module.eval()
-    total, count = 0.0, 0
-    with (
-        seeded(seed, round_, site, "guard"),
-        task_code(site, round_, "model, task.predict or task.loss"),
-    ):
-        for batch in rows.batches(EVALUATION_BATCH, _some(len(rows))):
-            outputs, targets = predict(task, flat.module, batch)
-            size = len(targets)
-            total += float(task.loss(outputs, targets)) * size
-            count += size
-    return total / count if count else 0.0
-
-
-def _some(rows: int) -> Indices | None:
-    if rows <= MOST_ROWS:
-        return None
-    return np.linspace(0, rows - 1, MOST_ROWS).astype(np.int64)
