@@ -30,6 +30,7 @@ from fedcore_clients.main import (
     party_of,
     read_papers,
 )
+from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.status import runs
 from fedcore_clients.tls import open_channel
 
@@ -95,6 +96,7 @@ def examine(path: Path) -> Iterator[Check]:
     config: SiteConfig = kept["config"]
     yield _try("keys", lambda: _papers(keep("papers", read_papers(config))))
     yield _try("folder", lambda: _folder(config))
+    yield _try("sandbox", lambda: _sandbox(config))
     if not config.tasks:
         yield Check(
             "tasks", False, f"{path}: found no [tasks.NAME], expected one for each task that may run",
@@ -141,6 +143,12 @@ def _modes(config: SiteConfig) -> str:
     if not found:
         return "; closed to other users"
     return f"; {len(found)} files and folders open to other users: `fed-site run` closes them when it starts"
+
+
+def _sandbox(config: SiteConfig) -> str:
+    """What keeps the task's code from the keys, with a hint where nothing does."""
+    found = choose(config)
+    return f"{found.text}; {NONE_HINT}" if found.method == "none" else found.text
 
 
 def _journal(config: SiteConfig) -> str:

@@ -2,7 +2,7 @@
 
 site = "va"               coordinator = "hub.example.org:7443"        proxy = "none"
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
-folder = "state"
+folder = "state"          sandbox = "auto"                      task_network = false
 
 [policy]                  # what jobs may ask of this site: policy.py has the keys and their defaults
 protections = ["layered"]
@@ -44,6 +44,11 @@ class SiteConfig(Section):
     roster: Path
     folder: Path
     base: Path
+    file: Path
+    sandbox: str = Field(
+        "auto", pattern="^(auto|none|bwrap|unshare|user:[A-Za-z_][A-Za-z0-9_.-]*)$"
+    )
+    task_network: bool = False
     proxy: str = "none"
     patience_seconds: float = Field(1800.0, gt=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
@@ -78,6 +83,7 @@ def read_config(path: Path) -> SiteConfig:
         path,
         paths=("kit", "identity", "roster", "folder"),
         base=str(path.resolve().parent),
+        file=str(path.resolve()),
     )
     endpoint(found.coordinator, f"{path.name}: coordinator")
     tasks = {

@@ -25,6 +25,7 @@ from fedcore_clients.config import SiteConfig
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.jobs import Contributor, Party, SiteJob
 from fedcore_clients.policy import SitePolicy
+from fedcore_clients.sandbox import choose, told
 from fedcore_clients.session import Address, Session
 from fedcore_clients.training import Loaded, Training
 
@@ -371,7 +372,7 @@ async def _run(
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    training = Training()
+    training = Training(told(choose(config)).command)
     await training.start()
     try:
         site = Site(config, kit, party, InstalledTasks(config, training))

@@ -16,6 +16,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Worker:
             case "digest":
                 from fedcore.task import load_task
 
-                task = load_task(asked["task"], _path(asked["base"]))
+                task = load_task(asked["task"], Path(asked["base"]))
                 return {"name": task.name, "digest": task.digest()}, []
             case "load":
                 return self._load(asked)
@@ -107,7 +108,7 @@ class Worker:
         from fedcore.config import build_job
         from fedcore.task import load_task
 
-        task = load_task(asked["task"], _path(asked["base"]))
+        task = load_task(asked["task"], Path(asked["base"]))
         if asked["digest"] != task.digest():
             return {"failed": "task differs", "text": f"found {task.digest()}"}, []
         job = build_job(asked["settings"])  # complete: the task's defaults are in it
@@ -147,17 +148,13 @@ class Worker:
         return {"wides": whole}, [np.ascontiguousarray(fields, dtype="<u8").tobytes()]
 
 
-def _path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text)
-
-
 def main() -> int:
     """Answer requests until the other side closes."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed from here on is no answer
     requests = os.fdopen(os.dup(0), "rb")
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # a task that reads its standard input finds the end of it
     from fedcore.learn.flat import single_thread
 
     worker = Worker()
