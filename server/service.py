@@ -415,7 +415,8 @@ class Coordinator:
                 if found is not None and (found.outcome is not None or found is self.running()):
                     await self._room(found)
                     table = TO_COORDINATOR if found.asks_for_grants(name) else FROM_ANY_SITE
-                    found.tell(name, unpack_record(frame, table, sender=name))
+                    pins = len(self.house.pins)
+                    found.tell(name, unpack_record(frame, table, sender=name, sites=pins))
             case frames.Doing(job, what):
                 if job in self.jobs:
                     self.jobs[job].doing(name, what)

@@ -16,7 +16,7 @@ import hashlib
 import struct
 import types
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -99,9 +99,26 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
         raise TypeError(f"{kind.__name__} has no byte form")
 
 
-def decode(data: bytes, expected: type[R], *, sender: str = "this site") -> R:
-    """The inverse of `encode` for a record of type `expected`. Raises MalformedMessage."""
-    value, end = _read(data, 0, sender, 0)
+@dataclass(frozen=True)
+class _Source:
+    """Whose bytes are read, and how many items a list of them may have. most: None for any number."""
+
+    sender: str
+    most: int | None
+
+
+def decode(
+    data: bytes, expected: type[R], *, sender: str = "this site", most_items: int | None = None
+) -> R:
+    """The inverse of `encode` for a record of type `expected`. Raises MalformedMessage.
+
+    Reading stops at the first item of another type than its field has, and at a list of more than
+    `most_items`, so that what it costs does not grow with a lying length.
+    """
+    source = _Source(sender, most_items)
+    if data[:1] != b"R":  # a record is told by its name, once it is read
+        _check_kind(data, 0, expected, "", source)
+    value, end = _read(data, 0, source, 0, expected)
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
     kind: Any = expected
@@ -114,7 +131,8 @@ def _malformed(found: object, expected: object, sender: str) -> MalformedMessage
     return MalformedMessage("message", found=found, expected=expected, fault=sender)
 
 
-def _read(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, int]:
+def _read(data: bytes, at: int, source: _Source, depth: int, hint: Any) -> tuple[Any, int]:
+    sender = source.sender
     if depth > MAX_DEPTH:
         raise _malformed("deeper nesting", f"at most {MAX_DEPTH} levels", sender)
     kind, at = data[at : at + 1], at + 1
@@ -127,30 +145,88 @@ def _read(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, int]:
         size = struct.unpack(">I", _take(data, at, 4, sender))[0]
         at += 4
         if kind == b"L":
-            items = []
-            for _ in range(size):  # a lying count ends at the first missing item
-                item, at = _read(data, at, sender, depth + 1)
-                items.append(item)
-            return tuple(items), at
+            return _read_items(data, at, source, depth, hint, size)
         body = _take(data, at, size, sender)
         return _LEAVES[kind](body, sender), at + size
     if kind == b"R":
-        return _read_record(data, at, sender, depth)
+        return _read_record(data, at, source, depth)
     raise _malformed(f"the kind {kind!r}", "one of N I B S L R", sender)
 
 
-def _read_record(data: bytes, at: int, sender: str, depth: int) -> tuple[Any, int]:
-    name, at = _read(data, at, sender, depth + 1)
+def _read_items(
+    data: bytes, at: int, source: _Source, depth: int, hint: Any, size: int
+) -> tuple[tuple[Any, ...], int]:
+    if source.most is not None and size > source.most:
+        raise _malformed(f"a list of {size}", f"at most {source.most} items", source.sender)
+    each, items = _item_hint(hint), []
+    check = _checker(each) if each is not Any else None
+    for _ in range(size):  # a lying count ends at the first missing item
+        _check_kind(data, at, each, " in a list", source)
+        item, at = _read(data, at, source, depth + 1, each)
+        if check is not None and not check(item):
+            raise _malformed(f"{type(item).__name__} in a list", _name_of(each), source.sender)
+        items.append(item)
+    return tuple(items), at
+
+
+def _read_record(data: bytes, at: int, source: _Source, depth: int) -> tuple[Any, int]:
+    sender = source.sender
+    name, at = _read(data, at, source, depth + 1, Any)
     cls = _RECORDS.get(name) if isinstance(name, str) else None
     if cls is None:
         raise _malformed("an unknown record", "a record of this version", sender)
     values = []
     for field_name, hint in _hints(cls):
-        value, at = _read(data, at, sender, depth + 1)
+        _check_kind(data, at, hint, f" in {name}.{field_name}", source)
+        value, at = _read(data, at, source, depth + 1, hint)
         if not _checker(hint)(value):
             raise _malformed(f"{type(value).__name__} in {name}.{field_name}", hint, sender)
         values.append(value)
     return cls(*values), at
+
+
+_KINDS = {
+    b"N": "NoneType", b"I": "int", b"B": "bytes", b"S": "str", b"L": "tuple", b"X": "SecretBytes",
+    b"R": "record",
+}  # fmt: skip
+
+
+def _check_kind(data: bytes, at: int, hint: Any, where: str, source: _Source) -> None:
+    """Refuse a value of another kind than its field's, before any of it is read."""
+    kind = data[at : at + 1]
+    if kind in _KINDS and kind not in _kinds(hint):
+        raise _malformed(f"{_KINDS[kind]}{where}", _name_of(hint), source.sender)
+
+
+def _name_of(hint: Any) -> Any:
+    return getattr(hint, "__name__", hint)
+
+
+@cache
+def _kinds(hint: Any) -> frozenset[bytes]:
+    """The first bytes that a value of an annotated type may have."""
+    hint = getattr(hint, "__supertype__", hint)  # NewType
+    origin = get_origin(hint)
+    if origin in {Union, types.UnionType}:
+        return frozenset().union(*map(_kinds, get_args(hint)))
+    plain = {None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X"}
+    if hint in plain:
+        return frozenset({plain[hint]})
+    if origin is tuple or hint is tuple:
+        return frozenset({b"L"})
+    if hint is Any or hint is object:
+        return frozenset(_KINDS)
+    return frozenset({b"R"})
+
+
+@cache
+def _item_hint(hint: Any) -> Any:
+    """The type of every item of a tuple that may be of any length, else Any."""
+    hint = getattr(hint, "__supertype__", hint)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return arguments[0]
+    return Any
 
 
 def _take(data: bytes, at: int, size: int, sender: str) -> bytes:

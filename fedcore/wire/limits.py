@@ -21,6 +21,15 @@ SITE_RECORD = 256 * KIB
 """Of a site's message of any type but grants: 64 key shares are about 0.1 MiB. Decoding the worst that
 fits takes the coordinator 0.06 s, and 1 s at 4 MiB."""
 
+SITE_WORDS = 32 * KIB
+"""Of a site's message about itself alone, such as its keys of an epoch: 1.4 KiB."""
+
+GRANT = 48 * KIB
+"""Of one grant of a key epoch: 17 KiB at ring degree 2048, 33 KiB at 4096, and room for the longest names."""
+
+MOST_ITEMS = 1024
+"""Of one list in a record of a site: it has one item for a site, a metric or a block of metric sums."""
+
 PART = MIB
 """Of one part of a vector or file: every part but the last is exactly as long."""
 

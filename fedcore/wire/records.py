@@ -18,27 +18,37 @@ from fedcore.protect.secret import Secret
 from fedcore.protocol import epoch, messages
 from fedcore.protocol.encoding import decode, encode
 from fedcore.wire.frames import Record
-from fedcore.wire.limits import MAX_RECORD, SITE_RECORD
+from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record type that may come one way, of so many bytes at most."""
+    """A record type that may come one way, of so many bytes at most.
+
+    each: bytes that it may have for every site of the roster, where its length goes with them, else 0.
+    """
 
     kind: type[Any]
     most: int
+    each: int = 0
+
+    def limit(self, sites: int | None) -> int:
+        """Bytes that it may have among so many sites."""
+        if sites is None or not self.each:
+            return self.most
+        return min(self.most, SITE_WORDS + self.each * sites)
 
 
 Table = Mapping[str, Entry]
 """By the record's name; tables of one way join as mappings do: `{**FROM_SITES, **more}`."""
 
 
-def travelling(*types: type[Any], most: int) -> Table:
+def travelling(*types: type[Any], most: int, each: int = 0) -> Table:
     """A table of record types, each of at most so many bytes. Raises TypeError for one that may hold a
     secret."""
-    for each in types:
-        _refuse_secrets(each, each.__name__, set())
-    return MappingProxyType({each.__name__: Entry(each, most) for each in types})
+    for kind in types:
+        _refuse_secrets(kind, kind.__name__, set())
+    return MappingProxyType({kind.__name__: Entry(kind, most, each) for kind in types})
 
 
 def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
@@ -55,10 +65,11 @@ def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
 
 FROM_SITES: Table = {
     **travelling(
-        *get_args(messages.SiteMessage), epoch.EpochKey, epoch.Grant, epoch.KeyHeld,
-        most=SITE_RECORD,
+        *get_args(messages.SiteMessage), most=SITE_RECORD,
     ),
-    **travelling(epoch.Grants, most=MAX_RECORD),
+    **travelling(epoch.EpochKey, epoch.KeyHeld, most=SITE_WORDS),
+    **travelling(epoch.Grant, most=GRANT),
+    **travelling(epoch.Grants, most=MAX_RECORD, each=GRANT),
 }  # fmt: skip
 FROM_COORDINATOR: Table = travelling(
     *get_args(messages.CoordinatorMessage),
@@ -77,11 +88,14 @@ def pack_record(job: str, message: Any, allowed: Table) -> Record:
     entry = allowed.get(type(message).__name__)
     if entry is None or entry.kind is not type(message):
         raise TypeError(f"{type(message).__name__} does not travel this way")
-    return Record(job, _fitting(encode(message), entry, "this site"))
+    return Record(job, _fitting(encode(message), entry, entry.most, "this site"))
 
 
-def unpack_record(record: Record, allowed: Table, *, sender: str) -> Any:
+def unpack_record(record: Record, allowed: Table, *, sender: str, sites: int | None = None) -> Any:
     """The message in a frame. Raises MalformedMessage (fault: sender).
+
+    sites: of the roster, at the coordinator: a longer message than so many sites have a use for is
+    refused before it is decoded, and so is a list of more than MOST_ITEMS in it.
 
     A message names its site itself: that this is the sender is for the machines and their signatures.
     """
@@ -89,14 +103,16 @@ def unpack_record(record: Record, allowed: Table, *, sender: str) -> Any:
     if entry is None:
         known = "a message that travels this way"
         raise MalformedMessage("record", found="another one", expected=known, fault=sender)
-    return decode(_fitting(record.body, entry, sender), entry.kind, sender=sender)
+    body = _fitting(record.body, entry, entry.limit(sites), sender)
+    most = None if sites is None else max(sites, MOST_ITEMS)
+    return decode(body, entry.kind, sender=sender, most_items=most)
 
 
-def _fitting(body: bytes, entry: Entry, sender: str) -> bytes:
-    if len(body) > entry.most:
+def _fitting(body: bytes, entry: Entry, most: int, sender: str) -> bytes:
+    if len(body) > most:
         raise MalformedMessage(
             entry.kind.__name__, found=f"{len(body)} bytes",
-            expected=f"at most {entry.most} bytes", fault=sender,
+            expected=f"at most {most} bytes", fault=sender,
         )  # fmt: skip
     return body
 

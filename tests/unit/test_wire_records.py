@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,12 +11,12 @@ from parties import HUB, JOB, Epochs, Parties
 
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import SecretBytes
-from fedcore.protocol import effects, epoch, site
+from fedcore.protocol import effects, encoding, epoch, site
 from fedcore.protocol.encoding import encode
 from fedcore.protocol.messages import Announce, Keys, Leave
 from fedcore.protocol.shared import Standing
 from fedcore.wire.frames import FROM_SITE, TO_SITE, Record
-from fedcore.wire.limits import SITE_RECORD
+from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 from fedcore.wire.records import (
     FROM_COORDINATOR,
     FROM_SITES,
@@ -186,3 +187,58 @@ def test_a_coordinators_message_from_a_site_is_refused():
     announce = next(m for _, m in SAID if isinstance(m, Announce))
     with pytest.raises(MalformedMessage, match="expected a message that travels this way"):
         unpack_record(Record(JOB, encode(announce)), FROM_SITES, sender="va")
+
+
+# ------------------------------------------------------------- what a site's long records may cost
+
+
+def part(kind, data=b""):
+    return kind + struct.pack(">I", len(data)) + data
+
+
+EMPTY_GRANT = b"R" + part(b"S", b"Grant") + part(b"B") + part(b"S") * 2 + part(b"B") * 4
+
+
+def grants_of(item, count):
+    """A record that says it has so many grants."""
+    head = b"R" + part(b"S", b"Grants") + part(b"B", bytes(32)) + part(b"S", b"va")
+    return Record(JOB, head + b"L" + struct.pack(">I", count) + item * count)
+
+
+@pytest.mark.parametrize("item", [b"N", part(b"B"), part(b"L"), EMPTY_GRANT], ids="NBLR")
+def test_grants_that_a_roster_has_no_use_for_cost_nothing(item, monkeypatch):
+    """16 MiB of tiny items held the coordinator for 11 s: it is the length that refuses them now."""
+    read = []
+    monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: read.append(a))
+    count = (MAX_RECORD - 200) // len(item)
+    with pytest.raises(MalformedMessage, match=f"at most {SITE_WORDS + 4 * GRANT} bytes"):
+        unpack_record(grants_of(item, count), FROM_SITES, sender="va", sites=4)
+    assert not read
+
+
+def test_decoding_stops_at_a_list_that_is_too_long_and_at_the_first_item_of_another_kind(
+    monkeypatch,
+):
+    """Within the length of 500 sites: counted by what is read, not by time."""
+    read, real = [], encoding._read
+    monkeypatch.setattr(encoding, "_read", lambda *args: read.append(args[1]) or real(*args))
+    with pytest.raises(MalformedMessage, match=f"at most {MOST_ITEMS} items"):
+        unpack_record(grants_of(EMPTY_GRANT, 100_000), FROM_SITES, sender="va", sites=500)
+    with pytest.raises(MalformedMessage, match="found NoneType in a list, expected Grant"):
+        unpack_record(grants_of(b"N", 1000), FROM_SITES, sender="va", sites=500)
+    assert len(read) < 20
+    many = b"R" + part(b"S", b"Leave") + b"L" + struct.pack(">I", 9) + b"N" * 9
+    with pytest.raises(MalformedMessage, match=r"found tuple in Leave\.header, expected bytes"):
+        unpack_record(Record(JOB, many), FROM_SITES, sender="va", sites=4)
+    read.clear()  # control: without a bound all of them are read
+    unpack_record(grants_of(EMPTY_GRANT, 5000), FROM_SITES, sender="va")
+    assert len(read) > 40_000
+
+
+def test_every_honest_record_fits_a_roster_of_its_size():
+    for sender, message in SAID:
+        if sender != HUB:
+            frame = Record(JOB, encode(message))
+            assert unpack_record(frame, FROM_SITES, sender=sender, sites=4) == message
+    largest = 16_416 * 2 + 512  # a payload of ring degree 4096, its envelope and signature
+    assert largest <= GRANT
