@@ -30,6 +30,8 @@ class LimitsSection(Section):
     """[limits]: seconds that are waited, the smallest cohort, room and hands.
 
     enough_vectors: over-selection: so many vectors of a round end the wait for those of slower sites.
+    most_...: what operators may submit: rounds, epochs and batch of one job, jobs that are not over, and
+    jobs that are kept of one operator.
     """
 
     stage_seconds: float = Field(600.0, gt=0)
@@ -40,6 +42,11 @@ class LimitsSection(Section):
     enough_vectors: int | None = None
     spool_bytes: int | None = Field(None, ge=1 << 20)
     fold_workers: int = Field(1, ge=1, le=64)
+    most_rounds: int = Field(10_000, ge=1)
+    most_epochs: int = Field(1_000, ge=1)
+    most_batch: int = Field(1 << 20, ge=1)
+    most_queued: int = Field(100, ge=1)
+    most_kept: int = Field(1_000, ge=1)
 
 
 class FederationConfig(Section):

@@ -115,6 +115,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What operators may ask of a coordinator. rounds, epochs: of one job. batch: rows of one step.
+
+    queued: jobs that are not over; kept: jobs of one operator's certificates, over or not.
+    """
+
+    rounds: int = 10_000
+    epochs: int = 1_000
+    batch: int = 1 << 20
+    queued: int = 100
+    kept: int = 1_000
+
+
+@dataclass(frozen=True)
 class House:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970."""
 
@@ -125,6 +139,7 @@ class House:
     pool: FoldPool
     folder: Path
     limits: Limits
+    quota: Quota = Quota()
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
 
@@ -307,6 +322,7 @@ class CoordinatedJob:
         kept = house.journal.get(name, "offer")
         assert kept is not None
         found = cls(house, links, decode(kept, job.JobOffer))
+        found.submitter = (house.journal.get(name, "submitter") or b"").decode()
         found._restore()
         return found
 

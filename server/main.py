@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.folding import FoldPool
-from fedcore_server.jobs import House, Limits
+from fedcore_server.jobs import House, Limits, Quota
 from fedcore_server.metrics import ADDRESS, serve_metrics
 from fedcore_server.probes import Probes
 from fedcore_server.service import Coordinator, handlers, journal_path
@@ -75,6 +75,10 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
             Limits(
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(pins)),
+            ),
+            Quota(
+                limits.most_rounds, limits.most_epochs, limits.most_batch, limits.most_queued,
+                limits.most_kept,
             ),
         )  # fmt: skip
         gate = Gate(

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from fedcore_server.jobs import WAITING, CoordinatedJob, House
+from fedcore_server.jobs import WAITING, CoordinatedJob, House, Quota
 from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
@@ -36,6 +36,7 @@ from fedcore.errors import (
     FedcoreError,
     MalformedMessage,
     PeerRefused,
+    PlanRefused,
     StoreProblem,
     UnknownName,
     VersionRefused,
@@ -552,13 +553,16 @@ class Coordinator:
         if not isinstance(settings, dict):
             raise BadInput("submit: found no settings, expected those of the job file, complete")
         check_name("task", asked.task)  # it names folders
-        _check_settings(settings, len(self.house.pins))
+        _check_settings(settings, len(self.house.pins), self.house.quota)
+        self._check_room(peer.name)
         check_name("submit: task", asked.task)  # it names folders, here and at the sites
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = CoordinatedJob(self.house, self, offer)
         (found.directory / "job.toml").write_bytes(asked.toml)
+        found.submitter = peer.name
         journal = self.house.journal
+        journal.put(name, "submitter", peer.name.encode())
         journal.put(name, "offer", encode(offer))
         self._adopt(found)
         journal.put("coordinator", "jobs", json.dumps([*self.jobs]).encode())
@@ -566,6 +570,24 @@ class Coordinator:
         self._queued.set()
         self.changed()
         return calls.SUBMIT.gives.pack(frames.SubmitReply(name))
+
+    def _check_room(self, operator: str) -> None:
+        """Raise PlanRefused where as many jobs wait, or are kept for this operator, as may."""
+        quota = self.house.quota
+        queued = sum(found.outcome is None for found in self.jobs.values())
+        kept = sum(found.submitter == operator for found in self.jobs.values())
+        if queued >= quota.queued:
+            raise PlanRefused(
+                f"submit: found {queued} jobs that are not over, expected fewer than {quota.queued}",
+                remedy="stop one, or wait until one has ended (limits.most_queued of federation.toml)",
+            )
+        if kept >= quota.kept:
+            raise PlanRefused(
+                f"submit: found {kept} jobs of operator {operator!r} kept here, expected fewer than "
+                f"{quota.kept}",
+                remedy="the coordinator's operator raises limits.most_kept of federation.toml, or gives it "
+                "a new folder",
+            )
 
     async def list_jobs(self, data: bytes, context: Context) -> bytes:
         """The jobs, oldest first, and the sites; where not all have room, how many came earlier."""
@@ -763,7 +785,7 @@ class _Wait:
 _SENT_AWAY = frames.Goodbye(EVICTED, "an operator sent this site away")
 
 
-def _check_settings(settings: Json, sites: int) -> None:
+def _check_settings(settings: Json, sites: int, quota: Quota) -> None:
     """What a deployed job must have. Raises BadInput and PlanRefused."""
     for section, key in (("round", "rounds"), ("protect", "protection")):
         table = settings.get(section)
@@ -775,6 +797,16 @@ def _check_settings(settings: Json, sites: int) -> None:
             "protect.max_examples: found none, expected the public cap on any site's rows",
             remedy="--set protect.max_examples=1024: no site tells how many rows it has",
         )
+    for what, value, key, most in (
+        ("round.rounds", found.round.rounds, "most_rounds", quota.rounds),
+        ("train.epochs", found.train.epochs, "most_epochs", quota.epochs),
+        ("train.batch_size", found.train.batch_size, "most_batch", quota.batch),
+    ):
+        if value > most:
+            raise PlanRefused(
+                f"{what}: found {value}, expected at most {most}",
+                remedy=f"limits.{key} of the coordinator's federation.toml is the limit",
+            )
     if found.round.drop or found.round.dropout:
         raise BadInput(
             "round.drop: found simulated absences, expected none",
