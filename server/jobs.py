@@ -265,6 +265,8 @@ class CoordinatedJob:
     def __init__(self, house: House, links: Links, offer: job.JobOffer) -> None:
         self.house, self.links, self.offer = house, links, offer
         self.id = offer.job
+        self.submitter = ""
+        """The operator who submitted it, by the name in the certificate."""
         self.plan: RoundPlan | None = None
         self.threshold = 0
         """t, once the job's settings were read."""
