@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -48,6 +49,34 @@ KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+
+RESERVED = 256
+"""Descriptors kept for the journal, the spool, fold workers and transfers: connections get the rest."""
+
+LEAST_CONNECTIONS = 64
+
+
+def raise_descriptors() -> int:
+    """Open as many descriptors as the system lets this process; how many that is.
+
+    The usual soft limit of 1024 is used up by as many connections that say nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # a hard limit that this system does not give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int], ...]:
+    """gRPC's option for the connections of one address: beyond it a new one is closed at once, whatever
+    it has said, so that files can still be opened. descriptors: of this process."""
+    room = max(LEAST_CONNECTIONS, descriptors - RESERVED) // max(1, addresses)
+    return (("grpc.max_allowed_incoming_connections", room),)
 
 
 def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
@@ -104,7 +133,8 @@ async def _serve(
     config: FederationConfig, kit: Kit, house: House, gate: Gate, said: Callable[[str], None]
 ) -> None:
     hub, probes = Coordinator(house, gate), Probes(gate)
-    server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE))
+    most = connection_limit(raise_descriptors(), len(config.listen))
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *most))
     server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])
     port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
     with contextlib.ExitStack() as opened:
