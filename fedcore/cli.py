@@ -579,6 +579,8 @@ def _print(renderable: Any) -> None:
 
 # ---------------------------------------------------------------------------------------- benches
 
+BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
+
 
 @bench_app.command()
 def protect(
@@ -606,6 +608,7 @@ def secagg(
     drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
     bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
     protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
+    cipher: BenchCipher = "bfv",
     as_json: AsJson = False,
 ) -> None:
     """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
@@ -614,8 +617,9 @@ def secagg(
     from fedcore.bench import secagg as bench
 
     found = bench.run(
-        parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection
-    )
+        parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection,
+        cipher=cipher,
+    )  # fmt: skip
     emit(found) if as_json else _print(bench.page(found))
 
 
@@ -648,6 +652,7 @@ def engine(
     parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 50,
     protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
+    cipher: BenchCipher = "bfv",
     bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
     per_process: Annotated[
         int, typer.Option("--per-process", help="Sites that share one process, to have many.")
@@ -659,8 +664,8 @@ def engine(
     from fedcore.bench import engine as bench
 
     found = bench.run(
-        sites=sites, parameters=parameters, rounds=rounds, protection=protection, bits=bits,
-        per_process=per_process,
+        sites=sites, parameters=parameters, rounds=rounds, protection=protection, cipher=cipher,
+        bits=bits, per_process=per_process,
     )  # fmt: skip
     emit(found) if as_json else _print(bench.page(found))
 

@@ -28,7 +28,7 @@ from fedcore.config import Job, build_job, narrowest_policy
 from fedcore.deployment import COORDINATOR, Command, Deployment, Running, SiteTask, running, write
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput
-from fedcore.plan import MASKS, MAX_MASKED_SITES
+from fedcore.plan import ENCRYPTS, MASKS, MAX_MASKED_SITES
 from fedcore.protocol.course import Step
 from fedcore.report.terminal import fitted, grid
 from fedcore.store.journal import Journal
@@ -56,6 +56,7 @@ def run(
     parameters: int = 10,
     rounds: int = 50,
     protection: str = "layered",
+    cipher: str = "bfv",
     bits: int = 16,
     per_process: int = 1,
 ) -> Json:
@@ -68,7 +69,7 @@ def run(
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
     task = SiteTask(STAND_IN.name, "fedcore.bench.engine:STAND_IN", STAND_IN.digest())
     with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
-        job = _job(rounds, protection, bits)
+        job = _job(rounds, protection, cipher, bits)
         deployment = write(
             Path(place),
             "bench",
@@ -96,6 +97,7 @@ def run(
         "abandoned_rounds": sum("abandoned" in row for row in rows),
         "least_survivors": min(len(row["survivors"]) for row in timed),
         "protection": protection,
+        "cipher": cipher if protection in ENCRYPTS else None,
         "bits": bits,
         "sites_per_process": per_process,
         "seconds_per_round": _spread([row["seconds"] for row in timed]),
@@ -126,10 +128,10 @@ def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
         raise BadInput(f"--per-process: found {per_process}, expected at least 1")
 
 
-def _job(rounds: int, protection: str, bits: int) -> Job:
+def _job(rounds: int, protection: str, cipher: str, bits: int) -> Job:
     """A range that is stated, and no column: so every round but the last carries an update."""
     settings = {
-        "protection": protection, "rounds": rounds, "bits": bits, "range": 0.5,
+        "protection": protection, "cipher": cipher, "rounds": rounds, "bits": bits, "range": 0.5,
         "adaptive_range": False, "max_examples": 16, "resamples": 0,
     }  # fmt: skip
     return build_job(settings)
@@ -269,9 +271,10 @@ def page(found: Json) -> RenderableType:
         f"{seconds['p95']:.3f}", str(memory["coordinator"]), str(memory["site"]),
         f"{found['commit_ms']:.2f}",
     )  # fmt: skip
+    under = repr(found["protection"]) + (" (keystream)" if found["cipher"] == "keystream" else "")
     stages = ", ".join(f"{name} {value:.3f}" for name, value in found["seconds_by_stage"].items())
     note = (
-        f"{found['timed_rounds']} rounds under {found['protection']!r} at {found['bits']} bits, separate "
+        f"{found['timed_rounds']} rounds under {under} at {found['bits']} bits, separate "
         f"processes, mutual TLS, training excluded; seconds by stage: {stages}"
     )
     cpu = found["cpu_seconds_per_round"]

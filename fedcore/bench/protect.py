@@ -11,7 +11,8 @@ seeds of their masks is no part of it.
 Of the plan's n sites only CONTRIBUTORS make a vector, each with the n - 1 pairwise masks and the self
 mask of a site of n. The pairwise masks they share with the others are left over in the sum. They are
 taken off with the self masks, but were expanded before the clock starts: it sees n self masks, as in
-a round in which nobody is absent.
+a round in which nobody is absent. So it is with keystreams, which a site takes off when it opens the sum
+(unprotect): it expands n of them, and those of sites without a vector were added before the clock starts.
 
 Invariant: every repeat decodes the sum of CONTRIBUTORS vectors and compares it with the true mean,
 so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcore/protect/ckks.py`.
@@ -41,7 +42,7 @@ from fedcore.plan import (
     EXCEEDS,
     MASKS,
     MAX_MASKED_SITES,
-    PROTECTIONS,
+    SCHEMES,
     RoundHeader,
     VectorSpec,
     Wide,
@@ -50,6 +51,8 @@ from fedcore.plan import (
 )
 from fedcore.protect import Fold, Sealer, UnmaskableFold, ckks
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.protect.entropy import OsEntropy
+from fedcore.protect.keystream import draw_salt, stream_key
 from fedcore.protect.masked import MaskedFold, MaskedSealer
 from fedcore.protect.masking import add_masks, mask_sum
 from fedcore.protect.sumtag import GroupSecret, SumTag
@@ -131,8 +134,8 @@ def run(
         *(
             protected(name, parameters, sites, b, bound, seed)
             for b in dict.fromkeys(bits)
-            for name in PROTECTIONS
-            if name != "plain" and (name not in MASKS or sites <= MAX_MASKED_SITES)
+            for name, (protection, _) in SCHEMES.items()
+            if protection != "plain" and (protection not in MASKS or sites <= MAX_MASKED_SITES)
         ),
         ckks_vectors("ckks", ckks.protect),
         ckks_vectors("ckks-blocks", ckks.protect_blocks),
@@ -185,11 +188,11 @@ def float32() -> Scheme:
     )
 
 
-def protected(
-    protection: str, parameters: int, sites: int, bits: int, bound: float, seed: int
-) -> Scheme:
-    """A protection: the vector of a training round with its wide integers, its tag and its masks."""
-    packing = solve_packing(bits, sites, protection, parameters)
+def protected(name: str, parameters: int, sites: int, bits: int, bound: float, seed: int) -> Scheme:
+    """A protection with its cipher: the vector of a training round with its wide integers, its tag, its
+    masks and its keystream. name: one of SCHEMES."""
+    protection, cipher = SCHEMES[name]
+    packing = solve_packing(bits, sites, protection, parameters, cipher=cipher)
     count_bits = parameters.bit_length()
     wides = (
         Wide("weight", 1, 20),
@@ -199,7 +202,7 @@ def protected(
     layout = Layout(VectorSpec("update", parameters, wides, (EXCEEDS,)), packing, sites)
     sealer: Sealer
     start: Callable[[], Fold]
-    if protection == "masked":
+    if packing.ring is None:
         group, sealer = GroupSecret(), MaskedSealer(packing)
         start = partial(MaskedFold, packing, layout.slots)
     else:
@@ -213,6 +216,7 @@ def protected(
     )
     tag = SumTag(group, header, b"bench")
     masks = _Masks.draw(layout, sites) if protection in MASKS else None
+    streams = _Streams(group, header, layout) if cipher == "keystream" else None
 
     def protect(vector: FloatVector, site: int) -> list[bytes]:
         rng = generator(seed, 1, roster[site], "rounding")
@@ -225,8 +229,9 @@ def protected(
         }
         slots = layout.pack(quantised.fields, counts, site)
         layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], roster[site]))
-        if masks is not None:
-            add_masks(slots, masks.of_site[site], packing.slot_bits)
+        laid = [*(masks.of_site[site] if masks else ()), *(streams.fresh(site) if streams else ())]
+        if laid:
+            add_masks(slots, laid, packing.slot_bits)
         return list(sealer.protect(slots))
 
     def add(running: Fold, chunks: list[bytes]) -> Fold:
@@ -236,12 +241,14 @@ def protected(
 
     def unprotect(chunks: list[bytes], contributors: int) -> WideVector:
         total = sealer.open(chunks, layout.slots)
+        if streams is not None:
+            streams.take_off(total)
         tag.check(total[: layout.tagged_slots], layout.read_tag(total), roster[:contributors])
         opened = layout.unpack(total, range(contributors))
         return dequantise(opened.coordinates, bits, bound, contributors) / contributors
 
     return Scheme(
-        name=protection,
+        name=name,
         bits=bits,
         step=step_size(bits, bound),
         protect=protect,
@@ -287,6 +294,31 @@ class _Masks:
         mask = self.rest.copy()
         add_masks(mask, self.own, self.slot_bits)
         running.remove(mask)
+
+
+class _Streams:
+    """The keystreams of one plan's sites: fresh ones for the contributors, the others' added up before
+    any clock starts, so that opening a sum expands the streams of all sites of the plan."""
+
+    def __init__(self, group: GroupSecret, header: RoundHeader, layout: Layout) -> None:
+        self._group, self._header, self._bits = group, header, layout.packing.slot_bits
+        self._keys = {place: self._key(place) for place in range(len(header.roster))}
+        others = [(key, 1) for place, key in self._keys.items() if place >= CONTRIBUTORS]
+        self._rest = mask_sum(others, layout.slots, self._bits)
+
+    def _key(self, site: int) -> bytes:
+        salt, name = draw_salt(OsEntropy()), self._header.roster[site]
+        return stream_key(self._group, self._header.digest, b"bench", name, salt)
+
+    def fresh(self, site: int) -> list[tuple[bytes, int]]:
+        """The stream of a new vector of a contributor."""
+        self._keys[site] = self._key(site)
+        return [(self._keys[site], 1)]
+
+    def take_off(self, total: Slots) -> None:
+        """What a site does between the words of a sum and its tag."""
+        total += self._rest
+        add_masks(total, [(key, -1) for key in self._keys.values()], self._bits)
 
 
 def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> Scheme:
@@ -371,11 +403,10 @@ def _ratios(rows: Sequence[Json]) -> Json:
                 for short, long in keys.items()
             }
             for other in rows
-            if other is not row
-            and (other["name"] not in PROTECTIONS or other["bits"] == row["bits"])
+            if other is not row and (other["name"] not in SCHEMES or other["bits"] == row["bits"])
         }
         for row in rows
-        if row["name"] in PROTECTIONS
+        if row["name"] in SCHEMES
     }
 
 
@@ -383,10 +414,9 @@ def page(found: Json) -> RenderableType:
     """The terminal's page of `fedcore bench protect`."""
     table = grid("scheme", "up", "down", *_TIMED, "max error")
     for row in found["rows"]:
-        bits = f" {row['bits']} bits" if row["bits"] else ""
         seconds = (row[f"{stage}_seconds_per_million"] for stage in _TIMED)
         table.add_row(
-            row["name"] + bits,
+            _shown(row),
             f"{row['bytes_up_per_parameter']:.3f}",
             f"{row['bytes_down_per_parameter']:.3f}",
             *("-" if value is None else f"{value:.4f}" for value in seconds),
@@ -401,24 +431,41 @@ def page(found: Json) -> RenderableType:
     return Group(fitted(table), Text(), Text(note), *map(Text, _comparisons(found["ratios"])))
 
 
+def _shown(row: Json) -> str:
+    """A row's name and bits; a keystream stands indented below its protection: 80 columns are few."""
+    _, cipher = SCHEMES.get(row["name"], ("", ""))
+    if cipher == "keystream":
+        return f"  {cipher} {row['bits']}"
+    return f"{row['name']} {row['bits']} bits" if row["bits"] else str(row["name"])
+
+
 _TIMED = ("protect", "fold", "unmask", "unprotect")
 
 
 def _comparisons(ratios: Json) -> list[str]:
-    """What the ratios come to: each number of bits against CKKS, then with masks against without."""
+    """What the ratios come to: each number of bits against CKKS, then with masks against without, and
+    each keystream against CKKS and against BFV."""
     lines = []
     for name, ratio in ratios.items():
-        protection, _, bits = name.partition("-")
-        if protection == "encrypted":
+        scheme, _, bits = name.rpartition("-")
+        protection, cipher = SCHEMES[scheme]
+        if scheme == "encrypted" or cipher == "keystream":
             lines.append(
                 f"{name}: {ratio['ckks']['bytes_up']:.1f} times smaller up and "
                 f"{ratio['ckks']['protect_seconds']:.1f} times faster to protect than ckks "
                 f"({ratio['ckks-blocks']['protect_seconds']:.1f} times, ckks one ciphertext at a time)"
             )
+        if scheme == "encrypted":
             lines += [
                 f"{other}-{bits}: {ratio[other]['bytes_up']:.2f} times the bytes up and "
                 f"{ratio[other]['protect_seconds']:.2f} times the seconds to protect of {name}"
                 for other in MASKS
                 if other in ratio
             ]
+        if cipher == "keystream":
+            bfv = ratio[protection]
+            lines.append(
+                f"{name}: {bfv['bytes_up']:.2f} times smaller up, {bfv['bytes_down']:.2f} times down, and "
+                f"{bfv['protect_seconds']:.1f} times faster to protect than {protection}-{bits} (bfv)"
+            )
     return lines

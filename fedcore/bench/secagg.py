@@ -25,6 +25,7 @@ from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.loopback import Contribution, KeyEpoch, Stopwatch
 from fedcore.plan import (
+    ENCRYPTS,
     EXCEEDS,
     MASKS,
     RangePlan,
@@ -32,6 +33,7 @@ from fedcore.plan import (
     ServerPlan,
     TrainPlan,
     default_threshold,
+    refuse_cipher,
     solve_packing,
 )
 from fedcore.protocol import messages
@@ -61,6 +63,7 @@ def run(
     drop: int = 1,
     bits: int = 16,
     protection: str = "layered",
+    cipher: str = "bfv",
     seed: int = 0,
 ) -> Json:
     """One round for each number of sites, at the default threshold.
@@ -73,6 +76,7 @@ def run(
             f"--protection: found {protection!r}, expected one of {', '.join(MASKS)}",
             remedy="`fedcore bench protect` has every protection",
         )
+    refuse_cipher(protection, cipher)
     if parameters < 1:
         raise BadInput(f"--parameters: found {parameters}, expected at least 1")
     for count in sites:
@@ -86,12 +90,13 @@ def run(
     rows = []
     for count in sites:
         progress(f"bench secagg: {count} sites, {parameters} parameters, {drop} dropping out")
-        rows.append(_row(_plan(count, parameters, bits, protection), drop, seed))
+        rows.append(_row(_plan(count, parameters, bits, protection, cipher), drop, seed))
     return {
         "schema": 1,
         "kind": "bench-secagg",
         "parameters": parameters,
         "protection": protection,
+        "cipher": cipher if protection in ENCRYPTS else None,
         "bits": bits,
         "drop": drop,
         "seed": seed,
@@ -100,13 +105,13 @@ def run(
     }
 
 
-def _plan(sites: int, parameters: int, bits: int, protection: str) -> RoundPlan:
+def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) -> RoundPlan:
     names = tuple(SiteId(f"site-{index:02d}") for index in range(sites))
     return RoundPlan(
         task="bench", task_digest="", sites=names, protection=protection,
-        packing=solve_packing(bits, sites, protection), parameters=parameters,
+        packing=solve_packing(bits, sites, protection, cipher=cipher), parameters=parameters,
         buffer_coordinates=0, max_examples=1 << 20, rounds=1, train=TrainPlan(),
-        server=ServerPlan(), range=RangePlan(),
+        server=ServerPlan(), range=RangePlan(), cipher=cipher,
     )  # fmt: skip
 
 
@@ -178,8 +183,9 @@ def page(found: Json) -> RenderableType:
             f"{row['coordinator_cpu_seconds']:.3f}",
             "exact" if row["exact"] else "NOT the plain sum",
         )
+    under = repr(found["protection"]) + (" (keystream)" if found["cipher"] == "keystream" else "")
     note = (
-        f"{found['parameters']:,} parameters at {found['bits']} bits under {found['protection']!r}, "
+        f"{found['parameters']:,} parameters at {found['bits']} bits under {under}, "
         f"{found['drop']} of the sites leaving after the shares; bytes and CPU seconds per site"
     )
     return Group(fitted(table), Text(), Text(note))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fedcore.bench import fold, protect
 from fedcore.encode.pack import Layout
 from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, PlanRefused, TagRefused
-from fedcore.plan import MASKS, PROTECTIONS, VectorSpec, solve_packing
+from fedcore.plan import MASKS, SCHEMES, VectorSpec, solve_packing
 from fedcore.protect import ckks
 from fedcore.protect.masked import MaskedFold, MaskedSealer
 from fedcore.protect.masking import add_masks
@@ -46,11 +47,15 @@ def test_bench_protect_has_a_row_per_scheme(protect_result: dict) -> None:
     assert [(row["name"], row["bits"]) for row in rows] == [
         ("float32", 32),
         ("encrypted", 8),
+        ("encrypted-keystream", 8),
         ("masked", 8),
         ("layered", 8),
+        ("layered-keystream", 8),
         ("encrypted", 16),
+        ("encrypted-keystream", 16),
         ("masked", 16),
         ("layered", 16),
+        ("layered-keystream", 16),
         ("ckks", None),
         ("ckks-blocks", None),
     ]
@@ -61,7 +66,7 @@ def test_bench_protect_has_a_row_per_scheme(protect_result: dict) -> None:
 
 def test_bench_protect_decodes_within_one_step(protect_result: dict) -> None:
     for row in protect_result["rows"]:
-        if row["name"] in PROTECTIONS:
+        if row["name"] in SCHEMES:
             assert 0 < row["max_error"] <= row["quantisation_step"]
         else:
             assert row["max_error"] < 1e-6
@@ -77,7 +82,8 @@ def test_every_protection_decodes_the_same_sum_of_the_same_bits(protect_result: 
 def test_only_masks_are_unmasked(protect_result: dict) -> None:
     for row in protect_result["rows"]:
         unmasked = row["unmask_seconds_per_million"]
-        assert unmasked > 0 if row["name"] in MASKS else unmasked is None
+        masks = SCHEMES.get(row["name"], ("", ""))[0] in MASKS
+        assert unmasked > 0 if masks else unmasked is None
 
 
 def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None:
@@ -102,23 +108,54 @@ def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None
         assert (MaskedSealer(packing).open(fold.total(), layout.slots) == 21).all()
 
 
-@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "plain"])
 def test_the_sum_tag_is_part_of_what_is_measured(
-    protection: str, monkeypatch: pytest.MonkeyPatch
+    scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = [np.full(100, 0.01, dtype=np.float32)] * protect.CONTRIBUTORS
-    scheme = protect.protected(protection, 100, 4, bits=8, bound=0.25, seed=0)
-    protect._measure(scheme, vectors, protect._Measured())
+    found = protect.protected(scheme, 100, 4, bits=8, bound=0.25, seed=0)
+    protect._measure(found, vectors, protect._Measured())
     honest = SumTag.tag
     monkeypatch.setattr(SumTag, "tag", lambda *arguments: honest(*arguments) ^ 1)
     with pytest.raises(TagRefused):
-        protect._measure(scheme, vectors, protect._Measured())
+        protect._measure(found, vectors, protect._Measured())
+
+
+def test_every_vector_of_a_keystream_has_a_fresh_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[bytes] = []
+    honest = protect.draw_salt
+
+    def record(entropy: Any) -> bytes:
+        drawn.append(honest(entropy))
+        return drawn[-1]
+
+    monkeypatch.setattr(protect, "draw_salt", record)
+    found = protect.protected("encrypted-keystream", 100, 4, bits=8, bound=0.25, seed=0)
+    one, other = (b"".join(found.protect(np.full(100, 0.01, "f4"), 0)) for _ in range(2))
+    assert one != other and len(set(drawn)) == len(drawn) == 4 + 2
+
+
+def test_opening_a_keystream_expands_one_stream_for_every_site_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a site of a real round does: no cheaper for a benchmark of three vectors."""
+    laid: list[int] = []
+    honest = protect.add_masks
+
+    def count(slots: Any, masks: Any, bits: int) -> None:
+        laid.append(len(masks))
+        honest(slots, masks, bits)
+
+    found = protect.protected("encrypted-keystream", 100, 16, bits=8, bound=0.25, seed=0)
+    monkeypatch.setattr(protect, "add_masks", count)
+    protect._measure(found, [np.full(100, 0.01, "f4")] * 3, protect._Measured())
+    assert laid == [1, 1, 1, 16]
 
 
 def test_masks_are_left_out_where_no_plan_may_have_them() -> None:
     found = protect.run(100, 65, bits=[8], repeats=1)
     names = [row["name"] for row in found["rows"]]
-    assert names == ["float32", "encrypted", "ckks", "ckks-blocks"]
+    assert names == ["float32", "encrypted", "encrypted-keystream", "ckks", "ckks-blocks"]
     assert "a plan with masks has at most 64 sites" in " ".join(
         as_text(protect.page(found)).split()
     )
@@ -130,7 +167,10 @@ def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> Non
     expected = other["bytes_up_per_parameter"] / ours["bytes_up_per_parameter"]
     ratios = protect_result["ratios"]["encrypted-16"]
     assert ratios["ckks"]["bytes_up"] == pytest.approx(expected, abs=1e-3)
-    assert set(ratios) == {"float32", "ckks", "ckks-blocks", "masked", "layered"}
+    assert set(ratios) == {
+        "float32", "ckks", "ckks-blocks", "masked", "layered", "encrypted-keystream",
+        "layered-keystream",
+    }  # fmt: skip
     for other in ("masked", "layered"):
         for short, long in (
             ("bytes_up", "bytes_up_per_parameter"),
@@ -139,8 +179,26 @@ def test_bench_protect_ratios_are_those_of_its_rows(protect_result: dict) -> Non
             expected = rows[other, 16][long] / ours[long]
             assert ratios[other][short] == pytest.approx(expected, abs=1e-3)
     assert set(protect_result["ratios"]["layered-8"]) == {
-        "float32", "ckks", "ckks-blocks", "encrypted", "masked"
+        "float32", "ckks", "ckks-blocks", "encrypted", "masked", "encrypted-keystream",
+        "layered-keystream",
     }  # fmt: skip
+
+
+def test_the_page_says_what_a_keystream_saves_beside_bfv_and_ckks(protect_result: dict) -> None:
+    text = " ".join(as_text(protect.page(protect_result)).split())
+    for bits in (8, 16):
+        for protection in ("encrypted", "layered"):
+            ratio = protect_result["ratios"][f"{protection}-keystream-{bits}"]
+            ckks, bfv = ratio["ckks"], ratio[protection]
+            assert (
+                f"{protection}-keystream-{bits}: {ckks['bytes_up']:.1f} times smaller up and "
+                f"{ckks['protect_seconds']:.1f} times faster to protect than ckks" in text
+            )
+            assert (
+                f"{protection}-keystream-{bits}: {bfv['bytes_up']:.2f} times smaller up, "
+                f"{bfv['bytes_down']:.2f} times down, and {bfv['protect_seconds']:.1f} times faster to "
+                f"protect than {protection}-{bits} (bfv)" in text
+            )
 
 
 def test_the_page_says_what_masks_cost_beside_encryption(protect_result: dict) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedcore.bench import secagg
 from fedcore.cli import main
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, PlanRefused
 
 pytest.importorskip("tenseal.sealapi")
 
@@ -45,6 +45,22 @@ def test_masked_needs_fewer_bytes_than_layered(found):
     masked = secagg.run(parameters=5000, sites=(4,), drop=1, protection="masked")["rows"][0]
     assert masked["exact"]
     assert masked["bytes_up_per_parameter"] < found["rows"][0]["bytes_up_per_parameter"]
+
+
+def test_a_keystream_needs_the_bytes_of_masks_and_a_salt_for_each_vector(found):
+    row = secagg.run(parameters=5000, sites=(4,), drop=1, cipher="keystream")["rows"][0]
+    masked = secagg.run(parameters=5000, sites=(4,), drop=1, protection="masked")["rows"][0]
+    assert row["exact"]
+    assert row["bytes_up_per_parameter"] == masked["bytes_up_per_parameter"]
+    up = row["control_bytes_up_per_site"] - masked["control_bytes_up_per_site"]
+    assert up == pytest.approx(32 * 3 / 4, abs=4)  # a mean over four sites, one of which sends none
+    down = row["control_bytes_down_per_site"] - masked["control_bytes_down_per_site"]
+    assert down == pytest.approx(32 * 3 * 2 * 3 / 4, abs=16)  # the list, and beside the sum
+
+
+def test_a_keystream_where_nothing_is_encrypted_is_refused():
+    with pytest.raises(PlanRefused, match=r"protect\.cipher: found 'keystream' under 'masked'"):
+        secagg.run(parameters=10, sites=(4,), protection="masked", cipher="keystream")
 
 
 def test_the_page_names_a_sum_that_is_not_exact(found):
