@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from support.attacked import COLLUDER, SITES, attacked, columns_of, is_vector, minus
 from support.hostile_coordinator import answers, attack, sums
-from support.unguarded_site import POLICY, SETTINGS, THRESHOLD, sent_by, switched_off
+from support.unguarded_site import (
+    IMPOSSIBLE,
+    POLICY,
+    SETTINGS,
+    THRESHOLD,
+    UNIFORM,
+    lies,
+    sent_by,
+    switched_off,
+)
 
-ATTACKS = ("folds", "cohort", "downgrade")
+ATTACKS = ("folds", "cohort", "downgrade", "impossible")
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +119,28 @@ def test_a_job_with_less_protection_than_the_policy_allows(fed, offer):
     with switched_off(fed.folder, POLICY):
         assert answers_to(fed, "downgrade_open", offer) == (dict.fromkeys(SITES, "able"), 4)
     assert answers_to(fed, "downgrade", offer) == (dict.fromkeys(SITES, "policy"), 0)
+
+
+# ---------------------------------------------------------------- 8: a sum that no honest vectors have
+
+
+def all_open(event):
+    """Whether every site is at a sum and none says a word."""
+    found = (event["waiting"] or {"for": {}})["for"]
+    return len(found) == len(SITES) and all(each["doing"] == "opening" for each in found.values())
+
+
+def test_a_lying_site_whose_statistics_have_no_spread(fed):
+    """One site's sum of squares is 0: the root of the variance is NaN."""
+    attack(fed.folder)
+    with lies(fed.folder, statistics={"square": 0}):
+        with switched_off(fed.folder, IMPOSSIBLE, UNIFORM):
+            job = fed.submit("impossible_open", rounds=1)
+            fed.wait(job, until=all_open)
+            fed.stop_job(job)
+        job = fed.submit("impossible", rounds=1)
+        event = fed.wait(job)[-1]
+    assert event["state"] == "abandoned", "and nobody hangs"
+    assert {site["unable"] for site in event["sites"].values()} == {""}, "one answer, of all"
+    for name in sorted(set(SITES) - {COLLUDER}):
+        assert "statistics: found n S2 < S1^2, expected n S2 >= S1^2" in fed.log(name)
