@@ -1,4 +1,7 @@
-"""`jobs = "ask"` with real processes: a job waits at a site until its operator's word, and goes on with it."""
+"""`jobs = "ask"` with real processes: a job waits at a site until its operator's word, and goes on with it.
+
+The word given while no process runs is in tests/unit/test_approvals.py.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,8 @@ def test_a_job_waits_at_a_site_until_its_operator_approves_it(tmp_path):
         code, _, error = fed_site(fed, "a", "approve", f"{job}x")
         assert code == 2 and "hint: did you mean" in error
 
-        fed.stop("a")  # the word is given while no process runs
         code, text, _ = fed_site(fed, "a", "approve", job)
         assert code == 0 and row["leaves"][0] in text
-        fed.start("a")
         fed.wait(job)
         fed.released(job)
         assert f"job {job}: approved" in fed.log("a")
