@@ -21,6 +21,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
 import numpy as np
 from fedcore_clients.config import SiteConfig, read_config
 from fedcore_clients.jobs import Party
+from fedcore_clients.ledger import Ledger
 from fedcore_clients.main import Site
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.training import Loaded
@@ -52,7 +53,7 @@ class Drawn:
     async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:  # noqa: ARG002
         """A model of so many parameters, all 0, without columns."""
         shape = ModelShape(task, digest, self._parameters, 0, 0, "bench", (ROWS,))
-        return Loaded(shape, (), np.zeros(self._parameters, dtype=np.float32))
+        return Loaded(shape, (), np.zeros(self._parameters, dtype=np.float32), "0" * 64)
 
     async def contribute(
         self,
@@ -106,11 +107,12 @@ def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> 
     journal = opened.enter_context(
         Journal.open(config.folder / "journal.sqlite", party=f"site {name}")
     )
-    pins = read_roster(config.roster)
+    pins, identity = read_roster(config.roster), read_identity(config.identity)
     party = Party(
-        kit.peer.federation, name, read_identity(config.identity), pins, journal,
+        kit.peer.federation, name, identity, pins, journal,
         Spool(config.folder / "spool"), config.folder,
         SitePolicy(config.policy, len(pins), config.hashes),
+        opened.enter_context(Ledger.open(config.folder, identity)),
     )  # fmt: skip
     return Site(config, kit, party, Drawn(name, parameters))
 

@@ -127,6 +127,20 @@ def approve(
 
 
 @app.command()
+def ledger(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """What was released of this site's rows: each sum, when, for which job, with which sites."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.ledger import ledger_lines, read_ledger
+
+    found = read_ledger(read_config(config).folder)
+    if as_json:
+        emit({"exposures": [each.to_json() for each in found]})
+    else:
+        for line in ledger_lines(found):
+            typer.echo(line)
+
+
+@app.command()
 def model(
     job: Annotated[str, typer.Argument(help="The job's id, as `fed-site status` prints it.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write, *.safetensors.")],

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedcore_clients.approvals import is_approved
+from fedcore_clients.ledger import Exposure, Ledger
 from fedcore_clients.policy import POLICY, SitePolicy
 from fedcore_clients.training import Loaded, TrainingFailed
 
@@ -34,6 +35,7 @@ from fedcore.errors import (
     DataLost,
     FedcoreError,
     HeaderRefused,
+    OtherSites,
     PeerRefused,
     PolicyRefused,
     Refused,
@@ -44,14 +46,14 @@ from fedcore.files import write_atomic
 from fedcore.label import Terms, collusion, label_of
 from fedcore.leaving import leaving_of
 from fedcore.loopback import Contribution
-from fedcore.plan import RoundHeader, RoundPlan, canonical
+from fedcore.plan import MASKS, RoundHeader, RoundPlan, canonical
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.identity import IdentityKey
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.protocol import course, effects, epoch, job, messages, publicmetrics, site
 from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.shared import THIS_SITE, Standing
+from fedcore.protocol.shared import THIS_SITE, Standing, survivors_of
 from fedcore.run import append_row
 from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
@@ -123,6 +125,7 @@ class Party:
     spool: Spool
     folder: Path
     policy: SitePolicy
+    ledger: Ledger
     patience: float = 1800.0
     clock: Callable[[], float] = time.monotonic
 
@@ -231,6 +234,8 @@ class SiteJob:
         self.plan: RoundPlan | None = None
         self.features = 0
         self.columns: tuple[Column, ...] = ()
+        self.rows = ""
+        """What the ledger calls this site's rows; empty before they were loaded."""
         self.state: JobState | None = None
         self.epoch: Any = epoch.NoKey()
         self.stage: Any = site.Idle(Standing(0, b""))
@@ -294,6 +299,7 @@ class SiteJob:
         if about is None:
             return
         kept = json.loads(about)
+        self.rows = kept["rows"]
         self._adopt(
             RoundPlan.from_json(kept["plan"]), kept["features"],
             tuple((str(n), float(low), float(high)) for n, low, high in kept["columns"]),
@@ -394,7 +400,7 @@ class SiteJob:
         await self.close()
         await asyncio.sleep(_AGAIN)
         fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
-        for name in ("plan", "features", "columns", "state", "epoch", "stage", "secrets", "ended",
+        for name in ("plan", "features", "columns", "rows", "state", "epoch", "stage", "secrets", "ended",
                      "_scheme", "_member", "_groups", "_candidates"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
@@ -553,9 +559,10 @@ class SiteJob:
             self._ask_policy(settings)  # before a row is read
             if not await self._approved():
                 return
-            self.survey = await self.contributor.load(
+            found = await self.contributor.load(
                 self.id, settings, self.offer.task, self.offer.task_digest
             )
+            self._take_rows(found)
         except TrainingFailed as failed:
             self._unable(failed.reason)
         except PolicyRefused as refused:
@@ -567,7 +574,7 @@ class SiteJob:
             LOG.exception("job %s: a fault of this side while loading", self.id)
             self._unable(job.UNABLE)
         else:
-            self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
+            self.link.say(self.id, job.Survey(self.id, self.party.id, found.shape))
             self.link.doing(self.id, "idle")
 
     def _ask_policy(self, settings: Json) -> Job:
@@ -606,8 +613,9 @@ class SiteJob:
 
     def _refuse_job(self, refused: PolicyRefused) -> None:
         """One line here, one word to the coordinator, again at every new session."""
+        if self.refused is None or str(self.refused) != str(refused):
+            LOG.warning("job %s: refused: %s; hint: %s", self.id, refused, refused.remedy)
         self.refused = refused
-        LOG.warning("job %s: refused: %s; hint: %s", self.id, refused, refused.remedy)
         self._unable(refused.word)
         self.last_error = str(refused)
         self.link.doing(self.id, "idle")
@@ -637,7 +645,13 @@ class SiteJob:
             mine = plan_of(complete, found.shape, tuple(self.party.pins), self.plan.max_examples)
             if mine.digest != self.plan.digest:
                 raise TrainingFailed(job.UNABLE)
-            self.survey = found
+            self._take_rows(found)
+
+    def _take_rows(self, found: Loaded) -> None:
+        """The rows are here; nothing of them has left. Raises PolicyRefused where they are in enough jobs."""
+        self.rows = self.party.ledger.rows_key(found.rows)
+        self._raise(self.party.policy.on_rows(self.id, self.party.ledger.jobs_over(self.rows)))
+        self.survey = found
 
     def _take_plan(self, offered: job.PlanOffer) -> None:
         """Make the plan here, and go on only if the offered one is the same."""
@@ -663,7 +677,7 @@ class SiteJob:
         self._state_path("current").parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._write_state("current", self.state.to_bytes())
         about = {
-            "plan": mine.to_json(), "features": self.features,
+            "plan": mine.to_json(), "features": self.features, "rows": self.rows,
             "columns": [list(column) for column in self.columns],
         }  # fmt: skip
         self.party.journal.put(self.id, "plan", canonical(about))
@@ -760,7 +774,7 @@ class SiteJob:
             await self._machine(site.Invited(announce, tag), refusing=False)
             self._tidy()
         except PeerRefused as error:
-            self._note(error)
+            self._note_refusal(error)
             if not isinstance(self.stage, site.IN_ROUND):
                 await self._machine(site.Declined(header))
                 self._rest()
@@ -792,11 +806,13 @@ class SiteJob:
         assert self._member is not None
         before = self.stage
         try:
-            after, found = site.step(self._member, before, event, self.party.clock())
-        except PeerRefused as error:
+            member = self._held_to_ledger(self._member)
+            after, found = site.step(member, before, event, self.party.clock())
+            self._spend(found)
+        except (PeerRefused, PolicyRefused) as error:
             if not refusing or not isinstance(before, site.IN_ROUND):
                 raise
-            self._note(error)
+            self._note_refusal(error)
             await self._refuse(error)
             return
         ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
@@ -816,6 +832,54 @@ class SiteJob:
             certificate, self._early = self._early, None
             if certificate.header.digest == after.header.digest:
                 await self._machine(site.Received(certificate))
+
+    def _held_to_ledger(self, member: site.Member) -> site.Member:
+        """The machine's rules as the ledger has them now: another job may have had a sum meanwhile."""
+        if not self.columns:
+            return member
+        ledger = self.party.ledger
+        sites = ledger.statistics_only_with(self.rows, self._column_names(), self.id)
+        return member if sites is None else replace(member, only_with={"statistics": sites})
+
+    def _column_names(self) -> list[str]:
+        return [name for name, _, _ in self.columns]
+
+    def _spend(self, found: Sequence[Any]) -> None:
+        """Write into the ledger what a step exposes, before it is in the journal and before it leaves.
+
+        Raises PolicyRefused where these rows are in enough jobs already, and StoreProblem.
+        """
+        ledger = self.party.ledger
+        for effect in found:
+            match effect:
+                case effects.Persist(record=site.UnmaskAnswered()):
+                    self._expose(self.stage.header, survivors_of(self.stage.submissions))
+                case effects.Persist(record=site.SumAnnounced(aggregate=aggregate)):
+                    self._expose(self.stage.header, survivors_of(aggregate.submissions))
+                case effects.Persist(record=site.VectorSpooled()):
+                    if (
+                        self.stage.header.protection not in MASKS
+                    ):  # whoever has the key can open it now
+                        self._expose(self.stage.header, ())
+                case effects.Apply(certificate=certificate):
+                    if self.party.id in certificate.survivors:
+                        self._expose(certificate.header, certificate.survivors)
+                    ledger.certified(certificate.header.digest.hex(), certificate.hash)
+
+    def _expose(self, header: RoundHeader, survivors: tuple[SiteId, ...]) -> None:
+        ledger, names = self.party.ledger, self._column_names()
+        if not ledger.has(header.digest.hex()):
+            self._raise(self.party.policy.on_rows(self.id, ledger.jobs_over(self.rows)))
+        ledger.exposed(Exposure.of(header, survivors, rows=self.rows, columns=names))
+
+    def _note_refusal(self, error: Exception) -> None:
+        """What this site's policy or ledger forbids ends the job here; other refusals end the round."""
+        if isinstance(error, OtherSites):
+            error = PolicyRefused(str(error), word=POLICY, remedy=error.remedy)
+        if isinstance(error, PolicyRefused):
+            self._refuse_job(error)
+        else:
+            self._note(error)
 
     def _stop_making(self) -> None:
         """Training for a round that is over would only keep the next one waiting."""

@@ -24,6 +24,7 @@ from fedcore_clients.approvals import offer_digest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.jobs import Contributor, Party, SiteJob
+from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import choose, told
 from fedcore_clients.session import Address, Session
@@ -54,7 +55,7 @@ LOG = logging.getLogger("fedcore.site")
 
 STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
 
-OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, STATUS_FILE)
+OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE)
 """What this process keeps in its folder, for its user alone."""
 
 CLOCKS_APART = 60.0
@@ -353,11 +354,15 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
     papers = read_papers(config)
     kit = papers.kit
     close_to_others(config.folder, OWN_FILES)
-    with Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal:
+    with (
+        Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
+        Ledger.open(config.folder, papers.identity) as ledger,
+    ):
         party = Party(
             kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
-            SitePolicy(config.policy, len(papers.pins), config.hashes), config.patience_seconds,
+            SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
+            config.patience_seconds,
         )  # fmt: skip
         asyncio.run(_run(config, kit, party, said, health_port))
 

@@ -8,7 +8,7 @@ DESIGN s7; the names and the protocol are those of REDESIGN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -65,6 +65,11 @@ class Policy(Protocol):
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
         """The plan this site made of a job, after its rows were loaded or in a new process."""
+        ...
+
+    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
+        """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over
+        the same rows in the last 30 days."""
         ...
 
     def on_release(self, what: str) -> PolicyRefused | None:
@@ -151,6 +156,16 @@ class SitePolicy:
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
         """The same of a plan, whatever the job said."""
         return next(self._refusals(_Asked.of_plan(plan)), None)
+
+    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
+        """How many jobs these rows take part in; one that has begun goes on."""
+        others, most = set(before) - {job}, self.rules.jobs_per_month
+        if self.rules.jobs == "any" or job in before or len(others) < most:
+            return None
+        return _refusal(
+            "job", f"{len(others)} others over the same rows in 30 days",
+            f"{most} or fewer, this one included,", "jobs_per_month",
+        )  # fmt: skip
 
     def on_release(self, what: str) -> PolicyRefused | None:
         """What may be given to the coordinator now: the operator may have thought better of it."""

@@ -45,11 +45,13 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a site found when it loaded a job's task and rows."""
+    """What a site found when it loaded a job's task and rows. rows: SHA-256 of the rows, hex, in whatever
+    order; it stays at the site."""
 
     shape: ModelShape
     columns: tuple[Column, ...]
     initial: FloatVector
+    rows: str
 
 
 class Training:
@@ -98,7 +100,7 @@ class Training:
         sums = tuple(Wide(**wide) for wide in shape["metric_sums"])
         columns = tuple((str(n), float(low), float(high)) for n, low, high in head["columns"])
         initial = np.frombuffer(blobs[0], dtype="<f4").astype(np.float32)
-        return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial)
+        return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial, head["rows"])
 
     async def contribute(
         self, job: str, plan: RoundPlan, step: Step, state: JobState

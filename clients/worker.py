@@ -117,7 +117,10 @@ class Worker:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")
         site = LocalSite(task, job, SiteId(asked["site"]), asked["source"], cap)
         self.sites[asked["job"]] = site
-        head = {"shape": asdict(site.shape), "columns": [list(column) for column in site.columns]}
+        head = {
+            "shape": asdict(site.shape), "columns": [list(column) for column in site.columns],
+            "rows": site.rows,
+        }  # fmt: skip
         return head, [site.initial.astype("<f4").tobytes()]
 
     def _track(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:

@@ -21,6 +21,7 @@
     |           |-- RosterRefused      a cohort too small, unpinned, repeated, or with an unknown site
     |           |-- ThresholdRefused   a threshold outside (n/2, n], or fewer answers than it asks
     |           |-- HeaderRefused      round not increasing, another plan, job, certificate or policy
+    |           |-- OtherSites         sums over these rows were given with another set of sites
     |           |-- StaleEpoch         a key epoch that is not the one held here
     |           |-- SignatureRefused   a signature that does not verify, or is missing
     |           |-- KeyRefused         a duplicate, malformed or low-order public key
@@ -198,6 +199,11 @@ class ThresholdRefused(ProtocolRefused):
 
 class HeaderRefused(ProtocolRefused):
     """The announced round is not one this site may take part in."""
+
+
+class OtherSites(ProtocolRefused):
+    """A sum of this kind over these rows was given with another set of sites, in this job or an earlier
+    one: the difference of the two sums would show the sites that only one of them has (PROTOCOL H)."""
 
 
 class StaleEpoch(HeaderRefused):

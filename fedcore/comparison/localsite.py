@@ -17,6 +17,7 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.aggregate.optimisers import ServerState
 from fedcore.comparison.transport import MetricTransport
 from fedcore.config import Job
+from fedcore.data.digest import rows_digest
 from fedcore.data.rows import Layout, Rows, load_rows, split_rows
 from fedcore.data.statistics import Statistics
 from fedcore.errors import BadInput
@@ -122,7 +123,8 @@ class LocalSite:
 
     def __init__(self, task: Task, job: Job, name: SiteId, source: Any, max_examples: int) -> None:
         self.task, self.job = task, job
-        self.site, _, _ = load_site(task, job, name, 0, source)
+        self.site, everything, test = load_site(task, job, name, 0, source)
+        self.rows = rows_digest(everything, test)
         check_rows(self.site, max_examples)
         self.flat = model_of(task, job, self.site)
         self.transport = MetricTransport.of(

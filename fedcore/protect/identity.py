@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedcore.errors import BadInput, RosterRefused, SignatureRefused
 from fedcore.protect.secret import Secret
-from fedcore.protect.symmetric import framed
+from fedcore.protect.symmetric import Label, derive, framed
 from fedcore.types import SiteId
 
 PUBLIC_BYTES = 32
@@ -43,6 +43,10 @@ class IdentityKey(Secret):
     def public(self) -> bytes:
         """32 bytes: what the roster pins."""
         return self._key.public_key().public_bytes_raw()
+
+    def derive(self, purpose: bytes) -> bytes:
+        """32 bytes for this purpose, the same for as long as the site has this identity."""
+        return derive(self._key.private_bytes_raw(), Label.OF_IDENTITY, purpose)
 
     def sign(self, label: bytes, message: bytes) -> bytes:
         """64 bytes over label and message. Raises BadInput for a label with a zero byte."""

@@ -34,6 +34,7 @@ class Label(StrEnum):
     """Every use of `derive`, once: a key made for one of them is of no use to another."""
 
     ENVELOPE = "envelope"
+    OF_IDENTITY = "of identity"
     MASK_X25519 = "mask x25519"
     MASK_MLKEM = "mask mlkem"
     OFFER_ROOT = "offer root"

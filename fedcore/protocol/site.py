@@ -21,6 +21,7 @@ from fedcore.errors import (
     HeaderRefused,
     KeyRefused,
     ListRefused,
+    OtherSites,
     OutOfOrder,
     ReleaseRefused,
     ShareRefused,
@@ -115,7 +116,8 @@ class Member:
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
     minimum: the smallest cohort it takes part in, where the plan's threshold is lower. patience: seconds
     it waits at any stage; well above the coordinator's, which alone decides who is late: a site that
-    gives up first leaves a good round.
+    gives up first leaves a good round. only_with: {purpose: sites}; a sum of this purpose is given with
+    exactly these, because the ledger of this site has one over the same rows (PROTOCOL H, across jobs).
     """
 
     id: SiteId
@@ -127,6 +129,7 @@ class Member:
     entropy: Entropy
     minimum: int = 3
     patience: float = 1800.0
+    only_with: Mapping[str, tuple[SiteId, ...]] = field(default_factory=dict)
 
     @property
     def least(self) -> int:
@@ -627,6 +630,7 @@ class _Move(Move):
 def _join(move: _Move, event: Invited) -> None:
     member, standing, header = move.member, move.stage.standing, event.announce.header
     _check_invitation(member, standing, header)
+    _check_company(member, header, header.roster, "cohort")
     if header.protection not in MASKS:
         move.record(JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
         move.do(MakeVector(header, event.state_tag, ()))
@@ -676,6 +680,20 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
             "release certificate", found=header.certificate[:16] or "none",
             expected=standing.certificate[:16] or "none", fault=COORDINATOR,
             remedy="a site that missed a release catches up from the sealed checkpoint",
+        )  # fmt: skip
+
+
+def _check_company(member: Member, header: RoundHeader, sites: Iterable[SiteId], what: str) -> None:
+    """These rows meet the same sites again, or none (PROTOCOL H, across jobs). Raises OtherSites."""
+    wanted = member.only_with.get(header.purpose)
+    if wanted is not None and set(sites) != set(wanted):
+        raise OtherSites(
+            f"{what} ({header.purpose})", found=", ".join(sorted(sites)),
+            expected=f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
+            "same rows was given before, and two that differ by a site show that site's part",
+            fault=COORDINATOR,
+            remedy="`fed-site ledger` shows the earlier sums; evict the other sites for this job, or "
+            "scale by declared ranges, which takes no sum",
         )  # fmt: skip
 
 
@@ -863,6 +881,7 @@ def _pairwise_mask(
 
 def _submit(move: _Move, made: VectorMade) -> None:
     member, stage = move.member, cast(Masking, move.stage)
+    _check_company(member, stage.header, stage.header.roster, "cohort")
     submit = sign(
         Submit(
             stage.header.digest, member.id, made.digest, made.size, stage.state_tag,
@@ -884,6 +903,7 @@ def _check_list(
     names = survivors_of(submissions)
     check_members(names, list(cohort), stage.header.threshold, "survivor list")
     refuse_missing(member.id, names, "survivor list")
+    _check_company(member, stage.header, names, "survivor list")
     for submit in submissions:
         check_submission(submit, stage.header, member.pins, member.plan.salt_bytes)
     check_same_state(submissions, stage.state_tag, stage.standing.key_id)
@@ -925,6 +945,7 @@ def _answer(move: _Move, request: Confirmations) -> None:
     member, stage = move.member, cast(Confirmed, move.stage)
     check_header(request.header, stage.header, COORDINATOR)
     survivors = survivors_of(stage.submissions)
+    _check_company(member, stage.header, survivors, "survivor list")
     signers = [confirm.site for confirm in request.confirms]
     check_members(signers, survivors, stage.header.threshold, "confirmations")
     refuse_missing(member.id, signers, "confirmations")

@@ -62,7 +62,7 @@ def surveyed(found, site, observed):
     async def load(self, *args):
         self.loaded = True
         loaded = await Drawn.load(self, *args)
-        return Loaded(replace(loaded.shape, features=2), COLUMNS, loaded.initial)
+        return Loaded(replace(loaded.shape, features=2), COLUMNS, loaded.initial, loaded.rows)
 
     async def contribute(self, job, plan, step, state):
         if step.purpose == "statistics":

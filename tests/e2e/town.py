@@ -24,6 +24,7 @@ import shutil
 import numpy as np
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Offline, Party, SiteJob
+from fedcore_clients.ledger import Ledger, read_ledger
 from fedcore_server.jobs import CoordinatedJob, House, Limits
 from policies import policy_of
 
@@ -32,7 +33,7 @@ from fedcore.config import build_job, plan_of
 from fedcore.encode.pack import Opened
 from fedcore.errors import StoreFull
 from fedcore.label import Terms, collusion
-from fedcore.plan import canonical
+from fedcore.plan import MASKS, canonical
 from fedcore.protect.identity import IdentityKey
 from fedcore.protocol import job as job_messages
 from fedcore.protocol import site as site_machine
@@ -197,6 +198,7 @@ class Town:
             Spool(folder / "spool"),
             folder,
             policy_of(len(SITES), **self.rules),
+            Ledger.open(folder, self.keys[name]),
         )
         self.births[name] = self.births.get(name, 0) + 1
         link = SiteLink(self, name, self.births[name])
@@ -372,12 +374,25 @@ class Town:
             state = state.after(plan, step, Opened(fields, wides), row["survivors"])
         return state
 
+    def _check_ledgers(self, rolled_back):
+        """Whatever was answered (or sent, without masks) was in the site's ledger before (PROTOCOL D)."""
+        masks = self.settings["protect"]["protection"] in MASKS
+        spends = "UnmaskAnswered" if masks else "VectorSpooled"
+        spent = 0
+        for name in set(SITES) - set(rolled_back):
+            kept = {each.header for each in read_ledger(self.folder / name)}
+            gave = {h.hex() for who, h, kind in self.signed if who == name and kind == spends}
+            assert gave <= kept, name
+            spent += len(gave)
+        assert spent >= 3, "the check looked at something"
+
     async def check(self, sites=SITES, rolled_back=()):
         """rolled_back: sites that were given an old copy of their folder, and may sign once more."""
         expected = await self.expected()
         for name in sites:
             assert self.sites[name].state.canonical() == expected.canonical(), name
         assert all(len(v) == 1 for k, v in self.signed.items() if k[0] not in rolled_back)
+        self._check_ledgers(rolled_back)
         for name, journal in self.journals.items():
             journal.verify()
             if name != HUB:

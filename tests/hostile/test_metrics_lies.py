@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 from fedcore_clients.bench import ROWS, Drawn
 from fedcore_clients.jobs import Party, SiteJob
+from fedcore_clients.ledger import Ledger
 from kit import world_at
 from policies import policy_of
 
@@ -172,7 +173,8 @@ async def begun(folder, offered, plan=None):
     pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
     spool, policy = Spool(folder / "spool"), policy_of(len(SITES), public_metrics=True)
-    party = Party("town", "a", key, pins, journal, spool, folder, policy)
+    ledger = Ledger.open(folder, key)
+    party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
     offer = job.JobOffer("job", "bench", "0" * 64, canonical(offered))
     found = SiteJob(party, Link(), Rows("a", 5), offer)
     await found._load()

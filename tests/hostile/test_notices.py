@@ -7,6 +7,7 @@ import logging
 
 import pytest
 from fedcore_clients.jobs import Party, SiteJob
+from fedcore_clients.ledger import Ledger
 from kit import refuses, world_at
 from policies import policy_of
 
@@ -36,6 +37,7 @@ def deployed(world, name, folder):
             Spool(folder / "spool"),
             folder,
             policy_of(len(world.pins)),
+            Ledger.open(folder, member.identity),
         )
         found = SiteJob(party, None, None, job.JobOffer("job", "t", "0" * 64, b"{}"))
         found.plan, found._member, found.stage = world.plan, member, world.stages[name]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Party, SiteJob
+from fedcore_clients.ledger import Ledger
 from fedcore_server import service
 from fedcore_server.jobs import CoordinatedJob, House, Limits
 from fedcore_server.operators import prepare
@@ -227,7 +228,8 @@ def site_job(folder, settings, **rules):
     pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
     spool, policy = Spool(folder / "spool"), policy_of(len(SITES), **rules)
-    party = Party("town", "a", key, pins, journal, spool, folder, policy)
+    ledger = Ledger.open(folder, key)
+    party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
     offer = job.JobOffer("job", "bench", "0" * 64, canonical(settings))
     return SiteJob(party, Link(), Rows("a", 5), offer)
 

@@ -1,0 +1,257 @@
+"""What was released of this site's rows: one entry for each sum that may have been opened (PROTOCOL D, H).
+
+The ledger is a file of JSON lines that only grows: `ledger.jsonl` in the site's folder. It is not in the
+journal, which one process holds, which is never in a backup, and which is written anew after every round.
+Invariant: an entry is on disk before the answer that exposes the sum leaves. A crash between the two
+leaves an entry of a sum that was not exposed, never a sum without an entry. What is only learnt later
+(the survivors under `encrypted`, the certificate) is a line of its own and needs no sync: without it the
+entry says less, and what follows from it is stricter.
+
+Entries go by a digest of the rows: HMAC-SHA256 under a key that is derived from the site's identity, over
+the digest that the training process makes. It does not leave the site; without the key nobody can test
+guesses of rows against it. Query and privacy budgets are counted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from fedcore.errors import StoreProblem
+from fedcore.plan import RoundHeader
+from fedcore.protect.identity import IdentityKey
+from fedcore.store.disk import make_folder, refusals, sync_folder
+from fedcore.types import Json, SiteId
+
+LEDGER_FILE = "ledger.jsonl"
+MONTH_SECONDS = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """A sum that holds this site's vector and may have been opened.
+
+    header: digest of the round's header, hex; one round has one entry. rows: digest of the rows; columns:
+    those of the statistics, if it is statistics. cohort: the sites invited; survivors: those in the sum,
+    empty while unknown. at: seconds since 1970. certificate: hash of its release; empty: exposed without.
+    """
+
+    header: str
+    rows: str
+    purpose: str
+    job: str
+    plan: str
+    round: int
+    training_round: int
+    cohort: tuple[SiteId, ...]
+    survivors: tuple[SiteId, ...]
+    columns: tuple[str, ...]
+    at: float
+    certificate: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        header: RoundHeader,
+        survivors: Iterable[SiteId],
+        *,
+        rows: str,
+        columns: Iterable[str],
+    ) -> Exposure:
+        """The exposure of a round, now."""
+        named = tuple(columns) if header.purpose == "statistics" else ()
+        return cls(
+            header.digest.hex(), rows, header.purpose, header.job, header.plan_digest, header.round,
+            header.training_round, tuple(header.roster), tuple(survivors), named, time.time(),
+        )  # fmt: skip
+
+    def to_json(self) -> Json:
+        """For `--json`, and for its line."""
+        return asdict(self)
+
+
+class Ledger:
+    """The ledger of a site while its process runs. key: of the digests of rows, 32 bytes."""
+
+    def __init__(self, path: Path, key: bytes) -> None:
+        self._path, self._key = path, key
+        self._entries: dict[str, Exposure] = {}
+        self._handle = -1
+        self._size = 0
+
+    @classmethod
+    def open(cls, folder: Path, identity: IdentityKey) -> Self:
+        """Open or make the ledger of a folder. A line that a crash cut off is removed: nothing that relies
+        on it has left. Raises StoreProblem where it cannot be read or written."""
+        path = folder / LEDGER_FILE
+        found = cls(path, identity.derive(b"rows of the ledger"))
+        with refusals("ledger", path):
+            make_folder(folder)
+            found._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            sync_folder(folder)
+            data = path.read_bytes()
+        try:
+            found._entries, found._size = _parsed(path, data)
+            found._cut()
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def close(self) -> None:
+        """Give the file back; a second call does nothing."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------- writing
+
+    def exposed(self, entry: Exposure) -> None:
+        """Record that a sum may be opened from now on: on disk when this returns. Raises StoreProblem.
+
+        Of a round that has an entry only survivors that were not known are added.
+        """
+        known = self._entries.get(entry.header)
+        if known is None:
+            self._append({"exposed": entry.to_json()}, sync=True)
+            self._entries[entry.header] = entry
+        elif entry.survivors and not known.survivors:
+            self._add(known, survivors=entry.survivors)
+
+    def certified(self, header: str, certificate: str) -> None:
+        """A sum of the ledger was released under this certificate. Raises StoreProblem."""
+        known = self._entries.get(header)
+        if known is not None and not known.certificate:
+            self._add(known, certificate=certificate)
+
+    def _add(self, known: Exposure, **learnt: Any) -> None:
+        self._append({"learnt": {"header": known.header, **learnt}}, sync=False)
+        self._entries[known.header] = replace(known, **learnt)
+
+    def _append(self, line: Json, *, sync: bool) -> None:
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with refusals("ledger", self._path):
+            try:
+                written = os.pwrite(self._handle, data, self._size)
+                if written != len(data):
+                    raise OSError(28, os.strerror(28))  # ENOSPC: the rest had no room
+                if sync:
+                    os.fdatasync(self._handle)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._cut()
+                raise
+        self._size += len(data)
+
+    def _cut(self) -> None:
+        """Nothing stands behind the last whole line."""
+        os.ftruncate(self._handle, self._size)
+
+    # -------------------------------------------------------------------------------- reading
+
+    def has(self, header: str) -> bool:
+        """Whether a round, by its header, has an entry."""
+        return header in self._entries
+
+    def rows_key(self, digest: str) -> str:
+        """What entries call these rows. digest: SHA-256 over the rows, hex (`fedcore/data/digest.py`)."""
+        return hmac.new(self._key, bytes.fromhex(digest), hashlib.sha256).hexdigest()
+
+    def __iter__(self) -> Iterator[Exposure]:
+        return iter(tuple(self._entries.values()))
+
+    def jobs_over(self, rows: str, now: float | None = None) -> set[str]:
+        """The jobs that had a sum over these rows in the last 30 days."""
+        since = (time.time() if now is None else now) - MONTH_SECONDS
+        return {each.job for each in self if each.rows == rows and each.at > since}
+
+    def statistics_only_with(
+        self, rows: str, columns: Iterable[str], besides: str = ""
+    ) -> tuple[SiteId, ...] | None:
+        """The sites with which statistics of any of these columns over these rows may be given again.
+
+        None: any, for none was given. An empty tuple: none, for two different sets have had them.
+        besides: the job at hand: within a job no state has two sums. Where the survivors are not known the cohort stands for them.
+        """
+        wanted = set(columns)
+        found = {
+            tuple(sorted(each.survivors or each.cohort))
+            for each in self
+            if each.purpose == "statistics" and each.rows == rows and each.job != besides
+            and wanted & set(each.columns)
+        }  # fmt: skip
+        if not found:
+            return None
+        return found.pop() if len(found) == 1 else ()
+
+
+def _parsed(path: Path, data: bytes) -> tuple[dict[str, Exposure], int]:
+    """The entries, and the length of all whole lines."""
+    whole = data[: data.rfind(b"\n") + 1]
+    entries: dict[str, Exposure] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            _read_line(entries, json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreProblem(
+                f"ledger {path}: found line {number} damaged, expected an entry",
+                remedy="restore ledger.jsonl from a backup: without it this site does not know what it "
+                "has given, and must give nothing",
+            ) from error
+    return entries, len(whole)
+
+
+def _read_line(entries: dict[str, Exposure], line: Mapping[str, Any]) -> None:
+    if "exposed" in line:
+        found = Exposure(**_tuples(line["exposed"]))
+        entries[found.header] = found
+    else:
+        learnt = _tuples(line["learnt"])
+        header = learnt.pop("header")
+        entries[header] = replace(entries[header], **learnt)
+
+
+def _tuples(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
+
+
+def read_ledger(folder: Path) -> list[Exposure]:
+    """The entries of a folder's ledger, the oldest first; nothing is locked or changed."""
+    path = folder / LEDGER_FILE
+    if not path.is_file():
+        return []
+    with refusals("ledger", path):
+        data = path.read_bytes()
+    return list(_parsed(path, data)[0].values())
+
+
+def ledger_lines(entries: Iterable[Exposure]) -> Iterator[str]:
+    """The entries in words, one line each."""
+    nothing = True
+    for each in entries:
+        nothing = False
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.at))
+        sites = ", ".join(each.survivors) or f"not known, of {', '.join(each.cohort)}"
+        end = (
+            f"certificate {each.certificate[:16]}" if each.certificate else "without a certificate"
+        )
+        yield (
+            f"{when}  {each.purpose} (round {each.training_round})  job {each.job}, number {each.round}, "
+            f"plan {each.plan[:16]}  rows {each.rows[:16]}  sites {sites}  {end}"
+        )
+    if nothing:
+        yield "nothing was released of this site's rows"
