@@ -185,7 +185,8 @@ class Ledger:
         """The sites with which statistics of any of these columns over these rows may be given again.
 
         None: any, for none was given. An empty tuple: none, for two different sets have had them.
-        besides: the job at hand: within a job no state has two sums. Where the survivors are not known the cohort stands for them.
+        besides: the job at hand: within a job no state has two sums. Where the survivors are not known
+        the cohort stands for them.
         """
         wanted = set(columns)
         found = {

@@ -155,6 +155,8 @@ class Town:
         """party -> how its next life ends; the rounds in which somebody died."""
         self.left = {}
         """party -> the folder that its next life finds, if not the one it left."""
+        self.replaced = set()
+        """Parties that found another folder than the one they left."""
         self.cuts, self.rules = 0, {}
         """rules: of the policy of every site that starts from now on."""
 
@@ -252,6 +254,7 @@ class Town:
         self._cut_power(name)
         self.journals.pop(name).close()
         if name in self.left:
+            self.replaced.add(name)
             shutil.rmtree(self.folder / name)
             shutil.copytree(self.left.pop(name), self.folder / name)
         self.tasks.pop(name, None)
@@ -374,12 +377,12 @@ class Town:
             state = state.after(plan, step, Opened(fields, wides), row["survivors"])
         return state
 
-    def _check_ledgers(self, rolled_back):
+    def _check_ledgers(self):
         """Whatever was answered (or sent, without masks) was in the site's ledger before (PROTOCOL D)."""
         masks = self.settings["protect"]["protection"] in MASKS
         spends = "UnmaskAnswered" if masks else "VectorSpooled"
         spent = 0
-        for name in set(SITES) - set(rolled_back):
+        for name in set(SITES) - self.replaced:
             kept = {each.header for each in read_ledger(self.folder / name)}
             gave = {h.hex() for who, h, kind in self.signed if who == name and kind == spends}
             assert gave <= kept, name
@@ -392,7 +395,7 @@ class Town:
         for name in sites:
             assert self.sites[name].state.canonical() == expected.canonical(), name
         assert all(len(v) == 1 for k, v in self.signed.items() if k[0] not in rolled_back)
-        self._check_ledgers(rolled_back)
+        self._check_ledgers()
         for name, journal in self.journals.items():
             journal.verify()
             if name != HUB:

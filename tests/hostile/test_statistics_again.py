@@ -3,7 +3,7 @@
 The ledger of a site tells its machine with whom a sum over its rows was given; the machine then gives such
 a sum with exactly these sites, or not at all (PROTOCOL H, across jobs). Each control is the same situation
 without the rule, or with the sites that the rule names. The whole of it, over two jobs with real sums, is
-in tests/e2e/test_statistics_again.py.
+in tests/e2e/test_two_jobs_statistics.py.
 """
 
 from __future__ import annotations
