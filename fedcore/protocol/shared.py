@@ -87,7 +87,7 @@ class Standing:
 
 
 def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) -> None:
-    """The cohort has at least `least` sites, all pinned, each once. Raises RosterRefused."""
+    """The cohort has at least `least` sites, all pinned, each once, in their order. Raises RosterRefused."""
     roster = header.roster
     if len(set(roster)) != len(roster):
         raise RosterRefused("roster", found="a site twice", expected="each once", fault=COORDINATOR)
@@ -96,6 +96,11 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) 
         raise RosterRefused(
             "roster", found=f"the unpinned site {unknown[0]!r}", expected="pinned sites only",
             fault=COORDINATOR, remedy="a site joins with a roster that this site's operator approved",
+        )  # fmt: skip
+    if list(roster) != [site for site in pins if site in roster]:
+        raise RosterRefused(
+            "roster", found="another order", expected="the order of the pinned sites",
+            fault=COORDINATOR,
         )  # fmt: skip
     if len(roster) < least:
         raise RosterRefused(

@@ -168,6 +168,15 @@ def test_a_roster_that_names_one_site_twice(monkeypatch):
     joins(world, "ann", header)
 
 
+def test_a_roster_in_another_order_than_that_of_the_pins(monkeypatch):
+    """One cohort has one header: the place in it decides signs of masks and which key share is whose."""
+    world = world_at("idle")
+    header = cohort(world, "bob", "ann", "cat", "dan", "eve")
+    refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="another order")
+    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    joins(world, "ann", header)
+
+
 def test_a_cohort_below_the_sites_minimum(monkeypatch):
     """n = 2 protects nothing: each of the two subtracts its own update."""
     world = world_at("idle", threshold=3)

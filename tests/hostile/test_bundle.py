@@ -244,7 +244,7 @@ def test_a_bundle_of_the_wrong_sites(problem, monkeypatch):
 
 def test_keys_of_a_site_that_is_pinned_but_not_of_this_cohort():
     world = World(6)
-    header = replace(world.round_header, roster=world.roster[:5], threshold=4)
+    header = replace(world.round_header, roster=world.roster[:5])
     world.round_header = header
     world.advance("keys", world.roster[:5])
     eve = world.signed("fay", world.keys["eve"], site="fay")

@@ -112,6 +112,50 @@ def test_a_round_in_the_jobs_course_is_joined(done, purpose, training_round, tmp
     assert isinstance(keys, messages.Keys)
 
 
+LAST = "c" * 64
+LIES = {
+    "federation": ("federation", ["", "Town", "town "]),
+    "job": ("job", ["", "job2"]),
+    "epoch": ("key epoch", [-1, 0, 2, 1 << 62]),
+    "round": ("round", [-1, 0, 3, 4]),
+    "training_round": ("step", [-1, 0, 3, 1 << 62]),
+    "purpose": ("step", ["", "statistics", "range", "metrics", "Update"]),
+    "roster": ("roster", [
+        (), ("a",), SITES[:2], SITES[1:], SITES[::-1], ("b", "a", "c"), (*SITES, "e"),
+        (*SITES[:3], "a"), (*SITES[:3], "D"),
+    ]),
+    "pins": ("pinned keys", ["", "0" * 64]),
+    "threshold": ("threshold", [-1, 0, 1, 2, 4, 5]),
+    "protection": ("protection", ["", "plain", "encrypted", "layered", "Masked"]),
+    "plan_digest": ("plan digest", ["", "0" * 64]),
+    "certificate": ("release certificate", ["", "d" * 64, LAST.upper()]),
+    "version": ("protocol version", [-1, 0, 99]),
+}  # fmt: skip
+"""Field of a round's header: the first words of the refusal, and what a coordinator may say instead."""
+
+
+def test_every_field_of_a_header_is_in_the_table():
+    assert set(LIES) == {each.name for each in fields(RoundHeader)}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_with_one_field_altered_is_refused_by_the_name_of_the_field(name, tmp_path):
+    """At the whole site. The control is the header as it should be, taken afterwards."""
+    found = in_epoch(tmp_path, "masked")
+    standing = replace(found.stage.standing, round=4, certificate=LAST, released=4)
+    found.stage = site.Idle(standing)
+    good = replace(header_of(found, "update", 1, number=5), certificate=LAST)
+    word, lies = LIES[name]
+    for lie in lies:
+        assert lie != getattr(good, name)
+        said = invited(found, replace(good, **{name: lie}))
+        assert found.last_error.startswith(f"{word}: found "), (lie, found.last_error)
+        assert [type(each) for each in said] == [messages.Leave, job.AtRest], lie
+        assert found.stage == site.Idle(standing)
+    (keys,) = invited(found, good)
+    assert isinstance(keys, messages.Keys) and keys.header == good.digest
+
+
 # ------------------------------------------------------------ another sum than the announced one
 
 
