@@ -16,6 +16,7 @@ import pytest
 from fedcore.errors import PeerRefused, TagRefused
 from fedcore.plan import (
     MASKS,
+    SCHEMES,
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -48,10 +49,13 @@ ANSWERED_AT = {
 """What a site sends in answer to a message: who is absent from there on has not heard the message."""
 
 
-def plan_of(n, threshold=0, protection="masked", coordinates=6):
+def plan_of(n, threshold=0, scheme="masked", coordinates=6):
+    """scheme: a protection, with its cipher where it is not `bfv`."""
+    protection, cipher = SCHEMES[scheme]
     return RoundPlan(
         task="t", task_digest="0" * 64, sites=tuple(f"s{k:02d}" for k in range(n)),
-        protection=protection, packing=solve_packing(16, n, protection, coordinates + 8),
+        protection=protection, cipher=cipher,
+        packing=solve_packing(16, n, protection, coordinates + 8, cipher=cipher),
         parameters=coordinates, buffer_coordinates=0, max_examples=1 << 10, rounds=9,
         train=TrainPlan(), server=ServerPlan(), range=RangePlan(), threshold=threshold,
     )  # fmt: skip
@@ -160,7 +164,7 @@ class Parties:
         """Announce a round; nothing is delivered yet."""
         self.absences = absences
         self.made, self.removed, self.folded = {}, None, []
-        self.step(HUB, coordinator.Start(self.header(), SIZE))
+        self.step(HUB, coordinator.Start(self.header(), SIZE, self.plan.salt_bytes))
 
     def play(self, choose=None, **absences):
         """One whole round; returns the coordinator's last stage."""
@@ -263,7 +267,8 @@ class Parties:
                 self.made[who] = masks
                 self.vectors[who, header.round] += 1  # a second one would be another vector
                 digest = hashed(who, header.round, self.vectors[who, header.round])
-                self.later(who, site.VectorMade(digest, SIZE))
+                salt = hashed("salt", digest)[: self.plan.salt_bytes]
+                self.later(who, site.VectorMade(digest, SIZE, salt))
             case effects.Upload(submit=submit):
                 event = coordinator.Uploaded(who, self.wire(submit), submit.digest, submit.size)
                 self.queue.append((who, HUB, event))

@@ -26,16 +26,25 @@ def fedcore(*arguments, cwd, timeout=300, env=None):
     )  # fmt: skip
 
 
-PROTECTIONS = ("plain", "encrypted", "masked", "layered")
+SCHEMES = {
+    "plain": ("--protection", "plain"),
+    "encrypted": ("--protection", "encrypted"),
+    "encrypted-keystream": ("--protection", "encrypted", "--cipher", "keystream"),
+    "masked": ("--protection", "masked"),
+    "layered": ("--protection", "layered"),
+    "layered-keystream": ("--protection", "layered", "--cipher", "keystream"),
+}
+PROTECTIONS = tuple(SCHEMES)
 DROPS = ("--drop", "3:submit:va,5:unmask:hungary", "--drop", "7:keys:va", "--drop", "7:shares:hungary",
          "--drop", "9:unmask:va,9:unmask:cleveland", "--dropout", "0.03")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
-    """`simulate --task heart --protection P --rounds 20 --seed S --json` for the runs compared below."""
+    """`simulate --task heart --protection P [--cipher C] --rounds 20 --seed S --json` for the runs
+    compared below."""
     folder = tmp_path_factory.mktemp("heart")
-    wanted = {p: ("--protection", p, "--seed", 0) for p in PROTECTIONS}
+    wanted = {name: (*flags, "--seed", 0) for name, flags in SCHEMES.items()}
     wanted |= {"again": ("--seed", 0), "other": ("--protection", "plain", "--seed", 1)}
     wanted |= {f"{p} with absences": (*wanted[p], *DROPS) for p in PROTECTIONS}
     lines = {

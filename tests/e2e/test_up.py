@@ -85,8 +85,9 @@ def lines_until(stream, word, seconds=PATIENCE):
 
 
 @needs_proc
-def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
-    run = Marked(tmp_path / "up", *HEART, "--rounds", "3")
+@pytest.mark.parametrize("cipher", ["bfv", "keystream"])
+def test_the_same_bits_as_simulate_and_nothing_left(tmp_path, cipher):
+    run = Marked(tmp_path / "up", *HEART, "--rounds", "3", "--cipher", cipher)
     try:
         printed, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == 0, said
@@ -97,8 +98,9 @@ def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
     result = json.loads(printed)
     assert result == json.loads((tmp_path / "up" / "result.json").read_text())
     same = fedcore.simulate(
-        "heart", protection="layered", rounds=3, seed=0, resamples=0, out=tmp_path / "simulated"
-    )
+        "heart", protection="layered", cipher=cipher, rounds=3, seed=0, resamples=0,
+        out=tmp_path / "simulated",
+    )  # fmt: skip
     assert result["model_sha256"] == same.result["model_sha256"]
     deployed = result["deployment"]
     assert deployed["equal"] is True and deployed["model_sha256"] == result["model_sha256"]

@@ -15,7 +15,7 @@ from parties import HUB, Died, Parties, net
 from fedcore.protocol import coordinator, effects, messages, site
 from fedcore.protocol.encoding import encode
 
-PROTECTIONS = ("masked", "encrypted")
+PROTECTIONS = ("masked", "encrypted", "encrypted-keystream")
 ABSENT = {"s03": "submit"}
 
 

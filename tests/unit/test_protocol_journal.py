@@ -18,7 +18,7 @@ from fedcore.protocol.absences import STAGES
 from fedcore.protocol.encoding import decode, encode
 from fedcore.protocol.messages import sign
 
-PROTECTIONS = ("masked", "encrypted")
+PROTECTIONS = ("masked", "encrypted", "encrypted-keystream")
 WHO = ("s00", "s02", HUB)
 
 
