@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Record one `masked` round as the golden files of tests/vectors: python scripts/vectors/generate.py.
+"""Record two rounds as the golden files of tests/vectors: python scripts/vectors/generate.py.
 
-Four sites, t = 3, one of them gone before it submits. Both machines and both shells run as they are;
+One is `masked`, one `encrypted` with the cipher `keystream`; each has four sites, t = 3, and one of them
+gone before it submits. Both machines and both shells run as they are;
 what the sites draw, and every ML-KEM encapsulation, is kept, so that the round can be played again.
 Invariant: `play` with what a transcript holds gives the bytes of that transcript again.
 The files are checked by `verify.py`, which shares nothing with this one; README.md has their format.
@@ -26,6 +27,7 @@ from fedcore.encode.pack import Layout
 from fedcore.errors import SignatureRefused
 from fedcore.loopback import _Exchange, _Round
 from fedcore.plan import (
+    SCHEMES,
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -39,6 +41,7 @@ from fedcore.protect import shamir
 from fedcore.protect.entropy import Entropy, OsEntropy
 from fedcore.protect.hybrid import HybridKey, HybridPublic
 from fedcore.protect.identity import IdentityKey, roster_digest
+from fedcore.protect.keystream import stream_key
 from fedcore.protect.masked import MaskedSealer
 from fedcore.protect.masking import mask_sum
 from fedcore.protect.pairwise import MaskRoot, pair_secret
@@ -166,15 +169,17 @@ class Played:
     total: Any
     chunks: bytes
     sealed_size: int
+    group: GroupSecret
 
 
-def plan_of_round() -> RoundPlan:
-    """The plan of the recorded round: 16 bits, three fields in a slot of 54 bits, one block."""
-    packing = solve_packing(16, len(ROSTER), "masked")
+def plan_of_round(scheme: str = "masked") -> RoundPlan:
+    """The plan of a recorded round: 16 bits, three fields in a slot of 54 bits, one block."""
+    protection, cipher = SCHEMES[scheme]
+    packing = solve_packing(16, len(ROSTER), protection, cipher=cipher)
     return RoundPlan(
-        "vectors", hashlib.sha256(b"no task").hexdigest(), ROSTER, "masked", packing,
+        "vectors", hashlib.sha256(b"no task").hexdigest(), ROSTER, protection, packing,
         COORDINATES, 0, 1000, 1, TrainPlan(), ServerPlan(), RangePlan(start=1.0),
-        (Wide("loss", 1, 40),),
+        (Wide("loss", 1, 40),), cipher=cipher,
     )  # fmt: skip
 
 
@@ -183,12 +188,13 @@ def play(
     entropies: Mapping[SiteId, Entropy],
     group: bytes,
     contributions: Mapping[SiteId, Json],
+    scheme: str = "masked",
 ) -> Played:
-    """Run the round.
+    """Run the round of a scheme.
 
     identities: {site: 32-byte Ed25519 seed}; contributions: {site: its coordinates and wide integers}.
     """
-    plan = plan_of_round()
+    plan = plan_of_round(scheme)
     keys = {name: IdentityKey(identities[name]) for name in ROSTER}
     pins = {name: key.public for name, key in keys.items()}
     scheme = Scheme(plan)
@@ -197,7 +203,9 @@ def play(
     for name in ROSTER:
         member = site.Member(name, keys[name], pins, plan, "vectors", "golden", entropies[name])
         shell = parties.shells[name] = loopback.SiteShell(member, scheme)
-        shell.held = EpochSecrets(GroupSecret(group), MaskedSealer(plan.packing))
+        shell.held = EpochSecrets(
+            GroupSecret(group), MaskedSealer(plan.packing), streams=bool(plan.salt_bytes)
+        )
         shell.stage = site.Idle(Standing(1, key_id(group)))
     header = RoundHeader(
         "vectors", "golden", 1, 1, 1, plan.update_vector.purpose, ROSTER, roster_digest(pins),
@@ -224,7 +232,7 @@ def play(
         header, layout, plan, tuple(exchange.tape), exchange.vectors,
         {name: shell.member for name, shell in parties.shells.items()}, parties.hub,
         {name: shell.journal for name, shell in parties.shells.items()},
-        current.total, released, current.bytes_up,
+        current.total, released, current.bytes_up, GroupSecret(group),
     )  # fmt: skip
 
 
@@ -236,6 +244,7 @@ def replay(transcript: Json) -> Played:
         {name: Recorded.of(entry) for name, entry in entries.items()},
         bytes.fromhex(transcript["epoch"]["group_secret"]),
         {SiteId(name): found for name, found in transcript["contributions"].items()},
+        transcript["scheme"],
     )
 
 
@@ -277,11 +286,15 @@ def transcript_of(
     """Everything a verifier needs, and every value in between that helps to find a difference."""
     header, layout, hub = played.header, played.layout, played.hub
     tag = state_tag(GroupSecret(group), header.job, header.round, STATE)
-    taken = next(r.masks for r in hub.journal if isinstance(r, coordinator.MasksRebuilt))
+    rebuilt = [r.masks for r in hub.journal if isinstance(r, coordinator.MasksRebuilt)]
+    taken = rebuilt[0] if rebuilt else ()
     certificate = hub.stage.certificate
     opened = layout.unpack(played.total, [header.place(name) for name in certificate.survivors])
     return {
         "format": FORMAT,
+        "scheme": next(
+            n for n, s in SCHEMES.items() if s == (played.plan.protection, played.plan.cipher)
+        ),
         "plan": canonical(played.plan.to_json()).decode(),
         "header": canonical(header_json(header)).decode(),
         "h": header.digest.hex(),
@@ -299,7 +312,12 @@ def transcript_of(
             "slot_bits": played.plan.packing.slot_bits,
             "wides": [[w.name, w.count, w.bits] for w in layout.spec.wides],
         },
-        "sites": [_site_json(played, name, identities[name], recorders[name]) for name in ROSTER],
+        "sites": [
+            (_salted_json if played.plan.salt_bytes else _site_json)(
+                played, name, identities[name], recorders[name]
+            )
+            for name in ROSTER
+        ],
         "contributions": dict(contributions),
         "vectors": {name: to64(data) for name, data in played.vectors.items()},
         "rebuilt_masks": [[seed.reveal().hex(), sign] for seed, sign in taken],
@@ -322,6 +340,24 @@ def header_json(header: RoundHeader) -> Json:
     """The header as its digest sees it."""
     found = {each.name: getattr(header, each.name) for each in fields(header)}
     return {**found, "roster": list(header.roster)}
+
+
+def _salted_json(played: Played, name: SiteId, identity: bytes, recorder: Recorder) -> Json:
+    """A site of a round without masks: its only draw is the salt of its keystream."""
+    found: Json = {
+        "id": name,
+        "identity_seed": identity.hex(),
+        "identity_public": played.members[name].identity.public.hex(),
+        "draws": [each.hex() for each in recorder.draws],
+        "encapsulations": [],
+    }
+    if recorder.draws:
+        header, group = played.header, played.group
+        tag = state_tag(group, header.job, header.round, STATE)
+        key = stream_key(group, header.digest, tag, name, recorder.draws[0])
+        first = mask_sum([(key, 1)], played.layout.slots, played.plan.packing.slot_bits)[:3]
+        found["stream"] = {"key": key.hex(), "first_slots": [int(slot) for slot in first]}
+    return found
 
 
 def _site_json(played: Played, name: SiteId, identity: bytes, recorder: Recorder) -> Json:
@@ -1045,7 +1081,17 @@ def _verifies(message: Any, pins: Mapping[SiteId, bytes]) -> bool:
 
 
 def main() -> int:
-    """Write both files anew."""
+    """Write all files anew."""
+    FOLDER.mkdir(exist_ok=True)
+    masked, golden = record("masked")
+    _write(FOLDER / "masked_round.json", golden)
+    _write(FOLDER / "negative.json", {"format": FORMAT, "vectors": negatives_of(masked)})
+    _write(FOLDER / "keystream_round.json", record("encrypted-keystream")[1])
+    return 0
+
+
+def record(scheme: str) -> tuple[Played, Json]:
+    """One new round of a scheme, and its transcript."""
     random = np.random.default_rng()
     contributions: dict[SiteId, Json] = {
         name: {
@@ -1064,12 +1110,8 @@ def main() -> int:
     identities = {name: os.urandom(32) for name in ROSTER}
     recorders = {name: Recorder() for name in ROSTER}
     group = os.urandom(32)
-    played = play(identities, recorders, group, contributions)
-    FOLDER.mkdir(exist_ok=True)
-    golden = transcript_of(played, identities, recorders, group, contributions)
-    _write(FOLDER / "masked_round.json", golden)
-    _write(FOLDER / "negative.json", {"format": FORMAT, "vectors": negatives_of(played)})
-    return 0
+    played = play(identities, recorders, group, contributions, scheme)
+    return played, transcript_of(played, identities, recorders, group, contributions)
 
 
 def _write(path: Path, value: Json) -> None:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -323,16 +324,18 @@ def limbs(value: int, wide_bits: int, bits: int) -> list[int]:
 class Site:
     """One site's secrets, from its draws in their order."""
 
-    def __init__(self, entry: Json, threshold: int, count: int) -> None:
+    def __init__(self, entry: Json, threshold: int, count: int, masks: bool) -> None:
         self.entry, self.id = entry, str(entry["id"])
         self.identity = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(entry["identity_seed"]))
         self.identity_public = self.identity.public_key().public_bytes_raw()
         draws = [bytes.fromhex(each) for each in entry["draws"]]
-        same(
-            f"{self.id}: lengths of draws",
-            [len(each) for each in draws],
-            [32, 32, 32, 64] + [48] * (2 * (threshold - 1)),
-        )
+        lengths = [32, 32, 32, 64] + [48] * (2 * (threshold - 1))
+        if not masks:  # the salt of its keystream, if it made a vector
+            lengths = [32] * bool(draws)
+        same(f"{self.id}: lengths of draws", [len(each) for each in draws], lengths)
+        self.salt = draws[0] if draws and not masks else b""
+        if not masks:
+            return
         self.root, self.self_seed = draws[:2]
         self.channel = Pair(draws[2], draws[3])
         self.mask = Pair(
@@ -397,7 +400,13 @@ class Round:
         entries = self.golden["sites"]
         same("sites", [entry["id"] for entry in entries], self.roster)
         count = len(self.roster)
-        return {entry["id"]: Site(entry, self.threshold, count) for entry in entries}
+        masks = self.masking
+        return {entry["id"]: Site(entry, self.threshold, count, masks) for entry in entries}
+
+    @cached_property
+    def masking(self) -> bool:
+        """Whether vectors carry masks; if not, they carry a keystream."""
+        return self.header["protection"] == "masked"
 
     @cached_property
     def group(self) -> bytes:
@@ -466,13 +475,21 @@ class Round:
         return derive(site.self_seed, "self mask", site.id.encode(), self.state_tag, salt=self.h)
 
     def masks(self, site: Site) -> list[tuple[bytes, int]]:
-        """(seed, sign) of every mask of a site's vector: its own, then by roster."""
+        """(seed, sign) of every mask of a site's vector: its own, then by roster; or its keystream."""
+        if not self.masking:
+            return [(self.stream_key(site), 1)]
         found = [(self.self_mask(site), 1)]
         for other in self.sites.values():
             if other is not site:
                 sign = 1 if self.before(site, other) else -1
                 found.append((self.pair_seed(site, other), sign))
         return found
+
+    def stream_key(self, site: Site) -> bytes:
+        """The key of the keystream over a site's vector, from G and its salt."""
+        return derive(
+            self.group, "keystream", site.id.encode(), self.state_tag, site.salt, salt=self.h
+        )
 
     # ------------------------------------------------------------------------------- vectors
 
@@ -573,7 +590,9 @@ class Round:
     @cached_property
     def rebuilt(self) -> list[tuple[bytes, int]]:
         """The masks left in the sum of the masked vectors, in roster order of whose secret is rebuilt."""
-        found = []
+        found: list[tuple[bytes, int]] = []
+        if not self.masking:
+            return found
         gone = self.sites[self.golden["dropped"]]
         for site in self.sites.values():
             if site is not gone:
@@ -586,9 +605,17 @@ class Round:
 
     @cached_property
     def total(self) -> list[int]:
-        """The sum of the masked vectors, and the rebuilt masks taken off."""
+        """The sum of the masked vectors, and the rebuilt masks taken off: what the sites get."""
         added = [sum(column) for column in zip(*self.masked.values(), strict=True)]
         return self.under(added, [(seed, -sign) for seed, sign in self.rebuilt])
+
+    @cached_property
+    def opened(self) -> list[int]:
+        """What a site opens it to: the survivors' keystreams taken off."""
+        if self.masking:
+            return self.total
+        keys = [self.stream_key(self.sites[name]) for name in self.survivors]
+        return self.under(self.total, [(key, -1) for key in keys])
 
     # ------------------------------------------------------------------------------ messages
 
@@ -650,7 +677,7 @@ class Round:
             self.sites[name].sign(
                 record(
                     "Submit", self.h, name, sha256(sha256(data)), len(data), self.state_tag,
-                    self.key_id, b"", b"",
+                    self.key_id, self.sites[name].salt, b"",
                 )
             )
             for name, data in self.vectors.items()
@@ -659,7 +686,7 @@ class Round:
     @cached_property
     def sum_mac(self) -> bytes:
         """HMAC under G of the opened sum."""
-        data = struct.pack(f"<{len(self.total)}Q", *self.total)
+        data = struct.pack(f"<{len(self.opened)}Q", *self.opened)
         return authenticate(self.group, b"sum", self.h + data)
 
     @cached_property
@@ -703,6 +730,17 @@ class Round:
     def expected_messages(self) -> Iterator[tuple[str, list[str], Json]]:
         """(sender, recipients, message) of the whole round, in order."""
         hub, everybody, left = "coordinator", self.roster, self.survivors
+        data = pack_words(self.total, self.bits)
+        aggregate = record("Aggregate", self.h, self.submits, sha256(sha256(data)), len(data))
+        gone = [name for name in everybody if name not in left]
+        if not self.masking:
+            yield hub, everybody, record("Announce", self.header_record)
+            yield from ((each["site"], [hub], each) for each in self.submits)
+            yield hub, left, aggregate
+            yield from ((each["site"], [hub], each) for each in self.statements)
+            yield hub, left, self.certificate
+            yield hub, gone, record("Abandon", self.h, "submit")
+            return
         keys = [self.keys(site) for site in self.sites.values()]
         yield hub, everybody, record("Announce", self.header_record)
         yield from ((each["site"], [hub], each) for each in keys)
@@ -724,12 +762,9 @@ class Round:
         yield from ((each["site"], [hub], each) for each in confirms)
         yield hub, left, record("Confirmations", self.h, confirms)
         yield from ((name, [hub], self.unmask(name)) for name in left)
-        data = pack_words(self.total, self.bits)
-        aggregate = record("Aggregate", self.h, self.submits, sha256(sha256(data)), len(data))
         yield hub, left, aggregate
         yield from ((each["site"], [hub], each) for each in self.statements)
         yield hub, left, self.certificate
-        gone = [name for name in everybody if name not in left]
         yield hub, gone, record("Abandon", self.h, "submit")  # the round is over for it too
 
 
@@ -746,7 +781,9 @@ def check_header(r: Round) -> str:
     same("plan digest", header["plan_digest"], sha256(golden["plan"].encode()).hex())
     same("roster", header["roster"], r.plan["sites"])
     same("threshold", (header["threshold"], r.plan["threshold"]), (3, 2 * len(r.roster) // 3 + 1))
-    same("protection", (header["protection"], r.plan["protection"]), ("masked", "masked"))
+    protection, cipher = SCHEMES[golden["scheme"]]
+    same("protection", (header["protection"], r.plan["protection"]), (protection, protection))
+    same("cipher", r.plan.get("cipher"), cipher)
     pins = [p for site in r.sites.values() for p in (site.id.encode(), site.identity_public)]
     same("pins", header["pins"], sha256(framed(b"fedcore/1 roster", *pins)).hex())
     same("dropped", golden["dropped"] in r.roster, True)
@@ -819,6 +856,21 @@ def check_seeds(r: Round) -> str:
     return f"{count} masks at the survivors, both sides of a pair agree"
 
 
+def check_streams(r: Round) -> str:
+    """Salts, stream keys, and the first slots of every keystream."""
+    made = [name for name, site in r.sites.items() if site.salt]
+    same("sites with a salt", made, r.survivors)
+    for name, site in r.sites.items():
+        same(f"{name}: identity", site.entry["identity_public"], site.identity_public.hex())
+        same(f"{name}: encapsulations", site.entry["encapsulations"], [])
+        if name not in r.survivors:
+            continue
+        key = r.stream_key(site)
+        found = {"key": key.hex(), "first_slots": r.under([0] * 3, [(key, 1)])}
+        same(f"{name}: stream", site.entry["stream"], found)
+    return f"{len(made)} keystreams from G and the salts"
+
+
 def check_vectors(r: Round) -> str:
     """Layout, packing, tags, masked vectors."""
     golden = r.golden["layout"]
@@ -841,19 +893,19 @@ def check_sum(r: Round) -> str:
     decoded = [
         decode(from64(m["bytes"]), "Unmask") for m in golden["messages"] if m["kind"] == "Unmask"
     ]
-    for place, of in enumerate(r.sites.values()):
+    for place, of in enumerate(r.sites.values() if r.masking else ()):
         points = {
             r.roster.index(each["site"]) + 1: each["answers"][place]["share"] for each in decoded
         }
         secret = of.self_seed if of.id in r.survivors else of.root
         same(f"{of.id}: secret rebuilt from the answers", rebuild(points), secret)
     plain = [sum(column) for column in zip(*r.packed.values(), strict=True)]
-    same("sum without masks", r.total, plain)
+    same("sum without masks", r.opened, plain)
     same("sum", from64(golden["sum"]["bytes"]), pack_words(r.total, r.bits))
     bits = r.plan["packing"]["bits"]
-    tag = sum(limb << (place * bits) for place, limb in enumerate(r.total[r.tagged :]))
+    tag = sum(limb << (place * bits) for place, limb in enumerate(r.opened[r.tagged :]))
     same("sum of tags", golden["sum"]["tag"], tag)
-    same("sum tag", tag % (2**61 - 1), r.tag(r.total[: r.tagged], r.survivors))
+    same("sum tag", tag % (2**61 - 1), r.tag(r.opened[: r.tagged], r.survivors))
     columns = zip(*map(r.contribution, r.survivors), strict=True)
     added = [sum(column) for column in columns]
     same(
@@ -992,10 +1044,22 @@ SECTIONS: tuple[tuple[str, Callable[[Round], str]], ...] = (
 )
 
 
+STREAM_SECTIONS = (
+    SECTIONS[0],
+    SECTIONS[1],
+    ("streams", check_streams),
+    *(each for each in SECTIONS if each[0] in {"vectors", "sum", "certificate", "messages"}),
+)
+"""Those of a round without masks: no keys of a round, no shares, no seeds."""
+
+SCHEMES = {"masked": ("masked", None), "encrypted-keystream": ("encrypted", "keystream")}
+"""{the scheme of a file: its protection, and the cipher of its plan}."""
+
+
 def verify(golden: Json, negative: Json | None = None) -> Iterator[str]:
     """One line per section. Raises Differs with the section's name and the first difference."""
     r = Round(golden)
-    sections = list(SECTIONS)
+    sections = list(SECTIONS if golden["scheme"] == "masked" else STREAM_SECTIONS)
     if negative is not None:
         sections.append(("one fault", lambda r: check_negative(r, negative)))
     for name, check in sections:
@@ -1013,11 +1077,12 @@ def verify(golden: Json, negative: Json | None = None) -> Iterator[str]:
 def main(arguments: list[str]) -> int:
     """Verify the files in a folder."""
     folder = Path(arguments[0]) if arguments else FOLDER
-    golden, negative = (
-        json.loads((folder / name).read_text()) for name in ("masked_round.json", "negative.json")
+    golden, negative, stream = (
+        json.loads((folder / name).read_text())
+        for name in ("masked_round.json", "negative.json", "keystream_round.json")
     )
     try:
-        for line in verify(golden, negative):
+        for line in chain(verify(golden, negative), verify(stream)):
             print(line)
     except Differs as error:
         print(f"DIFFERS in {error}", file=sys.stderr)

@@ -26,6 +26,8 @@ VERIFIER = ROOT / "scripts" / "vectors" / "verify.py"
 FOLDER = ROOT / "tests" / "vectors"
 GOLDEN = json.loads((FOLDER / "masked_round.json").read_text())
 NEGATIVE = json.loads((FOLDER / "negative.json").read_text())
+STREAM = json.loads((FOLDER / "keystream_round.json").read_text())
+ROUNDS = {"masked": GOLDEN, "keystream": STREAM}
 
 
 def script(name):
@@ -43,43 +45,47 @@ generate, verifier = script("generate"), script("verify")
 
 
 @cache
-def replayed():
-    return generate.replay(GOLDEN)
+def replayed(which="masked"):
+    return generate.replay(ROUNDS[which])
 
 
 # ----------------------------------------------------------------------------- the golden round
 
 
-def test_the_machines_say_the_recorded_bytes_again():
-    found = replayed()
-    assert generate.message_list(found) == GOLDEN["messages"]
-    assert {name: generate.to64(data) for name, data in found.vectors.items()} == GOLDEN["vectors"]
+@pytest.mark.parametrize("which", ROUNDS)
+def test_the_machines_say_the_recorded_bytes_again(which):
+    found, golden = replayed(which), ROUNDS[which]
+    assert generate.message_list(found) == golden["messages"]
+    assert {name: generate.to64(data) for name, data in found.vectors.items()} == golden["vectors"]
 
 
-def test_what_the_machines_hold_is_what_was_recorded():
-    """Every value in between, the derived secrets and rebuilt masks included."""
-    found = replayed()
-    entries = {entry["id"]: entry for entry in GOLDEN["sites"]}
+@pytest.mark.parametrize("which", ROUNDS)
+def test_what_the_machines_hold_is_what_was_recorded(which):
+    """Every value in between, the derived secrets, rebuilt masks and keystreams included."""
+    found, golden = replayed(which), ROUNDS[which]
+    entries = {entry["id"]: entry for entry in golden["sites"]}
     identities = {name: bytes.fromhex(e["identity_seed"]) for name, e in entries.items()}
     recorders = {}
     for name, entry in entries.items():
         draws = [bytes.fromhex(each) for each in entry["draws"]]
         recorders[name] = generate.Recorder(draws)
-    group = bytes.fromhex(GOLDEN["epoch"]["group_secret"])
-    again = generate.transcript_of(found, identities, recorders, group, GOLDEN["contributions"])
+    group = bytes.fromhex(golden["epoch"]["group_secret"])
+    again = generate.transcript_of(found, identities, recorders, group, golden["contributions"])
     for entry in again["sites"]:
         entry["encapsulations"] = entries[entry["id"]]["encapsulations"]
-    assert json.loads(json.dumps(again)) == GOLDEN
+    assert json.loads(json.dumps(again)) == golden
 
 
-def test_all_that_was_drawn_is_used():
-    for member in replayed().members.values():
+@pytest.mark.parametrize("which", ROUNDS)
+def test_all_that_was_drawn_is_used(which):
+    for member in replayed(which).members.values():
         assert next(member.entropy.draws, None) is None
         assert next(member.entropy.encapsulations, None) is None
 
 
 def test_the_golden_files_stay_small():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 400_000
+    """Two rounds and the one-fault messages of one of them."""
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 500_000
 
 
 # -------------------------------------------------------------------------------- the verifier
@@ -104,7 +110,8 @@ def test_the_verifier_holds_without_fedcore(tmp_path):
     run = verify_alone(FOLDER, tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
     named = [line.partition(":")[0] for line in run.stdout.splitlines()]
-    assert named == [name for name, _ in verifier.SECTIONS] + ["one fault"]
+    sections = (*verifier.SECTIONS, ("one fault", None), *verifier.STREAM_SECTIONS)
+    assert named == [name for name, _ in sections]
 
 
 def test_the_verifier_cannot_have_used_fedcore(tmp_path):
@@ -179,6 +186,14 @@ def one_of_each_kind(value):
 @pytest.mark.parametrize("place", one_of_each_kind(GOLDEN), ids=lambda p: ".".join(map(str, p)))
 def test_a_flipped_bit_anywhere_is_noticed(place):
     changed = copy.deepcopy(GOLDEN)
+    flip(changed, place)
+    with pytest.raises(verifier.Differs):
+        list(verifier.verify(changed))
+
+
+@pytest.mark.parametrize("place", one_of_each_kind(STREAM), ids=lambda p: ".".join(map(str, p)))
+def test_a_flipped_bit_anywhere_in_the_round_under_keystreams_is_noticed(place):
+    changed = copy.deepcopy(STREAM)
     flip(changed, place)
     with pytest.raises(verifier.Differs):
         list(verifier.verify(changed))
