@@ -733,6 +733,9 @@ class CoordinatedJob:
                 await self._take_upload(name)
             case messages.Leave(code=messages.RELEASE_REFUSED) if not self._of_this_round(message):
                 self._halted(name)
+            case messages.Leave(code=messages.MATERIAL):
+                self.progress.text = f"site {name} left a round over another site's material: the sites' logs say whose"
+                self._machine(coordinator.Received(name, message))
             case _:
                 self._machine(coordinator.Received(name, message))
 

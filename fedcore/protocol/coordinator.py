@@ -54,6 +54,7 @@ from fedcore.protocol.encoding import digest, record
 from fedcore.protocol.messages import (
     COORDINATOR,
     MASK_ROOT,
+    MATERIAL,
     RELEASE_REFUSED,
     SELF_SEED,
     Abandon,
@@ -734,7 +735,15 @@ def _take_leave(move: _Move, leave: Leave) -> None:
     stage = move.stage
     check_header(leave.header, stage.header, leave.site)
     move.record(SiteGone(leave.site, int(leave.code == RELEASE_REFUSED)))
-    if 0 < len(leave.sealed) <= NOTICE_LENGTH and isinstance(stage, Releasing):
+    if leave.code == MATERIAL:
+        move.do(
+            Warn(
+                f"round {stage.header.round}: site {leave.site} left over another site's material; the "
+                "sites' logs say whose"
+            )
+        )
+    told = isinstance(stage, Releasing) or leave.code == MATERIAL
+    if told and 0 < len(leave.sealed) <= NOTICE_LENGTH:
         for site in members_of(stage):
             if site != leave.site:
                 move.send(site, Notice(leave.header, leave.site, leave.sealed))

@@ -160,10 +160,12 @@ class Statement:
 @record
 @dataclass(frozen=True)
 class Leave:
-    """A site leaves the round. `code` is LEFT or RELEASE_REFUSED: nothing more reaches the coordinator.
+    """A site leaves the round. `code` is LEFT, MATERIAL or RELEASE_REFUSED: nothing more reaches the
+    coordinator.
 
-    sealed: with RELEASE_REFUSED the cause, for the other sites, under G and of one length whatever it
-    is (`protect/sealed.py`); else empty.
+    MATERIAL: what another site signed for this one does not open or is not what it signed; it depends on
+    no row. sealed: with MATERIAL and RELEASE_REFUSED the cause, for the other sites, under G and of one
+    length whatever it is (`protect/sealed.py`); else empty.
     """
 
     header: bytes
@@ -172,7 +174,7 @@ class Leave:
     sealed: bytes = b""
 
 
-LEFT, RELEASE_REFUSED = "left", "release refused"
+LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release refused"
 
 
 # ----------------------------------------------------------------------------- from the coordinator

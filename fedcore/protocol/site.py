@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fedcore.errors import (
+    EnvelopeRefused,
     HeaderRefused,
     KeyRefused,
     ListRefused,
@@ -59,6 +60,7 @@ from fedcore.protocol.messages import (
     COORDINATOR,
     LEFT,
     MASK_ROOT,
+    MATERIAL,
     RELEASE_REFUSED,
     SELF_SEED,
     Abandon,
@@ -176,7 +178,8 @@ class SumOpened:
 class Refused:
     """A step of this round raised, the tag did not hold, or somebody here said no: leave it.
 
-    sealed: the cause under G for the other sites, sent only with a refused release; all have one length.
+    sealed: the cause under G for the other sites, sent only with a refused release, or where another
+    site's parcel is at fault; all have one length.
     """
 
     error: Exception
@@ -1071,7 +1074,24 @@ def _refuse(move: _Move, event: Refused) -> None:
         move.do(Erase(stage.header))
         return
     _depart(move)
-    move.send(Leave(stage.header.digest, move.member.id, LEFT))
+    code, sealed = LEFT, b""
+    if event.sealed and _is_anothers_material(move.member, stage, event.error):
+        code, sealed = MATERIAL, event.sealed
+    move.send(Leave(stage.header.digest, move.member.id, code, sealed))
+
+
+def _is_anothers_material(member: Member, stage: Any, error: Exception) -> bool:
+    """Whether a parcel failed whose digest another site signed: the coordinator cannot have changed it.
+
+    The other sites hear it, sealed; they take this site's word for it, so nothing but a line in their logs
+    follows: a lying site can accuse an honest one. Proving it to all would show this site's channel key,
+    and with it every key share sealed for it.
+    """
+    fault = getattr(error, "fault", COORDINATOR)
+    blamed = fault in member.pins and fault != member.id
+    return (
+        blamed and isinstance(stage, Shared) and isinstance(error, EnvelopeRefused | ShareRefused)
+    )
 
 
 def _resend(move: _Move, _: Any) -> None:
@@ -1153,6 +1173,7 @@ _LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
     Tick: (lambda move, _: None, (Idle,)),
     Reconnected: (_resend, ()),
     Restarted: (_restart, (Idle,)),
+    Notice: (_show, ()),
 }
 
 _BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
@@ -1183,8 +1204,8 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
     },
     Confirmed: {Confirmations: (_answer, (Answered,)), **_LEAVING},
     Answered: {Aggregate: (_open, (Opening,)), **_LEAVING},
-    Opening: {SumOpened: (_state, (Stated,)), Notice: (_show, ()), **_LEAVING},
-    Stated: {Certificate: (_release, (Idle,)), Notice: (_show, ()), **_LEAVING},
+    Opening: {SumOpened: (_state, (Stated,)), **_LEAVING},
+    Stated: {Certificate: (_release, (Idle,)), **_LEAVING},
 }
 """{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 from fedcore_clients.jobs import Party, SiteJob
@@ -15,8 +16,9 @@ from fedcore.errors import EnvelopeRefused, HeaderRefused
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protect.sealed import NOTICE_LENGTH, seal_notice
 from fedcore.protect.sumtag import GroupSecret
-from fedcore.protocol import job, site
-from fedcore.protocol.messages import Notice
+from fedcore.protocol import coordinator, effects, job, site
+from fedcore.protocol.encoding import encode
+from fedcore.protocol.messages import LEFT, MATERIAL, Leave, Notice
 from fedcore.scheme import EpochSecrets
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
@@ -24,7 +26,7 @@ from fedcore.store.spool import Spool
 CAUSE = "sum tag: found a wrong one, expected that of the survivors"
 
 
-def deployed(world, name, folder):
+def deployed(world, name, folder, link=None):
     """A site's job at the stage that the site has in `world`."""
     with Journal.open(folder / "journal.sqlite", party=f"site {name}") as journal:
         member = world.members[name]
@@ -39,7 +41,7 @@ def deployed(world, name, folder):
             policy_of(len(world.pins)),
             Ledger.open(folder, member.identity),
         )
-        found = SiteJob(party, None, None, job.JobOffer("job", "t", "0" * 64, b"{}"))
+        found = SiteJob(party, link, None, job.JobOffer("job", "t", "0" * 64, b"{}"))
         found.plan, found._member, found.stage = world.plan, member, world.stages[name]
         found.secrets = EpochSecrets(world.group, None)
         yield found
@@ -120,3 +122,103 @@ def test_a_colluding_site_writes_one_line_in_a_known_name(cat, caplog):
     strange = "bob\nERROR"
     (line,) = shown(found, Notice(world.h, strange, sealed(world, by=strange)), caplog)
     assert line == f"site not in the roster refused: {CAUSE}"
+
+
+# ------------------------------------------------------- a parcel that another site signed and spoilt
+
+
+class Said:
+    """A session that keeps what is said in it."""
+
+    def __init__(self):
+        self.messages = []
+
+    def say(self, job, message):
+        self.messages.append(message)
+
+    def doing(self, job, what):
+        pass
+
+
+def spoilt(parcel):
+    if parcel.recipient != "cat":
+        return parcel
+    return replace(parcel, envelope=parcel.envelope[:-1] + bytes([parcel.envelope[-1] ^ 1]))
+
+
+def victim_says(folder, delivery_of):
+    """What cat, as it is deployed, says after a delivery, and its world."""
+    world, link = world_at("shares"), Said()
+    for found in deployed(world, "cat", folder, link):
+        asyncio.run(found._on_message(delivery_of(world)))
+    return world, next(each for each in link.messages if isinstance(each, Leave))
+
+
+def by_ann(world):
+    return world.delivery("cat", shares={"ann": world.lying_shares("ann", spoilt)})
+
+
+def collecting(world):
+    keys = tuple(world.keys[name] for name in world.roster)
+    shares = tuple(world.shares[name] for name in world.roster)
+    return coordinator.Collecting(world.round_header, 1, 0, keys, shares, until=9.0)
+
+
+def test_a_bad_envelope_names_its_sender_to_the_sites_and_one_word_to_the_coordinator(
+    tmp_path, caplog
+):
+    world, leave = victim_says(tmp_path / "cat", by_ann)
+    assert (leave.code, len(leave.sealed)) == (MATERIAL, NOTICE_LENGTH)
+    assert b"ann" not in encode(leave)
+
+    hub, stage = coordinator.Hub(world.pins), collecting(world)
+    after, done = coordinator.step(hub, stage, coordinator.Received("cat", leave), 0.0)
+    assert after.gone == ("cat",)
+    sent = {each.to: each.message for each in done if isinstance(each, effects.Send)}
+    assert sent.keys() == set(world.roster) - {"cat"}
+    (warning,) = [each.text for each in done if isinstance(each, effects.Warn)]
+    assert warning.startswith("round 1: site cat left over another site's material")
+    assert "ann" not in warning
+
+    # Every other site is further by now: the notice is taken at each of their stages.
+    for reached in ("shares", "submit", "confirm", "unmask"):
+        other = world_at(reached)
+        before = other.stages["bob"]
+        (shows,) = site.step(
+            other.members["bob"], before, site.Received(replace(sent["bob"], header=other.h)), 0.0
+        )[1]
+        assert isinstance(shows, effects.ShowNotice)
+    caplog.clear()
+    for found in deployed(world, "bob", tmp_path / "bob"):
+        (line,) = shown(found, sent["bob"], caplog)
+    assert line.startswith("site cat refused: ")
+    assert line.endswith("(fault: ann)")
+
+
+def test_control_without_the_complaint_only_the_victims_log_names_the_liar(tmp_path, monkeypatch):
+    monkeypatch.setattr(site, "_is_anothers_material", lambda *_: False)
+    _, leave = victim_says(tmp_path, by_ann)
+    assert leave == Leave(leave.header, "cat", LEFT)
+
+
+def test_what_the_coordinator_can_have_changed_is_blamed_on_no_site(tmp_path):
+    """It alters a parcel on the way: the digest that ann signed does not fit, and nobody hears of ann."""
+
+    def altered(world):
+        found = world.delivery("cat")
+        return replace(found, parcels=(spoilt(found.parcels[0]), *found.parcels[1:]))
+
+    _, leave = victim_says(tmp_path, altered)
+    assert leave == Leave(leave.header, "cat", LEFT)
+
+
+def test_a_false_accusation_sends_away_only_who_makes_it():
+    """dan holds G, so it can say anything of bob; bob stays in the round, and the coordinator hears no name."""
+    world = world_at("shares")
+    lie = sealed(world, "envelope: found noise (fault: bob)", by="dan")
+    leave = Leave(world.h, "dan", MATERIAL, lie)
+    hub = coordinator.Hub(world.pins)
+    after, done = coordinator.step(hub, collecting(world), coordinator.Received("dan", leave), 0.0)
+    assert after.gone == ("dan",)
+    assert "bob" in coordinator.waiting_for(after)
+    assert not any("bob" in each.text for each in done if isinstance(each, effects.Warn))
