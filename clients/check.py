@@ -36,6 +36,7 @@ from fedcore_clients.tls import open_channel
 
 from fedcore.edge import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
+from fedcore.provision.identities import read_identity
 from fedcore.provision.reach import authority_of, preflight, proxied
 from fedcore.store.disk import open_to_others
 from fedcore.store.journal import Journal
@@ -190,11 +191,13 @@ def _task(
 def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
     from fedcore.comparison.localsite import LocalSite
     from fedcore.config import build_job
+    from fedcore.data.split import split_from_json
     from fedcore.learn.flat import single_thread
 
     job = build_job(task.defaults)
+    split = split_from_json(config.split.of(read_identity(config.identity)))
     with single_thread():
-        site = LocalSite(task, job, SiteId(config.site), section.source, CAP)
+        site = LocalSite(task, job, SiteId(config.site), section.source, CAP, split)
     train, test = len(site.site.train), len(site.site.test)
     columns = f", {len(site.columns)} columns" if site.columns else ""
     return (

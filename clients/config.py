@@ -4,6 +4,10 @@ site = "va"               coordinator = "hub.example.org:7443"        proxy = "n
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
 folder = "state"          sandbox = "auto"                      task_network = false
 
+[split]                   # which rows train and which test: this site's choice, whatever a job asks
+method = "hash"           # by a keyed hash of each row; "folds" (seed, fold, folds) for rehearsals
+test = 0.2                # the share to test on
+
 [policy]                  # what jobs may ask of this site: policy.py has the keys and their defaults
 protections = ["layered"]
 
@@ -16,14 +20,35 @@ source = "va.csv"         # given to the task's `data`; written like a path, it 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
+from fedcore.protect.identity import IdentityKey
 from fedcore.provision.reach import endpoint
 from fedcore.tables import Section, read_toml
+from fedcore.types import Json
+
+
+class SplitSection(Section):
+    """[split]: method "hash": `test`, the share to test on, and `key`, 64 hex digits, made from the
+    identity key where it is left out. method "folds": the deal of `fedcore simulate`, for rehearsals."""
+
+    method: Literal["hash", "folds"] = "hash"
+    key: str | None = Field(None, pattern="^[0-9a-f]{64}$", repr=False)
+    test: float = Field(0.2, gt=0, lt=1)
+    seed: int = Field(0, ge=0, lt=1 << 62)
+    fold: int = Field(0, ge=0)
+    folds: int = Field(5, ge=2)
+
+    def of(self, identity: IdentityKey) -> Json:
+        """What the training process is told of it (`data/split.py`)."""
+        if self.method == "folds":
+            return {"method": "folds", "seed": self.seed, "fold": self.fold, "folds": self.folds}
+        key = self.key or identity.derive(b"split of rows").hex()
+        return {"method": "hash", "key": key, "test": self.test}
 
 
 class TaskSection(Section):
@@ -52,6 +77,7 @@ class SiteConfig(Section):
     proxy: str = "none"
     patience_seconds: float = Field(1800.0, gt=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
+    split: SplitSection = Field(default_factory=SplitSection)
     policy: PolicySection = Field(default_factory=PolicySection)
     tasks: dict[str, TaskSection] = Field(default_factory=dict)
 

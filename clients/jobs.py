@@ -17,7 +17,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +115,8 @@ class Contributor(Protocol):
 
 @dataclass(frozen=True)
 class Party:
-    """Who this site is, for every job. patience: seconds its machine waits at a stage."""
+    """Who this site is, for every job. patience: seconds its machine waits at a stage. clock, pause:
+    seconds that never go back, and a way to wait for some."""
 
     federation: str
     id: SiteId
@@ -128,6 +129,7 @@ class Party:
     ledger: Ledger
     patience: float = 1800.0
     clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
 class Link(Protocol):
@@ -265,6 +267,8 @@ class SiteJob:
         """By round; a release makes one of them the state and drops the earlier ones."""
         self._unwritten: list[Any] = []
         """Records of the round that nothing sent relies on yet."""
+        self._announced = 0.0
+        """When the round under way was announced, by the party's clock."""
         self._making: asyncio.Task[None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[None]] | None = None
         self._early: messages.Certificate | None = None
@@ -559,9 +563,7 @@ class SiteJob:
             self._ask_policy(settings)  # before a row is read
             if not await self._approved():
                 return
-            found = await self.contributor.load(
-                self.id, settings, self.offer.task, self.offer.task_digest
-            )
+            found = await self._loaded(settings)
             self._take_rows(found)
         except TrainingFailed as failed:
             self._unable(failed.reason)
@@ -576,6 +578,40 @@ class SiteJob:
         else:
             self.link.say(self.id, job.Survey(self.id, self.party.id, found.shape))
             self.link.doing(self.id, "idle")
+
+    async def _loaded(self, settings: Json) -> Loaded:
+        """Load task and rows; where the job gives a budget of seconds, no answer comes before it is over."""
+        began = self.party.clock()
+        found: Loaded | Exception
+        try:
+            found = await self.contributor.load(
+                self.id, settings, self.offer.task, self.offer.task_digest
+            )
+        except Exception as error:  # noqa: BLE001 - raised below, at the same time as an answer
+            found = error
+        await self._not_before(began, "loading")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @property
+    def _budget(self) -> float | None:
+        """`round.submit_seconds` of the job."""
+        return build_job(wire_settings(self.offer.settings)).round.submit_seconds
+
+    async def _not_before(self, began: float, what: str) -> None:
+        """Wait until the job's budget from `began` on is over, if it gives one: what this site sends then
+        comes at one time, whatever its rows needed (PROTOCOL U). Overrun is a line in its own log."""
+        if self._budget is None:
+            return
+        until = began + self._budget
+        if self.party.clock() > until:
+            LOG.warning(
+                "job %s: %s took longer than round.submit_seconds = %g: the coordinator can tell",
+                self.id, what, self._budget,
+            )  # fmt: skip
+        while (left := until - self.party.clock()) > 0:
+            await self.party.pause(left)
 
     def _ask_policy(self, settings: Json) -> Job:
         """The job of an offer. Raises PolicyRefused for one that this site's operator does not allow."""
@@ -758,6 +794,7 @@ class SiteJob:
 
     async def _invited(self, announce: messages.Announce) -> None:
         """A round begins; whatever this site still does of an earlier one is over."""
+        began = self.party.clock()
         assert self.plan is not None
         header = announce.header
         stage = self.stage
@@ -771,6 +808,8 @@ class SiteJob:
             if self.secrets is not None:  # a large state is not hashed while the session waits
                 many = self.plan.parameters > _MANY
                 tag = await asyncio.to_thread(self._tag, header) if many else self._tag(header)
+            if isinstance(self.stage, site.Idle):
+                self._announced = began
             await self._machine(site.Invited(announce, tag), refusing=False)
             self._tidy()
         except PeerRefused as error:
@@ -963,7 +1002,7 @@ class SiteJob:
         return Layout(spec, self.plan.packing, len(self.plan.sites))
 
     async def _make_vector(self, asked: effects.MakeVector) -> None:
-        header = asked.header
+        header, began, unable = asked.header, self._announced, ""
         try:
             assert self.plan is not None
             assert self.state is not None
@@ -972,23 +1011,24 @@ class SiteJob:
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(self.id, self.plan, step, self.state)
             found = self._without_isolating_metrics(found, header)
-            self.link.doing(self.id, "protecting")
+            if self._budget is None:
+                self.link.doing(self.id, "protecting")
             made, small, salt = await asyncio.to_thread(self._protect, asked, found)
             self._vector = made.digest, small
             event: Any = site.VectorMade(made.digest, made.size, salt)
         except TrainingFailed as failed:
-            self._unable(failed.reason)
-            event = site.Refused(failed)
+            unable, event = failed.reason, site.Refused(failed)
         except PolicyRefused as refused:
             event = site.Refused(refused)
         except FedcoreError as error:
             self._note(error)
-            self._unable(job.UNABLE)
-            event = site.Refused(error)
+            unable, event = job.UNABLE, site.Refused(error)
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
-            self._unable(job.UNABLE)
-            event = site.Refused(error)
+            unable, event = job.UNABLE, site.Refused(error)
+        await self._not_before(began, "making a vector")
+        if unable:
+            self._unable(unable)
         self._queue.put_nowait(_Done(event, header.digest))
 
     def _without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:

@@ -65,15 +65,16 @@ CLOCKS_APART = 60.0
 class InstalledTasks:
     """The training process, asked by the names of the operator's list of tasks."""
 
-    def __init__(self, config: SiteConfig, training: Training) -> None:
+    def __init__(self, config: SiteConfig, training: Training, identity: IdentityKey) -> None:
         self._config, self._training = config, training
+        self._split = config.split.of(identity)
 
     async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
         """Load a job's task, which the policy has allowed by name and hash. Raises TrainingFailed."""
         allowed = self._config.tasks[task]
         return await self._training.load(
             job, task=allowed.task, base=str(self._config.base), digest=digest, settings=settings,
-            site=self._config.site, source=allowed.source,
+            site=self._config.site, source=allowed.source, split=self._split,
         )  # fmt: skip
 
     async def contribute(
@@ -380,7 +381,7 @@ async def _run(
     training = Training(told(choose(config)).command)
     await training.start()
     try:
-        site = Site(config, kit, party, InstalledTasks(config, training))
+        site = Site(config, kit, party, InstalledTasks(config, training, party.identity))
         async with contextlib.AsyncExitStack() as opened:
             if health_port is not None:
                 port = await opened.enter_async_context(

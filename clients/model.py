@@ -17,9 +17,11 @@ from fedcore_clients.main import RECIPE_FILE, job_folder, released_round
 from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job
+from fedcore.data.split import split_from_json
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import read_json, write_atomic
 from fedcore.learn.flat import single_thread
+from fedcore.provision.identities import read_identity
 from fedcore.task import load_task
 from fedcore.types import Json, SiteId
 
@@ -73,8 +75,9 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
     job = build_job(recipe["settings"])
     cap = job.protect.max_examples
     assert cap is not None
+    split = split_from_json(config.split.of(read_identity(config.identity)))
     with single_thread():
-        site = LocalSite(task, job, SiteId(config.site), allowed.source, cap)
+        site = LocalSite(task, job, SiteId(config.site), allowed.source, cap, split)
         data = site.exported(state)
     write_atomic(out, data)
     return Exported(out, released_round(done), state.model_sha256)

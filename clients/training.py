@@ -88,14 +88,17 @@ class Training:
         settings: Mapping[str, Any],
         site: str,
         source: Any,
+        split: Json,
     ) -> Loaded:
-        """Load the task and the site's rows. Raises TrainingFailed."""
+        """Load the task and the site's rows. split: the site's own. Raises TrainingFailed."""
         asked = {
             "do": "load", "job": job, "task": task, "base": base, "digest": digest,
-            "settings": dict(settings), "site": site, "source": source,
+            "settings": dict(settings), "site": site, "source": source, "split": split,
         }  # fmt: skip
         head, blobs = await self._ask(asked)
         self._loads[job] = asked
+        if head["note"]:
+            LOG.info("%s", head["note"])
         shape = head["shape"]
         sums = tuple(Wide(**wide) for wide in shape["metric_sums"])
         columns = tuple((str(n), float(low), float(high)) for n, low, high in head["columns"])

@@ -106,6 +106,7 @@ class Worker:
 
         from fedcore.comparison.localsite import LocalSite
         from fedcore.config import build_job
+        from fedcore.data.split import split_from_json
         from fedcore.task import load_task
 
         task = load_task(asked["task"], Path(asked["base"]))
@@ -115,11 +116,12 @@ class Worker:
         cap = job.protect.max_examples
         if cap is None:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")
-        site = LocalSite(task, job, SiteId(asked["site"]), asked["source"], cap)
+        split = split_from_json(asked["split"])  # this site's, whatever the job asks for
+        site = LocalSite(task, job, SiteId(asked["site"]), asked["source"], cap, split)
         self.sites[asked["job"]] = site
         head = {
             "shape": asdict(site.shape), "columns": [list(column) for column in site.columns],
-            "rows": site.rows,
+            "rows": site.rows, "note": site.note,
         }  # fmt: skip
         return head, [site.initial.astype("<f4").tobytes()]
 

@@ -53,7 +53,7 @@ class RunSection(_Section):
 
 
 class TrainSection(_Section):
-    """[train]: one site's local training."""
+    """[train]: one site's local training. standardise: what a table's numbers are scaled by."""
 
     optimiser: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(0.05, gt=0)
@@ -61,6 +61,7 @@ class TrainSection(_Section):
     weight_decay: float = Field(0.0, ge=0)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)
+    standardise: Literal["ranges", "federated"] = "ranges"
 
 
 class ProtectSection(_Section):
@@ -80,13 +81,17 @@ class ProtectSection(_Section):
 
 
 class RoundSection(_Section):
-    """[round]: how many rounds, what the sites do with each released sum, and who is absent when."""
+    """[round]: how many rounds, what the sites do with each released sum, and who is absent when.
+
+    submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
+    announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
     rounds: int = Field(20, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     server_lr: float = Field(1.0, gt=0)
     server_momentum: float = Field(0.9, ge=0, lt=1)
     buffers: Literal["average", "initial"] = "average"
+    submit_seconds: float | None = Field(None, gt=0, le=86_400)
     drop: tuple[str, ...] = ()
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -167,7 +172,7 @@ class Job:
     @property
     def train_plan(self) -> TrainPlan:
         """The [train] section as the plan records it."""
-        return TrainPlan(**self.train.model_dump())
+        return TrainPlan(**self.train.model_dump(exclude={"standardise"}))
 
     @property
     def server_plan(self) -> ServerPlan:
@@ -224,7 +229,7 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
         server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=job.protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=job.protect.release,
-        settings=settings_digest(job, max_examples), cipher=job.protect.cipher,
+        settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=job.protect.cipher,
     )  # fmt: skip
 
 
@@ -252,6 +257,7 @@ def narrowest_policy(job: Job, sites: int) -> Json:
         "least_batch": job.train.batch_size,
         "public_metrics": job.track.public_metrics,
         "single_site_features": job.protect.single_site_features,
+        "statistics": job.train.standardise,
         "release": job.protect.release,
     }
 

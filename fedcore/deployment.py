@@ -146,12 +146,13 @@ def write(
     job: Mapping[str, Any],
     *,
     policy: Mapping[str, Any],
+    split: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
 ) -> Deployment:
     """Everything that operators of such a federation would have: an authority, kits, keys, files.
 
-    job: the tables of job.toml. policy: [policy] of every site.toml. Raises BadInput for a site's id or
-    data that such files cannot hold.
+    job: the tables of job.toml. policy, split: [policy] and [split] of every site.toml. Raises
+    BadInput for a site's id or data that such files cannot hold.
     """
     now = datetime.now(UTC)
     deployment = Deployment(folder, _free_port(), tuple(sites))
@@ -182,7 +183,7 @@ def write(
         site_toml = {
             "site": name, "coordinator": f"{HOST}:{deployment.port}", "kit": "kit",
             "identity": IDENTITY_FILE, "roster": ROSTER_FILE, "folder": "state",
-            "policy": policy, "tasks": {task.name: allowed},
+            "split": dict(split or {}), "policy": policy, "tasks": {task.name: allowed},
         }  # fmt: skip
         _write_toml(deployment.site(name) / "site.toml", site_toml)
     _write_toml(deployment.job, job)

@@ -73,7 +73,7 @@ class Terms:
         return cls(
             protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
-            statistics="federated" if plan.inputs else "ranges",
+            statistics=plan.standardise,
         )  # fmt: skip
 
     @classmethod
@@ -87,7 +87,7 @@ class Terms:
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
             cipher=protect.cipher,
             public_metrics=job.track.public_metrics, release=protect.release,
-            statistics="federated", single_site_features=protect.single_site_features,
+            statistics=job.train.standardise, single_site_features=protect.single_site_features,
         )  # fmt: skip
 
 

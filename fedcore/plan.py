@@ -77,6 +77,9 @@ METRIC = "metric:"
 MOST_PUBLIC_METRICS, MOST_METRIC_NAME = 64, 64
 """Of a plan that makes its metrics public: how many, and characters of a name on a screen."""
 
+STANDARDISE = ("ranges", "federated")
+"""What a table's numbers are scaled by; nothing travels for "ranges"."""
+
 RELEASES = ("sites", "coordinator")
 """Who gets the model: the sites alone, or, of a finished job, the coordinator too."""
 
@@ -470,6 +473,8 @@ class RoundPlan:
     settings: SHA-256 hex of all settings of the job (`config.settings_digest`), so that whatever decides
     which rows train, how, and what is released is in every header, state tag and signature (PROTOCOL J);
     "" for a plan that no job made.
+    standardise: what a table's numbers are scaled by: their public ranges ("ranges", nothing travels), or
+    statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     """
 
@@ -491,6 +496,7 @@ class RoundPlan:
     public_metrics: bool = False
     release: str = "sites"
     settings: str = ""
+    standardise: str = "ranges"
     cipher: str = "bfv"
     version: int = field(default=PLAN_VERSION)
 
@@ -513,6 +519,8 @@ class RoundPlan:
             refuse_public_metrics(self.protection)
             self._check_names()
         refuse_release(self.release, self.protection)
+        if self.standardise not in STANDARDISE:
+            raise UnknownName("train.standardise", self.standardise, STANDARDISE)
 
     def _check_ring(self) -> None:
         """The packing has a ring exactly where vectors are ciphertexts of one."""
@@ -597,7 +605,8 @@ class RoundPlan:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
         `public_metrics` and `release` are there only where they tell the coordinator something, `cipher`
-        only where vectors are encrypted, and `settings` only where a job made the plan.
+        only where vectors are encrypted, `settings` only where a job made the plan, and `standardise` only
+        where something travels for it.
         """
         flat = asdict(self)
         if self.protection not in ENCRYPTS:
@@ -608,6 +617,8 @@ class RoundPlan:
             del flat["release"]
         if not self.settings:
             del flat["settings"]
+        if self.standardise == "ranges":
+            del flat["standardise"]
         flat["sites"] = list(self.sites)
         flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
         return flat

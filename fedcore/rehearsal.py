@@ -28,6 +28,7 @@ from fedcore.comparison.experiment import (
     run_experiment,
 )
 from fedcore.config import Job, is_json, narrowest_policy
+from fedcore.data.split import FoldSplit
 from fedcore.deployment import Command, Deployment, Running, SiteTask, ask, running, write
 from fedcore.errors import (
     Abandoned,
@@ -160,7 +161,9 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
     # Every site must find the same plan, and no site tells how many rows it has.
     tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
     policy = narrowest_policy(prepared.job, len(sites))
-    return write(folder, FEDERATION, sites, tables, policy=policy)
+    run = prepared.job.run  # the deal that `simulate` makes, so that both come to the same model
+    split = FoldSplit(run.seed, run.fold, run.folds).to_json()
+    return write(folder, FEDERATION, sites, tables, policy=policy, split=split)
 
 
 def _installed(task: Task, job: Job) -> str:

@@ -554,6 +554,7 @@ class Coordinator:
             raise BadInput("submit: found no settings, expected those of the job file, complete")
         check_name("task", asked.task)  # it names folders
         _check_settings(settings, len(self.house.pins), self.house.quota)
+        _check_budget(settings, self.house.limits.stage)
         self._check_room(peer.name)
         check_name("submit: task", asked.task)  # it names folders, here and at the sites
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
@@ -814,6 +815,17 @@ def _check_settings(settings: Json, sites: int, quota: Quota) -> None:
         )
     refuse_plain(found.protect.protection)
     Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
+
+
+def _check_budget(settings: Json, stage_seconds: float) -> None:
+    """Raise BadInput for a budget that ends after this coordinator has given up every site."""
+    budget = build_job(settings).round.submit_seconds
+    if budget is not None and budget >= stage_seconds:
+        raise BadInput(
+            f"round.submit_seconds: found {budget:g}, expected less than stage_seconds = {stage_seconds:g} "
+            "of this coordinator",
+            remedy="a smaller budget, or a larger stage_seconds in [limits] of federation.toml",
+        )
 
 
 def _line(text: str) -> str:

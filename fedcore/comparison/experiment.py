@@ -33,9 +33,9 @@ from fedcore.comparison.arms import (
 from fedcore.comparison.events import Events
 from fedcore.comparison.gap import PARTS, bootstrap_gap
 from fedcore.comparison.localsite import (
-    check_rows,
     load_site,
     model_of,
+    public_scale,
     sample_of,
     shape_of,
     standardised,
@@ -43,6 +43,7 @@ from fedcore.comparison.localsite import (
 from fedcore.comparison.transport import MetricTransport
 from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.data.rows import Layout, Rows, pool
+from fedcore.data.split import FoldSplit
 from fedcore.data.statistics import MIN_CONTRIBUTORS, Statistics, finish_statistics, site_sums
 from fedcore.encode.pack import Layout as VectorLayout
 from fedcore.environment import environment, peak_memory_mb
@@ -116,7 +117,8 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
 class Loaded:
     """The sites' rows, split, and what was seen on the way.
 
-    largest: rows of the largest site; own_test_rows: every site brought its own test part.
+    largest: rows of the largest site; own_test_rows: every site brought its own test part. notes: of
+    sites with more rows than the cap.
     """
 
     sites: list[SiteRows]
@@ -124,6 +126,7 @@ class Loaded:
     own_test_rows: bool
     class_counts: dict[SiteId, dict[str, int]]
     unknown_categories: dict[str, int]
+    notes: list[str]
 
 
 @dataclass
@@ -148,7 +151,7 @@ class Prepared:
     def label(self) -> str:
         """The run's label, computed from the plan."""
         few: list[str] = []
-        if self.statistics is not None:
+        if self.statistics is not None and not self.statistics.public:
             counts = zip(self.statistics.names, self.statistics.sites, strict=True)
             few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
         return label_of(Terms.of_plan(self.plan), few)
@@ -228,11 +231,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     loaded = _load_sites(task, job, sources, say)
     sites = loaded.sites
     max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
-    for site in sites:
-        check_rows(site, max_examples)
     flat, sample = _build(task, job, sites)
     transport = MetricTransport.of(task, sample, max_examples)
-    shape = shape_of(task, flat, transport, sites[0].train)
+    shape = shape_of(task, flat, transport, sites[0].train, job.train.standardise)
     plan = plan_of(job, shape, tuple(s.id for s in sites), max_examples)
     epoch = KeyEpoch(uuid.uuid4().hex, plan)
     prepared = Prepared(
@@ -251,8 +252,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         leaving=leaving,
     )
     if sites[0].train.features is not None:
-        say("federated statistics")
-        _standardise_all(prepared)
+        _standardise_all(prepared, say)
     return prepared
 
 
@@ -265,17 +265,20 @@ def _leaving(job: Job, sites: Sequence[SiteId]) -> Leaving:
 def _load_sites(
     task: Task, job: Job, sources: Mapping[SiteId, Any], say: Callable[[str], None]
 ) -> Loaded:
-    loaded = Loaded([], 0, True, {}, {})
+    loaded = Loaded([], 0, True, {}, {}, [])
     for index, (name, source) in enumerate(sources.items()):
         say(f"loading site {name}")
-        site, everything, test = load_site(task, job, name, index, source)
+        split = FoldSplit(job.run.seed, job.run.fold, job.run.folds)
+        one = load_site(task, split, name, index, source, job.protect.max_examples)
+        everything, test = one.everything, one.test
         loaded.class_counts[name] = _class_counts(everything, test)
         for column, count in getattr(everything, "unknown", {}).items():
             before = loaded.unknown_categories.get(column, 0)
             loaded.unknown_categories[column] = before + count
         loaded.own_test_rows &= test is not None
         loaded.largest = max(loaded.largest, len(everything) + len(test or ()))
-        loaded.sites.append(site)
+        loaded.sites.append(one.rows)
+        loaded.notes += [one.note] if one.note else []
     return loaded
 
 
@@ -309,14 +312,25 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
     return flat, sample
 
 
-def _standardise_all(prepared: Prepared) -> None:
+def _standardise_all(prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Scale every site's rows: by the declared ranges, the same for all arms, or by statistics."""
     sites = prepared.sites
+    rows: Any = sites[0].train
+    prepared.layout = rows.layout
+    public = public_scale(rows, prepared.plan.standardise)
+    if public is not None:
+        prepared.statistics = public
+        prepared.sites = prepared.local_sites = [
+            replace(s, train=standardised(s.train, public), test=standardised(s.test, public))
+            for s in sites
+        ]
+        return
+    say("federated statistics")
     # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
     plain = prepared.plan.protection == "plain"
     allow = plain or prepared.job.protect.single_site_features
     found, _ = federated_statistics(prepared.epoch, sites, prepared.watch, allow_few_sites=allow)
-    rows: Any = sites[0].train
-    prepared.statistics, prepared.layout = found, rows.layout
+    prepared.statistics = found
     prepared.sites = [
         replace(s, train=standardised(s.train, found), test=standardised(s.test, found))
         for s in sites
@@ -763,7 +777,7 @@ def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int =
 
 def _notes(prepared: Prepared, result: Json) -> list[str]:
     """What the plan and the sites' rows give reason to say; the same for one run and many splits."""
-    found = label_warnings(Terms.of_plan(prepared.plan))
+    found = [*prepared.loaded.notes, *label_warnings(Terms.of_plan(prepared.plan))]
     if "auc" in prepared.task.metrics:
         single = [name for name, e in result["per_site"].items() if len(e["class_counts"]) == 1]
         found += _of_sites(single, "rows of one class only, so no AUC of {} own")

@@ -18,9 +18,9 @@ from fedcore.aggregate.optimisers import ServerState
 from fedcore.comparison.transport import MetricTransport
 from fedcore.config import Job
 from fedcore.data.digest import rows_digest
-from fedcore.data.rows import Layout, Rows, load_rows, split_rows
+from fedcore.data.rows import Layout, Rows, load_rows
+from fedcore.data.split import Split, subsample
 from fedcore.data.statistics import Statistics
-from fedcore.errors import BadInput
 from fedcore.learn.flat import FlatModel, build_model
 from fedcore.learn.saved import model_bytes
 from fedcore.learn.score import Scored, probe, score
@@ -54,26 +54,45 @@ def standardised(rows: Any, scale: Any) -> Rows:
 
 
 def load_site(
-    task: Task, job: Job, name: SiteId, index: int, source: Any
-) -> tuple[SiteRows, Rows, Rows | None]:
-    """A site's rows, split; then all of them, and the test part that the task brought itself."""
-    everything, test = load_rows(task, source, name)
-    train, tested = everything, test
-    if tested is None:
-        train, tested = split_rows(
-            everything, seed=job.run.seed, fold=job.run.fold, folds=job.run.folds, site=name
-        )
-    return SiteRows(name, index, train, tested), everything, test
+    task: Task, split: Split, name: SiteId, index: int, source: Any, cap: int | None
+) -> LoadedSite:
+    """A site's rows, at most `cap` of them (None: all), split by the site's own rule.
+
+    Raises BadInput for rows that cannot be used or dealt, TaskFailed where the task raises.
+    """
+    everything, test = whole = load_rows(task, source, name)
+    if cap is not None:
+        everything, test = subsample(split, everything, test, name, cap)
+    train, tested = (everything, test) if test is not None else split.divide(everything, name)
+    return LoadedSite(SiteRows(name, index, train, tested), everything, test, whole)
 
 
-def check_rows(site: SiteRows, max_examples: int) -> None:
-    """Raise BadInput for a site with more rows than the public cap."""
-    found = len(site.train) + len(site.test)
-    if found > max_examples:
-        raise BadInput(
-            f"site {site.id}: found {found} rows, expected at most "
-            f"protect.max_examples = {max_examples}",
-            remedy="raise protect.max_examples: a public cap on any site's rows",
+@dataclass(frozen=True)
+class LoadedSite:
+    """rows: split; everything: all that take part, but for the test part that the task brought itself.
+
+    whole: the same two before rows above the public cap were left out.
+    """
+
+    rows: SiteRows
+    everything: Rows
+    test: Rows | None
+    whole: tuple[Rows, Rows | None]
+
+    @property
+    def found(self) -> int:
+        """All rows, also where there are more than the public cap."""
+        return sum(len(part) for part in self.whole if part is not None)
+
+    @property
+    def note(self) -> str:
+        """One line for the site's own log, or "": nothing of it goes to the coordinator (PROTOCOL U)."""
+        kept = len(self.rows.train) + len(self.rows.test)
+        if kept == self.found:
+            return ""
+        return (
+            f"Site {self.rows.id} has {self.found} rows, more than protect.max_examples = {kept}: it trains "
+            f"and tests on a fixed choice of {kept} of them."
         )
 
 
@@ -101,11 +120,21 @@ def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
     return probe(task, flat.module, rows, seed=seed, round_=0, site=site.id)
 
 
-def shape_of(task: Task, flat: FlatModel, transport: MetricTransport, rows: Any) -> ModelShape:
+def public_scale(rows: Any, standardise: str) -> Statistics | None:
+    """The scale of the rows' declared ranges; None for rows without, and where statistics are federated."""
+    if rows.features is None or standardise != "ranges":
+        return None
+    return Statistics.of_ranges(rows.names, rows.ranges)
+
+
+def shape_of(
+    task: Task, flat: FlatModel, transport: MetricTransport, rows: Any, standardise: str
+) -> ModelShape:
     """What a site finds of the plan in its task and its rows."""
+    travels = rows.features is not None and standardise == "federated"
     return ModelShape(
         task.name, task.digest(), flat.parameters, flat.buffer_coordinates,
-        0 if rows.features is None else len(rows.names), _inputs_digest(rows), transport.wides,
+        len(rows.names) if travels else 0, _inputs_digest(rows), transport.wides,
     )  # fmt: skip
 
 
@@ -119,19 +148,27 @@ def _inputs_digest(rows: Any) -> str:
 
 
 class LocalSite:
-    """A site's task, rows and model for one job; `contribute` is called once for each vector."""
+    """A site's task, rows and model for one job; `contribute` is called once for each vector.
 
-    def __init__(self, task: Task, job: Job, name: SiteId, source: Any, max_examples: int) -> None:
+    split: the site's own, whatever the job says. note: for the site's log, or "".
+    """
+
+    def __init__(
+        self, task: Task, job: Job, name: SiteId, source: Any, max_examples: int, split: Split
+    ) -> None:
         self.task, self.job = task, job
-        self.site, everything, test = load_site(task, job, name, 0, source)
-        self.rows = rows_digest(everything, test)
-        check_rows(self.site, max_examples)
+        loaded = load_site(task, split, name, 0, source, max_examples)
+        self.site, self.note = loaded.rows, loaded.note
+        self.rows = rows_digest(*loaded.whole)
+        self.public = public_scale(self.site.train, job.train.standardise)
         self.flat = model_of(task, job, self.site)
         self.transport = MetricTransport.of(
             task, sample_of(task, job, self.flat, self.site), max_examples
         )
         self.initial: FloatVector = self.flat.read()
-        self.shape = shape_of(task, self.flat, self.transport, self.site.train)
+        self.shape = shape_of(
+            task, self.flat, self.transport, self.site.train, job.train.standardise
+        )
         self._standardised: tuple[Statistics, SiteRows] | None = None
 
     def exported(self, state: JobState, *, public: bool = False) -> bytes:
@@ -143,13 +180,13 @@ class LocalSite:
         task = replace(self.task, origin="") if hidden else self.task
         self.flat.write(state.server.model)  # what training counted beside the parameters goes
         layout = getattr(self.site.train, "layout", None)
-        return model_bytes(self.flat.module, task, state.statistics, layout)
+        return model_bytes(self.flat.module, task, state.statistics or self.public, layout)
 
     @property
     def columns(self) -> tuple[tuple[str, float, float], ...]:
-        """(name, low, high) of each column that is standardised."""
+        """(name, low, high) of each column that federated statistics are made of."""
         rows: Any = self.site.train
-        if rows.features is None:
+        if rows.features is None or self.public is not None:
             return ()
         return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
 
@@ -181,8 +218,8 @@ class LocalSite:
         )  # fmt: skip
 
     def standard_rows(self, state: JobState) -> SiteRows:
-        """The site's rows as inputs; standardised once for the statistics they go by."""
-        statistics = state.statistics
+        """The site's rows as inputs; scaled once for the statistics they go by."""
+        statistics = state.statistics or self.public
         if statistics is None:
             return self.site
         if self._standardised is None or self._standardised[0].to_json() != statistics.to_json():

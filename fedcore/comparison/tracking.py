@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Tracker:
 
     def __init__(self, local: LocalSite, plan: RoundPlan) -> None:
         self._local, self._plan = local, plan
-        self._alone_rows = _by_own_statistics(local.site)
+        self._alone_rows = _as_alone(local)
         self._alone = None
         if "local_only" in local.job.track.arms:
             self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
@@ -84,12 +84,12 @@ class Tracker:
         )  # fmt: skip
 
 
-def _by_own_statistics(site: SiteRows) -> SiteRows:
-    """The rows as the arm `local_only` has them: standardised by the site's own statistics."""
-    raw: Any = site.train
+def _as_alone(local: LocalSite) -> SiteRows:
+    """The rows as the arm `local_only` has them: by the public scale of all arms, or the site's own."""
+    site, raw = local.site, cast("Any", local.site.train)
     if raw.features is None:
         return site
-    own = finish_statistics(
+    own = local.public or finish_statistics(
         raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
     )
     return replace(site, train=standardised(site.train, own), test=standardised(site.test, own))

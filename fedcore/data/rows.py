@@ -30,6 +30,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from fedcore.data.canonical import digests_of, item_digest, unstable_items
 from fedcore.data.kinds import (
     Indices,
     brief,
@@ -59,6 +60,12 @@ class Rows(Protocol):
 
     def labels(self) -> Indices | None:
         """(rows,) int64 class indices; None where the target is not a class or is unknown."""
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's canonical bytes, features and target: equal for equal rows only.
+
+        Raises BadInput for rows that have no canonical form.
+        """
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Batches as `task.predict` takes them; `order=None` is row order.
@@ -99,6 +106,10 @@ class ArrayRows:
     def labels(self) -> Indices | None:
         """(rows,) int64 class indices, or None where `y` is not one class per row."""
         return class_indices(self.y)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's bytes in `x` and `y`."""
+        return digests_of(self.x, self.y)
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Batches `(x, y)`; views of the rows where the order is their own."""
@@ -212,6 +223,10 @@ class TableRows:
         """(rows,) int64 class indices, or None where `y` is not one class per row."""
         return class_indices(self.y)
 
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's raw features, fixed columns and target."""
+        return digests_of(self.features, self.fixed, self.y)
+
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:  # noqa: ARG002 - Rows
         """Raises BadInput: raw rows are no inputs yet."""
         raise BadInput(
@@ -241,6 +256,7 @@ class DatasetRows:
         indices: Indices | None = None,
         site: str = "",
         _labels: list[Indices | None] | None = None,
+        _hashed: list[list[bytes]] | None = None,
     ) -> None:
         if is_hugging_face(dataset) and dataset.format["type"] is None:
             dataset = dataset.with_format("torch")
@@ -252,6 +268,7 @@ class DatasetRows:
         # The labels of the whole dataset, filled at first use and shared by every `take`: finding
         # them may mean reading each item once.
         self._labels = [] if _labels is None else _labels
+        self._hashed = [] if _hashed is None else _hashed
 
     @property
     def features(self) -> None:
@@ -269,6 +286,7 @@ class DatasetRows:
             indices=self.indices[np.asarray(indices, dtype=np.int64)],
             site=self.site,
             _labels=self._labels,
+            _hashed=self._hashed,
         )
 
     def labels(self) -> Indices | None:
@@ -277,12 +295,34 @@ class DatasetRows:
             try:
                 self._labels.append(dataset_labels(self.dataset))
             except Exception as error:
-                raise TaskFailed(
-                    f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
-                    user_traceback=user_traceback(error),
-                ) from error
+                raise self._unread(error) from error
         known = self._labels[0]
         return None if known is None else known[self.indices]
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each item's canonical form, found once for the whole dataset.
+
+        Raises BadInput for an item without one, or where the dataset gives another item when it is read
+        again, and TaskFailed if reading it fails.
+        """
+        if not self._hashed:
+            try:
+                found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
+                again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
+            except FedcoreError:
+                raise
+            except Exception as error:
+                raise self._unread(error) from error
+            if again != found[: len(again)]:
+                raise unstable_items(type(self.dataset).__name__)
+            self._hashed.append(found)
+        return [self._hashed[0][int(index)] for index in self.indices]
+
+    def _unread(self, error: Exception) -> TaskFailed:
+        return TaskFailed(
+            f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
+            user_traceback=user_traceback(error),
+        )
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Collated batches; a DataLoader's own batch size wins. Raises what the dataset raises."""

@@ -1,4 +1,7 @@
-"""Federated statistics: means and spreads of features, from sums alone, before round 1 (PROTOCOL W).
+"""How features are scaled: by their public ranges, or by federated means and spreads (PROTOCOL J, W).
+
+By default by the ranges that the task declares: nothing of any row travels for it. Where a job asks for
+`standardise = "federated"`, means and spreads come from protected sums before round 1.
 
 Invariant: a site's part is integers with public caps (counts, sums and sums of squares of f-bit
 fixed-point values), so it travels through the same protected sum as an update, and the variance that
@@ -19,6 +22,9 @@ from fedcore.plan import VectorSpec, Wide
 from fedcore.types import Json
 
 FIXED_POINT_BITS = 16
+SPREAD = 1.0
+"""Public standard deviation of a column, in halves of its declared range."""
+
 MIN_OBSERVED = 5
 MIN_CONTRIBUTORS = 3
 
@@ -48,6 +54,18 @@ class Statistics:
             "sites": list(self.sites),
             "clipped": list(self.clipped),
         }
+
+    @classmethod
+    def of_ranges(cls, names: Sequence[str], ranges: Sequence[tuple[float, float]]) -> Statistics:
+        """The scale that public ranges give: middle and a share of the half width. Of no row: counts are 0."""
+        low, high = np.asarray(ranges, dtype=np.float64).reshape(-1, 2).T
+        none = (0,) * len(names)
+        return cls(tuple(names), (low + high) / 2, (high - low) / 2 * SPREAD, none, none, none)
+
+    @property
+    def public(self) -> bool:
+        """Whether they are of the ranges alone."""
+        return not any(self.sites)
 
     @classmethod
     def from_json(cls, value: Json) -> Statistics:

@@ -52,15 +52,25 @@ class Category:
 
 
 def number(
-    low: float, high: float, *, may_be_missing: bool = False, missing: Sequence[float] = ()
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    may_be_missing: bool = False,
+    missing: Sequence[float] = (),
 ) -> Number:
     """Declare a numeric column with the public range [low, high].
 
-    The range bounds what one row adds to the federated statistics (values beyond it are clipped
-    there and counted); the column itself is not clipped. `missing` lists values that stand for "not
-    observed", such as a cholesterol of 0, and implies `may_be_missing`. Booleans count as 0 and 1.
+    The column is scaled by it, so that nothing about rows has to travel, and is not clipped. Where a job
+    asks for federated statistics, the range bounds what one row adds to them (values beyond it are
+    clipped there and counted). `missing` lists values that stand for "not observed", such as a
+    cholesterol of 0, and implies `may_be_missing`. Booleans count as 0 and 1.
     Raises BadInput unless low < high, both finite.
     """
+    if low is None or high is None:
+        raise BadInput(
+            "number: found no range, expected the public (low, high) that its values are scaled by",
+            remedy="give a range known without looking at the rows, such as number(0, 120) for an age",
+        )
     if not (_is_number(low) and _is_number(high) and low < high):
         raise BadInput(
             f"number: found the range ({low!r}, {high!r}), expected finite low < high",

@@ -690,12 +690,23 @@ def _methods_data(result: Mapping[str, Any]) -> str:
         )
     elif rows:
         text += f" There were {count(rows.get('train'))} training and {count(rows.get('test'))} test rows."
-    if result.get("statistics"):
+    if scaled_by_ranges(result):
+        text += (
+            " Numbers were scaled by the public ranges that the task declares, and a missing value became the "
+            "middle of its range."
+        )
+    elif result.get("statistics"):
         text += (
             " Missing values were imputed and features standardised with means and standard deviations over the "
             "sites' training rows, which were computed through the same protected sum."
         )
     return text
+
+
+def scaled_by_ranges(result: Mapping[str, Any]) -> bool:
+    """Whether columns were scaled by their declared ranges alone: then no row is counted in the scale."""
+    found = result.get("statistics")
+    return isinstance(found, dict) and not any(found.get("sites") or [])
 
 
 def _methods_training(result: Mapping[str, Any]) -> str:

@@ -401,7 +401,7 @@ def environment(results: Sequence[Json]) -> list[Table]:
 
 
 def statistics(results: Sequence[Json]) -> list[Table]:
-    """The federated statistics of the first result: one row per column, or key by key."""
+    """What the first result's columns were scaled by: one row per column, or key by key."""
     found = results[0].get("statistics")
     if not isinstance(found, dict) or not found:
         return []
@@ -410,14 +410,20 @@ def statistics(results: Sequence[Json]) -> list[Table]:
         return _keys("Federated statistics", "statistics", results[:1])
     if not columns:  # a table of categories only standardises nothing
         return []
-    note = "Over the sites' training rows, through the protected sum."
-    wanted = ("mean", "std", "count", "sites", "clipped")
+    title, note = (
+        "Federated statistics",
+        "Over the sites' training rows, through the protected sum.",
+    )
+    wanted: tuple[str, ...] = ("mean", "std", "count", "sites", "clipped")
+    if say.scaled_by_ranges(results[0]):
+        title, wanted = "Scale of the columns", ("mean", "std")
+        note = "From the public ranges that the task declares: nothing of any row was sent for it."
     keys = [key for key in wanted if len(found.get(key) or []) == len(columns)]
     rows = [
         (_name(say.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
         for i, column in enumerate(columns)
     ]
-    return [Table("Federated statistics", ("column", *keys), tuple(rows), note)]
+    return [Table(title, ("column", *keys), tuple(rows), note)]
 
 
 def _short(value: Any) -> str:

@@ -355,6 +355,7 @@ class Verdict:
         from fedcore.aggregate.jobstate import JobState, without_metrics
         from fedcore.comparison.localsite import LocalSite
         from fedcore.config import build_job, plan_of
+        from fedcore.data.split import FoldSplit
         from fedcore.encode.pack import Opened
         from fedcore.label import Terms, collusion
         from fedcore.learn.flat import single_thread
@@ -386,7 +387,7 @@ class Verdict:
         task, settings = load_task(self.fed.task), build_job(json.loads(offer.settings))
         with single_thread():
             sites = {
-                name: LocalSite(task, settings, name, source, CAP)
+                name: LocalSite(task, settings, name, source, CAP, FoldSplit())
                 for name, source in self.fed.sites.items()
             }
             first = next(iter(sites.values()))

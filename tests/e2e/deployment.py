@@ -164,7 +164,7 @@ class Deployment:
             self.config(name).write_text(
                 f'site = "{name}"\ncoordinator = "127.0.0.1:{self.port}"\nkit = "kit"\n'
                 f'identity = "identity.pem"\nroster = "../../roster.toml"\nfolder = "state"\n'
-                + to_toml({"policy": WIDE | self.policy})
+                + to_toml({"split": {"method": "folds"}, "policy": WIDE | self.policy})
                 + f'[tasks.{found.task.name}]\ntask = "{self.task}"\n'
                 f'sha256 = "{found.plan.task_digest}"\nsource = {json.dumps(source)}\n'
             )

@@ -18,12 +18,16 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite
 from fedcore.comparison.tracking import Tracker
 from fedcore.config import build_job, plan_of
+from fedcore.data.split import FoldSplit
 from fedcore.encode.pack import Opened
 from fedcore.learn.flat import single_thread
 from fedcore.protocol.course import Step
 from fedcore.task import load_task
 
-SETTINGS = {"rounds": 2, "seed": 3, "max_examples": 512, "range": 0.0625}
+SETTINGS = {
+    "rounds": 2, "seed": 3, "max_examples": 512, "range": 0.0625, "standardise": "federated",
+}  # fmt: skip
+SPLIT = FoldSplit().to_json()
 TASK = load_task("heart")
 COMPLETE = {
     key: value
@@ -39,7 +43,7 @@ async def asked(**changes):
     training = Training()
     try:
         about = {
-            "task": "heart", "base": "/", "digest": TASK.digest(), "settings": COMPLETE,
+            "task": "heart", "base": "/", "digest": TASK.digest(), "settings": COMPLETE, "split": SPLIT,
             "site": "va", "source": SOURCE, **changes,
         }  # fmt: skip
         loaded = await training.load("j", **about)
@@ -63,7 +67,7 @@ async def asked(**changes):
 def test_it_computes_what_the_library_computes_and_survives_its_own_death():
     plan, state, one, two, row = asyncio.run(asked())
     with single_thread():
-        here = LocalSite(TASK, build_job(COMPLETE), "va", SOURCE, 512)
+        here = LocalSite(TASK, build_job(COMPLETE), "va", SOURCE, 512, FoldSplit())
         fields, wides = here.contribute(plan, STATISTICS, state)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}
         expected = Tracker(here, plan).row(LAST, state, zeros, 3)
@@ -79,8 +83,7 @@ def test_it_computes_what_the_library_computes_and_survives_its_own_death():
         ({"digest": "0" * 64}, "task differs"),
         ({"source": "nowhere"}, "unable"),
         ({"task": "no/such/file.py"}, "unable"),
-        ({"settings": {**COMPLETE, "protect": {**COMPLETE["protect"], "max_examples": 20}}},
-         "unable"),
+        ({"split": {"method": "by name"}}, "unable"),
     ],
 )  # fmt: skip
 def test_what_fails_leaves_one_word(changes, reason):
@@ -123,7 +126,7 @@ class Slow:
         return asyncio.create_task(
             self.training.load(
                 job, task=str(self.file), base="/", digest=self.digest, settings=COMPLETE,
-                site="va", source=source,
+                site="va", source=source, split=SPLIT,
             )
         )  # fmt: skip
 

@@ -6,14 +6,25 @@ The sites run their real code: `SiteJob` for what is offered to them, `LocalSite
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 
+import numpy as np
 import pytest
 from test_metrics_lies import SITES, begun, settings
 
 from fedcore import config
+from fedcore.aggregate.jobstate import JobState
+from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job, plan_of, settings_digest
+from fedcore.data import split as split_module
+from fedcore.data.heart import data
+from fedcore.data.split import FoldSplit, HashSplit, subsample
+from fedcore.data.statistics import FIXED_POINT_BITS
+from fedcore.learn.flat import single_thread
 from fedcore.plan import RoundPlan
 from fedcore.protocol import job
+from fedcore.protocol.course import Step
+from fedcore.task import load_task
 
 OTHER = {"fold": 1, "seed": 7, "lr": 0.25}
 """Settings that decide which rows train, or how, and that no shape of a model shows."""
@@ -61,3 +72,98 @@ def test_every_setting_that_travels_changes_the_plan():
         assert RoundPlan.from_json(found.to_json()).settings == found.settings
         digests.add(found.settings)
     assert len(digests) == 2 + len(changes)
+
+
+# ---------------------------------------------------------------------- which rows: real hospitals
+
+TASK, CAP, FOLDS = load_task("heart"), 512, 2000
+OWN = HashSplit(b"k" * 32, 0.2)
+HOSPITAL = "va"
+
+
+def job_with(fold, **changes):
+    asked = {"folds": FOLDS, "fold": fold, "standardise": "federated", "range": 1.0, **changes}
+    return build_job(TASK.defaults, {"max_examples": CAP, "protection": "masked"}, asked)
+
+
+def contribution(fold, split, step, **changes):
+    """What the hospital adds to a sum of a job with this fold."""
+    asked = job_with(fold, **changes)
+    with single_thread():
+        site = LocalSite(TASK, asked, HOSPITAL, HOSPITAL, CAP, split)
+        plan = plan_of(asked, site.shape, ("a", "b", HOSPITAL), CAP)
+        return site.contribute(plan, step, JobState.initial(plan, site.initial))
+
+
+def as_asked(fold):
+    """The old rule: the split is the job's."""
+    return FoldSplit(0, fold, FOLDS)
+
+
+@cache
+def rows_of_hospital():
+    """Each patient's numbers as the statistics carry them, NaN where not observed."""
+    features, ranges = data(HOSPITAL).features, np.array(data(HOSPITAL).ranges)
+    top = (1 << FIXED_POINT_BITS) - 1
+    low, high = ranges.T
+    return np.rint((np.clip(features, low, high) - low) / (high - low) * top)
+
+
+def patients_in(one, other):
+    """Patients whose every observed number is the difference of two statistics."""
+    count = np.subtract(one["count"], other["count"])
+    found = np.where(count == 1, np.subtract(one["sum"], other["sum"]), np.nan)
+    rows = rows_of_hospital()
+    same = (found == rows) | (np.isnan(found) & np.isnan(rows))
+    return [] if not count.any() else np.flatnonzero(same.all(axis=1)).tolist()
+
+
+def test_two_offers_that_differ_in_fold_show_no_patient_s_numbers():
+    """Measured before: three of three patients whole, by a coordinator alone (issue 10, 1a)."""
+    step = Step("statistics", 0)
+
+    def read(split_of):
+        sums = [contribution(fold, split_of(fold), step)[1] for fold in (FOLDS - 1, *range(3))]
+        return [patients_in(sums[0], other) for other in sums[1:]]
+
+    assert read(lambda _: OWN) == [[], [], []]
+    opened = read(as_asked)  # control: the split of whoever submits
+    assert all(len(found) == 1 for found in opened) and len({found[0] for found in opened}) == 3
+
+
+def test_two_jobs_that_differ_in_fold_give_the_same_update():
+    """And so does the model of each: what the difference of two releases holds is nothing of a row."""
+    step = Step("update", 1)
+
+    def differs(split_of):
+        (one, _), (other, _) = (
+            contribution(fold, split_of(fold), step, standardise="ranges") for fold in (0, 1)
+        )
+        return bool((one != other).any())
+
+    assert not differs(lambda _: OWN)
+    assert differs(as_asked)  # control
+
+
+def test_a_seed_decides_no_split():
+    """It orders batches and draws initial parameters; the rows that train stay the same."""
+
+    def trained(seed, split):
+        site = LocalSite(TASK, job_with(0, seed=seed), HOSPITAL, HOSPITAL, CAP, split)
+        return site.site.train.digests()
+
+    assert trained(1, OWN) == trained(2, OWN)
+    assert trained(1, FoldSplit(1)) != trained(2, FoldSplit(2))  # control
+
+
+def test_two_caps_choose_unrelated_rows(monkeypatch):
+    """A cap below a site's rows is a question about them, too: 100 and 101 must not differ by one row."""
+    rows = data(HOSPITAL)
+
+    def chosen(cap):
+        return set(subsample(OWN, rows, None, HOSPITAL, cap)[0].digests())
+
+    assert len(chosen(101) - chosen(100)) > 20
+    honest = split_module._picked
+    monkeypatch.setattr(split_module, "_picked", lambda key, _, row: honest(key, 0, row))
+    assert len(chosen(101) - chosen(100)) == 1  # control: a choice that the cap is no part of

@@ -302,9 +302,10 @@ def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
 
 
 @pytest.mark.parametrize("protection", PROTECTIONS)
-def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(protection):
+@pytest.mark.parametrize("scaled", ["ranges", "federated"])
+def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(protection, scaled):
     names = tuple(f"site-{place}" for place in range(5))
-    asked = {"protection": protection, "threshold": 4}
+    asked = {"protection": protection, "threshold": 4, "standardise": scaled}
     if protection in ENCRYPTS:
         asked["cipher"] = "keystream"
     if protection != "encrypted":
@@ -314,7 +315,7 @@ def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(pr
     terms = Terms.of_job(job, names)
     assert terms == Terms.of_plan(plan_of(job, shape, names, 512))
     assert (terms.cipher == "keystream") == (protection in ENCRYPTS)
-    assert terms.threshold == 4 and terms.statistics == "federated"
+    assert terms.threshold == 4 and terms.statistics == scaled
     # The number of sites says as much as their names.
     assert label_of(Terms.of_job(job, 5)) == label_of(terms)
 

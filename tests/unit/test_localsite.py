@@ -13,6 +13,8 @@ import fedcore
 from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job, plan_of
+from fedcore.data.heart import HOSPITALS, _records
+from fedcore.data.split import FoldSplit, HashSplit
 from fedcore.data.statistics import statistics_vector
 from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput, HeaderRefused
@@ -21,8 +23,16 @@ from fedcore.plan import PLAN_VERSION, RoundHeader, RoundPlan
 from fedcore.protocol.course import Step, check_step, first_step, step_after
 from fedcore.task import load_task
 
-SETTINGS = {"rounds": 3, "seed": 4, "protection": "plain", "arms": ("federated",), "resamples": 0}
+SETTINGS = {
+    "rounds": 3, "seed": 4, "protection": "plain", "arms": ("federated",), "resamples": 0,
+    "standardise": "federated",
+}  # fmt: skip
 CAP = 512
+
+
+def heart_records(hospital):
+    """Raw rows, as somebody who applies the model has them."""
+    return _records(HOSPITALS[hospital])
 
 
 def added(contributions):
@@ -38,7 +48,10 @@ def added(contributions):
 
 def run_by_hand(task, job, sources, order=None):
     """Every site on its own; only their sums meet. Returns the plan and each site's last state."""
-    sites = {name: LocalSite(task, job, name, source, CAP) for name, source in sources.items()}
+    sites = {
+        name: LocalSite(task, job, name, source, CAP, FoldSplit(job.run.seed))
+        for name, source in sources.items()
+    }
     first = next(iter(sites.values()))
     plan = plan_of(job, first.shape, tuple(sites), CAP)
     states = {name: JobState.initial(plan, site.initial) for name, site in sites.items()}
@@ -71,6 +84,24 @@ def test_sites_by_themselves_arrive_at_the_simulations_model(by_hand, tmp_path):
     run = fedcore.simulate(task, out=tmp_path / "run", max_examples=CAP, **SETTINGS)
     assert run.result["model_sha256"] == state.model_sha256
     assert plan.digest == fedcore.run.read_json(tmp_path / "run" / "plan.json")["digest"]
+
+
+def test_scaled_by_ranges_they_arrive_there_too_and_send_no_statistics(tmp_path):
+    task, settings = load_task("heart"), SETTINGS | {"standardise": "ranges"}
+    job = build_job(task.defaults, settings)
+    with single_thread():
+        plan, state = run_by_hand(task, job, dict(task.sites))
+        site = LocalSite(task, job, "va", "va", CAP, FoldSplit(job.run.seed))
+        exported = site.exported(state)
+    run = fedcore.simulate(task, out=tmp_path / "run", max_examples=CAP, **settings)
+    assert run.result["model_sha256"] == state.model_sha256
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == exported
+    assert first_step(plan, site.shape.features).purpose == "range" and site.columns == ()
+    assert state.statistics is None
+    found = run.result["statistics"]
+    assert found["mean"][0] == 60.0 and not any(found["count"]), "age: number(0, 120)"
+    again = fedcore.load(tmp_path / "run").predict(heart_records("va"))
+    assert len(again) == 200 and np.isfinite(again).all()
 
 
 def test_it_does_not_matter_in_which_order_or_company_they_compute(by_hand):
@@ -114,12 +145,14 @@ def test_a_plan_comes_back_from_its_json(by_hand):
             RoundPlan.from_json(broken)
 
 
-def test_a_site_with_more_rows_than_the_cap_is_refused():
+def test_a_site_with_more_rows_than_the_cap_takes_part_with_as_many():
     task = load_task("heart")
     job = build_job(task.defaults, SETTINGS)
-    name, source = next(iter(dict(task.sites).items()))
-    with pytest.raises(BadInput, match=r"at most protect\.max_examples = 10"):
-        LocalSite(task, job, name, source, 10)
+    for split in (FoldSplit(), HashSplit(bytes(32), 0.2)):
+        site = LocalSite(task, job, "va", "va", 50, split)
+        assert len(site.site.train) + len(site.site.test) == 50
+        assert site.note.startswith("Site va has 200 rows, more than protect.max_examples = 50")
+        assert LocalSite(task, job, "va", "va", 200, split).note == ""
 
 
 # ---------------------------------------------------------------------------------- the course
@@ -203,7 +236,7 @@ def test_the_file_of_a_given_model_is_the_same_at_every_site():
     files = set()
     for batches, (name, source) in enumerate(task.sites.items(), start=1):
         own = replace(task, origin=f"/home/{name}/task.py")
-        site = LocalSite(own, job, name, source, CAP)
+        site = LocalSite(own, job, name, source, CAP, FoldSplit(job.run.seed))
         plan = plan_of(job, site.shape, tuple(task.sites), CAP)
         state = JobState.initial(plan, site.initial)
         for _ in range(batches):

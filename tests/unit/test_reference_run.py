@@ -76,7 +76,7 @@ def by_hand(start=None, *, fold=FOLD, adaptive=True, rounds=2, stayed=None):
 
 SETTINGS = {
     "sites": {site: site for site in SIZES}, "rounds": 2, "bits": 8, "protection": "plain", "folds": FOLDS,
-    "resamples": 20, **TRAIN,
+    "resamples": 20, "standardise": "federated", **TRAIN,
 }  # fmt: skip
 
 

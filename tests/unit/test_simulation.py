@@ -46,6 +46,9 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+FEDERATED = {"standardise": "federated"}
+
+
 def run(task=None, **settings):
     return fedcore.simulate(task or make_task(), **{"sites": SITES, "rounds": 3} | settings)
 
@@ -212,9 +215,13 @@ def test_models_that_differ_between_sites_are_named():
         run(make_task(data=uneven, model=lambda: nn.LazyLinear(2)))
 
 
-def test_more_rows_than_the_public_cap_is_refused():
-    with pytest.raises(BadInput, match=r"site a: found 50 rows, expected at most .* = 32"):
-        run(max_examples=32)
+def test_a_site_with_more_rows_than_the_public_cap_takes_part_with_as_many():
+    result = run(max_examples=32, protection="plain").result
+    assert {name: entry["rows"] for name, entry in result["per_site"].items()}["a"] == 32
+    (line,) = [line for line in result["warnings"] if "max_examples" in line and "Site a" in line]
+    assert "Site a has 50 rows, more than protect.max_examples = 32" in line
+    again = run(max_examples=32, protection="plain").result
+    assert again["model_sha256"] == result["model_sha256"]
 
 
 def test_a_site_without_test_rows_takes_part():
@@ -360,7 +367,9 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
     from fedcore.comparison.experiment import Experiment, job_for, prepare
 
-    experiment = Experiment(prepare(*job_for(None, {"rounds": 1, "protection": "plain"})))
+    experiment = Experiment(
+        prepare(*job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED}))
+    )
     seen = []
     original = KeyEpoch.protected_sum
 
@@ -389,7 +398,7 @@ def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
 
     monkeypatch.setattr(KeyEpoch, "protected_sum", record)
     settings = {"rounds": 2, "protection": "plain", "server": "fedadam", "drop": "2:submit:va"}
-    experiment = Experiment(prepare(*job_for(None, settings)))
+    experiment = Experiment(prepare(*job_for(None, settings | FEDERATED)))
     statistics = canonical(experiment.prepared.statistics.to_json())
     assert led == [statistics]
     federated = experiment.federated
@@ -414,7 +423,11 @@ def test_every_sum_says_what_it_is_of(monkeypatch):
         return original(self, spec, training_round, *rest, absences=absences, **more)
 
     monkeypatch.setattr(KeyEpoch, "protected_sum", record)
-    fedcore.simulate("heart", rounds=2, protection="plain", arms="federated", resamples=0)
+    two = {"rounds": 2, "protection": "plain", "arms": "federated", "resamples": 0}
+    fedcore.simulate("heart", **two)
+    assert seen == [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]
+    seen.clear()
+    fedcore.simulate("heart", **two, **FEDERATED)
     assert seen == [("statistics", 0), ("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]
     seen.clear()
     stop = lambda row: fedcore.STOP if row["round"] == 1 else None  # noqa: E731  one expression

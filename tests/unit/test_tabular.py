@@ -247,6 +247,8 @@ def test_columns_of_different_lengths():
 @pytest.mark.parametrize(
     "build",
     [
+        number,
+        lambda: number(may_be_missing=True),
         lambda: number(1, 1),
         lambda: number(0, np.inf),
         lambda: number("a", 2),

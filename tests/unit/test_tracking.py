@@ -10,6 +10,7 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite
 from fedcore.comparison.tracking import Tracker
 from fedcore.config import build_job, plan_of
+from fedcore.data.split import FoldSplit
 from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput
 from fedcore.learn.flat import single_thread
@@ -30,7 +31,10 @@ def recorded(tmp_path_factory):
     job = build_job(task.defaults, SETTINGS)
     rows = {}
     with single_thread():
-        sites = {n: LocalSite(task, job, n, s, 512) for n, s in dict(task.sites).items()}
+        sites = {
+            n: LocalSite(task, job, n, s, 512, FoldSplit(job.run.seed))
+            for n, s in dict(task.sites).items()
+        }
         first = next(iter(sites.values()))
         plan = plan_of(job, first.shape, tuple(sites), 512)
         trackers = {name: Tracker(site, plan) for name, site in sites.items()}

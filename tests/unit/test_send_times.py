@@ -1,0 +1,124 @@
+"""`round.submit_seconds`: when a site sends does not depend on its rows (PROTOCOL U). The clock is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from fedcore_clients.training import TrainingFailed
+from fedcore_server.service import _check_budget
+from test_public_metrics import site_job, submitted
+
+from fedcore.config import build_job
+from fedcore.errors import BadInput
+from fedcore.protocol import job, site
+from fedcore.protocol.effects import MakeVector
+
+BUDGET = 30.0
+
+
+class Clock:
+    """Stands still but for what work and waiting take; remembers what was said when."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    async def pause(self, seconds):
+        self.now += seconds
+
+
+class Link:
+    def __init__(self, clock):
+        self.clock, self.said, self.doings = clock, [], []
+
+    def say(self, _, message):
+        self.said.append((self.clock.now, message))
+
+    def doing(self, _, what):
+        self.doings.append((self.clock.now, what))
+
+
+def deployed(folder, budget):
+    settings = submitted(**({"round": {"submit_seconds": budget}} if budget else {}))
+    found, clock = site_job(folder, settings, public_metrics=True), Clock()
+    found.party = replace(found.party, clock=lambda: clock.now, pause=clock.pause)
+    found.link = Link(clock)
+    return found, clock
+
+
+def survey(folder, needs, budget=BUDGET, fails=False):
+    """(when, what) a site answers an offer at time 100, if its rows need so many seconds."""
+    found, clock = deployed(folder, budget)
+    load = found.contributor.load
+
+    async def slow(*args):
+        clock.now += needs
+        if fails:
+            raise TrainingFailed(job.UNABLE)
+        return await load(*args)
+
+    found.contributor.load = slow
+    asyncio.run(found._load())
+    assert all(at in (100.0, found.link.said[0][0]) for at, _ in found.link.doings)
+    ((at, message),) = found.link.said
+    return at, type(message)
+
+
+def test_a_survey_is_answered_at_one_time_whatever_the_rows_need(tmp_path):
+    assert survey(tmp_path / "1", 1) == (130.0, job.Survey)
+    assert survey(tmp_path / "2", 29) == (130.0, job.Survey)
+    assert survey(tmp_path / "3", 5, fails=True) == (130.0, job.Unable), "a failure too"
+    assert survey(tmp_path / "4", 1, budget=None) == (101.0, job.Survey)  # control
+
+
+def test_an_overrun_is_sent_when_ready_with_a_line_in_the_site_s_own_log(tmp_path, caplog):
+    assert survey(tmp_path, 45) == (145.0, job.Survey)
+    (line,) = [r.getMessage() for r in caplog.records if "submit_seconds" in r.getMessage()]
+    assert "loading took longer than round.submit_seconds = 30" in line
+
+
+def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
+    """(when the vector is handed to the machine, what) in a round that was announced at time 100."""
+    found, clock = deployed(folder, budget)
+    asyncio.run(found._load())
+    clock.now, found._announced = 104.0, 100.0  # keys and shares took some time
+    found.link.said.clear()
+    found.link.doings.clear()
+    found.plan = found.state = object()
+    header = type("Header", (), {"purpose": "update", "training_round": 1, "digest": b"h"})
+
+    async def contribute(*_):
+        clock.now += needs
+        if fails is not None:
+            raise fails
+
+    found.contributor.contribute = contribute
+    monkeypatch.setattr(found, "_without_isolating_metrics", lambda found, _: found)
+    made = type("Made", (), {"digest": b"d", "size": 1})
+    monkeypatch.setattr(found, "_protect", lambda *_: (made, b"", b""))
+    asyncio.run(found._make_vector(MakeVector(header, b"", ())))
+    event = found._queue.get_nowait().event
+    assert all(at == clock.now for at, _ in found.link.said)
+    if budget:
+        assert [what for _, what in found.link.doings] == ["training"], "nor does its progress tell"
+    return clock.now, type(event)
+
+
+def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypatch):
+    at = lambda place, *args, **words: vector(tmp_path / place, monkeypatch, *args, **words)  # noqa: E731
+    assert at("1", 2) == at("2", 25) == (130.0, site.VectorMade)
+    assert at("3", 2, fails=TrainingFailed(job.UNABLE)) == (130.0, site.Refused)
+    assert at("4", 2, fails=KeyError("row 7")) == (130.0, site.Refused)
+    assert at("5", 40) == (144.0, site.VectorMade), "overrun: when it is ready"
+    assert at("6", 2, budget=None) == (106.0, site.VectorMade)  # control
+
+
+def test_a_budget_is_shorter_than_the_coordinator_waits():
+    settings = submitted(round={"submit_seconds": 600.0})
+    with pytest.raises(BadInput, match=r"round\.submit_seconds: found 600, expected less than"):
+        _check_budget(settings, 600.0)
+    _check_budget(settings, 601.0)
+    _check_budget(submitted(), 1.0)
+    with pytest.raises(BadInput, match=r"round\.submit_seconds"):
+        build_job({"submit_seconds": 0})
