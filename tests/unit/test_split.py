@@ -140,7 +140,11 @@ def test_identical_rows_count_each():
 def test_site_toml_says_how_and_the_key_follows_from_the_identity():
     one, other = IdentityKey(KEY), IdentityKey(KEY[::-1])
     default = SplitSection()
-    assert default.of(one) == {"method": "hash", "key": one.derive(b"split of rows").hex(), "test": 0.2}
+    assert default.of(one) == {
+        "method": "hash",
+        "key": one.derive(b"split of rows").hex(),
+        "test": 0.2,
+    }
     assert default.of(one) != default.of(other)
     assert default.of(one) == default.of(IdentityKey(KEY)), "for as long as it has this identity"
     assert SplitSection(key="ab" * 32).of(one)["key"] == "ab" * 32
