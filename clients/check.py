@@ -30,6 +30,7 @@ from fedcore_clients.main import (
     party_of,
     read_papers,
 )
+from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.status import runs
 from fedcore_clients.tls import open_channel
@@ -96,6 +97,9 @@ def examine(path: Path) -> Iterator[Check]:
         return
     config: SiteConfig = kept["config"]
     yield _try("keys", lambda: _papers(keep("papers", read_papers(config))))
+    if "papers" in kept:
+        sites = len(kept["papers"].pins)
+        yield _try("policy", lambda: _policy(SitePolicy(config.policy, sites, config.hashes)))
     yield _try("folder", lambda: _folder(config))
     yield _try("sandbox", lambda: _sandbox(config))
     if not config.tasks:
@@ -118,6 +122,16 @@ def _papers(papers: Papers) -> str:
         f"{papers.kit.peer}, valid for {ago(left.total_seconds())} more; "
         f"on a roster of {len(papers.pins)} sites"
     )
+
+
+def _policy(policy: SitePolicy) -> str:
+    """What jobs may ask of this site, and a warning where that is more than by default."""
+    rules, wider = policy.rules, policy.wider
+    text = (
+        f"{', '.join(rules.protections)}; threshold {policy.least_threshold} or more of {policy.sites}; "
+        f"jobs: {rules.jobs}, {rules.jobs_per_month} a month over the same rows"
+    )
+    return text + (f"; warning: wider than the default: {', '.join(wider)}" if wider else "")
 
 
 def _folder(config: SiteConfig) -> str:

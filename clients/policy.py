@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool
 from fedcore.config import Job
 from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.label import Terms
-from fedcore.plan import RoundPlan, default_threshold
+from fedcore.plan import ENCRYPTS, RoundPlan, default_threshold
 from fedcore.tables import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
@@ -98,8 +98,9 @@ class _Asked:
     @classmethod
     def of_plan(cls, plan: RoundPlan) -> _Asked:
         return cls(
-            Terms.of_plan(plan), plan.rounds, plan.train.epochs, plan.train.batch_size, "ranges"
-        )
+            Terms.of_plan(plan), plan.rounds, plan.train.epochs, plan.train.batch_size,
+            getattr(plan, "standardise", "ranges"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class SitePolicy:
                 remedy=f"leave it out for {default_threshold(self.sites)}, or compare roster.toml with "
                 "the other sites'",
             )
+
+    @property
+    def wider(self) -> list[str]:
+        """The keys that allow more than the default does."""
+        return [key for key, is_wider in _WIDER.items() if is_wider(self)]
 
     @property
     def least_threshold(self) -> int:
@@ -210,7 +216,7 @@ def _protection(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
 
 def _cipher(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
     found, allowed = asked.terms.cipher, policy.rules.ciphers
-    if found in allowed:
+    if found in allowed or asked.terms.protection not in ENCRYPTS:
         return None
     return _refusal("protect.cipher", found, " or ".join(allowed), "ciphers")
 
@@ -259,6 +265,11 @@ def _only_if_allowed(setting: str, key: str, found: Callable[[_Asked], Any], wid
     return rule
 
 
+_single_site_features = _only_if_allowed(
+    "protect.single_site_features", "single_site_features",
+    lambda asked: asked.terms.single_site_features, True,
+)  # fmt: skip
+
 _RULES: tuple[Rule, ...] = (
     _protection,
     _cipher,
@@ -270,12 +281,39 @@ _RULES: tuple[Rule, ...] = (
     _only_if_allowed(
         "track.public_metrics", "public_metrics", lambda asked: asked.terms.public_metrics, True
     ),
-    _only_if_allowed(
-        "protect.single_site_features", "single_site_features",
-        lambda asked: asked.terms.single_site_features, True,
-    ),
+    _single_site_features,
     _only_if_allowed("train.standardise", "statistics", lambda asked: asked.statistics, "federated"),
     _only_if_allowed(
         "protect.release", "release", lambda asked: asked.terms.release, "coordinator"
     ),
 )  # fmt: skip
+
+
+def _above(key: str) -> Callable[[SitePolicy], bool]:
+    return lambda policy: getattr(policy.rules, key) > _DEFAULT[key]
+
+
+def _below(key: str) -> Callable[[SitePolicy], bool]:
+    return lambda policy: getattr(policy.rules, key) < _DEFAULT[key]
+
+
+def _other(key: str) -> Callable[[SitePolicy], bool]:
+    return lambda policy: getattr(policy.rules, key) != _DEFAULT[key]
+
+
+_DEFAULT: dict[str, Any] = {key: field.default for key, field in PolicySection.model_fields.items()}
+_WIDER: dict[str, Callable[[SitePolicy], bool]] = {
+    "protections": lambda policy: bool(
+        set(policy.rules.protections) - set(_DEFAULT["protections"])
+    ),
+    "least_threshold": lambda policy: policy.least_threshold < default_threshold(policy.sites),
+    **{key: _above(key) for key in ("most_rounds", "most_epochs", "jobs_per_month")},
+    "least_batch": _below("least_batch"),
+    **{
+        key: _other(key)
+        for key in ("public_metrics", "single_site_features", "statistics", "release")
+    },
+    **{key: _above(key) for key in ("guard_loss_factor", "guard_rounds")},
+    "jobs": lambda policy: policy.rules.jobs == "any",
+}
+"""Of `minimum_sites` and `ciphers` the default is as wide as it can be."""

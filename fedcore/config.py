@@ -250,6 +250,7 @@ def narrowest_policy(job: Job, sites: int) -> Json:
     threshold = job.protect.threshold or default_threshold(sites)
     return {
         "protections": [job.protect.protection],
+        "ciphers": [job.protect.cipher],
         "least_threshold": threshold,
         "minimum_sites": max(MIN_SITES, threshold),
         "most_rounds": job.round.rounds,

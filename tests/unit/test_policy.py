@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from fedcore_clients.check import _policy
 from fedcore_clients.config import read_config
 from fedcore_clients.policy import PolicySection, SitePolicy
 from policies import BENCH, policy_of
@@ -30,6 +31,7 @@ def on_offer(policy, **settings):
 
 REFUSED = {
     "protections": ({}, {"protection": "masked"}, "protect.protection: found 'masked'"),
+    "ciphers": ({"ciphers": ["keystream"]}, {}, "protect.cipher: found 'bfv', expected 'keystream'"),
     "least_threshold": ({"least_threshold": 4}, {}, "protect.threshold: found 3, expected 4 or more"),
     "minimum_sites": ({"minimum_sites": 5}, {}, "sites: found 4, expected 5 or more"),
     "most_rounds": ({"most_rounds": 9}, {"rounds": 10}, "round.rounds: found 10, expected 9 or fewer"),
@@ -56,6 +58,7 @@ def test_every_key_refuses_the_job_that_asks_for_more(key):
 
 
 WIDENED = {
+    "ciphers": {"ciphers": ["bfv"]},
     "protections": {"protections": ["masked"]},
     "least_threshold": {"least_threshold": 3},
     "minimum_sites": {"minimum_sites": 4},
@@ -93,6 +96,12 @@ def test_an_ordinary_job_is_allowed_by_the_defaults():
     assert on_offer(strict()) is None
 
 
+def test_a_cipher_matters_only_where_something_is_encrypted():
+    policy = strict(ciphers=["keystream"], protections=["masked", "encrypted"])
+    assert on_offer(policy, protection="masked") is None
+    assert on_offer(policy, protection="encrypted") is not None
+
+
 @pytest.mark.parametrize("limit", ["most_rounds", "most_epochs"])
 def test_any_runs_listed_tasks_without_limits_and_within_every_other_rule(limit):
     rules, settings, _ = REFUSED[limit]
@@ -126,6 +135,23 @@ def test_what_may_go_to_the_coordinator_is_asked_again_when_it_is_about_to():
     ):
         assert strict().on_release(what).word == "policy"
         assert strict(**wide).on_release(what) is None
+
+
+def test_what_is_wider_than_the_default_is_named():
+    assert strict().wider == []
+    assert strict(**{k: v for rules in REFUSED.values() for k, v in rules[0].items()}).wider == []
+    wide = {
+        "protections": ["layered", "masked"], "least_threshold": 2, "most_rounds": 1001,
+        "most_epochs": 101, "jobs_per_month": 32, "least_batch": 7, "public_metrics": True,
+        "single_site_features": True, "statistics": "federated", "release": "coordinator",
+        "guard_loss_factor": 2.0, "guard_rounds": 3, "jobs": "any",
+    }  # fmt: skip
+    for key, value in wide.items():
+        policy = SitePolicy(PolicySection(**{key: value}), 3, BENCH)
+        assert policy.wider == [key]
+        shown = _policy(policy)
+        assert f"warning: wider than the default: {key}" in shown
+    assert "warning" not in _policy(strict())
 
 
 # ------------------------------------------------------------------------------------- site.toml
@@ -189,7 +215,7 @@ def test_the_least_threshold_is_that_of_a_job_that_says_none(sites, least):
     [
         {}, {"protection": "masked", "threshold": 3}, {"protection": "encrypted", "batch_size": 1},
         {"public_metrics": True, "epochs": 200, "rounds": 5000}, {"release": "coordinator"},
-        {"single_site_features": True},
+        {"single_site_features": True}, {"cipher": "keystream"},
     ],
 )  # fmt: skip
 def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sites, settings):
@@ -210,10 +236,13 @@ def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sit
     for key in ("public_metrics", "single_site_features"):
         if not settings.get(key):
             other[key] = True
+    if job.protect.protection != "masked":
+        other["cipher"] = next(c for c in ("bfv", "keystream") if c != job.protect.cipher)
     for key, value in other.items():
         if key == "public_metrics" and job.protect.protection == "encrypted":
             continue
-        asked = build_job(settings, {key: value})
+        cipher = {"cipher": "bfv"} if key == "protection" else {}
+        asked = build_job(settings, cipher, {key: value})
         assert policy.on_offer("bench", BENCH["bench"], asked) is not None, key
 
 

@@ -1,0 +1,151 @@
+"""A coordinator that offers less protection than a site's operator expects: `plain`, or `encrypted` with
+statistics of single sites, and asks for what the operator does not give.
+
+Attack (measured on real sites at 45ef960): a job with `encrypted` and `single_site_features = true` was
+taken by every site, and no site showed a label; a whole `plain` job was agreed to. Each control is the
+same offer with the one rule of the policy removed, or with an operator who allows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from fedcore_clients import policy
+from fedcore_clients.bench import Drawn
+from fedcore_clients.jobs import Party, SiteJob
+from fedcore_clients.ledger import Ledger
+from policies import BENCH
+
+from fedcore.config import build_job
+from fedcore.plan import canonical
+from fedcore.protect.identity import IdentityKey
+from fedcore.protocol import job
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+
+SITES = ("a", "b", "c", "d")
+ENCRYPTED = {"protection": "encrypted", "single_site_features": True}
+
+
+class Link:
+    def __init__(self):
+        self.said = []
+
+    def say(self, _, message):
+        self.said.append(message)
+
+    def doing(self, *_):
+        pass
+
+
+class Rows(Drawn):
+    """Counts how often rows were read."""
+
+    loaded = 0
+
+    async def load(self, *args):
+        self.loaded += 1
+        return await super().load(*args)
+
+
+def offered(folder, asked, **rules):
+    """A site with this policy, after the offer of such a job; `asked` are keys of [protect]."""
+    tables = build_job({"max_examples": 64, "rounds": 2, "range": 0.5}).to_json()
+    settings = {
+        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+        for key, part in tables.items() if key not in {"task", "base"}
+    }  # fmt: skip
+    settings["protect"] |= asked
+    key = IdentityKey()
+    pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
+    with (
+        Journal.open(folder / "journal.sqlite", party="site a") as journal,
+        Ledger.open(folder, key) as ledger,
+    ):
+        allowed = policy.SitePolicy(policy.PolicySection(**rules), len(SITES), BENCH)
+        party = Party(
+            "town", "a", key, pins, journal, Spool(folder / "spool"), folder, allowed, ledger
+        )
+        offer = job.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
+        found = SiteJob(party, Link(), Rows("a", 5), offer)
+        asyncio.run(found._load())
+    return found
+
+
+def without(monkeypatch, *rules):
+    kept = tuple(rule for rule in policy._RULES if rule not in rules)
+    assert len(kept) == len(policy._RULES) - len(rules)
+    monkeypatch.setattr(policy, "_RULES", kept)
+
+
+def refused(found, setting, caplog):
+    """One word has left, and one line stays here; nothing was read."""
+    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.contributor.loaded == 0 and found.survey is None
+    lines = [message for message in caplog.messages if "refused" in message]
+    assert len(lines) == 1 and setting in lines[0] and "hint: " in lines[0]
+    assert "policy." in lines[0] and "\n" not in lines[0]
+
+
+def taken(found):
+    assert [type(each) for each in found.link.said] == [job.Survey]
+    assert found.contributor.loaded == 1
+
+
+def test_a_job_with_less_protection_than_the_operator_allows(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    refused(offered(tmp_path / "1", ENCRYPTED), "protect.protection: found 'encrypted'", caplog)
+    without(monkeypatch, policy._protection)
+    found = offered(tmp_path / "2", {"protection": "encrypted"})
+    taken(found)
+
+
+def test_statistics_of_single_sites_under_a_protection_that_is_allowed(
+    tmp_path, monkeypatch, caplog
+):
+    """The second half of the downgrade has a rule of its own."""
+    caplog.set_level(logging.WARNING)
+    found = offered(tmp_path / "1", ENCRYPTED, protections=("encrypted",))
+    refused(found, "protect.single_site_features: found true", caplog)
+    taken(offered(tmp_path / "2", ENCRYPTED, protections=("encrypted",), single_site_features=True))
+    without(monkeypatch, policy._single_site_features)
+    taken(offered(tmp_path / "3", ENCRYPTED, protections=("encrypted",)))
+
+
+def test_a_plain_job_whatever_the_operator_allows(tmp_path, monkeypatch, caplog):
+    """No policy can allow it: there is no such word in site.toml."""
+    caplog.set_level(logging.WARNING)
+    everything = ("layered", "masked", "encrypted")
+    found = offered(tmp_path / "1", {"protection": "plain"}, protections=everything)
+    refused(found, "protect.protection: found 'plain'", caplog)
+    without(monkeypatch, policy._protection)
+    taken(offered(tmp_path / "2", {"protection": "plain"}, protections=everything))
+
+
+@pytest.mark.parametrize("sites_t", [2, 5])
+def test_a_threshold_that_no_roster_has(tmp_path, caplog, sites_t):
+    caplog.set_level(logging.WARNING)
+    found = offered(tmp_path / "1", {"threshold": sites_t})
+    assert found.link.said == [job.Unable("job", "a", "policy")] and found.contributor.loaded == 0
+    taken(offered(tmp_path / "2", {"threshold": 3}))
+
+
+def test_label_and_what_leaves_are_there_before_a_row_is_read(tmp_path, monkeypatch, caplog):
+    """No deployed site showed a label. What the log has at the moment when rows are read is all of it."""
+    caplog.set_level(logging.INFO)
+    before, load = [], Rows.load
+
+    async def late(self, *args):
+        before.extend(caplog.messages)
+        return await load(self, *args)
+
+    monkeypatch.setattr(Rows, "load", late)
+    found = offered(tmp_path, {})
+    taken(found)
+    labels = [m.removeprefix("job job: label: ") for m in before if ": label: " in m]
+    leaves = [m.removeprefix("job job: leaves: ") for m in before if ": leaves: " in m]
+    assert labels == list(found.about.label) and leaves == list(found.about.leaves)
+    assert labels[0].startswith("Protects against: the coordinator")
+    assert any(each.startswith("update (up to 2 sums") for each in leaves)
