@@ -85,21 +85,18 @@ class _Asked:
     rounds: int
     epochs: int
     batch: int
-    statistics: str
 
     @classmethod
     def of_job(cls, job: Job, sites: int) -> _Asked:
         """Raises PlanRefused where no plan can follow from it."""
         return cls(
             Terms.of_job(job, sites), job.round.rounds, job.train.epochs, job.train.batch_size,
-            getattr(job.train, "standardise", "ranges"),
         )  # fmt: skip
 
     @classmethod
     def of_plan(cls, plan: RoundPlan) -> _Asked:
         return cls(
             Terms.of_plan(plan), plan.rounds, plan.train.epochs, plan.train.batch_size,
-            getattr(plan, "standardise", "ranges"),
         )  # fmt: skip
 
 
@@ -282,7 +279,7 @@ _RULES: tuple[Rule, ...] = (
         "track.public_metrics", "public_metrics", lambda asked: asked.terms.public_metrics, True
     ),
     _single_site_features,
-    _only_if_allowed("train.standardise", "statistics", lambda asked: asked.statistics, "federated"),
+    _only_if_allowed("train.standardise", "statistics", lambda asked: asked.terms.statistics, "federated"),
     _only_if_allowed(
         "protect.release", "release", lambda asked: asked.terms.release, "coordinator"
     ),

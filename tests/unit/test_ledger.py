@@ -21,6 +21,7 @@ from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job
 from fedcore.data.digest import rows_digest
 from fedcore.data.rows import ArrayRows, DatasetRows
+from fedcore.data.split import FoldSplit
 from fedcore.errors import PolicyRefused, StoreFull, StoreProblem
 from fedcore.protect.identity import IdentityKey
 from fedcore.protocol import job
@@ -226,9 +227,11 @@ def test_the_digest_of_a_table_is_the_same_in_every_job(tmp_path):
     digests = set()
     for settings in ({}, {"fold": 3}, {"seed": 9}, {"rounds": 2, "epochs": 3}):
         job_ = build_job(TASK.defaults, settings)
-        digests.add(LocalSite(TASK, job_, "va", source, 4096).rows)
+        digests.add(LocalSite(TASK, job_, "va", source, 4096, FoldSplit()).rows)
     assert len(digests) == 1
-    other = LocalSite(TASK, build_job(TASK.defaults), "va", dict(TASK.sites)["hungary"], 4096).rows
+    other = LocalSite(
+        TASK, build_job(TASK.defaults), "va", dict(TASK.sites)["hungary"], 4096, FoldSplit()
+    ).rows
     assert other not in digests
     found = loaded(tmp_path, submitted())
     assert found.rows == found.party.ledger.rows_key("0" * 64)
@@ -246,11 +249,22 @@ def test_missing_values_and_zeros_have_one_form():
     )
 
 
-def test_a_dataset_goes_by_its_labels_and_is_not_read_twice():
+class Drawing(TensorDataset):
+    """Other values at every reading, as a random transform gives; the labels stay."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()), y
+
+
+def test_a_dataset_goes_by_its_items_or_where_these_are_drawn_by_its_labels():
     x, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])
     one = rows_digest(DatasetRows(TensorDataset(x, y)))
-    assert one == rows_digest(DatasetRows(TensorDataset(x + 1, y)))
-    assert one != rows_digest(DatasetRows(TensorDataset(x, 1 - y[[0, 0, 1, 0]])))
+    assert one == rows_digest(DatasetRows(TensorDataset(x, y[[1, 0, 3, 2]])))
+    assert one != rows_digest(DatasetRows(TensorDataset(x + 1, y)))
+    drawn = rows_digest(DatasetRows(Drawing(x, y)))
+    assert drawn == rows_digest(DatasetRows(Drawing(x + 1, y)))
+    assert drawn != rows_digest(DatasetRows(Drawing(x, y[[0, 0, 1, 0]])))
 
 
 def test_what_the_ledger_keeps_is_keyed_by_the_identity(tmp_path):

@@ -32,6 +32,9 @@ def on_offer(policy, **settings):
 REFUSED = {
     "protections": ({}, {"protection": "masked"}, "protect.protection: found 'masked'"),
     "ciphers": ({"ciphers": ["keystream"]}, {}, "protect.cipher: found 'bfv', expected 'keystream'"),
+    "statistics": (
+        {}, {"standardise": "federated"}, "train.standardise: found 'federated', expected 'ranges'",
+    ),
     "least_threshold": ({"least_threshold": 4}, {}, "protect.threshold: found 3, expected 4 or more"),
     "minimum_sites": ({"minimum_sites": 5}, {}, "sites: found 4, expected 5 or more"),
     "most_rounds": ({"most_rounds": 9}, {"rounds": 10}, "round.rounds: found 10, expected 9 or fewer"),
@@ -58,6 +61,7 @@ def test_every_key_refuses_the_job_that_asks_for_more(key):
 
 
 WIDENED = {
+    "statistics": {"statistics": "federated"},
     "ciphers": {"ciphers": ["bfv"]},
     "protections": {"protections": ["masked"]},
     "least_threshold": {"least_threshold": 3},
@@ -81,6 +85,7 @@ def test_the_same_job_is_allowed_where_the_operator_widens_that_key(key):
 OF_A_PLAN = {
     "protections": {"protection": "masked"}, "least_threshold": {"threshold": 3},
     "public_metrics": {"public_metrics": True}, "release": {"release": "coordinator"},
+    "statistics": {"standardise": "federated"},
 }  # fmt: skip
 
 
@@ -216,6 +221,7 @@ def test_the_least_threshold_is_that_of_a_job_that_says_none(sites, least):
         {}, {"protection": "masked", "threshold": 3}, {"protection": "encrypted", "batch_size": 1},
         {"public_metrics": True, "epochs": 200, "rounds": 5000}, {"release": "coordinator"},
         {"single_site_features": True}, {"cipher": "keystream"},
+        {"standardise": "federated"},
     ],
 )  # fmt: skip
 def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sites, settings):
@@ -236,6 +242,8 @@ def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sit
     for key in ("public_metrics", "single_site_features"):
         if not settings.get(key):
             other[key] = True
+    if settings.get("standardise") != "federated":
+        other["standardise"] = "federated"
     if job.protect.protection != "masked":
         other["cipher"] = next(c for c in ("bfv", "keystream") if c != job.protect.cipher)
     for key, value in other.items():
