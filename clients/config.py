@@ -60,7 +60,8 @@ class TaskSection(Section):
 
 
 class SiteConfig(Section):
-    """A site as its operator runs it; paths are absolute. base: the file's folder."""
+    """A site as its operator runs it; paths are absolute. base: the file's folder. keep_secrets_days: how
+    long the secrets of a job's key epochs stay after its end, for sites that missed its last release."""
 
     site: str
     coordinator: str
@@ -76,6 +77,7 @@ class SiteConfig(Section):
     task_network: bool = False
     proxy: str = "none"
     patience_seconds: float = Field(1800.0, gt=0)
+    keep_secrets_days: float = Field(7.0, ge=0)
     spool_bytes: int | None = Field(None, ge=1 << 20)
     split: SplitSection = Field(default_factory=SplitSection)
     policy: PolicySection = Field(default_factory=PolicySection)

@@ -115,7 +115,8 @@ class Contributor(Protocol):
 
 @dataclass(frozen=True)
 class Party:
-    """Who this site is, for every job. patience: seconds its machine waits at a stage. clock, pause:
+    """Who this site is, for every job. patience: seconds its machine waits at a stage. keep_keys: seconds
+    for which the secrets of a job's key epochs outlive the job. now: seconds since 1970. clock, pause:
     seconds that never go back, and a way to wait for some."""
 
     federation: str
@@ -128,6 +129,8 @@ class Party:
     policy: SitePolicy
     ledger: Ledger
     patience: float = 1800.0
+    keep_keys: float = 7 * 86_400.0
+    now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
 
@@ -251,7 +254,7 @@ class SiteJob:
         self.refused: PolicyRefused | None = None
         """Why this site's policy does not allow the job, if it does not."""
         self.tracked: Json | None = None
-        self._sums: tuple[int, course.Step, Mapping[str, Sequence[int]], int] | None = None
+        self._sums: tuple[str, course.Step, Mapping[str, Sequence[int]], int] | None = None
         self._tracking: list[asyncio.Task[None]] = []
         self._told: job.PublicMetrics | None = None
         self._scheme: Scheme | None = None
@@ -263,8 +266,8 @@ class SiteJob:
         """Digest and container of the last small vector made here."""
         self._marks: tuple[bytes, dict[str, int]] = b"", {}
         """What the last vector made here has in this site's own places, by the header it is for."""
-        self._candidates: dict[int, _Candidate] = {}
-        """By round; a release makes one of them the state and drops the earlier ones."""
+        self._candidates: dict[str, _Candidate] = {}
+        """By the hash of the one certificate that can make it the state; a release drops all of them."""
         self._unwritten: list[Any] = []
         """Records of the round that nothing sent relies on yet."""
         self._announced = 0.0
@@ -280,6 +283,8 @@ class SiteJob:
         self._groups: dict[str, str] = {}
         """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
         self._asked = False
+        self._ended_at = 0.0
+        """Seconds since 1970 at which this job ended here."""
         self._online = asyncio.Event()
         self._loading = asyncio.Lock()
 
@@ -299,6 +304,7 @@ class SiteJob:
         ended = journal.get(name, "ended")
         if ended is not None:
             self.ended = decode(ended, job.JobEnded)
+            self._ended_at = float(journal.get(name, "ended_at") or 0)
         about = journal.get(name, "plan")
         if about is None:
             return
@@ -329,11 +335,14 @@ class SiteJob:
                 self._show_state(kept)
             self.state = JobState.from_bytes(kept)
             return
-        candidate = self._state_path(f"candidate-{released}")
+        candidate = self._candidate_path(self.stage.standing.certificate)
         if released and candidate.exists():
             candidate.replace(current)
             sync_folder(candidate.parent)
         self.state = JobState.from_bytes(current.read_bytes())
+
+    def _candidate_path(self, certificate: str) -> Path:
+        return self._state_path(f"candidate-{certificate[:32]}")
 
     def _state_path(self, name: str) -> Path:
         return self.party.folder / "states" / self.id / f"{name}.safetensors"
@@ -342,6 +351,11 @@ class SiteJob:
 
     def tell(self, message: Any) -> None:
         """A record of the coordinator for this job."""
+        wanted = isinstance(message, epoch.GrantRequest) and self.ended is not None
+        if wanted and not self.holds_keys:
+            erased = job.KeysErased(self.id, self.party.id, message.key.site)
+            self.link.say(self.id, erased)
+            return
         self._queue.put_nowait(_Told(message))
 
     def inline(self, digest: bytes, data: bytes) -> None:
@@ -405,7 +419,7 @@ class SiteJob:
         await asyncio.sleep(_AGAIN)
         fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
         for name in ("plan", "features", "columns", "rows", "state", "epoch", "stage", "secrets", "ended",
-                     "_scheme", "_member", "_groups", "_candidates"):  # fmt: skip
+                     "_scheme", "_member", "_groups", "_candidates", "_ended_at"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
         self._unwritten.clear()
@@ -511,6 +525,7 @@ class SiteJob:
         self._agree()
         await self._epoch_machine(epoch.Again())
         if isinstance(self.stage, site.IN_ROUND):
+            self.link.say(self.id, job.InRound(self.id, self.party.id, self.stage.header.digest))
             await self._machine(site.Reconnected())
         else:
             self._stand()
@@ -534,7 +549,8 @@ class SiteJob:
                 self._take_plan(message)
             case job.CheckpointWanted():
                 self._aside(self._seal(message))
-            case job.CheckpointOffer():
+            case job.CheckpointOffer() if self.plan is not None:
+                await self._look_for_own(message.certificate)
                 self._aside(self._catch_up(message))
             case job.ModelWanted():
                 self._aside(self._give_model(message))
@@ -545,6 +561,7 @@ class SiteJob:
             case _ if self.plan is None:
                 pass  # still loading: what is meant for this site is said again when it agreed
             case messages.Certificate():
+                await self._look_for_own(message)
                 await self._certified(message)
             case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
                 await self._epoch_machine(epoch.FromHub(message))
@@ -711,7 +728,7 @@ class SiteJob:
         self._adopt(mine, self.survey.shape.features, self.survey.columns)
         self.state = JobState.initial(mine, self.survey.initial)
         self._state_path("current").parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._write_state("current", self.state.to_bytes())
+        self._write_state(self._state_path("current"), self.state.to_bytes())
         about = {
             "plan": mine.to_json(), "features": self.features, "rows": self.rows,
             "columns": [list(column) for column in self.columns],
@@ -793,12 +810,13 @@ class SiteJob:
     # -------------------------------------------------------------------------------- rounds
 
     async def _invited(self, announce: messages.Announce) -> None:
-        """A round begins; whatever this site still does of an earlier one is over."""
+        """A round begins; whatever this site still does of an earlier one is over, unless that one's sum
+        may be known: then no other one follows it here before its release (PROTOCOL H)."""
         began = self.party.clock()
         assert self.plan is not None
         header = announce.header
         stage = self.stage
-        if isinstance(stage, site.IN_ROUND) and header.round > stage.header.round:
+        if site.waits(stage) and header.round > stage.header.round:
             await self._machine(site.Superseded())
         try:
             if isinstance(self.stage, site.Idle):
@@ -814,7 +832,9 @@ class SiteJob:
             self._tidy()
         except PeerRefused as error:
             self._note_refusal(error)
-            if not isinstance(self.stage, site.IN_ROUND):
+            if isinstance(self.stage, site.EXPOSED):
+                self.link.say(self.id, messages.Leave(header.digest, self.party.id, messages.LEFT))
+            elif not isinstance(self.stage, site.IN_ROUND):
                 await self._machine(site.Declined(header))
                 self._rest()
 
@@ -835,6 +855,24 @@ class SiteJob:
         else:
             await self._machine(site.Received(certificate))
 
+    async def _look_for_own(self, certificate: messages.Certificate) -> None:
+        """A signature of this site under a round that its folder does not know: the folder is an old one."""
+        if isinstance(self.stage, site.IN_ROUND):
+            return
+        for name, signature in certificate.signatures:
+            if name == self.party.id:
+                said = certificate.statement(name, signature)
+                await self._machine(site.OwnSignature(said, certificate.header))
+
+    async def _look_for_other_keys(self, before: Any, event: Any) -> None:
+        """Keys of this site in a bundle that it did not send: another life of it was in this round."""
+        bundle = getattr(event, "message", None)
+        if not isinstance(before, site.Advertised) or not isinstance(bundle, messages.KeyBundle):
+            return
+        for keys in bundle.keys:
+            if keys.site == self.party.id and keys != before.keys:
+                await self._machine(site.OwnSignature(keys, before.header, other=True))
+
     def _tag(self, header: RoundHeader) -> bytes:
         assert self.secrets is not None
         assert self.state is not None
@@ -847,15 +885,17 @@ class SiteJob:
         try:
             member = self._held_to_ledger(self._member)
             after, found = site.step(member, before, event, self.party.clock())
+            await self._prove(found)
             self._spend(found)
         except (PeerRefused, PolicyRefused) as error:
             if not refusing or not isinstance(before, site.IN_ROUND):
                 raise
             self._note_refusal(error)
             await self._refuse(error)
+            await self._look_for_other_keys(before, event)
             return
         ended = isinstance(before, site.IN_ROUND) and not isinstance(after, site.IN_ROUND)
-        ended = ended or isinstance(event, site.CaughtUp)
+        ended = ended or (isinstance(event, site.CaughtUp | site.OwnSignature) and bool(found))
         self._journal(found, after if ended else None)
         self.stage = after
         for effect in found:
@@ -950,7 +990,7 @@ class SiteJob:
                     put |= self._small_beside(record)
                 case effects.Apply(certificate=certificate):
                     put["certificate"] = encode(certificate)
-                    put["state"] = self._candidate(certificate.header.round).data
+                    put["state"] = self._candidate(certificate).data
         if ended is not None:
             self._keep_stage(ended, put)
         elif put or (self._unwritten and any(isinstance(e, effects.Send) for e in found)):
@@ -964,8 +1004,11 @@ class SiteJob:
             own = {"header": header.hex(), "marks": marks}
             return {"vector": self._vector[1], "marks": canonical(own)}
         if isinstance(record, site.SumStated):
-            number = self.stage.header.round
-            return {"candidate": encode((number, self._candidate(number).data))}
+            said, stage = record.statement, self.stage
+            led_to = _certifying(
+                stage.header, survivors_of(stage.submissions), said.sum_mac, said.state_mac
+            )
+            return {"candidate": encode((_key(led_to), self._candidate(led_to).data))}
         return {}
 
     def _keep_stage(self, stage: Any, put: Mapping[str, bytes] | None = None) -> None:
@@ -1126,8 +1169,8 @@ class SiteJob:
                 self.link.doing(self.id, "downloading")
             chunks = await self._fetch("sum", asked.digest, wanted)
             self.link.doing(self.id, "opening")
-            event, candidate = await asyncio.to_thread(self._opened, asked, chunks)
-            self._hold(asked.header.round, candidate)
+            event, led_to, candidate = await asyncio.to_thread(self._opened, asked, chunks)
+            self._candidates[led_to] = candidate
         except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
             event = site.Superseded() if self._early is not None else None
             self._early = None
@@ -1143,7 +1186,8 @@ class SiteJob:
 
     def _opened(
         self, asked: effects.OpenSum, chunks: list[bytes]
-    ) -> tuple[site.SumOpened, _Candidate]:
+    ) -> tuple[site.SumOpened, str, _Candidate]:
+        """What this site found, and the state it leads to with the hash of the certificate it needs."""
         assert self.plan is not None
         assert self.secrets is not None
         assert self.state is not None
@@ -1158,10 +1202,11 @@ class SiteJob:
         led_to = self.state.after(
             self.plan, step, opened, asked.survivors, self.columns, allow_few_sites=allow
         )
-        candidate = self._kept_candidate(header.round, led_to)
-        self._sums = header.round, step, dict(opened.wides), len(asked.survivors)
         mac = self.secrets.state_mac(header, led_to.canonical())
-        return site.SumOpened(self.secrets.sum_mac(header, total), mac), candidate
+        found = site.SumOpened(self.secrets.sum_mac(header, total), mac)
+        needed = _key(_certifying(header, asked.survivors, found.sum_mac, found.state_mac))
+        self._sums = needed, step, dict(opened.wides), len(asked.survivors)
+        return found, needed, self._kept_candidate(needed, led_to)
 
     def _own_marks(self, header: RoundHeader) -> dict[str, int]:
         """What this site's vector of the round has in its own places, also after a restart."""
@@ -1178,33 +1223,48 @@ class SiteJob:
 
     # --------------------------------------------------------------------------------- states
 
-    def _kept_candidate(self, number: int, state: JobState) -> _Candidate:
+    def _kept_candidate(self, certificate: str, state: JobState) -> _Candidate:
         """A large state goes to disk now; a small one into the journal, with what relies on it."""
         data = state.to_bytes()
         if len(data) <= INLINE:
             return _Candidate(state, data)
-        self._write_state(f"candidate-{number}", data)
+        self._write_state(self._candidate_path(certificate), data)
         return _Candidate(state, b"")
 
-    def _hold(self, number: int, candidate: _Candidate) -> None:
-        """Keep what a round leads to; what earlier ones would have led to is not needed any more."""
-        later = {n: each for n, each in self._candidates.items() if n > number}
-        self._candidates = later | {number: candidate}
-
-    def _candidate(self, number: int) -> _Candidate:
-        """What was held, or what a process before this one left of it."""
-        if number not in self._candidates:
+    def _candidate(self, certificate: messages.Certificate) -> _Candidate:
+        """The state that this very certificate makes the state: held, or left by an earlier process."""
+        name = _key(certificate)
+        if name not in self._candidates:
             kept = self.party.journal.get(self.id, "candidate")
-            of, data = (0, b"") if kept is None else decode(kept, tuple)
-            if of == number and data:
-                self._hold(number, _Candidate(JobState.from_bytes(data), data))
+            of, data = ("", b"") if kept is None else decode(kept, tuple)
+            if of != name or not data:
+                data = self._candidate_path(name).read_bytes()
+                self._candidates[name] = _Candidate(JobState.from_bytes(data), b"")
             else:
-                path = self._state_path(f"candidate-{number}")
-                self._hold(number, _Candidate(JobState.from_bytes(path.read_bytes()), b""))
-        return self._candidates[number]
+                self._candidates[name] = _Candidate(JobState.from_bytes(data), data)
+        return self._candidates[name]
 
-    def _write_state(self, name: str, data: bytes) -> None:
-        path = self._state_path(name)
+    async def _prove(self, found: Sequence[Any]) -> None:
+        """Before a state is applied, its HMAC is computed anew (PROTOCOL V). Raises ReleaseRefused."""
+        for effect in found:
+            if isinstance(effect, effects.Apply):
+                assert self.plan is not None
+                state = self._candidate(effect.certificate).state
+                if self.plan.parameters > _MANY:
+                    await asyncio.to_thread(self._check_state, effect.certificate, state)
+                else:
+                    self._check_state(effect.certificate, state)
+
+    def _check_state(self, certificate: messages.Certificate, state: JobState) -> None:
+        """The state is the one that the certificate is of, under the G of its own key epoch."""
+        group = self._groups.get(str(certificate.header.epoch))
+        mac = b""
+        if group is not None and self.secrets is not None:
+            secrets = replace(self.secrets, group=_group_of(bytes.fromhex(group)))
+            mac = secrets.state_mac(certificate.header, state.canonical())
+        _require_certified(mac, certificate)
+
+    def _write_state(self, path: Path, data: bytes) -> None:
         write_atomic(path, data)
         sync_folder(path.parent)
 
@@ -1216,21 +1276,20 @@ class SiteJob:
         beside.replace(path)
 
     def _apply(self, certificate: messages.Certificate) -> None:
-        number = certificate.header.round
-        found = self._candidate(number)
+        found = self._candidate(certificate)
+        path = self._candidate_path(_key(certificate))
         if found.data:
             self._show_state(found.data)
         else:
-            path = self._state_path(f"candidate-{number}")
             path.replace(self._state_path("current"))
             sync_folder(path.parent)
-            for left in path.parent.glob("candidate-*"):
-                left.unlink()
-        self._candidates = {n: each for n, each in self._candidates.items() if n > number}
+        for left in path.parent.glob("candidate-*"):
+            left.unlink()
+        self._candidates = {}
         self.state = found.state
         sums, self._sums = self._sums, None
         tracked = sums is not None and sums[1].purpose in {"update", "metrics"}
-        if tracked and sums is not None and sums[0] == certificate.header.round:
+        if tracked and sums is not None and sums[0] == _key(certificate):
             self._tracking = [task for task in self._tracking if not task.done()]
             work = self._track(*sums[1:], self.state, certificate)
             self._tracking.append(self._aside(work))
@@ -1302,17 +1361,20 @@ class SiteJob:
             return self._catching == certificate.hash and self._missed(certificate)
 
         try:
+            assert self._member is not None
+            # Nothing is fetched, and nothing held, for a certificate that proves no release.
+            site.check_missed(self._member, self.stage.standing, certificate)
             chunks = await self._fetch("checkpoint", offered.digest, wanted)
             assert self.secrets is not None
             data = self.secrets.open_state(b"".join(chunks), certificate)
             # The certificate may be of an earlier key epoch: its G comes with the state, and nobody can
             # find another G and another state that give the certified HMAC.
-            group = GroupSecret.from_bytes(data[:GROUP_SECRET_BYTES], sender="checkpoint")
+            group = _group_of(data[:GROUP_SECRET_BYTES])
             state = JobState.from_bytes(data[GROUP_SECRET_BYTES:])
             secrets = replace(self.secrets, group=group)
             mac = secrets.state_mac(certificate.header, state.canonical())
-            number = certificate.header.round
-            self._hold(number, self._kept_candidate(number, state))
+            _require_certified(mac, certificate)
+            self._candidates[_key(certificate)] = self._kept_candidate(_key(certificate), state)
             self._groups.setdefault(str(certificate.header.epoch), group.to_bytes().hex())
             self.party.journal.put(self.id, "groups", canonical(self._groups))
         except Offline:
@@ -1402,8 +1464,10 @@ class SiteJob:
             return
         self._stop_making()
         if self.state is not None:  # synced: no process may look after this job again
-            self._write_state("current", self.state.to_bytes())
-        self.party.journal.put(self.id, "ended", encode(ended))
+            self._write_state(self._state_path("current"), self.state.to_bytes())
+        self._ended_at = self.party.now()
+        kept = {"ended": encode(ended), "ended_at": str(int(self._ended_at)).encode()}
+        self.party.journal.append(self.id, ROUND, (), put=kept)
         self.ended = ended
         self.party.spool.drop(self.id)
         if self._tracking:
@@ -1414,6 +1478,49 @@ class SiteJob:
         await self.contributor.forget(self.id)
         self.link.doing(self.id, "idle")
         LOG.info("job %s: %s %s", self.id, ended.outcome, ended.text)
+        self.erase_keys()
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether this site can still pass the key epoch's secret on."""
+        return isinstance(self.epoch, epoch.Holding)
+
+    def erase_keys(self) -> None:
+        """Remove the secrets of the key epochs of a job that ended for longer than the site's grace.
+
+        For good: no file has them afterwards (PROTOCOL V). Before that it does nothing.
+        """
+        if self.ended is None or self.party.now() < self._ended_at + self.party.keep_keys:
+            return
+        if not {"epoch", "groups"} & set(self.party.journal.keys(self.id)):
+            return
+        self.party.journal.forget(self.id, "epoch", "groups")
+        self.epoch, self.secrets, self._groups = epoch.NoKey(self.epoch.epoch), None, {}
+        LOG.info("job %s: its keys are erased here", self.id)
+
+
+def _group_of(data: bytes) -> GroupSecret:
+    return GroupSecret.from_bytes(data, sender="checkpoint")
+
+
+def _key(certificate: messages.Certificate) -> str:
+    """What a state is held under until it is certified: no other certificate can make it the state."""
+    return certificate.hash
+
+
+def _require_certified(mac: bytes, certificate: messages.Certificate) -> None:
+    if mac != certificate.state_mac:
+        raise ReleaseRefused(
+            "state", found="one of another HMAC", expected="the certified one",
+            fault=messages.COORDINATOR,
+        )  # fmt: skip
+
+
+def _certifying(
+    header: RoundHeader, survivors: tuple[SiteId, ...], sum_mac: bytes, state_mac: bytes
+) -> messages.Certificate:
+    """The certificate that would prove this release, without its signatures: they are not in its hash."""
+    return messages.Certificate(header, survivors, sum_mac, state_mac, ())
 
 
 def _pieces(data: bytes, size: int = 1 << 20) -> list[bytes]:

@@ -32,7 +32,7 @@ from fedcore_clients.training import Loaded, Training
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.edge import ago
-from fedcore.errors import BadInput, MalformedMessage, Refused
+from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem
 from fedcore.files import write_json
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
@@ -57,6 +57,12 @@ STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sql
 
 OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE)
 """What this process keeps in its folder, for its user alone."""
+
+DAY = 86_400.0
+"""seconds"""
+
+ERASE_SECONDS = 60.0
+"""How often a site looks for keys of ended jobs whose time is over."""
 
 CLOCKS_APART = 60.0
 """Seconds between two clocks from which on somebody should look at them."""
@@ -145,7 +151,7 @@ class Site:
     def _begin(self, found: SiteJob) -> None:
         self.jobs[found.id] = found
         write_recipe(self.party.folder, found.offer)
-        if found.ended is None:
+        if found.ended is None or found.holds_keys:
             self._running[found.id] = asyncio.get_running_loop().create_task(found.run())
 
     def _hello(self) -> Hello:
@@ -242,6 +248,7 @@ class Site:
         loop = asyncio.get_running_loop()
         session = loop.create_task(self.session.run())
         status = loop.create_task(self._keep_status())
+        keys = loop.create_task(self._erase_old_keys())
         waiting = loop.create_task(stop.wait())
         try:
             await asyncio.wait({session, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -256,13 +263,23 @@ class Site:
                 )
             await self.session.goodbye("the site stops")
         finally:
-            tasks = [session, status, waiting, *self._running.values()]
+            tasks = [session, status, keys, waiting, *self._running.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for found in self.jobs.values():
                 await found.close()
             self._write_status(running=False)
+
+    async def _erase_old_keys(self) -> None:
+        """Jobs that ended long enough ago lose their key epochs' secrets, now and from time to time."""
+        while True:
+            for found in list(self.jobs.values()):
+                try:
+                    found.erase_keys()
+                except StoreProblem as error:  # tried again
+                    LOG.warning("%s", error)
+            await asyncio.sleep(ERASE_SECONDS)
 
     async def _keep_status(self) -> None:
         while True:
@@ -364,6 +381,7 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
             config.patience_seconds,
+            config.keep_secrets_days * DAY,
         )  # fmt: skip
         asyncio.run(_run(config, kit, party, said, health_port))
 

@@ -32,13 +32,15 @@
     |           |-- VectorRefused      a protected vector of the wrong size or digest
     |           |   `-- OffsetRefused  a part of it at another place than the next; `expected` is that place
     |           |-- Conflicting        a second request for the same thing, and a different one
+    |           |-- SecondSum          another sum of a state of which one may be known already
+    |           |-- OldFolder          this site's folder is older than what it did in this job
     |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
     |               `-- ImpossibleSum  integers that no honest vectors add up to: some site lies
     |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
     |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
     |-- DataLost              2  a stored file is gone and cannot be made again: what needs it fails
     `-- Abandoned             4  a round or run ended without a result
-        `-- RoundAbandoned    4  fewer sites than the threshold; carries stage, left and exposed
+        `-- RoundAbandoned    4  fewer sites than the threshold; carries stage and left
 
 Invariant: a message says what, found and expected, and never contains a key, a share or an update's
 value. `remedy` is the sentence the command line prints behind `hint:`.
@@ -246,6 +248,14 @@ class Conflicting(ProtocolRefused):
     """A second request for what was already given, and a different one (PROTOCOL D)."""
 
 
+class SecondSum(HeaderRefused):
+    """A round that would add to another sum of a state of which one may be known (PROTOCOL H)."""
+
+
+class OldFolder(HeaderRefused):
+    """A signature of this site proves that it did more than its folder knows of (PROTOCOL V)."""
+
+
 class ReleaseRefused(ProtocolRefused):
     """The release is not proved; no further round runs under this key epoch (PROTOCOL R)."""
 
@@ -275,12 +285,11 @@ class Abandoned(FedcoreError):
 class RoundAbandoned(Abandoned):
     """A round ended below its threshold; the next one starts with fresh randomness.
 
-    stage: where; left: how many sites were still there; exposed: some site had answered `unmask`
-    already, so the coordinator may hold this round's sum (PROTOCOL D).
+    stage: where, always before `unmask`; left: how many sites were still there.
     """
 
-    def __init__(self, stage: str, left: int, threshold: int, *, exposed: bool) -> None:
+    def __init__(self, stage: str, left: int, threshold: int) -> None:
         super().__init__(
             f"round abandoned at {stage}: found {left} sites, expected at least {threshold}"
         )
-        self.stage, self.left, self.threshold, self.exposed = stage, left, threshold, exposed
+        self.stage, self.left, self.threshold = stage, left, threshold

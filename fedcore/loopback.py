@@ -31,8 +31,8 @@ from fedcore.protect.masking import mask_sum
 from fedcore.protect.plain import PlainFold, PlainSealer
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol import coordinator, effects, epoch, messages, site
+from fedcore.protocol.absences import ABANDONED_AT, Absences, outcome
 from fedcore.protocol.absences import STAGES as PROTOCOL_STAGES
-from fedcore.protocol.absences import Absences, outcome
 from fedcore.protocol.shared import Standing
 from fedcore.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
 from fedcore.store.container import vector_digest
@@ -376,8 +376,9 @@ class KeyEpoch:
 
         state: canonical bytes of what the vectors started from; it is bound into tag and masks.
         lead: the state that the sum leads to (the same one, where it changes nothing).
-        absences: {site: stage} of sites that leave this round. Raises RoundAbandoned below the
-        threshold, TagRefused or ChunkRefused otherwise, with nothing of the sum used.
+        absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
+        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
+        ChunkRefused otherwise, with nothing of the sum used.
         """
         layout = Layout(spec, self.plan.packing, len(self.plan.sites))
         current = _Round(
@@ -402,7 +403,7 @@ class KeyEpoch:
         if current.failure is not None:
             raise current.failure
         assert isinstance(stage, coordinator.Abandoned)
-        raise RoundAbandoned(stage.stage, stage.left, header.threshold, exposed=bool(stage.exposed))
+        raise RoundAbandoned(stage.stage, stage.left, header.threshold)
 
     def _plain_sum(self, current: _Round) -> ProtectedTotal:
         """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
@@ -497,9 +498,24 @@ class _Exchange:
         self._hub_step(coordinator.Start(header, size, self.parties.plan.salt_bytes))
         self._deliver()
         while not isinstance(hub.stage, coordinator.Released | coordinator.Abandoned):
-            self.parties.now = max(self.parties.now, hub.stage.until)
+            stage = hub.stage
+            self.parties.now = max(self.parties.now, stage.until)
             self._hub_step(coordinator.Tick())
             self._deliver()
+            if hub.stage is stage:  # its sum may be known: it waits until enough are back
+                self._come_back()
+
+    def _come_back(self) -> None:
+        """Whoever is absent from `unmask` or `release` on is there again, and says what is asked."""
+        away = self.current.absences
+        late = [name for name, stage in away.items() if stage not in ABANDONED_AT]
+        self.current.absences = {n: stage for n, stage in away.items() if n not in late}
+        for name in late:
+            self._hub_step(coordinator.Reconnected(SiteId(name)))
+        if not late:  # nothing more will come
+            for name in coordinator.waiting_for(self.hub.stage):
+                self._hub_step(coordinator.Gone(name, for_good=True))
+        self._deliver()
 
     def _post(self, to: SiteShell | None, message: Any) -> None:
         if self.parties.tap is not None:
@@ -617,7 +633,16 @@ class _Exchange:
                 case effects.Warn(text=text):
                     self.parties.warnings.append(f"{messages.COORDINATOR}: {text}")
                 case effects.RemoveMasks():
+                    if hub.scheme.plan.protection not in MASKS:
+                        self._miss_the_sum()
                     self._hub_step(hub.remove_masks(effect, self.current))
+
+    def _miss_the_sum(self) -> None:
+        """`encrypted` has no list to confirm: who is absent from `confirm` on has left when the sum is
+        announced."""
+        for name, stage in self.current.absences.items():
+            if stage == "confirm":
+                self._hub_step(coordinator.Gone(SiteId(name)))
 
     def _fold(self, name: SiteId) -> None:
         hub = self.hub
@@ -634,11 +659,12 @@ class _Exchange:
             if not isinstance(
                 hub.stage, coordinator.Ready | coordinator.Released | coordinator.Abandoned
             ):
-                gone = coordinator.Gone(shell.member.id)
+                gone = coordinator.Gone(shell.member.id, for_good=True)
                 hub.stage, _ = coordinator.step(hub.hub, hub.stage, gone, self.parties.now)
             if isinstance(shell.stage, site.IN_ROUND):
-                late = shell.stage.until
-                shell.stage, _ = site.step(shell.member, shell.stage, site.Tick(), late)
+                shell.stage, _ = site.step(
+                    shell.member, shell.stage, site.Superseded(), self.parties.now
+                )
             shell.spool = []
         hub.fold, hub.released, hub.arrived = None, [], {}
 

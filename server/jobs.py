@@ -18,6 +18,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,13 @@ _MOST_STATE, _MOST_REST = 64, 1 << 24
 """Bytes of a sealed state: for each parameter, and for all the rest."""
 
 MOST_TRIES = 12
-"""Times in a row that a step without which nothing can follow may be abandoned."""
+"""Times in a row that a step without which nothing can follow may be abandoned. Only rounds of which no
+sum can be known are tried again: any other is released, or the job ends (PROTOCOL H)."""
+
+KEYS_ERASED = (
+    "the sites have erased the keys of this job, so its last model cannot be fetched any more"
+)
+"""For a site that comes back later than the others keep a job's keys: it stays at the state it has."""
 
 SHAPE_DIFFERS = "another model or other columns than most sites"
 """What this coordinator finds where a site's survey differs: not a word of the site's."""
@@ -228,15 +235,23 @@ class Progress:
 _FROM_DISK = (
     "_small", "plan", "features", "epoch", "stage", "step", "certificate", "outcome", "_scheme", "_sum", "_submits",
     "_arrived", "_begun", "_stage_since", "_stage_seconds", "_checkpoint", "_asked_checkpoint",
+    "_withdrawn",
 )  # fmt: skip
 """What a job knows from the journal and the spool."""
 
 
 _OF_A_ROUND = (
     messages.Keys, messages.Shares, messages.Submit, messages.Confirm, messages.Unmask,
-    messages.Statement,
+    messages.Statement, job.InRound,
 )  # fmt: skip
 """What only a site in a round says."""
+
+
+_NO_OTHER_SUM = "; its sum may be known, so no other may be taken from the same state"
+
+
+def _names(sites: Collection[SiteId]) -> str:
+    return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(sites)}"
 
 
 def _small_key(what: str, digest: bytes) -> str:
@@ -300,6 +315,14 @@ class CoordinatedJob:
         self._handing: HandOver | None = None
         self._restarted = False
         self._epoch_refused = False
+        self._erased: set[SiteId] = set()
+        """Holders of the last key epoch that have erased it since the job ended."""
+        self._short_since: float | None = None
+        """Clock seconds since which a round that has to be released lacks sites."""
+        self.evicted: AbstractSet[str] = frozenset()
+        """Sites that an operator sent away, as the coordinator has it: no grant is asked for them."""
+        self._withdrawn: set[SiteId] = set()
+        """Sites whose certificate was revoked under the present key epoch."""
         self._stopped: _Stop | None = None
         """An operator's word, which counts while the disk refuses too."""
         self._refused_since: float | None = None
@@ -343,6 +366,7 @@ class CoordinatedJob:
             value = journal.get(name, key)
             if value is not None:
                 setattr(self, target, decode(value, object))
+        self._withdrawn = set(json.loads(journal.get(name, "withdrawn") or b"[]"))
         certificate = journal.get(name, "certificate")
         if certificate is not None:
             self.certificate = decode(certificate, messages.Certificate)
@@ -602,6 +626,9 @@ class CoordinatedJob:
         now = self.house.clock()
         self._tick_at = now + TICK
         self._check_sum_deadline(now)
+        self._look_at_release(now)
+        if self.outcome is not None:
+            return
         self._machine(coordinator.Tick())
         self._commit()
         self._epoch_machine(epoch.EpochTick())
@@ -636,14 +663,14 @@ class CoordinatedJob:
                 self._gone(name)
 
     def _gone(self, name: SiteId) -> None:
-        if name in coordinator.waiting_for(self.stage):
-            LOG.info("job %s: the round goes on without site %s", self.id, name)
+        if name in coordinator.waiting_for(self.stage) and name not in self.stage.gone:
+            LOG.info("job %s: the round goes on without site %s, if it can", self.id, name)
             self._machine(coordinator.Gone(name))
 
     def _out_of_round(self, name: SiteId) -> None:
         """This site is in no round, or no more: it says so, or has lost its journal."""
         if isinstance(self.stage, _ROUND_STAGES):
-            self._machine(coordinator.Gone(name))
+            self._machine(coordinator.Gone(name, for_good=True))
 
     def _nudge(self) -> None:
         """Say again what may have been lost on its way between two others."""
@@ -698,7 +725,10 @@ class CoordinatedJob:
             case job.Unable(reason=reason):
                 view.unable = reason if reason in job.REASONS else job.UNABLE
                 LOG.warning("job %s: site %s: %s", self.id, name, job.REASONS[view.unable])
-                self._out_of_round(name)
+                if not isinstance(self.stage, coordinator.EXPOSED):  # what it sent it can say again
+                    self._out_of_round(name)
+            case job.InRound(header=header):
+                self._tell_if_over(name, header)
             case job.PlanAgreed(plan_digest=digest):
                 if self.plan is not None and digest == self.plan.digest:
                     view.agreed = True
@@ -738,6 +768,15 @@ class CoordinatedJob:
                 self._machine(coordinator.Received(name, message))
             case _:
                 self._machine(coordinator.Received(name, message))
+
+    def _tell_if_over(self, name: SiteId, header: bytes) -> None:
+        """A site that is still in an earlier round hears how that one ended: the word of it was lost."""
+        if isinstance(self.stage, _ROUND_STAGES) and self.stage.header.digest == header:
+            return
+        if self.certificate is not None and self.certificate.header.digest == header:
+            self.links.say(name, self.id, self.certificate)
+        else:
+            self.links.say(name, self.id, messages.Abandon(header, "release"))
 
     def _of_this_round(self, leave: messages.Leave) -> bool:
         header = getattr(self.stage, "header", None)
@@ -819,7 +858,10 @@ class CoordinatedJob:
         lost = tuple(name for name in coordinator.waiting_for(stage) if name not in here)
         since = [self.sites[name].away_since or self.house.clock() for name in lost]
         ends = [moment + self.house.limits.grace for moment in since]
-        self._waiting(lost, min([stage.until, *ends]) if lost else None)
+        until = min([stage.until, *ends])
+        if self._short_since is not None:
+            until = self._short_since + self.house.limits.enough
+        self._waiting(lost, until if lost else None)
 
     def _make_plan(self) -> None:
         """One plan from what the sites found; a site that finds another shape is named and stays out."""
@@ -904,19 +946,38 @@ class CoordinatedJob:
     def _holder(self, to: SiteId, message: Any) -> SiteId:
         """Any holder can grant: one that is connected is asked."""
         here = self.links.connected()
-        if not isinstance(message, epoch.GrantRequest) or to in here:
+        if not isinstance(message, epoch.GrantRequest) or (to in here and to not in self._erased):
             return to
-        holders = [n for n in self.epoch.holders if n in here and n != message.key.site]
+        holders = self._holders_beside(message.key.site)
         return holders[0] if holders else to
+
+    def _holders_beside(self, name: SiteId) -> list[SiteId]:
+        here = self.links.connected()
+        return [n for n in self.epoch.holders if n in here and n not in {name, *self._erased}]
+
+    def _pass_by(self, name: SiteId, wanted: SiteId) -> None:
+        """A holder has erased the ended job's keys: another one is asked, or the late site stays behind."""
+        assert self.outcome is not None
+        self._erased.add(name)
+        if wanted not in self.sites or not isinstance(self.epoch, epoch.Spreading):
+            return
+        if self._holders_beside(wanted):
+            self._epoch_machine(epoch.Reconnected(wanted))
+        else:
+            over = replace(self.outcome, certificate="", text=KEYS_ERASED)
+            self.links.say(wanted, self.id, over)
 
     # ---------------------------------------------------------------------------- the rounds
 
     def _next_round(self) -> None:
         """Announce the next step to the sites that stand where the job stands."""
         assert self.plan is not None
-        refused = getattr(self.stage, "refused", ())
-        if self._epoch_refused or (refused and self.stage.header.epoch == self.epoch.epoch):
-            self._new_epoch()
+        stage = self.stage
+        if self.step is not None and isinstance(stage, coordinator.Abandoned) and stage.exposed:
+            self.end("abandoned", self._why_not_released(stage))
+            return
+        if self._key_is_spent() and not self._new_epoch():
+            return
         if self.step is None:
             self._finish()
             return
@@ -930,30 +991,10 @@ class CoordinatedJob:
             if rest is not None and (rest.epoch, rest.certificate) == (self.epoch.epoch, here):
                 ready.append(name)
         roster = tuple(name for name in self.house.pins if name in ready)
-        wanted = self._wanted()
-        if wanted > self.threshold:
-            self.progress.text = (
-                f"the sites refused the statistics of {len(self.stage.header.roster)} sites (their logs say "
-                f"why); tried again with {wanted}"
-            )
-        if not self._gathered(list(roster), wanted):
+        if not self._gathered(list(roster), self.threshold):
             return
         self.progress.text = ""
         self._begin_round(self.step, roster)
-
-    def _wanted(self) -> int:
-        """How many sites the next round needs.
-
-        Statistics that were refused are tried again with more sites than before, if there are more: with
-        too few of them some column has fewer than three contributors (PROTOCOL W), and every try costs
-        a key epoch.
-        """
-        stage, least = self.stage, self.threshold
-        if not isinstance(stage, coordinator.Abandoned) or stage.header.purpose != "statistics":
-            return least
-        able = sum(not view.unable for view in self.sites.values())
-        more = min(able, len(stage.header.roster) + 1)
-        return max(least, more) if stage.refused else least
 
     def _begin_round(self, step: course.Step, roster: tuple[SiteId, ...]) -> None:
         assert self.plan is not None
@@ -1165,14 +1206,70 @@ class CoordinatedJob:
         self._checkpoint, self._asked_checkpoint = None, None
         self._offered.clear()
 
-    def _new_epoch(self) -> None:
-        """After a refused release no round runs under this key (PROTOCOL R)."""
+    def _why_not_released(self, stage: coordinator.Abandoned) -> str:
+        """Why a round whose sum may be known ended the job."""
+        header = stage.header
+        if stage.refused:
+            what = f"{_names(stage.refused)} refused the release (the sites' own logs say why)"
+        else:
+            what = f"only {stage.left} sites could still help to release it, of {header.threshold} it needs"
+        return f"round {header.round} ({header.purpose}): {what}{_NO_OTHER_SUM}"
+
+    def _look_at_release(self, now: float) -> None:
+        """A round whose sum may be known waits for enough sites as long as a job does for its start."""
+        stage = self.stage
+        if not isinstance(stage, coordinator.EXPOSED):
+            self._short_since = None
+            return
+        here, waited = self.links.connected(), coordinator.waiting_for(stage)
+        away = sum(name not in here for name in waited)
+        if coordinator.in_sight(stage) - away >= stage.header.threshold:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+        since, limits = self._short_since, self.house.limits
+        late = since is not None and now - since > limits.enough
+        if late or now - self._stage_since > limits.enough + limits.stage:
+            found = f"{_names(waited)} did not come back to release it"
+            about = f"round {stage.header.round} ({stage.header.purpose}): {found}"
+            self.end("abandoned", about + _NO_OTHER_SUM)
+
+    def _key_is_spent(self) -> bool:
+        """Whether no further round runs under the present key epoch.
+
+        A site refused a release under it (PROTOCOL R), or a site that holds its secret was sent away or
+        lost its certificate (V). An evicted site is no reason any more where no round follows.
+        """
+        if isinstance(self.epoch, epoch.NoEpoch):
+            return False
+        refused = getattr(self.stage, "refused", ())
+        if self._epoch_refused or (refused and self.stage.header.epoch == self.epoch.epoch):
+            return True
+        holders = {key.site for key in getattr(self.epoch, "keys", ())}
+        return self.step is not None and bool(holders & (self.evicted | self._withdrawn))
+
+    def _new_epoch(self) -> bool:
+        """Begin the next key epoch with the sites that are there; False while too few are."""
+        here = self.links.connected()
+        present = tuple(n for n in self.house.pins if n in here and n not in self.evicted)
+        if self.step is not None and not self._gathered(list(present), self.threshold):
+            return False
         self._epoch_refused = False
+        if self._withdrawn:
+            self._withdrawn = set()
+            self.house.journal.put(self.id, "withdrawn", b"[]")
         self._drop_checkpoint()
-        present = tuple(name for name in self.house.pins if name in self.links.connected())
         for view in self.sites.values():
             view.rest = None
         self._call_epoch(present or tuple(self.house.pins))
+        return True
+
+    def withdrawn(self, site: SiteId) -> None:
+        """The certificate of a site was revoked: whoever has it may have what the site holds."""
+        if self.outcome is None and site not in self._withdrawn:
+            self._withdrawn = {*self._withdrawn, site}
+            kept = json.dumps(sorted(self._withdrawn)).encode()
+            self.house.journal.put(self.id, "withdrawn", kept)
 
     def _row(self, step: course.Step) -> Json:
         stage = self.stage
@@ -1442,6 +1539,8 @@ class CoordinatedJob:
                     self.links.say(name, self.id, replace(self.outcome, certificate=""))
                 else:
                     self._epoch_machine(epoch.Reconnected(name))
+            case _Told(name, job.KeysErased(wanted=wanted)):
+                self._pass_by(name, wanted)
             case _Told(name, job.PublicMetrics() as message):
                 self._take_metrics(name, message)  # it needed longer than the end waited
             case _Told(name, message) if isinstance(message, _OF_A_ROUND):

@@ -140,6 +140,8 @@ class Coordinator:
     def __init__(self, house: House, gate: Gate) -> None:
         self.house, self.gate = house, gate
         self.sessions: dict[SiteId, SiteSession] = {}
+        self._last_peers: dict[SiteId, Peer] = {}
+        """The certificate of each site's last session: it may be withdrawn while the site is away."""
         self.jobs: dict[str, CoordinatedJob] = {}
         self.pins = roster_digest(house.pins)
         self.counts = Counts()
@@ -161,6 +163,7 @@ class Coordinator:
 
     def _adopt(self, found: CoordinatedJob) -> None:
         found.on_change = self.changed
+        found.evicted = self.evicted
         for site in self.evicted & found.sites.keys():
             found.sites[SiteId(site)].unable = EVICTED
         self.jobs[found.id] = found
@@ -192,10 +195,23 @@ class Coordinator:
                 number, last = number + 1, time.monotonic()
             for session in list(self.sessions.values()):
                 self._keep(session, frames.Ping(number) if ping else None)
+            self._look_for_withdrawn()
             try:
                 self._watch_waits(again=ping)
             except Exception:  # what is only shown must not end the care for the sessions
                 LOG.exception("waits cannot be shown")
+
+    def _look_for_withdrawn(self) -> None:
+        """The job under way changes its keys where a site's certificate was revoked (PROTOCOL V)."""
+        found = self.running()
+        for name, peer in list(self._last_peers.items()):
+            try:
+                self.gate.still(peer)
+            except CertificateRefused as error:
+                del self._last_peers[name]
+                if error.check == "revoked" and found is not None:
+                    LOG.warning("site %s: its certificate was revoked, the job gets new keys", name)
+                    found.withdrawn(name)
 
     def _keep(self, session: SiteSession, ping: frames.Ping | None) -> None:
         """End a session whose certificate no longer counts, or ask whether it is there."""
@@ -267,7 +283,10 @@ class Coordinator:
         return {
             "for": {name: self._seen(found, name) for name in names}, "of": len(of),
             "until": None if until is None else round(until), "then": there if there >= least else 0,
-            "least": least, "in_round": isinstance(stage, coordinator.Waiting),
+            "least": least,
+            # What cannot be abandoned as a round ends the job.
+            "in_round": isinstance(stage, coordinator.Waiting)
+            and not isinstance(stage, coordinator.EXPOSED),
         }  # fmt: skip
 
     def _seen(self, found: CoordinatedJob, name: SiteId) -> Json:
@@ -339,6 +358,7 @@ class Coordinator:
             yield calls.SESSION.gives.pack(_SENT_AWAY)
             return
         session = SiteSession(peer)
+        self._last_peers[name] = peer
         reader = asyncio.get_running_loop().create_task(self._read(name, session, requests))
         try:
             while (data := await session.next()) is not None:
@@ -698,7 +718,7 @@ class Coordinator:
         self.evicted = evicted
         name = SiteId(asked.site)
         for found in self.jobs.values():
-            view = found.sites[name]
+            view, found.evicted = found.sites[name], evicted
             if asked.undo and view.unable == EVICTED:
                 view.unable = ""
             elif not asked.undo and found.outcome is None:

@@ -115,6 +115,14 @@ def kind_of(event):
     return type(getattr(event, "message", event))
 
 
+def leaves_when_restarted(stage):
+    """Whether a new process of a site leaves the round from this stage (PROTOCOL V, D)."""
+    if not isinstance(stage, site.IN_ROUND):
+        return False
+    before = stage.header.protection in MASKS and not isinstance(stage, site.EXPOSED)
+    return before or isinstance(stage, site.Masking)
+
+
 class Died(Exception):
     """A process ended after one effect and before the next."""
 
@@ -155,7 +163,7 @@ class Parties:
         last = released[-1].after.certificate.hash if released else ""
         plan = self.plan
         header = RoundHeader(
-            FEDERATION, JOB, 1, stage.round + 1, 1, "update", self.sites, roster_digest(self.pins),
+            FEDERATION, JOB, 1, stage.round + 1, stage.round + 1, "update", self.sites, roster_digest(self.pins),
             plan.threshold, plan.protection, plan.digest, last,
         )  # fmt: skip
         return replace(header, **changes)
@@ -175,15 +183,41 @@ class Parties:
         """Deliver what waits, and let time pass until the round has ended everywhere."""
         self.pump(choose)
         while not isinstance(self.stages[HUB], coordinator.Released | coordinator.Abandoned):
-            self.now = max(self.now, self.stages[HUB].until)
+            stage = self.stages[HUB]
+            self.now = max(self.now, stage.until)
             self.step(HUB, coordinator.Tick())
             self.pump(choose)
+            if self.stages[HUB] is stage:
+                self.come_back(choose)
         for name in self.sites:
-            if isinstance(self.stages[name], site.IN_ROUND):
+            if site.waits(self.stages[name]):
                 self.now = max(self.now, self.stages[name].until)
                 self.step(name, site.Tick())
+            elif isinstance(self.stages[name], site.IN_ROUND):  # it hears that the round is over
+                self.step(name, site.Superseded())
         self.queue.clear()
         return self.stages[HUB]
+
+    def come_back(self, choose=None):
+        """A round that has to be released waits for them: whoever is away connects anew."""
+        waited = coordinator.waiting_for(self.stages[HUB])
+        assert waited, "something to wait for"
+        self.absences = {n: s for n, s in self.absences.items() if n not in waited}
+        for name in waited:
+            self.step(HUB, coordinator.Reconnected(name))
+            if isinstance(self.stages[name], site.IN_ROUND):
+                self.step(name, site.Reconnected())
+            else:  # it says that it is in no round
+                self.step(HUB, coordinator.Gone(name, for_good=True))
+            if isinstance(self.stages[HUB], coordinator.Released | coordinator.Abandoned):
+                break
+        self.pump(choose)
+
+    def taken(self, name):
+        """Whether the coordinator has this site's vector of the round under way."""
+        stage = self.stages[HUB]
+        found = getattr(getattr(stage, "certificate", None), "survivors", None)
+        return name in (found or {s.site for s in getattr(stage, "submissions", ())})
 
     def catch_up(self):
         """Sites that missed the last release take its certificate."""

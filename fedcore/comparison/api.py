@@ -320,7 +320,7 @@ def _comparison_result(
         for row in r["abandoned_rounds"]
     ]
     found = shared_warnings(summary["gap"]["total"], clipped, unequal)
-    found += absence_warnings(abandoned, sum(r["rounds"] for r in results), first["protection"])
+    found += absence_warnings(abandoned, sum(r["rounds"] for r in results))
     found += first["notes"]
     if own_test_rows:
         found.append(

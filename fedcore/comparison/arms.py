@@ -209,7 +209,7 @@ class Federated:
 
     survivors: roster indices of the last round's sum, none if it was abandoned.
     summed: {site: in how many rounds' sums it was}.
-    abandoned: {round, stage, left, exposed} of each round that was.
+    abandoned: {round, stage, left} of each round that was.
     seen: what each party held of one site's update in the first round that can show it (`seen.py`).
     """
 
@@ -271,16 +271,15 @@ class Federated:
 
     def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Json:
         """The round's number is used up and nothing else changes, the budget included."""
-        stage, left, exposed = abandoned.stage, abandoned.left, abandoned.exposed
+        stage, left = abandoned.stage, abandoned.left
         self.survivors = ()
-        self.abandoned.append({"round": round_, "stage": stage, "left": left, "exposed": exposed})
+        self.abandoned.append({"round": round_, "stage": stage, "left": left})
         sites, needed = len(self._bench.plan.sites), abandoned.threshold
         unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
         return {
             **dict.fromkeys(unmeasured),
             "survivors": [],
             "abandoned": f"at {stage}: {left} of {sites} sites stayed, {needed} needed",
-            **({"exposed": True} if exposed else {}),
         }
 
     def evaluate(self, round_: int) -> Evaluation:

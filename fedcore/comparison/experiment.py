@@ -57,7 +57,6 @@ from fedcore.learn.saved import save_model
 from fedcore.learn.train import task_code
 from fedcore.loopback import KeyEpoch, Stopwatch, sites_of
 from fedcore.plan import (
-    MASKS,
     RoundPlan,
     canonical,
     check_threshold,
@@ -448,11 +447,11 @@ class Experiment:
         plan, abandoned = self.prepared.plan, self.federated.abandoned
         if len(abandoned) < self.round:
             return
-        sites, released = len(plan.sites), released_warning(abandoned, plan.protection)
+        sites = len(plan.sites)
         lower = f", or a smaller --threshold ({sites // 2 + 1} or more)"
         raise Abandoned(
             f"run: found all {self.round} rounds abandoned, expected at least one with {plan.threshold} "
-            f"of {sites} sites at every stage" + (f". {released}" if released else ""),
+            f"of {sites} sites at every stage",
             remedy=f"fewer absences (--drop, --dropout){lower if plan.threshold > sites // 2 + 1 else ''}",
         )
 
@@ -588,7 +587,6 @@ def _protected_metrics(experiment: Experiment) -> Json:
             "protected_metrics_abandoned": {
                 "stage": abandoned.stage,
                 "left": abandoned.left,
-                "exposed": abandoned.exposed,
             },
         }
     sums = total.opened.wides
@@ -710,62 +708,29 @@ def _warnings(result: Json) -> list[str]:
         "`fedcore compare` repeats the run over seeds and folds."
     )
     gaps, clipped = result["gap"]["total"], result["clipped_fraction"]
-    found = absence_warnings(result["abandoned_rounds"], result["rounds"], result["protection"])
+    found = absence_warnings(result["abandoned_rounds"], result["rounds"])
     if (last := result["protected_metrics_abandoned"]) is not None:
-        exposed = last["exposed"] and result["protection"] in MASKS
         found.append(
             f"The metrics-only round was abandoned at {last['stage']}: the sites do not know the final "
             "model's metrics. The scores here are the simulation's own."
-            + (
-                " A site had answered `unmask`, so it counts as released: "
-                f"{_may_hold(result['protection'])}."
-                if exposed
-                else ""
-            )
         )
     found += [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"])]
     return [*found, *result["notes"]]
 
 
-def absence_warnings(abandoned: Sequence[Json], rounds: int, protection: str) -> list[str]:
-    """What abandoned rounds may have shown, then what they cost.
+def absence_warnings(abandoned: Sequence[Json], rounds: int) -> list[str]:
+    """What abandoned rounds cost.
 
-    abandoned: {round, stage, left, exposed} of each; rounds: all that were run.
+    abandoned: {round, stage, left} of each; rounds: all that were run.
     """
-    released = released_warning(abandoned, protection)
-    found = [released] if released else []
-    if abandoned:
-        verb = "was" if len(abandoned) == 1 else "were"
-        places = _listed(abandoned, lambda row: f"{row['round']} at {row['stage']}")
-        found.append(
-            f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
-            "the model did not change in them."
-        )
-    return found
-
-
-def released_warning(abandoned: Sequence[Json], protection: str) -> str:
-    """The differencing warning for rounds abandoned after an answer to `unmask` (PROTOCOL D), or "".
-
-    abandoned: as in `absence_warnings`. The next round has secrets of its own, but it trains from the
-    same model: two sums of nearly the same sites differ by about the update of those that differ.
-    """
-    exposed = [row for row in abandoned if row["exposed"]]
-    if not exposed or protection not in MASKS:
-        return ""
-    rounds, many = _listed(exposed, lambda row: str(row["round"])).capitalize(), len(exposed) > 1
-    return (
-        f"{rounds} {'were' if many else 'was'} abandoned after a site had answered `unmask`, so "
-        f"{'they count' if many else 'it counts'} as released: {_may_hold(protection, many=many)}. "
-        f"The next round trains from the same model: if other sites are in that one, the difference of "
-        "the two sums is about what those sites sent."
-    )
-
-
-def _may_hold(protection: str, *, many: bool = False) -> str:
-    its, it = ("their sums", "them") if many else ("its sum", "it")
-    opened = f", and open {it} with 1 colluding site" if protection == "layered" else ""
-    return f"the coordinator may hold {its}{opened}"
+    if not abandoned:
+        return []
+    verb = "was" if len(abandoned) == 1 else "were"
+    places = _listed(abandoned, lambda row: f"{row['round']} at {row['stage']}")
+    return [
+        f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
+        "the model did not change in them."
+    ]
 
 
 def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int = 5) -> str:

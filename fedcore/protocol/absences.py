@@ -3,8 +3,8 @@
 `outcome` is the deliberately simple second version of what the protocol machines do: it only counts who
 is left at each stage. `plain` runs by it, and the tests hold the machines against it.
 
-Invariant: a site that leaves at a stage sends nothing of that stage or a later one, so the sites left
-only become fewer, and the survivors of a sum are those that were still there when vectors were sent.
+Invariant: a site that leaves before `unmask` sends nothing of that stage or a later one, so the sites
+left only become fewer, and the survivors of a sum are those that were still there when vectors were sent.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fedcore.types import SiteId
 STAGES = ("keys", "shares", "submit", "confirm", "unmask", "release")
 """What a site sends in a round, in order (DESIGN s5)."""
 
-UNMASKED_STAGES = ("submit", "release")
-"""The same under `encrypted`, where there is no mask to agree on or to remove."""
+ABANDONED_AT = ("keys", "shares", "submit", "confirm")
+"""Stages at which too few sites end a round. Later ones wait for them: the sum may be known (PROTOCOL H)."""
 
 Absences = Mapping[SiteId, str]
 """{site: the first stage of the round of which it sends nothing}."""
@@ -70,15 +70,14 @@ def earliest(absences: Iterable[Absence], training_round: int) -> dict[SiteId, s
 def outcome(roster: Sequence[SiteId], threshold: int, absences: Absences) -> tuple[SiteId, ...]:
     """The survivors: sites that were still there when vectors were sent, in roster order.
 
-    Raises RoundAbandoned at the first stage with fewer than `threshold` sites. Its `exposed` says
-    whether a site that stayed had already answered `unmask`.
+    Raises RoundAbandoned at the first stage with fewer than `threshold` sites. From `unmask` on the round
+    waits: who is absent then comes back and answers, and at the release misses it at most.
     """
     survivors: tuple[SiteId, ...] = ()
-    for stage in STAGES:
+    for stage in ABANDONED_AT:
         left = [s for s in roster if not _gone(absences.get(s), stage)]
         if len(left) < threshold:
-            exposed = bool(left) if stage == "unmask" else stage == "release"
-            raise RoundAbandoned(stage, len(left), threshold, exposed=exposed)
+            raise RoundAbandoned(stage, len(left), threshold)
         if stage == "submit":
             survivors = tuple(left)
     return survivors

@@ -4,6 +4,9 @@ It sees signed messages, sizes and digests, never a vector in clear, and holds n
 survivors' answers let it rebuild the masks of one sum. Each stage ends when everybody it waits for has
 answered or left, or at its deadline; with fewer than t sites left the round is abandoned, nothing is
 opened, and the next one starts with fresh keys.
+Once unmask is asked for (under `encrypted`: once the sum is announced) no deadline abandons a round: it
+waits until t sites answered, and a site that went may come back. Only where too few can still answer does
+the round end without a release, and then no other one follows it (PROTOCOL H).
 
 Invariant: an upload is folded once, U3 is journalled before anybody hears of it, and each site's
 secret of exactly one kind is asked for. `replay` of the journal gives the live stage.
@@ -25,6 +28,7 @@ from fedcore.errors import (
     OutOfOrder,
     PeerRefused,
     RosterRefused,
+    SecondSum,
     ShareRefused,
     VectorRefused,
 )
@@ -134,9 +138,11 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class Gone:
-    """A site will not send any more in this round."""
+    """A site will not send any more at this stage. for_good: it is in this round no longer, as it says
+    itself; else its connection is lost, and a round that has to be released takes it back."""
 
     site: SiteId
+    for_good: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,10 @@ class Sharing:
 @record
 @dataclass(frozen=True)
 class Collecting:
-    """Waiting for vectors of the sites that shared (U2; under `encrypted` of the whole roster)."""
+    """Waiting for vectors of the sites that shared (U2; under `encrypted` of the whole roster).
+
+    left: of those gone, the sites that said so: from here on they cannot help to open the sum.
+    """
 
     header: RoundHeader
     size: int
@@ -218,6 +227,7 @@ class Collecting:
     shares: tuple[Shares, ...]
     submissions: tuple[Submit, ...] = ()
     gone: tuple[SiteId, ...] = ()
+    left: tuple[SiteId, ...] = ()
     until: float = _until()
 
 
@@ -232,13 +242,14 @@ class Confirming:
     submissions: tuple[Submit, ...]
     confirms: tuple[Confirm, ...] = ()
     gone: tuple[SiteId, ...] = ()
+    left: tuple[SiteId, ...] = ()
     until: float = _until()
 
 
 @record
 @dataclass(frozen=True)
 class Unmasking:
-    """Waiting for the survivors' key shares."""
+    """Waiting for the key shares of the survivors that confirmed; the others count as `left`."""
 
     header: RoundHeader
     bundle: tuple[Keys, ...]
@@ -247,6 +258,7 @@ class Unmasking:
     confirms: tuple[Confirm, ...]
     answers: tuple[Unmask, ...] = ()
     gone: tuple[SiteId, ...] = ()
+    left: tuple[SiteId, ...] = ()
     until: float = _until()
 
 
@@ -259,6 +271,7 @@ class Summing:
     submissions: tuple[Submit, ...]
     masks: tuple[tuple[SecretBytes, int], ...]
     gone: tuple[SiteId, ...] = ()
+    left: tuple[SiteId, ...] = ()
     until: float = _until()
 
 
@@ -272,6 +285,7 @@ class Releasing:
     aggregate: Aggregate
     statements: tuple[Statement, ...] = ()
     gone: tuple[SiteId, ...] = ()
+    left: tuple[SiteId, ...] = ()
     refused: tuple[SiteId, ...] = ()
     until: float = _until()
 
@@ -294,7 +308,8 @@ class Released:
 @record
 @dataclass(frozen=True)
 class Abandoned:
-    """The round ended without one. exposed: sites that had answered unmask.
+    """The round ended without one. exposed: sites that may have helped to open its sum; if there are any,
+    no other round follows from the same state (PROTOCOL H).
 
     refused: sites that refused the release; they take part in no further round of this key epoch.
     """
@@ -310,6 +325,9 @@ class Abandoned:
         """The number used up."""
         return self.header.round
 
+
+EXPOSED = (Unmasking, Releasing)
+"""Stages that end with enough answers, or when too few can still come; never by a deadline alone."""
 
 Waiting = Advertising | Sharing | Collecting | Confirming | Unmasking | Releasing
 Stage = Ready | Waiting | Summing | Released | Abandoned
@@ -436,10 +454,13 @@ class StatementTaken:
 @record
 @dataclass(frozen=True)
 class SiteGone:
-    """A site left; refused: 1 if it refused the release, else 0."""
+    """A site is gone. how: LOST (its connection), LEFT (it said so) or REFUSED (the release)."""
 
     site: SiteId
-    refused: int
+    how: int
+
+
+LOST, LEFT, REFUSED = range(3)
 
 
 @record
@@ -483,32 +504,37 @@ def evolve(stage: Any, entry: Any) -> Any:
             found = _in_order(stage.header, (*stage.submissions, submit))
             return replace(stage, submissions=found)
         case Collecting(), ListFixed(submissions, late):
-            gone = _merged(stage.gone, late)
+            gone, left = _merged(stage.gone, late), _merged(stage.left, late)
             if stage.header.protection not in MASKS:
-                return Summing(stage.header, submissions, (), gone)
-            return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone)
+                return Summing(stage.header, submissions, (), gone, left)
+            return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone, left)
         case Confirming(), ConfirmTaken(confirm):
             return replace(stage, confirms=_in_order(stage.header, (*stage.confirms, confirm)))
         case Confirming(), ConfirmsFixed():
+            signed = {confirm.site for confirm in stage.confirms}
+            others = [site for site in survivors_of(stage.submissions) if site not in signed]
             return Unmasking(
                 stage.header, stage.bundle, stage.shares, stage.submissions, stage.confirms, (),
-                stage.gone,
+                stage.gone, _merged(stage.left, others),
             )  # fmt: skip
         case Unmasking(), AnswerTaken(unmask):
             return replace(stage, answers=_in_order(stage.header, (*stage.answers, unmask)))
         case Unmasking(), MasksRebuilt(masks):
-            return Summing(stage.header, stage.submissions, masks, stage.gone)
+            return Summing(stage.header, stage.submissions, masks, stage.gone, stage.left)
         case Summing(), SumSpooled(aggregate):
-            return Releasing(stage.header, stage.submissions, aggregate, (), stage.gone)
+            gone, left = stage.gone, stage.left
+            return Releasing(stage.header, stage.submissions, aggregate, (), gone, left)
         case Releasing(), StatementTaken(statement):
             return replace(
                 stage, statements=_in_order(stage.header, (*stage.statements, statement))
             )
-        case _, SiteGone(site, refused) if isinstance(stage, Waiting | Summing):
-            gone = _merged(stage.gone, (site,))
-            if isinstance(stage, Releasing) and refused:
-                return replace(stage, gone=gone, refused=_merged(stage.refused, (site,)))
-            return replace(stage, gone=gone)
+        case _, SiteGone(site, how) if isinstance(stage, Waiting | Summing):
+            stage = replace(stage, gone=_merged(stage.gone, (site,)))
+            if how != LOST and not isinstance(stage, Advertising | Sharing):
+                stage = replace(stage, left=_merged(stage.left, (site,)))
+            if how == REFUSED and isinstance(stage, Releasing):
+                stage = replace(stage, refused=_merged(stage.refused, (site,)))
+            return stage
         case Releasing(), RoundReleased(certificate):
             return Released(stage.header, certificate, stage.refused)
         case _, RoundGivenUp(name, left) if isinstance(stage, Waiting | Summing):
@@ -521,9 +547,17 @@ def evolve(stage: Any, entry: Any) -> Any:
 
 
 def _exposed(stage: Any) -> tuple[SiteId, ...]:
-    if isinstance(stage, Unmasking):
-        return tuple(answer.site for answer in stage.answers)
-    return survivors_of(stage.submissions) if isinstance(stage, Summing | Releasing) else ()
+    if isinstance(stage, Unmasking):  # whoever was asked and is there may have answered
+        answered = {answer.site for answer in stage.answers}
+        return tuple(
+            s for s in survivors_of(stage.submissions) if s in answered or s not in stage.left
+        )
+    opened = isinstance(stage, Releasing)
+    if isinstance(
+        stage, Summing
+    ):  # without masks nothing is asked of a site before the sum is there
+        opened = stage.header.protection in MASKS
+    return survivors_of(stage.submissions) if opened else ()
 
 
 def _in_order(header: RoundHeader, items: Iterable[Any]) -> tuple[Any, ...]:
@@ -556,6 +590,11 @@ class _Move(Move):
 
 def _start(move: _Move, event: Start) -> None:
     header = event.header
+    if isinstance(move.stage, Abandoned) and move.stage.exposed:
+        raise SecondSum(
+            "round", found=f"one after round {move.stage.round}, whose sum may be known",
+            expected="that round's release", fault=COORDINATOR,
+        )  # fmt: skip
     if header.round <= move.stage.round:
         raise HeaderRefused(
             "round", found=header.round, expected=f"more than {move.stage.round}", fault=COORDINATOR
@@ -615,11 +654,42 @@ def _site_of(message: Any) -> SiteId:
 
 
 def waiting_for(stage: Any) -> tuple[SiteId, ...]:
-    """The sites this stage still hopes to hear from: what a person waits for."""
+    """The sites this stage still hopes to hear from: what a person waits for.
+
+    Where a round has to be released it cannot do without the sites whose connection is lost, as long as
+    those that are there are too few.
+    """
     if not isinstance(stage, Waiting):
         return ()
     came = {_site_of(message) for message in _came(stage)}
-    return tuple(s for s in members_of(stage) if s not in came and s not in stage.gone)
+    missing = tuple(s for s in members_of(stage) if s not in came and not _out(stage, s))
+    here = tuple(s for s in missing if s not in stage.gone)
+    return here if _enough(stage, _counted(stage) + len(here)) else missing
+
+
+def _out(stage: Any, site: SiteId) -> bool:
+    """Whether nothing more of this site can count at this stage."""
+    return site in (stage.left if isinstance(stage, EXPOSED) else stage.gone)
+
+
+def _enough(stage: Any, count: int) -> bool:
+    return not isinstance(stage, EXPOSED) or count >= stage.header.threshold
+
+
+def _counted(stage: Any) -> int:
+    """How many of the answers so far count towards t: statements have to say the same."""
+    if isinstance(stage, Releasing):
+        return max(Counter(map(_found_in, stage.statements)).values(), default=0)
+    return len(_came(stage))
+
+
+def in_sight(stage: Any) -> int:
+    """How many answers count so far, and how many more this stage still hopes for."""
+    return _counted(stage) + len(waiting_for(stage))
+
+
+def _found_in(statement: Statement) -> tuple[bytes, bytes]:
+    return statement.sum_mac, statement.state_mac
 
 
 def is_first(stage: Any) -> bool:
@@ -734,7 +804,7 @@ def _take_statement(move: _Move, statement: Statement) -> None:
 def _take_leave(move: _Move, leave: Leave) -> None:
     stage = move.stage
     check_header(leave.header, stage.header, leave.site)
-    move.record(SiteGone(leave.site, int(leave.code == RELEASE_REFUSED)))
+    move.record(SiteGone(leave.site, REFUSED if leave.code == RELEASE_REFUSED else LEFT))
     if leave.code == MATERIAL:
         move.do(
             Warn(
@@ -750,8 +820,12 @@ def _take_leave(move: _Move, leave: Leave) -> None:
 
 
 def _take_gone(move: _Move, event: Gone) -> None:
-    if event.site in move.stage.header.roster and event.site not in move.stage.gone:
-        move.record(SiteGone(event.site, 0))
+    stage = move.stage
+    known = stage.gone
+    if event.for_good:
+        known = getattr(stage, "left", stage.gone)
+    if event.site in stage.header.roster and event.site not in known:
+        move.record(SiteGone(event.site, LEFT if event.for_good else LOST))
 
 
 # ------------------------------------------------------------------------- the end of a stage
@@ -815,8 +889,9 @@ def _close_vectors(move: _Move) -> None:
 def _close_confirms(move: _Move) -> None:
     move.record(ConfirmsFixed())
     stage = move.stage
-    for site in members_of(stage):
-        move.send(site, Confirmations(stage.header.digest, stage.confirms))
+    for confirm in stage.confirms:
+        if not _out(stage, confirm.site):
+            move.send(confirm.site, Confirmations(stage.header.digest, stage.confirms))
 
 
 def _close_answers(move: _Move) -> None:
@@ -832,14 +907,8 @@ def _close_answers(move: _Move) -> None:
 
 def _close_statements(move: _Move) -> None:
     stage = move.stage
-    found = Counter((s.sum_mac, s.state_mac) for s in stage.statements).most_common(1)
-    macs, count = found[0] if found else (None, 0)
-    if macs is None or count < stage.header.threshold:
-        _give_up(move, count)
-        return
-    signatures = tuple(
-        (s.site, s.signature) for s in stage.statements if (s.sum_mac, s.state_mac) == macs
-    )
+    macs = Counter(map(_found_in, stage.statements)).most_common(1)[0][0]
+    signatures = tuple((s.site, s.signature) for s in stage.statements if _found_in(s) == macs)
     certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
     move.record(RoundReleased(certificate))
     survivors = certificate.survivors
@@ -871,8 +940,11 @@ _CLOSE: dict[type[Any], Callable[[_Move], None]] = {
 def _give_up(move: _Move, left: int) -> None:
     stage = move.stage
     name = STAGE_NAMES[type(stage)]
+    if isinstance(stage, Summing) and stage.header.protection not in MASKS:
+        name = "confirm"  # before the sum is announced
     if _exposed(stage):
-        move.do(Warn(f"round {stage.header.round} is given up after sites answered unmask"))
+        text = f"round {stage.header.round} cannot be released, and its sum may be known"
+        move.do(Warn(f"{text}: no other round may follow it from the same state"))
     move.record(RoundGivenUp(name, left))
     for site in stage.header.roster:
         _tell_end(move, site)
@@ -894,21 +966,20 @@ def _settle(move: _Move, now: float) -> None:
 
 
 def _settle_one(move: _Move, now: float) -> None:
-    stage = move.stage
-    came, missing = len(_came(stage)), len(waiting_for(stage))
-    if came + missing < stage.header.threshold:
-        _give_up(move, came + missing)
-    elif not missing:
+    stage, needed = move.stage, move.stage.header.threshold
+    came, hoped = _counted(stage), in_sight(stage)
+    if hoped < needed:
+        _give_up(move, hoped)
+    elif hoped == came:
         _CLOSE[type(stage)](move)
-    elif isinstance(stage, Collecting) and 0 < move.hub.enough <= came >= stage.header.threshold:
+    elif isinstance(stage, Collecting) and 0 < move.hub.enough <= came >= needed:
         _CLOSE[Collecting](move)  # who comes later has an answer in the next round
-    elif now >= stage.until:
-        if came < stage.header.threshold:
-            _give_up(move, came)
-        else:
-            for site in waiting_for(stage):
-                move.record(SiteGone(site, 0))
-            _CLOSE[type(stage)](move)
+    elif now >= stage.until and came >= needed:
+        for site in waiting_for(stage):
+            move.record(SiteGone(site, LOST))
+        _CLOSE[type(stage)](move)
+    elif now >= stage.until and not isinstance(stage, EXPOSED):
+        _give_up(move, came)
 
 
 # --------------------------------------------------------------------------- rebuilding the masks
@@ -984,11 +1055,18 @@ def _pairwise(
 
 
 def _publish(move: _Move, event: SumReady) -> None:
+    """Announce the sum. Without masks nothing is known of it before: with too few sites left to open it
+    the round is abandoned like one with too few confirmations."""
     stage = move.stage
+    there = [site for site in members_of(stage) if site not in stage.gone]
+    if stage.header.protection not in MASKS and len(there) < stage.header.threshold:
+        _give_up(move, len(there))
+        return
     aggregate = Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
     move.record(SumSpooled(aggregate))
     for site in members_of(move.stage):
-        move.send(site, aggregate)
+        if not _out(move.stage, site):
+            move.send(site, aggregate)
 
 
 def _restart(move: _Move, _: Restarted) -> None:
@@ -1010,6 +1088,8 @@ def _repeat(move: _Move, event: Reconnected) -> None:
     if isinstance(stage, Released | Abandoned) and site in stage.header.roster:
         _tell_end(move, site)
     if isinstance(stage, Ready | Released | Abandoned) or site not in members_of(stage):
+        return
+    if isinstance(stage, EXPOSED) and _out(stage, site):
         return
     match stage:
         case Advertising():
@@ -1099,8 +1179,8 @@ def _seen_before(stage: Any, event: Received | Uploaded, sender: SiteId) -> bool
             "message", found=f"one of {site!r} from {sender!r}", expected="its own", fault=sender
         )
     if isinstance(message, Leave):
-        return sender in stage.gone or sender not in stage.header.roster
-    if sender not in members_of(stage) or sender in stage.gone:
+        return sender in getattr(stage, "left", stage.gone) or sender not in stage.header.roster
+    if sender not in members_of(stage) or _out(stage, sender):
         raise RosterRefused(
             "message", found=f"{type(message).__name__} of a site not waited for",
             expected=f"one of {len(members_of(stage))} sites", fault=sender,

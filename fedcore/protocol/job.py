@@ -104,6 +104,19 @@ class AtRest:
 
 @record
 @dataclass(frozen=True)
+class InRound:
+    """A site with a new connection is in this round still. header: the digest of the round's header.
+
+    A coordinator that is past that round says how it ended: the word of it was lost.
+    """
+
+    job: str
+    site: SiteId
+    header: bytes
+
+
+@record
+@dataclass(frozen=True)
 class CheckpointWanted:
     """Coordinator to a site that has the state of this certificate: seal it for those that missed it."""
 
@@ -183,6 +196,16 @@ class ModelMade:
     site: SiteId
     certificate: str
     digest: bytes
+
+
+@record
+@dataclass(frozen=True)
+class KeysErased:
+    """A site was asked to pass the key epoch of an ended job on to `wanted`, and has erased it (PROTOCOL V)."""
+
+    job: str
+    site: SiteId
+    wanted: SiteId
 
 
 def model_upload(certificate: str) -> bytes:

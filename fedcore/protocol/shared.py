@@ -77,6 +77,10 @@ class Standing:
 
     epoch, key_id: the key epoch held. round: the last round number seen, abandoned ones included.
     certificate: hash of the last release certificate, "" before the first; released: its round.
+    exposed: digest of the header of the round whose sum may be known and is not released yet, or b"".
+    submitted: (purpose, training round) of the vectors sent under `encrypted` from the present state.
+    proved: the highest round of which this site's own signature came back without a record of it here.
+    Only a release ends the last three (PROTOCOL H, V): leaving a round or a key epoch does not.
     """
 
     epoch: int
@@ -84,6 +88,9 @@ class Standing:
     round: int = 0
     certificate: str = ""
     released: int = 0
+    exposed: bytes = b""
+    submitted: tuple[tuple[str, int], ...] = ()
+    proved: int = 0
 
 
 def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) -> None:

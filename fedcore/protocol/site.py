@@ -7,6 +7,9 @@ round in the way PROTOCOL R allows: the coordinator learns that this site left, 
 Invariant (PROTOCOL D): a round number is used once; one vector, one survivor list and one answer to
 unmask leave this site in a round, each journalled before it is sent; an identical request gets the
 stored bytes again, a different one is refused. `replay` of the journal gives the live stage.
+Invariant (PROTOCOL H): of the state that a site stands at, at most one sum that holds its vector is ever
+opened with its help. Once it has answered unmask (or begins to open a sum) it is exposed, and joins no
+other round until that state is behind it.
 Bonawitz et al. 2017 (ePrint 2017/281), figure 4, the variant against an active adversary.
 """
 
@@ -22,9 +25,11 @@ from fedcore.errors import (
     HeaderRefused,
     KeyRefused,
     ListRefused,
+    OldFolder,
     OtherSites,
     OutOfOrder,
     ReleaseRefused,
+    SecondSum,
     ShareRefused,
     StaleEpoch,
     VectorRefused,
@@ -222,6 +227,18 @@ class CaughtUp:
 
 
 @dataclass(frozen=True)
+class OwnSignature:
+    """The coordinator showed this site something (`said`) that it signed itself, of this round.
+
+    other: it said something else itself in this very round.
+    """
+
+    said: Any
+    header: RoundHeader
+    other: bool = False
+
+
+@dataclass(frozen=True)
 class NewEpoch:
     """A later key epoch is installed here."""
 
@@ -360,7 +377,6 @@ class Answered:
     state_tag: bytes
     submissions: tuple[Submit, ...]
     history: History
-    until: float = _until()
 
 
 @record
@@ -374,7 +390,6 @@ class Opening:
     submissions: tuple[Submit, ...]
     aggregate: Aggregate
     history: History
-    until: float = _until()
 
 
 @record
@@ -387,7 +402,6 @@ class Stated:
     submissions: tuple[Submit, ...]
     statement: Statement
     history: History
-    until: float = _until()
 
 
 Stage = (
@@ -405,7 +419,8 @@ Stage = (
 
 IN_ROUND = (Advertised, Shared, Masking, Submitted, Confirmed, Answered, Opening, Stated)
 EXPOSED = (Answered, Opening, Stated)
-"""Stages after unmask was answered: the coordinator may hold this round's sum."""
+"""Stages after unmask was answered: the coordinator may hold this round's sum. They have no timeout:
+leaving such a round helps nobody, because no other round may follow it from the same state."""
 
 
 # ------------------------------------------------------------------------- what the journal records
@@ -539,6 +554,14 @@ class CheckpointTaken:
     certificate: Certificate
 
 
+@record
+@dataclass(frozen=True)
+class FolderFoundOld:
+    """This site signed in a round that its folder does not know: it was put back to an earlier time."""
+
+    round: int
+
+
 def evolve(stage: Any, entry: Any) -> Stage:
     """The stage after a journal record. Total on what `step` records, and on nothing else."""
     match stage, entry:
@@ -559,8 +582,8 @@ def evolve(stage: Any, entry: Any) -> Stage:
             )  # fmt: skip
         case Masking(), VectorSpooled(submit):
             return Submitted(
-                stage.standing, stage.header, stage.state_tag, stage.bundle, stage.cohort, stage.held,
-                submit, stage.history,
+                _sent(stage.standing, stage.header), stage.header, stage.state_tag, stage.bundle,
+                stage.cohort, stage.held, submit, stage.history,
             )  # fmt: skip
         case Submitted(), ListSigned(submissions, confirm, last):
             return Confirmed(
@@ -569,13 +592,13 @@ def evolve(stage: Any, entry: Any) -> Stage:
             )  # fmt: skip
         case Confirmed(), UnmaskAnswered(last):
             return Answered(
-                stage.standing, stage.header, stage.state_tag, stage.submissions,
-                (*stage.history, last),
+                _exposed(stage.standing, stage.header), stage.header, stage.state_tag,
+                stage.submissions, (*stage.history, last),
             )  # fmt: skip
-        case ((Answered() | Submitted()), SumAnnounced(aggregate, last)):
+        case ((Answered() | Confirmed() | Submitted()), SumAnnounced(aggregate, last)):
             return Opening(
-                stage.standing, stage.header, stage.state_tag, aggregate.submissions, aggregate,
-                (*stage.history, last),
+                _exposed(stage.standing, stage.header), stage.header, stage.state_tag,
+                aggregate.submissions, aggregate, (*stage.history, last),
             )  # fmt: skip
         case Opening(), SumStated(statement):
             last = exchange(stage.aggregate, statement)
@@ -593,6 +616,8 @@ def evolve(stage: Any, entry: Any) -> Stage:
             return Idle(replace(stage.standing, epoch=epoch, key_id=key_id))
         case Idle(), CheckpointTaken(certificate):
             return Idle(_released(stage.standing, certificate))
+        case ((Idle() | Halted()), FolderFoundOld(number)):
+            return replace(stage, standing=_proved(stage.standing, number))
     raise OutOfOrder(
         "journal", found=f"{type(entry).__name__} after {type(stage).__name__}",
         expected="a record this stage can have written", fault=THIS_SITE,
@@ -603,11 +628,33 @@ def _used(standing: Standing, header: RoundHeader) -> Standing:
     return replace(standing, round=header.round)
 
 
+def _sent(standing: Standing, header: RoundHeader) -> Standing:
+    """Without masks a vector that was sent is all that a colluding site needs, opened or not."""
+    if header.protection in MASKS:
+        return standing
+    return replace(standing, submitted=(*standing.submitted, _step(header)))
+
+
+def _step(header: RoundHeader) -> tuple[str, int]:
+    return header.purpose, header.training_round
+
+
+def _exposed(standing: Standing, header: RoundHeader) -> Standing:
+    return replace(standing, exposed=header.digest)
+
+
+def _proved(standing: Standing, number: int) -> Standing:
+    return replace(standing, proved=max(standing.proved, number), round=max(standing.round, number))
+
+
 def _released(standing: Standing, certificate: Certificate) -> Standing:
+    """The state is another one now, so nothing that bound this site to the one before does."""
     number = certificate.header.round
     return replace(
-        standing, certificate=certificate.hash, released=number, round=max(standing.round, number)
-    )
+        standing, certificate=certificate.hash, released=number, exposed=b"", submitted=(),
+        round=max(standing.round, number),
+        proved=standing.proved if standing.proved > number else 0,
+    )  # fmt: skip
 
 
 def replay(start: Stage, journal: Iterable[Any]) -> Stage:
@@ -674,10 +721,18 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
             "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
+    _check_one_sum(standing, header)
     if header.round <= standing.round:
         raise HeaderRefused(
             "round", found=header.round, expected=f"more than {standing.round}", fault=COORDINATOR
         )
+    if standing.proved > standing.released:
+        raise OldFolder(
+            "round", found=f"an invitation to round {header.round}",
+            expected=f"the state of round {standing.proved} or of a later one first",
+            fault=COORDINATOR,
+            remedy="this site's folder was put back to an earlier time: it catches up, then takes part",
+        )  # fmt: skip
     if header.certificate != standing.certificate:
         raise HeaderRefused(
             "release certificate", found=header.certificate[:16] or "none",
@@ -697,6 +752,21 @@ def _check_company(member: Member, header: RoundHeader, sites: Iterable[SiteId],
             fault=COORDINATOR,
             remedy="`fed-site ledger` shows the earlier sums; evict the other sites for this job, or "
             "scale by declared ranges, which takes no sum",
+        )  # fmt: skip
+
+
+def _check_one_sum(standing: Standing, header: RoundHeader) -> None:
+    """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
+    if standing.exposed:
+        raise SecondSum(
+            "round", found=f"an invitation to round {header.round} ({header.purpose})",
+            expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
+            fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
+        )  # fmt: skip
+    if header.protection not in MASKS and _step(header) in standing.submitted:
+        raise SecondSum(
+            "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
+            expected="one vector for each step and state", fault=COORDINATOR,
         )  # fmt: skip
 
 
@@ -1056,9 +1126,9 @@ def _depart(move: _Move) -> None:
     if isinstance(stage, EXPOSED):
         move.do(
             Warn(
-                f"round {stage.header.round} ended without a certificate after unmask was answered: "
-                "the coordinator may hold its sum. The next update starts from a new round's "
-                "randomness; two sums that differ by few sites show those sites' updates."
+                f"round {stage.header.round} was left after this site had helped to open its sum, and "
+                "without a release: that sum may be known. This site joins no other round of the job "
+                "before it has the state of a later release."
             )
         )
     move.record(Departed(type(stage).__name__))
@@ -1113,11 +1183,17 @@ def _resend(move: _Move, _: Any) -> None:
 
 
 def _restart(move: _Move, event: Restarted) -> None:
-    """Go on from the journal: a half-made vector is never made a second time, so the round is left."""
-    if isinstance(move.stage, Masking):
-        header = move.stage.header
+    """Go on from the journal, or leave the round (PROTOCOL V, D).
+
+    The folder may have been put back to an earlier time, which a new process cannot see. Under masks it
+    signs and answers nothing from there; what it answered already it may say again, byte for byte. A
+    half-made vector is never made a second time.
+    """
+    stage = move.stage
+    masked = stage.header.protection in MASKS and not isinstance(stage, EXPOSED)
+    if masked or isinstance(stage, Masking):
         _depart(move)
-        move.send(Leave(header.digest, move.member.id, LEFT))
+        move.send(Leave(stage.header.digest, move.member.id, LEFT))
     elif isinstance(move.stage, Opening):
         move.do(_open_sum(move.stage))
     else:
@@ -1134,22 +1210,49 @@ def _install(move: _Move, event: NewEpoch) -> None:
 
 
 def _catch_up(move: _Move, event: CaughtUp) -> None:
-    member, found = move.member, event.certificate
-    _check_same_job(member, found.header)
-    if found.header.round <= move.stage.standing.released:
-        raise HeaderRefused(
-            "checkpoint", found=f"round {found.header.round}",
-            expected=f"one after {move.stage.standing.released}", fault=COORDINATOR,
-        )  # fmt: skip
-    check_roster(found.header, member.pins, member.least)
-    check_round_threshold(found.header, member.plan.threshold)
-    check_certificate(found, found.header, member.pins)
+    found = event.certificate
+    check_missed(move.member, move.stage.standing, found)
     if event.state_mac != found.state_mac:
         raise ReleaseRefused(
             "checkpoint", found="another state", expected="the certified one", fault=COORDINATOR
         )
     move.record(CheckpointTaken(found))
     move.do(Apply(found))
+
+
+def check_missed(member: Member, standing: Standing, found: Certificate) -> None:
+    """The certificate proves a release of this job after the one that this site stands at.
+
+    Raises a ProtocolRefused. A state is worth holding only once this has passed (PROTOCOL V).
+    """
+    _check_same_job(member, found.header)
+    if found.header.round <= standing.released:
+        raise HeaderRefused(
+            "checkpoint", found=f"round {found.header.round}",
+            expected=f"one after {standing.released}", fault=COORDINATOR,
+        )  # fmt: skip
+    check_roster(found.header, member.pins, member.least)
+    check_round_threshold(found.header, member.plan.threshold)
+    check_certificate(found, found.header, member.pins)
+
+
+def _look_at_own(move: _Move, event: OwnSignature) -> None:
+    """A signature of this site that its folder knows nothing of: the folder is an old one."""
+    member, standing = move.member, move.stage.standing
+    number = event.header.round
+    known = number < standing.round or (number == standing.round and not event.other)
+    if event.header.job != member.job or known or number <= standing.proved:
+        return
+    check_header(event.said.header, event.header, COORDINATOR)
+    check_signature(event.said, {member.id: member.pins[member.id]})
+    move.record(FolderFoundOld(number))
+    move.do(
+        Warn(
+            f"this site signed in round {number} of job {member.job}, and its folder ends at round "
+            f"{standing.round}: the folder was put back to an earlier time. It takes part again once "
+            "it has caught up with a release that is not older than that round."
+        )
+    )
 
 
 def _check_same_job(member: Member, header: RoundHeader) -> None:
@@ -1191,9 +1294,10 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
         NewEpoch: (_install, (Idle,)),
         CaughtUp: (_catch_up, (Idle,)),
         Certificate: (_certified_already, ()),
+        OwnSignature: (_look_at_own, ()),
         **_BETWEEN,
     },
-    Halted: {NewEpoch: (_install, (Idle,)), **_BETWEEN},
+    Halted: {NewEpoch: (_install, (Idle,)), OwnSignature: (_look_at_own, ()), **_BETWEEN},
     Advertised: {KeyBundle: (_share, (Shared,)), **_LEAVING},
     Shared: {Delivery: (_open_delivery, (Masking,)), **_LEAVING},
     Masking: {VectorMade: (_submit, (Submitted,)), **_LEAVING},
@@ -1202,7 +1306,11 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
         Aggregate: (_open, (Opening,)),
         **_LEAVING,
     },
-    Confirmed: {Confirmations: (_answer, (Answered,)), **_LEAVING},
+    Confirmed: {
+        Confirmations: (_answer, (Answered,)),
+        Aggregate: (_open, (Opening,)),
+        **_LEAVING,
+    },
     Answered: {Aggregate: (_open, (Opening,)), **_LEAVING},
     Opening: {SumOpened: (_state, (Stated,)), **_LEAVING},
     Stated: {Certificate: (_release, (Idle,)), **_LEAVING},
@@ -1213,12 +1321,11 @@ MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
 def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
-    now: seconds of a clock that never goes back; after `patience` at one stage the site leaves.
+    now: seconds of a clock that never goes back; after `patience` at one stage the site leaves, if it is
+    not exposed by then.
     """
-    if isinstance(event, Tick) and isinstance(stage, IN_ROUND) and now >= stage.until:
+    if isinstance(event, Tick) and waits(stage) and now >= stage.until:
         event = Refused(TimeoutError(f"no progress at {type(stage).__name__}"))
-        if isinstance(stage, Opening | Stated):  # silence is no failed check: leave, do not halt
-            return _leave_in_silence(member, stage)
     message = event.message if isinstance(event, Received) else getattr(event, "announce", event)
     past = answered(getattr(stage, "history", ()), message)
     if past is not None:
@@ -1237,15 +1344,13 @@ def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple
     return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)
 
 
+def waits(stage: Any) -> bool:
+    """Whether a stage ends by itself, after the site's patience."""
+    return isinstance(stage, IN_ROUND) and not isinstance(stage, EXPOSED)
+
+
 def _timed(new: Any, old: Any, event: Any, now: float, patience: float) -> Any:
-    """Every stage of a round starts with its own patience; so does one that comes from a journal."""
-    if not isinstance(new, IN_ROUND) or (new is old and not isinstance(event, Restarted)):
+    """Every stage before exposure has its own patience; so has one that comes from a journal."""
+    if not waits(new) or (new is old and not isinstance(event, Restarted)):
         return new
     return replace(new, until=now + patience)
-
-
-def _leave_in_silence(member: Member, stage: Any) -> tuple[Any, tuple[Effect, ...]]:
-    move = _Move(stage, evolve, member=member)
-    _depart(move)
-    move.send(Leave(stage.header.digest, member.id, LEFT))
-    return move.stage, tuple(move.effects)

@@ -120,11 +120,9 @@ def header(info: Mapping[str, Any]) -> RenderableType:
 
 def progress(row: Mapping[str, Any], sites: int) -> str:
     """A federated row in a few words: `accuracy 0.811`, `accuracy 0.811, 3 of 4 sites`, without a metric
-    `4 of 4 sites, 0.09 s`, or `abandoned at submit: 2 of 4 sites stayed, 3 needed`; whether its sum may
-    be known is said too."""
+    `4 of 4 sites, 0.09 s`, or `abandoned at submit: 2 of 4 sites stayed, 3 needed`."""
     if row.get("abandoned"):
-        released = " (after an answer to unmask)" if row.get("exposed") else ""
-        return f"abandoned {say.plain(row['abandoned'])}{released}"
+        return f"abandoned {say.plain(row['abandoned'])}"
     shown = [f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None]
     words, survivors = shown[:1], len(row["survivors"])
     if survivors < sites or not words:

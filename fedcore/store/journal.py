@@ -61,7 +61,7 @@ from fedcore.errors import MalformedMessage, StoreFull, StoreProblem
 from fedcore.protocol.encoding import decode, encode
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it with every change of a table or of the byte form, and say here how the old one is read."""
 
 _TABLES = MetaData()

@@ -19,6 +19,8 @@ TO_COORDINATOR: Table = MappingProxyType(
             job.Unable,
             job.PlanAgreed,
             job.AtRest,
+            job.InRound,
+            job.KeysErased,
             job.CheckpointSealed,
             job.ModelMade,
             most=SITE_RECORD,

@@ -31,6 +31,7 @@ from fedcore.protocol.messages import (
     SELF_SEED,
     Confirm,
     Confirmations,
+    Leave,
     SurvivorList,
     Unmask,
 )
@@ -357,7 +358,12 @@ def test_the_answer_is_on_disk_before_it_is_sent():
         assert kinds == [Persist, Send]
         restarted = site.replay(world_at(stage).stages["ann"], [found[0].record])
         _, again = site.step(world.members["ann"], restarted, site.Restarted(), 0.0)
-        assert again == (found[1],)
+        if stage == "confirm":
+            assert again == (found[1],)
+        else:  # a new process signs nothing of a round: its folder may be an older one
+            assert [e.message for e in again if isinstance(e, Send)] == [
+                Leave(world.h, "ann", "left")
+            ]
 
 
 def test_a_survivor_gone_at_unmask_while_another_dropped_before_submit():
@@ -386,9 +392,9 @@ def test_a_survivor_list_under_encrypted_is_refused():
     refuses(world, "ann", request, OutOfOrder, found="SurvivorList", expected="none")
 
 
-def test_a_round_that_ends_after_unmask_warns_of_differencing():
+def test_leaving_a_round_after_unmask_warns_that_its_sum_may_be_known():
     world = world_at("unmask")
     found = world.step("ann", site.Refused(TimeoutError("nobody came back")))
-    assert any("differ by few sites" in getattr(effect, "text", "") for effect in found)
+    assert any("that sum may be known" in getattr(effect, "text", "") for effect in found)
     quiet = World().advance("shares").step("ann", site.Refused(TimeoutError("early")))
     assert not any(hasattr(effect, "text") for effect in quiet)

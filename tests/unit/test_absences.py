@@ -24,8 +24,15 @@ from fedcore.comparison import api
 from fedcore.comparison.experiment import job_for, prepare
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
 from fedcore.files import read_json
-from fedcore.plan import MASKS, PROTECTIONS, SCHEMES, default_threshold
-from fedcore.protocol.absences import STAGES, Absence, earliest, outcome, parse_absence
+from fedcore.plan import PROTECTIONS, SCHEMES, default_threshold
+from fedcore.protocol.absences import (
+    ABANDONED_AT,
+    STAGES,
+    Absence,
+    earliest,
+    outcome,
+    parse_absence,
+)
 from fedcore.reproduction import reproduce
 from fedcore.run import all_abandoned, read_rounds
 from fedcore.simulation import Leaving
@@ -94,14 +101,12 @@ def test_of_two_absences_of_one_site_the_earlier_stage_counts():
 
 
 def counted(threshold, absences):
-    """Stage by stage: (survivors, None) or (None, (stage, how many stayed, exposed))."""
-    here, summed, answered = set(ROSTER), None, False
-    for stage in STAGES:
+    """Stage by stage: (survivors, None) or (None, (stage, how many stayed)). From unmask on it waits."""
+    here, summed = set(ROSTER), None
+    for stage in STAGES[: STAGES.index("unmask")]:
         here -= {site for site, left in absences.items() if left == stage}
-        if stage == "unmask" and here:
-            answered = True
         if len(here) < threshold:
-            return None, (stage, len(here), answered)
+            return None, (stage, len(here))
         if stage == "submit":
             summed = tuple(site for site in ROSTER if site in here)
     return summed, None
@@ -122,12 +127,11 @@ def test_outcome_is_the_count_of_every_pattern_of_absences(threshold):
         with pytest.raises(RoundAbandoned) as caught:
             outcome(ROSTER, threshold, absences)
         error = caught.value
-        assert (error.stage, error.left, error.exposed) == abandoned, absences
+        assert (error.stage, error.left) == abandoned, absences
         assert error.threshold == threshold and error.exit_code == 4
-        kinds[error.stage, error.exposed] += 1
+        kinds[error.stage] += 1
     assert kinds["released", 4] and bool(kinds["released", 3]) == (threshold == 3)
-    assert kinds["release", True] and kinds["unmask", True] and kinds["unmask", False]
-    assert not kinds["confirm", True] and not kinds["release", False]
+    assert {kind for kind in kinds if isinstance(kind, str)} == set(ABANDONED_AT)
 
 
 def test_a_site_that_leaves_after_it_submitted_is_in_the_sum():
@@ -202,15 +206,15 @@ def rows_of(found, arm="federated"):
 
 
 def unmeasured(found):
-    """Rows without what is of the machine or the protection's sizes; `exposed` is said of masks."""
-    measured = {"seconds", "bytes", "peak", "exposed"}
+    """Rows without what is of the machine or the protection's sizes."""
+    measured = {"seconds", "bytes", "peak"}
     return [
         {k: v for k, v in row.items() if k.split("_")[0] not in measured} for row in found.rounds
     ]
 
 
 def unnamed(rows):
-    """`encrypted` has two stages of the six, so it names another one for the same abandoned round."""
+    """`encrypted` has no keys and shares, so it names another stage for the same abandoned round."""
     return [row | ({"abandoned": True} if "abandoned" in row else {}) for row in rows]
 
 
@@ -226,8 +230,9 @@ PATTERNS = {
     "one at each stage": ("1:keys:a", "2:shares:b", "3:submit:c", "4:confirm:d"),
     "one late": ("1:unmask:a", "2:release:b", "3:unmask:d,3:release:d"),
     "abandoned early": ("2:keys:a,2:submit:b", "4:confirm:c"),
-    "abandoned late": (
-        "2:unmask:a,2:unmask:b",
+    "abandoned at the last moment": ("2:confirm:a,2:confirm:b", "3:shares:c,3:confirm:d"),
+    "waited for": (
+        "2:unmask:a,2:unmask:b,2:unmask:c,2:unmask:d",
         "3:release:a,3:release:b",
         "4:submit:c,4:release:d",
     ),
@@ -269,18 +274,16 @@ def test_chance_takes_the_same_sites_in_every_protection(scheme):
 
 def test_a_row_names_its_survivors_and_one_that_was_abandoned_why():
     found = run(
-        drop=["1:submit:b", "2:keys:a", "2:submit:c", "3:unmask:a", "3:unmask:b", "4:release:d"]
+        drop=["1:submit:b", "2:keys:a", "2:submit:c", "3:confirm:a", "3:confirm:b", "4:release:d"]
     )
     rows = rows_of(found)
     assert [row["survivors"] for row in rows] == [["a", "c", "d"], [], [], ["a", "b", "c", "d"]]
     assert [row.get("abandoned") for row in rows] == [
-        None, "at submit: 2 of 4 sites stayed, 3 needed", "at unmask: 2 of 4 sites stayed, 3 needed", None,
+        None, "at submit: 2 of 4 sites stayed, 3 needed", "at confirm: 2 of 4 sites stayed, 3 needed", None,
     ]  # fmt: skip
-    assert [row.get("exposed") for row in rows] == [None, None, True, None]
     assert found.result["abandoned_rounds"] == [
-        {"round": 2, "stage": "submit", "left": 2, "exposed": False},
-        {"round": 3, "stage": "unmask", "left": 2, "exposed": True},
-    ]
+        {"round": 2, "stage": "submit", "left": 2}, {"round": 3, "stage": "confirm", "left": 2},
+    ]  # fmt: skip
     assert found.result["absences"] == 6
     assert len(found.rounds) == 4 * 4  # the other arms went on
     counted = {site: entry["rounds_in_sum"] for site, entry in found.result["per_site"].items()}
@@ -383,25 +386,27 @@ def test_absences_come_from_every_kind_of_setting(tmp_path):
 # ----------------------------------------------------------------------------- what a run then says
 
 
-def test_abandoned_and_exposed_rounds_are_warnings():
-    drop = ["2:keys:a", "2:keys:b", "3:unmask:a", "3:unmask:b"]
+def test_abandoned_rounds_are_warnings():
+    drop = ["2:keys:a", "2:keys:b", "3:confirm:a", "3:confirm:b"]
     for protection in PROTECTIONS:
         warnings = run(protection=protection, drop=drop).result["warnings"]
         (abandoned,) = [line for line in warnings if "were abandoned" in line]
-        places = (
-            "2 at submit, 3 at release" if protection == "encrypted" else "2 at keys, 3 at unmask"
-        )
-        assert abandoned.startswith("2 of 4 rounds") and places in abandoned
-        exposed = [line for line in warnings if "may hold its sum" in line]
-        assert len(exposed) == (protection in MASKS)
-        start = "Round 3 was abandoned after a site had answered `unmask`, so it counts as released"
-        assert all(line.startswith(start) and "from the same model" in line for line in exposed)
-        assert exposed == warnings[: len(exposed)], "no cut list of warnings leaves it out"
-        assert any("open it with 1" in line for line in exposed) == (protection == "layered")
+        places = "2 at submit" if protection == "encrypted" else "2 at keys"
+        assert abandoned.startswith("2 of 4 rounds")
+        assert f"{places}, 3 at confirm" in abandoned
     one = run(protection="masked", drop=drop[:2]).result["warnings"]
     assert any(line.startswith("1 of 4 rounds was abandoned") for line in one)
-    assert not any("may hold its" in line or "counts as" in line for line in one)
     assert not any("abandoned" in line for line in run(protection="plain").result["warnings"])
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_sites_absent_from_unmask_on_only_delay_the_round(protection):
+    """The sum may be known by then, so the round waits for them: nothing is abandoned, nothing lost."""
+    drop = [f"{number}:{stage}:{site}" for number, stage in ((2, "unmask"), (3, "release"))
+            for site in ROSTER]  # fmt: skip
+    found, whole = run(protection=protection, drop=drop), run(protection=protection)
+    assert found.result["model_sha256"] == whole.result["model_sha256"]
+    assert found.result["abandoned_rounds"] == [] and found.result["absences"] == 8
 
 
 def test_without_a_metrics_only_round_the_metrics_are_null_and_the_run_ends():
@@ -414,16 +419,13 @@ def test_without_a_metrics_only_round_the_metrics_are_null_and_the_run_ends():
 
 
 @pytest.mark.parametrize("protection", PROTECTIONS)
-def test_an_abandoned_metrics_only_round_says_what_may_be_known(protection):
-    early = run(protection=protection, drop=["5:submit:a", "5:submit:b"]).result
+def test_an_abandoned_metrics_only_round_is_a_warning(protection):
+    found = run(protection=protection, drop=["5:submit:a", "5:submit:b"]).result
+    (line,) = [line for line in found["warnings"] if "metrics-only round was" in line]
+    assert "abandoned at submit" in line
+    assert found["protected_metrics_abandoned"] == {"stage": "submit", "left": 2}
     late = run(protection=protection, drop=["5:unmask:a", "5:unmask:b"]).result
-    for found, exposed in ((early, False), (late, True)):
-        (line,) = [line for line in found["warnings"] if "metrics-only round was" in line]
-        assert ("may hold its sum" in line) == (exposed and protection in MASKS)
-    assert early["protected_metrics_abandoned"] == {"stage": "submit", "left": 2, "exposed": False}
-    stage = "release" if protection == "encrypted" else "unmask"
-    assert late["protected_metrics_abandoned"]["stage"] == stage
-    assert run(protection="plain").result["protected_metrics_abandoned"] is None
+    assert late["protected_metrics_abandoned"] is None
 
 
 def test_metrics_of_the_survivors_are_of_their_rows():
@@ -507,21 +509,6 @@ def test_on_the_command_line_it_is_code_4_and_where_to_look(capfd):
         with pytest.raises(SystemExit) as ended:
             cli.main(call)
         assert hint in "".join(capfd.readouterr()) and ended.value.code == (2 if "x" in call else 0)
-
-
-def test_a_sum_that_may_be_known_is_on_the_screen_though_no_round_was_released(capfd):
-    """The row, the round's line and the last line: nobody may have to open a file for it."""
-    late = ["--drop", "1:keys:va,1:keys:hungary", "--drop", "2:unmask:va,2:unmask:hungary"]
-    call = ["simulate", "--task", "heart", "--rounds", "2", "--protection", "masked", "--out", "x"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*call, *late])
-    said = capfd.readouterr().err
-    assert ended.value.code == 4
-    lines = [line for line in said.splitlines() if "abandoned at" in line]
-    assert [line.endswith("(after an answer to unmask)") for line in lines] == [False, True]
-    assert "Round 2 was abandoned after a site had answered `unmask`" in said
-    rows = [row for row in read_rounds(Path("x")) if row["arm"] == "federated"]
-    assert [row.get("exposed") for row in rows] == [None, True]
 
 
 def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):

@@ -10,7 +10,18 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import HUB, KEY_ID, SIZE, STATE, Parties, hashed, kind_of, net, secrets_in
+from parties import (
+    HUB,
+    KEY_ID,
+    SIZE,
+    STATE,
+    Parties,
+    hashed,
+    kind_of,
+    leaves_when_restarted,
+    net,
+    secrets_in,
+)
 
 from fedcore.errors import Conflicting, HeaderRefused
 from fedcore.protocol import coordinator, effects, messages, site
@@ -147,10 +158,10 @@ def test_a_restart_at_any_point_says_the_same_or_leaves(protection, who, steps):
     before, words, made = parties.stages[who], last_words(parties, who), who in parties.made
     if type(before) in {site.Idle, coordinator.Released}:
         return  # the round was shorter than that
-    found = parties.crash(who)
+    found, leaving = parties.crash(who), leaves_when_restarted(before)
     assert encode(parties.replayed(who)) == encode(parties.stages[who])
     sent = [encode(e.message) for e in found if isinstance(e, effects.Send)]
-    if who != HUB and isinstance(before, site.Masking):
+    if leaving:
         assert isinstance(parties.stages[who], site.Idle)
         assert sent == [encode(messages.Leave(before.header.digest, who, "left"))]
     elif who != HUB and not isinstance(before, site.Opening):
@@ -160,10 +171,10 @@ def test_a_restart_at_any_point_says_the_same_or_leaves(protection, who, steps):
         assert set(sent) <= earlier
         waiting = isinstance(before, coordinator.Waiting) and coordinator.waiting_for(before)
         assert bool(sent) == bool(waiting)
+    left_out = {who} if leaving and not parties.taken(who) else set()
     last = parties.finish()
     assert isinstance(last, coordinator.Released)
     present = [name for name in parties.sites if name != "s04"]
-    left_out = {who} if isinstance(before, site.Masking) else set()
     assert last.certificate.survivors == tuple(n for n in present if n not in left_out)
     if made:
         begun = [e for s in parties.log for e in s.effects if isinstance(e, effects.MakeVector)]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
 
-from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned
+from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned, SecondSum
 from fedcore.protocol import coordinator, messages, site
 from fedcore.protocol.absences import STAGES
 from fedcore.protocol.encoding import encode
@@ -44,10 +44,25 @@ def disturb(parties, draw):
         parties.step(HUB, coordinator.Tick())
 
 
+def lose_one(parties, name, kind):
+    """The first message of this type does not reach this site."""
+    heard, lost = parties.absent, []
+
+    def absent(to, event):
+        if to == name and not lost and isinstance(getattr(event, "message", None), kind):
+            lost.append(event)
+            return True
+        return heard(to, event)
+
+    parties.absent = absent
+
+
 def random_rounds(seed):
     """Two rounds of a random cohort, with everything that may happen; returns the parties."""
     draw = random.Random(seed)
     parties = Parties(draw.randint(3, 5), protection="encrypted" if seed % 4 == 3 else "masked")
+    if seed % 5 == 0:
+        lose_one(parties, draw.choice(parties.sites), messages.Confirmations)
     for _ in range(2):
         gone = draw.sample(parties.sites, draw.choice([0, 0, 1, 1, 2]))
         some = draw.sample(parties.sites, 2)
@@ -68,6 +83,8 @@ def random_rounds(seed):
             if halted:
                 break
             parties.catch_up()
+        elif last.exposed:
+            break  # no other round may follow it
     return parties
 
 
@@ -170,10 +187,11 @@ def samples():
     stages, events = found["site"]
     stages[site.Halted] = site.Halted(stages[site.Idle].standing)
     for event in (
-        site.Refused(RoundAbandoned("keys", 1, 2, exposed=False)), site.Reconnected(),
+        site.Refused(RoundAbandoned("keys", 1, 2)), site.Reconnected(),
         site.Restarted(), site.Tick(), site.CaughtUp(certificate, certificate.state_mac),
         site.NewEpoch(2, hashed("key")), site.Invited(messages.Announce(parties.header()), STATE),
         site.Superseded(), site.Declined(parties.header()),
+        site.OwnSignature(certificate.statement(*certificate.signatures[0]), certificate.header),
         site.Received(messages.Notice(certificate.header.digest, "s01", b"sealed")),
         site.Received(messages.Leave(b"h", "s01", "left")), site.Received("anything"),
         site.Received(certificate), site.Received(None),
@@ -247,9 +265,15 @@ def test_whatever_is_not_in_the_table_is_refused_and_changes_nothing(name):
     assert refused > 60 and bool(repeated) == (machine is site)
 
 
-@pytest.mark.parametrize("kind", site.IN_ROUND, ids=lambda kind: kind.__name__)
-def test_a_site_waits_at_no_stage_for_ever(kind):
-    """Its patience starts with the stage, or with a restart; then it leaves and says only that."""
+def is_exposed(kind):
+    return kind in {*site.EXPOSED, *coordinator.EXPOSED}
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in site.IN_ROUND if not is_exposed(k)], ids=lambda kind: kind.__name__
+)
+def test_a_site_waits_at_no_stage_before_exposure_for_ever(kind):
+    """Its patience starts with the stage; then it leaves and says only that."""
     member = PARTIES.members["s00"]
     stage = replace(SAMPLES["site"][0][kind], until=50.0)
     same, found = site.step(member, stage, site.Tick(), 49.9)
@@ -259,9 +283,25 @@ def test_a_site_waits_at_no_stage_for_ever(kind):
     assert [e.message for e in found if hasattr(e, "message")] == [
         messages.Leave(stage.header.digest, "s00", "left")
     ]
-    if kind is not site.Masking:
-        again, _ = site.step(member, stage, site.Restarted(), 70.0)
-        assert again.until == 70.0 + member.patience
+    assert isinstance(site.step(member, stage, site.Restarted(), 70.0)[0], site.Idle)
+
+
+@pytest.mark.parametrize("kind", site.EXPOSED, ids=lambda kind: kind.__name__)
+def test_an_exposed_site_waits_for_the_release_and_for_nothing_else(kind):
+    member, stage = PARTIES.members["s00"], SAMPLES["site"][0][kind]
+    assert stage.standing.exposed == stage.header.digest and not site.waits(stage)
+    assert site.step(member, stage, site.Tick(), 1e12) == (stage, ())
+    same, found = site.step(member, stage, site.Restarted(), 0.0)
+    assert same is stage and found, "a new process says again what it said"
+
+
+def test_a_vector_without_masks_waits_through_a_restart_with_a_patience_of_its_own():
+    parties = Parties(3, protection="encrypted")
+    parties.play()
+    stage = next(s.after for s in parties.log if isinstance(s.after, site.Submitted))
+    member = parties.members[stage.submit.site]
+    again, found = site.step(member, stage, site.Restarted(), 70.0)
+    assert again.until == 70.0 + member.patience and found
 
 
 def test_every_stage_of_real_rounds_has_its_own_deadline():
@@ -269,14 +309,16 @@ def test_every_stage_of_real_rounds_has_its_own_deadline():
     parties.now = 1000.0
     parties.play()
     for step in parties.log:
-        if isinstance(step.after, site.IN_ROUND):
+        if site.waits(step.after):
             assert step.after.until == 1000.0 + parties.members["s00"].patience
         if isinstance(step.after, coordinator.Waiting):
             assert step.after.until == 1000.0 + parties.hub.patience
 
 
-@pytest.mark.parametrize("kind", coordinator._CLOSE, ids=lambda kind: kind.__name__)
-def test_the_coordinator_waits_at_no_stage_for_ever(kind):
+@pytest.mark.parametrize(
+    "kind", [k for k in coordinator._CLOSE if not is_exposed(k)], ids=lambda kind: kind.__name__
+)
+def test_the_coordinator_waits_at_no_stage_before_exposure_for_ever(kind):
     """With nobody there it abandons at the deadline, with who is left."""
     parties = Parties(3)
     parties.play()
@@ -291,6 +333,72 @@ def test_the_coordinator_waits_at_no_stage_for_ever(kind):
     assert after.stage == coordinator.STAGE_NAMES[kind]
     told = [e.to for e in found if hasattr(e, "message")]
     assert told == list(parties.sites)
+
+
+@pytest.mark.parametrize("kind", coordinator.EXPOSED, ids=lambda kind: kind.__name__)
+def test_a_round_whose_sum_may_be_known_waits_until_enough_are_back(kind):
+    parties = Parties(4)
+    parties.play()
+    stage = next(
+        s.after for s in parties.log if type(s.after) is kind and type(s.before) is not kind
+    )
+    step = coordinator.step
+    for name in parties.sites:
+        stage, _ = step(parties.hub, stage, coordinator.Gone(name), 0.0)
+    assert coordinator.step(parties.hub, stage, coordinator.Tick(), 1e12) == (stage, ())
+    assert coordinator.waiting_for(stage) == parties.sites
+    _, found = step(parties.hub, stage, coordinator.Reconnected("s02"), 0.0)
+    (again,) = [e.message for e in found if hasattr(e, "message")]
+    assert isinstance(again, messages.Confirmations | messages.Aggregate)
+    sent = {
+        s.event.sender: s.event for s in parties.log
+        if s.who == HUB and type(s.before) is kind and isinstance(s.event, coordinator.Received)
+    }  # fmt: skip
+    for name in ("s00", "s01", "s02"):  # three of them are enough, whoever was gone
+        assert type(stage) is kind
+        stage, _ = step(parties.hub, stage, sent[name], 0.0)
+    assert type(stage) is not kind and not isinstance(stage, coordinator.Abandoned)
+
+
+@pytest.mark.parametrize("kind", coordinator.EXPOSED, ids=lambda kind: kind.__name__)
+def test_where_too_few_can_answer_the_round_ends_and_no_other_one_follows(kind):
+    """Sites that say that they are in the round no longer cannot come back to it."""
+    parties = Parties(4)
+    parties.play()
+    stages = [s.after for s in parties.log if type(s.after) is kind]
+    stage = stages[1]  # one answer is there
+    first = coordinator._came(stage)[0].site
+    left = [name for name in parties.sites if name != first]
+    step = coordinator.step
+    stage, _ = step(parties.hub, stage, coordinator.Gone(left[0], for_good=True), 0.0)
+    assert type(stage) is kind
+    leave = messages.Leave(stage.header.digest, left[1], "left")
+    stage, found = step(parties.hub, stage, coordinator.Received(left[1], leave), 0.0)
+    assert isinstance(stage, coordinator.Abandoned) and first in stage.exposed
+    assert any("its sum may be known" in getattr(effect, "text", "") for effect in found)
+    header = replace(stage.header, round=stage.round + 1, training_round=stage.round + 1)
+    with pytest.raises(SecondSum, match="whose sum may be known"):
+        step(parties.hub, stage, coordinator.Start(header, 1), 0.0)
+
+
+def test_where_no_site_can_have_answered_another_round_may_follow():
+    """All that were asked left before; a site that left after its answer would have been heard."""
+    parties = Parties(4)
+    parties.play()
+    asked = next(s.after for s in parties.log if isinstance(s.after, coordinator.Unmasking))
+    stage = replace(asked, left=parties.sites[:2])
+    gone = coordinator.Gone("s02", for_good=True)
+    some, _ = coordinator.step(parties.hub, stage, gone, 0.0)
+    assert some.exposed == ("s03",)
+    stage, _ = coordinator.step(parties.hub, replace(stage, left=parties.sites[:3]), gone, 0.0)
+    assert stage.exposed == ("s03",)
+    stage, _ = coordinator.step(
+        parties.hub, replace(asked, left=parties.sites), coordinator.Tick(), 0.0
+    )
+    assert isinstance(stage, coordinator.Abandoned) and stage.exposed == ()
+    header = replace(stage.header, round=stage.round + 1)
+    after, _ = coordinator.step(parties.hub, stage, coordinator.Start(header, 1), 0.0)
+    assert isinstance(after, coordinator.Advertising)
 
 
 def test_a_sum_is_asked_for_only_after_a_list_was_signed():

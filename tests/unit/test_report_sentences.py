@@ -257,7 +257,7 @@ def test_methods_follow_plan_and_result():
 
 ABSENT = {
     "absences": 3, "drop": ["3:submit:va", "5:keys:va"], "dropout": 0.1,
-    "abandoned_rounds": [{"round": 5, "stage": "keys", "left": 2, "exposed": False}],
+    "abandoned_rounds": [{"round": 5, "stage": "keys", "left": 2}],
 }  # fmt: skip
 
 

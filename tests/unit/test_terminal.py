@@ -151,10 +151,6 @@ def test_more_than_two_metrics_take_more_tables():
             {"accuracy": 0.8, "survivors": [], "abandoned": "at keys: 2 of 4 sites stayed, 3 needed"},
             "abandoned at keys: 2 of 4 sites stayed, 3 needed",
         ),
-        (
-            {"survivors": [], "abandoned": "at unmask: 2 of 4 sites stayed, 3 needed", "exposed": True},
-            "abandoned at unmask: 2 of 4 sites stayed, 3 needed (after an answer to unmask)",
-        ),
     ],
 )  # fmt: skip
 def test_a_round_in_a_few_words(row, text):

@@ -15,7 +15,7 @@ from fedcore.wire.refusals import MOST, error_of, status_of
         (errors.BadInput("job: found none", remedy="look at `jobs`"), "INVALID_ARGUMENT"),
         (errors.UnknownName("job", "hart", ["heart"]), "INVALID_ARGUMENT"),
         (errors.PlanRefused("plan: found 20 bits", remedy="bits = 16"), "FAILED_PRECONDITION"),
-        (errors.RoundAbandoned("keys", 2, 3, exposed=False), "ABORTED"),
+        (errors.RoundAbandoned("keys", 2, 3), "ABORTED"),
         (
             errors.MalformedMessage("frame", found="x", expected="y", fault="va"),
             "INVALID_ARGUMENT",
