@@ -235,13 +235,21 @@ class Town:
         )  # fmt: skip
         written = found._journal
 
-        def journal(effects, *rest):
+        def note(effects):
             for effect in effects:
                 record = getattr(effect, "record", None)
                 if isinstance(record, once):
                     place = name, found.stage.header.digest, type(record).__name__
                     self.signed.setdefault(place, set()).add(encode(record))
-            written(effects, *rest)
+
+        def journal(effects, *rest):
+            try:
+                written(effects, *rest)
+            except Killed:
+                if self.journals[name].late:  # it is on disk
+                    note(effects)
+                raise
+            note(effects)
 
         found._journal = journal
 
