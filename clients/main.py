@@ -34,7 +34,6 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.edge import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem
 from fedcore.files import write_json
-from fedcore.guard import GuardRecord
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
 from fedcore.protect.identity import IdentityKey, roster_digest
@@ -85,10 +84,10 @@ class InstalledTasks:
         )  # fmt: skip
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: course.Step, state: JobState, record: GuardRecord
+        self, job: str, plan: RoundPlan, step: course.Step, state: JobState
     ) -> Contribution:
-        """The content of one vector. Raises TrainingFailed and GuardTripped."""
-        return await self._training.contribute(job, plan, step, state, record)
+        """The content of one vector. Raises TrainingFailed."""
+        return await self._training.contribute(job, plan, step, state)
 
     async def track(
         self,
@@ -232,7 +231,6 @@ class Site:
                     "tracked": found.tracked,
                     "last_error": found.last_error,
                     "refused": str(found.refused) if found.refused is not None else None,
-                    "left": found.left or None,
                     "outcome": found.ended.outcome if found.ended else None,
                     "model_sha256": state.model_sha256 if state and state.done else None,
                     "model_round": released_round(state.done) if state and state.done else None,

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.attacked import COLLUDER, SITES, attacked, columns_of, is_vector, minus
+from support.attacked import (
+    COLLUDER,
+    ROWS,
+    SITES,
+    attacked,
+    columns_of,
+    each_alone,
+    is_vector,
+    minus,
+)
 from support.hostile_coordinator import answers, attack, sums
 from support.unguarded_site import (
+    CAP,
+    CERTIFIED,
     IMPOSSIBLE,
+    ONE_SUM,
     POLICY,
     SETTINGS,
+    SPLIT,
     THRESHOLD,
     UNIFORM,
     lies,
@@ -21,13 +34,15 @@ from support.unguarded_site import (
     switched_off,
 )
 
-ATTACKS = ("folds", "cohort", "downgrade", "impossible")
+from fedcore.aggregate.jobstate import model_digest
+
+ATTACKS = ("folds", "cohort", "downgrade", "impossible", "masked", "layered", "forged", "counts")
 
 
 @pytest.fixture(scope="module")
 def fed(tmp_path_factory):
     """One deployment for all attacks; each has its own rows, and others for its positive control."""
-    tasks = [name for each in ATTACKS for name in (each, f"{each}_open")]
+    tasks = [name for each in ATTACKS for name in (each, f"{each}_open")] + ["folds_own"]
     with attacked(tmp_path_factory.mktemp("attacked"), tasks) as found:
         yield found
         assert "Traceback" not in "".join(map(found.log, SITES))
@@ -58,11 +73,72 @@ def patients_read(fed, task, site, found):
 
 
 def test_two_jobs_in_which_one_site_is_offered_another_fold(fed):
-    with switched_off(fed.folder, SETTINGS):
+    with switched_off(fed.folder, SETTINGS, SPLIT):
         found = rows_by_fold(fed, "folds_open")
         assert patients_read(fed, "folds_open", "a", found) == 3
-    assert len(rows_by_fold(fed, "folds", gather=1.0)) == 0
+    with switched_off(fed.folder, SPLIT):  # either rule is enough
+        assert len(rows_by_fold(fed, "folds", patients=1, gather=0.5)) == 0
     assert "plan digest: found" in fed.log("a"), "it took no part, for this reason"
+    with switched_off(fed.folder, SETTINGS):
+        assert not rows_by_fold(fed, "folds_own", patients=1).any(), "the same rows in both jobs"
+
+
+# ------------------------------------------------------------------- H: other cohorts of one state
+
+PURPOSES = ["statistics", "range", "update"]
+
+
+def vectors_by_cohorts(fed, task, protection):
+    """(site, purpose) of the vectors that one sum without each site shows. Each of these rounds is given up
+    once its sum is known; after four of them, one is released. masked: the coordinator alone; layered: with
+    the key of one colluding site."""
+    attack(
+        fed.folder, leave_out=[*SITES, None] * len(PURPOSES), abandon=True, stop_after=14,
+        key="" if protection == "masked" else str(fed.folder),
+    )  # fmt: skip
+    job = fed.submit(task, rounds=1, protection=protection)
+    fed.wait(job)
+    read = []
+    for purpose in PURPOSES:
+        known = [each for each in sums(fed.folder, job, purpose) if len(each["survivors"]) == 3]
+        for name, vector in each_alone(known).items():
+            if is_vector(vector, sent_by(fed.folder, job, purpose, name)[0]):
+                read.append((name, purpose))
+    return sorted(read), [each["survivors"] for each in sums(fed.folder, job)]
+
+
+@pytest.mark.parametrize("protection", ["masked", "layered"])
+def test_the_same_step_with_another_site_left_out_each_time(fed, protection):
+    with switched_off(fed.folder, ONE_SUM):
+        read, _ = vectors_by_cohorts(fed, f"{protection}_open", protection)
+    assert read == sorted((name, purpose) for name in SITES for purpose in PURPOSES)
+    read, opened = vectors_by_cohorts(fed, protection, protection)
+    assert (read, opened) == ([], [list("bcd")]), "one sum, and no other of this state"
+
+
+# ------------------------------------------------------------------------ V: a state without proof
+
+LIE = 7.0
+"""Each parameter of the model that nobody trained."""
+
+
+def models_after_a_forged_checkpoint(fed, task):
+    """site -> hash of its model after a round of training, before whose certificate the coordinator, with
+    the key of one colluding site, sent a checkpoint that no site certified."""
+    attack(fed.folder, forge=LIE, key=str(fed.folder))
+    job = fed.submit(task, rounds=1)
+    fed.wait(job)
+    fed.over(job)
+    return fed.models(job)
+
+
+def test_a_checkpoint_that_no_certificate_proves_never_becomes_the_model(fed):
+    forged = model_digest(np.full(6, LIE, dtype=np.float32))
+    with switched_off(fed.folder, CERTIFIED):
+        assert models_after_a_forged_checkpoint(fed, "forged_open") == dict.fromkeys(SITES, forged)
+    found = models_after_a_forged_checkpoint(fed, "forged")
+    assert len(set(found.values())) == 1
+    assert forged not in found.values()
 
 
 # ------------------------------------------------------------------------- N: a cohort below t
@@ -144,3 +220,30 @@ def test_a_lying_site_whose_statistics_have_no_spread(fed):
     assert {site["unable"] for site in event["sites"].values()} == {""}, "one answer, of all"
     for name in sorted(set(SITES) - {COLLUDER}):
         assert "statistics: found n S2 < S1^2, expected n S2 >= S1^2" in fed.log(name)
+
+
+# ----------------------------------------------------------------------------- U: how many rows a site has
+
+
+def rows_by_caps(fed, task):
+    """site -> the rows that it has, by halving: each offer has another cap for each site, and the site says
+    whether it can take part. Nothing but offers is needed; also the number of them."""
+    low, high, offers = dict.fromkeys(SITES, 0), dict.fromkeys(SITES, 64), 0
+    while any(high[name] - low[name] > 1 for name in SITES):
+        caps = {name: (low[name] + high[name]) // 2 for name in SITES}
+        asked = {name: {"protect.max_examples": cap} for name, cap in caps.items()}
+        attack(fed.folder, offers=asked, survey=True)
+        job = fed.submit(task, rounds=1)
+        fed.wait(job)
+        offers += 1
+        for name, said in answers(fed.folder, job).items():
+            (high if said == "able" else low)[name] = caps[name]
+    return high, offers
+
+
+def test_how_many_rows_a_site_has_by_offers_with_other_caps(fed):
+    with switched_off(fed.folder, CAP):
+        assert rows_by_caps(fed, "counts_open") == (ROWS, 6)
+    assert rows_by_caps(fed, "counts") == (dict.fromkeys(SITES, 1), 6), (
+        "each site takes every offer"
+    )

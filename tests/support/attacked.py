@@ -37,11 +37,10 @@ import fedcore
 
 
 def data(source):
-    site, task = source
+    site, task, n = source
     with open({reads!r}, "a") as out:
         print(site, task, file=out)
     random = np.random.default_rng([site, task])
-    n = {rows!r}[site]
     columns = [
         random.integers(29, 78, n), random.integers(94, 190, n), random.integers(0, 2, n),
         random.integers(71, 195, n), random.integers(-20, 63, n) / 10,
@@ -61,7 +60,7 @@ def loss(outputs, targets):
 def of(name, number):
     return fedcore.Task(
         name=name, data=data, model=model, loss=loss, metrics=("accuracy",),
-        statistics={ranges!r}, sites={{site: (i, number) for i, site in enumerate("abcd")}},
+        statistics={ranges!r}, sites={{site: (i, number, {rows!r}[i]) for i, site in enumerate("abcd")}},
     )
 
 
@@ -83,7 +82,7 @@ class Attacked:
         """Submit a job of this task; its id."""
         self.fed.task = f"{self.file}:{task}"
         self.fed.prepared.clear()
-        return self.fed.submit(**{"max_examples": 64, **settings})
+        return self.fed.submit(**{"max_examples": 64, "standardise": "federated", **settings})
 
     def reads(self, task):
         """How often sites have loaded their rows for a task, in all."""
@@ -95,7 +94,8 @@ class Attacked:
         """The rows that a site has for a task: (rows, columns) and labels."""
         from fedcore.task import load_task
 
-        return load_task(f"{self.file}:{task}").data((SITES.index(site), self.names.index(task)))
+        source = SITES.index(site), self.names.index(task), ROWS[site]
+        return load_task(f"{self.file}:{task}").data(source)
 
 
 @contextlib.contextmanager
@@ -112,7 +112,8 @@ def attacked(folder, tasks, colluders=(COLLUDER,), sites=SITES):
     patches |= {name: colluding(notes) for name in colluders} | {HUB: hostile(notes)}
     attack(notes)
     first = f"{file}:{tasks[0]}"
-    with deployment(folder, first, start=[], patches=patches) as fed:
+    policy = {"statistics": "federated"}
+    with deployment(folder, first, start=[], patches=patches, policy=policy) as fed:
         found = Attacked(fed, file, notes, list(tasks))
         allow(found, tasks)
         for name in sites:
@@ -135,7 +136,7 @@ def allow(found, tasks):
             digest = fed._prepare({}).plan.task_digest
             text += (
                 f'[tasks.{task}]\ntask = "{fed.task}"\nsha256 = "{digest}"\n'
-                f"source = [{SITES.index(name)}, {number}]\n"
+                f"source = [{SITES.index(name)}, {number}, {ROWS[name]}]\n"
             )
         fed.config(name).write_text(text)
 

@@ -138,7 +138,7 @@ def install(folder):
 
     from fedcore.aggregate.jobstate import JobState
     from fedcore.protect.entropy import OsEntropy
-    from fedcore.protocol import coordinator, effects, messages
+    from fedcore.protocol import coordinator, messages
     from fedcore.protocol import job as job_messages
     from fedcore.protocol.course import Step
     from fedcore.wire import calls
@@ -184,14 +184,14 @@ def install(folder):
             return set(self.attack.cohort) <= set(present)
 
         def _begin_round(self, step, roster):
-            if 0 < self.attack.stop_after <= self.begun:
-                self.end("stopped", "it has what it wanted")
-                return
             roster = tuple(n for n in roster if n in (self.attack.cohort or roster))
             self.begun, self.again = self.begun + 1, step
             super()._begin_round(step, roster)
 
         def _next_round(self):
+            if 0 < self.attack.stop_after <= self.begun:
+                self.end("stopped", "it has what it wanted")
+                return
             if self.keeps and isinstance(self.stage, coordinator.Abandoned):
                 self.step = self.again  # the product goes on to the next round of training
             super()._next_round()
@@ -228,17 +228,18 @@ def install(folder):
             ready = isinstance(event, jobs._Done) and isinstance(event.event, coordinator.SumReady)
             if ready and isinstance(self.stage, coordinator.Summing):
                 self.write_down()
-                for name in self.stage.header.roster if self.keeps else ():
-                    self._machine(coordinator.Gone(name))
+                if self.keeps:
+                    self.give_up()
+                    return
             await super()._handle(event)
-            if ready and self.attack.stop_after and self.begun >= self.attack.stop_after:
-                self.end("stopped", "it has what it wanted")
 
-        def _obey(self, effect):
-            sent = isinstance(effect, effects.Send)
-            if sent and self.keeps and isinstance(effect.message, messages.Aggregate):
-                return
-            super()._obey(effect)
+        def give_up(self):
+            """Nobody hears of the sum; the machine would rather release it, or end the job."""
+            header = self.stage.header
+            self.stage = coordinator.Abandoned(header, "release", 0, ())
+            for name in header.roster:
+                self.links.say(name, self.id, messages.Abandon(header.digest, "release"))
+            self._commit(ended=True)
 
         def write_down(self):
             """The sum, if it can be opened here."""
@@ -277,9 +278,10 @@ def install(folder):
             """Before the round, a checkpoint of it with a certificate that no site signed."""
             if self.attack.forge is None or header.purpose != "update":
                 return
-            lie = np.full(self.plan.parameters, self.attack.forge, dtype=np.float32)
+            state = JobState.from_bytes(Path(self.attack.key, f"state-{self.id}").read_bytes())
+            lie = np.full_like(state.server.parameters, self.attack.forge)
             done = Step(header.purpose, header.training_round)
-            forged = replace(JobState.initial(self.plan, lie), done=done)
+            forged = replace(state, server=replace(state.server, parameters=lie), done=done)
             secrets = self.colluders()
             certificate = messages.Certificate(header, header.roster, b"x" * 32, b"y" * 32, ())
             data = secrets.group.to_bytes() + forged.to_bytes()

@@ -37,26 +37,98 @@ def colluding(folder):
 
 
 SETTINGS = "the settings are in the plan"
+SPLIT = "the split into training and test rows is the site's own"
+CAP = "a site with more rows than the cap takes some of them"
 POLICY = "the policy of the site"
 THRESHOLD = "the threshold of a round is the plan's"
-
+ONE_SUM = "of one state at most one sum"
+CERTIFIED = "a state is held and applied under its own certificate only"
 IMPOSSIBLE = "a sum that no honest vectors have is refused"
 UNIFORM = "whatever a sum raises is the one refusal"
 
+
+def _nothing(_):
+    """In the place of a check."""
+    return lambda *_: None
+
+
+def _split_of_the_job(load):
+    """The rows are dealt as 45ef960 dealt them: by the job's seed and fold."""
+
+    async def found(self, job, **asked):
+        settings = asked["settings"]
+        split = {name: settings[name] for name in ("seed", "fold", "folds")}
+        return await load(self, job, **{**asked, "split": {"method": "folds", **split}})
+
+    return found
+
+
+def _too_many_rows(load):
+    """A site with more rows than the cap says that it cannot take part, as 45ef960 did."""
+
+    async def found(self, job, **asked):
+        from fedcore_clients.training import TrainingFailed
+
+        if asked["source"][2] > asked["settings"]["protect"]["max_examples"]:
+            raise TrainingFailed("unable")
+        return await load(self, job, **asked)
+
+    return found
+
+
+def trusting(contribute):
+    """Whatever the model is like, the site trains on it."""
+
+    async def found(self, job, plan, step, state, record=None):
+        if record is None:
+            return await contribute(self, job, plan, step, state)
+        from fedcore.guard import GuardRecord, GuardRules
+
+        lenient = GuardRecord(GuardRules(loss_factor=1e300, rounds=1 << 30))
+        lenient.memory = record.memory
+        return await contribute(self, job, plan, step, state, lenient)
+
+    return found
+
+
+def _silent(opened):
+    """What nobody foresaw in a sum ends the work without a word, as in 45ef960."""
+
+    def found(*args):
+        from fedcore.errors import FedcoreError
+
+        try:
+            return opened(*args)
+        except FedcoreError:
+            raise
+        except Exception as error:
+            raise asyncio.CancelledError from error
+
+    return found
+
+
 RULES = {
-    SETTINGS: [("fedcore.config", "settings_digest", lambda *_: "0" * 64)],
-    POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", lambda *_: None)],
+    SETTINGS: [("fedcore.config", "settings_digest", lambda _: lambda *_: "0" * 64)],
+    SPLIT: [("fedcore_clients.training", "Training.load", _split_of_the_job)],
+    CAP: [("fedcore_clients.training", "Training.load", _too_many_rows)],
+    POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
-        ("fedcore.protocol.site", "check_round_threshold", lambda *_: None),
-        ("fedcore.protocol.site", "Member.least", lambda member: member.minimum),
+        ("fedcore.protocol.site", "check_round_threshold", _nothing),
+        ("fedcore.protocol.site", "Member.least", lambda _: lambda member: member.minimum),
+    ],
+    ONE_SUM: [("fedcore.protocol.site", "_check_one_sum", _nothing)],
+    CERTIFIED: [
+        ("fedcore.protocol.site", "check_missed", _nothing),
+        ("fedcore_clients.jobs", "_require_certified", _nothing),
+        ("fedcore_clients.jobs", "_key", lambda _: lambda found: f"round {found.header.round}"),
     ],
     IMPOSSIBLE: [
-        (f"fedcore.aggregate.{module}", "check_possible", lambda *_: None)
+        (f"fedcore.aggregate.{module}", "check_possible", _nothing)
         for module in ("jobstate", "released")
     ],
-    UNIFORM: [("fedcore_clients.jobs", "SiteJob._opened", None)],
+    UNIFORM: [("fedcore_clients.jobs", "SiteJob._opened", _silent)],
 }
-"""Name -> the functions that hold the rule (module, attribute), and what stands in the place of each."""
+"""Name -> the functions that hold the rule, as (module, attribute, what makes another one of each)."""
 
 
 @contextlib.contextmanager
@@ -91,28 +163,11 @@ def switches(folder, rules=tuple(RULES)):
 def _switched(folder, rule, guarded, without):
     if isinstance(guarded, property):
         return property(_switched(folder, rule, guarded.fget, without))
-
-    without = without or _silent(guarded)
+    other = without(guarded)
 
     @functools.wraps(guarded)
     def found(*args, **kwargs):
-        return (without if is_off(folder, rule) else guarded)(*args, **kwargs)
-
-    return found
-
-
-def _silent(guarded):
-    """The same, but what nobody foresaw ends the work without a word, as 45ef960 did."""
-
-    def found(*args):
-        from fedcore.errors import FedcoreError
-
-        try:
-            return guarded(*args)
-        except FedcoreError:
-            raise
-        except Exception as error:
-            raise asyncio.CancelledError from error
+        return (other if is_off(folder, rule) else guarded)(*args, **kwargs)
 
     return found
 
@@ -144,16 +199,20 @@ def install(folder):
 
 
 def collude(folder):
-    """Give away the payload of each key epoch."""
+    """Give away the payload of each key epoch, and each state."""
     from fedcore_clients.jobs import SiteJob
 
-    use = SiteJob._use
+    use, apply = SiteJob._use, SiteJob._apply
 
-    def given_away(self, payload, maker):
+    def used(self, payload, maker):
         Path(folder, f"key-{self.id}").write_bytes(payload.reveal())
         use(self, payload, maker)
 
-    SiteJob._use = given_away
+    def applied(self, certificate):
+        apply(self, certificate)
+        Path(folder, f"state-{self.id}").write_bytes(self.state.to_bytes())
+
+    SiteJob._use, SiteJob._apply = used, applied
 
 
 def lie(folder):
@@ -162,8 +221,8 @@ def lie(folder):
 
     contribute = Training.contribute
 
-    async def lied(self, job, plan, step, state):
-        fields, wides = await contribute(self, job, plan, step, state)
+    async def lied(self, job, plan, step, *more):
+        fields, wides = await contribute(self, job, plan, step, *more)
         told = _told(folder).get(step.purpose, {})
         wides = {n: [told[n]] * len(v) if n in told else v for n, v in wides.items()}
         return fields, wides
