@@ -22,8 +22,11 @@ from fedcore.plan import VectorSpec, Wide
 from fedcore.types import Json
 
 FIXED_POINT_BITS = 16
-SPREAD = 1.0
-"""Public standard deviation of a column, in halves of its declared range."""
+SPREAD = 0.25
+"""Public spread of a column, in halves of its declared range: the range counts as 4 standard deviations to
+either side. Chosen on heart in folds inside training rows (5 seeds x 5 folds x 2 inner folds): AUC and
+accuracy .8779/.789 at 1, .8820/.799 at 1/2, .8826/.803 at 1/3, .8828/.804 at 1/4, .8825/.803 at 1/5;
+federated statistics .8824/.805."""
 
 MIN_OBSERVED = 5
 MIN_CONTRIBUTORS = 3
@@ -57,7 +60,7 @@ class Statistics:
 
     @classmethod
     def of_ranges(cls, names: Sequence[str], ranges: Sequence[tuple[float, float]]) -> Statistics:
-        """The scale that public ranges give: middle and a share of the half width. Of no row: counts are 0."""
+        """The scale that public ranges give: their middle, and an eighth of their width. Of no row: counts are 0."""
         low, high = np.asarray(ranges, dtype=np.float64).reshape(-1, 2).T
         none = (0,) * len(names)
         return cls(tuple(names), (low + high) / 2, (high - low) / 2 * SPREAD, none, none, none)

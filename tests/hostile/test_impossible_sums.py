@@ -7,6 +7,7 @@ are the real machines with real tags, masks and states; one site writes fields t
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ HONEST = {"weight": [320], "over_range": [0], "over_half_range": [1], EXCEEDS: [
 ROW = {"count": [60], "sum": [60 * 30_000], "square": [60 * 30_000**2], "contributes": [1],
        "clipped": [0]}  # fmt: skip
 
+REST = {"metric:accuracy": [30, 40], "exceeding": [D] * 3 + [0] * 21}
+
 FIELDS = {
     "no weight at all": (WEIGHT, WRAP - 4 * 320, "weight"),
     "more weight than the cap": (WEIGHT, TOP, "weight"),
@@ -91,11 +94,18 @@ class Town:
         spec = self.plan.update_vector
         if purpose == "statistics":
             spec = statistics_vector(1, CAP)
-        step = Step(purpose, 1 if purpose == "update" else 0)
+        if purpose == "metrics":
+            spec = self.plan.metrics_vector
+        number = {"update": 1, "statistics": 0, "range": 0, "metrics": 10}[purpose]
+        step = Step(purpose, number)
+        if purpose == "range":
+            spec = self.plan.range_vector
 
         def contribute(index):
             if purpose == "statistics":
                 return np.empty(0, dtype=np.uint64), lie if lie and index == LIAR else ROW
+            if purpose != "update":
+                return np.empty(0, dtype=np.uint64), lie if lie and index == LIAR else REST
             return np.full(D, 1 << 15, dtype=np.uint64), HONEST
 
         def lead(opened, _):
@@ -122,13 +132,13 @@ class Town:
         assert what in causes.pop()
 
 
-def lying(monkeypatch, field, value):
+def lying(monkeypatch, field, value, purpose="update"):
     """The liar's encoder writes a field of its own: any w bits, where an honest one has at most b."""
     honest = Layout._join
 
     def join(self, coordinates, wides, place):
         data = honest(self, coordinates, wides, place)
-        if place == LIAR and self.spec.purpose == "update":
+        if place == LIAR and self.spec.purpose == purpose:
             data[field] = value
         return data
 
@@ -161,6 +171,34 @@ def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(
         town.check_refused_alike("division by zero")
     else:
         assert Town(protection).sum("update").done == Step("update", 1)
+
+
+@pytest.mark.parametrize("purpose", ["range", "metrics"])
+def test_the_sums_of_the_other_rounds_are_held_against_their_caps_too(purpose, monkeypatch):
+    assert Town("masked").sum(purpose).done.purpose == purpose  # control: honest sites
+    lying(monkeypatch, 0, TOP, purpose)
+    town = Town("masked")
+    with pytest.raises(ImpossibleSum):
+        town.sum(purpose)
+    town.check_refused_alike("sum: ")
+    unchecked(monkeypatch)
+    assert Town("masked").sum(purpose).done.purpose == purpose
+
+
+def test_counts_that_grow_with_the_power_of_two_are_refused():
+    town, growing = Town("masked"), REST | {"exceeding": [0] * 23 + [D]}
+    with pytest.raises(ImpossibleSum, match="exceeding: found a count that grows"):
+        town.sum("range", growing)
+    town.check_refused_alike("grows")
+
+
+def test_a_model_that_is_not_finite_is_refused():
+    town = Town("masked")
+    server = replace(town.state.server, parameters=np.full(D, 1e39))  # beyond float32
+    town.state = replace(town.state, server=server)
+    with pytest.raises(ImpossibleSum, match="NaN or infinity"):
+        town.sum("update")
+    town.check_refused_alike("finite")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")

@@ -6,6 +6,7 @@ of two sums is about those that are in one of them only.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedcore.encode.pack import Opened
 from fedcore.label import Terms, collusion
 from fedcore.plan import EXCEEDS, METRIC, Wide
 from fedcore.protocol.course import Step
+from fedcore.protocol.effects import MakeVector
 
 PLAN = replace(plan_of("layered"), threshold=3)
 ROSTER = PLAN.sites
@@ -103,9 +105,17 @@ def test_what_was_shown_is_in_the_state_that_all_sites_must_share():
     assert JobState.from_bytes(other.state.to_bytes()).shown == (without("c"),)
 
 
+def answering(found):
+    async def contribute(*_):
+        return found
+
+    return contribute
+
+
 @pytest.mark.parametrize("rule", [True, False])
 def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule):
     """The real `SiteJob`, between its training process and its vector."""
+    packed = []
     world = world_at("state")
     for found in deployed(world, "cat", tmp_path):
         metric = Wide(METRIC + "accuracy", 2, CAP.bit_length())
@@ -116,6 +126,12 @@ def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule)
             monkeypatch.setattr(JobState, "isolates", lambda *_: False)
         fields = np.ones(12, dtype=np.uint64)
         wides = {"weight": [100], EXCEEDS: [0], metric.name: [30, 40]}
-        sent = found._without_isolating_metrics((fields, wides), world.round_header)
+        found.contributor = type("Trained", (), {"contribute": answering((fields, wides))})()
+        found.link = type("Link", (), {"doing": lambda *_: None, "say": lambda *_: None})()
+        found.survey = object()
+        monkeypatch.setattr(found, "_protect", lambda _, sent: packed.append(sent))
+        asked = MakeVector(world.round_header, b"", ())
+        asyncio.run(found._make_vector(asked))
+        (sent,) = packed
         assert sent[0] is fields
         assert sent[1] == wides | {metric.name: [0, 0] if rule else [30, 40]}
