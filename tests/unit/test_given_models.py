@@ -11,6 +11,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.policy import PolicySection
 from fedcore_server import service
 from fedcore_server.handover import ASKED_AGAIN, MODEL_FILE, HandOver
+from fedcore_server.jobs import Quota
 from fedcore_server.operators import prepare
 from pydantic import ValidationError
 from test_public_metrics import (
@@ -73,7 +74,7 @@ def test_every_way_to_a_plan_refuses_it_under_encrypted(tmp_path):
         lambda: RoundPlan.from_json(plan_for("encrypted").to_json() | {"release": "coordinator"}),
         lambda: fedcore.simulate("heart", **asked),
         lambda: prepare(tmp_path, tables, {}),
-        lambda: service._check_settings(tables, 4),
+        lambda: service._check_settings(tables, 4, Quota()),
     ):
         with pytest.raises(PlanRefused, match=REFUSED) as refused:
             way()

@@ -16,7 +16,7 @@ from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Party, SiteJob
 from fedcore_clients.ledger import Ledger
 from fedcore_server import service
-from fedcore_server.jobs import CoordinatedJob, House, Limits
+from fedcore_server.jobs import CoordinatedJob, House, Limits, Quota
 from fedcore_server.operators import prepare
 from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
@@ -184,8 +184,8 @@ def test_submit_and_the_coordinator_refuse_it(tmp_path):
     with pytest.raises(PlanRefused, match=REFUSED):
         prepare(tmp_path, ENCRYPTED, {})
     with pytest.raises(PlanRefused, match=REFUSED):
-        service._check_settings(ENCRYPTED, 4)
-    service._check_settings(submitted(track={"public_metrics": True}), 4)
+        service._check_settings(ENCRYPTED, 4, Quota())
+    service._check_settings(submitted(track={"public_metrics": True}), 4, Quota())
 
 
 # ----------------------------------------------------------------------------------- at a site

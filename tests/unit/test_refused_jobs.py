@@ -8,6 +8,7 @@ import logging
 import pytest
 from fedcore_clients import policy
 from fedcore_server import service
+from fedcore_server.jobs import Quota
 from parties import Epochs, Parties
 from test_public_metrics import SITES, loaded, submitted
 
@@ -44,15 +45,15 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
 def test_a_coordinator_takes_no_such_job(what):
     changes, line = REFUSED[what]
     with pytest.raises(PlanRefused) as refused:
-        service._check_settings(submitted(protect=changes), len(SITES))
+        service._check_settings(submitted(protect=changes), len(SITES), Quota())
     assert str(refused.value).startswith(line) and refused.value.remedy
-    service._check_settings(submitted(), len(SITES))
+    service._check_settings(submitted(), len(SITES), Quota())
 
 
 def test_a_coordinator_takes_no_job_for_a_roster_that_masks_do_not_take():
     for sites in (2, 65):
         with pytest.raises(PlanRefused, match=f"sites: found {sites} under 'layered'"):
-            service._check_settings(submitted(), sites)
+            service._check_settings(submitted(), sites, Quota())
 
 
 # ----------------------------------------------------------- a whole job without any protection

@@ -196,11 +196,11 @@ def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_
         header=header, survivors=SITES, state_tag=tag, salts=(b"",) * len(SITES),
         digest=container.vector_digest(told), size=sum(map(len, told)),
     )  # fmt: skip
-    opened, _ = found._opened(asked, told)
+    opened, *_ = found._opened(asked, told)
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
         found._opened(asked, other)
     monkeypatch.setattr(fedcore_clients.jobs, "check_announced", lambda *_: None)
-    control, _ = found._opened(asked, other)
+    control, *_ = found._opened(asked, other)
     assert control == opened
 
 

@@ -18,7 +18,7 @@ from fedcore_clients.config import SiteConfig
 from fedcore_clients.jobs import SiteJob, wire_settings
 from fedcore_clients.main import InstalledTasks
 from fedcore_server import service
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.jobs import CoordinatedJob, Quota
 from fedcore_server.service import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +95,7 @@ def allowed(tmp_path, **tasks):
     config = SiteConfig.model_validate(
         {
             "site": "a", "coordinator": "127.0.0.1:7443", "kit": "k", "identity": "i", "roster": "r",
-            "folder": "f", "base": str(tmp_path), "tasks": tasks,
+            "folder": "f", "base": str(tmp_path), "file": str(tmp_path / "site.toml"), "tasks": tasks,
         }
     )  # fmt: skip
     training = Recording()
@@ -132,7 +132,7 @@ def settings(**changes):
 
 
 def test_complete_settings_are_taken():
-    service._check_settings(settings(), 4)
+    service._check_settings(settings(), 4, Quota())
 
 
 @pytest.mark.parametrize(
@@ -151,19 +151,19 @@ def test_complete_settings_are_taken():
 )
 def test_other_settings_are_refused_by_the_key_that_is_wrong(changes, error, says):
     with pytest.raises(error, match=says) as found:
-        service._check_settings(settings(**changes), 4)
+        service._check_settings(settings(**changes), 4, Quota())
     assert found.value.remedy or isinstance(found.value, FedcoreError)
 
 
 @pytest.mark.parametrize("table", [{}, {"round": 3}, {"round": {"rounds": 2}}, {"protect": []}])
 def test_settings_with_sections_missing_are_refused(table):
     with pytest.raises(BadInput):
-        service._check_settings(json.loads(json.dumps(table)), 4)
+        service._check_settings(json.loads(json.dumps(table)), 4, Quota())
 
 
 def test_two_sites_are_too_few():
     with pytest.raises(PlanRefused, match="at least 3"):
-        service._check_settings(settings(), 2)
+        service._check_settings(settings(), 2, Quota())
 
 
 # ------------------------------------------------------------------------- how much a coordinator holds
