@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,9 @@ def unmeasured(found):
 
 def test_every_protection_gives_the_same_model_and_another_seed_another():
     plain, *others = (run(**scheme) for scheme in EVERY.values())
-    for found in (*others, run(protection="layered")):
+    wide = run(protection="layered", lattice="wide")
+    assert json.loads((wide.directory / "plan.json").read_text())["degree"] == 4096
+    for found in (*others, run(protection="layered"), wide):
         assert found.result["model_sha256"] == plain.result["model_sha256"]
         assert found.result["unequal_rounds"] == 0
         assert unmeasured(found) == unmeasured(plain)
