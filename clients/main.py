@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedcore_clients.training import Loaded, Training
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.edge import ago
-from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem
+from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
@@ -351,6 +351,14 @@ def hello_of(config: SiteConfig, pins: dict[SiteId, bytes], held: Sequence[Held]
 def job_folder(folder: Path, name: str) -> Path:
     """Where a site keeps the state of a job."""
     return folder / "states" / name
+
+
+def require_job(name: str, known: Collection[str], remedy: str) -> None:
+    """Raise BadInput where this site knows no job at all, UnknownName for one it does not know."""
+    if not known:
+        raise BadInput(f"job: found {name!r}, and no job at this site yet", remedy=remedy)
+    if name not in known:
+        raise UnknownName("job", name, known)
 
 
 def write_recipe(folder: Path, offer: job.JobOffer) -> None:

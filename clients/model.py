@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.main import RECIPE_FILE, job_folder, released_round
+from fedcore_clients.main import RECIPE_FILE, job_folder, released_round, require_job
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job
 from fedcore.data.split import split_from_json
-from fedcore.errors import BadInput, Refused, UnknownName
+from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json, write_atomic
 from fedcore.learn.flat import single_thread
 from fedcore.provision.identities import read_identity
@@ -43,13 +43,7 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
     """Write the last released model of a job. Raises BadInput, UnknownName, Refused, TaskFailed."""
     states = job_folder(config.folder, "")
     known = [path.parent.name for path in states.glob(f"*/{RECIPE_FILE}")]
-    if name not in known:
-        if not known:
-            raise BadInput(
-                f"job: found {name!r}, and no job at this site yet",
-                remedy="`fed-site status` lists the jobs this site took part in",
-            )
-        raise UnknownName("job", name, known)
+    require_job(name, known, "`fed-site jobs` lists the jobs this site was offered")
     recipe = read_json(job_folder(config.folder, name) / RECIPE_FILE)
     path = job_folder(config.folder, name) / "current.safetensors"
     state = JobState.from_bytes(path.read_bytes()) if path.is_file() else None

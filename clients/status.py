@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedcore_clients.approvals import approve_offer
-from fedcore_clients.main import STATUS_FILE
+from fedcore_clients.main import STATUS_FILE, require_job
 
 from fedcore.edge import ago, waiting_text
-from fedcore.errors import BadInput, Refused, UnknownName
+from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json
 from fedcore.types import Json
 
@@ -89,13 +89,7 @@ def approve(folder: Path, job: str) -> Json:
     over or that the policy refuses, StoreProblem.
     """
     rows = {row["job"]: row for row in read_status(folder)["jobs"]}
-    if job not in rows:
-        if not rows:
-            raise BadInput(
-                f"job: found {job!r}, and no job at this site yet",
-                remedy="`fed-site jobs` lists the jobs that this site was offered",
-            )
-        raise UnknownName("job", job, rows)
+    require_job(job, rows, "`fed-site jobs` lists the jobs that this site was offered")
     row: Json = rows[job]
     if row["refused"]:
         raise Refused(

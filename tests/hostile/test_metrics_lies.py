@@ -11,21 +11,16 @@ import struct
 from dataclasses import replace
 
 import pytest
-from fedcore_clients.bench import ROWS, Drawn
-from fedcore_clients.jobs import Party, SiteJob
-from fedcore_clients.ledger import Ledger
+from fedcore_clients.bench import ROWS
 from kit import world_at
-from policies import policy_of
+from policies import job_at_a_site, policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
 from fedcore.plan import METRIC, Wide, canonical
-from fedcore.protect.identity import IdentityKey
 from fedcore.protocol import effects, job, site
 from fedcore.protocol.encoding import encode
 from fedcore.protocol.publicmetrics import Hearing, told
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
 
 TRUE, FALSE = {"auc": 0.71}, {"auc": 0.99}
 
@@ -133,30 +128,6 @@ def test_a_site_that_speaks_before_the_certificate():
 # -------------------------------------------------------------------------- a lying coordinator
 
 
-class Link:
-    def __init__(self):
-        self.said = []
-
-    def say(self, _, message):
-        self.said.append(message)
-
-    def doing(self, *_):
-        pass
-
-
-class Rows(Drawn):
-    """Numbers of its own, and a record of every release."""
-
-    loaded = 0
-
-    async def load(self, *args):
-        self.loaded += 1
-        return await super().load(*args)
-
-    async def track(self, *_):
-        return {"everywhere_before": {ROWS.name: 0.625}}
-
-
 SITES = ("a", "b", "c", "d")
 
 
@@ -169,14 +140,8 @@ def settings(*, public, protection="layered"):
 
 async def begun(folder, offered, plan=None):
     """A site's job after the coordinator's offer, and after the plan it sends, if it sends one."""
-    key = IdentityKey()
-    pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
-    journal = Journal.open(folder / "journal.sqlite", party="site a")
-    spool, policy = Spool(folder / "spool"), policy_of(len(SITES), public_metrics=True)
-    ledger = Ledger.open(folder, key)
-    party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
-    offer = job.JobOffer("job", "bench", "0" * 64, canonical(offered))
-    found = SiteJob(party, Link(), Rows("a", 5), offer)
+    policy = policy_of(len(SITES), public_metrics=True)
+    found = job_at_a_site(folder, offered, policy, {"everywhere_before": {ROWS.name: 0.625}})
     await found._load()
     if plan is not None:
         made = plan_of(build_job(plan), found.survey.shape, SITES, 64)

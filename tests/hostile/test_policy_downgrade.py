@@ -13,64 +13,21 @@ import logging
 
 import pytest
 from fedcore_clients import policy
-from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Party, SiteJob
-from fedcore_clients.ledger import Ledger
-from policies import BENCH
+from policies import BENCH, FOUR, Rows, job_at_a_site
 
-from fedcore.config import build_job
-from fedcore.plan import canonical
-from fedcore.protect.identity import IdentityKey
+from fedcore.config import build_job, wire_settings
 from fedcore.protocol import job
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
 
-SITES = ("a", "b", "c", "d")
 ENCRYPTED = {"protection": "encrypted", "single_site_features": True}
-
-
-class Link:
-    def __init__(self):
-        self.said = []
-
-    def say(self, _, message):
-        self.said.append(message)
-
-    def doing(self, *_):
-        pass
-
-
-class Rows(Drawn):
-    """Counts how often rows were read."""
-
-    loaded = 0
-
-    async def load(self, *args):
-        self.loaded += 1
-        return await super().load(*args)
 
 
 def offered(folder, asked, **rules):
     """A site with this policy, after the offer of such a job; `asked` are keys of [protect]."""
-    tables = build_job({"max_examples": 64, "rounds": 2, "range": 0.5}).to_json()
-    settings = {
-        key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
-        for key, part in tables.items() if key not in {"task", "base"}
-    }  # fmt: skip
+    settings = wire_settings(build_job({"max_examples": 64, "rounds": 2, "range": 0.5}))
     settings["protect"] |= asked
-    key = IdentityKey()
-    pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
-    with (
-        Journal.open(folder / "journal.sqlite", party="site a") as journal,
-        Ledger.open(folder, key) as ledger,
-    ):
-        allowed = policy.SitePolicy(policy.PolicySection(**rules), len(SITES), BENCH)
-        party = Party(
-            "town", "a", key, pins, journal, Spool(folder / "spool"), folder, allowed, ledger
-        )
-        offer = job.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
-        found = SiteJob(party, Link(), Rows("a", 5), offer)
-        asyncio.run(found._load())
+    allowed = policy.SitePolicy(policy.PolicySection(**rules), len(FOUR), BENCH)
+    found = job_at_a_site(folder, settings, allowed)
+    asyncio.run(found._load())
     return found
 
 

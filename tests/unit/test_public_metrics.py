@@ -12,16 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Party, SiteJob
-from fedcore_clients.ledger import Ledger
 from fedcore_server import service
 from fedcore_server.jobs import CoordinatedJob, House, Limits, Quota
 from fedcore_server.operators import prepare
 from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
 from hypothesis import strategies as st
-from policies import policy_of
+from policies import job_at_a_site, policy_of
 
 import fedcore
 from fedcore import cli
@@ -191,32 +188,6 @@ def test_submit_and_the_coordinator_refuse_it(tmp_path):
 # ----------------------------------------------------------------------------------- at a site
 
 
-class Link:
-    def __init__(self):
-        self.said = []
-
-    def say(self, _, message):
-        self.said.append(message)
-
-    def doing(self, *_):
-        pass
-
-
-class Rows(Drawn):
-    """Drawn numbers, and a record of every release."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.loaded = 0
-
-    async def load(self, *args):
-        self.loaded += 1
-        return await super().load(*args)
-
-    async def track(self, *_):
-        return ROW
-
-
 ROW = {
     "round": 1, "here": {"bench rows": 0.123}, "alone": {"bench rows": 0.456},
     "everywhere_before": {"bench rows": 0.75},
@@ -224,14 +195,7 @@ ROW = {
 
 
 def site_job(folder, settings, **rules):
-    key = IdentityKey()
-    pins = {name: key.public if name == "a" else IdentityKey().public for name in SITES}
-    journal = Journal.open(folder / "journal.sqlite", party="site a")
-    spool, policy = Spool(folder / "spool"), policy_of(len(SITES), **rules)
-    ledger = Ledger.open(folder, key)
-    party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
-    offer = job.JobOffer("job", "bench", "0" * 64, canonical(settings))
-    return SiteJob(party, Link(), Rows("a", 5), offer)
+    return job_at_a_site(folder, settings, policy_of(len(SITES), **rules), ROW)
 
 
 def loaded(folder, settings, *messages, **rules):
