@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 from fedcore_clients.check import _policy
@@ -11,11 +13,11 @@ from fedcore_clients.policy import PolicySection, SitePolicy
 from policies import BENCH, policy_of
 from pydantic import ValidationError
 from test_deployed_configs import SITE
-from test_public_metrics import loaded, plan_for, submitted
+from test_public_metrics import certificate, loaded, offered, plan_for, submitted
 
 from fedcore.config import build_job, narrowest_policy
 from fedcore.deployment import to_toml
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import BadInput, PolicyRefused, UnknownName
 from fedcore.protocol import job
 
 SITES = 4
@@ -270,9 +272,60 @@ def test_a_refusal_is_one_line_here_and_one_word_there(tmp_path, caplog):
 
 
 def test_the_word_is_said_again_in_every_session(tmp_path):
-    import asyncio
-
     found = loaded(tmp_path, submitted(train={"batch_size": 7}))
     asyncio.run(found._reconnected())
     assert found.link.said == [job.Unable("job", "a", "policy")] * 2
     assert "train.batch_size" in found.last_error
+
+
+def planned(folder, **rules):
+    """A site's job after the plan that follows from its job; rules: of its policy."""
+    asked = submitted(track={"public_metrics": True}, protect={"release": "coordinator"})
+    return offered(
+        folder, asked, asked, **{"public_metrics": True, "release": "coordinator"} | rules
+    )
+
+
+def narrowed(found, **rules):
+    """The operator thinks better of it: the policy that the site's next process would have."""
+    found.party = replace(found.party, policy=policy_of(SITES, **rules))
+    return found
+
+
+def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, monkeypatch):
+    """Whatever the offer said. Control: the same with a policy that allows it."""
+    fine = planned(tmp_path / "1")
+    assert isinstance(fine.link.said[-1], job.PlanAgreed)
+    monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
+    found = planned(tmp_path / "2", release="sites")
+    assert found.link.said[-1] == job.Unable("job", "a", "policy") and found.plan is None
+
+
+def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, monkeypatch):
+    found = planned(tmp_path)
+    found.survey = None  # as a new process has it
+    loaded_before = found.contributor.loaded
+    narrowed(found, public_metrics=True)
+    with pytest.raises(PolicyRefused, match=r"protect\.release"):
+        asyncio.run(found._load_again())
+    monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
+    with pytest.raises(PolicyRefused, match=r"protect\.release"):
+        asyncio.run(found._load_again())
+    assert found.contributor.loaded == loaded_before and found.refused.word == "policy"
+    narrowed(found, public_metrics=True, release="coordinator")  # control
+    asyncio.run(found._load_again())
+    assert found.survey is not None
+
+
+def test_a_model_and_metrics_are_not_given_by_an_operator_who_thinks_better_of_it(tmp_path):
+    found = planned(tmp_path)
+    found._may_give()
+    before = len(found.link.said)
+    with pytest.raises(PolicyRefused, match=r"protect\.release"):
+        narrowed(found, public_metrics=True)._may_give()
+    with pytest.raises(PolicyRefused, match=r"track\.public_metrics"):
+        asyncio.run(narrowed(found)._track(None, {}, 4, found.state, certificate()))
+    assert len(found.link.said) == before
+    allowed = narrowed(found, public_metrics=True)
+    asyncio.run(allowed._track(None, {}, 4, found.state, certificate()))
+    assert isinstance(found.link.said[-1], job.PublicMetrics), "control"
