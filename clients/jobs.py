@@ -916,8 +916,10 @@ class SiteJob:
         """The machine's rules as the ledger has them now: another job may have had a sum meanwhile."""
         if not self.columns:
             return member
-        ledger = self.party.ledger
-        sites = ledger.statistics_only_with(self.rows, self._column_names(), self.id)
+        ledger, header = self.party.ledger, getattr(self.stage, "header", None)
+        sites = ledger.statistics_only_with(
+            self.rows, self._column_names(), "" if header is None else header.digest.hex()
+        )
         return member if sites is None else replace(member, only_with={"statistics": sites})
 
     def _column_names(self) -> list[str]:

@@ -185,14 +185,13 @@ class Ledger:
         """The sites with which statistics of any of these columns over these rows may be given again.
 
         None: any, for none was given. An empty tuple: none, for two different sets have had them.
-        besides: the job at hand: within a job no state has two sums. Where the survivors are not known
-        the cohort stands for them.
+        besides: header of the round at hand. Where the survivors are not known the cohort stands for them.
         """
         wanted = set(columns)
         found = {
             tuple(sorted(each.survivors or each.cohort))
             for each in self
-            if each.purpose == "statistics" and each.rows == rows and each.job != besides
+            if each.purpose == "statistics" and each.rows == rows and each.header != besides
             and wanted & set(each.columns)
         }  # fmt: skip
         if not found:

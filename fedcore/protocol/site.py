@@ -1055,6 +1055,8 @@ def _open(move: _Move, request: Aggregate) -> None:
                 "sum", found="another survivor list", expected="the one this site signed",
                 fault=COORDINATOR,
             )  # fmt: skip
+        if isinstance(stage, Confirmed):  # it has not helped yet, and this would be its help
+            _check_company(member, header, survivors_of(stage.submissions), "survivor list")
     move.record(SumAnnounced(request, exchange(request)))
     move.do(_open_sum(move.stage))
 

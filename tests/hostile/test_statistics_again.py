@@ -68,6 +68,16 @@ def test_a_sum_of_another_job_between_confirm_and_unmask():
     assert isinstance(world.receive("ann", world.confirmations()), Unmask)
 
 
+def test_a_sum_of_another_job_between_confirm_and_the_opened_sum():
+    """Others may unmask without this site; it does not open such a sum before it has answered itself."""
+    world = World().advance("confirm")
+    control = world.copy()
+    held(world, *world.roster[:4])
+    refused(world, "ann", world.aggregate(), "survivor list")
+    control.step("ann", site.Received(control.aggregate()))
+    assert isinstance(control.stages["ann"], site.Opening)
+
+
 def test_under_encrypted_no_vector_leaves_with_another_cohort():
     """There is no list to confirm: what is submitted can be opened by whoever has the key."""
     world = World(protection="encrypted")

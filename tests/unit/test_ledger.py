@@ -153,10 +153,10 @@ def test_statistics_go_with_the_sites_that_had_them(found):
     assert found.statistics_only_with(ROWS, ["chol", "x"]) == ("a", "b", "c")
     assert found.statistics_only_with(ROWS, ["x"]) is None, "no column in common"
     assert found.statistics_only_with(MORE, ["age"]) is None, "other rows"
-    assert found.statistics_only_with(ROWS, ["age"], besides="j1") is None, "this job"
+    assert found.statistics_only_with(ROWS, ["age"], besides="h1") is None, "this very round"
     found.exposed(entry("h2", job="j2", survivors=(), **about))
     assert found.statistics_only_with(ROWS, ["age"]) == (), "two sets: none"
-    assert found.statistics_only_with(ROWS, ["age"], besides="j1") == ("a", "b", "c", "d")
+    assert found.statistics_only_with(ROWS, ["age"], besides="h1") == ("a", "b", "c", "d")
 
 
 def test_a_policy_counts_other_jobs_and_lets_one_that_began_go_on():
