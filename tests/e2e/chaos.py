@@ -35,6 +35,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # run by itself, not by pytest
 from deployment import CAP, HUB, deployment, small_task
 
 PROTECTIONS = ("masked", "layered", "encrypted")
