@@ -816,7 +816,7 @@ class SiteJob:
         assert self.plan is not None
         header = announce.header
         stage = self.stage
-        if site.waits(stage) and header.round > stage.header.round:
+        if _gives_way(stage) and header.round > stage.header.round:
             await self._machine(site.Superseded())
         try:
             if isinstance(self.stage, site.Idle):
@@ -1503,6 +1503,11 @@ class SiteJob:
 
 def _group_of(data: bytes) -> GroupSecret:
     return GroupSecret.from_bytes(data, sender="checkpoint")
+
+
+def _gives_way(stage: Any) -> bool:
+    """Whether a later announcement ends the round at this stage: not once its sum may be known."""
+    return site.waits(stage)
 
 
 def _key(certificate: messages.Certificate) -> str:

@@ -1210,7 +1210,7 @@ class CoordinatedJob:
         """Why a round whose sum may be known ended the job."""
         header = stage.header
         if stage.refused:
-            what = f"{_names(stage.refused)} refused the release (the sites' own logs say why)"
+            what = f"{_names(stage.refused)} refused the release (the logs of the sites say why)"
         else:
             what = f"only {stage.left} sites could still help to release it, of {header.threshold} it needs"
         return f"round {header.round} ({header.purpose}): {what}{_NO_OTHER_SUM}"

@@ -87,7 +87,7 @@ def test_refused_statistics_end_the_job_and_are_not_tried_with_other_sites(tmp_p
         assert row["purpose"] == "statistics" and row["abandoned"]["stage"] == "release"
         assert row["abandoned"]["exposed"] == ["a", "b", "c"]
         assert found.hub.outcome.outcome == "abandoned"
-        assert "refused the release (the sites' own logs say why)" in found.hub.outcome.text
+        assert "refused the release (the logs of the sites say why)" in found.hub.outcome.text
         assert "no other may be taken from the same state" in found.hub.outcome.text
         exposed = [found.sites[name].stage.standing.exposed for name in ("a", "b", "c")]
         assert all(exposed)

@@ -13,7 +13,14 @@ import pytest
 from kit import World, answer_of, refuses, world_at
 from parties import HUB, Parties, leaves_when_restarted
 
-from fedcore.errors import Conflicting, SecondSum, TagRefused
+from fedcore.errors import (
+    Conflicting,
+    KeyRefused,
+    OldFolder,
+    SecondSum,
+    SignatureRefused,
+    TagRefused,
+)
 from fedcore.protocol import coordinator, site
 from fedcore.protocol.messages import Abandon, Announce
 
@@ -265,3 +272,55 @@ def test_a_folder_put_back_at_any_commit_of_a_round_says_nothing_new(protection)
             assert words == [said[type(word).__name__] for word in words]
     assert {site.Idle, site.Masking, site.Submitted, site.Opening, site.Stated} <= met
     assert HUB not in met
+
+
+def own(certificate, name):
+    signature = dict(certificate.signatures)[name]
+    return site.OwnSignature(certificate.statement(name, signature), certificate.header)
+
+
+def test_its_own_signature_under_a_later_round_shows_a_site_that_its_folder_is_old():
+    """It sits out until it has a state that is not older; what it knows or what is forged shows nothing."""
+    world = world_at("state")
+    certificate = world.certificate()
+    old = world_at("idle").stages["ann"]  # as the folder was before round 1
+    world.stages["ann"] = old
+    free = world.copy()
+    free.step("ann", world.invitation("ann", replace(world.round_header, round=2)))
+    assert isinstance(free.stages["ann"], site.Advertised), "control: from there it would go on"
+
+    forged = own(certificate, "ann")
+    forged = replace(forged, said=replace(forged.said, signature=b"x" * 64))
+    refuses(world, "ann", forged, SignatureRefused, fault="ann")
+    found = world.step("ann", own(certificate, "ann"))
+    assert any("put back to an earlier time" in getattr(e, "text", "") for e in found)
+    assert world.stages["ann"].standing.proved == 1
+    again = site.replay(old, [found[0].record])
+    assert again == world.stages["ann"], "on disk"
+    assert world.step("ann", own(certificate, "ann")) == (), "said once"
+    later = world.invitation("ann", replace(world.round_header, round=2))
+    refuses(world, "ann", later, OldFolder, found="round 2")
+    world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
+    assert world.stages["ann"].standing.proved == 0
+    header = next_round(world, training_round=2, certificate=certificate.hash)
+    world.step("ann", world.invitation("ann", header))
+    assert isinstance(world.stages["ann"], site.Advertised)
+
+
+def test_a_round_that_a_site_knows_shows_nothing():
+    world = world_at("state")
+    certificate = world.certificate()
+    world.receive("ann", Abandon(world.h, "release"))
+    assert world.step("ann", own(certificate, "ann")) == ()
+
+
+def test_other_keys_of_its_own_in_a_bundle_show_an_old_folder():
+    """The coordinator begins the same round again with a site that was put back before it."""
+    world = world_at("keys")
+    first = world.keys["ann"]
+    world.stages["ann"] = world_at("idle").stages["ann"]
+    world.step("ann", world.invitation("ann"))
+    refuses(world, "ann", world.bundle(keys={"ann": first}), KeyRefused, found="other keys")
+    world.step("ann", site.Refused(KeyRefused("keys", found="", expected="", fault="ann")))
+    found = world.step("ann", site.OwnSignature(first, world.round_header, other=True))
+    assert found and world.stages["ann"].standing.proved == 1
