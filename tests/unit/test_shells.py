@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from fedcore.comparison.api import prepare_layers
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.plan import canonical
+from fedcore.protect.identity import IdentityKey
 from fedcore.store import container
 from fedcore.wire import calls, frames
 
@@ -99,7 +100,7 @@ def allowed(tmp_path, **tasks):
         }
     )  # fmt: skip
     training = Recording()
-    return InstalledTasks(config, training), training
+    return InstalledTasks(config, training, IdentityKey()), training
 
 
 def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
