@@ -226,7 +226,10 @@ def test_decoding_stops_at_a_list_that_is_too_long_and_at_the_first_item_of_anot
         unpack_record(grants_of(EMPTY_GRANT, 100_000), FROM_SITES, sender="va", sites=500)
     with pytest.raises(MalformedMessage, match="found NoneType in a list, expected Grant"):
         unpack_record(grants_of(b"N", 1000), FROM_SITES, sender="va", sites=500)
-    assert len(read) < 20
+    list_of = lambda item: b"L" + struct.pack(">I", 1000) + item * 1000  # noqa: E731
+    with pytest.raises(MalformedMessage, match="found tuple in a list, expected Grant"):
+        unpack_record(grants_of(list_of(list_of(b"N")), 1), FROM_SITES, sender="va", sites=500)
+    assert len(read) < 30
     many = b"R" + part(b"S", b"Leave") + b"L" + struct.pack(">I", 9) + b"N" * 9
     with pytest.raises(MalformedMessage, match=r"found tuple in Leave\.header, expected bytes"):
         unpack_record(Record(JOB, many), FROM_SITES, sender="va", sites=4)
