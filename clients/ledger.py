@@ -84,6 +84,10 @@ class Ledger:
     def __init__(self, path: Path, key: bytes) -> None:
         self._path, self._key = path, key
         self._entries: dict[str, Exposure] = {}
+        self._statistics: dict[str, dict[str, Exposure]] = {}
+        """By rows and header: looked up at every message of a job that has such sums."""
+        self._jobs: dict[str, dict[str, float]] = {}
+        """By rows: the jobs, and when each last had a sum over them."""
         self._handle = -1
         self._size = 0
 
@@ -99,7 +103,9 @@ class Ledger:
             sync_folder(folder)
             data = path.read_bytes()
         try:
-            found._entries, found._size = _parsed(path, data)
+            entries, found._size = _parsed(path, data)
+            for each in entries.values():
+                found._keep(each)
             found._cut()
         except BaseException:
             found.close()
@@ -128,7 +134,7 @@ class Ledger:
         known = self._entries.get(entry.header)
         if known is None:
             self._append({"exposed": entry.to_json()}, sync=True)
-            self._entries[entry.header] = entry
+            self._keep(entry)
         elif entry.survivors and not known.survivors:
             self._add(known, survivors=entry.survivors)
 
@@ -140,7 +146,14 @@ class Ledger:
 
     def _add(self, known: Exposure, **learnt: Any) -> None:
         self._append({"learnt": {"header": known.header, **learnt}}, sync=False)
-        self._entries[known.header] = replace(known, **learnt)
+        self._keep(replace(known, **learnt))
+
+    def _keep(self, entry: Exposure) -> None:
+        self._entries[entry.header] = entry
+        if entry.purpose == "statistics":
+            self._statistics.setdefault(entry.rows, {})[entry.header] = entry
+        jobs = self._jobs.setdefault(entry.rows, {})
+        jobs[entry.job] = max(entry.at, jobs.get(entry.job, 0.0))
 
     def _append(self, line: Json, *, sync: bool) -> None:
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
@@ -177,7 +190,7 @@ class Ledger:
     def jobs_over(self, rows: str, now: float | None = None) -> set[str]:
         """The jobs that had a sum over these rows in the last 30 days."""
         since = (time.time() if now is None else now) - MONTH_SECONDS
-        return {each.job for each in self if each.rows == rows and each.at > since}
+        return {job for job, at in self._jobs.get(rows, {}).items() if at > since}
 
     def statistics_only_with(
         self, rows: str, columns: Iterable[str], besides: str = ""
@@ -190,9 +203,8 @@ class Ledger:
         wanted = set(columns)
         found = {
             tuple(sorted(each.survivors or each.cohort))
-            for each in self
-            if each.purpose == "statistics" and each.rows == rows and each.header != besides
-            and wanted & set(each.columns)
+            for each in self._statistics.get(rows, {}).values()
+            if each.header != besides and wanted & set(each.columns)
         }  # fmt: skip
         if not found:
             return None
