@@ -28,6 +28,7 @@ from fedcore_clients.training import Loaded
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.errors import FedcoreError
+from fedcore.guard import GuardRecord
 from fedcore.loopback import Contribution
 from fedcore.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.protocol.course import Step
@@ -61,6 +62,7 @@ class Drawn:
         plan: RoundPlan,
         step: Step,
         state: JobState,  # noqa: ARG002
+        record: GuardRecord | None = None,  # noqa: ARG002
     ) -> Contribution:
         """The drawn fields, or the metrics of no model."""
         if step.purpose == "metrics":

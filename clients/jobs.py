@@ -34,6 +34,7 @@ from fedcore.errors import (
     BadInput,
     DataLost,
     FedcoreError,
+    GuardTripped,
     HeaderRefused,
     OtherSites,
     PeerRefused,
@@ -43,6 +44,7 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import write_atomic
+from fedcore.guard import GuardMemory, GuardRecord
 from fedcore.label import Terms, collusion, label_of
 from fedcore.leaving import leaving_of
 from fedcore.loopback import Contribution
@@ -69,6 +71,9 @@ ROUND = "round"
 _AGAIN = 2.0
 """Seconds before what found no session, or no room on the disk, is tried again at the latest."""
 
+_UNABLE = "it cannot take part"
+"""What other sites hear of a failure whose text stays here: it may name rows."""
+
 _MANY = 50_000
 """Parameters from which on hashing a state takes longer than handing it to a thread."""
 
@@ -87,9 +92,10 @@ class Contributor(Protocol):
         ...
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: course.Step, state: JobState
+        self, job: str, plan: RoundPlan, step: course.Step, state: JobState, record: GuardRecord
     ) -> Contribution:
-        """The content of one vector. Raises TrainingFailed."""
+        """The content of one vector; the guard of `record` judges the state first, and its memory is
+        replaced. Raises TrainingFailed and GuardTripped."""
         ...
 
     async def track(
@@ -179,10 +185,12 @@ class _Told:
 
 @dataclass(frozen=True)
 class _Done:
-    """Work beside the queue ended; `round` is the header it was for."""
+    """Work beside the queue ended. header: of the round it was for. word: of REASONS, where this site
+    cannot take part any more: said after it left the round, or its notice would come too late."""
 
     event: Any
     header: bytes = b""
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,6 +261,9 @@ class SiteJob:
         """Whether its operator must approve it, and has: "not needed", "waiting" or "approved"."""
         self.refused: PolicyRefused | None = None
         """Why this site's policy does not allow the job, if it does not."""
+        self.guard = GuardRecord(party.policy.guard)
+        self.left = ""
+        """Why this site left the job for good, if it did: its guard tripped."""
         self.tracked: Json | None = None
         self._sums: tuple[str, course.Step, Mapping[str, Sequence[int]], int] | None = None
         self._tracking: list[asyncio.Task[None]] = []
@@ -320,6 +331,10 @@ class SiteJob:
         self.stage = site.replay(self.stage, journal.read(name, ROUND))
         self._recover_state()
         self._groups = json.loads(journal.get(name, "groups") or b"{}")
+        judged = journal.get(name, "guard")
+        if judged is not None:
+            self.guard.memory = GuardMemory.from_json(json.loads(judged))
+        self.left = (journal.get(name, "left") or b"").decode()
         held = journal.get(name, "epoch")
         if held is not None:
             self.epoch = decode(held, object)
@@ -393,8 +408,11 @@ class SiteJob:
             self._tidy()
             await self._machine(site.Restarted())
             await self._install_held()
-            await self._epoch_machine(epoch.Again())
-            self._aside(self._load_again())
+            if self.left:
+                self._unable(job.UNABLE)
+            else:
+                await self._epoch_machine(epoch.Again())
+                self._aside(self._load_again())
         elif self.ended is None and self.survey is None:
             self._aside(self._load())
         while True:
@@ -419,7 +437,7 @@ class SiteJob:
         await asyncio.sleep(_AGAIN)
         fresh = SiteJob.stored(self.party, self.link, self.contributor, self.id)
         for name in ("plan", "features", "columns", "rows", "state", "epoch", "stage", "secrets", "ended",
-                     "_scheme", "_member", "_groups", "_candidates", "_ended_at"):  # fmt: skip
+                     "guard", "left", "_scheme", "_member", "_groups", "_candidates", "_ended_at"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self._catching, self._early, self._making, self._ending = "", None, None, None
         self._unwritten.clear()
@@ -494,10 +512,17 @@ class SiteJob:
                 await self._reconnected()
             case _Done(site.CaughtUp(certificate)) if not self._missed(certificate):
                 pass  # it came twice, or a round began meanwhile: it is offered again
-            case _Done(inner, header) if not header or self._is_round(header):
+            case _Done(inner, header, word) if not header or self._is_round(header):
                 await self._machine(inner)
+                self._say_word(word)
+            case _Done(word=word):
+                self._say_word(word)
             case _Told(message):
                 await self._on_message(message)
+
+    def _say_word(self, word: str) -> None:
+        if word:
+            self._unable(word)
 
     def _is_round(self, header: bytes) -> bool:
         found: RoundHeader | None = getattr(self.stage, "header", None)
@@ -514,6 +539,9 @@ class SiteJob:
         if self.refused is not None:
             self._unable(self.refused.word)
             self.last_error = str(self.refused)
+            return
+        if self.left:
+            self._unable(job.UNABLE)
             return
         if self.survey is not None and self.plan is None:
             self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
@@ -542,6 +570,13 @@ class SiteJob:
             self._rest()
 
     async def _on_message(self, message: Any) -> None:
+        if self.left and not isinstance(self.stage, site.IN_ROUND):
+            match message:
+                case messages.Announce():
+                    await self._machine(site.Declined(message.header))
+                case job.JobEnded():
+                    await self._end(message)
+            return
         match message:
             case job.PlanOffer() if self.plan is not None:
                 await self._say_again()  # the coordinator's disk refused something that it was told
@@ -674,7 +709,7 @@ class SiteJob:
         self.link.doing(self.id, "idle")
 
     def _unable(self, reason: str) -> None:
-        self.last_error = job.REASONS[reason]
+        self.last_error = self.left or job.REASONS[reason]
         self.link.say(self.id, job.Unable(self.id, self.party.id, reason))
 
     async def _load_again(self) -> None:
@@ -758,6 +793,9 @@ class SiteJob:
 
     def _rest(self) -> None:
         """Say where this site stands between rounds."""
+        if self.left:
+            self.link.doing(self.id, "idle")
+            return
         standing: Standing = self.stage.standing
         if isinstance(self.stage, site.Idle) and self.secrets is not None:
             self.link.say(
@@ -1000,11 +1038,13 @@ class SiteJob:
             self._unwritten.clear()
 
     def _small_beside(self, record: Any) -> dict[str, bytes]:
-        """The vector or the state that a record relies on, where it is small, and the vector's marks."""
+        """The vector or the state that a record relies on, where it is small; with the vector its marks,
+        and what the guard remembers of the state it was made from."""
         if isinstance(record, site.VectorSpooled) and record.submit.digest == self._vector[0]:
             header, marks = self._marks
             own = {"header": header.hex(), "marks": marks}
-            return {"vector": self._vector[1], "marks": canonical(own)}
+            judged = canonical(self.guard.memory.to_json())
+            return {"vector": self._vector[1], "marks": canonical(own), "guard": judged}
         if isinstance(record, site.SumStated):
             said, stage = record.statement, self.stage
             led_to = _certifying(
@@ -1054,27 +1094,49 @@ class SiteJob:
             step = course.Step(header.purpose, header.training_round)
             await self._load_again()
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
-            found = await self.contributor.contribute(self.id, self.plan, step, self.state)
+            found = await self.contributor.contribute(
+                self.id, self.plan, step, self.state, self.guard
+            )
             found = self._without_isolating_metrics(found, header)
             if self._budget is None:
                 self.link.doing(self.id, "protecting")
             made, small, salt = await asyncio.to_thread(self._protect, asked, found)
             self._vector = made.digest, small
             event: Any = site.VectorMade(made.digest, made.size, salt)
+        except GuardTripped as tripped:
+            unable = job.UNABLE
+            event = site.Refused(tripped, self._leave_for_good(tripped, header))
         except TrainingFailed as failed:
-            unable, event = failed.reason, site.Refused(failed)
+            unable, event = failed.reason, site.Refused(failed, self._sealed(_UNABLE, header))
         except PolicyRefused as refused:
-            event = site.Refused(refused)
+            event = site.Refused(refused, self._sealed(_UNABLE, header))
         except FedcoreError as error:
             self._note(error)
-            unable, event = job.UNABLE, site.Refused(error)
+            unable = job.UNABLE
+            event = site.Refused(error, self._sealed(_UNABLE, header))
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
-            unable, event = job.UNABLE, site.Refused(error)
+            unable = job.UNABLE
+            event = site.Refused(error, self._sealed(_UNABLE, header))
         await self._not_before(began, "making a vector")
-        if unable:
-            self._unable(unable)
-        self._queue.put_nowait(_Done(event, header.digest))
+        self._queue.put_nowait(_Done(event, header.digest, unable))
+
+    def _leave_for_good(self, tripped: GuardTripped, header: RoundHeader) -> bytes:
+        """The guard tripped: no further round of this job, also after a restart. The coordinator gets the
+        one word; returns the cause for the other sites, sealed (PROTOCOL G)."""
+        LOG.error("job %s: %s; hint: %s", self.id, tripped, tripped.remedy)
+        self.party.journal.put(self.id, "left", str(tripped).encode())
+        self.left = str(tripped)
+        return self._sealed(
+            f"guard: it leaves the job after round {tripped.round}: {tripped.cause}", header
+        )
+
+    def _sealed(self, text: str, header: RoundHeader) -> bytes:
+        """A notice to the other sites, of one length whatever it says, so that the coordinator cannot tell
+        one cause from another."""
+        if self.secrets is None:
+            return b""
+        return self.secrets.seal_cause(text, header, self.party.id, OsEntropy())
 
     def _without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:
         """Zeros for the metric sums where this cohort, beside an earlier release, would isolate fewer
@@ -1460,6 +1522,7 @@ class SiteJob:
         if isinstance(self.stage, site.IN_ROUND):
             await self._machine(site.Superseded())
         behind = self.plan is not None and self.stage.standing.certificate != ended.certificate
+        behind = behind and not self.left  # it takes no model that it left the job for
         if ended.certificate and behind:
             self._ending = ended
             self._rest()

@@ -34,6 +34,7 @@ from fedcore.aggregate.jobstate import JobState
 from fedcore.edge import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
+from fedcore.guard import GuardRecord
 from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
 from fedcore.protect.identity import IdentityKey, roster_digest
@@ -84,10 +85,10 @@ class InstalledTasks:
         )  # fmt: skip
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: course.Step, state: JobState
+        self, job: str, plan: RoundPlan, step: course.Step, state: JobState, record: GuardRecord
     ) -> Contribution:
-        """The content of one vector. Raises TrainingFailed."""
-        return await self._training.contribute(job, plan, step, state)
+        """The content of one vector. Raises TrainingFailed and GuardTripped."""
+        return await self._training.contribute(job, plan, step, state, record)
 
     async def track(
         self,
@@ -231,6 +232,7 @@ class Site:
                     "tracked": found.tracked,
                     "last_error": found.last_error,
                     "refused": str(found.refused) if found.refused is not None else None,
+                    "left": found.left or None,
                     "outcome": found.ended.outcome if found.ended else None,
                     "model_sha256": state.model_sha256 if state and state.done else None,
                     "model_round": released_round(state.done) if state and state.done else None,

@@ -16,6 +16,7 @@ from pydantic import Field, StrictBool
 
 from fedcore.config import Job
 from fedcore.errors import BadInput, PolicyRefused, Refused
+from fedcore.guard import GuardRules
 from fedcore.label import Terms
 from fedcore.plan import ENCRYPTS, RoundPlan, default_threshold
 from fedcore.tables import Section
@@ -128,6 +129,11 @@ class SitePolicy:
     def least_threshold(self) -> int:
         """The smallest t of a plan that this site takes part in."""
         return self.rules.least_threshold or default_threshold(self.sites)
+
+    @property
+    def guard(self) -> GuardRules:
+        """When this site leaves a job whose model gets worse on its own rows (PROTOCOL G)."""
+        return GuardRules(self.rules.guard_loss_factor, self.rules.guard_rounds)
 
     @property
     def asks(self) -> bool:

@@ -15,12 +15,14 @@ import logging
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from fedcore.aggregate.jobstate import Column, JobState
+from fedcore.errors import GuardTripped
+from fedcore.guard import GuardMemory, GuardRecord
 from fedcore.loopback import Contribution
 from fedcore.plan import ModelShape, RoundPlan, Wide
 from fedcore.protocol.course import Step
@@ -106,14 +108,21 @@ class Training:
         return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial, head["rows"])
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: Step, state: JobState
+        self, job: str, plan: RoundPlan, step: Step, state: JobState, record: GuardRecord
     ) -> Contribution:
-        """The content of the site's vector for a step of the job. Raises TrainingFailed."""
+        """The content of the site's vector for a step of the job; record: of its guard, which judges the
+        state first and whose memory is replaced. Raises TrainingFailed and GuardTripped."""
         asked = {
             "do": "contribute", "job": job, "plan": plan.to_json(),
             "step": [step.purpose, step.training_round],
+            "rules": asdict(record.rules), "memory": record.memory.to_json(),
         }  # fmt: skip
         head, blobs = await self._ask(asked, [state.to_bytes()], needs=job)
+        record.memory = GuardMemory.from_json(head["memory"])
+        if "tripped" in head:
+            about = head["tripped"]
+            site = self._loads[job]["site"]
+            raise GuardTripped((site,), about["round"], about["cause"], found=about["found"])
         return np.frombuffer(blobs[0], dtype="<u8").astype(np.uint64), head["wides"]
 
     async def track(

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, GuardTripped
 from fedcore.protocol.job import UNABLE
 from fedcore.types import Json, SiteId
 
@@ -142,15 +142,22 @@ class Worker:
 
     def _contribute(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
         from fedcore.aggregate.jobstate import JobState
+        from fedcore.guard import GuardMemory, GuardRecord, GuardRules
         from fedcore.plan import RoundPlan
         from fedcore.protocol.course import Step
 
         site = self.sites[asked["job"]]
         step = Step(asked["step"][0], asked["step"][1])
         plan = RoundPlan.from_json(asked["plan"])
-        fields, wides = site.contribute(plan, step, JobState.from_bytes(state))
+        record = GuardRecord(GuardRules(**asked["rules"]), GuardMemory.from_json(asked["memory"]))
+        try:
+            fields, wides = site.contribute(plan, step, JobState.from_bytes(state), record)
+        except GuardTripped as tripped:
+            about = {"round": tripped.round, "cause": tripped.cause, "found": tripped.found}
+            return {"tripped": about, "memory": record.memory.to_json()}, []
         whole = {name: [int(value) for value in values] for name, values in wides.items()}
-        return {"wides": whole}, [np.ascontiguousarray(fields, dtype="<u8").tobytes()]
+        head = {"wides": whole, "memory": record.memory.to_json()}
+        return head, [np.ascontiguousarray(fields, dtype="<u8").tobytes()]
 
 
 def main() -> int:

@@ -91,6 +91,15 @@ class GuardMemory:
 
 
 @dataclass
+class GuardRecord:
+    """A site's thresholds and memory in one job, as they go to whoever computes its vectors, who replaces
+    the memory."""
+
+    rules: GuardRules = field(default_factory=GuardRules)
+    memory: GuardMemory = field(default_factory=GuardMemory)
+
+
+@dataclass
 class Guard:
     """One site's guard in one job.
 
@@ -138,7 +147,7 @@ class Guard:
         loss = memory.first if round_ == 0 else self._loss(state.model, round_)
         assert loss is not None
         assert memory.best is not None
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(memory.best)):
             raise self._tripped(round_, f"{_LOSS} is not finite", "")
         most = memory.most(self.rules)
         strikes = memory.strikes + 1 if loss > most else 0

@@ -113,7 +113,7 @@ class EpochSecrets:
         return self.group.authenticate(b"new state", header.digest + state)
 
     def seal_cause(
-        self, error: Exception, header: RoundHeader, site: SiteId, entropy: Entropy
+        self, error: Exception | str, header: RoundHeader, site: SiteId, entropy: Entropy
     ) -> bytes:
         """Why this site refuses, for the other sites; the coordinator carries it and cannot read it."""
         return seal_notice(self.group, str(error), header=header.digest, site=site, entropy=entropy)

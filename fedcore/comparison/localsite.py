@@ -21,6 +21,7 @@ from fedcore.data.digest import rows_digest
 from fedcore.data.rows import Layout, Rows, load_rows
 from fedcore.data.split import Split, subsample
 from fedcore.data.statistics import Statistics
+from fedcore.guard import Guard, GuardRecord
 from fedcore.learn.flat import FlatModel, build_model
 from fedcore.learn.saved import model_bytes
 from fedcore.learn.score import Scored, probe, score
@@ -170,6 +171,7 @@ class LocalSite:
             task, self.flat, self.transport, self.site.train, job.train.standardise
         )
         self._standardised: tuple[Statistics, SiteRows] | None = None
+        self._guard: Guard | None = None
 
     def exported(self, state: JobState, *, public: bool = False) -> bytes:
         """The file of a released model, as `fedcore simulate` writes it.
@@ -190,11 +192,19 @@ class LocalSite:
             return ()
         return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
 
-    def contribute(self, plan: RoundPlan, step: Step, state: JobState) -> Contribution:
-        """The content of this site's vector for a step of the job, from the state it starts from."""
+    def contribute(
+        self, plan: RoundPlan, step: Step, state: JobState, record: GuardRecord | None = None
+    ) -> Contribution:
+        """The content of this site's vector for a step of the job, from the state it starts from.
+
+        record: of this site's guard, which judges that state first and leaves its new memory there; None:
+        it is not judged. Raises GuardTripped.
+        """
         if step.purpose == "statistics":
             return statistics_of(self.site.train)
         site = self.standard_rows(state)
+        if record is not None and step.purpose in {"update", "metrics"}:
+            self._judge(plan, site, state, record)
 
         def metric_sums(site: SiteRows, server: ServerState) -> dict[str, list[int]]:
             return self.transport.sums(self.scored(server.model, site, step.training_round - 1))
@@ -206,6 +216,19 @@ class LocalSite:
             return work.metrics(state.server)
         found, _ = work.update(state.server, step.training_round)
         return found
+
+    def _judge(self, plan: RoundPlan, site: SiteRows, state: JobState, record: GuardRecord) -> None:
+        if self._guard is None:
+            self._guard = Guard(
+                self.task, plan, site.id, site.train, self.flat, self.initial, self.job.run.seed
+            )
+        guard, done = self._guard, state.done
+        guard.rules, guard.memory, guard.rows = record.rules, record.memory, site.train
+        try:
+            trained = done is not None and done.purpose == "update"
+            guard.judge(state.server, done.training_round if trained and done else 0)
+        finally:
+            record.memory = guard.memory
 
     def scored(self, model: FloatVector, site: SiteRows, round_: int) -> Scored | None:
         """The model on this site's test rows; None where it has none."""

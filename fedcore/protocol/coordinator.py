@@ -812,8 +812,7 @@ def _take_leave(move: _Move, leave: Leave) -> None:
                 "sites' logs say whose"
             )
         )
-    told = isinstance(stage, Releasing) or leave.code == MATERIAL
-    if told and 0 < len(leave.sealed) <= NOTICE_LENGTH:
+    if 0 < len(leave.sealed) <= NOTICE_LENGTH:
         for site in members_of(stage):
             if site != leave.site:
                 move.send(site, Notice(leave.header, leave.site, leave.sealed))

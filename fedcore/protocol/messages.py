@@ -164,8 +164,8 @@ class Leave:
     coordinator.
 
     MATERIAL: what another site signed for this one does not open or is not what it signed; it depends on
-    no row. sealed: with MATERIAL and RELEASE_REFUSED the cause, for the other sites, under G and of one
-    length whatever it is (`protect/sealed.py`); else empty.
+    no row. sealed: the cause, for the other sites, under G and of one length whatever it is
+    (`protect/sealed.py`); empty where nothing was refused.
     """
 
     header: bytes
@@ -284,7 +284,7 @@ class Abandon:
 @record
 @dataclass(frozen=True)
 class Notice:
-    """Why another site refused the release, as it sealed it: for the sites' own logs."""
+    """Why another site left the round, as it sealed it: for the sites' own logs."""
 
     header: bytes
     site: SiteId

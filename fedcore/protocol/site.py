@@ -183,8 +183,7 @@ class SumOpened:
 class Refused:
     """A step of this round raised, the tag did not hold, or somebody here said no: leave it.
 
-    sealed: the cause under G for the other sites, sent only with a refused release, or where another
-    site's parcel is at fault; all have one length.
+    sealed: the cause under G for the other sites; all have one length.
     """
 
     error: Exception
@@ -1146,10 +1145,11 @@ def _refuse(move: _Move, event: Refused) -> None:
         move.do(Erase(stage.header))
         return
     _depart(move)
-    code, sealed = LEFT, b""
-    if event.sealed and _is_anothers_material(move.member, stage, event.error):
-        code, sealed = MATERIAL, event.sealed
-    move.send(Leave(stage.header.digest, move.member.id, code, sealed))
+    anothers = event.sealed and _is_anothers_material(move.member, stage, event.error)
+    code = MATERIAL if anothers else LEFT
+    # While a vector is made every cause comes with a notice, so that none can be told from another.
+    told = anothers or isinstance(stage, Masking)
+    move.send(Leave(stage.header.digest, move.member.id, code, event.sealed if told else b""))
 
 
 def _is_anothers_material(member: Member, stage: Any, error: Exception) -> bool:

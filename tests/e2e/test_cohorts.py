@@ -64,7 +64,7 @@ def surveyed(found, site, observed):
         loaded = await Drawn.load(self, *args)
         return Loaded(replace(loaded.shape, features=2), COLUMNS, loaded.initial, loaded.rows)
 
-    async def contribute(self, job, plan, step, state):
+    async def contribute(self, job, plan, step, state, record):
         if step.purpose == "statistics":
             sums = site_sums(rows, [(low, high) for _, low, high in COLUMNS])
             return np.empty(0, dtype=np.uint64), sums

@@ -112,10 +112,10 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
             if not wanted.digest:
                 await SiteJob._give_model(site, wanted)
 
-        async def once(job, plan, step, state):
+        async def once(job, plan, step, state, record):
             if step.training_round > 1:
                 raise TrainingFailed("unable")
-            return await contribute(job, plan, step, state)
+            return await contribute(job, plan, step, state, record)
 
         own.export = lie if name in lies else own.export
         own.contribute = once if name in failing else contribute

@@ -20,6 +20,7 @@ from fedcore.comparison.tracking import Tracker
 from fedcore.config import build_job, plan_of
 from fedcore.data.split import FoldSplit
 from fedcore.encode.pack import Opened
+from fedcore.guard import GuardRecord
 from fedcore.learn.flat import single_thread
 from fedcore.protocol.course import Step
 from fedcore.task import load_task
@@ -49,10 +50,10 @@ async def asked(**changes):
         loaded = await training.load("j", **about)
         plan = plan_of(build_job(COMPLETE), loaded.shape, ("a", "b", "va"), 512)
         state = JobState.initial(plan, loaded.initial)
-        one = await training.contribute("j", plan, STATISTICS, state)
+        one = await training.contribute("j", plan, STATISTICS, state, GuardRecord())
         training._process.kill()
         await training._process.wait()
-        two = await training.contribute("j", plan, STATISTICS, state)
+        two = await training.contribute("j", plan, STATISTICS, state, GuardRecord())
         own = Opened(two[0], two[1])
         state = state.after(plan, STATISTICS, own, ("va",), loaded.columns, allow_few_sites=True)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}

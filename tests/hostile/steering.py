@@ -47,7 +47,7 @@ class Steering:
     per_year: float = PER_YEAR
     mark_of: int | None = None
     at_calibration: bool = False
-    rounds: int = 60
+    rounds: int = 80
     settings: dict[str, Any] = field(default_factory=dict)
     tripped: GuardTripped | None = None
     refused: PeerRefused | None = None
