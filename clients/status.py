@@ -111,6 +111,8 @@ def _where(row: Json) -> str:
         return f"over ({row['outcome']})"
     if row["refused"]:
         return "refused"
+    if row["left"]:
+        return "left"
     if row["approval"] == "waiting":
         return f"waiting for approval: fed-site approve {row['job']}"
     if row["round"] is not None:

@@ -80,6 +80,16 @@ def test_two_lying_sites_whom_no_guard_stops_get_no_answer_in_80_rounds(monkeypa
     assert found.read == []
 
 
+# About 10 s: 80 rounds.
+def test_fields_above_the_range_get_no_answer_in_80_rounds(monkeypatch):
+    """Accepted as long as the sum is within what all sites could have sent: one liar pulls like several."""
+    asked = Steering(beyond=2.5)
+    found = steer(monkeypatch, asked, protection="plain", guarded=False)
+    assert found.refused is None
+    assert found.used == 80
+    assert not found.answers
+
+
 @pytest.mark.usefixtures("any_range")
 @pytest.mark.parametrize("per_year", [0.05, 0.4])
 def test_a_soft_question_reads_no_single_row(monkeypatch, per_year):

@@ -98,7 +98,7 @@ def row(name="j1", **changes):
     base = {
         "job": name, "task": "heart", "offer": "a" * 64, "protection": "layered", "rounds": 20,
         "stage": "idle", "round": None, "waiting": None, "tracked": None, "last_error": "",
-        "refused": None, "outcome": None, "model_sha256": None, "model_round": None,
+        "refused": None, "left": None, "outcome": None, "model_sha256": None, "model_round": None,
         "approval": "waiting", "label": ["Protects against: x", "second"], "leaves": ["update: y"],
     }  # fmt: skip
     return base | changes
