@@ -13,7 +13,7 @@ from town import SITES, scene
 
 from fedcore.aggregate.jobstate import JobState
 from fedcore.config import build_job, plan_of
-from fedcore.encode.pack import Opened
+from fedcore.encode.pack import Layout, Opened
 from fedcore.errors import GuardTripped
 from fedcore.guard import GuardMemory, GuardRecord, GuardRules
 from fedcore.protect.sealed import NOTICE_LENGTH
@@ -162,3 +162,35 @@ def moved(state, parameters):
     """The state after round 1 as a liar would have it."""
     server = replace(state.server, parameters=parameters)
     return replace(state, server=server, done=Step("update", 1))
+
+
+def test_a_deployed_site_refuses_a_sum_with_a_mark_that_it_did_not_put(
+    tmp_path, pool, caplog, monkeypatch
+):
+    """d puts the mark of a, too: a finds it and says no; the tag holds, since it is d's own vector."""
+    caplog.set_level(logging.INFO)
+    real = Layout._join
+
+    def join(layout, coordinates, wides, place):
+        data = real(layout, coordinates, wides, place)
+        if place == SITES.index("d") and layout.spec.marks:
+            data[len(data) - 2 * layout.sites + SITES.index("a")] += 1
+        return data
+
+    monkeypatch.setattr(Layout, "_join", join)
+
+    def refused():
+        return [
+            r
+            for r in caplog.records
+            if "in this site's place that it did not put" in r.getMessage()
+        ]
+
+    async def play(found):
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        await found.run(until=refused, seconds=60)
+
+    scene(tmp_path, pool, play, rounds=4)
+    assert {r.name for r in refused()} == {"fedcore.site.job"}

@@ -290,3 +290,17 @@ def test_an_abandoned_round_is_no_second_look_at_the_same_model():
 
 def test_floor_is_half():
     assert GuardMemory(2.0, 0.1).most(GuardRules()) == 1.5 * FLOOR * 2.0
+
+
+def test_the_final_model_is_judged_before_its_metrics():
+    experiment = run_of(**{"round.rounds": 2})
+    for _ in experiment.rounds():
+        pass
+    state = experiment.federated.state
+    for guard in experiment.federation.guards[1:]:
+        guard.memory = replace(guard.memory, first=1e-6, best=1e-6)
+    with pytest.raises(
+        GuardTripped, match=r"sites hungary, switzerland, va leave .* after round 2"
+    ):
+        experiment.federation.final_metrics(state)
+    assert {guard.memory.judged for guard in experiment.federation.guards} == {2}
