@@ -23,6 +23,7 @@ from support.unguarded_site import (
     CAP,
     CERTIFIED,
     IMPOSSIBLE,
+    LEDGER,
     ONE_SUM,
     POLICY,
     SETTINGS,
@@ -36,7 +37,17 @@ from support.unguarded_site import (
 
 from fedcore.aggregate.jobstate import model_digest
 
-ATTACKS = ("folds", "cohort", "downgrade", "impossible", "masked", "layered", "forged", "counts")
+ATTACKS = (
+    "folds",
+    "cohort",
+    "downgrade",
+    "impossible",
+    "masked",
+    "layered",
+    "forged",
+    "counts",
+    "jobs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,8 @@ def fed(tmp_path_factory):
     tasks = [name for each in ATTACKS for name in (each, f"{each}_open")] + ["folds_own"]
     with attacked(tmp_path_factory.mktemp("attacked"), tasks) as found:
         yield found
-        assert "Traceback" not in "".join(map(found.log, SITES))
+        said = [line for name in SITES for line in found.log(name).splitlines()]
+        assert not [line for line in said if "Traceback" in line]
 
 
 # -------------------------------------------------------------------- J: two jobs on the same rows
@@ -109,11 +121,34 @@ def vectors_by_cohorts(fed, task, protection):
 
 @pytest.mark.parametrize("protection", ["masked", "layered"])
 def test_the_same_step_with_another_site_left_out_each_time(fed, protection):
-    with switched_off(fed.folder, ONE_SUM):
+    with switched_off(fed.folder, ONE_SUM, LEDGER):  # for statistics each is enough
         read, _ = vectors_by_cohorts(fed, f"{protection}_open", protection)
     assert read == sorted((name, purpose) for name in SITES for purpose in PURPOSES)
     read, opened = vectors_by_cohorts(fed, protection, protection)
     assert (read, opened) == ([], [list("bcd")]), "one sum, and no other of this state"
+
+
+def statistics_by_jobs(fed, task):
+    """Whether two released jobs, the second without a, show the statistics of a, and the second job's id:
+    `masked`, the coordinator alone."""
+    found = []
+    for leave_out in [], ["a"]:
+        attack(fed.folder, leave_out=leave_out, stop_after=1)
+        job = fed.submit(task, rounds=1, protection="masked")
+        fed.wait(job)
+        found += sums(fed.folder, job, "statistics")
+    if [len(each["survivors"]) for each in found] != [4, 3]:
+        return False, job
+    return is_vector(minus(*found), sent_by(fed.folder, job, "statistics", "a")[0]), job
+
+
+def test_statistics_of_a_second_job_that_leaves_a_site_out(fed):
+    with switched_off(fed.folder, LEDGER):
+        read, _ = statistics_by_jobs(fed, "jobs_open")
+    assert read
+    read, job = statistics_by_jobs(fed, "jobs")
+    assert not read
+    assert f"job {job}: refused: " in fed.log("b"), "its ledger knows of the first job"
 
 
 # ------------------------------------------------------------------------ V: a state without proof

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.hospitals import hospitals
-from support.unguarded_site import SPLIT, switched_off
+from support.hospitals import LIAR, hospitals
+from support.lying_site import ask, read
+from support.unguarded_site import GUARD, SPLIT, switched_off
 
 from fedcore.data import heart
 
 NUMBERS = ("age", "trestbps", "chol", "thalch", "oldpeak")
+AGES = (78.0, 76.5)
+"""Between them there is one patient outside the lying site, of 77 years."""
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,60 @@ def test_two_jobs_that_differ_in_a_fold(town):
             assert (np.abs(rows - found).max(axis=1) < 0.01).any(), "a patient, all five numbers"
     for found in two_jobs(town):
         assert not found.any()
+
+
+# -------------------------------------------------------------------------- G: one site that lies
+
+
+def steer(town):
+    """A job in which one site steers: its last event, and what two of its answers isolate (None without)."""
+    prepared = town.trial
+    columns, statistics = list(prepared.layout.columns), prepared.statistics
+    age, at = columns.index("age"), statistics.names.index("age")
+    own = next(each for each in prepared.sites if each.id == LIAR)
+    center, scale = float(statistics.mean[at]), float(statistics.std[at])
+    ask(
+        town.notes,
+        column=age,
+        center=center,
+        scale=scale,
+        taus=AGES,
+        rows=len(own.train),
+        range_=4.0,
+    )
+    job = town.submit(rounds=30, release="sites")
+
+    def over(event):
+        """It has its answers, or too few sites are left for another round."""
+        left = [site for site in event["sites"].values() if site["unable"]]
+        return len(read(town.notes, job)) == len(AGES) or len(left) > 1
+
+    event = town.wait(job, until=over)[-1]
+    if event["state"] == "running":
+        town.stop_job(job)
+    found = read(town.notes, job)
+    if len(found) < len(AGES):
+        return event, None
+    return event, np.mean(found[AGES[1]], 0) - np.mean(found[AGES[0]], 0)
+
+
+def oldest(town):
+    """(inputs,) the patient of the other three hospitals who is between the two ages."""
+    columns, statistics = list(town.trial.layout.columns), town.trial.statistics
+    at = statistics.names.index("age")
+    rows = np.concatenate([e.train.x.numpy() for e in town.trial.sites if e.id != LIAR])
+    years = rows[:, columns.index("age")] * statistics.std[at] + statistics.mean[at]
+    (row,) = rows[(AGES[1] < years) & (years < AGES[0])]
+    return row
+
+
+def test_a_site_that_steers_the_model_into_a_question(town):
+    with switched_off(town.notes, GUARD):
+        _, isolated = steer(town)
+    assert np.abs(isolated[:-1] - oldest(town)).max() < 0.35, "the whole patient"
+    event, isolated = steer(town)
+    assert isolated is None
+    assert event["rounds_done"] <= 8
+    assert {n for n, about in event["sites"].items() if about["unable"]} <= set(town.sites) - {LIAR}
+    assert {about["unable"] for about in event["sites"].values()} == {"", "unable"}, "one word"
+    assert "guard: site cleveland leaves the job" in town.log("cleveland")

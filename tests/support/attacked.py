@@ -17,6 +17,8 @@ from deployment import HUB, deployment
 from support.hostile_coordinator import attack, hostile
 from support.unguarded_site import colluding, unguarded
 
+from fedcore.task import load_task
+
 SITES = ("a", "b", "c", "d")
 COLLUDER = "d"
 ROWS = {"a": 23, "b": 31, "c": 27, "d": 19}
@@ -73,7 +75,7 @@ class Attacked:
 
     def __init__(self, fed, file, folder, names):
         self.fed, self.file, self.folder = fed, file, folder
-        self.names = names
+        self.names, self.prepared_jobs = names, {}
 
     def __getattr__(self, name):
         return getattr(self.fed, name)
@@ -81,7 +83,7 @@ class Attacked:
     def submit(self, task, **settings):
         """Submit a job of this task; its id."""
         self.fed.task = f"{self.file}:{task}"
-        self.fed.prepared.clear()
+        self.fed.prepared = self.prepared_jobs.setdefault(task, {})
         return self.fed.submit(**{"max_examples": 64, "standardise": "federated", **settings})
 
     def reads(self, task):
@@ -92,8 +94,6 @@ class Attacked:
 
     def data(self, task, site):
         """The rows that a site has for a task: (rows, columns) and labels."""
-        from fedcore.task import load_task
-
         source = SITES.index(site), self.names.index(task), ROWS[site]
         return load_task(f"{self.file}:{task}").data(source)
 
@@ -127,18 +127,15 @@ def attacked(folder, tasks, colluders=(COLLUDER,), sites=SITES):
 
 def allow(found, tasks):
     """Each site's operator allows every one of the tasks."""
-    fed = found.fed
+    digests = {task: load_task(f"{found.file}:{task}").digest() for task in tasks}
     for name in SITES:
-        text = fed.config(name).read_text().partition("[tasks.")[0]
+        text = found.config(name).read_text().partition("[tasks.")[0]
         for number, task in enumerate(tasks):
-            fed.task = f"{found.file}:{task}"
-            fed.prepared.clear()
-            digest = fed._prepare({}).plan.task_digest
             text += (
-                f'[tasks.{task}]\ntask = "{fed.task}"\nsha256 = "{digest}"\n'
+                f'[tasks.{task}]\ntask = "{found.file}:{task}"\nsha256 = "{digests[task]}"\n'
                 f"source = [{SITES.index(name)}, {number}, {ROWS[name]}]\n"
             )
-        fed.config(name).write_text(text)
+        found.config(name).write_text(text)
 
 
 def columns_of(found):

@@ -39,9 +39,11 @@ def colluding(folder):
 SETTINGS = "the settings are in the plan"
 SPLIT = "the split into training and test rows is the site's own"
 CAP = "a site with more rows than the cap takes some of them"
+GUARD = "a site leaves a job whose model it does not trust"
 POLICY = "the policy of the site"
 THRESHOLD = "the threshold of a round is the plan's"
 ONE_SUM = "of one state at most one sum"
+LEDGER = "statistics go again with the sites that had them"
 CERTIFIED = "a state is held and applied under its own certificate only"
 IMPOSSIBLE = "a sum that no honest vectors have is refused"
 UNIFORM = "whatever a sum raises is the one refusal"
@@ -79,9 +81,7 @@ def _too_many_rows(load):
 def trusting(contribute):
     """Whatever the model is like, the site trains on it."""
 
-    async def found(self, job, plan, step, state, record=None):
-        if record is None:
-            return await contribute(self, job, plan, step, state)
+    async def found(self, job, plan, step, state, record):
         from fedcore.guard import GuardRecord, GuardRules
 
         lenient = GuardRecord(GuardRules(loss_factor=1e300, rounds=1 << 30))
@@ -111,12 +111,16 @@ RULES = {
     SETTINGS: [("fedcore.config", "settings_digest", lambda _: lambda *_: "0" * 64)],
     SPLIT: [("fedcore_clients.training", "Training.load", _split_of_the_job)],
     CAP: [("fedcore_clients.training", "Training.load", _too_many_rows)],
+    GUARD: [("fedcore_clients.training", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
         ("fedcore.protocol.site", "check_round_threshold", _nothing),
         ("fedcore.protocol.site", "Member.least", lambda _: lambda member: member.minimum),
     ],
     ONE_SUM: [("fedcore.protocol.site", "_check_one_sum", _nothing)],
+    LEDGER: [
+        ("fedcore_clients.jobs", "SiteJob._held_to_ledger", lambda _: lambda self, member: member)
+    ],
     CERTIFIED: [
         ("fedcore.protocol.site", "check_missed", _nothing),
         ("fedcore_clients.jobs", "_require_certified", _nothing),
