@@ -815,10 +815,12 @@ class CoordinatedJob:
     def _gathered(self, present: list[SiteId], wanted: int) -> bool:
         """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
 
-        Who was waited for once and did not come is not waited for again before it connects.
+        Who was waited for once and did not come is not waited for again before it connects. Where too many
+        sites said that they cannot take part, the job waits no longer than for one more site.
         """
         limits, now = self.house.limits, self.house.clock()
-        enough = len(present) >= max(limits.minimum, wanted)
+        needed = max(limits.minimum, wanted)
+        enough = len(present) >= needed
         for name in present:
             self.sites[name].missed = False
         views = {name: self.sites[name] for name in self.house.pins if name not in present}
@@ -829,7 +831,9 @@ class CoordinatedJob:
             return True
         if self._gathering is None:
             self._gathering = now
-        until = self._gathering + (limits.gather if enough else limits.enough)
+        unable = [name for name, view in views.items() if view.unable]
+        patience = limits.enough if len(self.sites) - len(unable) >= needed else limits.gather
+        until = self._gathering + (limits.gather if enough else patience)
         self._waiting(awaited or tuple(views), until)
         if now < until:
             return False
@@ -837,9 +841,11 @@ class CoordinatedJob:
         self._waiting((), None)
         if not enough:
             text = (
-                f"{len(present)} sites were there after {limits.enough:.0f} s, too few for a round, "
-                f"which needs {max(limits.minimum, wanted)}"
+                f"{len(present)} sites were there after {patience:.0f} s, too few for a round, "
+                f"which needs {needed}"
             )
+            if unable:
+                text += f"; cannot take part: {', '.join(unable)}"
             why = f": {self.progress.text}" if self.progress.text else ""
             self.end("abandoned" if self.rounds.known else "failed", text + why)
             return False

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from fedcore_clients.training import Training, TrainingFailed
+from fedcore_server.jobs import Limits
 from test_training_process import COMPLETE, SOURCE, SPLIT, STATISTICS, TASK
 from town import SITES, scene
 
@@ -43,6 +44,20 @@ def leaves(said, site):
 
 def words(said, site):
     return [m.reason for n, m in said if n == site and isinstance(m, job_messages.Unable)]
+
+
+def test_a_job_that_too_many_sites_left_ends_and_does_not_wait_for_them(tmp_path, pool):
+    """They said that they cannot take part: the coordinator waits `gather` seconds, not a day."""
+
+    async def play(found):
+        await found.first_round()
+        found.trouble["b"], found.trouble["c"] = [TRIPPED], [TRIPPED]
+        await found.run(until=lambda: found.hub.outcome is not None, seconds=60)
+        assert found.hub.outcome.outcome == "abandoned"
+        assert "cannot take part: b, c" in found.hub.outcome.text
+
+    limits = Limits(stage=5.0, gather=0.3, minimum=3, grace=0.3, enough=86_400.0)
+    scene(tmp_path, pool, play, limits=limits, rounds=400)
 
 
 @pytest.mark.parametrize("protection", ["masked", "encrypted"])
