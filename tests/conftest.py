@@ -39,6 +39,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
 LONGEST = (
     "test_contract.py", "test_crash_points.py", "test_readme.py", "test_chaos.py", "test_up.py",
+    "test_lying_site_steers.py", "test_hostile_coordinator.py", "test_hostile_site.py", "test_faults.py",
     "test_commands.py", "test_traffic.py", "test_patients.py", "test_absences.py", "test_load.py",
     "test_transfer.py", "test_restarts.py", "test_run.py", "test_simulation.py", "test_folding.py",
 )  # fmt: skip

@@ -93,7 +93,6 @@ CASES = {
         ("simulate", "--bits", "24", "--max-sites", "5000000"), 3, "no ring proves headroom", "largest that fit",
     ),
     "roster above max_sites": (("simulate", "--max-sites", "3"), 3, "max_sites = 3", "4 or more"),
-    "cap below the rows": (("simulate", "--max-examples", "100"), 2, "site cleveland: found 303 rows", "max_examples"),
     "no rows": (simulate("none"), 2, "site c: found 0 rows", ""),
     "NaN in data": (simulate("nan"), 2, "site c: found 1 NaN", "statistics"),
     "infinity in data": (simulate("inf"), 2, "site c: found 1 NaN or infinite", ""),

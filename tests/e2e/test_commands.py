@@ -253,8 +253,8 @@ def test_check_says_ok_for_everything(fed, call):
     found = json.loads(out)
     assert code == 0 and found["ok"]
     assert [each["name"] for each in found["checks"]] == [
-        "config", "keys", "folder", "task small", "data small", "dns", "tcp", "tls", "admitted",
-        "clock", "version",
+        "config", "keys", "policy", "folder", "sandbox", "task small", "data small", "dns", "tcp",
+        "tls", "admitted", "clock", "version",
     ]  # fmt: skip
     by_name = {each["name"]: each["found"] for each in found["checks"]}
     assert "40 rows (32 to train on, 8 to test)" in by_name["data small"]
@@ -620,7 +620,7 @@ def test_a_database_of_a_newer_version(home, call):
             base.execute("insert into meta values ('version', '99')")
             base.commit()
         refused(
-            call(module, name, "--config", config), 2, "found version 99, expected 1",
+            call(module, name, "--config", config), 2, "found version 99, expected 2",
             "another Fedcore wrote it",
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from fedcore_clients.sandbox import choose, hidden
 from fedcore_clients.training import Training, TrainingFailed
 
 from fedcore.config import build_job
+from fedcore.data.split import FoldSplit
 from fedcore.errors import BadInput, Refused, Unavailable
 from fedcore.task import load_task
 
@@ -148,7 +149,7 @@ def attacked(folder, config):
                 async with asyncio.timeout(PATIENCE):
                     await training.load(
                         "j", task=section.task, base=str(config.base), digest=section.sha256,
-                        settings=settings, site="a", source=port,
+                        settings=settings, site="a", source=port, split=FoldSplit().to_json(),
                     )  # fmt: skip
         finally:
             await training.close()

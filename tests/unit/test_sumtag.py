@@ -389,7 +389,7 @@ def test_one_unit_added_to_any_slot(epoch, slot):
     [
         {"federation": "other"}, {"job": "other"}, {"epoch": 2}, {"round": 8}, {"training_round": 7},
         {"purpose": "metrics"}, {"roster": (*ROSTER, "fay")}, {"pins": "other"}, {"threshold": 3},
-        {"protection": "layered"}, {"plan_digest": "other"}, {"certificate": "other"}, {"version": 2},
+        {"protection": "layered"}, {"plan_digest": "other"}, {"certificate": "other"}, {"version": 3},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
