@@ -118,11 +118,14 @@ def test_the_model_is_the_same_under_every_protection_and_twice(heart):
 
 def test_the_model_with_absences_is_that_of_plain_with_the_same(heart):
     plain, directory = heart["plain with absences"]
-    assert [row["round"] for row in plain["abandoned_rounds"]] == [7, 9]
+    assert [row["round"] for row in plain["abandoned_rounds"]] == [7]
     survivors = survivors_of(directory)
     everybody = plain["sites"]
-    assert survivors[3] == everybody[:3] and survivors[7] == survivors[9] == []
+    assert survivors[3] == everybody[:3] and survivors[7] == []
     assert survivors[5] == survivors[20] == everybody  # who left at unmask is in the sum
+    # Cleveland's absence by chance comes before the one that is named; without va's answer two of the three
+    # that are needed are left, and the round waits for it: its sum may be known.
+    assert plain["plan"]["threshold"] == 3 and survivors[9] == everybody[1:]
     assert plain["absences"] > 6  # chance added to the six that are named
     assert plain["model_sha256"] != heart["plain"][0]["model_sha256"]
     for protection in PROTECTIONS[1:]:
@@ -130,7 +133,7 @@ def test_the_model_with_absences_is_that_of_plain_with_the_same(heart):
         assert found["model_sha256"] == plain["model_sha256"]
         assert survivors_of(directory) == survivors
         assert found["absences"] == plain["absences"]
-        assert [row["round"] for row in found["abandoned_rounds"]] == [7, 9]
+        assert [row["round"] for row in found["abandoned_rounds"]] == [7]
 
 
 def survivors_of(directory):

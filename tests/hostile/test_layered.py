@@ -5,10 +5,12 @@ Both machines of every party, real keys, real ciphertexts; the coordinator reads
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from fedcore.errors import OutOfOrder, TagRefused
+from fedcore.errors import OutOfOrder, SecondSum, TagRefused
 from fedcore.loopback import KeyEpoch, Stopwatch, Witness
 from fedcore.plan import (
     RangePlan,
@@ -125,8 +127,14 @@ def unprotected(monkeypatch, coefficient):
         return epoch, play(epoch, witness), witness
 
 
+def forgetful(epoch):
+    """The coordinator begins the next round although the sum of the last one may be known."""
+    epoch.hub.stage = replace(epoch.hub.stage, exposed=())
+
+
 def test_a_tampered_ciphertext_gets_the_uniform_refusal(monkeypatch):
-    """Attack 2 in a whole round: every site refuses in the same words, and the key epoch is over."""
+    """Attack 2 in a whole round: every site refuses in the same words, the key epoch is over, and no other
+    sum of this state is opened under the next one."""
     for coefficient in range(40):
         try:
             epoch, _, witness = unprotected(monkeypatch, coefficient)
@@ -154,7 +162,15 @@ def test_a_tampered_ciphertext_gets_the_uniform_refusal(monkeypatch):
         assert isinstance(shell.stage, site.Halted)
         assert shell.stage.standing.certificate == before[name], "nothing was applied"
     monkeypatch.undo()
+    with pytest.raises(SecondSum, match="whose sum may be known"):
+        play(epoch)  # not even an honest sum: an honest coordinator begins no round after this one
+    forgetful(epoch)
     with pytest.raises(OutOfOrder, match=r"found Invited, expected .*NewEpoch"):
-        play(epoch)  # not even an honest sum, under this key epoch
+        play(epoch)  # and under this key epoch no site takes part in one
     epoch.start_epoch()
-    assert np.array_equal(play(epoch).opened.coordinates, exact)
+    forgetful(epoch)
+    with pytest.raises(SecondSum, match="expected the release of the round whose sum may be known"):
+        play(epoch)  # under a new one neither: the forged sum was one of this state
+    monkeypatch.setattr(site, "_check_one_sum", lambda *_: None)
+    forgetful(epoch)
+    assert np.array_equal(play(epoch).opened.coordinates, exact), "control"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kit import World, refuses, world_at
+from kit import World, answer_of, refuses, world_at
 
 from fedcore.errors import (
     Conflicting,
@@ -23,7 +23,7 @@ from fedcore.errors import (
 from fedcore.protect import pairwise
 from fedcore.protocol import site
 from fedcore.protocol.effects import MakeVector
-from fedcore.protocol.messages import Submit
+from fedcore.protocol.messages import LEFT, Leave, Submit
 
 
 def goes_on(world, name, delivery):
@@ -282,10 +282,15 @@ def test_a_restarted_site_never_makes_its_vector_a_second_time():
     found = world.step("cat", site.Restarted())
     assert not any(isinstance(effect, MakeVector) for effect in found)
     assert isinstance(world.stages["cat"], site.Idle)
-    sent = world_at("submit")
-    again = sent.step("cat", site.Restarted())
-    assert [e.message for e in again if hasattr(e, "message")] == [sent.submits["cat"]]
-    assert isinstance(sent.submits["cat"], Submit)
+    # Its vector sent: under masks it leaves, and says nothing else; under `encrypted` it says the same again.
+    masked = world_at("submit")
+    assert isinstance(masked.submits["cat"], Submit)
+    assert answer_of(masked.step("cat", site.Restarted())) == Leave(masked.h, "cat", LEFT)
+    assert isinstance(masked.stages["cat"], site.Idle)
+    sealed = world_at("submit", protection="encrypted")
+    again = sealed.step("cat", site.Restarted())
+    assert not any(isinstance(effect, MakeVector) for effect in again)
+    assert answer_of(again) == sealed.submits["cat"]
 
 
 def test_a_low_order_point_at_the_pairwise_agreement_itself(monkeypatch):
