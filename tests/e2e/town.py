@@ -327,6 +327,21 @@ class Town:
         self.start_hub()
         await self.run(until=lambda: self.hub is not None and len(self.hub.rounds.known) >= 1)
 
+    def hold(self, name, when=lambda: True):
+        """A contribution that this site begins while `when` says so waits for `go`; (go, waits)."""
+        go, waits = asyncio.Event(), asyncio.Event()
+        contributor = self.sites[name].contributor
+        contribute = contributor.contribute
+
+        async def held(*about):
+            if when() and not go.is_set():
+                waits.set()
+                await go.wait()
+            return await contribute(*about)
+
+        contributor.contribute = held
+        return go, waits
+
     async def run(self, seconds=100.0, until=None):
         """Until the coordinator's job is over and every site that runs has heard of it."""
         loop = asyncio.get_running_loop()
