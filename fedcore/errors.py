@@ -135,7 +135,8 @@ class GuardTripped(Refused):
         super().__init__(
             f"guard: {'sites' if some else 'site'} {', '.join(sites)} {'leave' if some else 'leaves'} "
             f"the job after round {round_}: {cause}" + (f" ({found})" if found else ""),
-            remedy="a site may lie, or the training diverges: compare the sites' records, lower train.lr",
+            remedy="a site may lie, or the training diverges: compare the sites' records, "
+            "lower train.lr or round.server_lr",
         )
         self.sites, self.round, self.cause, self.found = tuple(sites), round_, cause, found
 

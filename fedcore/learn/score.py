@@ -7,7 +7,8 @@ Invariant: what `score` returns is finite, except for a mean loss that overflowe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedcore.data.kinds import Indices, kind_of
 from fedcore.data.rows import Rows
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.learn.flat import seeded
-from fedcore.learn.train import place, predict, task_code
+from fedcore.learn.train import (
+    batch_norm_needs_two,
+    lone_row_breaks,
+    place,
+    predict,
+    task_code,
+)
 from fedcore.task import Task
 
 EVALUATION_BATCH = 1024
@@ -150,18 +158,27 @@ def has_loss(task: Task) -> bool:
 def training_loss(
     task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
 ) -> float:
-    """Mean loss of a model over training rows, in evaluation mode.
+    """Mean loss of a model over training rows, without chance and with the statistics that training uses.
 
-    In evaluation mode because training mode would make it depend on the batches (BatchNorm) and on chance
-    (dropout), and would move running statistics. It may be NaN or infinite. Raises TaskFailed.
+    Everything runs in evaluation mode (training mode would make it depend on chance, as dropout does), but
+    normalisation layers: those take each batch's own statistics, as in training. Running statistics fit
+    the parameters only after many rounds, or never where buffers keep their initial values, so the loss
+    with them says nothing about a model that is trained honestly. The module is left as it was found, in
+    evaluation mode. It may be NaN or infinite. Raises TaskFailed, and BadInput where BatchNorm
+    meets a batch of one row.
     """
-    module.eval()
     total, count = 0.0, 0
+    picked = _some(len(rows))
+    batch_size = getattr(rows, "batch_size", None) or EVALUATION_BATCH
+    if lone_row_breaks(module, len(picked), batch_size):
+        picked = picked[:-1]
     with (
+        _batch_statistics(module),
         seeded(seed, round_, site, "guard"),
         task_code(site, round_, "model, task.predict or task.loss"),
+        batch_norm_needs_two(place(site, round_)),
     ):
-        for batch in rows.batches(EVALUATION_BATCH, _some(len(rows))):
+        for batch in rows.batches(EVALUATION_BATCH, picked):
             outputs, targets = predict(task, module, batch)
             size = len(targets)
             total += float(task.loss(outputs, targets)) * size
@@ -169,7 +186,23 @@ def training_loss(
     return total / count if count else 0.0
 
 
-def _some(rows: int) -> Indices | None:
-    if rows <= MOST_ROWS:
-        return None
-    return np.linspace(0, rows - 1, MOST_ROWS).astype(np.int64)
+@contextmanager
+def _batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for the normalisation layers that the module's training mode trains; all buffers
+    are put back afterwards."""
+    module.train()  # a module's own `train` may keep some of its layers in evaluation mode
+    normalising = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+    module.eval()
+    kept = [(buffer, buffer.clone()) for layer in normalising for buffer in layer.buffers()]
+    for layer in normalising:
+        layer.training = True
+    try:
+        yield
+    finally:
+        module.eval()
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+def _some(rows: int) -> Indices:
+    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).astype(np.int64)

@@ -122,7 +122,7 @@ def local_train(
             )  # fmt: skip
             task.train(module, rows, fit)
             return TrainReport(0, plan.epochs * len(rows), None)
-        with _batch_norm_needs_two(place(site, round_)):
+        with batch_norm_needs_two(place(site, round_)):
             return _own_loop(
                 task, module, rows, plan, optimiser or make_optimiser(module, plan),
                 lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(
@@ -131,8 +131,18 @@ def local_train(
             )  # fmt: skip
 
 
+def lone_row_breaks(module: nn.Module, rows: int, batch_size: int) -> bool:
+    """Whether the last batch of so many rows is one row, for which BatchNorm has no statistics: that row
+    then sits this pass out."""
+    return (
+        rows > 1
+        and rows % batch_size == 1
+        and any(isinstance(m, _BatchNorm) for m in module.modules())
+    )
+
+
 @contextmanager
-def _batch_norm_needs_two(where: str) -> Iterator[None]:
+def batch_norm_needs_two(where: str) -> Iterator[None]:
     """Whether one row is too few depends on what reaches the layer (one image has many pixels per
     channel), so torch decides, and its sentence is put into ours."""
     try:
@@ -156,13 +166,11 @@ def _own_loop(
     order_of: Callable[[int], Any],
 ) -> TrainReport:
     steps, total = 0, 0.0
-    lone_row_breaks = any(isinstance(m, _BatchNorm) for m in module.modules())
     batch_size = getattr(rows, "batch_size", None) or plan.batch_size
     seen = 0
     for epoch in range(plan.epochs):
         order = order_of(epoch)
-        if lone_row_breaks and len(order) > 1 and len(order) % batch_size == 1:
-            # BatchNorm has no statistics for a batch of one row: the last row sits this epoch out.
+        if lone_row_breaks(module, len(order), batch_size):
             order = order[:-1]
         for batch in rows.batches(plan.batch_size, order):
             optimiser.zero_grad(set_to_none=True)

@@ -30,12 +30,12 @@ def any_range(monkeypatch):
     monkeypatch.setattr(released, "next_bound", without_the_rule)
 
 
-# About 15 s: 66 rounds of the real protocol.
+# About 15 s: 41 rounds of the real protocol.
 @pytest.mark.usefixtures("any_range")
 def test_control_without_both_rules_three_of_three_patients_are_read(monkeypatch):
     found = steer(monkeypatch, Steering(range_wanted=4.0), guarded=False)
     assert found.tripped is None
-    assert found.ranges[-1] == 64 * found.ranges[0]
+    assert found.ranges[-1] == 32 * found.ranges[0]
     assert found.read == [True, True, True]
 
 
@@ -44,7 +44,7 @@ def test_the_guard_alone_refuses_the_lying_site_by_round_8(monkeypatch):
     found = steer(monkeypatch, Steering(range_wanted=4.0))
     assert found.tripped is not None
     assert found.tripped.round < found.used <= 8
-    assert "exceeded 1.5 times the best so far for 2 rounds in a row" in str(found.tripped)
+    assert "rose far above the best so far" in str(found.tripped)
     assert not found.answers
 
 
@@ -74,10 +74,12 @@ def test_two_lying_sites_widen_the_range_four_times_and_are_refused_by_round_8(m
     assert not found.answers
 
 
-def test_two_lying_sites_whom_no_guard_stops_get_no_answer_in_80_rounds(monkeypatch):
+def test_control_two_lying_sites_whom_no_guard_stops_read_a_patient_in_80_rounds(monkeypatch):
+    """The range rule alone does not stop two: that they read nobody is the guard's work (the test above)."""
     found = steer(monkeypatch, Steering(liars=(2, 3)), protection="plain", guarded=False)
     assert max(found.ranges) == FIRST_RANGE_UP * found.ranges[0]
-    assert found.read == []
+    assert len(found.answers) == 2
+    assert found.read == [True]
 
 
 # About 10 s: 80 rounds.

@@ -24,11 +24,11 @@ from fedcore.aggregate.optimisers import (
 from fedcore.aggregate.released import largest_move
 from fedcore.comparison.experiment import Experiment, job_for, prepare
 from fedcore.data.rows import ArrayRows
-from fedcore.errors import EXIT_REFUSED, GuardTripped
+from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
 from fedcore.guard import FLOOR, Guard, GuardMemory, GuardRules
 from fedcore.learn import checkpoint
 from fedcore.learn.flat import FlatModel
-from fedcore.learn.score import MOST_ROWS, has_loss, training_loss
+from fedcore.learn.score import EVALUATION_BATCH, MOST_ROWS, has_loss, training_loss
 from fedcore.plan import ServerPlan
 
 
@@ -135,7 +135,7 @@ def rows_of(n):
 
 
 class Halving(torch.nn.Module):
-    """Dropout and BatchNorm, whose losses would depend on chance and on the batch."""
+    """Dropout and BatchNorm: chance, and statistics of a batch or of long ago."""
 
     def __init__(self):
         super().__init__()
@@ -155,23 +155,60 @@ def loss_of(rows, module=None):
     return found, flat
 
 
-def test_the_loss_is_of_evaluation_mode_and_leaves_the_model_alone():
+def test_the_loss_has_no_chance_in_it_and_leaves_the_model_alone():
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     found, flat = loss_of(rows_of(100))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert found == pytest.approx(np.mean(np.arange(100) ** 2.0), rel=1e-4)
+    # Rows of mean 0 and variance 1 against 0: of the batch's own statistics, and dropout drops nothing.
+    assert found == pytest.approx(1.0, rel=1e-4)
     assert flat.module.norm.running_mean.item() == 0.0
+    assert flat.module.norm.num_batches_tracked.item() == 0
     assert flat.module.weight.grad is None
+    assert not any(layer.training for layer in flat.module.modules())
+
+
+def test_a_layer_that_training_keeps_in_evaluation_mode_keeps_its_running_statistics():
+    class Frozen(Halving):
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    found, _ = loss_of(rows_of(100), Frozen())
+    assert found == pytest.approx(np.mean(np.arange(100) ** 2.0), rel=1e-4)
+
+
+def test_a_last_batch_of_one_row_sits_out_and_a_site_of_one_row_is_told():
+    found, _ = loss_of(rows_of(EVALUATION_BATCH + 1))
+    assert found == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(BadInput, match="found a batch of 1 row"):
+        loss_of(rows_of(1))
+
+
+@pytest.mark.parametrize("statistics", [(5.0, 1e-6), (-40.0, 9.0)])
+def test_running_statistics_that_do_not_fit_the_model_are_no_strike(statistics):
+    """What honest rounds leave there for long: a mean over sites of statistics of models since moved."""
+    fitting, _ = loss_of(rows_of(100))
+    module = Halving()
+    module.norm.running_mean.fill_(statistics[0])
+    module.norm.running_var.fill_(statistics[1])
+    found, flat = loss_of(rows_of(100), module)
+    assert found == fitting
+    assert flat.module.norm.running_mean.item() == statistics[0]
 
 
 def test_many_rows_are_judged_by_some_of_them_evenly_spaced():
-    class Counting(Halving):
+    class Counting(torch.nn.Linear):
         rows = 0
+
+        def __init__(self):
+            super().__init__(1, 1, bias=False)
+            torch.nn.init.ones_(self.weight)
 
         def forward(self, x):
             Counting.rows += len(x)
-            return super().forward(x)
+            return super().forward(x)[:, 0]
 
     found, _ = loss_of(rows_of(10 * MOST_ROWS), Counting())
     assert Counting.rows == MOST_ROWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import fedcore
+from fedcore import simulation
 from fedcore.comparison.transport import MetricTransport
-from fedcore.errors import BadInput, PlanRefused, TagRefused
+from fedcore.errors import BadInput, GuardTripped, PlanRefused, TagRefused
 from fedcore.learn.score import Scored
 from fedcore.learn.train import local_train
 from fedcore.loopback import KeyEpoch, Stopwatch
@@ -174,7 +176,10 @@ def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_
 
 
 def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
-    """The zero of gap.protection is measured: shift what `plain` opens, and it is zero no more."""
+    """The zero of gap.protection is measured: shift what `plain` opens, and it is zero no more.
+
+    No site's guard looks here: it would leave the model that the wrong sum leads to.
+    """
     from fedcore.protect.plain import PlainSealer
 
     original = PlainSealer.open
@@ -186,6 +191,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
         return total
 
     monkeypatch.setattr(PlainSealer, "open", shifted)
+    monkeypatch.setattr(simulation, "judge_all", lambda *_: None)
     result = run(protection="plain", range=8.0, adaptive_range=False).result
     assert result["unequal_rounds"] == 3
     assert any("NOT the plain integer sum" in line for line in result["warnings"])
@@ -207,7 +213,39 @@ def test_batch_norm_statistics_travel_or_stay():
     kept = run(make_task(model=net), protection="plain", buffers="initial").model
     assert (averaged[1].running_mean != 0).any() and (averaged[1].running_var != 1).any()
     assert (kept[1].running_mean == 0).all() and (kept[1].running_var == 1).all()
-    assert run(make_task(model=net), server="fedadam", rounds=2).result["rounds"] == 2
+    # At a rate of 1 FedAdam moves every coordinate by about 1 a round, and the loss really rises: guards trip.
+    adam = run(make_task(model=net), server="fedadam", server_lr=0.1, rounds=2)
+    assert adam.result["rounds"] == 2
+
+
+def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(monkeypatch):
+    """Rows of mean 20, and a server that moves running means by its own rate: in evaluation mode the loss
+    rises to more than three times the first one, while the loss that is trained, and the model, get better."""
+
+    def net():
+        return nn.Sequential(
+            nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(),
+            nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2),
+        )  # fmt: skip
+
+    def shifted(site):
+        x, y = data(site)
+        return x * 5 + 20, y
+
+    task = make_task(model=net, data=shifted)
+    settings = {"server": "fedadam", "server_lr": 0.1, "lr": 0.05, "rounds": 8}
+    found = run(task, protection="plain", arms=("federated",), **settings).result
+    assert found["rounds"] == 8
+    assert found["per_site"]["b"]["federated"]["auc"] > 0.9
+
+    @contextmanager
+    def evaluation_mode(module):
+        module.eval()
+        yield
+
+    monkeypatch.setattr("fedcore.learn.score._batch_statistics", evaluation_mode)
+    with pytest.raises(GuardTripped, match="after round 2"):
+        run(task, protection="plain", arms=("federated",), **settings)
 
 
 def test_models_that_differ_between_sites_are_named():
