@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import fedcore_clients.jobs
 import pytest
-from town import AWAY, SITES, scene
+from town import SITES, UNHURRIED, scene
 
 from fedcore.protocol import messages
 from fedcore.protocol import site as site_machine
@@ -78,20 +78,37 @@ def test_a_later_announcement_does_not_end_a_round_whose_sum_may_be_known(
 def test_a_site_that_was_put_back_to_an_older_folder_says_so_and_catches_up(
     tmp_path, pool, put_back, caplog
 ):
+    """It learns so from the certificate of a round that it signed in, and that its folder knows nothing of."""
+
     async def play(found):
-        await begin(found)
+        for name in SITES:
+            found.start(name)
+        go_2, waits = found.hold("a", lambda: len(found.hub.rounds.known) >= 1)
+        found.start_hub()
+        b = found.sites["b"]
+        await found.run(until=lambda: waits.is_set() and b.stage.standing.released == 1)
+        assert not isinstance(b.stage, site_machine.EXPOSED)
         copy = tmp_path / "copy"
         shutil.copytree(found.folder / "b", copy)
-        count = len(found.hub.rounds.known)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= count + 2)
+        # b dies when it has signed and before the release: no other one comes before b has seen this one.
+        go_2.set()
+        await found.run(until=lambda: len(found.hub.rounds.known) >= 2)
+        go_on, waits = held_at_the_sum(found.sites["a"])
+        await found.run(
+            until=lambda: (
+                waits.is_set()
+                and "b" in [each.site for each in getattr(found.hub.stage, "statements", ())]
+            )
+        )
         if put_back:
             found.left = {"b": copy}
         await found.kill("b")
         found.start("b")
+        go_on.set()
         await found.run()
         assert ("put back to an earlier time" in caplog.text) == put_back
         assert found.rounds()[-1]["survivors"] == list(SITES)
         await found.check()
 
     caplog.set_level(logging.WARNING)
-    scene(tmp_path, pool, play, rounds=8, limits=replace(AWAY, gather=30.0))
+    scene(tmp_path, pool, play, rounds=8, limits=UNHURRIED)
