@@ -65,9 +65,11 @@ def test_a_tripped_site_leaves_for_good_and_the_others_go_on(tmp_path, pool, pro
     caplog.set_level(logging.INFO)
 
     async def play(found):
-        await found.first_round()
-        said = heard(found)
-        found.trouble["b"] = [TRIPPED]
+        found.trouble_at["b", "update", 2] = TRIPPED
+        for name in SITES:
+            found.start(name)
+        found.start_hub()
+        said = heard(found)  # before anything is said
         await found.run(until=lambda: leaves(said, "b"), seconds=50)
         # The process ends after that; the next one neither reads rows nor says that it is there.
         await found.kill("b")

@@ -120,6 +120,9 @@ class Slow(Drawn):
         assert self.loaded, "a new process contributes only after it has loaded"
         if self.town.trouble.get(self._site):
             raise self.town.trouble[self._site].pop()
+        step = args[2]
+        if error := self.town.trouble_at.pop((self._site, step.purpose, step.training_round), None):
+            raise error
         await asyncio.sleep(0.002)
         return await super().contribute(*args)
 
@@ -150,7 +153,7 @@ class Town:
         self.hub, self.sites, self.journals = None, {}, {}
         self.tasks, self.births, self.deaths = {}, {}, []
         self.signed, self.broken, self.pushing = {}, {}, True
-        self.mute, self.trouble = set(), {}
+        self.mute, self.trouble, self.trouble_at = set(), {}, {}
         self.again, self.died_in = {}, []
         """party -> how its next life ends; the rounds in which somebody died."""
         self.left = {}
