@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from fedcore_server.folding import FoldPool, JobFold
 from fedcore_server.handover import HandOver
 from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
 
-from fedcore.config import build_job, plan_of
+from fedcore.config import Job, build_job, plan_of
 from fedcore.encode.pack import Layout
 from fedcore.errors import (
     ChunkRefused,
@@ -869,12 +870,18 @@ class CoordinatedJob:
             until = self._short_since + self.house.limits.enough
         self._waiting(lost, until if lost else None)
 
+    @cached_property
+    def _settings(self) -> Job:
+        """The job as it was submitted, built once: every event until there is a plan asks for it."""
+        return build_job(json.loads(self.offer.settings))
+
     def _make_plan(self) -> None:
         """One plan from what the sites found; a site that finds another shape is named and stays out."""
-        settings = json.loads(self.offer.settings)
         try:
-            complete = build_job(settings)
-            self.threshold = Terms.of_job(complete, tuple(self.house.pins)).threshold
+            complete = self._settings
+            self.threshold = (
+                self.threshold or Terms.of_job(complete, tuple(self.house.pins)).threshold
+            )
         except FedcoreError as error:  # the roster is another one than when the job was submitted
             self.end("failed", str(error))
             return
@@ -1324,7 +1331,7 @@ class CoordinatedJob:
             "round": found.header.training_round - 1, "number": found.header.round,
             "sites": found.sites, "metrics": found.values,
         }  # fmt: skip
-        reference = build_job(json.loads(self.offer.settings)).track.reference
+        reference = self._settings.track.reference
         if reference is not None:
             row["reference"] = reference.against(found.values)
         self.house.journal.append(self.id, ROUND, (), put=self.metrics.entry(row))
