@@ -3,7 +3,6 @@
 Invariant: no coordinator can ask for more than this table; what it forbids is refused before a row is
 read (but for `jobs_per_month`, which counts by the rows) and before anything leaves. The coordinator gets
 one word for it; the key, what was found and what was expected are in the site's own log.
-DESIGN s7; the names and the protocol are those of REDESIGN.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ test of results can find a solver that is too generous: only this file decides, 
 
 One fresh symmetric ciphertext of SEAL carries noise of at most 21 (a centred binomial sampler) and a
 rounding of at most 1/2; n of them, and one plaintext subtraction of at most 1/2, stay correct iff
-`21.5 n + 0.5 < q / (2 t)`, which is the line above (PROTOCOL, Headroom).
+`21.5 n + 0.5 < q / (2 t)`, which is the line above (PROTOCOL Headroom).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEAL_PLAIN_MODULUS_BITS = 60
 """SEAL takes plain moduli of at most 60 bits; t = 2^s has s + 1 bits."""
 
 PROTECTIONS = ("plain", "encrypted", "masked", "layered")
-"""The layers over one ring, weakest first (DESIGN s4); `layered` is the default everywhere."""
+"""The layers over one ring, weakest first; `layered` is the default everywhere."""
 
 ENCRYPTS = ("encrypted", "layered")
 """Protections under which vectors travel encrypted under a key the sites share."""

@@ -31,7 +31,7 @@ BINS = 256
 """Bins of an AUC histogram, of equal width in the predicted probability (PROTOCOL W)."""
 
 FRACTION_BITS = 16
-"""Fixed point of the regression sums: a row's error is rounded to 2^-16 (PROTOCOL W's f)."""
+"""Fixed point of the regression sums: a row's error is rounded to 2^-16 (PROTOCOL W)."""
 
 ERROR_RANGE = 1 << 16
 """Largest absolute (mae) or squared (mse) error of a row; larger ones are clipped and counted."""

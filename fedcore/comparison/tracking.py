@@ -1,4 +1,4 @@
-"""Accuracy where pooling is impossible: what a deployed site can say of each round (DESIGN s9).
+"""Accuracy where pooling is impossible: what a deployed site can say of each round.
 
 Three numbers per metric: of the released model on this site's own test rows; of a model that the site
 trains alone, as the arm `local_only` does (where the job has it); and over all sites' test rows, from

@@ -1,6 +1,6 @@
 """Key pairs of X25519 and ML-KEM-768 together, and envelopes sealed from one pair to another.
 
-Used for channel keys (PROTOCOL P), key epochs (E) and mask keys (`pairwise`).
+Used for channel keys (PROTOCOL P), key epochs (PROTOCOL E) and mask keys (`pairwise`).
 Invariant: an envelope opens only under the recipient's two secrets, with the sender's public keys and
 the same context; a key in it is safe while either X25519 or ML-KEM-768 is. Every envelope has a fresh
 encapsulation, hence a key of its own.

@@ -91,7 +91,7 @@ def key_id(payload: bytes) -> bytes:
 
 
 def state_tag(group: GroupSecret, job: str, round_: int, state: bytes) -> bytes:
-    """HMAC(G, "state", job, round, state): what binds a vector to the model it started from (S).
+    """HMAC(G, "state", job, round, state): what binds a vector to the model it started from (PROTOCOL S).
 
     state: the canonical bytes of parameters, optimiser state and range, as the site itself holds them.
     """

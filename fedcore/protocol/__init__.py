@@ -1,1 +1,1 @@
-"""The round protocol as two machines without input or output (PROTOCOL s3, docs/protocol.md)."""
+"""The round protocol as two machines without input or output (docs/protocol.md)."""

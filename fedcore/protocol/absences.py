@@ -16,7 +16,7 @@ from fedcore.errors import BadInput, RoundAbandoned, UnknownName
 from fedcore.types import SiteId
 
 STAGES = ("keys", "shares", "submit", "confirm", "unmask", "release")
-"""What a site sends in a round, in order (DESIGN s5)."""
+"""What a site sends in a round, in order (docs/protocol.md)."""
 
 ABANDONED_AT = ("keys", "shares", "submit", "confirm")
 """Stages at which too few sites end a round. Later ones wait for them: the sum may be known (PROTOCOL H)."""

@@ -1,4 +1,4 @@
-"""What the two roles say to each other in a round (DESIGN s5), in the order in which they say it.
+"""What the two roles say to each other in a round, in the order in which they say it.
 
 `header` is h, the digest of the round header, in every message. Signatures are Ed25519 over the type's
 name and the message's byte form without them (PROTOCOL C). Invariant: no field of a message holds a
@@ -35,7 +35,7 @@ class Keys:
     """A site joins: its public keys of this round, and what it starts from.
 
     self_seed_hash: SHA-256 of the self-seed, so that a rebuilt one can be checked.
-    state_tag: HMAC under G of the site's own state (S). key_id: of the key epoch it holds (E).
+    state_tag: HMAC under G of the site's own state (PROTOCOL S). key_id: of the key epoch it holds (PROTOCOL E).
     """
 
     header: bytes
@@ -54,7 +54,7 @@ class Parcel:
     """What `sender` has for `recipient`: the envelope with both key shares, and the pair-seed offer.
 
     A site's parcel to itself carries only the digests of the shares it keeps. offer is empty unless
-    the sender stands before the recipient in the roster (P). The share digests let the recipient
+    the sender stands before the recipient in the roster (PROTOCOL P). The share digests let the recipient
     check its shares, and the coordinator an answer to unmask.
     """
 
@@ -91,7 +91,7 @@ class Shares:
 class Submit:
     """A site's protected vector: SHA-256 over its chunks' digests, and its size in bytes.
 
-    salt: that of its keystream, 32 bytes drawn for this vector (X); b"" under any other cipher.
+    salt: that of its keystream, 32 bytes drawn for this vector (PROTOCOL X); b"" under any other cipher.
     """
 
     header: bytes
@@ -147,7 +147,7 @@ class Unmask:
 @record
 @dataclass(frozen=True)
 class Statement:
-    """What a site found in the opened sum (R): keyed digests of the sum and of the state it leads to."""
+    """What a site found in the opened sum (PROTOCOL R): keyed digests of the sum and of the state it leads to."""
 
     header: bytes
     site: SiteId
@@ -239,7 +239,7 @@ class Aggregate:
 @record
 @dataclass(frozen=True)
 class Certificate:
-    """The release certificate (R): identical statements of at least t listed survivors.
+    """The release certificate (PROTOCOL R): identical statements of at least t listed survivors.
 
     It carries the whole header, so that a late joiner can check it with the pinned keys alone.
     """

@@ -4,7 +4,7 @@
 From what the sites drew, every other value of the recorded round is derived again, and compared.
 Invariant: nothing here comes from `fedcore` or NumPy; of `cryptography` only Ed25519, X25519,
 ML-KEM-768, ChaCha20-Poly1305 and AES are used. HKDF, the message bytes, Shamir, packing and the sum tag
-are written anew from PROTOCOL.md and README.md, in plain Python.
+are written anew from docs/protocol.md and README.md, in plain Python.
 Prints one line per section; exits with 1 and the first difference otherwise.
 """
 

@@ -1,4 +1,4 @@
-"""Attacks of a coordinator on real sites, across rounds, cohorts and jobs (PROTOCOL J H N G U V).
+"""Attacks of a coordinator on real sites, across rounds, cohorts and jobs (PROTOCOL J, H, N, G, U, V).
 
 Each is carried out twice: with the one rule switched off at the sites, where it reads what it is after, and
 with the rule. The sites are real processes; `tests/support` has the coordinator that lies.

@@ -1,4 +1,4 @@
-"""A state becomes a site's model only by its own certificate (PROTOCOL V, point 6).
+"""A state becomes a site's model only by its own certificate (PROTOCOL V).
 
 Measured at 45ef960: a coordinator with one colluding site offered a forged checkpoint, let its download
 finish while the victim waited for the certificate of a round of the same number, and the real certificate

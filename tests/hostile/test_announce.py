@@ -1,4 +1,4 @@
-"""A round that a site must not join: announcements by a lying coordinator (PROTOCOL C, E, D; DESIGN s13).
+"""A round that a site must not join: announcements by a lying coordinator (PROTOCOL C, E, D).
 
 Each lie is refused with the site still idle and nothing sent. Control: the same header is joined by a
 site that differs in just what the check compares, or with the check removed.

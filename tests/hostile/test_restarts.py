@@ -1,4 +1,4 @@
-"""Restart between any two effects (PROTOCOL D, V, DESIGN s13, attack 6): every cut of a whole round.
+"""Restart between any two effects (PROTOCOL D, V, attack 6): every cut of a whole round.
 
 A process ends after an effect and before the next, comes back from its journal, and goes on or leaves the
 round. Then the round ends with the exact sum of its survivors, or is abandoned where too few are left;

@@ -1,4 +1,4 @@
-"""The label against PROTOCOL's table of collusion, and as text a person reads."""
+"""The label against the table of collusion (PROTOCOL L), and as text a person reads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def terms_for(sites, threshold=0, protection="layered"):
     return Terms.of_plan(plan_for(sites, threshold, protection))
 
 
-TABLE = [  # PROTOCOL, Collusion: n, t, active, curious, absences; the last is t less active
+TABLE = [  # PROTOCOL L: n, t, active, curious, absences; the last is t less active
     (3, 3, 1, 1, 0, 2),
     (3, 2, 0, 0, 1, 2),
     (4, 3, 1, 1, 1, 2),
@@ -431,7 +431,7 @@ def test_four_hospitals_read_this():
 
 
 def test_who_sees_the_sum_is_in_the_first_two_lines():
-    """DESIGN s4: under `masked` the coordinator, under `layered` only with a site, never alone."""
+    """Under `masked` the coordinator, under `layered` only with a site, never alone."""
     first = {p: label_of(terms_for(16, protection=p)).splitlines()[:2] for p in PROTECTIONS}
     assert "it does see their sum and the model" in first["masked"][0]
     assert "alone, neither their sum nor the model" in first["layered"][0]

@@ -1,6 +1,6 @@
 """The solver: both sides of every headroom boundary, against the documents' tables and SEAL itself.
 
-Sums still decrypt two to four bits beyond the proof, so only arithmetic can test it (PROTOCOL, Headroom).
+Sums still decrypt two to four bits beyond the proof, so only arithmetic can test it (PROTOCOL Headroom).
 """
 
 from __future__ import annotations

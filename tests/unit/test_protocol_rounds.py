@@ -1,5 +1,5 @@
 """Whole rounds through both machines: the exact sum of the survivors, or the abandonment that counting
-predicts, and never anything else (DESIGN s5; the counting is `absences.outcome`)."""
+predicts, and never anything else (the counting is `absences.outcome`)."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_who_missed_the_release_catches_up_and_takes_part(protection):
 
 
 def test_a_site_gone_after_it_confirmed_stays_in_the_sum_while_another_dropped():
-    """PROTOCOL, attack 5: the pair seed of the two is found without either."""
+    """Attack 5 of docs/threat-model.md: the pair seed of the two is found without either."""
     job = Job(5, 3, "masked", 3)
     assert job.round({"s01": "unmask", "s03": "submit"}) == ["s00", "s01", "s02", "s04"]
     assert job.round({"s03": "unmask", "s01": "submit"}) == ["s00", "s02", "s03", "s04"]
