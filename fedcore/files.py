@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcore.errors import BadInput
-from fedcore.types import Json
+
+if TYPE_CHECKING:  # it imports numpy, which the terminal does without
+    from fedcore.types import Json
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -12,7 +12,7 @@ from fedcore.comparison.api import compare_layers, simulate_layers
 from fedcore.comparison.experiment import STOP, stored_job
 from fedcore.environment import environment
 from fedcore.files import read_json
-from fedcore.run import read_rounds
+from fedcore.results import read_rounds
 from fedcore.task import Task
 from fedcore.types import Json
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
 from fedcore.files import read_json
+from fedcore.results import read_result, read_rounds
 from fedcore.types import Json
 
 RUNS = Path("runs")
@@ -136,18 +137,6 @@ def append_row(directory: Path, row: Json, name: str = "rounds.jsonl") -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def read_rounds(directory: Path) -> list[Json]:
-    """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
-    rows: list[Json] = []
-    path = directory / "rounds.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def all_abandoned(directory: Path) -> bool:
     """Whether a run ended with every one of its rounds abandoned: there is nothing to go on from."""
     if (directory / "result.json").is_file() or not (directory / "plan.json").is_file():
@@ -224,7 +213,7 @@ class _Finished:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self.result = read_json(self.directory / "result.json")
+        self.result = read_result(self.directory)
 
     @property
     def gap(self) -> dict[str, Gap]:
@@ -325,6 +314,6 @@ def load(directory: str | Path, task: Any = None) -> Run | Comparison:
     """Open a run or a comparison from its directory. `task`: needed for the model of a task that was
     made in a notebook; others are loaded again from where they came."""
     path = Path(directory)
-    if read_json(path / "result.json").get("kind") == "compare":
+    if read_result(path).get("kind") == "compare":
         return Comparison(path)
     return Run(path, task)

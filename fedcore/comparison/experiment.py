@@ -64,7 +64,8 @@ from fedcore.plan import (
 )
 from fedcore.protocol.absences import parse_absence
 from fedcore.report.sentences import metric_name
-from fedcore.run import append_row, read_rounds
+from fedcore.results import read_rounds
+from fedcore.run import append_row
 from fedcore.simulation import Federation, Leaving, federated_statistics
 from fedcore.sitework import SiteRows
 from fedcore.task import Task, load_task

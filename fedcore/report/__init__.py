@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedcore.errors import BadInput
+from fedcore.files import write_atomic
 from fedcore.report.sentences import Json
+from fedcore.results import read_result, read_rounds
 
 __all__ = ["PAGE", "TEXT", "read", "render", "write"]
 
@@ -25,15 +27,7 @@ def read(run_dir: Path) -> tuple[Json, list[Json]]:
 
     Raises BadInput for a file that is missing, unreadable or of another schema.
     """
-    from fedcore.files import read_json
-    from fedcore.run import read_rounds
-
-    result = read_json(run_dir / "result.json")
-    if result.get("schema") != 1:
-        raise BadInput(
-            f"{run_dir / 'result.json'}: found schema {result.get('schema')!r}, expected 1"
-        )
-    return result, read_rounds(run_dir)
+    return read_result(run_dir), read_rounds(run_dir)
 
 
 def render(runs: Sequence[tuple[Json, list[Json]]], form: str = "html") -> str:
@@ -64,8 +58,6 @@ def write(run_dir: Path) -> Path:
 
     Each file appears whole or not at all. Raises what `read` raises.
     """
-    from fedcore.files import write_atomic
-
     run = read(run_dir)
     page, text = render([run]), render([run], "md")
     write_atomic(run_dir / TEXT, text.encode())

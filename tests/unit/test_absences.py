@@ -34,7 +34,8 @@ from fedcore.protocol.absences import (
     parse_absence,
 )
 from fedcore.reproduction import reproduce
-from fedcore.run import all_abandoned, read_rounds
+from fedcore.results import read_rounds
+from fedcore.run import all_abandoned
 from fedcore.simulation import Leaving
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
