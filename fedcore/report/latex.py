@@ -10,7 +10,7 @@ import re
 from fedcore.report import sentences as say
 from fedcore.report import tables
 from fedcore.report.sentences import Json
-from fedcore.report.tables import Cell, Table
+from fedcore.report.tables import Cell, Grid
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -59,7 +59,7 @@ def render(result: Json) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _table(table: Table, caption: str) -> str:
+def _table(table: Grid, caption: str) -> str:
     columns = "".join("r" if cell.number else "l" for cell in table.rows[0])
     head = " & ".join(escape(name) for name in table.head)
     lines = [

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from fedcore.report import seen, tables
+from fedcore.report import readings, tables
 from fedcore.report import sentences as say
 from fedcore.report.sentences import Json
-from fedcore.report.tables import Cell, Table
+from fedcore.report.tables import Cell, Grid
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -50,7 +50,7 @@ def render(result: Json) -> str:
     found = [*tables.arms([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
-    found += [*seen.table(result), *tables.cost([result]), *tables.budgets([result])]
+    found += [*readings.table(result), *tables.cost([result]), *tables.budgets([result])]
     for table in found:
         lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
         if table.note:
@@ -63,7 +63,7 @@ def render(result: Json) -> str:
     return "\n".join(lines)
 
 
-def _grid(table: Table) -> list[str]:
+def _grid(table: Grid) -> list[str]:
     aligned = ["---:" if cell.number else "---" for cell in table.rows[0]]
     rows = [
         "| " + " | ".join(escape(name) for name in table.head) + " |",

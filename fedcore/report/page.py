@@ -18,15 +18,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from fedcore.errors import BadInput
-from fedcore.report import plots, tables
-from fedcore.report import seen as what_was_seen
+from fedcore.report import plots, readings, tables
 from fedcore.report import sentences as say
 from fedcore.report.plots import Run
 from fedcore.report.sentences import Json
 
 
 @dataclass(frozen=True)
-class Answer:
+class Question:
     """One question of the first screen: a run's name ("" for a single run) and its sentences."""
 
     question: str
@@ -95,14 +94,14 @@ def _headline(names: list[str], results: list[Json]) -> list[tuple[str, str, lis
     return found
 
 
-def _answers(names: list[str], results: list[Json]) -> list[Answer]:
+def _answers(names: list[str], results: list[Json]) -> list[Question]:
     questions = (
         ("Gained over staying alone", lambda r: [" ".join(say.gained(r))]),
         ("Cost of protection", lambda r: [" ".join(say.cost(r))]),
         ("Who could have seen what", _seen),
     )
     return [
-        Answer(question, tuple(_parts(names, [tuple(of(r)) for r in results])))
+        Question(question, tuple(_parts(names, [tuple(of(r)) for r in results])))
         for question, of in questions
     ]
 
@@ -132,13 +131,11 @@ def _seen(result: Json) -> list[str]:
     ]
 
 
-def _seen_by_parties(
-    names: list[str], results: list[Json]
-) -> list[tuple[str, what_was_seen.Section]]:
+def _seen_by_parties(names: list[str], results: list[Json]) -> list[tuple[str, readings.Readings]]:
     """One section for each protection: of several runs under the same one, the first speaks."""
-    found: dict[str, tuple[str, what_was_seen.Section]] = {}
+    found: dict[str, tuple[str, readings.Readings]] = {}
     for name, result in zip(names, results, strict=True):
-        section = what_was_seen.section(result)
+        section = readings.section(result)
         if section is not None:
             found.setdefault(result["seen"]["protection"], (name, section))
     return list(found.values())

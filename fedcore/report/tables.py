@@ -26,7 +26,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class Grid:
     """A titled grid; every row is as long as `head`, and its first cell names it."""
 
     title: str
@@ -39,7 +39,7 @@ def _name(text: str) -> Cell:
     return Cell(text, number=False)
 
 
-def arms(results: Sequence[Json]) -> list[Table]:
+def arms(results: Sequence[Json]) -> list[Grid]:
     """Each arm's metrics over the union of test rows, and what it lost against pooling; without a
     centralised arm only the metrics."""
     metrics = _all(results, say.ordered_metrics)
@@ -59,7 +59,7 @@ def arms(results: Sequence[Json]) -> list[Table]:
                 row.append(score_cell(result, arm, metric))
                 row += [lost_cell(result, arm, metric)] if compared else []
             rows.append(tuple(row))
-        return [Table("Arms", tuple(head), tuple(rows), note)] if rows else []
+        return [Grid("Arms", tuple(head), tuple(rows), note)] if rows else []
     found = []
     for metric in metrics:
         rows = []
@@ -72,7 +72,7 @@ def arms(results: Sequence[Json]) -> list[Table]:
                 cells.append(Cell(score.text, score.sub if score.text == say.DASH else sub))
             rows.append(tuple(cells))
         head = ["arm", *say.run_tags(results)]
-        found.append(Table(f"Arms: {say.metric_name(metric)}", tuple(head), tuple(rows), note))
+        found.append(Grid(f"Arms: {say.metric_name(metric)}", tuple(head), tuple(rows), note))
         note = ""
     return found
 
@@ -123,7 +123,7 @@ def lost_cell(result: Json, arm: str, metric: str) -> Cell:
     return Cell(say.amount(result, metric, say.better_by(result, metric, pooled, reached)))
 
 
-def per_site(results: Sequence[Json]) -> list[Table]:
+def per_site(results: Sequence[Json]) -> list[Grid]:
     """Per metric: every site alone and together, and their unweighted mean; together only, where no
     site was trained alone."""
     single = len(results) == 1
@@ -154,7 +154,7 @@ def per_site(results: Sequence[Json]) -> list[Table]:
             rows = [tuple(row[i] for i in kept) for row in rows]
             columns = [columns[i - 1] for i in kept[1:]]
         found.append(
-            Table(say.capitalised(say.metric_name(metric)), ("site", *columns), tuple(rows))
+            Grid(say.capitalised(say.metric_name(metric)), ("site", *columns), tuple(rows))
         )
     return found
 
@@ -211,7 +211,7 @@ def _site_mean(result: Json) -> Json:
     return mean
 
 
-def sources(results: Sequence[Json]) -> list[Table]:
+def sources(results: Sequence[Json]) -> list[Grid]:
     """Where the loss comes from: total = federation + quantisation + protection."""
     metrics = _all(results, say.ordered_metrics)
     note = (
@@ -222,13 +222,13 @@ def sources(results: Sequence[Json]) -> list[Table]:
     if len(results) == 1:
         head = ("part", *(say.metric_name(metric) for metric in metrics))
         rows = _parts([(results[0], metric) for metric in metrics])
-        return [Table("Where the loss comes from", head, rows, note)] if rows else []
+        return [Grid("Where the loss comes from", head, rows, note)] if rows else []
     found = []
     for metric in metrics:
         rows = _parts([(result, metric) for result in results])
         title = f"Where the loss comes from: {say.metric_name(metric)}"
         if rows:
-            found.append(Table(title, ("part", *say.run_tags(results)), rows, note))
+            found.append(Grid(title, ("part", *say.run_tags(results)), rows, note))
             note = ""
     return found
 
@@ -246,7 +246,7 @@ def _parts(columns: Sequence[tuple[Json, str]]) -> tuple[tuple[Cell, ...], ...]:
     return tuple(rows)
 
 
-def protected(results: Sequence[Json]) -> list[Table]:
+def protected(results: Sequence[Json]) -> list[Grid]:
     """The final metrics as sites know them, from protected sums, beside the exact ones.
 
     They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores. Where
@@ -276,7 +276,7 @@ def protected(results: Sequence[Json]) -> list[Table]:
     note = "Of the federated model. Outside a simulation only the protected sum is known."
     if any(_some_left(result) for result in results):
         note += " The sum is of the sites that stayed, the exact value of all."
-    return [Table("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
+    return [Grid("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
 
 
 def _some_left(result: Json) -> bool:
@@ -300,7 +300,7 @@ def _clipped(result: Json, metric: str) -> str:
     return "" if found is None else f"{say.count(found)} clipped"
 
 
-def cost(results: Sequence[Json]) -> list[Table]:
+def cost(results: Sequence[Json]) -> list[Grid]:
     """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
     lines: list[tuple[str, Callable[[Json], str]]] = [
         (stage, lambda r, s=stage: say.duration(say.number((r.get("seconds") or {}).get(s))))  # type: ignore[misc]
@@ -335,7 +335,7 @@ def _share(fraction: Any) -> str:
     return say.DASH if found is None else "none" if found == 0 else f"{found * 100:.2g} %"
 
 
-def budgets(results: Sequence[Json]) -> list[Table]:
+def budgets(results: Sequence[Json]) -> list[Grid]:
     """Gradient steps and examples seen per arm: equal budgets are what makes the arms comparable."""
     single = len(results) == 1
     head = ("arm", *(["gradient steps", "examples seen"] if single else say.run_tags(results)))
@@ -361,10 +361,10 @@ def budgets(results: Sequence[Json]) -> list[Table]:
         for r in results
         for a in (r.get("arms") or {}).values()
     )
-    return [Table("Budgets", head, tuple(rows))] if known else []
+    return [Grid("Budgets", head, tuple(rows))] if known else []
 
 
-def sites(results: Sequence[Json]) -> list[Table]:
+def sites(results: Sequence[Json]) -> list[Grid]:
     """Rows and classes of every site; the rows are of the data, so the first result speaks for all.
 
     Of a single run in which sites were absent also how many rounds' sums each of them was in.
@@ -382,25 +382,25 @@ def sites(results: Sequence[Json]) -> list[Table]:
             numbers.append(Cell(of))
         found.append((_name(say.plain(site)), *numbers, _name(counts or say.DASH)))
     head = ("site", "rows", "train", "test", *(["rounds in the sum"] if absent else []))
-    return [Table("Sites", (*head, "rows per class"), tuple(found))] if found else []
+    return [Grid("Sites", (*head, "rows per class"), tuple(found))] if found else []
 
 
-def plan(results: Sequence[Json]) -> list[Table]:
+def plan(results: Sequence[Json]) -> list[Grid]:
     """Everything the sites and the coordinator agreed on, key by key."""
     return _keys("Plan", "plan", results, leave_out=("label", "sites", "train", "packing"))
 
 
-def training(results: Sequence[Json]) -> list[Table]:
+def training(results: Sequence[Json]) -> list[Grid]:
     """The job's training settings."""
     return _keys("Training", "train", results)
 
 
-def environment(results: Sequence[Json]) -> list[Table]:
+def environment(results: Sequence[Json]) -> list[Grid]:
     """Versions and machine."""
     return _keys("Environment", "environment", results)
 
 
-def statistics(results: Sequence[Json]) -> list[Table]:
+def statistics(results: Sequence[Json]) -> list[Grid]:
     """What the first result's columns were scaled by: one row per column, or key by key."""
     found = results[0].get("statistics")
     if not isinstance(found, dict) or not found:
@@ -423,7 +423,7 @@ def statistics(results: Sequence[Json]) -> list[Table]:
         (_name(say.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
         for i, column in enumerate(columns)
     ]
-    return [Table(title, ("column", *keys), tuple(rows), note)]
+    return [Grid(title, ("column", *keys), tuple(rows), note)]
 
 
 def _short(value: Any) -> str:
@@ -433,7 +433,7 @@ def _short(value: Any) -> str:
 
 def _keys(
     title: str, key: str, results: Sequence[Json], leave_out: Sequence[str] = ()
-) -> list[Table]:
+) -> list[Grid]:
     """One row per key. `leave_out`: keys that stand elsewhere on the page."""
     kept = [{k: v for k, v in (r.get(key) or {}).items() if k not in leave_out} for r in results]
     flat = [dict(_flatten(found)) for found in kept]
@@ -443,7 +443,7 @@ def _keys(
         for name in names
     ]
     head = ["key", *(["value"] if len(results) == 1 else say.run_tags(results))]
-    return [Table(title, tuple(head), tuple(rows))] if rows else []
+    return [Grid(title, tuple(head), tuple(rows))] if rows else []
 
 
 def _flatten(value: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -472,14 +472,14 @@ def _side_by_side(
     results: Sequence[Json],
     lines: Iterable[tuple[str, Callable[[Json], str]]],
     note: str,
-) -> list[Table]:
+) -> list[Grid]:
     rows = []
     for name, text in lines:
         cells = [text(result) for result in results]
         if any(cell != say.DASH for cell in cells):
             rows.append((_name(name), *(Cell(cell) for cell in cells)))
     head = ["", *([""] if len(results) == 1 else say.run_tags(results))]
-    return [Table(title, tuple(head), tuple(rows), note)] if rows else []
+    return [Grid(title, tuple(head), tuple(rows), note)] if rows else []
 
 
 def _all(results: Sequence[Json], of: Callable[[Json], Iterable[str]]) -> list[str]:

@@ -48,7 +48,7 @@ from fedcore.plan import (
 from fedcore.protect.masked import MaskedSealer
 from fedcore.protect.masking import add_masks
 from fedcore.report import markdown, page
-from fedcore.report import seen as words
+from fedcore.report import readings as words
 
 pytest.importorskip("tenseal.sealapi")
 

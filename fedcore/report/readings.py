@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from fedcore.report import sentences as say
 from fedcore.report.sentences import Json
-from fedcore.report.tables import Cell, Table
+from fedcore.report.tables import Cell, Grid
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
 """The keys of `seen["parties"]` (a test compares them with fedcore.comparison.seen)."""
@@ -36,7 +36,7 @@ _UPLOAD_OF_BOTH = {
 
 
 @dataclass(frozen=True)
-class Held:
+class PartyCell:
     """One cell: what was read, and bars of the reading that tells most ("" where there is none)."""
 
     text: str
@@ -44,19 +44,19 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Section:
-    """The section of one run. columns: the protections; rows: (party, one `Held` a column)."""
+class Readings:
+    """The section of one run. columns: the protections; rows: (party, one `PartyCell` a column)."""
 
     title: str
     headline: str
     bars: Markup
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Held, ...]], ...]
+    rows: tuple[tuple[str, tuple[PartyCell, ...]], ...]
     note: str
     caption: str
 
 
-def section(result: Mapping[str, Any]) -> Section | None:
+def section(result: Mapping[str, Any]) -> Readings | None:
     """What a page shows of one run; None where the run had no witness."""
     seen = result.get("seen")
     if not seen:
@@ -74,11 +74,11 @@ def section(result: Mapping[str, Any]) -> Section | None:
                 f"{_name(seen, party)} under {protection}: {len(best['strip'])} coordinates as read"
             )
             strip = bars(best["strip"], words, exact=best["exact"] == 1)
-            held.append(Held(_cell(seen, party, view, protection), strip))
+            held.append(PartyCell(_cell(seen, party, view, protection), strip))
         rows.append((_name(seen, party), tuple(held)))
     drawn = len(seen["strip"])
     first = f"the first {drawn} of {size:,}" if drawn < size else f"all {size:,}"
-    return Section(
+    return Readings(
         f"What anyone could read of {site}'s update",
         headline(seen),
         bars(seen["strip"], f"{site}'s update: its first {drawn} coordinates", exact=True),
@@ -90,7 +90,7 @@ def section(result: Mapping[str, Any]) -> Section | None:
     )
 
 
-def table(result: Mapping[str, Any]) -> list[Table]:
+def table(result: Mapping[str, Any]) -> list[Grid]:
     """The same as a table of words, for Markdown; empty where the run had no witness."""
     found = section(result)
     if found is None:
@@ -100,7 +100,7 @@ def table(result: Mapping[str, Any]) -> list[Table]:
         for party, cells in found.rows
     ]
     note = f"{found.headline} {found.note}"
-    return [Table(found.title, ("party", *found.columns), tuple(rows), note)]
+    return [Grid(found.title, ("party", *found.columns), tuple(rows), note)]
 
 
 def headline(seen: Json) -> str:
