@@ -209,6 +209,31 @@ def test_pages_named_in_the_code_exist():
     ]
 
 
+def missing_paths(text: str, *bases: Path) -> list[str]:
+    """Files and folders that a page names in back-ticks and no base has: `fedcore/plan.py`, `data/`."""
+    named = re.findall(r"`([\w./-]+(?:/|\.py))`", text)
+    return [name for name in named if not any((base / name).exists() for base in bases)]
+
+
+def test_modules_named_in_the_glossary_exist():
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    entries = re.findall(r"^- (.*)$", text, re.MULTILINE)
+    assert len(entries) > 80
+    assert not [entry for entry in entries if not re.search(r"`\w+/[\w/]+\.py`", entry)]
+    terms = [re.search(r"\*\*(.+?)\*\*", entry).group(1).casefold() for entry in entries]
+    assert terms == sorted(terms)
+    assert not missing_paths(text, ROOT)
+
+
+def test_modules_named_on_the_map_exist():
+    """Its tables name modules from `fedcore/` on."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert not missing_paths(text, ROOT, ROOT / "fedcore")
+    assert missing_paths("`fedcore/nowhere.py` and `plan.py`", ROOT, ROOT / "fedcore") == [
+        "fedcore/nowhere.py"
+    ]
+
+
 RULE = r"(?:[A-Z]|Headroom)\b"
 CITATION = re.compile(rf"\bPROTOCOL\b(?: ({RULE}(?:(?:, | and ){RULE})*))?")
 
