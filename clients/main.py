@@ -39,7 +39,7 @@ from fedcore.loopback import Contribution
 from fedcore.plan import RoundPlan
 from fedcore.protect.identity import IdentityKey, roster_digest
 from fedcore.protocol import course, job
-from fedcore.protocol.encoding import encode
+from fedcore.protocol.encoding import encode, type_name
 from fedcore.provision.explain import check_certificate
 from fedcore.provision.identities import read_identity, read_roster
 from fedcore.provision.kit import Kit
@@ -226,7 +226,7 @@ class Site:
                     "protection": found.about.protection, "label": found.about.label,
                     "leaves": found.about.leaves, "approval": found.approval,
                     "rounds": json.loads(found.offer.settings)["round"]["rounds"],
-                    "stage": "over" if found.ended else type(stage).__name__.lower(),
+                    "stage": "over" if found.ended else type_name(type(stage)).lower(),
                     "round": header.training_round if header is not None else None,
                     "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
                     "tracked": found.tracked,

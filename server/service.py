@@ -47,7 +47,7 @@ from fedcore.plan import canonical, refuse_plain
 from fedcore.protect.identity import roster_digest
 from fedcore.protocol import coordinator
 from fedcore.protocol import job as job_messages
-from fedcore.protocol.encoding import encode
+from fedcore.protocol.encoding import encode, type_name
 from fedcore.provision.peer import Peer, check_name
 from fedcore.store.spool import Incoming, Stored
 from fedcore.types import Json, SiteId
@@ -660,7 +660,7 @@ class Coordinator:
         settings = json.loads(found.offer.settings)
         return {
             "job": found.id, "task": found.offer.task, "state": progress.state or WAITING,
-            "text": progress.text, "stage": type(stage).__name__.lower(),
+            "text": progress.text, "stage": type_name(type(stage)).lower(),
             "step": None if found.step is None else [found.step.purpose, found.step.training_round],
             "rounds": settings["round"]["rounds"],
             "rounds_done": sum(r["purpose"] == "update" for r in found.rounds.known),

@@ -54,7 +54,7 @@ from fedcore.protocol.effects import (
     Send,
     Warn,
 )
-from fedcore.protocol.encoding import digest, record
+from fedcore.protocol.encoding import digest, record, type_name
 from fedcore.protocol.messages import (
     COORDINATOR,
     MASK_ROOT,
@@ -86,6 +86,7 @@ from fedcore.protocol.shared import (
     check_keys,
     check_submission,
     listed,
+    not_legal,
     survivors_of,
 )
 from fedcore.protocol.site import share_digest
@@ -177,7 +178,7 @@ def _until() -> float:
     return field(default=0.0, compare=False, metadata={"byte_form": False})
 
 
-@record
+@record("Ready")
 @dataclass(frozen=True)
 class Ready:
     """Between rounds. round: the last number used."""
@@ -185,7 +186,7 @@ class Ready:
     round: int = 0
 
 
-@record
+@record("Advertising")
 @dataclass(frozen=True)
 class Advertising:
     """Waiting for keys."""
@@ -198,7 +199,7 @@ class Advertising:
     until: float = _until()
 
 
-@record
+@record("Sharing")
 @dataclass(frozen=True)
 class Sharing:
     """Waiting for shares of the sites in the bundle (U1)."""
@@ -212,7 +213,7 @@ class Sharing:
     until: float = _until()
 
 
-@record
+@record("Collecting")
 @dataclass(frozen=True)
 class Collecting:
     """Waiting for vectors of the sites that shared (U2; under `encrypted` of the whole roster).
@@ -231,7 +232,7 @@ class Collecting:
     until: float = _until()
 
 
-@record
+@record("Confirming")
 @dataclass(frozen=True)
 class Confirming:
     """Waiting for signatures under the one survivor list (U3)."""
@@ -246,7 +247,7 @@ class Confirming:
     until: float = _until()
 
 
-@record
+@record("Unmasking")
 @dataclass(frozen=True)
 class Unmasking:
     """Waiting for the key shares of the survivors that confirmed; the others count as `left`."""
@@ -262,7 +263,7 @@ class Unmasking:
     until: float = _until()
 
 
-@record
+@record("Summing")
 @dataclass(frozen=True)
 class Summing:
     """The masks are being taken off the sum. masks: of every survivor, and left by every dropout."""
@@ -275,7 +276,7 @@ class Summing:
     until: float = _until()
 
 
-@record
+@record("Releasing")
 @dataclass(frozen=True)
 class Releasing:
     """Waiting for the survivors' statements about the sum."""
@@ -290,7 +291,7 @@ class Releasing:
     until: float = _until()
 
 
-@record
+@record("Released")
 @dataclass(frozen=True)
 class Released:
     """The round ended with a certificate."""
@@ -305,7 +306,7 @@ class Released:
         return self.header.round
 
 
-@record
+@record("Abandoned")
 @dataclass(frozen=True)
 class Abandoned:
     """The round ended without one. exposed: sites that may have helped to open its sum; if there are any,
@@ -347,7 +348,7 @@ STAGE_NAMES = {
 # ------------------------------------------------------------------------- what the journal records
 
 
-@record
+@record("RoundStarted")
 @dataclass(frozen=True)
 class RoundStarted:
     """A round number is used up."""
@@ -357,7 +358,7 @@ class RoundStarted:
     salt: int
 
 
-@record
+@record("KeysTaken")
 @dataclass(frozen=True)
 class KeysTaken:
     """One site's keys."""
@@ -365,7 +366,7 @@ class KeysTaken:
     keys: Keys
 
 
-@record
+@record("BundleFixed")
 @dataclass(frozen=True)
 class BundleFixed:
     """U1; gone: sites that sent keys and are not in it."""
@@ -374,7 +375,7 @@ class BundleFixed:
     gone: tuple[SiteId, ...]
 
 
-@record
+@record("SharesTaken")
 @dataclass(frozen=True)
 class SharesTaken:
     """One site's shares."""
@@ -382,13 +383,13 @@ class SharesTaken:
     shares: Shares
 
 
-@record
+@record("CohortFixed")
 @dataclass(frozen=True)
 class CohortFixed:
     """U2."""
 
 
-@record
+@record("SubmissionTaken")
 @dataclass(frozen=True)
 class SubmissionTaken:
     """One site's vector, complete and verified; it is folded from here on."""
@@ -396,7 +397,7 @@ class SubmissionTaken:
     submit: Submit
 
 
-@record
+@record("ListFixed")
 @dataclass(frozen=True)
 class ListFixed:
     """U3, before anybody hears of it; gone: sites whose vectors started from another state."""
@@ -405,7 +406,7 @@ class ListFixed:
     gone: tuple[SiteId, ...]
 
 
-@record
+@record("ConfirmTaken")
 @dataclass(frozen=True)
 class ConfirmTaken:
     """One site's signature under U3."""
@@ -413,13 +414,13 @@ class ConfirmTaken:
     confirm: Confirm
 
 
-@record
+@record("ConfirmsFixed")
 @dataclass(frozen=True)
 class ConfirmsFixed:
     """Enough signatures; unmask is asked for from here on."""
 
 
-@record
+@record("AnswerTaken")
 @dataclass(frozen=True)
 class AnswerTaken:
     """One site's key shares, each checked against its sender's signed digest."""
@@ -427,7 +428,7 @@ class AnswerTaken:
     unmask: Unmask
 
 
-@record
+@record("MasksRebuilt")
 @dataclass(frozen=True)
 class MasksRebuilt:
     """What is to be subtracted from the sum."""
@@ -435,7 +436,7 @@ class MasksRebuilt:
     masks: tuple[tuple[SecretBytes, int], ...]
 
 
-@record
+@record("SumSpooled")
 @dataclass(frozen=True)
 class SumSpooled:
     """The sum without masks."""
@@ -443,7 +444,7 @@ class SumSpooled:
     aggregate: Aggregate
 
 
-@record
+@record("StatementTaken")
 @dataclass(frozen=True)
 class StatementTaken:
     """What one site found in the sum."""
@@ -451,7 +452,7 @@ class StatementTaken:
     statement: Statement
 
 
-@record
+@record("SiteGone")
 @dataclass(frozen=True)
 class SiteGone:
     """A site is gone. how: LOST (its connection), LEFT (it said so) or REFUSED (the release)."""
@@ -463,7 +464,7 @@ class SiteGone:
 LOST, LEFT, REFUSED = range(3)
 
 
-@record
+@record("RoundReleased")
 @dataclass(frozen=True)
 class RoundReleased:
     """The certificate."""
@@ -471,7 +472,7 @@ class RoundReleased:
     certificate: Certificate
 
 
-@record
+@record("RoundGivenUp")
 @dataclass(frozen=True)
 class RoundGivenUp:
     """Too few sites."""
@@ -541,7 +542,7 @@ def evolve(stage: Any, entry: Any) -> Any:
             exposed = _exposed(stage)
             return Abandoned(stage.header, name, left, exposed, getattr(stage, "refused", ()))
     raise OutOfOrder(
-        "journal", found=f"{type(entry).__name__} after {type(stage).__name__}",
+        "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
         expected="a record this stage can have written", fault=COORDINATOR,
     )  # fmt: skip
 
@@ -1151,11 +1152,7 @@ def step(hub: Hub, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effec
     legal = MOVES[type(stage)]
     sender = getattr(event, "sender", None)
     if kind not in legal:
-        raise OutOfOrder(
-            "message" if sender else "event", found=kind.__name__,
-            expected=" or ".join(sorted(each.__name__ for each in legal)),
-            fault=sender or COORDINATOR,
-        )  # fmt: skip
+        raise not_legal(kind, legal, message=bool(sender), fault=sender or COORDINATOR)
     if sender is not None and _seen_before(stage, event, sender):
         return stage, ()
     move = _Move(stage, evolve, hub=hub)
@@ -1181,14 +1178,14 @@ def _seen_before(stage: Any, event: Received | Uploaded, sender: SiteId) -> bool
         return sender in getattr(stage, "left", stage.gone) or sender not in stage.header.roster
     if sender not in members_of(stage) or _out(stage, sender):
         raise RosterRefused(
-            "message", found=f"{type(message).__name__} of a site not waited for",
+            "message", found=f"{type_name(type(message))} of a site not waited for",
             expected=f"one of {len(members_of(stage))} sites", fault=sender,
         )  # fmt: skip
     for past in _came(stage):
         if _site_of(past) == site:
             if past != message:
                 raise Conflicting(
-                    f"second {type(message).__name__}", found="other bytes than the first",
+                    f"second {type_name(type(message))}", found="other bytes than the first",
                     expected="one a round", fault=sender,
                 )  # fmt: skip
             return True

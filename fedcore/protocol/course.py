@@ -18,7 +18,7 @@ PURPOSES = ("statistics", "range", "update", "metrics")
 """What a round's vector may hold, in the order in which a job comes to it."""
 
 
-@record
+@record("Step")
 @dataclass(frozen=True)
 class Step:
     """One round to come. training_round: 0 before the first, rounds + 1 for the metrics-only one."""

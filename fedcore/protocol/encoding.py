@@ -3,11 +3,14 @@
     value  = 'N' | 'I' int64 | 'B' length bytes | 'S' length UTF-8 | 'L' count value... | 'R' name value...
            | 'X' length bytes      a secret, in journal records only
 
-Lengths and counts are 4 bytes, integers 8, all big-endian; a record is its type's name and then its
-fields in order. Invariant: one value has one byte form, and `decode` takes nothing else: no tail, no
-other type, no unknown record, no length beyond the input. Nothing but registered frozen records, tuples,
-strings, bytes and integers has a form, so a message cannot bring code along; a message type has no
-field that takes a secret, so it cannot carry one out.
+Lengths and counts are 4 bytes, integers 8, all big-endian; a record is the name that `@record(NAME)`
+gives its type, and then its fields in order. That name never changes, because signatures and journals
+hold it; the class may be renamed. `tests/vectors/records.json` lists all records with their fields.
+
+Invariant: one value has one byte form, and `decode` takes nothing else: no tail, no other type, no
+unknown record, no length beyond the input. Nothing but registered frozen records, tuples, strings, bytes
+and integers has a form, so a message cannot bring code along; a message type has no field that takes a
+secret, so it cannot carry one out.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,8 +26,19 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import SecretBytes
 
-_RECORDS: dict[str, type[Any]] = {}
-_FIELDS: dict[str, tuple[tuple[str, Any], ...]] = {}
+
+@dataclass(frozen=True)
+class _Form:
+    """How a record type is written. head: the first bytes, which are its name; fields: those written."""
+
+    name: str
+    head: bytes
+    fields: tuple[str, ...]
+
+
+_FORMS: dict[type[Any], _Form] = {}
+_TYPES: dict[str, type[Any]] = {}
+_FIELDS: dict[type[Any], tuple[tuple[str, Any], ...]] = {}
 
 MAX_DEPTH = 12
 """Nesting of real messages stays below 8."""
@@ -32,12 +46,46 @@ MAX_DEPTH = 12
 R = TypeVar("R")
 
 
-def record(cls: type[R]) -> type[R]:
-    """Give a frozen dataclass a byte form; its name must be new."""
-    if cls.__name__ in _RECORDS or not is_dataclass(cls):
-        raise TypeError(f"record {cls.__name__}: expected a dataclass with a name of its own")
-    _RECORDS[cls.__name__] = cls
-    return cls
+def record(name: str) -> Callable[[type[R]], type[R]]:
+    """Give a frozen dataclass a byte form under a name that no later version changes.
+
+    The decorator raises TypeError for a name that is taken, and for a class that has one already or is
+    no dataclass. Fields with the metadata `byte_form: False` are left out.
+    """
+
+    def register(cls: type[R]) -> type[R]:
+        if name in _TYPES or cls in _FORMS or not is_dataclass(cls):
+            raise TypeError(f"record {name!r}: expected a dataclass, and a name that is not taken")
+        label = name.encode()
+        written = tuple(f.name for f in fields(cls) if f.metadata.get("byte_form", True))
+        _FORMS[cls] = _Form(name, b"RS" + _LENGTH(len(label)) + label, written)
+        _TYPES[name] = cls
+        return cls
+
+    return register
+
+
+def records() -> Mapping[str, type[Any]]:
+    """Every record type registered so far, by its name."""
+    return types.MappingProxyType(_TYPES)
+
+
+def type_name(hint: Any) -> str:
+    """A type or annotation in words: for a record its frozen name, `tuple[Keys, ...]`, `bytes | NoneType`.
+
+    A type without a byte form keeps its Python name.
+    """
+    if hint in _FORMS:
+        return _FORMS[hint].name
+    hint = getattr(hint, "__supertype__", hint)  # NewType
+    if hint in _PLAIN:
+        return _KINDS[_PLAIN[hint]]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in {Union, types.UnionType}:
+        return " | ".join(map(type_name, arguments))
+    if origin is tuple:
+        return f"tuple[{', '.join('...' if a is Ellipsis else type_name(a) for a in arguments)}]"
+    return str(getattr(hint, "__name__", hint))
 
 
 def encode(value: Any) -> bytes:
@@ -90,10 +138,10 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
         out(b"N")
     elif kind is SecretBytes:
         out(b"X" + _LENGTH(len(value.reveal())) + value.reveal())
-    elif _RECORDS.get(kind.__name__) is kind:
-        name = kind.__name__.encode()
-        out(b"RS" + _LENGTH(len(name)) + name)
-        for each, _ in _hints(kind):
+    elif kind in _FORMS:
+        form = _FORMS[kind]
+        out(form.head)
+        for each in form.fields:
             _write(out, getattr(value, each))
     else:  # a bool too: the two cases have names of their own
         raise TypeError(f"{kind.__name__} has no byte form")
@@ -123,7 +171,7 @@ def decode(
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
     kind: Any = expected
     if not _checker(kind)(value):
-        raise _malformed(type(value).__name__, getattr(expected, "__name__", expected), sender)
+        raise _malformed(type_name(type(value)), type_name(expected), sender)
     return value  # type: ignore[no-any-return]
 
 
@@ -164,7 +212,8 @@ def _read_items(
         _check_kind(data, at, each, " in a list", source)
         item, at = _read(data, at, source, depth + 1, each)
         if check is not None and not check(item):
-            raise _malformed(f"{type(item).__name__} in a list", _name_of(each), source.sender)
+            found = f"{type_name(type(item))} in a list"
+            raise _malformed(found, type_name(each), source.sender)
         items.append(item)
     return tuple(items), at
 
@@ -172,15 +221,16 @@ def _read_items(
 def _read_record(data: bytes, at: int, source: _Source, depth: int) -> tuple[Any, int]:
     sender = source.sender
     name, at = _read(data, at, source, depth + 1, Any)
-    cls = _RECORDS.get(name) if isinstance(name, str) else None
+    cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise _malformed("an unknown record", "a record of this version", sender)
     values = []
-    for field_name, hint in _hints(cls):
+    for field_name, hint in fields_of(cls):
         _check_kind(data, at, hint, f" in {name}.{field_name}", source)
         value, at = _read(data, at, source, depth + 1, hint)
         if not _checker(hint)(value):
-            raise _malformed(f"{type(value).__name__} in {name}.{field_name}", hint, sender)
+            found = f"{type_name(type(value))} in {name}.{field_name}"
+            raise _malformed(found, type_name(hint), sender)
         values.append(value)
     return cls(*values), at
 
@@ -189,17 +239,16 @@ _KINDS = {
     b"N": "NoneType", b"I": "int", b"B": "bytes", b"S": "str", b"L": "tuple", b"X": "SecretBytes",
     b"R": "record",
 }  # fmt: skip
+_PLAIN: dict[Any, bytes] = {
+    None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X",
+}  # fmt: skip
 
 
 def _check_kind(data: bytes, at: int, hint: Any, where: str, source: _Source) -> None:
     """Refuse a value of another kind than its field's, before any of it is read."""
     kind = data[at : at + 1]
     if kind in _KINDS and kind not in _kinds(hint):
-        raise _malformed(f"{_KINDS[kind]}{where}", _name_of(hint), source.sender)
-
-
-def _name_of(hint: Any) -> Any:
-    return getattr(hint, "__name__", hint)
+        raise _malformed(f"{_KINDS[kind]}{where}", type_name(hint), source.sender)
 
 
 @cache
@@ -209,9 +258,8 @@ def _kinds(hint: Any) -> frozenset[bytes]:
     origin = get_origin(hint)
     if origin in {Union, types.UnionType}:
         return frozenset().union(*map(_kinds, get_args(hint)))
-    plain = {None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X"}
-    if hint in plain:
-        return frozenset({plain[hint]})
+    if hint in _PLAIN:
+        return frozenset({_PLAIN[hint]})
     if origin is tuple or hint is tuple:
         return frozenset({b"L"})
     if hint is Any or hint is object:
@@ -250,15 +298,12 @@ _LEAVES: dict[bytes, Callable[[bytes, str], Any]] = {
 }
 
 
-def _hints(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
+def fields_of(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
     """(field, type) of a record, in order, without the fields that have no byte form."""
-    name = cls.__name__
-    if name not in _FIELDS:  # not before first use: annotations may name later classes
+    if cls not in _FIELDS:  # not before first use: annotations may name later classes
         hints = get_type_hints(cls)
-        _FIELDS[name] = tuple(
-            (f.name, hints[f.name]) for f in fields(cls) if f.metadata.get("byte_form", True)
-        )
-    return _FIELDS[name]
+        _FIELDS[cls] = tuple((name, hints[name]) for name in _FORMS[cls].fields)
+    return _FIELDS[cls]
 
 
 @cache

@@ -30,14 +30,14 @@ from fedcore.protect.identity import roster_digest
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import key_id
 from fedcore.protocol.effects import Effect, Persist, Send
-from fedcore.protocol.encoding import digest, encode, record
+from fedcore.protocol.encoding import digest, encode, record, type_name
 from fedcore.protocol.messages import COORDINATOR, check_signature, sign
 from fedcore.protocol.shared import check_members, check_protection
 from fedcore.protocol.site import Member
 from fedcore.types import SiteId
 
 
-@record
+@record("EpochHeader")
 @dataclass(frozen=True)
 class EpochHeader:
     """What a key epoch belongs to. roster: every pinned site; threshold: signed key ids a late joiner
@@ -62,7 +62,7 @@ class EpochHeader:
 # --------------------------------------------------------------------------------------- messages
 
 
-@record
+@record("EpochCall")
 @dataclass(frozen=True)
 class EpochCall:
     """Coordinator to sites: sign fresh keys for this epoch."""
@@ -70,7 +70,7 @@ class EpochCall:
     header: EpochHeader
 
 
-@record
+@record("EpochKey")
 @dataclass(frozen=True)
 class EpochKey:
     """A site's fresh public keys for one epoch."""
@@ -81,7 +81,7 @@ class EpochKey:
     signature: bytes
 
 
-@record
+@record("EpochKeys")
 @dataclass(frozen=True)
 class EpochKeys:
     """Coordinator to the maker: everybody's signed epoch keys."""
@@ -90,7 +90,7 @@ class EpochKeys:
     keys: tuple[EpochKey, ...]
 
 
-@record
+@record("Grant")
 @dataclass(frozen=True)
 class Grant:
     """The payload, sealed by `site` for one recipient's epoch key."""
@@ -104,7 +104,7 @@ class Grant:
     signature: bytes
 
 
-@record
+@record("Grants")
 @dataclass(frozen=True)
 class Grants:
     """The maker to the coordinator: one grant for each other site."""
@@ -114,7 +114,7 @@ class Grants:
     grants: tuple[Grant, ...]
 
 
-@record
+@record("Granted")
 @dataclass(frozen=True)
 class Granted:
     """Coordinator to a site: its grant, the granter's signed epoch key, and who signed the key id.
@@ -127,7 +127,7 @@ class Granted:
     held: tuple[KeyHeld, ...]
 
 
-@record
+@record("GrantRequest")
 @dataclass(frozen=True)
 class GrantRequest:
     """Coordinator to a holder: seal the payload for a late joiner."""
@@ -135,7 +135,7 @@ class GrantRequest:
     key: EpochKey
 
 
-@record
+@record("KeyHeld")
 @dataclass(frozen=True)
 class KeyHeld:
     """A site signs which payload it holds."""
@@ -149,7 +149,7 @@ class KeyHeld:
 # ------------------------------------------------------------------------------- a site: stages
 
 
-@record
+@record("NoKey")
 @dataclass(frozen=True)
 class NoKey:
     """No payload of the present job. epoch: the last one seen."""
@@ -157,7 +157,7 @@ class NoKey:
     epoch: int = 0
 
 
-@record
+@record("Offered")
 @dataclass(frozen=True)
 class Offered:
     """This site's epoch key is signed; the payload is awaited."""
@@ -172,7 +172,7 @@ class Offered:
         return self.header.epoch
 
 
-@record
+@record("Making")
 @dataclass(frozen=True)
 class Making:
     """This site is the maker, and its shell makes the payload."""
@@ -188,7 +188,7 @@ class Making:
         return self.header.epoch
 
 
-@record
+@record("Holding")
 @dataclass(frozen=True)
 class Holding:
     """The payload is installed. sent: what was said last, to be said again after a new connection."""
@@ -273,7 +273,7 @@ def step_site(member: Member, stage: Any, event: Any) -> tuple[Any, tuple[EpochE
         case NoKey(), Again():
             return stage, ()
     raise OutOfOrder(
-        "key epoch", found=type(message).__name__, expected=f"what {type(stage).__name__} takes",
+        "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
         fault=COORDINATOR,
     )  # fmt: skip
 
@@ -459,7 +459,7 @@ def _check_held(
 # ------------------------------------------------------------------------ the coordinator: stages
 
 
-@record
+@record("NoEpoch")
 @dataclass(frozen=True)
 class NoEpoch:
     """No epoch yet. epoch: the last number used."""
@@ -467,7 +467,7 @@ class NoEpoch:
     epoch: int = 0
 
 
-@record
+@record("Calling")
 @dataclass(frozen=True)
 class Calling:
     """Waiting for epoch keys. awaited: of these sites; more are welcome."""
@@ -483,7 +483,7 @@ class Calling:
         return self.header.epoch
 
 
-@record
+@record("Granting")
 @dataclass(frozen=True)
 class Granting:
     """Waiting for the maker's grants."""
@@ -498,7 +498,7 @@ class Granting:
         return self.header.epoch
 
 
-@record
+@record("Spreading")
 @dataclass(frozen=True)
 class Spreading:
     """The payload is with its maker and on its way; complete when every key holder signed its id."""
@@ -618,7 +618,7 @@ def step_hub(
         case _, EpochTick():
             return stage, ()
     raise OutOfOrder(
-        "key epoch", found=type(message).__name__, expected=f"what {type(stage).__name__} takes",
+        "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
         fault=getattr(event, "sender", COORDINATOR),
     )  # fmt: skip
 

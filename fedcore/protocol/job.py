@@ -17,8 +17,8 @@ from fedcore.protocol.encoding import record
 from fedcore.protocol.messages import Certificate
 from fedcore.types import SiteId
 
-record(Wide)
-record(ModelShape)
+record("Wide")(Wide)
+record("ModelShape")(ModelShape)
 
 UNABLE = "unable"
 
@@ -37,7 +37,7 @@ the site: two words there would let a coordinator ask about rows (PROTOCOL U).""
 OUTCOMES = ("finished", "abandoned", "stopped", "failed")
 
 
-@record
+@record("JobOffer")
 @dataclass(frozen=True)
 class JobOffer:
     """Coordinator to sites: a job begins. settings: canonical JSON of the job file's tables."""
@@ -48,7 +48,7 @@ class JobOffer:
     settings: bytes
 
 
-@record
+@record("Survey")
 @dataclass(frozen=True)
 class Survey:
     """A site found the task, loaded its rows and built the model: this is its shape."""
@@ -58,7 +58,7 @@ class Survey:
     shape: ModelShape
 
 
-@record
+@record("Unable")
 @dataclass(frozen=True)
 class Unable:
     """A site cannot take part, or not any more. reason: one of REASONS."""
@@ -68,7 +68,7 @@ class Unable:
     reason: str
 
 
-@record
+@record("PlanOffer")
 @dataclass(frozen=True)
 class PlanOffer:
     """Coordinator to sites: the plan, as canonical JSON. A site compares it with its own."""
@@ -77,7 +77,7 @@ class PlanOffer:
     plan: bytes
 
 
-@record
+@record("PlanAgreed")
 @dataclass(frozen=True)
 class PlanAgreed:
     """A site found the same plan itself."""
@@ -87,7 +87,7 @@ class PlanAgreed:
     plan_digest: str
 
 
-@record
+@record("AtRest")
 @dataclass(frozen=True)
 class AtRest:
     """A site is between rounds and stands here: key epoch, hash of its last certificate, last round.
@@ -102,7 +102,7 @@ class AtRest:
     round: int
 
 
-@record
+@record("InRound")
 @dataclass(frozen=True)
 class InRound:
     """A site with a new connection is in this round still. header: the digest of the round's header.
@@ -115,7 +115,7 @@ class InRound:
     header: bytes
 
 
-@record
+@record("CheckpointWanted")
 @dataclass(frozen=True)
 class CheckpointWanted:
     """Coordinator to a site that has the state of this certificate: seal it for those that missed it."""
@@ -124,7 +124,7 @@ class CheckpointWanted:
     certificate: str
 
 
-@record
+@record("CheckpointSealed")
 @dataclass(frozen=True)
 class CheckpointSealed:
     """A site uploaded the sealed state of this certificate."""
@@ -136,7 +136,7 @@ class CheckpointSealed:
     size: int
 
 
-@record
+@record("CheckpointOffer")
 @dataclass(frozen=True)
 class CheckpointOffer:
     """Coordinator to a site that missed a release: its certificate, and the sealed state to download."""
@@ -147,7 +147,7 @@ class CheckpointOffer:
     size: int
 
 
-@record
+@record("PublicMetric")
 @dataclass(frozen=True)
 class PublicMetric:
     """One metric over all sites of a release. value: the 8 bytes of a float, or None where the sums
@@ -157,7 +157,7 @@ class PublicMetric:
     value: bytes | None
 
 
-@record
+@record("PublicMetrics")
 @dataclass(frozen=True)
 class PublicMetrics:
     """A site applied the release of this certificate: the metrics that its sums give, in the plan's order.
@@ -173,7 +173,7 @@ class PublicMetrics:
     values: tuple[PublicMetric, ...]
 
 
-@record
+@record("ModelWanted")
 @dataclass(frozen=True)
 class ModelWanted:
     """Coordinator to a site, after the last round, under a plan that gives it the model: say which file
@@ -184,7 +184,7 @@ class ModelWanted:
     digest: bytes
 
 
-@record
+@record("ModelMade")
 @dataclass(frozen=True)
 class ModelMade:
     """The file that the release of this certificate leads to: the same bytes at every site.
@@ -198,7 +198,7 @@ class ModelMade:
     digest: bytes
 
 
-@record
+@record("KeysErased")
 @dataclass(frozen=True)
 class KeysErased:
     """A site was asked to pass the key epoch of an ended job on to `wanted`, and has erased it (PROTOCOL V)."""
@@ -213,7 +213,7 @@ def model_upload(certificate: str) -> bytes:
     return hashlib.sha256(b"fedcore model " + certificate.encode()).digest()
 
 
-@record
+@record("JobEnded")
 @dataclass(frozen=True)
 class JobEnded:
     """Coordinator to sites: no further round of this job. outcome: one of OUTCOMES.

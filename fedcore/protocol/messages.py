@@ -1,7 +1,7 @@
 """What the two roles say to each other in a round, in the order in which they say it.
 
-`header` is h, the digest of the round header, in every message. Signatures are Ed25519 over the type's
-name and the message's byte form without them (PROTOCOL C). Invariant: no field of a message holds a
+`header` is h, the digest of the round header, in every message. Signatures are Ed25519 over the
+record's name and the message's byte form without them (PROTOCOL C). Invariant: no field of a message holds a
 secret in clear; bulk vectors are named by size and digest and travel elsewhere.
 """
 
@@ -16,11 +16,11 @@ from fedcore.errors import SignatureRefused
 from fedcore.plan import RoundHeader
 from fedcore.protect.hybrid import HybridPublic
 from fedcore.protect.identity import IdentityKey, verify
-from fedcore.protocol.encoding import digest, record, unsigned
+from fedcore.protocol.encoding import digest, record, type_name, unsigned
 from fedcore.types import SiteId
 
-record(RoundHeader)
-record(HybridPublic)
+record("RoundHeader")(RoundHeader)
+record("HybridPublic")(HybridPublic)
 
 COORDINATOR = "coordinator"
 """Whose fault it is, where it is not a site's."""
@@ -29,7 +29,7 @@ COORDINATOR = "coordinator"
 # ------------------------------------------------------------------------------------ from a site
 
 
-@record
+@record("Keys")
 @dataclass(frozen=True)
 class Keys:
     """A site joins: its public keys of this round, and what it starts from.
@@ -48,7 +48,7 @@ class Keys:
     signature: bytes
 
 
-@record
+@record("Parcel")
 @dataclass(frozen=True)
 class Parcel:
     """What `sender` has for `recipient`: the envelope with both key shares, and the pair-seed offer.
@@ -66,7 +66,7 @@ class Parcel:
     root_share_digest: bytes
 
 
-@record
+@record("SharesHead")
 @dataclass(frozen=True)
 class SharesHead:
     """The signed list of one site's parcels: (recipient, digest of its parcel), in roster order."""
@@ -77,7 +77,7 @@ class SharesHead:
     signature: bytes
 
 
-@record
+@record("Shares")
 @dataclass(frozen=True)
 class Shares:
     """A site's key shares for every site of the bundle, sealed, with its signed list."""
@@ -86,7 +86,7 @@ class Shares:
     parcels: tuple[Parcel, ...]
 
 
-@record
+@record("Submit")
 @dataclass(frozen=True)
 class Submit:
     """A site's protected vector: SHA-256 over its chunks' digests, and its size in bytes.
@@ -104,7 +104,7 @@ class Submit:
     signature: bytes
 
 
-@record
+@record("Confirm")
 @dataclass(frozen=True)
 class Confirm:
     """The one survivor list a site signs in a round.
@@ -121,7 +121,7 @@ class Confirm:
     signature: bytes
 
 
-@record
+@record("Answer")
 @dataclass(frozen=True)
 class Answer:
     """One key share of site `of`: of its self-seed if it survived, of its mask root if it did not."""
@@ -134,7 +134,7 @@ class Answer:
 SELF_SEED, MASK_ROOT = "self-seed", "mask root"
 
 
-@record
+@record("Unmask")
 @dataclass(frozen=True)
 class Unmask:
     """For every site of U2 exactly one key share."""
@@ -144,7 +144,7 @@ class Unmask:
     answers: tuple[Answer, ...]
 
 
-@record
+@record("Statement")
 @dataclass(frozen=True)
 class Statement:
     """What a site found in the opened sum (PROTOCOL R): keyed digests of the sum and of the state it leads to."""
@@ -157,7 +157,7 @@ class Statement:
     signature: bytes
 
 
-@record
+@record("Leave")
 @dataclass(frozen=True)
 class Leave:
     """A site leaves the round. `code` is LEFT, MATERIAL or RELEASE_REFUSED: nothing more reaches the
@@ -180,7 +180,7 @@ LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release re
 # ----------------------------------------------------------------------------- from the coordinator
 
 
-@record
+@record("Announce")
 @dataclass(frozen=True)
 class Announce:
     """A round begins, for the sites of the header's roster."""
@@ -188,7 +188,7 @@ class Announce:
     header: RoundHeader
 
 
-@record
+@record("KeyBundle")
 @dataclass(frozen=True)
 class KeyBundle:
     """U1: the signed keys of the sites that joined, in roster order."""
@@ -197,7 +197,7 @@ class KeyBundle:
     keys: tuple[Keys, ...]
 
 
-@record
+@record("Delivery")
 @dataclass(frozen=True)
 class Delivery:
     """U2: the signed heads of all sites that shared, and the recipient's parcel of each."""
@@ -207,7 +207,7 @@ class Delivery:
     parcels: tuple[Parcel, ...]
 
 
-@record
+@record("SurvivorList")
 @dataclass(frozen=True)
 class SurvivorList:
     """U3: the signed submissions that are in the sum, in roster order."""
@@ -216,7 +216,7 @@ class SurvivorList:
     submissions: tuple[Submit, ...]
 
 
-@record
+@record("Confirmations")
 @dataclass(frozen=True)
 class Confirmations:
     """The signed survivor lists of at least t survivors, over identical bytes."""
@@ -225,7 +225,7 @@ class Confirmations:
     confirms: tuple[Confirm, ...]
 
 
-@record
+@record("Aggregate")
 @dataclass(frozen=True)
 class Aggregate:
     """The sum is ready for download: of exactly these submissions."""
@@ -236,7 +236,7 @@ class Aggregate:
     size: int
 
 
-@record
+@record("Certificate")
 @dataclass(frozen=True)
 class Certificate:
     """The release certificate (PROTOCOL R): identical statements of at least t listed survivors.
@@ -272,7 +272,7 @@ class Certificate:
         return digest((self.header, self.survivors, self.sum_mac, self.state_mac)).hex()
 
 
-@record
+@record("Abandon")
 @dataclass(frozen=True)
 class Abandon:
     """The coordinator gives the round up at `stage`."""
@@ -281,7 +281,7 @@ class Abandon:
     stage: str
 
 
-@record
+@record("Notice")
 @dataclass(frozen=True)
 class Notice:
     """Why another site left the round, as it sealed it: for the sites' own logs."""
@@ -310,7 +310,7 @@ Signed = TypeVar("Signed", bound=Any)
 
 def sign(message: Signed, identity: IdentityKey) -> Signed:
     """The message with its signature."""
-    label = type(message).__name__.encode()
+    label = type_name(type(message)).encode()
     signed: Signed = replace(message, signature=identity.sign(label, unsigned(message)))
     return signed
 
@@ -322,5 +322,5 @@ def check_signature(message: Any, pins: Mapping[SiteId, bytes]) -> None:
             "signature", found=f"one by {message.site!r}", expected="a site of the roster",
             fault=COORDINATOR,
         )  # fmt: skip
-    label = type(message).__name__.encode()
+    label = type_name(type(message)).encode()
     verify(pins[message.site], label, unsigned(message), message.signature, signer=message.site)

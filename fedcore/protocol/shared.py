@@ -12,13 +12,14 @@ from fedcore.errors import (
     HeaderRefused,
     KeyRefused,
     ListRefused,
+    OutOfOrder,
     RosterRefused,
     StateDiffers,
     ThresholdRefused,
     VectorRefused,
 )
 from fedcore.plan import ENCRYPTS, MASKS, RoundHeader
-from fedcore.protocol.encoding import digest, encode, record, unsigned
+from fedcore.protocol.encoding import digest, encode, record, records, type_name, unsigned
 from fedcore.protocol.messages import (
     COORDINATOR,
     Certificate,
@@ -32,10 +33,10 @@ from fedcore.types import SiteId
 THIS_SITE = "this site"
 
 
-@record
+@record("Exchange")
 @dataclass(frozen=True)
 class Exchange:
-    """One request that was answered: its type, its digest, and the byte form of the answer (or b"").
+    """One request that was answered: its record's name, its digest, and the byte form of the answer (or b"").
 
     An identical request gets the identical answer again, a different one of the same type is refused.
     """
@@ -50,7 +51,7 @@ History = tuple[Exchange, ...]
 
 def exchange(request: Any, answer: Any = None) -> Exchange:
     """The record of a request and its answer."""
-    return Exchange(type(request).__name__, digest(request), encode(answer) if answer else b"")
+    return Exchange(type_name(type(request)), digest(request), encode(answer) if answer else b"")
 
 
 def answered(history: History, request: Any) -> Exchange | None:
@@ -58,7 +59,7 @@ def answered(history: History, request: Any) -> Exchange | None:
 
     Raises Conflicting for a different request of a type already answered.
     """
-    kind = type(request).__name__
+    kind = type_name(type(request))
     for past in history:
         if past.kind == kind:
             if past.request != digest(request):
@@ -70,7 +71,7 @@ def answered(history: History, request: Any) -> Exchange | None:
     return None
 
 
-@record
+@record("Standing")
 @dataclass(frozen=True)
 class Standing:
     """Where a party stands between rounds: what it will insist on in the next header.
@@ -91,6 +92,18 @@ class Standing:
     exposed: bytes = b""
     submitted: tuple[tuple[str, int], ...] = ()
     proved: int = 0
+
+
+def not_legal(
+    found: type[Any], legal: Iterable[type[Any]], *, message: bool, fault: str
+) -> OutOfOrder:
+    """The refusal of a message, or of an event, that a stage does not take; it lists those it takes."""
+    kinds = set(records().values())
+    names = sorted(type_name(each) for each in legal if (each in kinds) is message)
+    return OutOfOrder(
+        "message" if message else "event", found=type_name(found), expected=" or ".join(names),
+        fault=fault,
+    )  # fmt: skip
 
 
 def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) -> None:

@@ -60,7 +60,7 @@ from fedcore.protocol.effects import (
     Upload,
     Warn,
 )
-from fedcore.protocol.encoding import decode, digest, encode, record
+from fedcore.protocol.encoding import decode, digest, encode, record, type_name
 from fedcore.protocol.messages import (
     COORDINATOR,
     LEFT,
@@ -110,6 +110,7 @@ from fedcore.protocol.shared import (
     check_submission,
     exchange,
     listed,
+    not_legal,
     refuse_missing,
     survivors_of,
 )
@@ -252,7 +253,7 @@ def _until() -> float:
     return field(default=0.0, compare=False, metadata={"byte_form": False})
 
 
-@record
+@record("Secrets")
 @dataclass(frozen=True)
 class Secrets:
     """The round's own secrets: mask root, self-seed, and the channel key of the envelopes."""
@@ -262,7 +263,7 @@ class Secrets:
     channel: SecretBytes
 
 
-@record
+@record("Held")
 @dataclass(frozen=True)
 class Held:
     """Two key shares of one site, kept until unmask asks for exactly one of them."""
@@ -272,7 +273,7 @@ class Held:
     root_share: SecretBytes
 
 
-@record
+@record("Idle")
 @dataclass(frozen=True)
 class Idle:
     """Between rounds."""
@@ -280,7 +281,7 @@ class Idle:
     standing: Standing
 
 
-@record
+@record("Halted")
 @dataclass(frozen=True)
 class Halted:
     """A release was refused: no further round under this key epoch (PROTOCOL R)."""
@@ -288,7 +289,7 @@ class Halted:
     standing: Standing
 
 
-@record
+@record("Advertised")
 @dataclass(frozen=True)
 class Advertised:
     """Keys are sent; the bundle is awaited."""
@@ -302,7 +303,7 @@ class Advertised:
     until: float = _until()
 
 
-@record
+@record("Shared")
 @dataclass(frozen=True)
 class Shared:
     """Shares are sent; the others' are awaited. own: the shares kept of this site's own secrets."""
@@ -318,7 +319,7 @@ class Shared:
     until: float = _until()
 
 
-@record
+@record("Masking")
 @dataclass(frozen=True)
 class Masking:
     """The vector is being made. masks: (seed, sign) of each; mask root and self-seed are gone."""
@@ -334,7 +335,7 @@ class Masking:
     until: float = _until()
 
 
-@record
+@record("Submitted")
 @dataclass(frozen=True)
 class Submitted:
     """The vector is on its way; the survivor list is awaited. The masks are gone."""
@@ -350,7 +351,7 @@ class Submitted:
     until: float = _until()
 
 
-@record
+@record("Confirmed")
 @dataclass(frozen=True)
 class Confirmed:
     """One survivor list is signed; the others' signatures are awaited."""
@@ -366,7 +367,7 @@ class Confirmed:
     until: float = _until()
 
 
-@record
+@record("Answered")
 @dataclass(frozen=True)
 class Answered:
     """Unmask is answered, so the round counts as released; the sum is awaited. The shares are gone."""
@@ -378,7 +379,7 @@ class Answered:
     history: History
 
 
-@record
+@record("Opening")
 @dataclass(frozen=True)
 class Opening:
     """The sum is being opened and its tag checked."""
@@ -391,7 +392,7 @@ class Opening:
     history: History
 
 
-@record
+@record("Stated")
 @dataclass(frozen=True)
 class Stated:
     """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
@@ -425,7 +426,7 @@ leaving such a round helps nobody, because no other round may follow it from the
 # ------------------------------------------------------------------------- what the journal records
 
 
-@record
+@record("Joined")
 @dataclass(frozen=True)
 class Joined:
     """A round begins here, under masks: its number is used up with this record."""
@@ -437,7 +438,7 @@ class Joined:
     exchange: Exchange
 
 
-@record
+@record("JoinedUnmasked")
 @dataclass(frozen=True)
 class JoinedUnmasked:
     """A round begins here under `encrypted`: there is no key to agree on."""
@@ -447,7 +448,7 @@ class JoinedUnmasked:
     exchange: Exchange
 
 
-@record
+@record("SharesMade")
 @dataclass(frozen=True)
 class SharesMade:
     """The bundle is accepted, and the shares are made."""
@@ -458,7 +459,7 @@ class SharesMade:
     exchange: Exchange
 
 
-@record
+@record("DeliveryOpened")
 @dataclass(frozen=True)
 class DeliveryOpened:
     """The others' shares are held, and the masks agreed."""
@@ -469,7 +470,7 @@ class DeliveryOpened:
     exchange: Exchange
 
 
-@record
+@record("VectorSpooled")
 @dataclass(frozen=True)
 class VectorSpooled:
     """The final chunks are on disk."""
@@ -477,7 +478,7 @@ class VectorSpooled:
     submit: Submit
 
 
-@record
+@record("ListSigned")
 @dataclass(frozen=True)
 class ListSigned:
     """The one survivor list of this round."""
@@ -487,7 +488,7 @@ class ListSigned:
     exchange: Exchange
 
 
-@record
+@record("UnmaskAnswered")
 @dataclass(frozen=True)
 class UnmaskAnswered:
     """The one answer of this round."""
@@ -495,7 +496,7 @@ class UnmaskAnswered:
     exchange: Exchange
 
 
-@record
+@record("SumAnnounced")
 @dataclass(frozen=True)
 class SumAnnounced:
     """Which sum this site was asked to open."""
@@ -504,7 +505,7 @@ class SumAnnounced:
     exchange: Exchange
 
 
-@record
+@record("SumStated")
 @dataclass(frozen=True)
 class SumStated:
     """What this site found in it."""
@@ -512,7 +513,7 @@ class SumStated:
     statement: Statement
 
 
-@record
+@record("Certified")
 @dataclass(frozen=True)
 class Certified:
     """The release is proved; the new state is on disk beside this record."""
@@ -520,7 +521,7 @@ class Certified:
     certificate: Certificate
 
 
-@record
+@record("Departed")
 @dataclass(frozen=True)
 class Departed:
     """This site left the round before its end."""
@@ -528,7 +529,7 @@ class Departed:
     stage: str
 
 
-@record
+@record("ReleaseRefusedHere")
 @dataclass(frozen=True)
 class ReleaseRefusedHere:
     """A release failed its checks: the key epoch ends here."""
@@ -536,7 +537,7 @@ class ReleaseRefusedHere:
     stage: str
 
 
-@record
+@record("EpochInstalled")
 @dataclass(frozen=True)
 class EpochInstalled:
     """A later key epoch."""
@@ -545,7 +546,7 @@ class EpochInstalled:
     key_id: bytes
 
 
-@record
+@record("CheckpointTaken")
 @dataclass(frozen=True)
 class CheckpointTaken:
     """The state of a release this site missed."""
@@ -553,7 +554,7 @@ class CheckpointTaken:
     certificate: Certificate
 
 
-@record
+@record("FolderFoundOld")
 @dataclass(frozen=True)
 class FolderFoundOld:
     """This site signed in a round that its folder does not know: it was put back to an earlier time."""
@@ -618,7 +619,7 @@ def evolve(stage: Any, entry: Any) -> Stage:
         case ((Idle() | Halted()), FolderFoundOld(number)):
             return replace(stage, standing=_proved(stage.standing, number))
     raise OutOfOrder(
-        "journal", found=f"{type(entry).__name__} after {type(stage).__name__}",
+        "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
         expected="a record this stage can have written", fault=THIS_SITE,
     )  # fmt: skip
 
@@ -1008,7 +1009,7 @@ def _confirm(move: _Move, request: SurvivorList) -> None:
 def _must_mask(header: RoundHeader, request: Any) -> None:
     if header.protection not in MASKS:
         raise OutOfOrder(
-            "message", found=type(request).__name__, expected="none under `encrypted`",
+            "message", found=type_name(type(request)), expected="none under `encrypted`",
             fault=COORDINATOR,
         )  # fmt: skip
 
@@ -1132,7 +1133,7 @@ def _depart(move: _Move) -> None:
                 "before it has the state of a later release."
             )
         )
-    move.record(Departed(type(stage).__name__))
+    move.record(Departed(type_name(type(stage))))
     move.do(Erase(stage.header))
 
 
@@ -1140,7 +1141,7 @@ def _refuse(move: _Move, event: Refused) -> None:
     """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
     stage = move.stage
     if isinstance(stage, Opening | Stated):
-        move.record(ReleaseRefusedHere(type(stage).__name__))
+        move.record(ReleaseRefusedHere(type_name(type(stage))))
         move.send(Leave(stage.header.digest, move.member.id, RELEASE_REFUSED, event.sealed))
         move.do(Erase(stage.header))
         return
@@ -1327,7 +1328,7 @@ def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple
     not exposed by then.
     """
     if isinstance(event, Tick) and waits(stage) and now >= stage.until:
-        event = Refused(TimeoutError(f"no progress at {type(stage).__name__}"))
+        event = Refused(TimeoutError(f"no progress at {type_name(type(stage))}"))
     message = event.message if isinstance(event, Received) else getattr(event, "announce", event)
     past = answered(getattr(stage, "history", ()), message)
     if past is not None:
@@ -1336,11 +1337,8 @@ def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple
     kind = type(event.message) if isinstance(event, Received) else type(event)
     legal = MOVES[type(stage)]
     if kind not in legal:
-        raise OutOfOrder(
-            "message" if isinstance(event, Received) else "event", found=kind.__name__,
-            expected=" or ".join(sorted(each.__name__ for each in legal)),
-            fault=COORDINATOR if isinstance(event, Received) else THIS_SITE,
-        )  # fmt: skip
+        said = isinstance(event, Received)
+        raise not_legal(kind, legal, message=said, fault=COORDINATOR if said else THIS_SITE)
     move = _Move(stage, evolve, member=member)
     legal[kind][0](move, event.message if isinstance(event, Received) else event)
     return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)

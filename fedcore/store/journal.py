@@ -58,7 +58,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
 from fedcore.errors import MalformedMessage, StoreFull, StoreProblem
-from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.encoding import decode, encode, type_name
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
 SCHEMA = 2
@@ -210,7 +210,7 @@ class Journal:
         now = time.time()  # for people who look into the file; nothing is decided by it
         rows = [
             {
-                "job": entry.job, "stream": entry.stream, "kind": type(record).__name__,
+                "job": entry.job, "stream": entry.stream, "kind": type_name(type(record)),
                 "body": encode(record), "created_at": now,
             }
             for record in entry.records
@@ -306,10 +306,10 @@ class Journal:
                 f"expected {error.expected}",
                 remedy="restore the journal, or start this party anew: it then sits out running rounds",
             ) from error
-        if type(found).__name__ != row.kind:
+        kind = type_name(type(found))
+        if kind != row.kind:
             raise StoreProblem(
-                f"journal {self._path}: record {row.id}: found a {type(found).__name__}, "
-                f"expected a {row.kind}"
+                f"journal {self._path}: record {row.id}: found a {kind}, expected a {row.kind}"
             )
         return found
 

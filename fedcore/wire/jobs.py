@@ -29,7 +29,7 @@ TO_COORDINATOR: Table = MappingProxyType(
     }
 )
 FROM_ANY_SITE: Table = MappingProxyType(
-    {name: entry for name, entry in TO_COORDINATOR.items() if name != epoch.Grants.__name__}
+    {name: entry for name, entry in TO_COORDINATOR.items() if entry.kind is not epoch.Grants}
 )
 """Without what only an epoch's maker says: it is the one record of a site that may be long."""
 

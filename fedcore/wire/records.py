@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import Secret
 from fedcore.protocol import epoch, messages
-from fedcore.protocol.encoding import decode, encode
+from fedcore.protocol.encoding import decode, encode, type_name
 from fedcore.wire.frames import Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 
@@ -47,8 +47,8 @@ def travelling(*types: type[Any], most: int, each: int = 0) -> Table:
     """A table of record types, each of at most so many bytes. Raises TypeError for one that may hold a
     secret."""
     for kind in types:
-        _refuse_secrets(kind, kind.__name__, set())
-    return MappingProxyType({kind.__name__: Entry(kind, most, each) for kind in types})
+        _refuse_secrets(kind, type_name(kind), set())
+    return MappingProxyType({type_name(kind): Entry(kind, most, each) for kind in types})
 
 
 def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
@@ -85,9 +85,10 @@ FROM_COORDINATOR: Table = travelling(
 def pack_record(job: str, message: Any, allowed: Table) -> Record:
     """A message as a frame. Raises TypeError for one that does not travel this way, and
     MalformedMessage (fault: this site) for one that is too long."""
-    entry = allowed.get(type(message).__name__)
+    name = type_name(type(message))
+    entry = allowed.get(name)
     if entry is None or entry.kind is not type(message):
-        raise TypeError(f"{type(message).__name__} does not travel this way")
+        raise TypeError(f"{name} does not travel this way")
     return Record(job, _fitting(encode(message), entry, entry.most, "this site"))
 
 
@@ -111,7 +112,7 @@ def unpack_record(record: Record, allowed: Table, *, sender: str, sites: int | N
 def _fitting(body: bytes, entry: Entry, most: int, sender: str) -> bytes:
     if len(body) > most:
         raise MalformedMessage(
-            entry.kind.__name__, found=f"{len(body)} bytes",
+            type_name(entry.kind), found=f"{len(body)} bytes",
             expected=f"at most {most} bytes", fault=sender,
         )  # fmt: skip
     return body

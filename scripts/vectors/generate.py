@@ -47,7 +47,7 @@ from fedcore.protect.masking import mask_sum
 from fedcore.protect.pairwise import MaskRoot, pair_secret
 from fedcore.protect.sumtag import GroupSecret, key_id, state_tag
 from fedcore.protocol import coordinator, messages, site
-from fedcore.protocol.encoding import digest, encode
+from fedcore.protocol.encoding import digest, encode, type_name
 from fedcore.protocol.shared import Standing
 from fedcore.scheme import EpochSecrets, Scheme
 from fedcore.types import Json, SiteId
@@ -266,7 +266,7 @@ def message_list(played: Played) -> list[Json]:
         {
             "from": entry[0].sender,
             "to": [each.to for each in entry],
-            "kind": type(entry[0].message).__name__,
+            "kind": type_name(type(entry[0].message)),
             "bytes": to64(encode(entry[0].message)),
         }
         for entry in joined(played.tape)
@@ -1012,7 +1012,7 @@ def negatives_of(played: Played) -> list[Json]:
             {
                 "name": each.name,
                 "to": each.to,
-                "stage": type(target.stage).__name__,
+                "stage": type_name(type(target.stage)),
                 "sender": each.sender or messages.COORDINATOR,
                 "before": each.before,
                 "base": each.base,

@@ -18,6 +18,7 @@ from fedcore_server.config import FederationConfig, LimitsSection
 
 from fedcore import errors
 from fedcore.protocol import coordinator
+from fedcore.protocol.encoding import type_name
 from fedcore.protocol.job import OUTCOMES, REASONS
 from fedcore.wire.frames import GOODBYES
 
@@ -83,7 +84,7 @@ def test_the_stages_of_a_round_are_those_of_the_code():
     for row in rows("The states of a round"):
         stage, *word = re.findall(r"`(\w+)`", row)
         told[stage] = word[0] if word else ""
-    names = {stage.__name__.lower(): word for stage, word in coordinator.STAGE_NAMES.items()}
+    names = {type_name(stage).lower(): word for stage, word in coordinator.STAGE_NAMES.items()}
     assert told == {**names, "released": "", "abandoned": ""}
 
 

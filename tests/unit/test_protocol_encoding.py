@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from parties import Parties, secrets_in
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode, record
+from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode, record, records
 
 
 def said():
@@ -190,11 +190,12 @@ def test_only_journal_records_take_a_secret():
         decode(encode(replace(keys, state_tag=SecretBytes(b"s" * 32))), messages.Keys)
 
 
-def test_a_record_has_a_name_of_its_own():
-    with pytest.raises(TypeError, match="Leave"):
-        record(type("Leave", (messages.Leave,), {}))
-    with pytest.raises(TypeError, match="expected a dataclass"):
-        record(type("Plain", (), {}))
+def test_a_record_has_one_name_which_no_other_has():
+    other = dataclass(frozen=True)(type("Other", (), {}))
+    for name, kind in (("Leave", other), ("Another", messages.Leave), ("Plain", int)):
+        with pytest.raises(TypeError, match=f"record '{name}': expected a dataclass, and a name"):
+            record(name)(kind)
+    assert other not in records().values() and records().keys().isdisjoint({"Another", "Plain"})
 
 
 def checked(data):

@@ -308,13 +308,14 @@ def test_a_second_process_is_told_the_first_ones_id(path):
     Journal.open(path, party="va").close()
 
 
-def test_a_journal_of_a_newer_version_is_refused_and_stays_as_it_is(path):
+@pytest.mark.parametrize("version", [SCHEMA - 1, SCHEMA + 1])
+def test_a_journal_of_another_version_is_refused_and_stays_as_it_is(path, version):
     Journal.open(path, party="va").close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = '7' WHERE name = 'version'")
+        database.execute("UPDATE meta SET value = ? WHERE name = 'version'", (str(version),))
     database.close()
     before = path.read_bytes()
-    assert f"found version 7, expected {SCHEMA}" in str(refusal(path, party="va"))
+    assert f"found version {version}, expected {SCHEMA}" in str(refusal(path, party="va"))
     assert path.read_bytes() == before
 
 

@@ -4,7 +4,6 @@ and notices a change anywhere, and each one-fault vector is refused where it say
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
@@ -15,11 +14,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from support.scripts import load_script
 
 from fedcore import errors, loopback
 from fedcore.protect.entropy import OsEntropy
 from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import decode
+from fedcore.protocol.encoding import decode, records, type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIER = ROOT / "scripts" / "vectors" / "verify.py"
@@ -30,18 +30,7 @@ STREAM = json.loads((FOLDER / "keystream_round.json").read_text())
 ROUNDS = {"masked": GOLDEN, "keystream": STREAM}
 
 
-def script(name):
-    """A module of scripts/vectors, which is no package."""
-    spec = importlib.util.spec_from_file_location(
-        f"vectors_{name}", ROOT / "scripts" / "vectors" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
-generate, verifier = script("generate"), script("verify")
+generate, verifier = load_script("vectors/generate.py"), load_script("vectors/verify.py")
 
 
 @cache
@@ -84,8 +73,8 @@ def test_all_that_was_drawn_is_used(which):
 
 
 def test_the_golden_files_stay_small():
-    """Two rounds and the one-fault messages of one of them."""
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 500_000
+    """Two rounds, the one-fault messages of one of them, and the list of records."""
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 550_000
 
 
 # -------------------------------------------------------------------------------- the verifier
@@ -215,14 +204,14 @@ def test_a_one_fault_vector_that_lies_about_its_fault_is_noticed(key):
 
 def recorded(index):
     entry = GOLDEN["messages"][index]
-    return generate.from64(entry["bytes"]), getattr(messages, entry["kind"]), entry
+    return generate.from64(entry["bytes"]), records()[entry["kind"]], entry
 
 
 def arrive(entry, data, kind):
     """Bytes reach the machine at the stage before message `before`: what its shell would do."""
     found = replayed()
     sent = next(s for s in generate.joined(found.tape)[entry["before"]] if s.to == entry["to"])
-    assert type(sent.stage).__name__ == entry["stage"]
+    assert type_name(type(sent.stage)) == entry["stage"]
     message = decode(data, kind, sender=entry["sender"])
     if entry["to"] != messages.COORDINATOR:
         member = replace(found.members[entry["to"]], entropy=OsEntropy())
