@@ -1,0 +1,272 @@
+"""Frames over the pipes between a process and its child: a head in JSON, and blobs of bytes.
+
+A frame is 4 bytes with the length of the head (big-endian), the head, and the blobs, whose lengths the
+head gives under "blobs". No pickle: neither end runs what the other one sends.
+Invariants: no frame has a longer head or more bytes of blobs than is allowed here, at either end. A child
+that ended, answers with something else or takes too long is `ChildEnded`, which names it and says how; it
+is gone then, and a later call may start it again. Nothing a child prints can be taken for an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from fedcore.types import Json
+
+Frame: TypeAlias = tuple[Json, list[bytes]]
+
+MAX_HEAD = 1 << 24
+"""Bytes of JSON: the wide integers of a statistics vector are the longest."""
+
+MAX_BLOBS = 1 << 36
+"""Bytes of all blobs of a frame: 64 for each of a thousand million parameters."""
+
+_LENGTH = struct.Struct(">I")
+_PIECE = 1 << 16
+_LOOK_SECONDS = 1.0
+"""How often a child that neither takes nor gives bytes is looked at: what it started may keep its pipes
+open after its death."""
+
+
+class ChildEnded(Exception):
+    """The child is gone, and what it held with it."""
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command of a child that runs a module of this interpreter; the current folder is not on its path."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+# ------------------------------------------------------------------------------------- frames
+
+
+def _frame(head: Json, blobs: Sequence[bytes]) -> list[bytes]:
+    """The pieces of a frame. Raises ValueError beyond the limits and for a float without a value."""
+    data = json.dumps(head | {"blobs": [len(blob) for blob in blobs]}, allow_nan=False).encode()
+    if len(data) > MAX_HEAD or sum(map(len, blobs)) > MAX_BLOBS:
+        raise ValueError(f"frame: found it longer than {MAX_HEAD} and {MAX_BLOBS} bytes")
+    return [_LENGTH.pack(len(data)) + data, *blobs]
+
+
+def _read_frame(read: Callable[[int], bytes]) -> Frame:
+    """The next frame of a stream. read: exactly so many bytes, or EOFError. Raises ValueError for another
+    form and beyond the limits, before anything of that length is read."""
+    (size,) = _LENGTH.unpack(read(_LENGTH.size))
+    if size > MAX_HEAD:
+        raise ValueError(f"frame: found a head of {size} bytes, expected at most {MAX_HEAD}")
+    try:
+        head = json.loads(read(size))
+    except RecursionError as error:
+        raise ValueError("frame: found a head too deep to read") from error
+    lengths = head.pop("blobs", None) if isinstance(head, dict) else None
+    if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths):
+        raise ValueError("frame: found a head without the lengths of blobs")
+    if sum(lengths) > MAX_BLOBS:
+        raise ValueError(
+            f"frame: found {sum(lengths)} bytes of blobs, expected at most {MAX_BLOBS}"
+        )
+    return head, [read(length) for length in lengths]
+
+
+# ---------------------------------------------------------------------------- the child's end
+
+
+class Parent:
+    """The streams to the process that started this one."""
+
+    def __init__(self, requests: IO[bytes], answers: IO[bytes]) -> None:
+        self._requests, self._answers = requests, answers
+
+    @classmethod
+    def of_this_process(cls) -> Parent:
+        """Take standard input and output for frames: from now on whatever is printed goes to standard
+        error, and whoever reads standard input finds its end."""
+        answers = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        requests = os.fdopen(os.dup(0), "rb")
+        with Path(os.devnull).open("rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        return cls(requests, answers)
+
+    def receive(self) -> Frame:
+        """The next frame. Raises EOFError when the parent ended or closed, and ValueError."""
+        return _read_frame(self._exactly)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._requests.read(size)
+        if len(data) != size:
+            raise EOFError
+        return data
+
+    def send(self, head: Json, blobs: Sequence[bytes] = ()) -> None:
+        """Send a frame. Raises BrokenPipeError when the parent ended, and ValueError."""
+        for piece in _frame(head, blobs):
+            self._answers.write(piece)
+        self._answers.flush()
+
+    def serve(self, answer: Callable[[Json, list[bytes]], tuple[Json, Sequence[bytes]]]) -> None:
+        """Answer each frame with one, until the parent ends. Raises what `answer` raises."""
+        try:
+            while True:
+                self.send(*answer(*self.receive()))
+        except (EOFError, BrokenPipeError):
+            return
+
+
+# --------------------------------------------------------------------------- the parent's end
+
+
+class Child:
+    """A process that answers frames. `start` starts it, and again once it has ended.
+
+    name: in errors. env: variables beside this process's own. life: number of starts so far; what a child
+    holds belongs to one of them. One thread at a time uses it; `kill` and `close` may come from any.
+    The thread that starts it should live as long as it does: a sandbox may end a child with that thread.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> None:
+        self.name, self.command, self._env = name, list(command), dict(env or {})
+        self.life = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests = self._answers = -1
+        self._in_use = threading.RLock()
+        self._closed = False
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs or was the last to run; 0 before the first and after `close`."""
+        return 0 if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process unless it is alive. Raises OSError, and ChildEnded after `close`."""
+        with self._in_use:
+            if self.alive:
+                return
+            self._forget()
+            if self._closed:
+                raise ChildEnded(f"{self.name}: found it closed, expected it to answer")
+            self._process = process = subprocess.Popen(  # noqa: S603  # of this installation
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                env=os.environ | self._env,
+            )  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            self._requests, self._answers = process.stdin.fileno(), process.stdout.fileno()
+            os.set_blocking(self._requests, False)
+            self.life += 1
+            if self._closed:  # in another thread, which did not find this process yet
+                process.kill()
+
+    def call(
+        self, head: Json, blobs: Sequence[bytes] = (), *, patience: float | None = None
+    ) -> Frame:
+        """Send a frame and receive one: see `send` and `receive`."""
+        with self._in_use:
+            self.send(head, blobs)
+            return self.receive(patience=patience)
+
+    def send(self, head: Json, blobs: Sequence[bytes] = ()) -> None:
+        """Send a frame. Raises ChildEnded, and ValueError for a frame beyond the limits."""
+        pieces = _frame(head, blobs)
+        with self._in_use:
+            self._require_started()
+            try:
+                for piece in pieces:
+                    data = memoryview(piece)
+                    while data:
+                        self._wait(self._requests, select.POLLOUT, None)
+                        data = data[os.write(self._requests, data) :]
+            except (OSError, EOFError) as error:
+                raise self._ended(error) from error
+
+    def receive(self, *, patience: float | None = None) -> Frame:
+        """The next frame. patience: seconds to wait for it; None: without end. Raises ChildEnded."""
+        until = None if patience is None else time.monotonic() + patience
+        with self._in_use:
+            self._require_started()
+            try:
+                return _read_frame(lambda size: self._read(size, until))
+            except TimeoutError as error:
+                raise self._ended(error, f"no answer after {patience:g} s") from error
+            except (OSError, EOFError, ValueError) as error:
+                raise self._ended(error) from error
+
+    def _require_started(self) -> None:
+        if self._process is None:
+            raise ChildEnded(f"{self.name}: found it not started, expected it to answer")
+
+    def _read(self, size: int, until: float | None) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._wait(self._answers, select.POLLIN, until)
+            piece = os.read(self._answers, min(size - len(data), _PIECE))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def _wait(self, pipe: int, event: int, until: float | None) -> None:
+        """Wait for a pipe to take or give bytes. Raises EOFError where the process ended, TimeoutError."""
+        poll = select.poll()
+        poll.register(pipe, event)
+        while True:
+            alive = self.alive  # asked first: what it wrote before it ended is there then
+            left = _LOOK_SECONDS if until is None else min(_LOOK_SECONDS, until - time.monotonic())
+            if poll.poll(max(0.0, left) * 1000 if alive else 0):
+                return
+            if not alive:
+                raise EOFError
+            if left <= 0:
+                raise TimeoutError
+
+    def _ended(self, error: Exception, found: str = "") -> ChildEnded:
+        """End it, whatever it is at. The error to raise, which says what was found instead of an answer."""
+        process = self._process
+        assert process is not None
+        if isinstance(error, ValueError):
+            found = f"an answer in another form ({error})"
+        elif not found:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_SECONDS)
+            code = process.returncode
+            found = "its pipes closed" if code is None else f"exit {code}"
+            if code is not None and code < 0:
+                found = f"its end by signal {-code}"
+        self._forget()
+        return ChildEnded(f"{self.name}: found {found}, expected an answer")
+
+    def kill(self) -> None:
+        """End the process: whoever waits for its answer gets ChildEnded."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process for good, and wait for that."""
+        self._closed = True
+        self.kill()
+        with self._in_use:
+            self._forget()
+
+    def _forget(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with process:  # closes its pipes and waits for its end
+                process.kill()
