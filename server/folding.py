@@ -10,7 +10,6 @@ and chunks do not know of each other.
 
 Workers are started as commands and not forked, and before grpc: a fork under grpc hangs. They read
 requests from their standard input and end with it, so none outlives this process, however it dies.
-A request or answer is a header in JSON and a payload, each with its length; seeds of masks are payload.
 What an upload holds is not trusted: a worker that it kills takes nobody along, and the upload is refused.
 """
 
@@ -18,18 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import selectors
 import signal
-import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fedcore.errors import (
     BadInput,
@@ -44,6 +37,7 @@ from fedcore.plan import Packing, Ring
 from fedcore.protect import UnmaskableFold, words
 from fedcore.protect.masking import mask_sum
 from fedcore.protocol.effects import Mask
+from fedcore.runtime.pipes import Child, ChildEnded, Parent, python
 from fedcore.store import container
 from fedcore.store.disk import make_folder, refusals
 from fedcore.types import Json
@@ -56,7 +50,6 @@ PATIENCE = 300.0
 _ATTEMPTS = 3
 """A worker may die of something else than the upload in hand; not three times."""
 
-_LENGTHS = struct.Struct(">II")
 _SEED_BYTES = 32
 _ERRORS = {
     kind.__name__: kind
@@ -92,7 +85,7 @@ class FoldPool:
             make_folder(scratch)
             for left in scratch.glob("part-*"):
                 left.unlink()
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_worker(number) for number in range(workers)]
         self.closed = False
         self._line = ThreadPoolExecutor(1, "fold")
         self._hands = ThreadPoolExecutor(workers, "fold-worker")
@@ -110,8 +103,7 @@ class FoldPool:
         """End the workers; what still runs is refused with StoreProblem."""
         self.closed = True
         for worker in self._workers:
-            worker.closed = True
-            worker.kill()
+            worker.close()
         self._line.shutdown(wait=True, cancel_futures=True)
         self._hands.shutdown(wait=True, cancel_futures=True)
 
@@ -129,7 +121,7 @@ class _Shard:
     life: of the worker, when the sum was begun; another one means that the sum is gone.
     """
 
-    worker: _Worker
+    worker: Child
     first: int
     chunks: int
     slots: int
@@ -188,12 +180,15 @@ class JobFold:
         """
         self._given_up = True
         for shard in self._shards:
-            shard.worker.interrupt()
+            shard.worker.kill()
 
     async def _alone(self, work: Callable[[], T]) -> T:
-        if self._pool.closed or self._given_up:
-            raise _ended()
+        self._require_open()
         return await asyncio.get_running_loop().run_in_executor(self._pool._line, work)
+
+    def _require_open(self) -> None:
+        if self._pool.closed or self._given_up:
+            raise StoreProblem("fold: found its workers ended, expected them to run")
 
     # ----------------------------------------------------------------- in the pool's own thread
 
@@ -248,7 +243,7 @@ class JobFold:
         """Read an upload beside the running sum, or into it; what is wrong with it, or None."""
         try:
             self._trying(shard, lambda: self._call(shard, {"op": op, "path": str(path)}))
-        except _WorkerDied:
+        except ChildEnded:
             return ChunkRefused(
                 f"vector: found that reading it ended {_ATTEMPTS} fold workers, expected one to read it",
                 remedy="the coordinator's log has their last words; is memory short?",
@@ -260,7 +255,7 @@ class JobFold:
     def _commit(self, shard: _Shard, path: Path) -> None:
         """Into the sum with it. Where the worker died since, the sum is made again when it is needed."""
         if shard.life == shard.worker.life:
-            with contextlib.suppress(_WorkerDied):
+            with contextlib.suppress(ChildEnded):
                 self._call(shard, {"op": "commit"})
                 shard.held.append(path)
 
@@ -269,7 +264,7 @@ class JobFold:
         request = {"op": "sum", "path": str(part)}
         try:
             self._trying(shard, lambda: self._call(shard, request, masks))
-        except _WorkerDied as error:
+        except ChildEnded as error:
             raise StoreProblem(
                 f"fold: found that its worker ended {_ATTEMPTS} times, expected a sum",
                 remedy="the coordinator's log has its last words; is memory short?",
@@ -278,13 +273,13 @@ class JobFold:
     def _forget(self, shard: _Shard) -> None:
         """What a dead worker has done already."""
         if shard.worker.alive:
-            with contextlib.suppress(_WorkerDied):
+            with contextlib.suppress(ChildEnded):
                 self._call(shard, {"op": "end"})
 
     def _trying(self, shard: _Shard, work: Callable[[], None]) -> None:
         """`work` on a shard whose sum is that of the held uploads, though its worker may die."""
         for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(_WorkerDied):
+            with contextlib.suppress(ChildEnded):
                 self._settle(shard)
                 work()
                 return
@@ -293,11 +288,10 @@ class JobFold:
 
     def _settle(self, shard: _Shard) -> None:
         """Make the shard's sum that of the held uploads: from the spool, as far as it is not yet."""
-        if self._given_up:
-            raise _ended()
+        self._require_open()
         worker = shard.worker
         if not (worker.alive and shard.life == worker.life and set(shard.held) <= set(self._held)):
-            worker.wake()
+            worker.start()
             begin = {
                 "op": "begin", "packing": _packing_form(self._packing), "slots": shard.slots,
                 "first": shard.first, "chunks": shard.chunks, "of": self._chunks,
@@ -317,7 +311,11 @@ class JobFold:
                 shard.held.append(path)
 
     def _call(self, shard: _Shard, request: Json, payload: bytes = b"") -> None:
-        shard.worker.call({"job": self._name, **request}, payload)
+        """Raises what the worker raised, and ChildEnded."""
+        request = {"job": self._name, **request}
+        answer, _ = shard.worker.call(request, [payload], patience=PATIENCE)
+        if "error" in answer:
+            raise _ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 
 
 def _laid(masks: Sequence[Mask]) -> bytes:
@@ -325,101 +323,15 @@ def _laid(masks: Sequence[Mask]) -> bytes:
     return b"".join(seed.reveal() + (b"+" if sign == 1 else b"-") for seed, sign in masks)
 
 
-def _ended() -> StoreProblem:
-    return StoreProblem("fold: found its workers ended, expected them to run")
-
-
-class _WorkerDied(Exception):
-    """A worker gave no answer: it is gone, and so are its sums."""
-
-
-class _Worker:
-    """One process and the pipes to it. life: counts its starts; a sum belongs to one of them."""
-
-    def __init__(self) -> None:
-        self.life, self.closed = 0, False
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self.life += 1
-        return subprocess.Popen(  # noqa: S603  # this interpreter on this very module
-            [sys.executable, "-P", "-m", __spec__.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def wake(self) -> None:
-        """Start it again if it is gone."""
-        if self.closed:
-            raise _ended()
-        if not self.alive:
-            self.kill()
-            self._process = self._start()
-
-    def call(self, request: Json, payload: bytes) -> None:
-        """Ask and wait. Raises what the worker raised, or _WorkerDied."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            _send(self._process.stdin, request, payload)
-            self._wait()
-            answer, _ = _receive(self._process.stdout)
-        except (OSError, EOFError, ValueError) as error:
-            self.kill()
-            raise _WorkerDied from error
-        if "error" in answer:
-            raise _ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
-
-    def _wait(self) -> None:
-        with selectors.PollSelector() as selector:
-            assert self._process.stdout is not None
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(PATIENCE):
-                raise TimeoutError
-
-    def interrupt(self) -> None:
-        """End the process from another thread: whoever waits for its answer finds it gone."""
-        self._process.kill()
-
-    def kill(self) -> None:
-        """End it now; a second call does nothing."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what a dead process will never read
-                if pipe is not None:
-                    pipe.close()
+def _worker(number: int) -> Child:
+    """A fold worker, running: each is one thread of arithmetic."""
+    env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    worker = Child(f"fold worker {number}", python(__spec__.name), env)
+    worker.start()
+    return worker
 
 
 # ------------------------------------------------------------------------------------ both sides
-
-
-def _send(pipe: IO[bytes], header: Json, payload: bytes = b"") -> None:
-    data = json.dumps(header).encode()
-    pipe.write(_LENGTHS.pack(len(data), len(payload)) + data + payload)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> tuple[Json, bytes]:
-    """The next frame. Raises EOFError at the end."""
-    header, payload = _LENGTHS.unpack(_exactly(pipe, _LENGTHS.size))
-    return json.loads(_exactly(pipe, header)), _exactly(pipe, payload)
-
-
-def _exactly(pipe: IO[bytes], size: int) -> bytes:
-    data = pipe.read(size)
-    if len(data) != size:
-        raise EOFError
-    return data
 
 
 def _packing_form(packing: Packing) -> list[int]:
@@ -514,30 +426,21 @@ def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
             parts.pop(job, None)
 
 
-def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests until they end. An error of the tree is an answer; any other ends the process."""
+def main() -> None:
+    """A worker: answers requests until they end. An error that the coordinator can raise is an answer; any
+    other ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
     parts: dict[str, _Part] = {}
-    while True:
+
+    def answer(request: Json, blobs: list[bytes]) -> tuple[Json, Sequence[bytes]]:
         try:
-            request, payload = _receive(requests)
-        except EOFError:
-            return
-        answer: Json = {}
-        try:
-            _obey(parts, request, payload)
+            _obey(parts, request, blobs[0])
         except FedcoreError as error:
             kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
-            answer = {"error": kind, "text": str(error), "remedy": error.remedy}
-        _send(answers, answer)
+            return {"error": kind, "text": str(error), "remedy": error.remedy}, []
+        return {}, []
 
-
-def main() -> None:
-    """A worker: requests on standard input, answers on standard output, words on standard error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not get between the answers
-    with contextlib.suppress(BrokenPipeError):  # the coordinator is gone; there is nobody to tell
-        serve(sys.stdin.buffer, answers)
+    Parent.of_this_process().serve(answer)
 
 
 if __name__ == "__main__":
