@@ -5,23 +5,18 @@ other and streams the chunks through a pipe, so the child's peak memory is that 
 fold and of nothing else. Invariant: the parent decrypts the sum that comes back and compares it
 with its own integer sum, slot by slot; a row is only reported when they are equal.
 
-Pipe, parent to child: the public context (16 bytes), the number of slots (8), a frame per chunk.
-Child to parent: a frame per chunk of the sum, then JSON to the end. A frame is an int32 (the
-chunk's index; -1 ends the frames), a uint32 length, and that many bytes.
+Frames to the child: the public context and the number of slots, one per chunk with its index, and an
+empty one. Frames from it: one per chunk of the sum, then the measurements.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import struct
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -34,12 +29,10 @@ from fedcore.errors import Abandoned, BadInput
 from fedcore.plan import VectorSpec, solve_packing
 from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.report.terminal import fitted, grid
+from fedcore.runtime.pipes import Child, ChildEnded, Frame, Parent, python
 from fedcore.types import Json, Slots
 
 DEFAULT_SITES = (4, 64)
-_HEAD = struct.Struct("<iI")
-_END = -1
-_PUBLIC_BYTES = 16
 _CHILD = "fold-from-stdin"
 
 
@@ -84,33 +77,23 @@ def run(
 def _measure(layout: Layout, secret: SecretContext, sites: int, seed: int) -> Json:
     sealer = EncryptedSealer(secret)
     expected = np.zeros(layout.slots, dtype=np.uint64)
-    child = _start()
-    assert child.stdin is not None
-    assert child.stdout is not None
+    child = _child()
     try:
-        child.stdin.write(secret.public.to_bytes() + struct.pack("<Q", layout.slots))
+        child.start()
+        child.send({"slots": layout.slots}, [secret.public.to_bytes()])
         for site in range(sites):
             slots = _vector(layout, site, seed)
             expected += slots
             for index, chunk in enumerate(sealer.protect(slots)):
-                _write(child.stdin, index, chunk)
-        _write(child.stdin, _END, b"")
-        child.stdin.close()
-        total = sealer.open((chunk for _, chunk in _frames(child.stdout)), layout.slots)
-        report = json.loads(child.stdout.read())
-        code = child.wait()
-    except (BrokenPipeError, EOFError) as error:
-        raise Abandoned(
-            f"bench fold: the folding process ended early, exit {child.wait()}"
-        ) from error
+                child.send({"index": index}, [chunk])
+        child.send({})
+        total = sealer.open((chunk for _, chunk in _chunks(child.receive)), layout.slots)
+        report, _ = child.receive()
+    except ChildEnded as error:
+        raise Abandoned(str(error)) from error
     finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-        with contextlib.suppress(BrokenPipeError):  # what a dead child will never read
-            child.stdin.close()
-        child.stdout.close()
-    if code != 0 or not np.array_equal(total, expected):
+        child.close()
+    if not np.array_equal(total, expected):
         raise Abandoned(
             f"bench fold: the sum of {sites} sites is not the integer sum of their slots"
         )
@@ -133,40 +116,18 @@ def _vector(layout: Layout, site: int, seed: int) -> Slots:
     return layout.pack(fields, {}, site)
 
 
-def _start() -> subprocess.Popen[bytes]:
-    """A bare interpreter on this module; `-P` keeps the current folder's modules out of it."""
+def _child() -> Child:
+    """A bare interpreter on this module, which need not be installed."""
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(  # noqa: S603  # this interpreter on this very module
-        [sys.executable, "-P", "-m", "fedcore.bench.fold", _CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
+    command = python("fedcore.bench.fold", _CHILD)
+    return Child("bench fold: the folding process", command, {"PYTHONPATH": os.pathsep.join(paths)})
 
 
-# ------------------------------------------------------------------ frames
-
-
-def _write(stream: IO[bytes], index: int, data: bytes) -> None:
-    stream.write(_HEAD.pack(index, len(data)))
-    stream.write(data)
-
-
-def _read(stream: IO[bytes], size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise EOFError(f"pipe: found {len(data)} bytes, expected {size}")
-    return data
-
-
-def _frames(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(index, data) of each frame up to the end frame. Raises EOFError on a truncated stream."""
-    while True:
-        index, length = _HEAD.unpack(_read(stream, _HEAD.size))
-        if index == _END:
-            return
-        yield index, _read(stream, length)
+def _chunks(receive: Callable[[], Frame]) -> Iterator[tuple[Json, bytes]]:
+    """Head and blob of each frame up to one without a blob."""
+    while (frame := receive())[1]:
+        yield frame[0], frame[1][0]
 
 
 def page(found: Json) -> RenderableType:
@@ -182,33 +143,32 @@ def page(found: Json) -> RenderableType:
 # ------------------------------------------------------------------ the child
 
 
-def fold_from(source: IO[bytes], sink: IO[bytes]) -> None:
-    """Fold the frames of `source` and write the sum and the measurements to `sink`."""
-    public = PublicContext.from_bytes(_read(source, _PUBLIC_BYTES))
-    (slots,) = struct.unpack("<Q", _read(source, 8))
-    fold = EncryptedFold(public, slots)
+def fold_for(parent: Parent) -> None:
+    """Fold the vectors of a parent and give it the sum and the measurements."""
+    about, blobs = parent.receive()
+    fold = EncryptedFold(PublicContext.from_bytes(blobs[0]), about["slots"])
     start_rss, seconds = peak_memory_mb(), 0.0
-    for index, chunk in _frames(source):
+    for head, chunk in _chunks(parent.receive):
         started = time.perf_counter()
-        fold.add(index, chunk)
+        fold.add(head["index"], chunk)
         seconds += time.perf_counter() - started
     started = time.perf_counter()
-    for index, chunk in enumerate(fold.total()):
+    for chunk in fold.total():
         seconds += time.perf_counter() - started
-        _write(sink, index, chunk)
+        parent.send({}, [chunk])
         started = time.perf_counter()
-    _write(sink, _END, b"")
-    report = {
-        "peak_rss_mb": peak_memory_mb(),
-        "start_rss_mb": start_rss,
-        "fold_seconds": round(seconds, 4),
-    }
-    sink.write(json.dumps(report).encode())
-    sink.flush()
+    parent.send({})
+    parent.send(
+        {
+            "peak_rss_mb": peak_memory_mb(),
+            "start_rss_mb": start_rss,
+            "fold_seconds": round(seconds, 4),
+        }
+    )
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == [_CHILD]:
-        fold_from(sys.stdin.buffer, sys.stdout.buffer)
+        fold_for(Parent.of_this_process())
     else:
         sys.stdout.write(json.dumps(run(), indent=2) + "\n")

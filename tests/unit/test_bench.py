@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -305,12 +304,8 @@ def test_the_peak_is_the_childs_own_not_its_parents() -> None:
 def test_a_folding_process_that_dies_abandons_the_benchmark(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def dies() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "raise SystemExit(3)"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    monkeypatch.setattr(fold, "_start", dies)
-    with pytest.raises(Abandoned, match="exit 3"):
+    monkeypatch.setattr(fold, "python", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(Abandoned, match="bench fold: the folding process: found exit 3"):
         fold.run(parameters=200_000, sites=(3,), bits=12)
 
 
@@ -326,13 +321,7 @@ def test_a_wrong_sum_abandons_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> 
         fold.run(parameters=100, sites=(3,), bits=12)
 
 
-def test_frames_come_back_and_truncation_is_an_error() -> None:
-    pipe = io.BytesIO()
-    fold._write(pipe, 0, b"abc")
-    fold._write(pipe, 1, b"")
-    fold._write(pipe, -1, b"")
-    assert list(fold._frames(io.BytesIO(pipe.getvalue()))) == [(0, b"abc"), (1, b"")]
-    with pytest.raises(EOFError):
-        list(fold._frames(io.BytesIO(pipe.getvalue()[:9])))
-    with pytest.raises(BadInput):
-        fold.run(parameters=0)
+def test_bench_fold_needs_parameters_and_sites() -> None:
+    for asked in ({"parameters": 0}, {"sites": ()}, {"sites": (0,)}):
+        with pytest.raises(BadInput, match="expected at least 1 of each"):
+            fold.run(**asked)
