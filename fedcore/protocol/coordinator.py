@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar, assert_never, get_args
 
 from fedcore.errors import (
     Conflicting,
@@ -45,10 +45,9 @@ from fedcore.protect.sealed import NOTICE_LENGTH
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol.effects import (
     Discard,
-    Effect,
     Fold,
     Mask,
-    Move,
+    Persist,
     Rebuild,
     RemoveMasks,
     Send,
@@ -67,6 +66,7 @@ from fedcore.protocol.messages import (
     Certificate,
     Confirm,
     Confirmations,
+    CoordinatorMessage,
     Delivery,
     KeyBundle,
     Keys,
@@ -75,12 +75,14 @@ from fedcore.protocol.messages import (
     Parcel,
     Shares,
     SharesHead,
+    SiteMessage,
     Statement,
     Submit,
     SurvivorList,
     Unmask,
     check_signature,
 )
+from fedcore.protocol.moves import Move, on, table
 from fedcore.protocol.shared import (
     check_header,
     check_keys,
@@ -124,7 +126,7 @@ class Received:
     """A message of an authenticated site."""
 
     sender: SiteId
-    message: Any
+    message: SiteMessage
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,9 @@ class Reconnected:
     """A site is back: it gets again what this stage has for it."""
 
     site: SiteId
+
+
+CoordinatorEvent = Start | Received | Uploaded | Gone | Tick | SumReady | Restarted | Reconnected
 
 
 # -------------------------------------------------------------------------------------- the stages
@@ -327,13 +332,20 @@ class Abandoned:
         return self.header.round
 
 
-EXPOSED = (Unmasking, Releasing)
+Exposed = Unmasking | Releasing
 """Stages that end with enough answers, or when too few can still come; never by a deadline alone."""
+Waiting = Advertising | Sharing | Collecting | Confirming | Exposed
+InRound = Waiting | Summing
+Ended = Released | Abandoned
+Between = Ready | Ended
+CoordinatorStage = Between | InRound
 
-Waiting = Advertising | Sharing | Collecting | Confirming | Unmasking | Releasing
-Stage = Ready | Waiting | Summing | Released | Abandoned
+BETWEEN: tuple[type[Between], ...] = get_args(Between)
+IN_ROUND: tuple[type[InRound], ...] = get_args(InRound)
+EXPOSED: tuple[type[Exposed], ...] = get_args(Exposed)
+ALL: tuple[type[CoordinatorStage], ...] = get_args(CoordinatorStage)
 
-STAGE_NAMES = {
+STAGE_NAMES: Mapping[type[CoordinatorStage], str] = {
     Advertising: "keys",
     Sharing: "shares",
     Collecting: "submit",
@@ -481,7 +493,37 @@ class RoundGivenUp:
     left: int
 
 
-def evolve(stage: Any, entry: Any) -> Any:
+CoordinatorEntry = (
+    RoundStarted
+    | KeysTaken
+    | BundleFixed
+    | SharesTaken
+    | CohortFixed
+    | SubmissionTaken
+    | ListFixed
+    | ConfirmTaken
+    | ConfirmsFixed
+    | AnswerTaken
+    | MasksRebuilt
+    | SumSpooled
+    | StatementTaken
+    | SiteGone
+    | RoundReleased
+    | RoundGivenUp
+)
+
+CoordinatorEffect = (
+    Persist[CoordinatorEntry]
+    | Send[CoordinatorMessage]
+    | Warn
+    | Fold
+    | Rebuild
+    | RemoveMasks
+    | Discard
+)
+
+
+def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage:
     """The stage after a journal record."""
     match stage, entry:
         case ((Ready() | Released() | Abandoned()), RoundStarted(header, size, salt)):
@@ -529,7 +571,7 @@ def evolve(stage: Any, entry: Any) -> Any:
             return replace(
                 stage, statements=_in_order(stage.header, (*stage.statements, statement))
             )
-        case _, SiteGone(site, how) if isinstance(stage, Waiting | Summing):
+        case _, SiteGone(site, how) if isinstance(stage, InRound):
             stage = replace(stage, gone=_merged(stage.gone, (site,)))
             if how != LOST and not isinstance(stage, Advertising | Sharing):
                 stage = replace(stage, left=_merged(stage.left, (site,)))
@@ -538,30 +580,34 @@ def evolve(stage: Any, entry: Any) -> Any:
             return stage
         case Releasing(), RoundReleased(certificate):
             return Released(stage.header, certificate, stage.refused)
-        case _, RoundGivenUp(name, left) if isinstance(stage, Waiting | Summing):
-            exposed = _exposed(stage)
-            return Abandoned(stage.header, name, left, exposed, getattr(stage, "refused", ()))
+        case _, RoundGivenUp(name, left) if isinstance(stage, InRound):
+            refused = stage.refused if isinstance(stage, Releasing) else ()
+            return Abandoned(stage.header, name, left, _exposed(stage), refused)
     raise OutOfOrder(
         "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
         expected="a record this stage can have written", fault=COORDINATOR,
     )  # fmt: skip
 
 
-def _exposed(stage: Any) -> tuple[SiteId, ...]:
-    if isinstance(stage, Unmasking):  # whoever was asked and is there may have answered
-        answered = {answer.site for answer in stage.answers}
-        return tuple(
-            s for s in survivors_of(stage.submissions) if s in answered or s not in stage.left
-        )
-    opened = isinstance(stage, Releasing)
-    if isinstance(
-        stage, Summing
-    ):  # without masks nothing is asked of a site before the sum is there
-        opened = stage.header.protection in MASKS
-    return survivors_of(stage.submissions) if opened else ()
+def _exposed(stage: InRound) -> tuple[SiteId, ...]:
+    match stage:
+        case Unmasking():  # whoever was asked and is there may have answered
+            answered = {answer.site for answer in stage.answers}
+            return tuple(
+                s for s in survivors_of(stage.submissions) if s in answered or s not in stage.left
+            )
+        case Summing() if stage.header.protection not in MASKS:
+            return ()  # without masks nothing is asked of a site before the sum is there
+        case Summing() | Releasing():
+            return survivors_of(stage.submissions)
+    return ()
 
 
-def _in_order(header: RoundHeader, items: Iterable[Any]) -> tuple[Any, ...]:
+OfSite = TypeVar("OfSite", bound=Keys | Submit | Confirm | Unmask | Statement)
+Joining = TypeVar("Joining", Keys, Submit)
+
+
+def _in_order(header: RoundHeader, items: Iterable[OfSite]) -> tuple[OfSite, ...]:
     return tuple(sorted(items, key=lambda item: header.place(item.site)))
 
 
@@ -569,7 +615,7 @@ def _merged(old: tuple[SiteId, ...], new: Iterable[SiteId]) -> tuple[SiteId, ...
     return tuple(dict.fromkeys((*old, *new)))
 
 
-def replay(start: Any, journal: Iterable[Any]) -> Any:
+def replay(start: CoordinatorStage, journal: Iterable[CoordinatorEntry]) -> CoordinatorStage:
     """The stage that the records of a journal lead to."""
     for entry in journal:
         start = evolve(start, entry)
@@ -580,25 +626,25 @@ def replay(start: Any, journal: Iterable[Any]) -> Any:
 
 
 @dataclass
-class _Move(Move):
+class _Move(Move[CoordinatorStage, CoordinatorEntry, CoordinatorEffect]):
     """A step of this role."""
 
     hub: Hub = field(kw_only=True)
 
-    def send(self, site: SiteId, message: Any) -> None:
+    def send(self, site: SiteId, message: CoordinatorMessage) -> None:
         self.effects.append(Send(site, message))
 
 
-def _start(move: _Move, event: Start) -> None:
+def _start(move: _Move, stage: Between, event: Start) -> None:
     header = event.header
-    if isinstance(move.stage, Abandoned) and move.stage.exposed:
+    if isinstance(stage, Abandoned) and stage.exposed:
         raise SecondSum(
-            "round", found=f"one after round {move.stage.round}, whose sum may be known",
+            "round", found=f"one after round {stage.round}, whose sum may be known",
             expected="that round's release", fault=COORDINATOR,
         )  # fmt: skip
-    if header.round <= move.stage.round:
+    if header.round <= stage.round:
         raise HeaderRefused(
-            "round", found=header.round, expected=f"more than {move.stage.round}", fault=COORDINATOR
+            "round", found=header.round, expected=f"more than {stage.round}", fault=COORDINATOR
         )
     unknown = sorted(set(header.roster) - set(move.hub.pins))
     if unknown or len(set(header.roster)) != len(header.roster):
@@ -616,7 +662,7 @@ def _start(move: _Move, event: Start) -> None:
         move.send(site, Announce(header))
 
 
-def members_of(stage: Any) -> tuple[SiteId, ...]:
+def members_of(stage: CoordinatorStage) -> tuple[SiteId, ...]:
     """Whose message a stage takes: the roster, then U1, U2, U3."""
     match stage:
         case Advertising():
@@ -631,7 +677,7 @@ def members_of(stage: Any) -> tuple[SiteId, ...]:
     return ()
 
 
-def _came(stage: Any) -> tuple[Any, ...]:
+def _came(stage: CoordinatorStage) -> tuple[SiteMessage, ...]:
     """What this stage has received so far."""
     match stage:
         case Advertising():
@@ -649,12 +695,11 @@ def _came(stage: Any) -> tuple[Any, ...]:
     return ()
 
 
-def _site_of(message: Any) -> SiteId:
-    site: SiteId = message.head.site if isinstance(message, Shares) else message.site
-    return site
+def _site_of(message: SiteMessage) -> SiteId:
+    return message.head.site if isinstance(message, Shares) else message.site
 
 
-def waiting_for(stage: Any) -> tuple[SiteId, ...]:
+def waiting_for(stage: CoordinatorStage) -> tuple[SiteId, ...]:
     """The sites this stage still hopes to hear from: what a person waits for.
 
     Where a round has to be released it cannot do without the sites whose connection is lost, as long as
@@ -668,23 +713,28 @@ def waiting_for(stage: Any) -> tuple[SiteId, ...]:
     return here if _enough(stage, _counted(stage) + len(here)) else missing
 
 
-def _out(stage: Any, site: SiteId) -> bool:
+def _out(stage: InRound, site: SiteId) -> bool:
     """Whether nothing more of this site can count at this stage."""
-    return site in (stage.left if isinstance(stage, EXPOSED) else stage.gone)
+    return site in (stage.left if isinstance(stage, Exposed) else stage.gone)
 
 
-def _enough(stage: Any, count: int) -> bool:
-    return not isinstance(stage, EXPOSED) or count >= stage.header.threshold
+def _left(stage: InRound) -> tuple[SiteId, ...]:
+    """The sites that are in this round no longer; before vectors are waited for, whoever is gone."""
+    return stage.gone if isinstance(stage, Advertising | Sharing) else stage.left
 
 
-def _counted(stage: Any) -> int:
+def _enough(stage: Waiting, count: int) -> bool:
+    return not isinstance(stage, Exposed) or count >= stage.header.threshold
+
+
+def _counted(stage: CoordinatorStage) -> int:
     """How many of the answers so far count towards t: statements have to say the same."""
     if isinstance(stage, Releasing):
         return max(Counter(map(_found_in, stage.statements)).values(), default=0)
     return len(_came(stage))
 
 
-def in_sight(stage: Any) -> int:
+def in_sight(stage: CoordinatorStage) -> int:
     """How many answers count so far, and how many more this stage still hopes for."""
     return _counted(stage) + len(waiting_for(stage))
 
@@ -693,20 +743,20 @@ def _found_in(statement: Statement) -> tuple[bytes, bytes]:
     return statement.sum_mac, statement.state_mac
 
 
-def is_first(stage: Any) -> bool:
+def is_first(stage: CoordinatorStage) -> bool:
     """Whether the stage is the one that a round begins with: whoever is waited for may not know of it yet."""
     if isinstance(stage, Collecting):
         return stage.header.protection not in MASKS
     return isinstance(stage, Advertising)
 
 
-def _take_keys(move: _Move, keys: Keys) -> None:
-    check_keys(keys, move.stage.header, move.hub.pins)
+def _take_keys(move: _Move, stage: Advertising, keys: Keys) -> None:
+    check_keys(keys, stage.header, move.hub.pins)
     move.record(KeysTaken(keys))
 
 
-def _take_shares(move: _Move, shares: Shares) -> None:
-    stage, head = move.stage, shares.head
+def _take_shares(move: _Move, stage: Sharing, shares: Shares) -> None:
+    head = shares.head
     check_header(head.header, stage.header, head.site)
     check_signature(head, move.hub.pins)
     joined = list(members_of(stage))
@@ -725,8 +775,8 @@ def _take_shares(move: _Move, shares: Shares) -> None:
     move.record(SharesTaken(shares))
 
 
-def _take_vector(move: _Move, event: Uploaded) -> None:
-    stage, submit = move.stage, event.submit
+def _take_vector(move: _Move, stage: Collecting, event: Uploaded) -> None:
+    submit = event.submit
     check_submission(submit, stage.header, move.hub.pins, stage.salt)
     for keys in stage.bundle:
         if keys.site == submit.site and _started_from(keys) != _started_from(submit):
@@ -747,8 +797,7 @@ def _take_vector(move: _Move, event: Uploaded) -> None:
     move.do(Fold(submit))
 
 
-def _take_confirm(move: _Move, confirm: Confirm) -> None:
-    stage = move.stage
+def _take_confirm(move: _Move, stage: Confirming, confirm: Confirm) -> None:
     check_header(confirm.header, stage.header, confirm.site)
     check_signature(confirm, move.hub.pins)
     cohort = tuple(shares.head.site for shares in stage.shares)
@@ -761,8 +810,7 @@ def _take_confirm(move: _Move, confirm: Confirm) -> None:
     move.record(ConfirmTaken(confirm))
 
 
-def _take_answer(move: _Move, unmask: Unmask) -> None:
-    stage = move.stage
+def _take_answer(move: _Move, stage: Unmasking, unmask: Unmask) -> None:
     header = stage.header
     check_header(unmask.header, header, unmask.site)
     survivors = set(survivors_of(stage.submissions))
@@ -790,8 +838,7 @@ def _parcels(shares: Iterable[Shares]) -> dict[tuple[SiteId, SiteId], Parcel]:
     return {(p.sender, p.recipient): p for each in shares for p in each.parcels}
 
 
-def _take_statement(move: _Move, statement: Statement) -> None:
-    stage = move.stage
+def _take_statement(move: _Move, stage: Releasing, statement: Statement) -> None:
     check_header(statement.header, stage.header, statement.site)
     check_signature(statement, move.hub.pins)
     if statement.survivors != digest(survivors_of(stage.submissions)):
@@ -802,8 +849,7 @@ def _take_statement(move: _Move, statement: Statement) -> None:
     move.record(StatementTaken(statement))
 
 
-def _take_leave(move: _Move, leave: Leave) -> None:
-    stage = move.stage
+def _take_leave(move: _Move, stage: InRound, leave: Leave) -> None:
     check_header(leave.header, stage.header, leave.site)
     move.record(SiteGone(leave.site, REFUSED if leave.code == RELEASE_REFUSED else LEFT))
     if leave.code == MATERIAL:
@@ -819,11 +865,8 @@ def _take_leave(move: _Move, leave: Leave) -> None:
                 move.send(site, Notice(leave.header, leave.site, leave.sealed))
 
 
-def _take_gone(move: _Move, event: Gone) -> None:
-    stage = move.stage
-    known = stage.gone
-    if event.for_good:
-        known = getattr(stage, "left", stage.gone)
+def _take_gone(move: _Move, stage: InRound, event: Gone) -> None:
+    known = _left(stage) if event.for_good else stage.gone
     if event.site in stage.header.roster and event.site not in known:
         move.record(SiteGone(event.site, LEFT if event.for_good else LOST))
 
@@ -835,7 +878,7 @@ def _started_from(message: Keys | Submit) -> tuple[bytes, bytes]:
     return message.state_tag, message.key_id
 
 
-def _common(messages: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[SiteId, ...]]:
+def _common(messages: Sequence[Joining]) -> tuple[tuple[Joining, ...], tuple[SiteId, ...]]:
     """The largest group with one state and one key epoch, and the sites that are not in it.
 
     A site that starts from another state would only make the others leave; it catches up instead.
@@ -845,12 +888,11 @@ def _common(messages: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[SiteId, .
     return same, tuple(each.site for each in messages if each not in same)
 
 
-def _close_keys(move: _Move) -> None:
+def _close_keys(move: _Move, stage: Advertising) -> None:
     """Fix U1."""
-    stage = move.stage
     bundle, late = _common(stage.keys)
     if len(bundle) < stage.header.threshold:
-        _give_up(move, len(bundle))
+        _give_up(move, stage, len(bundle))
         return
     move.record(BundleFixed(bundle, late))
     for site in members_of(move.stage):
@@ -860,6 +902,7 @@ def _close_keys(move: _Move) -> None:
 def _close_shares(move: _Move) -> None:
     move.record(CohortFixed())
     stage = move.stage
+    assert isinstance(stage, Collecting)
     for site in members_of(stage):
         move.send(site, _delivery(stage, site))
 
@@ -870,43 +913,43 @@ def _delivery(stage: Collecting, to: SiteId) -> Delivery:
     return Delivery(stage.header.digest, heads, parcels)
 
 
-def _close_vectors(move: _Move) -> None:
-    submissions, late = _common(move.stage.submissions)
-    if len(submissions) < move.stage.header.threshold:
-        _give_up(move, len(submissions))
+def _close_vectors(move: _Move, stage: Collecting) -> None:
+    submissions, late = _common(stage.submissions)
+    if len(submissions) < stage.header.threshold:
+        _give_up(move, stage, len(submissions))
         return
     move.record(ListFixed(submissions, late))
-    stage = move.stage
     if late:  # only under `encrypted`: under masks a vector has the state of its site's keys
         move.do(Rebuild(submissions))
-    if isinstance(stage, Summing):  # `encrypted`: no mask to remove
-        move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), ()))
+    survivors = survivors_of(submissions)
+    if isinstance(move.stage, Summing):  # `encrypted`: no mask to remove
+        move.do(RemoveMasks(stage.header, survivors, ()))
         return
-    for site in members_of(stage):
-        move.send(site, SurvivorList(stage.header.digest, stage.submissions))
+    for site in survivors:
+        move.send(site, SurvivorList(stage.header.digest, submissions))
 
 
 def _close_confirms(move: _Move) -> None:
     move.record(ConfirmsFixed())
     stage = move.stage
+    assert isinstance(stage, Unmasking)
     for confirm in stage.confirms:
         if not _out(stage, confirm.site):
             move.send(confirm.site, Confirmations(stage.header.digest, stage.confirms))
 
 
-def _close_answers(move: _Move) -> None:
+def _close_answers(move: _Move, stage: Unmasking) -> None:
     try:
-        masks = rebuild_masks(move.stage)
+        masks = rebuild_masks(stage)
     except PeerRefused as error:  # a lying site can spoil a round, and is named
         move.do(Warn(str(error)))
-        _give_up(move, len(move.stage.answers))
+        _give_up(move, stage, len(stage.answers))
         return
     move.record(MasksRebuilt(masks))
-    move.do(RemoveMasks(move.stage.header, survivors_of(move.stage.submissions), masks))
+    move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
 
 
-def _close_statements(move: _Move) -> None:
-    stage = move.stage
+def _close_statements(move: _Move, stage: Releasing) -> None:
     macs = Counter(map(_found_in, stage.statements)).most_common(1)[0][0]
     signatures = tuple((s.site, s.signature) for s in stage.statements if _found_in(s) == macs)
     certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
@@ -927,18 +970,25 @@ def _tell_end(move: _Move, site: SiteId) -> None:
         move.send(site, Abandon(stage.header.digest, stage.stage))
 
 
-_CLOSE: dict[type[Any], Callable[[_Move], None]] = {
-    Advertising: _close_keys,
-    Sharing: _close_shares,
-    Collecting: _close_vectors,
-    Confirming: _close_confirms,
-    Unmasking: _close_answers,
-    Releasing: _close_statements,
-}
+def _close(move: _Move, stage: Waiting) -> None:
+    match stage:
+        case Advertising():
+            _close_keys(move, stage)
+        case Sharing():
+            _close_shares(move)
+        case Collecting():
+            _close_vectors(move, stage)
+        case Confirming():
+            _close_confirms(move)
+        case Unmasking():
+            _close_answers(move, stage)
+        case Releasing():
+            _close_statements(move, stage)
+        case _:
+            assert_never(stage)
 
 
-def _give_up(move: _Move, left: int) -> None:
-    stage = move.stage
+def _give_up(move: _Move, stage: InRound, left: int) -> None:
     name = STAGE_NAMES[type(stage)]
     if isinstance(stage, Summing) and stage.header.protection not in MASKS:
         name = "confirm"  # before the sum is announced
@@ -956,30 +1006,34 @@ def _settle(move: _Move, now: float) -> None:
 
     A stage that begins with too few sites, because some left while they were not waited for, ends too.
     """
-    while isinstance(move.stage, Waiting):
-        before = move.stage
-        _settle_one(move, now)
+    while isinstance(before := move.stage, Waiting):
+        _settle_one(move, before, now)
         if type(move.stage) is type(before):
             return
-        if isinstance(move.stage, Waiting):
-            move.stage = replace(move.stage, until=now + move.hub.patience)
+        _give_time(move, now)
 
 
-def _settle_one(move: _Move, now: float) -> None:
-    stage, needed = move.stage, move.stage.header.threshold
-    came, hoped = _counted(stage), in_sight(stage)
+def _give_time(move: _Move, now: float) -> None:
+    """The stage that begins now has its own patience."""
+    if isinstance(move.stage, Waiting):
+        move.stage = replace(move.stage, until=now + move.hub.patience)
+
+
+def _settle_one(move: _Move, stage: Waiting, now: float) -> None:
+    needed, came, hoped = stage.header.threshold, _counted(stage), in_sight(stage)
     if hoped < needed:
-        _give_up(move, hoped)
+        _give_up(move, stage, hoped)
     elif hoped == came:
-        _CLOSE[type(stage)](move)
+        _close(move, stage)
     elif isinstance(stage, Collecting) and 0 < move.hub.enough <= came >= needed:
-        _CLOSE[Collecting](move)  # who comes later has an answer in the next round
+        _close(move, stage)  # who comes later has an answer in the next round
     elif now >= stage.until and came >= needed:
         for site in waiting_for(stage):
             move.record(SiteGone(site, LOST))
-        _CLOSE[type(stage)](move)
-    elif now >= stage.until and not isinstance(stage, EXPOSED):
-        _give_up(move, came)
+        assert isinstance(move.stage, Waiting)
+        _close(move, move.stage)
+    elif now >= stage.until and not isinstance(stage, Exposed):
+        _give_up(move, stage, came)
 
 
 # --------------------------------------------------------------------------- rebuilding the masks
@@ -1054,42 +1108,44 @@ def _pairwise(
 # --------------------------------------------------------------------------------- the table
 
 
-def _publish(move: _Move, event: SumReady) -> None:
+def _publish(move: _Move, stage: Summing, event: SumReady) -> None:
     """Announce the sum. Without masks nothing is known of it before: with too few sites left to open it
     the round is abandoned like one with too few confirmations."""
-    stage = move.stage
     there = [site for site in members_of(stage) if site not in stage.gone]
     if stage.header.protection not in MASKS and len(there) < stage.header.threshold:
-        _give_up(move, len(there))
+        _give_up(move, stage, len(there))
         return
     aggregate = Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
     move.record(SumSpooled(aggregate))
-    for site in members_of(move.stage):
-        if not _out(move.stage, site):
+    for site in survivors_of(stage.submissions):
+        if site not in stage.left:
             move.send(site, aggregate)
 
 
-def _restart(move: _Move, _: Restarted) -> None:
+def _stay(move: _Move, stage: CoordinatorStage, _: Tick) -> None:
+    """What is due by the clock follows every event."""
+
+
+def _restart(move: _Move, stage: CoordinatorStage, _: Restarted) -> None:
     """Everybody gets again what this stage has for them; an unfinished sum is made from the spool."""
-    stage = move.stage
     if isinstance(stage, Collecting | Confirming | Unmasking | Summing):
         move.do(Rebuild(stage.submissions))
     if isinstance(stage, Summing):
         move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
-    if isinstance(stage, Released | Abandoned):  # the crash may have come before anybody was told
+    if isinstance(stage, Ended):  # the crash may have come before anybody was told
         for site in stage.header.roster:
             _tell_end(move, site)
     for site in waiting_for(stage):
-        _repeat(move, Reconnected(site))
+        _repeat(move, stage, Reconnected(site))
 
 
-def _repeat(move: _Move, event: Reconnected) -> None:
-    stage, site = move.stage, event.site
-    if isinstance(stage, Released | Abandoned) and site in stage.header.roster:
+def _repeat(move: _Move, stage: CoordinatorStage, event: Reconnected) -> None:
+    site = event.site
+    if isinstance(stage, Ended) and site in stage.header.roster:
         _tell_end(move, site)
-    if isinstance(stage, Ready | Released | Abandoned) or site not in members_of(stage):
+    if isinstance(stage, Between) or site not in members_of(stage):
         return
-    if isinstance(stage, EXPOSED) and _out(stage, site):
+    if isinstance(stage, Exposed) and _out(stage, site):
         return
     match stage:
         case Advertising():
@@ -1108,74 +1164,63 @@ def _repeat(move: _Move, event: Reconnected) -> None:
             move.send(site, stage.aggregate)
 
 
-Handler = Callable[[_Move, Any], None]
-Kind = type[Any]
-
-_ENDS: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
-    Leave: (_take_leave, (Abandoned,)),
-    Gone: (_take_gone, (Abandoned,)),
-    Tick: (lambda move, _: None, (Abandoned,)),
-    Restarted: (_restart, ()),
-    Reconnected: (_repeat, ()),
-}
-
-_BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
-    Tick: (lambda move, _: None, ()),
-    Restarted: (_restart, ()),
-    Reconnected: (_repeat, ()),
-}
-
-MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
-    Ready: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
-    Advertising: {Keys: (_take_keys, (Sharing, Abandoned)), **_ENDS},
-    Sharing: {Shares: (_take_shares, (Collecting, Abandoned)), **_ENDS},
-    Collecting: {Uploaded: (_take_vector, (Confirming, Summing, Abandoned)), **_ENDS},
-    Confirming: {Confirm: (_take_confirm, (Unmasking, Abandoned)), **_ENDS},
-    Unmasking: {Unmask: (_take_answer, (Summing, Abandoned)), **_ENDS},
-    Summing: {SumReady: (_publish, (Releasing, Abandoned)), **_ENDS},
-    Releasing: {Statement: (_take_statement, (Released, Abandoned)), **_ENDS},
-    Released: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
-    Abandoned: {Start: (_start, (Advertising, Collecting)), **_BETWEEN},
-}
-"""{stage: {event or received message: (handler, stages it may lead to besides staying)}}.
-
-A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
+MOVES = table(
+    on(Ready, Start, _start, Advertising, Collecting),
+    on(Advertising, Keys, _take_keys, Sharing, Abandoned),
+    on(Sharing, Shares, _take_shares, Collecting, Abandoned),
+    on(Collecting, Uploaded, _take_vector, Confirming, Summing, Abandoned),
+    on(Confirming, Confirm, _take_confirm, Unmasking, Abandoned),
+    on(Unmasking, Unmask, _take_answer, Summing, Abandoned),
+    on(Summing, SumReady, _publish, Releasing, Abandoned),
+    on(Releasing, Statement, _take_statement, Released, Abandoned),
+    on(Released, Start, _start, Advertising, Collecting),
+    on(Abandoned, Start, _start, Advertising, Collecting),
+    on(IN_ROUND, Leave, _take_leave, Abandoned),
+    on(IN_ROUND, Gone, _take_gone, Abandoned),
+    on(IN_ROUND, Tick, _stay, Abandoned),
+    on(BETWEEN, Tick, _stay),
+    on(ALL, Restarted, _restart),
+    on(ALL, Reconnected, _repeat),
+)
+"""A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
 
 
-def step(hub: Hub, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effect, ...]]:
+def step(
+    hub: Hub, stage: CoordinatorStage, event: CoordinatorEvent, now: float
+) -> tuple[CoordinatorStage, tuple[CoordinatorEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back.
     """
-    message = event.message if isinstance(event, Received) else event
-    kind = type(message)
-    legal = MOVES[type(stage)]
-    sender = getattr(event, "sender", None)
+    found = event.message if isinstance(event, Received) else event
+    kind, legal = type(found), MOVES[type(stage)]
+    sender = event.sender if isinstance(event, Received | Uploaded) else None
     if kind not in legal:
         raise not_legal(kind, legal, message=bool(sender), fault=sender or COORDINATOR)
-    if sender is not None and _seen_before(stage, event, sender):
-        return stage, ()
+    if isinstance(event, Received | Uploaded):
+        assert isinstance(stage, InRound)  # no message is legal between rounds
+        if _seen_before(stage, event):
+            return stage, ()
     move = _Move(stage, evolve, hub=hub)
-    legal[kind][0](move, message)
-    if isinstance(move.stage, Waiting) and (
-        type(move.stage) is not type(stage) or kind is Restarted
-    ):
-        move.stage = replace(move.stage, until=now + hub.patience)
+    handle, _ = legal[kind]
+    handle(move, stage, found)
+    if type(move.stage) is not type(stage) or kind is Restarted:
+        _give_time(move, now)
     if kind is not Reconnected:
         _settle(move, now)
     return move.stage, tuple(move.effects)
 
 
-def _seen_before(stage: Any, event: Received | Uploaded, sender: SiteId) -> bool:
+def _seen_before(stage: InRound, event: Received | Uploaded) -> bool:
     """Whether this very message came already. Raises for a second, different one, or a stranger's."""
     message = event.submit if isinstance(event, Uploaded) else event.message
-    site = _site_of(message)
+    site, sender = _site_of(message), event.sender
     if site != sender:
         raise RosterRefused(
             "message", found=f"one of {site!r} from {sender!r}", expected="its own", fault=sender
         )
     if isinstance(message, Leave):
-        return sender in getattr(stage, "left", stage.gone) or sender not in stage.header.roster
+        return sender in _left(stage) or sender not in stage.header.roster
     if sender not in members_of(stage) or _out(stage, sender):
         raise RosterRefused(
             "message", found=f"{type_name(type(message))} of a site not waited for",

@@ -7,32 +7,34 @@ and in `MakeVector` and `RemoveMasks`, which stay in the process; never in a `Se
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from fedcore.plan import RoundHeader
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol.messages import Certificate, Notice, Submit
 from fedcore.types import SiteId
 
+Entry_co = TypeVar("Entry_co", covariant=True)
+Message_co = TypeVar("Message_co", covariant=True)
+
 Mask = tuple[SecretBytes, int]
 """(seed, sign) of one mask over a whole vector: +1 is added, -1 subtracted."""
 
 
 @dataclass(frozen=True)
-class Persist:
+class Persist(Generic[Entry_co]):
     """Append the record to the journal; done when it would survive a crash."""
 
-    record: Any
+    record: Entry_co
 
 
 @dataclass(frozen=True)
-class Send:
+class Send(Generic[Message_co]):
     """Send a message to one site, or to the coordinator. Sending the same one again is harmless."""
 
     to: str
-    message: Any
+    message: Message_co
 
 
 @dataclass(frozen=True)
@@ -128,38 +130,3 @@ class Discard:
     """Remove the round's spooled uploads and sum."""
 
     header: RoundHeader
-
-
-Effect = (
-    Persist
-    | Send
-    | Warn
-    | MakeVector
-    | Upload
-    | OpenSum
-    | ShowNotice
-    | Apply
-    | Erase
-    | Fold
-    | Rebuild
-    | RemoveMasks
-    | Discard
-)
-
-
-@dataclass
-class Move:
-    """One step of a machine in the making: records move the stage, effects follow in order."""
-
-    stage: Any
-    evolve: Callable[[Any, Any], Any]
-    effects: list[Effect] = field(default_factory=list)
-
-    def record(self, entry: Any) -> None:
-        """What happened: the stage after it, and the entry on disk."""
-        self.stage = self.evolve(self.stage, entry)
-        self.effects.append(Persist(entry))
-
-    def do(self, effect: Effect) -> None:
-        """Ask for it after what was asked for before."""
-        self.effects.append(effect)

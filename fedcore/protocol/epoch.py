@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from fedcore.errors import (
     Conflicting,
@@ -29,7 +28,7 @@ from fedcore.protect.hybrid import HybridKey, HybridPublic, open_envelope, seal_
 from fedcore.protect.identity import roster_digest
 from fedcore.protect.secret import SecretBytes
 from fedcore.protect.sumtag import key_id
-from fedcore.protocol.effects import Effect, Persist, Send
+from fedcore.protocol.effects import Persist, Send
 from fedcore.protocol.encoding import digest, encode, record, type_name
 from fedcore.protocol.messages import COORDINATOR, check_signature, sign
 from fedcore.protocol.shared import check_members, check_protection
@@ -146,6 +145,10 @@ class KeyHeld:
     signature: bytes
 
 
+SiteEpochMessage = EpochKey | Grants | Grant | KeyHeld
+CoordinatorEpochMessage = EpochCall | EpochKeys | Granted | GrantRequest
+
+
 # ------------------------------------------------------------------------------- a site: stages
 
 
@@ -205,14 +208,14 @@ class Holding:
         return self.header.epoch
 
 
-SiteStage = NoKey | Offered | Making | Holding
+SiteEpochStage = NoKey | Offered | Making | Holding
 
 
 @dataclass(frozen=True)
 class FromHub:
     """A message of the coordinator."""
 
-    message: Any
+    message: CoordinatorEpochMessage
 
 
 @dataclass(frozen=True)
@@ -243,10 +246,13 @@ class Install:
     payload: SecretBytes = field(repr=False)
 
 
-EpochEffect = Effect | MakeSecrets | Install
+SiteEpochEvent = FromHub | Again | SecretsMade
+SiteEpochEffect = Persist[SiteEpochStage] | Send[SiteEpochMessage] | MakeSecrets | Install
+SiteEpochStep = tuple[SiteEpochStage, tuple[SiteEpochEffect, ...]]
+"""The next stage, and what to do."""
 
 
-def step_site(member: Member, stage: Any, event: Any) -> tuple[Any, tuple[EpochEffect, ...]]:
+def step_site(member: Member, stage: SiteEpochStage, event: SiteEpochEvent) -> SiteEpochStep:
     """One event at a site; `Persist` records are whole stages here. Raises a ProtocolRefused and changes
     nothing where the event is not legal."""
     message = event.message if isinstance(event, FromHub) else event
@@ -278,7 +284,7 @@ def step_site(member: Member, stage: Any, event: Any) -> tuple[Any, tuple[EpochE
     )  # fmt: skip
 
 
-def _offer(member: Member, stage: Any, header: EpochHeader) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _offer(member: Member, stage: SiteEpochStage, header: EpochHeader) -> SiteEpochStep:
     if isinstance(stage, Offered | Making | Holding) and stage.header == header:
         return stage, (Send(COORDINATOR, stage.key),)
     if header.epoch <= stage.epoch:
@@ -293,7 +299,7 @@ def _offer(member: Member, stage: Any, header: EpochHeader) -> tuple[Any, tuple[
 
 
 def _check_header(member: Member, header: EpochHeader) -> None:
-    expected: dict[str, tuple[Any, Any]] = {
+    expected: dict[str, tuple[object, object]] = {
         "federation": (header.federation, member.federation),
         "job": (header.job, member.job),
         "protocol version": (header.version, PLAN_VERSION),
@@ -327,9 +333,7 @@ def _same_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
         )  # fmt: skip
 
 
-def _begin_making(
-    member: Member, stage: Offered, request: EpochKeys
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _begin_making(member: Member, stage: Offered, request: EpochKeys) -> SiteEpochStep:
     header = stage.header
     _same_epoch(request.header, header, COORDINATOR)
     if header.maker != member.id:
@@ -359,7 +363,9 @@ def _context(
     return encode(("fedcore/1 key epoch", header.digest, sender, recipient, recipient_key, name))
 
 
-def _grant(member: Member, stage: Any, to: EpochKey, payload: SecretBytes, name: bytes) -> Grant:
+def _grant(
+    member: Member, stage: Holding, to: EpochKey, payload: SecretBytes, name: bytes
+) -> Grant:
     """The payload for one recipient: sealed to its epoch key, bound to everything, signed."""
     header = stage.header
     check_epoch_key(to, header, member.pins)
@@ -373,12 +379,10 @@ def _grant(member: Member, stage: Any, to: EpochKey, payload: SecretBytes, name:
     return sign(grant, member.identity)
 
 
-def _grant_all(
-    member: Member, stage: Making, payload: SecretBytes
-) -> tuple[Any, tuple[EpochEffect, ...]]:
-    holding, effects = _hold(member, stage, payload, key_id(payload.reveal()))
+def _grant_all(member: Member, stage: Making, payload: SecretBytes) -> SiteEpochStep:
+    holding, installed = _hold(member, stage, payload, key_id(payload.reveal()))
     sent = Send(COORDINATOR, _grants(member, holding, stage.keys))
-    return holding, (*effects[:-1], sent, effects[-1])
+    return holding, (*installed, sent, _told(holding))
 
 
 def _grants(member: Member, stage: Holding, keys: tuple[EpochKey, ...]) -> Grants:
@@ -393,31 +397,31 @@ def _grants(member: Member, stage: Holding, keys: tuple[EpochKey, ...]) -> Grant
     return Grants(stage.header.digest, member.id, tuple(grants))
 
 
-def _told(stage: Holding) -> Send:
+def _told(stage: Holding) -> Send[KeyHeld]:
     return Send(COORDINATOR, stage.held)
 
 
-def _say_again(stage: Any) -> tuple[EpochEffect, ...]:
+def _say_again(stage: Offered | Making | Holding) -> tuple[SiteEpochEffect, ...]:
     match stage:
+        case Offered():
+            return (Send(COORDINATOR, stage.key),)
         case Making():
             return (MakeSecrets(stage.header),)
         case Holding():
             return (_told(stage),)
-    return (Send(COORDINATOR, stage.key),)
 
 
 def _hold(
-    member: Member, stage: Any, payload: SecretBytes, name: bytes
-) -> tuple[Holding, tuple[EpochEffect, ...]]:
+    member: Member, stage: Offered | Making, payload: SecretBytes, name: bytes
+) -> tuple[Holding, tuple[SiteEpochEffect, ...]]:
+    """The payload is this site's from here on: on disk, then in use. It is told last, by the caller."""
     held = sign(KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
     holding = Holding(stage.header, stage.secret, stage.key, payload, held)
     install = Install(stage.header.epoch, name, payload)
-    return holding, (Persist(holding), install, Send(COORDINATOR, held))
+    return holding, (Persist(holding), install)
 
 
-def _accept(
-    member: Member, stage: Offered, granted: Granted
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _accept(member: Member, stage: Offered, granted: Granted) -> SiteEpochStep:
     header, grant, granter = stage.header, granted.grant, granted.granter
     _same_epoch(grant.header, header, grant.site)
     check_signature(grant, member.pins)
@@ -438,7 +442,8 @@ def _accept(
         raise KeyRefused(
             "key id", found="another payload", expected="the one that was signed", fault=grant.site
         )
-    return _hold(member, stage, SecretBytes(payload), grant.key_id)
+    holding, installed = _hold(member, stage, SecretBytes(payload), grant.key_id)
+    return holding, (*installed, _told(holding))
 
 
 def _check_held(
@@ -519,6 +524,9 @@ class Spreading:
         return tuple(each.site for each in self.held)
 
 
+CoordinatorEpochStage = NoEpoch | Calling | Granting | Spreading
+
+
 @dataclass(frozen=True)
 class StartEpoch:
     """Begin a new key epoch; its header names the maker.
@@ -535,7 +543,7 @@ class FromSite:
     """A message of an authenticated site."""
 
     sender: SiteId
-    message: Any
+    message: SiteEpochMessage
 
 
 @dataclass(frozen=True)
@@ -550,6 +558,11 @@ class Reconnected:
     site: SiteId
 
 
+CoordinatorEpochEvent = StartEpoch | FromSite | EpochTick | Reconnected
+CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[CoordinatorEpochMessage]
+CoordinatorEpochStep = tuple[CoordinatorEpochStage, tuple[CoordinatorEpochEffect, ...]]
+
+
 @dataclass(frozen=True)
 class EpochHub:
     """What the coordinator knows. patience: seconds it waits for keys, and then for the maker."""
@@ -558,7 +571,7 @@ class EpochHub:
     patience: float = 600.0
 
 
-def awaited_in(stage: Any) -> tuple[SiteId, ...]:
+def awaited_in(stage: CoordinatorEpochStage) -> tuple[SiteId, ...]:
     """The sites an epoch's coordinator waits for now: what a person waits for."""
     match stage:
         case Calling(keys=keys, awaited=awaited):
@@ -575,8 +588,8 @@ def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> Site
 
 
 def step_hub(
-    hub: EpochHub, stage: Any, event: Any, now: float
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+    hub: EpochHub, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
+) -> CoordinatorEpochStep:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
     named = getattr(event.message, "site", None) if isinstance(event, FromSite) else None
     if isinstance(event, FromSite) and named != event.sender:
@@ -619,13 +632,11 @@ def step_hub(
             return stage, ()
     raise OutOfOrder(
         "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
-        fault=getattr(event, "sender", COORDINATOR),
+        fault=event.sender if isinstance(event, FromSite) else COORDINATOR,
     )  # fmt: skip
 
 
-def _take_key(
-    hub: EpochHub, stage: Calling, key: EpochKey, now: float
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _take_key(hub: EpochHub, stage: Calling, key: EpochKey, now: float) -> CoordinatorEpochStep:
     check_epoch_key(key, stage.header, hub.pins)
     for past in stage.keys:
         if past.site == key.site:
@@ -643,14 +654,14 @@ def _take_key(
     return _ask_maker(hub, stage, now)
 
 
-def _ask_maker(hub: EpochHub, stage: Calling, now: float) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _ask_maker(hub: EpochHub, stage: Calling, now: float) -> CoordinatorEpochStep:
     header = stage.header
     granting = Granting(header, stage.keys, now + hub.patience)
     request = EpochKeys(header.digest, stage.keys)
     return granting, (Persist(granting), Send(header.maker, request))
 
 
-def _pending(stage: Any, site: SiteId) -> tuple[EpochEffect, ...]:
+def _pending(stage: CoordinatorEpochStage, site: SiteId) -> tuple[CoordinatorEpochEffect, ...]:
     """What a site may have missed."""
     match stage:
         case Calling() if site not in [key.site for key in stage.keys]:
@@ -668,12 +679,12 @@ def _pending(stage: Any, site: SiteId) -> tuple[EpochEffect, ...]:
     return ()
 
 
-def _ask_a_holder(stage: Spreading, key: EpochKey) -> tuple[EpochEffect, ...]:
+def _ask_a_holder(stage: Spreading, key: EpochKey) -> tuple[CoordinatorEpochEffect, ...]:
     holders = [site for site in stage.holders if site != key.site]
     return (Send(holders[0], GrantRequest(key)),) if holders else ()
 
 
-def _late(hub: EpochHub, stage: Any, now: float) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _late(hub: EpochHub, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
     """At the deadline: go on without silent sites, or call a new epoch under the next maker."""
     if now < stage.until:
         return stage, ()
@@ -693,9 +704,7 @@ def _late(hub: EpochHub, stage: Any, now: float) -> tuple[Any, tuple[EpochEffect
     return step_hub(hub, stage, new, now)
 
 
-def _take_grants(
-    hub: EpochHub, stage: Granting, message: Grants
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _take_grants(hub: EpochHub, stage: Granting, message: Grants) -> CoordinatorEpochStep:
     header = stage.header
     _same_epoch(message.header, header, message.site)
     expected = [key.site for key in stage.keys if key.site != header.maker]
@@ -711,9 +720,7 @@ def _take_grants(
     return spreading, (Persist(spreading), *sends)
 
 
-def _take_grant(
-    hub: EpochHub, stage: Spreading, grant: Grant
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _take_grant(hub: EpochHub, stage: Spreading, grant: Grant) -> CoordinatorEpochStep:
     """A holder's grant for a late joiner: both have signed a key of this epoch."""
     _same_epoch(grant.header, stage.header, grant.site)
     check_signature(grant, hub.pins)
@@ -732,9 +739,7 @@ def _granted(stage: Spreading, grant: Grant) -> Granted:
     return Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
-def _take_held(
-    hub: EpochHub, stage: Spreading, held: KeyHeld
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _take_held(hub: EpochHub, stage: Spreading, held: KeyHeld) -> CoordinatorEpochStep:
     _same_epoch(held.header, stage.header, held.site)
     check_signature(held, hub.pins)
     if held.site in stage.holders:
@@ -745,9 +750,7 @@ def _take_held(
     return stage, (Persist(stage),)
 
 
-def _late_joiner(
-    hub: EpochHub, stage: Spreading, key: EpochKey
-) -> tuple[Any, tuple[EpochEffect, ...]]:
+def _late_joiner(hub: EpochHub, stage: Spreading, key: EpochKey) -> CoordinatorEpochStep:
     """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
     check_epoch_key(key, stage.header, hub.pins)
     rest = tuple(each for each in stage.keys if each.site != key.site)

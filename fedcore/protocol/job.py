@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from fedcore.plan import ModelShape, Wide
 from fedcore.protocol.encoding import record
-from fedcore.protocol.messages import Certificate
+from fedcore.protocol.epoch import CoordinatorEpochMessage, SiteEpochMessage
+from fedcore.protocol.messages import Certificate, CoordinatorMessage, SiteMessage
 from fedcore.types import SiteId
 
 record("Wide")(Wide)
@@ -226,3 +227,22 @@ class JobEnded:
     outcome: str
     text: str
     certificate: str = ""
+
+
+SiteJobMessage = (
+    Survey
+    | Unable
+    | PlanAgreed
+    | AtRest
+    | InRound
+    | KeysErased
+    | CheckpointSealed
+    | ModelMade
+    | PublicMetrics
+)
+CoordinatorJobMessage = (
+    JobOffer | PlanOffer | CheckpointWanted | CheckpointOffer | ModelWanted | JobEnded
+)
+ToCoordinator = SiteMessage | SiteEpochMessage | SiteJobMessage
+ToSite = CoordinatorMessage | CoordinatorEpochMessage | CoordinatorJobMessage
+"""Everything that travels one way: of rounds, key epochs and the job."""

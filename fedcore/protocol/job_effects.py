@@ -14,7 +14,7 @@ from typing import Any
 
 from fedcore.plan import ModelShape, RoundHeader
 from fedcore.protocol.effects import RemoveMasks, Send, Warn
-from fedcore.protocol.job import JobEnded
+from fedcore.protocol.job import JobEnded, ToSite
 from fedcore.types import Json, SiteId
 
 # ------------------------------------------------------------------------------- at both roles
@@ -151,7 +151,7 @@ class ShowRound:
 
 
 CoordinatorEffect = (
-    Send
+    Send[ToSite]
     | Warn
     | RemoveMasks
     | PutValues

@@ -8,9 +8,9 @@ secret in clear; bulk vectors are named by size and digest and travel elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from fedcore.errors import SignatureRefused
 from fedcore.plan import RoundHeader
@@ -304,18 +304,30 @@ CoordinatorMessage = (
     | Abandon
 )
 
-Signed = TypeVar("Signed", bound=Any)
-"""Keys, SharesHead, Submit, Confirm, Statement, and what `epoch` signs: whatever has a `signature`."""
+
+class Signed(Protocol):
+    """Keys, SharesHead, Submit, Confirm, Statement, and what `epoch` signs."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def site(self) -> SiteId: ...
+    @property
+    def signature(self) -> bytes: ...
 
 
-def sign(message: Signed, identity: IdentityKey) -> Signed:
+S = TypeVar("S", bound=Signed)
+
+
+def sign(message: S, identity: IdentityKey) -> S:
     """The message with its signature."""
     label = type_name(type(message)).encode()
-    signed: Signed = replace(message, signature=identity.sign(label, unsigned(message)))
-    return signed
+    return replace(message, signature=identity.sign(label, unsigned(message)))
 
 
-def check_signature(message: Any, pins: Mapping[SiteId, bytes]) -> None:
+def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
     """Verify a signed message under the pinned key of the site it names. Raises SignatureRefused."""
     if message.site not in pins:
         raise SignatureRefused(

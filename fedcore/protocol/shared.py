@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedcore.errors import (
     Conflicting,
@@ -24,7 +23,9 @@ from fedcore.protocol.messages import (
     COORDINATOR,
     Certificate,
     Confirm,
+    CoordinatorMessage,
     Keys,
+    SiteMessage,
     Submit,
     check_signature,
 )
@@ -49,12 +50,12 @@ class Exchange:
 History = tuple[Exchange, ...]
 
 
-def exchange(request: Any, answer: Any = None) -> Exchange:
+def exchange(request: CoordinatorMessage, answer: SiteMessage | None = None) -> Exchange:
     """The record of a request and its answer."""
     return Exchange(type_name(type(request)), digest(request), encode(answer) if answer else b"")
 
 
-def answered(history: History, request: Any) -> Exchange | None:
+def answered(history: History, request: object) -> Exchange | None:
     """The earlier exchange of an identical request; None for a request of a type not seen yet.
 
     Raises Conflicting for a different request of a type already answered.
@@ -95,7 +96,7 @@ class Standing:
 
 
 def not_legal(
-    found: type[Any], legal: Iterable[type[Any]], *, message: bool, fault: str
+    found: type[object], legal: Iterable[type[object]], *, message: bool, fault: str
 ) -> OutOfOrder:
     """The refusal of a message, or of an event, that a stage does not take; it lists those it takes."""
     kinds = set(records().values())

@@ -16,9 +16,9 @@ Bonawitz et al. 2017 (ePrint 2017/281), figure 4, the variant against an active 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import get_args
 
 from fedcore.errors import (
     EnvelopeRefused,
@@ -50,11 +50,10 @@ from fedcore.protect.pairwise import (
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol.effects import (
     Apply,
-    Effect,
     Erase,
     MakeVector,
-    Move,
     OpenSum,
+    Persist,
     Send,
     ShowNotice,
     Upload,
@@ -75,6 +74,7 @@ from fedcore.protocol.messages import (
     Certificate,
     Confirm,
     Confirmations,
+    CoordinatorMessage,
     Delivery,
     KeyBundle,
     Keys,
@@ -83,6 +83,7 @@ from fedcore.protocol.messages import (
     Parcel,
     Shares,
     SharesHead,
+    Signed,
     SiteMessage,
     Statement,
     Submit,
@@ -91,6 +92,7 @@ from fedcore.protocol.messages import (
     check_signature,
     sign,
 )
+from fedcore.protocol.moves import Move, on, table
 from fedcore.protocol.shared import (
     THIS_SITE,
     Exchange,
@@ -160,7 +162,7 @@ class Invited:
 class Received:
     """Any other message of the coordinator."""
 
-    message: Any
+    message: CoordinatorMessage
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class OwnSignature:
     other: it said something else itself in this very round.
     """
 
-    said: Any
+    said: Signed
     header: RoundHeader
     other: bool = False
 
@@ -244,6 +246,23 @@ class NewEpoch:
 
     epoch: int
     key_id: bytes
+
+
+SiteEvent = (
+    Invited
+    | Received
+    | VectorMade
+    | SumOpened
+    | Refused
+    | Superseded
+    | Declined
+    | Reconnected
+    | Restarted
+    | Tick
+    | CaughtUp
+    | OwnSignature
+    | NewEpoch
+)
 
 
 # -------------------------------------------------------------------------------------- the stages
@@ -404,23 +423,17 @@ class Stated:
     history: History
 
 
-Stage = (
-    Idle
-    | Halted
-    | Advertised
-    | Shared
-    | Masking
-    | Submitted
-    | Confirmed
-    | Answered
-    | Opening
-    | Stated
-)
-
-IN_ROUND = (Advertised, Shared, Masking, Submitted, Confirmed, Answered, Opening, Stated)
-EXPOSED = (Answered, Opening, Stated)
+Waiting = Advertised | Shared | Masking | Submitted | Confirmed
+"""Stages that end by themselves, after the site's patience."""
+Exposed = Answered | Opening | Stated
 """Stages after unmask was answered: the coordinator may hold this round's sum. They have no timeout:
 leaving such a round helps nobody, because no other round may follow it from the same state."""
+InRound = Waiting | Exposed
+SiteStage = Idle | Halted | InRound
+
+BETWEEN: tuple[type[Idle | Halted], ...] = (Idle, Halted)
+IN_ROUND: tuple[type[InRound], ...] = get_args(InRound)
+EXPOSED: tuple[type[Exposed], ...] = get_args(Exposed)
 
 
 # ------------------------------------------------------------------------- what the journal records
@@ -562,7 +575,38 @@ class FolderFoundOld:
     round: int
 
 
-def evolve(stage: Any, entry: Any) -> Stage:
+SiteEntry = (
+    Joined
+    | JoinedUnmasked
+    | SharesMade
+    | DeliveryOpened
+    | VectorSpooled
+    | ListSigned
+    | UnmaskAnswered
+    | SumAnnounced
+    | SumStated
+    | Certified
+    | Departed
+    | ReleaseRefusedHere
+    | EpochInstalled
+    | CheckpointTaken
+    | FolderFoundOld
+)
+
+SiteEffect = (
+    Persist[SiteEntry]
+    | Send[SiteMessage]
+    | Warn
+    | MakeVector
+    | Upload
+    | OpenSum
+    | ShowNotice
+    | Apply
+    | Erase
+)
+
+
+def evolve(stage: SiteStage, entry: SiteEntry) -> SiteStage:
     """The stage after a journal record. Total on what `step` records, and on nothing else."""
     match stage, entry:
         case Idle(), Joined(header, tag, secrets, keys, first):
@@ -657,7 +701,7 @@ def _released(standing: Standing, certificate: Certificate) -> Standing:
     )  # fmt: skip
 
 
-def replay(start: Stage, journal: Iterable[Any]) -> Stage:
+def replay(start: SiteStage, journal: Iterable[SiteEntry]) -> SiteStage:
     """The stage that the records of a journal lead to."""
     for entry in journal:
         start = evolve(start, entry)
@@ -668,7 +712,7 @@ def replay(start: Stage, journal: Iterable[Any]) -> Stage:
 
 
 @dataclass
-class _Move(Move):
+class _Move(Move[SiteStage, SiteEntry, SiteEffect]):
     """A step of this role."""
 
     member: Member = field(kw_only=True)
@@ -677,8 +721,8 @@ class _Move(Move):
         self.effects.append(Send(COORDINATOR, message))
 
 
-def _join(move: _Move, event: Invited) -> None:
-    member, standing, header = move.member, move.stage.standing, event.announce.header
+def _join(move: _Move, stage: Idle, event: Invited) -> None:
+    member, standing, header = move.member, stage.standing, event.announce.header
     _check_invitation(member, standing, header)
     _check_company(member, header, header.roster, "cohort")
     if header.protection not in MASKS:
@@ -704,7 +748,7 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
     if member.id not in header.roster:
         refuse_missing(member.id, header.roster, "roster")
     check_round_threshold(header, member.plan.threshold)
-    expected: dict[str, tuple[Any, Any]] = {
+    expected: dict[str, tuple[object, object]] = {
         "federation": (header.federation, member.federation),
         "job": (header.job, member.job),
         "protocol version": (header.version, member.plan.version),
@@ -770,8 +814,8 @@ def _check_one_sum(standing: Standing, header: RoundHeader) -> None:
         )  # fmt: skip
 
 
-def _share(move: _Move, bundle: KeyBundle) -> None:
-    member, stage = move.member, cast(Advertised, move.stage)
+def _share(move: _Move, stage: Advertised, bundle: KeyBundle) -> None:
+    member = move.member
     header = stage.header
     _check_bundle(member, stage, bundle)
     count, root, seed = len(header.roster), stage.secrets.root, stage.secrets.self_seed
@@ -857,8 +901,8 @@ def _parcel(
     return Parcel(member.id, to, envelope, offer, *digests)
 
 
-def _open_delivery(move: _Move, delivery: Delivery) -> None:
-    member, stage = move.member, cast(Shared, move.stage)
+def _open_delivery(move: _Move, stage: Shared, delivery: Delivery) -> None:
+    member = move.member
     header = stage.header
     check_header(delivery.header, header, COORDINATOR)
     joined = [keys.site for keys in stage.bundle]
@@ -952,8 +996,8 @@ def _pairwise_mask(
     return SecretBytes(seed), 1 if lower else -1
 
 
-def _submit(move: _Move, made: VectorMade) -> None:
-    member, stage = move.member, cast(Masking, move.stage)
+def _submit(move: _Move, stage: Masking, made: VectorMade) -> None:
+    member = move.member
     _check_company(member, stage.header, stage.header.roster, "cohort")
     submit = sign(
         Submit(
@@ -968,7 +1012,7 @@ def _submit(move: _Move, made: VectorMade) -> None:
 
 
 def _check_list(
-    member: Member, stage: Submitted | Answered, header: bytes, submissions: tuple[Submit, ...],
+    member: Member, stage: Submitted, header: bytes, submissions: tuple[Submit, ...],
     cohort: Iterable[SiteId],
 ) -> None:  # fmt: skip
     """U3: a subset of U2, at least t, with this site's own submission, each signed by its site."""
@@ -990,8 +1034,8 @@ def _check_own_submission(submissions: tuple[Submit, ...], own: Submit) -> None:
         )  # fmt: skip
 
 
-def _confirm(move: _Move, request: SurvivorList) -> None:
-    member, stage = move.member, cast(Submitted, move.stage)
+def _confirm(move: _Move, stage: Submitted, request: SurvivorList) -> None:
+    member = move.member
     _must_mask(stage.header, request)
     _check_list(member, stage, request.header, request.submissions, stage.cohort)
     _check_own_submission(request.submissions, stage.submit)
@@ -1006,7 +1050,7 @@ def _confirm(move: _Move, request: SurvivorList) -> None:
     move.send(confirm)
 
 
-def _must_mask(header: RoundHeader, request: Any) -> None:
+def _must_mask(header: RoundHeader, request: CoordinatorMessage) -> None:
     if header.protection not in MASKS:
         raise OutOfOrder(
             "message", found=type_name(type(request)), expected="none under `encrypted`",
@@ -1014,8 +1058,8 @@ def _must_mask(header: RoundHeader, request: Any) -> None:
         )  # fmt: skip
 
 
-def _answer(move: _Move, request: Confirmations) -> None:
-    member, stage = move.member, cast(Confirmed, move.stage)
+def _answer(move: _Move, stage: Confirmed, request: Confirmations) -> None:
+    member = move.member
     check_header(request.header, stage.header, COORDINATOR)
     survivors = survivors_of(stage.submissions)
     _check_company(member, stage.header, survivors, "survivor list")
@@ -1038,9 +1082,8 @@ def _one_share(held: Held, survived: bool) -> Answer:
     return Answer(held.of, MASK_ROOT, held.root_share.reveal())
 
 
-def _open(move: _Move, request: Aggregate) -> None:
-    member, stage = move.member, move.stage
-    header: RoundHeader = stage.header
+def _open(move: _Move, stage: Submitted | Confirmed | Answered, request: Aggregate) -> None:
+    member, header = move.member, stage.header
     if isinstance(stage, Submitted):
         if header.protection in MASKS:
             raise OutOfOrder(
@@ -1058,6 +1101,7 @@ def _open(move: _Move, request: Aggregate) -> None:
         if isinstance(stage, Confirmed):  # it has not helped yet, and this would be its help
             _check_company(member, header, survivors_of(stage.submissions), "survivor list")
     move.record(SumAnnounced(request, exchange(request)))
+    assert isinstance(move.stage, Opening)
     move.do(_open_sum(move.stage))
 
 
@@ -1067,8 +1111,8 @@ def _open_sum(stage: Opening) -> OpenSum:
     return OpenSum(stage.header, names, salts, stage.state_tag, found.digest, found.size)
 
 
-def _state(move: _Move, opened: SumOpened) -> None:
-    member, stage = move.member, cast(Opening, move.stage)
+def _state(move: _Move, stage: Opening, opened: SumOpened) -> None:
+    member = move.member
     survivors = digest(survivors_of(stage.submissions))
     statement = sign(
         Statement(stage.header.digest, member.id, survivors, opened.sum_mac, opened.state_mac, b""),
@@ -1078,8 +1122,8 @@ def _state(move: _Move, opened: SumOpened) -> None:
     move.send(statement)
 
 
-def _release(move: _Move, certificate: Certificate) -> None:
-    member, stage = move.member, cast(Stated, move.stage)
+def _release(move: _Move, stage: Stated, certificate: Certificate) -> None:
+    member = move.member
     check_certificate(certificate, stage.header, member.pins)
     own = stage.statement
     if certificate.statement(member.id, own.signature) != own:
@@ -1092,39 +1136,46 @@ def _release(move: _Move, certificate: Certificate) -> None:
     move.do(Erase(stage.header))
 
 
-def _abandon(move: _Move, request: Abandon) -> None:
-    check_header(request.header, move.stage.header, COORDINATOR)
-    _depart(move)
+def _abandon(move: _Move, stage: InRound, request: Abandon) -> None:
+    check_header(request.header, stage.header, COORDINATOR)
+    _depart(move, stage)
 
 
-def _decline(move: _Move, event: Declined) -> None:
+def _decline(move: _Move, _: Idle | Halted, event: Declined) -> None:
     move.send(Leave(event.header.digest, move.member.id, LEFT))
 
 
-def _show(move: _Move, notice: Notice) -> None:
-    check_header(notice.header, move.stage.header, COORDINATOR)
+def _show(move: _Move, stage: InRound, notice: Notice) -> None:
+    check_header(notice.header, stage.header, COORDINATOR)
     move.do(ShowNotice(notice))
 
 
-def _ended_already(move: _Move, _: Abandon) -> None:
+def _stay(move: _Move, stage: SiteStage, event: Tick | Reconnected | Restarted) -> None:
+    """Nothing is due."""
+
+
+def _supersede(move: _Move, stage: InRound, _: Superseded) -> None:
+    _depart(move, stage)
+
+
+def _ended_already(move: _Move, stage: Idle | Halted, request: Abandon) -> None:
     """The coordinator tells the whole roster; this site has left before."""
 
 
-def _heard_too_late(move: _Move, _: Notice) -> None:
+def _heard_too_late(move: _Move, stage: Idle | Halted, notice: Notice) -> None:
     """Why another site refused, after this one has left or refused itself: its own log says enough."""
 
 
-def _certified_already(move: _Move, certificate: Certificate) -> None:
-    if certificate.hash != move.stage.standing.certificate:
+def _certified_already(_: _Move, stage: Idle, certificate: Certificate) -> None:
+    if certificate.hash != stage.standing.certificate:
         raise OutOfOrder(
             "message", found="Certificate of a round this site is not in", expected="none",
             fault=COORDINATOR, remedy="a site that missed a release catches up from the checkpoint",
         )  # fmt: skip
 
 
-def _depart(move: _Move) -> None:
+def _depart(move: _Move, stage: InRound) -> None:
     """Leave the round: nothing is applied, and what was secret is erased."""
-    stage = move.stage
     if isinstance(stage, EXPOSED):
         move.do(
             Warn(
@@ -1137,15 +1188,14 @@ def _depart(move: _Move) -> None:
     move.do(Erase(stage.header))
 
 
-def _refuse(move: _Move, event: Refused) -> None:
+def _refuse(move: _Move, stage: InRound, event: Refused) -> None:
     """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
-    stage = move.stage
     if isinstance(stage, Opening | Stated):
         move.record(ReleaseRefusedHere(type_name(type(stage))))
         move.send(Leave(stage.header.digest, move.member.id, RELEASE_REFUSED, event.sealed))
         move.do(Erase(stage.header))
         return
-    _depart(move)
+    _depart(move, stage)
     anothers = event.sealed and _is_anothers_material(move.member, stage, event.error)
     code = MATERIAL if anothers else LEFT
     # While a vector is made every cause comes with a notice, so that none can be told from another.
@@ -1153,7 +1203,7 @@ def _refuse(move: _Move, event: Refused) -> None:
     move.send(Leave(stage.header.digest, move.member.id, code, event.sealed if told else b""))
 
 
-def _is_anothers_material(member: Member, stage: Any, error: Exception) -> bool:
+def _is_anothers_material(member: Member, stage: InRound, error: Exception) -> bool:
     """Whether a parcel failed whose digest another site signed: the coordinator cannot have changed it.
 
     The other sites hear it, sealed; they take this site's word for it, so nothing but a line in their logs
@@ -1167,9 +1217,9 @@ def _is_anothers_material(member: Member, stage: Any, error: Exception) -> bool:
     )
 
 
-def _resend(move: _Move, _: Any) -> None:
+def _resend(move: _Move, stage: InRound, _: Reconnected | Restarted) -> None:
     """What was sent last, byte for byte as the journal has it."""
-    match move.stage:
+    match stage:
         case Advertised(keys=keys):
             move.send(keys)
         case Shared(shares=shares):
@@ -1185,36 +1235,35 @@ def _resend(move: _Move, _: Any) -> None:
             move.send(statement)
 
 
-def _restart(move: _Move, event: Restarted) -> None:
+def _restart(move: _Move, stage: InRound, event: Restarted) -> None:
     """Go on from the journal, or leave the round (PROTOCOL V, D).
 
     The folder may have been put back to an earlier time, which a new process cannot see. Under masks it
     signs and answers nothing from there; what it answered already it may say again, byte for byte. A
     half-made vector is never made a second time.
     """
-    stage = move.stage
     masked = stage.header.protection in MASKS and not isinstance(stage, EXPOSED)
     if masked or isinstance(stage, Masking):
-        _depart(move)
+        _depart(move, stage)
         move.send(Leave(stage.header.digest, move.member.id, LEFT))
-    elif isinstance(move.stage, Opening):
-        move.do(_open_sum(move.stage))
+    elif isinstance(stage, Opening):
+        move.do(_open_sum(stage))
     else:
-        _resend(move, event)
+        _resend(move, stage, event)
 
 
-def _install(move: _Move, event: NewEpoch) -> None:
-    if event.epoch <= move.stage.standing.epoch:
+def _install(move: _Move, stage: Idle | Halted, event: NewEpoch) -> None:
+    if event.epoch <= stage.standing.epoch:
         raise StaleEpoch(
-            "key epoch", found=event.epoch, expected=f"more than {move.stage.standing.epoch}",
+            "key epoch", found=event.epoch, expected=f"more than {stage.standing.epoch}",
             fault=COORDINATOR,
         )  # fmt: skip
     move.record(EpochInstalled(event.epoch, event.key_id))
 
 
-def _catch_up(move: _Move, event: CaughtUp) -> None:
+def _catch_up(move: _Move, stage: Idle, event: CaughtUp) -> None:
     found = event.certificate
-    check_missed(move.member, move.stage.standing, found)
+    check_missed(move.member, stage.standing, found)
     if event.state_mac != found.state_mac:
         raise ReleaseRefused(
             "checkpoint", found="another state", expected="the certified one", fault=COORDINATOR
@@ -1239,9 +1288,9 @@ def check_missed(member: Member, standing: Standing, found: Certificate) -> None
     check_certificate(found, found.header, member.pins)
 
 
-def _look_at_own(move: _Move, event: OwnSignature) -> None:
+def _look_at_own(move: _Move, stage: Idle | Halted, event: OwnSignature) -> None:
     """A signature of this site that its folder knows nothing of: the folder is an old one."""
-    member, standing = move.member, move.stage.standing
+    member, standing = move.member, stage.standing
     number = event.header.round
     known = number < standing.round or (number == standing.round and not event.other)
     if event.header.job != member.job or known or number <= standing.proved:
@@ -1269,88 +1318,81 @@ def _check_same_job(member: Member, header: RoundHeader) -> None:
             raise HeaderRefused(what, found=found, expected=expected, fault=COORDINATOR)
 
 
-Handler = Callable[[_Move, Any], None]
-Kind = type[Any]
-
-_LEAVING: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
-    Abandon: (_abandon, (Idle,)),
-    Refused: (_refuse, (Idle, Halted)),
-    Superseded: (lambda move, _: _depart(move), (Idle,)),
-    Tick: (lambda move, _: None, (Idle,)),
-    Reconnected: (_resend, ()),
-    Restarted: (_restart, (Idle,)),
-    Notice: (_show, ()),
-}
-
-_BETWEEN: dict[Kind, tuple[Handler, tuple[Kind, ...]]] = {
-    Declined: (_decline, ()),
-    Abandon: (_ended_already, ()),
-    Notice: (_heard_too_late, ()),
-    Tick: (lambda move, _: None, ()),
-    Reconnected: (lambda move, _: None, ()),
-    Restarted: (lambda move, _: None, ()),
-}
-
-MOVES: dict[Kind, dict[Kind, tuple[Handler, tuple[Kind, ...]]]] = {
-    Idle: {
-        Invited: (_join, (Advertised, Masking)),
-        NewEpoch: (_install, (Idle,)),
-        CaughtUp: (_catch_up, (Idle,)),
-        Certificate: (_certified_already, ()),
-        OwnSignature: (_look_at_own, ()),
-        **_BETWEEN,
-    },
-    Halted: {NewEpoch: (_install, (Idle,)), OwnSignature: (_look_at_own, ()), **_BETWEEN},
-    Advertised: {KeyBundle: (_share, (Shared,)), **_LEAVING},
-    Shared: {Delivery: (_open_delivery, (Masking,)), **_LEAVING},
-    Masking: {VectorMade: (_submit, (Submitted,)), **_LEAVING},
-    Submitted: {
-        SurvivorList: (_confirm, (Confirmed,)),
-        Aggregate: (_open, (Opening,)),
-        **_LEAVING,
-    },
-    Confirmed: {
-        Confirmations: (_answer, (Answered,)),
-        Aggregate: (_open, (Opening,)),
-        **_LEAVING,
-    },
-    Answered: {Aggregate: (_open, (Opening,)), **_LEAVING},
-    Opening: {SumOpened: (_state, (Stated,)), **_LEAVING},
-    Stated: {Certificate: (_release, (Idle,)), **_LEAVING},
-}
-"""{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
+MOVES = table(
+    on(Idle, Invited, _join, Advertised, Masking),
+    on(BETWEEN, NewEpoch, _install, Idle),
+    on(Idle, CaughtUp, _catch_up, Idle),
+    on(Idle, Certificate, _certified_already),
+    on(BETWEEN, OwnSignature, _look_at_own),
+    on(BETWEEN, Declined, _decline),
+    on(BETWEEN, Abandon, _ended_already),
+    on(BETWEEN, Notice, _heard_too_late),
+    on(BETWEEN, Tick, _stay),
+    on(BETWEEN, Reconnected, _stay),
+    on(BETWEEN, Restarted, _stay),
+    on(Advertised, KeyBundle, _share, Shared),
+    on(Shared, Delivery, _open_delivery, Masking),
+    on(Masking, VectorMade, _submit, Submitted),
+    on(Submitted, SurvivorList, _confirm, Confirmed),
+    on(Submitted, Aggregate, _open, Opening),
+    on(Confirmed, Confirmations, _answer, Answered),
+    on(Confirmed, Aggregate, _open, Opening),
+    on(Answered, Aggregate, _open, Opening),
+    on(Opening, SumOpened, _state, Stated),
+    on(Stated, Certificate, _release, Idle),
+    on(IN_ROUND, Abandon, _abandon, Idle),
+    on(IN_ROUND, Refused, _refuse, Idle, Halted),
+    on(IN_ROUND, Superseded, _supersede, Idle),
+    on(IN_ROUND, Tick, _stay, Idle),
+    on(IN_ROUND, Reconnected, _resend),
+    on(IN_ROUND, Restarted, _restart, Idle),
+    on(IN_ROUND, Notice, _show),
+)
 
 
-def step(member: Member, stage: Any, event: Any, now: float) -> tuple[Any, tuple[Effect, ...]]:
+def step(
+    member: Member, stage: SiteStage, event: SiteEvent, now: float
+) -> tuple[SiteStage, tuple[SiteEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back; after `patience` at one stage the site leaves, if it is
     not exposed by then.
     """
-    if isinstance(event, Tick) and waits(stage) and now >= stage.until:
+    if isinstance(event, Tick) and isinstance(stage, Waiting) and now >= stage.until:
         event = Refused(TimeoutError(f"no progress at {type_name(type(stage))}"))
-    message = event.message if isinstance(event, Received) else getattr(event, "announce", event)
-    past = answered(getattr(stage, "history", ()), message)
-    if past is not None:
-        answer = decode(past.answer, object) if past.answer else None
-        return stage, ((Send(COORDINATOR, answer),) if answer else ())
-    kind = type(event.message) if isinstance(event, Received) else type(event)
-    legal = MOVES[type(stage)]
+    found = event.message if isinstance(event, Received) else event
+    if isinstance(stage, InRound):
+        request = event.announce if isinstance(event, Invited) else found
+        past = answered(stage.history, request)
+        if past is not None:
+            return stage, _said_again(past)
+    kind, legal = type(found), MOVES[type(stage)]
     if kind not in legal:
         said = isinstance(event, Received)
         raise not_legal(kind, legal, message=said, fault=COORDINATOR if said else THIS_SITE)
     move = _Move(stage, evolve, member=member)
-    legal[kind][0](move, event.message if isinstance(event, Received) else event)
+    handle, _ = legal[kind]
+    handle(move, stage, found)
     return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)
 
 
-def waits(stage: Any) -> bool:
+def _said_again(past: Exchange) -> tuple[SiteEffect, ...]:
+    if not past.answer:
+        return ()
+    answer = decode(past.answer, object)
+    assert isinstance(answer, SiteMessage)
+    return (Send(COORDINATOR, answer),)
+
+
+def waits(stage: SiteStage) -> bool:
     """Whether a stage ends by itself, after the site's patience."""
-    return isinstance(stage, IN_ROUND) and not isinstance(stage, EXPOSED)
+    return isinstance(stage, Waiting)
 
 
-def _timed(new: Any, old: Any, event: Any, now: float, patience: float) -> Any:
+def _timed(
+    new: SiteStage, old: SiteStage, event: SiteEvent, now: float, patience: float
+) -> SiteStage:
     """Every stage before exposure has its own patience; so has one that comes from a journal."""
-    if not waits(new) or (new is old and not isinstance(event, Restarted)):
+    if not isinstance(new, Waiting) or (new is old and not isinstance(event, Restarted)):
         return new
     return replace(new, until=now + patience)

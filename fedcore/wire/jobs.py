@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import get_args
 
 from fedcore.protocol import epoch, job
 from fedcore.wire.limits import KIB, MAX_RECORD, SITE_RECORD
@@ -36,14 +37,6 @@ FROM_ANY_SITE: Table = MappingProxyType(
 TO_SITE: Table = MappingProxyType(
     {
         **FROM_COORDINATOR,
-        **travelling(
-            job.JobOffer,
-            job.PlanOffer,
-            job.CheckpointWanted,
-            job.CheckpointOffer,
-            job.ModelWanted,
-            job.JobEnded,
-            most=MAX_RECORD,
-        ),
+        **travelling(*get_args(job.CoordinatorJobMessage), most=MAX_RECORD),
     }
 )

@@ -73,10 +73,7 @@ FROM_SITES: Table = {
 }  # fmt: skip
 FROM_COORDINATOR: Table = travelling(
     *get_args(messages.CoordinatorMessage),
-    epoch.EpochCall,
-    epoch.EpochKeys,
-    epoch.Granted,
-    epoch.GrantRequest,
+    *get_args(epoch.CoordinatorEpochMessage),
     most=MAX_RECORD,
 )
 """What the round and the key epoch say each way; a shell adds its job's own messages."""

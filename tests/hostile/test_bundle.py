@@ -288,9 +288,7 @@ def test_a_second_and_different_key_bundle(monkeypatch):
     other = world.bundle(["ann", "bob", "cat", "dan"])
     refuses(world, "ann", other, Conflicting, found="other bytes")
     monkeypatch.setattr(site, "answered", lambda *_: None)
-    monkeypatch.setitem(
-        site.MOVES[site.Shared], type(other), site.MOVES[site.Advertised][type(other)]
-    )
+    monkeypatch.setitem(site.MOVES[site.Shared], type(other), (site._share, (site.Shared,)))
     monkeypatch.setattr(
         site,
         "evolve",

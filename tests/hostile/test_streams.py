@@ -90,7 +90,7 @@ def believing(monkeypatch):
     """The attacker's own machine checks nothing of what it takes."""
 
     def take(kind, message, record):
-        def taken(move, found):
+        def taken(move, _, found):
             move.record(record(getattr(found, "submit", found)))
             if kind is Collecting:
                 move.do(coordinator.Fold(found.submit))

@@ -6,6 +6,7 @@ The control of each: the log of real rounds holds the very records, messages and
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -319,7 +320,7 @@ def signed_otherwise(parties, event):
     return coordinator.Received("s01", new)
 
 
-@pytest.mark.parametrize("stage", coordinator._CLOSE, ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("stage", get_args(coordinator.Waiting), ids=lambda stage: stage.__name__)
 def test_the_coordinator_takes_one_message_of_a_site_at_a_stage(stage):
     parties = Parties(4)
     parties.play()
