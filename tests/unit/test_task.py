@@ -3,9 +3,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from fedcore.data.linear import linear
-from fedcore.data.tabular import number, table
+from fedcore.data.tabular import category, number, table
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.task import Task, load_task, user_traceback
 
@@ -136,3 +137,20 @@ def test_digest_follows_text_and_declarations():
     ]
     assert len({same.digest(), *(task.digest() for task in changed)}) == 8
     assert make(data=len).digest() == make(data=len).digest()  # no source to read
+
+
+def test_digests_of_declarations_and_bundled_tasks_stay_as_they_are():
+    """Run folders, site.toml and jobs hold them: a class name, a docstring or a comment inside a
+    bundled task's functions is part of it."""
+    columns = {"age": number(0, 120, missing=(0,)), "smoker": category("never", "former")}
+    declared = make(
+        data=table(target="t", columns=columns), model=linear(3, 2), loss=torch.nn.MSELoss()
+    )
+    found = {
+        each.name: each.digest() for each in (declared, load_task("heart"), load_task("digits"))
+    }
+    assert found == {
+        "t": "512e64201559311a5361c288e558ecccc7a89b52872fef01c432fb97266793d2",
+        "heart": "7cd8a5f537aeb154f3dab854e7280c0f3b2770243428a5cccee3c6d5a8eb20de",
+        "digits": "9ab17391a2b25e7d9bb8d5e2dd175ad54363b7ac7830a136bca2c6523417acc0",
+    }
