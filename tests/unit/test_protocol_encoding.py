@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from parties import Parties, secrets_in
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import SecretBytes
 from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode, record, records
+from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode
 
 
 def said():
@@ -43,18 +43,13 @@ def test_every_message_of_a_round_was_said():
     assert set(SAID) == kinds
 
 
-@pytest.mark.parametrize("message", SAID.values(), ids=lambda m: type(m).__name__)
-def test_a_message_survives_its_bytes(message):
-    data = encode(message)
-    back = decode(data, type(message), sender="ann")
-    assert back == message and encode(back) == data and digest(back) == digest(message)
-
-
-@pytest.mark.parametrize("entry", JOURNALLED.values(), ids=lambda m: type(m).__name__)
-def test_a_journal_record_survives_its_bytes_with_its_secrets(entry):
-    data = encode(entry)
-    back = decode(data, type(entry))
-    assert encode(back) == data and secrets_in(back) == secrets_in(entry)
+@pytest.mark.parametrize("value", (SAID | JOURNALLED).values(), ids=lambda v: type(v).__name__)
+def test_a_record_survives_its_bytes_with_its_secrets(value):
+    data = encode(value)
+    back = decode(data, type(value), sender="ann")
+    assert encode(back) == data and digest(back) == digest(value)
+    assert secrets_in(back) == secrets_in(value)
+    assert secrets_in(value) or back == value  # secrets are not compared
 
 
 def test_the_form_is_the_documented_one():
@@ -80,13 +75,6 @@ def test_every_truncation_and_every_tail_is_refused(kind):
     for tail in (b"\0", b"N", data):
         with pytest.raises(MalformedMessage, match="behind the message"):
             decode(data + tail, kind)
-
-
-def test_a_short_message_is_refused_cut_at_every_byte():
-    data = encode(LEAVE)
-    for cut in range(len(data)):
-        with pytest.raises(MalformedMessage):
-            decode(data[:cut], messages.Leave)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +126,26 @@ def test_fields_are_of_their_types_all_the_way_down():
 
 
 @pytest.mark.parametrize(
-    "value", [True, False, 1.0, [1], {"a": 1}, bytearray(b"a"), object(), set()]
+    "value",
+    [
+        True,
+        False,
+        1.0,
+        [1],
+        {"a": 1},
+        bytearray(b"a"),
+        object(),
+        set(),
+        effects.MakeVector(
+            PARTIES.header(), b"t", ()
+        ),  # may hold secrets, and stays in the process
+    ],
+    ids=lambda value: type(value).__name__,
 )
 def test_nothing_else_has_a_byte_form(value):
     for wrapped in (value, (value,), replace(LEAVE, site=value)):
-        with pytest.raises(TypeError, match="has no byte form"):
+        with pytest.raises(TypeError, match=f"{type(value).__name__} has no byte form"):
             encode(wrapped)
-
-
-def test_an_effect_has_no_byte_form():
-    """It may hold secrets, and stays in the process."""
-    with pytest.raises(TypeError, match="MakeVector has no byte form"):
-        encode(effects.MakeVector(PARTIES.header(), b"t", ()))
 
 
 def test_deep_nesting_ends_before_the_interpreter_does():
@@ -188,14 +184,6 @@ def test_only_journal_records_take_a_secret():
     keys = SAID[messages.Keys]
     with pytest.raises(MalformedMessage, match=r"SecretBytes in Keys\.state_tag"):
         decode(encode(replace(keys, state_tag=SecretBytes(b"s" * 32))), messages.Keys)
-
-
-def test_a_record_has_one_name_which_no_other_has():
-    other = dataclass(frozen=True)(type("Other", (), {}))
-    for name, kind in (("Leave", other), ("Another", messages.Leave), ("Plain", int)):
-        with pytest.raises(TypeError, match=f"record '{name}': expected a dataclass, and a name"):
-            record(name)(kind)
-    assert other not in records().values() and records().keys().isdisjoint({"Another", "Plain"})
 
 
 def checked(data):

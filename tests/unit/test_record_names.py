@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import dataclass
 
 import pytest
 from parties import Parties
@@ -11,7 +12,7 @@ from support.scripts import load_script
 
 from fedcore.errors import OutOfOrder
 from fedcore.protocol import coordinator, messages, site
-from fedcore.protocol.encoding import decode, encode, records
+from fedcore.protocol.encoding import decode, encode, record, records
 from fedcore.store.journal import Journal
 from fedcore.wire.jobs import TO_COORDINATOR, TO_SITE
 
@@ -32,6 +33,14 @@ def test_every_record_is_listed_with_its_name_fields_and_bytes():
 def test_the_listed_bytes_are_read_and_written_again(name):
     data = bytes.fromhex(LISTED[name]["example"])
     assert encode(decode(data, records()[name])) == data
+
+
+def test_a_record_has_one_name_which_no_other_has():
+    other = dataclass(frozen=True)(type("Other", (), {}))
+    for name, kind in (("Leave", other), ("Another", messages.Leave), ("Plain", int)):
+        with pytest.raises(TypeError, match=f"record '{name}': expected a dataclass, and a name"):
+            record(name)(kind)
+    assert other not in records().values() and records().keys().isdisjoint({"Another", "Plain"})
 
 
 def test_every_stage_is_a_record():
