@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from fedcore.errors import MalformedMessage
 from fedcore.protect.secret import Secret
@@ -52,7 +52,8 @@ def travelling(*types: type[Any], most: int, each: int = 0) -> Table:
 
 
 def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
-    if hint is Any or (isinstance(hint, type) and issubclass(hint, Secret)):
+    open_end = hint is Any or isinstance(hint, TypeVar)
+    if open_end or (isinstance(hint, type) and issubclass(hint, Secret)):
         raise TypeError(f"{where} may hold a secret: it cannot travel")
     for each in get_args(hint):
         _refuse_secrets(each, where, seen)
