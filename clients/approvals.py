@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from fedcore.files import read_json, write_json
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.job import JobOffer
+from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.store.disk import close_to_others, make_folder, sync_folder
 
 FOLDER = "approvals"

@@ -26,18 +26,17 @@ from fedcore_clients.main import Site
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.training import Loaded
 
-from fedcore.aggregate.jobstate import JobState
 from fedcore.errors import FedcoreError
-from fedcore.guard import GuardRecord
-from fedcore.loopback import Contribution
-from fedcore.plan import EXCEEDS, ModelShape, RoundPlan, Wide
-from fedcore.protocol.course import Step
-from fedcore.provision.identities import read_identity, read_roster
-from fedcore.provision.kit import Kit
+from fedcore.identity.identities import read_identity, read_roster
+from fedcore.identity.kit import Kit
+from fedcore.learning.guard import GuardRecord
+from fedcore.learning.state import JobState
+from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
+from fedcore.secagg.protocol.schedule import Step
 from fedcore.seeds import generator
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.types import Fields, Json, SiteId
+from fedcore.types import Contribution, Fields, Json, SiteId
 
 NO_COORDINATES = np.empty(0, dtype=np.uint64)
 ROWS = Wide("bench rows", 1, 16)

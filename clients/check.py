@@ -35,10 +35,10 @@ from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.status import runs
 from fedcore_clients.tls import open_channel
 
-from fedcore.edge import ago
+from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
-from fedcore.provision.identities import read_identity
-from fedcore.provision.reach import authority_of, preflight, proxied
+from fedcore.identity.identities import read_identity
+from fedcore.identity.preflight import authority_of, preflight, proxied
 from fedcore.store.disk import open_to_others
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -46,7 +46,7 @@ from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told
 
 if TYPE_CHECKING:
-    from fedcore.task import Task
+    from fedcore.learning.task import Task
 
 SECONDS = 10.0
 LEAST_FREE = 1 << 30
@@ -183,7 +183,7 @@ def _journal(config: SiteConfig) -> str:
 def _task(
     config: SiteConfig, name: str, section: TaskSection, keep: Callable[[str, Any], Any]
 ) -> str:
-    from fedcore.task import load_task
+    from fedcore.learning.task import load_task
 
     task = load_task(section.task, config.base)
     keep(name, task)
@@ -203,10 +203,10 @@ def _task(
 
 
 def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
-    from fedcore.comparison.localsite import LocalSite
     from fedcore.config import build_job
-    from fedcore.data.split import split_from_json
-    from fedcore.learn.flat import single_thread
+    from fedcore.learning.data.split import split_from_json
+    from fedcore.learning.model import single_thread
+    from fedcore.learning.site import LocalSite
 
     job = build_job(task.defaults)
     split = split_from_json(config.split.of(read_identity(config.identity)))

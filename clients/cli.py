@@ -17,7 +17,7 @@ os.environ.setdefault(
 
 import typer
 
-from fedcore.edge import emit, run, say, start_logging
+from fedcore.cli.console import emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED
 
 app = typer.Typer(

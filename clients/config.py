@@ -26,9 +26,9 @@ from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
-from fedcore.protect.identity import IdentityKey
-from fedcore.provision.reach import endpoint
-from fedcore.tables import Section, read_toml
+from fedcore.identity.preflight import endpoint
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.toml import Section, read_toml
 from fedcore.types import Json
 
 

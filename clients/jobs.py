@@ -27,9 +27,7 @@ from fedcore_clients.ledger import Exposure, Ledger
 from fedcore_clients.policy import POLICY, SitePolicy
 from fedcore_clients.training import Loaded, TrainingFailed
 
-from fedcore.aggregate.jobstate import Column, JobState, without_metrics
 from fedcore.config import Job, build_job, plan_of
-from fedcore.encode.pack import Layout
 from fedcore.errors import (
     BadInput,
     DataLost,
@@ -43,26 +41,28 @@ from fedcore.errors import (
     ReleaseRefused,
     StoreProblem,
 )
-from fedcore.files import write_atomic
-from fedcore.guard import GuardMemory, GuardRecord
-from fedcore.label import Terms, collusion, label_of
-from fedcore.leaving import leaving_of
-from fedcore.loopback import Contribution
-from fedcore.plan import MASKS, RoundHeader, RoundPlan, canonical
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.identity import IdentityKey
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import GROUP_SECRET_BYTES, GroupSecret
-from fedcore.protocol import course, effects, epoch, job, messages, publicmetrics, site
-from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.shared import THIS_SITE, Standing, survivors_of
-from fedcore.run import append_row
-from fedcore.scheme import EpochSecrets, Scheme, check_announced, vector_of
+from fedcore.files import append_row, write_atomic
+from fedcore.learning.guard import GuardMemory, GuardRecord
+from fedcore.learning.state import Column, JobState, without_metrics
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.label import Terms, collusion, label_of
+from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.plan import MASKS, RoundHeader, RoundPlan, canonical
+from fedcore.secagg.protocol import effects, epoch, messages, public_metrics, schedule
+from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.shared import THIS_SITE, Standing, survivors_of
+from fedcore.secagg.protocol.wire_form import decode, encode
+from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
 from fedcore.store.disk import sync_folder
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
-from fedcore.types import Json, SiteId
+from fedcore.types import Contribution, Json, SiteId
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
@@ -92,7 +92,7 @@ class Contributor(Protocol):
         ...
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: course.Step, state: JobState, record: GuardRecord
+        self, job: str, plan: RoundPlan, step: schedule.Step, state: JobState, record: GuardRecord
     ) -> Contribution:
         """The content of one vector; the guard of `record` judges the state first, and its memory is
         replaced. Raises TrainingFailed and GuardTripped."""
@@ -102,7 +102,7 @@ class Contributor(Protocol):
         self,
         job: str,
         plan: RoundPlan,
-        step: course.Step,
+        step: schedule.Step,
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
@@ -265,7 +265,7 @@ class SiteJob:
         self.left = ""
         """Why this site left the job for good, if it did: its guard tripped."""
         self.tracked: Json | None = None
-        self._sums: tuple[str, course.Step, Mapping[str, Sequence[int]], int] | None = None
+        self._sums: tuple[str, schedule.Step, Mapping[str, Sequence[int]], int] | None = None
         self._tracking: list[asyncio.Task[None]] = []
         self._told: job.PublicMetrics | None = None
         self._scheme: Scheme | None = None
@@ -859,7 +859,7 @@ class SiteJob:
         try:
             if isinstance(self.stage, site.Idle):
                 assert self.state is not None
-                course.check_step(self.plan, self.features, self.state.done, header)
+                schedule.check_step(self.plan, self.features, self.state.done, header)
             tag = b""
             if self.secrets is not None:  # a large state is not hashed while the session waits
                 many = self.plan.parameters > _MANY
@@ -1091,7 +1091,7 @@ class SiteJob:
         try:
             assert self.plan is not None
             assert self.state is not None
-            step = course.Step(header.purpose, header.training_round)
+            step = schedule.Step(header.purpose, header.training_round)
             await self._load_again()
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(
@@ -1259,7 +1259,7 @@ class SiteJob:
         header, layout = asked.header, self._layout(asked.header)
         total, opened = self.secrets.open(chunks, layout, asked)
         layout.check_own(opened, self._own_marks(header), header.place(self.party.id))
-        step = course.Step(header.purpose, header.training_round)
+        step = schedule.Step(header.purpose, header.training_round)
         allow = bool(
             wire_settings(self.offer.settings).get("protect", {}).get("single_site_features")
         )
@@ -1360,7 +1360,7 @@ class SiteJob:
 
     async def _track(
         self,
-        step: course.Step,
+        step: schedule.Step,
         sums: Mapping[str, Sequence[int]],
         sites: int,
         state: JobState,
@@ -1382,7 +1382,7 @@ class SiteJob:
             if self.plan.public_metrics:
                 self._raise(self.party.policy.on_release("metrics"))
                 values = row["everywhere_before"]
-                self._told = publicmetrics.told(self.plan, certificate, self.party.id, values)
+                self._told = public_metrics.told(self.plan, certificate, self.party.id, values)
                 self.link.say(self.id, self._told)
 
     # ----------------------------------------------------------------------------- catching up
@@ -1470,7 +1470,7 @@ class SiteJob:
         done = self.state.done if self.state is not None else None
         if done is None or self.ended is not None or not isinstance(self.stage, site.Idle):
             return False
-        if not course.is_last_model(self.plan, done):
+        if not schedule.is_last_model(self.plan, done):
             raise HeaderRefused(
                 "model", found="it asked for before the last round", expected="it after that",
                 fault=messages.COORDINATOR,

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedcore.errors import StoreProblem
-from fedcore.plan import RoundHeader
-from fedcore.protect.identity import IdentityKey
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import RoundHeader
 from fedcore.store.disk import make_folder, refusals, sync_folder
 from fedcore.types import Json, SiteId
 
@@ -181,7 +181,7 @@ class Ledger:
         return header in self._entries
 
     def rows_key(self, digest: str) -> str:
-        """What entries call these rows. digest: SHA-256 over the rows, hex (`fedcore/data/digest.py`)."""
+        """What entries call these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/digest.py`)."""
         return hmac.new(self._key, bytes.fromhex(digest), hashlib.sha256).hexdigest()
 
     def __iter__(self) -> Iterator[Exposure]:

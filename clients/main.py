@@ -30,24 +30,24 @@ from fedcore_clients.sandbox import choose, told
 from fedcore_clients.session import Address, Session
 from fedcore_clients.training import Loaded, Training
 
-from fedcore.aggregate.jobstate import JobState
-from fedcore.edge import ago
+from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
-from fedcore.guard import GuardRecord
-from fedcore.loopback import Contribution
-from fedcore.plan import RoundPlan
-from fedcore.protect.identity import IdentityKey, roster_digest
-from fedcore.protocol import course, job
-from fedcore.protocol.encoding import encode, type_name
-from fedcore.provision.explain import check_certificate
-from fedcore.provision.identities import read_identity, read_roster
-from fedcore.provision.kit import Kit
-from fedcore.provision.peer import check_name, require_role
+from fedcore.identity.identities import read_identity, read_roster
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import check_name, require_role
+from fedcore.identity.verify import check_certificate
+from fedcore.learning.guard import GuardRecord
+from fedcore.learning.state import JobState
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.types import Json, SiteId
+from fedcore.types import Contribution, Json, SiteId
 from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
 from fedcore.wire.jobs import TO_SITE
 from fedcore.wire.records import unpack_record
@@ -85,7 +85,7 @@ class InstalledTasks:
         )  # fmt: skip
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: course.Step, state: JobState, record: GuardRecord
+        self, job: str, plan: RoundPlan, step: schedule.Step, state: JobState, record: GuardRecord
     ) -> Contribution:
         """The content of one vector. Raises TrainingFailed and GuardTripped."""
         return await self._training.contribute(job, plan, step, state, record)
@@ -94,7 +94,7 @@ class InstalledTasks:
         self,
         job: str,
         plan: RoundPlan,
-        step: course.Step,
+        step: schedule.Step,
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
@@ -112,7 +112,7 @@ class InstalledTasks:
 
 
 def waiting_json(found: Waiting | None) -> Json | None:
-    """For `fedcore.edge.waiting_text`; None where nobody is waited for."""
+    """For `fedcore.cli.console.waiting_text`; None where nobody is waited for."""
     if found is None or not found.sites:
         return None
     return {
@@ -122,7 +122,7 @@ def waiting_json(found: Waiting | None) -> Json | None:
     }  # fmt: skip
 
 
-def released_round(done: course.Step) -> int:
+def released_round(done: schedule.Step) -> int:
     """The round of training behind a state: 0 before the first, the last one under the last metrics."""
     before = done.purpose in {"metrics", "statistics", "range"}
     return max(0, done.training_round - before)

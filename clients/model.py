@@ -14,15 +14,15 @@ from pathlib import Path
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.main import RECIPE_FILE, job_folder, released_round, require_job
 
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job
-from fedcore.data.split import split_from_json
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json, write_atomic
-from fedcore.learn.flat import single_thread
-from fedcore.provision.identities import read_identity
-from fedcore.task import load_task
+from fedcore.identity.identities import read_identity
+from fedcore.learning.data.split import split_from_json
+from fedcore.learning.model import single_thread
+from fedcore.learning.site import LocalSite
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
 from fedcore.types import Json, SiteId
 
 

@@ -15,10 +15,10 @@ from pydantic import Field, StrictBool
 
 from fedcore.config import Job
 from fedcore.errors import BadInput, PolicyRefused, Refused
-from fedcore.guard import GuardRules
-from fedcore.label import Terms
-from fedcore.plan import ENCRYPTS, RoundPlan, default_threshold
-from fedcore.tables import Section
+from fedcore.learning.guard import GuardRules
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import ENCRYPTS, RoundPlan, default_threshold
+from fedcore.toml import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
 """The words that the coordinator gets, of protocol/job.py REASONS."""

@@ -26,7 +26,7 @@ from fedcore_clients.config import SiteConfig
 
 import fedcore
 from fedcore.errors import BadInput, Unavailable
-from fedcore.provision.kit import KEY_FILE
+from fedcore.identity.kit import KEY_FILE
 
 LOG = logging.getLogger("fedcore.site.sandbox")
 

@@ -24,8 +24,8 @@ from fedcore_clients.jobs import Offline
 from fedcore_clients.tls import open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
-from fedcore.provision.kit import Kit
-from fedcore.provision.reach import preflight
+from fedcore.identity.kit import Kit
+from fedcore.identity.preflight import preflight
 from fedcore.store import container
 from fedcore.wire import calls, chunks
 from fedcore.wire.frames import (

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedcore_clients.approvals import approve_offer
 from fedcore_clients.main import STATUS_FILE, require_job
 
-from fedcore.edge import ago, waiting_text
+from fedcore.cli.console import ago, waiting_text
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json
 from fedcore.types import Json

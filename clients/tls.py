@@ -3,7 +3,7 @@
 Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the very name
 it is reached under; there is no plaintext, no override of the name, and no proxy that was not set.
 
-What gRPC does not say of a connection that fails, `fedcore.provision.reach` finds out.
+What gRPC does not say of a connection that fails, `fedcore.identity.preflight` finds out.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import grpc
 import grpc.aio
 
 from fedcore.errors import CertificateRefused
-from fedcore.provision.explain import refusal_from
-from fedcore.provision.kit import Kit
-from fedcore.provision.peer import CLIENT_ROLES, require_role
-from fedcore.provision.reach import channel_target
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import CLIENT_ROLES, require_role
+from fedcore.identity.preflight import channel_target
+from fedcore.identity.verify import refusal_from
 
 
 def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:

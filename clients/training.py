@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from fedcore.aggregate.jobstate import Column, JobState
 from fedcore.errors import GuardTripped
-from fedcore.guard import GuardMemory, GuardRecord
-from fedcore.loopback import Contribution
-from fedcore.plan import ModelShape, RoundPlan, Wide
-from fedcore.protocol.course import Step
-from fedcore.protocol.job import UNABLE
-from fedcore.types import FloatVector, Json
+from fedcore.learning.guard import GuardMemory, GuardRecord
+from fedcore.learning.state import Column, JobState
+from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
+from fedcore.secagg.protocol.job_messages import UNABLE
+from fedcore.secagg.protocol.schedule import Step
+from fedcore.types import Contribution, FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
 _LENGTH = struct.Struct(">I")

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from fedcore.errors import BadInput, GuardTripped
-from fedcore.protocol.job import UNABLE
+from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.types import Json, SiteId
 
 _LENGTH = struct.Struct(">I")
@@ -80,7 +80,7 @@ class Worker:
         """One request. Raises whatever the task raises."""
         match asked["do"]:
             case "digest":
-                from fedcore.task import load_task
+                from fedcore.learning.task import load_task
 
                 task = load_task(asked["task"], Path(asked["base"]))
                 return {"name": task.name, "digest": task.digest()}, []
@@ -91,7 +91,7 @@ class Worker:
             case "track":
                 return self._track(asked, blobs[0])
             case "export":
-                from fedcore.aggregate.jobstate import JobState
+                from fedcore.learning.state import JobState
 
                 site = self.sites[asked["job"]]
                 return {}, [site.exported(JobState.from_bytes(blobs[0]), public=True)]
@@ -104,10 +104,10 @@ class Worker:
     def _load(self, asked: Json) -> tuple[Json, list[bytes]]:
         from dataclasses import asdict
 
-        from fedcore.comparison.localsite import LocalSite
         from fedcore.config import build_job
-        from fedcore.data.split import split_from_json
-        from fedcore.task import load_task
+        from fedcore.learning.data.split import split_from_json
+        from fedcore.learning.site import LocalSite
+        from fedcore.learning.task import load_task
 
         task = load_task(asked["task"], Path(asked["base"]))
         if asked["digest"] != task.digest():
@@ -126,10 +126,10 @@ class Worker:
         return head, [site.initial.astype("<f4").tobytes()]
 
     def _track(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
-        from fedcore.aggregate.jobstate import JobState
-        from fedcore.comparison.tracking import Tracker
-        from fedcore.plan import RoundPlan
-        from fedcore.protocol.course import Step
+        from fedcore.learning.state import JobState
+        from fedcore.learning.tracking import Tracker
+        from fedcore.secagg.plan import RoundPlan
+        from fedcore.secagg.protocol.schedule import Step
 
         name = asked["job"]
         if name not in self.trackers:
@@ -141,10 +141,10 @@ class Worker:
         return {"row": found}, []
 
     def _contribute(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
-        from fedcore.aggregate.jobstate import JobState
-        from fedcore.guard import GuardMemory, GuardRecord, GuardRules
-        from fedcore.plan import RoundPlan
-        from fedcore.protocol.course import Step
+        from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
+        from fedcore.learning.state import JobState
+        from fedcore.secagg.plan import RoundPlan
+        from fedcore.secagg.protocol.schedule import Step
 
         site = self.sites[asked["job"]]
         step = Step(asked["step"][0], asked["step"][1])
@@ -167,7 +167,7 @@ def main() -> int:
     requests = os.fdopen(os.dup(0), "rb")
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # a task that reads its standard input finds the end of it
-    from fedcore.learn.flat import single_thread
+    from fedcore.learning.model import single_thread
 
     worker = Worker()
     with single_thread():  # the same bits as in every other process of this federation

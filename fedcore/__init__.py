@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedcore.comparison.api import compare as compare
-    from fedcore.comparison.api import simulate as simulate
-    from fedcore.comparison.experiment import STOP as STOP
-    from fedcore.data.linear import linear as linear
-    from fedcore.data.partition import group as group
-    from fedcore.data.partition import split as split
-    from fedcore.data.tabular import category as category
-    from fedcore.data.tabular import number as number
-    from fedcore.data.tabular import table as table
+    from fedcore.api import compare as compare
+    from fedcore.api import simulate as simulate
     from fedcore.errors import FedcoreError as FedcoreError
+    from fedcore.experiment.experiment import STOP as STOP
+    from fedcore.learning.data.linear import linear as linear
+    from fedcore.learning.data.partition import group as group
+    from fedcore.learning.data.partition import split as split
+    from fedcore.learning.data.tabular import category as category
+    from fedcore.learning.data.tabular import number as number
+    from fedcore.learning.data.tabular import table as table
+    from fedcore.learning.task import Task as Task
+    from fedcore.learning.task import load_task as load_task
     from fedcore.run import Comparison as Comparison
     from fedcore.run import Run as Run
     from fedcore.run import load as load
-    from fedcore.task import Task as Task
-    from fedcore.task import load_task as load_task
 
 _HOMES = {
-    "STOP": "fedcore.comparison.experiment",
+    "STOP": "fedcore.experiment.experiment",
     "Comparison": "fedcore.run",
     "FedcoreError": "fedcore.errors",
     "Run": "fedcore.run",
-    "Task": "fedcore.task",
-    "category": "fedcore.data.tabular",
-    "compare": "fedcore.comparison.api",
-    "group": "fedcore.data.partition",
-    "linear": "fedcore.data.linear",
+    "Task": "fedcore.learning.task",
+    "category": "fedcore.learning.data.tabular",
+    "compare": "fedcore.api",
+    "group": "fedcore.learning.data.partition",
+    "linear": "fedcore.learning.data.linear",
     "load": "fedcore.run",
-    "load_task": "fedcore.task",
-    "number": "fedcore.data.tabular",
-    "simulate": "fedcore.comparison.api",
-    "split": "fedcore.data.partition",
-    "table": "fedcore.data.tabular",
+    "load_task": "fedcore.learning.task",
+    "number": "fedcore.learning.data.tabular",
+    "simulate": "fedcore.api",
+    "split": "fedcore.learning.data.partition",
+    "table": "fedcore.learning.data.tabular",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedcore.encode.limbs import limb_count
 from fedcore.errors import BadInput, UnknownName
-from fedcore.plan import (
+from fedcore.secagg.encode.limbs import limb_count
+from fedcore.secagg.plan import (
     MIN_SITES,
     PROTECTIONS,
     ModelShape,

@@ -36,6 +36,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode())
 
 
+def append_row(directory: Path, row: Json, name: str = "rounds.jsonl") -> None:
+    """Append one JSON line to a file of rows."""
+    with (directory / name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
 def read_json(path: Path) -> Json:
     """A JSON object from a run's file; raises BadInput where there is none."""
     try:

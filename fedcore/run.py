@@ -269,7 +269,7 @@ class Run(_Finished):
         return self._saved().predict(rows)
 
     def _saved(self) -> Any:
-        from fedcore.learn.saved import load_model
+        from fedcore.learning.saved import load_model
 
         if self._model is None:
             self._model = load_model(self.directory, self._task)

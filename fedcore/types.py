@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NewType
 
 import numpy as np
@@ -26,6 +27,9 @@ Fields = NDArray[np.uint64]
 
 Slots = NDArray[np.uint64]
 """(s,) uint64, each below 2^slot_bits: k fields side by side."""
+
+Contribution = tuple[Fields, Mapping[str, Sequence[int]]]
+"""(coordinate fields, wide integers by name) of one site: the content of its vector."""
 
 Json = dict[str, Any]
 """A JSON object on its way to or from disk."""

@@ -19,7 +19,7 @@ os.environ.setdefault(
 import typer
 from rich.console import Console
 
-from fedcore.edge import JobCommand, emit, run, say, start_logging
+from fedcore.cli.console import JobCommand, emit, run, say, start_logging
 from fedcore.errors import EXIT_ABANDONED
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import Field
 
 from fedcore.errors import BadInput
-from fedcore.provision.reach import endpoint
-from fedcore.tables import Section, read_toml
+from fedcore.identity.preflight import endpoint
+from fedcore.toml import Section, read_toml
 
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"

@@ -33,11 +33,11 @@ from fedcore.errors import (
     StoreProblem,
     Unavailable,
 )
-from fedcore.plan import Packing, Ring
-from fedcore.protect import UnmaskableFold, words
-from fedcore.protect.masking import mask_sum
-from fedcore.protocol.effects import Mask
 from fedcore.runtime.pipes import Child, ChildEnded, Parent, python
+from fedcore.secagg.crypto import UnmaskableFold, words
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.plan import Packing, Ring
+from fedcore.secagg.protocol.effects import Mask
 from fedcore.store import container
 from fedcore.store.disk import make_folder, refusals
 from fedcore.types import Json
@@ -61,7 +61,7 @@ def chunk_slots(packing: Packing) -> int:
     """Slots of a whole chunk."""
     if packing.ring is None:
         return words.SLOTS_PER_CHUNK
-    from fedcore.protect.bfv import BLOCKS_PER_CHUNK
+    from fedcore.secagg.crypto.bfv import BLOCKS_PER_CHUNK
 
     return BLOCKS_PER_CHUNK * packing.ring.degree
 
@@ -398,10 +398,10 @@ class _Part:
 def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Mergeable]:
     """How an empty fold of this range is made: ciphertexts, or words where nothing encrypts them."""
     if packing.ring is None:
-        from fedcore.protect.masked import MaskedFold
+        from fedcore.secagg.crypto.masked import MaskedFold
 
         return lambda: MaskedFold(packing, slots, first_chunk=first_chunk)
-    from fedcore.protect.bfv import Courier, EncryptedFold, PublicContext
+    from fedcore.secagg.crypto.bfv import Courier, EncryptedFold, PublicContext
 
     public, courier = PublicContext.of(packing), Courier()
     return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder
 from fedcore.files import write_atomic
-from fedcore.plan import RoundPlan
-from fedcore.protocol import course, job, messages
-from fedcore.protocol.publicmetrics import differing
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import job_messages, messages, schedule
+from fedcore.secagg.protocol.public_metrics import differing
 from fedcore.store.disk import refusals, sync_folder
 from fedcore.types import SiteId
 
@@ -50,8 +50,8 @@ class HandOver:
     def lacking(self, certificate: messages.Certificate | None, sites: Collection[SiteId]) -> str:
         """Why the file cannot come from these sites, or "" while it may. certificate: the last one."""
         header = certificate.header if certificate is not None else None
-        if header is None or not course.is_last_model(
-            self._plan, course.Step(header.purpose, header.training_round)
+        if header is None or not schedule.is_last_model(
+            self._plan, schedule.Step(header.purpose, header.training_round)
         ):
             return "the last round was abandoned"
         said = Counter(self._said.values())
@@ -78,7 +78,7 @@ class HandOver:
 
     def asking(
         self, certificate: messages.Certificate, sites: Iterable[SiteId], now: float
-    ) -> Iterator[tuple[SiteId, job.ModelWanted]]:
+    ) -> Iterator[tuple[SiteId, job_messages.ModelWanted]]:
         """What to ask of connected sites now."""
         digest = self._agreed(certificate)
         if not digest:
@@ -86,17 +86,17 @@ class HandOver:
                 before = self._asked.get(name, -math.inf)
                 if name not in self._said and now - before >= ASKED_AGAIN:
                     self._asked[name] = now
-                    yield name, job.ModelWanted(self._job, certificate.hash, b"")
+                    yield name, job_messages.ModelWanted(self._job, certificate.hash, b"")
             return
         able = [name for name in sites if self._said.get(name) == digest]
         if not able or (self._giver in able and now - self._tried[self._giver] < self._patience):
             return
         self._giver = min(able, key=lambda name: self._tried.get(name, -math.inf))
         self._tried[self._giver] = now
-        yield self._giver, job.ModelWanted(self._job, certificate.hash, digest)
+        yield self._giver, job_messages.ModelWanted(self._job, certificate.hash, digest)
 
     def take(
-        self, site: SiteId, made: job.ModelMade, certificate: messages.Certificate | None
+        self, site: SiteId, made: job_messages.ModelMade, certificate: messages.Certificate | None
     ) -> str:
         """A site's word; a warning where sites differ.
 

@@ -29,7 +29,6 @@ from fedcore_server.handover import HandOver
 from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
 
 from fedcore.config import Job, build_job, plan_of
-from fedcore.encode.pack import Layout
 from fedcore.errors import (
     ChunkRefused,
     DataLost,
@@ -39,12 +38,15 @@ from fedcore.errors import (
     StoreFull,
     StoreProblem,
 )
-from fedcore.label import Terms
-from fedcore.plan import ModelShape, RoundHeader, RoundPlan, canonical
-from fedcore.protect.identity import roster_digest
-from fedcore.protocol import coordinator, course, effects, epoch, job, messages, publicmetrics
-from fedcore.protocol.encoding import decode, encode
-from fedcore.scheme import Scheme, vector_of
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import ModelShape, RoundHeader, RoundPlan, canonical
+from fedcore.secagg.protocol import effects, epoch, messages, public_metrics, schedule
+from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import decode, encode
+from fedcore.secagg.scheme import Scheme, vector_of
 from fedcore.store import container
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
@@ -293,7 +295,7 @@ class CoordinatedJob:
         self.metrics = Rows(house.journal, self.id, self.directory, METRICS_FILE)
         self.epoch: Any = epoch.NoEpoch()
         self.stage: Any = coordinator.Ready()
-        self.step: course.Step | None = None
+        self.step: schedule.Step | None = None
         self.certificate: messages.Certificate | None = None
         self.outcome: job.JobEnded | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -312,7 +314,7 @@ class CoordinatedJob:
         self._tick_at = 0.0
         self._nudged_at = 0.0
         self._finishing: float | None = None
-        self._hearing: publicmetrics.Hearing | None = None
+        self._hearing: public_metrics.Hearing | None = None
         self._handing: HandOver | None = None
         self._restarted = False
         self._epoch_refused = False
@@ -908,7 +910,7 @@ class CoordinatedJob:
             return
         self._adopt(plan, common.features)
         about = {"plan": plan.to_json(), "features": common.features}
-        self.step = course.first_step(plan, common.features)
+        self.step = schedule.first_step(plan, common.features)
         self.house.journal.append(
             self.id, ROUND, (), put={"plan": canonical(about), "step": encode(self.step)}
         )
@@ -918,7 +920,7 @@ class CoordinatedJob:
     def _adopt(self, plan: RoundPlan, features: int) -> None:
         self.plan, self.features, self._scheme = plan, features, Scheme(plan)
         self.threshold = plan.threshold
-        self._hearing = publicmetrics.Hearing(plan, self.id)
+        self._hearing = public_metrics.Hearing(plan, self.id)
         if plan.release == "coordinator":
             patience = self.house.limits.gather
             self._handing = HandOver(plan, self.id, self.directory, patience)
@@ -1009,7 +1011,7 @@ class CoordinatedJob:
         self.progress.text = ""
         self._begin_round(self.step, roster)
 
-    def _begin_round(self, step: course.Step, roster: tuple[SiteId, ...]) -> None:
+    def _begin_round(self, step: schedule.Step, roster: tuple[SiteId, ...]) -> None:
         assert self.plan is not None
         assert self._scheme is not None
         plan, seen = self.plan, [v.rest.round for v in self.sites.values() if v.rest]
@@ -1179,7 +1181,7 @@ class CoordinatedJob:
         assert step is not None
         row = self._row(step)
         released = isinstance(stage, coordinator.Released)
-        after = course.step_after(self.plan, step, released=released)
+        after = schedule.step_after(self.plan, step, released=released)
         values = {"stage": encode(stage), "step": encode(after), **self.rounds.entry(row)}
         if isinstance(stage, coordinator.Released):
             values["certificate"] = encode(stage.certificate)
@@ -1284,7 +1286,7 @@ class CoordinatedJob:
             kept = json.dumps(sorted(self._withdrawn)).encode()
             self.house.journal.put(self.id, "withdrawn", kept)
 
-    def _row(self, step: course.Step) -> Json:
+    def _row(self, step: schedule.Step) -> Json:
         stage = self.stage
         row: Json = {
             "round": step.training_round, "purpose": step.purpose, "number": stage.header.round,

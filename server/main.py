@@ -24,10 +24,10 @@ from fedcore_server.service import Coordinator, handlers, journal_path
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput
-from fedcore.provision.explain import check_certificate
-from fedcore.provision.identities import read_roster
-from fedcore.provision.kit import Kit
-from fedcore.provision.revocation import Revocations
+from fedcore.identity.identities import read_roster
+from fedcore.identity.kit import Kit
+from fedcore.identity.revocation import Revocations
+from fedcore.identity.verify import check_certificate
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool

@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 import grpc
 from fedcore_server.config import Place
 
+from fedcore.cli.console import ago, waiting_text
 from fedcore.config import Job, build_job, wire_settings
-from fedcore.edge import ago, waiting_text
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, MalformedMessage, Refused
 from fedcore.files import read_json, write_atomic
-from fedcore.provision.kit import Kit
-from fedcore.provision.peer import require_role
-from fedcore.provision.reach import authority_of, channel_target, preflight
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import require_role
+from fedcore.identity.preflight import authority_of, channel_target, preflight
+from fedcore.learning.task import load_task
 from fedcore.report.sentences import size
-from fedcore.task import load_task
 from fedcore.types import Json
 from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told

@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from fedcore.errors import CertificateRefused
-from fedcore.provision.peer import CLIENT_ROLES
+from fedcore.identity.peer import CLIENT_ROLES
 from fedcore.wire import calls
 from fedcore.wire._generated import federation_pb2
 

@@ -12,9 +12,8 @@ import logging
 from pathlib import Path
 
 from fedcore.errors import StoreProblem
-from fedcore.files import write_atomic
-from fedcore.plan import canonical
-from fedcore.run import append_row
+from fedcore.files import append_row, write_atomic
+from fedcore.secagg.plan import canonical
 from fedcore.store.disk import refusals
 from fedcore.store.journal import Journal
 from fedcore.types import Json

@@ -28,8 +28,8 @@ from fedcore_server.jobs import WAITING, CoordinatedJob, House, Quota
 from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
+from fedcore.cli.console import waiting_text
 from fedcore.config import build_job
-from fedcore.edge import waiting_text
 from fedcore.errors import (
     BadInput,
     CertificateRefused,
@@ -42,13 +42,13 @@ from fedcore.errors import (
     VersionRefused,
 )
 from fedcore.files import write_json
-from fedcore.label import Terms
-from fedcore.plan import canonical, refuse_plain
-from fedcore.protect.identity import roster_digest
-from fedcore.protocol import coordinator
-from fedcore.protocol import job as job_messages
-from fedcore.protocol.encoding import encode, type_name
-from fedcore.provision.peer import Peer, check_name
+from fedcore.identity.peer import Peer, check_name
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import canonical, refuse_plain
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.spool import Incoming, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals

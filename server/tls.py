@@ -24,9 +24,8 @@ import grpc
 import grpc.aio
 
 from fedcore.errors import BadInput, CertificateRefused, PeerRefused
-from fedcore.provision.explain import printable, refusal_text
-from fedcore.provision.kit import Kit
-from fedcore.provision.peer import (
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import (
     Peer,
     peer_of,
     require_current,
@@ -34,7 +33,8 @@ from fedcore.provision.peer import (
     require_role,
     require_rostered,
 )
-from fedcore.provision.revocation import Revocations
+from fedcore.identity.revocation import Revocations
+from fedcore.identity.verify import printable, refusal_text
 
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 """Without it a second coordinator binds the same port in silence and takes half of the sites."""

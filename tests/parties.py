@@ -14,7 +14,10 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import pytest
 
 from fedcore.errors import PeerRefused, TagRefused
-from fedcore.plan import (
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import (
     MASKS,
     SCHEMES,
     RangePlan,
@@ -24,13 +27,11 @@ from fedcore.plan import (
     TrainPlan,
     solve_packing,
 )
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.identity import IdentityKey, roster_digest
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol import coordinator, effects, epoch, messages, site
-from fedcore.protocol.absences import STAGES
-from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.protocol import effects, epoch, messages
+from fedcore.secagg.protocol.absences import STAGES
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.wire_form import decode, encode
 
 HUB = messages.COORDINATOR
 FEDERATION, JOB, SIZE, KEY_ID = "trial", "job", 640, b"k" * 32

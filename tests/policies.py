@@ -10,9 +10,9 @@ from fedcore_clients.jobs import Party, SiteJob
 from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import PolicySection, SitePolicy
 
-from fedcore.plan import canonical
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol import job_messages
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 
@@ -63,5 +63,5 @@ def job_at_a_site(folder, settings, policy, row=None):
     journal = Journal.open(folder / "journal.sqlite", party="site a")
     ledger, spool = Ledger.open(folder, key), Spool(folder / "spool")
     party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
-    offer = job.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
+    offer = job_messages.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
     return SiteJob(party, Link(), Rows(row=row), offer)

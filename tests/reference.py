@@ -20,12 +20,12 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fedcore.data.rows import ArrayRows, split_rows
-from fedcore.encode.pack import Layout
-from fedcore.learn.train import local_train
-from fedcore.plan import TrainPlan
+from fedcore.learning.data.rows import ArrayRows, split_rows
+from fedcore.learning.task import Task
+from fedcore.learning.training import local_train
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import TrainPlan
 from fedcore.seeds import derive_seed, generator
-from fedcore.task import Task
 
 TAG_PRIME = 2**61 - 1
 

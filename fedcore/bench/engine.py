@@ -25,14 +25,22 @@ from rich.text import Text
 
 from fedcore.bench import progress
 from fedcore.config import Job, build_job, narrowest_policy
-from fedcore.deployment import COORDINATOR, Command, Deployment, Running, SiteTask, running, write
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput
-from fedcore.plan import ENCRYPTS, MASKS, MAX_MASKED_SITES
-from fedcore.protocol.course import Step
+from fedcore.learning.task import Task
+from fedcore.local_deployment import (
+    COORDINATOR,
+    Command,
+    Deployment,
+    Running,
+    SiteTask,
+    running,
+    write,
+)
 from fedcore.report.terminal import fitted, grid
+from fedcore.secagg.plan import ENCRYPTS, MASKS, MAX_MASKED_SITES
+from fedcore.secagg.protocol.schedule import Step
 from fedcore.store.journal import Journal
-from fedcore.task import Task
 from fedcore.types import Json, SiteId
 
 LEAST_SITES = 3

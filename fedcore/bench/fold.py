@@ -23,13 +23,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.encode.pack import Layout
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput
-from fedcore.plan import VectorSpec, solve_packing
-from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.report.terminal import fitted, grid
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, Parent, python
+from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import VectorSpec, solve_packing
 from fedcore.types import Json, Slots
 
 DEFAULT_SITES = (4, 64)

@@ -15,7 +15,7 @@ a round in which nobody is absent. So it is with keystreams, which a site takes 
 (unprotect): it expands n of them, and those of sites without a vector were added before the clock starts.
 
 Invariant: every repeat decodes the sum of CONTRIBUTORS vectors and compares it with the true mean,
-so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcore/protect/ckks.py`.
+so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcore/secagg/crypto/ckks.py`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedcore.aggregate.adaptive_range import exceeds
 from fedcore.bench import progress
-from fedcore.encode.pack import Layout
-from fedcore.encode.quantise import dequantise, quantise, step_size
 from fedcore.environment import environment
 from fedcore.errors import BadInput
-from fedcore.plan import (
+from fedcore.learning.adaptive_range import exceeds
+from fedcore.report.terminal import fitted, grid
+from fedcore.secagg.crypto import Fold, Sealer, UnmaskableFold, ckks
+from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.keystream import draw_salt, stream_key
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
+from fedcore.secagg.plan import (
     EXCEEDS,
     MASKS,
     MAX_MASKED_SITES,
@@ -49,14 +57,6 @@ from fedcore.plan import (
     default_threshold,
     solve_packing,
 )
-from fedcore.protect import Fold, Sealer, UnmaskableFold, ckks
-from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.keystream import draw_salt, stream_key
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.masking import add_masks, mask_sum
-from fedcore.protect.sumtag import GroupSecret, SumTag
-from fedcore.report.terminal import fitted, grid
 from fedcore.seeds import generator
 from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
 

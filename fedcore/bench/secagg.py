@@ -20,11 +20,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.encode.pack import Layout
 from fedcore.environment import environment
 from fedcore.errors import BadInput
-from fedcore.loopback import Contribution, KeyEpoch, Stopwatch
-from fedcore.plan import (
+from fedcore.report.terminal import fitted, grid
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import (
     ENCRYPTS,
     EXCEEDS,
     MASKS,
@@ -36,11 +37,11 @@ from fedcore.plan import (
     refuse_cipher,
     solve_packing,
 )
-from fedcore.protocol import messages
-from fedcore.protocol.encoding import encode
-from fedcore.report.terminal import fitted, grid
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.seeds import generator
-from fedcore.types import Json, SiteId
+from fedcore.stopwatch import Stopwatch
+from fedcore.types import Contribution, Json, SiteId
 
 DEFAULT_SITES = (4, 16, 64)
 

@@ -3,7 +3,7 @@
 Invariant: a reading of an upload is called the update only if every coordinate is exact, and nothing
 only if its correlation stays within chance; both numbers stand beside the word. What a sum gives away
 is never called nothing: it is stated with its correlation.
-The numbers are `result["seen"]` (fedcore.comparison.seen); a result without them has no section.
+The numbers are `result["seen"]` (fedcore.experiment.exposure); a result without them has no section.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedcore.report.sentences import Json
 from fedcore.report.tables import Cell, Grid
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
-"""The keys of `seen["parties"]` (a test compares them with fedcore.comparison.seen)."""
+"""The keys of `seen["parties"]` (a test compares them with fedcore.experiment.exposure)."""
 
 _UPLOAD = {
     "plain": "The upload as it is",

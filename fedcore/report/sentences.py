@@ -35,7 +35,7 @@ GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "fede
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 
 ERRORS = frozenset({"mse", "mae"})
-"""Built-in metrics of which less is better (a test compares them with fedcore.comparison.metrics); a
+"""Built-in metrics of which less is better (a test compares them with fedcore.learning.metrics); a
 task's own stand in the result (`is_error`)."""
 
 NEGLIGIBLE = 0.01

@@ -58,7 +58,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
 from fedcore.errors import MalformedMessage, StoreFull, StoreProblem
-from fedcore.protocol.encoding import decode, encode, type_name
+from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
 SCHEMA = 2

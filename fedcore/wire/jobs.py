@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import get_args
 
-from fedcore.protocol import epoch, job
+from fedcore.secagg.protocol import epoch, job_messages
 from fedcore.wire.limits import KIB, MAX_RECORD, SITE_RECORD
 from fedcore.wire.records import FROM_COORDINATOR, FROM_SITES, Table, travelling
 
@@ -16,17 +16,17 @@ TO_COORDINATOR: Table = MappingProxyType(
     {
         **FROM_SITES,
         **travelling(
-            job.Survey,
-            job.Unable,
-            job.PlanAgreed,
-            job.AtRest,
-            job.InRound,
-            job.KeysErased,
-            job.CheckpointSealed,
-            job.ModelMade,
+            job_messages.Survey,
+            job_messages.Unable,
+            job_messages.PlanAgreed,
+            job_messages.AtRest,
+            job_messages.InRound,
+            job_messages.KeysErased,
+            job_messages.CheckpointSealed,
+            job_messages.ModelMade,
             most=SITE_RECORD,
         ),
-        **travelling(job.PublicMetrics, most=METRICS_RECORD),
+        **travelling(job_messages.PublicMetrics, most=METRICS_RECORD),
     }
 )
 FROM_ANY_SITE: Table = MappingProxyType(
@@ -37,6 +37,6 @@ FROM_ANY_SITE: Table = MappingProxyType(
 TO_SITE: Table = MappingProxyType(
     {
         **FROM_COORDINATOR,
-        **travelling(*get_args(job.CoordinatorJobMessage), most=MAX_RECORD),
+        **travelling(*get_args(job_messages.CoordinatorJobMessage), most=MAX_RECORD),
     }
 )

@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from fedcore.errors import MalformedMessage
-from fedcore.protect.secret import Secret
-from fedcore.protocol import epoch, messages
-from fedcore.protocol.encoding import decode, encode, type_name
+from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.protocol import epoch, messages
+from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.wire.frames import Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 

@@ -10,7 +10,7 @@ import json
 
 from fedcore import errors
 from fedcore.errors import Abandoned, BadInput, FedcoreError, MalformedMessage, Refused
-from fedcore.provision.explain import refusal_from
+from fedcore.identity.verify import refusal_from
 
 MOST = 600
 """Characters of a sentence: the details are a header, and headers have 8 KiB in all."""

@@ -22,11 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from fedcore import loopback
-from fedcore.encode.pack import Layout
 from fedcore.errors import SignatureRefused
-from fedcore.loopback import _Exchange, _Round
-from fedcore.plan import (
+from fedcore.secagg import in_process
+from fedcore.secagg.crypto import shamir
+from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
+from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.crypto.keystream import stream_key
+from fedcore.secagg.crypto.masked import MaskedSealer
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.pairwise import MaskRoot, pair_secret
+from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_tag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import _Exchange, _Round
+from fedcore.secagg.plan import (
     SCHEMES,
     RangePlan,
     RoundHeader,
@@ -37,19 +46,11 @@ from fedcore.plan import (
     canonical,
     solve_packing,
 )
-from fedcore.protect import shamir
-from fedcore.protect.entropy import Entropy, OsEntropy
-from fedcore.protect.hybrid import HybridKey, HybridPublic
-from fedcore.protect.identity import IdentityKey, roster_digest
-from fedcore.protect.keystream import stream_key
-from fedcore.protect.masked import MaskedSealer
-from fedcore.protect.masking import mask_sum
-from fedcore.protect.pairwise import MaskRoot, pair_secret
-from fedcore.protect.sumtag import GroupSecret, key_id, state_tag
-from fedcore.protocol import coordinator, messages, site
-from fedcore.protocol.encoding import digest, encode, type_name
-from fedcore.protocol.shared import Standing
-from fedcore.scheme import EpochSecrets, Scheme
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.wire_form import digest, encode, type_name
+from fedcore.secagg.scheme import EpochSecrets, Scheme
 from fedcore.types import Json, SiteId
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "vectors"
@@ -140,7 +141,7 @@ class _Taped(_Exchange):
         self.tape: list[Sent] = []
         self.vectors: dict[SiteId, bytes] = {}
 
-    def _absent(self, shell: loopback.SiteShell, message: Any) -> bool:
+    def _absent(self, shell: in_process.SiteShell, message: Any) -> bool:
         self.tape.append(Sent(messages.COORDINATOR, shell.member.id, message, shell.stage))
         return super()._absent(shell, message)
 
@@ -164,7 +165,7 @@ class Played:
     tape: tuple[Sent, ...]
     vectors: Mapping[SiteId, bytes]
     members: Mapping[SiteId, site.Member]
-    hub: loopback.HubShell
+    hub: in_process.HubShell
     journals: Mapping[SiteId, list[Any]]
     total: Any
     chunks: bytes
@@ -198,11 +199,11 @@ def play(
     keys = {name: IdentityKey(identities[name]) for name in ROSTER}
     pins = {name: key.public for name, key in keys.items()}
     scheme = Scheme(plan)
-    parties = loopback.KeyEpoch("golden", plan)
-    parties.hub = loopback.HubShell(pins, scheme)  # everybody of the recorded round takes over
+    parties = in_process.KeyEpoch("golden", plan)
+    parties.hub = in_process.HubShell(pins, scheme)  # everybody of the recorded round takes over
     for name in ROSTER:
         member = site.Member(name, keys[name], pins, plan, "vectors", "golden", entropies[name])
-        shell = parties.shells[name] = loopback.SiteShell(member, scheme)
+        shell = parties.shells[name] = in_process.SiteShell(member, scheme)
         shell.held = EpochSecrets(
             GroupSecret(group), MaskedSealer(plan.packing), streams=bool(plan.salt_bytes)
         )
@@ -218,7 +219,7 @@ def play(
 
     layout = Layout(plan.update_vector, plan.packing, len(ROSTER))
     current = _Round(
-        layout, contribute, STATE, lambda opened, sites: NEXT_STATE, loopback.Stopwatch(),
+        layout, contribute, STATE, lambda opened, sites: NEXT_STATE, in_process.Stopwatch(),
         {DROPPED: "submit"}, None, np.zeros(layout.slots, dtype=np.uint64),
     )  # fmt: skip
     current.tag = state_tag(GroupSecret(group), header.job, header.round, STATE)

@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol.encoding import encode, fields_of, records, type_name
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.protocol.wire_form import encode, fields_of, records, type_name
 from fedcore.types import Json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -70,8 +70,8 @@ SITE_PATCH = """
 import hashlib, json
 import fedcore_clients.main as _main
 import fedcore_clients.jobs as _jobs
-from fedcore.protocol import site as _machine
-from fedcore.protocol.encoding import encode as _encode
+from fedcore.secagg.protocol import site as _machine
+from fedcore.secagg.protocol.wire_form import encode as _encode
 _party = _main.Party
 def Party(*a, **k):
     k["clock"] = lambda: time.monotonic() + abs(_jumped())
@@ -353,18 +353,18 @@ class Verdict:
 
     def sums(self, job):
         """Every release of a job again, as plain sums, and the models of the sites against it."""
-        from fedcore.aggregate.jobstate import JobState, without_metrics
-        from fedcore.comparison.localsite import LocalSite
         from fedcore.config import build_job, plan_of
-        from fedcore.data.split import FoldSplit
-        from fedcore.encode.pack import Opened
-        from fedcore.label import Terms, collusion
-        from fedcore.learn.flat import single_thread
-        from fedcore.protocol.course import Step
-        from fedcore.protocol.encoding import decode
-        from fedcore.protocol.job import JobOffer
+        from fedcore.learning.data.split import FoldSplit
+        from fedcore.learning.model import single_thread
+        from fedcore.learning.site import LocalSite
+        from fedcore.learning.state import JobState, without_metrics
+        from fedcore.learning.task import load_task
+        from fedcore.secagg.encode.pack import Opened
+        from fedcore.secagg.label import Terms, collusion
+        from fedcore.secagg.protocol.job_messages import JobOffer
+        from fedcore.secagg.protocol.schedule import Step
+        from fedcore.secagg.protocol.wire_form import decode
         from fedcore.store.journal import Journal
-        from fedcore.task import load_task
 
         folder = self.fed.state(HUB)
         with Journal.open(

@@ -37,11 +37,11 @@ from fedcore_server.operators import save_result
 from policies import WIDE
 
 from fedcore import simulate
-from fedcore.comparison.api import prepare_layers
-from fedcore.deployment import to_toml
-from fedcore.provision.authority import LOOPBACK, Authority
-from fedcore.provision.identities import create_identity, write_roster
-from fedcore.provision.kit import Kit
+from fedcore.api import prepare_layers
+from fedcore.identity.authority import LOOPBACK, Authority
+from fedcore.identity.identities import create_identity, write_roster
+from fedcore.identity.kit import Kit
+from fedcore.local_deployment import to_toml
 from fedcore.wire import calls, frames
 
 HUB = "hub"

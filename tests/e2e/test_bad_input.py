@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore import cli
+from fedcore.cli.main import main
 
 TASKS = """
 import numpy as np, torch, fedcore
@@ -62,7 +62,7 @@ def folder(tmp_path, monkeypatch):
 
 def call(capfd, *arguments):
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
+        main.main([str(a) for a in arguments])
     out, err = capfd.readouterr()
     return ended.value.code, out, err
 

@@ -13,8 +13,8 @@ from fedcore_clients.training import Loaded
 from fedcore_server.jobs import Limits
 from town import SITES, scene
 
-from fedcore.data.statistics import site_sums
-from fedcore.protocol import coordinator
+from fedcore.learning.data.statistics import site_sums
+from fedcore.secagg.protocol.round import coordinator
 
 COLUMNS = (("age", 0.0, 100.0), ("chol", 0.0, 600.0))
 

@@ -30,10 +30,10 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from fedcore import simulate
-from fedcore.aggregate.jobstate import model_digest
-from fedcore.learn.saved import load_model
-from fedcore.provision.authority import LOOPBACK, Authority
-from fedcore.provision.identities import create_identity, write_roster
+from fedcore.identity.authority import LOOPBACK, Authority
+from fedcore.identity.identities import create_identity, write_roster
+from fedcore.learning.saved import load_model
+from fedcore.learning.state import model_digest
 
 ROUNDS = 3
 

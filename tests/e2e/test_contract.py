@@ -21,7 +21,7 @@ COMPARE = "fedcore compare --task heart --seeds 5 --folds 5"
 
 def fedcore(*arguments, cwd, timeout=300, env=None):
     return subprocess.run(
-        [sys.executable, "-m", "fedcore.cli", *map(str, arguments)],
+        [sys.executable, "-m", "fedcore.cli.main", *map(str, arguments)],
         cwd=cwd, env=env or ENVIRONMENT, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
@@ -237,7 +237,16 @@ def test_the_notebook_in_the_docs_runs(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
-    command = [sys.executable, "-m", "fedcore.cli", "simulate", "--rounds", "60", "--lr", "0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedcore.cli.main",
+        "simulate",
+        "--rounds",
+        "60",
+        "--lr",
+        "0.1",
+    ]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

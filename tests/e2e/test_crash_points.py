@@ -16,8 +16,8 @@ from fedcore_server.jobs import Limits
 from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
 from fedcore.errors import TagRefused
-from fedcore.protocol import job as job_messages
-from fedcore.protocol import site as site_machine
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.round import site as site_machine
 
 
 async def whole(folder, pool, party="", kill=None, **settings):

@@ -11,8 +11,8 @@ import fedcore_clients.jobs
 import pytest
 from town import SITES, UNHURRIED, scene
 
-from fedcore.protocol import messages
-from fedcore.protocol import site as site_machine
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.round import site as site_machine
 
 
 async def begin(found):

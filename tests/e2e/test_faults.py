@@ -20,7 +20,7 @@ from deployment import deployment, small_task
 from fedcore_server.folding import FoldPool, JobFold
 from town import PATIENT, SITES, UNHURRIED, scene
 
-from fedcore.protocol import coordinator
+from fedcore.secagg.protocol.round import coordinator
 
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from test_patients import RECORDER
 from town import PATIENT, SITES, SiteLink, scene
 
-from fedcore.aggregate.jobstate import JobState
 from fedcore.errors import StoreFull
-from fedcore.learn.saved import load_model
-from fedcore.plan import canonical
-from fedcore.protocol import course
-from fedcore.protocol.job import JobOffer, ModelMade, ModelWanted
-from fedcore.task import load_task
+from fedcore.learning.saved import load_model
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 
 # ---------------------------------------------------------------------------- real processes
 
@@ -348,7 +348,7 @@ def test_is_last_model_knows_the_last_round_and_its_measure():
         rounds = 3
 
     last = [("update", 3), ("metrics", 4)]
-    for purpose in course.PURPOSES:
+    for purpose in schedule.PURPOSES:
         for number in range(6):
-            step = course.Step(purpose, number)
-            assert course.is_last_model(Plan, step) is ((purpose, number) in last)
+            step = schedule.Step(purpose, number)
+            assert schedule.is_last_model(Plan, step) is ((purpose, number) in last)

@@ -35,7 +35,7 @@ from support.unguarded_site import (
     switched_off,
 )
 
-from fedcore.aggregate.jobstate import model_digest
+from fedcore.learning.state import model_digest
 
 ATTACKS = (
     "folds",

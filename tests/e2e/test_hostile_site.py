@@ -12,7 +12,7 @@ from support.hospitals import LIAR, hospitals
 from support.lying_site import ask, read
 from support.unguarded_site import GUARD, SPLIT, switched_off
 
-from fedcore.data import heart
+from fedcore.learning.data import heart
 
 NUMBERS = ("age", "trestbps", "chol", "thalch", "oldpeak")
 AGES = (78.0, 76.5)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from deployment import HUB, deployment, small_task
 
-from fedcore.protocol.job import REASONS, UNABLE
+from fedcore.secagg.protocol.job_messages import REASONS, UNABLE
 
 NAME = "PATIENT-7419"
 

@@ -24,10 +24,10 @@ from town import SITES, HubLinks, SiteLink, scene
 
 from fedcore import simulate
 from fedcore.errors import StoreFull
-from fedcore.plan import canonical
-from fedcore.protocol import coordinator
-from fedcore.protocol.job import JobOffer, PublicMetrics
-from fedcore.protocol.messages import Certificate
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol.job_messages import JobOffer, PublicMetrics
+from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.protocol.round import coordinator
 from fedcore.wire import calls, frames
 
 REFERENCE = {"metric": "auc", "value": 0.95, "source": "a registry"}

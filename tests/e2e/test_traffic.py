@@ -21,9 +21,9 @@ import grpc
 import pytest
 from deployment import CAP, HUB, PATIENCE, deployment, small_task
 
-from fedcore.protect.identity import roster_digest
-from fedcore.protocol import job as job_messages
-from fedcore.protocol.encoding import encode
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire import calls, frames, refusals
 from fedcore.wire._generated import federation_pb2
 from fedcore.wire.codec import WIRE_VERSION

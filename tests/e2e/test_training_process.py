@@ -14,16 +14,16 @@ from deployment import PATIENCE
 from fedcore_clients import training as module
 from fedcore_clients.training import Training, TrainingFailed
 
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.localsite import LocalSite
-from fedcore.comparison.tracking import Tracker
 from fedcore.config import build_job, plan_of
-from fedcore.data.split import FoldSplit
-from fedcore.encode.pack import Opened
-from fedcore.guard import GuardRecord
-from fedcore.learn.flat import single_thread
-from fedcore.protocol.course import Step
-from fedcore.task import load_task
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.guard import GuardRecord
+from fedcore.learning.model import single_thread
+from fedcore.learning.site import LocalSite
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+from fedcore.learning.tracking import Tracker
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.protocol.schedule import Step
 
 SETTINGS = {
     "rounds": 2, "seed": 3, "max_examples": 512, "range": 0.0625, "standardise": "federated",
@@ -98,7 +98,7 @@ def test_what_fails_leaves_one_word(changes, reason):
 SLOW = """
 import time
 from pathlib import Path
-from fedcore.task import Task
+from fedcore.learning.task import Task
 
 def data(source):
     with Path(__file__).with_name("asked").open("a") as file:

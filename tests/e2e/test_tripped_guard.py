@@ -12,15 +12,14 @@ from fedcore_server.jobs import Limits
 from test_training_process import COMPLETE, SOURCE, SPLIT, STATISTICS, TASK
 from town import SITES, scene
 
-from fedcore.aggregate.jobstate import JobState
 from fedcore.config import build_job, plan_of
-from fedcore.encode.pack import Layout, Opened
 from fedcore.errors import GuardTripped
-from fedcore.guard import GuardMemory, GuardRecord, GuardRules
-from fedcore.protect.sealed import NOTICE_LENGTH
-from fedcore.protocol import job as job_messages
-from fedcore.protocol import messages
-from fedcore.protocol.course import Step
+from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
+from fedcore.learning.state import JobState
+from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
+from fedcore.secagg.encode.pack import Layout, Opened
+from fedcore.secagg.protocol import job_messages, messages
+from fedcore.secagg.protocol.schedule import Step
 
 CAUSE = "the loss on its own training rows exceeded 1.5 times the best so far for 2 rounds in a row"
 TRIPPED = GuardTripped(("b",), 1, CAUSE, found="0.91, above 0.87; best 0.58")

@@ -16,9 +16,9 @@ from fedcore_clients.ledger import LEDGER_FILE, read_ledger
 from test_cohorts import surveyed
 from town import AWAY, SITES, scene
 
-from fedcore.data.statistics import site_sums
-from fedcore.protocol import job as words
-from fedcore.protocol import site
+from fedcore.learning.data.statistics import site_sums
+from fedcore.secagg.protocol import job_messages as words
+from fedcore.secagg.protocol.round import site
 
 THREE = ("a", "b", "c")
 RANGES = [(0.0, 100.0), (0.0, 600.0)]

@@ -16,10 +16,10 @@ import fedcore_clients.jobs
 import pytest
 from town import SITES, scene
 
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protocol import job as job_messages
-from fedcore.protocol import site as site_machine
-from fedcore.protocol.messages import Certificate
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.protocol.round import site as site_machine
 
 RULES = ("certificate", "state", "key")
 

@@ -20,8 +20,9 @@ from deployment import PATIENCE, SMALL, small_task
 from safetensors.numpy import load_file, save_file
 
 import fedcore
-from fedcore import cli, rehearsal
-from fedcore.deployment import to_toml
+from fedcore.cli import up
+from fedcore.cli.main import main
+from fedcore.local_deployment import to_toml
 
 HEART = ("--task", "heart", "--protection", "layered", "--seed", "0", "--set", "track.resamples=0")
 needs_proc = pytest.mark.skipif(
@@ -37,7 +38,7 @@ class Marked:
         name, _, value = self.mark.partition("=")
         self.out = out
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedcore.cli", "up", *arguments, "--out", str(out), "--json"],
+            [sys.executable, "-P", "-m", "fedcore.cli.main", "up", *arguments, "--out", str(out), "--json"],
             env=os.environ | {name: value}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -166,10 +167,10 @@ def test_another_model_than_the_simulation_is_an_error_and_both_are_kept(
         about = {"model_sha256": "0" * 64, "sites": sites, "round_seconds": [0.1, 0.1]}
         return about | {"survivors": [list(sites), list(sites)[1:]]}, model
 
-    monkeypatch.setattr(rehearsal, "_deployed", other)
+    monkeypatch.setattr(up, "_deployed", other)
     out = tmp_path / "up"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["up", *HEART, "--rounds", "2", "--out", str(out), "--json"])
+        main.main(["up", *HEART, "--rounds", "2", "--out", str(out), "--json"])
     printed, said = capsys.readouterr()
     result = json.loads(printed)
     assert ended.value.code == 1
@@ -218,7 +219,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["up", *arguments])
+        main.main(["up", *arguments])
     said = capsys.readouterr().err
     assert ended.value.code == code
     assert f"error: {error}" in said and hint in said and "Traceback" not in said
@@ -228,7 +229,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_two_sites_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["up", "--task", "heart", "--set", 'sites={a="va", b="hungary"}'])
+        main.main(["up", "--task", "heart", "--set", 'sites={a="va", b="hungary"}'])
     assert ended.value.code == 3
     assert "at least 3" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

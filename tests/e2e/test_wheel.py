@@ -107,7 +107,7 @@ def test_the_wheel_holds_what_runs_need(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("fedcore", "fedcore_server", "fedcore_clients"):
         assert f"{folder}/py.typed" in names
-    assert "fedcore/data/heart.csv" in names
+    assert "fedcore/learning/data/heart.csv" in names
     assert any(name.startswith("fedcore/report/templates/") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fedcore", "fedcore_server", "fedcore_clients", "fedcore_fl-0.1.0.dist-info"}
@@ -140,5 +140,5 @@ def test_commands_run_among_strangers(environment, elsewhere):
 
 def test_the_command_runs_with_the_folder_first_on_the_path(environment, elsewhere):
     """`python -c` and notebooks search the working folder first: the case in which names clash."""
-    code = "from fedcore.cli import main; main()"
+    code = "from fedcore.cli.main import main; main()"
     assert "simulate" in checked(environment / "python", "-c", code, "--help", **elsewhere)

@@ -28,17 +28,17 @@ from fedcore_clients.ledger import Ledger, read_ledger
 from fedcore_server.jobs import CoordinatedJob, House, Limits
 from policies import policy_of
 
-from fedcore.aggregate.jobstate import JobState, without_metrics
 from fedcore.config import build_job, plan_of
-from fedcore.encode.pack import Opened
 from fedcore.errors import StoreFull
-from fedcore.label import Terms, collusion
-from fedcore.plan import MASKS, canonical
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job as job_messages
-from fedcore.protocol import site as site_machine
-from fedcore.protocol.course import Step
-from fedcore.protocol.encoding import decode, encode
+from fedcore.learning.state import JobState, without_metrics
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.label import Terms, collusion
+from fedcore.secagg.plan import MASKS, canonical
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.round import site as site_machine
+from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool

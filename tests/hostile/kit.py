@@ -14,8 +14,21 @@ from functools import cache
 import numpy as np
 import pytest
 
-from fedcore.encode.pack import Layout
-from fedcore.plan import (
+from fedcore.secagg.crypto import shamir
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.pairwise import (
+    MaskRoot,
+    open_offer,
+    pair_secret,
+    pair_seed,
+    self_mask_seed,
+)
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, key_id, state_tag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -25,16 +38,8 @@ from fedcore.plan import (
     Wide,
     solve_packing,
 )
-from fedcore.protect import shamir
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.identity import IdentityKey, roster_digest
-from fedcore.protect.masking import add_masks, mask_sum
-from fedcore.protect.pairwise import MaskRoot, open_offer, pair_secret, pair_seed, self_mask_seed
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import GroupSecret, SumTag, key_id, state_tag
-from fedcore.protocol import coordinator, effects, site
-from fedcore.protocol.encoding import digest, encode
-from fedcore.protocol.messages import (
+from fedcore.secagg.protocol import effects
+from fedcore.secagg.protocol.messages import (
     COORDINATOR,
     LEFT,
     RELEASE_REFUSED,
@@ -51,7 +56,9 @@ from fedcore.protocol.messages import (
     SurvivorList,
     sign,
 )
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.wire_form import digest, encode
 
 NAMES = (
     "ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal",

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fedcore import simulation
-from fedcore.comparison.experiment import Experiment, job_for, prepare
-from fedcore.data import heart
-from fedcore.encode.pack import Layout
-from fedcore.encode.quantise import dequantise
 from fedcore.errors import GuardTripped, PeerRefused
-from fedcore.sitework import SiteWork
+from fedcore.experiment import simulation
+from fedcore.experiment.experiment import Experiment, job_for, prepare
+from fedcore.learning.data import heart
+from fedcore.learning.sitework import SiteWork
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.encode.quantise import dequantise
 
 OLDEST = 77
 """Years of the oldest patient of the four hospitals; every age from 28 on occurs."""

@@ -19,10 +19,10 @@ from fedcore.errors import (  # fmt: skip
     StaleEpoch,
     ThresholdRefused,
 )
-from fedcore.plan import RangePlan
-from fedcore.protect.identity import roster_digest
-from fedcore.protocol import site
-from fedcore.protocol.messages import Keys
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.plan import RangePlan
+from fedcore.secagg.protocol.messages import Keys
+from fedcore.secagg.protocol.round import site
 
 
 def joins(world, name, header):

@@ -15,12 +15,12 @@ import pytest
 from kit import World, answer_of, refuses, world_at
 
 from fedcore.errors import EnvelopeRefused, KeyRefused, ShareRefused, TagRefused
-from fedcore.protect import hybrid, pairwise
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.sumtag import SumTag
-from fedcore.protocol import coordinator, site
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
+from fedcore.secagg.crypto import hybrid, pairwise
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import encode
 
 
 class Snapshot(OsEntropy):

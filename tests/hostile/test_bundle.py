@@ -21,13 +21,14 @@ from fedcore.errors import (
     StateDiffers,
     ThresholdRefused,
 )
-from fedcore.protect import hybrid, shamir
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.hybrid import HybridKey, open_envelope
-from fedcore.protect.pairwise import MaskRoot, open_offer
-from fedcore.protocol import shared, site
-from fedcore.protocol.effects import Send
-from fedcore.protocol.messages import Shares
+from fedcore.secagg.crypto import hybrid, shamir
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope
+from fedcore.secagg.crypto.pairwise import MaskRoot, open_offer
+from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol.effects import Send
+from fedcore.secagg.protocol.messages import Shares
+from fedcore.secagg.protocol.round import site
 
 
 def shares_go_out(world, name, bundle):

@@ -11,8 +11,8 @@ import pytest
 from kit import refuses, world_at
 
 from fedcore.errors import ListRefused, ThresholdRefused
-from fedcore.protocol import site
-from fedcore.protocol.messages import MASK_ROOT, SELF_SEED
+from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED
+from fedcore.secagg.protocol.round import site
 
 CASES = [(4, 3, 1), (5, 4, 2), (6, 5, 3), (7, 5, 2), (8, 6, 3)]
 

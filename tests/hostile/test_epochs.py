@@ -28,12 +28,13 @@ from fedcore.errors import (
     StateDiffers,
     ThresholdRefused,
 )
-from fedcore.protect import hybrid
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import key_id
-from fedcore.protocol import effects, epoch, messages, shared, site
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.messages import sign
+from fedcore.secagg.crypto import hybrid
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import key_id
+from fedcore.secagg.protocol import effects, epoch, messages, shared
+from fedcore.secagg.protocol.messages import sign
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import encode
 
 LIE = SecretBytes(b"a payload that the coordinator knows")
 

@@ -14,13 +14,13 @@ import pytest
 from kit import world_at
 from test_notices import deployed
 
-from fedcore.aggregate import jobstate, released
-from fedcore.aggregate.jobstate import JobState
-from fedcore.data.statistics import statistics_vector
-from fedcore.encode.pack import Layout
 from fedcore.errors import ImpossibleSum
-from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import (
+from fedcore.learning import released, state
+from fedcore.learning.data.statistics import statistics_vector
+from fedcore.learning.state import JobState
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
     RoundPlan,
@@ -30,8 +30,10 @@ from fedcore.plan import (
     field_width,
     solve_packing,
 )
-from fedcore.protocol import effects, messages, site
-from fedcore.protocol.course import Step
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.schedule import Step
+from fedcore.stopwatch import Stopwatch
 
 SITES = ("a", "b", "c", "d", "e")
 LIAR, D, CAP = 4, 6, 1024
@@ -146,7 +148,7 @@ def lying(monkeypatch, field, value, purpose="update"):
 
 
 def unchecked(monkeypatch):
-    for module in (released, jobstate):
+    for module in (released, state):
         monkeypatch.setattr(module, "check_possible", lambda *_: None)
     monkeypatch.setattr(released, "check_finite", lambda *_: None)
 

@@ -15,12 +15,12 @@ from kit import world_at
 from test_impossible_sums import CAP, HONEST, D, plan_of
 from test_notices import deployed
 
-from fedcore.aggregate.jobstate import JobState, without_metrics
-from fedcore.encode.pack import Opened
-from fedcore.label import Terms, collusion
-from fedcore.plan import EXCEEDS, METRIC, Wide
-from fedcore.protocol.course import Step
-from fedcore.protocol.effects import MakeVector
+from fedcore.learning.state import JobState, without_metrics
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.label import Terms, collusion
+from fedcore.secagg.plan import EXCEEDS, METRIC, Wide
+from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.schedule import Step
 
 PLAN = replace(plan_of("layered"), threshold=3)
 ROSTER = PLAN.sites

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from fedcore.errors import OutOfOrder, SecondSum, TagRefused
-from fedcore.loopback import KeyEpoch, Stopwatch, Witness
-from fedcore.plan import (
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.plan import (
     RangePlan,
     RoundPlan,
     ServerPlan,
@@ -21,14 +23,14 @@ from fedcore.plan import (
     Wide,
     solve_packing,
 )
-from fedcore.protect.masking import mask_sum
-from fedcore.protect.sumtag import SumTag
-from fedcore.protocol import coordinator, messages, site
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.stopwatch import Stopwatch
 
 pytest.importorskip("tenseal.sealapi")
 
-from fedcore.protect import bfv
-from fedcore.protect.bfv import EncryptedFold
+from fedcore.secagg.crypto import bfv
+from fedcore.secagg.crypto.bfv import EncryptedFold
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 5000, (Wide("weight", 1, 20),))

@@ -11,9 +11,8 @@ from dataclasses import replace
 import pytest
 from steering import Steering, steer
 
-from fedcore import guard
-from fedcore.aggregate import released
-from fedcore.protocol import site
+from fedcore.learning import guard, released
+from fedcore.secagg.protocol.round import site
 
 VICTIM = 0
 FIRST_RANGE_UP = 4.0

@@ -18,9 +18,10 @@ from fedcore.errors import (
     SignatureRefused,
     VectorRefused,
 )
-from fedcore.protocol import coordinator, shared, site
-from fedcore.protocol.effects import Fold, RemoveMasks, Send, Warn
-from fedcore.protocol.messages import Certificate, Leave, Shares
+from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol.effects import Fold, RemoveMasks, Send, Warn
+from fedcore.secagg.protocol.messages import Certificate, Leave, Shares
+from fedcore.secagg.protocol.round import coordinator, site
 
 
 class Hub:

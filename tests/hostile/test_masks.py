@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kit import world_at
 
-from fedcore.protect import masking
-from fedcore.protect.masking import mask_sum
+from fedcore.secagg.crypto import masking
+from fedcore.secagg.crypto.masking import mask_sum
 
 
 def stream(seed, bits, slots=64):

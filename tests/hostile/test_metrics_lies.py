@@ -17,10 +17,11 @@ from policies import job_at_a_site, policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
-from fedcore.plan import METRIC, Wide, canonical
-from fedcore.protocol import effects, job, site
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.publicmetrics import Hearing, told
+from fedcore.secagg.plan import METRIC, Wide, canonical
+from fedcore.secagg.protocol import effects, job_messages
+from fedcore.secagg.protocol.public_metrics import Hearing, told
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import encode
 
 TRUE, FALSE = {"auc": 0.71}, {"auc": 0.99}
 
@@ -145,21 +146,21 @@ async def begun(folder, offered, plan=None):
     await found._load()
     if plan is not None:
         made = plan_of(build_job(plan), found.survey.shape, SITES, 64)
-        await found._on_message(job.PlanOffer("job", canonical(made.to_json())))
+        await found._on_message(job_messages.PlanOffer("job", canonical(made.to_json())))
     return found
 
 
 def test_a_coordinator_that_asks_for_them_under_encrypted(tmp_path, caplog):
     """Nothing that was decrypted may go back to who holds every site's own ciphertext (PROTOCOL R)."""
     found = asyncio.run(begun(tmp_path / "1", settings(public=True, protection="encrypted")))
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     assert "track.public_metrics: found true under 'encrypted'" in caplog.text, "in its own log"
     for number, fine in enumerate(  # control: each half of it alone
         (settings(public=True), settings(public=False, protection="encrypted"))
     ):
         found = asyncio.run(begun(tmp_path / f"control{number}", fine))
-        assert [type(each) for each in found.link.said] == [job.Survey]
+        assert [type(each) for each in found.link.said] == [job_messages.Survey]
 
 
 def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
@@ -167,7 +168,7 @@ def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
 
     async def speaks(folder, offered, plan):
         found = await begun(folder, offered, plan)
-        refused = job.Unable("job", "a", "unable") in found.link.said
+        refused = job_messages.Unable("job", "a", "unable") in found.link.said
         if refused:  # and what it would say under its own plan
             found = await begun(folder / "own", offered, offered)
         certificate = Screen().certificate

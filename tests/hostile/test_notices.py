@@ -13,13 +13,15 @@ from kit import refuses, world_at
 from policies import policy_of
 
 from fedcore.errors import EnvelopeRefused, HeaderRefused
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.sealed import NOTICE_LENGTH, seal_notice
-from fedcore.protect.sumtag import GroupSecret
-from fedcore.protocol import coordinator, effects, job, site
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.messages import LEFT, MATERIAL, Leave, Notice
-from fedcore.scheme import EpochSecrets
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.sealed import NOTICE_LENGTH, seal_notice
+from fedcore.secagg.crypto.sumtag import GroupSecret
+from fedcore.secagg.protocol import effects
+from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.messages import LEFT, MATERIAL, Leave, Notice
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import encode
+from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 

@@ -21,8 +21,8 @@ from fedcore.errors import (
     SignatureRefused,
     TagRefused,
 )
-from fedcore.protocol import coordinator, site
-from fedcore.protocol.messages import Abandon, Announce
+from fedcore.secagg.protocol.messages import Abandon, Announce
+from fedcore.secagg.protocol.round import coordinator, site
 
 LEAVING = {
     "the coordinator gives it up": lambda w: w.receive("ann", Abandon(w.h, "unmask")),

@@ -16,7 +16,7 @@ from fedcore_clients import policy
 from policies import BENCH, FOUR, Rows, job_at_a_site
 
 from fedcore.config import build_job, wire_settings
-from fedcore.protocol import job
+from fedcore.secagg.protocol import job_messages
 
 ENCRYPTED = {"protection": "encrypted", "single_site_features": True}
 
@@ -39,7 +39,7 @@ def without(monkeypatch, *rules):
 
 def refused(found, setting, caplog):
     """One word has left, and one line stays here; nothing was read."""
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0 and found.survey is None
     lines = [message for message in caplog.messages if "refused" in message]
     assert len(lines) == 1 and setting in lines[0] and "hint: " in lines[0]
@@ -47,7 +47,7 @@ def refused(found, setting, caplog):
 
 
 def taken(found):
-    assert [type(each) for each in found.link.said] == [job.Survey]
+    assert [type(each) for each in found.link.said] == [job_messages.Survey]
     assert found.contributor.loaded == 1
 
 
@@ -85,7 +85,10 @@ def test_a_plain_job_whatever_the_operator_allows(tmp_path, monkeypatch, caplog)
 def test_a_threshold_that_no_roster_has(tmp_path, caplog, sites_t):
     caplog.set_level(logging.WARNING)
     found = offered(tmp_path / "1", {"threshold": sites_t})
-    assert found.link.said == [job.Unable("job", "a", "policy")] and found.contributor.loaded == 0
+    assert (
+        found.link.said == [job_messages.Unable("job", "a", "policy")]
+        and found.contributor.loaded == 0
+    )
     taken(offered(tmp_path / "2", {"threshold": 3}))
 
 

@@ -20,16 +20,17 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
-from fedcore.protect.pairwise import pair_seed
-from fedcore.protect.sumtag import SumTag
-from fedcore.protocol import effects, shared, site
-from fedcore.protocol.messages import (
+from fedcore.secagg.crypto.pairwise import pair_seed
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.protocol import effects, shared
+from fedcore.secagg.protocol.messages import (
     COORDINATOR,
     RELEASE_REFUSED,
     SELF_SEED,
     Leave,
     Statement,
 )
+from fedcore.secagg.protocol.round import site
 
 
 def asked_to_open(world, name):

@@ -13,8 +13,9 @@ import pytest
 from parties import HUB, Died, Parties, leaves_when_restarted, net
 
 from fedcore.errors import SecondSum
-from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import encode
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import encode
 
 PROTECTIONS = ("masked", "encrypted", "encrypted-keystream")
 ABSENT = {"s03": "submit"}

@@ -20,9 +20,9 @@ from fedcore_clients.sandbox import choose, hidden
 from fedcore_clients.training import Training, TrainingFailed
 
 from fedcore.config import build_job
-from fedcore.data.split import FoldSplit
 from fedcore.errors import BadInput, Refused, Unavailable
-from fedcore.task import load_task
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.task import load_task
 
 SECRET = "TOP-SECRET"
 PATIENCE = 120.0

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from kit import STAGES, World
 
 from fedcore.errors import PeerRefused, TagRefused
-from fedcore.protocol import effects, site
-from fedcore.protocol.messages import Abandon
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.protocol import effects
+from fedcore.secagg.protocol.messages import Abandon
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.shared import Standing
 
 ANN, OTHERS, LONG = "ann", ("bob", "cat", "dan"), 1e12
 

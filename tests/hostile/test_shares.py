@@ -20,10 +20,10 @@ from fedcore.errors import (
     SignatureRefused,
     ThresholdRefused,
 )
-from fedcore.protect import pairwise
-from fedcore.protocol import site
-from fedcore.protocol.effects import MakeVector
-from fedcore.protocol.messages import LEFT, Leave, Submit
+from fedcore.secagg.crypto import pairwise
+from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.messages import LEFT, Leave, Submit
+from fedcore.secagg.protocol.round import site
 
 
 def goes_on(world, name, delivery):
@@ -252,7 +252,7 @@ def test_a_second_vector_under_one_rounds_seeds():
     # Control: two vectors under the same masks differ by what the updates differ, in clear.
     import numpy as np
 
-    from fedcore.protect.masking import add_masks
+    from fedcore.secagg.crypto.masking import add_masks
 
     second = world.plain["ann"].copy()
     second[0] += np.uint64(7)

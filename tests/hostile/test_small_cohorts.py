@@ -13,9 +13,9 @@ import pytest
 from kit import NAMES, World, refuses, world_at
 
 from fedcore.errors import RosterRefused, ThresholdRefused
-from fedcore.label import Collusion, Terms, collusion
-from fedcore.plan import default_threshold
-from fedcore.protocol import coordinator, site
+from fedcore.secagg.label import Collusion, Terms, collusion
+from fedcore.secagg.plan import default_threshold
+from fedcore.secagg.protocol.round import coordinator, site
 
 SITES, PLANNED = 16, 11
 

@@ -14,8 +14,8 @@ import pytest
 from kit import World
 
 from fedcore.errors import OtherSites
-from fedcore.protocol import site
-from fedcore.protocol.messages import Confirm, Submit, Unmask
+from fedcore.secagg.protocol.messages import Confirm, Submit, Unmask
+from fedcore.secagg.protocol.round import site
 
 
 def held(world, *names, of=None):

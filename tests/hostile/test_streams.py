@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcore import loopback
-from fedcore.encode.pack import Layout
 from fedcore.errors import (
     HeaderRefused,
     ListRefused,
@@ -19,8 +17,14 @@ from fedcore.errors import (
     TagRefused,
     VectorRefused,
 )
-from fedcore.loopback import KeyEpoch, Stopwatch, Witness
-from fedcore.plan import (
+from fedcore.secagg import in_process
+from fedcore.secagg.crypto import words
+from fedcore.secagg.crypto.masked import MaskedFold
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.plan import (
     RangePlan,
     RoundPlan,
     ServerPlan,
@@ -29,13 +33,11 @@ from fedcore.plan import (
     Wide,
     solve_packing,
 )
-from fedcore.protect import words
-from fedcore.protect.masked import MaskedFold
-from fedcore.protect.masking import mask_sum
-from fedcore.protect.sumtag import SumTag
-from fedcore.protocol import coordinator, messages, shared, site
-from fedcore.protocol.coordinator import MOVES, Collecting, Confirming
-from fedcore.protocol.messages import Aggregate, Submit, SurvivorList
+from fedcore.secagg.protocol import messages, shared
+from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming
+from fedcore.stopwatch import Stopwatch
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 5000, (Wide("weight", 1, 20),))
@@ -68,7 +70,7 @@ def play(epoch, witness=None):
 
 def passes_on(monkeypatch, change):
     """The coordinator changes the submissions it lists: change({site: Submit}) -> {site: Submit}."""
-    honest = loopback._Exchange._post
+    honest = in_process._Exchange._post
 
     def post(exchange, to, message):
         if to is not None and isinstance(message, SurvivorList | Aggregate):
@@ -76,7 +78,7 @@ def passes_on(monkeypatch, change):
             message = replace(message, submissions=tuple(found[name] for name in ROSTER))
         honest(exchange, to, message)
 
-    monkeypatch.setattr(loopback._Exchange, "_post", post)
+    monkeypatch.setattr(in_process._Exchange, "_post", post)
 
 
 def without_signatures(monkeypatch):
@@ -162,7 +164,7 @@ def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(protection, m
     that bob signed for it. The control: where headers, state tags and signatures are not checked, the
     second round's h gives another stream and other pads, so the tag refuses it."""
     kept = {}
-    uploaded = loopback._Exchange._uploaded
+    uploaded = in_process._Exchange._uploaded
 
     def keep(exchange, name):
         if name == "bob":
@@ -177,7 +179,7 @@ def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(protection, m
         return found | {"bob": old}
 
     believing(monkeypatch)
-    monkeypatch.setattr(loopback._Exchange, "_uploaded", keep)
+    monkeypatch.setattr(in_process._Exchange, "_uploaded", keep)
     passes_on(monkeypatch, replayed)
     epoch = epoch_of(protection)
     play(epoch)
@@ -306,7 +308,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
     over all that a submission says, so they differ. The control: over vectors alone they agree, the sites
     unmask, and ann is left with a sum that it must refuse."""
     lies = {}
-    honest, post = site.sign, loopback._Exchange._post
+    honest, post = site.sign, in_process._Exchange._post
 
     def sign(message, identity):
         if isinstance(message, Submit) and message.site == "bob":
@@ -324,7 +326,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
         post(exchange, to, message)
 
     monkeypatch.setattr(site, "sign", sign)
-    monkeypatch.setattr(loopback._Exchange, "_post", split)
+    monkeypatch.setattr(in_process._Exchange, "_post", split)
     believing(monkeypatch)
     epoch, told = epoch_of("layered"), []
     epoch.tap = lambda to, message: told.append(message)

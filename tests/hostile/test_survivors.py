@@ -24,9 +24,9 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
-from fedcore.protocol import coordinator, shared, site
-from fedcore.protocol.effects import Persist, Send
-from fedcore.protocol.messages import (
+from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol.effects import Persist, Send
+from fedcore.secagg.protocol.messages import (
     MASK_ROOT,
     SELF_SEED,
     Confirm,
@@ -35,6 +35,7 @@ from fedcore.protocol.messages import (
     SurvivorList,
     Unmask,
 )
+from fedcore.secagg.protocol.round import coordinator, site
 
 
 def signs(world, name, request):

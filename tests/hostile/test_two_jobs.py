@@ -13,18 +13,18 @@ import pytest
 from test_metrics_lies import SITES, begun, settings
 
 from fedcore import config
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job, plan_of, settings_digest
-from fedcore.data import split as split_module
-from fedcore.data.heart import data
-from fedcore.data.split import FoldSplit, HashSplit, subsample
-from fedcore.data.statistics import FIXED_POINT_BITS
-from fedcore.learn.flat import single_thread
-from fedcore.plan import RoundPlan
-from fedcore.protocol import job
-from fedcore.protocol.course import Step
-from fedcore.task import load_task
+from fedcore.learning.data import split as split_module
+from fedcore.learning.data.heart import data
+from fedcore.learning.data.split import FoldSplit, HashSplit, subsample
+from fedcore.learning.data.statistics import FIXED_POINT_BITS
+from fedcore.learning.model import single_thread
+from fedcore.learning.site import LocalSite
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.schedule import Step
 
 OTHER = {"fold": 1, "seed": 7, "lr": 0.25}
 """Settings that decide which rows train, or how, and that no shape of a model shows."""
@@ -47,19 +47,19 @@ def test_two_sites_offered_different_settings_find_no_common_plan(tmp_path, monk
         """What a site that was offered these settings says to the plan of the first ones."""
         return asyncio.run(begun(folder, settings, offered)).link.said[-1]
 
-    assert isinstance(answer(tmp_path / "1", offered), job.PlanAgreed)
-    assert answer(tmp_path / "2", other) == job.Unable("job", "a", "unable")
+    assert isinstance(answer(tmp_path / "1", offered), job_messages.PlanAgreed)
+    assert answer(tmp_path / "2", other) == job_messages.Unable("job", "a", "unable")
     if key == "lr":
         return  # it is in the plan in clear as well, so there is no rule to switch off
     # Control: without the digest of the settings in the plan, both agree, and a round sums their vectors.
     monkeypatch.setattr(config, "settings_digest", lambda *_: "")
     assert answer(tmp_path / "3", offered) == answer(tmp_path / "4", other)
-    assert isinstance(answer(tmp_path / "5", other), job.PlanAgreed)
+    assert isinstance(answer(tmp_path / "5", other), job_messages.PlanAgreed)
 
 
 def test_every_setting_that_travels_changes_the_plan():
     """Not a list of settings that somebody has to remember: all of them."""
-    shape = job.ModelShape("t", "0" * 64, 5, 0, 0, "", ())
+    shape = job_messages.ModelShape("t", "0" * 64, 5, 0, 0, "", ())
     first = build_job(settings(public=False))
     digests = {settings_digest(first, 64), settings_digest(first, 65)}
     changes = {

@@ -17,7 +17,7 @@ from deployment import HUB, deployment
 from support.hostile_coordinator import attack, hostile
 from support.unguarded_site import colluding, unguarded
 
-from fedcore.task import load_task
+from fedcore.learning.task import load_task
 
 SITES = ("a", "b", "c", "d")
 COLLUDER = "d"

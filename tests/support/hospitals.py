@@ -17,12 +17,12 @@ from safetensors import safe_open
 from support.lying_site import steering
 from support.unguarded_site import unguarded
 
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.experiment import job_for, prepare
-from fedcore.data.statistics import Statistics
-from fedcore.deployment import Command, running
-from fedcore.provision.kit import Kit
-from fedcore.rehearsal import _write
+from fedcore.cli.up import _write
+from fedcore.experiment.experiment import job_for, prepare
+from fedcore.identity.kit import Kit
+from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.state import JobState
+from fedcore.local_deployment import Command, running
 
 LIAR = "va"
 

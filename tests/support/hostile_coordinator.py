@@ -103,8 +103,8 @@ class Offers:
         return getattr(self._links, name)
 
     def say(self, site, job, message):
-        from fedcore.plan import canonical
-        from fedcore.protocol.job import JobOffer, PlanOffer
+        from fedcore.secagg.plan import canonical
+        from fedcore.secagg.protocol.job_messages import JobOffer, PlanOffer
 
         if site in self._job.attack.offers:
             if isinstance(message, JobOffer):
@@ -136,11 +136,11 @@ def install(folder):
     from fedcore_server import jobs, main, service
     from support.unguarded_site import SETTINGS, switches
 
-    from fedcore.aggregate.jobstate import JobState
-    from fedcore.protect.entropy import OsEntropy
-    from fedcore.protocol import coordinator, messages
-    from fedcore.protocol import job as job_messages
-    from fedcore.protocol.course import Step
+    from fedcore.learning.state import JobState
+    from fedcore.secagg.crypto.entropy import OsEntropy
+    from fedcore.secagg.protocol import job_messages, messages
+    from fedcore.secagg.protocol.round import coordinator
+    from fedcore.secagg.protocol.schedule import Step
     from fedcore.wire import calls
 
     folder = Path(folder)
@@ -243,7 +243,7 @@ def install(folder):
 
         def write_down(self):
             """The sum, if it can be opened here."""
-            from fedcore.protect.masked import MaskedSealer
+            from fedcore.secagg.crypto.masked import MaskedSealer
             from fedcore.store import container
 
             header = self.stage.header

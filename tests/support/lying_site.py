@@ -74,7 +74,7 @@ class Question:
 
     def lie(self, plan, step, server, wides):
         """Fields and wide integers that bring the model nearer to the question."""
-        from fedcore.encode.quantise import quantise
+        from fedcore.secagg.encode.quantise import quantise
 
         size, bound = plan.parameters, server.bound
         velocity = server.moments.get("velocity", np.zeros(size))
@@ -88,7 +88,7 @@ class Question:
 
     def lie_at_calibration(self, plan, counts):
         """How many coordinates exceed each power of two."""
-        from fedcore.aggregate.adaptive_range import CALIBRATION_EXPONENTS
+        from fedcore.learning.adaptive_range import CALIBRATION_EXPONENTS
 
         return [
             plan.coordinates if 2.0**power < self.range_ else count
@@ -97,7 +97,7 @@ class Question:
 
     def hear(self, plan, opened, sites):
         """What a sum tells; the gradient of the others' rows where it answers the question."""
-        from fedcore.encode.quantise import dequantise
+        from fedcore.secagg.encode.quantise import dequantise
 
         bits, size, cap = plan.packing.bits, plan.parameters, plan.max_examples
         whole = dequantise(opened.coordinates, bits, self.bound, sites)

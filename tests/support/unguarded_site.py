@@ -82,7 +82,7 @@ def trusting(contribute):
     """Whatever the model is like, the site trains on it."""
 
     async def found(self, job, plan, step, state, record):
-        from fedcore.guard import GuardRecord, GuardRules
+        from fedcore.learning.guard import GuardRecord, GuardRules
 
         lenient = GuardRecord(GuardRules(loss_factor=1e300, rounds=1 << 30))
         lenient.memory = record.memory
@@ -114,20 +114,24 @@ RULES = {
     GUARD: [("fedcore_clients.training", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
-        ("fedcore.protocol.site", "check_round_threshold", _nothing),
-        ("fedcore.protocol.site", "Member.least", lambda _: lambda member: member.minimum),
+        ("fedcore.secagg.protocol.round.site", "check_round_threshold", _nothing),
+        (
+            "fedcore.secagg.protocol.round.site",
+            "Member.least",
+            lambda _: lambda member: member.minimum,
+        ),
     ],
-    ONE_SUM: [("fedcore.protocol.site", "_check_one_sum", _nothing)],
+    ONE_SUM: [("fedcore.secagg.protocol.round.site", "_check_one_sum", _nothing)],
     LEDGER: [
         ("fedcore_clients.jobs", "SiteJob._held_to_ledger", lambda _: lambda self, member: member)
     ],
     CERTIFIED: [
-        ("fedcore.protocol.site", "check_missed", _nothing),
+        ("fedcore.secagg.protocol.round.site", "check_missed", _nothing),
         ("fedcore_clients.jobs", "_require_certified", _nothing),
         ("fedcore_clients.jobs", "_key", lambda _: lambda found: f"round {found.header.round}"),
     ],
     IMPOSSIBLE: [
-        (f"fedcore.aggregate.{module}", "check_possible", _nothing)
+        (f"fedcore.learning.{module}", "check_possible", _nothing)
         for module in ("jobstate", "released")
     ],
     UNIFORM: [("fedcore_clients.jobs", "SiteJob._opened", _silent)],

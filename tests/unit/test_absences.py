@@ -19,13 +19,18 @@ from rich.console import Console
 from torch import nn
 
 import fedcore
-from fedcore import cli, edge
-from fedcore.comparison import api
-from fedcore.comparison.experiment import job_for, prepare
+from fedcore import api
+from fedcore.cli import console
+from fedcore.cli.main import main
+from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
+from fedcore.experiment.experiment import job_for, prepare
+from fedcore.experiment.simulation import Leaving
 from fedcore.files import read_json
-from fedcore.plan import PROTECTIONS, SCHEMES, default_threshold
-from fedcore.protocol.absences import (
+from fedcore.results import read_rounds
+from fedcore.run import all_abandoned
+from fedcore.secagg.plan import PROTECTIONS, SCHEMES, default_threshold
+from fedcore.secagg.protocol.absences import (
     ABANDONED_AT,
     STAGES,
     Absence,
@@ -33,10 +38,6 @@ from fedcore.protocol.absences import (
     outcome,
     parse_absence,
 )
-from fedcore.reproduction import reproduce
-from fedcore.results import read_rounds
-from fedcore.run import all_abandoned
-from fedcore.simulation import Leaving
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -496,7 +497,7 @@ def test_on_the_command_line_it_is_code_4_and_where_to_look(capfd):
         "2:submit:cleveland",
     )
     with pytest.raises(SystemExit) as ended:
-        cli.main([*call, *drops])
+        main.main([*call, *drops])
     said = capfd.readouterr().err
     assert ended.value.code == 4
     assert "round 1/2  abandoned at keys: 2 of 4 sites stayed, 3 needed" in said
@@ -508,16 +509,16 @@ def test_on_the_command_line_it_is_code_4_and_where_to_look(capfd):
         (("runs", "."), " abandoned\n"),
     ):
         with pytest.raises(SystemExit) as ended:
-            cli.main(call)
+            main.main(call)
         assert hint in "".join(capfd.readouterr()) and ended.value.code == (2 if "x" in call else 0)
 
 
 def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr(cli, "stderr", terminal)
-    monkeypatch.setattr(edge, "stderr", terminal)
-    bar = cli._Progress(3, 4)
+    monkeypatch.setattr(main, "stderr", terminal)
+    monkeypatch.setattr(console, "stderr", terminal)
+    bar = main._Progress(3, 4)
     for number, more in enumerate(
         ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
     ):
@@ -545,7 +546,7 @@ def test_an_interrupted_run_whose_rounds_were_abandoned_so_far_can_go_on():
 def test_the_screen_counts_the_sites_of_a_round(capfd):
     call = ("simulate", "--task", "heart", "--rounds", "2", "--protection", "plain", "--json")
     with pytest.raises(SystemExit) as ended:
-        cli.main([*call, "--drop=2:submit:va", "--dropout", "0", "--threshold", "3"])
+        main.main([*call, "--drop=2:submit:va", "--dropout", "0", "--threshold", "3"])
     out, said = capfd.readouterr()
     assert ended.value.code == 0
     lines = [line for line in said.splitlines() if line.startswith("round ")]

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.aggregate.adaptive_range import (
+from fedcore.learning.adaptive_range import (
     CALIBRATION_EXPONENTS,
     calibrated_bound,
     exceedance_counts,
     exceeds,
 )
-from fedcore.aggregate.adaptive_range import next_bound as rule
-from fedcore.plan import RangePlan
+from fedcore.learning.adaptive_range import next_bound as rule
+from fedcore.secagg.plan import RangePlan
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

@@ -16,9 +16,9 @@ from test_public_metrics import loaded, site_job, submitted
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import write_json
-from fedcore.label import Terms, label_of
-from fedcore.leaving import leaving_of
-from fedcore.protocol import job
+from fedcore.secagg.label import Terms, label_of
+from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.protocol import job_messages
 
 
 async def until(condition):
@@ -42,7 +42,7 @@ def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, cap
         approve_offer(tmp_path, "job", offer_digest(found.offer))
         await loading
         assert found.approval == "approved" and found.contributor.loaded == 1
-        assert [type(each) for each in found.link.said] == [job.Survey]
+        assert [type(each) for each in found.link.said] == [job_messages.Survey]
         return found
 
     found = asyncio.run(play())
@@ -84,7 +84,7 @@ def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, monkeypatch):
         found = site_job(tmp_path, submitted(), jobs="ask")
         loading = asyncio.get_running_loop().create_task(found._load())
         await until(lambda: found._asked)
-        found.ended = job.JobEnded("job", "stopped", "an operator stopped it")
+        found.ended = job_messages.JobEnded("job", "stopped", "an operator stopped it")
         await loading
         assert found.contributor.loaded == 0 and found.survey is None
 

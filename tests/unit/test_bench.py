@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from fedcore.bench import fold, protect
-from fedcore.encode.pack import Layout
 from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput, PlanRefused, TagRefused
-from fedcore.plan import MASKS, SCHEMES, VectorSpec, solve_packing
-from fedcore.protect import ckks
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.masking import add_masks
-from fedcore.protect.sumtag import SumTag
 from fedcore.report.terminal import as_text
+from fedcore.secagg.crypto import ckks
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.masking import add_masks
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import MASKS, SCHEMES, VectorSpec, solve_packing
 
 ROW_KEYS = {
     "name",

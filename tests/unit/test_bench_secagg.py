@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedcore.bench import secagg
-from fedcore.cli import main
+from fedcore.cli.main import main
 from fedcore.errors import BadInput, PlanRefused
 
 pytest.importorskip("tenseal.sealapi")

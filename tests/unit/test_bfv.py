@@ -19,11 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.encode.pack import Layout
 from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
-from fedcore.plan import RINGS, Packing, Ring, VectorSpec, field_width, solve_packing
-from fedcore.protect import bfv
-from fedcore.protect.bfv import (
+from fedcore.secagg.crypto import bfv
+from fedcore.secagg.crypto.bfv import (
     Courier,
     EncryptedFold,
     EncryptedSealer,
@@ -34,6 +32,8 @@ from fedcore.protect.bfv import (
     self_test,
     vector_size,
 )
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import RINGS, Packing, Ring, VectorSpec, field_width, solve_packing
 
 pytest.importorskip("tenseal.sealapi")
 
@@ -746,8 +746,8 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         import numpy as np
         from fedcore import loopback
         from fedcore.errors import Unavailable
-        from fedcore.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
-        from fedcore.protect.masked import MaskedFold, MaskedSealer
+        from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+        from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 
         plan = RoundPlan(
             "task", "", ("a", "b", "c"), "plain", solve_packing(16, 3, "plain"), 3, 0, 16, 1,

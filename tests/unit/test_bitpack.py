@@ -8,7 +8,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.encode.bitpack import group_of, pack_words, packed_size, unpack_words
+from fedcore.secagg.encode.bitpack import group_of, pack_words, packed_size, unpack_words
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 
 from fedcore.config import KEYS, SECTIONS, build_job, parse_set, read_job_file
 from fedcore.errors import BadInput, UnknownName
-from fedcore.plan import PROTECTIONS
+from fedcore.secagg.plan import PROTECTIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -8,7 +8,7 @@ from fedcore_clients.check import clock_text, version_text
 from fedcore_server import config as hub
 
 from fedcore.errors import BadInput, Refused, UnknownName
-from fedcore.provision.reach import endpoint
+from fedcore.identity.preflight import endpoint
 from fedcore.wire.frames import SOFTWARE, Welcome
 
 SITE = """

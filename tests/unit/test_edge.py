@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 from grpc._cython import cygrpc
 
-from fedcore.edge import JsonLines, TextLines, ago, start_logging, waiting_text
+from fedcore.cli.console import JsonLines, TextLines, ago, start_logging, waiting_text
 
 NOW = datetime(2026, 11, 21, 14, 0, 30).timestamp()  # noqa: DTZ001 - as a clock on the wall shows it
 

@@ -6,7 +6,7 @@ import builtins
 
 import pytest
 
-from fedcore.comparison.events import Events
+from fedcore.experiment.tensorboard import Events
 
 ROW = {"arm": "federated", "round": 1, "accuracy": 0.5, "loss": None}
 

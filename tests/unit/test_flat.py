@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fedcore.errors import BadInput, UnknownName
-from fedcore.learn import flat
-from fedcore.learn.flat import FlatModel, build_model, model_summary, seeded, single_thread
+from fedcore.learning import model as flat
+from fedcore.learning.model import FlatModel, build_model, model_summary, seeded, single_thread
 from fedcore.seeds import derive_seed
 
 

@@ -19,11 +19,11 @@ import pytest
 from fedcore_server.folding import FoldPool, chunk_slots
 
 from fedcore.errors import BadInput, ChunkRefused, StoreFull, StoreProblem
-from fedcore.plan import Packing, solve_packing
-from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.masking import add_masks, mask_sum
-from fedcore.protect.secret import SecretBytes
+from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import Packing, solve_packing
 from fedcore.store import container
 from fedcore.store.container import to_bytes, vector_digest
 from fedcore.store.spool import Spool

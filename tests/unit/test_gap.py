@@ -9,9 +9,9 @@ from statistics import mean, variance
 import numpy as np
 import pytest
 
-from fedcore.comparison import gap
-from fedcore.comparison.metrics import METRICS, Scores, evaluate_scores, get
 from fedcore.errors import BadInput
+from fedcore.experiment import gap
+from fedcore.learning.metrics import METRICS, Scores, evaluate_scores, get
 
 ROWS = 184
 

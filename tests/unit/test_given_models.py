@@ -26,12 +26,12 @@ from test_public_metrics import (
 
 import fedcore
 from fedcore.config import build_job, narrowest_policy, plan_of
-from fedcore.deployment import SiteTask, to_toml, write
 from fedcore.errors import BadInput, Conflicting, HeaderRefused, OutOfOrder, PlanRefused
-from fedcore.label import Terms, label_of
-from fedcore.learn import saved
-from fedcore.plan import RoundPlan, canonical
-from fedcore.protocol import job
+from fedcore.learning import saved
+from fedcore.local_deployment import SiteTask, to_toml, write
+from fedcore.secagg.label import Terms, label_of
+from fedcore.secagg.plan import RoundPlan, canonical
+from fedcore.secagg.protocol import job_messages
 
 GIVES = plan_for(release="coordinator")
 LAST = certificate(purpose="metrics", training_round=GIVES.rounds + 1)
@@ -48,7 +48,7 @@ def test_a_plan_that_gives_none_has_the_digest_it_always_had():
 
 
 def test_a_job_s_plan_has_what_the_job_says():
-    shape = job.ModelShape("t", "0" * 64, 5, 0, 0, "", GIVES.metric_sums)
+    shape = job_messages.ModelShape("t", "0" * 64, 5, 0, 0, "", GIVES.metric_sums)
     for asked in ("sites", "coordinator"):
         found = build_job({"protect": {"release": asked}, "max_examples": 64})
         assert plan_of(found, shape, SITES, 64).release == asked
@@ -112,17 +112,17 @@ def test_the_label_says_what_the_coordinator_is_given(protection, sites):
 def test_a_site_whose_operator_lets_no_model_go_refuses_the_job_before_a_row_is_read(tmp_path):
     asked = submitted(protect={"release": "coordinator"})
     found = loaded(tmp_path / "1", asked)
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     fine = loaded(tmp_path / "2", asked, release="coordinator")
-    assert [type(each) for each in fine.link.said] == [job.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
 
 
 def test_a_site_agrees_to_it_only_where_the_job_says_so(tmp_path):
     quiet, gives = submitted(), submitted(protect={"release": "coordinator"})
     for place, (settings, of_plan) in enumerate(product((quiet, gives), repeat=2)):
         found = offered(tmp_path / str(place), settings, of_plan, release="coordinator")
-        agreed = isinstance(found.link.said[-1], job.PlanAgreed)
+        agreed = isinstance(found.link.said[-1], job_messages.PlanAgreed)
         assert agreed is (settings is of_plan), found.link.said
 
 
@@ -146,7 +146,7 @@ def hand_over(folder, plan=GIVES):
 
 
 def word(site, digest=b"d" * 32, of=LAST):
-    return job.ModelMade("job", site, of.hash, digest)
+    return job_messages.ModelMade("job", site, of.hash, digest)
 
 
 def asked(found, sites=SITES, now=0.0, of=LAST):

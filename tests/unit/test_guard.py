@@ -12,8 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore import Task
-from fedcore import guard as guards
-from fedcore.aggregate.optimisers import (
+from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
+from fedcore.experiment.experiment import Experiment, job_for, prepare
+from fedcore.learning import checkpoint
+from fedcore.learning import guard as guards
+from fedcore.learning.data.rows import ArrayRows
+from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules
+from fedcore.learning.model import FlatModel
+from fedcore.learning.optimisers import (
     BETA1,
     BETA2,
     MOST_ADAPTIVE,
@@ -21,15 +27,9 @@ from fedcore.aggregate.optimisers import (
     init_state,
     largest_step,
 )
-from fedcore.aggregate.released import largest_move
-from fedcore.comparison.experiment import Experiment, job_for, prepare
-from fedcore.data.rows import ArrayRows
-from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
-from fedcore.guard import FLOOR, Guard, GuardMemory, GuardRules
-from fedcore.learn import checkpoint
-from fedcore.learn.flat import FlatModel
-from fedcore.learn.score import EVALUATION_BATCH, MOST_ROWS, has_loss, training_loss
-from fedcore.plan import ServerPlan
+from fedcore.learning.released import largest_move
+from fedcore.learning.scoring import EVALUATION_BATCH, MOST_ROWS, has_loss, training_loss
+from fedcore.secagg.plan import ServerPlan
 
 
 def guard_of(losses, monkeypatch, **rules):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.data import digits, heart
-from fedcore.data.linear import linear, logit_loss
-from fedcore.data.rows import load_rows
-from fedcore.data.tabular import Table
 from fedcore.errors import BadInput, UnknownName
-from fedcore.task import load_task
+from fedcore.learning.data import digits, heart
+from fedcore.learning.data.linear import linear, logit_loss
+from fedcore.learning.data.rows import load_rows
+from fedcore.learning.data.tabular import Table
+from fedcore.learning.task import load_task
 
 SOURCE_SHA256 = "574f2fa2b43012fa25fca4fcdb36bd7c6bccdd0af4242f6c0e4c8633c5a072ae"
 PROVENANCE = heart.FILE.with_name("heart.PROVENANCE.md").read_text()

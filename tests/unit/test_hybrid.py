@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, EnvelopeRefused, KeyRefused
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.hybrid import (
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.hybrid import (
     CIPHERTEXT_BYTES,
     ENVELOPE_OVERHEAD,
     HybridKey,

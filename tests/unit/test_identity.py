@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, RosterRefused, SignatureRefused
-from fedcore.protect import identity
-from fedcore.protect.identity import IdentityKey, roster_digest, verify
+from fedcore.secagg.crypto import identity_key
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest, verify
 
 ANN, BOB = IdentityKey(bytes(range(32))), IdentityKey(bytes(range(1, 33)))
 PRIME = 2**255 - 19
@@ -130,14 +130,14 @@ def test_refused_rosters(name):
 def test_the_list_of_small_order_points_is_whole():
     # x^2 = -y^2 makes a point double to y = 0, which has order 4; on the curve that is the equation.
     d = -121665 * pow(121666, -1, PRIME) % PRIME
-    y = identity._Y_OF_ORDER_8
+    y = identity_key._Y_OF_ORDER_8
     assert (d * y**4 + 2 * y**2 - 1) % PRIME == 0
     # One, minus one, two with y = 0 and four of order 8 are all eight.
-    assert {1, PRIME - 1, 0, y, PRIME - y} == identity._SMALL_ORDER_Y
+    assert {1, PRIME - 1, 0, y, PRIME - y} == identity_key._SMALL_ORDER_Y
 
 
 @pytest.mark.parametrize("sign", [0, 1])
-@pytest.mark.parametrize("y", sorted(identity._SMALL_ORDER_Y))
+@pytest.mark.parametrize("y", sorted(identity_key._SMALL_ORDER_Y))
 def test_small_order_identities_are_refused(y, sign):
     with pytest.raises(RosterRefused, match="small order"):
         roster_digest({"ann": ANN.public, "bob": (y + (sign << 255)).to_bytes(32, "little")})

@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedcore.encode.pack import Layout
 from fedcore.errors import TagRefused
-from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import (
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.keystream import draw_salt, stream_key
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import GroupSecret
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -25,13 +30,9 @@ from fedcore.plan import (
     Wide,
     solve_packing,
 )
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.keystream import draw_salt, stream_key
-from fedcore.protect.masking import mask_sum
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import GroupSecret
-from fedcore.protocol import effects, messages
-from fedcore.scheme import Scheme
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.scheme import Scheme
+from fedcore.stopwatch import Stopwatch
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 9000, (Wide("weight", 1, 20),))

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from fedcore.errors import EnvelopeRefused, SignatureRefused
-from fedcore.protect import identity, masking, symmetric
-from fedcore.protect.hybrid import HybridKey
-from fedcore.protect.identity import IdentityKey, verify
-from fedcore.protect.masking import mask_sum
-from fedcore.protect.symmetric import hkdf, keystream, open_box, seal_box
+from fedcore.secagg.crypto import identity_key, masking, symmetric
+from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.identity_key import IdentityKey, verify
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.symmetric import hkdf, keystream, open_box, seal_box
 
 
 def records(path: str) -> list[dict[str, str]]:
@@ -206,7 +206,7 @@ def test_the_first_block_of_a_mask_is_aes_of_zero():
 
 def test_ed25519_of_sign_input(monkeypatch):
     # secret || public : public : message : signature || message; what is signed is the message alone.
-    monkeypatch.setattr(identity, "_signed", lambda label, message: message)
+    monkeypatch.setattr(identity_key, "_signed", lambda label, message: message)
     with cryptography_vectors.open_vector_file("asymmetric/Ed25519/sign.input", "r") as lines:
         vectors = [[bytes.fromhex(part) for part in line.split(":")[:4]] for line in lines]
     assert len(vectors) == 1024

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.comparison.experiment import describe_plan
+from fedcore.cli.inspect import plan_page
 from fedcore.config import build_job, plan_of
 from fedcore.errors import PlanRefused
-from fedcore.inspection import plan_page
-from fedcore.label import Collusion, Terms, collusion, label_of, label_warnings
-from fedcore.plan import (
+from fedcore.experiment.experiment import describe_plan
+from fedcore.report.terminal import as_text
+from fedcore.secagg.label import Collusion, Terms, collusion, label_of, label_warnings
+from fedcore.secagg.plan import (
     ENCRYPTS,
     METRIC,
     PROTECTIONS,
@@ -29,7 +30,6 @@ from fedcore.plan import (
     default_threshold,
     solve_packing,
 )
-from fedcore.report.terminal import as_text
 
 MASKED = ("masked", "layered")
 

@@ -17,15 +17,15 @@ from policies import policy_of
 from test_public_metrics import certificate, loaded, site_job, submitted
 from torch.utils.data import TensorDataset
 
-from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job
-from fedcore.data.digest import rows_digest
-from fedcore.data.rows import ArrayRows, DatasetRows
-from fedcore.data.split import FoldSplit
 from fedcore.errors import PolicyRefused, StoreFull, StoreProblem
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job
-from fedcore.task import load_task
+from fedcore.learning.data.digest import rows_digest
+from fedcore.learning.data.rows import ArrayRows, DatasetRows
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.site import LocalSite
+from fedcore.learning.task import load_task
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.protocol import job_messages
 
 TASK = load_task("heart")
 ROWS, MORE = "a" * 64, "b" * 64
@@ -185,10 +185,10 @@ async def load(found):
 
 def test_a_job_too_many_over_the_same_rows_is_refused(tmp_path, caplog):
     found = asyncio.run(load(spent(tmp_path / "1", 2, ["j1", "j2"])))
-    assert found.link.said == [job.Unable("job", "a", "policy")] and found.survey is None
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")] and found.survey is None
     assert "found 2 others over the same rows in 30 days" in caplog.text
     fine = asyncio.run(load(spent(tmp_path / "2", 2, ["j1"])))
-    assert [type(each) for each in fine.link.said] == [job.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
 
 
 def test_of_jobs_offered_at_once_no_more_than_allowed_are_given_a_sum(tmp_path):
@@ -238,7 +238,7 @@ def test_the_digest_of_a_table_is_the_same_in_every_job(tmp_path):
 
 
 def test_missing_values_and_zeros_have_one_form():
-    from fedcore.data.rows import Layout, TableRows
+    from fedcore.learning.data.rows import Layout, TableRows
 
     layout = Layout(("age",), ((0.0, 1.0),), (False,))
     fixed, y = np.zeros((2, 0), dtype=np.float32), torch.zeros(2, dtype=torch.int64)

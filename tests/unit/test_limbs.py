@@ -8,9 +8,9 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.encode.limbs import from_limbs, limb_count, to_limbs
 from fedcore.errors import BadInput
-from fedcore.plan import field_width
+from fedcore.secagg.encode.limbs import from_limbs, limb_count, to_limbs
+from fedcore.secagg.plan import field_width
 
 
 @st.composite

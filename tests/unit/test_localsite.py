@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 import fedcore
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.localsite import LocalSite
 from fedcore.config import build_job, plan_of
-from fedcore.data.heart import HOSPITALS, _records
-from fedcore.data.split import FoldSplit, HashSplit
-from fedcore.data.statistics import statistics_vector
-from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput, HeaderRefused
-from fedcore.learn.flat import single_thread
-from fedcore.plan import PLAN_VERSION, RoundHeader, RoundPlan
-from fedcore.protocol.course import Step, check_step, first_step, step_after
-from fedcore.task import load_task
+from fedcore.learning.data.heart import HOSPITALS, _records
+from fedcore.learning.data.split import FoldSplit, HashSplit
+from fedcore.learning.data.statistics import statistics_vector
+from fedcore.learning.model import single_thread
+from fedcore.learning.site import LocalSite
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.plan import PLAN_VERSION, RoundHeader, RoundPlan
+from fedcore.secagg.protocol.schedule import Step, check_step, first_step, step_after
 
 SETTINGS = {
     "rounds": 3, "seed": 4, "protection": "plain", "arms": ("federated",), "resamples": 0,

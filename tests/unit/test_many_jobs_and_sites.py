@@ -13,9 +13,9 @@ from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
 from rich.console import Console
 
 from fedcore.config import build_job
-from fedcore.plan import canonical
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol import job_messages
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
@@ -42,9 +42,9 @@ def hub(tmp_path):
 def over(hub, name):
     """A job that has ended, as the coordinator has it."""
     settings = {"protection": "layered", "rounds": 20, "max_examples": 16}
-    offer = job.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
+    offer = job_messages.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
     found = hub.jobs[name] = CoordinatedJob(hub.house, hub, offer)
-    found.outcome = job.JobEnded(name, "finished", "", "")
+    found.outcome = job_messages.JobEnded(name, "finished", "", "")
     found.progress.state = "finished"
     return found
 
@@ -103,9 +103,9 @@ def test_what_every_site_hears_is_laid_out_once(hub):
     sessions = {name: SiteSession(None) for name in SITES[:3]}
     hub.sessions.update(sessions)
     words = [
-        ("one", job.JobEnded("one", "finished", "", "")),
-        ("one", job.JobEnded("one", "stopped", "", "")),
-        ("two", job.JobEnded("one", "stopped", "", "")),
+        ("one", job_messages.JobEnded("one", "finished", "", "")),
+        ("one", job_messages.JobEnded("one", "stopped", "", "")),
+        ("two", job_messages.JobEnded("one", "stopped", "", "")),
     ]
     for name, message in words:
         for site in sessions:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.encode.pack import Layout
 from fedcore.errors import BadInput, ChunkRefused
-from fedcore.plan import VectorSpec, solve_packing
-from fedcore.protect import words
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.plain import PlainFold, PlainSealer
+from fedcore.secagg.crypto import words
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import VectorSpec, solve_packing
 
 
 @settings(max_examples=50)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput
-from fedcore.protect import masking
-from fedcore.protect.masking import add_masks, mask_sum
-from fedcore.protect.symmetric import keystream
+from fedcore.secagg.crypto import masking
+from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.symmetric import keystream
 
 SEED, OTHER = bytes(range(32)), bytes(range(32, 64))
 

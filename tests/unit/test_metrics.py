@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedcore.comparison import metrics as m
 from fedcore.errors import BadInput, TaskFailed, UnknownName
+from fedcore.learning import metrics as m
 
 CLASSIFICATION = ("accuracy", "auc", "balanced_accuracy")
 REGRESSION = ("mse", "mae")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from fedcore.comparison import metrics as m
+from fedcore.learning import metrics as m
 
 Rows = tuple[np.ndarray, np.ndarray]
 FEW = settings(max_examples=60, deadline=None)

@@ -17,9 +17,9 @@ from fedcore_server import jobs
 from fedcore_server.config import FederationConfig, LimitsSection
 
 from fedcore import errors
-from fedcore.protocol import coordinator
-from fedcore.protocol.encoding import type_name
-from fedcore.protocol.job import OUTCOMES, REASONS
+from fedcore.secagg.protocol.job_messages import OUTCOMES, REASONS
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import type_name
 from fedcore.wire.frames import GOODBYES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fedcore
-from fedcore.aggregate.optimisers import OPTIMISERS, apply_update, init_state, optimiser_of
 from fedcore.errors import UnknownName
-from fedcore.plan import ServerPlan
+from fedcore.learning.optimisers import OPTIMISERS, apply_update, init_state, optimiser_of
+from fedcore.secagg.plan import ServerPlan
 
 NAMES = sorted(OPTIMISERS)
 BETA1, BETA2 = 0.9, 0.99  # Reddi et al. 2021, section 5
@@ -173,9 +173,9 @@ DIGEST = """
     import hashlib, sys
     import numpy as np
     import torch  # the process of a real site: its kernels and threads are there, and must not matter
-    from fedcore.aggregate.optimisers import OPTIMISERS, apply_update, init_state
-    from fedcore.encode.quantise import dequantise
-    from fedcore.plan import ServerPlan
+    from fedcore.learning.optimisers import OPTIMISERS, apply_update, init_state
+    from fedcore.secagg.encode.quantise import dequantise
+    from fedcore.secagg.plan import ServerPlan
 
     torch.ones(300_000).sqrt_()  # starts the thread pool
     bits, bound, sites, size = 16, 0.37, 5, 100_003

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 
-from fedcore.encode.pack import Layout
 from fedcore.errors import BadInput, TagRefused
-from fedcore.plan import VectorSpec, Wide, solve_packing
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import VectorSpec, Wide, solve_packing
 
 SITES = 5
 PACKING = solve_packing(16, SITES, "encrypted")

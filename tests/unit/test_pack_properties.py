@@ -8,8 +8,8 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.encode.pack import Layout
-from fedcore.plan import RINGS, Packing, VectorSpec, Wide, field_width, solve_packing
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import RINGS, Packing, VectorSpec, Wide, field_width, solve_packing
 
 
 @st.composite

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import fedcore
 from fedcore.errors import BadInput, EnvelopeRefused, KeyRefused
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.hybrid import CIPHERTEXT_BYTES, HybridKey, HybridPublic
-from fedcore.protect.pairwise import (
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.hybrid import CIPHERTEXT_BYTES, HybridKey, HybridPublic
+from fedcore.secagg.crypto.pairwise import (
     OFFER_BYTES,
     MaskRoot,
     make_offer,
@@ -25,7 +25,7 @@ from fedcore.protect.pairwise import (
     pair_seed,
     self_mask_seed,
 )
-from fedcore.protect.symmetric import Label, derive, framed
+from fedcore.secagg.crypto.symmetric import Label, derive, framed
 
 OS = OsEntropy()
 HEADER, OTHER_HEADER = (hashlib.sha256(text).digest() for text in (b"round 7", b"round 8"))

@@ -7,10 +7,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedcore.data.partition import group, site_id, split
-from fedcore.data.rows import load_rows
 from fedcore.errors import BadInput, UnknownName
-from fedcore.task import Task
+from fedcore.learning.data.partition import group, site_id, split
+from fedcore.learning.data.rows import load_rows
+from fedcore.learning.task import Task
 
 
 def numbered(labels):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.errors import ChunkRefused
-from fedcore.plan import solve_packing
-from fedcore.protect import words
-from fedcore.protect.plain import PlainFold, PlainSealer
+from fedcore.secagg.crypto import words
+from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.plan import solve_packing
 
 
 @settings(max_examples=50)

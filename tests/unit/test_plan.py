@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName
-from fedcore.plan import (
+from fedcore.secagg.plan import (
     MAX_MASKED_SITES,
     MAX_SLOT_BITS,
     PLAN_VERSION,
@@ -218,7 +218,7 @@ def test_the_price_list_covers_every_roster_once_and_names_what_does_not_fit(mon
             assert row["degree"] == packing.ring.degree
             price = packing.wire_bits / packing.fields_per_slot / 8
             assert row["bytes_up_per_parameter"] == pytest.approx(price, abs=5e-4)
-    monkeypatch.setattr("fedcore.plan.RINGS", (Ring(1024, (1 << 27) - 2047),))
+    monkeypatch.setattr("fedcore.secagg.plan.RINGS", (Ring(1024, (1 << 27) - 2047),))
     last = price_list(16, "encrypted", limit=64)[-1]
     assert (last["fields_per_slot"], last["degree"], last["bytes_up_per_parameter"]) == (None,) * 3
     assert price_list(16, "plain", limit=5)[0]["degree"] is None

@@ -16,9 +16,9 @@ from test_deployed_configs import SITE
 from test_public_metrics import certificate, loaded, offered, plan_for, submitted
 
 from fedcore.config import build_job, narrowest_policy
-from fedcore.deployment import to_toml
 from fedcore.errors import BadInput, PolicyRefused, UnknownName
-from fedcore.protocol import job
+from fedcore.local_deployment import to_toml
+from fedcore.secagg.protocol import job_messages as job
 
 SITES = 4
 

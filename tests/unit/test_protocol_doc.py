@@ -14,7 +14,8 @@ from typing import Any, get_args
 import pytest
 
 from fedcore import errors
-from fedcore.protocol import coordinator, effects, epoch, messages, shared, site
+from fedcore.secagg.protocol import effects, epoch, messages, shared
+from fedcore.secagg.protocol.round import coordinator, site
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 BLOCK = r"<!-- moves: {} -->\n```\n(.*?)```"

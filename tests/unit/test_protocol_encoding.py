@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from parties import Parties, secrets_in
 
 from fedcore.errors import MalformedMessage
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import MAX_DEPTH, decode, digest, encode
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import MAX_DEPTH, decode, digest, encode
 
 
 def said():

@@ -24,11 +24,12 @@ from fedcore.errors import (
     StateDiffers,
     ThresholdRefused,
 )
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import key_id
-from fedcore.protocol import epoch, messages, site
-from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.messages import sign
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import key_id
+from fedcore.secagg.protocol import epoch, messages
+from fedcore.secagg.protocol.messages import sign
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import decode, encode
 
 
 def test_everybody_ends_with_the_maker_s_payload():

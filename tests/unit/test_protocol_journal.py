@@ -25,10 +25,11 @@ from parties import (
 )
 
 from fedcore.errors import Conflicting, HeaderRefused
-from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.absences import STAGES
-from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.messages import sign
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.absences import STAGES
+from fedcore.secagg.protocol.messages import sign
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import decode, encode
 
 PROTECTIONS = ("masked", "encrypted", "encrypted-keystream")
 WHO = ("s00", "s02", HUB)

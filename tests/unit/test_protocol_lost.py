@@ -8,9 +8,10 @@ import pytest
 from parties import HUB, KEY_ID, PAYLOAD, Epochs, Parties, granted_by, with_late_joiner
 
 from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, ThresholdRefused
-from fedcore.protect.sumtag import key_id
-from fedcore.protocol import coordinator, effects, epoch, messages, site
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.crypto.sumtag import key_id
+from fedcore.secagg.protocol import effects, epoch, messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
 
 
 def lose(parties, name, kind):

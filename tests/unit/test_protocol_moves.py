@@ -14,10 +14,11 @@ import pytest
 from parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
 
 from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned, SecondSum
-from fedcore.protocol import coordinator, messages, site
-from fedcore.protocol.absences import STAGES
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.shared import answered
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.absences import STAGES
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import answered
+from fedcore.secagg.protocol.wire_form import encode
 
 MACHINES = {"site": site, "coordinator": coordinator}
 ENDED = coordinator.Ready | coordinator.Released | coordinator.Abandoned

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parties import Parties, net, plan_of, recoded
 
-from fedcore import loopback
 from fedcore.errors import RoundAbandoned
-from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import MASKS, VectorSpec, Wide
-from fedcore.protocol import messages, site
-from fedcore.protocol.absences import ABANDONED_AT, STAGES, outcome
+from fedcore.secagg import in_process
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import MASKS, VectorSpec, Wide
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.absences import ABANDONED_AT, STAGES, outcome
+from fedcore.secagg.protocol.round import site
+from fedcore.stopwatch import Stopwatch
 
 SPEC = VectorSpec("update", 6, (Wide("weight", 1, 20),))
 NEEDS_BFV = pytest.mark.skipif(not find_spec("tenseal"), reason="needs tenseal")
@@ -196,8 +198,8 @@ def test_rounds_are_the_same_through_the_messages_bytes(protection, monkeypatch)
         return deliver
 
     for name in ("_to_site", "_to_hub"):
-        original = getattr(loopback._Exchange, name)
-        monkeypatch.setattr(loopback._Exchange, name, through_bytes(original))
+        original = getattr(in_process._Exchange, name)
+        monkeypatch.setattr(in_process._Exchange, name, through_bytes(original))
     job = Job(4, 3, protection, 4)
     assert job.check({"s01": "submit"}) and job.check({"s02": "release"}) and job.check({})
     heard = {*messages.SiteMessage.__args__, *messages.CoordinatorMessage.__args__}

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from fedcore.errors import AlreadyExists, BadInput, UnknownName
-from fedcore.provision.authority import LOOPBACK, Authority
-from fedcore.provision.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, Kit
-from fedcore.provision.peer import ROLES, peer_of
+from fedcore.identity.authority import LOOPBACK, Authority
+from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, Kit
+from fedcore.identity.peer import ROLES, peer_of
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

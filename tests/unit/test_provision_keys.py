@@ -14,11 +14,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, RosterRefused
-from fedcore.protect.identity import IdentityKey, roster_digest, verify
-from fedcore.protect.secret import SecretBytes
-from fedcore.provision.authority import Authority
-from fedcore.provision.identities import create_identity, read_identity, read_roster, write_roster
-from fedcore.provision.kit import (
+from fedcore.identity.authority import Authority
+from fedcore.identity.identities import create_identity, read_identity, read_roster, write_roster
+from fedcore.identity.kit import (
     AUTHORITY_FILE,
     CERTIFICATE_FILE,
     KEY_FILE,
@@ -26,6 +24,8 @@ from fedcore.provision.kit import (
     read_key,
     write_private,
 )
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest, verify
+from fedcore.secagg.crypto.secret import SecretBytes
 
 NOW = datetime.now(UTC)
 HEART = Authority.create("heart", NOW)
@@ -70,8 +70,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "from fedcore.errors import BadInput\n"
-        "from fedcore.protect.secret import SecretBytes\n"
-        "from fedcore.provision.kit import write_private\n"
+        "from fedcore.secagg.crypto.secret import SecretBytes\n"
+        "from fedcore.identity.kit import write_private\n"
         "try: write_private(Path(sys.argv[1]), SecretBytes(bytes(1000)))\n"
         "except BadInput as error: print(error)\n"
     )

@@ -15,15 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.errors import CertificateRefused, SignatureRefused
-from fedcore.provision.authority import LOOPBACK, Authority
-from fedcore.provision.explain import (
-    check_certificate,
-    fingerprint,
-    printable,
-    refusal_from,
-    refusal_text,
-)
-from fedcore.provision.peer import (
+from fedcore.identity.authority import LOOPBACK, Authority
+from fedcore.identity.peer import (
     ROLES,
     Peer,
     peer_of,
@@ -31,6 +24,13 @@ from fedcore.provision.peer import (
     require_federation,
     require_role,
     require_rostered,
+)
+from fedcore.identity.verify import (
+    check_certificate,
+    fingerprint,
+    printable,
+    refusal_from,
+    refusal_text,
 )
 
 NOW = datetime.now(UTC)

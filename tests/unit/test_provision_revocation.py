@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, CertificateRefused
-from fedcore.provision.authority import Authority
-from fedcore.provision.peer import peer_of
-from fedcore.provision.revocation import EMPTY, Revocations
+from fedcore.identity.authority import Authority
+from fedcore.identity.peer import peer_of
+from fedcore.identity.revocation import EMPTY, Revocations
 
 NOW = datetime.now(UTC)
 HEART = Authority.create("heart", NOW)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from policies import job_at_a_site, policy_of
 
 import fedcore
-from fedcore import cli
+from fedcore.cli.main import main
 from fedcore.config import Reference, build_job, plan_of, wire_settings
 from fedcore.errors import (
     Conflicting,
@@ -31,8 +31,9 @@ from fedcore.errors import (
     OutOfOrder,
     PlanRefused,
 )
-from fedcore.label import Terms, label_of
-from fedcore.plan import (
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.label import Terms, label_of
+from fedcore.secagg.plan import (
     METRIC,
     RangePlan,
     RoundHeader,
@@ -43,12 +44,11 @@ from fedcore.plan import (
     canonical,
     solve_packing,
 )
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job
-from fedcore.protocol.encoding import decode, encode
-from fedcore.protocol.job import PublicMetric, PublicMetrics
-from fedcore.protocol.messages import Certificate
-from fedcore.protocol.publicmetrics import KEPT, Hearing, told, values_of
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
+from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
+from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
@@ -109,7 +109,7 @@ def test_a_plan_comes_back_from_its_json():
 
 
 def test_a_job_s_plan_has_what_the_job_says():
-    shape = job.ModelShape("t", "0" * 64, 5, 0, 0, "", PUBLIC.metric_sums)
+    shape = job_messages.ModelShape("t", "0" * 64, 5, 0, 0, "", PUBLIC.metric_sums)
     for asked in (False, True):
         found = build_job({"track": {"public_metrics": asked}, "max_examples": 64})
         assert plan_of(found, shape, SITES, 64).public_metrics is asked
@@ -151,7 +151,7 @@ def check_refused(verb, flag, value, error, capfd, folder, monkeypatch):
     monkeypatch.chdir(folder)
     words = [verb, "--task", "heart", "--protection", "encrypted", flag, value]
     with pytest.raises(SystemExit) as ended:
-        cli.main(words)
+        main.main(words)
     lines = capfd.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith(("error:", "hint:"))]
     assert ended.value.code == 3
@@ -213,17 +213,17 @@ def loaded(folder, settings, *messages, **rules):
 
 def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
     found = loaded(tmp_path / "1", ENCRYPTED)
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     fine = loaded(tmp_path / "2", submitted(track={"public_metrics": True}))
-    assert [type(each) for each in fine.link.said] == [job.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
 
 
 def offered(folder, settings, plan_settings, **rules):
     """A site's job that was sent a plan which a coordinator made of other settings than the job's."""
     shape = loaded(folder / "first", settings, **rules).survey.shape
     plan = plan_of(build_job(plan_settings), shape, SITES, 64)
-    message = job.PlanOffer("job", canonical(plan.to_json()))
+    message = job_messages.PlanOffer("job", canonical(plan.to_json()))
     return loaded(folder / "second", settings, message, **rules)
 
 
@@ -232,11 +232,11 @@ def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, ca
     quiet, public = submitted(), submitted(track={"public_metrics": True})
     for one, other in ((quiet, public), (public, quiet)):
         found = offered(tmp_path / str(one is quiet), one, other)
-        assert found.link.said[-1] == job.Unable("job", "a", "unable")
+        assert found.link.said[-1] == job_messages.Unable("job", "a", "unable")
         assert found.plan is None
     assert "will learn the metrics" not in caplog.text
     found = offered(tmp_path / "both", public, public)
-    assert found.plan.public_metrics and isinstance(found.link.said[-1], job.PlanAgreed)
+    assert found.plan.public_metrics and isinstance(found.link.said[-1], job_messages.PlanAgreed)
     assert "the coordinator will learn the metrics of each release" in caplog.text
 
 
@@ -496,7 +496,9 @@ def coordinated(folder, plan=PUBLIC, here=()):
         def say(self, *_):
             pass
 
-    found = CoordinatedJob(house, Links(), job.JobOffer("job", "t", "0" * 64, canonical(settings)))
+    found = CoordinatedJob(
+        house, Links(), job_messages.JobOffer("job", "t", "0" * 64, canonical(settings))
+    )
     journal.put("job", "offer", encode(found.offer))
     journal.put("job", "plan", canonical({"plan": plan.to_json(), "features": 0}))
     found._adopt(plan, 0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 
-from fedcore.encode import quantise as module
-from fedcore.encode.quantise import dequantise, quantise, step_size
 from fedcore.errors import BadInput
+from fedcore.secagg.encode import quantise as module
+from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
 
 
 class Uniform:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import dequantise as slow_dequantise
 from reference import quantise as slow_quantise
 
-from fedcore.encode.quantise import dequantise, quantise, step_size
+from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
 
 BITS = st.integers(2, 24)
 BOUNDS = st.one_of(st.sampled_from([2.0**e for e in range(-20, 11)]), st.floats(1e-6, 1e3))

@@ -15,8 +15,8 @@ from fedcore_server.service import Coordinator
 
 from fedcore.config import build_job
 from fedcore.errors import PlanRefused
-from fedcore.protect.identity import IdentityKey
-from fedcore.protocol import job
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.protocol import job_messages
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
@@ -58,7 +58,7 @@ def submit(hub, **settings):
 
 
 def end(hub, name):
-    hub.jobs[name].outcome = job.JobEnded(name, "finished", "", "")
+    hub.jobs[name].outcome = job_messages.JobEnded(name, "finished", "", "")
 
 
 @pytest.mark.parametrize(

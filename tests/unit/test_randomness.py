@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import fedcore
-from fedcore.plan import RINGS
-from fedcore.protect import bfv
-from fedcore.protect.bfv import EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.sumtag import GroupSecret
+from fedcore.secagg.crypto import bfv
+from fedcore.secagg.crypto.bfv import EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.sumtag import GroupSecret
+from fedcore.secagg.plan import RINGS
 from fedcore.seeds import derive_seed, generator
 
 PACKAGE = Path(fedcore.__file__).parent

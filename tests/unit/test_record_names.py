@@ -11,8 +11,9 @@ from parties import Parties
 from support.scripts import load_script
 
 from fedcore.errors import OutOfOrder
-from fedcore.protocol import coordinator, messages, site
-from fedcore.protocol.encoding import decode, encode, record, records
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import decode, encode, record, records
 from fedcore.store.journal import Journal
 from fedcore.wire.jobs import TO_COORDINATOR, TO_SITE
 

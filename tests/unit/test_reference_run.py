@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import fedcore
-from fedcore import simulation
-from fedcore.comparison import api
-from fedcore.data.rows import ArrayRows, split_rows
-from fedcore.plan import PROTECTIONS, TrainPlan, field_width
-from fedcore.protect.plain import PlainFold, PlainSealer
+from fedcore import api
+from fedcore.experiment import simulation
+from fedcore.learning.data.rows import ArrayRows, split_rows
+from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.plan import PROTECTIONS, TrainPlan, field_width
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -237,7 +237,7 @@ def shift_opened(monkeypatch, which, by):
         return total
 
     # Whoever looks on folds and opens one upload too: not here, where sums are counted.
-    monkeypatch.setattr("fedcore.comparison.arms.watch_one", lambda *_: None)
+    monkeypatch.setattr("fedcore.experiment.arms.watch_one", lambda *_: None)
     monkeypatch.setattr(PlainFold, "total", counted)
     monkeypatch.setattr(PlainSealer, "open", shifted)
 

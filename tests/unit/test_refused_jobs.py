@@ -14,9 +14,10 @@ from test_public_metrics import SITES, loaded, submitted
 
 from fedcore.config import build_job, plan_of
 from fedcore.errors import HeaderRefused, PlanRefused
-from fedcore.plan import canonical
-from fedcore.protocol import epoch, job, site
-from fedcore.protocol.messages import Announce, Keys
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol import epoch, job_messages
+from fedcore.secagg.protocol.messages import Announce, Keys
+from fedcore.secagg.protocol.round import site
 
 PLAIN = {"protection": "plain"}
 REFUSED = {
@@ -35,7 +36,7 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
     caplog.set_level(logging.WARNING)
     changes, line = REFUSED[what]
     found = loaded(tmp_path, submitted(protect=changes))
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
     assert found.contributor.loaded == 0 and found.plan is None
     (said,) = caplog.messages
     assert said.startswith(f"job job: refused: {line}") and "hint: " in said and "\n" not in said
@@ -64,18 +65,23 @@ def agrees_to_plain(folder):
     settings = submitted(protect=PLAIN)
     shape = loaded(folder / "other", submitted()).survey.shape
     plan = plan_of(build_job(settings), shape, SITES, 64)
-    return loaded(folder / "site", settings, job.PlanOffer("job", canonical(plan.to_json())))
+    return loaded(
+        folder / "site", settings, job_messages.PlanOffer("job", canonical(plan.to_json()))
+    )
 
 
 def test_a_whole_plain_job_gets_no_plan_agreed(tmp_path, monkeypatch):
     """Control: without the check the site surveys its rows and agrees."""
     found = agrees_to_plain(tmp_path / "1")
-    assert [type(each) for each in found.link.said] == [job.Unable]
+    assert [type(each) for each in found.link.said] == [job_messages.Unable]
     assert found.plan is None and found.survey is None
     others = tuple(rule for rule in policy._RULES if rule is not policy._protection)
     monkeypatch.setattr(policy, "_RULES", others)
     control = agrees_to_plain(tmp_path / "2")
-    assert [type(each) for each in control.link.said] == [job.Survey, job.PlanAgreed]
+    assert [type(each) for each in control.link.said] == [
+        job_messages.Survey,
+        job_messages.PlanAgreed,
+    ]
     assert control.plan.protection == "plain"
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.comparison.gap import PARTS
-from fedcore.comparison.metrics import METRICS
+from fedcore.experiment.gap import PARTS
+from fedcore.learning.metrics import METRICS
 from fedcore.report import sentences as say
 from fedcore.types import ARMS
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from fedcore.data.rows import (
+from fedcore.errors import BadInput, TaskFailed
+from fedcore.learning.data.rows import (
     ArrayRows,
     DatasetRows,
     TableRows,
@@ -17,9 +18,8 @@ from fedcore.data.rows import (
     pool,
     split_rows,
 )
-from fedcore.data.tabular import number
-from fedcore.errors import BadInput, TaskFailed
-from fedcore.task import Task
+from fedcore.learning.data.tabular import number
+from fedcore.learning.task import Task
 
 
 def task_of(found, **extra):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import fedcore
-from fedcore.comparison import api
+from fedcore import api
+from fedcore.cli.reproduce import reproduce
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.files import read_json, write_atomic
-from fedcore.plan import PROTECTIONS
-from fedcore.reproduction import reproduce
 from fedcore.run import list_runs
+from fedcore.secagg.plan import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -181,7 +181,7 @@ def test_a_run_made_in_memory_says_why_it_cannot_be_made_again():
 def test_a_loaded_model_takes_raw_rows():
     import pandas as pd
 
-    from fedcore.data import heart as module
+    from fedcore.learning.data import heart as module
 
     found = heart(rounds=5)
     frame = pd.read_csv(Path(module.__file__).with_name("heart.csv"))
@@ -348,7 +348,7 @@ def table_task(high, categories=("x", "y")):
 
 @pytest.mark.parametrize("changed", [table_task(90), table_task(120, ("y", "x"))])
 def test_the_plan_covers_how_columns_become_inputs(changed):
-    from fedcore.comparison.experiment import job_for, prepare
+    from fedcore.experiment.experiment import job_for, prepare
 
     digests = {prepare(*job_for(task, {})).plan.digest for task in (table_task(120), changed)}
     assert len(digests) == 2
@@ -360,7 +360,7 @@ def test_the_plan_covers_how_columns_become_inputs(changed):
 
 def test_resume_notices_changed_rows(tmp_path):
     assert fedcore.simulate  # the façade is loaded before the folder changes
-    from fedcore.scaffold import create
+    from fedcore.cli.scaffold import create
 
     create(tmp_path / "mine")
     with pytest.raises(KeyboardInterrupt):
@@ -375,7 +375,7 @@ def test_resume_notices_changed_rows(tmp_path):
 def test_a_loaded_model_finds_its_task_from_any_folder(tmp_path, monkeypatch):
     import pandas as pd
 
-    from fedcore.scaffold import create
+    from fedcore.cli.scaffold import create
 
     create(tmp_path / "mine")
     found = fedcore.simulate(job=tmp_path / "mine", rounds=2, out="run")
@@ -390,7 +390,7 @@ def test_a_loaded_model_finds_its_task_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_paths_count_from_the_layer_they_stand_in(tmp_path):
-    from fedcore.scaffold import create
+    from fedcore.cli.scaffold import create
 
     create(tmp_path / "mine")
     Path("north").mkdir()  # a folder named like nothing in particular

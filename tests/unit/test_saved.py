@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import fedcore
-from fedcore.data.rows import array_layout, load_rows
-from fedcore.data.statistics import Statistics
 from fedcore.errors import BadInput
-from fedcore.learn.saved import load_model, save_model
-from fedcore.task import Task
+from fedcore.learning.data.rows import array_layout, load_rows
+from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.saved import load_model, save_model
+from fedcore.learning.task import Task
 
 TASK_FILE = """
 import numpy as np, torch, fedcore

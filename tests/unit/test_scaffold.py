@@ -6,9 +6,9 @@ import math
 import pytest
 
 import fedcore
-from fedcore import scaffold
+from fedcore.cli import scaffold
+from fedcore.cli.scaffold import create
 from fedcore.errors import AlreadyExists, BadInput
-from fedcore.scaffold import create
 
 
 def test_it_runs_as_it_is(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedcore.errors import EnvelopeRefused
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.sealed import (
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.sealed import (
     NOTICE_LENGTH,
     OVERHEAD,
     open_checkpoint,
@@ -14,7 +14,7 @@ from fedcore.protect.sealed import (
     seal_checkpoint,
     seal_notice,
 )
-from fedcore.protect.sumtag import GroupSecret
+from fedcore.secagg.crypto.sumtag import GroupSecret
 
 STATE = b"parameters and moments" * 50
 PLACE = {"job": "job", "round_": 7, "certificate": "ab" * 32}

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import fedcore
-from fedcore.comparison import api
-from fedcore.comparison import seen as measured
-from fedcore.comparison.seen import (
+from fedcore import api
+from fedcore.experiment import exposure as measured
+from fedcore.experiment.exposure import (
     BOTH,
     COORDINATOR,
     SITE,
@@ -29,10 +29,14 @@ from fedcore.comparison.seen import (
     observe,
     watch_one,
 )
-from fedcore.encode.bitpack import pack_words
-from fedcore.encode.pack import Layout
-from fedcore.loopback import KeyEpoch, Stopwatch, Witness
-from fedcore.plan import (
+from fedcore.report import markdown, page
+from fedcore.report import readings as words
+from fedcore.secagg.crypto.masked import MaskedSealer
+from fedcore.secagg.crypto.masking import add_masks
+from fedcore.secagg.encode.bitpack import pack_words
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.plan import (
     ENCRYPTS,
     MASKS,
     PROTECTIONS,
@@ -45,10 +49,7 @@ from fedcore.plan import (
     TrainPlan,
     solve_packing,
 )
-from fedcore.protect.masked import MaskedSealer
-from fedcore.protect.masking import add_masks
-from fedcore.report import markdown, page
-from fedcore.report import readings as words
+from fedcore.stopwatch import Stopwatch
 
 pytest.importorskip("tenseal.sealapi")
 

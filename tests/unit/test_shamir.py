@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, ShareRefused, ThresholdRefused
-from fedcore.protect.shamir import PRIME, SHARE_BYTES, combine, split
+from fedcore.secagg.crypto.shamir import PRIME, SHARE_BYTES, combine, split
 
 SECRET = bytes(range(100, 132))
 

@@ -18,13 +18,14 @@ from test_public_metrics import SITES, coordinated, loaded, plan_for, submitted
 
 from fedcore.config import build_job, plan_of
 from fedcore.errors import BadInput, PeerRefused, ReleaseRefused
-from fedcore.plan import RoundHeader, canonical
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protect.identity import roster_digest
-from fedcore.protect.secret import SecretBytes
-from fedcore.protect.sumtag import key_id
-from fedcore.protocol import coordinator, course, effects, job, messages, site
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.sumtag import key_id
+from fedcore.secagg.plan import RoundHeader, canonical
+from fedcore.secagg.protocol import effects, job_messages, messages, schedule
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
 from fedcore.store import container
 from fedcore.wire import frames
 from fedcore.wire.jobs import TO_COORDINATOR
@@ -37,7 +38,9 @@ def in_epoch(folder, protection, done=None):
     settings = submitted(protect={"protection": protection})
     shape = loaded(folder / "shape", settings).survey.shape
     plan = plan_of(build_job(settings), shape, SITES, 64)
-    found = loaded(folder / "site", settings, job.PlanOffer("job", canonical(plan.to_json())))
+    found = loaded(
+        folder / "site", settings, job_messages.PlanOffer("job", canonical(plan.to_json()))
+    )
     payload = SecretBytes(found._scheme.make_payload())
     found._use(payload, "a")
     found.stage = site.Idle(Standing(1, key_id(payload.reveal())))
@@ -65,7 +68,7 @@ def invited(found, header):
     return found.link.said[before:]
 
 
-UPDATE_1, UPDATE_2 = course.Step("update", 1), course.Step("update", 2)
+UPDATE_1, UPDATE_2 = schedule.Step("update", 1), schedule.Step("update", 2)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +82,8 @@ UPDATE_1, UPDATE_2 = course.Step("update", 1), course.Step("update", 2)
         (UPDATE_1, "update", 1),  # the same step again, from another state
         (UPDATE_2, "update", 1),
         (UPDATE_2, "update", 2),
-        (course.Step("metrics", 3), "metrics", 3),  # the job is done
-        (course.Step("metrics", 3), "update", 2),
+        (schedule.Step("metrics", 3), "metrics", 3),  # the job is done
+        (schedule.Step("metrics", 3), "update", 2),
     ],
 )
 def test_a_round_out_of_the_jobs_course_is_not_joined(
@@ -89,11 +92,11 @@ def test_a_round_out_of_the_jobs_course_is_not_joined(
     """Its rows would enter a sum twice, or one that the plan does not have."""
     found = in_epoch(tmp_path / "1", "masked", done)
     said = invited(found, header_of(found, purpose, training_round))
-    assert [type(each) for each in said] == [messages.Leave, job.AtRest]
+    assert [type(each) for each in said] == [messages.Leave, job_messages.AtRest]
     assert isinstance(found.stage, site.Idle) and found.stage.standing.round == 0
     assert found.last_error.startswith("step: found ")
     control = in_epoch(tmp_path / "2", "masked", done)
-    monkeypatch.setattr(course, "check_step", lambda *_: None)
+    monkeypatch.setattr(schedule, "check_step", lambda *_: None)
     (keys,) = invited(control, header_of(control, purpose, training_round))
     assert isinstance(keys, messages.Keys)
 
@@ -150,7 +153,7 @@ def test_a_header_with_one_field_altered_is_refused_by_the_name_of_the_field(nam
         assert lie != getattr(good, name)
         said = invited(found, replace(good, **{name: lie}))
         assert found.last_error.startswith(f"{word}: found "), (lie, found.last_error)
-        assert [type(each) for each in said] == [messages.Leave, job.AtRest], lie
+        assert [type(each) for each in said] == [messages.Leave, job_messages.AtRest], lie
         assert found.stage == site.Idle(standing)
     (keys,) = invited(found, good)
     assert isinstance(keys, messages.Keys) and keys.header == good.digest
@@ -294,7 +297,7 @@ def test_a_record_of_another_site_is_refused_whatever_it_says(kind, tmp_path):
 
 def test_a_site_agrees_to_a_plan_for_itself_only(tmp_path, monkeypatch):
     found = coordinated(tmp_path)
-    agreed = job.PlanAgreed("job", "b", found.plan.digest)
+    agreed = job_messages.PlanAgreed("job", "b", found.plan.digest)
     with pytest.raises(PeerRefused):
         asyncio.run(found._on_message("a", agreed))
     assert not any(view.agreed for view in found.sites.values())

@@ -23,10 +23,10 @@ from fedcore_server.service import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.comparison.api import prepare_layers
+from fedcore.api import prepare_layers
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
-from fedcore.plan import canonical
-from fedcore.protect.identity import IdentityKey
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import canonical
 from fedcore.store import container
 from fedcore.wire import calls, frames
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import fedcore
-from fedcore import simulation
-from fedcore.comparison.transport import MetricTransport
 from fedcore.errors import BadInput, GuardTripped, PlanRefused, TagRefused
-from fedcore.learn.score import Scored
-from fedcore.learn.train import local_train
-from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import SCHEMES, VectorSpec, Wide
+from fedcore.experiment import simulation
+from fedcore.learning.metric_sums import MetricTransport
+from fedcore.learning.scoring import Scored
+from fedcore.learning.training import local_train
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import SCHEMES, VectorSpec, Wide
+from fedcore.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -98,7 +99,7 @@ def test_every_server_and_width_agrees_across_protections(server, bits):
 def test_one_round_is_the_weighted_mean_of_the_sites_models():
     """A slow obvious reference: train each site from the same start and average by the plan's weights."""
     found = run(rounds=1, protection="plain", bits=24, arms=("federated", "federated_float"))
-    from fedcore.comparison.experiment import job_for, prepare
+    from fedcore.experiment.experiment import job_for, prepare
 
     task, job = job_for(
         make_task(), {"sites": SITES, "rounds": 1, "protection": "plain", "bits": 24}
@@ -158,8 +159,8 @@ def test_metrics_that_travelled_protected_equal_the_pooled_ones():
 @pytest.mark.parametrize("scheme", PROTECTED)
 def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_path, monkeypatch):
     """Take one site's chunks out of the fold: the tag must notice, and the run must leave nothing."""
-    from fedcore.protect.bfv import EncryptedFold
-    from fedcore.protect.masked import MaskedFold
+    from fedcore.secagg.crypto.bfv import EncryptedFold
+    from fedcore.secagg.crypto.masked import MaskedFold
 
     fold = EncryptedFold if scheme in {"encrypted", "layered"} else MaskedFold
     original, seen = fold.add, []
@@ -180,7 +181,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
 
     No site's guard looks here: it would leave the model that the wrong sum leads to.
     """
-    from fedcore.protect.plain import PlainSealer
+    from fedcore.secagg.crypto.plain import PlainSealer
 
     original = PlainSealer.open
 
@@ -243,7 +244,7 @@ def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(mo
         module.eval()
         yield
 
-    monkeypatch.setattr("fedcore.learn.score._batch_statistics", evaluation_mode)
+    monkeypatch.setattr("fedcore.learning.scoring._batch_statistics", evaluation_mode)
     with pytest.raises(GuardTripped, match="after round 2"):
         run(task, protection="plain", arms=("federated",), **settings)
 
@@ -356,7 +357,7 @@ def test_own_metrics_survive_the_integers_with_their_sign():
 
 
 def prepared_run(**settings):
-    from fedcore.comparison.experiment import job_for, prepare
+    from fedcore.experiment.experiment import job_for, prepare
 
     given = {"sites": SITES, "rounds": 2, "range": 0.25} | settings
     return prepare(*job_for(make_task(), given))
@@ -365,8 +366,8 @@ def prepared_run(**settings):
 @pytest.mark.parametrize("scheme", PROTECTED)
 def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
     """Two runs of one seed: equal models, and no upload of one is an upload of the other."""
-    from fedcore.protect.bfv import EncryptedFold
-    from fedcore.protect.masked import MaskedFold
+    from fedcore.secagg.crypto.bfv import EncryptedFold
+    from fedcore.secagg.crypto.masked import MaskedFold
 
     fold = EncryptedFold if scheme in {"encrypted", "layered"} else MaskedFold
     original, sent = fold.add, []
@@ -388,7 +389,7 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
 
 def test_equal_contributions_of_two_sites_travel_as_different_bytes():
     """What `plain` cannot say: there equal vectors are equal but for the mark of the site."""
-    from fedcore.loopback import Witness
+    from fedcore.secagg.in_process import Witness
 
     spec = VectorSpec("update", 6, (Wide("weight", 1, 20),))
     fields = np.full(6, 7, dtype=np.uint64)
@@ -407,7 +408,7 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
 
 def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
-    from fedcore.comparison.experiment import Experiment, job_for, prepare
+    from fedcore.experiment.experiment import Experiment, job_for, prepare
 
     experiment = Experiment(
         prepare(*job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED}))
@@ -427,8 +428,8 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
 
 def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     """What the sites sign as their new state is what they then start from, in every kind of round."""
-    from fedcore.comparison.experiment import Experiment, job_for, prepare
-    from fedcore.plan import canonical
+    from fedcore.experiment.experiment import Experiment, job_for, prepare
+    from fedcore.secagg.plan import canonical
 
     led = []
     original = KeyEpoch.protected_sum

@@ -11,11 +11,11 @@ from fedcore_clients.config import SplitSection
 from pydantic import ValidationError
 from torch.utils.data import Dataset, TensorDataset
 
-from fedcore.data.heart import data
-from fedcore.data.rows import ArrayRows, DatasetRows
-from fedcore.data.split import FoldSplit, HashSplit, split_from_json, subsample
 from fedcore.errors import BadInput
-from fedcore.protect.identity import IdentityKey
+from fedcore.learning.data.heart import data
+from fedcore.learning.data.rows import ArrayRows, DatasetRows
+from fedcore.learning.data.split import FoldSplit, HashSplit, split_from_json, subsample
+from fedcore.secagg.crypto.identity_key import IdentityKey
 
 KEY = bytes(range(32))
 SPLIT = HashSplit(KEY, 0.2)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.data.statistics import (
+from fedcore.errors import BadInput, Refused
+from fedcore.learning.data.statistics import (
     FIXED_POINT_BITS,
     MIN_CONTRIBUTORS,
     MIN_OBSERVED,
@@ -18,9 +19,8 @@ from fedcore.data.statistics import (
     site_sums,
     statistics_vector,
 )
-from fedcore.encode.pack import Layout
-from fedcore.errors import BadInput, Refused
-from fedcore.plan import solve_packing
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import solve_packing
 
 LOW, HIGH = -3.0, 7.0
 STEP = (HIGH - LOW) / (2**FIXED_POINT_BITS - 1)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import StoreProblem
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.shared import Exchange, Standing
-from fedcore.protocol.site import Secrets
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.protocol.round.site import Secrets
+from fedcore.secagg.protocol.shared import Exchange, Standing
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.store import journal as module
 from fedcore.store.journal import SCHEMA, Entry, Journal
 
@@ -27,9 +27,9 @@ PRELUDE = """
 import os, resource, sys
 from pathlib import Path
 from fedcore.errors import StoreProblem
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol.shared import Standing
-from fedcore.protocol.site import Secrets
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.round.site import Secrets
 from fedcore.store.journal import Journal
 path = Path(sys.argv[1])
 """

@@ -17,14 +17,14 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.encode.pack import Layout
 from fedcore.errors import EnvelopeRefused, TagRefused
-from fedcore.plan import RoundHeader, VectorSpec, Wide, solve_packing
-from fedcore.protect import bfv, sumtag
-from fedcore.protect.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.masking import add_masks, mask_sum
-from fedcore.protect.sumtag import PRIME, GroupSecret, SumTag, key_id, state_tag
+from fedcore.secagg.crypto import bfv, sumtag
+from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.sumtag import PRIME, GroupSecret, SumTag, key_id, state_tag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.plan import RoundHeader, VectorSpec, Wide, solve_packing
 
 pytest.importorskip("tenseal.sealapi")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.data.tabular import Table, category, number, table
 from fedcore.errors import BadInput
+from fedcore.learning.data.tabular import Table, category, number, table
 
 pd = pytest.importorskip("pandas")
 

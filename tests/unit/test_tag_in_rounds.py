@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import fedcore
-from fedcore import loopback
-from fedcore.comparison.experiment import Experiment, job_for, prepare
-from fedcore.encode.pack import Layout
 from fedcore.errors import ReleaseRefused, TagRefused
-from fedcore.loopback import KeyEpoch, Stopwatch
-from fedcore.plan import (
+from fedcore.experiment.experiment import Experiment, job_for, prepare
+from fedcore.secagg import in_process
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
+from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.plan import (
     SCHEMES,
     RangePlan,
     RoundPlan,
@@ -29,13 +31,12 @@ from fedcore.plan import (
     Wide,
     solve_packing,
 )
-from fedcore.protect.masked import MaskedFold, MaskedSealer
-from fedcore.protect.sumtag import SumTag
-from fedcore.protocol import messages
+from fedcore.secagg.protocol import messages
+from fedcore.stopwatch import Stopwatch
 
 pytest.importorskip("tenseal.sealapi")
 
-from fedcore.protect.bfv import EncryptedFold, EncryptedSealer
+from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -117,7 +118,7 @@ def test_without_the_check_it_is_accepted(scheme, what, monkeypatch):
     Coordinator(monkeypatch, scheme)
     unchecked(monkeypatch)
     same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
-    monkeypatch.setattr("fedcore.scheme.stream_key", lambda *parts: same[parts[3]])
+    monkeypatch.setattr("fedcore.secagg.scheme.stream_key", lambda *parts: same[parts[3]])
     epoch = KeyEpoch("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
@@ -150,7 +151,7 @@ def test_another_ciphertext_of_the_sum_than_the_announced_one_is_refused(monkeyp
     another_ciphertext(epoch)
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
         protected(epoch, 100)
-    monkeypatch.setattr(loopback, "check_announced", lambda *_: None)
+    monkeypatch.setattr(in_process, "check_announced", lambda *_: None)
     control = KeyEpoch("job", plan_of("encrypted"))
     another_ciphertext(control)
     assert protected(control, 100).wides == {"weight": [300]}
@@ -223,7 +224,7 @@ class Shift:
     def __init__(self, monkeypatch, scheme, which):
         self.sums = 0
         # Whoever looks on folds and opens one upload too: not here, where sums are counted.
-        monkeypatch.setattr("fedcore.comparison.arms.watch_one", lambda *_: None)
+        monkeypatch.setattr("fedcore.experiment.arms.watch_one", lambda *_: None)
         fold, sealer = FOLDS[scheme], SEALERS[scheme]
         total, open_ = fold.total, sealer.open
 
@@ -283,7 +284,7 @@ def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, monke
 
 def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, scheme, monkeypatch):
     """Resumed with new keys and no attack, the run ends where an undisturbed one does."""
-    from fedcore.comparison import api
+    from fedcore import api
 
     settings = SETTINGS | settings_of(scheme)
     whole = fedcore.simulate(TASK, **settings).result

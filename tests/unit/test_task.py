@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from fedcore.data.linear import linear
-from fedcore.data.tabular import category, number, table
 from fedcore.errors import BadInput, TaskFailed, UnknownName
-from fedcore.task import Task, load_task, user_traceback
+from fedcore.learning.data.linear import linear
+from fedcore.learning.data.tabular import category, number, table
+from fedcore.learning.task import Task, load_task, user_traceback
 
 TEXT = """
 import fedcore
@@ -31,7 +31,7 @@ def test_file_with_and_without_attribute(tmp_path):
 
 def test_built_in_and_package():
     assert load_task("heart").origin == "heart"
-    assert load_task("fedcore.data.heart:task").name == "heart"
+    assert load_task("fedcore.learning.data.heart:task").name == "heart"
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,15 @@ def test_a_file_that_fails(tmp_path, text, kind, hint):
     with pytest.raises(TaskFailed, match=kind) as caught:
         load_task("task.py", tmp_path)
     shown = caught.value.user_traceback
-    assert "task.py" in shown and "fedcore/task.py" not in shown and "importlib" not in shown
+    assert (
+        "task.py" in shown and "fedcore/learning/task.py" not in shown and "importlib" not in shown
+    )
     assert bool(caught.value.remedy) == bool(hint) and hint in caught.value.remedy
     assert not any("_fedcore_task_" in name and sys.modules[name] is None for name in sys.modules)
 
 
 def test_traceback_starts_at_the_users_frame():
-    from fedcore.data.rows import load_rows
+    from fedcore.learning.data.rows import load_rows
 
     def data(source):
         raise ValueError("theirs")

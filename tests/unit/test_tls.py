@@ -27,11 +27,11 @@ from fedcore_clients import tls as client
 from fedcore_server import tls as server
 
 from fedcore.errors import BadInput, CertificateRefused
-from fedcore.protect.secret import SecretBytes
-from fedcore.provision.authority import LOOPBACK, Authority, Issued
-from fedcore.provision.kit import KEY_FILE, Kit
-from fedcore.provision.reach import preflight
-from fedcore.provision.revocation import EMPTY, Revocations
+from fedcore.identity.authority import LOOPBACK, Authority, Issued
+from fedcore.identity.kit import KEY_FILE, Kit
+from fedcore.identity.preflight import preflight
+from fedcore.identity.revocation import EMPTY, Revocations
+from fedcore.secagg.crypto.secret import SecretBytes
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 import fedcore
-from fedcore.aggregate.jobstate import JobState
-from fedcore.comparison.localsite import LocalSite
-from fedcore.comparison.tracking import Tracker
 from fedcore.config import build_job, plan_of
-from fedcore.data.split import FoldSplit
-from fedcore.encode.pack import Opened
 from fedcore.errors import BadInput
-from fedcore.learn.flat import single_thread
-from fedcore.protocol.course import first_step, step_after
-from fedcore.task import load_task
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.model import single_thread
+from fedcore.learning.site import LocalSite
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+from fedcore.learning.tracking import Tracker
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.protocol.schedule import first_step, step_after
 
 REFERENCE = {"metric": "auc", "value": 0.95, "source": "a registry"}
 SETTINGS = {

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedcore.data.rows import ArrayRows, DatasetRows
 from fedcore.errors import BadInput, TaskFailed
-from fedcore.learn.flat import FlatModel, build_model
-from fedcore.learn.score import probe, score
-from fedcore.learn.train import local_train
-from fedcore.plan import TrainPlan
-from fedcore.task import Task
+from fedcore.learning.data.rows import ArrayRows, DatasetRows
+from fedcore.learning.model import FlatModel, build_model
+from fedcore.learning.scoring import probe, score
+from fedcore.learning.task import Task
+from fedcore.learning.training import local_train
+from fedcore.secagg.plan import TrainPlan
 
 
 def task(**changes):
@@ -152,7 +152,7 @@ def test_an_exception_names_site_and_round_and_shows_the_user_s_frames():
             task(predict=broken), nn.Linear(3, 2), rows(), TrainPlan(), seed=0, round_=3, site="a"
         )
     trace = caught.value.user_traceback
-    assert "in broken" in trace and "fedcore/learn" not in trace
+    assert "in broken" in trace and "fedcore/learning" not in trace
 
 
 def test_the_centralised_arm_is_called_by_its_name():
@@ -246,7 +246,7 @@ def test_a_probe_looks_at_shapes_only():
 
 @pytest.mark.parametrize("name", ["probe", "score"])
 def test_scoring_builds_no_graph(name):
-    from fedcore.learn import score as module
+    from fedcore.learning import scoring as module
 
     seen = []
 

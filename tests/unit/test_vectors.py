@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from support.scripts import load_script
 
-from fedcore import errors, loopback
-from fedcore.protect.entropy import OsEntropy
-from fedcore.protocol import coordinator, effects, messages, site
-from fedcore.protocol.encoding import decode, records, type_name
+from fedcore import errors
+from fedcore.secagg import in_process
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.wire_form import decode, records, type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 VERIFIER = ROOT / "scripts" / "vectors" / "verify.py"
@@ -222,7 +224,7 @@ def arrive(entry, data, kind):
     event = coordinator.Received(entry["sender"], message)
     if kind is messages.Submit:
         vector = found.vectors[entry["sender"]]
-        digest = loopback.vector_digest([vector])
+        digest = in_process.vector_digest([vector])
         event = coordinator.Uploaded(entry["sender"], message, digest, len(vector))
     return sent.stage, coordinator.step(found.hub.hub, sent.stage, event, 0.0)
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedcore.errors import MalformedMessage
-from fedcore.protocol.messages import Leave
+from fedcore.secagg.protocol.messages import Leave
 from fedcore.wire import calls, chunks, frames, records, refusals
 from fedcore.wire._generated import federation_pb2 as pb
 from fedcore.wire.limits import PART

@@ -10,11 +10,12 @@ import pytest
 from parties import HUB, JOB, Epochs, Parties
 
 from fedcore.errors import MalformedMessage
-from fedcore.protect.secret import SecretBytes
-from fedcore.protocol import effects, encoding, epoch, site
-from fedcore.protocol.encoding import encode
-from fedcore.protocol.messages import Announce, Keys, Leave
-from fedcore.protocol.shared import Standing
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.protocol import effects, epoch, wire_form
+from fedcore.secagg.protocol.messages import Announce, Keys, Leave
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire.frames import FROM_SITE, TO_SITE, Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 from fedcore.wire.records import (
@@ -220,8 +221,8 @@ def test_decoding_stops_at_a_list_that_is_too_long_and_at_the_first_item_of_anot
     monkeypatch,
 ):
     """Within the length of 500 sites: counted by what is read, not by time."""
-    read, real = [], encoding._read
-    monkeypatch.setattr(encoding, "_read", lambda *args: read.append(args[1]) or real(*args))
+    read, real = [], wire_form._read
+    monkeypatch.setattr(wire_form, "_read", lambda *args: read.append(args[1]) or real(*args))
     with pytest.raises(MalformedMessage, match=f"at most {MOST_ITEMS} items"):
         unpack_record(grants_of(EMPTY_GRANT, 100_000), FROM_SITES, sender="va", sites=500)
     with pytest.raises(MalformedMessage, match="found NoneType in a list, expected Grant"):

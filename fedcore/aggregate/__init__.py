@@ -1,1 +1,0 @@
-"""What happens to a released sum: the server optimiser's step, and the range of the next round."""

@@ -1,0 +1,362 @@
+"""`fedcore.simulate` and `fedcore.compare`: the two functions behind the commands of the same names.
+
+Both take a task (object, name or path), sites, and any setting by its keyword; both work in a script
+without a `__main__` guard, in a notebook and with lambdas, since nothing leaves this process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedcore.config import Job, read_job_file
+from fedcore.environment import environment
+from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
+from fedcore.experiment.experiment import (
+    OnRound,
+    Prepared,
+    RunWriter,
+    absence_warnings,
+    job_for,
+    job_json,
+    prepare,
+    run_experiment,
+    shared_warnings,
+    stored_job,
+)
+from fedcore.experiment.gap import summarise_cells
+from fedcore.files import append_row, write_json
+from fedcore.learning.task import Task
+from fedcore.run import Comparison, Run, all_abandoned, new_directory
+from fedcore.types import Json
+
+OnReady = Callable[[Prepared, Path], None]
+OnCell = Callable[[Json, int, int], None]
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """The default of `say`: a library does not print."""
+
+
+def simulate(
+    task: Task | str | None = None,
+    sites: Mapping[str, Any] | None = None,
+    *,
+    job: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+    **settings: Any,
+) -> Run:
+    """Run one simulated federation and its comparison arms; returns the finished `Run`.
+
+    task: a `fedcore.Task`, `"heart"`, `"path/to/file.py[:attribute]"` or `"package.module:attribute"`.
+    sites: {site id: source for task.data}; the job's or the task's own sites without it.
+    job: a job file, or a folder with job.toml in it. settings: any key of a job, e.g. `rounds=20`,
+    `seed=0`, `protection="plain"`, `lr=0.1`.
+    out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/.
+    on_round: called with every row; return `fedcore.STOP` to end after this round.
+    Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
+    """
+    return simulate_layers(
+        _layers(task, sites, job, settings), task=task, out=out, force=force, on_round=on_round,
+        on_ready=on_ready, say=say,
+    )  # fmt: skip
+
+
+def simulate_layers(
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    task: Task | str | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+) -> Run:
+    """`simulate` from layers of settings, as the command line collects them."""
+    prepared = prepare_layers(layers, say, task=task)
+    name = f"{prepared.task.name}-{prepared.plan.protection}"
+    with new_directory(name, Path(out) if out else None, force=force) as directory:
+        writer = RunWriter(directory, prepared)
+        writer.start()
+        if on_ready is not None:
+            on_ready(prepared, directory)
+        return _run(prepared, writer, on_round, resume=False)
+
+
+def prepare_layers(
+    layers: Sequence[Mapping[str, Any]], say: Say = _silent, *, task: Task | str | None = None
+) -> Prepared:
+    """Everything before round 1: for `simulate`, `plan` and `check` alike."""
+    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
+    return prepare(found, complete, say)
+
+
+def resume(
+    directory: str | Path,
+    *,
+    task: Task | None = None,
+    on_round: OnRound | None = None,
+    on_ready: OnReady | None = None,
+    say: Say = _silent,
+) -> Run:
+    """Go on with an interrupted run after its last whole round, to the same bits."""
+    path = Path(directory)
+    if (path / "result.json").is_file():
+        return _finished(path, task)
+    stored = stored_job(path, task)
+    if stored.pop("kind") != "run":
+        raise BadInput(
+            f"--resume: found the comparison {path}, expected a run",
+            remedy="comparisons start again: `fedcore compare` with the same settings",
+        )
+    if all_abandoned(path):
+        raise BadInput(
+            f"--resume: found {path}, of which every round was abandoned, expected an interrupted run",
+            remedy="a new run with fewer absences: the same settings would end the same way",
+        )
+    found, complete = job_for(task, stored)
+    prepared = prepare(found, complete, say)
+    if on_ready is not None:
+        on_ready(prepared, path)
+    return _run(prepared, RunWriter(path, prepared), on_round, resume=True)
+
+
+def _finished(path: Path, task: Task | None) -> Run:
+    """A run interrupted while its report was drawn gets it now; any other is refused."""
+    from fedcore.report import PAGE, write
+
+    if (path / PAGE).is_file():
+        raise BadInput(
+            f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
+        )
+    write(path)
+    return Run(path, task)
+
+
+def _layers(
+    task: Task | str | None,
+    sites: Mapping[str, Any] | None,
+    job: str | Path | None,
+    settings: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
+    layers: list[Mapping[str, Any]] = [read_job_file(Path(job))] if job else []
+    if isinstance(task, str):
+        layers.append({"task": task})
+    elif not isinstance(task, Task | None):
+        raise BadInput(f"task: found {type(task).__name__}, expected a fedcore.Task or its name")
+    if sites is not None:
+        layers.append({"sites": sites})
+    return [*layers, settings]
+
+
+def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, resume: bool) -> Run:
+    from fedcore.report import write
+
+    directory = writer.directory
+    experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
+    result |= {"run": str(directory), "reproduce": reproduce_line(directory)}
+    writer.finish(experiment, result)
+    write(directory)
+    return Run(directory, prepared.task)
+
+
+def reproduce_line(directory: Path) -> str:
+    """What to type to run it again, whatever the directory is called."""
+    return f"fedcore reproduce {shlex.quote(str(directory))}"
+
+
+def compare(
+    task: Task | str | None = None,
+    sites: Mapping[str, Any] | None = None,
+    *,
+    seeds: int | Sequence[int] = 5,
+    job: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_cell: OnCell | None = None,
+    say: Say = _silent,
+    **settings: Any,
+) -> Comparison:
+    """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
+
+    seeds: how many (0, 1, ...), or which. `folds=` is the number of folds, each the test part once.
+    on_cell: called with each finished cell, its number and the number of all.
+    """
+    return compare_layers(
+        _layers(task, sites, job, settings), task=task, seeds=seeds, out=out, force=force,
+        on_cell=on_cell, say=say,
+    )  # fmt: skip
+
+
+def compare_layers(
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    task: Task | str | None = None,
+    seeds: int | Sequence[int] = 5,
+    out: str | Path | None = None,
+    force: bool = False,
+    on_cell: OnCell | None = None,
+    say: Say = _silent,
+) -> Comparison:
+    """`compare` from layers of settings, as the command line collects them."""
+    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
+        raise BadInput("seeds: found none, expected at least 1")
+    name = f"{found.name}-compare"
+    with new_directory(name, Path(out) if out else None, force=force) as directory:
+        result = _compare_into(directory, found, complete, chosen, on_cell, say)
+        result["reproduce"] = reproduce_line(directory)
+        write_json(directory / "result.json", result)
+        comparison = Comparison(directory)
+        comparison.report()
+    return comparison
+
+
+def _compare_into(
+    directory: Path,
+    task: Task,
+    job: Job,
+    seeds: Sequence[int],
+    on_cell: OnCell | None,
+    say: Say,
+) -> Json:
+    """Every split of the grid; writes job.json and plan.json, returns the result."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    first = prepare(task, _cell_job(job, seeds[0], 0), say)
+    # Where every site brings its own test rows, folds would repeat the same run.
+    folds = 1 if first.own_test_rows else job.run.folds
+    write_json(directory / "job.json", job_json(task, job, "compare"))
+    write_json(directory / "plan.json", first.plan_json())
+    grid = list(itertools.product(seeds, range(folds)))
+    cells: list[Json] = []
+    results: list[Json] = []
+    for number, (seed, fold) in enumerate(grid, start=1):
+        prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
+        try:
+            _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
+        except Abandoned as abandoned:
+            what = str(abandoned).removeprefix("run: ")
+            raise Abandoned(
+                f"seed {seed}, fold {fold}: {what}", remedy=abandoned.remedy
+            ) from abandoned
+        except GuardTripped as tripped:
+            raise Refused(
+                f"seed {seed}, fold {fold}: {tripped}", remedy=tripped.remedy
+            ) from tripped
+        results.append(result)
+        cells.append(_cell(result, seed, fold))
+        if on_cell is not None:
+            on_cell(cells[-1], number, len(grid))
+    result = _comparison_result(
+        results, cells, len(seeds), folds, own_test_rows=first.own_test_rows
+    )
+    result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
+    return result | {"seconds_total": time.perf_counter() - clock}
+
+
+def _cell_job(job: Job, seed: int, fold: int) -> Job:
+    """The job of one split; its gaps need no interval of their own."""
+    return replace(
+        job,
+        run=job.run.model_copy(update={"seed": seed, "fold": fold}),
+        track=job.track.model_copy(update={"resamples": 0}),
+    )
+
+
+def _keep_row(directory: Path, seed: int, fold: int, row: Json) -> None:
+    """rounds.jsonl of a comparison: which split, which arm, which round, and how it scored."""
+    kept = {key: value for key, value in row.items() if not key.startswith(("seconds", "peak"))}
+    append_row(directory, {"seed": seed, "fold": fold, **kept})
+
+
+def _cell(result: Json, seed: int, fold: int) -> Json:
+    metrics = result["metrics"]
+    return {
+        "seed": seed,
+        "fold": fold,
+        "model_sha256": result["model_sha256"],
+        "arms": {arm: {m: values[m] for m in metrics} for arm, values in result["arms"].items()},
+        "gap": {
+            part: {m: gap["mean"] for m, gap in by.items()} for part, by in result["gap"].items()
+        },
+        "per_site": {
+            site: {arm: entry[arm] for arm in result["arms"]}
+            for site, entry in result["per_site"].items()
+        },
+    }
+
+
+def _comparison_result(
+    results: Sequence[Json],
+    cells: Sequence[Json],
+    seeds: int,
+    folds: int,
+    *,
+    own_test_rows: bool,
+) -> Json:
+    first = results[0]
+    ratio = sum(r["rows"]["test"] for r in results) / max(
+        1, sum(r["rows"]["train"] for r in results)
+    )
+    summary = summarise_cells(cells, ratio)
+    clipped = max(r["clipped_fraction"] for r in results)
+    unequal = sum(r["unequal_rounds"] for r in results)
+    abandoned = [
+        {"seed": r["seed"], "fold": r["fold"], **row}
+        for r in results
+        for row in r["abandoned_rounds"]
+    ]
+    found = shared_warnings(summary["gap"]["total"], clipped, unequal)
+    found += absence_warnings(abandoned, sum(r["rounds"] for r in results))
+    found += first["notes"]
+    if own_test_rows:
+        found.append(
+            "Every site brings its own test rows, so only the seed varies: the interval does not say "
+            "what other test rows would have shown."
+        )
+    kept = (
+        "schema",
+        "task",
+        "protection",
+        "rounds",
+        "metrics",
+        "lower_is_better",
+        "sites",
+        "label",
+        "plan",
+        "train",
+        "drop",
+        "dropout",
+    )
+    return {
+        **{key: first[key] for key in kept},
+        "kind": "compare",
+        "seeds": seeds,
+        "folds": folds,
+        "model": first["model"],
+        "cells": list(cells),
+        **summary,
+        "bytes_up_per_site_round": first["bytes_up_per_site_round"],
+        "bytes_down_per_site_round": first["bytes_down_per_site_round"],
+        "ciphertexts_up": first["ciphertexts_up"],
+        "ciphertext_used": first["ciphertext_used"],
+        "clipped_fraction": clipped,
+        "unequal_rounds": unequal,
+        "absences": sum(r["absences"] for r in results),
+        "abandoned_rounds": abandoned,
+        "warnings": found,
+        "environment": environment(),
+    }

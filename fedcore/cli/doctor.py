@@ -1,0 +1,78 @@
+"""What this machine can run: versions, the SEAL self-test, names that would clash."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import distributions
+
+from fedcore.environment import environment
+from fedcore.errors import FedcoreError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor: ok False makes the command exit with 3."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check, in the order it prints."""
+    facts = environment()
+    checks = [
+        Check(key, True, str(facts[key]))
+        for key in ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
+    ]
+    return [*checks, _seal(), _tensorboard(), _distribution_clash(), _module_clash()]
+
+
+def _seal() -> Check:
+    from fedcore.secagg.crypto.bfv import self_test
+
+    try:
+        found = self_test()
+    except FedcoreError as error:
+        return Check("SEAL", False, str(error), error.remedy)
+    except Exception as error:  # noqa: BLE001 - a broken library may raise anything
+        return Check("SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal")
+    tenseal = environment()["tenseal"]
+    if not found["exact"]:
+        return Check("SEAL", False, f"tenseal {tenseal}: encrypted sums are WRONG", "do not use it")
+    return Check("SEAL", True, f"tenseal {tenseal}: encrypted sum exact, through a {found['path']}")
+
+
+def _tensorboard() -> Check:
+    there = importlib.util.find_spec("tensorboard") is not None
+    return Check(
+        "tensorboard", True, "runs write its events" if there else "not installed (optional)"
+    )
+
+
+def _distribution_clash() -> Check:
+    owners = sorted(
+        {
+            d.metadata["Name"]
+            for d in distributions()
+            if (d.metadata["Name"] or "").lower() == "fedcore"
+        }
+    )
+    if owners:
+        return Check(
+            "names", False, "a distribution named `fedcore` of somebody else is installed",
+            "pip uninstall fedcore, then install fedcore-fl again",
+        )  # fmt: skip
+    return Check("names", True, "no other distribution owns `fedcore`")
+
+
+def _module_clash() -> Check:
+    wanted = ("fedcore_server", "fedcore_clients")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check(
+            "packages", False, f"not importable: {', '.join(missing)}", "install fedcore-fl again"
+        )
+    return Check("packages", True, ", ".join(wanted))

@@ -1,0 +1,127 @@
+"""What `fedcore plan` and `fedcore check` show: a plan for people, and a task tried on every site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fedcore.experiment.experiment import Prepared
+from fedcore.learning.model import model_summary, single_thread
+from fedcore.learning.training import local_train
+from fedcore.report.sentences import plain, size
+from fedcore.report.terminal import fitted, grid
+from fedcore.secagg.plan import price_list
+from fedcore.types import Json
+
+
+def check_task(prepared: Prepared) -> Json:
+    """One training step at every site; raises TaskFailed with the user's traceback if one fails."""
+    sites: Json = {}
+    initial = prepared.flat.read()
+    with single_thread():
+        for site in prepared.sites:
+            prepared.flat.write(initial)
+            report = local_train(
+                prepared.task, prepared.flat.module, site.train.take(_first_batch(prepared, site)),
+                prepared.plan.train, seed=prepared.job.run.seed, round_=1, site=site.id,
+            )  # fmt: skip
+            sites[site.id] = {
+                "train_rows": len(site.train),
+                "test_rows": len(site.test),
+                "class_counts": prepared.loaded.class_counts[site.id],
+                "loss_of_first_step": report.loss,
+            }
+    return {
+        "task": prepared.task.name,
+        "task_digest": prepared.plan.task_digest,
+        "sites": sites,
+        "model": model_summary(prepared.flat),
+        "parameters": prepared.flat.parameters,
+        "buffer_coordinates": prepared.flat.buffer_coordinates,
+        "buffers_policy": prepared.flat.policy,
+        "plan": prepared.plan_json(),
+    }
+
+
+def _first_batch(prepared: Prepared, site: Any) -> Any:
+    import numpy as np
+
+    return np.arange(min(prepared.plan.train.batch_size, len(site.train)), dtype=np.int64)
+
+
+def check_page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore check`."""
+    table = grid("site", "train rows", "test rows", "loss of one step", "classes")
+    # The one column of words: a site may have many classes.
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    for name, site in found["sites"].items():
+        classes = ", ".join(f"{k}: {v}" for k, v in site["class_counts"].items()) or "-"
+        loss = site["loss_of_first_step"]
+        table.add_row(
+            Text(plain(name)), str(site["train_rows"]), str(site["test_rows"]),
+            "-" if loss is None else f"{loss:.4f}", Text(plain(classes)),
+        )  # fmt: skip
+    facts = [
+        f"task {found['task']}, hash {found['task_digest'][:16]}",
+        f"model {found['model']}: {found['parameters']:,} parameters, "
+        f"{found['buffer_coordinates']:,} buffer values",
+        f"buffers: {found['buffers_policy']}",
+    ]
+    head = [*(Text(plain(fact)) for fact in facts), Text()]
+    return Group(*head, table, Text(), plan_page(found["plan"]))
+
+
+def plan_page(found: Json) -> RenderableType:
+    """The terminal's page of `fedcore plan`."""
+    packing = found["packing"]
+    facts = [
+        f"plan {found['digest'][:16]}: {_protection(found)}, {len(found['sites'])} sites "
+        f"(up to {packing['max_sites']}), {found['rounds']} rounds",
+        f"encoding: {found['bits']} bits in fields of {found['field_width']}, "
+        f"{found['fields_per_slot']} per slot of {found['slot_bits']} bits",
+    ]
+    if found["headroom"]:
+        proof = found["headroom"]
+        facts += [
+            f"ring: degree {found['degree']}, q = {found['coeff_modulus']}, t = 2^{found['slot_bits']}",
+            f"headroom: {proof['rule']}: {proof['bound']} < {proof['limit']}, proved for "
+            f"{packing['max_sites']} sites",
+            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down "
+            f"({found['ciphertexts']} ciphertext{'s' if found['ciphertexts'] != 1 else ''}, "
+            f"{100 * found['used_fraction']:.0f} % used)",
+        ]
+    else:
+        facts += [
+            f"headroom: sums of {packing['max_sites']} values of {found['bits']} bits fit their fields",
+            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down",
+        ]
+    missing = len(found["sites"]) - found["threshold"]
+    facts += [
+        f"threshold: {found['threshold']} of {len(found['sites'])} sites at every stage of a round, "
+        f"absences survived: {missing}",
+        f"public cap on one site's rows: {found['max_examples']}",
+    ]
+    table = grid("sites", "per slot", "degree", "bytes/parameter up")
+    prices = price_list(
+        found["bits"], found["protection"], cipher=found.get("cipher", "bfv"),
+        lattice=found.get("lattice", "standard"),
+    )  # fmt: skip
+    for row in prices:
+        price = row["bytes_up_per_parameter"]
+        table.add_row(
+            f"{row['from_sites']} to {row['to_sites']}", str(row["fields_per_slot"] or "-"),
+            str(row["degree"] or "-"), "does not fit" if price is None else f"{price:.3f}",
+        )  # fmt: skip
+    # A vector of one ciphertext may be solved for another packing: the list is of those that fill many.
+    title = f"Where the price jumps at {found['bits']} bits, for a large model:"
+    head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
+    warnings = (Text(f"warning: {plain(warning)}") for warning in found.get("warnings", ()))
+    return Group(*head, fitted(table), Text(), Text(found["label"]), *warnings)
+
+
+def _protection(found: Json) -> str:
+    """The protection as a plan names it, with the cipher where vectors are encrypted."""
+    cipher = found.get("cipher")
+    return f"{found['protection']} ({cipher})" if cipher else str(found["protection"])

@@ -1,0 +1,682 @@
+"""The `fedcore` command. Results go to stdout, everything said on the way to stderr.
+
+Invariant: one table of exit codes for all commands (`errors.py`): 0 done, 1 the user's task failed,
+2 bad input, 3 refused by plan or policy, 4 abandoned, 130 interrupted. Torch, pydantic and SEAL are
+imported inside commands, so that `--help` answers at once and a run's first line comes before them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedcore.cli.console import JobCommand, emit, say, stderr
+from fedcore.cli.console import run as run_command
+from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
+
+app = typer.Typer(
+    name="fedcore",
+    help="Federated learning in which nobody has to be trusted with anybody's update.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=False)
+def _fedcore(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from fedcore import __version__
+
+        typer.echo(f"fedcore {__version__}")
+        raise typer.Exit
+
+
+bench_app = typer.Typer(
+    help="Benchmarks, each with a peer or a floor in the same run.", no_args_is_help=True
+)
+app.add_typer(bench_app, name="bench")
+
+_KEYS_HELP = (
+    "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
+    "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
+)
+
+JobFile = Annotated[
+    Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="heart | digits | path/to/file.py[:attribute] | package.module:attribute"
+    ),
+]
+Protection = Annotated[
+    str | None,
+    typer.Option("--protection", help="layered (default), masked, encrypted or plain."),
+]
+Cipher = Annotated[
+    str | None,
+    typer.Option("--cipher", help="What encrypts under layered and encrypted: bfv or keystream."),
+]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds to run.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of model, split and training.")]
+Threshold = Annotated[
+    int | None,
+    typer.Option(
+        "--threshold", help="Sites a round needs at every stage; default: two thirds and one more."
+    ),
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop",
+        help="Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va",
+    ),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option("--dropout", help="Chance that a site is absent from a round of training."),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="section.key=value, repeatable: --set train.lr=0.05"),
+]
+
+
+def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
+    """One flat layer from --set and the named options, which win."""
+    from fedcore.config import parse_set
+
+    found = dict(parse_set(text) for text in set_ or [])
+    if named.get("drop") is not None:
+        named["drop"] = ",".join(named["drop"])  # each may hold several
+    return found | {key: value for key, value in named.items() if value is not None}
+
+
+def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    from fedcore.config import read_job_file
+
+    return [*([read_job_file(job)] if job else []), settings]
+
+
+def _starting(command: str, job: Path | None, task: str | None) -> None:
+    what = str(job) if job else f"task {task or 'heart'}"
+    say(f"fedcore {command}: {what}")
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+class _Progress:
+    """A bar on a terminal, in a pipe a line every few rounds; on both one for each abandoned round."""
+
+    def __init__(self, total: int, sites: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total, self._sites = total, sites
+        self._bar: Progress | None = None
+        if stderr.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rounds"),
+                TextColumn("{task.fields[metric]}"), TimeRemainingColumn(), console=stderr, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=total, metric="")
+            self._bar.start()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Called with each row; the protected arm's is the one that shows."""
+        if row["arm"] != "federated":
+            return
+        from fedcore.report.terminal import progress
+
+        shown = progress(row, self._sites)
+        due = row["round"] == self._total or row["round"] % max(1, self._total // 5) == 0
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["round"], metric=shown)
+        if "abandoned" in row or (due and self._bar is None):
+            say(f"round {row['round']}/{self._total}  {shown}")  # above the bar, where it stays
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def simulate(
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    cipher: Cipher = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Quantised bits per coordinate.")
+    ] = None,
+    threshold: Threshold = None,
+    drop: Drop = None,
+    dropout: Dropout = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = None,
+) -> None:
+    """Train one model over several sites on this machine, beside the arms it is compared with."""
+    _starting("simulate", job or resume, task)
+    settings = _settings(
+        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, seed=seed, bits=bits,
+        threshold=threshold, drop=drop, dropout=dropout,
+    )  # fmt: skip
+    if resume is not None and (settings or job or out):
+        raise BadInput(
+            "--resume: found other settings beside it, expected none",
+            remedy="an interrupted run goes on with the settings it was started with",
+        )
+    say("loading torch")
+    from fedcore import api
+    from fedcore.report import terminal
+
+    directory: list[Path] = []
+    progress: list[_Progress] = []
+
+    def ready(prepared: Any, path: Path) -> None:
+        directory.append(path)
+        _show_header(prepared, path)
+        progress.append(_Progress(prepared.plan.rounds, len(prepared.plan.sites)))
+
+    def on_round(row: dict[str, Any]) -> None:
+        progress[0].row(row)
+
+    try:
+        if resume is not None:
+            run = api.resume(resume, on_round=on_round, on_ready=ready, say=_quiet)
+        else:
+            run = api.simulate_layers(
+                _layers(job, settings),
+                out=out,
+                force=force,
+                on_round=on_round,
+                on_ready=ready,
+                say=_quiet,
+            )
+    except (KeyboardInterrupt, FedcoreError) as error:
+        for bar in progress:
+            bar.close()
+        for line in _what_is_left(directory, error):
+            say(line)
+        raise
+    finally:
+        for bar in progress:
+            bar.close()
+    if as_json:
+        emit(run.result)
+    else:
+        terminal.show(
+            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
+        )
+
+
+def _show_header(prepared: Any, path: Path) -> None:
+    """What is about to run, before its first round."""
+    from fedcore.learning.model import model_summary
+    from fedcore.report import terminal
+
+    info = {
+        "task": prepared.task.name,
+        "sites": list(prepared.plan.sites),
+        "rows": sum(len(s.train) + len(s.test) for s in prepared.sites),
+        "model": model_summary(prepared.flat),
+        "protection": prepared.plan.protection,
+        "run": str(path),
+        "label": prepared.label,
+    }
+    terminal.show(stderr, terminal.header(info))
+    if any(True for _ in prepared.flat.module.buffers()):
+        say(f"buffers: {prepared.flat.policy}")
+
+
+def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
+    """After an interrupt or a failure: how to go on, if something was kept."""
+    if not directory:
+        return []
+    path, quoted = directory[0], shlex.quote(str(directory[0]))
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if isinstance(error, Abandoned | GuardTripped):
+        rows = path / "rounds.jsonl"
+        return [f"what became of each round: {rows}"] if rows.is_file() else []
+    if (path / "result.json").is_file():
+        return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
+    if interrupted and (path / "job.json").is_file():
+        return [f"resume: fedcore simulate --resume {quoted}"]
+    if (path / "checkpoint.pt").is_file():
+        return [f"the whole rounds are kept: fedcore simulate --resume {quoted}"]
+    return []
+
+
+def _quiet(text: str) -> None:
+    """Set-up steps, shown only where somebody watches."""
+    if stderr.is_terminal:
+        say(text)
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def up(
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    cipher: Cipher = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    threshold: Threshold = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rehearse a deployment here: a coordinator and one process a site over TLS, then `simulate`."""
+    _starting("up", job, task)
+    settings = _settings(
+        set_,
+        task=task,
+        protection=protection,
+        cipher=cipher,
+        rounds=rounds,
+        seed=seed,
+        threshold=threshold,
+    )
+    say("loading torch")
+    from fedcore.cli import up as rehearsal
+    from fedcore.report import terminal
+
+    bars: list[_Progress] = []
+    about: list[Any] = []
+
+    def ready(prepared: Any, path: Path) -> None:
+        about.append(prepared)
+        _show_header(prepared, path)
+        say("started here; the same on other machines is the deployment:")
+
+    def begin() -> _Progress:
+        for bar in bars:
+            bar.close()
+        plan = about[0].plan
+        bars[:] = [_Progress(plan.rounds, len(plan.sites))]
+        return bars[0]
+
+    def on_deployed_round(row: dict[str, Any]) -> None:
+        shown = {name: row[name] for name in ("round", "survivors", "seconds")} | {
+            "arm": "federated"
+        }
+        if "abandoned" in row:
+            shown["abandoned"] = "at {stage}: {left} sites stayed, {needed} needed".format(
+                **row["abandoned"]
+            )
+        (bars[0] if bars else begin()).row(shown)
+
+    def on_deployed(found: dict[str, Any]) -> None:
+        say(f"deployment: {len(found['round_seconds'])} rounds, every process ended")
+        say("the same job in this process, for the comparison")
+        begin()
+
+    def on_round(row: dict[str, Any]) -> None:
+        bars[0].row(row)
+
+    listener = rehearsal.Listener(
+        on_ready=ready,
+        on_deployed_round=on_deployed_round,
+        on_waiting=say,
+        on_command=lambda command: say(f"  {command}"),
+        on_deployed=on_deployed,
+        on_round=on_round,
+        say=_quiet,
+    )
+    try:
+        run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
+    finally:
+        for bar in bars:
+            bar.close()
+    if as_json:
+        emit(run.result)
+    else:
+        terminal.show(
+            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
+        )
+    rehearsal.require_equal(run)
+    say(f"the deployment's model is the simulation's, bit for bit: {run.result['model_sha256']}")
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def compare(
+    job: JobFile = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    cipher: Cipher = None,
+    rounds: Rounds = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
+    threshold: Threshold = None,
+    drop: Drop = None,
+    dropout: Dropout = None,
+    set_: Set = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
+    _starting("compare", job, task)
+    settings = _settings(
+        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, threshold=threshold, drop=drop,
+        dropout=dropout,
+    )  # fmt: skip
+    say("loading torch")
+    from fedcore import api
+    from fedcore.report import terminal
+
+    def on_cell(cell: dict[str, Any], number: int, total: int) -> None:
+        scores = ", ".join(
+            f"{metric} {cell['arms']['federated'][metric]:.3f} (gap {value:+.4f})"
+            for metric, value in cell["gap"].get("total", {}).items()
+            if value is not None
+        )
+        say(f"split {number}/{total}  seed {cell['seed']}, fold {cell['fold']}: {scores}")
+
+    found = api.compare_layers(
+        _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
+    )
+    if as_json:
+        emit(found.result)
+    else:
+        terminal.show(
+            Console(highlight=False),
+            terminal.compare_summary(found.result, found.directory / "report.html"),
+        )
+
+
+# ---------------------------------------------------------------------------------------- looking
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def plan(
+    where: Annotated[
+        Path | None, typer.Argument(help="A job file or folder, or a run's directory.")
+    ] = None,
+    task: TaskName = None,
+    protection: Protection = None,
+    cipher: Cipher = None,
+    rounds: Rounds = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """The solved plan: packing, proof of headroom, bytes forecast, where the price jumps, label."""
+    settings = _settings(set_, task=task, protection=protection, cipher=cipher, rounds=rounds)
+    if where is not None and (where / "plan.json").is_file():
+        from fedcore.files import read_json
+
+        if settings:
+            raise BadInput(
+                f"plan: found settings beside the run {where}, whose plan is fixed, expected none",
+                remedy="the settings with a job file or --task show another plan",
+            )
+        found = read_json(where / "plan.json")
+    else:
+        _starting("plan", where, task)
+        from fedcore.api import prepare_layers
+
+        found = prepare_layers(_layers(where, settings), _quiet).plan_json()
+    from fedcore.cli.inspect import plan_page
+
+    emit(found) if as_json else _print(plan_page(found))
+
+
+@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+def check(
+    what: Annotated[
+        str,
+        typer.Argument(help="A task, spelled as for --task, or a job file."),
+    ],
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load every site, count classes, take one training step, and show the model and the plan."""
+    settings = _settings(set_)
+    path = Path(what)
+    is_job = what.endswith(".toml") or (path / "job.toml").is_file()
+    layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
+    say(f"fedcore check: {what}")
+    from fedcore.api import prepare_layers
+    from fedcore.cli.inspect import check_page, check_task
+
+    found = check_task(prepare_layers(layers, _quiet))
+    emit(found) if as_json else _print(check_page(found))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; two or more overlay.")],
+    format_: Annotated[str, typer.Option("--format", help="html, md or latex.")] = "html",
+    out: Annotated[Path | None, typer.Option("--out", help="Write here instead.")] = None,
+) -> None:
+    """Write a run's report again, lay runs over each other, or print a table for a paper."""
+    from fedcore import report as reports
+    from fedcore.files import write_atomic
+
+    if format_ not in ("html", "md", "latex"):
+        raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
+    read = [reports.read(path) for path in runs]
+    text = reports.render(read, format_)
+    if out is None and format_ != "html":
+        typer.echo(text)
+        return
+    target = out or runs[0] / ("report.html" if len(runs) == 1 else "overlay.html")
+    write_atomic(target, text.encode())
+    typer.echo(target)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder of runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs of this folder, oldest first."""
+    from fedcore.report import terminal
+    from fedcore.run import list_runs
+
+    rows = list_runs(folder)
+    if as_json:
+        emit([{k: row[k] for k in ("run", "result")} for row in rows])
+    elif not rows:
+        say(f"no runs in {folder} yet; `fedcore simulate` makes one")
+    else:
+        _print(terminal.runs_table(rows))
+
+
+@app.command()
+def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or comparison.")]) -> None:
+    """Run it again: the same bits, or the first round that differs and what differs around it."""
+    say(f"fedcore reproduce: {run}")
+    from fedcore.cli.reproduce import reproduce as again
+    from fedcore.files import read_json
+
+    progress: list[_Progress] = []
+
+    def on_row(row: dict[str, Any]) -> None:
+        if "arm" not in row:
+            say(f"seed {row['seed']}, fold {row['fold']}: run again")
+            return
+        if not progress:
+            old = read_json(run / "result.json")
+            progress.append(_Progress(old["rounds"], len(old["sites"])))
+        progress[0].row(row)
+
+    try:
+        found = again(run, on_row=on_row)
+    finally:
+        for bar in progress:
+            bar.close()
+    if found.same:
+        typer.echo(f"same bits: model {found.model_sha256[0]}")
+        return
+    typer.echo(f"different: {found.difference}")
+    for line in found.environment or ("nothing in the environment differs that is recorded",):
+        typer.echo(f"  {line}")
+    raise typer.Exit(EXIT_REFUSED)
+
+
+@app.command()
+def new(
+    directory: Annotated[Path, typer.Argument(help="A folder to write task.py and job.toml into.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that holds files.")
+    ] = False,
+) -> None:
+    """Write a task and a job that run as they are, to change into your own."""
+    from fedcore.cli.scaffold import create
+
+    create(directory, force=force)
+    typer.echo(f"wrote {directory}/task.py and {directory}/job.toml")
+    job = shlex.quote(f"{directory}/job.toml")
+    typer.echo(f"check it:  fedcore check {job}")
+    typer.echo(f"run it:    fedcore simulate {job}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, CPU, the SEAL self-test, and names that would clash."""
+    from fedcore.cli.doctor import examine
+
+    checks = examine()
+    for item in checks:
+        typer.echo(f"{'ok  ' if item.ok else 'FAIL'}  {item.name:<12} {item.found}")
+        if not item.ok and item.remedy:
+            typer.echo(f"      hint: {item.remedy}")
+    if not all(item.ok for item in checks):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _print(renderable: Any) -> None:
+    from fedcore.report.terminal import show
+
+    show(Console(highlight=False), renderable)
+
+
+# ---------------------------------------------------------------------------------------- benches
+
+BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
+
+
+@bench_app.command()
+def protect(
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    sites: Annotated[int, typer.Option(min=3, help="Sites the plan is solved for.")] = 16,
+    bits: Annotated[str, typer.Option(help="Quantised bits, comma-separated.")] = "8,12,16",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Interleaved repeats; medians are reported.")
+    ] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes and seconds of protecting one vector, beside float32 and TenSEAL's CKKS in the same run."""
+    wanted = _numbers("--bits", bits, "8,12,16")
+    say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
+    from fedcore.bench import protect as bench
+
+    found = bench.run(parameters=parameters, sites=sites, bits=wanted, repeats=repeats)
+    emit(found) if as_json else _print(bench.page(found))
+
+
+@bench_app.command()
+def secagg(
+    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,16,64",
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
+    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
+    protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
+    cipher: BenchCipher = "bfv",
+    as_json: AsJson = False,
+) -> None:
+    """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
+    wanted = _numbers("--sites", sites, "4,16,64")
+    say(f"fedcore bench secagg: {sites} sites x {parameters:,} parameters, {protection}")
+    from fedcore.bench import secagg as bench
+
+    found = bench.run(
+        parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection,
+        cipher=cipher,
+    )  # fmt: skip
+    emit(found) if as_json else _print(bench.page(found))
+
+
+def _numbers(flag: str, text: str, example: str) -> list[int]:
+    """`4,16,64` to a list of integers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"{flag}: found {text!r}, expected numbers such as {example}") from error
+
+
+@bench_app.command()
+def fold(
+    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,64",
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of the folding process: the same whatever the number of sites."""
+    wanted = _numbers("--sites", sites, "4,64")
+    say(f"fedcore bench fold: {sites} sites x {parameters:,} parameters")
+    from fedcore.bench import fold as bench
+
+    found = bench.run(sites=wanted, parameters=parameters)
+    emit(found) if as_json else _print(bench.page(found))
+
+
+@bench_app.command()
+def engine(
+    sites: Annotated[int, typer.Option(help="Number of sites.")] = 4,
+    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 50,
+    protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
+    cipher: BenchCipher = "bfv",
+    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
+    per_process: Annotated[
+        int, typer.Option("--per-process", help="Sites that share one process, to have many.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Rounds of a deployed federation without training: real processes, TLS, journals, masks, keys."""
+    say(f"fedcore bench engine: {sites} sites x {parameters:,} parameters, {protection}")
+    from fedcore.bench import engine as bench
+
+    found = bench.run(
+        sites=sites, parameters=parameters, rounds=rounds, protection=protection, cipher=cipher,
+        bits=bits, per_process=per_process,
+    )  # fmt: skip
+    emit(found) if as_json else _print(bench.page(found))
+
+
+# ---------------------------------------------------------------------------------------- the edge
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fedcore` command; always ends in SystemExit."""
+    run_command(app, "fedcore", arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Run a finished run again and say whether the bits are the same, or where they first differ."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.api import compare_layers, simulate_layers
+from fedcore.environment import environment
+from fedcore.experiment.experiment import STOP, stored_job
+from fedcore.files import read_json
+from fedcore.learning.task import Task
+from fedcore.results import read_rounds
+from fedcore.types import Json
+
+_MEASURED = ("seconds", "peak_memory")
+"""Columns of a row that are measurements of this machine, not results."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """same: every row and the model have the same bits. difference: the first that has not.
+
+    environment: what differs between the two machines or checkouts, in words.
+    """
+
+    same: bool
+    model_sha256: tuple[str, str]
+    difference: str
+    environment: tuple[str, ...]
+
+
+def reproduce(
+    directory: Path, *, task: Task | None = None, on_row: Callable[[Json], Any] | None = None
+) -> Reproduction:
+    """Run `directory`'s job again in a temporary directory and compare. Raises BadInput on no run."""
+    old = read_json(directory / "result.json")
+    job = stored_job(directory, task)
+    kind = job.pop("kind")
+    with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
+        out = Path(folder) / "run"
+        if kind == "compare":
+            return _compare_again(old, job, out, task, on_row)
+
+        def until_the_same_round(row: Json) -> Any:
+            if on_row is not None:
+                on_row(row)
+            return STOP if row["round"] >= old["rounds"] else None
+
+        again = simulate_layers([job], task=task, out=out, on_round=until_the_same_round)
+        new, rows = again.result, again.rounds
+    difference = _first_difference(read_rounds(directory), rows)
+    hashes = (old["model_sha256"], new["model_sha256"])
+    if not difference and hashes[0] != hashes[1]:
+        difference = "every row is the same, but the final model differs"
+    return Reproduction(not difference, hashes, difference, _changes(old, new))
+
+
+def _compare_again(
+    old: Json, job: Json, out: Path, task: Task | None, on_row: Callable[[Json], Any] | None
+) -> Reproduction:
+    seeds = list(dict.fromkeys(cell["seed"] for cell in old["cells"]))
+    on_cell = (lambda cell, _number, _all: on_row(cell)) if on_row else None
+    again = compare_layers([job], task=task, seeds=seeds, out=out, on_cell=on_cell)
+    new = again.result
+    difference, hashes = "", ("", "")
+    for a, b in zip(old["cells"], new["cells"], strict=False):
+        hashes = (a["model_sha256"], b["model_sha256"])
+        if a != b:
+            difference = f"seed {a['seed']}, fold {a['fold']}: the split's arms differ"
+            break
+    return Reproduction(not difference, hashes, difference, _changes(old, new))
+
+
+def _first_difference(old: Sequence[Json], new: Sequence[Json]) -> str:
+    for a, b in zip(old, new, strict=False):
+        for key in a:
+            if key.startswith(_MEASURED):
+                continue
+            if a[key] != b.get(key):
+                return f"round {a['round']}, arm {a['arm']}: {key} was {a[key]!r} and is {b.get(key)!r}"
+    if len(old) != len(new):
+        return f"found {len(new)} rows, expected {len(old)}"
+    return ""
+
+
+def _changes(old: Json, new: Json) -> tuple[str, ...]:
+    found = []
+    before: Mapping[str, Any] = old.get("environment", {})
+    for key, value in environment().items():
+        if before.get(key) != value:
+            found.append(f"{key}: then {before.get(key)}, now {value}")
+    if old["plan"]["digest"] != new["plan"]["digest"]:
+        keys = [k for k, v in new["plan"].items() if old["plan"].get(k) != v and k != "digest"]
+        found.append(f"plan: {', '.join(keys)} differ")
+    return tuple(found)

@@ -1,0 +1,270 @@
+"""`fedcore up`: the deployment of a job on one machine, and the same run as `simulate` beside it.
+
+The coordinator and every site are processes of their own, over TLS on loopback, with the files that
+other machines would get (`deployment/` in the run's directory). When they are done, the same job runs
+inside this process, as `simulate` runs it: it gives the arms, the gaps and the report.
+
+Invariant: the two models are compared by their hash, and the result says whether they are equal; the
+model that is kept is the one the sites hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.api import reproduce_line
+from fedcore.config import Job, is_json, narrowest_policy
+from fedcore.errors import (
+    Abandoned,
+    BadInput,
+    FedcoreError,
+    PlanRefused,
+    TaskFailed,
+)
+from fedcore.experiment.experiment import (
+    OnRound,
+    Prepared,
+    RunWriter,
+    job_for,
+    prepare,
+    resolve_sites,
+    run_experiment,
+)
+from fedcore.files import append_row, read_json
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.task import BUILT_IN, Task
+from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
+from fedcore.run import Run, new_directory
+from fedcore.types import Json
+
+FEDERATION = "rehearsal"
+LEAST_SITES = 3
+
+STATUS_SECONDS = 15.0
+"""Until every site has written that it holds the last model: it writes its status every second."""
+
+Say = Callable[[str], None]
+OnReady = Callable[[Prepared, Path], None]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of what: the deployment's rounds, the commands that were started, the run's rows."""
+
+    on_ready: OnReady
+    on_deployed_round: Callable[[Json], None]
+    on_waiting: Say
+    on_command: Callable[[Command], None]
+    on_deployed: Callable[[Json], None]
+    on_round: OnRound
+    say: Say
+
+
+def rehearse(
+    layers: Sequence[Mapping[str, Any]],
+    listener: Listener,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+) -> Run:
+    """Deploy the job here, run it, end it, run it again in this process; returns the finished run.
+
+    `run.result["deployment"]["equal"]` says whether both came to the same model. Raises FedcoreError;
+    no process is left, and nothing is written for bad input. After Abandoned the logs are still there.
+    """
+    task, job = job_for(None, *layers)
+    _refuse(task, job)
+    prepared = prepare(task, job, listener.say)
+    name = f"{prepared.task.name}-{prepared.plan.protection}"
+    with new_directory(name, out, force=force) as directory:
+        writer = RunWriter(directory, prepared)
+        writer.start()
+        listener.on_ready(prepared, directory)
+        deployed, model = _deployed(prepared, directory / "deployment", listener)
+        listener.on_deployed(deployed)
+        return _finish(prepared, writer, deployed, model, listener)
+
+
+def _refuse(task: Task, job: Job) -> None:
+    """What runs in one process only. Raises BadInput and PlanRefused, before any row is loaded."""
+    if job.round.drop or job.round.dropout:
+        raise BadInput(
+            "round.drop: found simulated absences, expected none: these sites are real processes",
+            remedy="`fedcore simulate` has simulated absences; here, stop a site's process",
+        )
+    protection, sites = job.protect.protection, resolve_sites(task, job)
+    if protection == "plain":
+        raise PlanRefused(
+            "protect.protection: found 'plain', expected layered, masked or encrypted",
+            remedy="`plain` exists inside one process only: `fedcore simulate --protection plain`",
+        )
+    if len(sites) < LEAST_SITES:
+        raise PlanRefused(f"sites: found {len(sites)}, expected at least {LEAST_SITES}")
+    for site, source in sites.items():
+        if not is_json(source):
+            raise BadInput(
+                f"sites.{site}: found a source made in memory, expected one that a file can name",
+                remedy="name the site's data by a path or another text",
+            )
+
+
+# --------------------------------------------------------------------------------- the deployment
+
+
+def _deployed(prepared: Prepared, folder: Path, listener: Listener) -> tuple[Json, Path | None]:
+    """Run the job as processes; what to say of it, and the file of the model all sites came to."""
+    deployment = _write(prepared, folder)
+    commands = deployment.commands()
+    try:
+        with running(deployment, commands, listener.on_command) as parties:
+            began = time.monotonic()
+            job = str(parties.ask("submit", str(deployment.job))["job"])
+            rows = _follow(parties, job, listener)
+            seconds = time.monotonic() - began
+            hashes = _hashes(parties, job)
+        found = sorted(set(hashes.values()))
+        model = folder / "model.safetensors"
+        if len(found) == 1:
+            exported = ask(deployment.export(deployment.sites[0], job, model), "fed-site model")
+            found = sorted({*found, exported["model_sha256"]})
+    except BadInput as error:  # the logs stay: only they can tell more
+        raise Abandoned(str(error), remedy=error.remedy) from error
+    for row in rows:
+        append_row(folder, row)
+    trained = [row for row in rows if row["purpose"] == "update"]
+    about = {
+        "job": job,
+        "model_sha256": found[0] if len(found) == 1 else None,
+        "sites": hashes,
+        "seconds": round(seconds, 3),
+        "round_seconds": [row["seconds"] for row in trained],
+        "survivors": [row["survivors"] for row in trained],
+        "processes": [{"name": each.name, "command": str(each)} for each in commands],
+        "folder": str(folder),
+    }
+    return about, model if len(found) == 1 else None
+
+
+def _write(prepared: Prepared, folder: Path) -> Deployment:
+    task, plan = prepared.task, prepared.plan
+    origin = _installed(task, prepared.job)
+    sites = {
+        name: SiteTask(task.name, origin, plan.task_digest, source)
+        for name, source in resolve_sites(task, prepared.job).items()
+    }
+    tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
+    # Every site must find the same plan, and no site tells how many rows it has.
+    tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
+    policy = narrowest_policy(prepared.job, len(sites))
+    run = prepared.job.run  # the deal that `simulate` makes, so that both come to the same model
+    split = FoldSplit(run.seed, run.fold, run.folds).to_json()
+    return write(folder, FEDERATION, sites, tables, policy=policy, split=split)
+
+
+def _installed(task: Task, job: Job) -> str:
+    """Where the task is, whatever folder it is looked up from."""
+    place, colon, attribute = task.origin.partition(":")
+    if task.origin in BUILT_IN or not place.endswith(".py"):
+        return task.origin
+    return str((job.base / Path(place).expanduser()).resolve()) + colon + attribute
+
+
+def _follow(parties: Running, job: str, listener: Listener) -> list[Json]:
+    """Until the job ends; its rounds. Raises Abandoned for one that came to no model."""
+    rows: list[Json] = []
+    event: Json = {}
+    told: list[str] = []
+    for found in parties.follow("watch", job):
+        if found is None:  # a second of silence: whoever is waited for now is worth a line
+            if event.get("waiting_for", []) not in ([], told):
+                told = event["waiting_for"]
+                listener.on_waiting(f"waiting for {', '.join(told)}")
+            continue
+        event = found
+        rows += event["new_rounds"]
+        for row in event["new_rounds"]:
+            if row["purpose"] == "update":
+                listener.on_deployed_round(row)
+    if event.get("state") == "finished":
+        return rows
+    unable = [f"{n}: {s['unable']}" for n, s in event.get("sites", {}).items() if s.get("unable")]
+    text = event.get("text") or ", ".join(unable) or "it said nothing"
+    raise Abandoned(
+        f"deployment: the job ended as {event.get('state', 'unknown')}: {text}",
+        remedy=f"the logs: {parties.deployment.log('*')}",
+    )
+
+
+def _hashes(parties: Running, job: str) -> dict[str, str]:
+    """site -> hash of the model it holds, from what every site says of itself. Raises BadInput."""
+    found: dict[str, str] = {}
+    until = time.monotonic() + STATUS_SECONDS
+    while time.monotonic() < until:
+        for site in parties.deployment.sites:
+            with suppress(FedcoreError):
+                status = read_json(parties.deployment.state(site) / "status.json")
+                row = next(row for row in status["jobs"] if row["job"] == job)
+                if row["outcome"] is not None and row["model_sha256"]:
+                    found[site] = row["model_sha256"]
+        if len(found) == len(parties.deployment.sites):
+            return found
+        parties.check()
+        time.sleep(0.05)
+    late = [site for site in parties.deployment.sites if site not in found]
+    raise BadInput(
+        f"deployment: found no model at {', '.join(late)} {STATUS_SECONDS:.0f} s after the job's end",
+        remedy=f"the logs: {parties.deployment.log('*')}",
+    )
+
+
+# ------------------------------------------------------------------------------ the run beside it
+
+
+def _finish(
+    prepared: Prepared,
+    writer: RunWriter,
+    deployed: Json,
+    model: Path | None,
+    listener: Listener,
+) -> Run:
+    """The same job in this process, then the files of a run with the deployment's model."""
+    from fedcore.report import write as write_report
+
+    directory = writer.directory
+    experiment, result = run_experiment(prepared, writer, listener.on_round)
+    simulated = result["model_sha256"]
+    deployed |= {"equal": deployed["model_sha256"] == simulated, "simulated_sha256": simulated}
+    result |= {"run": str(directory), "reproduce": reproduce_line(directory)}
+    result |= {"deployment": deployed, "model_sha256": deployed["model_sha256"] or simulated}
+    writer.finish(experiment, result)
+    kept = directory / "model.safetensors"
+    if model is not None and not deployed["equal"]:
+        kept.rename(model.with_name("simulated-model.safetensors"))
+    if model is not None:
+        model.replace(kept)
+    write_report(directory)
+    return Run(directory, prepared.task)
+
+
+def require_equal(run: Run) -> None:
+    """Raise TaskFailed where the deployment came to another model than the run in one process."""
+    found = run.result["deployment"]
+    if found["equal"]:
+        return
+    where = f"both are kept: {run.directory}/model.safetensors is the deployment's"
+    if found["model_sha256"] is None:
+        hashes = ", ".join(f"{site} {digest[:12]}" for site, digest in found["sites"].items())
+        raise TaskFailed(f"deployment: found sites with different models ({hashes}), expected one")
+    everybody = len(run.result["sites"])
+    missed = [n for n, who in enumerate(found["survivors"], start=1) if len(who) < everybody]
+    why = f"sites were missing in round {missed[0]}" if missed else "is the task's training random?"
+    raise TaskFailed(
+        f"deployment: found model {found['model_sha256'][:12]}, expected "
+        f"{found['simulated_sha256'][:12]} as in one process; {where}",
+        remedy=why,
+    )

@@ -1,0 +1,364 @@
+"""The runs that are compared: centralised, local-only, federated with float averaging, federated.
+
+Invariant: equal splits, seeds, initial model, local epochs and examples seen per round; only what
+crosses between sites differs. Centralised and local-only arms keep their optimiser from round to
+round, as somebody training on one machine would; a site of a federation starts a fresh one.
+Local-only sites standardise with their own statistics, the others with the federated ones.
+Absences are of a federation: both federated arms have the same survivors in every round, and neither
+moves in one that was abandoned; centralised and local-only training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedcore.errors import RoundAbandoned
+from fedcore.experiment.exposure import observe, watch_one
+from fedcore.experiment.simulation import Federation, RoundOutcome
+from fedcore.learning.baseline import OwnModel
+from fedcore.learning.data.rows import Rows
+from fedcore.learning.guard import GuardMemory
+from fedcore.learning.metrics import Scores
+from fedcore.learning.model import FlatModel
+from fedcore.learning.optimisers import ServerState, apply_update
+from fedcore.learning.scoring import Scored, score
+from fedcore.learning.sitework import SiteRows
+from fedcore.learning.task import Task
+from fedcore.learning.training import TrainReport
+from fedcore.secagg.in_process import sites_of
+from fedcore.secagg.plan import RoundPlan
+from fedcore.stopwatch import Stopwatch
+from fedcore.types import FloatVector, Json
+
+
+def finite(value: float | None) -> float | None:
+    """A diverged arm's loss may be NaN or infinite, which JSON has no word for: None then."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass
+class Budget:
+    """Optimiser steps and rows seen, epochs counted, over all sites of an arm."""
+
+    steps: int = 0
+    examples: int = 0
+
+    def add(self, reports: Sequence[TrainReport]) -> float | None:
+        """Count the reports; returns their mean loss weighted by examples."""
+        self.steps += sum(r.steps for r in reports)
+        self.examples += sum(r.examples for r in reports)
+        losses = [(r.loss, r.examples) for r in reports if r.loss is not None and r.examples]
+        total = sum(n for _, n in losses)
+        return finite(sum(loss * n for loss, n in losses) / total) if total else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An arm's scores: one `Scored` per site, None for a site without test rows."""
+
+    parts: tuple[Scored | None, ...]
+
+    def scores(self) -> Scores | None:
+        """Pooled per-row outputs, aligned across arms; None where the task evaluates itself."""
+        found = [
+            Scores(s.outputs, s.targets, np.full(len(s.targets), index, dtype=np.int64))
+            for index, s in enumerate(self.parts)
+            if s is not None and s.own is None
+        ]
+        return Scores.concatenate(found) if found else None
+
+    def loss(self) -> float | None:
+        """Mean loss over all test rows."""
+        parts = [
+            (s.loss, len(s.targets)) for s in self.parts if s is not None and s.loss is not None
+        ]
+        total = sum(n for _, n in parts)
+        return finite(sum(loss * n for loss, n in parts) / total) if total else None
+
+
+class Arm(Protocol):
+    """One run that is advanced a round at a time."""
+
+    name: str
+    budget: Budget
+
+    def step(self, round_: int) -> Json:
+        """Advance one round; returns the arm's own columns of its row."""
+        ...
+
+    def evaluate(self, round_: int) -> Evaluation:
+        """Score the present model on every site's test rows."""
+        ...
+
+    def save(self) -> Any:
+        """Everything a resumed run needs, as tensors and plain values."""
+        ...
+
+    def restore(self, saved: Any) -> None:
+        """The inverse of `save`."""
+        ...
+
+
+@dataclass
+class Bench:
+    """What all arms share: the task, the plan, one resident module, the sites' rows, the seed."""
+
+    task: Task
+    plan: RoundPlan
+    flat: FlatModel
+    sites: Sequence[SiteRows]
+    seed: int
+    initial: FloatVector
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def evaluate(self, models: Sequence[Any], sites: Sequence[SiteRows], round_: int) -> Evaluation:
+        """models: one module per site."""
+        parts: list[Scored | None] = []
+        for module, site in zip(models, sites, strict=True):
+            rows = site.test
+            found = None
+            if len(rows):
+                found = score(self.task, module, rows, seed=self.seed, round_=round_, site=site.id)
+            parts.append(found)
+        return Evaluation(tuple(parts))
+
+    def own_model(self) -> OwnModel:
+        """A model of one party's own, at the common start."""
+        return OwnModel(self.task, self.flat, self.initial, self.plan.train)
+
+    def evaluate_vector(self, model: FloatVector, round_: int) -> Evaluation:
+        """Score one shared model, given flat."""
+        self.flat.write(model)
+        return self.evaluate([self.flat.module] * len(self.sites), self.sites, round_)
+
+
+class Centralised:
+    """All sites' training rows in one place: what pooling would give."""
+
+    name = "centralised"
+
+    def __init__(self, bench: Bench, pooled: Rows) -> None:
+        self._bench, self._rows, self.budget = bench, pooled, Budget()
+        self._own = bench.own_model()
+
+    def step(self, round_: int) -> Json:
+        report = self._own.train(self._rows, seed=self._bench.seed, round_=round_, site="")
+        return {"train_loss": self.budget.add([report])}
+
+    def evaluate(self, round_: int) -> Evaluation:
+        bench = self._bench
+        return bench.evaluate([self._own.module] * len(bench.sites), bench.sites, round_)
+
+    def save(self) -> Any:
+        return self._own.save()
+
+    def restore(self, saved: Any) -> None:
+        self._own.restore(saved)
+
+
+class LocalOnly:
+    """Every site alone, on its own rows and its own statistics: what not joining would give."""
+
+    name = "local_only"
+
+    def __init__(self, bench: Bench, sites: Sequence[SiteRows]) -> None:
+        self._bench, self._sites, self.budget = bench, sites, Budget()
+        self._own = [bench.own_model() for _ in sites]
+
+    def step(self, round_: int) -> Json:
+        reports = [
+            own.train(site.train, seed=self._bench.seed, round_=round_, site=site.id)
+            for own, site in zip(self._own, self._sites, strict=True)
+        ]
+        return {"train_loss": self.budget.add(reports)}
+
+    def evaluate(self, round_: int) -> Evaluation:
+        return self._bench.evaluate([own.module for own in self._own], self._sites, round_)
+
+    def save(self) -> Any:
+        return [own.save() for own in self._own]
+
+    def restore(self, saved: Any) -> None:
+        for own, part in zip(self._own, saved, strict=True):
+            own.restore(part)
+
+
+def _save_state(state: ServerState) -> Any:
+    return {
+        "parameters": state.parameters,
+        "moments": dict(state.moments),
+        "scalars": dict(state.scalars),
+        "bounds": (state.bound, state.first_bound),
+    }
+
+
+def _restore_state(saved: Mapping[str, Any]) -> ServerState:
+    moments = {k: v.numpy() for k, v in saved["moments"].items()}
+    return ServerState(
+        saved["parameters"].numpy(), moments, dict(saved["scalars"]), *saved["bounds"]
+    )
+
+
+class Federated:
+    """The protected federation, and its twin: the model that the plain integer sum of the last round
+    leads to. unequal_rounds counts rounds whose opened sum was not the plain integer sum.
+
+    survivors: roster indices of the last round's sum, none if it was abandoned.
+    summed: {site: in how many rounds' sums it was}.
+    abandoned: {round, stage, left} of each round that was.
+    seen: what each party held of one site's update in the first round that can show it (`seen.py`).
+    """
+
+    name = "federated"
+
+    def __init__(self, bench: Bench, federation: Federation, state: ServerState) -> None:
+        self._bench, self.federation = bench, federation
+        self.state = self.twin = state
+        self.budget = Budget()
+        self.clipped = self.contributions = self.unequal_rounds = 0
+        self.bytes_up = self.bytes_down = 0
+        self.survivors: tuple[int, ...] = ()
+        self.summed = dict.fromkeys(bench.plan.sites, 0)
+        self.abandoned: list[Json] = []
+        self.seen: Json | None = None
+        self.outcome: RoundOutcome | None = None
+        self._scored: tuple[ServerState, int, Evaluation] | None = None
+
+    @property
+    def clipped_fraction(self) -> float:
+        """Coordinates beyond the range, over all survivors of all rounds."""
+        values = self.contributions * self._bench.plan.coordinates
+        return self.clipped / values if values else 0.0
+
+    def step(self, round_: int) -> Json:
+        before = dict(self.federation.watch.seconds)
+        bound, plan = self.state.bound, self._bench.plan
+        absent = self.federation.absent(round_)
+        witness = None if self.seen else watch_one(plan.sites, absent)
+        try:
+            self.outcome = self.federation.round(self.state, round_, witness)
+        except RoundAbandoned as abandoned:
+            self.outcome = None
+            columns = self._abandon(round_, abandoned)
+        else:
+            columns = self._release(self.outcome)
+            if witness is not None:
+                self.seen = observe(witness, plan, self.federation.epoch.sealer, round_)
+        seconds = self.federation.watch.seconds
+        spent = {f"seconds_{stage}": seconds[stage] - before[stage] for stage in seconds}
+        return columns | {"range": bound} | spent
+
+    def _release(self, outcome: RoundOutcome) -> Json:
+        plan = self._bench.plan
+        self.state, self.twin, self.survivors = outcome.state, outcome.twin, outcome.survivors
+        self.unequal_rounds += outcome.twin is not outcome.state
+        self.clipped += outcome.clipped
+        self.contributions += len(outcome.survivors)
+        for site in sites_of(plan.sites, outcome.survivors):
+            self.summed[site] += 1
+        self.bytes_up, self.bytes_down = outcome.bytes_up, outcome.bytes_down
+        return {
+            "train_loss": self.budget.add(outcome.reports),
+            "survivors": sites_of(plan.sites, outcome.survivors),
+            "clipped_fraction": outcome.clipped / (len(outcome.survivors) * plan.coordinates),
+            "bytes_up": outcome.bytes_up,
+            "bytes_down": outcome.bytes_down,
+        }
+
+    def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Json:
+        """The round's number is used up and nothing else changes, the budget included."""
+        stage, left = abandoned.stage, abandoned.left
+        self.survivors = ()
+        self.abandoned.append({"round": round_, "stage": stage, "left": left})
+        sites, needed = len(self._bench.plan.sites), abandoned.threshold
+        unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
+        return {
+            **dict.fromkeys(unmeasured),
+            "survivors": [],
+            "abandoned": f"at {stage}: {left} of {sites} sites stayed, {needed} needed",
+        }
+
+    def evaluate(self, round_: int) -> Evaluation:
+        # By round too: a task's own `evaluate` may draw, and a resumed run must draw the same.
+        if self._scored is None or self._scored[0] is not self.state or self._scored[1] != round_:
+            with self.federation.watch("evaluate"):
+                found = self._bench.evaluate_vector(self.state.model, round_)
+            self._scored = (self.state, round_, found)
+        return self._scored[2]
+
+    def evaluate_twin(self, round_: int) -> Evaluation:
+        """Scores of the plain-integer twin: `evaluate`'s own object only if the sums were identical."""
+        if self.twin is self.state:
+            return self.evaluate(round_)
+        return self._bench.evaluate_vector(self.twin.model, round_)
+
+    def save(self) -> Any:
+        return {
+            "state": _save_state(self.state),
+            "twin": None if self.twin is self.state else _save_state(self.twin),
+            "counts": (self.clipped, self.contributions, self.unequal_rounds),
+            "bytes": (self.bytes_up, self.bytes_down),
+            "abandoned": self.abandoned,
+            "summed": dict(self.summed),
+            "seen": self.seen,
+            "guards": [guard.memory.to_json() for guard in self.federation.guards],
+            "released": self.federation.released,
+            "seconds": dict(self.federation.watch.seconds),
+        }
+
+    def restore(self, saved: Any) -> None:
+        self.state = self.twin = _restore_state(saved["state"])
+        if saved["twin"] is not None:
+            self.twin = _restore_state(saved["twin"])
+        self.clipped, self.contributions, self.unequal_rounds = saved["counts"]
+        self.bytes_up, self.bytes_down = saved["bytes"]
+        self.seen = saved["seen"]
+        self.abandoned = list(saved["abandoned"])
+        self.summed = dict(saved["summed"])
+        self.federation.released = saved["released"]
+        for guard, memory in zip(self.federation.guards, saved["guards"], strict=True):
+            guard.memory = GuardMemory.from_json(memory)
+        self.federation.watch.seconds.update(saved["seconds"])
+
+
+class FederatedFloat:
+    """The same federation with float averaging: no quantisation, no protection.
+
+    beside: the protected federation, whose survivors of each round it averages; it steps first.
+    """
+
+    name = "federated_float"
+
+    def __init__(
+        self, bench: Bench, federation: Federation, state: ServerState, beside: Federated
+    ) -> None:
+        self._bench, self._federation, self._beside = bench, federation, beside
+        self.state, self.budget = state, Budget()
+
+    def step(self, round_: int) -> Json:
+        plan, model = self._bench.plan, self.state.model
+        total, weight, reports = np.zeros(plan.coordinates), 0, []
+        for index in self._beside.survivors:
+            site = self._federation.sites[index]
+            update, report = self._federation.work(site).train(model, round_)
+            own = plan.weight_of(len(site.train))
+            total += update.astype(np.float64) * own
+            weight += own
+            reports.append(report)
+        if weight:
+            self.state = apply_update(self.state, total / weight, plan.parameters, plan.server)
+        return {"train_loss": self.budget.add(reports)}
+
+    def evaluate(self, round_: int) -> Evaluation:
+        return self._bench.evaluate_vector(self.state.model, round_)
+
+    def save(self) -> Any:
+        return _save_state(self.state)
+
+    def restore(self, saved: Any) -> None:
+        self.state = _restore_state(saved)

@@ -1,0 +1,236 @@
+"""What each party held of ONE site's update in a round, measured on that round's own messages.
+
+Three parties follow the protocol and keep what they get: the coordinator, another site, and both
+together. Each reads the named site's upload as far as it can open it, and what the sum gives away:
+the sum less another site's own vector is the mean of the rest. The same vectors sent under `plain`
+stand beside that. A reading is compared with the update, coordinate by coordinate.
+
+Invariant: the reading code is given what the party has and nothing of the update; a reading that
+opens the upload equals it in every coordinate, so its correlation is 1 and not almost 1.
+A measurement and no proof: these readings fail, that every other fails is the protocol's argument;
+what a coordinator that breaks the protocol can do stands in the label (PROTOCOL L).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.secagg.crypto import Sealer
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.plain import PlainSealer
+from fedcore.secagg.encode.bitpack import packed_size, unpack_words
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.in_process import Witness
+from fedcore.secagg.plan import ENCRYPTS, Packing, RoundPlan
+from fedcore.secagg.scheme import Masks
+from fedcore.types import Json, SiteId, Slots
+
+COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
+
+DRAWN = 96
+"""Coordinates of a strip: as many bars as can be told apart in half a page."""
+
+ONE_IN_1000 = 3.29
+"""Two-sided normal quantile: |z| beyond it has probability 1/1000. Not 2 (1 in 20): a report holds
+several readings, and a false alarm in every fifth report would teach readers to ignore a true one."""
+
+
+def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> Witness | None:
+    """A witness of the first site that stays to the end of a round, seen by the next one that does;
+    None if there are not two. absent: sites that leave it at some stage."""
+    staying = [index for index, site in enumerate(roster) if site not in absent]
+    return Witness(staying[0], staying[1]) if len(staying) > 1 else None
+
+
+def observe(witness: Witness, plan: RoundPlan, sealer: Sealer, training_round: int) -> Json:
+    """`result["seen"]` of a round that has ended.
+
+    sealer: the other site's, which opens what the sites' shared key opens. `parties` and `plain`
+    hold {party: {"message", "sum", "best"}}: a reading of the upload, one of the sum, and that of
+    the two which tells more; each {"correlation", "exact"} (exact: share of the coordinates), `best`
+    with its "strip" besides, or None where the party has nothing.
+    `own`: how the other site's own update alone correlates, which is no message at all.
+    """
+    layout, slots, own, total = witness.layout, witness.slots, witness.other_slots, witness.total
+    assert layout is not None
+    assert slots is not None
+    assert own is not None
+    assert total is not None
+    update = _Update(layout.fields_of(slots)[: layout.spec.coordinates], layout)
+    others = _mean_of_others(layout, total, own, len(witness.survivors))
+    whole = layout.fields_of(total)[: update.size] / len(witness.survivors)
+    unprotected = _open_plain(plan.packing, PlainSealer(plan.packing).protect(slots), layout)
+    rebuilt = witness.masks_among(witness.rebuilt_masks)
+    either = witness.masks_among(witness.rebuilt_masks, witness.other_masks)
+    here = _uploads(witness.upload, rebuilt, (*either, *witness.stream), plan, sealer, layout)
+    plain = {COORDINATOR: unprotected, SITE: None, BOTH: unprotected}
+
+    def parties(uploads: dict[str, Slots | None], coordinator_has_sum: bool) -> Json:
+        sums = {COORDINATOR: whole if coordinator_has_sum else None, SITE: others, BOTH: others}
+        return {name: update.seen(uploads[name], sums[name]) for name in PARTIES}
+
+    return {
+        "site": plan.sites[witness.target],
+        "other": plan.sites[witness.other],
+        "round": training_round,
+        "protection": plan.protection,
+        "coordinates": update.size,
+        "contributors": len(witness.survivors),
+        "chance": chance(update.size),
+        "strip": update.strip(update.fields),
+        "own": correlation(update.fields, layout.fields_of(own)[: update.size]),
+        "parties": parties(here, plan.protection not in ENCRYPTS),
+        "plain": parties(plain, True),
+    }
+
+
+# --------------------------------------------------------------------------- what a party can open
+
+
+def _uploads(
+    upload: Sequence[bytes],
+    rebuilt: Masks,
+    either: Masks,
+    plan: RoundPlan,
+    sealer: Sealer,
+    layout: Layout,
+) -> dict[str, Slots | None]:
+    """The target's upload as slots, as each party reads it; None for who never holds it.
+
+    rebuilt, either: the masks of the upload that the coordinator knows, and that one of the two knows,
+    its keystream among them.
+    """
+    packing = plan.packing
+    if packing.ring is not None:
+        coordinator = ciphertext_as_slots(packing, upload, layout.blocks)
+        together = _decrypt(packing, sealer, upload, layout)
+    else:
+        words = sealer.open(upload, layout.slots)
+        coordinator, together = _unmask(words, rebuilt, packing), words
+    together = _unmask(together, either, packing)
+    return {COORDINATOR: coordinator, SITE: None, BOTH: together}
+
+
+def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], blocks: int) -> Slots:
+    """(S,) uint64: the words of the ciphertexts' first polynomials, scaled from mod q to mod t.
+
+    All that depends on the slots is in those words, and a ciphertext whose key is 0 reads as its
+    slots this way (`words = slots * q / t + noise`). blocks: ciphertexts of the vector.
+    """
+    from fedcore.secagg.crypto.bfv import BLOCKS_PER_CHUNK
+
+    ring, bits = packing.ring, packing.slot_bits
+    assert ring is not None
+    parts, left = [], blocks
+    for chunk in upload:
+        count = min(BLOCKS_PER_CHUNK, left) * ring.degree
+        tail = memoryview(chunk)[-packed_size(count, ring.modulus_bits) :]
+        # Python integers: a product of 60 by 52 bits fits no machine word.
+        words = unpack_words(tail, ring.modulus_bits, count).astype(object)
+        scaled = ((words << bits) + ring.modulus // 2) // ring.modulus
+        parts.append((scaled & ((1 << bits) - 1)).astype(np.uint64))
+        left -= BLOCKS_PER_CHUNK
+    return np.concatenate(parts)
+
+
+def _decrypt(packing: Packing, sealer: Sealer, upload: Sequence[bytes], layout: Layout) -> Slots:
+    """What a coordinator and a site with the shared key get: a "sum" of this one upload, opened."""
+    from fedcore.secagg.crypto.bfv import EncryptedFold, PublicContext
+
+    fold = EncryptedFold(PublicContext.of(packing), layout.slots)
+    for index, chunk in enumerate(upload):
+        fold.add(index, chunk)
+    return sealer.open(fold.total(), layout.slots)
+
+
+def _unmask(slots: Slots, masks: Masks, packing: Packing) -> Slots:
+    """Take the known masks off, in the slot ring."""
+    known = mask_sum(masks, len(slots), packing.slot_bits)
+    return (slots - known) & np.uint64((1 << packing.slot_bits) - 1)
+
+
+def _open_plain(packing: Packing, chunks: Iterable[bytes], layout: Layout) -> Slots:
+    return PlainSealer(packing).open(chunks, layout.slots)
+
+
+def _mean_of_others(layout: Layout, total: Slots, own: Slots, survivors: int) -> NDArray[Any]:
+    """(d,) float64: the sum less one's own vector, over the sites that are left in it."""
+    size = layout.spec.coordinates
+    rest = layout.fields_of(total)[:size] - layout.fields_of(own)[:size]
+    return rest / (survivors - 1)
+
+
+# --------------------------------------------------------------------------------- what it tells
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The target's (d,) fields, which readings are compared with."""
+
+    fields: NDArray[np.uint64]
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        return len(self.fields)
+
+    def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> Json:
+        """{"message", "sum", "best"} of one party."""
+        opened = None if upload is None else self.layout.fields_of(upload)[: self.size]
+        message, from_sum = self._reading(opened), self._reading(rest)
+        tells = message is not None and (
+            from_sum is None or tells_more_than_chance(message, self.size)
+        )
+        best, values = (message, opened) if tells else (from_sum, rest)
+        if best is not None and values is not None:
+            best = {**best, "strip": self.strip(values)}
+        return {"message": message, "sum": from_sum, "best": best}
+
+    def _reading(self, values: NDArray[Any] | None) -> Json | None:
+        if values is None:
+            return None
+        exact = float(np.mean(values == self.fields)) if self.size else 1.0
+        return {"correlation": correlation(self.fields, values), "exact": exact}
+
+    def strip(self, values: NDArray[Any]) -> list[int]:
+        """The first coordinates about their zero, in per cent of the largest of them."""
+        packing = self.layout.packing
+        drawn = values[:DRAWN].astype(np.float64)
+        # An update's zero is the offset; noise over the whole field has its middle elsewhere.
+        zero = 1 << (packing.bits - 1)
+        if drawn.max(initial=0) > 2 * zero:
+            zero = 1 << (packing.field_width - 1)
+        drawn -= zero
+        largest = float(np.abs(drawn).max(initial=0.0)) or 1.0
+        return [int(value) for value in np.rint(100 * drawn / largest)]
+
+
+def tells_more_than_chance(reading: Json, coordinates: int) -> bool:
+    """Whether a reading of an upload is the update, or resembles it more than unrelated values do."""
+    found = reading["correlation"]
+    return reading["exact"] == 1 or (found is not None and abs(found) > chance(coordinates))
+
+
+def correlation(one: NDArray[Any], other: NDArray[Any]) -> float | None:
+    """Pearson's, in [-1, 1] and 1.0 for equal vectors; None where either does not vary."""
+    if not len(one):
+        return None
+    x, y = (v.astype(np.float64) - v.mean(dtype=np.float64) for v in (one, other))
+    # As one root of a product: for equal vectors it is exactly their product with themselves.
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return None if scale == 0 else max(-1.0, min(1.0, float(x @ y) / scale))
+
+
+def chance(coordinates: int) -> float:
+    """What |correlation| of unrelated values stays below, but for one reading in 1000.
+
+    Fisher's z: atanh(r) has standard deviation 1 / sqrt(d - 3), about 3.3 / sqrt(d) in all; below
+    four coordinates every correlation is chance.
+    """
+    return math.tanh(ONE_IN_1000 / math.sqrt(coordinates - 3)) if coordinates > 3 else 1.0

@@ -1,0 +1,257 @@
+"""How much was lost against pooling the data, where, and how sure that is.
+
+A gap is a difference of two arms on the same test rows; positive means lost, for errors (mse, mae)
+too. `total = federation + quantisation + protection`, because each part is the difference of two
+neighbours on one line: centralised, federated_float, federated_integer, federated. The arm
+`federated_integer` is the run with the same plan and the plain integer sum.
+
+Invariant: the point estimate is the plain difference over all test rows; resampling only adds the
+interval. Arms with equal outputs have a gap of exactly 0 with a zero-width interval.
+
+One run: paired percentile bootstrap over test rows (Efron and Tibshirani 1993, ch. 13): the same
+resampled rows in both arms, so what makes a row hard cancels. It says what other test rows would
+have changed, not what other training rows would have. Several splits: Nadeau and Bengio 2003,
+"Inference for the Generalization Error", Machine Learning 52, 239-281: splits share rows, so their
+differences are correlated and the ordinary t interval is far too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.errors import BadInput
+from fedcore.learning.metrics import Metric, Scores
+from fedcore.types import Json
+
+PARTS: dict[str, tuple[str, str]] = {
+    "total": ("centralised", "federated"),
+    "federation": ("centralised", "federated_float"),
+    "quantisation": ("federated_float", "federated_integer"),
+    "protection": ("federated_integer", "federated"),
+}
+"""Part of the gap -> (arm that should be better, arm that lost)."""
+
+_CONFIDENCE = 0.95
+_BLOCK = 1 << 20
+"""Resampled rows held at once, so that memory does not grow with the number of resamples."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval, in fractions (0.01 is one point).
+
+    mean: the point estimate, None where the metric is undefined in one of the arms.
+    low, high: None where there is nothing to compute an interval from.
+    method: a phrase for a reader. n: test rows or splits behind it.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    method: str
+    n: int
+
+    def to_json(self) -> Json:
+        return {
+            "mean": self.mean,
+            "low": self.low,
+            "high": self.high,
+            "method": self.method,
+            "n": self.n,
+        }
+
+
+# ------------------------------------------------------------------ one run
+
+
+def bootstrap_gap(
+    scores_by_arm: Mapping[str, Scores],
+    metrics: Sequence[Metric],
+    resamples: int = 1000,
+    seed: int = 0,
+    parts: Mapping[str, tuple[str, str]] = PARTS,
+) -> dict[str, dict[str, Interval]]:
+    """{part: {metric: Interval}} by a paired percentile bootstrap over test rows.
+
+    Rows of all arms are aligned: row i is the same row in each. A part one of whose arms is missing
+    has no entries. Resamples in which a metric is undefined (AUC of one class) are left out; with
+    less than half of them left there is no interval. `parts` takes other pairs of arms as well,
+    such as `{"local_only": ("centralised", "local_only")}`. Raises BadInput when rows differ.
+    """
+    wanted = {
+        part: pair for part, pair in parts.items() if all(arm in scores_by_arm for arm in pair)
+    }
+    arms = {arm: scores_by_arm[arm] for pair in wanted.values() for arm in pair}
+    _require_aligned(arms)
+    rows = len(next(iter(arms.values()))) if arms else 0
+    values = _resampled_values(arms, metrics, rows, resamples, seed)
+    method = f"95 % paired bootstrap over {rows} test rows, {resamples} resamples"
+    gaps: dict[str, dict[str, Interval]] = {part: {} for part in parts}
+    for part, (better, worse) in wanted.items():
+        for metric in metrics:
+            lost = _lost(metric, values[better][metric.name], values[worse][metric.name])
+            low, high = _percentiles(lost[1:])
+            mean = None if np.isnan(lost[0]) else float(lost[0])
+            gaps[part][metric.name] = Interval(mean, low, high, method, rows)
+    return gaps
+
+
+def _require_aligned(arms: Mapping[str, Scores]) -> None:
+    first = next(iter(arms.items()), None)
+    for arm, scores in arms.items():
+        assert first is not None
+        name, reference = first
+        same = np.array_equal(scores.targets, reference.targets)
+        if not (same and np.array_equal(scores.sites, reference.sites)):
+            raise BadInput(
+                f"gap: found other test rows in arm {arm} ({len(scores)}) than in {name} "
+                f"({len(reference)}), expected the same rows in the same order"
+            )
+
+
+def _resampled_values(
+    arms: Mapping[str, Scores], metrics: Sequence[Metric], rows: int, resamples: int, seed: int
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """{arm: {metric: (1 + resamples,)}}: entry 0 is over every row once, NaN is undefined."""
+    values: dict[str, dict[str, list[NDArray[np.float64]]]] = {
+        arm: {metric.name: [] for metric in metrics} for arm in arms
+    }
+    for counts in _row_counts(rows, resamples, np.random.default_rng(seed)):
+        done: list[tuple[Scores, str]] = []
+        for arm, scores in arms.items():
+            # Equal outputs share one computation: their gap is then exactly 0 by construction, not
+            # by trusting a matrix product to round alike twice.
+            twin = next((a for s, a in done if np.array_equal(s.outputs, scores.outputs)), None)
+            done.append((scores, arm))
+            for metric in metrics:
+                values[arm][metric.name].append(
+                    values[twin][metric.name][-1]
+                    if twin is not None
+                    else metric.exact_resampled(scores.outputs, scores.targets, counts)
+                )
+    return {
+        arm: {name: np.concatenate(blocks) for name, blocks in by_metric.items()}
+        for arm, by_metric in values.items()
+    }
+
+
+def _row_counts(rows: int, resamples: int, rng: np.random.Generator) -> Iterable[NDArray[np.int64]]:
+    """Blocks of (r, rows) int64: how often each row is drawn. The first block is every row once."""
+    yield np.ones((1, rows), dtype=np.int64)
+    if rows == 0:
+        yield np.zeros((resamples, 0), dtype=np.int64)
+        return
+    block = max(1, _BLOCK // rows)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = rng.integers(0, rows, size=(size, rows)) + rows * np.arange(size)[:, None]
+        counts = np.bincount(drawn.reshape(-1), minlength=size * rows)
+        yield counts.reshape(size, rows).astype(np.int64)
+
+
+def _lost(
+    metric: Metric, better: NDArray[np.float64], worse: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    return better - worse if metric.higher_is_better else worse - better
+
+
+def _percentiles(lost: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    defined = lost[~np.isnan(lost)]
+    if len(defined) == 0 or 2 * len(defined) < len(lost):
+        return None, None
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------ several splits
+
+
+def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> Interval:
+    """The corrected resampled t interval: mean +- t_{J-1} * sqrt(var * (1/J + n_test/n_train)).
+
+    differences: one per split (seed and fold), each over that split's test rows; var has J - 1 in
+    its denominator. test_fraction_ratio: n_test / n_train, 1/(folds - 1) under k folds. With J = 1
+    there is no interval; with J = 0 no mean either. Raises BadInput unless the ratio is positive.
+    """
+    if not test_fraction_ratio > 0:
+        raise BadInput(f"test/train ratio: found {test_fraction_ratio}, expected a number above 0")
+    splits = len(differences)
+    method = f"95 % Nadeau-Bengio corrected t over {splits} splits"
+    if splits == 0:
+        return Interval(None, None, None, method, 0)
+    values = np.asarray(differences, dtype=np.float64)
+    # The mean of equal numbers can differ from them in its last bit; here it must not.
+    constant = bool((values == values[0]).all())
+    mean = float(values[0] if constant else values.mean())
+    if splits == 1:
+        return Interval(mean, None, None, method, 1)
+    from scipy.stats import t  # 0.5 s to import, and only comparisons need it
+
+    variance = 0.0 if constant else float(values.var(ddof=1))
+    error = float(np.sqrt(variance * (1 / splits + test_fraction_ratio)))
+    reach = float(t.ppf((1 + _CONFIDENCE) / 2, splits - 1)) * error
+    return Interval(mean, mean - reach, mean + reach, method, splits)
+
+
+def summarise_cells(cells: Sequence[Mapping[str, Any]], test_fraction_ratio: float) -> Json:
+    """{"arms", "gap", "per_site"} of a comparison's result.json from its cells (one per split).
+
+    A cell has `arms: {arm: {metric: value}}`, `gap: {part: {metric: value}}` and, if sites are
+    wanted, `per_site: {site: {arm: {metric: value}}}`. A value of None is left out of its own
+    summary, whose `n` says how many splits are in it. Per site only means are given: there are few
+    rows, and no interval is claimed.
+    """
+    arms = _collect(cell["arms"] for cell in cells)
+    gaps = _collect(cell["gap"] for cell in cells)
+    per_site: Json = {}
+    for site in dict.fromkeys(name for cell in cells for name in cell.get("per_site", {})):
+        by_arm = _collect(cell["per_site"][site] for cell in cells if site in cell["per_site"])
+        per_site[site] = {
+            arm: {metric: _mean(values) for metric, values in by_metric.items()}
+            for arm, by_metric in by_arm.items()
+        }
+    return {
+        "arms": {
+            arm: {
+                metric: nadeau_bengio(values, test_fraction_ratio).to_json() | {"sd": _sd(values)}
+                for metric, values in by_metric.items()
+            }
+            for arm, by_metric in arms.items()
+        },
+        "gap": {
+            part: {
+                metric: nadeau_bengio(values, test_fraction_ratio).to_json()
+                for metric, values in by_metric.items()
+            }
+            for part, by_metric in gaps.items()
+        },
+        "per_site": per_site,
+    }
+
+
+def _collect(
+    tables: Iterable[Mapping[str, Mapping[str, float | None]]],
+) -> dict[str, dict[str, list[float]]]:
+    """{row: {metric: values that are not None}} over tables {row: {metric: value}}, order kept."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for table in tables:
+        for name, by_metric in table.items():
+            for metric, value in by_metric.items():
+                values = found.setdefault(name, {}).setdefault(metric, [])
+                if value is not None:
+                    values.append(float(value))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -1,0 +1,237 @@
+"""A small certificate authority for rehearsals: EC P-256, one level, one federation.
+
+`fedcore up` makes one and issues a certificate to each process it starts. Its key lies in a file, so
+whoever reads that file can be anybody in the federation: it stays on the operator's machine.
+
+Invariant: an issued certificate can do one thing. A coordinator's serves and never connects, every
+other one connects and never serves (extended key usage, RFC 5280 section 4.2.1.12), only a
+coordinator's names hosts, and none outlives the authority.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedcore.errors import BadInput
+from fedcore.files import write_atomic
+from fedcore.identity.kit import (
+    AUTHORITY_FILE,
+    CERTIFICATE_FILE,
+    KEY_FILE,
+    Kit,
+    read_key,
+    write_private,
+)
+from fedcore.identity.peer import check_name, identity_uri, read_certificate
+from fedcore.secagg.crypto.secret import SecretBytes
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+AUTHORITY_DAYS = 3650
+CERTIFICATE_DAYS = 90
+BACKDATED = timedelta(minutes=5)
+"""Certificates begin a little before they are made: clocks of two machines differ by seconds."""
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate with its key, not yet on disk."""
+
+    certificate_pem: bytes
+    authority_pem: bytes
+    key_pem: SecretBytes
+
+    def save(self, folder: Path) -> Kit:
+        """Write the three files of a kit; the key is readable by its owner only.
+
+        Raises AlreadyExists where the folder holds a key, BadInput where it cannot be written.
+        """
+        _make(folder)
+        write_private(folder / KEY_FILE, self.key_pem)  # first: it refuses a folder that has one
+        write_atomic(folder / CERTIFICATE_FILE, self.certificate_pem)
+        write_atomic(folder / AUTHORITY_FILE, self.authority_pem)
+        return Kit.load(folder)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Issues the certificates of one federation. Its key prints redacted."""
+
+    federation: str
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @classmethod
+    def create(cls, federation: str, now: datetime, *, days: int = AUTHORITY_DAYS) -> Authority:
+        """A new authority with a new key. now: with a zone. Raises BadInput."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = _distinguished(check_name("federation", federation), "authority")
+        begins = now - BACKDATED
+        builder = _builder(name, name, key.public_key(), begins, begins + timedelta(days=days))
+        certificate = (
+            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        return cls(federation, certificate, key)
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """What every party of the federation trusts."""
+        return _pem(self.certificate)
+
+    def issue(
+        self,
+        role: str,
+        name: str,
+        now: datetime,
+        *,
+        hosts: Sequence[str] = (),
+        days: float = CERTIFICATE_DAYS,
+    ) -> Issued:
+        """A certificate with a new key. hosts: DNS names and addresses of a coordinator (required).
+
+        Raises BadInput, UnknownName.
+        """
+        uri = identity_uri(self.federation, role, name)
+        serves = role == "coordinator"
+        if serves and not hosts:
+            raise BadInput(
+                "hosts: found none, expected the names sites use to reach the coordinator"
+            )
+        if hosts and not serves:
+            raise BadInput(f"hosts: found {', '.join(hosts)} for role {role!r}, expected none")
+        key = ec.generate_private_key(ec.SECP256R1())
+        begins = max(now - BACKDATED, self.certificate.not_valid_before_utc)
+        ends = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
+        if ends <= begins:
+            raise BadInput(
+                f"authority of {self.federation!r}: found its end at {ends:%Y-%m-%d}, expected one to come"
+            )
+        purpose = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
+        names = [x509.UniformResourceIdentifier(uri), *map(_host, hosts)]
+        subject = _distinguished(self.federation, f"{role} {name}")
+        public = key.public_key()
+        certificate = (
+            _builder(subject, self.certificate.subject, public, begins, ends)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                critical=False,
+            )
+            .sign(self.key, hashes.SHA256())
+        )
+        return Issued(_pem(certificate), self.certificate_pem, _key_pem(key))
+
+    def save(self, folder: Path) -> None:
+        """Write `authority.pem` and `key.pem`. Raises AlreadyExists, BadInput."""
+        _make(folder)
+        write_private(folder / KEY_FILE, _key_pem(self.key))
+        write_atomic(folder / AUTHORITY_FILE, self.certificate_pem)
+
+    @classmethod
+    def load(cls, folder: Path) -> Authority:
+        """Read what `save` wrote. Raises BadInput, CertificateRefused."""
+        key = read_key(folder / KEY_FILE)
+        try:
+            certificate = read_certificate((folder / AUTHORITY_FILE).read_bytes())
+        except OSError as error:
+            raise BadInput(f"{folder / AUTHORITY_FILE}: {error.strerror}") from error
+        names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or (
+            key.public_key() != certificate.public_key()
+        ):
+            raise BadInput(f"{folder}: found a key that is not the certificate's, expected a pair")
+        return cls(check_name("federation", str(names[0].value) if names else ""), certificate, key)
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    begins: datetime,
+    ends: datetime,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    )
+
+
+def _distinguished(federation: str, common: str) -> x509.Name:
+    """The common name has a space, so that nothing takes it for a host's."""
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"fedcore {common}"[:64]),
+        ]
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            raise BadInput(
+                f"hosts: found {host!r}, expected a DNS name or an address, without port or brackets"
+            ) from None
+        return x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> SecretBytes:
+    return SecretBytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: {error.strerror}, expected a folder that can be written"
+        ) from error

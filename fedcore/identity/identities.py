@@ -1,0 +1,118 @@
+"""Signing keys on disk, and the roster that pins their public halves.
+
+`identity.pem` holds a site's Ed25519 key (PKCS8, RFC 8410), made at the site and never shipped.
+`roster.toml` says who is who, for every party alike:
+
+    [sites]
+    cleveland = { identity = "c0ffee..." }   # 32 bytes, hexadecimal or base64
+
+Invariant: the order of the file is the order of the roster, which its digest covers (PROTOCOL E), and
+no key stands there twice. How many sites a round needs is the plan's business.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedcore.errors import BadInput, RosterRefused
+from fedcore.files import write_atomic
+from fedcore.identity.kit import read_key, write_private
+from fedcore.identity.peer import check_name
+from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.types import SiteId
+
+IDENTITY_FILE = "identity.pem"
+ROSTER_FILE = "roster.toml"
+
+
+def create_identity(path: Path) -> IdentityKey:
+    """Draw a signing key and write it. Raises AlreadyExists where one is, BadInput."""
+    raw = os.urandom(PUBLIC_BYTES)
+    pem = Ed25519PrivateKey.from_private_bytes(raw).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    write_private(path, SecretBytes(pem))
+    return IdentityKey(raw)
+
+
+def read_identity(path: Path) -> IdentityKey:
+    """The signing key of a file. Raises BadInput."""
+    key = read_key(path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise BadInput(
+            f"{path}: found a key of another kind, expected Ed25519",
+            remedy="the identity key is not the certificate's key",
+        )
+    return IdentityKey(key.private_bytes_raw())
+
+
+def write_roster(path: Path, roster: Mapping[SiteId, bytes]) -> None:
+    """Write public keys of sites, in the mapping's order. Raises BadInput, RosterRefused."""
+    roster_digest(roster)
+    lines = [
+        f'"{check_name("site", site)}" = {{ identity = "{roster[site].hex()}" }}' for site in roster
+    ]
+    write_atomic(path, ("[sites]\n" + "\n".join(lines) + "\n").encode())
+
+
+def read_roster(path: Path) -> dict[SiteId, bytes]:
+    """Site -> 32-byte public key, in the file's order. Raises BadInput naming the entry."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: it cannot be read as TOML ({error})") from error
+    sites = found.get("sites")
+    if set(found) != {"sites"} or not isinstance(sites, dict):
+        raise BadInput(
+            f"{path}: found {', '.join(map(repr, found)) or 'nothing'}, expected one table [sites]"
+        )
+    roster = {
+        SiteId(check_name(f"{path}: sites", name)): _public(f"{path}: sites.{name}", entry)
+        for name, entry in sites.items()
+    }
+    try:
+        roster_digest(roster)
+    except RosterRefused as refused:
+        raise BadInput(
+            f"{path}: sites.{refused.fault}: found {refused.found}, expected {refused.expected}",
+            remedy="each site makes its own identity key and hands out only the public half",
+        ) from None
+    return roster
+
+
+def _public(where: str, entry: Any) -> bytes:
+    if not isinstance(entry, dict) or set(entry) != {"identity"}:
+        raise BadInput(f"{where}: found {_kind(entry)}, expected {{ identity = PUBLIC_KEY }} alone")
+    text = entry["identity"]
+    if isinstance(text, str):
+        if re.fullmatch("[0-9A-Fa-f]{64}", text):
+            return bytes.fromhex(text)
+        try:
+            raw = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raw = b""
+        if len(raw) == PUBLIC_BYTES:
+            return raw
+    raise BadInput(
+        f"{where}.identity: found {_kind(text)}, expected 32 bytes as 64 hexadecimal digits or in base64"
+    )
+
+
+def _kind(value: object) -> str:
+    """What stands there without saying it: it may be a private key, pasted by mistake."""
+    return f"a text of {len(value)} characters" if isinstance(value, str) else type(value).__name__

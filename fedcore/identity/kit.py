@@ -1,0 +1,132 @@
+"""The files one party holds to be itself on the network: its certificate, its key, the authority.
+
+Invariant: a key file is readable by its owner (and at most its group: mounted secrets are), is never
+overwritten, and is there whole or not at all. A kit whose key is not its certificate's does not load.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
+from fedcore.identity.peer import Peer, peer_of, read_certificate
+from fedcore.secagg.crypto.secret import SecretBytes
+
+AUTHORITY_FILE = "authority.pem"
+CERTIFICATE_FILE = "certificate.pem"
+KEY_FILE = "key.pem"
+
+_TOO_OPEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
+_LARGEST = 1 << 20
+"""bytes; a certificate has about a thousand."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A party's files as they were when read. peer: who the certificate says it is."""
+
+    peer: Peer
+    authority_pem: bytes
+    certificate_pem: bytes
+    key_pem: SecretBytes
+    certificate_path: Path
+    key_path: Path
+
+    @classmethod
+    def load(cls, folder: Path) -> Kit:
+        """A kit under the file names that `Issued.save` gives. Raises BadInput, CertificateRefused."""
+        return cls.read(
+            authority=folder / AUTHORITY_FILE,
+            certificate=folder / CERTIFICATE_FILE,
+            key=folder / KEY_FILE,
+        )
+
+    @classmethod
+    def read(cls, *, authority: Path, certificate: Path, key: Path) -> Kit:
+        """A kit from three files. Raises BadInput, CertificateRefused, each naming the file."""
+        private = read_key(key)
+        authority_pem, certificate_pem = _bytes(authority), _bytes(certificate)
+        for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):
+            try:
+                x509.load_pem_x509_certificates(pem)
+            except ValueError:
+                raise BadInput(f"{path}: found no certificate, expected one in PEM form") from None
+        try:
+            peer = peer_of(certificate_pem)
+        except CertificateRefused as refused:
+            raise CertificateRefused(
+                f"{certificate}: {refused}", check=refused.check, remedy=refused.remedy
+            ) from None
+        if read_certificate(certificate_pem).public_key() != private.public_key():
+            raise BadInput(
+                f"{key}: found the key of another certificate, expected that of {certificate}",
+                remedy="a certificate and its key are issued together; copy both files",
+            )
+        return cls(
+            peer=peer,
+            authority_pem=authority_pem,
+            certificate_pem=certificate_pem,
+            key_pem=SecretBytes(_bytes(key)),
+            certificate_path=certificate,
+            key_path=key,
+        )
+
+
+def read_key(path: Path) -> PrivateKeyTypes:
+    """A private key in PEM form without passphrase. Raises BadInput, also for one others can read."""
+    data = _bytes(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & _TOO_OPEN:
+        raise BadInput(
+            f"{path}: found mode {mode:04o}, expected 0600: others on this machine can read the key",
+            remedy=f"chmod 600 {path}",
+        )
+    try:
+        return serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise BadInput(f"{path}: found a key under a passphrase, expected one without") from None
+    except ValueError:
+        raise BadInput(f"{path}: found no private key, expected one in PEM form") from None
+
+
+def write_private(path: Path, secret: SecretBytes) -> None:
+    """Write a file with mode 0600, whole or not at all. Raises AlreadyExists, BadInput."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with suppress(FileNotFoundError):
+            beside.unlink()  # of a process that had this number and was killed
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secret.reveal())
+                file.flush()
+                os.fsync(descriptor)
+            os.link(beside, path)  # unlike a rename, it never replaces a key that is there
+        finally:
+            beside.unlink()
+    except FileExistsError:
+        raise AlreadyExists(
+            f"{path}: found a key already, expected none: it is never overwritten",
+            remedy="keep it, or move it away first",
+        ) from None
+    except OSError as error:
+        raise BadInput(f"{path}: it cannot be written ({error.strerror})") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
+    if len(data) > _LARGEST:
+        raise BadInput(f"{path}: found more than {_LARGEST} bytes, expected a certificate or a key")
+    return data

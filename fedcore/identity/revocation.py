@@ -1,0 +1,106 @@
+"""Certificates that no longer count: a text file, read again while the coordinator runs.
+
+One serial number or SHA-256 fingerprint a line, in hexadecimal, colons allowed; `#` begins a comment:
+
+    # va's laptop was stolen
+    3f:a9:04:...:11
+
+Invariant: a file that cannot be read as a list never takes anybody off it. The list before stays in
+force, and the trouble is told once for each state of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedcore.errors import BadInput, CertificateRefused
+from fedcore.identity.peer import Peer
+
+EMPTY = b"# serial numbers or SHA-256 fingerprints of withdrawn certificates, one a line\n"
+"""A list without entries. A file without a single byte is none: an editor may be at work on it."""
+
+_LARGEST = 1 << 20
+_SERIAL_DIGITS = 40
+"""A serial number has at most 20 bytes (RFC 5280 section 4.1.2.2), a fingerprint 32."""
+_FINGERPRINT_DIGITS = 64
+
+
+class Revocations:
+    """The withdrawn certificates, as last read from a file, or none without a file."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Read the list; a missing or malformed file raises BadInput, and nothing starts without it."""
+        self._path = path
+        self._revoked: frozenset[str] = frozenset()
+        self._stamp: tuple[int, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read the file again if it changed; True if it did. Costs one stat.
+
+        Raises BadInput, once for each state of the file, with the list before still in force.
+        """
+        if self._path is None:
+            return False
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp  # before reading: a change while reading is seen next time
+        self._revoked = _parse(self._path)
+        return True
+
+    def check(self, peer: Peer) -> None:
+        """Return if the certificate counts, else raise CertificateRefused. Reads nothing."""
+        if {peer.serial, peer.fingerprint} & self._revoked:
+            raise CertificateRefused(
+                f"certificate of {peer}: found it withdrawn, expected one in force",
+                check="revoked",
+                remedy="ask the operator why; a new certificate has a new serial number",
+            )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1,)  # a missing file is a state too; reading it tells why
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+def _parse(path: Path) -> frozenset[str]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        text = data.decode()
+    except OSError as error:
+        raise _trouble(path, f"it cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise _trouble(path, "found bytes that are no text, expected UTF-8") from None
+    if len(data) > _LARGEST:
+        raise _trouble(path, f"found more than {_LARGEST} bytes, expected a list of serial numbers")
+    if not text.endswith("\n"):
+        raise _trouble(path, "found no end of line at its end, expected a file written to its end")
+    revoked = set()
+    for number, line in enumerate(text.split("\n"), start=1):
+        entry = line.partition("#")[0].strip().replace(":", "").lower()
+        if not entry:
+            continue
+        is_fingerprint = len(entry) == _FINGERPRINT_DIGITS
+        if not re.fullmatch("[0-9a-f]+", entry) or not (
+            is_fingerprint or len(entry) <= _SERIAL_DIGITS
+        ):
+            raise _trouble(
+                path,
+                f"line {number}: found {line.strip()[:80]!r}, expected a serial number or a SHA-256 "
+                "fingerprint in hexadecimal",
+            )
+        revoked.add(entry if is_fingerprint else f"{int(entry, 16):x}")
+    return frozenset(revoked)
+
+
+def _trouble(path: Path, found: str) -> BadInput:
+    return BadInput(
+        f"{path}: {found}; the list read before stays in force",
+        remedy="write a new file beside it and rename it; a list of nobody is one comment line",
+    )

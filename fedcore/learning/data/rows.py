@@ -1,0 +1,688 @@
+"""What learning sees of one site: rows that can be taken, counted by class and dealt out in batches.
+
+Whatever `task.data` returns becomes one of three kinds here: `ArrayRows` (tensors in memory),
+`TableRows` (raw features that still need federated statistics) and `DatasetRows` (a map-style
+dataset read item by item). Everything after this file knows only the `Rows` protocol.
+
+Invariant: which row is in which fold depends on (seed, site, the labels) alone, so every arm of a
+comparison trains on the same rows and is tested on the same others.
+Left to others: the federated statistics (data/statistics.py), reading tables (data/tabular.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
+
+from fedcore.errors import BadInput, FedcoreError, TaskFailed
+from fedcore.learning.data.canonical import digests_of, item_digest, unstable_items
+from fedcore.learning.data.kinds import (
+    Indices,
+    brief,
+    class_indices,
+    dataset_labels,
+    is_dataset,
+    is_hugging_face,
+    is_pandas,
+    kind_of,
+)
+from fedcore.learning.task import Task, user_traceback
+from fedcore.seeds import generator
+
+
+class Rows(Protocol):
+    """The rows of one site, or of one fold of it."""
+
+    @property
+    def features(self) -> NDArray[np.float64] | None:
+        """(rows, p) float64, NaN = missing, while federated statistics are wanted; else None."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Indices) -> Rows:
+        """These rows, in this order."""
+
+    def labels(self) -> Indices | None:
+        """(rows,) int64 class indices; None where the target is not a class or is unknown."""
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's canonical bytes, features and target: equal for equal rows only.
+
+        Raises BadInput for rows that have no canonical form.
+        """
+
+    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
+        """Batches as `task.predict` takes them; `order=None` is row order.
+
+        A DataLoader's own batch size and collate function win over `batch_size`.
+        """
+
+
+class Scale(Protocol):
+    """What standardising needs of federated statistics: one entry per numeric feature."""
+
+    @property
+    def mean(self) -> NDArray[np.float64]: ...
+
+    @property
+    def std(self) -> NDArray[np.float64]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """Rows in memory: `x` (rows, ...) and `y` (rows, ...); a batch is the tuple `(x, y)`."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    @property
+    def features(self) -> None:
+        """None: these rows need no federated statistics."""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, indices: Indices) -> ArrayRows:
+        """These rows, in this order."""
+        picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return ArrayRows(self.x[picked], self.y[picked])
+
+    def labels(self) -> Indices | None:
+        """(rows,) int64 class indices, or None where `y` is not one class per row."""
+        return class_indices(self.y)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's bytes in `x` and `y`."""
+        return digests_of(self.x, self.y)
+
+    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
+        """Batches `(x, y)`; views of the rows where the order is their own."""
+        picked = None if order is None else torch.from_numpy(np.asarray(order, dtype=np.int64))
+        for start in range(0, len(self) if picked is None else len(picked), batch_size):
+            part: Any = slice(start, start + batch_size)
+            if picked is not None:
+                part = picked[part]
+            yield self.x[part], self.y[part]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How raw features become the model's inputs; the same at every site, known before any data.
+
+    names, ranges, indicated: one entry per numeric feature: its name, its public (low, high), and
+        whether a 0/1 missing-indicator column is added for it.
+    fixed: names of the 0/1 columns (categories) that need no statistics.
+    order: permutation of [numeric, indicators, fixed] columns into the declared order.
+    description: JSON text that rebuilds the reader (`fedcore.learning.data.tabular.Table.from_json`), or "".
+    """
+
+    names: tuple[str, ...]
+    ranges: tuple[tuple[float, float], ...]
+    indicated: tuple[bool, ...]
+    fixed: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+    description: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in their order."""
+        blocks = [*self.names, *(f"{n}_missing" for n in self._indicated_names()), *self.fixed]
+        return tuple(blocks[i] for i in self.order) if self.order else tuple(blocks)
+
+    def _indicated_names(self) -> list[str]:
+        return [name for name, wanted in zip(self.names, self.indicated, strict=True) if wanted]
+
+    def inputs(
+        self, features: NDArray[np.float64], fixed: NDArray[np.float32], scale: Scale
+    ) -> NDArray[np.float32]:
+        """Impute by the mean, standardise, add the indicators: (rows, len(columns)) float32.
+
+        A missing value becomes exactly 0, the standardised mean. Computed in float64 and rounded
+        once, so every machine gets the same bits.
+        """
+        p = len(self.names)
+        mean, std = np.asarray(scale.mean, np.float64), np.asarray(scale.std, np.float64)
+        if mean.shape != (p,) or std.shape != (p,):
+            raise BadInput(
+                f"statistics: found {mean.shape[0] if mean.ndim else 0} features, expected {p}",
+                remedy="they belong to another task or to another version of its columns",
+            )
+        missing = np.isnan(features)
+        numeric = np.where(missing, 0.0, (features - mean) / std)
+        indicators = missing[:, np.array(self.indicated, dtype=bool)]
+        columns = np.concatenate([numeric, indicators, fixed], axis=1).astype(np.float32)
+        return columns[:, list(self.order)] if self.order else columns
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """Raw rows of one site, before the federated statistics are known.
+
+    features: (rows, p) float64 numeric features, NaN = missing.
+    fixed: (rows, q) float32 one-hot columns, complete already.
+    y: (rows,) int64 classes or float32 values.
+    """
+
+    features: NDArray[np.float64]
+    fixed: NDArray[np.float32]
+    y: torch.Tensor
+    layout: Layout
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the p numeric features."""
+        return self.layout.names
+
+    @property
+    def ranges(self) -> list[tuple[float, float]]:
+        """Public (low, high) of each of the p numeric features."""
+        return list(self.layout.ranges)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the model's inputs once standardised, in their order."""
+        return self.layout.columns
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """Rows per column whose category was not declared and became `other` (only where > 0)."""
+        counts = {
+            name.removesuffix("=other"): int(self.fixed[:, i].sum())
+            for i, name in enumerate(self.layout.fixed)
+            if name.endswith("=other")
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, indices: Indices) -> TableRows:
+        """These rows, in this order."""
+        picked = np.asarray(indices, dtype=np.int64)
+        return TableRows(
+            self.features[picked], self.fixed[picked], self.y[torch.from_numpy(picked)], self.layout
+        )
+
+    def labels(self) -> Indices | None:
+        """(rows,) int64 class indices, or None where `y` is not one class per row."""
+        return class_indices(self.y)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each row's raw features, fixed columns and target."""
+        return digests_of(self.features, self.fixed, self.y)
+
+    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:  # noqa: ARG002 - Rows
+        """Raises BadInput: raw rows are no inputs yet."""
+        raise BadInput(
+            "table rows: found no statistics, expected standardised rows",
+            remedy="call rows.standardise(statistics) first; fedcore.simulate does so by itself",
+        )
+
+    def standardise(self, statistics: Scale) -> ArrayRows:
+        """The model's inputs under these federated statistics (mean and std, (p,) float64)."""
+        x = self.layout.inputs(self.features, self.fixed, statistics)
+        return ArrayRows(torch.from_numpy(x), self.y)
+
+
+class DatasetRows:
+    """Rows of a map-style dataset, read when a batch needs them.
+
+    A Hugging Face dataset without a format of its own is read as torch tensors, so that the default
+    collate function stacks its columns into a dict of tensors.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any] | None = None,
+        batch_size: int | None = None,
+        *,
+        indices: Indices | None = None,
+        site: str = "",
+        _labels: list[Indices | None] | None = None,
+        _hashed: list[list[bytes]] | None = None,
+    ) -> None:
+        if is_hugging_face(dataset) and dataset.format["type"] is None:
+            dataset = dataset.with_format("torch")
+        self.dataset = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+        self.indices = np.arange(len(dataset), dtype=np.int64) if indices is None else indices
+        self.site = site
+        # The labels of the whole dataset, filled at first use and shared by every `take`: finding
+        # them may mean reading each item once.
+        self._labels = [] if _labels is None else _labels
+        self._hashed = [] if _hashed is None else _hashed
+
+    @property
+    def features(self) -> None:
+        """None: these rows need no federated statistics."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, indices: Indices) -> DatasetRows:
+        """These rows, in this order; the dataset itself is shared."""
+        return DatasetRows(
+            self.dataset,
+            self.collate,
+            self.batch_size,
+            indices=self.indices[np.asarray(indices, dtype=np.int64)],
+            site=self.site,
+            _labels=self._labels,
+            _hashed=self._hashed,
+        )
+
+    def labels(self) -> Indices | None:
+        """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
+        if not self._labels:
+            try:
+                self._labels.append(dataset_labels(self.dataset))
+            except Exception as error:
+                raise self._unread(error) from error
+        known = self._labels[0]
+        return None if known is None else known[self.indices]
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each item's canonical form, found once for the whole dataset.
+
+        Raises BadInput for an item without one, or where the dataset gives another item when it is read
+        again, and TaskFailed if reading it fails.
+        """
+        if not self._hashed:
+            try:
+                found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
+                again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
+            except FedcoreError:
+                raise
+            except Exception as error:
+                raise self._unread(error) from error
+            if again != found[: len(again)]:
+                raise unstable_items(type(self.dataset).__name__)
+            self._hashed.append(found)
+        return [self._hashed[0][int(index)] for index in self.indices]
+
+    def _unread(self, error: Exception) -> TaskFailed:
+        return TaskFailed(
+            f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
+            user_traceback=user_traceback(error),
+        )
+
+    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
+        """Collated batches; a DataLoader's own batch size wins. Raises what the dataset raises."""
+        picked = self.indices if order is None else self.indices[np.asarray(order, dtype=np.int64)]
+        collate = default_collate if self.collate is None else self.collate
+        size = self.batch_size or batch_size
+        fetch_many = getattr(self.dataset, "__getitems__", None)
+        for start in range(0, len(picked), size):
+            some = [int(i) for i in picked[start : start + size]]
+            yield collate(list(fetch_many(some)) if fetch_many else [self.dataset[i] for i in some])
+
+
+def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
+    """Call `task.data(source)` for one site: `(all its rows, None)` or `(train rows, test rows)`.
+
+    Raises TaskFailed when the user's function raises (with the user's traceback), BadInput when
+    what it returned is empty, not finite, or of no kind listed in docs/tasks.md.
+    """
+    where = f"site {site}"
+    try:
+        found = task.data(source)
+    except FedcoreError as error:
+        # The message of our own reader is already for people; it only lacks the site.
+        raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
+    except Exception as error:
+        raise TaskFailed(
+            f"{where}: task.data raised {brief(error)}", user_traceback=user_traceback(error)
+        ) from error
+    if isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_whole(v) for v in found):
+        train = _recognise(found[0], task, f"{where} (train part)")
+        return train, _recognise(found[1], task, f"{where} (test part)")
+    return _recognise(found, task, where), None
+
+
+def split_rows(rows: Rows, *, seed: int, fold: int, folds: int, site: str) -> tuple[Rows, Rows]:
+    """Deal the rows to `folds` folds, class by class: `(train, test)`, `test` being fold `fold`.
+
+    Folds are disjoint, cover the rows, and differ by at most one row in size and per class. With
+    fewer rows than folds some test parts are empty; a single row is always a training row.
+    Raises BadInput for `fold` outside 0..folds-1.
+    """
+    if folds < 2 or not 0 <= fold < folds:
+        raise BadInput(
+            f"fold: found {fold} of {folds}, expected 0 <= fold < folds and folds >= 2",
+            remedy="fold 0 of 5 is the default; a (train, test) pair from task.data needs no folds",
+        )
+    n = len(rows)
+    labels = rows.labels()
+    deal = generator(seed, 0, site, "split")
+    of_row = np.empty(n, dtype=np.int64)
+    dealt = 0
+    for label in [None] if labels is None else np.unique(labels).tolist():
+        members = np.arange(n) if labels is None else np.flatnonzero(labels == label)
+        # Dealing goes on where the last class stopped, else every remainder lands in fold 0.
+        of_row[deal.permutation(members)] = (np.arange(len(members)) + dealt) % folds
+        dealt += len(members)
+    test = np.flatnonzero(of_row == fold) if n > 1 else np.empty(0, dtype=np.int64)
+    train = np.setdiff1d(np.arange(n), test)
+    return rows.take(train.astype(np.int64)), rows.take(test.astype(np.int64))
+
+
+def pool(parts: Sequence[Rows]) -> Rows:
+    """The union of the sites' rows, in the order given: what the centralised arm trains on.
+
+    Raises BadInput when the sites' rows are of different kinds, shapes or column layouts.
+    """
+    if not parts:
+        raise BadInput("pool: found no sites, expected at least 1")
+    if all(isinstance(part, ArrayRows) for part in parts):
+        return _pool_arrays(cast("Sequence[ArrayRows]", parts))
+    if all(isinstance(part, TableRows) for part in parts):
+        return _pool_tables(cast("Sequence[TableRows]", parts))
+    if all(isinstance(part, DatasetRows) for part in parts):
+        return _pool_datasets(cast("Sequence[DatasetRows]", parts))
+    kinds = sorted({type(part).__name__ for part in parts})
+    raise BadInput(
+        f"sites: found rows of different kinds ({', '.join(kinds)}), expected one kind",
+        remedy="task.data must return the same kind for every site",
+    )
+
+
+def _pool_arrays(parts: Sequence[ArrayRows]) -> ArrayRows:
+    shapes = {(tuple(p.x.shape[1:]), p.x.dtype, tuple(p.y.shape[1:]), p.y.dtype) for p in parts}
+    if len(shapes) > 1:
+        seen = "; ".join(
+            sorted(
+                f"X {list(a)} {b}, y {list(c)} {d}".replace("torch.", "") for a, b, c, d in shapes
+            )
+        )
+        raise BadInput(
+            f"sites: found rows of different shapes ({seen}), expected one shape",
+            remedy="task.data must return the same columns and target type for every site",
+        )
+    return ArrayRows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
+
+
+def _pool_tables(parts: Sequence[TableRows]) -> TableRows:
+    if len({(p.layout, p.y.dtype) for p in parts}) > 1:
+        raise BadInput(
+            "sites: found tables of different columns, expected one declaration for all",
+            remedy="build fedcore.table(...) once, outside task.data",
+        )
+    return TableRows(
+        np.concatenate([p.features for p in parts]),
+        np.concatenate([p.fixed for p in parts]),
+        torch.cat([p.y for p in parts]),
+        parts[0].layout,
+    )
+
+
+def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
+    known = [part.labels() for part in parts]
+    every = (
+        None
+        if any(k is None for k in known)
+        else np.concatenate([k for k in known if k is not None])
+    )
+    union: ConcatDataset[Any] = ConcatDataset(
+        [Subset(p.dataset, p.indices.tolist()) for p in parts]
+    )
+    return DatasetRows(
+        union, parts[0].collate, parts[0].batch_size, site="all sites", _labels=[every]
+    )
+
+
+# ---------------------------------------------------------------- recognising what a task returned
+
+
+def _recognise(found: Any, task: Task, where: str) -> Rows:
+    rows = _rows_of(found, task, where)
+    if len(rows) == 0:
+        raise BadInput(
+            f"{where}: found 0 rows, expected at least 1", remedy="check what task.data reads there"
+        )
+    return rows
+
+
+def _rows_of(found: Any, task: Task, where: str) -> Rows:
+    if isinstance(found, (ArrayRows, TableRows)):
+        return found
+    if isinstance(found, DatasetRows):
+        found.site = found.site or where
+        return found
+    if isinstance(found, DataLoader):
+        return _rows_of_loader(found, where)
+    if isinstance(found, IterableDataset) or type(found).__name__ == "IterableDataset":
+        raise _iterable(where, type(found).__name__)
+    if is_hugging_face(found) or is_dataset(found):
+        return _rows_of_dataset(found, where, None, None)
+    if is_pandas(found):
+        raise _frame(where)
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return _rows_of_arrays(found[0], found[1], task, where)
+    raise BadInput(
+        f"{where}: task.data returned {kind_of(found)}, expected (X, y), a table, a Dataset, "
+        "a DataLoader, or a (train, test) pair of these",
+        remedy="docs/tasks.md shows each form",
+    )
+
+
+def _rows_of_loader(loader: DataLoader[Any], where: str) -> DatasetRows:
+    if isinstance(loader.dataset, IterableDataset):
+        raise _iterable(where, type(loader.dataset).__name__)
+    batches = loader.batch_sampler
+    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+    if batches is None or type(batches) is not BatchSampler or not plain:
+        found = loader.sampler if isinstance(batches, BatchSampler) else batches
+        raise BadInput(
+            f"{where}: found a DataLoader with its own {kind_of(found)}, expected batch_size= and "
+            "optionally shuffle= and collate_fn=",
+            remedy="the run's seed decides the order of rows; for another way of sampling give "
+            "Task(train=...)",
+        )
+    return _rows_of_dataset(loader.dataset, where, loader.collate_fn, batches.batch_size)
+
+
+def _rows_of_dataset(
+    dataset: Any, where: str, collate: Callable[[list[Any]], Any] | None, batch_size: int | None
+) -> DatasetRows:
+    try:
+        return DatasetRows(dataset, collate, batch_size, site=where)
+    except FedcoreError:
+        raise
+    except Exception as error:
+        raise TaskFailed(
+            f"{where}: the length of {type(dataset).__name__} raised {brief(error)}",
+            user_traceback=user_traceback(error),
+            remedy="a map-style dataset defines __len__ and __getitem__",
+        ) from error
+
+
+def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:
+    for name, value in (("X", raw_x), ("y", raw_y)):
+        if is_pandas(value):
+            raise _frame(where)
+        if not isinstance(value, (np.ndarray, torch.Tensor)):
+            remedy = f"np.asarray({name}) makes one"
+            if hasattr(value, "toarray"):
+                remedy = f"{name}.toarray() makes one from a sparse matrix"
+            raise BadInput(
+                f"{where}: found {kind_of(value)} for {name}, expected an array or a tensor",
+                remedy=remedy,
+            )
+        if value.ndim == 0:
+            raise BadInput(f"{where}: found a single number for {name}, expected one entry per row")
+    if len(raw_x) != len(raw_y):
+        raise BadInput(
+            f"{where}: found {len(raw_x)} rows in X and {len(raw_y)} in y, expected as many",
+            remedy="task.data returns (X, y) with one target per row",
+        )
+    y = _target_tensor(raw_y, where)
+    if task.statistics is not None:
+        return _rows_with_statistics(raw_x, y, task.statistics, where)
+    return ArrayRows(array_inputs(raw_x, where), y)
+
+
+def array_inputs(raw: Any, where: str) -> torch.Tensor:
+    """An array or a tensor as a model takes it, in training and in `Run.predict` alike.
+
+    float32, except that a *tensor* of integers (token ids, raw pixels) keeps its dtype: a numpy array
+    of integers is nearly always a table of numbers, which a Linear layer would refuse.
+    Raises BadInput for what are not numbers, and for NaN or infinity.
+    """
+    x = _input_tensor(raw, where)
+    _refuse_not_finite(x, "X", where)
+    return x
+
+
+def _input_tensor(raw: Any, where: str) -> torch.Tensor:
+    if isinstance(raw, torch.Tensor):
+        if raw.is_complex():
+            raise _not_numbers("X", str(raw.dtype), where)
+        keep = not raw.is_floating_point() and raw.dtype is not torch.bool
+        return raw.detach().cpu() if keep else raw.detach().cpu().to(torch.float32)
+    if raw.dtype.kind not in "fiub":
+        raise _not_numbers("X", str(raw.dtype), where)
+    # Row by row in memory: the last bits of a product may depend on it, and data frames give columns.
+    return torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
+
+
+def _target_tensor(raw: Any, where: str) -> torch.Tensor:
+    """Integers and booleans become int64, floats float32."""
+    if isinstance(raw, torch.Tensor):
+        if raw.is_complex():
+            raise _not_numbers("y", str(raw.dtype), where)
+        y = raw.detach().cpu()
+    elif raw.dtype.kind in "fiub":
+        y = torch.from_numpy(np.array(raw, dtype=np.float32 if raw.dtype.kind == "f" else np.int64))
+    else:
+        raise _not_numbers("y", str(raw.dtype), where)
+    y = y.to(torch.float32 if y.is_floating_point() else torch.int64)
+    _refuse_not_finite(y, "y", where)
+    return y
+
+
+def _rows_with_statistics(
+    raw: Any, y: torch.Tensor, statistics: Sequence[Any], where: str
+) -> TableRows:
+    layout = array_layout(statistics)
+    features = array_features(raw, len(layout.names), where)
+    return TableRows(features, np.zeros((len(features), 0), np.float32), y, layout)
+
+
+def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
+    """An array whose task declared public ranges: (rows, columns) float64, NaN = missing.
+
+    Raises BadInput for another shape, for what are not numbers, and for infinity.
+    """
+    features = np.array(raw.detach().cpu().numpy() if isinstance(raw, torch.Tensor) else raw)
+    if features.dtype.kind not in "fiub":
+        raise _not_numbers("X", str(features.dtype), where)
+    features = features.astype(np.float64)
+    if features.ndim != 2 or features.shape[1] != columns:
+        raise BadInput(
+            f"{where}: found X of shape {list(features.shape)}, expected (rows, {columns})",
+            remedy="Task(statistics=...) gives one (low, high) per column of X",
+        )
+    if np.isinf(features).any():
+        _refuse_not_finite(
+            torch.from_numpy(np.where(np.isnan(features), 0.0, features)), "X", where
+        )
+    return features
+
+
+def array_layout(statistics: Sequence[Any]) -> Layout:
+    """The layout of an array task from `Task.statistics`: per column (low, high) or a `number(...)`.
+
+    Raises BadInput unless low < high, both finite.
+    """
+    ranges, indicated = [], []
+    for i, entry in enumerate(statistics):
+        indicated.append(bool(getattr(entry, "may_be_missing", False)))
+        try:
+            pair = (entry.low, entry.high) if hasattr(entry, "low") else entry
+            low, high = float(pair[0]), float(pair[1])
+        except (TypeError, ValueError, IndexError, KeyError):
+            low = high = float("nan")
+        if not (low < high and np.isfinite([low, high]).all()):
+            raise BadInput(
+                f"task.statistics[{i}]: found {entry!r}, expected (low, high) with low < high",
+                remedy="a public range every site can know without looking at its rows",
+            )
+        ranges.append((low, high))
+    names = tuple(f"x{i}" for i in range(len(ranges)))
+    return Layout(names, tuple(ranges), tuple(indicated))
+
+
+def _refuse_not_finite(values: torch.Tensor, name: str, where: str) -> None:
+    if not values.is_floating_point():
+        return
+    bad = ~torch.isfinite(values)
+    count = int(bad.sum())
+    if count == 0:
+        return
+    place = f"{name}"
+    if values.ndim == 2:
+        columns = torch.nonzero(bad.any(dim=0)).flatten().tolist()
+        shown = ", ".join(str(c) for c in columns[:5]) + (", ..." if len(columns) > 5 else "")
+        place = f"{name} column{'s' if len(columns) > 1 else ''} {shown}"
+    remedy = "drop those rows: a target must be observed"
+    if name == "X":
+        remedy = (
+            "impute them, or give Task(statistics=((low, high), ...)) and the sites impute and "
+            "standardise together; fedcore.table(...) does this for data frames"
+        )
+    raise BadInput(
+        f"{where}: found {count} NaN or infinite value{'s' if count > 1 else ''} in {place}, "
+        "expected finite numbers",
+        remedy=remedy,
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    """True for one half of a (train, test) pair: something that is rows by itself."""
+    if isinstance(value, (tuple, list)):
+        return len(value) == 2 and all(hasattr(part, "ndim") for part in value)
+    kinds = (ArrayRows, TableRows, DatasetRows, DataLoader, Dataset)
+    return isinstance(value, kinds) or is_hugging_face(value) or is_dataset(value)
+
+
+# ------------------------------------------------------------------------------- what went wrong
+
+
+def _iterable(where: str, kind: str) -> BadInput:
+    return BadInput(
+        f"{where}: found the iterable dataset {kind}, expected a map-style one",
+        remedy="define __len__ and __getitem__: folds and seeds need rows that can be counted",
+    )
+
+
+def _frame(where: str) -> BadInput:
+    return BadInput(
+        f"{where}: found a pandas DataFrame or Series, expected rows of declared columns",
+        remedy="return fedcore.table(target=..., columns={...})(frame): declared columns are the "
+        "same at every site, whatever values each one happens to hold",
+    )
+
+
+def _not_numbers(name: str, dtype: str, where: str) -> BadInput:
+    remedy = "map classes to 0, 1, 2, ... the same way at every site"
+    if name == "X":
+        remedy = "fedcore.table(target=..., columns={...}) turns declared categories into numbers"
+    return BadInput(f"{where}: found {name} of dtype {dtype}, expected numbers", remedy=remedy)

@@ -1,0 +1,153 @@
+"""Which rows of a site train and which test, and which of too many take part: the site decides (PROTOCOL J, U).
+
+`HashSplit` is what a deployed site has: a keyed hash of each row's content. Whatever a job asks for, the
+same rows train, so the difference of two jobs holds none of them; a row stays on its side when others are
+added, and identical rows are on one side. `FoldSplit` is the stratified deal of `simulate`, for rehearsals.
+
+Invariant: nothing here depends on a job but the public cap on rows, and two caps choose unrelated subsets,
+so their difference is of many rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedcore.errors import BadInput
+from fedcore.learning.data.rows import Rows, split_rows
+from fedcore.types import Json
+
+KEY_BYTES = 32
+
+_SIDE, _PICK = b"fedcore split\x00", b"fedcore subsample\x00"
+
+
+class Split(Protocol):
+    """How one site deals its rows."""
+
+    def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
+        """(train, test); there is always a training row. Raises BadInput for rows it cannot deal."""
+        ...
+
+    def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
+        """A keyed number for each row, which the cap is part of."""
+        ...
+
+    def to_json(self) -> Json:
+        """What `split_from_json` takes; with the key, so it goes to the site's own processes only."""
+        ...
+
+
+@dataclass(frozen=True)
+class FoldSplit:
+    """The deal of `simulate`: `folds` stratified folds, of which one is tested on. It follows from a seed
+    that everybody knows, so it hides nothing: for rehearsals."""
+
+    seed: int = 0
+    fold: int = 0
+    folds: int = 5
+
+    def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
+        """Raises BadInput for `fold` outside 0..folds-1."""
+        return split_rows(rows, seed=self.seed, fold=self.fold, folds=self.folds, site=site)
+
+    def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
+        """By position: the rows of a rehearsal are files that do not grow."""
+        key = hashlib.sha256(f"fedcore rehearsal {self.seed} {site}".encode()).digest()
+        return [_picked(key, cap, index.to_bytes(8, "big")) for index in range(len(rows))]
+
+    def to_json(self) -> Json:
+        """See `Split`."""
+        return {"method": "folds", "seed": self.seed, "fold": self.fold, "folds": self.folds}
+
+
+@dataclass(frozen=True)
+class HashSplit:
+    """HMAC-SHA256 of each row's canonical bytes under a key of the site. test: the share to test on."""
+
+    key: bytes = field(repr=False)
+    test: float
+
+    def __post_init__(self) -> None:
+        if len(self.key) != KEY_BYTES or not 0 < self.test < 1:
+            raise BadInput(
+                f"split: found a key of {len(self.key)} bytes and test = {self.test}, expected "
+                f"{KEY_BYTES} bytes and a share between 0 and 1"
+            )
+
+    def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
+        """Where every row would be tested on, the ones with the least hash train. Raises BadInput for
+        rows without a canonical form."""
+        sides = [hmac.digest(self.key, _SIDE + each, "sha256") for each in _digests(rows, site)]
+        limit = int(self.test * 2.0**64).to_bytes(9, "big")[1:]
+        tested = np.array([side[:8] < limit for side in sides], dtype=bool)
+        if tested.all():
+            least = min(sides)
+            tested = np.array([side != least for side in sides], dtype=bool)
+        return (
+            rows.take(np.flatnonzero(~tested).astype(np.int64)),
+            rows.take(np.flatnonzero(tested).astype(np.int64)),
+        )
+
+    def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
+        """By content; identical rows are told apart by how many came before."""
+        seen: Counter[bytes] = Counter()
+        found = []
+        for each in _digests(rows, site):
+            found.append(_picked(self.key, cap, each + seen[each].to_bytes(8, "big")))
+            seen[each] += 1
+        return found
+
+    def to_json(self) -> Json:
+        """See `Split`."""
+        return {"method": "hash", "key": self.key.hex(), "test": self.test}
+
+
+def split_from_json(value: Json) -> Split:
+    """The inverse of `to_json`. Raises BadInput."""
+    try:
+        about = {key: part for key, part in value.items() if key != "method"}
+        if value["method"] == "folds":
+            return FoldSplit(**about)
+        if value["method"] == "hash":
+            return HashSplit(bytes.fromhex(about["key"]), float(about["test"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"split: found {type(error).__name__} in its description") from error
+    raise BadInput(f"split: found method {value['method']!r}, expected 'hash' or 'folds'")
+
+
+def _digests(rows: Rows, site: str) -> list[bytes]:
+    try:
+        return rows.digests()
+    except BadInput as error:
+        raise BadInput(f"site {site}: {error}", remedy=error.remedy) from error
+
+
+def _picked(key: bytes, cap: int, row: bytes) -> bytes:
+    return hmac.digest(key, _PICK + cap.to_bytes(8, "big") + row, "sha256")
+
+
+def subsample(
+    split: Split, rows: Rows, test: Rows | None, site: str, cap: int
+) -> tuple[Rows, Rows | None]:
+    """At most `cap` rows, the test rows that a task brought itself included, in their order.
+
+    A site with more rows than the public cap says so nowhere: it takes part with a subset (PROTOCOL U).
+    At least one training row stays.
+    """
+    total = len(rows) + (0 if test is None else len(test))
+    if total <= cap:
+        return rows, test
+    ranks = split.ranks(rows, site, cap)
+    ranks += [] if test is None else split.ranks(test, f"{site} test", cap)
+    order: list[Any] = sorted(range(total), key=ranks.__getitem__)
+    picked = np.array(sorted(order[:cap]), dtype=np.int64)
+    if picked[0] >= len(rows):  # only test rows: one of them gives way
+        picked = np.array([min(range(len(rows)), key=ranks.__getitem__), *picked[1:]])
+    kept = rows.take(picked[picked < len(rows)])
+    return kept, None if test is None else test.take(picked[picked >= len(rows)] - len(rows))

@@ -1,0 +1,530 @@
+"""Tables: declared columns in, numbers out, the same ones at every site whatever its rows hold.
+
+`table(target=..., columns={...})` returns a reader; calling it with a pandas DataFrame, the path of a
+.csv or .parquet file, or a dict of columns gives `TableRows`. A numeric column becomes one standardised input, a
+category one 0/1 input per declared value plus `other`; either gets a 0/1 `missing` input if it is
+declared so.
+
+Invariant: the model's inputs and their order follow from the declaration alone, never from data.
+Left to others: mean and standard deviation (federated statistics, data/statistics.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedcore.errors import BadInput
+from fedcore.learning.data.rows import Layout, Scale, TableRows
+from fedcore.types import Json
+
+MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat", "?"})
+"""Texts that mean "not observed", in any case: what pandas reads as missing, and UCI's `?`."""
+
+TRUTH = {"true": 1.0, "false": 0.0}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A numeric column: its public range, and which values mean that it was not observed."""
+
+    low: float
+    high: float
+    may_be_missing: bool = False
+    missing: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Category:
+    """A categorical column: every value the federation knows, as text."""
+
+    values: tuple[str, ...]
+    may_be_missing: bool = False
+
+
+def number(
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    may_be_missing: bool = False,
+    missing: Sequence[float] = (),
+) -> Number:
+    """Declare a numeric column with the public range [low, high].
+
+    The column is scaled by it, so that nothing about rows has to travel, and is not clipped. Where a job
+    asks for federated statistics, the range bounds what one row adds to them (values beyond it are
+    clipped there and counted). `missing` lists values that stand for "not observed", such as a
+    cholesterol of 0, and implies `may_be_missing`. Booleans count as 0 and 1.
+    Raises BadInput unless low < high, both finite.
+    """
+    if low is None or high is None:
+        raise BadInput(
+            "number: found no range, expected the public (low, high) that its values are scaled by",
+            remedy="give a range known without looking at the rows, such as number(0, 120) for an age",
+        )
+    if not (_is_number(low) and _is_number(high) and low < high):
+        raise BadInput(
+            f"number: found the range ({low!r}, {high!r}), expected finite low < high",
+            remedy="give a range known without looking at the rows, such as number(0, 120) for an age",
+        )
+    codes = tuple(float(value) for value in missing)
+    return Number(float(low), float(high), may_be_missing or bool(codes), codes)
+
+
+def category(*values: Any, may_be_missing: bool = False) -> Category:
+    """Declare a categorical column and all its values; any other value becomes `other`.
+
+    Values are compared as text: 1, 1.0 and "1" are the same, and so are True and "TRUE".
+    Raises BadInput for no values or for the same value twice.
+    """
+    texts = tuple(_text(value) for value in values)
+    if not texts or len(set(texts)) < len(texts):
+        raise BadInput(
+            f"category: found the values {values!r}, expected at least one, each once",
+            remedy='list them: category("never", "former", "current")',
+        )
+    return Category(texts, may_be_missing)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A reader of tables, made by `fedcore.table`. Frozen; its `repr` and `to_json` are complete."""
+
+    target: str
+    specs: tuple[tuple[str, Number | Category], ...]
+    classes: tuple[str, ...] | None = None
+    above: float | None = None
+    regression: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """Which inputs there are, in declared order: a column, then its `missing` indicator."""
+        numeric = [(name, spec) for name, spec in self.specs if isinstance(spec, Number)]
+        fixed = [
+            title
+            for name, spec in self.specs
+            if isinstance(spec, Category)
+            for title in _category_titles(name, spec)
+        ]
+        indicated = [name for name, spec in numeric if spec.may_be_missing]
+        place = {title: i for i, title in enumerate([*(name for name, _ in numeric)])}
+        place.update({f"{name}_missing": len(numeric) + i for i, name in enumerate(indicated)})
+        offset = len(numeric) + len(indicated)
+        place.update({title: offset + i for i, title in enumerate(fixed)})
+        order: list[int] = []
+        for name, spec in self.specs:
+            if isinstance(spec, Category):
+                order.extend(place[title] for title in _category_titles(name, spec))
+            else:
+                order.append(place[name])
+                if spec.may_be_missing:
+                    order.append(place[f"{name}_missing"])
+        return Layout(
+            names=tuple(name for name, _ in numeric),
+            ranges=tuple((spec.low, spec.high) for _, spec in numeric),
+            indicated=tuple(spec.may_be_missing for _, spec in numeric),
+            fixed=tuple(fixed),
+            order=tuple(order),
+            description=json.dumps(self.to_json(), sort_keys=True),
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in their order."""
+        return self.layout.columns
+
+    def __call__(self, source: Any) -> TableRows:
+        """Read a DataFrame, the path of a .csv or .parquet file, or a dict of columns.
+
+        Raises BadInput naming the file, the column and the row (1 = the first below the header).
+        """
+        where, raw = _read(source, [name for name, _ in self.specs] + [self.target])
+        numeric, fixed = self._encode(where, raw)
+        y = self._targets(where, raw[self.target])
+        return TableRows(numeric, fixed, y, self.layout)
+
+    def features(self, source: Any) -> NDArray[np.float64]:
+        """The raw numeric features, (rows, p) float64 with NaN = missing. Needs no target column."""
+        where, raw = _read(source, [name for name, _ in self.specs])
+        return self._encode(where, raw)[0]
+
+    def inputs(self, source: Any, statistics: Scale) -> NDArray[np.float32]:
+        """What a trained model takes for these raw rows, (rows, len(columns)) float32.
+
+        Needs no target column; `statistics` are those of the run.
+        """
+        where, raw = _read(source, [name for name, _ in self.specs])
+        numeric, fixed = self._encode(where, raw)
+        return self.layout.inputs(numeric, fixed, statistics)
+
+    def to_json(self) -> Json:
+        """A JSON description from which `from_json` rebuilds an equal reader."""
+        columns: list[Json] = []
+        for name, spec in self.specs:
+            entry: Json = {"name": name, "may_be_missing": spec.may_be_missing}
+            if isinstance(spec, Number):
+                entry |= {"kind": "number", "low": spec.low, "high": spec.high}
+                entry["missing"] = list(spec.missing)
+            else:
+                entry |= {"kind": "category", "values": list(spec.values)}
+            columns.append(entry)
+        return {
+            "schema": 1,
+            "target": self.target,
+            "columns": columns,
+            "classes": None if self.classes is None else list(self.classes),
+            "above": self.above,
+            "regression": self.regression,
+        }
+
+    @classmethod
+    def from_json(cls, description: Json | str) -> Table:
+        """Rebuild a reader from `to_json()` or its text. Raises BadInput when it is not one."""
+        try:
+            found = json.loads(description) if isinstance(description, str) else description
+            {1: None}[found["schema"]]  # a KeyError for any other
+            specs = {
+                entry["name"]: number(
+                    entry["low"],
+                    entry["high"],
+                    may_be_missing=entry["may_be_missing"],
+                    missing=entry["missing"],
+                )
+                if entry["kind"] == "number"
+                else category(*entry["values"], may_be_missing=entry["may_be_missing"])
+                for entry in found["columns"]
+            }
+            return table(
+                target=found["target"],
+                columns=specs,
+                classes=found["classes"],
+                above=found["above"],
+                regression=found["regression"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(
+                f"table description: found {type(error).__name__} ({error}), expected schema 1",
+                remedy="it was written by another version of fedcore, or edited",
+            ) from error
+
+    def _encode(
+        self, where: str, raw: Mapping[str, Sequence[Any]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        rows = len(next(iter(raw.values())))
+        numeric: list[NDArray[np.float64]] = []
+        fixed: list[NDArray[np.float32]] = []
+        for name, spec in self.specs:
+            if isinstance(spec, Number):
+                numeric.append(_numbers(where, name, spec, raw[name]))
+            else:
+                fixed.append(_one_hot(where, name, spec, raw[name]))
+        return (
+            np.stack(numeric, axis=1) if numeric else np.empty((rows, 0), np.float64),
+            np.concatenate(fixed, axis=1) if fixed else np.empty((rows, 0), np.float32),
+        )
+
+    def _targets(self, where: str, values: Sequence[Any]) -> torch.Tensor:
+        if self.classes is not None:
+            index = {text: i for i, text in enumerate(self.classes)}
+            found = np.empty(len(values), dtype=np.int64)
+            for row, value in enumerate(values):
+                text = _text(value)
+                if text not in index:
+                    raise BadInput(
+                        f"{where}: column {self.target!r}, row {row + 1}: found {_shown(value)}, "
+                        f"expected one of {', '.join(self.classes)}",
+                        remedy="list every class in table(classes=(...)), or drop those rows",
+                    )
+                found[row] = index[text]
+            return torch.from_numpy(found)
+        # The public range is irrelevant for a target, which enters no statistics.
+        numbers = _numbers(where, self.target, None, values)
+        if self.above is not None:
+            return torch.from_numpy((numbers > self.above).astype(np.int64))
+        if self.regression:
+            return torch.from_numpy(numbers.astype(np.float32))
+        wrong = np.flatnonzero((numbers < 0) | (numbers != np.floor(numbers)))
+        if len(wrong):
+            raise BadInput(
+                f"{where}: column {self.target!r}, row {wrong[0] + 1}: found "
+                f"{numbers[wrong[0]]:g}, expected a class 0, 1, 2, ...",
+                remedy="give table(classes=(...)) for names, above=LIMIT for yes or no, or "
+                "regression=True for a number",
+            )
+        return torch.from_numpy(numbers.astype(np.int64))
+
+
+def table(
+    *,
+    target: str,
+    columns: Mapping[str, Number | Category],
+    classes: Sequence[Any] | None = None,
+    above: float | None = None,
+    regression: bool = False,
+) -> Table:
+    """Declare how rows of a table become numbers; returns a reader to use in, or as, `task.data`.
+
+    target: name of the column to predict. By default it holds class indices 0, 1, 2, ...; with
+        `classes=("benign", "malignant")` it holds these names, with `above=0` the class is 1 where
+        the value is above 0, and with `regression=True` it is a number.
+    columns: name -> `number(low, high)` or `category("a", "b")`; their order is the inputs' order.
+
+    Raises BadInput when the declaration contradicts itself.
+    """
+    if not columns or not hasattr(columns, "items"):
+        raise BadInput(
+            f"table(columns=...): found {columns!r}, expected at least one declared column",
+            remedy='columns={"age": fedcore.number(0, 120), "sex": fedcore.category("f", "m")}',
+        )
+    for name, spec in columns.items():
+        if not isinstance(spec, (Number, Category)):
+            raise BadInput(
+                f"table(columns=...): found {spec!r} for {name!r}, "
+                "expected number(...) or category(...)",
+                remedy=f'write "{name}": fedcore.number(low, high)',
+            )
+    if target in columns:
+        raise BadInput(
+            f"table(target={target!r}): found it among the columns, expected it outside them",
+            remedy="a model that sees its target learns nothing else",
+        )
+    if sum([classes is not None, above is not None, bool(regression)]) > 1:
+        raise BadInput("table: found several of classes=, above= and regression=, expected one")
+    names = None if classes is None else category(*classes).values
+    made = Table(str(target), tuple(columns.items()), names, above, regression)
+    titles = made.columns
+    twice = sorted({title for title in titles if titles.count(title) > 1})
+    if twice:
+        raise BadInput(
+            f"table(columns=...): found two inputs called {twice[0]!r}, expected different names",
+            remedy="rename one of the columns",
+        )
+    return made
+
+
+def _category_titles(name: str, spec: Category) -> list[str]:
+    titles = [f"{name}={value}" for value in (*spec.values, "other")]
+    return [*titles, f"{name}_missing"] if spec.may_be_missing else titles
+
+
+# ------------------------------------------------------------------------------ values to numbers
+
+
+def _numbers(
+    where: str, name: str, spec: Number | None, values: Sequence[Any]
+) -> NDArray[np.float64]:
+    """(rows,) float64, NaN = missing; `spec=None` is a target, which may not be missing."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
+        found = values.astype(np.float64)
+    else:
+        numbers = [_number(where, name, i, value) for i, value in enumerate(values)]
+        found = np.array(numbers, dtype=np.float64)
+    infinite = np.flatnonzero(np.isinf(found))
+    if len(infinite):
+        raise BadInput(
+            f"{where}: column {name!r}, row {infinite[0] + 1}: found an infinite value, "
+            "expected a finite number",
+            remedy="leave the field empty where nothing was observed",
+        )
+    for code in spec.missing if spec is not None else ():
+        found[found == code] = np.nan
+    if spec is None or not spec.may_be_missing:
+        gone = np.isnan(found)
+        _refuse_missing(where, name, gone, is_target=spec is None, kind="number(low, high")
+    return found
+
+
+def _number(where: str, name: str, index: int, value: Any) -> float:
+    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
+        return math.nan
+    try:
+        if isinstance(value, str):
+            text = value.strip().lower()
+            # float() would read 1_000 as a thousand, so an underscore is made unreadable.
+            return TRUTH[text] if text in TRUTH else float(text.replace("_", "?"))
+        return math.nan if str(value) in ("<NA>", "NaT") else float(value)
+    except (TypeError, ValueError):
+        remedy = f"declare it as fedcore.category(...) if {name!r} holds names"
+        if isinstance(value, str) and "," in value:
+            remedy = "write decimals with a point, and no thousands separator"
+        raise BadInput(
+            f"{where}: column {name!r}, row {index + 1}: found {_shown(value)}, expected a number",
+            remedy=remedy,
+        ) from None
+
+
+def _one_hot(where: str, name: str, spec: Category, values: Sequence[Any]) -> NDArray[np.float32]:
+    """(rows, declared + other [+ missing]) float32 of 0 and 1, one 1 per row at most."""
+    index = {text: i for i, text in enumerate(spec.values)}
+    other = len(spec.values)
+    texts = [_text(value) for value in values]
+    # A declared value wins over what its text would mean elsewhere ("none" may be an answer).
+    codes = np.array(
+        [index.get(t, other + 1 if t.lower() in MISSING else other) for t in texts], dtype=np.int64
+    )
+    if not spec.may_be_missing:
+        _refuse_missing(where, name, codes == other + 1, is_target=False, kind="category(...")
+    return np.eye(other + 2, dtype=np.float32)[codes][:, : other + 1 + spec.may_be_missing]
+
+
+def _refuse_missing(
+    where: str, name: str, missing: NDArray[np.bool_], *, is_target: bool, kind: str
+) -> None:
+    rows = np.flatnonzero(missing)
+    if not len(rows):
+        return
+    remedy = "drop those rows: a target must be observed"
+    if not is_target:
+        remedy = f"declare it as fedcore.{kind}, may_be_missing=True)"
+    raise BadInput(
+        f"{where}: column {name!r}, row {rows[0] + 1}: found a missing value ({len(rows)} in all), "
+        "expected none",
+        remedy=remedy,
+    )
+
+
+def _text(value: Any) -> str:
+    """One spelling per value, whether it came from a data frame or from text."""
+    if value is None:
+        return ""
+    text = str(value).strip()
+    if text.lower() in TRUTH:
+        return text.lower()
+    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    text = str(value).strip()
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+# -------------------------------------------------------------------------------- reading sources
+
+
+def _read(source: Any, names: Sequence[str]) -> tuple[str, dict[str, Sequence[Any]]]:
+    """`(what to call it in messages, {name: its values})` for exactly these columns."""
+    if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
+        return "table", _frame_columns("table", source, names)
+    if isinstance(source, Mapping):
+        _require_columns("table", [str(name) for name in source], names)
+        columns = {name: source[name] for name in names}
+        if len({len(values) for values in columns.values()}) > 1:
+            raise BadInput("table: found columns of different lengths, expected one length")
+        return "table", columns
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        readers = {".csv": _csv_columns, ".parquet": _parquet_columns, ".pq": _parquet_columns}
+        if path.suffix.lower() not in readers:
+            raise BadInput(
+                f"table: found {str(source)!r}, expected a path ending in .csv or .parquet",
+                remedy="read other formats with pandas and pass the DataFrame",
+            )
+        if not path.is_file():
+            raise BadInput(
+                f"table: found no file {path}",
+                remedy="paths in a job file count from the folder of that file",
+            )
+        return path.name, readers[path.suffix.lower()](path, names)
+    raise BadInput(
+        f"table: found {type(source).__name__}, expected a DataFrame, the path of a .csv or "
+        ".parquet file, or a mapping from column names to values"
+    )
+
+
+def _frame_columns(where: str, frame: Any, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    present = [str(column) for column in frame.columns]
+    _require_columns(where, present, names)
+    columns: dict[str, Sequence[Any]] = {}
+    for name in names:
+        values = frame.iloc[:, present.index(name)].to_numpy()
+        if values.dtype.kind not in "fiub":
+            # One spelling of missing for every pandas dtype: NaN, NaT, NA and None.
+            gone = frame.iloc[:, present.index(name)].isna().to_numpy()
+            values = np.where(gone, None, values.astype(object))
+        columns[name] = values
+    return columns
+
+
+def _parquet_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise BadInput(
+            f"{path.name}: found no pandas here, expected it for Parquet files",
+            remedy="pip install pandas pyarrow, or write the table as CSV",
+        ) from error
+    try:
+        frame = pd.read_parquet(path)
+    except ImportError as error:
+        raise BadInput(
+            f"{path.name}: found no Parquet engine here", remedy="pip install pyarrow"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{path.name}: found no readable Parquet table ({type(error).__name__})",
+            remedy="check that the file is complete",
+        ) from error
+    return _frame_columns(path.name, frame, names)
+
+
+def _csv_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Read with the standard library: no pandas needed, and every message can name its row."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file)
+            header = [title.strip() for title in next(lines, [])]
+            if not header:
+                raise BadInput(f"{path.name}: found an empty file, expected a header line")
+            _require_columns(path.name, header, names)
+            places = [header.index(name) for name in names]
+            columns: list[list[Any]] = [[] for _ in names]
+            row = 0
+            for line in lines:
+                if not line:
+                    continue
+                row += 1
+                if len(line) != len(header):
+                    raise BadInput(
+                        f"{path.name}: row {row}: found {len(line)} fields, expected {len(header)}",
+                        remedy="put a field that holds a comma into double quotes",
+                    )
+                for column, place in zip(columns, places, strict=True):
+                    column.append(line[place])
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path.name}: found bytes that are not UTF-8, expected a UTF-8 text file",
+            remedy="save it as CSV UTF-8, or read it with pandas and pass the DataFrame",
+        ) from error
+    except csv.Error as error:
+        raise BadInput(f"{path.name}: found no readable CSV ({error})") from error
+    except OSError as error:
+        raise BadInput(f"{path.name}: found no readable file ({error.strerror})") from error
+    return dict(zip(names, columns, strict=True))
+
+
+def _require_columns(where: str, present: Sequence[str], names: Sequence[str]) -> None:
+    absent = [name for name in names if name not in present]
+    if absent:
+        remedy = f"the columns there are: {', '.join(present[:20])}"
+        if len(present) == 1 and (";" in present[0] or "\t" in present[0]):
+            remedy = "separate fields by commas; this header uses another sign"
+        raise BadInput(
+            f"{where}: found no column {', '.join(repr(name) for name in absent)}, expected it",
+            remedy=remedy,
+        )
+    twice = [name for name in names if list(present).count(name) > 1]
+    if twice:
+        raise BadInput(f"{where}: found two columns called {twice[0]!r}, expected one")

@@ -1,0 +1,109 @@
+"""A task's metrics as the wide integers a site adds to its vector, and the values their sums give.
+
+Built-in metrics are non-negative integer sums already. A task's own `evaluate` gives
+`(total, count)` pairs of floats: they travel as offset fixed-point numbers with 16 fractional bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.errors import BadInput
+from fedcore.learning.metrics import Metric, auc_error_bound, clipped_rows, get
+from fedcore.learning.scoring import Scored
+from fedcore.learning.task import Task
+from fedcore.secagg.plan import METRIC, Wide
+
+OWN_FRACTION_BITS = 16
+OWN_BITS = 64
+_OFFSET = 1 << (OWN_BITS - 1)
+
+
+@dataclass(frozen=True)
+class MetricTransport:
+    """metrics: built-in ones (empty where the task brings `evaluate`); own: names it returns."""
+
+    metrics: tuple[Metric, ...]
+    own: tuple[str, ...]
+    columns: int
+    max_rows: int
+
+    @classmethod
+    def of(cls, task: Task, sample: Scored, max_rows: int) -> MetricTransport:
+        """sample: any scored rows of the task; it fixes the number of outputs. Raises UnknownName."""
+        if sample.own is not None:
+            return cls((), tuple(task.metrics), 0, max_rows)
+        columns = 1 if sample.outputs.ndim == 1 else sample.outputs.shape[1]
+        return cls(get(task.metrics), (), columns, max_rows)
+
+    @property
+    def wides(self) -> tuple[Wide, ...]:
+        """What the plan reserves in every vector."""
+        built_in = (
+            Wide(
+                METRIC + m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length()
+            )
+            for m in self.metrics
+        )
+        return (*built_in, *(Wide(METRIC + name, 2, OWN_BITS) for name in self.own))
+
+    def sums(self, scored: Scored | None) -> dict[str, list[int]]:
+        """One site's integers; zeros for a site without test rows (scored None)."""
+        out: dict[str, list[int]] = {}
+        for metric in self.metrics:
+            values: Sequence[int] = [0] * metric.size(self.columns)
+            if scored is not None:
+                values = metric.sums(scored.outputs, scored.targets).tolist()
+            out[METRIC + metric.name] = list(values)
+        for name in self.own:
+            total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
+            out[METRIC + name] = [_to_fixed(name, total), _to_fixed(name, count)]
+        return out
+
+    def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
+        """{metric: how far its value from sums may be from the exact one}, where one is stated."""
+        return {
+            metric.name: auc_error_bound(_as_array(wides[METRIC + metric.name]))
+            for metric in self.metrics
+            if metric.name == "auc"
+        }
+
+    def clipped(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """{metric: rows whose error was beyond the fixed-point range}, for errors only."""
+        return {
+            metric.name: clipped_rows(_as_array(wides[METRIC + metric.name]))
+            for metric in self.metrics
+            if not metric.higher_is_better
+        }
+
+    def finish(self, wides: Mapping[str, Sequence[int]], sites: int) -> dict[str, float | None]:
+        """Summed integers of `sites` sites to values: {metric: value or None}.
+
+        Sums that are all zero were not contributed (PROTOCOL H), or no site has a test row: None.
+        """
+        values: dict[str, float | None] = {}
+        for metric in self.metrics:
+            values[metric.name] = metric.finish(
+                np.asarray(wides[METRIC + metric.name], dtype=np.int64)
+            )
+        for name in self.own:
+            total, count = (v - sites * _OFFSET for v in wides[METRIC + name])
+            given = any(wides[METRIC + name])
+            values[name] = total / count if given and count else None
+        return values
+
+
+def _as_array(values: Sequence[int]) -> NDArray[np.int64]:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _to_fixed(name: str, value: float) -> int:
+    if not abs(value) < _OFFSET >> OWN_FRACTION_BITS:
+        raise BadInput(
+            f"task.evaluate: found {value} in {name!r}, expected a finite number below 2^47 in size"
+        )
+    return round(value * (1 << OWN_FRACTION_BITS)) + _OFFSET

@@ -1,0 +1,102 @@
+"""What a sum of honest vectors can be; anything else is refused before it leads to a state (PROTOCOL U).
+
+A lying site can put any integers into its fields. The sum tag holds for such a sum, since it proves whose
+vectors were added and not what was in them. Here the opened integers are compared with public caps, so
+that an impossible sum is one uniform refusal at every site instead of NaN, a crash or a hang at some.
+
+Invariant: a function of the plan and the integers alone, so all sites refuse the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from fedcore.errors import ImpossibleSum
+from fedcore.learning.data.statistics import FIXED_POINT_BITS, MIN_OBSERVED
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.plan import RoundPlan, VectorSpec
+
+
+def check_possible(plan: RoundPlan, spec: VectorSpec, opened: Opened, contributors: int) -> None:
+    """Raise ImpossibleSum where no vectors of `contributors` honest sites have this sum.
+
+    spec: what the vectors hold. Checked: every coordinate within contributors * R; every wide integer
+    within contributors times its cap; the weight at least 1; counts over R not above those over R / 2, and
+    decreasing over the powers of two of a calibration; n * S2 >= S1^2 for each feature's statistics.
+    """
+    coordinates, top = opened.coordinates, (1 << plan.packing.bits) - 1
+    if len(coordinates):
+        low, high = int(coordinates.min()), int(coordinates.max())
+        if low < contributors or high > contributors * top:
+            raise _impossible(
+                "coordinates",
+                f"one from {low} to {high}",
+                f"{contributors} to {contributors * top}",
+            )
+    for wide in spec.wides:
+        most = contributors * _cap(plan, wide.name, wide.bits)
+        found = max(opened.wides[wide.name], default=0)
+        if found > most:
+            raise _impossible(wide.name, found, f"at most {most}")
+    _CHECKS.get(spec.purpose, _no_more)(plan, opened)
+
+
+def _cap(plan: RoundPlan, name: str, bits: int) -> int:
+    """The largest honest value of one site: the public cap that its bits were made of, where it is known."""
+    if bits == plan.weight_bits:
+        return plan.max_examples
+    if name in {"over_range", "over_half_range", "exceeding"}:
+        return plan.coordinates
+    return (1 << bits) - 1
+
+
+def _no_more(plan: RoundPlan, opened: Opened) -> None:
+    """Nothing beyond the caps."""
+
+
+def _check_update(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001 - one signature for all
+    wides = opened.wides
+    if wides["weight"][0] < 1:
+        raise _impossible("weight", wides["weight"][0], "at least 1")
+    over, over_half = wides["over_range"][0], wides["over_half_range"][0]
+    if over > over_half:
+        raise _impossible("over_range", over, f"at most over_half_range, {over_half}")
+
+
+def _check_range(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001
+    counts = opened.wides["exceeding"]
+    if any(later > earlier for earlier, later in pairwise(counts)):
+        raise _impossible("exceeding", "a count that grows", "fewer beyond larger powers of two")
+
+
+def _check_statistics(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001
+    """v in [0, top] for each observed row: S1 <= n top, S2 <= top S1, and Cauchy-Schwarz."""
+    top, wides = (1 << FIXED_POINT_BITS) - 1, opened.wides
+    names = ("count", "sum", "square", "contributes", "clipped")
+    for count, total, squares, sites, clipped in zip(*(wides[n] for n in names), strict=True):
+        for holds, found, expected in (
+            (count >= MIN_OBSERVED * sites, f"{count} rows", f"{MIN_OBSERVED} a site"),
+            (sites or not count, f"{count} rows of no site", "none"),
+            (total <= count * top, f"S1 = {total}", f"at most {count * top}"),
+            (squares <= total * top, f"S2 = {squares}", f"at most {total * top}"),
+            (count * squares >= total * total, "n S2 < S1^2", "n S2 >= S1^2"),
+            (clipped <= count, f"{clipped} clipped", f"at most {count}"),
+        ):
+            if not holds:
+                raise _impossible("statistics", found, expected)
+
+
+_CHECKS = {"update": _check_update, "range": _check_range, "statistics": _check_statistics}
+
+
+def check_finite(vectors: Sequence[np.ndarray[tuple[int], np.dtype[np.floating]]]) -> None:
+    """Raise ImpossibleSum for a state with NaN or infinity."""
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise _impossible("state", "NaN or infinity", "finite numbers")
+
+
+def _impossible(what: str, found: object, expected: object) -> ImpossibleSum:
+    return ImpossibleSum(f"sum: {what}", found=found, expected=expected, fault="a site in the sum")

@@ -1,0 +1,67 @@
+"""From the integers of a released sum to the state they lead to: what every site computes alike.
+
+Invariant: a function of the plan, the state before and the integers alone, in float64 operations that
+round alike everywhere (PROTOCOL F), so that all sites sign the same next state (PROTOCOL R).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedcore.learning.adaptive_range import MOST_GROWTH, calibrated_bound, next_bound
+from fedcore.learning.optimisers import ServerState, apply_update, largest_step
+from fedcore.learning.possible import check_finite, check_possible
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.encode.quantise import dequantise
+from fedcore.secagg.plan import EXCEEDS, RoundPlan
+
+
+def calibrated(
+    plan: RoundPlan, state: ServerState, opened: Opened, contributors: int
+) -> ServerState:
+    """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum.
+
+    Raises ImpossibleSum.
+    """
+    check_possible(plan, plan.range_vector, opened, contributors)
+    values = contributors * plan.coordinates
+    found = calibrated_bound(opened.wides["exceeding"], values, plan.range)
+    return replace(state, bound=found, first_bound=found)
+
+
+def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: int) -> ServerState:
+    """The state after an `update` vector: dequantise, weighted mean, server step, range.
+
+    contributors: sites in the sum. Raises ImpossibleSum.
+    """
+    check_possible(plan, plan.update_vector, opened, contributors)
+    sums = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
+    mean = sums * (plan.max_examples / opened.wides["weight"][0])
+    moved = apply_update(state, mean, plan.parameters, plan.server)
+    bound = next_bound(
+        state.bound,
+        opened.wides["over_range"][0],
+        opened.wides["over_half_range"][0],
+        contributors * plan.coordinates,
+        plan.range,
+        first=state.first_bound,
+        sites=sum(opened.wides[EXCEEDS]),
+    )
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
+        check_finite([moved.model, *moved.moments.values()])
+    return replace(moved, bound=bound)
+
+
+def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
+    """Bounds on what one released round adds to a parameter and to a buffer (PROTOCOL G).
+
+    A sum of k updates is at most k R in every coordinate (another is refused), R never exceeds 4 R_0, and
+    the weight that divides it is at least k steps.
+    """
+    bound = (
+        min(first_bound * MOST_GROWTH, plan.range.highest) if plan.range.adaptive else first_bound
+    )
+    mean = bound * plan.max_examples / plan.weight_step
+    return largest_step(plan.server, mean), mean

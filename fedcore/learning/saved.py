@@ -1,0 +1,158 @@
+"""A finished model on disk: safetensors, with all that raw rows need before they reach it.
+
+Invariant: `load_model(save_model(...))` predicts the same bits. The metadata names the task, the
+statistics and the column order; nothing in the file is code, so the architecture comes from the task,
+which is looked for where the run found it, never in the folder somebody happens to be in.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fedcore.errors import BadInput
+from fedcore.files import read_json, write_atomic
+from fedcore.learning.data.rows import Layout, array_features, array_inputs, array_layout
+from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.data.tabular import Table, number
+from fedcore.learning.task import Task, load_task
+from fedcore.types import Json
+
+FILE = "model.safetensors"
+_CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
+
+
+def save_model(
+    directory: Path,
+    module: nn.Module,
+    task: Task,
+    statistics: Statistics | None,
+    layout: Layout | None,
+) -> None:
+    """Write model.safetensors, whole."""
+    write_atomic(directory / FILE, model_bytes(module, task, statistics, layout))
+
+
+def model_bytes(
+    module: nn.Module, task: Task, statistics: Statistics | None, layout: Layout | None
+) -> bytes:
+    """The file's bytes: the state dict, and as metadata what raw rows need."""
+    about: Json = {
+        "task": task.origin,
+        "task_name": task.name,
+        "metrics": list(task.metrics),
+        "statistics": statistics.to_json() if statistics else None,
+        "columns": list(layout.columns) if layout else None,
+        "reader": layout.description if layout else "",
+        "numbers": _numbers(layout) if layout and not layout.description else None,
+    }
+    tensors = {
+        name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
+    }
+    data: bytes = save(tensors, {"fedcore": json.dumps(about)})
+    return data
+
+
+def _numbers(layout: Layout) -> list[tuple[float, float, bool]]:
+    """Per column of an array task with statistics: low, high, and whether a gap is indicated."""
+    pairs = zip(layout.ranges, layout.indicated, strict=True)
+    return [(low, high, indicated) for (low, high), indicated in pairs]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model in evaluation mode and how raw rows become its inputs."""
+
+    module: nn.Module
+    about: Json
+
+    def predict(self, rows: Any) -> NDArray[np.float64]:
+        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`.
+
+        Raises BadInput for rows that training would have refused too.
+        """
+        x = self._inputs(rows)
+        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
+        if x.is_floating_point():
+            # A model in double or half precision got its batches cast by the task's own `predict`.
+            x = x.to(own)
+        with torch.no_grad():
+            outputs = self.module(x).to(torch.float64).numpy()
+        if outputs.ndim == 2 and outputs.shape[1] == 1:
+            outputs = outputs[:, 0]
+        if not _CLASSIFICATION & set(self.about["metrics"]):
+            return np.asarray(outputs)
+        if outputs.ndim == 1:
+            return np.asarray(1 / (1 + np.exp(-outputs)))
+        shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+    def _inputs(self, rows: Any) -> torch.Tensor:
+        found = self.about["statistics"]
+        if found is None:
+            return array_inputs(_array(rows), "predict")
+        statistics = Statistics.from_json(found)
+        if self.about["reader"]:
+            table = Table.from_json(self.about["reader"])
+            return torch.from_numpy(table.inputs(rows, statistics))
+        numbers = self.about["numbers"]
+        layout = array_layout([number(low, high, may_be_missing=m) for low, high, m in numbers])
+        features = array_features(_array(rows), len(numbers), "predict")
+        none_fixed = np.zeros((len(features), 0), np.float32)
+        return torch.from_numpy(layout.inputs(features, none_fixed, statistics))
+
+
+def _array(rows: Any) -> Any:
+    """Tensors as they are; lists, frames and whatever else NumPy can read as an array."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    try:
+        return np.asarray(rows)
+    except ValueError as error:
+        raise BadInput(
+            f"predict: found rows that make no array ({error})",
+            remedy="every row needs the same number of values",
+        ) from error
+
+
+def load_model(directory: Path, task: Task | None) -> SavedModel:
+    """Build the task's module and fill it. Raises BadInput where the task or the file is missing.
+
+    A task given by a relative path is loaded from the run's own base folder (job.json), or from
+    `directory` where no job.json says: the current folder may hold a stranger's file of that name.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise BadInput(f"run: found no {FILE} in {directory}", remedy="the run did not finish")
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["fedcore"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if task is None:
+        if not about["task"]:
+            raise BadInput(
+                f"model: task {about['task_name']!r} was made in memory, so its architecture is not on disk",
+                remedy="fedcore.load(RUN, task=your_task)",
+            )
+        task = load_task(about["task"], _base(directory))
+    module = task.model()
+    for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(parameter):
+            parameter.materialize(tensors[name].shape)
+    module.load_state_dict(tensors)
+    return SavedModel(module.eval(), about)
+
+
+def _base(directory: Path) -> Path:
+    job = directory / "job.json"
+    found = read_json(job).get("base") if job.is_file() else None
+    return Path(found) if isinstance(found, str) else directory

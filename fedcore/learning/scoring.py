@@ -1,0 +1,208 @@
+"""Scoring a model on rows: per-row outputs for the built-in metrics, sums for a task's own.
+
+Only sums ever leave a site; per-row outputs exist where the simulation stands in for all sites.
+Invariant: what `score` returns is finite, except for a mean loss that overflowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fedcore.errors import BadInput, TaskFailed
+from fedcore.learning.data.kinds import Indices, kind_of
+from fedcore.learning.data.rows import Rows
+from fedcore.learning.model import seeded
+from fedcore.learning.task import Task
+from fedcore.learning.training import (
+    batch_norm_needs_two,
+    lone_row_breaks,
+    place,
+    predict,
+    task_code,
+)
+
+EVALUATION_BATCH = 1024
+
+MOST_ROWS = 4096
+"""Training rows whose mean loss judges a model, evenly spaced where a site has more: it is known well
+enough, and the pass stays short beside an epoch."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """outputs (n,) or (n, C) float64, targets (n,) float64 or int64; loss: mean over the rows.
+
+    own: `{metric: (total, count)}` of every name in `task.metrics` where the task brings `evaluate`;
+    outputs are then empty.
+    """
+
+    outputs: NDArray[np.float64]
+    targets: NDArray[Any]
+    loss: float | None
+    own: dict[str, tuple[float, float]] | None = None
+
+
+def score(
+    task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
+) -> Scored:
+    """Run `module` over `rows` in evaluation mode.
+
+    Raises TaskFailed where the task's code raises or the model's outputs are not finite, BadInput on
+    odd shapes and on what a task's own `evaluate` may not return. Each names the site and the round.
+    """
+    found = probe(task, module, rows, seed=seed, round_=round_, site=site)
+    where = place(site, round_)
+    for name, pair in (found.own or {}).items():
+        wrong = next((value for value in pair if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise _not_a_sum(where, f"{wrong}", name)
+    bad = int(np.count_nonzero(~np.isfinite(found.outputs)))
+    if bad:
+        raise TaskFailed(
+            f"{where}: found {bad} of {found.outputs.size} model outputs not finite, "
+            "expected finite numbers",
+            remedy="lower train.lr, or look for unscaled values in the site's data",
+        )
+    return found
+
+
+def _code_of(task: Task) -> str:
+    """Which of the user's functions runs here, for a message about its exception."""
+    return "evaluate" if task.evaluate is not None else "model, task.predict or task.loss"
+
+
+@torch.no_grad()
+def probe(
+    task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
+) -> Scored:
+    """`score` without a look at the values: the shapes that a model not yet trained, on rows not yet
+    standardised, gives."""
+    module.eval()
+    with seeded(seed, round_, site, "evaluate"), task_code(site, round_, _code_of(task)):
+        if task.evaluate is not None:
+            own = _own_sums(task, task.evaluate(module, rows), place(site, round_))
+            return Scored(np.empty(0), np.empty(0), None, own)
+        outputs, targets, losses = [], [], []
+        for batch in rows.batches(EVALUATION_BATCH, None):
+            out, target = predict(task, module, batch)
+            losses.append((float(task.loss(out, target)), len(target)))
+            outputs.append(_as_array(out))
+            targets.append(np.asarray(target.detach().cpu().numpy()).reshape(len(target), -1))
+    stacked = np.concatenate(outputs)
+    flat_targets = np.concatenate(targets)
+    if stacked.ndim > 2 or flat_targets.shape[1] != 1:
+        raise BadInput(
+            f"{place(site, round_)}: found outputs of shape {stacked.shape}, expected one row per "
+            "example",
+            remedy="give the task its own evaluate(model, rows) -> {metric: (total, count)}",
+        )
+    count = sum(n for _, n in losses)
+    mean_loss = sum(value * n for value, n in losses) / count if count else None
+    return Scored(stacked, flat_targets[:, 0], mean_loss)
+
+
+def _own_sums(task: Task, found: Any, where: str) -> dict[str, tuple[float, float]]:
+    if not isinstance(found, Mapping):
+        raise BadInput(
+            f"{where}: task.evaluate returned {kind_of(found)}, expected {{metric: (total, count)}}",
+            remedy="sums over the site's rows, so that sites can be added up",
+        )
+    missing = [name for name in task.metrics if name not in found]
+    if missing:
+        names = ", ".join(map(str, found)) or "no metrics"
+        raise BadInput(
+            f"{where}: task.evaluate: found {names}, expected {', '.join(missing)} too",
+            remedy="return every name of task.metrics at every site, (0, 0) where it is undefined, "
+            "or name what it returns in metrics=(...)",
+        )
+    sums = {}
+    for name in task.metrics:
+        try:
+            total, count = (float(value) for value in found[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise _not_a_sum(where, repr(found[name]), name) from None
+        sums[name] = (total, count)
+    return sums
+
+
+def _not_a_sum(where: str, shown: str, name: str) -> BadInput:
+    text = " ".join(shown.split())
+    return BadInput(
+        f"{where}: task.evaluate returned {text[:60]} for {name!r}, "
+        "expected a finite (total, count)",
+        remedy="(0, 0) where it is undefined; lower train.lr where the model diverged",
+    )
+
+
+def _as_array(outputs: torch.Tensor) -> NDArray[np.float64]:
+    array = outputs.detach().cpu().to(torch.float64).numpy()
+    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def has_loss(task: Task) -> bool:
+    """Whether the task's loss says something: one that trains and evaluates by itself need not use it."""
+    return task.train is None or task.evaluate is None
+
+
+@torch.no_grad()
+def training_loss(
+    task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
+) -> float:
+    """Mean loss of a model over training rows, without chance and with the statistics that training uses.
+
+    Everything runs in evaluation mode (training mode would make it depend on chance, as dropout does), but
+    normalisation layers: those take each batch's own statistics, as in training. Running statistics fit
+    the parameters only after many rounds, or never where buffers keep their initial values, so the loss
+    with them says nothing about a model that is trained honestly. The module is left as it was found, in
+    evaluation mode. It may be NaN or infinite. Raises TaskFailed, and BadInput where BatchNorm
+    meets a batch of one row.
+    """
+    total, count = 0.0, 0
+    picked = _some(len(rows))
+    batch_size = getattr(rows, "batch_size", None) or EVALUATION_BATCH
+    if lone_row_breaks(module, len(picked), batch_size):
+        picked = picked[:-1]
+    with (
+        _batch_statistics(module),
+        seeded(seed, round_, site, "guard"),
+        task_code(site, round_, "model, task.predict or task.loss"),
+        batch_norm_needs_two(place(site, round_)),
+    ):
+        for batch in rows.batches(EVALUATION_BATCH, picked):
+            outputs, targets = predict(task, module, batch)
+            size = len(targets)
+            total += float(task.loss(outputs, targets)) * size
+            count += size
+    return total / count if count else 0.0
+
+
+@contextmanager
+def _batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for the normalisation layers that the module's training mode trains; all buffers
+    are put back afterwards."""
+    module.train()  # a module's own `train` may keep some of its layers in evaluation mode
+    normalising = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+    module.eval()
+    kept = [(buffer, buffer.clone()) for layer in normalising for buffer in layer.buffers()]
+    for layer in normalising:
+        layer.training = True
+    try:
+        yield
+    finally:
+        module.eval()
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+def _some(rows: int) -> Indices:
+    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).astype(np.int64)

@@ -1,0 +1,175 @@
+"""All that a site starts a round from, as one value: statistics, server state, and how far the job is.
+
+Invariant: `canonical` covers all of it, so two sites whose state tags agree train from the same bits and
+stand at the same step. The byte form is safetensors with plain JSON beside it: nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedcore.errors import BadInput
+from fedcore.learning.data.statistics import Statistics, finish_statistics, statistics_vector
+from fedcore.learning.optimisers import ServerState, init_state
+from fedcore.learning.possible import check_possible
+from fedcore.learning.released import applied, calibrated
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.plan import RoundPlan, canonical
+from fedcore.secagg.protocol.schedule import Step
+from fedcore.types import FloatVector, SiteId
+
+Column = tuple[str, float, float]
+"""(name, low, high) of a standardised column: its public range."""
+
+_META = "fedcore"
+
+
+def model_digest(vector: FloatVector) -> str:
+    """SHA-256 of a flat model, little-endian float32: a run's and a site's `model_sha256`."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+
+
+def without_metrics(
+    plan: RoundPlan, wides: Mapping[str, Sequence[int]]
+) -> Mapping[str, Sequence[int]]:
+    """A site's wide integers with zeros for its metric sums."""
+    metrics = {wide.name for wide in plan.metric_sums}
+    return {n: [0] * len(v) if n in metrics else v for n, v in wides.items()}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """statistics: None before they are released, or where no column is standardised.
+
+    done: the last released step, None before the first. shown: the survivors of each release whose metric
+    sums were not all zero, each set once, in the order of the releases.
+    """
+
+    server: ServerState
+    statistics: Statistics | None = None
+    done: Step | None = None
+    shown: tuple[tuple[SiteId, ...], ...] = ()
+
+    @classmethod
+    def initial(cls, plan: RoundPlan, model: FloatVector) -> JobState:
+        """Before the first round: the model every site makes from the job's seed."""
+        start = plan.range.start or 0.0
+        return cls(init_state(model, plan.parameters, plan.server, start))
+
+    def canonical(self) -> bytes:
+        """The bytes that state tag and certificate cover (PROTOCOL S)."""
+        return self.server.canonical() + canonical(self._about())
+
+    def _about(self) -> dict[str, object]:
+        statistics = self.statistics.to_json() if self.statistics else None
+        done = [self.done.purpose, self.done.training_round] if self.done else None
+        shown = [list(survivors) for survivors in self.shown]
+        return {"statistics": statistics, "done": done, "shown": shown}
+
+    def isolates(self, cohort: Sequence[SiteId], least: int) -> bool:
+        """Whether metric sums of a cohort, beside those of an earlier release, would be about fewer than
+        `least` sites: those in one of the two and not in the other (PROTOCOL H).
+
+        Class counts and other sums that hardly change from round to round would show these sites' share.
+        """
+        apart = (len(set(cohort) ^ set(survivors)) for survivors in self.shown)
+        return any(0 < sites < least for sites in apart)
+
+    def _shown_after(
+        self, plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]
+    ) -> tuple[tuple[SiteId, ...], ...]:
+        sums, these = (
+            (opened.wides[wide.name] for wide in plan.metric_sums),
+            tuple(sorted(survivors)),
+        )
+        if these in self.shown or not any(map(any, sums)):
+            return self.shown
+        return (*self.shown, these)
+
+    def after(
+        self,
+        plan: RoundPlan,
+        step: Step,
+        opened: Opened,
+        survivors: Sequence[SiteId],
+        columns: Sequence[Column] = (),
+        *,
+        allow_few_sites: bool = False,
+    ) -> JobState:
+        """The state that the sum of a step's vectors leads to. survivors: the sites in the sum, in order.
+
+        Raises ImpossibleSum, and Refused for statistics of too few sites.
+        """
+        moved, contributors = replace(self, done=step), len(survivors)
+        if step.purpose in {"update", "metrics"}:
+            moved = replace(moved, shown=self._shown_after(plan, opened, survivors))
+        match step.purpose:
+            case "statistics":
+                names, ranges = [c[0] for c in columns], [(c[1], c[2]) for c in columns]
+                spec = statistics_vector(len(names), plan.max_examples)
+                check_possible(plan, spec, opened, contributors)
+                found = finish_statistics(
+                    names, ranges, opened.wides, allow_few_sites=allow_few_sites
+                )
+                return replace(moved, statistics=found)
+            case "range":
+                return replace(moved, server=calibrated(plan, self.server, opened, contributors))
+            case "update":
+                return replace(moved, server=applied(plan, self.server, opened, contributors))
+            case "metrics":
+                check_possible(plan, plan.metrics_vector, opened, contributors)
+        return moved
+
+    def to_bytes(self) -> bytes:
+        """Safetensors: parameters and moments, with the rest as metadata."""
+        server = self.server
+        tensors = {f"moment.{name}": value for name, value in server.moments.items()}
+        about = self._about() | {
+            "scalars": dict(server.scalars),
+            "bound": server.bound,
+            "first_bound": server.first_bound,
+        }
+        # Floats print as their shortest round-trip form, so nothing is lost.
+        meta = {_META: json.dumps(about, sort_keys=True, allow_nan=False)}
+        return save({"parameters": server.parameters, **tensors}, meta)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> JobState:
+        """The inverse of `to_bytes`. Raises BadInput for anything else."""
+        try:
+            tensors = load(data)
+            length = int.from_bytes(data[:8], "little")
+            about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_META])
+            moments = {
+                name.removeprefix("moment."): value.astype(np.float64)
+                for name, value in tensors.items()
+                if name.startswith("moment.")
+            }
+            scalars = {str(name): float(value) for name, value in about["scalars"].items()}
+            server = ServerState(
+                tensors["parameters"].astype(np.float64), moments, scalars,
+                float(about["bound"]), float(about["first_bound"]),
+            )  # fmt: skip
+            statistics = about["statistics"]
+            done = about["done"]
+            return cls(
+                server,
+                Statistics.from_json(statistics) if statistics else None,
+                Step(str(done[0]), int(done[1])) if done else None,
+                tuple(tuple(map(SiteId, survivors)) for survivors in about["shown"]),
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput("state: found bytes that are no saved state of a job") from error
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Of the model that this state stands for."""
+        return model_digest(self.server.model)

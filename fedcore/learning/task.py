@@ -1,0 +1,220 @@
+"""What a federation learns: a frozen record of ordinary functions, and how a name becomes one.
+
+Invariant: a user's file is loaded under a private module name, so a stranger's `server.py` or
+`clients/` beside it can neither shadow nor be shadowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
+
+BUILT_IN = {
+    "heart": "fedcore.learning.data.heart:task",
+    "digits": "fedcore.learning.data.digits:task",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One learning problem, as functions.
+
+    name: a short word; it names run directories.
+    data: `data(source)` returns the rows of ONE site: `(X, y)` arrays or tensors, the rows of
+        `fedcore.table(...)`, a map-style torch Dataset, a Hugging Face Dataset, a DataLoader, or a
+        `(train, test)` pair of any of these. Without a pair the run's seed and fold split the rows.
+    model: `model()` returns a fresh `torch.nn.Module`; lazy modules are allowed.
+    loss: `loss(outputs, targets)` returns a scalar tensor: any torch loss.
+    metrics: names from `fedcore.learning.metrics.METRICS`, or those that `evaluate` returns.
+    predict: `predict(model, batch) -> (outputs, targets)`; the default is `x, y = batch`.
+    train: `train(model, rows, fit)` replaces the local training loop; it changes `model` in place.
+    evaluate: `evaluate(model, rows) -> {metric: (total, count)}` replaces the evaluation loop.
+    statistics: one public `(low, high)` or `fedcore.number(low, high, ...)` per column of an array
+        task that asks for federated imputation and standardisation; tables bring their own.
+    sites: default sites of a simulation: `{site id: source}`, or a function of the `[sites]` keys.
+    defaults: settings that suit the task, such as `{"lr": 0.1}`; a job's own settings win.
+    lower_is_better: which metrics of its own `evaluate` are errors, so that a gap's sign is right.
+    """
+
+    name: str
+    data: Callable[[Any], Any]
+    model: Callable[[], Any]
+    loss: Callable[[Any, Any], Any]
+    metrics: tuple[str, ...] = ("accuracy",)
+    predict: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    train: Callable[[Any, Any, Any], Any] | None = None
+    evaluate: Callable[[Any, Any], Mapping[str, tuple[float, float]]] | None = None
+    statistics: tuple[Any, ...] | None = None
+    sites: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    lower_is_better: tuple[str, ...] = ()
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise BadInput(
+                f"task.name: found {self.name!r}, expected letters, digits, '-' or '_'",
+                remedy="it names the run's directory",
+            )
+        if isinstance(self.metrics, str):
+            raise BadInput(
+                f"task.metrics: found the string {self.metrics!r}, expected a tuple of names",
+                remedy=f'write metrics=("{self.metrics}",)',
+            )
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        for part in ("data", "model", "loss"):
+            self._require_function(part)
+
+    def _require_function(self, part: str) -> None:
+        value = getattr(self, part)
+        if hasattr(value, "fit") and hasattr(value, "get_params"):
+            raise BadInput(
+                f"task.{part}: found the scikit-learn estimator {type(value).__name__}, "
+                "expected a function that returns a torch module",
+                remedy="fedcore.linear(features, classes) is the linear model in torch; "
+                "federated averaging needs parameters and a gradient",
+            )
+        if not callable(value):
+            raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
+
+    def digest(self) -> str:
+        """SHA-256 over the name, the metrics and the source text of every function of the task.
+
+        Two tasks with the same text in different files have the same digest; closed-over values are
+        not part of it. A declaration such as `fedcore.table(...)` or `fedcore.linear(...)` counts by
+        its `repr`, anything else without readable source by its qualified name.
+        """
+        text = [self.name, repr(self.metrics), repr(self.statistics)]
+        for part in ("data", "model", "loss", "predict", "train", "evaluate"):
+            function = getattr(self, part)
+            text.append(part + "=" + ("" if function is None else _source_of(function)))
+        return hashlib.sha256("\x00".join(text).encode()).hexdigest()
+
+
+def _source_of(function: Any) -> str:
+    if is_dataclass(function) and not isinstance(function, type):
+        return repr(function)
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        kind = function if hasattr(function, "__qualname__") else type(function)
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def load_task(spec: str, base: Path | None = None) -> Task:
+    """Turn `heart`, `path/to/file.py[:attribute]` or `package.module:attribute` into a `Task`.
+
+    A relative path counts from `base` (the folder of the job file) or the current folder. Without an
+    attribute a file must define `task`. Raises UnknownName, BadInput, or TaskFailed when the user's
+    own code raises while it is imported.
+    """
+    target = BUILT_IN.get(spec, spec)
+    place, _, attribute = target.partition(":")
+    if place.endswith(".py"):
+        module = _module_from_file((base or Path.cwd()) / Path(place).expanduser())
+    elif ":" in target:
+        module = _module_from_package(place)
+    else:
+        raise UnknownName("task", spec, BUILT_IN)
+    name = attribute or "task"
+    if not hasattr(module, name):
+        raise BadInput(
+            f"task {spec!r}: found no attribute {name!r} in {place}",
+            remedy=f"define `{name} = fedcore.Task(...)`, or name another one: {place}:ATTRIBUTE",
+        )
+    found = getattr(module, name)
+    if not isinstance(found, Task):
+        raise BadInput(
+            f"task {spec!r}: found {type(found).__name__} in attribute {name!r}, expected fedcore.Task",
+            remedy=f"write `{name} = fedcore.Task(...)`",
+        )
+    object.__setattr__(found, "origin", spec)
+    return found
+
+
+def _module_from_file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise BadInput(
+            f"task file: found no file {path}", remedy="`fedcore new DIR` writes one to start from"
+        )
+    name = "_fedcore_task_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered so that the file's own classes can be pickled by data-loading workers.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FedcoreError as error:
+        # Our own refusal of what the file builds is for people already; it only lacks the file.
+        del sys.modules[name]
+        raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
+    except Exception as error:
+        del sys.modules[name]
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError) and _is_beside(error.name, path.parent):
+            remedy = "the task's folder is not searched for modules; make a package and install it"
+        raise TaskFailed(
+            f"task file {path.name}: {type(error).__name__} while it was loaded",
+            user_traceback=user_traceback(error),
+            remedy=remedy,
+        ) from error
+    return module
+
+
+def _is_beside(module: str | None, folder: Path) -> bool:
+    top = (module or "").partition(".")[0]
+    return bool(top) and ((folder / f"{top}.py").is_file() or (folder / top).is_dir())
+
+
+def _module_from_package(place: str) -> Any:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise BadInput(
+                f"task package: found no module {place!r}",
+                remedy="install the package into this environment",
+            ) from error
+        raise TaskFailed(
+            f"task package {place}: {error}", user_traceback=user_traceback(error)
+        ) from error
+    except Exception as error:
+        raise TaskFailed(
+            f"task package {place}: {type(error).__name__} while it was imported",
+            user_traceback=user_traceback(error),
+        ) from error
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback of `error` from the user's first frame on: our own frames come out of it.
+
+    Where no frame is the user's, the libraries' frames stay and ours go.
+    """
+    ours = str(Path(__file__).resolve().parent) + os.sep
+    frames = traceback.extract_tb(error.__traceback__)
+    # importlib's own frames are called <frozen ...>; <stdin> and <string> are the user's.
+    foreign = [not frame.filename.startswith((ours, "<frozen ")) for frame in frames]
+    users = [
+        theirs and "site-packages" not in frame.filename
+        for theirs, frame in zip(foreign, frames, strict=True)
+    ]
+    start = next((i for i, theirs in enumerate(users) if theirs), None)
+    if start is None:
+        start = next((i for i, theirs in enumerate(foreign) if theirs), len(frames))
+    shown = frames[start:]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(shown)] if shown else []
+    return "".join(lines + traceback.format_exception_only(type(error), error))

@@ -1,0 +1,184 @@
+"""Training on one site's rows, by our loop or the task's own.
+
+Invariant: what comes out is a function of (model, rows, fit settings, seed, round, site): one torch
+thread, and every random draw derives from those words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
+from fedcore.learning.data.rows import Rows
+from fedcore.learning.model import seeded
+from fedcore.learning.task import Task, user_traceback
+from fedcore.secagg.plan import TrainPlan
+from fedcore.seeds import generator
+
+OPTIMISERS: dict[str, Callable[[Any, TrainPlan], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, plan: torch.optim.SGD(
+        parameters, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay
+    ),
+    "adam": lambda parameters, plan: torch.optim.Adam(
+        parameters, lr=plan.lr, weight_decay=plan.weight_decay
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a task's own `train(model, rows, fit)` gets: the settings, and where it stands."""
+
+    optimiser: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    seed: int
+    round: int
+    site: str
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """steps: optimiser steps; examples: rows seen, epochs counted.
+
+    loss: mean of the batches' losses, each as it was before its step, a short batch counting as much
+    as a full one; None where the task trains by itself.
+    """
+
+    steps: int
+    examples: int
+    loss: float | None
+
+
+def place(site: str, round_: int | None) -> str:
+    """Where something happened, for messages; no site means the pooled rows of all of them."""
+    name = f"site {site}" if site else "all sites pooled"
+    return name + (f", round {round_}" if round_ else "")
+
+
+@contextmanager
+def task_code(site: str, round_: int | None, part: str) -> Iterator[None]:
+    """Turn an exception of the user's code into TaskFailed with site, round and the user's traceback."""
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except Exception as error:
+        raise TaskFailed(
+            f"{place(site, round_)}: task.{part} raised {type(error).__name__}: {error}",
+            user_traceback=user_traceback(error),
+        ) from error
+
+
+def make_optimiser(module: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:
+    """A fresh optimiser over the trainable parameters; raises UnknownName."""
+    if plan.optimiser not in OPTIMISERS:
+        raise UnknownName("train.optimiser", plan.optimiser, OPTIMISERS)
+    return OPTIMISERS[plan.optimiser]([p for p in module.parameters() if p.requires_grad], plan)
+
+
+def predict(task: Task, module: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """(outputs, targets) of one batch: the task's own `predict`, or `x, y = batch`."""
+    if task.predict is not None:
+        return task.predict(module, batch)
+    x, y = batch
+    return module(x), y
+
+
+def local_train(
+    task: Task,
+    module: nn.Module,
+    rows: Rows,
+    plan: TrainPlan,
+    *,
+    seed: int,
+    round_: int,
+    site: str,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> TrainReport:
+    """Train `module` in place for `plan.epochs` passes over `rows`.
+
+    optimiser: one to go on with (the arms that never average); None makes a fresh one, as a site does
+    each round. Raises TaskFailed when the task's code raises, BadInput where BatchNorm meets a
+    batch of one row.
+    """
+    module.train()
+    part = "train" if task.train is not None else "model, task.predict or task.loss"
+    with seeded(seed, round_, site, "train"), task_code(site, round_, part):
+        if task.train is not None:
+            fit = Fit(
+                plan.optimiser, plan.lr, plan.momentum, plan.weight_decay, plan.epochs,
+                plan.batch_size, seed, round_, site,
+            )  # fmt: skip
+            task.train(module, rows, fit)
+            return TrainReport(0, plan.epochs * len(rows), None)
+        with batch_norm_needs_two(place(site, round_)):
+            return _own_loop(
+                task, module, rows, plan, optimiser or make_optimiser(module, plan),
+                lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(
+                    len(rows)
+                ),
+            )  # fmt: skip
+
+
+def lone_row_breaks(module: nn.Module, rows: int, batch_size: int) -> bool:
+    """Whether the last batch of so many rows is one row, for which BatchNorm has no statistics: that row
+    then sits this pass out."""
+    return (
+        rows > 1
+        and rows % batch_size == 1
+        and any(isinstance(m, _BatchNorm) for m in module.modules())
+    )
+
+
+@contextmanager
+def batch_norm_needs_two(where: str) -> Iterator[None]:
+    """Whether one row is too few depends on what reaches the layer (one image has many pixels per
+    channel), so torch decides, and its sentence is put into ours."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise BadInput(
+            f"{where}: found a batch of 1 row, expected at least 2 rows for BatchNorm",
+            remedy="give every site 2 training rows or more and train.batch_size 2 or more, "
+            "or use GroupNorm or LayerNorm, which need no batch",
+        ) from error
+
+
+def _own_loop(
+    task: Task,
+    module: nn.Module,
+    rows: Rows,
+    plan: TrainPlan,
+    optimiser: torch.optim.Optimizer,
+    order_of: Callable[[int], Any],
+) -> TrainReport:
+    steps, total = 0, 0.0
+    batch_size = getattr(rows, "batch_size", None) or plan.batch_size
+    seen = 0
+    for epoch in range(plan.epochs):
+        order = order_of(epoch)
+        if lone_row_breaks(module, len(order), batch_size):
+            order = order[:-1]
+        for batch in rows.batches(plan.batch_size, order):
+            optimiser.zero_grad(set_to_none=True)
+            outputs, targets = predict(task, module, batch)
+            loss = task.loss(outputs, targets)
+            loss.backward()
+            optimiser.step()
+            steps += 1
+            total += float(loss.detach())
+        seen += len(order)
+    return TrainReport(steps, seen, total / steps if steps else None)

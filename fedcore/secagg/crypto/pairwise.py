@@ -1,0 +1,157 @@
+"""Seeds of pairwise masks and of the self mask, so that a dropped site's can be made again (PROTOCOL P, S).
+
+Per round a site draws a mask root. Of it come the mask key pair and rho; of rho one secret r for every
+peer it makes an offer to, sealed to the peer's ML-KEM mask key. The seed of a pair is
+`HKDF(X25519 || r, salt h, info ids, both mask keys, state tag)`.
+Invariant: the seed of a pair follows from either side's root, the other's public keys and the offer, and
+needs no third site; another header, peer, direction, key or state gives an unrelated one.
+X25519 alone would fall to a later quantum computer; r alone rests on ML-KEM. Double masks: Bonawitz et al.
+2017 (ePrint 2017/281), section 4. Whose roots may be rebuilt, and when, is decided in `protocol/`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.secagg.crypto.entropy import Entropy
+from fedcore.secagg.crypto.hybrid import (
+    CIPHERTEXT_BYTES,
+    MLKEM_SEED_BYTES,
+    HybridKey,
+    HybridPublic,
+    encapsulate,
+)
+from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.crypto.symmetric import (
+    BOX_OVERHEAD,
+    KEY_BYTES,
+    Label,
+    derive,
+    open_box,
+    seal_box,
+)
+from fedcore.types import SiteId
+
+ROOT_BYTES = 32
+OFFER_BYTES = CIPHERTEXT_BYTES + KEY_BYTES + BOX_OVERHEAD
+
+
+class MaskRoot(Secret):
+    """The 32 bytes behind all pairwise masks of one site in one round. Prints redacted."""
+
+    def __init__(self, root: bytes) -> None:
+        """Raises BadInput for another length."""
+        if len(root) != ROOT_BYTES:
+            raise BadInput(f"mask root: found {len(root)} bytes, expected {ROOT_BYTES}")
+        self._root = root
+
+    @cached_property
+    def keys(self) -> HybridKey:
+        """The mask key pair: the same from a rebuilt root, which is how the coordinator checks one."""
+        return HybridKey(
+            derive(self._root, Label.MASK_X25519),
+            derive(self._root, Label.MASK_MLKEM, length=MLKEM_SEED_BYTES),
+        )
+
+    @cached_property
+    def offer_secret(self) -> bytes:
+        """rho: 32 bytes."""
+        return derive(self._root, Label.OFFER_ROOT)
+
+    def to_bytes(self) -> bytes:
+        """32 bytes of secret, for the key shares and the journal only."""
+        return self._root
+
+
+def pair_secret(root: MaskRoot, *, sender: SiteId, recipient: SiteId, header: bytes) -> bytes:
+    """r of the pair, 32 bytes, from the root of the site that made the offer. header: h."""
+    return derive(
+        root.offer_secret, Label.OFFERED, sender.encode(), recipient.encode(), salt=header
+    )
+
+
+def make_offer(
+    root: MaskRoot,
+    peer_mask_mlkem: bytes,
+    *,
+    sender: SiteId,
+    recipient: SiteId,
+    header: bytes,
+    entropy: Entropy,
+) -> tuple[bytes, bytes]:
+    """(r, offer): r sealed to the recipient's mask key, 1088 + 48 bytes. Raises KeyRefused.
+
+    The offer can be opened again by whoever rebuilds the recipient's root.
+    """
+    secret = pair_secret(root, sender=sender, recipient=recipient, header=header)
+    shared, ciphertext = encapsulate(peer_mask_mlkem, recipient, entropy)
+    key = _offer_key(shared, peer_mask_mlkem, ciphertext, sender, recipient, header)
+    return secret, ciphertext + seal_box(key, secret, b"")
+
+
+def open_offer(
+    root: MaskRoot, offer: bytes, *, sender: SiteId, recipient: SiteId, header: bytes
+) -> bytes:
+    """r of the pair, from the recipient's root. Raises EnvelopeRefused."""
+    if len(offer) != OFFER_BYTES:
+        raise EnvelopeRefused(
+            f"mask offer from {sender}",
+            found=f"{len(offer)} bytes",
+            expected=f"{OFFER_BYTES} bytes",
+            fault=sender,
+        )
+    ciphertext, box = offer[:CIPHERTEXT_BYTES], offer[CIPHERTEXT_BYTES:]
+    shared = root.keys.decapsulate(ciphertext, sender)
+    key = _offer_key(shared, root.keys.public.mlkem, ciphertext, sender, recipient, header)
+    return open_box(key, box, b"", sender=sender)
+
+
+def _offer_key(
+    shared: bytes,
+    mlkem: bytes,
+    ciphertext: bytes,
+    sender: SiteId,
+    recipient: SiteId,
+    header: bytes,
+) -> bytes:
+    # All that an offer belongs to is in its key, so its box needs no further context.
+    ids = (sender.encode(), recipient.encode())
+    return derive(shared, Label.OFFER_BOX, *ids, mlkem, ciphertext, salt=header)
+
+
+def pair_seed(
+    root: MaskRoot,
+    peer: HybridPublic,
+    secret: bytes,
+    *,
+    mine: SiteId,
+    theirs: SiteId,
+    header: bytes,
+    state_tag: bytes,
+) -> bytes:
+    """k of the pair, 32 bytes: the same at both sites, and from either one's rebuilt root.
+
+    peer: the other's mask keys, already checked; secret: r, made or opened. state_tag: this site's own,
+    never an announced one, so that sites with different models fail to cancel. Raises KeyRefused.
+    """
+    own = root.keys.public
+    # Ordered by id, so that both sides hash the same bytes.
+    (first, first_keys), (second, second_keys) = sorted(
+        ((mine, own.to_bytes()), (theirs, peer.to_bytes()))
+    )
+    return derive(
+        root.keys.agree(peer.x25519, theirs) + secret,
+        Label.PAIR_SEED,
+        first.encode(),
+        second.encode(),
+        first_keys,
+        second_keys,
+        state_tag,
+        salt=header,
+    )
+
+
+def self_mask_seed(self_seed: bytes, *, site: SiteId, header: bytes, state_tag: bytes) -> bytes:
+    """What is expanded into the self mask, 32 bytes; self_seed: what the site shared."""
+    return derive(self_seed, Label.SELF_MASK, site.encode(), state_tag, salt=header)

@@ -1,0 +1,45 @@
+"""No protection: slots travel as themselves, packed to their bits. For simulation and tests only.
+
+A coordinator that folds these sees every update; `fedcore_server` never constructs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from fedcore.secagg.crypto import words
+from fedcore.secagg.plan import Packing
+from fedcore.types import Slots
+
+
+class PlainSealer:
+    """A site's end of `plain`."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._bits = packing.slot_bits
+
+    def protect(self, slots: Slots) -> Iterator[bytes]:
+        """(s,) uint64 below 2^slot_bits to chunks of s * slot_bits / 8 bytes in all."""
+        return words.write(slots, self._bits)
+
+    def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
+        """Chunks of the sum to (slots,) uint64. Raises ChunkRefused on a wrong size or count."""
+        return words.read(chunks, slots, self._bits)
+
+
+class PlainFold:
+    """The coordinator's end of `plain`: one running sum of (slots,) uint64."""
+
+    def __init__(self, packing: Packing, slots: int) -> None:
+        self._bits = packing.slot_bits
+        self._total = np.zeros(slots, dtype=np.uint64)
+
+    def add(self, index: int, chunk: bytes) -> None:
+        """Add one chunk. Raises ChunkRefused unless it has exactly the size of its place."""
+        words.add(self._total, index, chunk, self._bits)
+
+    def total(self) -> Iterator[bytes]:
+        """The running sum in the ring Z_{2^slot_bits}, packed like an upload."""
+        return words.write(self._total, self._bits)

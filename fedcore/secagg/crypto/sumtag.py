@@ -1,0 +1,159 @@
+"""The keyed sum tag: proof that an opened sum is of exactly the listed survivors (PROTOCOL T).
+
+Invariant: with p = 2^61 - 1, secret coefficients r and pads, site i sends
+`T_i = pad_i + sum_s r_s v_(i,s) mod p`, and a sum V is accepted only if
+`sum_i T_i = sum_(i listed) pad_i + sum_s r_s V_s mod p`. Whoever does not know G, and adds, drops,
+repeats or alters a vector, is found out except with probability 1/p: a linear universal hash with a
+one-time pad per site and round (Wegman & Carter 1981). It does not bind a site that lies.
+
+r and the pads come from HKDF-SHA256 over G with salt h (the round header's digest) and the site's own
+state tag, so another round, purpose, roster, plan or model has unrelated keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedcore.errors import EnvelopeRefused, TagRefused
+from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.crypto.symmetric import Label, derive
+from fedcore.secagg.plan import RoundHeader
+from fedcore.types import SiteId, Slots
+
+PRIME = (1 << 61) - 1
+"""A Mersenne prime above every slot (at most 60 bits)."""
+
+GROUP_SECRET_BYTES = 32
+
+_BLOCK = 1 << 16
+"""Slots per pass: 20-bit by 21-bit products, 2^16 of them, stay below 2^64."""
+
+_LOW_20, _LOW_21 = np.uint64((1 << 20) - 1), np.uint64((1 << 21) - 1)
+
+
+class GroupSecret(Secret):
+    """G: 32 random bytes the sites share and the coordinator never has. Prints redacted.
+
+    Its byte form goes into the sealed envelopes of a key epoch and the sites' own journals only.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._key = os.urandom(GROUP_SECRET_BYTES) if key is None else key
+
+    def to_bytes(self) -> bytes:
+        """The payload of a key epoch; under the cipher `bfv` the end of it, behind the secret key."""
+        return self._key
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, *, sender: str = "this site") -> GroupSecret:
+        """The inverse of `to_bytes`. Raises EnvelopeRefused on another length.
+
+        sender: who is at fault then; a site that reads its own journal leaves it out.
+        """
+        if len(payload) != GROUP_SECRET_BYTES:
+            raise EnvelopeRefused(
+                "group secret", found=f"{len(payload)} bytes", expected=GROUP_SECRET_BYTES,
+                fault=sender,
+            )  # fmt: skip
+        return cls(payload)
+
+    def derive(self, salt: bytes, info: bytes, length: int) -> bytes:
+        """HKDF-SHA256(G, salt, info): `length` bytes (RFC 5869)."""
+        return HKDF(SHA256(), length, salt, b"fedcore/1 " + info).derive(self._key)
+
+    def derive_labelled(self, label: Label, *parts: bytes, salt: bytes) -> bytes:
+        """32 bytes of `symmetric.derive` under G. Its info begins with a length, that of `derive` above
+        with a word, so the two never meet."""
+        return derive(self._key, label, *parts, salt=salt)
+
+    def authenticate(self, label: bytes, message: bytes) -> bytes:
+        """HMAC-SHA256 under a key derived for `label`: 32 bytes."""
+        return hmac.digest(self.derive(b"", b"hmac " + label, 32), message, "sha256")
+
+
+def key_id(payload: bytes) -> bytes:
+    """What names a key epoch's payload and says nothing about it: SHA-256, 32 bytes (PROTOCOL E).
+
+    Safe to show to everybody, since the payload ends in 32 random bytes.
+    """
+    return hashlib.sha256(b"key id" + payload).digest()
+
+
+def state_tag(group: GroupSecret, job: str, round_: int, state: bytes) -> bytes:
+    """HMAC(G, "state", job, round, state): what binds a vector to the model it started from (PROTOCOL S).
+
+    state: the canonical bytes of parameters, optimiser state and range, as the site itself holds them.
+    """
+    head = f"{len(job)}:{job}:{round_}:".encode()
+    return group.authenticate(b"state", head + state)
+
+
+@dataclass(frozen=True)
+class SumTag:
+    """The tag keys of one header and state, at one site."""
+
+    group: GroupSecret = field(repr=False)
+    header: RoundHeader
+    state: bytes = field(repr=False)
+
+    def tag(self, slots: Slots, site: SiteId) -> int:
+        """T_i of one site's packed slots: an int in [0, p)."""
+        return (self._pad(site) + self._product(slots)) % PRIME
+
+    def check(self, total: Slots, tag_sum: int, survivors: Sequence[SiteId]) -> None:
+        """Accept the sum of `survivors` or raise TagRefused, which says nothing about the values.
+
+        A list that names a site twice, or one off the roster, has a tag too: it is refused first.
+        """
+        listed = set(survivors)
+        known = len(listed) == len(survivors) and listed <= set(self.header.roster)
+        expected = (sum(map(self._pad, survivors)) + self._product(total)) % PRIME
+        if not known or not hmac.compare_digest(_bytes(tag_sum % PRIME), _bytes(expected)):
+            raise TagRefused(
+                "sum: its tag is not that of the listed survivors, this round, each once",
+                remedy="nothing was applied; the next round needs a new key epoch",
+            )
+
+    def _pad(self, site: SiteId) -> int:
+        info = b"sum tag pad " + site.encode()
+        return int.from_bytes(self._derive(info, 24), "little") % PRIME
+
+    def _derive(self, info: bytes, length: int) -> bytes:
+        return self.group.derive(self.header.digest, info + b"\x00" + self.state, length)
+
+    def _product(self, slots: Slots) -> int:
+        """sum_s r_s slots_s mod p, in 20/21-bit limbs (the slow reference is in the tests)."""
+        key = self._derive(b"sum tag coefficients", 32)
+        stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        total = 0
+        for start in range(0, len(slots), _BLOCK):
+            v = slots[start : start + _BLOCK]
+            r = np.frombuffer(stream.update(bytes(8 * len(v))), dtype="<u8") >> np.uint64(3)
+            total += _dot(r, v)
+        return total % PRIME
+
+
+def _dot(r: Slots, v: Slots) -> int:
+    """sum r v as an exact integer, r below 2^61 and v below 2^60, at most 2^16 terms."""
+    r_limbs = (r & _LOW_21, (r >> np.uint64(21)) & _LOW_20, r >> np.uint64(41))
+    v_limbs = (v & _LOW_20, (v >> np.uint64(20)) & _LOW_20, v >> np.uint64(40))
+    return sum(
+        int(np.dot(a, b)) << (a_shift + b_shift)
+        for a, a_shift in zip(r_limbs, (0, 21, 41), strict=True)
+        for b, b_shift in zip(v_limbs, (0, 20, 40), strict=True)
+    )
+
+
+def _bytes(value: int) -> bytes:
+    return value.to_bytes(8, "little")

@@ -1,0 +1,216 @@
+"""Fields into slots, with the marks, canaries and tag places that travel beside the data.
+
+One vector of S = blocks x N slots. Field f of the data fills row 0 of the slots first, then row 1, ...
+(row r is shifted by r w bits), so packing is k shifts over contiguous memory:
+
+    row 0:   C d d d d d ... | C d d d d ... | C d d d ... . . .    C = canary, the first of its block
+    row k-1: d d d d d d ... | d d d d d ... | d d d d ... . . .    . = the last L slots: the tag's limbs
+
+Invariant: every field of a sum is below 2^w, so rows never spill into each other.
+
+- **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has
+  such places too, and site i puts 0 or 1 into place i: who reads the sum checks that nobody else did.
+- **canaries**: the largest field value, one per block: they find wraps and missing blocks.
+Both find accidents. Proof against a lying coordinator is the sum tag (`protect/sumtag.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedcore.errors import BadInput, TagRefused
+from fedcore.secagg.encode.limbs import from_limbs, limb_count, to_limbs
+from fedcore.secagg.plan import TAG_BITS, Packing, VectorSpec
+from fedcore.types import Fields, Slots
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sum, unpacked: coordinates are (d,) uint64 sums of fields, wides exact integers by name.
+
+    A named mark is in `wides` too: 0 or 1 for each site of the roster, in its order.
+    """
+
+    coordinates: Fields
+    wides: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything of one kind of vector sits: a pure function of the spec, packing and roster."""
+
+    spec: VectorSpec
+    packing: Packing
+    sites: int
+
+    @cached_property
+    def data_fields(self) -> int:
+        """Fields of coordinates, wide limbs and marks together."""
+        bits = self.packing.bits
+        wide = sum(w.count * limb_count(w.bits, bits) for w in self.spec.wides)
+        return self.spec.coordinates + wide + self.sites * (len(self.spec.marks) + 1)
+
+    @property
+    def tag_slots(self) -> int:
+        """Slots at the very end that carry the sum tag's limbs, one limb a slot."""
+        return limb_count(TAG_BITS, self.packing.bits)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Ciphertexts (blocks of N slots) the vector needs."""
+        blocks = 1
+        while self._capacity(blocks) < self.data_fields:
+            short = self.data_fields - self._capacity(blocks)
+            blocks += max(1, short // (self.packing.slots_per_block * self.packing.fields_per_slot))
+        return blocks
+
+    def _capacity(self, blocks: int) -> int:
+        slots = blocks * self.packing.slots_per_block - self.tag_slots
+        return slots * self.packing.fields_per_slot - blocks
+
+    @property
+    def slots(self) -> int:
+        """S: all slots, the tag's included."""
+        return self.blocks * self.packing.slots_per_block
+
+    @property
+    def tagged_slots(self) -> int:
+        """Slots the sum tag's product runs over: all but its own limbs."""
+        return self.slots - self.tag_slots
+
+    @property
+    def used_fraction(self) -> float:
+        """Share of the field places that hold data."""
+        return self.data_fields / (self.slots * self.packing.fields_per_slot)
+
+    def pack(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Slots:
+        """One site's (S,) uint64 slots, tag places zero. `site` is its index in the roster.
+
+        wides: by name; of a named mark the one value, 0 or 1, that goes into this site's place.
+        """
+        return self._pack_fields(self._join(coordinates, wides, site))
+
+    def _join(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Fields:
+        if len(coordinates) != self.spec.coordinates:
+            raise BadInput(
+                f"update: found {len(coordinates)} coordinates, expected {self.spec.coordinates}",
+                remedy="every site must build the same model",
+            )
+        if coordinates.max(initial=0) >> self.packing.bits:
+            raise BadInput(
+                f"update: found a field of more than {self.packing.bits} bits, which could wrap a sum"
+            )
+        parts = [coordinates]
+        for wide in self.spec.wides:
+            values = wides[wide.name]
+            if len(values) != wide.count:
+                raise BadInput(f"{wide.name}: found {len(values)} values, expected {wide.count}")
+            parts.append(to_limbs(values, wide.bits, self.packing.bits))
+        for name in self.spec.marks:
+            if list(wides[name]) not in ([0], [1]):
+                raise BadInput(f"{name}: found {list(wides[name])}, expected one value, 0 or 1")
+            parts.append(self._mark(site, wides[name][0]))
+        return np.concatenate([*parts, self._mark(site, 1)])
+
+    def _mark(self, site: int, value: int) -> Fields:
+        """(sites,) fields: the value in this site's place, 0 in the others."""
+        marks = np.zeros(self.sites, dtype=np.uint64)
+        marks[site] = value
+        return marks
+
+    def check_own(self, opened: Opened, own: Mapping[str, int], site: int) -> None:
+        """Raise TagRefused where this site's place of a named mark holds something else than it put.
+
+        own: {mark: 0 or 1} of this site; `site` is its index in the roster.
+        """
+        for name, value in own.items():
+            if opened.wides[name][site] != value:
+                raise TagRefused(
+                    f"sum: found a mark {name!r} in this site's place that it did not put"
+                )
+
+    def own_marks(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """{mark: value} of a site's contribution: what `check_own` compares the sum with."""
+        return {name: int(wides[name][0]) for name in self.spec.marks}
+
+    def _pack_fields(self, data: Fields) -> Slots:
+        width, size = self.packing.field_width, self.packing.slots_per_block
+        canary = (1 << self.packing.bits) - 1
+        first = np.zeros(self.blocks * (size - 1), dtype=np.uint64)
+        taken = min(len(data), len(first) - self.tag_slots)
+        first[:taken] = data[:taken]
+        slots = np.empty((self.blocks, size), dtype=np.uint64)
+        slots[:, 0] = canary
+        slots[:, 1:] = first.reshape(self.blocks, size - 1)
+        flat = slots.reshape(-1)
+        for row in range(1, self.packing.fields_per_slot):
+            part = data[taken : taken + self.tagged_slots]
+            flat[: len(part)] |= part << np.uint64(row * width)
+            taken += len(part)
+        return flat
+
+    def put_tag(self, slots: Slots, tag: int) -> None:
+        """Write a tag in [0, 2^61) into its places, in place."""
+        slots[self.tagged_slots :] = to_limbs([tag], TAG_BITS, self.packing.bits)
+
+    def read_tag(self, total: Slots) -> int:
+        """The sum of the sites' tags, an exact integer."""
+        return from_limbs(total[self.tagged_slots :], TAG_BITS, self.packing.bits)[0]
+
+    def unpack(self, total: Slots, survivors: Sequence[int]) -> Opened:
+        """Open a sum of `survivors` (roster indices): the inverse of `pack` under addition.
+
+        Raises TagRefused when a mark or canary shows that the sum is of something else, or where a
+        named mark is neither 0 nor 1, or not 0 in the place of a site that is not in the sum.
+        """
+        if len(total) != self.slots:
+            raise BadInput(f"sum: found {len(total)} slots, expected {self.slots}")
+        data = self._unpack_fields(total, len(survivors))
+        bits = self.packing.bits
+        coordinates, place = data[: self.spec.coordinates], self.spec.coordinates
+        wides: dict[str, list[int]] = {}
+        for wide in self.spec.wides:
+            length = wide.count * limb_count(wide.bits, bits)
+            wides[wide.name] = from_limbs(data[place : place + length], wide.bits, bits)
+            place += length
+        expected = np.zeros(self.sites, dtype=np.uint64)
+        expected[list(survivors)] = 1
+        for name in self.spec.marks:
+            found = data[place : place + self.sites]
+            if (found > expected).any():
+                raise TagRefused(
+                    f"sum: found marks {name!r} that the listed survivors cannot have put"
+                )
+            wides[name] = [int(value) for value in found]
+            place += self.sites
+        marks = data[place : place + self.sites]
+        if not np.array_equal(marks, expected):
+            raise TagRefused("sum: the contributor marks are not those of the listed survivors")
+        return Opened(coordinates, wides)
+
+    def _unpack_fields(self, total: Slots, contributors: int) -> Fields:
+        low = total[:: self.packing.slots_per_block] & np.uint64(
+            (1 << self.packing.field_width) - 1
+        )
+        if not (low == contributors * ((1 << self.packing.bits) - 1)).all():
+            raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
+        return self.fields_of(total)
+
+    def fields_of(self, slots: Slots) -> Fields:
+        """The (data_fields,) fields, each below 2^w, of (S,) slots of any kind; nothing is checked."""
+        width, size = self.packing.field_width, self.packing.slots_per_block
+        mask = np.uint64((1 << width) - 1)
+        data = np.empty(self.data_fields, dtype=np.uint64)
+        first = (slots.reshape(self.blocks, size)[:, 1:] & mask).reshape(-1)
+        taken = min(self.data_fields, len(first) - self.tag_slots)
+        data[:taken] = first[:taken]
+        for row in range(1, self.packing.fields_per_slot):
+            length = min(self.data_fields - taken, self.tagged_slots)
+            part = slots[:length] >> np.uint64(row * width)
+            data[taken : taken + length] = part & mask
+            taken += length
+        return data

@@ -1,0 +1,653 @@
+"""Protected rounds with every role in this process: both protocol machines, joined by a queue.
+
+The shells here do what an effect asks for, as the gRPC shells do it over a network: a site shell packs,
+tags, masks and encrypts its vector and opens sums; the hub shell folds, takes masks off and keeps the
+sealed checkpoint. Only the wire is missing: messages go from one to the other as they are, and the
+clock stands still until somebody has to be waited for. `plain` has no machine: it counts who is left
+(`protocol/absences.py`) and adds.
+
+Invariant: the opened sum is compared with the plain integer sum of the survivors' slots, slot for slot,
+in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is measured and never assumed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedcore.errors import PeerRefused, RoundAbandoned
+from fedcore.secagg.crypto import Sealer, UnmaskableFold
+from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.encode.pack import Layout, Opened
+from fedcore.secagg.plan import MASKS, RoundHeader, RoundPlan, VectorSpec
+from fedcore.secagg.protocol import effects, epoch, messages
+from fedcore.secagg.protocol.absences import ABANDONED_AT, Absences, outcome
+from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
+from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
+from fedcore.stopwatch import Stopwatch
+from fedcore.store.container import vector_digest
+from fedcore.types import Contribution, SiteId, Slots
+
+Contribute = Callable[[int], Contribution]
+"""What a site puts into its vector, by its index in the roster; called once for each that submits."""
+
+Lead = Callable[[Opened, int], bytes]
+"""The canonical bytes of the state that an opened sum of so many sites leads to."""
+
+
+@dataclass
+class Witness:
+    """What somebody who looks at one round holds of ONE site: filled while the round runs.
+
+    target, other: roster indices of the named site and of the site that looks on.
+    slots, other_slots: their packed vectors before any protection. upload: the target's chunks as the
+    coordinator gets them. total: the opened sum. masks, other_masks: of their vectors; rebuilt_masks:
+    those the coordinator took off the sum; all empty without masks. stream: the target's keystream,
+    which every site can make; empty under another cipher.
+    """
+
+    target: int
+    other: int
+    layout: Layout | None = None
+    slots: Slots | None = None
+    other_slots: Slots | None = None
+    upload: list[bytes] = field(default_factory=list)
+    total: Slots | None = None
+    survivors: tuple[int, ...] = ()
+    masks: Masks = ()
+    other_masks: Masks = ()
+    rebuilt_masks: Masks = ()
+    stream: Masks = ()
+
+    def masks_among(self, *known: Masks) -> Masks:
+        """The target's masks whose seeds are among these, with the sign they have in its vector."""
+        seeds = {seed for masks in known for seed, _ in masks}
+        return tuple((seed, sign) for seed, sign in self.masks if seed in seeds)
+
+
+@dataclass(frozen=True)
+class ProtectedTotal:
+    """One opened sum. twin is the plain integer sum of the same fields; bytes are per site.
+
+    survivors: roster indices of the sites in the sum, ascending.
+    """
+
+    opened: Opened
+    twin: Opened
+    survivors: tuple[int, ...]
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass
+class _Round:
+    """What one round needs besides the machines: the vectors' layout and content, and what they gave."""
+
+    layout: Layout
+    contribute: Contribute
+    state: bytes
+    lead: Lead | None
+    watch: Stopwatch
+    absences: Absences
+    witness: Witness | None
+    twin: Slots
+    tag: bytes = b""
+    opened: Opened | None = None
+    total: Slots | None = None
+    led_to: bytes = b""
+    sealed: bytes = b""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    failure: Exception | None = None
+    marks: dict[int, dict[str, int]] = field(default_factory=dict)
+    """{place: {mark: value}} of what each site put into its own places."""
+
+    def pack(self, index: int, put_tag: Callable[[Slots], None] | None) -> Slots:
+        """One site's slots with their tag; its plain slots go into the twin."""
+        coordinates, wides = self.contribute(index)
+        self.marks[index] = self.layout.own_marks(wides)
+        with self.watch("encode"):
+            slots = self.layout.pack(coordinates, wides, index)
+            self.twin += slots
+        if put_tag is not None:
+            with self.watch("protect"):
+                put_tag(slots)
+        if self.witness is not None:
+            self._show(self.witness, index, slots)
+        return slots
+
+    def _show(self, witness: Witness, index: int, slots: Slots) -> None:
+        if index == witness.target:
+            witness.layout, witness.slots = self.layout, slots.copy()
+        if index == witness.other:
+            witness.other_slots = slots.copy()
+
+    def show_masks(self, index: int, masks: Masks) -> None:
+        """Keep the masks of the two sites' vectors for a witness."""
+        if self.witness is not None and index == self.witness.target:
+            self.witness.masks = masks
+        if self.witness is not None and index == self.witness.other:
+            self.witness.other_masks = masks
+
+    def show_stream(self, index: int, stream: tuple[bytes, int]) -> None:
+        """Keep the keystream of the target's vector for a witness."""
+        if self.witness is not None and index == self.witness.target:
+            self.witness.stream = (stream,)
+
+    def show_upload(self, index: int, chunks: list[bytes]) -> None:
+        """Keep the target's chunks for a witness."""
+        self.bytes_up = sum(map(len, chunks))
+        if self.witness is not None and index == self.witness.target:
+            self.witness.upload = chunks
+
+    def finish(self, survivors: tuple[int, ...]) -> ProtectedTotal:
+        """The result, with the twin beside it."""
+        assert self.opened is not None
+        assert self.total is not None
+        if self.witness is not None:
+            self.witness.total, self.witness.survivors = self.total, survivors
+        tagged = self.layout.tagged_slots
+        same = np.array_equal(self.total[:tagged], self.twin[:tagged])
+        twin = self.opened if same else self.layout.unpack(self.twin, survivors)
+        return ProtectedTotal(self.opened, twin, survivors, self.bytes_up, self.bytes_down)
+
+
+class SiteShell:
+    """One site: its machines, its secrets, and what they ask for."""
+
+    def __init__(self, member: site.Member, scheme: Scheme) -> None:
+        self.member, self.scheme = member, scheme
+        self.epoch: Any = epoch.NoKey()
+        self.stage: Any = site.Idle(Standing(0, b""))
+        self.journal: list[Any] = []
+        self.held: EpochSecrets | None = None
+        self.spool: list[bytes] = []
+
+    def install(self, event: epoch.Install) -> None:
+        """Use the payload of a key epoch from now on."""
+        maker = self.epoch.header.maker
+        self.held = self.scheme.open_payload(event.payload.reveal(), maker)
+        new = site.NewEpoch(event.epoch, event.key_id)
+        self.stage, found = site.step(self.member, self.stage, new, 0.0)
+        self.journal += [e.record for e in found if isinstance(e, effects.Persist)]
+
+    @property
+    def secrets(self) -> EpochSecrets:
+        """What it holds of the present key epoch."""
+        assert self.held is not None
+        return self.held
+
+    def make_vector(self, asked: effects.MakeVector, current: _Round) -> site.VectorMade:
+        """Pack, tag, mask, encrypt, spool."""
+        place, me = asked.header.place(self.member.id), self.member.id
+        slots = current.pack(
+            place, lambda slots: self.secrets.put_tag(slots, current.layout, asked, me)
+        )
+        with current.watch("protect"):
+            self.spool, salt = self.secrets.protect(
+                slots, current.layout, asked, me, self.member.entropy
+            )
+        current.show_masks(place, revealed(asked.masks))
+        current.show_upload(place, self.spool)
+        if salt:
+            current.show_stream(place, self.secrets.stream(asked.header, asked.state_tag, me, salt))
+        return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)), salt)
+
+    def open_sum(
+        self, asked: effects.OpenSum, current: _Round, chunks: Sequence[bytes]
+    ) -> site.SumOpened:
+        """Decrypt, check the tag, and find the state the sum leads to.
+
+        Raises TagRefused or ChunkRefused, also where this site's own marks are not in the sum, and whatever
+        `lead` raises. In one process all sites hold the same key and were given the same chunks, so the
+        first to open them opens them for all; every site signs for itself.
+        """
+        check_announced(chunks, asked)
+        if current.opened is None:
+            with current.watch("unprotect"):
+                total, opened = self.secrets.open(chunks, current.layout, asked)
+            current.led_to = current.state
+            if current.lead is not None:
+                current.led_to = current.lead(opened, len(asked.survivors))
+            # Not before: where `lead` raises, the next site finds it out too.
+            current.opened, current.total = opened, total
+        assert current.total is not None
+        place = asked.header.place(self.member.id)
+        current.layout.check_own(current.opened, current.marks[place], place)
+        with current.watch("unprotect"):
+            return site.SumOpened(
+                self.secrets.sum_mac(asked.header, current.total),
+                self.secrets.state_mac(asked.header, current.led_to),
+            )
+
+    def sealed_cause(self, error: Exception) -> bytes:
+        """Why this site refuses the release, for the other sites."""
+        member = self.member
+        return self.secrets.seal_cause(error, self.stage.header, member.id, member.entropy)
+
+
+class HubShell:
+    """The coordinator: its machines, and what they ask for."""
+
+    def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
+        self.hub, self.scheme = coordinator.Hub(pins), scheme
+        self.epoch_hub = epoch.EpochHub(pins)
+        self.epoch: Any = epoch.NoEpoch()
+        self.stage: Any = coordinator.Ready()
+        self.journal: list[Any] = []
+        self.submits: dict[SiteId, messages.Submit] = {}
+        self.arrived: dict[SiteId, list[bytes]] = {}
+        self.fold: UnmaskableFold | None = None
+        self.released: list[bytes] = []
+
+    def remove_masks(self, asked: effects.RemoveMasks, current: _Round) -> coordinator.SumReady:
+        """One subtraction for all masks, then the chunks of the sum."""
+        fold = self.fold
+        assert fold is not None
+        with current.watch("fold"):
+            if asked.masks:
+                masks = revealed(asked.masks)
+                if current.witness is not None:
+                    current.witness.rebuilt_masks = masks
+                bits = self.scheme.plan.packing.slot_bits
+                fold.remove(mask_sum(masks, current.layout.slots, bits))
+            self.released = list(fold.total())
+        current.bytes_down = sum(map(len, self.released))
+        return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
+
+
+class KeyEpoch:
+    """All parties of one job in this process, from their key epoch to the last round.
+
+    entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.
+    tap: called with (recipient, message) for every message of a round, to count or to record.
+    warnings: what the parties' own logs would say, each with its party's name.
+    """
+
+    def __init__(self, job: str, plan: RoundPlan, entropy: Entropy | None = None) -> None:
+        self.job, self.plan = job, plan
+        self.now = 0.0
+        self.certificate: messages.Certificate | None = None
+        self.tap: Callable[[str, Any], None] | None = None
+        self.warnings: list[str] = []
+        if plan.protection == "plain":
+            return
+        identities = {name: IdentityKey() for name in plan.sites}
+        self.pins = {name: key.public for name, key in identities.items()}
+        scheme = Scheme(plan)
+        self.hub = HubShell(self.pins, scheme)
+        self.shells = {
+            name: SiteShell(
+                site.Member(name, key, self.pins, plan, FEDERATION, job, entropy or OsEntropy()),
+                scheme,
+            )
+            for name, key in identities.items()
+        }
+        self.start_epoch()
+
+    @property
+    def sealer(self) -> Sealer:
+        """A site's sealer, for those who look on."""
+        if self.plan.protection == "plain":
+            return PlainSealer(self.plan.packing)
+        return self.shells[self.plan.sites[0]].secrets.sealer
+
+    # ------------------------------------------------------------------------------- key epochs
+
+    def start_epoch(self) -> None:
+        """A new key epoch of all sites: a new random key and a new group secret."""
+        roster = self.plan.sites
+        header = epoch.EpochHeader(
+            FEDERATION, self.job, self.hub.epoch.epoch + 1, roster, roster_digest(self.pins),
+            self.plan.threshold, self.plan.digest, epoch.first_maker(roster, roster),
+        )  # fmt: skip
+        waiting: deque[Any] = deque()
+        self._hub_epoch_step(epoch.StartEpoch(header), waiting)
+        while waiting:
+            to, message = waiting.popleft()
+            if isinstance(to, SiteShell):
+                self._site_epoch_step(to, epoch.FromHub(message), waiting)
+            else:
+                self._hub_epoch_step(epoch.FromSite(message.site, message), waiting)
+
+    def _hub_epoch_step(self, event: Any, waiting: deque[Any]) -> None:
+        hub = self.hub
+        hub.epoch, found = epoch.step_hub(hub.epoch_hub, hub.epoch, event, self.now)
+        waiting.extend((self.shells[e.to], e.message) for e in found if isinstance(e, effects.Send))  # type: ignore[index]
+
+    def _site_epoch_step(self, shell: SiteShell, event: Any, waiting: deque[Any]) -> None:
+        shell.epoch, found = epoch.step_site(shell.member, shell.epoch, event)
+        for effect in found:
+            match effect:
+                case effects.Send(message=message):
+                    waiting.append((self.hub, message))
+                case epoch.MakeSecrets():
+                    made = epoch.SecretsMade(SecretBytes(shell.scheme.make_payload()))
+                    self._site_epoch_step(shell, made, waiting)
+                case epoch.Install():
+                    shell.install(effect)
+
+    # ------------------------------------------------------------------------------------ rounds
+
+    def protected_sum(
+        self,
+        spec: VectorSpec,
+        training_round: int,
+        contribute: Contribute,
+        state: bytes,
+        watch: Stopwatch,
+        *,
+        lead: Lead | None = None,
+        absences: Absences | None = None,
+        witness: Witness | None = None,
+    ) -> ProtectedTotal:
+        """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
+
+        state: canonical bytes of what the vectors started from; it is bound into tag and masks.
+        lead: the state that the sum leads to (the same one, where it changes nothing).
+        absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
+        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
+        ChunkRefused otherwise, with nothing of the sum used.
+        """
+        layout = Layout(spec, self.plan.packing, len(self.plan.sites))
+        current = _Round(
+            layout, contribute, state, lead, watch, absences or {}, witness,
+            np.zeros(layout.slots, dtype=np.uint64),
+        )  # fmt: skip
+        if self.plan.protection == "plain":
+            return self._plain_sum(current)
+        header = self._header(spec, training_round)
+        with watch("protect"):
+            current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, state)
+        exchange = _Exchange(self, current)
+        try:
+            exchange.run(header)
+        finally:
+            exchange.end()
+        stage = self.hub.stage
+        if isinstance(stage, coordinator.Released):
+            self._keep_checkpoint(current, stage.certificate)
+            self._catch_up(current)
+            return current.finish(tuple(map(header.place, stage.certificate.survivors)))
+        if current.failure is not None:
+            raise current.failure
+        assert isinstance(stage, coordinator.Abandoned)
+        raise RoundAbandoned(stage.stage, stage.left, header.threshold)
+
+    def _plain_sum(self, current: _Round) -> ProtectedTotal:
+        """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
+        roster = self.plan.sites
+        left = outcome(roster, self.plan.threshold, current.absences)
+        survivors = tuple(roster.index(name) for name in left)
+        sealer, fold = (
+            PlainSealer(self.plan.packing),
+            PlainFold(self.plan.packing, current.layout.slots),
+        )
+        for index in survivors:
+            slots = current.pack(index, None)
+            with current.watch("protect"):
+                chunks = list(sealer.protect(slots))
+            with current.watch("fold"):
+                for place, chunk in enumerate(chunks):
+                    fold.add(place, chunk)
+            current.show_upload(index, chunks)
+        with current.watch("fold"):
+            released = list(fold.total())
+        with current.watch("unprotect"):
+            current.total = sealer.open(released, current.layout.slots)
+            current.opened = current.layout.unpack(current.total, survivors)
+        current.bytes_down = sum(map(len, released))
+        return current.finish(survivors)
+
+    def _header(self, spec: VectorSpec, training_round: int) -> RoundHeader:
+        plan = self.plan
+        return RoundHeader(
+            FEDERATION, self.job, self.hub.epoch.epoch, self.hub.stage.round + 1, training_round,
+            spec.purpose, plan.sites, roster_digest(self.pins), plan.threshold, plan.protection,
+            plan.digest, self.certificate.hash if self.certificate else "",
+        )  # fmt: skip
+
+    def _keep_checkpoint(self, current: _Round, certificate: messages.Certificate) -> None:
+        """A survivor seals the released state, if somebody missed the release."""
+        self.certificate = certificate
+        if all(self._has(shell, certificate) for shell in self.shells.values()):
+            return
+        shell = next(s for s in self.shells.values() if self._has(s, certificate))
+        current.sealed = shell.secrets.seal_state(current.led_to, certificate, shell.member.entropy)
+
+    @staticmethod
+    def _has(shell: SiteShell, certificate: messages.Certificate) -> bool:
+        standing: Standing = shell.stage.standing
+        return standing.certificate == certificate.hash
+
+    def _catch_up(self, current: _Round) -> None:
+        """Sites that missed the release take the sealed checkpoint, if the certificate bears it out."""
+        assert self.certificate is not None
+        certificate = self.certificate
+        for shell in self.shells.values():
+            if self._has(shell, certificate) or isinstance(shell.stage, site.Halted):
+                continue
+            state = shell.secrets.open_state(current.sealed, certificate)
+            state_mac = shell.secrets.state_mac(certificate.header, state)
+            event = site.CaughtUp(certificate, state_mac)
+            shell.stage, _ = site.step(shell.member, shell.stage, event, self.now)
+
+
+FEDERATION = "simulation"
+"""The name in the headers of rounds that run in one process."""
+
+_ANSWERED_AT = {
+    messages.Announce: "keys",
+    messages.KeyBundle: "shares",
+    messages.Delivery: "submit",
+    messages.SurvivorList: "confirm",
+    messages.Confirmations: "unmask",
+    messages.Aggregate: "release",
+    messages.Certificate: "release",
+    messages.Abandon: "release",
+}
+"""The stage at which a site answers a message: who is absent from it on has not even heard it."""
+
+
+class _Exchange:
+    """One round's messages between the shells, until the coordinator's machine has ended it."""
+
+    def __init__(self, parties: KeyEpoch, current: _Round) -> None:
+        self.parties, self.current, self.hub = parties, current, parties.hub
+        self.queue: deque[tuple[SiteShell | None, Any]] = deque()
+
+    def run(self, header: RoundHeader) -> None:
+        """Deliver everything; where sites stay silent, let time pass."""
+        hub = self.hub
+        hub.submits, hub.arrived, hub.journal = {}, {}, []
+        hub.fold = hub.scheme.fold(self.current.layout.slots)
+        for shell in self.parties.shells.values():
+            shell.journal = []
+        size = hub.scheme.upload_bytes(self.current.layout)
+        self._hub_step(coordinator.Start(header, size, self.parties.plan.salt_bytes))
+        self._deliver()
+        while not isinstance(hub.stage, coordinator.Released | coordinator.Abandoned):
+            stage = hub.stage
+            self.parties.now = max(self.parties.now, stage.until)
+            self._hub_step(coordinator.Tick())
+            self._deliver()
+            if hub.stage is stage:  # its sum may be known: it waits until enough are back
+                self._come_back()
+
+    def _come_back(self) -> None:
+        """Whoever is absent from `unmask` or `release` on is there again, and says what is asked."""
+        away = self.current.absences
+        late = [name for name, stage in away.items() if stage not in ABANDONED_AT]
+        self.current.absences = {n: stage for n, stage in away.items() if n not in late}
+        for name in late:
+            self._hub_step(coordinator.Reconnected(SiteId(name)))
+        if not late:  # nothing more will come
+            for name in coordinator.waiting_for(self.hub.stage):
+                self._hub_step(coordinator.Gone(name, for_good=True))
+        self._deliver()
+
+    def _post(self, to: SiteShell | None, message: Any) -> None:
+        if self.parties.tap is not None:
+            self.parties.tap(to.member.id if to else messages.COORDINATOR, message)
+        self.queue.append((to, message))
+
+    def _deliver(self) -> None:
+        while self.queue:
+            to, message = self.queue.popleft()
+            if to is None:
+                self._to_hub(message)
+            elif not self._absent(to, message):
+                self._to_site(to, message)
+
+    def _absent(self, shell: SiteShell, message: Any) -> bool:
+        """Whether the site is gone before it would answer this message."""
+        absent_from = self.current.absences.get(shell.member.id)
+        if absent_from is None:
+            return False
+        answer = _ANSWERED_AT[type(message)]
+        if isinstance(message, messages.Announce) and message.header.protection not in MASKS:
+            answer = "submit"
+        return PROTOCOL_STAGES.index(absent_from) <= PROTOCOL_STAGES.index(answer)
+
+    # ------------------------------------------------------------------------------- the sites
+
+    def _to_site(self, shell: SiteShell, message: Any) -> None:
+        event: Any = site.Received(message)
+        if isinstance(message, messages.Announce):
+            event = site.Invited(message, self.current.tag)
+        self._site_step(shell, event)
+
+    def _site_step(self, shell: SiteShell, event: Any) -> None:
+        """Step, and do what the machine asks for; what it refuses makes the site leave the round."""
+        try:
+            with self.current.watch("protect"):
+                shell.stage, found = site.step(shell.member, shell.stage, event, self.parties.now)
+            for effect in found:
+                self._site_effect(shell, effect)
+        except PeerRefused as error:
+            self.current.failure = self.current.failure or error
+            if isinstance(event, site.Invited):
+                self._site_step(shell, site.Declined(event.announce.header))
+            elif isinstance(shell.stage, site.IN_ROUND):
+                self._site_step(shell, site.Refused(error, shell.sealed_cause(error)))
+
+    def _site_effect(self, shell: SiteShell, effect: Any) -> None:
+        match effect:
+            case effects.Persist(record=record):
+                shell.journal.append(record)
+            case effects.Send(message=message):
+                self._post(None, message)
+            case effects.MakeVector():
+                self._site_step(shell, shell.make_vector(effect, self.current))
+            case effects.Upload(submit=submit):
+                self.hub.arrived[submit.site] = shell.spool
+                self._uploaded(submit.site)
+            case effects.OpenSum():
+                self._open(shell, effect)
+            case effects.Erase():
+                shell.spool = []
+            case effects.Warn(text=text):
+                self.parties.warnings.append(f"{shell.member.id}: {text}")
+            case effects.ShowNotice(notice=notice):
+                self.parties.warnings.append(f"{notice.site}: {shell.secrets.read_notice(notice)}")
+
+    def _open(self, shell: SiteShell, asked: effects.OpenSum) -> None:
+        """Open a sum; whatever fails in it is the one uniform refusal (PROTOCOL R, U)."""
+        event: Any
+        try:
+            event = shell.open_sum(asked, self.current, self.hub.released)
+        except Exception as error:  # noqa: BLE001 - raised again once the round is over
+            self.current.failure = self.current.failure or error
+            event = site.Refused(error, shell.sealed_cause(error))
+        self._site_step(shell, event)
+
+    # -------------------------------------------------------------------------- the coordinator
+
+    def _to_hub(self, message: Any) -> None:
+        if isinstance(message, messages.Submit):
+            self.hub.submits[message.site] = message
+            self._uploaded(message.site)
+            return
+        sender = message.head.site if isinstance(message, messages.Shares) else message.site
+        self._hub_step(coordinator.Received(sender, message))
+
+    def _uploaded(self, name: SiteId) -> None:
+        """Signed submission and chunks are both there."""
+        hub = self.hub
+        if name in hub.submits and name in hub.arrived:
+            chunks, submit = hub.arrived[name], hub.submits[name]
+            size = sum(map(len, chunks))
+            self._hub_step(coordinator.Uploaded(name, submit, vector_digest(chunks), size))
+
+    def _hub_step(self, event: Any) -> None:
+        hub = self.hub
+        with self.current.watch("fold"):
+            try:
+                hub.stage, found = coordinator.step(hub.hub, hub.stage, event, self.parties.now)
+            except PeerRefused as error:
+                self.current.failure = self.current.failure or error
+                return
+        for effect in found:
+            match effect:
+                case effects.Persist(record=record):
+                    hub.journal.append(record)
+                case effects.Send(to=to, message=message):
+                    self._post(self.parties.shells[SiteId(to)], message)
+                case effects.Fold(submit=submit):
+                    self._fold(submit.site)
+                case effects.Rebuild(submissions=submissions):
+                    hub.fold = hub.scheme.fold(self.current.layout.slots)
+                    for submit in submissions:
+                        self._fold(submit.site)
+                case effects.Warn(text=text):
+                    self.parties.warnings.append(f"{messages.COORDINATOR}: {text}")
+                case effects.RemoveMasks():
+                    if hub.scheme.plan.protection not in MASKS:
+                        self._miss_the_sum()
+                    self._hub_step(hub.remove_masks(effect, self.current))
+
+    def _miss_the_sum(self) -> None:
+        """`encrypted` has no list to confirm: who is absent from `confirm` on has left when the sum is
+        announced."""
+        for name, stage in self.current.absences.items():
+            if stage == "confirm":
+                self._hub_step(coordinator.Gone(SiteId(name)))
+
+    def _fold(self, name: SiteId) -> None:
+        hub = self.hub
+        assert hub.fold is not None
+        with self.current.watch("fold"):
+            for place, chunk in enumerate(hub.arrived[name]):
+                hub.fold.add(place, chunk)
+
+    def end(self) -> None:
+        """Whoever still waits hears nothing more of this round and leaves it; so does everybody when
+        the round broke off with an error."""
+        hub = self.hub
+        for shell in self.parties.shells.values():
+            if not isinstance(
+                hub.stage, coordinator.Ready | coordinator.Released | coordinator.Abandoned
+            ):
+                gone = coordinator.Gone(shell.member.id, for_good=True)
+                hub.stage, _ = coordinator.step(hub.hub, hub.stage, gone, self.parties.now)
+            if isinstance(shell.stage, site.IN_ROUND):
+                shell.stage, _ = site.step(
+                    shell.member, shell.stage, site.Superseded(), self.parties.now
+                )
+            shell.spool = []
+        hub.fold, hub.released, hub.arrived = None, [], {}
+
+
+def sites_of(roster: Sequence[SiteId], survivors: Sequence[int]) -> list[SiteId]:
+    """Roster indices to site ids."""
+    return [roster[index] for index in survivors]

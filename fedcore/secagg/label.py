@@ -1,0 +1,264 @@
+"""The label of a run: who can see what, computed from its terms and never typed by hand (PROTOCOL L).
+
+The same text is on the screen, in the report, in `plan.json` and in `fedcore plan`. The terms follow from
+a job's settings and its roster alone, so a site has the label before it reads a row.
+
+With n sites and threshold t, an opened sum is of at least t of them. A coordinator that breaks every rule
+opens two different sums if it gets two lists signed by t sites each; two such lists share 2 t - n sites, and
+an honest one among these signs only one. A coordinator that only looks on is left with one update once it
+knows all but one of the smallest sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedcore.secagg.plan import (
+    ENCRYPTS,
+    MASKS,
+    MIN_SITES,
+    RoundPlan,
+    check_threshold,
+    default_threshold,
+    refuse_roster,
+)
+from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.config import Job
+
+_PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
+_PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
+_GIVEN = "of the models only the last one, which the plan gives it"
+_STREAMS = "What travels is encrypted by AES-256 streams of a secret that all sites share."
+_TWO_SITES = "of two sites in a sum, each can work out the other's update"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What decides who can see what: every line of a label follows from these.
+
+    sites: the roster, as names or as their number. threshold: t; 0 becomes the default for the roster.
+    cipher: of `encrypted` and `layered`. release: who gets the last model, "sites" or "coordinator".
+    statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
+    over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
+    taken. Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take.
+    """
+
+    protection: str
+    sites: int | tuple[SiteId, ...]
+    threshold: int = 0
+    cipher: str = "bfv"
+    public_metrics: bool = False
+    release: str = "sites"
+    statistics: str = "ranges"
+    single_site_features: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_roster(self.count, self.protection)
+        if not self.threshold:
+            object.__setattr__(self, "threshold", default_threshold(self.count))
+        check_threshold(self.threshold, self.count)
+
+    @property
+    def count(self) -> int:
+        """n: sites on the roster."""
+        return self.sites if isinstance(self.sites, int) else len(self.sites)
+
+    @classmethod
+    def of_plan(cls, plan: RoundPlan) -> Terms:
+        """Those of a plan. It does not say whether a feature of few sites is taken: the job does."""
+        return cls(
+            protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
+            public_metrics=plan.public_metrics, release=plan.release,
+            statistics=plan.standardise,
+        )  # fmt: skip
+
+    @classmethod
+    def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
+        """Those of a job on a roster, known without rows and without the model.
+
+        A job does not say whether its task has a table; the terms are those of one that has.
+        """
+        protect = job.protect
+        return cls(
+            protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
+            cipher=protect.cipher,
+            public_metrics=job.track.public_metrics, release=protect.release,
+            statistics=job.train.standardise, single_site_features=protect.single_site_features,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collusion:
+    """What a plan withstands. active, curious: how many sites may collude with a coordinator that
+    breaks every rule it can, or only looks on, before some honest site's update is open.
+
+    absences: sites that may be missing from a round. hidden_among: the fewest honest updates, its own
+    included, in the sum an update is opened in, with `active` sites colluding; 1 where it is seen alone.
+    """
+
+    active: int
+    curious: int
+    absences: int
+    hidden_among: int
+
+
+def collusion(terms: Terms) -> Collusion:
+    """The figures of a plan's terms: for the smallest sum they permit, of `threshold` survivors."""
+    sites, threshold = terms.count, terms.threshold
+    absences = sites - threshold
+    if terms.protection == "plain":
+        return Collusion(0, 0, absences, 1)
+    if terms.protection not in MASKS:
+        return Collusion(0, 0, absences, threshold)
+    curious = threshold - 2
+    active = min(2 * threshold - sites - 1, curious)
+    return Collusion(active, curious, absences, threshold - active)
+
+
+def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
+    """At most eight lines; the first says what it protects against, the second what not.
+
+    few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
+    """
+    lines = _masked(terms) if terms.protection in MASKS else list(_UNMASKED[terms.protection])
+    if terms.protection in ENCRYPTS and terms.cipher == "keystream":
+        lines[-1] += f" {_STREAMS}"
+    if terms.public_metrics:
+        lines[0] += f" {_PUBLIC}"
+    lines += _statistics(terms, few_sites)
+    lines.append(
+        "Not bounded by any of this: what the released model itself reveals about training rows; what a "
+        "row that changes between two jobs, or a site that is absent from one of two rounds, shows in the "
+        "difference of their sums and models; only differential privacy bounds that."
+    )
+    return "\n".join(lines)
+
+
+def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
+    """What sums over the sites' columns show, where there are any."""
+    said = []
+    if terms.statistics == "federated":
+        said.append(
+            "Exact sums of every column over all sites are opened before the first round, to whoever sees "
+            "a sum."
+        )
+    if few_sites:
+        names = ", ".join(few_sites)
+        said.append(
+            f"Statistics of {names} come from fewer than 3 sites: their sums show those sites' rows."
+        )
+    elif few_sites is None and terms.single_site_features:
+        said.append(
+            "Statistics of a feature may come from fewer than 3 sites: their sums then show those "
+            "sites' rows."
+        )
+    return [" ".join(said)] if said else []
+
+
+def label_warnings(terms: Terms) -> list[str]:
+    """What in the roster and threshold deserves a warning, each with what to do instead."""
+    sites, threshold = terms.count, terms.threshold
+    found = []
+    if sites >= MIN_SITES and threshold == sites:
+        found.append(
+            f"Absences survived: 0 of {sites}. One absent site abandons the round. "
+            + _alternative(terms)
+        )
+    if threshold == 2 and terms.protection != "plain":
+        found.append(
+            f"A threshold of 2 tolerates no colluding site: {_TWO_SITES}. The default for {sites} sites "
+            f"is {default_threshold(sites)}."
+        )
+    return found
+
+
+_UNMASKED = {
+    "plain": (
+        _PROTECTS + "nobody. The coordinator sees every site's update and the model.",
+        _PROTECTS_NOT + "anyone who can read the coordinator's memory or traffic. "
+        "For simulation and tests only.",
+    ),
+    "encrypted": (
+        _PROTECTS
+        + "the coordinator alone. It sees no site's update, not their sum and not the model.",
+        _PROTECTS_NOT + "one site together with the coordinator. All sites share one key, "
+        "which opens every site's update.",
+        "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
+        "each once; the result is right if no site lies.",
+    ),
+}
+
+
+def _masked(terms: Terms) -> list[str]:
+    sites, threshold, found = terms.count, terms.threshold, collusion(terms)
+    with_sites = (
+        f", alone or with {_up_to(found.active, 'colluding site')}," if found.active else " alone,"
+    )
+    if terms.protection == "masked":
+        sight = "It sees no single site's update; it does see their sum and the model."
+    elif terms.release == "coordinator":
+        alone = "; alone, not their sum, and " if found.active else ", not their sum, and "
+        sight = f"It sees no site's update{alone}{_GIVEN}."
+    elif found.active:
+        sight = "It sees no site's update; alone, neither their sum nor the model."
+    else:
+        sight = "It sees no site's update, not their sum and not the model."
+    too_many = f"{found.active + 1} or more colluding sites" if found.active else "1 colluding site"
+    models = "every model" if terms.release == "coordinator" else "the model"
+    then = f" With 1 colluding site it also sees the sum and {models}."
+    curious = _up_to(found.curious, "site") if found.curious else "no site"
+    return [
+        f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",
+        f"{_PROTECTS_NOT}the coordinator and {too_many} together: they open other sites' updates."
+        + (then if terms.protection == "layered" else ""),
+        "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
+        "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
+        f"{curious} may collude with it.",
+        _hiding(threshold, found),
+        f"Absences survived: {found.absences} of {sites}. A round with fewer than {threshold} sites is "
+        "abandoned, and no site's update is opened.",
+        "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
+        "each once; the result is right if no colluding site lies.",
+    ]
+
+
+def _hiding(threshold: int, found: Collusion) -> str:
+    if threshold == 2:
+        return f"Sums of only 2 sites may be opened: {_TWO_SITES}."
+    return (
+        f"Only sums of at least {threshold} sites are opened; "
+        + (f"with {_sites(found.active, 'colluding site')} among them, " if found.active else "")
+        + f"each honest update is hidden among at least {found.hidden_among} honest ones, its own "
+        "included."
+    )
+
+
+def _alternative(terms: Terms) -> str:
+    """What survives an absence instead: the next lower threshold, and for three sites a fourth."""
+    lower, masks = terms.threshold - 1, terms.protection in MASKS
+    said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
+    if masks:
+        tolerated = collusion(replace(terms, threshold=lower)).active
+        said += (
+            f" and tolerates {_sites(tolerated, 'colluding site')}"
+            if tolerated
+            else ", but tolerates no colluding site"
+        )
+    elif lower == 2 and terms.protection != "plain":
+        said += f", but {_TWO_SITES}"
+    if terms.count == MIN_SITES:
+        said += "; four sites with a threshold of 3 survive 1 absence"
+        said += " and tolerate 1 colluding site" if masks else ""
+    return said + "."
+
+
+def _sites(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def _up_to(count: int, noun: str) -> str:
+    return ("" if count == 1 else "up to ") + _sites(count, noun)

@@ -1,0 +1,59 @@
+"""What a job takes from a site: each kind of vector, what it holds, how often it leaves, who can open it.
+
+Like the label it follows from the job's settings and the roster alone, so an operator reads it before a
+row of the site is read, and before a word of approval. PROTOCOL W and Q say what the vectors hold.
+"""
+
+from __future__ import annotations
+
+from fedcore.config import Job
+from fedcore.secagg.label import Terms
+
+
+def leaving_of(job: Job, terms: Terms) -> list[str]:
+    """One line for each purpose of a round, then who opens them, and what goes to the coordinator."""
+    rounds, test = job.round.rounds, "the sums of this site's metrics on its test rows"
+    lines = []
+    if terms.statistics == "federated":
+        lines.append(
+            "statistics (one sum): for each column of the task the count, sum and sum of squares of this "
+            "site's training rows, and of how many sites they are"
+        )
+    if job.protect.range is None:
+        lines.append(
+            "range (one sum): how many coordinates of this site's first update exceed each of 24 powers "
+            "of two"
+        )
+    lines += [
+        f"update ({_times(rounds)}): how training here changed the parameters of the model, the number of "
+        f"training rows, how many coordinates exceed the range, and {test}",
+        f"metrics (one sum, after the last round): {test}",
+        _who_opens(terms),
+    ]
+    if terms.public_metrics:
+        lines.append(
+            "to the coordinator and its operators: the metrics of each release over all its sites"
+        )
+    if terms.release == "coordinator":
+        lines.append(
+            "to the coordinator and its operators: the model and statistics of the last round"
+        )
+    return [
+        *lines,
+        "nothing else but the shape of the model: rows, file names and errors stay here",
+    ]
+
+
+def _times(rounds: int) -> str:
+    return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
+
+
+def _who_opens(terms: Terms) -> str:
+    """Who can read a vector, and who the sum, by the protection."""
+    least = f"a sum of at least {terms.threshold} sites"
+    return {
+        "layered": f"opened: by the sites only, as {least}",
+        "masked": f"opened: by the coordinator and by the sites, as {least}",
+        "encrypted": f"opened: by the sites only, as {least}; with any one of them the coordinator opens "
+        "the vector of this site",
+    }.get(terms.protection, "opened: by the coordinator, the vector of this site")

@@ -1,0 +1,63 @@
+"""What both machines are built from: one step in the making, and the table of legal moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from fedcore.secagg.protocol.effects import Persist
+
+M = TypeVar("M")
+Stage = TypeVar("Stage")
+Entry = TypeVar("Entry")
+Effect = TypeVar("Effect")
+Event = TypeVar("Event")
+
+Kind = type[object]
+Handler = Callable[[M, object, object], None]
+Table = dict[Kind, dict[Kind, tuple[Handler[M], tuple[Kind, ...]]]]
+"""{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
+
+
+@dataclass
+class Move(Generic[Stage, Entry, Effect]):
+    """One step of a machine in the making: records move the stage, effects follow in order."""
+
+    stage: Stage
+    evolve: Callable[[Stage, Entry], Stage]
+    effects: list[Persist[Entry] | Effect] = field(default_factory=list)
+
+    def record(self, entry: Entry) -> None:
+        """What happened: the stage after it, and the entry on disk."""
+        self.stage = self.evolve(self.stage, entry)
+        self.effects.append(Persist(entry))
+
+    def do(self, effect: Effect) -> None:
+        """Ask for it after what was asked for before."""
+        self.effects.append(effect)
+
+
+def on(
+    stages: type[Stage] | tuple[type[Stage], ...],
+    event: type[Event],
+    handle: Callable[[M, Stage, Event], None],
+    *leads_to: Kind,
+) -> tuple[tuple[Kind, ...], Kind, tuple[Handler[M], tuple[Kind, ...]]]:
+    """A row of a table: at these stages `handle(move, stage, event)` makes the move."""
+
+    def run(move: M, stage: object, found: object) -> None:
+        assert isinstance(stage, stages)
+        assert isinstance(found, event)
+        handle(move, stage, found)
+
+    return stages if isinstance(stages, tuple) else (stages,), event, (run, leads_to)
+
+
+def table(*rows: tuple[tuple[Kind, ...], Kind, tuple[Handler[M], tuple[Kind, ...]]]) -> Table[M]:
+    """The rows by stage and event."""
+    found: Table[M] = {}
+    for stages, event, move in rows:
+        for stage in stages:
+            found.setdefault(stage, {})[event] = move
+    return found

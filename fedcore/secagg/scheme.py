@@ -1,0 +1,213 @@
+"""What a protection puts behind the machines: a key epoch's payload, and what a site does with it.
+
+The shells, in one process or over a network, call these where an effect asks for them, so that packing,
+tag, masks, encryption and the checks of an opened sum stand in one order in one place.
+
+Invariant: nothing of a sum is returned before its tag was checked against exactly the listed survivors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcore.errors import ReleaseRefused
+from fedcore.learning.data.statistics import statistics_vector
+from fedcore.secagg.crypto import Sealer, UnmaskableFold
+from fedcore.secagg.crypto.entropy import Entropy
+from fedcore.secagg.crypto.keystream import draw_salt, stream_key
+from fedcore.secagg.crypto.masking import add_masks
+from fedcore.secagg.crypto.sealed import open_checkpoint, open_notice, seal_checkpoint, seal_notice
+from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_tag
+from fedcore.secagg.encode.bitpack import packed_size
+from fedcore.secagg.encode.pack import Layout, Opened
+from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
+from fedcore.secagg.protocol import effects, messages
+from fedcore.store.container import vector_digest
+from fedcore.types import SiteId, Slots
+
+Masks = tuple[tuple[bytes, int], ...]
+"""(seed, sign) of masks, as they are laid on one vector."""
+
+
+@dataclass(frozen=True)
+class EpochSecrets:
+    """What a site holds of one key epoch: the group secret, and what opens sums with it.
+
+    streams: whether vectors travel under a keystream of G, and no sealer of a lattice.
+    """
+
+    group: GroupSecret
+    sealer: Sealer
+    streams: bool = False
+
+    def tag(self, header: RoundHeader, state: bytes) -> bytes:
+        """HMAC under G of a site's own state."""
+        return state_tag(self.group, header.job, header.round, state)
+
+    def put_tag(
+        self, slots: Slots, layout: Layout, asked: effects.MakeVector, site: SiteId
+    ) -> None:
+        """The sum tag's share of this site, in place."""
+        tag = SumTag(self.group, asked.header, asked.state_tag)
+        layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], site))
+
+    def protect(
+        self,
+        slots: Slots,
+        layout: Layout,
+        asked: effects.MakeVector,
+        site: SiteId,
+        entropy: Entropy,
+    ) -> tuple[list[bytes], bytes]:
+        """Masks, then encryption: the chunks of a tagged vector, and the salt of its keystream.
+
+        The salt is drawn here, for this vector alone; b"" under another cipher. The slots are used up.
+        """
+        masks = revealed(asked.masks)
+        salt = draw_salt(entropy) if self.streams else b""
+        if self.streams:
+            masks = (*masks, self.stream(asked.header, asked.state_tag, site, salt))
+        add_masks(slots, masks, layout.packing.slot_bits)
+        return list(self.sealer.protect(slots)), salt
+
+    def stream(
+        self, header: RoundHeader, tag: bytes, site: SiteId, salt: bytes
+    ) -> tuple[bytes, int]:
+        """The keystream of one vector, as a mask that was added to it. tag: the sites' state tag."""
+        return stream_key(self.group, header.digest, tag, site, salt), 1
+
+    def open(
+        self, chunks: Iterable[bytes], layout: Layout, asked: effects.OpenSum
+    ) -> tuple[Slots, Opened]:
+        """The sum, once its tag holds. Raises TagRefused and ChunkRefused."""
+        total = self.sealer.open(chunks, layout.slots)
+        if self.streams:
+            self.take_off_streams(total, layout, asked)
+        tag = SumTag(self.group, asked.header, asked.state_tag)
+        tag.check(total[: layout.tagged_slots], layout.read_tag(total), asked.survivors)
+        places = [asked.header.place(each) for each in asked.survivors]
+        return total, layout.unpack(total, places)
+
+    def take_off_streams(self, total: Slots, layout: Layout, asked: effects.OpenSum) -> None:
+        """Subtract the survivors' keystreams from their sum, in place, block by block."""
+        streams = (
+            self.stream(asked.header, asked.state_tag, site, salt)
+            for site, salt in zip(asked.survivors, asked.salts, strict=True)
+        )
+        laid = [(key, -sign) for key, sign in streams]
+        add_masks(total, laid, layout.packing.slot_bits)
+
+    def sum_mac(self, header: RoundHeader, total: Slots) -> bytes:
+        """HMAC under G of an opened sum."""
+        return self.group.authenticate(b"sum", header.digest + total.tobytes())
+
+    def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
+        """HMAC under G of the state a release leads to."""
+        return self.group.authenticate(b"new state", header.digest + state)
+
+    def seal_cause(
+        self, error: Exception | str, header: RoundHeader, site: SiteId, entropy: Entropy
+    ) -> bytes:
+        """Why this site refuses, for the other sites; the coordinator carries it and cannot read it."""
+        return seal_notice(self.group, str(error), header=header.digest, site=site, entropy=entropy)
+
+    def read_notice(self, notice: messages.Notice) -> str:
+        """The cause of another site's refusal. Raises EnvelopeRefused."""
+        return open_notice(self.group, notice.sealed, header=notice.header, site=notice.site)
+
+    def seal_state(
+        self, state: bytes, certificate: messages.Certificate, entropy: Entropy
+    ) -> bytes:
+        """A released state, for sites that missed it."""
+        header = certificate.header
+        return seal_checkpoint(
+            self.group, state, job=header.job, round_=header.round, certificate=certificate.hash,
+            entropy=entropy,
+        )  # fmt: skip
+
+    def open_state(self, sealed: bytes, certificate: messages.Certificate) -> bytes:
+        """The state of a certificate. Raises EnvelopeRefused."""
+        header = certificate.header
+        return open_checkpoint(
+            self.group, sealed, job=header.job, round_=header.round, certificate=certificate.hash
+        )
+
+
+def revealed(masks: Iterable[effects.Mask]) -> Masks:
+    """The seeds of masks in clear, for those who lay them on or take them off."""
+    return tuple((seed.reveal(), sign) for seed, sign in masks)
+
+
+def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
+    """What the vectors of a round hold, by the round's purpose."""
+    if purpose == "statistics":
+        return statistics_vector(features, plan.max_examples)
+    by_purpose = {
+        "range": plan.range_vector, "update": plan.update_vector, "metrics": plan.metrics_vector
+    }  # fmt: skip
+    return by_purpose[purpose]
+
+
+def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
+    """Raise ReleaseRefused for other bytes than the coordinator announced."""
+    if vector_digest(chunks) != asked.digest:
+        raise ReleaseRefused(
+            "sum", found="other bytes than announced", expected="the announced digest",
+            fault=messages.COORDINATOR,
+        )  # fmt: skip
+
+
+@dataclass
+class Scheme:
+    """Payloads, sealers and folds of one plan's protection."""
+
+    plan: RoundPlan
+
+    def __post_init__(self) -> None:
+        self._public: Any = None
+        if self.plan.packing.ring is not None:
+            from fedcore.secagg.crypto.bfv import Courier, PublicContext
+
+            self._public, self._courier = PublicContext.of(self.plan.packing), Courier()
+
+    def make_payload(self) -> bytes:
+        """A new random key epoch's secrets."""
+        if self._public is None:
+            return GroupSecret().to_bytes()
+        from fedcore.secagg.crypto.bfv import SecretContext
+
+        return SecretContext(self._public).to_payload()
+
+    def open_payload(self, payload: bytes, maker: SiteId) -> EpochSecrets:
+        """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
+        if self._public is None:
+            from fedcore.secagg.crypto.masked import MaskedSealer
+
+            group = GroupSecret.from_bytes(payload, sender=maker)
+            sealer = MaskedSealer(self.plan.packing)
+            return EpochSecrets(group, sealer, streams=bool(self.plan.salt_bytes))
+        from fedcore.secagg.crypto.bfv import EncryptedSealer, SecretContext
+
+        secret = SecretContext.from_payload(self._public, payload, sender=maker)
+        return EpochSecrets(secret.group, EncryptedSealer(secret, self._courier))
+
+    def upload_bytes(self, layout: Layout) -> int:
+        """What every site's vector weighs: a pure function, so any other size is refused."""
+        packing = self.plan.packing
+        if packing.ring is None:
+            return packed_size(layout.slots, packing.slot_bits)
+        from fedcore.secagg.crypto.bfv import vector_size
+
+        return vector_size(packing.ring, layout.blocks, 1)
+
+    def fold(self, slots: int) -> UnmaskableFold:
+        """The coordinator's running sum."""
+        if self._public is None:
+            from fedcore.secagg.crypto.masked import MaskedFold
+
+            return MaskedFold(self.plan.packing, slots)
+        from fedcore.secagg.crypto.bfv import EncryptedFold
+
+        return EncryptedFold(self._public, slots, self._courier)
