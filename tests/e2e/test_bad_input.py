@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.cli.main import main
+from fedcore.cli import main
 
 TASKS = """
 import numpy as np, torch, fedcore

@@ -20,8 +20,7 @@ from deployment import PATIENCE, SMALL, small_task
 from safetensors.numpy import load_file, save_file
 
 import fedcore
-from fedcore.cli import up
-from fedcore.cli.main import main
+from fedcore.cli import main, up
 from fedcore.local_deployment import to_toml
 
 HEART = ("--task", "heart", "--protection", "layered", "--seed", "0", "--set", "track.resamples=0")

@@ -20,8 +20,7 @@ from torch import nn
 
 import fedcore
 from fedcore import api
-from fedcore.cli import console
-from fedcore.cli.main import main
+from fedcore.cli import console, main
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
 from fedcore.experiment.experiment import job_for, prepare

@@ -14,7 +14,7 @@ SCRIPT = ROOT / "scripts" / "measure-structure"
 
 TREE = {
     "fedcore/__init__.py": "",
-    "fedcore/secagg/plan.py": """
+    "fedcore/plan.py": """
         from typing import TYPE_CHECKING
         if TYPE_CHECKING:
             from fedcore.report import page  # not counted
@@ -43,7 +43,7 @@ TREE = {
             from fedcore import plan
         """,
     "fedcore/report/page.py": """
-        import fedcore.secagg.plan
+        import fedcore.plan
         from .. import report
         TABLE = {"plain": 1, "masked": 2}
         OTHER = {"metrics": 1, "rounds": 2}
@@ -109,7 +109,7 @@ def test_measures_every_kind_of_finding(tree):
 @pytest.mark.parametrize(
     ("key", "places"),
     [
-        ("largest_class_methods", ["2  fedcore/secagg/plan.py:6  Plan"]),
+        ("largest_class_methods", ["2  fedcore/plan.py:6  Plan"]),
         (
             "room_arrows",
             [
@@ -128,12 +128,12 @@ def test_measures_every_kind_of_finding(tree):
         (
             "string_comparisons",
             [
-                'fedcore/secagg/plan.py:17  a = protection == "plain"',
-                "fedcore/secagg/plan.py:18  b = plan.protection not in MASKS",
-                'fedcore/secagg/plan.py:19  c = name in (*MASKS, "encrypted")',
-                'fedcore/secagg/plan.py:20  d = row["purpose"] in {"update"} or row.get("purpose") != "range"',
-                'fedcore/secagg/plan.py:20  d = row["purpose"] in {"update"} or row.get("purpose") != "range"',
-                'fedcore/secagg/plan.py:21  e = step == Step("update", 1)',
+                'fedcore/plan.py:17  a = protection == "plain"',
+                "fedcore/plan.py:18  b = plan.protection not in MASKS",
+                'fedcore/plan.py:19  c = name in (*MASKS, "encrypted")',
+                'fedcore/plan.py:20  d = row["purpose"] in {"update"} or row.get("purpose") != "range"',
+                'fedcore/plan.py:20  d = row["purpose"] in {"update"} or row.get("purpose") != "range"',
+                'fedcore/plan.py:21  e = step == Step("update", 1)',
                 'fedcore/report/page.py:4  TABLE = {"plain": 1, "masked": 2}',
                 'fedcore/secagg/protocol/round/site.py:4  case "update" | "range": ...',
             ],
@@ -149,7 +149,7 @@ def test_measures_every_kind_of_finding(tree):
         (
             "double_names",
             [
-                "class Plan  fedcore/secagg/plan.py:6 fedcore/report/page.py:6",
+                "class Plan  fedcore/plan.py:6 fedcore/report/page.py:6",
                 "class _Row  fedcore/report/page.py:7 server/jobs.py:3",
                 "file page  clients/page.py fedcore/report/page.py",
             ],

@@ -24,7 +24,7 @@ from fedcore.wire.frames import GOODBYES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 MODULES = {
-    "fed-coordinator": "fedcore_server.cli", "fed-site": "fedcore_clients.cli", "fedcore": "fedcore.cli"
+    "fed-coordinator": "fedcore_server.cli", "fed-site": "fedcore_clients.cli", "fedcore": "fedcore.cli.main"
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from policies import job_at_a_site, policy_of
 
 import fedcore
-from fedcore.cli.main import main
+from fedcore.cli import main
 from fedcore.config import Reference, build_job, plan_of, wire_settings
 from fedcore.errors import (
     Conflicting,
