@@ -32,7 +32,7 @@ from fedcore.identity.kit import Kit
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.seeds import generator
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
@@ -59,7 +59,7 @@ class Drawn:
         self,
         job: str,  # noqa: ARG002
         plan: RoundPlan,
-        step: Step,
+        step: PlannedRound,
         state: JobState,  # noqa: ARG002
         record: GuardRecord | None = None,  # noqa: ARG002
     ) -> Contribution:
@@ -78,7 +78,7 @@ class Drawn:
         self,
         job: str,  # noqa: ARG002
         plan: RoundPlan,  # noqa: ARG002
-        step: Step,  # noqa: ARG002
+        step: PlannedRound,  # noqa: ARG002
         state: JobState,  # noqa: ARG002
         wides: Mapping[str, Sequence[int]],  # noqa: ARG002
         sites: int,  # noqa: ARG002

@@ -55,7 +55,7 @@ from fedcore.secagg.plan import MASKS, RoundHeader, RoundPlan, canonical
 from fedcore.secagg.protocol import effects, epoch, messages, public_metrics, schedule
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import THIS_SITE, Standing, survivors_of
+from fedcore.secagg.protocol.shared import THIS_SITE, SiteProgress, survivors_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, vector_of
 from fedcore.store import container
@@ -92,7 +92,12 @@ class Contributor(Protocol):
         ...
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: schedule.Step, state: JobState, record: GuardRecord
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: schedule.PlannedRound,
+        state: JobState,
+        record: GuardRecord,
     ) -> Contribution:
         """The content of one vector; the guard of `record` judges the state first, and its memory is
         replaced. Raises TrainingFailed and GuardTripped."""
@@ -102,7 +107,7 @@ class Contributor(Protocol):
         self,
         job: str,
         plan: RoundPlan,
-        step: schedule.Step,
+        step: schedule.PlannedRound,
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
@@ -251,7 +256,7 @@ class SiteJob:
         """What the ledger calls this site's rows; empty before they were loaded."""
         self.state: JobState | None = None
         self.epoch: Any = epoch.NoKey()
-        self.stage: Any = site.Idle(Standing(0, b""))
+        self.stage: Any = site.Idle(SiteProgress(0, b""))
         self.secrets: EpochSecrets | None = None
         self.survey: Loaded | None = None
         self.ended: job.JobEnded | None = None
@@ -265,11 +270,13 @@ class SiteJob:
         self.left = ""
         """Why this site left the job for good, if it did: its guard tripped."""
         self.tracked: Json | None = None
-        self._sums: tuple[str, schedule.Step, Mapping[str, Sequence[int]], int] | None = None
+        self._sums: tuple[str, schedule.PlannedRound, Mapping[str, Sequence[int]], int] | None = (
+            None
+        )
         self._tracking: list[asyncio.Task[None]] = []
         self._told: job.PublicMetrics | None = None
         self._scheme: Scheme | None = None
-        self._member: site.Member | None = None
+        self._member: site.SiteParams | None = None
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._beside: set[asyncio.Task[None]] = set()
         self._inline: dict[bytes, list[bytes]] = {}
@@ -494,7 +501,7 @@ class SiteJob:
 
         def leave(error: Exception) -> None:
             if header:
-                self._queue.put_nowait(_Done(site.Refused(error), header))
+                self._queue.put_nowait(_Done(site.CheckFailed(error), header))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._beside.add(task)
@@ -544,7 +551,7 @@ class SiteJob:
             self._unable(job.UNABLE)
             return
         if self.survey is not None and self.plan is None:
-            self.link.say(self.id, job.Survey(self.id, self.party.id, self.survey.shape))
+            self.link.say(self.id, job.SiteSurvey(self.id, self.party.id, self.survey.shape))
         if self.plan is not None:
             await self._say_again()
 
@@ -554,7 +561,7 @@ class SiteJob:
         await self._epoch_machine(epoch.Again())
         if isinstance(self.stage, site.IN_ROUND):
             self.link.say(self.id, job.InRound(self.id, self.party.id, self.stage.header.digest))
-            await self._machine(site.Reconnected())
+            await self._machine(site.SessionRestored())
         else:
             self._stand()
         if self._told is not None:
@@ -599,11 +606,11 @@ class SiteJob:
                 await self._look_for_own(message)
                 await self._certified(message)
             case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
-                await self._epoch_machine(epoch.FromHub(message))
+                await self._epoch_machine(epoch.FromCoordinator(message))
             case messages.Announce():
                 await self._invited(message)
             case _:
-                await self._machine(site.Received(message))
+                await self._machine(site.MessageFromCoordinator(message))
 
     # ----------------------------------------------------------------- offer, survey and plan
 
@@ -628,7 +635,7 @@ class SiteJob:
             LOG.exception("job %s: a fault of this side while loading", self.id)
             self._unable(job.UNABLE)
         else:
-            self.link.say(self.id, job.Survey(self.id, self.party.id, found.shape))
+            self.link.say(self.id, job.SiteSurvey(self.id, self.party.id, found.shape))
             self.link.doing(self.id, "idle")
 
     async def _loaded(self, settings: Json) -> Loaded:
@@ -710,7 +717,7 @@ class SiteJob:
 
     def _unable(self, reason: str) -> None:
         self.last_error = self.left or job.REASONS[reason]
-        self.link.say(self.id, job.Unable(self.id, self.party.id, reason))
+        self.link.say(self.id, job.SiteUnavailable(self.id, self.party.id, reason))
 
     async def _load_again(self) -> None:
         """A new process has to load the rows anew, and must find the plan it agreed to."""
@@ -782,7 +789,7 @@ class SiteJob:
         party = self.party
         self.plan, self.features, self.columns = plan, features, tuple(columns)
         self._scheme = Scheme(plan)
-        self._member = site.Member(
+        self._member = site.SiteParams(
             party.id, party.identity, {name: party.pins[name] for name in plan.sites}, plan,
             party.federation, self.id, OsEntropy(), party.policy.rules.minimum_sites, party.patience,
         )  # fmt: skip
@@ -796,11 +803,11 @@ class SiteJob:
         if self.left:
             self.link.doing(self.id, "idle")
             return
-        standing: Standing = self.stage.standing
+        standing: SiteProgress = self.stage.standing
         if isinstance(self.stage, site.Idle) and self.secrets is not None:
             self.link.say(
                 self.id,
-                job.AtRest(
+                job.SiteStatus(
                     self.id, self.party.id, standing.epoch, standing.certificate, standing.round
                 ),
             )
@@ -891,7 +898,7 @@ class SiteJob:
         ):
             await self._machine(site.Superseded())
         else:
-            await self._machine(site.Received(certificate))
+            await self._machine(site.MessageFromCoordinator(certificate))
 
     async def _look_for_own(self, certificate: messages.Certificate) -> None:
         """A signature of this site under a round that its folder does not know: the folder is an old one."""
@@ -948,9 +955,9 @@ class SiteJob:
         elif isinstance(after, site.Stated) and self._early is not None:
             certificate, self._early = self._early, None
             if certificate.header.digest == after.header.digest:
-                await self._machine(site.Received(certificate))
+                await self._machine(site.MessageFromCoordinator(certificate))
 
-    def _held_to_ledger(self, member: site.Member) -> site.Member:
+    def _held_to_ledger(self, member: site.SiteParams) -> site.SiteParams:
         """The machine's rules as the ledger has them now: another job may have had a sum meanwhile."""
         if not self.columns:
             return member
@@ -1013,7 +1020,7 @@ class SiteJob:
             sealed = self.secrets.seal_cause(
                 error, self.stage.header, self.party.id, self._member.entropy
             )
-        await self._machine(site.Refused(error, sealed))
+        await self._machine(site.CheckFailed(error, sealed))
 
     def _journal(self, found: Sequence[Any], ended: Any = None) -> None:
         """Write what a step records, before anything of it is sent.
@@ -1091,7 +1098,7 @@ class SiteJob:
         try:
             assert self.plan is not None
             assert self.state is not None
-            step = schedule.Step(header.purpose, header.training_round)
+            step = schedule.PlannedRound(header.purpose, header.training_round)
             await self._load_again()
             self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
             found = await self.contributor.contribute(
@@ -1105,19 +1112,19 @@ class SiteJob:
             event: Any = site.VectorMade(made.digest, made.size, salt)
         except GuardTripped as tripped:
             unable = job.UNABLE
-            event = site.Refused(tripped, self._leave_for_good(tripped, header))
+            event = site.CheckFailed(tripped, self._leave_for_good(tripped, header))
         except TrainingFailed as failed:
-            unable, event = failed.reason, site.Refused(failed, self._sealed(_UNABLE, header))
+            unable, event = failed.reason, site.CheckFailed(failed, self._sealed(_UNABLE, header))
         except PolicyRefused as refused:
-            event = site.Refused(refused, self._sealed(_UNABLE, header))
+            event = site.CheckFailed(refused, self._sealed(_UNABLE, header))
         except FedcoreError as error:
             self._note(error)
             unable = job.UNABLE
-            event = site.Refused(error, self._sealed(_UNABLE, header))
+            event = site.CheckFailed(error, self._sealed(_UNABLE, header))
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
             unable = job.UNABLE
-            event = site.Refused(error, self._sealed(_UNABLE, header))
+            event = site.CheckFailed(error, self._sealed(_UNABLE, header))
         await self._not_before(began, "making a vector")
         self._queue.put_nowait(_Done(event, header.digest, unable))
 
@@ -1244,7 +1251,7 @@ class SiteJob:
             self._note(error)
             assert self.secrets is not None
             sealed = self.secrets.seal_cause(error, asked.header, self.party.id, OsEntropy())
-            event = site.Refused(error, sealed)
+            event = site.CheckFailed(error, sealed)
         if event is not None:
             self._queue.put_nowait(_Done(event, asked.header.digest))
 
@@ -1259,7 +1266,7 @@ class SiteJob:
         header, layout = asked.header, self._layout(asked.header)
         total, opened = self.secrets.open(chunks, layout, asked)
         layout.check_own(opened, self._own_marks(header), header.place(self.party.id))
-        step = schedule.Step(header.purpose, header.training_round)
+        step = schedule.PlannedRound(header.purpose, header.training_round)
         allow = bool(
             wire_settings(self.offer.settings).get("protect", {}).get("single_site_features")
         )
@@ -1360,7 +1367,7 @@ class SiteJob:
 
     async def _track(
         self,
-        step: schedule.Step,
+        step: schedule.PlannedRound,
         sums: Mapping[str, Sequence[int]],
         sites: int,
         state: JobState,
@@ -1389,7 +1396,7 @@ class SiteJob:
 
     async def _seal(self, wanted: job.CheckpointWanted) -> None:
         """Seal this site's state for those that missed its release."""
-        standing: Standing = self.stage.standing
+        standing: SiteProgress = self.stage.standing
         kept = self.party.journal.get(self.id, "certificate")
         if kept is None or self.secrets is None or self.state is None:
             return
@@ -1484,7 +1491,7 @@ class SiteJob:
         """
         if self.plan is None or not self._may_give():
             return
-        standing: Standing = self.stage.standing
+        standing: SiteProgress = self.stage.standing
         if standing.certificate != wanted.certificate:
             return  # it is asked again once both stand at the same release
         try:

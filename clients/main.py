@@ -85,7 +85,12 @@ class InstalledTasks:
         )  # fmt: skip
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: schedule.Step, state: JobState, record: GuardRecord
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: schedule.PlannedRound,
+        state: JobState,
+        record: GuardRecord,
     ) -> Contribution:
         """The content of one vector. Raises TrainingFailed and GuardTripped."""
         return await self._training.contribute(job, plan, step, state, record)
@@ -94,7 +99,7 @@ class InstalledTasks:
         self,
         job: str,
         plan: RoundPlan,
-        step: schedule.Step,
+        step: schedule.PlannedRound,
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
@@ -122,7 +127,7 @@ def waiting_json(found: Waiting | None) -> Json | None:
     }  # fmt: skip
 
 
-def released_round(done: schedule.Step) -> int:
+def released_round(done: schedule.PlannedRound) -> int:
     """The round of training behind a state: 0 before the first, the last one under the last metrics."""
     before = done.purpose in {"metrics", "statistics", "range"}
     return max(0, done.training_round - before)

@@ -25,7 +25,7 @@ from fedcore.learning.guard import GuardMemory, GuardRecord
 from fedcore.learning.state import Column, JobState
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.job_messages import UNABLE
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Contribution, FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
@@ -107,7 +107,7 @@ class Training:
         return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial, head["rows"])
 
     async def contribute(
-        self, job: str, plan: RoundPlan, step: Step, state: JobState, record: GuardRecord
+        self, job: str, plan: RoundPlan, step: PlannedRound, state: JobState, record: GuardRecord
     ) -> Contribution:
         """The content of the site's vector for a step of the job; record: of its guard, which judges the
         state first and whose memory is replaced. Raises TrainingFailed and GuardTripped."""
@@ -128,7 +128,7 @@ class Training:
         self,
         job: str,
         plan: RoundPlan,
-        step: Step,
+        step: PlannedRound,
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,

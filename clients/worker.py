@@ -129,12 +129,12 @@ class Worker:
         from fedcore.learning.state import JobState
         from fedcore.learning.tracking import Tracker
         from fedcore.secagg.plan import RoundPlan
-        from fedcore.secagg.protocol.schedule import Step
+        from fedcore.secagg.protocol.schedule import PlannedRound
 
         name = asked["job"]
         if name not in self.trackers:
             self.trackers[name] = Tracker(self.sites[name], RoundPlan.from_json(asked["plan"]))
-        step = Step(asked["step"][0], asked["step"][1])
+        step = PlannedRound(asked["step"][0], asked["step"][1])
         found = self.trackers[name].row(
             step, JobState.from_bytes(state), asked["wides"], asked["sites"]
         )
@@ -144,10 +144,10 @@ class Worker:
         from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
         from fedcore.learning.state import JobState
         from fedcore.secagg.plan import RoundPlan
-        from fedcore.secagg.protocol.schedule import Step
+        from fedcore.secagg.protocol.schedule import PlannedRound
 
         site = self.sites[asked["job"]]
-        step = Step(asked["step"][0], asked["step"][1])
+        step = PlannedRound(asked["step"][0], asked["step"][1])
         plan = RoundPlan.from_json(asked["plan"])
         record = GuardRecord(GuardRules(**asked["rules"]), GuardMemory.from_json(asked["memory"]))
         try:

@@ -51,7 +51,7 @@ class HandOver:
         """Why the file cannot come from these sites, or "" while it may. certificate: the last one."""
         header = certificate.header if certificate is not None else None
         if header is None or not schedule.is_last_model(
-            self._plan, schedule.Step(header.purpose, header.training_round)
+            self._plan, schedule.PlannedRound(header.purpose, header.training_round)
         ):
             return "the last round was abandoned"
         said = Counter(self._said.values())

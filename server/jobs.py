@@ -216,7 +216,7 @@ class SiteView:
     agreed: bool = False
     anew: bool = False
     """It agreed before and surveys again: its journal is gone, and the epoch's secret with it."""
-    rest: job.AtRest | None = None
+    rest: job.SiteStatus | None = None
     doing: str = ""
     last_seen: float = 0.0
     missed: bool = False
@@ -295,7 +295,7 @@ class CoordinatedJob:
         self.metrics = Rows(house.journal, self.id, self.directory, METRICS_FILE)
         self.epoch: Any = epoch.NoEpoch()
         self.stage: Any = coordinator.Ready()
-        self.step: schedule.Step | None = None
+        self.step: schedule.PlannedRound | None = None
         self.certificate: messages.Certificate | None = None
         self.outcome: job.JobEnded | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -309,7 +309,7 @@ class CoordinatedJob:
         self._checkpoint: Stored | None = None
         self._asked_checkpoint: SiteId | None = None
         self._asked_at = 0.0
-        self._offered: dict[SiteId, job.AtRest] = {}
+        self._offered: dict[SiteId, job.SiteStatus] = {}
         self._gathering: float | None = None
         self._tick_at = 0.0
         self._nudged_at = 0.0
@@ -339,8 +339,10 @@ class CoordinatedJob:
         self._small: set[str] = set()
         """Keys of the journal with files of the round under way that came without a sync."""
         self._beside: set[asyncio.Task[None]] = set()
-        self._hub = coordinator.Hub(dict(house.pins), house.limits.stage, house.limits.vectors)
-        self._epoch_hub = epoch.EpochHub(dict(house.pins), house.limits.gather)
+        self._hub = coordinator.CoordinatorParams(
+            dict(house.pins), house.limits.stage, house.limits.vectors
+        )
+        self._epoch_hub = epoch.EpochParams(dict(house.pins), house.limits.gather)
 
     # --------------------------------------------------------------------------- coming back
 
@@ -683,7 +685,7 @@ class CoordinatedJob:
             view = self.sites[name]
             spreading = isinstance(self.epoch, epoch.Spreading) and view.agreed
             if spreading and name not in self.epoch.holders:
-                self._epoch_machine(epoch.Reconnected(name))
+                self._epoch_machine(epoch.SiteReturned(name))
             if view.rest is not None:
                 self._catch_up(name)
 
@@ -710,22 +712,22 @@ class CoordinatedJob:
         It says so in every new session, and when its disk refused something that was said to it.
         """
         # The round first: a site takes no new epoch inside one.
-        self._machine(coordinator.Reconnected(name))
-        self._epoch_machine(epoch.Reconnected(name))
+        self._machine(coordinator.SiteReconnected(name))
+        self._epoch_machine(epoch.SiteReturned(name))
 
     async def _on_message(self, name: SiteId, message: Any) -> None:
         view = self.sites[name]
         if getattr(message, "site", name) != name:
             raise PeerRefused(f"record: found one of another site from {name}")
         match message:
-            case job.Survey(shape=shape):
+            case job.SiteSurvey(shape=shape):
                 view.shape, view.unable = shape, ""
                 # A site surveys before it has a plan, or without its journal.
                 view.anew, view.agreed = view.agreed, False
                 self._out_of_round(name)
                 if self.plan is not None:
                     self._offer_plan(name)
-            case job.Unable(reason=reason):
+            case job.SiteUnavailable(reason=reason):
                 view.unable = reason if reason in job.REASONS else job.UNABLE
                 LOG.warning("job %s: site %s: %s", self.id, name, job.REASONS[view.unable])
                 if not isinstance(self.stage, coordinator.EXPOSED):  # what it sent it can say again
@@ -739,7 +741,7 @@ class CoordinatedJob:
                         view.anew = False
                         self.links.say(name, self.id, epoch.EpochCall(self.epoch.header))
                     self._rejoin(name)
-            case job.AtRest():
+            case job.SiteStatus():
                 if not 0 <= message.round <= self._number() + MOST_AHEAD:
                     raise PeerRefused(f"round: found a number of {name} that is far from ours")
                 view.rest = message
@@ -747,7 +749,7 @@ class CoordinatedJob:
                 waiting = coordinator.waiting_for(self.stage)
                 if message.round < number and coordinator.is_first(self.stage) and name in waiting:
                     # It could not write down that the round began, or said this before it heard.
-                    self._machine(coordinator.Reconnected(name))
+                    self._machine(coordinator.SiteReconnected(name))
                 else:
                     self._out_of_round(name)
                 if self._asked_checkpoint == name:
@@ -768,9 +770,9 @@ class CoordinatedJob:
                 self._halted(name)
             case messages.Leave(code=messages.MATERIAL):
                 self.progress.text = f"site {name} left a round over another site's material: the sites' logs say whose"
-                self._machine(coordinator.Received(name, message))
+                self._machine(coordinator.MessageFromSite(name, message))
             case _:
-                self._machine(coordinator.Received(name, message))
+                self._machine(coordinator.MessageFromSite(name, message))
 
     def _tell_if_over(self, name: SiteId, header: bytes) -> None:
         """A site that is still in an earlier round hears how that one ended: the word of it was lost."""
@@ -810,9 +812,7 @@ class CoordinatedJob:
             self._make_plan()
         elif isinstance(self.epoch, epoch.NoEpoch):
             self._begin_epoch()
-        elif isinstance(
-            self.stage, coordinator.Ready | coordinator.Released | coordinator.Abandoned
-        ):
+        elif isinstance(self.stage, coordinator.Ready | coordinator.Released | coordinator.Failed):
             self._next_round()
 
     def _gathered(self, present: list[SiteId], wanted: int) -> bool:
@@ -977,7 +977,7 @@ class CoordinatedJob:
         if wanted not in self.sites or not isinstance(self.epoch, epoch.Spreading):
             return
         if self._holders_beside(wanted):
-            self._epoch_machine(epoch.Reconnected(wanted))
+            self._epoch_machine(epoch.SiteReturned(wanted))
         else:
             over = replace(self.outcome, certificate="", text=KEYS_ERASED)
             self.links.say(wanted, self.id, over)
@@ -988,7 +988,7 @@ class CoordinatedJob:
         """Announce the next step to the sites that stand where the job stands."""
         assert self.plan is not None
         stage = self.stage
-        if self.step is not None and isinstance(stage, coordinator.Abandoned) and stage.exposed:
+        if self.step is not None and isinstance(stage, coordinator.Failed) and stage.exposed:
             self.end("abandoned", self._why_not_released(stage))
             return
         if self._key_is_spent() and not self._new_epoch():
@@ -1011,7 +1011,7 @@ class CoordinatedJob:
         self.progress.text = ""
         self._begin_round(self.step, roster)
 
-    def _begin_round(self, step: schedule.Step, roster: tuple[SiteId, ...]) -> None:
+    def _begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
         assert self.plan is not None
         assert self._scheme is not None
         plan, seen = self.plan, [v.rest.round for v in self.sites.values() if v.rest]
@@ -1056,8 +1056,8 @@ class CoordinatedJob:
         if changed:
             self._refused_since = None
             self._time(before)
-        if changed or not all(isinstance(e, effects.Persist | effects.Fold) for e in found):
-            ended = coordinator.Released | coordinator.Abandoned
+        if changed or not all(isinstance(e, effects.Persist | effects.FoldUpload) for e in found):
+            ended = coordinator.Released | coordinator.Failed
             self._commit(ended=isinstance(self.stage, ended) and not isinstance(before, ended))
 
     def _commit(self, *, ended: bool = False) -> None:
@@ -1221,7 +1221,7 @@ class CoordinatedJob:
         self._checkpoint, self._asked_checkpoint = None, None
         self._offered.clear()
 
-    def _why_not_released(self, stage: coordinator.Abandoned) -> str:
+    def _why_not_released(self, stage: coordinator.Failed) -> str:
         """Why a round whose sum may be known ended the job."""
         header = stage.header
         if stage.refused:
@@ -1286,7 +1286,7 @@ class CoordinatedJob:
             kept = json.dumps(sorted(self._withdrawn)).encode()
             self.house.journal.put(self.id, "withdrawn", kept)
 
-    def _row(self, step: schedule.Step) -> Json:
+    def _row(self, step: schedule.PlannedRound) -> Json:
         stage = self.stage
         row: Json = {
             "round": step.training_round, "purpose": step.purpose, "number": stage.header.round,
@@ -1302,7 +1302,7 @@ class CoordinatedJob:
             row["bytes_up"] = max(stored.size for stored in self._arrived.values())
         if self._sum is not None:
             row["bytes_down"] = self._sum.size
-        if isinstance(stage, coordinator.Abandoned):
+        if isinstance(stage, coordinator.Failed):
             row["abandoned"] = {
                 "stage": stage.stage, "left": stage.left, "needed": stage.header.threshold,
                 "exposed": list(stage.exposed),
@@ -1543,7 +1543,7 @@ class CoordinatedJob:
         match event:
             case _Came(name):
                 self.links.say(name, self.id, self.outcome)
-            case _Told(name, job.AtRest() as rest):
+            case _Told(name, job.SiteStatus() as rest):
                 self.sites[name].rest = rest
                 if rest.certificate == self.outcome.certificate:
                     self.links.say(name, self.id, self.outcome)
@@ -1553,7 +1553,7 @@ class CoordinatedJob:
                     # Nobody left a checkpoint: the site stays where it is.
                     self.links.say(name, self.id, replace(self.outcome, certificate=""))
                 else:
-                    self._epoch_machine(epoch.Reconnected(name))
+                    self._epoch_machine(epoch.SiteReturned(name))
             case _Told(name, job.KeysErased(wanted=wanted)):
                 self._pass_by(name, wanted)
             case _Told(name, job.PublicMetrics() as message):
@@ -1561,11 +1561,13 @@ class CoordinatedJob:
             case _Told(name, message) if isinstance(message, _OF_A_ROUND):
                 # It is in the last round still: the word that ended it was lost there.
                 self.links.say(name, self.id, self.outcome)
-            case _Told(name, job.Survey()) if self.plan is not None:  # it was loading at the end
+            case _Told(name, job.SiteSurvey()) if (
+                self.plan is not None
+            ):  # it was loading at the end
                 self._offer_plan(name)
-            case _Told(name, job.Survey() | job.Unable()):
+            case _Told(name, job.SiteSurvey() | job.SiteUnavailable()):
                 self.links.say(name, self.id, replace(self.outcome, certificate=""))
             case _Told(name, job.PlanAgreed()) if self.plan is not None:
-                self._epoch_machine(epoch.Reconnected(name))
+                self._epoch_machine(epoch.SiteReturned(name))
             case _Told(name, (epoch.EpochKey() | epoch.Grant() | epoch.KeyHeld()) as message):
                 self._epoch_machine(epoch.FromSite(name, message))

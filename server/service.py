@@ -49,7 +49,7 @@ from fedcore.secagg.plan import canonical, refuse_plain
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode, type_name
-from fedcore.store.spool import Incoming, Stored
+from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
 from fedcore.wire.jobs import FROM_ANY_SITE, TO_COORDINATOR, TO_SITE
@@ -479,7 +479,7 @@ class Coordinator:
             return False
         return True
 
-    def _incoming(self, name: SiteId, start: frames.UploadStart) -> Incoming:
+    def _incoming(self, name: SiteId, start: frames.UploadStart) -> IncomingUpload:
         """The upload, if a job waits for it. Raises BadInput otherwise: nothing else is spooled."""
         found = self.jobs.get(start.job)
         if found is None or not found.expects(name, start.header, start.size):
@@ -489,7 +489,9 @@ class Coordinator:
             )
         return self.house.spool.upload(start.job, start.header, name, start.digest, start.size)
 
-    async def _finish(self, name: SiteId, start: frames.UploadStart, incoming: Incoming) -> None:
+    async def _finish(
+        self, name: SiteId, start: frames.UploadStart, incoming: IncomingUpload
+    ) -> None:
         self._whole(name, start, await asyncio.to_thread(incoming.finish))
 
     def _whole(self, name: SiteId, start: frames.UploadStart, stored: Stored) -> None:

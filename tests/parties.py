@@ -30,7 +30,7 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import STAGES
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import decode, encode
 
 HUB = messages.COORDINATOR
@@ -141,13 +141,13 @@ class Parties:
         self.pins = {name: key.public for name, key in identities.items()}
         # A site outwaits the coordinator, which alone decides who is late.
         self.members = {
-            name: site.Member(
+            name: site.SiteParams(
                 name, key, self.pins, self.plan, FEDERATION, JOB, OsEntropy(), patience=6000.0
             )
             for name, key in identities.items()
         }
-        self.hub = coordinator.Hub(self.pins)
-        self.first = {name: site.Idle(Standing(1, KEY_ID)) for name in self.sites}
+        self.hub = coordinator.CoordinatorParams(self.pins)
+        self.first = {name: site.Idle(SiteProgress(1, KEY_ID)) for name in self.sites}
         self.first[HUB] = coordinator.Ready()
         self.stages = dict(self.first)
         self.journals = {who: [] for who in self.first}
@@ -183,7 +183,7 @@ class Parties:
     def finish(self, choose=None):
         """Deliver what waits, and let time pass until the round has ended everywhere."""
         self.pump(choose)
-        while not isinstance(self.stages[HUB], coordinator.Released | coordinator.Abandoned):
+        while not isinstance(self.stages[HUB], coordinator.Released | coordinator.Failed):
             stage = self.stages[HUB]
             self.now = max(self.now, stage.until)
             self.step(HUB, coordinator.Tick())
@@ -205,12 +205,12 @@ class Parties:
         assert waited, "something to wait for"
         self.absences = {n: s for n, s in self.absences.items() if n not in waited}
         for name in waited:
-            self.step(HUB, coordinator.Reconnected(name))
+            self.step(HUB, coordinator.SiteReconnected(name))
             if isinstance(self.stages[name], site.IN_ROUND):
-                self.step(name, site.Reconnected())
+                self.step(name, site.SessionRestored())
             else:  # it says that it is in no round
                 self.step(HUB, coordinator.Gone(name, for_good=True))
-            if isinstance(self.stages[HUB], coordinator.Released | coordinator.Abandoned):
+            if isinstance(self.stages[HUB], coordinator.Released | coordinator.Failed):
                 break
         self.pump(choose)
 
@@ -246,7 +246,7 @@ class Parties:
             if to == HUB:
                 return
             if isinstance(self.stages[to], site.IN_ROUND):
-                self.step(to, site.Refused(error))
+                self.step(to, site.CheckFailed(error))
             elif isinstance(event, site.Invited):
                 self.step(to, site.Declined(event.announce.header))
 
@@ -309,7 +309,7 @@ class Parties:
                 self.queue.append((who, HUB, event))
             case effects.OpenSum(header=header, digest=digest):
                 self.later(who, self.opened(who, header, digest))
-            case effects.Fold(submit=submit):
+            case effects.FoldUpload(submit=submit):
                 self.folded.append(submit.site)
             case effects.Rebuild(submissions=submissions):
                 self.folded = [submit.site for submit in submissions]
@@ -320,7 +320,7 @@ class Parties:
     def opened(self, who, header, digest):
         if who in self.refusers:
             error = TagRefused("sum: found another tag, expected the survivors'")
-            return site.Refused(error, b"sealed cause")
+            return site.CheckFailed(error, b"sealed cause")
         mine = who if who in self.contrary else ""
         return site.SumOpened(hashed("sum", digest, mine), hashed("new state", header.round, mine))
 
@@ -329,11 +329,11 @@ class Parties:
 
     def send(self, sender, to, message):
         if to == HUB:
-            event = coordinator.Received(sender, message)
+            event = coordinator.MessageFromSite(sender, message)
         elif isinstance(message, messages.Announce):
             event = site.Invited(message, self.tags.get(to, STATE))
         else:
-            event = site.Received(message)
+            event = site.MessageFromCoordinator(message)
         self.queue.append((sender, to, event))
 
     # ---------------------------------------------------------------------------- crashes
@@ -360,9 +360,9 @@ class Parties:
         found = self.step(who, (coordinator if who == HUB else site).Restarted())
         for name in self.sites if who == HUB else [who]:
             if who == HUB and isinstance(self.stages[name], site.IN_ROUND):
-                self.step(name, site.Reconnected())
+                self.step(name, site.SessionRestored())
             elif who != HUB:
-                self.step(HUB, coordinator.Reconnected(name))
+                self.step(HUB, coordinator.SiteReconnected(name))
         return found
 
 
@@ -377,7 +377,7 @@ class Epochs:
     def __init__(self, n=4):
         self.parties = Parties(n)
         self.sites, self.members = self.parties.sites, self.parties.members
-        self.hub = epoch.EpochHub(self.parties.pins, patience=100.0)
+        self.hub = epoch.EpochParams(self.parties.pins, patience=100.0)
         self.stages = {name: epoch.NoKey() for name in self.sites}
         self.stages[HUB] = epoch.NoEpoch()
         self.queue, self.log, self.silent = deque(), [], set()
@@ -421,7 +421,9 @@ class Epochs:
                 return message
             self.queue.popleft()
             if to not in self.silent:
-                event = epoch.FromSite(sender, message) if to == HUB else epoch.FromHub(message)
+                event = (
+                    epoch.FromSite(sender, message) if to == HUB else epoch.FromCoordinator(message)
+                )
                 self.step(to, event)
         return None
 
@@ -456,7 +458,7 @@ def with_late_joiner():
     epochs.pump()
     assert epochs.stages[HUB].holders == ("s00", "s01", "s02")
     epochs.silent = set()
-    epochs.step("s03", epoch.FromHub(epoch.EpochCall(epochs.header())))
+    epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header())))
     return epochs
 
 
@@ -464,5 +466,5 @@ def granted_by(epochs, holder):
     """What s03 gets from this holder, as the coordinator hands it on."""
     epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
     _, _, request = epochs.queue.popleft()
-    epochs.step(holder, epoch.FromHub(request))
+    epochs.step(holder, epoch.FromCoordinator(request))
     return epochs.until(epoch.Granted, "s03")

@@ -39,7 +39,7 @@ from fedcore.local_deployment import (
 )
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.plan import ENCRYPTS, MASKS, MAX_MASKED_SITES
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 
@@ -263,7 +263,7 @@ def _commit_ms(folder: Path) -> float:
     with Journal.open(folder / "journal.sqlite", party="bench") as journal:
         for number in range(COMMITS):
             start = time.perf_counter()
-            journal.append("bench", "round", [Step("update", number)])
+            journal.append("bench", "round", [PlannedRound("update", number)])
             taken.append(time.perf_counter() - start)
     return round(1000 * median(taken), 3)
 

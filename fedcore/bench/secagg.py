@@ -24,7 +24,7 @@ from fedcore.environment import environment
 from fedcore.errors import BadInput
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     ENCRYPTS,
     EXCEEDS,
@@ -132,7 +132,7 @@ class _Traffic:
 
 
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
-    epoch, watch, traffic = KeyEpoch("bench", plan), CpuWatch(), _Traffic()
+    epoch, watch, traffic = InProcessFederation("bench", plan), CpuWatch(), _Traffic()
     epoch.tap = traffic
     absences = dict.fromkeys(plan.sites[1 : 1 + drop], "submit")
 

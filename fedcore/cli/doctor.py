@@ -11,7 +11,7 @@ from fedcore.errors import FedcoreError
 
 
 @dataclass(frozen=True)
-class Check:
+class SelfTest:
     """One line of the doctor: ok False makes the command exit with 3."""
 
     name: str
@@ -20,39 +20,43 @@ class Check:
     remedy: str = ""
 
 
-def examine() -> list[Check]:
+def examine() -> list[SelfTest]:
     """Every check, in the order it prints."""
     facts = environment()
     checks = [
-        Check(key, True, str(facts[key]))
+        SelfTest(key, True, str(facts[key]))
         for key in ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
     ]
     return [*checks, _seal(), _tensorboard(), _distribution_clash(), _module_clash()]
 
 
-def _seal() -> Check:
+def _seal() -> SelfTest:
     from fedcore.secagg.crypto.bfv import self_test
 
     try:
         found = self_test()
     except FedcoreError as error:
-        return Check("SEAL", False, str(error), error.remedy)
+        return SelfTest("SEAL", False, str(error), error.remedy)
     except Exception as error:  # noqa: BLE001 - a broken library may raise anything
-        return Check("SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal")
+        return SelfTest("SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal")
     tenseal = environment()["tenseal"]
     if not found["exact"]:
-        return Check("SEAL", False, f"tenseal {tenseal}: encrypted sums are WRONG", "do not use it")
-    return Check("SEAL", True, f"tenseal {tenseal}: encrypted sum exact, through a {found['path']}")
+        return SelfTest(
+            "SEAL", False, f"tenseal {tenseal}: encrypted sums are WRONG", "do not use it"
+        )
+    return SelfTest(
+        "SEAL", True, f"tenseal {tenseal}: encrypted sum exact, through a {found['path']}"
+    )
 
 
-def _tensorboard() -> Check:
+def _tensorboard() -> SelfTest:
     there = importlib.util.find_spec("tensorboard") is not None
-    return Check(
+    return SelfTest(
         "tensorboard", True, "runs write its events" if there else "not installed (optional)"
     )
 
 
-def _distribution_clash() -> Check:
+def _distribution_clash() -> SelfTest:
     owners = sorted(
         {
             d.metadata["Name"]
@@ -61,18 +65,18 @@ def _distribution_clash() -> Check:
         }
     )
     if owners:
-        return Check(
+        return SelfTest(
             "names", False, "a distribution named `fedcore` of somebody else is installed",
             "pip uninstall fedcore, then install fedcore-fl again",
         )  # fmt: skip
-    return Check("names", True, "no other distribution owns `fedcore`")
+    return SelfTest("names", True, "no other distribution owns `fedcore`")
 
 
-def _module_clash() -> Check:
+def _module_clash() -> SelfTest:
     wanted = ("fedcore_server", "fedcore_clients")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        return Check(
+        return SelfTest(
             "packages", False, f"not importable: {', '.join(missing)}", "install fedcore-fl again"
         )
-    return Check("packages", True, ", ".join(wanted))
+    return SelfTest("packages", True, ", ".join(wanted))

@@ -36,7 +36,7 @@ from fedcore.experiment.tensorboard import Events
 from fedcore.files import append_row, read_json, write_atomic, write_json
 from fedcore.learning import checkpoint
 from fedcore.learning import metrics as metric_list
-from fedcore.learning.data.rows import Layout, Rows, pool
+from fedcore.learning.data.rows import RowLayout, Rows, pool
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.statistics import (
     MIN_CONTRIBUTORS,
@@ -64,7 +64,7 @@ from fedcore.learning.training import task_code
 from fedcore.report.sentences import metric_name
 from fedcore.results import read_rounds
 from fedcore.secagg.encode.pack import Layout as VectorLayout
-from fedcore.secagg.in_process import KeyEpoch, sites_of
+from fedcore.secagg.in_process import InProcessFederation, sites_of
 from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, canonical, check_threshold, refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
@@ -139,10 +139,10 @@ class Prepared:
     sites: list[SiteRows]
     local_sites: list[SiteRows]
     flat: FlatModel
-    epoch: KeyEpoch
+    epoch: InProcessFederation
     transport: MetricTransport
     statistics: Statistics | None
-    layout: Layout | None
+    layout: RowLayout | None
     watch: Stopwatch
     loaded: Loaded
     leaving: Leaving
@@ -235,7 +235,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     transport = MetricTransport.of(task, sample, max_examples)
     shape = shape_of(task, flat, transport, sites[0].train, job.train.standardise)
     plan = plan_of(job, shape, tuple(s.id for s in sites), max_examples)
-    epoch = KeyEpoch(uuid.uuid4().hex, plan)
+    epoch = InProcessFederation(uuid.uuid4().hex, plan)
     prepared = Prepared(
         job=job,
         task=task,

@@ -26,7 +26,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.plain import PlainSealer
 from fedcore.secagg.encode.bitpack import packed_size, unpack_words
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import Witness
+from fedcore.secagg.in_process import RoundTrace
 from fedcore.secagg.plan import ENCRYPTS, Packing, RoundPlan
 from fedcore.secagg.scheme import Masks
 from fedcore.types import Json, SiteId, Slots
@@ -41,14 +41,14 @@ ONE_IN_1000 = 3.29
 several readings, and a false alarm in every fifth report would teach readers to ignore a true one."""
 
 
-def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> Witness | None:
+def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> RoundTrace | None:
     """A witness of the first site that stays to the end of a round, seen by the next one that does;
     None if there are not two. absent: sites that leave it at some stage."""
     staying = [index for index, site in enumerate(roster) if site not in absent]
-    return Witness(staying[0], staying[1]) if len(staying) > 1 else None
+    return RoundTrace(staying[0], staying[1]) if len(staying) > 1 else None
 
 
-def observe(witness: Witness, plan: RoundPlan, sealer: Sealer, training_round: int) -> Json:
+def observe(witness: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round: int) -> Json:
     """`result["seen"]` of a round that has ended.
 
     sealer: the other site's, which opens what the sites' shared key opens. `parties` and `plain`

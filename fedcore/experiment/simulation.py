@@ -2,7 +2,7 @@
 
 Read `Federation.round` first: train and quantise (`sitework.py`), sum under protection, dequantise and
 apply (`aggregate/released.py`). What happens between quantised fields and their opened sum (pack, tag,
-protect, fold, open, check) is `loopback.KeyEpoch.protected_sum`.
+protect, fold, open, check) is `loopback.InProcessFederation.protected_sum`.
 
 Invariant: the opened sum is compared with the plain integer sum of the same fields, slot for slot, in
 every round (`RoundOutcome.twin`), so "protection costs no accuracy" is measured and never assumed.
@@ -26,7 +26,7 @@ from fedcore.learning.sitework import MetricSums, SiteRows, SiteWork, statistics
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.in_process import Contribute, KeyEpoch, ProtectedTotal, Witness
+from fedcore.secagg.in_process import Contribute, InProcessFederation, ProtectedTotal, RoundTrace
 from fedcore.secagg.plan import RoundPlan, VectorSpec, canonical
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.seeds import generator
@@ -38,7 +38,7 @@ PREPARATORY = 0
 
 
 def federated_statistics(
-    epoch: KeyEpoch,
+    epoch: InProcessFederation,
     sites: Sequence[SiteRows],
     watch: Stopwatch,
     *,
@@ -120,7 +120,7 @@ class Federation:
 
     task: Task
     plan: RoundPlan
-    epoch: KeyEpoch
+    epoch: InProcessFederation
     sites: Sequence[SiteRows]
     flat: FlatModel
     seed: int
@@ -155,7 +155,7 @@ class Federation:
         return lead(total.opened, len(total.survivors))
 
     def round(
-        self, state: ServerState, round_: int, witness: Witness | None = None
+        self, state: ServerState, round_: int, witness: RoundTrace | None = None
     ) -> RoundOutcome:
         """One round from `state`: every arrow of the way of one update, in order.
 
@@ -221,7 +221,7 @@ class Federation:
         state: ServerState,
         lead: Callable[[Opened, int], ServerState],
         absences: Absences | None = None,
-        witness: Witness | None = None,
+        witness: RoundTrace | None = None,
     ) -> ProtectedTotal:
         """lead: the state that a sum of so many sites leads to, which the release certificate names."""
 

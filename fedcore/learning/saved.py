@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput
 from fedcore.files import read_json, write_atomic
-from fedcore.learning.data.rows import Layout, array_features, array_inputs, array_layout
+from fedcore.learning.data.rows import RowLayout, array_features, array_inputs, array_layout
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
 from fedcore.learning.task import Task, load_task
@@ -37,14 +37,14 @@ def save_model(
     module: nn.Module,
     task: Task,
     statistics: Statistics | None,
-    layout: Layout | None,
+    layout: RowLayout | None,
 ) -> None:
     """Write model.safetensors, whole."""
     write_atomic(directory / FILE, model_bytes(module, task, statistics, layout))
 
 
 def model_bytes(
-    module: nn.Module, task: Task, statistics: Statistics | None, layout: Layout | None
+    module: nn.Module, task: Task, statistics: Statistics | None, layout: RowLayout | None
 ) -> bytes:
     """The file's bytes: the state dict, and as metadata what raw rows need."""
     about: Json = {
@@ -63,7 +63,7 @@ def model_bytes(
     return data
 
 
-def _numbers(layout: Layout) -> list[tuple[float, float, bool]]:
+def _numbers(layout: RowLayout) -> list[tuple[float, float, bool]]:
     """Per column of an array task with statistics: low, high, and whether a gap is indicated."""
     pairs = zip(layout.ranges, layout.indicated, strict=True)
     return [(low, high, indicated) for (low, high), indicated in pairs]

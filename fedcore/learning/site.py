@@ -15,7 +15,7 @@ import numpy as np
 
 from fedcore.config import Job
 from fedcore.learning.data.digest import rows_digest
-from fedcore.learning.data.rows import Layout, Rows, load_rows
+from fedcore.learning.data.rows import RowLayout, Rows, load_rows
 from fedcore.learning.data.split import Split, subsample
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.guard import Guard, GuardRecord
@@ -29,7 +29,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.learning.training import predict, task_code
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Contribution, FloatVector, SiteId
 
 
@@ -143,7 +143,7 @@ def _inputs_digest(rows: Any) -> str:
 
     It is part of the plan, so sites that declare other ranges or categories do not share a sum.
     """
-    layout: Layout | None = getattr(rows, "layout", None)
+    layout: RowLayout | None = getattr(rows, "layout", None)
     return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
 
 
@@ -192,7 +192,11 @@ class LocalSite:
         return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
 
     def contribute(
-        self, plan: RoundPlan, step: Step, state: JobState, record: GuardRecord | None = None
+        self,
+        plan: RoundPlan,
+        step: PlannedRound,
+        state: JobState,
+        record: GuardRecord | None = None,
     ) -> Contribution:
         """The content of this site's vector for a step of the job, from the state it starts from.
 

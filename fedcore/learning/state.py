@@ -23,7 +23,7 @@ from fedcore.learning.possible import check_possible
 from fedcore.learning.released import applied, calibrated
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, canonical
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import FloatVector, SiteId
 
 Column = tuple[str, float, float]
@@ -55,7 +55,7 @@ class JobState:
 
     server: ServerState
     statistics: Statistics | None = None
-    done: Step | None = None
+    done: PlannedRound | None = None
     shown: tuple[tuple[SiteId, ...], ...] = ()
 
     @classmethod
@@ -97,7 +97,7 @@ class JobState:
     def after(
         self,
         plan: RoundPlan,
-        step: Step,
+        step: PlannedRound,
         opened: Opened,
         survivors: Sequence[SiteId],
         columns: Sequence[Column] = (),
@@ -163,7 +163,7 @@ class JobState:
             return cls(
                 server,
                 Statistics.from_json(statistics) if statistics else None,
-                Step(str(done[0]), int(done[1])) if done else None,
+                PlannedRound(str(done[0]), int(done[1])) if done else None,
                 tuple(tuple(map(SiteId, survivors)) for survivors in about["shown"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

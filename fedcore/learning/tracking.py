@@ -27,7 +27,7 @@ from fedcore.learning.site import LocalSite, standardised
 from fedcore.learning.sitework import SiteRows
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Json
 
 
@@ -43,7 +43,7 @@ class Tracker:
         self._trained = 0
 
     def row(
-        self, step: Step, state: JobState, wides: Mapping[str, Sequence[int]], sites: int
+        self, step: PlannedRound, state: JobState, wides: Mapping[str, Sequence[int]], sites: int
     ) -> Json:
         """What is known after a released step.
 

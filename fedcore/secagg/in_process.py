@@ -32,7 +32,7 @@ from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, Absences, outcome
 from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
 from fedcore.stopwatch import Stopwatch
 from fedcore.store.container import vector_digest
@@ -46,7 +46,7 @@ Lead = Callable[[Opened, int], bytes]
 
 
 @dataclass
-class Witness:
+class RoundTrace:
     """What somebody who looks at one round holds of ONE site: filled while the round runs.
 
     target, other: roster indices of the named site and of the site that looks on.
@@ -99,7 +99,7 @@ class _Round:
     lead: Lead | None
     watch: Stopwatch
     absences: Absences
-    witness: Witness | None
+    witness: RoundTrace | None
     twin: Slots
     tag: bytes = b""
     opened: Opened | None = None
@@ -126,7 +126,7 @@ class _Round:
             self._show(self.witness, index, slots)
         return slots
 
-    def _show(self, witness: Witness, index: int, slots: Slots) -> None:
+    def _show(self, witness: RoundTrace, index: int, slots: Slots) -> None:
         if index == witness.target:
             witness.layout, witness.slots = self.layout, slots.copy()
         if index == witness.other:
@@ -162,13 +162,13 @@ class _Round:
         return ProtectedTotal(self.opened, twin, survivors, self.bytes_up, self.bytes_down)
 
 
-class SiteShell:
+class SiteDriver:
     """One site: its machines, its secrets, and what they ask for."""
 
-    def __init__(self, member: site.Member, scheme: Scheme) -> None:
+    def __init__(self, member: site.SiteParams, scheme: Scheme) -> None:
         self.member, self.scheme = member, scheme
         self.epoch: Any = epoch.NoKey()
-        self.stage: Any = site.Idle(Standing(0, b""))
+        self.stage: Any = site.Idle(SiteProgress(0, b""))
         self.journal: list[Any] = []
         self.held: EpochSecrets | None = None
         self.spool: list[bytes] = []
@@ -236,12 +236,12 @@ class SiteShell:
         return self.secrets.seal_cause(error, self.stage.header, member.id, member.entropy)
 
 
-class HubShell:
+class CoordinatorDriver:
     """The coordinator: its machines, and what they ask for."""
 
     def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
-        self.hub, self.scheme = coordinator.Hub(pins), scheme
-        self.epoch_hub = epoch.EpochHub(pins)
+        self.hub, self.scheme = coordinator.CoordinatorParams(pins), scheme
+        self.epoch_hub = epoch.EpochParams(pins)
         self.epoch: Any = epoch.NoEpoch()
         self.stage: Any = coordinator.Ready()
         self.journal: list[Any] = []
@@ -266,7 +266,7 @@ class HubShell:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
-class KeyEpoch:
+class InProcessFederation:
     """All parties of one job in this process, from their key epoch to the last round.
 
     entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.
@@ -285,10 +285,12 @@ class KeyEpoch:
         identities = {name: IdentityKey() for name in plan.sites}
         self.pins = {name: key.public for name, key in identities.items()}
         scheme = Scheme(plan)
-        self.hub = HubShell(self.pins, scheme)
+        self.hub = CoordinatorDriver(self.pins, scheme)
         self.shells = {
-            name: SiteShell(
-                site.Member(name, key, self.pins, plan, FEDERATION, job, entropy or OsEntropy()),
+            name: SiteDriver(
+                site.SiteParams(
+                    name, key, self.pins, plan, FEDERATION, job, entropy or OsEntropy()
+                ),
                 scheme,
             )
             for name, key in identities.items()
@@ -315,8 +317,8 @@ class KeyEpoch:
         self._hub_epoch_step(epoch.StartEpoch(header), waiting)
         while waiting:
             to, message = waiting.popleft()
-            if isinstance(to, SiteShell):
-                self._site_epoch_step(to, epoch.FromHub(message), waiting)
+            if isinstance(to, SiteDriver):
+                self._site_epoch_step(to, epoch.FromCoordinator(message), waiting)
             else:
                 self._hub_epoch_step(epoch.FromSite(message.site, message), waiting)
 
@@ -325,7 +327,7 @@ class KeyEpoch:
         hub.epoch, found = epoch.step_hub(hub.epoch_hub, hub.epoch, event, self.now)
         waiting.extend((self.shells[e.to], e.message) for e in found if isinstance(e, effects.Send))  # type: ignore[index]
 
-    def _site_epoch_step(self, shell: SiteShell, event: Any, waiting: deque[Any]) -> None:
+    def _site_epoch_step(self, shell: SiteDriver, event: Any, waiting: deque[Any]) -> None:
         shell.epoch, found = epoch.step_site(shell.member, shell.epoch, event)
         for effect in found:
             match effect:
@@ -349,7 +351,7 @@ class KeyEpoch:
         *,
         lead: Lead | None = None,
         absences: Absences | None = None,
-        witness: Witness | None = None,
+        witness: RoundTrace | None = None,
     ) -> ProtectedTotal:
         """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
 
@@ -381,7 +383,7 @@ class KeyEpoch:
             return current.finish(tuple(map(header.place, stage.certificate.survivors)))
         if current.failure is not None:
             raise current.failure
-        assert isinstance(stage, coordinator.Abandoned)
+        assert isinstance(stage, coordinator.Failed)
         raise RoundAbandoned(stage.stage, stage.left, header.threshold)
 
     def _plain_sum(self, current: _Round) -> ProtectedTotal:
@@ -426,8 +428,8 @@ class KeyEpoch:
         current.sealed = shell.secrets.seal_state(current.led_to, certificate, shell.member.entropy)
 
     @staticmethod
-    def _has(shell: SiteShell, certificate: messages.Certificate) -> bool:
-        standing: Standing = shell.stage.standing
+    def _has(shell: SiteDriver, certificate: messages.Certificate) -> bool:
+        standing: SiteProgress = shell.stage.standing
         return standing.certificate == certificate.hash
 
     def _catch_up(self, current: _Round) -> None:
@@ -462,9 +464,9 @@ _ANSWERED_AT = {
 class _Exchange:
     """One round's messages between the shells, until the coordinator's machine has ended it."""
 
-    def __init__(self, parties: KeyEpoch, current: _Round) -> None:
+    def __init__(self, parties: InProcessFederation, current: _Round) -> None:
         self.parties, self.current, self.hub = parties, current, parties.hub
-        self.queue: deque[tuple[SiteShell | None, Any]] = deque()
+        self.queue: deque[tuple[SiteDriver | None, Any]] = deque()
 
     def run(self, header: RoundHeader) -> None:
         """Deliver everything; where sites stay silent, let time pass."""
@@ -476,7 +478,7 @@ class _Exchange:
         size = hub.scheme.upload_bytes(self.current.layout)
         self._hub_step(coordinator.Start(header, size, self.parties.plan.salt_bytes))
         self._deliver()
-        while not isinstance(hub.stage, coordinator.Released | coordinator.Abandoned):
+        while not isinstance(hub.stage, coordinator.Released | coordinator.Failed):
             stage = hub.stage
             self.parties.now = max(self.parties.now, stage.until)
             self._hub_step(coordinator.Tick())
@@ -490,13 +492,13 @@ class _Exchange:
         late = [name for name, stage in away.items() if stage not in ABANDONED_AT]
         self.current.absences = {n: stage for n, stage in away.items() if n not in late}
         for name in late:
-            self._hub_step(coordinator.Reconnected(SiteId(name)))
+            self._hub_step(coordinator.SiteReconnected(SiteId(name)))
         if not late:  # nothing more will come
             for name in coordinator.waiting_for(self.hub.stage):
                 self._hub_step(coordinator.Gone(name, for_good=True))
         self._deliver()
 
-    def _post(self, to: SiteShell | None, message: Any) -> None:
+    def _post(self, to: SiteDriver | None, message: Any) -> None:
         if self.parties.tap is not None:
             self.parties.tap(to.member.id if to else messages.COORDINATOR, message)
         self.queue.append((to, message))
@@ -509,7 +511,7 @@ class _Exchange:
             elif not self._absent(to, message):
                 self._to_site(to, message)
 
-    def _absent(self, shell: SiteShell, message: Any) -> bool:
+    def _absent(self, shell: SiteDriver, message: Any) -> bool:
         """Whether the site is gone before it would answer this message."""
         absent_from = self.current.absences.get(shell.member.id)
         if absent_from is None:
@@ -521,13 +523,13 @@ class _Exchange:
 
     # ------------------------------------------------------------------------------- the sites
 
-    def _to_site(self, shell: SiteShell, message: Any) -> None:
-        event: Any = site.Received(message)
+    def _to_site(self, shell: SiteDriver, message: Any) -> None:
+        event: Any = site.MessageFromCoordinator(message)
         if isinstance(message, messages.Announce):
             event = site.Invited(message, self.current.tag)
         self._site_step(shell, event)
 
-    def _site_step(self, shell: SiteShell, event: Any) -> None:
+    def _site_step(self, shell: SiteDriver, event: Any) -> None:
         """Step, and do what the machine asks for; what it refuses makes the site leave the round."""
         try:
             with self.current.watch("protect"):
@@ -539,9 +541,9 @@ class _Exchange:
             if isinstance(event, site.Invited):
                 self._site_step(shell, site.Declined(event.announce.header))
             elif isinstance(shell.stage, site.IN_ROUND):
-                self._site_step(shell, site.Refused(error, shell.sealed_cause(error)))
+                self._site_step(shell, site.CheckFailed(error, shell.sealed_cause(error)))
 
-    def _site_effect(self, shell: SiteShell, effect: Any) -> None:
+    def _site_effect(self, shell: SiteDriver, effect: Any) -> None:
         match effect:
             case effects.Persist(record=record):
                 shell.journal.append(record)
@@ -561,14 +563,14 @@ class _Exchange:
             case effects.ShowNotice(notice=notice):
                 self.parties.warnings.append(f"{notice.site}: {shell.secrets.read_notice(notice)}")
 
-    def _open(self, shell: SiteShell, asked: effects.OpenSum) -> None:
+    def _open(self, shell: SiteDriver, asked: effects.OpenSum) -> None:
         """Open a sum; whatever fails in it is the one uniform refusal (PROTOCOL R, U)."""
         event: Any
         try:
             event = shell.open_sum(asked, self.current, self.hub.released)
         except Exception as error:  # noqa: BLE001 - raised again once the round is over
             self.current.failure = self.current.failure or error
-            event = site.Refused(error, shell.sealed_cause(error))
+            event = site.CheckFailed(error, shell.sealed_cause(error))
         self._site_step(shell, event)
 
     # -------------------------------------------------------------------------- the coordinator
@@ -579,7 +581,7 @@ class _Exchange:
             self._uploaded(message.site)
             return
         sender = message.head.site if isinstance(message, messages.Shares) else message.site
-        self._hub_step(coordinator.Received(sender, message))
+        self._hub_step(coordinator.MessageFromSite(sender, message))
 
     def _uploaded(self, name: SiteId) -> None:
         """Signed submission and chunks are both there."""
@@ -603,7 +605,7 @@ class _Exchange:
                     hub.journal.append(record)
                 case effects.Send(to=to, message=message):
                     self._post(self.parties.shells[SiteId(to)], message)
-                case effects.Fold(submit=submit):
+                case effects.FoldUpload(submit=submit):
                     self._fold(submit.site)
                 case effects.Rebuild(submissions=submissions):
                     hub.fold = hub.scheme.fold(self.current.layout.slots)
@@ -636,7 +638,7 @@ class _Exchange:
         hub = self.hub
         for shell in self.parties.shells.values():
             if not isinstance(
-                hub.stage, coordinator.Ready | coordinator.Released | coordinator.Abandoned
+                hub.stage, coordinator.Ready | coordinator.Released | coordinator.Failed
             ):
                 gone = coordinator.Gone(shell.member.id, for_good=True)
                 hub.stage, _ = coordinator.step(hub.hub, hub.stage, gone, self.parties.now)

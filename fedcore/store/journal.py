@@ -92,7 +92,7 @@ _PAGE = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """Some records of one stream, and values put with them."""
 
     job: str
@@ -198,15 +198,15 @@ class Journal:
 
         Raises StoreProblem or StoreFull, and then nothing of it is kept: the caller has not moved.
         """
-        self.write([Entry(job, stream, records, put or {})])
+        self.write([JournalEntry(job, stream, records, put or {})])
 
-    def write(self, entries: Iterable[Entry]) -> None:
+    def write(self, entries: Iterable[JournalEntry]) -> None:
         """Several streams' records in one commit: what came in during one turn of an event loop."""
         with self._told("append"), self._connection.begin():
             for entry in entries:
                 self._insert(entry)
 
-    def _insert(self, entry: Entry) -> None:
+    def _insert(self, entry: JournalEntry) -> None:
         now = time.time()  # for people who look into the file; nothing is decided by it
         rows = [
             {
@@ -233,7 +233,7 @@ class Journal:
     ) -> None:
         """Replace all records of a stream by those to keep, and remove the named values: for good."""
         with self._told("compact"), self._erasing():
-            self._replace(Entry(job, stream, keep, put or {}), forget)
+            self._replace(JournalEntry(job, stream, keep, put or {}), forget)
 
     def trim(
         self,
@@ -245,7 +245,7 @@ class Journal:
     ) -> None:
         """Remove all records of a stream and the named values: one commit, for what is no secret."""
         with self._told("trim"), self._connection.begin():
-            self._replace(Entry(job, stream, (), put or {}), forget)
+            self._replace(JournalEntry(job, stream, (), put or {}), forget)
 
     def forget(self, job: str, *keys: str) -> None:
         """Remove values for good."""
@@ -258,7 +258,7 @@ class Journal:
             for table in (_RECORDS, _VALUES):
                 self._connection.execute(delete(table).where(table.c.job == job))
 
-    def _replace(self, entry: Entry, forget: Sequence[str]) -> None:
+    def _replace(self, entry: JournalEntry, forget: Sequence[str]) -> None:
         self._clear.run(self._connection, {"of": entry.job, "named": entry.stream})
         self._insert(entry)
         self._forget(entry.job, forget)

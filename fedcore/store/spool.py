@@ -58,7 +58,7 @@ class Stored:
         return self.size + container.overhead(self.chunks)
 
 
-class Incoming:
+class IncomingUpload:
     """One upload: where it stands, what comes next, and its end. Made by `Spool.upload`."""
 
     def __init__(
@@ -163,7 +163,7 @@ class Spool:
     def __init__(self, folder: Path, quota_bytes: int | None = None) -> None:
         self.folder, self.quota = folder, quota_bytes
         self._busy = threading.RLock()
-        self._open: dict[tuple[Path, str], Incoming] = {}
+        self._open: dict[tuple[Path, str], IncomingUpload] = {}
         self._uploads: dict[Path, dict[str, Path]] = {}
         """By a round's `in`: the file of each site, as far as anybody asked."""
         self._settled = {folder}
@@ -181,7 +181,9 @@ class Spool:
 
     # -------------------------------------------------------------------------------- uploads
 
-    def upload(self, job: str, header: bytes, site: SiteId, digest: bytes, size: int) -> Incoming:
+    def upload(
+        self, job: str, header: bytes, site: SiteId, digest: bytes, size: int
+    ) -> IncomingUpload:
         """Begin an upload of `size` bytes (as it travels), or go on with it: `.offset` is where.
 
         Room for all of it is taken now. A second call for the same site closes what the first returned.
@@ -209,7 +211,7 @@ class Spool:
             if earlier is not None:
                 earlier.closed = True
             there = before if before in {whole, small} else None
-            incoming = Incoming(self, site, part, there, digest, size)
+            incoming = IncomingUpload(self, site, part, there, digest, size)
             if not incoming.complete:
                 self._enter(folder)
                 self._reserve(part, size)

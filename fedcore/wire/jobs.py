@@ -16,10 +16,10 @@ TO_COORDINATOR: Table = MappingProxyType(
     {
         **FROM_SITES,
         **travelling(
-            job_messages.Survey,
-            job_messages.Unable,
+            job_messages.SiteSurvey,
+            job_messages.SiteUnavailable,
             job_messages.PlanAgreed,
-            job_messages.AtRest,
+            job_messages.SiteStatus,
             job_messages.InRound,
             job_messages.KeysErased,
             job_messages.CheckpointSealed,

@@ -48,7 +48,7 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import digest, encode, type_name
 from fedcore.secagg.scheme import EpochSecrets, Scheme
 from fedcore.types import Json, SiteId
@@ -141,7 +141,7 @@ class _Taped(_Exchange):
         self.tape: list[Sent] = []
         self.vectors: dict[SiteId, bytes] = {}
 
-    def _absent(self, shell: in_process.SiteShell, message: Any) -> bool:
+    def _absent(self, shell: in_process.SiteDriver, message: Any) -> bool:
         self.tape.append(Sent(messages.COORDINATOR, shell.member.id, message, shell.stage))
         return super()._absent(shell, message)
 
@@ -164,8 +164,8 @@ class Played:
     plan: RoundPlan
     tape: tuple[Sent, ...]
     vectors: Mapping[SiteId, bytes]
-    members: Mapping[SiteId, site.Member]
-    hub: in_process.HubShell
+    members: Mapping[SiteId, site.SiteParams]
+    hub: in_process.CoordinatorDriver
     journals: Mapping[SiteId, list[Any]]
     total: Any
     chunks: bytes
@@ -199,15 +199,17 @@ def play(
     keys = {name: IdentityKey(identities[name]) for name in ROSTER}
     pins = {name: key.public for name, key in keys.items()}
     scheme = Scheme(plan)
-    parties = in_process.KeyEpoch("golden", plan)
-    parties.hub = in_process.HubShell(pins, scheme)  # everybody of the recorded round takes over
+    parties = in_process.InProcessFederation("golden", plan)
+    parties.hub = in_process.CoordinatorDriver(
+        pins, scheme
+    )  # everybody of the recorded round takes over
     for name in ROSTER:
-        member = site.Member(name, keys[name], pins, plan, "vectors", "golden", entropies[name])
-        shell = parties.shells[name] = in_process.SiteShell(member, scheme)
+        member = site.SiteParams(name, keys[name], pins, plan, "vectors", "golden", entropies[name])
+        shell = parties.shells[name] = in_process.SiteDriver(member, scheme)
         shell.held = EpochSecrets(
             GroupSecret(group), MaskedSealer(plan.packing), streams=bool(plan.salt_bytes)
         )
-        shell.stage = site.Idle(Standing(1, key_id(group)))
+        shell.stage = site.Idle(SiteProgress(1, key_id(group)))
     header = RoundHeader(
         "vectors", "golden", 1, 1, 1, plan.update_vector.purpose, ROSTER, roster_digest(pins),
         plan.threshold, plan.protection, plan.digest,

@@ -362,7 +362,7 @@ class Verdict:
         from fedcore.secagg.encode.pack import Opened
         from fedcore.secagg.label import Terms, collusion
         from fedcore.secagg.protocol.job_messages import JobOffer
-        from fedcore.secagg.protocol.schedule import Step
+        from fedcore.secagg.protocol.schedule import PlannedRound
         from fedcore.secagg.protocol.wire_form import decode
         from fedcore.store.journal import Journal
 
@@ -395,7 +395,7 @@ class Verdict:
             plan = plan_of(settings, first.shape, tuple(sites), CAP)
             state, states = JobState.initial(plan, first.initial), set()
             for row in released:
-                step = Step(row["purpose"], row["round"])
+                step = PlannedRound(row["purpose"], row["round"])
                 found = [sites[name].contribute(plan, step, state) for name in row["survivors"]]
                 fields = sum(each.astype("uint64") for each, _ in found)
                 wides = {

@@ -350,5 +350,5 @@ def test_is_last_model_knows_the_last_round_and_its_measure():
     last = [("update", 3), ("metrics", 4)]
     for purpose in schedule.PURPOSES:
         for number in range(6):
-            step = schedule.Step(purpose, number)
+            step = schedule.PlannedRound(purpose, number)
             assert schedule.is_last_model(Plan, step) is ((purpose, number) in last)

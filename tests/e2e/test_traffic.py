@@ -509,7 +509,7 @@ def test_a_round_number_at_the_end_of_numbers_stops_nobody(fed):
     """A site at rest after round 2^63 - 1 would leave no number for the next one."""
     before = len(fed.log(HUB))
     job = fed.submit(rounds=5)
-    far = job_messages.AtRest(job, "d", 1, "", (1 << 63) - 1)
+    far = job_messages.SiteStatus(job, "d", 1, "", (1 << 63) - 1)
     sent = [pack(hello(fed)), pack(frames.Record(job, encode(far)))]
     session(fed, sent, until=lambda _: "found a number of d" in fed.log(HUB)[before:])
     assert "found a number of d" in fed.log(HUB)[before:]
@@ -526,7 +526,7 @@ def test_a_flood_of_records_waits_at_its_sender(fed):
     """
     said = itertools.count()
     job = fed.submit(rounds=2)
-    survey = encode(job_messages.Unable(job, "d", "x" * (SITE_RECORD - 200)))
+    survey = encode(job_messages.SiteUnavailable(job, "d", "x" * (SITE_RECORD - 200)))
     one = pack(frames.Record(job, survey))
     before, peak, over = fed.rss(), [0], threading.Event()
 

@@ -23,7 +23,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 
 SETTINGS = {
     "rounds": 2, "seed": 3, "max_examples": 512, "range": 0.0625, "standardise": "federated",
@@ -36,7 +36,7 @@ COMPLETE = {
     if key not in {"task", "base"}
 }
 SOURCE = dict(TASK.sites)["va"]
-STATISTICS, LAST = Step("statistics", 0), Step("metrics", 3)
+STATISTICS, LAST = PlannedRound("statistics", 0), PlannedRound("metrics", 3)
 
 
 async def asked(**changes):

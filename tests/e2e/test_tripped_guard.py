@@ -19,7 +19,7 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.protocol import job_messages, messages
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 
 CAUSE = "the loss on its own training rows exceeded 1.5 times the best so far for 2 rounds in a row"
 TRIPPED = GuardTripped(("b",), 1, CAUSE, found="0.91, above 0.87; best 0.58")
@@ -42,7 +42,7 @@ def leaves(said, site):
 
 
 def words(said, site):
-    return [m.reason for n, m in said if n == site and isinstance(m, job_messages.Unable)]
+    return [m.reason for n, m in said if n == site and isinstance(m, job_messages.SiteUnavailable)]
 
 
 def test_a_job_that_too_many_sites_left_ends_and_does_not_wait_for_them(tmp_path, pool):
@@ -155,13 +155,13 @@ def test_the_training_process_judges_the_state_and_says_why():
                 state = state.after(
                     plan, STATISTICS, Opened(*sums), ("va",), loaded.columns, allow_few_sites=True
                 )
-            await training.contribute("j", plan, Step("update", 1), state, record)
+            await training.contribute("j", plan, PlannedRound("update", 1), state, record)
             first = record.memory
             worse = state.server.parameters.copy()
             worse[-1] += 9.0
             far = moved(state, worse)
             with pytest.raises(GuardTripped) as tripped:
-                await training.contribute("j", plan, Step("update", 2), far, record)
+                await training.contribute("j", plan, PlannedRound("update", 2), far, record)
             return first, record.memory, tripped.value
         finally:
             await training.close()
@@ -177,7 +177,7 @@ def test_the_training_process_judges_the_state_and_says_why():
 def moved(state, parameters):
     """The state after round 1 as a liar would have it."""
     server = replace(state.server, parameters=parameters)
-    return replace(state, server=server, done=Step("update", 1))
+    return replace(state, server=server, done=PlannedRound("update", 1))
 
 
 def test_a_deployed_site_refuses_a_sum_with_a_mark_that_it_did_not_put(

@@ -37,7 +37,7 @@ from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import MASKS, canonical
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.round import site as site_machine
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
 from fedcore.store.journal import Journal
@@ -391,7 +391,7 @@ class Town:
         for row in self.rounds():
             if not row["survivors"]:
                 continue
-            step = Step(row["purpose"], row["round"])
+            step = PlannedRound(row["purpose"], row["round"])
             found = [await drawn[n].contribute("job", plan, step, state) for n in row["survivors"]]
             fields = sum(each.astype(np.uint64) for each, _ in found)
             wides = {

@@ -57,7 +57,7 @@ from fedcore.secagg.protocol.messages import (
     sign,
 )
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import digest, encode
 
 NAMES = (
@@ -88,12 +88,12 @@ class World:
         self.key_id = key_id(self.group.to_bytes())
         self.layout = Layout(SPEC, self.plan.packing, max(8, n))
         self.members = {
-            name: site.Member(
+            name: site.SiteParams(
                 name, self.identities[name], self.pins, self.plan, "clinics", "job", OsEntropy()
             )
             for name in self.roster
         }
-        self.stages = {name: site.Idle(Standing(1, self.key_id)) for name in self.roster}
+        self.stages = {name: site.Idle(SiteProgress(1, self.key_id)) for name in self.roster}
         self.round_header = RoundHeader(
             "clinics", "job", 1, 1, 1, "update", self.roster, roster_digest(self.pins),
             self.plan.threshold, protection, self.plan.digest,
@@ -128,7 +128,7 @@ class World:
 
     def receive(self, name, message):
         """A message of the coordinator, and what the site answers: the message of its one Send."""
-        return answer_of(self.step(name, site.Received(message)))
+        return answer_of(self.step(name, site.MessageFromCoordinator(message)))
 
     def tag(self, name):
         header = self.round_header
@@ -213,7 +213,7 @@ class World:
     def _submit(self, name, masks):
         found = self.pending[name]
         if masks:
-            found = self.step(name, site.Received(self.delivery(name)))
+            found = self.step(name, site.MessageFromCoordinator(self.delivery(name)))
         self.make_vector(name, found)
 
     pending: dict = dict.fromkeys(NAMES)
@@ -225,7 +225,7 @@ class World:
         self.answers[name] = self.receive(name, self.confirmations())
 
     def _open(self, name, _):
-        self.step(name, site.Received(self.aggregate()))
+        self.step(name, site.MessageFromCoordinator(self.aggregate()))
 
     def _state(self, name, _):
         self.statements[name] = answer_of(self.step(name, site.SumOpened(b"S" * 32, b"N" * 32)))
@@ -367,7 +367,7 @@ def refuses(world, name, event, error, *, fault=COORDINATOR, found="", expected=
     """
     stage = world.stages[name]
     before = encode(stage)
-    event = event if type(event).__module__ == site.__name__ else site.Received(event)
+    event = event if type(event).__module__ == site.__name__ else site.MessageFromCoordinator(event)
     with pytest.raises(error) as refused:
         world.step(name, event)
     problem = refused.value
@@ -388,7 +388,7 @@ def leaves(world, name, problem):
     """What the shell does after a refusal: exactly one message goes out, and it says nothing."""
     stage = world.stages[name]
     releasing = isinstance(stage, site.Opening | site.Stated)
-    after, found = site.step(world.members[name], stage, site.Refused(problem), 0.0)
+    after, found = site.step(world.members[name], stage, site.CheckFailed(problem), 0.0)
     code = RELEASE_REFUSED if releasing else LEFT
     told = Leave(world.h, name, code)
     assert [e for e in found if isinstance(e, effects.Send)] == [effects.Send(COORDINATOR, told)]

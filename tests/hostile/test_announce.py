@@ -112,7 +112,7 @@ def test_another_key_epoch_than_the_one_held(epoch):
 def test_a_replayed_round_number_even_of_an_abandoned_round(number):
     world = world_at("idle")
     joins(world, "ann", replace(world.round_header, round=5))
-    world.step("ann", site.Refused(TimeoutError("the round was abandoned")))
+    world.step("ann", site.CheckFailed(TimeoutError("the round was abandoned")))
     replayed = replace(world.round_header, round=number)
     refuses(
         world, "ann", world.invitation("ann", replayed), HeaderRefused,

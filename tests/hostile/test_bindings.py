@@ -151,7 +151,7 @@ def signed_digests(first, later, liar, to):
 def opened_by(world, to):
     """What a site holds once it took the delivery of this round."""
     probe = world.copy()
-    probe.step(to, site.Received(probe.delivery(to)))
+    probe.step(to, site.MessageFromCoordinator(probe.delivery(to)))
     return probe.stages[to].held
 
 
@@ -179,7 +179,7 @@ def test_an_envelope_or_offer_of_an_earlier_round_does_not_open(field, monkeypat
     first = snapshots(World()).advance("shares")
     later = second_round(first, "shares")
     lie = old_parcels(first, later, "ann", "cat", field)
-    later.step("cat", site.Received(later.delivery("cat", shares={"ann": lie})))
+    later.step("cat", site.MessageFromCoordinator(later.delivery("cat", shares={"ann": lie})))
     assert isinstance(later.stages["cat"], site.Masking), "control: it opens, and is taken"
 
 
@@ -237,7 +237,7 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
         parcels = blank if name == "ann" else parcels
         listed = tuple((p.recipient, b"") for p in parcels)
         heads[name] = Shares(world.signed(name, SharesHead(world.h, name, listed, b"")), parcels)
-    world.step("cat", site.Received(world.delivery("cat", shares=heads)))
+    world.step("cat", site.MessageFromCoordinator(world.delivery("cat", shares=heads)))
     held = {each.of: each for each in world.stages["cat"].held}
     assert held["ann"].root_share.reveal() == held["bob"].root_share.reveal()
     answers = {
@@ -280,7 +280,7 @@ def test_every_key_is_checked_before_a_secret_is_cut_into_shares(which, monkeypa
     if which == "channel":
         refuses(world, "ann", bundle, KeyRefused, fault="eve", found="small order")
     else:
-        assert isinstance(answer_of(world.step("ann", site.Received(bundle))), Shares)
+        assert isinstance(answer_of(world.step("ann", site.MessageFromCoordinator(bundle))), Shares)
     assert entropy.draws > 0
 
 
@@ -290,11 +290,11 @@ def test_a_bad_key_stops_at_the_coordinator_and_spoils_no_round(which, monkeypat
     world = world_at("keys")
     weak = replace(getattr(world.keys["eve"], which), x25519=bytes(32))
     lie = world.signed("eve", world.keys["eve"], **{which: weak})
-    hub = coordinator.Hub(world.pins)
+    hub = coordinator.CoordinatorParams(world.pins)
     stage, _ = coordinator.step(
         hub, coordinator.Ready(), coordinator.Start(world.round_header, 100), 0.0
     )
-    event = coordinator.Received("eve", lie)
+    event = coordinator.MessageFromSite("eve", lie)
     with pytest.raises(KeyRefused) as refused:
         coordinator.step(hub, stage, event, 0.0)
     assert refused.value.fault == "eve"

@@ -239,7 +239,7 @@ def test_a_bundle_of_the_wrong_sites(problem, monkeypatch):
         if problem == "order":
             shares_go_out(world, "ann", bundle)
         else:
-            world.step("ann", site.Received(bundle))
+            world.step("ann", site.MessageFromCoordinator(bundle))
             assert isinstance(world.stages["ann"], site.Shared)
 
 
@@ -284,7 +284,7 @@ def test_a_site_under_another_key_id(monkeypatch):
 def test_a_second_and_different_key_bundle(monkeypatch):
     """U1 is asked for once: the shares of another bundle would be a second set of the same secrets."""
     world = world_at("shares")
-    first = world.step("ann", site.Received(world.bundle()))
+    first = world.step("ann", site.MessageFromCoordinator(world.bundle()))
     assert first == (Send("coordinator", world.shares["ann"]),), "the same request, the same bytes"
     other = world.bundle(["ann", "bob", "cat", "dan"])
     refuses(world, "ann", other, Conflicting, found="other bytes")

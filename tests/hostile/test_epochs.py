@@ -58,7 +58,7 @@ def lying_grant(epochs, by, to, payload=LIE, header=None):
     grant = epoch._grant(
         epochs.members[by], stage, keys[to], payload, key_id(payload.reveal())
     )  # fmt: skip
-    return epoch.FromHub(epoch.Granted(grant, keys[by], ()))
+    return epoch.FromCoordinator(epoch.Granted(grant, keys[by], ()))
 
 
 def installs(epochs, who, event, payload=LIE):
@@ -80,7 +80,7 @@ def test_a_payload_by_another_site_than_the_maker(monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(epoch, "_check_held", lambda *_: None)
         installs(control, "s02", lying_grant(control, "s01", "s02"))
-    installs(epochs, "s02", epoch.FromHub(granted), PAYLOAD)
+    installs(epochs, "s02", epoch.FromCoordinator(granted), PAYLOAD)
 
 
 def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
@@ -93,14 +93,14 @@ def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
         stage = replace(epochs.stages["s00"], secret=SecretBytes(made.to_bytes()), key=key)
         to = epochs.stages["s02"].key
         grant = epoch._grant(member, stage, to, LIE, key_id(LIE.reveal()))
-        return epoch.FromHub(epoch.Granted(grant, key, ()))
+        return epoch.FromCoordinator(epoch.Granted(grant, key, ()))
 
     epochs, granted = at_grant()
     assert epochs.refused("s02", forged(epochs), SignatureRefused) == "s00"
     unsigned = replace(granted, grant=replace(granted.grant, signature=bytes(64)))
-    assert epochs.refused("s02", epoch.FromHub(unsigned), SignatureRefused) == "s00"
+    assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
     unsigned = replace(granted, granter=replace(granted.granter, signature=bytes(64)))
-    assert epochs.refused("s02", epoch.FromHub(unsigned), SignatureRefused) == "s00"
+    assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
     monkeypatch.setattr(epoch, "check_signature", lambda *_: None)
     installs(epochs, "s02", forged(epochs))
 
@@ -126,7 +126,7 @@ def test_a_grant_under_another_header(what, monkeypatch):
     header = epochs.header(**HEADERS[what])
     lie = lying_grant(epochs, "s00", "s02", header=header)
     assert epochs.refused("s02", lie, StaleEpoch, match="another one") == "s00"
-    mixed = epoch.FromHub(replace(lie.message, granter=epochs.stages["s00"].key))
+    mixed = epoch.FromCoordinator(replace(lie.message, granter=epochs.stages["s00"].key))
     assert epochs.refused("s02", mixed, StaleEpoch, match="another one") == "s00"
     monkeypatch.setattr(epoch, "_same_epoch", lambda *_: None)
     assert epochs.refused("s02", lie, EnvelopeRefused, match="does not open") == "s00"
@@ -138,18 +138,18 @@ def test_a_maker_that_is_asked_twice_makes_one_payload():
     """Two payloads of one epoch would be two groups of sites, each without the other."""
     epochs = Epochs().begin()
     request = epochs.until(epoch.EpochKeys, "s00")
-    epochs.step("s00", epoch.FromHub(request))
+    epochs.step("s00", epoch.FromCoordinator(request))
     epochs.payload = LIE
-    epochs.step("s00", epoch.FromHub(request))
+    epochs.step("s00", epoch.FromCoordinator(request))
     assert [i.payload.reveal() for i in epochs.installed["s00"]] == [PAYLOAD.reveal()]
     made = [m for m in epochs.log if isinstance(m, epoch.Grants)]
     assert {g.key_id for grants in made for g in grants.grants} == {key_id(PAYLOAD.reveal())}
     # Asked again with a key that its site did not sign, nothing is sealed to it.
     first, second, *rest = request.keys
     eve = replace(second, key=first.key)
-    swapped = epoch.FromHub(replace(request, keys=(first, eve, *rest)))
+    swapped = epoch.FromCoordinator(replace(request, keys=(first, eve, *rest)))
     assert epochs.refused("s00", swapped, SignatureRefused) == "s01"
-    epochs.refused("s01", epoch.FromHub(request), OutOfOrder, match="s00")
+    epochs.refused("s01", epoch.FromCoordinator(request), OutOfOrder, match="s00")
 
 
 # --------------------------------------------------------------------------------- epoch keys
@@ -181,20 +181,20 @@ def test_a_lying_sites_malformed_epoch_key(what, monkeypatch):
     request = epochs.until(epoch.EpochKeys, "s00")
     lie = bad_key(epochs, "s02", what)
     keys = tuple(lie if key.site == "s02" else key for key in request.keys)
-    asked = epoch.FromHub(replace(request, keys=keys))
+    asked = epoch.FromCoordinator(replace(request, keys=keys))
     assert epochs.refused("s00", asked, KeyRefused) == "s02"
     assert "s00" not in epochs.installed
     hub = Epochs().begin()
-    hub.step("s02", epoch.FromHub(epoch.EpochCall(hub.header())))
+    hub.step("s02", epoch.FromCoordinator(epoch.EpochCall(hub.header())))
     lie_there = bad_key(hub, "s02", what)
     assert hub.refused(HUB, epoch.FromSite("s02", lie_there), KeyRefused) == "s02"
 
     late = with_late_joiner()
     weak = bad_key(late, "s03", what)
-    assert late.refused("s01", epoch.FromHub(epoch.GrantRequest(weak)), KeyRefused) == "s03"
+    assert late.refused("s01", epoch.FromCoordinator(epoch.GrantRequest(weak)), KeyRefused) == "s03"
     granted = granted_by(late, "s01")
     weak = replace(granted, granter=bad_key(late, "s01", what))
-    assert late.refused("s03", epoch.FromHub(weak), KeyRefused) == "s01"
+    assert late.refused("s03", epoch.FromCoordinator(weak), KeyRefused) == "s01"
 
     monkeypatch.setattr(hybrid.HybridPublic, "check", lambda *_: None)
     stage, found = epoch.step_site(epochs.members["s00"], epochs.stages["s00"], asked)
@@ -209,10 +209,10 @@ def test_one_epoch_key_under_two_names(monkeypatch):
         first, second, third, *rest = request.keys
         copied = replace(third.key, **{part: getattr(second.key, part)})
         lie = sign(replace(third, key=copied), epochs.members["s02"].identity)
-        asked = epoch.FromHub(replace(request, keys=(first, second, lie, *rest)))
+        asked = epoch.FromCoordinator(replace(request, keys=(first, second, lie, *rest)))
         fault = epochs.refused("s00", asked, KeyRefused, match="a key of 's01' again")
         assert fault == "s02"
-    epochs.step("s00", epoch.FromHub(request))  # the control: the same with distinct keys
+    epochs.step("s00", epoch.FromCoordinator(request))  # the control: the same with distinct keys
     assert "s00" in epochs.installed
 
 
@@ -221,7 +221,7 @@ def test_one_identity_under_two_names_of_the_roster(monkeypatch):
     epochs = Epochs()
     pins = {**epochs.parties.pins, "s03": epochs.parties.pins["s02"]}
     honest, twice = epochs.members["s01"], replace(epochs.members["s01"], pins=pins)
-    call = epoch.FromHub(epoch.EpochCall(epochs.header()))
+    call = epoch.FromCoordinator(epoch.EpochCall(epochs.header()))
     epochs.members["s01"] = twice
     assert epochs.refused("s01", call, RosterRefused, match="key of s02") == "s03"
     with monkeypatch.context() as without:
@@ -252,11 +252,11 @@ def test_holders_that_are_strangers_or_not_enough(monkeypatch):
         ((forged[0], own, forged[1]), SignatureRefused),
         (granted.held, KeyRefused),
     ):
-        wrong = epoch.FromHub(replace(granted, grant=lie, held=held))
+        wrong = epoch.FromCoordinator(replace(granted, grant=lie, held=held))
         epochs.refused("s03", wrong, error)
     assert "s03" not in epochs.installed
     monkeypatch.setattr(epoch, "_check_held", lambda *_: None)
-    installs(epochs, "s03", epoch.FromHub(replace(granted, grant=lie, held=(own,))))
+    installs(epochs, "s03", epoch.FromCoordinator(replace(granted, grant=lie, held=(own,))))
 
 
 def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
@@ -271,10 +271,10 @@ def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
     epochs.step(HUB, epoch.EpochTick())
     epochs.pump()
     epochs.silent = set()
-    epochs.step("s03", epoch.FromHub(epoch.EpochCall(epochs.header(2, "s01"))))
+    epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header(2, "s01"))))
     to, name = epochs.stages["s03"].key, old.grant.key_id
     revoked = epoch._grant(epochs.members["s02"], epochs.stages["s02"], to, PAYLOAD, name)
-    wrong = epoch.FromHub(epoch.Granted(revoked, epochs.stages["s02"].key, old.held))
+    wrong = epoch.FromCoordinator(epoch.Granted(revoked, epochs.stages["s02"].key, old.held))
     assert epochs.refused("s03", wrong, StaleEpoch) == "s00"
     monkeypatch.setattr(epoch, "_check_held", lambda *_: None)
     installs(epochs, "s03", wrong, PAYLOAD)
@@ -319,7 +319,7 @@ def test_sites_in_different_epochs_never_come_into_one_round(monkeypatch):
     with pytest.raises(StaleEpoch, match="found 2, expected 1"):
         parties.step("s03", site.Invited(messages.Announce(ours), b"t" * 32))
     keys = joined(parties, {**dict.fromkeys(("s00", "s01", "s02"), ours), "s03": theirs})
-    bundle = site.Received(messages.KeyBundle(ours.digest, tuple(keys.values())))
+    bundle = site.MessageFromCoordinator(messages.KeyBundle(ours.digest, tuple(keys.values())))
     stage = parties.stages["s00"]
     with pytest.raises(HeaderRefused) as refused:
         parties.step("s00", bundle)
@@ -349,9 +349,9 @@ def test_encrypted_a_survivor_under_another_payload(monkeypatch):
         messages.Aggregate(header.digest, (own, others[0], x), b"s", 9) for x in (lie, others[1])
     ]
     with pytest.raises(StateDiffers, match="key id") as refused:
-        parties.step("s00", site.Received(sums[0]))
+        parties.step("s00", site.MessageFromCoordinator(sums[0]))
     assert refused.value.fault == "s02"
-    parties.step("s00", site.Received(sums[1]))  # the control
+    parties.step("s00", site.MessageFromCoordinator(sums[1]))  # the control
     assert isinstance(parties.stages["s00"], site.Opening)
 
 
@@ -392,7 +392,7 @@ class Mortal(Epochs):
         self.stages[who] = self.disk[who]
         for name in self.sites if who == HUB else [who]:
             self.step(name, epoch.Again())
-            self.step(HUB, epoch.Reconnected(name))
+            self.step(HUB, epoch.SiteReturned(name))
         if isinstance(self.stages[HUB], epoch.NoEpoch):
             self.begin()
 

@@ -19,7 +19,7 @@ from fedcore.learning import released, state
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.state import JobState
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
@@ -32,7 +32,7 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.stopwatch import Stopwatch
 
 SITES = ("a", "b", "c", "d", "e")
@@ -81,7 +81,7 @@ class Town:
 
     def __init__(self, protection):
         self.plan = plan_of(protection)
-        self.epoch = KeyEpoch("job", self.plan)
+        self.epoch = InProcessFederation("job", self.plan)
         self.heard = []
         self.epoch.tap = self._tap
         self.state = JobState.initial(self.plan, np.zeros(D, dtype=np.float32))
@@ -99,7 +99,7 @@ class Town:
         if purpose == "metrics":
             spec = self.plan.metrics_vector
         number = {"update": 1, "statistics": 0, "range": 0, "metrics": 10}[purpose]
-        step = Step(purpose, number)
+        step = PlannedRound(purpose, number)
         if purpose == "range":
             spec = self.plan.range_vector
 
@@ -158,7 +158,7 @@ def unchecked(monkeypatch):
 def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(
     protection, lie, monkeypatch
 ):
-    assert Town(protection).sum("update").done == Step("update", 1)  # control: honest sites
+    assert Town(protection).sum("update").done == PlannedRound("update", 1)  # control: honest sites
     field, value, what = FIELDS[lie]
     lying(monkeypatch, field, value)
     town = Town(protection)
@@ -172,7 +172,7 @@ def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(
             town.sum("update")
         town.check_refused_alike("division by zero")
     else:
-        assert Town(protection).sum("update").done == Step("update", 1)
+        assert Town(protection).sum("update").done == PlannedRound("update", 1)
 
 
 @pytest.mark.parametrize("purpose", ["range", "metrics"])
@@ -218,7 +218,7 @@ def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, mo
             town.sum("statistics", ROWS[lie])
         assert np.isnan(town.led_to.statistics.std).any()
     else:
-        assert town.sum("statistics", ROWS[lie]).done == Step("statistics", 0)
+        assert town.sum("statistics", ROWS[lie]).done == PlannedRound("statistics", 0)
 
 
 def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
@@ -241,7 +241,7 @@ def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
             monkeypatch.setattr(found, "_opened", raising(error))
             asyncio.run(found._open_sum(asked))
             event = found._queue.get_nowait().event
-            assert isinstance(event, site.Refused) and event.error is error
+            assert isinstance(event, site.CheckFailed) and event.error is error
             sealed.append(event.sealed)
         assert len({len(each) for each in sealed}) == 1 and sealed[0]
         monkeypatch.setattr(found, "_opened", raising(OSError("no space left")))

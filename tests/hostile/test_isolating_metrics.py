@@ -20,7 +20,7 @@ from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import EXCEEDS, METRIC, Wide
 from fedcore.secagg.protocol.effects import MakeVector
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 
 PLAN = replace(plan_of("layered"), threshold=3)
 ROSTER = PLAN.sites
@@ -45,7 +45,7 @@ class Rounds:
             wides = without_metrics(PLAN, wides) if withheld else wides
             sums = {n: [a + b for a, b in zip(sums[n], wides[n], strict=True)] for n in sums}
         fields = np.full(D, len(survivors) << 15, dtype=np.uint64)
-        step = Step("update", len(self.held) + 1)
+        step = PlannedRound("update", len(self.held) + 1)
         self.state = self.state.after(PLAN, step, Opened(fields, sums), survivors)
         self.held.append((survivors, sums["metric:accuracy"]))
         return sums["metric:accuracy"]

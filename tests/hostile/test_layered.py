@@ -13,7 +13,7 @@ import pytest
 from fedcore.errors import OutOfOrder, SecondSum, TagRefused
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
-from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.in_process import InProcessFederation, RoundTrace
 from fedcore.secagg.plan import (
     RangePlan,
     RoundPlan,
@@ -45,7 +45,7 @@ def epoch_of(protection):
         buffer_coordinates=0, max_examples=1 << 19, rounds=9, train=TrainPlan(), server=ServerPlan(),
         range=RangePlan(),
     )  # fmt: skip
-    return KeyEpoch("job", plan)
+    return InProcessFederation("job", plan)
 
 
 def contribute(index):
@@ -81,7 +81,7 @@ def without(slots, masks):
 def test_the_coordinator_with_one_colluding_site(absences):
     """They have the key, the ciphertext, the colluder's masks and every mask taken off: ann's update stays
     behind the masks it shares with honest sites. The control: under `encrypted` it lies open."""
-    epoch, witness = epoch_of("layered"), Witness(ROSTER.index("ann"), ROSTER.index("bob"))
+    epoch, witness = epoch_of("layered"), RoundTrace(ROSTER.index("ann"), ROSTER.index("bob"))
     play(epoch, witness, absences)
     opened = decrypted(epoch, witness, "bob")
     assert np.mean(opened == witness.slots) < 0.01
@@ -94,7 +94,7 @@ def test_the_coordinator_with_one_colluding_site(absences):
     # What is missing is masks and nothing else: with all of them the slots are exact.
     assert np.array_equal(without(opened, witness.masks), witness.slots)
 
-    control, seen = epoch_of("encrypted"), Witness(ROSTER.index("ann"), ROSTER.index("bob"))
+    control, seen = epoch_of("encrypted"), RoundTrace(ROSTER.index("ann"), ROSTER.index("bob"))
     play(control, seen, absences)
     assert np.array_equal(decrypted(control, seen, "bob"), seen.slots), "bit for bit"
 
@@ -125,7 +125,7 @@ def unprotected(monkeypatch, coefficient):
     with monkeypatch.context() as attack:
         tampering(attack, coefficient)
         attack.setattr(SumTag, "check", lambda *_: None)
-        witness = Witness(0, 1)
+        witness = RoundTrace(0, 1)
         return epoch, play(epoch, witness), witness
 
 

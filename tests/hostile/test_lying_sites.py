@@ -19,7 +19,7 @@ from fedcore.errors import (
     VectorRefused,
 )
 from fedcore.secagg.protocol import shared
-from fedcore.secagg.protocol.effects import Fold, RemoveMasks, Send, Warn
+from fedcore.secagg.protocol.effects import FoldUpload, RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.messages import Certificate, Leave, Shares
 from fedcore.secagg.protocol.round import coordinator, site
 
@@ -28,7 +28,7 @@ class Hub:
     """The real coordinator machine, fed by hand from a world of honest sites."""
 
     def __init__(self, world):
-        self.world, self.hub = world, coordinator.Hub(world.pins)
+        self.world, self.hub = world, coordinator.CoordinatorParams(world.pins)
         size = world.layout.slots * 8
         self.stage, _ = coordinator.step(
             self.hub, coordinator.Ready(), coordinator.Start(world.round_header, size), 0.0
@@ -40,7 +40,7 @@ class Hub:
 
     def received(self, messages, names=None):
         for name in names or self.world.roster:
-            self.step(coordinator.Received(name, messages[name]))
+            self.step(coordinator.MessageFromSite(name, messages[name]))
         return self
 
     def upload(self, name, **changes):
@@ -86,15 +86,19 @@ def test_a_message_in_anothers_name(stage):
     world, hub = hub_at(stage)
     sent = {"keys": world.keys, "shares": world.shares, "confirm": world.confirms,
             "unmask": world.answers, "release": world.statements}[stage]  # fmt: skip
-    hub.refuses(coordinator.Received("eve", sent["bob"]), RosterRefused, fault="eve", found="'bob'")
-    hub.step(coordinator.Received("bob", sent["bob"]))  # control: from bob himself it is taken
+    hub.refuses(
+        coordinator.MessageFromSite("eve", sent["bob"]), RosterRefused, fault="eve", found="'bob'"
+    )
+    hub.step(
+        coordinator.MessageFromSite("bob", sent["bob"])
+    )  # control: from bob himself it is taken
 
 
 def test_a_leave_in_anothers_name_does_not_drop_it():
     world, hub = hub_at("submit")
     leave = Leave(world.h, "bob", "left")
-    hub.refuses(coordinator.Received("eve", leave), RosterRefused, fault="eve")
-    hub.step(coordinator.Received("bob", leave))
+    hub.refuses(coordinator.MessageFromSite("eve", leave), RosterRefused, fault="eve")
+    hub.step(coordinator.MessageFromSite("bob", leave))
     assert hub.stage.gone == ("bob",)
 
 
@@ -106,12 +110,15 @@ def test_a_second_and_different_message(monkeypatch):
     ):
         world, hub = hub_at(stage)
         first = getattr(world, kind)["ann"]
-        hub.step(coordinator.Received("ann", first))
+        hub.step(coordinator.MessageFromSite("ann", first))
         before = hub.stage
-        assert hub.step(coordinator.Received("ann", first)) == () and hub.stage is before
+        assert hub.step(coordinator.MessageFromSite("ann", first)) == () and hub.stage is before
         second = world.signed("ann", first, **change)
         hub.refuses(
-            coordinator.Received("ann", second), Conflicting, fault="ann", found="other bytes"
+            coordinator.MessageFromSite("ann", second),
+            Conflicting,
+            fault="ann",
+            found="other bytes",
         )
 
 
@@ -124,7 +131,7 @@ def test_a_message_with_a_bad_signature(kind, monkeypatch):
         Shares(replace(good.head, signature=bytes(64)), good.parcels)
         if kind == "shares" else replace(good, signature=bytes(64))
     )  # fmt: skip
-    event = coordinator.Received("ann", forged)
+    event = coordinator.MessageFromSite("ann", forged)
     hub.refuses(event, SignatureRefused, fault="ann")
     monkeypatch.setattr(coordinator, "check_signature", lambda *_: None)
     monkeypatch.setattr(shared, "check_signature", lambda *_: None)
@@ -134,13 +141,15 @@ def test_a_message_with_a_bad_signature(kind, monkeypatch):
 def test_keys_and_shares_of_another_round_or_malformed(monkeypatch):
     world, hub = hub_at("keys")
     other = world.signed("ann", world.keys["ann"], header=b"o" * 32)
-    hub.refuses(coordinator.Received("ann", other), HeaderRefused, fault="ann")
+    hub.refuses(coordinator.MessageFromSite("ann", other), HeaderRefused, fault="ann")
     weak = replace(world.keys["ann"].mask, x25519=bytes(32))
     lie = world.signed("ann", world.keys["ann"], mask=weak)
-    hub.refuses(coordinator.Received("ann", lie), KeyRefused, fault="ann", found="small order")
+    hub.refuses(
+        coordinator.MessageFromSite("ann", lie), KeyRefused, fault="ann", found="small order"
+    )
     world, hub = hub_at("shares")
     head = world.signed("ann", world.shares["ann"].head, header=b"o" * 32)
-    late = coordinator.Received("ann", replace(world.shares["ann"], head=head))
+    late = coordinator.MessageFromSite("ann", replace(world.shares["ann"], head=head))
     hub.refuses(late, HeaderRefused, fault="ann")
     monkeypatch.setattr(coordinator, "check_header", lambda *_: None)
     hub.step(late)
@@ -159,8 +168,8 @@ def test_shares_that_are_not_one_for_each(lie, monkeypatch):
         shares = Shares(head, good.parcels[:-1])
     else:
         shares = world.lying_shares("ann", lambda p: replace(p, sender="bob"))
-    hub.refuses(coordinator.Received("ann", shares), ShareRefused, fault="ann")
-    hub.step(coordinator.Received("ann", good))
+    hub.refuses(coordinator.MessageFromSite("ann", shares), ShareRefused, fault="ann")
+    hub.step(coordinator.MessageFromSite("ann", good))
 
 
 # ------------------------------------------------------------------------------------- the vectors
@@ -180,7 +189,7 @@ def test_a_vector_of_the_wrong_length(change):
     signed_only = coordinator.Uploaded("ann", signed, signed.digest, size)
     hub.refuses(signed_only, VectorRefused, fault="ann")
     hub.stage = replace(hub.stage, size=size + change)  # control: a round of such vectors takes it
-    assert any(isinstance(e, Fold) for e in hub.step(lie))
+    assert any(isinstance(e, FoldUpload) for e in hub.step(lie))
 
 
 def test_a_vector_whose_bytes_are_not_the_signed_ones():
@@ -188,7 +197,7 @@ def test_a_vector_whose_bytes_are_not_the_signed_ones():
     submit = world.submits["ann"]
     event = coordinator.Uploaded("ann", submit, b"x" * 32, submit.size)
     hub.refuses(event, VectorRefused, fault="ann", found="other bytes than were signed")
-    assert any(isinstance(e, Fold) for e in hub.upload("ann")), (
+    assert any(isinstance(e, FoldUpload) for e in hub.upload("ann")), (
         "control: the signed bytes are folded"
     )
 
@@ -209,7 +218,7 @@ def test_a_vector_signed_by_somebody_else_or_for_another_round():
 
 def test_a_vector_is_folded_once():
     world, hub = hub_at("submit")
-    assert any(isinstance(e, Fold) for e in hub.upload("ann"))
+    assert any(isinstance(e, FoldUpload) for e in hub.upload("ann"))
     assert hub.upload("ann") == (), "again: nothing happens"
     second = world.signed("ann", world.submits["ann"], digest=b"x" * 32)
     event = coordinator.Uploaded("ann", second, second.digest, second.size)
@@ -241,8 +250,8 @@ def test_a_vector_of_a_site_that_did_not_share_or_left():
     submit = world.submits["eve"]
     event = coordinator.Uploaded("eve", submit, submit.digest, submit.size)
     hub.refuses(event, RosterRefused, fault="eve", found="not waited for")
-    hub.step(coordinator.Received("dan", Leave(world.h, "dan", "left")))
-    assert isinstance(hub.stage, coordinator.Abandoned)
+    hub.step(coordinator.MessageFromSite("dan", Leave(world.h, "dan", "left")))
+    assert isinstance(hub.stage, coordinator.Failed)
 
 
 # --------------------------------------------------------------------------- confirm, unmask, state
@@ -253,8 +262,10 @@ def test_a_confirmation_of_another_list(field):
     world, hub = hub_at("confirm")
     value = world.confirms["ann"].survivors[:4] if field == "survivors" else b"x" * 32
     lie = world.signed("ann", world.confirms["ann"], **{field: value})
-    hub.refuses(coordinator.Received("ann", lie), ListRefused, fault="ann", found="another list")
-    hub.step(coordinator.Received("ann", world.confirms["ann"]))
+    hub.refuses(
+        coordinator.MessageFromSite("ann", lie), ListRefused, fault="ann", found="another list"
+    )
+    hub.step(coordinator.MessageFromSite("ann", world.confirms["ann"]))
 
 
 @pytest.mark.parametrize("lie", ["share", "kind", "of", "missing", "both"])
@@ -268,15 +279,15 @@ def test_an_answer_with_other_shares_than_asked(lie, monkeypatch):
         "missing": tuple(rest),
         "both": (first, replace(first, kind="mask root"), *rest),
     }[lie]
-    event = coordinator.Received("ann", replace(world.answers["ann"], answers=changed))
+    event = coordinator.MessageFromSite("ann", replace(world.answers["ann"], answers=changed))
     hub.refuses(event, ShareRefused, fault="ann")
-    hub.step(coordinator.Received("ann", world.answers["ann"]))
+    hub.step(coordinator.MessageFromSite("ann", world.answers["ann"]))
 
 
 def test_an_answer_of_another_round():
     world, hub = hub_at("unmask")
     lie = replace(world.answers["ann"], header=b"o" * 32)
-    hub.refuses(coordinator.Received("ann", lie), HeaderRefused, fault="ann")
+    hub.refuses(coordinator.MessageFromSite("ann", lie), HeaderRefused, fault="ann")
 
 
 @pytest.mark.parametrize("what", ["self_seed_hash", "root"])
@@ -306,10 +317,10 @@ def test_a_site_whose_shares_rebuild_another_secret(what, monkeypatch):
             )
         world.answers = answered
     for name in names[:-1]:
-        hub.step(coordinator.Received(name, world.answers[name]))
-    control, event = hub.stage, coordinator.Received(names[-1], world.answers[names[-1]])
+        hub.step(coordinator.MessageFromSite(name, world.answers[name]))
+    control, event = hub.stage, coordinator.MessageFromSite(names[-1], world.answers[names[-1]])
     found = hub.step(event)
-    assert isinstance(hub.stage, coordinator.Abandoned)
+    assert isinstance(hub.stage, coordinator.Failed)
     assert any(isinstance(e, Warn) and "fault: bob" in e.text for e in found)
     assert not any(isinstance(e, RemoveMasks) for e in found)
     hub.stage = control
@@ -330,19 +341,19 @@ def test_statements_that_differ_make_no_certificate():
     assert [name for name, _ in hub.stage.certificate.signatures] == list(world.roster[:4])
     lies = {n: world.signed(n, world.statements[n], state_mac=b"x" * 32) for n in ("dan", "eve")}
     control.received({**world.statements, **lies})
-    assert isinstance(control.stage, coordinator.Abandoned)
+    assert isinstance(control.stage, coordinator.Failed)
 
 
 def test_a_statement_about_other_survivors():
     world, hub = hub_at("release")
     lie = world.signed("ann", world.statements["ann"], survivors=b"x" * 32)
-    hub.refuses(coordinator.Received("ann", lie), ListRefused, fault="ann")
+    hub.refuses(coordinator.MessageFromSite("ann", lie), ListRefused, fault="ann")
 
 
 def test_an_unknown_site_and_a_round_for_one():
     world, hub = hub_at("keys")
     stranger = replace(world.keys["ann"], site="mallory")
-    hub.refuses(coordinator.Received("mallory", stranger), RosterRefused, fault="mallory")
+    hub.refuses(coordinator.MessageFromSite("mallory", stranger), RosterRefused, fault="mallory")
     for roster, found in ((("ann", "mallory"), "mallory"), (("ann", "ann"), "twice")):
         idle = Hub(World())
         idle.stage = coordinator.Ready()
@@ -354,9 +365,9 @@ def test_a_certificate_the_honest_coordinator_made_is_taken_by_every_site():
     world, hub = hub_at("release")
     sent = []
     for name in world.roster:
-        sent += hub.step(coordinator.Received(name, world.statements[name]))
+        sent += hub.step(coordinator.MessageFromSite(name, world.statements[name]))
     certificates = [e for e in sent if isinstance(e, Send) and isinstance(e.message, Certificate)]
     assert [e.to for e in certificates] == list(world.roster)
     for e in certificates:
-        assert answer_of(world.step(e.to, site.Received(e.message))) is None
+        assert answer_of(world.step(e.to, site.MessageFromCoordinator(e.message))) is None
         assert isinstance(world.stages[e.to], site.Idle)

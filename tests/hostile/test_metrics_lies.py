@@ -153,14 +153,14 @@ async def begun(folder, offered, plan=None):
 def test_a_coordinator_that_asks_for_them_under_encrypted(tmp_path, caplog):
     """Nothing that was decrypted may go back to who holds every site's own ciphertext (PROTOCOL R)."""
     found = asyncio.run(begun(tmp_path / "1", settings(public=True, protection="encrypted")))
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     assert "track.public_metrics: found true under 'encrypted'" in caplog.text, "in its own log"
     for number, fine in enumerate(  # control: each half of it alone
         (settings(public=True), settings(public=False, protection="encrypted"))
     ):
         found = asyncio.run(begun(tmp_path / f"control{number}", fine))
-        assert [type(each) for each in found.link.said] == [job_messages.Survey]
+        assert [type(each) for each in found.link.said] == [job_messages.SiteSurvey]
 
 
 def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
@@ -168,7 +168,7 @@ def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
 
     async def speaks(folder, offered, plan):
         found = await begun(folder, offered, plan)
-        refused = job_messages.Unable("job", "a", "unable") in found.link.said
+        refused = job_messages.SiteUnavailable("job", "a", "unable") in found.link.said
         if refused:  # and what it would say under its own plan
             found = await begun(folder / "own", offered, offered)
         certificate = Screen().certificate
@@ -188,7 +188,9 @@ def test_a_coordinator_without_enough_signatures_gets_no_word():
     thin = world.certificate(world.roster[: world.t - 1])
     before = world.stages["ann"]
     with pytest.raises(ThresholdRefused) as refused:
-        world.step("ann", site.Received(thin))
+        world.step("ann", site.MessageFromCoordinator(thin))
     assert refused.value.fault == "coordinator" and world.stages["ann"] is before
-    found = world.step("ann", site.Received(world.certificate(world.roster[: world.t])))  # control
+    found = world.step(
+        "ann", site.MessageFromCoordinator(world.certificate(world.roster[: world.t]))
+    )  # control
     assert [e for e in found if isinstance(e, effects.Apply)]

@@ -102,7 +102,9 @@ def test_a_forged_notice_is_not_shown_and_ends_nothing(cat, caplog, how):
         shown(found, Notice(world.h, "bob", FORGED[how](world)), caplog)
     assert not [r for r in caplog.records if "refused:" in r.getMessage()]
     assert found.stage is before
-    after, _ = site.step(world.members["cat"], before, site.Received(world.certificate()), 0.0)
+    after, _ = site.step(
+        world.members["cat"], before, site.MessageFromCoordinator(world.certificate()), 0.0
+    )
     assert isinstance(after, site.Idle)
     assert after.standing.released == world.round_header.round
 
@@ -173,8 +175,8 @@ def test_a_bad_envelope_names_its_sender_to_the_sites_and_one_word_to_the_coordi
     assert (leave.code, len(leave.sealed)) == (MATERIAL, NOTICE_LENGTH)
     assert b"ann" not in encode(leave)
 
-    hub, stage = coordinator.Hub(world.pins), collecting(world)
-    after, done = coordinator.step(hub, stage, coordinator.Received("cat", leave), 0.0)
+    hub, stage = coordinator.CoordinatorParams(world.pins), collecting(world)
+    after, done = coordinator.step(hub, stage, coordinator.MessageFromSite("cat", leave), 0.0)
     assert after.gone == ("cat",)
     sent = {each.to: each.message for each in done if isinstance(each, effects.Send)}
     assert sent.keys() == set(world.roster) - {"cat"}
@@ -187,7 +189,10 @@ def test_a_bad_envelope_names_its_sender_to_the_sites_and_one_word_to_the_coordi
         other = world_at(reached)
         before = other.stages["bob"]
         (shows,) = site.step(
-            other.members["bob"], before, site.Received(replace(sent["bob"], header=other.h)), 0.0
+            other.members["bob"],
+            before,
+            site.MessageFromCoordinator(replace(sent["bob"], header=other.h)),
+            0.0,
         )[1]
         assert isinstance(shows, effects.ShowNotice)
     caplog.clear()
@@ -219,8 +224,10 @@ def test_a_false_accusation_sends_away_only_who_makes_it():
     world = world_at("shares")
     lie = sealed(world, "envelope: found noise (fault: bob)", by="dan")
     leave = Leave(world.h, "dan", MATERIAL, lie)
-    hub = coordinator.Hub(world.pins)
-    after, done = coordinator.step(hub, collecting(world), coordinator.Received("dan", leave), 0.0)
+    hub = coordinator.CoordinatorParams(world.pins)
+    after, done = coordinator.step(
+        hub, collecting(world), coordinator.MessageFromSite("dan", leave), 0.0
+    )
     assert after.gone == ("dan",)
     assert "bob" in coordinator.waiting_for(after)
     assert not any("bob" in each.text for each in done if isinstance(each, effects.Warn))

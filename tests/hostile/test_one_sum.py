@@ -26,7 +26,7 @@ from fedcore.secagg.protocol.round import coordinator, site
 
 LEAVING = {
     "the coordinator gives it up": lambda w: w.receive("ann", Abandon(w.h, "unmask")),
-    "a check fails": lambda w: w.step("ann", site.Refused(TagRefused("sum"))),
+    "a check fails": lambda w: w.step("ann", site.CheckFailed(TagRefused("sum"))),
     "the word that ended it was lost": lambda w: w.step("ann", site.Superseded()),
 }
 
@@ -154,7 +154,7 @@ def test_an_exposed_round_is_not_ended_by_time_or_by_a_later_announcement(stage)
 def test_only_a_release_ends_the_exposure():
     world = world_at("state")
     certificate = world.certificate()
-    world.step("ann", site.Received(certificate))
+    world.step("ann", site.MessageFromCoordinator(certificate))
     world.receive("bob", Abandon(world.h, "release"))
     assert world.stages["bob"].standing.exposed
     world.step("bob", site.CaughtUp(certificate, certificate.state_mac))
@@ -168,7 +168,7 @@ def test_only_a_release_ends_the_exposure():
 
 def test_the_exposure_is_on_disk_with_the_answer():
     world = world_at("confirm")
-    found = world.step("ann", site.Received(world.confirmations()))
+    found = world.step("ann", site.MessageFromCoordinator(world.confirmations()))
     restarted = site.replay(world_at("confirm").stages["ann"], [found[0].record])
     assert restarted.standing.exposed == world.h
 
@@ -189,7 +189,7 @@ def test_a_release_that_too_few_can_sign_ends_without_another_round(protection):
     parties = Parties(4, protection=protection)
     parties.refusers = {"s01", "s02"}
     last = parties.play()
-    assert isinstance(last, coordinator.Abandoned) and last.stage == "release"
+    assert isinstance(last, coordinator.Failed) and last.stage == "release"
     assert last.exposed == parties.sites and set(last.refused) == {"s01", "s02"}
     with pytest.raises(SecondSum):
         parties.begin()
@@ -321,6 +321,6 @@ def test_other_keys_of_its_own_in_a_bundle_show_an_old_folder():
     world.stages["ann"] = world_at("idle").stages["ann"]
     world.step("ann", world.invitation("ann"))
     refuses(world, "ann", world.bundle(keys={"ann": first}), KeyRefused, found="other keys")
-    world.step("ann", site.Refused(KeyRefused("keys", found="", expected="", fault="ann")))
+    world.step("ann", site.CheckFailed(KeyRefused("keys", found="", expected="", fault="ann")))
     found = world.step("ann", site.OwnSignature(first, world.round_header, other=True))
     assert found and world.stages["ann"].standing.proved == 1

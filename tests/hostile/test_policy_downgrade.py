@@ -39,7 +39,7 @@ def without(monkeypatch, *rules):
 
 def refused(found, setting, caplog):
     """One word has left, and one line stays here; nothing was read."""
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0 and found.survey is None
     lines = [message for message in caplog.messages if "refused" in message]
     assert len(lines) == 1 and setting in lines[0] and "hint: " in lines[0]
@@ -47,7 +47,7 @@ def refused(found, setting, caplog):
 
 
 def taken(found):
-    assert [type(each) for each in found.link.said] == [job_messages.Survey]
+    assert [type(each) for each in found.link.said] == [job_messages.SiteSurvey]
     assert found.contributor.loaded == 1
 
 
@@ -86,7 +86,7 @@ def test_a_threshold_that_no_roster_has(tmp_path, caplog, sites_t):
     caplog.set_level(logging.WARNING)
     found = offered(tmp_path / "1", {"threshold": sites_t})
     assert (
-        found.link.said == [job_messages.Unable("job", "a", "policy")]
+        found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
         and found.contributor.loaded == 0
     )
     taken(offered(tmp_path / "2", {"threshold": 3}))

@@ -34,7 +34,7 @@ from fedcore.secagg.protocol.round import site
 
 
 def asked_to_open(world, name):
-    found = world.step(name, site.Received(world.aggregate()))
+    found = world.step(name, site.MessageFromCoordinator(world.aggregate()))
     return next(e for e in found if isinstance(e, effects.OpenSum))
 
 
@@ -45,7 +45,7 @@ def opened(world, asked, total, name="ann"):
     try:
         tag.check(total[:tagged], world.layout.read_tag(total), asked.survivors)
     except TagRefused as error:
-        return world.step(name, site.Refused(error))
+        return world.step(name, site.CheckFailed(error))
     return world.step(name, site.SumOpened(b"S" * 32, b"N" * 32))
 
 
@@ -84,7 +84,7 @@ def test_the_right_sum_is_stated():
 
 def test_after_a_refused_release_no_round_runs_until_a_new_key_epoch():
     world = world_at("open")
-    world.step("ann", site.Refused(TagRefused("sum")))
+    world.step("ann", site.CheckFailed(TagRefused("sum")))
     halted = world.stages["ann"]
     later = replace(world.round_header, round=2)
     refuses(
@@ -93,7 +93,7 @@ def test_after_a_refused_release_no_round_runs_until_a_new_key_epoch():
     refuses(
         world, "ann", site.NewEpoch(1, b"k" * 32), StaleEpoch, found="1", expected="more than 1"
     )
-    refuses(world, "ann", site.Refused(TagRefused("again")), OutOfOrder, fault="this site")
+    refuses(world, "ann", site.CheckFailed(TagRefused("again")), OutOfOrder, fault="this site")
     assert world.stages["ann"] is halted
     world.step("ann", site.NewEpoch(2, b"k" * 32))
     invited = world.invitation("ann", replace(later, epoch=2))
@@ -103,7 +103,7 @@ def test_after_a_refused_release_no_round_runs_until_a_new_key_epoch():
     assert answer_of(world.step("ann", invited)).key_id == b"k" * 32
     # Control: a plain departure does not end the epoch.
     other = world_at("confirm")
-    other.step("ann", site.Refused(TimeoutError("silence")))
+    other.step("ann", site.CheckFailed(TimeoutError("silence")))
     assert answer_of(other.step("ann", other.invitation("ann", later))) is not None
 
 
@@ -115,7 +115,9 @@ def test_a_sites_last_word_names_no_reason(stage):
     world = world_at(stage)
     words = []
     for problem in (TagRefused("sum"), ValueError("coordinate 17 is 3.5"), TimeoutError("late")):
-        _, found = site.step(world.members["ann"], world.stages["ann"], site.Refused(problem), 0.0)
+        _, found = site.step(
+            world.members["ann"], world.stages["ann"], site.CheckFailed(problem), 0.0
+        )
         words.append([e for e in found if isinstance(e, effects.Send)])
     assert words[0] == words[1] == words[2]
     assert len(words[0]) == 1
@@ -127,7 +129,7 @@ def test_a_sum_for_another_list_than_the_signed_one(monkeypatch):
     refuses(world, "ann", request, ListRefused, found="another survivor list")
     four = replace(world.stages["ann"], submissions=request.submissions)
     world.stages["ann"] = four  # control: a site that signed that list opens it
-    world.step("ann", site.Received(request))
+    world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
 
@@ -136,7 +138,7 @@ def test_a_sum_of_another_round(monkeypatch):
     request = replace(world.aggregate(), header=b"o" * 32)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
     monkeypatch.setattr(site, "check_header", lambda *_: None)
-    world.step("ann", site.Received(request))
+    world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
 
@@ -145,7 +147,7 @@ def test_a_sum_before_anybody_confirmed():
     world = world_at("submit")
     refuses(world, "ann", world.aggregate(), OutOfOrder, found="Aggregate", expected="SurvivorList")
     other = world_at("submit", protection="encrypted")
-    other.step("ann", site.Received(other.aggregate()))
+    other.step("ann", site.MessageFromCoordinator(other.aggregate()))
     assert isinstance(other.stages["ann"], site.Opening), "control: `encrypted` has no such stage"
 
 
@@ -164,7 +166,7 @@ def test_encrypted_a_sum_for_a_list_without_this_site_or_below_t(names, error, f
     monkeypatch.setattr(site, "check_members", lambda *_: None)
     monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
     monkeypatch.setattr(site, "_check_own_submission", lambda *_: None)
-    world.step("ann", site.Received(request))
+    world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
 
@@ -179,7 +181,7 @@ def test_encrypted_a_sum_with_another_submission_of_this_site():
 
 def released(world, name, certificate):
     """The control: the new state is applied."""
-    found = world.step(name, site.Received(certificate))
+    found = world.step(name, site.MessageFromCoordinator(certificate))
     assert [type(e) for e in found] == [effects.Persist, effects.Apply, effects.Erase]
 
 
@@ -191,7 +193,9 @@ def test_nothing_is_applied_before_the_certificate_and_then_once():
         refuses(early, "ann", certificate, OutOfOrder, found="Certificate")
     released(world, "ann", certificate)
     done = world.stages["ann"]
-    assert world.step("ann", site.Received(certificate)) == (), "heard again, applied once"
+    assert world.step("ann", site.MessageFromCoordinator(certificate)) == (), (
+        "heard again, applied once"
+    )
     assert world.stages["ann"] is done
     refuses(world, "ann", replace(certificate, sum_mac=b"x" * 32), OutOfOrder, found="Certificate")
 
@@ -381,7 +385,7 @@ def test_a_checkpoint_is_not_taken_within_a_round(stage):
     event = site.CaughtUp(certificate, certificate.state_mac)
     refuses(world, "ann", event, OutOfOrder, fault="this site", found="CaughtUp")
     halted = world_at("open")
-    halted.step("ann", site.Refused(TagRefused("sum")))
+    halted.step("ann", site.CheckFailed(TagRefused("sum")))
     refuses(halted, "ann", event, OutOfOrder, fault="this site", found="CaughtUp")
 
 

@@ -64,7 +64,7 @@ def ends_well(parties, last, who, died_in):
     left = {who} if leaves_when_restarted(died_in) else set()
     stayed = [name for name in parties.sites if name not in {*ABSENT, *left}]
     if len(stayed) < last.header.threshold:
-        assert isinstance(last, coordinator.Abandoned) and parties.removed is None
+        assert isinstance(last, coordinator.Failed) and parties.removed is None
         standings = {name: parties.stages[name].standing for name in parties.sites}
         assert all(not standing.released for standing in standings.values())
         exposed = {name for name, standing in standings.items() if standing.exposed}
@@ -115,7 +115,7 @@ def test_a_process_that_dies_after_any_effect(protection, who, n, heard):
             goes_on(parties, last)
     masked = protection == "masked"
     if who == HUB:
-        everywhere = {*coordinator.MOVES} - {coordinator.Ready, coordinator.Abandoned}
+        everywhere = {*coordinator.MOVES} - {coordinator.Ready, coordinator.Failed}
         unmasked = {coordinator.Collecting, coordinator.Summing, coordinator.Releasing}
         assert stages == (everywhere if masked else unmasked | {coordinator.Released})
     else:
@@ -196,5 +196,5 @@ def test_a_clock_that_jumps(protection, jump):
             left = net(parties.made[name] for name in last.certificate.survivors)
             assert left == net([parties.removed])
         goes_on(parties, last)
-    both = {coordinator.Released, coordinator.Abandoned}
+    both = {coordinator.Released, coordinator.Failed}
     assert ended == (both if jump > 0 else {coordinator.Released})

@@ -19,19 +19,21 @@ from fedcore.errors import PeerRefused, TagRefused
 from fedcore.secagg.protocol import effects
 from fedcore.secagg.protocol.messages import Abandon
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 
 ANN, OTHERS, LONG = "ann", ("bob", "cat", "dan"), 1e12
 
 ENDS = {
     "the coordinator gives it up": lambda run, w: run.step(
-        w, site.Received(Abandon(w.h, "release"))
+        w, site.MessageFromCoordinator(Abandon(w.h, "release"))
     ),
     "another round is announced": lambda run, w: run.step(w, site.Superseded()),
-    "a check fails": lambda run, w: run.step(w, site.Refused(TagRefused("sum"))),
+    "a check fails": lambda run, w: run.step(w, site.CheckFailed(TagRefused("sum"))),
     "time passes": lambda run, w: run.step(w, site.Tick(), LONG),
     "the process is new": lambda run, w: run.restart(w),
-    "the round is released": lambda run, w: run.step(w, site.Received(w.certificate())),
+    "the round is released": lambda run, w: run.step(
+        w, site.MessageFromCoordinator(w.certificate())
+    ),
     "the others release it": lambda run, w: run.catch_up(w),
 }
 """How a round ends for the honest site, as far as its rules let it."""
@@ -118,7 +120,7 @@ class Run:
             training_round=step[1], certificate=standing.certificate,
             roster=tuple(n for n in first.roster if n == ANN or n in cohort),
         )  # fmt: skip
-        fresh = Standing(standing.epoch, standing.key_id, certificate=standing.certificate)
+        fresh = SiteProgress(standing.epoch, standing.key_id, certificate=standing.certificate)
         world.stages = {name: site.Idle(fresh) for name in first.roster}
         world.stages[ANN] = self.stage
         return world
@@ -133,14 +135,14 @@ class Run:
             self.advance(world, asked)
         except PeerRefused:  # what its shell does then
             if isinstance(self.stage, site.IN_ROUND) and not isinstance(self.stage, site.EXPOSED):
-                self.step(world, site.Refused(TagRefused("sum")))
+                self.step(world, site.CheckFailed(TagRefused("sum")))
         for end in asked["ends"]:
             try:
                 ENDS[end](self, world)
             except (PeerRefused, StopIteration):
                 continue
         if isinstance(self.stage, site.IN_ROUND):  # the word that ended it comes at last
-            self.step(world, site.Received(Abandon(world.h, "release")))
+            self.step(world, site.MessageFromCoordinator(Abandon(world.h, "release")))
 
     def advance(self, world, asked):
         """Everybody to the next stage, one after the other, until the one that is wanted."""

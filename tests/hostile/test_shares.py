@@ -28,7 +28,7 @@ from fedcore.secagg.protocol.round import site
 
 def goes_on(world, name, delivery):
     """The control: the shares are taken and the vector is asked for."""
-    found = world.step(name, site.Received(delivery))
+    found = world.step(name, site.MessageFromCoordinator(delivery))
     assert any(isinstance(effect, MakeVector) for effect in found)
     assert isinstance(world.stages[name], site.Masking)
 
@@ -232,7 +232,7 @@ def test_parcels_that_do_not_match_the_heads(monkeypatch):
 
 def test_a_second_and_different_delivery():
     world = world_at("submit")
-    assert world.step("cat", site.Received(world.delivery("cat"))) == ()
+    assert world.step("cat", site.MessageFromCoordinator(world.delivery("cat"))) == ()
     refuses(world, "cat", world.delivery("cat", world.roster[:4]), Conflicting, found="other bytes")
     # Control: the site as it was before, without its journal, makes a second vector of this round.
     before = world_at("shares")

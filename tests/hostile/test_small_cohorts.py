@@ -87,7 +87,7 @@ def test_under_one_common_key_a_short_list_is_refused_as_well():
     world = world_at("submit", protection="encrypted")
     few = {"found": "3 sites", "expected": "at least 4"}
     refuses(world, "ann", world.aggregate(("ann", "bob", "cat")), ThresholdRefused, **few)
-    world.step("ann", site.Received(world.aggregate(("ann", "bob", "cat", "dan"))))
+    world.step("ann", site.MessageFromCoordinator(world.aggregate(("ann", "bob", "cat", "dan"))))
     assert isinstance(world.stages["ann"], site.Opening)
 
 
@@ -101,7 +101,7 @@ def test_a_site_whose_minimum_is_lower_or_higher_keeps_to_the_larger_of_both():
 def test_our_own_coordinator_begins_no_round_below_its_threshold(sites):
     world = world_at("idle")
     header = replace(world.round_header, roster=world.roster[:sites])
-    hub = coordinator.Hub(dict(world.pins), 60.0)
+    hub = coordinator.CoordinatorParams(dict(world.pins), 60.0)
     with pytest.raises(RosterRefused, match=f"found {sites} sites?, expected at least 4"):
         coordinator.step(hub, coordinator.Ready(), coordinator.Start(header, 8), 0.0)
     begun, _ = coordinator.step(

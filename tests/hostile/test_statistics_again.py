@@ -74,7 +74,7 @@ def test_a_sum_of_another_job_between_confirm_and_the_opened_sum():
     control = world.copy()
     held(world, *world.roster[:4])
     refused(world, "ann", world.aggregate(), "survivor list")
-    control.step("ann", site.Received(control.aggregate()))
+    control.step("ann", site.MessageFromCoordinator(control.aggregate()))
     assert isinstance(control.stages["ann"], site.Opening)
 
 
@@ -97,11 +97,11 @@ def test_under_encrypted_no_other_sum_is_opened():
     held(world, *world.roster)
     refused_before = world.stages["ann"]
     with pytest.raises(OtherSites, match="survivor list"):
-        world.step("ann", site.Received(world.aggregate(world.roster[:4])))
+        world.step("ann", site.MessageFromCoordinator(world.aggregate(world.roster[:4])))
     assert world.stages["ann"] is refused_before
-    control.step("ann", site.Received(control.aggregate(control.roster[:4])))
+    control.step("ann", site.MessageFromCoordinator(control.aggregate(control.roster[:4])))
     assert isinstance(control.stages["ann"], site.Opening)
-    world.step("ann", site.Received(world.aggregate()))
+    world.step("ann", site.MessageFromCoordinator(world.aggregate()))
     assert isinstance(world.stages["ann"], site.Opening)
 
 

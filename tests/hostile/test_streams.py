@@ -23,7 +23,7 @@ from fedcore.secagg.crypto.masked import MaskedFold
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.in_process import InProcessFederation, RoundTrace
 from fedcore.secagg.plan import (
     RangePlan,
     RoundPlan,
@@ -52,7 +52,7 @@ def epoch_of(protection, cipher="keystream"):
         parameters=SPEC.coordinates, buffer_coordinates=0, max_examples=1 << 19, rounds=9,
         train=TrainPlan(), server=ServerPlan(), range=RangePlan(), cipher=cipher,
     )  # fmt: skip
-    return KeyEpoch("job", plan)
+    return InProcessFederation("job", plan)
 
 
 def contribute(index):
@@ -358,7 +358,7 @@ def without(epoch, slots, masks):
 def test_the_coordinator_alone_reads_neither_an_upload_nor_the_sum(protection):
     """All it holds of ann's vector is uniform, and so is the sum, with every mask off that it took off."""
     released = []
-    epoch, witness = epoch_of(protection), Witness(0, 1)
+    epoch, witness = epoch_of(protection), RoundTrace(0, 1)
     epoch.tap = lambda to, message: None
     honest = MaskedFold.total
     with pytest.MonkeyPatch.context() as patch:
@@ -377,7 +377,7 @@ def test_the_coordinator_alone_reads_neither_an_upload_nor_the_sum(protection):
 def test_the_coordinator_with_one_colluding_site(protection):
     """The colluder has G and with it every stream: under `encrypted` ann's upload lies open, under
     `layered` it stays behind the masks that ann shares with honest sites. As with the cipher `bfv`."""
-    epoch, witness = epoch_of(protection), Witness(ROSTER.index("ann"), ROSTER.index("bob"))
+    epoch, witness = epoch_of(protection), RoundTrace(ROSTER.index("ann"), ROSTER.index("bob"))
     salts = {}
 
     def keep(to, message):

@@ -81,7 +81,9 @@ def test_a_survivor_that_never_shared(monkeypatch):
     world.shares = {n: world.receive(n, world.bundle()) for n in world.roster}
     four = world.roster[:4]
     for name in four:
-        world.make_vector(name, world.step(name, site.Received(world.delivery(name, four))))
+        world.make_vector(
+            name, world.step(name, site.MessageFromCoordinator(world.delivery(name, four)))
+        )
     stranger = world.signed("eve", world.submits["ann"], site="eve")
     request = world.survivor_list((*four, "eve"), {"eve": stranger})
     refuses(world, "ann", request, ListRefused, found="'eve'", expected="a subset of 4 sites")
@@ -157,7 +159,7 @@ def test_a_survivor_that_started_from_another_state(field, monkeypatch):
 
 def test_a_second_and_different_survivor_list():
     world = world_at("confirm")
-    again = world.step("ann", site.Received(world.survivor_list()))
+    again = world.step("ann", site.MessageFromCoordinator(world.survivor_list()))
     assert again == (Send("coordinator", world.confirms["ann"]),), (
         "the same request, the same bytes"
     )
@@ -322,7 +324,7 @@ def test_confirmations_of_another_round(monkeypatch):
 def test_a_second_and_different_unmask_request():
     """Control: a site that forgot its first answer gives the other kind too, and an update opens."""
     world = world_at("unmask")
-    again = world.step("ann", site.Received(world.confirmations()))
+    again = world.step("ann", site.MessageFromCoordinator(world.confirmations()))
     assert again == (Send("coordinator", world.answers["ann"]),), "the same request, the same bytes"
     for other in (
         world.confirmations(world.roster[:4]),
@@ -354,7 +356,7 @@ def test_the_answer_is_on_disk_before_it_is_sent():
     """PROTOCOL D: otherwise a crash in between would let the site answer a second time."""
     for stage, message in (("submit", "survivor_list"), ("confirm", "confirmations")):
         world = world_at(stage)
-        found = world.step("ann", site.Received(getattr(world, message)()))
+        found = world.step("ann", site.MessageFromCoordinator(getattr(world, message)()))
         kinds = [type(effect) for effect in found]
         assert kinds == [Persist, Send]
         restarted = site.replay(world_at(stage).stages["ann"], [found[0].record])
@@ -373,7 +375,7 @@ def test_a_survivor_gone_at_unmask_while_another_dropped_before_submit():
     dropped, gone = "cat", "fay"
     left = tuple(n for n in world.roster if n != dropped)
     for name in left:
-        world.make_vector(name, world.step(name, site.Received(world.delivery(name))))
+        world.make_vector(name, world.step(name, site.MessageFromCoordinator(world.delivery(name))))
     tell(world, dict.fromkeys(left, left))
     for name in left:
         if name != gone:
@@ -395,7 +397,7 @@ def test_a_survivor_list_under_encrypted_is_refused():
 
 def test_leaving_a_round_after_unmask_warns_that_its_sum_may_be_known():
     world = world_at("unmask")
-    found = world.step("ann", site.Refused(TimeoutError("nobody came back")))
+    found = world.step("ann", site.CheckFailed(TimeoutError("nobody came back")))
     assert any("that sum may be known" in getattr(effect, "text", "") for effect in found)
-    quiet = World().advance("shares").step("ann", site.Refused(TimeoutError("early")))
+    quiet = World().advance("shares").step("ann", site.CheckFailed(TimeoutError("early")))
     assert not any(hasattr(effect, "text") for effect in quiet)

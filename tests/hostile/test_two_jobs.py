@@ -24,7 +24,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.schedule import Step
+from fedcore.secagg.protocol.schedule import PlannedRound
 
 OTHER = {"fold": 1, "seed": 7, "lr": 0.25}
 """Settings that decide which rows train, or how, and that no shape of a model shows."""
@@ -48,7 +48,7 @@ def test_two_sites_offered_different_settings_find_no_common_plan(tmp_path, monk
         return asyncio.run(begun(folder, settings, offered)).link.said[-1]
 
     assert isinstance(answer(tmp_path / "1", offered), job_messages.PlanAgreed)
-    assert answer(tmp_path / "2", other) == job_messages.Unable("job", "a", "unable")
+    assert answer(tmp_path / "2", other) == job_messages.SiteUnavailable("job", "a", "unable")
     if key == "lr":
         return  # it is in the plan in clear as well, so there is no rule to switch off
     # Control: without the digest of the settings in the plan, both agree, and a round sums their vectors.
@@ -120,7 +120,7 @@ def patients_in(one, other):
 
 def test_two_offers_that_differ_in_fold_show_no_patient_s_numbers():
     """Measured before: three of three patients whole, by a coordinator alone (issue 10, 1a)."""
-    step = Step("statistics", 0)
+    step = PlannedRound("statistics", 0)
 
     def read(split_of):
         sums = [contribution(fold, split_of(fold), step)[1] for fold in (FOLDS - 1, *range(3))]
@@ -133,7 +133,7 @@ def test_two_offers_that_differ_in_fold_show_no_patient_s_numbers():
 
 def test_two_jobs_that_differ_in_fold_give_the_same_update():
     """And so does the model of each: what the difference of two releases holds is nothing of a row."""
-    step = Step("update", 1)
+    step = PlannedRound("update", 1)
 
     def differs(split_of):
         (one, _), (other, _) = (

@@ -140,7 +140,7 @@ def install(folder):
     from fedcore.secagg.crypto.entropy import OsEntropy
     from fedcore.secagg.protocol import job_messages, messages
     from fedcore.secagg.protocol.round import coordinator
-    from fedcore.secagg.protocol.schedule import Step
+    from fedcore.secagg.protocol.schedule import PlannedRound
     from fedcore.wire import calls
 
     folder = Path(folder)
@@ -159,7 +159,7 @@ def install(folder):
         # what it hears before there is a plan
 
         async def _on_message(self, name, message):
-            if isinstance(message, job_messages.Survey | job_messages.Unable):
+            if isinstance(message, job_messages.SiteSurvey | job_messages.SiteUnavailable):
                 said = getattr(message, "reason", "able")
                 add_row(folder, ANSWERS, {"job": self.id, "site": name, "said": said})
             agreed = isinstance(message, job_messages.PlanAgreed) and self.plan is not None
@@ -192,7 +192,7 @@ def install(folder):
             if 0 < self.attack.stop_after <= self.begun:
                 self.end("stopped", "it has what it wanted")
                 return
-            if self.keeps and isinstance(self.stage, coordinator.Abandoned):
+            if self.keeps and isinstance(self.stage, coordinator.Failed):
                 self.step = self.again  # the product goes on to the next round of training
             super()._next_round()
 
@@ -236,7 +236,7 @@ def install(folder):
         def give_up(self):
             """Nobody hears of the sum; the machine would rather release it, or end the job."""
             header = self.stage.header
-            self.stage = coordinator.Abandoned(header, "release", 0, ())
+            self.stage = coordinator.Failed(header, "release", 0, ())
             for name in header.roster:
                 self.links.say(name, self.id, messages.Abandon(header.digest, "release"))
             self._commit(ended=True)
@@ -280,7 +280,7 @@ def install(folder):
                 return
             state = JobState.from_bytes(Path(self.attack.key, f"state-{self.id}").read_bytes())
             lie = np.full_like(state.server.parameters, self.attack.forge)
-            done = Step(header.purpose, header.training_round)
+            done = PlannedRound(header.purpose, header.training_round)
             forged = replace(state, server=replace(state.server, parameters=lie), done=done)
             secrets = self.colluders()
             certificate = messages.Certificate(header, header.roster, b"x" * 32, b"y" * 32, ())

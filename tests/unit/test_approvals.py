@@ -42,7 +42,7 @@ def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, cap
         approve_offer(tmp_path, "job", offer_digest(found.offer))
         await loading
         assert found.approval == "approved" and found.contributor.loaded == 1
-        assert [type(each) for each in found.link.said] == [job_messages.Survey]
+        assert [type(each) for each in found.link.said] == [job_messages.SiteSurvey]
         return found
 
     found = asyncio.run(play())

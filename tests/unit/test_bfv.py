@@ -755,7 +755,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         )
         wides = {"weight": [1], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
         site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
-        epoch = loopback.KeyEpoch("job", plan)
+        epoch = loopback.InProcessFederation("job", plan)
         total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
         assert total.opened.coordinates.tolist() == [3, 3, 6]
 
@@ -771,14 +771,14 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
                 plan, protection=protection, cipher="keystream",
                 packing=solve_packing(16, 3, protection, cipher="keystream"),
             )
-            epoch = loopback.KeyEpoch("job", stream)
+            epoch = loopback.InProcessFederation("job", stream)
             total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
             assert total.opened.coordinates.tolist() == [3, 3, 6]
         assert "tenseal" not in sys.modules
 
         packing = solve_packing(16, 3, "layered")
         try:
-            loopback.KeyEpoch("job", replace(plan, protection="layered", packing=packing))
+            loopback.InProcessFederation("job", replace(plan, protection="layered", packing=packing))
         except Unavailable as error:
             print(error, "hint:", error.remedy)
     """

@@ -112,10 +112,10 @@ def test_the_label_says_what_the_coordinator_is_given(protection, sites):
 def test_a_site_whose_operator_lets_no_model_go_refuses_the_job_before_a_row_is_read(tmp_path):
     asked = submitted(protect={"release": "coordinator"})
     found = loaded(tmp_path / "1", asked)
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     fine = loaded(tmp_path / "2", asked, release="coordinator")
-    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.SiteSurvey]
 
 
 def test_a_site_agrees_to_it_only_where_the_job_says_so(tmp_path):

@@ -19,7 +19,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
@@ -220,7 +220,7 @@ def test_the_same_job_twice_sends_other_salts_each_round():
 
     for _ in range(2):
         party = Party()
-        epoch = KeyEpoch("job", party.plan)
+        epoch = InProcessFederation("job", party.plan)
         epoch.tap, fields = keep, np.zeros(SPEC.coordinates, dtype=np.uint64)
         for round_ in (1, 1, 2):  # one of training twice
             epoch.protected_sum(

@@ -185,10 +185,13 @@ async def load(found):
 
 def test_a_job_too_many_over_the_same_rows_is_refused(tmp_path, caplog):
     found = asyncio.run(load(spent(tmp_path / "1", 2, ["j1", "j2"])))
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")] and found.survey is None
+    assert (
+        found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
+        and found.survey is None
+    )
     assert "found 2 others over the same rows in 30 days" in caplog.text
     fine = asyncio.run(load(spent(tmp_path / "2", 2, ["j1"])))
-    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.SiteSurvey]
 
 
 def test_of_jobs_offered_at_once_no_more_than_allowed_are_given_a_sum(tmp_path):
@@ -238,9 +241,9 @@ def test_the_digest_of_a_table_is_the_same_in_every_job(tmp_path):
 
 
 def test_missing_values_and_zeros_have_one_form():
-    from fedcore.learning.data.rows import Layout, TableRows
+    from fedcore.learning.data.rows import RowLayout, TableRows
 
-    layout = Layout(("age",), ((0.0, 1.0),), (False,))
+    layout = RowLayout(("age",), ((0.0, 1.0),), (False,))
     fixed, y = np.zeros((2, 0), dtype=np.float32), torch.zeros(2, dtype=torch.int64)
     odd = np.array([[-0.0], [np.uint64(0x7FF8000000000001).view(np.float64)]])
     plain = np.array([[0.0], [np.nan]])

@@ -21,7 +21,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import PLAN_VERSION, RoundHeader, RoundPlan
-from fedcore.secagg.protocol.schedule import Step, check_step, first_step, step_after
+from fedcore.secagg.protocol.schedule import PlannedRound, check_step, first_step, step_after
 
 SETTINGS = {
     "rounds": 3, "seed": 4, "protection": "plain", "arms": ("federated",), "resamples": 0,
@@ -115,7 +115,7 @@ def test_it_does_not_matter_in_which_order_or_company_they_compute(by_hand):
 def test_a_state_survives_its_bytes(by_hand):
     _, _, state = by_hand
     back = JobState.from_bytes(state.to_bytes())
-    assert back.canonical() == state.canonical() and back.done == Step("metrics", 4)
+    assert back.canonical() == state.canonical() and back.done == PlannedRound("metrics", 4)
     assert back.model_sha256 == state.model_sha256 and back.to_bytes() == state.to_bytes()
 
 
@@ -129,7 +129,7 @@ def test_every_part_of_a_state_counts(by_hand):
     _, _, state = by_hand
     server = state.server
     for other in (
-        replace(state, done=Step("update", 3)),
+        replace(state, done=PlannedRound("update", 3)),
         replace(state, statistics=None),
         replace(state, server=replace(server, bound=server.bound * 2)),
         replace(state, server=replace(server, parameters=server.parameters + 1e-12)),
@@ -184,11 +184,11 @@ def whole_course(plan, features):
 
 def test_the_course_of_a_job_is_that_of_the_simulation(by_hand):
     _, plan, _ = by_hand
-    trained = [Step("update", k) for k in (1, 2, 3)]
-    end = [Step("metrics", 4)]
-    first = [Step("statistics", 0), Step("range", 0)]
+    trained = [PlannedRound("update", k) for k in (1, 2, 3)]
+    end = [PlannedRound("metrics", 4)]
+    first = [PlannedRound("statistics", 0), PlannedRound("range", 0)]
     assert whole_course(plan, 20) == first + trained + end
-    assert whole_course(plan, 0) == [Step("range", 0), *trained, *end]
+    assert whole_course(plan, 0) == [PlannedRound("range", 0), *trained, *end]
     fixed = replace(plan, range=replace(plan.range, start=1.0))
     assert whole_course(fixed, 0) == trained + end
     assert statistics_vector(20, CAP).purpose == first[0].purpose
@@ -196,11 +196,11 @@ def test_the_course_of_a_job_is_that_of_the_simulation(by_hand):
 
 def test_an_abandoned_step_is_tried_again_only_where_nothing_can_follow_without_it(by_hand):
     _, plan, _ = by_hand
-    for step in (Step("statistics", 0), Step("range", 0)):
+    for step in (PlannedRound("statistics", 0), PlannedRound("range", 0)):
         assert step_after(plan, step, released=False) == step
-    assert step_after(plan, Step("update", 1), released=False) == Step("update", 2)
-    assert step_after(plan, Step("update", 3), released=False) == Step("metrics", 4)
-    assert step_after(plan, Step("metrics", 4), released=False) is None
+    assert step_after(plan, PlannedRound("update", 1), released=False) == PlannedRound("update", 2)
+    assert step_after(plan, PlannedRound("update", 3), released=False) == PlannedRound("metrics", 4)
+    assert step_after(plan, PlannedRound("metrics", 4), released=False) is None
 
 
 def test_a_site_takes_the_next_step_and_no_earlier_or_strange_one(by_hand):
@@ -212,12 +212,14 @@ def test_a_site_takes_the_next_step_and_no_earlier_or_strange_one(by_hand):
         for earlier in course[:place]:
             with pytest.raises(HeaderRefused):
                 check_step(plan, 20, done, header(plan, earlier.purpose, earlier.training_round))
-    check_step(plan, 20, Step("update", 1), header(plan, "update", 3))  # round 2 was abandoned
+    check_step(
+        plan, 20, PlannedRound("update", 1), header(plan, "update", 3)
+    )  # round 2 was abandoned
     for done, purpose, number in (
-        (None, "range", 0), (None, "update", 1), (Step("statistics", 0), "update", 1),
-        (Step("update", 1), "update", 4), (Step("update", 1), "metrics", 3),
-        (Step("range", 0), "update", 0), (Step("metrics", 4), "metrics", 4),
-        (Step("metrics", 4), "update", 3), (Step("update", 1), "other", 2),
+        (None, "range", 0), (None, "update", 1), (PlannedRound("statistics", 0), "update", 1),
+        (PlannedRound("update", 1), "update", 4), (PlannedRound("update", 1), "metrics", 3),
+        (PlannedRound("range", 0), "update", 0), (PlannedRound("metrics", 4), "metrics", 4),
+        (PlannedRound("metrics", 4), "update", 3), (PlannedRound("update", 1), "other", 2),
     ):  # fmt: skip
         with pytest.raises(HeaderRefused):
             check_step(plan, 20, done, header(plan, purpose, number))

@@ -262,7 +262,7 @@ def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sit
 def test_a_refusal_is_one_line_here_and_one_word_there(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     found = loaded(tmp_path, submitted(train={"batch_size": 7}))
-    assert found.link.said == [job.Unable("job", "a", "policy")]
+    assert found.link.said == [job.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     (record,) = caplog.records
     line = record.getMessage()
@@ -274,7 +274,7 @@ def test_a_refusal_is_one_line_here_and_one_word_there(tmp_path, caplog):
 def test_the_word_is_said_again_in_every_session(tmp_path):
     found = loaded(tmp_path, submitted(train={"batch_size": 7}))
     asyncio.run(found._reconnected())
-    assert found.link.said == [job.Unable("job", "a", "policy")] * 2
+    assert found.link.said == [job.SiteUnavailable("job", "a", "policy")] * 2
     assert "train.batch_size" in found.last_error
 
 
@@ -298,7 +298,7 @@ def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, monkeypatch):
     assert isinstance(fine.link.said[-1], job.PlanAgreed)
     monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
     found = planned(tmp_path / "2", release="sites")
-    assert found.link.said[-1] == job.Unable("job", "a", "policy") and found.plan is None
+    assert found.link.said[-1] == job.SiteUnavailable("job", "a", "policy") and found.plan is None
 
 
 def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, monkeypatch):

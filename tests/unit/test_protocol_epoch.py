@@ -77,7 +77,9 @@ def test_stages_and_messages_survive_their_bytes():
     while epochs.queue:
         sender, to, message = epochs.queue.popleft()
         again = decode(encode(message), type(message))
-        epochs.step(to, epoch.FromSite(sender, again) if to == HUB else epoch.FromHub(again))
+        epochs.step(
+            to, epoch.FromSite(sender, again) if to == HUB else epoch.FromCoordinator(again)
+        )
         for stage in epochs.stages.values():
             stages[type(stage)] = None
             assert encode(decode(encode(stage), type(stage))) == encode(stage)
@@ -114,15 +116,15 @@ HEADERS = {
 @pytest.mark.parametrize("what", HEADERS)
 def test_a_call_that_differs_from_what_the_operator_approved_is_refused(what):
     epochs = Epochs()
-    call = epoch.FromHub(epoch.EpochCall(epochs.header(**HEADERS[what])))
+    call = epoch.FromCoordinator(epoch.EpochCall(epochs.header(**HEADERS[what])))
     assert epochs.refused("s01", call, HeaderRefused, match=what) == HUB
-    epochs.step("s01", epoch.FromHub(epoch.EpochCall(epochs.header())))
+    epochs.step("s01", epoch.FromCoordinator(epoch.EpochCall(epochs.header())))
     assert isinstance(epochs.stages["s01"], epoch.Offered)
 
 
 def test_a_call_with_a_stranger_as_maker_is_refused():
     epochs = Epochs()
-    call = epoch.FromHub(epoch.EpochCall(epochs.header(maker="eve")))
+    call = epoch.FromCoordinator(epoch.EpochCall(epochs.header(maker="eve")))
     epochs.refused("s01", call, RosterRefused, match="eve")
 
 
@@ -130,12 +132,12 @@ def test_an_epoch_number_is_used_once():
     """An identical call gets the identical key; another one of the same or a lower number none."""
     epochs = Epochs()
     epochs.begin(5).pump()
-    (same,) = epochs.step("s01", epoch.FromHub(epoch.EpochCall(epochs.header(5))))
+    (same,) = epochs.step("s01", epoch.FromCoordinator(epoch.EpochCall(epochs.header(5))))
     assert encode(same.message) == encode(epochs.stages["s01"].key)
     for header in (epochs.header(5, "s02"), epochs.header(4), epochs.header(1)):
-        epochs.refused("s01", epoch.FromHub(epoch.EpochCall(header)), StaleEpoch)
+        epochs.refused("s01", epoch.FromCoordinator(epoch.EpochCall(header)), StaleEpoch)
         epochs.refused(HUB, epoch.StartEpoch(header), StaleEpoch)
-    epochs.step("s01", epoch.FromHub(epoch.EpochCall(epochs.header(6))))
+    epochs.step("s01", epoch.FromCoordinator(epoch.EpochCall(epochs.header(6))))
 
 
 # -------------------------------------------------------------------------------- the maker
@@ -148,7 +150,7 @@ def at_maker():
 
 def test_the_maker_makes_for_the_keys_of_the_epoch():
     epochs, request = at_maker()
-    epochs.step("s00", epoch.FromHub(request))
+    epochs.step("s00", epoch.FromCoordinator(request))
     assert isinstance(epochs.stages["s00"], epoch.Holding)
     (grants,) = [m for m in epochs.log if isinstance(m, epoch.Grants)]
     assert [g.recipient for g in grants.grants] == ["s01", "s02", "s03"]
@@ -175,16 +177,16 @@ def test_the_maker_refuses_keys_that_are_not_the_sites_own():
         ((first, first, second, *rest), ListRefused, HUB),
         ((second, first, *rest), ListRefused, HUB),
     ):
-        wrong = epoch.FromHub(replace(request, keys=keys))
+        wrong = epoch.FromCoordinator(replace(request, keys=keys))
         assert epochs.refused("s00", wrong, error) == fault
-    other = epoch.FromHub(replace(request, header=b"0" * 32))
+    other = epoch.FromCoordinator(replace(request, header=b"0" * 32))
     assert epochs.refused("s00", other, StaleEpoch) == HUB
-    epochs.step("s00", epoch.FromHub(request))  # the control
+    epochs.step("s00", epoch.FromCoordinator(request))  # the control
 
 
 def test_only_the_maker_makes():
     epochs, request = at_maker()
-    epochs.refused("s01", epoch.FromHub(request), OutOfOrder, match="s00")
+    epochs.refused("s01", epoch.FromCoordinator(request), OutOfOrder, match="s00")
     assert "s01" not in epochs.installed
 
 
@@ -202,7 +204,9 @@ def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
     assert (header.epoch, header.maker) == (2, "s01")
     epochs.silent = {"s00", "s01"}  # now the next one is asked, and falls silent as well
     epochs.pump()
-    epochs.step("s01", epoch.FromHub(epoch.EpochCall(header)))  # its key arrives, and no grants
+    epochs.step(
+        "s01", epoch.FromCoordinator(epoch.EpochCall(header))
+    )  # its key arrives, and no grants
     epochs.pump()
     assert isinstance(epochs.stages[HUB], epoch.Granting), "s00 is not waited for a second time"
     epochs.now = 200.0
@@ -225,11 +229,11 @@ def test_who_is_not_there_is_not_waited_for_and_joins_late():
     assert isinstance(epochs.stages[HUB], epoch.Granting)
     assert epoch.awaited_in(epochs.stages[HUB]) == ("s00",), "a person sees that the maker is asked"
     request = epoch.EpochKeys(epochs.header().digest, epochs.stages[HUB].keys)
-    epochs.step("s00", epoch.FromHub(request))
+    epochs.step("s00", epoch.FromCoordinator(request))
     epochs.pump()
     assert epochs.stages[HUB].holders == present and epoch.awaited_in(epochs.stages[HUB]) == ()
     epochs.silent = set()
-    epochs.step(HUB, epoch.Reconnected("s02"))
+    epochs.step(HUB, epoch.SiteReturned("s02"))
     epochs.pump()
     assert epochs.stages[HUB].holders == epochs.sites
 
@@ -264,7 +268,7 @@ def at_grant(to="s02"):
 def by_maker(epochs, granted, **changes):
     """The maker's own grant, altered and signed by it again: a lying maker, no forger."""
     grant = sign(replace(granted.grant, **changes), epochs.members["s00"].identity)
-    return epoch.FromHub(replace(granted, grant=grant))
+    return epoch.FromCoordinator(replace(granted, grant=grant))
 
 
 def test_a_maker_that_names_another_key_id_is_caught():
@@ -275,11 +279,14 @@ def test_a_maker_that_names_another_key_id_is_caught():
     member = epochs.members["s00"]
     lie = epoch._grant(member, maker, to, SecretBytes(b"another payload"), name)
     fault = epochs.refused(
-        "s02", epoch.FromHub(replace(granted, grant=lie)), KeyRefused, match="another payload"
+        "s02",
+        epoch.FromCoordinator(replace(granted, grant=lie)),
+        KeyRefused,
+        match="another payload",
     )
     assert fault == "s00" and "s02" not in epochs.installed
     honest = epoch._grant(member, maker, to, PAYLOAD, name)
-    epochs.step("s02", epoch.FromHub(replace(granted, grant=honest)))
+    epochs.step("s02", epoch.FromCoordinator(replace(granted, grant=honest)))
     assert epochs.stages["s02"].payload.reveal() == PAYLOAD.reveal()
 
 
@@ -297,7 +304,7 @@ def test_a_maker_with_a_payload_for_each_is_found_out_by_the_signed_key_ids():
     lie = epoch._grant(
         epochs.members["s00"], epochs.stages["s00"], to, other, key_id(other.reveal())
     )
-    epochs.step("s02", epoch.FromHub(replace(granted, grant=lie)))
+    epochs.step("s02", epoch.FromCoordinator(replace(granted, grant=lie)))
     epochs.pump()
     ids = {held.site: held.key_id for held in epochs.stages[HUB].held}
     assert len(set(ids.values())) == 2
@@ -315,22 +322,24 @@ def test_a_maker_with_a_payload_for_each_is_found_out_by_the_signed_key_ids():
     bundle = messages.KeyBundle(keys[0].header, tuple(keys))
     for name in epochs.sites:
         with pytest.raises(StateDiffers, match="key id"):
-            parties.step(name, site.Received(bundle))
+            parties.step(name, site.MessageFromCoordinator(bundle))
     alike = messages.KeyBundle(keys[0].header, tuple(k for k in keys if k.site != "s02"))
-    parties.step("s00", site.Received(alike))  # the control
+    parties.step("s00", site.MessageFromCoordinator(alike))  # the control
     assert isinstance(parties.stages["s00"], site.Shared)
 
 
 def test_a_grant_for_another_site_or_another_key_is_refused():
     epochs, granted = at_grant("s01")
     other = epochs.until(epoch.Granted, "s02")
-    assert epochs.refused("s01", epoch.FromHub(other), KeyRefused, match="recipient") == "s00"
+    assert (
+        epochs.refused("s01", epoch.FromCoordinator(other), KeyRefused, match="recipient") == "s00"
+    )
     renamed = by_maker(epochs, other, recipient="s01")
     epochs.refused("s01", renamed, KeyRefused, match="recipient or key")
     mine = granted.grant.recipient_key
     moved = by_maker(epochs, other, recipient="s01", recipient_key=mine)
     assert epochs.refused("s01", moved, EnvelopeRefused) == "s00"
-    epochs.step("s01", epoch.FromHub(granted))
+    epochs.step("s01", epoch.FromCoordinator(granted))
     assert "s01" in epochs.installed
 
 
@@ -341,21 +350,23 @@ def test_a_tampered_envelope_is_refused(place):
     changed = bytearray(granted.grant.envelope)
     changed[place] ^= 1
     tampered = replace(granted, grant=replace(granted.grant, envelope=bytes(changed)))
-    assert epochs.refused("s02", epoch.FromHub(tampered), SignatureRefused) == "s00"
+    assert epochs.refused("s02", epoch.FromCoordinator(tampered), SignatureRefused) == "s00"
     signed = by_maker(epochs, granted, envelope=bytes(changed))
     assert epochs.refused("s02", signed, EnvelopeRefused) == "s00"
     for envelope in (b"", bytes(1088), bytes(1200)):
         epochs.refused("s02", by_maker(epochs, granted, envelope=envelope), EnvelopeRefused)
-    epochs.step("s02", epoch.FromHub(granted))
+    epochs.step("s02", epoch.FromCoordinator(granted))
 
 
 def test_a_granter_s_key_must_be_signed_and_its_own():
     epochs, granted = at_grant()
     others = {key.site: key for key in epochs.stages[HUB].keys}
-    wrong = epoch.FromHub(replace(granted, granter=others["s01"]))
+    wrong = epoch.FromCoordinator(replace(granted, granter=others["s01"]))
     epochs.refused("s02", wrong, KeyRefused)
     unsigned = replace(others["s01"], site="s00")
-    epochs.refused("s02", epoch.FromHub(replace(granted, granter=unsigned)), SignatureRefused)
+    epochs.refused(
+        "s02", epoch.FromCoordinator(replace(granted, granter=unsigned)), SignatureRefused
+    )
 
 
 def test_a_grant_of_an_earlier_epoch_is_not_taken_again():
@@ -364,7 +375,7 @@ def test_a_grant_of_an_earlier_epoch_is_not_taken_again():
     epochs.payload = SecretBytes(b"the second payload")
     epochs.begin(2)
     new = epochs.until(epoch.Granted, "s02")
-    assert epochs.refused("s02", epoch.FromHub(old), StaleEpoch) == "s00"
+    assert epochs.refused("s02", epoch.FromCoordinator(old), StaleEpoch) == "s00"
     late = replace(
         old, granter=new.granter
     )  # a maker that dresses its old envelope up as a new one
@@ -372,15 +383,15 @@ def test_a_grant_of_an_earlier_epoch_is_not_taken_again():
     epochs.refused("s02", by_maker(epochs, late, header=header), KeyRefused)
     dressed = by_maker(epochs, late, header=header, recipient_key=mine)
     epochs.refused("s02", dressed, EnvelopeRefused)
-    epochs.step("s02", epoch.FromHub(new))
+    epochs.step("s02", epoch.FromCoordinator(new))
     assert epochs.installed["s02"][-1].payload.reveal() == b"the second payload"
 
 
 def test_a_grant_heard_twice_installs_once():
     epochs, granted = at_grant()
-    epochs.step("s02", epoch.FromHub(granted))
+    epochs.step("s02", epoch.FromCoordinator(granted))
     held = epochs.stages["s02"].held
-    (again,) = epochs.step("s02", epoch.FromHub(granted))
+    (again,) = epochs.step("s02", epoch.FromCoordinator(granted))
     assert encode(again.message) == encode(held) and len(epochs.installed["s02"]) == 1
     other = by_maker(epochs, granted, key_id=b"i" * 32)
     epochs.refused("s02", other, OutOfOrder)
@@ -394,7 +405,7 @@ def test_a_late_joiner_gets_the_same_payload_from_any_holder():
         epochs = with_late_joiner()
         granted = granted_by(epochs, holder)
         assert granted.grant.site == holder
-        epochs.step("s03", epoch.FromHub(granted))
+        epochs.step("s03", epoch.FromCoordinator(granted))
         epochs.pump()
         assert epochs.installed["s03"][0].payload.reveal() == PAYLOAD.reveal()
         assert epochs.stages[HUB].holders == epochs.sites
@@ -417,9 +428,9 @@ def test_a_late_joiner_asks_for_a_threshold_of_signed_key_ids():
         ((first, second, another), KeyRefused),
         ((first, second, stale), StaleEpoch),
     ):
-        epochs.refused("s03", epoch.FromHub(replace(granted, held=held)), error)
+        epochs.refused("s03", epoch.FromCoordinator(replace(granted, held=held)), error)
     assert "s03" not in epochs.installed
-    epochs.step("s03", epoch.FromHub(granted))
+    epochs.step("s03", epoch.FromCoordinator(granted))
     assert "s03" in epochs.installed
 
 
@@ -431,7 +442,7 @@ def test_a_holder_that_hands_on_another_payload_is_caught():
     lie = epoch._grant(
         epochs.members["s01"], epochs.stages["s01"], to, other, key_id(other.reveal())
     )
-    wrong = epoch.FromHub(replace(granted, grant=lie))
+    wrong = epoch.FromCoordinator(replace(granted, grant=lie))
     epochs.refused("s03", wrong, KeyRefused, match="key id")
     assert "s03" not in epochs.installed
 
@@ -441,9 +452,9 @@ def test_a_holder_checks_the_key_it_seals_to():
     epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
     _, _, request = epochs.queue.popleft()
     eve = replace(request.key, key=epochs.stages["s01"].key.key)
-    epochs.refused("s01", epoch.FromHub(epoch.GrantRequest(eve)), SignatureRefused)
+    epochs.refused("s01", epoch.FromCoordinator(epoch.GrantRequest(eve)), SignatureRefused)
     stale = sign(replace(request.key, header=b"0" * 32), epochs.members["s03"].identity)
-    epochs.refused("s01", epoch.FromHub(epoch.GrantRequest(stale)), StaleEpoch)
+    epochs.refused("s01", epoch.FromCoordinator(epoch.GrantRequest(stale)), StaleEpoch)
 
 
 # ------------------------------------------------------------------------- the coordinator
@@ -500,7 +511,7 @@ def test_the_coordinator_carries_grants_between_sites_with_keys_of_the_epoch_onl
 def test_whatever_else_a_site_says_is_refused_by_name():
     """At every stage of both roles, with every message of the epoch; nothing untyped comes out."""
     epochs = with_late_joiner()
-    epochs.step("s03", epoch.FromHub(granted_by(epochs, "s01")))
+    epochs.step("s03", epoch.FromCoordinator(granted_by(epochs, "s01")))
     epochs.pump()
     kinds = {type(message): message for message in epochs.log}
     assert len(kinds) == 8

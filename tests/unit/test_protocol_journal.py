@@ -72,9 +72,9 @@ def test_every_prefix_of_a_journal_gives_the_live_stage(protection, gone, refuse
 def answers_again(parties, who, stage, to):
     """What a party that comes back from the disk in this stage sends to `to`."""
     if who == HUB:
-        _, found = coordinator.step(parties.hub, stage, coordinator.Reconnected(to), 0.0)
+        _, found = coordinator.step(parties.hub, stage, coordinator.SiteReconnected(to), 0.0)
     else:
-        _, found = site.step(parties.members[who], stage, site.Reconnected(), 0.0)
+        _, found = site.step(parties.members[who], stage, site.SessionRestored(), 0.0)
     return [encode(e.message) for e in found if isinstance(e, effects.Send)]
 
 
@@ -100,7 +100,7 @@ def test_what_is_on_disk_before_a_message_leaves_says_it_again_byte_for_byte(pro
                     if isinstance(stage, coordinator.Released):  # to who is not in the sum
                         assert to not in stage.certificate.survivors
                     else:
-                        assert isinstance(stage, coordinator.Abandoned) and stage.stage == name
+                        assert isinstance(stage, coordinator.Failed) and stage.stage == name
                 case effects.Send(message=messages.Notice()):
                     pass  # for the logs of others: lost with the process, and nobody waits for it
                 case effects.Send(to=to, message=message):
@@ -116,7 +116,7 @@ def test_what_is_on_disk_before_a_message_leaves_says_it_again_byte_for_byte(pro
                     assert stage.standing.certificate == certificate.hash
                 case effects.Erase():
                     assert isinstance(stage, site.Idle | site.Halted)
-                case effects.Fold(submit=submit):
+                case effects.FoldUpload(submit=submit):
                     assert submit in stage.submissions
                 case effects.RemoveMasks(masks=masks):
                     assert isinstance(stage, coordinator.Summing)
@@ -127,7 +127,13 @@ def test_what_is_on_disk_before_a_message_leaves_says_it_again_byte_for_byte(pro
     expected = said if protection == "masked" else unmasked
     # A notice is for people's logs: lost with its connection, and nobody waits for it.
     assert seen >= expected - {messages.Leave, messages.Abandon, messages.Notice}
-    assert seen >= {effects.MakeVector, effects.OpenSum, effects.Apply, effects.Erase, effects.Fold}
+    assert seen >= {
+        effects.MakeVector,
+        effects.OpenSum,
+        effects.Apply,
+        effects.Erase,
+        effects.FoldUpload,
+    }
 
 
 def last_words(parties, who):
@@ -195,7 +201,7 @@ def test_the_restarts_above_meet_every_stage():
             for steps in range(1, 31):
                 met[who].add(type(interrupted(protection, who, steps).stages[who]))
         masked = protection == "masked"
-        hub = {*coordinator.MOVES} - {coordinator.Ready, coordinator.Abandoned}
+        hub = {*coordinator.MOVES} - {coordinator.Ready, coordinator.Failed}
         expected = {*site.IN_ROUND, site.Idle}
         if not masked:
             expected = {site.Idle, site.Masking, site.Submitted, site.Opening, site.Stated}
@@ -220,26 +226,28 @@ def stopped_before(kind, who="s00", **absences):
 
 def other_bundle(parties, event):
     """The same bundle without the last site: the coordinator thins it."""
-    return site.Received(replace(event.message, keys=event.message.keys[:-1]))
+    return site.MessageFromCoordinator(replace(event.message, keys=event.message.keys[:-1]))
 
 
 def other_delivery(parties, event):
     found = event.message
-    return site.Received(
+    return site.MessageFromCoordinator(
         replace(found, heads=found.heads[:-1], parcels=found.parcels[:-1])
     )  # fmt: skip
 
 
 def other_list(parties, event):
-    return site.Received(replace(event.message, submissions=event.message.submissions[:-1]))
+    return site.MessageFromCoordinator(
+        replace(event.message, submissions=event.message.submissions[:-1])
+    )
 
 
 def other_confirms(parties, event):
-    return site.Received(replace(event.message, confirms=event.message.confirms[:-1]))
+    return site.MessageFromCoordinator(replace(event.message, confirms=event.message.confirms[:-1]))
 
 
 def other_sum(parties, event):
-    return site.Received(replace(event.message, digest=b"d" * 32))
+    return site.MessageFromCoordinator(replace(event.message, digest=b"d" * 32))
 
 
 def other_announce(parties, event):
@@ -318,7 +326,7 @@ def signed_otherwise(parties, event):
             new = replace(message, answers=message.answers[::-1])
         case messages.Statement():
             new = sign(replace(message, state_mac=b"z" * 32), identity)
-    return coordinator.Received("s01", new)
+    return coordinator.MessageFromSite("s01", new)
 
 
 @pytest.mark.parametrize("stage", get_args(coordinator.Waiting), ids=lambda stage: stage.__name__)

@@ -11,7 +11,7 @@ from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, ThresholdRefu
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 
 
 def lose(parties, name, kind):
@@ -30,7 +30,7 @@ def lose(parties, name, kind):
 def end(parties):
     """Let the coordinator's deadlines pass; the sites' clocks stand still."""
     parties.pump()
-    while not isinstance(parties.stages[HUB], coordinator.Released | coordinator.Abandoned):
+    while not isinstance(parties.stages[HUB], coordinator.Released | coordinator.Failed):
         parties.now = parties.stages[HUB].until
         parties.step(HUB, coordinator.Tick())
         parties.pump()
@@ -53,7 +53,7 @@ def test_a_later_announcement_ends_a_round_whose_end_was_lost(kind, stage, relea
     parties.begin(**({} if released else {"s00": stage, "s02": stage}))
     end(parties)
     assert isinstance(parties.stages["s01"], site.IN_ROUND)
-    ended = coordinator.Released if released else coordinator.Abandoned
+    ended = coordinator.Released if released else coordinator.Failed
     assert isinstance(parties.stages[HUB], ended)
     del parties.absent
     for name in ("s00", "s02", "s03"):
@@ -79,7 +79,7 @@ def test_a_later_announcement_ends_a_round_whose_end_was_lost(kind, stage, relea
 
 def test_nobody_waits_for_a_site_that_declines_an_invitation():
     parties = Parties(4)
-    parties.stages["s02"] = site.Idle(Standing(7, KEY_ID))
+    parties.stages["s02"] = site.Idle(SiteProgress(7, KEY_ID))
     last = parties.play()
     assert last.certificate.survivors == ("s00", "s01", "s03") and parties.now == 0.0
     assert [type(error).__name__ for _, _, error in parties.refusals] == ["StaleEpoch"]
@@ -99,7 +99,7 @@ def test_a_stage_that_begins_with_too_few_sites_ends_at_once():
         parties.step(HUB, coordinator.Gone(name))
     parties.step(HUB, keys[3])
     last = parties.stages[HUB]
-    assert isinstance(last, coordinator.Abandoned) and (last.stage, last.left) == ("shares", 2)
+    assert isinstance(last, coordinator.Failed) and (last.stage, last.left) == ("shares", 2)
 
 
 @pytest.mark.parametrize("protection", ["masked", "encrypted"])
@@ -162,7 +162,7 @@ def test_a_departure_for_any_other_reason_carries_nothing():
     parties = Parties(4)
     parties.begin()
     parties.pump(until=lambda: isinstance(parties.stages["s01"], site.Shared))
-    found = parties.step("s01", site.Refused(RuntimeError("an operator says no"), b"why"))
+    found = parties.step("s01", site.CheckFailed(RuntimeError("an operator says no"), b"why"))
     told = [effect.message for effect in found if isinstance(effect, effects.Send)]
     assert [(leave.code, leave.sealed) for leave in told] == [("left", b"")]
 
@@ -173,7 +173,7 @@ def test_a_departure_for_any_other_reason_carries_nothing():
 def connect_anew(epochs):
     """Every connection is new: both ends say again what may not have arrived."""
     for name in epochs.sites:
-        epochs.step(HUB, epoch.Reconnected(name))
+        epochs.step(HUB, epoch.SiteReturned(name))
         epochs.step(name, epoch.Again())
     epochs.pump()
 
@@ -192,7 +192,7 @@ def test_any_message_of_a_key_epoch_may_be_lost(place):
     for count in range(place + 1):
         sender, to, message = epochs.queue.popleft()
         if count < place:
-            event = epoch.FromSite(sender, message) if to == HUB else epoch.FromHub(message)
+            event = epoch.FromSite(sender, message) if to == HUB else epoch.FromCoordinator(message)
             epochs.step(to, event)
     epochs.pump()
     for _ in range(2):
@@ -212,22 +212,22 @@ def test_a_maker_that_dies_while_it_makes_makes_again():
     epochs.begin()
     request = epochs.until(epoch.EpochKeys, "s00")
     making, found = epoch.step_site(
-        epochs.members["s00"], epochs.stages["s00"], epoch.FromHub(request)
+        epochs.members["s00"], epochs.stages["s00"], epoch.FromCoordinator(request)
     )
     assert [type(e) for e in found] == [effects.Persist, epoch.MakeSecrets]
-    for event in (epoch.Again(), epoch.FromHub(request)):
+    for event in (epoch.Again(), epoch.FromCoordinator(request)):
         same, found = epoch.step_site(epochs.members["s00"], making, event)
         assert same is making and [type(e) for e in found] == [epoch.MakeSecrets]
     other = replace(request, keys=request.keys[:3])
     with pytest.raises(OutOfOrder):
-        epoch.step_site(epochs.members["s00"], making, epoch.FromHub(other))
+        epoch.step_site(epochs.members["s00"], making, epoch.FromCoordinator(other))
 
 
 def test_a_late_joiner_whose_request_or_grant_was_lost_is_served_at_its_next_connection():
     epochs = with_late_joiner()
     epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
     epochs.queue.clear()
-    epochs.step(HUB, epoch.Reconnected("s03"))
+    epochs.step(HUB, epoch.SiteReturned("s03"))
     assert isinstance(epochs.queue[0][2], epoch.GrantRequest)
     epochs.pump()
     assert epochs.stages[HUB].holders == epochs.sites
@@ -239,8 +239,8 @@ def test_a_late_joiner_that_the_maker_serves_asks_for_the_signed_key_ids_too():
     granted = granted_by(epochs, "s00")
     assert granted.grant.site == epochs.stages[HUB].header.maker and len(granted.held) == 3
     short = replace(granted, held=granted.held[:2])
-    assert epochs.refused("s03", epoch.FromHub(short), ThresholdRefused) == HUB
-    epochs.step("s03", epoch.FromHub(granted))
+    assert epochs.refused("s03", epoch.FromCoordinator(short), ThresholdRefused) == HUB
+    epochs.step("s03", epoch.FromCoordinator(granted))
     assert isinstance(epochs.stages["s03"], epoch.Holding)
 
 
@@ -248,10 +248,10 @@ def test_only_the_maker_is_asked_again_for_everybodys_grants():
     epochs = Epochs()
     epochs.begin()
     request = epochs.until(epoch.EpochKeys, "s00")
-    epochs.step("s00", epoch.FromHub(request))
+    epochs.step("s00", epoch.FromCoordinator(request))
     epochs.pump()
-    assert epochs.refused("s01", epoch.FromHub(request), OutOfOrder) == HUB
-    epochs.step("s00", epoch.FromHub(request))
+    assert epochs.refused("s01", epoch.FromCoordinator(request), OutOfOrder) == HUB
+    epochs.step("s00", epoch.FromCoordinator(request))
     sent = [message for _, _, message in epochs.queue]
     assert [type(message) for message in sent] == [epoch.Grants, epoch.KeyHeld]
     assert [grant.recipient for grant in sent[0].grants] == ["s01", "s02", "s03"]

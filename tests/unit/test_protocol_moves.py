@@ -21,7 +21,7 @@ from fedcore.secagg.protocol.shared import answered
 from fedcore.secagg.protocol.wire_form import encode
 
 MACHINES = {"site": site, "coordinator": coordinator}
-ENDED = coordinator.Ready | coordinator.Released | coordinator.Abandoned
+ENDED = coordinator.Ready | coordinator.Released | coordinator.Failed
 
 
 def disturb(parties, draw):
@@ -37,11 +37,11 @@ def disturb(parties, draw):
     elif what == 2 and not isinstance(parties.stages[HUB], ENDED):
         parties.step(HUB, coordinator.Gone(name))
     elif what == 3 and in_round:
-        parties.deliver(name, site.Refused(RuntimeError("an operator says no")))
+        parties.deliver(name, site.CheckFailed(RuntimeError("an operator says no")))
     elif what == 4 and in_round:
         parties.step(name, site.Tick())
     elif what == 5 and in_round:
-        parties.step(name, site.Reconnected())
+        parties.step(name, site.SessionRestored())
     elif not isinstance(parties.stages[HUB], ENDED):
         parties.step(HUB, coordinator.Tick())
 
@@ -107,7 +107,7 @@ def machine_of(step):
 def event_of(step):
     """What its table calls the event: the type of a received message, else of the event."""
     event = step.event
-    received = isinstance(event, site.Received | coordinator.Received)
+    received = isinstance(event, site.MessageFromCoordinator | coordinator.MessageFromSite)
     return type(event.message) if received else type(event)
 
 
@@ -139,7 +139,7 @@ def test_every_step_of_random_rounds_is_in_the_table(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_rounds_end_and_leave_nobody_behind(seed):
     parties = played(seed)
-    assert isinstance(parties.stages[HUB], coordinator.Released | coordinator.Abandoned)
+    assert isinstance(parties.stages[HUB], coordinator.Released | coordinator.Failed)
     for name in parties.sites:
         assert isinstance(parties.stages[name], site.Idle | site.Halted)
         standing = parties.stages[name].standing
@@ -166,8 +166,8 @@ def test_random_rounds_reach_every_stage_and_both_ends():
             for kind, (_, targets) in moves.items()
             for after in targets
             if kind not in common(machine)
-            if before not in {site.Halted, coordinator.Released, coordinator.Abandoned}
-            and after not in {site.Idle, coordinator.Abandoned} and before is not after
+            if before not in {site.Halted, coordinator.Released, coordinator.Failed}
+            and after not in {site.Idle, coordinator.Failed} and before is not after
         }  # fmt: skip
         assert own and own <= edges[name], own - edges[name]
 
@@ -194,33 +194,33 @@ def samples():
     stages, events = found["site"]
     stages[site.Halted] = site.Halted(stages[site.Idle].standing)
     for event in (
-        site.Refused(RoundAbandoned("keys", 1, 2)), site.Reconnected(),
+        site.CheckFailed(RoundAbandoned("keys", 1, 2)), site.SessionRestored(),
         site.Restarted(), site.Tick(), site.CaughtUp(certificate, certificate.state_mac),
         site.NewEpoch(2, hashed("key")), site.Invited(messages.Announce(parties.header()), STATE),
         site.Superseded(), site.Declined(parties.header()),
         site.OwnSignature(certificate.statement(*certificate.signatures[0]), certificate.header),
-        site.Received(messages.Notice(certificate.header.digest, "s01", b"sealed")),
-        site.Received(messages.Leave(b"h", "s01", "left")), site.Received("anything"),
-        site.Received(certificate), site.Received(None),
+        site.MessageFromCoordinator(messages.Notice(certificate.header.digest, "s01", b"sealed")),
+        site.MessageFromCoordinator(messages.Leave(b"h", "s01", "left")), site.MessageFromCoordinator("anything"),
+        site.MessageFromCoordinator(certificate), site.MessageFromCoordinator(None),
     ):  # fmt: skip
         events.setdefault(kind_of(event), event)
     stages, events = found["coordinator"]
     leave = messages.Leave(certificate.header.digest, "s00", "left")
     for event in (
-        coordinator.Restarted(), coordinator.Reconnected("s00"), coordinator.Gone("s00"),
-        coordinator.Tick(), coordinator.Received("s00", leave),
+        coordinator.Restarted(), coordinator.SiteReconnected("s00"), coordinator.Gone("s00"),
+        coordinator.Tick(), coordinator.MessageFromSite("s00", leave),
     ):  # fmt: skip
         events.setdefault(kind_of(event), event)
     for kind, event in found["site"][1].items():  # nobody may say the coordinator's part to it
-        if isinstance(event, site.Received) and kind not in events:
-            events[kind] = coordinator.Received("s00", event.message)
+        if isinstance(event, site.MessageFromCoordinator) and kind not in events:
+            events[kind] = coordinator.MessageFromSite("s00", event.message)
     for kind, event in list(found["coordinator"][1].items()):  # or a site's to a site
-        if isinstance(event, coordinator.Received) and kind not in found["site"][1]:
-            found["site"][1][kind] = site.Received(event.message)
+        if isinstance(event, coordinator.MessageFromSite) and kind not in found["site"][1]:
+            found["site"][1][kind] = site.MessageFromCoordinator(event.message)
     submit = next(s.event.submit for s in parties.log if event_of(s) is coordinator.Uploaded) if any(
         event_of(s) is coordinator.Uploaded for s in parties.log
     ) else found["coordinator"][1][coordinator.Uploaded].submit  # fmt: skip
-    events[messages.Submit] = coordinator.Received(submit.site, submit)
+    events[messages.Submit] = coordinator.MessageFromSite(submit.site, submit)
     return found, parties
 
 
@@ -338,7 +338,7 @@ def test_the_coordinator_waits_at_no_stage_before_exposure_for_ever(kind):
     same, found = coordinator.step(parties.hub, stage, coordinator.Tick(), 49.9)
     assert same is stage and not found
     after, found = coordinator.step(parties.hub, stage, coordinator.Tick(), 50.0)
-    assert isinstance(after, coordinator.Abandoned) and after.left == 0
+    assert isinstance(after, coordinator.Failed) and after.left == 0
     assert after.stage == coordinator.STAGE_NAMES[kind]
     told = [e.to for e in found if hasattr(e, "message")]
     assert told == list(parties.sites)
@@ -356,17 +356,17 @@ def test_a_round_whose_sum_may_be_known_waits_until_enough_are_back(kind):
         stage, _ = step(parties.hub, stage, coordinator.Gone(name), 0.0)
     assert coordinator.step(parties.hub, stage, coordinator.Tick(), 1e12) == (stage, ())
     assert coordinator.waiting_for(stage) == parties.sites
-    _, found = step(parties.hub, stage, coordinator.Reconnected("s02"), 0.0)
+    _, found = step(parties.hub, stage, coordinator.SiteReconnected("s02"), 0.0)
     (again,) = [e.message for e in found if hasattr(e, "message")]
     assert isinstance(again, messages.Confirmations | messages.Aggregate)
     sent = {
         s.event.sender: s.event for s in parties.log
-        if s.who == HUB and type(s.before) is kind and isinstance(s.event, coordinator.Received)
+        if s.who == HUB and type(s.before) is kind and isinstance(s.event, coordinator.MessageFromSite)
     }  # fmt: skip
     for name in ("s00", "s01", "s02"):  # three of them are enough, whoever was gone
         assert type(stage) is kind
         stage, _ = step(parties.hub, stage, sent[name], 0.0)
-    assert type(stage) is not kind and not isinstance(stage, coordinator.Abandoned)
+    assert type(stage) is not kind and not isinstance(stage, coordinator.Failed)
 
 
 @pytest.mark.parametrize("kind", coordinator.EXPOSED, ids=lambda kind: kind.__name__)
@@ -382,8 +382,8 @@ def test_where_too_few_can_answer_the_round_ends_and_no_other_one_follows(kind):
     stage, _ = step(parties.hub, stage, coordinator.Gone(left[0], for_good=True), 0.0)
     assert type(stage) is kind
     leave = messages.Leave(stage.header.digest, left[1], "left")
-    stage, found = step(parties.hub, stage, coordinator.Received(left[1], leave), 0.0)
-    assert isinstance(stage, coordinator.Abandoned) and first in stage.exposed
+    stage, found = step(parties.hub, stage, coordinator.MessageFromSite(left[1], leave), 0.0)
+    assert isinstance(stage, coordinator.Failed) and first in stage.exposed
     assert any("its sum may be known" in getattr(effect, "text", "") for effect in found)
     header = replace(stage.header, round=stage.round + 1, training_round=stage.round + 1)
     with pytest.raises(SecondSum, match="whose sum may be known"):
@@ -404,7 +404,7 @@ def test_where_no_site_can_have_answered_another_round_may_follow():
     stage, _ = coordinator.step(
         parties.hub, replace(asked, left=parties.sites), coordinator.Tick(), 0.0
     )
-    assert isinstance(stage, coordinator.Abandoned) and stage.exposed == ()
+    assert isinstance(stage, coordinator.Failed) and stage.exposed == ()
     header = replace(stage.header, round=stage.round + 1)
     after, _ = coordinator.step(parties.hub, stage, coordinator.Start(header, 1), 0.0)
     assert isinstance(after, coordinator.Advertising)
@@ -422,11 +422,13 @@ def test_a_sum_is_asked_for_only_after_a_list_was_signed():
     sums = [next(m for s in p.log for m in s.sent if isinstance(m, messages.Aggregate))
             for p in (masked, encrypted)]  # fmt: skip
     with pytest.raises(OutOfOrder, match="SurvivorList first"):
-        site.step(masked.members["s00"], submitted[0], site.Received(sums[0]), 0.0)
+        site.step(masked.members["s00"], submitted[0], site.MessageFromCoordinator(sums[0]), 0.0)
     wanted = messages.SurvivorList(sums[1].header, sums[1].submissions)
     with pytest.raises(OutOfOrder, match="none under `encrypted`"):
-        site.step(encrypted.members["s00"], submitted[1], site.Received(wanted), 0.0)
-    opening, _ = site.step(encrypted.members["s00"], submitted[1], site.Received(sums[1]), 0.0)
+        site.step(encrypted.members["s00"], submitted[1], site.MessageFromCoordinator(wanted), 0.0)
+    opening, _ = site.step(
+        encrypted.members["s00"], submitted[1], site.MessageFromCoordinator(sums[1]), 0.0
+    )
     assert isinstance(opening, site.Opening)
 
 

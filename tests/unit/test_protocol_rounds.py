@@ -14,7 +14,7 @@ from parties import Parties, net, plan_of, recoded
 
 from fedcore.errors import RoundAbandoned
 from fedcore.secagg import in_process
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import MASKS, VectorSpec, Wide
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, STAGES, outcome
@@ -38,7 +38,7 @@ class Job:
 
     def __init__(self, n, threshold, protection, seed):
         self.plan = plan_of(n, threshold, protection)
-        self.epoch = KeyEpoch("job", self.plan)
+        self.epoch = InProcessFederation("job", self.plan)
         self.draw = random.Random(seed)
         self.state, self.made, self.number = b"first", set(), 0
 

@@ -213,10 +213,10 @@ def loaded(folder, settings, *messages, **rules):
 
 def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
     found = loaded(tmp_path / "1", ENCRYPTED)
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0
     fine = loaded(tmp_path / "2", submitted(track={"public_metrics": True}))
-    assert [type(each) for each in fine.link.said] == [job_messages.Survey]
+    assert [type(each) for each in fine.link.said] == [job_messages.SiteSurvey]
 
 
 def offered(folder, settings, plan_settings, **rules):
@@ -232,7 +232,7 @@ def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, ca
     quiet, public = submitted(), submitted(track={"public_metrics": True})
     for one, other in ((quiet, public), (public, quiet)):
         found = offered(tmp_path / str(one is quiet), one, other)
-        assert found.link.said[-1] == job_messages.Unable("job", "a", "unable")
+        assert found.link.said[-1] == job_messages.SiteUnavailable("job", "a", "unable")
         assert found.plan is None
     assert "will learn the metrics" not in caplog.text
     found = offered(tmp_path / "both", public, public)

@@ -104,7 +104,7 @@ def test_the_journal_of_renamed_classes_holds_frozen_names_only(tmp_path):
 @pytest.mark.usefixtures("renamed")
 def test_errors_name_records_of_renamed_classes_by_their_frozen_names():
     parties = Parties(4)
-    event = site.Received(messages.Aggregate(b"", (), b"", 0))
+    event = site.MessageFromCoordinator(messages.Aggregate(b"", (), b"", 0))
     with pytest.raises(OutOfOrder) as refused:
         site.step(parties.members["s00"], parties.stages["s00"], event, 0.0)
     assert refused.value.found == "Aggregate"

@@ -36,7 +36,7 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
     caplog.set_level(logging.WARNING)
     changes, line = REFUSED[what]
     found = loaded(tmp_path, submitted(protect=changes))
-    assert found.link.said == [job_messages.Unable("job", "a", "policy")]
+    assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
     assert found.contributor.loaded == 0 and found.plan is None
     (said,) = caplog.messages
     assert said.startswith(f"job job: refused: {line}") and "hint: " in said and "\n" not in said
@@ -73,13 +73,13 @@ def agrees_to_plain(folder):
 def test_a_whole_plain_job_gets_no_plan_agreed(tmp_path, monkeypatch):
     """Control: without the check the site surveys its rows and agrees."""
     found = agrees_to_plain(tmp_path / "1")
-    assert [type(each) for each in found.link.said] == [job_messages.Unable]
+    assert [type(each) for each in found.link.said] == [job_messages.SiteUnavailable]
     assert found.plan is None and found.survey is None
     others = tuple(rule for rule in policy._RULES if rule is not policy._protection)
     monkeypatch.setattr(policy, "_RULES", others)
     control = agrees_to_plain(tmp_path / "2")
     assert [type(each) for each in control.link.said] == [
-        job_messages.Survey,
+        job_messages.SiteSurvey,
         job_messages.PlanAgreed,
     ]
     assert control.plan.protection == "plain"
@@ -95,7 +95,7 @@ def plain_epochs():
 def test_a_plain_plan_gets_no_key_epoch(monkeypatch):
     """Control: without the check a site sends its epoch key."""
     epochs = plain_epochs()
-    call = epoch.FromHub(epoch.EpochCall(epochs.header()))
+    call = epoch.FromCoordinator(epoch.EpochCall(epochs.header()))
     with pytest.raises(HeaderRefused, match=r"protection: found plain, expected masks or encr"):
         epoch.step_site(epochs.members["s01"], epoch.NoKey(), call)
     monkeypatch.setattr(epoch, "check_protection", lambda _: None)

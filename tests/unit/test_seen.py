@@ -35,7 +35,7 @@ from fedcore.secagg.crypto.masked import MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.encode.bitpack import pack_words
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch, Witness
+from fedcore.secagg.in_process import InProcessFederation, RoundTrace
 from fedcore.secagg.plan import (
     ENCRYPTS,
     MASKS,
@@ -77,7 +77,10 @@ def updates_of(plan):
 
 def round_seen(plan, absences=None, updates=None):
     """One real round; returns its witness and what was observed."""
-    epoch, fields = KeyEpoch("job", plan), updates_of(plan) if updates is None else updates
+    epoch, fields = (
+        InProcessFederation("job", plan),
+        updates_of(plan) if updates is None else updates,
+    )
     witness = watch_one(plan.sites, absences or {})
 
     def contribute(index):
@@ -262,7 +265,7 @@ def masked_witness(rebuilt, others):
     masked = vectors[0].copy()
     add_masks(masked, masks, plan.packing.slot_bits)
     sealer = MaskedSealer(plan.packing)
-    witness = Witness(
+    witness = RoundTrace(
         0, 1, layout=layout, slots=vectors[0], other_slots=vectors[1], upload=list(sealer.protect(masked)),
         total=np.sum(vectors, axis=0, dtype=np.uint64), survivors=(0, 1, 2, 3), masks=masks,
         rebuilt_masks=((b"r" * 32, 1), *masks[:rebuilt]),

@@ -67,14 +67,16 @@ def survey(folder, needs, budget=BUDGET, fails=False):
 
 
 def test_a_survey_is_answered_at_one_time_whatever_the_rows_need(tmp_path):
-    assert survey(tmp_path / "1", 1) == (130.0, job_messages.Survey)
-    assert survey(tmp_path / "2", 29) == (130.0, job_messages.Survey)
-    assert survey(tmp_path / "3", 5, fails=True) == (130.0, job_messages.Unable), "a failure too"
-    assert survey(tmp_path / "4", 1, budget=None) == (101.0, job_messages.Survey)  # control
+    assert survey(tmp_path / "1", 1) == (130.0, job_messages.SiteSurvey)
+    assert survey(tmp_path / "2", 29) == (130.0, job_messages.SiteSurvey)
+    assert survey(tmp_path / "3", 5, fails=True) == (130.0, job_messages.SiteUnavailable), (
+        "a failure too"
+    )
+    assert survey(tmp_path / "4", 1, budget=None) == (101.0, job_messages.SiteSurvey)  # control
 
 
 def test_an_overrun_is_sent_when_ready_with_a_line_in_the_site_s_own_log(tmp_path, caplog):
-    assert survey(tmp_path, 45) == (145.0, job_messages.Survey)
+    assert survey(tmp_path, 45) == (145.0, job_messages.SiteSurvey)
     (line,) = [r.getMessage() for r in caplog.records if "submit_seconds" in r.getMessage()]
     assert "loading took longer than round.submit_seconds = 30" in line
 
@@ -109,8 +111,8 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
 def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypatch):
     at = lambda place, *args, **words: vector(tmp_path / place, monkeypatch, *args, **words)  # noqa: E731
     assert at("1", 2) == at("2", 25) == (130.0, site.VectorMade)
-    assert at("3", 2, fails=TrainingFailed(job_messages.UNABLE)) == (130.0, site.Refused)
-    assert at("4", 2, fails=KeyError("row 7")) == (130.0, site.Refused)
+    assert at("3", 2, fails=TrainingFailed(job_messages.UNABLE)) == (130.0, site.CheckFailed)
+    assert at("4", 2, fails=KeyError("row 7")) == (130.0, site.CheckFailed)
     assert at("5", 40) == (144.0, site.VectorMade), "overrun: when it is ready"
     assert at("6", 2, budget=None) == (106.0, site.VectorMade)  # control
 

@@ -25,7 +25,7 @@ from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.store import container
 from fedcore.wire import frames
 from fedcore.wire.jobs import TO_COORDINATOR
@@ -43,7 +43,7 @@ def in_epoch(folder, protection, done=None):
     )
     payload = SecretBytes(found._scheme.make_payload())
     found._use(payload, "a")
-    found.stage = site.Idle(Standing(1, key_id(payload.reveal())))
+    found.stage = site.Idle(SiteProgress(1, key_id(payload.reveal())))
     found.state = replace(found.state, done=done)
     return found
 
@@ -68,7 +68,7 @@ def invited(found, header):
     return found.link.said[before:]
 
 
-UPDATE_1, UPDATE_2 = schedule.Step("update", 1), schedule.Step("update", 2)
+UPDATE_1, UPDATE_2 = schedule.PlannedRound("update", 1), schedule.PlannedRound("update", 2)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ UPDATE_1, UPDATE_2 = schedule.Step("update", 1), schedule.Step("update", 2)
         (UPDATE_1, "update", 1),  # the same step again, from another state
         (UPDATE_2, "update", 1),
         (UPDATE_2, "update", 2),
-        (schedule.Step("metrics", 3), "metrics", 3),  # the job is done
-        (schedule.Step("metrics", 3), "update", 2),
+        (schedule.PlannedRound("metrics", 3), "metrics", 3),  # the job is done
+        (schedule.PlannedRound("metrics", 3), "update", 2),
     ],
 )
 def test_a_round_out_of_the_jobs_course_is_not_joined(
@@ -92,7 +92,7 @@ def test_a_round_out_of_the_jobs_course_is_not_joined(
     """Its rows would enter a sum twice, or one that the plan does not have."""
     found = in_epoch(tmp_path / "1", "masked", done)
     said = invited(found, header_of(found, purpose, training_round))
-    assert [type(each) for each in said] == [messages.Leave, job_messages.AtRest]
+    assert [type(each) for each in said] == [messages.Leave, job_messages.SiteStatus]
     assert isinstance(found.stage, site.Idle) and found.stage.standing.round == 0
     assert found.last_error.startswith("step: found ")
     control = in_epoch(tmp_path / "2", "masked", done)
@@ -153,7 +153,7 @@ def test_a_header_with_one_field_altered_is_refused_by_the_name_of_the_field(nam
         assert lie != getattr(good, name)
         said = invited(found, replace(good, **{name: lie}))
         assert found.last_error.startswith(f"{word}: found "), (lie, found.last_error)
-        assert [type(each) for each in said] == [messages.Leave, job_messages.AtRest], lie
+        assert [type(each) for each in said] == [messages.Leave, job_messages.SiteStatus], lie
         assert found.stage == site.Idle(standing)
     (keys,) = invited(found, good)
     assert isinstance(keys, messages.Keys) and keys.header == good.digest

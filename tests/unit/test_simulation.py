@@ -16,7 +16,7 @@ from fedcore.experiment import simulation
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.scoring import Scored
 from fedcore.learning.training import local_train
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import SCHEMES, VectorSpec, Wide
 from fedcore.stopwatch import Stopwatch
 
@@ -389,15 +389,15 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
 
 def test_equal_contributions_of_two_sites_travel_as_different_bytes():
     """What `plain` cannot say: there equal vectors are equal but for the mark of the site."""
-    from fedcore.secagg.in_process import Witness
+    from fedcore.secagg.in_process import RoundTrace
 
     spec = VectorSpec("update", 6, (Wide("weight", 1, 20),))
     fields = np.full(6, 7, dtype=np.uint64)
     for scheme in PROTECTED:
-        epoch = KeyEpoch("job", prepared_run(**EVERY[scheme]).plan)
+        epoch = InProcessFederation("job", prepared_run(**EVERY[scheme]).plan)
         uploads = []
         for target in (0, 0, 1):
-            witness = Witness(target, 2)
+            witness = RoundTrace(target, 2)
             total = epoch.protected_sum(
                 spec, 1, lambda _: (fields, {"weight": [1]}), b"", Stopwatch(), witness=witness
             )
@@ -414,13 +414,13 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
         prepare(*job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED}))
     )
     seen = []
-    original = KeyEpoch.protected_sum
+    original = InProcessFederation.protected_sum
 
     def record(self, spec, training_round, contribute, state, watch, **more):
         seen.append(state)
         return original(self, spec, training_round, contribute, state, watch, **more)
 
-    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
     experiment.calibrate()
     statistics = experiment.federation.statistics
     assert b'"mean"' in statistics and seen[0].endswith(statistics)
@@ -432,14 +432,14 @@ def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     from fedcore.secagg.plan import canonical
 
     led = []
-    original = KeyEpoch.protected_sum
+    original = InProcessFederation.protected_sum
 
     def record(self, *rest, lead, **more):
         total = original(self, *rest, lead=lead, **more)
         led.append(lead(total.opened, len(total.survivors)))
         return total
 
-    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
     settings = {"rounds": 2, "protection": "plain", "server": "fedadam", "drop": "2:submit:va"}
     experiment = Experiment(prepare(*job_for(None, settings | FEDERATED)))
     statistics = canonical(experiment.prepared.statistics.to_json())
@@ -459,13 +459,13 @@ def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
 def test_every_sum_says_what_it_is_of(monkeypatch):
     """Preparatory rounds are training round 0; the metrics-only round comes after the last one."""
     seen = []
-    original = KeyEpoch.protected_sum
+    original = InProcessFederation.protected_sum
 
     def record(self, spec, training_round, *rest, absences=None, **more):
         seen.append((spec.purpose, training_round))
         return original(self, spec, training_round, *rest, absences=absences, **more)
 
-    monkeypatch.setattr(KeyEpoch, "protected_sum", record)
+    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
     two = {"rounds": 2, "protection": "plain", "arms": "federated", "resamples": 0}
     fedcore.simulate("heart", **two)
     assert seen == [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]

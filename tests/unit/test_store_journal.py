@@ -18,10 +18,10 @@ import pytest
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol.round.site import Secrets
-from fedcore.secagg.protocol.shared import Exchange, Standing
+from fedcore.secagg.protocol.shared import Exchange, SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.store import journal as module
-from fedcore.store.journal import SCHEMA, Entry, Journal
+from fedcore.store.journal import SCHEMA, Journal, JournalEntry
 
 PRELUDE = """
 import os, resource, sys
@@ -71,13 +71,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_streams_come_back_as_they_were_written(path):
-    records = [Standing(1, b"k"), secret_of(b"s" * 32), Exchange("Keys", b"d", b"")] * 50
+    records = [SiteProgress(1, b"k"), secret_of(b"s" * 32), Exchange("Keys", b"d", b"")] * 50
     with Journal.open(path, party="va") as journal:
         journal.append("job", "round", records[:1], put={"state": b"one"})
         journal.write(
             [
-                Entry("job", "round", records[1:], {"state": b"two"}),
-                Entry("b", "epoch", records[:2]),
+                JournalEntry("job", "round", records[1:], {"state": b"two"}),
+                JournalEntry("b", "epoch", records[:2]),
             ]
         )
     with Journal.open(f"sqlite:///{path}", party="va") as journal:
@@ -87,8 +87,10 @@ def test_streams_come_back_as_they_were_written(path):
         assert (journal.get("job", "state"), journal.get("b", "state")) == (b"two", None)
         assert journal.keys("job") == ["state"] and journal.keys("b") == []
         assert journal.verify() == len(records) + 2
-        journal.compact("job", "round", [Standing(2, b"k")], put={"next": b"n"}, forget=["state"])
-        assert list(journal.read("job", "round")) == [Standing(2, b"k")]
+        journal.compact(
+            "job", "round", [SiteProgress(2, b"k")], put={"next": b"n"}, forget=["state"]
+        )
+        assert list(journal.read("job", "round")) == [SiteProgress(2, b"k")]
         assert journal.keys("job") == ["next"]
         journal.drop("job")
         assert journal.streams() == [("b", "epoch")] and journal.keys("job") == []
@@ -97,7 +99,7 @@ def test_streams_come_back_as_they_were_written(path):
 def test_a_record_that_has_no_byte_form_leaves_nothing_behind(path):
     with Journal.open(path, party="va") as journal:
         with pytest.raises(TypeError):
-            journal.append("job", "round", [Standing(1, b""), object()], put={"key": b"value"})
+            journal.append("job", "round", [SiteProgress(1, b""), object()], put={"key": b"value"})
         assert journal.verify() == 0 and journal.keys("job") == []
 
 
@@ -106,7 +108,7 @@ def test_calls_from_many_threads_wait_for_each_other(path):
 
         def work(stream: str) -> None:
             for number in range(20):
-                journal.append("job", stream, [Standing(0, b"", number)] * 2)
+                journal.append("job", stream, [SiteProgress(0, b"", number)] * 2)
                 assert len(numbers(journal, stream)) == 2 * (number + 1)
 
         threads = [threading.Thread(target=work, args=(f"s{each}",)) for each in range(4)]
@@ -123,7 +125,7 @@ def test_every_commit_is_synced_and_files_are_private(path):
             journal._sqlite._run(f"PRAGMA {name}") for name in ("synchronous", "journal_mode")
         ]
         assert settings == [2, "wal"]  # FULL: a sync of the log in every commit
-        journal.append("job", "round", [Standing(1, b"")])
+        journal.append("job", "round", [SiteProgress(1, b"")])
         assert {each.stat().st_mode & 0o777 for each in path.parent.iterdir()} == {0o600}
         assert path.parent.stat().st_mode & 0o777 == 0o700
 
@@ -229,18 +231,18 @@ def test_what_a_kill_in_the_middle_of_a_compaction_left_goes_when_the_journal_is
     assert secret.encode() in all_bytes(path)
     with Journal.open(path, party="va") as journal:
         assert secret.encode() not in all_bytes(path)
-        assert list(journal.read("job", "round")) == [Standing(7, b"")]
+        assert list(journal.read("job", "round")) == [SiteProgress(7, b"")]
 
 
 def test_what_is_trimmed_is_not_read_again_and_gone_for_good_later(path):
     secret, kept = secret_of(os.urandom(32)), b"kept" + os.urandom(32)
     with Journal.open(path, party="va") as journal:
         journal.append("job", "round", [secret], put={"sum": b"s", "other": kept})
-        journal.append("job", "epoch", [Standing(1, b"")])
+        journal.append("job", "epoch", [SiteProgress(1, b"")])
         journal.trim("job", "round", put={"stage": b"now"}, forget=["sum", "never there"])
         assert list(journal.read("job", "round")) == []
         assert journal.keys("job") == ["other", "stage"] and journal.get("job", "stage") == b"now"
-        assert list(journal.read("job", "epoch")) == [Standing(1, b"")]
+        assert list(journal.read("job", "epoch")) == [SiteProgress(1, b"")]
         journal.compact("job", "nothing")
         data = all_bytes(path)
     assert secret.root.reveal() not in data and kept in data
@@ -248,7 +250,7 @@ def test_what_is_trimmed_is_not_read_again_and_gone_for_good_later(path):
 
 def test_a_trim_is_one_commit(path):
     with Journal.open(path, party="va") as journal:
-        journal.append("job", "round", [Standing(1, b"")], put={"sum": b"s"})
+        journal.append("job", "round", [SiteProgress(1, b"")], put={"sum": b"s"})
         with pytest.raises(StoreProblem):
             journal.trim("job", "round", put={"stage": object()}, forget=["sum"])  # type: ignore[dict-item]
         assert numbers(journal) == [0] and journal.get("job", "sum") == b"s"
@@ -262,7 +264,7 @@ def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path, mon
     with Journal.open(path, party="va") as journal:
         scrub = journal._sqlite.scrub
         journal._sqlite.scrub = lambda: (seen.append(setting(journal)), scrub())
-        journal.append("job", "round", [Standing(1, b"")])
+        journal.append("job", "round", [SiteProgress(1, b"")])
         for erase in (
             lambda: journal.compact("job", "round"), lambda: journal.forget("job", "key"),
             lambda: journal.drop("job"),
@@ -281,7 +283,7 @@ def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path, mon
         with pytest.raises(sqlite3.OperationalError):
             journal.compact("job", "round")
         assert setting(journal) == 2
-        journal.append("job", "round", [Standing(2, b"")])
+        journal.append("job", "round", [SiteProgress(2, b"")])
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -338,10 +340,10 @@ def test_another_party_another_program_no_database_and_other_urls(path, tmp_path
 def test_a_folder_may_have_any_name(tmp_path):
     path = tmp_path / "a b?mode=memory&c%20d#e" / "journal.db"
     with Journal.open(path, party="va") as journal:
-        journal.append("job", "round", [Standing(1, b"")])
+        journal.append("job", "round", [SiteProgress(1, b"")])
         assert path.stat().st_size > 0
     with Journal.open(path, party="va") as journal:
-        assert list(journal.read("job", "round")) == [Standing(1, b"")]
+        assert list(journal.read("job", "round")) == [SiteProgress(1, b"")]
 
 
 def test_a_closed_journal_says_so(path):
@@ -354,14 +356,14 @@ def test_a_closed_journal_says_so(path):
 
 def test_a_damaged_record_is_named(path):
     with Journal.open(path, party="va") as journal:
-        journal.append("job", "round", [Standing(1, b""), Standing(2, b"")])
+        journal.append("job", "round", [SiteProgress(1, b""), SiteProgress(2, b"")])
     for change in ("body = x'00'", "kind = 'Idle'"):
         with sqlite3.connect(path) as database:
             database.execute(f"UPDATE records SET {change} WHERE id = 2")
         database.close()
         with Journal.open(path, party="va") as journal:
             found = journal.read("job", "round")
-            assert next(found) == Standing(1, b"")
+            assert next(found) == SiteProgress(1, b"")
             with pytest.raises(StoreProblem, match="record 2"):
                 next(found)
 

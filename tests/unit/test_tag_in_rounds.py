@@ -1,4 +1,4 @@
-"""The sum tag where it is used: `KeyEpoch.protected_sum` refuses what is not this sum (PROTOCOL T).
+"""The sum tag where it is used: `InProcessFederation.protected_sum` refuses what is not this sum (PROTOCOL T).
 
 `test_sumtag.py` has the tag's own attacks. Here a coordinator hands out sums of another round, purpose
 or model, or alters the opened one, and the round itself must refuse: each attack with a positive
@@ -20,7 +20,7 @@ from fedcore.secagg import in_process
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import KeyEpoch
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     SCHEMES,
     RangePlan,
@@ -104,7 +104,7 @@ ANOTHER = {
 @pytest.mark.parametrize("what", ANOTHER)
 def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, monkeypatch):
     Coordinator(monkeypatch, scheme)
-    epoch = KeyEpoch("job", plan_of(scheme))
+    epoch = InProcessFederation("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
         protected(epoch, 55, **ANOTHER[what])
@@ -119,7 +119,7 @@ def test_without_the_check_it_is_accepted(scheme, what, monkeypatch):
     unchecked(monkeypatch)
     same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
     monkeypatch.setattr("fedcore.secagg.scheme.stream_key", lambda *parts: same[parts[3]])
-    epoch = KeyEpoch("job", plan_of(scheme))
+    epoch = InProcessFederation("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
     assert opened.wides == {"weight": [300]} and (opened.coordinates == 300).all()
@@ -147,12 +147,12 @@ def another_ciphertext(epoch):
 
 def test_another_ciphertext_of_the_sum_than_the_announced_one_is_refused(monkeypatch):
     """The tag holds for it; the control is the comparison of digests switched off."""
-    epoch = KeyEpoch("job", plan_of("encrypted"))
+    epoch = InProcessFederation("job", plan_of("encrypted"))
     another_ciphertext(epoch)
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
         protected(epoch, 100)
     monkeypatch.setattr(in_process, "check_announced", lambda *_: None)
-    control = KeyEpoch("job", plan_of("encrypted"))
+    control = InProcessFederation("job", plan_of("encrypted"))
     another_ciphertext(control)
     assert protected(control, 100).wides == {"weight": [300]}
 
@@ -169,7 +169,7 @@ def test_the_tag_s_header_and_state_are_of_this_very_sum(scheme, monkeypatch):
 
     monkeypatch.setattr(SumTag, "tag", record)
     plan = plan_of(scheme)
-    epoch = KeyEpoch("job", plan)
+    epoch = InProcessFederation("job", plan)
     protected(epoch, 1, purpose="range", round_=0, state=b"start")
     protected(epoch, 1, purpose="update", round_=3, state=b"start")
     protected(epoch, 1, purpose="update", round_=4, state=b"later")

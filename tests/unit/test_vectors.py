@@ -217,11 +217,11 @@ def arrive(entry, data, kind):
     message = decode(data, kind, sender=entry["sender"])
     if entry["to"] != messages.COORDINATOR:
         member = replace(found.members[entry["to"]], entropy=OsEntropy())
-        event = site.Received(message)
+        event = site.MessageFromCoordinator(message)
         if kind is messages.Announce:
             event = site.Invited(message, bytes.fromhex(GOLDEN["epoch"]["state_tag"]))
         return sent.stage, site.step(member, sent.stage, event, 0.0)
-    event = coordinator.Received(entry["sender"], message)
+    event = coordinator.MessageFromSite(entry["sender"], message)
     if kind is messages.Submit:
         vector = found.vectors[entry["sender"]]
         digest = in_process.vector_digest([vector])
@@ -259,7 +259,7 @@ def test_all_that_a_refusal_tells_the_coordinator_is_that_the_site_left(entry):
     found = replayed()
     sent = next(s for s in generate.joined(found.tape)[entry["before"]] if s.to == entry["to"])
     member = found.members[entry["to"]]
-    _, done = site.step(member, sent.stage, site.Refused(refusal.value), 0.0)
+    _, done = site.step(member, sent.stage, site.CheckFailed(refusal.value), 0.0)
     code = messages.RELEASE_REFUSED if entry["stage"] == "Stated" else messages.LEFT
     leave = messages.Leave(found.header.digest, member.id, code)
     assert [e.message for e in done if isinstance(e, effects.Send)] == [leave]

@@ -14,7 +14,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol import effects, epoch, wire_form
 from fedcore.secagg.protocol.messages import Announce, Keys, Leave
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire.frames import FROM_SITE, TO_SITE, Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
@@ -56,7 +56,7 @@ def said():
     epochs.step(HUB, epoch.EpochTick())
     epochs.pump()
     epochs.silent = set()
-    epochs.step("s03", epoch.FromHub(epoch.EpochCall(epochs.header())))
+    epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header())))
     epochs.pump()
     return [(step.who, m) for step in parties.log for m in step.sent] + epochs.told
 
@@ -129,7 +129,7 @@ def test_a_journal_record_is_refused_by_its_name_before_it_is_read(monkeypatch):
     """Its type is a record too, so only the table keeps it off the wire."""
     read = []
     monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: read.append(a))
-    for stored in (Standing(1, b"k"), epoch.NoKey()):
+    for stored in (SiteProgress(1, b"k"), epoch.NoKey()):
         with pytest.raises(MalformedMessage, match="found another one"):
             unpack_record(Record(JOB, encode(stored)), FROM_SITES, sender="va")
     assert not read

@@ -122,7 +122,7 @@ class ArrayRows:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How raw features become the model's inputs; the same at every site, known before any data.
 
     names, ranges, indicated: one entry per numeric feature: its name, its public (low, high), and
@@ -182,7 +182,7 @@ class TableRows:
     features: NDArray[np.float64]
     fixed: NDArray[np.float32]
     y: torch.Tensor
-    layout: Layout
+    layout: RowLayout
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -607,7 +607,7 @@ def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
     return features
 
 
-def array_layout(statistics: Sequence[Any]) -> Layout:
+def array_layout(statistics: Sequence[Any]) -> RowLayout:
     """The layout of an array task from `Task.statistics`: per column (low, high) or a `number(...)`.
 
     Raises BadInput unless low < high, both finite.
@@ -627,7 +627,7 @@ def array_layout(statistics: Sequence[Any]) -> Layout:
             )
         ranges.append((low, high))
     names = tuple(f"x{i}" for i in range(len(ranges)))
-    return Layout(names, tuple(ranges), tuple(indicated))
+    return RowLayout(names, tuple(ranges), tuple(indicated))
 
 
 def _refuse_not_finite(values: torch.Tensor, name: str, where: str) -> None:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.rows import Layout, Scale, TableRows
+from fedcore.learning.data.rows import RowLayout, Scale, TableRows
 from fedcore.types import Json
 
 MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat", "?"})
@@ -106,7 +106,7 @@ class Table:
     regression: bool = False
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """Which inputs there are, in declared order: a column, then its `missing` indicator."""
         numeric = [(name, spec) for name, spec in self.specs if isinstance(spec, Number)]
         fixed = [
@@ -128,7 +128,7 @@ class Table:
                 order.append(place[name])
                 if spec.may_be_missing:
                     order.append(place[f"{name}_missing"])
-        return Layout(
+        return RowLayout(
             names=tuple(name for name, _ in numeric),
             ranges=tuple((spec.low, spec.high) for _, spec in numeric),
             indicated=tuple(spec.may_be_missing for _, spec in numeric),

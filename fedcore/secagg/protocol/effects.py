@@ -103,7 +103,7 @@ class Erase:
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldUpload:
     """Add one complete, verified upload to the running sum, once."""
 
     submit: Submit

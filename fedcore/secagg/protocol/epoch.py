@@ -30,7 +30,7 @@ from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import PLAN_VERSION
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature, sign
-from fedcore.secagg.protocol.round.site import Member
+from fedcore.secagg.protocol.round.site import SiteParams
 from fedcore.secagg.protocol.shared import check_members, check_protection
 from fedcore.secagg.protocol.wire_form import digest, encode, record, type_name
 from fedcore.types import SiteId
@@ -212,7 +212,7 @@ SiteEpochStage = NoKey | Offered | Making | Holding
 
 
 @dataclass(frozen=True)
-class FromHub:
+class FromCoordinator:
     """A message of the coordinator."""
 
     message: CoordinatorEpochMessage
@@ -246,16 +246,16 @@ class Install:
     payload: SecretBytes = field(repr=False)
 
 
-SiteEpochEvent = FromHub | Again | SecretsMade
+SiteEpochEvent = FromCoordinator | Again | SecretsMade
 SiteEpochEffect = Persist[SiteEpochStage] | Send[SiteEpochMessage] | MakeSecrets | Install
 SiteEpochStep = tuple[SiteEpochStage, tuple[SiteEpochEffect, ...]]
 """The next stage, and what to do."""
 
 
-def step_site(member: Member, stage: SiteEpochStage, event: SiteEpochEvent) -> SiteEpochStep:
+def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) -> SiteEpochStep:
     """One event at a site; `Persist` records are whole stages here. Raises a ProtocolRefused and changes
     nothing where the event is not legal."""
-    message = event.message if isinstance(event, FromHub) else event
+    message = event.message if isinstance(event, FromCoordinator) else event
     match stage, message:
         case _, EpochCall(header):
             return _offer(member, stage, header)
@@ -284,7 +284,7 @@ def step_site(member: Member, stage: SiteEpochStage, event: SiteEpochEvent) -> S
     )  # fmt: skip
 
 
-def _offer(member: Member, stage: SiteEpochStage, header: EpochHeader) -> SiteEpochStep:
+def _offer(member: SiteParams, stage: SiteEpochStage, header: EpochHeader) -> SiteEpochStep:
     if isinstance(stage, Offered | Making | Holding) and stage.header == header:
         return stage, (Send(COORDINATOR, stage.key),)
     if header.epoch <= stage.epoch:
@@ -298,7 +298,7 @@ def _offer(member: Member, stage: SiteEpochStage, header: EpochHeader) -> SiteEp
     return offered, (Persist(offered), Send(COORDINATOR, key))
 
 
-def _check_header(member: Member, header: EpochHeader) -> None:
+def _check_header(member: SiteParams, header: EpochHeader) -> None:
     expected: dict[str, tuple[object, object]] = {
         "federation": (header.federation, member.federation),
         "job": (header.job, member.job),
@@ -333,7 +333,7 @@ def _same_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
         )  # fmt: skip
 
 
-def _begin_making(member: Member, stage: Offered, request: EpochKeys) -> SiteEpochStep:
+def _begin_making(member: SiteParams, stage: Offered, request: EpochKeys) -> SiteEpochStep:
     header = stage.header
     _same_epoch(request.header, header, COORDINATOR)
     if header.maker != member.id:
@@ -364,7 +364,7 @@ def _context(
 
 
 def _grant(
-    member: Member, stage: Holding, to: EpochKey, payload: SecretBytes, name: bytes
+    member: SiteParams, stage: Holding, to: EpochKey, payload: SecretBytes, name: bytes
 ) -> Grant:
     """The payload for one recipient: sealed to its epoch key, bound to everything, signed."""
     header = stage.header
@@ -379,13 +379,13 @@ def _grant(
     return sign(grant, member.identity)
 
 
-def _grant_all(member: Member, stage: Making, payload: SecretBytes) -> SiteEpochStep:
+def _grant_all(member: SiteParams, stage: Making, payload: SecretBytes) -> SiteEpochStep:
     holding, installed = _hold(member, stage, payload, key_id(payload.reveal()))
     sent = Send(COORDINATOR, _grants(member, holding, stage.keys))
     return holding, (*installed, sent, _told(holding))
 
 
-def _grants(member: Member, stage: Holding, keys: tuple[EpochKey, ...]) -> Grants:
+def _grants(member: SiteParams, stage: Holding, keys: tuple[EpochKey, ...]) -> Grants:
     """The maker's grants; asked again it makes new envelopes of the same payload."""
     if stage.header.maker != member.id:
         raise OutOfOrder(
@@ -412,7 +412,7 @@ def _say_again(stage: Offered | Making | Holding) -> tuple[SiteEpochEffect, ...]
 
 
 def _hold(
-    member: Member, stage: Offered | Making, payload: SecretBytes, name: bytes
+    member: SiteParams, stage: Offered | Making, payload: SecretBytes, name: bytes
 ) -> tuple[Holding, tuple[SiteEpochEffect, ...]]:
     """The payload is this site's from here on: on disk, then in use. It is told last, by the caller."""
     held = sign(KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
@@ -421,7 +421,7 @@ def _hold(
     return holding, (Persist(holding), install)
 
 
-def _accept(member: Member, stage: Offered, granted: Granted) -> SiteEpochStep:
+def _accept(member: SiteParams, stage: Offered, granted: Granted) -> SiteEpochStep:
     header, grant, granter = stage.header, granted.grant, granted.granter
     _same_epoch(grant.header, header, grant.site)
     check_signature(grant, member.pins)
@@ -447,7 +447,7 @@ def _accept(member: Member, stage: Offered, granted: Granted) -> SiteEpochStep:
 
 
 def _check_held(
-    member: Member, header: EpochHeader, name: bytes, held: tuple[KeyHeld, ...]
+    member: SiteParams, header: EpochHeader, name: bytes, held: tuple[KeyHeld, ...]
 ) -> None:
     """At least t sites of the roster signed this very key id."""
     check_members([each.site for each in held], header.roster, header.threshold, "holders")
@@ -552,19 +552,19 @@ class EpochTick:
 
 
 @dataclass(frozen=True)
-class Reconnected:
+class SiteReturned:
     """A site is back, or the coordinator is: the site gets again what this stage has for it."""
 
     site: SiteId
 
 
-CoordinatorEpochEvent = StartEpoch | FromSite | EpochTick | Reconnected
+CoordinatorEpochEvent = StartEpoch | FromSite | EpochTick | SiteReturned
 CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[CoordinatorEpochMessage]
 CoordinatorEpochStep = tuple[CoordinatorEpochStage, tuple[CoordinatorEpochEffect, ...]]
 
 
 @dataclass(frozen=True)
-class EpochHub:
+class EpochParams:
     """What the coordinator knows. patience: seconds it waits for keys, and then for the maker."""
 
     pins: Mapping[SiteId, bytes]
@@ -588,7 +588,7 @@ def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> Site
 
 
 def step_hub(
-    hub: EpochHub, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
+    hub: EpochParams, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
 ) -> CoordinatorEpochStep:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
     named = getattr(event.message, "site", None) if isinstance(event, FromSite) else None
@@ -612,7 +612,7 @@ def step_hub(
             return _take_key(hub, stage, message, now)
         case ((Calling() | Granting()), EpochTick()):
             return _late(hub, stage, now)
-        case _, Reconnected(site):
+        case _, SiteReturned(site):
             return stage, _pending(stage, site)
         case ((Granting() | Spreading()), EpochKey()) if message in stage.keys:
             return stage, _pending(stage, message.site)
@@ -636,7 +636,7 @@ def step_hub(
     )  # fmt: skip
 
 
-def _take_key(hub: EpochHub, stage: Calling, key: EpochKey, now: float) -> CoordinatorEpochStep:
+def _take_key(hub: EpochParams, stage: Calling, key: EpochKey, now: float) -> CoordinatorEpochStep:
     check_epoch_key(key, stage.header, hub.pins)
     for past in stage.keys:
         if past.site == key.site:
@@ -654,7 +654,7 @@ def _take_key(hub: EpochHub, stage: Calling, key: EpochKey, now: float) -> Coord
     return _ask_maker(hub, stage, now)
 
 
-def _ask_maker(hub: EpochHub, stage: Calling, now: float) -> CoordinatorEpochStep:
+def _ask_maker(hub: EpochParams, stage: Calling, now: float) -> CoordinatorEpochStep:
     header = stage.header
     granting = Granting(header, stage.keys, now + hub.patience)
     request = EpochKeys(header.digest, stage.keys)
@@ -684,7 +684,7 @@ def _ask_a_holder(stage: Spreading, key: EpochKey) -> tuple[CoordinatorEpochEffe
     return (Send(holders[0], GrantRequest(key)),) if holders else ()
 
 
-def _late(hub: EpochHub, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
+def _late(hub: EpochParams, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
     """At the deadline: go on without silent sites, or call a new epoch under the next maker."""
     if now < stage.until:
         return stage, ()
@@ -704,7 +704,7 @@ def _late(hub: EpochHub, stage: Calling | Granting, now: float) -> CoordinatorEp
     return step_hub(hub, stage, new, now)
 
 
-def _take_grants(hub: EpochHub, stage: Granting, message: Grants) -> CoordinatorEpochStep:
+def _take_grants(hub: EpochParams, stage: Granting, message: Grants) -> CoordinatorEpochStep:
     header = stage.header
     _same_epoch(message.header, header, message.site)
     expected = [key.site for key in stage.keys if key.site != header.maker]
@@ -720,7 +720,7 @@ def _take_grants(hub: EpochHub, stage: Granting, message: Grants) -> Coordinator
     return spreading, (Persist(spreading), *sends)
 
 
-def _take_grant(hub: EpochHub, stage: Spreading, grant: Grant) -> CoordinatorEpochStep:
+def _take_grant(hub: EpochParams, stage: Spreading, grant: Grant) -> CoordinatorEpochStep:
     """A holder's grant for a late joiner: both have signed a key of this epoch."""
     _same_epoch(grant.header, stage.header, grant.site)
     check_signature(grant, hub.pins)
@@ -739,7 +739,7 @@ def _granted(stage: Spreading, grant: Grant) -> Granted:
     return Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
-def _take_held(hub: EpochHub, stage: Spreading, held: KeyHeld) -> CoordinatorEpochStep:
+def _take_held(hub: EpochParams, stage: Spreading, held: KeyHeld) -> CoordinatorEpochStep:
     _same_epoch(held.header, stage.header, held.site)
     check_signature(held, hub.pins)
     if held.site in stage.holders:
@@ -750,7 +750,7 @@ def _take_held(hub: EpochHub, stage: Spreading, held: KeyHeld) -> CoordinatorEpo
     return stage, (Persist(stage),)
 
 
-def _late_joiner(hub: EpochHub, stage: Spreading, key: EpochKey) -> CoordinatorEpochStep:
+def _late_joiner(hub: EpochParams, stage: Spreading, key: EpochKey) -> CoordinatorEpochStep:
     """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
     check_epoch_key(key, stage.header, hub.pins)
     rest = tuple(each for each in stage.keys if each.site != key.site)

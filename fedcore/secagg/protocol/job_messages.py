@@ -51,7 +51,7 @@ class JobOffer:
 
 @record("Survey")
 @dataclass(frozen=True)
-class Survey:
+class SiteSurvey:
     """A site found the task, loaded its rows and built the model: this is its shape."""
 
     job: str
@@ -61,7 +61,7 @@ class Survey:
 
 @record("Unable")
 @dataclass(frozen=True)
-class Unable:
+class SiteUnavailable:
     """A site cannot take part, or not any more. reason: one of REASONS."""
 
     job: str
@@ -90,7 +90,7 @@ class PlanAgreed:
 
 @record("AtRest")
 @dataclass(frozen=True)
-class AtRest:
+class SiteStatus:
     """A site is between rounds and stands here: key epoch, hash of its last certificate, last round.
 
     A coordinator invites only sites that stand where the job stands; others catch up first.
@@ -230,10 +230,10 @@ class JobEnded:
 
 
 SiteJobMessage = (
-    Survey
-    | Unable
+    SiteSurvey
+    | SiteUnavailable
     | PlanAgreed
-    | AtRest
+    | SiteStatus
     | InRound
     | KeysErased
     | CheckpointSealed

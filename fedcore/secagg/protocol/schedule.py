@@ -20,25 +20,25 @@ PURPOSES = ("statistics", "range", "update", "metrics")
 
 @record("Step")
 @dataclass(frozen=True)
-class Step:
+class PlannedRound:
     """One round to come. training_round: 0 before the first, rounds + 1 for the metrics-only one."""
 
     purpose: str
     training_round: int
 
 
-def first_step(plan: RoundPlan, features: int) -> Step:
+def first_step(plan: RoundPlan, features: int) -> PlannedRound:
     """Statistics where columns are standardised, then the range unless the plan states it."""
     if features:
-        return Step("statistics", 0)
+        return PlannedRound("statistics", 0)
     return _after_statistics(plan)
 
 
-def _after_statistics(plan: RoundPlan) -> Step:
-    return Step("range", 0) if plan.range.start is None else Step("update", 1)
+def _after_statistics(plan: RoundPlan) -> PlannedRound:
+    return PlannedRound("range", 0) if plan.range.start is None else PlannedRound("update", 1)
 
 
-def step_after(plan: RoundPlan, step: Step, *, released: bool) -> Step | None:
+def step_after(plan: RoundPlan, step: PlannedRound, *, released: bool) -> PlannedRound | None:
     """The next step, or None at the end.
 
     Without statistics or a range nothing can follow, so these are tried again; a round of training that
@@ -48,25 +48,27 @@ def step_after(plan: RoundPlan, step: Step, *, released: bool) -> Step | None:
         case "statistics":
             return _after_statistics(plan) if released else step
         case "range":
-            return Step("update", 1) if released else step
+            return PlannedRound("update", 1) if released else step
         case "update":
             last = step.training_round == plan.rounds
             number = step.training_round + 1
-            return Step("metrics", number) if last else Step("update", number)
+            return PlannedRound("metrics", number) if last else PlannedRound("update", number)
     return None
 
 
-def is_last_model(plan: RoundPlan, done: Step) -> bool:
+def is_last_model(plan: RoundPlan, done: PlannedRound) -> bool:
     """Whether the model that this step's release leads to, or measures, is the job's last one."""
-    return done in (Step("update", plan.rounds), Step("metrics", plan.rounds + 1))
+    return done in (PlannedRound("update", plan.rounds), PlannedRound("metrics", plan.rounds + 1))
 
 
-def check_step(plan: RoundPlan, features: int, done: Step | None, header: RoundHeader) -> None:
+def check_step(
+    plan: RoundPlan, features: int, done: PlannedRound | None, header: RoundHeader
+) -> None:
     """A site's view: the announced step comes after the last one released here. Raises HeaderRefused.
 
     done: None before the first release. Rounds of training may have been abandoned without this site.
     """
-    found = Step(header.purpose, header.training_round)
+    found = PlannedRound(header.purpose, header.training_round)
     expected = first_step(plan, features)
     if done is not None:
         after = step_after(plan, done, released=True)
@@ -78,11 +80,11 @@ def check_step(plan: RoundPlan, features: int, done: Step | None, header: RoundH
     trained = 0 if done is None or done.purpose != "update" else done.training_round
     later = expected.purpose in {"update", "metrics"} and (
         (found.purpose == "update" and trained < found.training_round <= plan.rounds)
-        or found == Step("metrics", plan.rounds + 1)
+        or found == PlannedRound("metrics", plan.rounds + 1)
     )
     if found != expected and not later:
         raise HeaderRefused("step", found=_name(found), expected=_name(expected), fault=COORDINATOR)
 
 
-def _name(step: Step) -> str:
+def _name(step: PlannedRound) -> str:
     return f"{step.purpose} (round {step.training_round})"

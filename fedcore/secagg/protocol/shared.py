@@ -74,7 +74,7 @@ def answered(history: History, request: object) -> Exchange | None:
 
 @record("Standing")
 @dataclass(frozen=True)
-class Standing:
+class SiteProgress:
     """Where a party stands between rounds: what it will insist on in the next header.
 
     epoch, key_id: the key epoch held. round: the last round number seen, abandoned ones included.

@@ -45,7 +45,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import MASKS, RoundHeader
 from fedcore.secagg.protocol.effects import (
     Discard,
-    Fold,
+    FoldUpload,
     Mask,
     Persist,
     Rebuild,
@@ -96,7 +96,7 @@ from fedcore.types import SiteId
 
 
 @dataclass(frozen=True)
-class Hub:
+class CoordinatorParams:
     """What the coordinator knows of a job. pins: {site: Ed25519 public key}; patience: seconds a stage
     waits for silent sites before it goes on without them.
 
@@ -122,7 +122,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Received:
+class MessageFromSite:
     """A message of an authenticated site."""
 
     sender: SiteId
@@ -167,13 +167,15 @@ class Restarted:
 
 
 @dataclass(frozen=True)
-class Reconnected:
+class SiteReconnected:
     """A site is back: it gets again what this stage has for it."""
 
     site: SiteId
 
 
-CoordinatorEvent = Start | Received | Uploaded | Gone | Tick | SumReady | Restarted | Reconnected
+CoordinatorEvent = (
+    Start | MessageFromSite | Uploaded | Gone | Tick | SumReady | Restarted | SiteReconnected
+)
 
 
 # -------------------------------------------------------------------------------------- the stages
@@ -313,7 +315,7 @@ class Released:
 
 @record("Abandoned")
 @dataclass(frozen=True)
-class Abandoned:
+class Failed:
     """The round ended without one. exposed: sites that may have helped to open its sum; if there are any,
     no other round follows from the same state (PROTOCOL H).
 
@@ -336,7 +338,7 @@ Exposed = Unmasking | Releasing
 """Stages that end with enough answers, or when too few can still come; never by a deadline alone."""
 Waiting = Advertising | Sharing | Collecting | Confirming | Exposed
 InRound = Waiting | Summing
-Ended = Released | Abandoned
+Ended = Released | Failed
 Between = Ready | Ended
 CoordinatorStage = Between | InRound
 
@@ -516,7 +518,7 @@ CoordinatorEffect = (
     Persist[CoordinatorEntry]
     | Send[CoordinatorMessage]
     | Warn
-    | Fold
+    | FoldUpload
     | Rebuild
     | RemoveMasks
     | Discard
@@ -526,7 +528,7 @@ CoordinatorEffect = (
 def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage:
     """The stage after a journal record."""
     match stage, entry:
-        case ((Ready() | Released() | Abandoned()), RoundStarted(header, size, salt)):
+        case ((Ready() | Released() | Failed()), RoundStarted(header, size, salt)):
             if header.protection in MASKS:
                 return Advertising(header, size, salt)
             return Collecting(header, size, salt, (), ())
@@ -582,7 +584,7 @@ def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage
             return Released(stage.header, certificate, stage.refused)
         case _, RoundGivenUp(name, left) if isinstance(stage, InRound):
             refused = stage.refused if isinstance(stage, Releasing) else ()
-            return Abandoned(stage.header, name, left, _exposed(stage), refused)
+            return Failed(stage.header, name, left, _exposed(stage), refused)
     raise OutOfOrder(
         "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
         expected="a record this stage can have written", fault=COORDINATOR,
@@ -626,18 +628,18 @@ def replay(start: CoordinatorStage, journal: Iterable[CoordinatorEntry]) -> Coor
 
 
 @dataclass
-class _Move(Move[CoordinatorStage, CoordinatorEntry, CoordinatorEffect]):
+class _CoordinatorMove(Move[CoordinatorStage, CoordinatorEntry, CoordinatorEffect]):
     """A step of this role."""
 
-    hub: Hub = field(kw_only=True)
+    hub: CoordinatorParams = field(kw_only=True)
 
     def send(self, site: SiteId, message: CoordinatorMessage) -> None:
         self.effects.append(Send(site, message))
 
 
-def _start(move: _Move, stage: Between, event: Start) -> None:
+def _start(move: _CoordinatorMove, stage: Between, event: Start) -> None:
     header = event.header
-    if isinstance(stage, Abandoned) and stage.exposed:
+    if isinstance(stage, Failed) and stage.exposed:
         raise SecondSum(
             "round", found=f"one after round {stage.round}, whose sum may be known",
             expected="that round's release", fault=COORDINATOR,
@@ -750,12 +752,12 @@ def is_first(stage: CoordinatorStage) -> bool:
     return isinstance(stage, Advertising)
 
 
-def _take_keys(move: _Move, stage: Advertising, keys: Keys) -> None:
+def _take_keys(move: _CoordinatorMove, stage: Advertising, keys: Keys) -> None:
     check_keys(keys, stage.header, move.hub.pins)
     move.record(KeysTaken(keys))
 
 
-def _take_shares(move: _Move, stage: Sharing, shares: Shares) -> None:
+def _take_shares(move: _CoordinatorMove, stage: Sharing, shares: Shares) -> None:
     head = shares.head
     check_header(head.header, stage.header, head.site)
     check_signature(head, move.hub.pins)
@@ -775,7 +777,7 @@ def _take_shares(move: _Move, stage: Sharing, shares: Shares) -> None:
     move.record(SharesTaken(shares))
 
 
-def _take_vector(move: _Move, stage: Collecting, event: Uploaded) -> None:
+def _take_vector(move: _CoordinatorMove, stage: Collecting, event: Uploaded) -> None:
     submit = event.submit
     check_submission(submit, stage.header, move.hub.pins, stage.salt)
     for keys in stage.bundle:
@@ -794,10 +796,10 @@ def _take_vector(move: _Move, stage: Collecting, event: Uploaded) -> None:
             fault=submit.site,
         )  # fmt: skip
     move.record(SubmissionTaken(submit))
-    move.do(Fold(submit))
+    move.do(FoldUpload(submit))
 
 
-def _take_confirm(move: _Move, stage: Confirming, confirm: Confirm) -> None:
+def _take_confirm(move: _CoordinatorMove, stage: Confirming, confirm: Confirm) -> None:
     check_header(confirm.header, stage.header, confirm.site)
     check_signature(confirm, move.hub.pins)
     cohort = tuple(shares.head.site for shares in stage.shares)
@@ -810,7 +812,7 @@ def _take_confirm(move: _Move, stage: Confirming, confirm: Confirm) -> None:
     move.record(ConfirmTaken(confirm))
 
 
-def _take_answer(move: _Move, stage: Unmasking, unmask: Unmask) -> None:
+def _take_answer(move: _CoordinatorMove, stage: Unmasking, unmask: Unmask) -> None:
     header = stage.header
     check_header(unmask.header, header, unmask.site)
     survivors = set(survivors_of(stage.submissions))
@@ -838,7 +840,7 @@ def _parcels(shares: Iterable[Shares]) -> dict[tuple[SiteId, SiteId], Parcel]:
     return {(p.sender, p.recipient): p for each in shares for p in each.parcels}
 
 
-def _take_statement(move: _Move, stage: Releasing, statement: Statement) -> None:
+def _take_statement(move: _CoordinatorMove, stage: Releasing, statement: Statement) -> None:
     check_header(statement.header, stage.header, statement.site)
     check_signature(statement, move.hub.pins)
     if statement.survivors != digest(survivors_of(stage.submissions)):
@@ -849,7 +851,7 @@ def _take_statement(move: _Move, stage: Releasing, statement: Statement) -> None
     move.record(StatementTaken(statement))
 
 
-def _take_leave(move: _Move, stage: InRound, leave: Leave) -> None:
+def _take_leave(move: _CoordinatorMove, stage: InRound, leave: Leave) -> None:
     check_header(leave.header, stage.header, leave.site)
     move.record(SiteGone(leave.site, REFUSED if leave.code == RELEASE_REFUSED else LEFT))
     if leave.code == MATERIAL:
@@ -865,7 +867,7 @@ def _take_leave(move: _Move, stage: InRound, leave: Leave) -> None:
                 move.send(site, Notice(leave.header, leave.site, leave.sealed))
 
 
-def _take_gone(move: _Move, stage: InRound, event: Gone) -> None:
+def _take_gone(move: _CoordinatorMove, stage: InRound, event: Gone) -> None:
     known = _left(stage) if event.for_good else stage.gone
     if event.site in stage.header.roster and event.site not in known:
         move.record(SiteGone(event.site, LEFT if event.for_good else LOST))
@@ -888,7 +890,7 @@ def _common(messages: Sequence[Joining]) -> tuple[tuple[Joining, ...], tuple[Sit
     return same, tuple(each.site for each in messages if each not in same)
 
 
-def _close_keys(move: _Move, stage: Advertising) -> None:
+def _close_keys(move: _CoordinatorMove, stage: Advertising) -> None:
     """Fix U1."""
     bundle, late = _common(stage.keys)
     if len(bundle) < stage.header.threshold:
@@ -899,7 +901,7 @@ def _close_keys(move: _Move, stage: Advertising) -> None:
         move.send(site, KeyBundle(stage.header.digest, bundle))
 
 
-def _close_shares(move: _Move) -> None:
+def _close_shares(move: _CoordinatorMove) -> None:
     move.record(CohortFixed())
     stage = move.stage
     assert isinstance(stage, Collecting)
@@ -913,7 +915,7 @@ def _delivery(stage: Collecting, to: SiteId) -> Delivery:
     return Delivery(stage.header.digest, heads, parcels)
 
 
-def _close_vectors(move: _Move, stage: Collecting) -> None:
+def _close_vectors(move: _CoordinatorMove, stage: Collecting) -> None:
     submissions, late = _common(stage.submissions)
     if len(submissions) < stage.header.threshold:
         _give_up(move, stage, len(submissions))
@@ -929,7 +931,7 @@ def _close_vectors(move: _Move, stage: Collecting) -> None:
         move.send(site, SurvivorList(stage.header.digest, submissions))
 
 
-def _close_confirms(move: _Move) -> None:
+def _close_confirms(move: _CoordinatorMove) -> None:
     move.record(ConfirmsFixed())
     stage = move.stage
     assert isinstance(stage, Unmasking)
@@ -938,7 +940,7 @@ def _close_confirms(move: _Move) -> None:
             move.send(confirm.site, Confirmations(stage.header.digest, stage.confirms))
 
 
-def _close_answers(move: _Move, stage: Unmasking) -> None:
+def _close_answers(move: _CoordinatorMove, stage: Unmasking) -> None:
     try:
         masks = rebuild_masks(stage)
     except PeerRefused as error:  # a lying site can spoil a round, and is named
@@ -949,7 +951,7 @@ def _close_answers(move: _Move, stage: Unmasking) -> None:
     move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
 
 
-def _close_statements(move: _Move, stage: Releasing) -> None:
+def _close_statements(move: _CoordinatorMove, stage: Releasing) -> None:
     macs = Counter(map(_found_in, stage.statements)).most_common(1)[0][0]
     signatures = tuple((s.site, s.signature) for s in stage.statements if _found_in(s) == macs)
     certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
@@ -959,18 +961,18 @@ def _close_statements(move: _Move, stage: Releasing) -> None:
         _tell_end(move, site)
 
 
-def _tell_end(move: _Move, site: SiteId) -> None:
+def _tell_end(move: _CoordinatorMove, site: SiteId) -> None:
     """How the round ended, to one site of its roster: whoever is not in the sum leaves it now."""
     stage = move.stage
     if isinstance(stage, Released) and site in stage.certificate.survivors:
         move.send(site, stage.certificate)
     elif isinstance(stage, Released):
         move.send(site, Abandon(stage.header.digest, STAGE_NAMES[Collecting]))
-    elif isinstance(stage, Abandoned):
+    elif isinstance(stage, Failed):
         move.send(site, Abandon(stage.header.digest, stage.stage))
 
 
-def _close(move: _Move, stage: Waiting) -> None:
+def _close(move: _CoordinatorMove, stage: Waiting) -> None:
     match stage:
         case Advertising():
             _close_keys(move, stage)
@@ -988,7 +990,7 @@ def _close(move: _Move, stage: Waiting) -> None:
             assert_never(stage)
 
 
-def _give_up(move: _Move, stage: InRound, left: int) -> None:
+def _give_up(move: _CoordinatorMove, stage: InRound, left: int) -> None:
     name = STAGE_NAMES[type(stage)]
     if isinstance(stage, Summing) and stage.header.protection not in MASKS:
         name = "confirm"  # before the sum is announced
@@ -1001,7 +1003,7 @@ def _give_up(move: _Move, stage: InRound, left: int) -> None:
     move.do(Discard(stage.header))
 
 
-def _settle(move: _Move, now: float) -> None:
+def _settle(move: _CoordinatorMove, now: float) -> None:
     """End the stage, and any that follows, if nobody is waited for any more, or at its deadline.
 
     A stage that begins with too few sites, because some left while they were not waited for, ends too.
@@ -1013,13 +1015,13 @@ def _settle(move: _Move, now: float) -> None:
         _give_time(move, now)
 
 
-def _give_time(move: _Move, now: float) -> None:
+def _give_time(move: _CoordinatorMove, now: float) -> None:
     """The stage that begins now has its own patience."""
     if isinstance(move.stage, Waiting):
         move.stage = replace(move.stage, until=now + move.hub.patience)
 
 
-def _settle_one(move: _Move, stage: Waiting, now: float) -> None:
+def _settle_one(move: _CoordinatorMove, stage: Waiting, now: float) -> None:
     needed, came, hoped = stage.header.threshold, _counted(stage), in_sight(stage)
     if hoped < needed:
         _give_up(move, stage, hoped)
@@ -1108,7 +1110,7 @@ def _pairwise(
 # --------------------------------------------------------------------------------- the table
 
 
-def _publish(move: _Move, stage: Summing, event: SumReady) -> None:
+def _publish(move: _CoordinatorMove, stage: Summing, event: SumReady) -> None:
     """Announce the sum. Without masks nothing is known of it before: with too few sites left to open it
     the round is abandoned like one with too few confirmations."""
     there = [site for site in members_of(stage) if site not in stage.gone]
@@ -1122,11 +1124,11 @@ def _publish(move: _Move, stage: Summing, event: SumReady) -> None:
             move.send(site, aggregate)
 
 
-def _stay(move: _Move, stage: CoordinatorStage, _: Tick) -> None:
+def _stay(move: _CoordinatorMove, stage: CoordinatorStage, _: Tick) -> None:
     """What is due by the clock follows every event."""
 
 
-def _restart(move: _Move, stage: CoordinatorStage, _: Restarted) -> None:
+def _restart(move: _CoordinatorMove, stage: CoordinatorStage, _: Restarted) -> None:
     """Everybody gets again what this stage has for them; an unfinished sum is made from the spool."""
     if isinstance(stage, Collecting | Confirming | Unmasking | Summing):
         move.do(Rebuild(stage.submissions))
@@ -1136,10 +1138,10 @@ def _restart(move: _Move, stage: CoordinatorStage, _: Restarted) -> None:
         for site in stage.header.roster:
             _tell_end(move, site)
     for site in waiting_for(stage):
-        _repeat(move, stage, Reconnected(site))
+        _repeat(move, stage, SiteReconnected(site))
 
 
-def _repeat(move: _Move, stage: CoordinatorStage, event: Reconnected) -> None:
+def _repeat(move: _CoordinatorMove, stage: CoordinatorStage, event: SiteReconnected) -> None:
     site = event.site
     if isinstance(stage, Ended) and site in stage.header.roster:
         _tell_end(move, site)
@@ -1166,52 +1168,52 @@ def _repeat(move: _Move, stage: CoordinatorStage, event: Reconnected) -> None:
 
 MOVES = table(
     on(Ready, Start, _start, Advertising, Collecting),
-    on(Advertising, Keys, _take_keys, Sharing, Abandoned),
-    on(Sharing, Shares, _take_shares, Collecting, Abandoned),
-    on(Collecting, Uploaded, _take_vector, Confirming, Summing, Abandoned),
-    on(Confirming, Confirm, _take_confirm, Unmasking, Abandoned),
-    on(Unmasking, Unmask, _take_answer, Summing, Abandoned),
-    on(Summing, SumReady, _publish, Releasing, Abandoned),
-    on(Releasing, Statement, _take_statement, Released, Abandoned),
+    on(Advertising, Keys, _take_keys, Sharing, Failed),
+    on(Sharing, Shares, _take_shares, Collecting, Failed),
+    on(Collecting, Uploaded, _take_vector, Confirming, Summing, Failed),
+    on(Confirming, Confirm, _take_confirm, Unmasking, Failed),
+    on(Unmasking, Unmask, _take_answer, Summing, Failed),
+    on(Summing, SumReady, _publish, Releasing, Failed),
+    on(Releasing, Statement, _take_statement, Released, Failed),
     on(Released, Start, _start, Advertising, Collecting),
-    on(Abandoned, Start, _start, Advertising, Collecting),
-    on(IN_ROUND, Leave, _take_leave, Abandoned),
-    on(IN_ROUND, Gone, _take_gone, Abandoned),
-    on(IN_ROUND, Tick, _stay, Abandoned),
+    on(Failed, Start, _start, Advertising, Collecting),
+    on(IN_ROUND, Leave, _take_leave, Failed),
+    on(IN_ROUND, Gone, _take_gone, Failed),
+    on(IN_ROUND, Tick, _stay, Failed),
     on(BETWEEN, Tick, _stay),
     on(ALL, Restarted, _restart),
-    on(ALL, Reconnected, _repeat),
+    on(ALL, SiteReconnected, _repeat),
 )
 """A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
 
 
 def step(
-    hub: Hub, stage: CoordinatorStage, event: CoordinatorEvent, now: float
+    hub: CoordinatorParams, stage: CoordinatorStage, event: CoordinatorEvent, now: float
 ) -> tuple[CoordinatorStage, tuple[CoordinatorEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back.
     """
-    found = event.message if isinstance(event, Received) else event
+    found = event.message if isinstance(event, MessageFromSite) else event
     kind, legal = type(found), MOVES[type(stage)]
-    sender = event.sender if isinstance(event, Received | Uploaded) else None
+    sender = event.sender if isinstance(event, MessageFromSite | Uploaded) else None
     if kind not in legal:
         raise not_legal(kind, legal, message=bool(sender), fault=sender or COORDINATOR)
-    if isinstance(event, Received | Uploaded):
+    if isinstance(event, MessageFromSite | Uploaded):
         assert isinstance(stage, InRound)  # no message is legal between rounds
         if _seen_before(stage, event):
             return stage, ()
-    move = _Move(stage, evolve, hub=hub)
+    move = _CoordinatorMove(stage, evolve, hub=hub)
     handle, _ = legal[kind]
     handle(move, stage, found)
     if type(move.stage) is not type(stage) or kind is Restarted:
         _give_time(move, now)
-    if kind is not Reconnected:
+    if kind is not SiteReconnected:
         _settle(move, now)
     return move.stage, tuple(move.effects)
 
 
-def _seen_before(stage: InRound, event: Received | Uploaded) -> bool:
+def _seen_before(stage: InRound, event: MessageFromSite | Uploaded) -> bool:
     """Whether this very message came already. Raises for a second, different one, or a stranger's."""
     message = event.submit if isinstance(event, Uploaded) else event.message
     site, sender = _site_of(message), event.sender

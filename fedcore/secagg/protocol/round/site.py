@@ -96,7 +96,7 @@ from fedcore.secagg.protocol.shared import (
     THIS_SITE,
     Exchange,
     History,
-    Standing,
+    SiteProgress,
     answered,
     check_certificate,
     check_confirm,
@@ -120,7 +120,7 @@ from fedcore.types import SiteId
 
 
 @dataclass(frozen=True)
-class Member:
+class SiteParams:
     """Who this site is and what it insists on; the same for a whole job.
 
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
@@ -159,7 +159,7 @@ class Invited:
 
 
 @dataclass(frozen=True)
-class Received:
+class MessageFromCoordinator:
     """Any other message of the coordinator."""
 
     message: CoordinatorMessage
@@ -183,7 +183,7 @@ class SumOpened:
 
 
 @dataclass(frozen=True)
-class Refused:
+class CheckFailed:
     """A step of this round raised, the tag did not hold, or somebody here said no: leave it.
 
     sealed: the cause under G for the other sites; all have one length.
@@ -206,7 +206,7 @@ class Declined:
 
 
 @dataclass(frozen=True)
-class Reconnected:
+class SessionRestored:
     """The connection is new: what was sent last may not have arrived."""
 
 
@@ -250,13 +250,13 @@ class NewEpoch:
 
 SiteEvent = (
     Invited
-    | Received
+    | MessageFromCoordinator
     | VectorMade
     | SumOpened
-    | Refused
+    | CheckFailed
     | Superseded
     | Declined
-    | Reconnected
+    | SessionRestored
     | Restarted
     | Tick
     | CaughtUp
@@ -284,7 +284,7 @@ class Secrets:
 
 @record("Held")
 @dataclass(frozen=True)
-class Held:
+class HeldShares:
     """Two key shares of one site, kept until unmask asks for exactly one of them."""
 
     of: SiteId
@@ -297,7 +297,7 @@ class Held:
 class Idle:
     """Between rounds."""
 
-    standing: Standing
+    standing: SiteProgress
 
 
 @record("Halted")
@@ -305,7 +305,7 @@ class Idle:
 class Halted:
     """A release was refused: no further round under this key epoch (PROTOCOL R)."""
 
-    standing: Standing
+    standing: SiteProgress
 
 
 @record("Advertised")
@@ -313,7 +313,7 @@ class Halted:
 class Advertised:
     """Keys are sent; the bundle is awaited."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     secrets: Secrets
@@ -327,12 +327,12 @@ class Advertised:
 class Shared:
     """Shares are sent; the others' are awaited. own: the shares kept of this site's own secrets."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     secrets: Secrets
     bundle: tuple[Keys, ...]
-    own: Held
+    own: HeldShares
     shares: Shares
     history: History
     until: float = _until()
@@ -343,12 +343,12 @@ class Shared:
 class Masking:
     """The vector is being made. masks: (seed, sign) of each; mask root and self-seed are gone."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     bundle: bytes
     cohort: tuple[SiteId, ...]
-    held: tuple[Held, ...]
+    held: tuple[HeldShares, ...]
     masks: tuple[tuple[SecretBytes, int], ...]
     history: History
     until: float = _until()
@@ -359,12 +359,12 @@ class Masking:
 class Submitted:
     """The vector is on its way; the survivor list is awaited. The masks are gone."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     bundle: bytes
     cohort: tuple[SiteId, ...]
-    held: tuple[Held, ...]
+    held: tuple[HeldShares, ...]
     submit: Submit
     history: History
     until: float = _until()
@@ -375,11 +375,11 @@ class Submitted:
 class Confirmed:
     """One survivor list is signed; the others' signatures are awaited."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     cohort: tuple[SiteId, ...]
-    held: tuple[Held, ...]
+    held: tuple[HeldShares, ...]
     submissions: tuple[Submit, ...]
     confirm: Confirm
     history: History
@@ -391,7 +391,7 @@ class Confirmed:
 class Answered:
     """Unmask is answered, so the round counts as released; the sum is awaited. The shares are gone."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     submissions: tuple[Submit, ...]
@@ -403,7 +403,7 @@ class Answered:
 class Opening:
     """The sum is being opened and its tag checked."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
     submissions: tuple[Submit, ...]
@@ -416,7 +416,7 @@ class Opening:
 class Stated:
     """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
 
-    standing: Standing
+    standing: SiteProgress
     header: RoundHeader
     submissions: tuple[Submit, ...]
     statement: Statement
@@ -467,7 +467,7 @@ class SharesMade:
     """The bundle is accepted, and the shares are made."""
 
     bundle: tuple[Keys, ...]
-    own: Held
+    own: HeldShares
     shares: Shares
     exchange: Exchange
 
@@ -478,7 +478,7 @@ class DeliveryOpened:
     """The others' shares are held, and the masks agreed."""
 
     cohort: tuple[SiteId, ...]
-    held: tuple[Held, ...]
+    held: tuple[HeldShares, ...]
     masks: tuple[tuple[SecretBytes, int], ...]
     exchange: Exchange
 
@@ -668,11 +668,11 @@ def evolve(stage: SiteStage, entry: SiteEntry) -> SiteStage:
     )  # fmt: skip
 
 
-def _used(standing: Standing, header: RoundHeader) -> Standing:
+def _used(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
     return replace(standing, round=header.round)
 
 
-def _sent(standing: Standing, header: RoundHeader) -> Standing:
+def _sent(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
     """Without masks a vector that was sent is all that a colluding site needs, opened or not."""
     if header.protection in MASKS:
         return standing
@@ -683,15 +683,15 @@ def _step(header: RoundHeader) -> tuple[str, int]:
     return header.purpose, header.training_round
 
 
-def _exposed(standing: Standing, header: RoundHeader) -> Standing:
+def _exposed(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
     return replace(standing, exposed=header.digest)
 
 
-def _proved(standing: Standing, number: int) -> Standing:
+def _proved(standing: SiteProgress, number: int) -> SiteProgress:
     return replace(standing, proved=max(standing.proved, number), round=max(standing.round, number))
 
 
-def _released(standing: Standing, certificate: Certificate) -> Standing:
+def _released(standing: SiteProgress, certificate: Certificate) -> SiteProgress:
     """The state is another one now, so nothing that bound this site to the one before does."""
     number = certificate.header.round
     return replace(
@@ -712,16 +712,16 @@ def replay(start: SiteStage, journal: Iterable[SiteEntry]) -> SiteStage:
 
 
 @dataclass
-class _Move(Move[SiteStage, SiteEntry, SiteEffect]):
+class _SiteMove(Move[SiteStage, SiteEntry, SiteEffect]):
     """A step of this role."""
 
-    member: Member = field(kw_only=True)
+    member: SiteParams = field(kw_only=True)
 
     def send(self, message: SiteMessage) -> None:
         self.effects.append(Send(COORDINATOR, message))
 
 
-def _join(move: _Move, stage: Idle, event: Invited) -> None:
+def _join(move: _SiteMove, stage: Idle, event: Invited) -> None:
     member, standing, header = move.member, stage.standing, event.announce.header
     _check_invitation(member, standing, header)
     _check_company(member, header, header.roster, "cohort")
@@ -743,7 +743,7 @@ def _join(move: _Move, stage: Idle, event: Invited) -> None:
     move.send(keys)
 
 
-def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -> None:
+def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundHeader) -> None:
     check_roster(header, member.pins, member.least)
     if member.id not in header.roster:
         refuse_missing(member.id, header.roster, "roster")
@@ -785,7 +785,9 @@ def _check_invitation(member: Member, standing: Standing, header: RoundHeader) -
         )  # fmt: skip
 
 
-def _check_company(member: Member, header: RoundHeader, sites: Iterable[SiteId], what: str) -> None:
+def _check_company(
+    member: SiteParams, header: RoundHeader, sites: Iterable[SiteId], what: str
+) -> None:
     """These rows meet the same sites again, or none (PROTOCOL H, across jobs). Raises OtherSites."""
     wanted = member.only_with.get(header.purpose)
     if wanted is not None and set(sites) != set(wanted):
@@ -799,7 +801,7 @@ def _check_company(member: Member, header: RoundHeader, sites: Iterable[SiteId],
         )  # fmt: skip
 
 
-def _check_one_sum(standing: Standing, header: RoundHeader) -> None:
+def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
     """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
     if standing.exposed:
         raise SecondSum(
@@ -814,7 +816,7 @@ def _check_one_sum(standing: Standing, header: RoundHeader) -> None:
         )  # fmt: skip
 
 
-def _share(move: _Move, stage: Advertised, bundle: KeyBundle) -> None:
+def _share(move: _SiteMove, stage: Advertised, bundle: KeyBundle) -> None:
     member = move.member
     header = stage.header
     _check_bundle(member, stage, bundle)
@@ -833,12 +835,12 @@ def _share(move: _Move, stage: Advertised, bundle: KeyBundle) -> None:
         header.digest, member.id, tuple((p.recipient, digest(p)) for p in parcels), b""
     )
     shares = Shares(sign(head, member.identity), parcels)
-    held = Held(member.id, SecretBytes(self_shares[own]), SecretBytes(root_shares[own]))
+    held = HeldShares(member.id, SecretBytes(self_shares[own]), SecretBytes(root_shares[own]))
     move.record(SharesMade(bundle.keys, held, shares, exchange(bundle, shares)))
     move.send(shares)
 
 
-def _check_bundle(member: Member, stage: Advertised, bundle: KeyBundle) -> None:
+def _check_bundle(member: SiteParams, stage: Advertised, bundle: KeyBundle) -> None:
     header = stage.header
     check_header(bundle.header, header, COORDINATOR)
     names = [keys.site for keys in bundle.keys]
@@ -873,7 +875,7 @@ def _own_keys(stage: Advertised | Shared) -> tuple[HybridKey, MaskRoot]:
 
 
 def _parcel(
-    member: Member,
+    member: SiteParams,
     header: RoundHeader,
     keys: Keys,
     shares: tuple[bytes, bytes],
@@ -901,7 +903,7 @@ def _parcel(
     return Parcel(member.id, to, envelope, offer, *digests)
 
 
-def _open_delivery(move: _Move, stage: Shared, delivery: Delivery) -> None:
+def _open_delivery(move: _SiteMove, stage: Shared, delivery: Delivery) -> None:
     member = move.member
     header = stage.header
     check_header(delivery.header, header, COORDINATOR)
@@ -926,7 +928,7 @@ def _open_delivery(move: _Move, stage: Shared, delivery: Delivery) -> None:
 
 
 def _check_head(
-    member: Member, stage: Shared, head: SharesHead, parcel: Parcel, joined: list[SiteId]
+    member: SiteParams, stage: Shared, head: SharesHead, parcel: Parcel, joined: list[SiteId]
 ) -> None:
     check_header(head.header, stage.header, head.site)
     check_signature(head, member.pins)
@@ -943,7 +945,9 @@ def _check_head(
         )  # fmt: skip
 
 
-def _open_parcel(member: Member, stage: Shared, parcel: Parcel, channel: HybridKey) -> Held:
+def _open_parcel(
+    member: SiteParams, stage: Shared, parcel: Parcel, channel: HybridKey
+) -> HeldShares:
     """Both key shares of a sender, checked against the digests it signed."""
     header, sender = stage.header, parcel.sender
     theirs = next(keys for keys in stage.bundle if keys.site == sender)
@@ -960,10 +964,10 @@ def _open_parcel(member: Member, stage: Shared, parcel: Parcel, channel: HybridK
                 f"{kind} share", found="one that differs from its signed digest",
                 expected="the share its sender signed", fault=sender,
             )  # fmt: skip
-    return Held(sender, SecretBytes(parts[0]), SecretBytes(parts[1]))
+    return HeldShares(sender, SecretBytes(parts[0]), SecretBytes(parts[1]))
 
 
-def _self_mask(member: Member, stage: Shared) -> tuple[SecretBytes, int]:
+def _self_mask(member: SiteParams, stage: Shared) -> tuple[SecretBytes, int]:
     seed = self_mask_seed(
         stage.secrets.self_seed.reveal(), site=member.id, header=stage.header.digest,
         state_tag=stage.state_tag,
@@ -972,7 +976,7 @@ def _self_mask(member: Member, stage: Shared) -> tuple[SecretBytes, int]:
 
 
 def _pairwise_mask(
-    member: Member, stage: Shared, parcel: Parcel, root: MaskRoot
+    member: SiteParams, stage: Shared, parcel: Parcel, root: MaskRoot
 ) -> tuple[SecretBytes, int]:
     """The mask shared with the sender: the lower of the pair in the roster adds it."""
     header, peer = stage.header, parcel.sender
@@ -996,7 +1000,7 @@ def _pairwise_mask(
     return SecretBytes(seed), 1 if lower else -1
 
 
-def _submit(move: _Move, stage: Masking, made: VectorMade) -> None:
+def _submit(move: _SiteMove, stage: Masking, made: VectorMade) -> None:
     member = move.member
     _check_company(member, stage.header, stage.header.roster, "cohort")
     submit = sign(
@@ -1012,7 +1016,7 @@ def _submit(move: _Move, stage: Masking, made: VectorMade) -> None:
 
 
 def _check_list(
-    member: Member, stage: Submitted, header: bytes, submissions: tuple[Submit, ...],
+    member: SiteParams, stage: Submitted, header: bytes, submissions: tuple[Submit, ...],
     cohort: Iterable[SiteId],
 ) -> None:  # fmt: skip
     """U3: a subset of U2, at least t, with this site's own submission, each signed by its site."""
@@ -1034,7 +1038,7 @@ def _check_own_submission(submissions: tuple[Submit, ...], own: Submit) -> None:
         )  # fmt: skip
 
 
-def _confirm(move: _Move, stage: Submitted, request: SurvivorList) -> None:
+def _confirm(move: _SiteMove, stage: Submitted, request: SurvivorList) -> None:
     member = move.member
     _must_mask(stage.header, request)
     _check_list(member, stage, request.header, request.submissions, stage.cohort)
@@ -1058,7 +1062,7 @@ def _must_mask(header: RoundHeader, request: CoordinatorMessage) -> None:
         )  # fmt: skip
 
 
-def _answer(move: _Move, stage: Confirmed, request: Confirmations) -> None:
+def _answer(move: _SiteMove, stage: Confirmed, request: Confirmations) -> None:
     member = move.member
     check_header(request.header, stage.header, COORDINATOR)
     survivors = survivors_of(stage.submissions)
@@ -1075,14 +1079,14 @@ def _answer(move: _Move, stage: Confirmed, request: Confirmations) -> None:
     move.send(unmask)
 
 
-def _one_share(held: Held, survived: bool) -> Answer:
+def _one_share(held: HeldShares, survived: bool) -> Answer:
     """Exactly one of the two: both would open the update of a site."""
     if survived:
         return Answer(held.of, SELF_SEED, held.self_share.reveal())
     return Answer(held.of, MASK_ROOT, held.root_share.reveal())
 
 
-def _open(move: _Move, stage: Submitted | Confirmed | Answered, request: Aggregate) -> None:
+def _open(move: _SiteMove, stage: Submitted | Confirmed | Answered, request: Aggregate) -> None:
     member, header = move.member, stage.header
     if isinstance(stage, Submitted):
         if header.protection in MASKS:
@@ -1111,7 +1115,7 @@ def _open_sum(stage: Opening) -> OpenSum:
     return OpenSum(stage.header, names, salts, stage.state_tag, found.digest, found.size)
 
 
-def _state(move: _Move, stage: Opening, opened: SumOpened) -> None:
+def _state(move: _SiteMove, stage: Opening, opened: SumOpened) -> None:
     member = move.member
     survivors = digest(survivors_of(stage.submissions))
     statement = sign(
@@ -1122,7 +1126,7 @@ def _state(move: _Move, stage: Opening, opened: SumOpened) -> None:
     move.send(statement)
 
 
-def _release(move: _Move, stage: Stated, certificate: Certificate) -> None:
+def _release(move: _SiteMove, stage: Stated, certificate: Certificate) -> None:
     member = move.member
     check_certificate(certificate, stage.header, member.pins)
     own = stage.statement
@@ -1136,37 +1140,37 @@ def _release(move: _Move, stage: Stated, certificate: Certificate) -> None:
     move.do(Erase(stage.header))
 
 
-def _abandon(move: _Move, stage: InRound, request: Abandon) -> None:
+def _abandon(move: _SiteMove, stage: InRound, request: Abandon) -> None:
     check_header(request.header, stage.header, COORDINATOR)
     _depart(move, stage)
 
 
-def _decline(move: _Move, _: Idle | Halted, event: Declined) -> None:
+def _decline(move: _SiteMove, _: Idle | Halted, event: Declined) -> None:
     move.send(Leave(event.header.digest, move.member.id, LEFT))
 
 
-def _show(move: _Move, stage: InRound, notice: Notice) -> None:
+def _show(move: _SiteMove, stage: InRound, notice: Notice) -> None:
     check_header(notice.header, stage.header, COORDINATOR)
     move.do(ShowNotice(notice))
 
 
-def _stay(move: _Move, stage: SiteStage, event: Tick | Reconnected | Restarted) -> None:
+def _stay(move: _SiteMove, stage: SiteStage, event: Tick | SessionRestored | Restarted) -> None:
     """Nothing is due."""
 
 
-def _supersede(move: _Move, stage: InRound, _: Superseded) -> None:
+def _supersede(move: _SiteMove, stage: InRound, _: Superseded) -> None:
     _depart(move, stage)
 
 
-def _ended_already(move: _Move, stage: Idle | Halted, request: Abandon) -> None:
+def _ended_already(move: _SiteMove, stage: Idle | Halted, request: Abandon) -> None:
     """The coordinator tells the whole roster; this site has left before."""
 
 
-def _heard_too_late(move: _Move, stage: Idle | Halted, notice: Notice) -> None:
+def _heard_too_late(move: _SiteMove, stage: Idle | Halted, notice: Notice) -> None:
     """Why another site refused, after this one has left or refused itself: its own log says enough."""
 
 
-def _certified_already(_: _Move, stage: Idle, certificate: Certificate) -> None:
+def _certified_already(_: _SiteMove, stage: Idle, certificate: Certificate) -> None:
     if certificate.hash != stage.standing.certificate:
         raise OutOfOrder(
             "message", found="Certificate of a round this site is not in", expected="none",
@@ -1174,7 +1178,7 @@ def _certified_already(_: _Move, stage: Idle, certificate: Certificate) -> None:
         )  # fmt: skip
 
 
-def _depart(move: _Move, stage: InRound) -> None:
+def _depart(move: _SiteMove, stage: InRound) -> None:
     """Leave the round: nothing is applied, and what was secret is erased."""
     if isinstance(stage, EXPOSED):
         move.do(
@@ -1188,7 +1192,7 @@ def _depart(move: _Move, stage: InRound) -> None:
     move.do(Erase(stage.header))
 
 
-def _refuse(move: _Move, stage: InRound, event: Refused) -> None:
+def _refuse(move: _SiteMove, stage: InRound, event: CheckFailed) -> None:
     """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
     if isinstance(stage, Opening | Stated):
         move.record(ReleaseRefusedHere(type_name(type(stage))))
@@ -1203,7 +1207,7 @@ def _refuse(move: _Move, stage: InRound, event: Refused) -> None:
     move.send(Leave(stage.header.digest, move.member.id, code, event.sealed if told else b""))
 
 
-def _is_anothers_material(member: Member, stage: InRound, error: Exception) -> bool:
+def _is_anothers_material(member: SiteParams, stage: InRound, error: Exception) -> bool:
     """Whether a parcel failed whose digest another site signed: the coordinator cannot have changed it.
 
     The other sites hear it, sealed; they take this site's word for it, so nothing but a line in their logs
@@ -1217,7 +1221,7 @@ def _is_anothers_material(member: Member, stage: InRound, error: Exception) -> b
     )
 
 
-def _resend(move: _Move, stage: InRound, _: Reconnected | Restarted) -> None:
+def _resend(move: _SiteMove, stage: InRound, _: SessionRestored | Restarted) -> None:
     """What was sent last, byte for byte as the journal has it."""
     match stage:
         case Advertised(keys=keys):
@@ -1235,7 +1239,7 @@ def _resend(move: _Move, stage: InRound, _: Reconnected | Restarted) -> None:
             move.send(statement)
 
 
-def _restart(move: _Move, stage: InRound, event: Restarted) -> None:
+def _restart(move: _SiteMove, stage: InRound, event: Restarted) -> None:
     """Go on from the journal, or leave the round (PROTOCOL V, D).
 
     The folder may have been put back to an earlier time, which a new process cannot see. Under masks it
@@ -1252,7 +1256,7 @@ def _restart(move: _Move, stage: InRound, event: Restarted) -> None:
         _resend(move, stage, event)
 
 
-def _install(move: _Move, stage: Idle | Halted, event: NewEpoch) -> None:
+def _install(move: _SiteMove, stage: Idle | Halted, event: NewEpoch) -> None:
     if event.epoch <= stage.standing.epoch:
         raise StaleEpoch(
             "key epoch", found=event.epoch, expected=f"more than {stage.standing.epoch}",
@@ -1261,7 +1265,7 @@ def _install(move: _Move, stage: Idle | Halted, event: NewEpoch) -> None:
     move.record(EpochInstalled(event.epoch, event.key_id))
 
 
-def _catch_up(move: _Move, stage: Idle, event: CaughtUp) -> None:
+def _catch_up(move: _SiteMove, stage: Idle, event: CaughtUp) -> None:
     found = event.certificate
     check_missed(move.member, stage.standing, found)
     if event.state_mac != found.state_mac:
@@ -1272,7 +1276,7 @@ def _catch_up(move: _Move, stage: Idle, event: CaughtUp) -> None:
     move.do(Apply(found))
 
 
-def check_missed(member: Member, standing: Standing, found: Certificate) -> None:
+def check_missed(member: SiteParams, standing: SiteProgress, found: Certificate) -> None:
     """The certificate proves a release of this job after the one that this site stands at.
 
     Raises a ProtocolRefused. A state is worth holding only once this has passed (PROTOCOL V).
@@ -1288,7 +1292,7 @@ def check_missed(member: Member, standing: Standing, found: Certificate) -> None
     check_certificate(found, found.header, member.pins)
 
 
-def _look_at_own(move: _Move, stage: Idle | Halted, event: OwnSignature) -> None:
+def _look_at_own(move: _SiteMove, stage: Idle | Halted, event: OwnSignature) -> None:
     """A signature of this site that its folder knows nothing of: the folder is an old one."""
     member, standing = move.member, stage.standing
     number = event.header.round
@@ -1307,7 +1311,7 @@ def _look_at_own(move: _Move, stage: Idle | Halted, event: OwnSignature) -> None
     )
 
 
-def _check_same_job(member: Member, header: RoundHeader) -> None:
+def _check_same_job(member: SiteParams, header: RoundHeader) -> None:
     for what, found, expected in (
         ("federation", header.federation, member.federation),
         ("job", header.job, member.job),
@@ -1328,7 +1332,7 @@ MOVES = table(
     on(BETWEEN, Abandon, _ended_already),
     on(BETWEEN, Notice, _heard_too_late),
     on(BETWEEN, Tick, _stay),
-    on(BETWEEN, Reconnected, _stay),
+    on(BETWEEN, SessionRestored, _stay),
     on(BETWEEN, Restarted, _stay),
     on(Advertised, KeyBundle, _share, Shared),
     on(Shared, Delivery, _open_delivery, Masking),
@@ -1341,17 +1345,17 @@ MOVES = table(
     on(Opening, SumOpened, _state, Stated),
     on(Stated, Certificate, _release, Idle),
     on(IN_ROUND, Abandon, _abandon, Idle),
-    on(IN_ROUND, Refused, _refuse, Idle, Halted),
+    on(IN_ROUND, CheckFailed, _refuse, Idle, Halted),
     on(IN_ROUND, Superseded, _supersede, Idle),
     on(IN_ROUND, Tick, _stay, Idle),
-    on(IN_ROUND, Reconnected, _resend),
+    on(IN_ROUND, SessionRestored, _resend),
     on(IN_ROUND, Restarted, _restart, Idle),
     on(IN_ROUND, Notice, _show),
 )
 
 
 def step(
-    member: Member, stage: SiteStage, event: SiteEvent, now: float
+    member: SiteParams, stage: SiteStage, event: SiteEvent, now: float
 ) -> tuple[SiteStage, tuple[SiteEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
@@ -1359,8 +1363,8 @@ def step(
     not exposed by then.
     """
     if isinstance(event, Tick) and isinstance(stage, Waiting) and now >= stage.until:
-        event = Refused(TimeoutError(f"no progress at {type_name(type(stage))}"))
-    found = event.message if isinstance(event, Received) else event
+        event = CheckFailed(TimeoutError(f"no progress at {type_name(type(stage))}"))
+    found = event.message if isinstance(event, MessageFromCoordinator) else event
     if isinstance(stage, InRound):
         request = event.announce if isinstance(event, Invited) else found
         past = answered(stage.history, request)
@@ -1368,9 +1372,9 @@ def step(
             return stage, _said_again(past)
     kind, legal = type(found), MOVES[type(stage)]
     if kind not in legal:
-        said = isinstance(event, Received)
+        said = isinstance(event, MessageFromCoordinator)
         raise not_legal(kind, legal, message=said, fault=COORDINATOR if said else THIS_SITE)
-    move = _Move(stage, evolve, member=member)
+    move = _SiteMove(stage, evolve, member=member)
     handle, _ = legal[kind]
     handle(move, stage, found)
     return _timed(move.stage, stage, event, now, member.patience), tuple(move.effects)
