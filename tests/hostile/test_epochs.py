@@ -295,7 +295,7 @@ def in_two_epochs():
     parties = epochs.parties
     for name in epochs.sites:
         install = epochs.installed[name][-1]
-        standing = site.Standing(install.epoch, install.key_id)
+        standing = site.SiteProgress(install.epoch, install.key_id)
         parties.first[name] = parties.stages[name] = site.Idle(standing)
     return parties
 

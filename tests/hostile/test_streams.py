@@ -95,7 +95,7 @@ def believing(monkeypatch):
         def taken(move, _, found):
             move.record(record(getattr(found, "submit", found)))
             if kind is Collecting:
-                move.do(coordinator.Fold(found.submit))
+                move.do(coordinator.FoldUpload(found.submit))
 
         monkeypatch.setitem(MOVES[kind], message, (taken, MOVES[kind][message][1]))
 

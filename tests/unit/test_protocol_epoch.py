@@ -92,7 +92,7 @@ def test_the_round_machine_takes_the_epoch_and_no_older_one():
     epochs.begin().pump()
     (install,) = epochs.installed["s01"]
     stages = epochs.parties.stages
-    epochs.parties.first["s01"] = stages["s01"] = site.Idle(site.Standing(0, b""))
+    epochs.parties.first["s01"] = stages["s01"] = site.Idle(site.SiteProgress(0, b""))
     epochs.parties.step("s01", site.NewEpoch(install.epoch, install.key_id))
     assert (stages["s01"].standing.epoch, stages["s01"].standing.key_id) == (1, install.key_id)
     with pytest.raises(StaleEpoch):
@@ -310,7 +310,7 @@ def test_a_maker_with_a_payload_for_each_is_found_out_by_the_signed_key_ids():
     assert len(set(ids.values())) == 2
     parties = epochs.parties
     for name, mine in ids.items():
-        parties.first[name] = parties.stages[name] = site.Idle(site.Standing(1, mine))
+        parties.first[name] = parties.stages[name] = site.Idle(site.SiteProgress(1, mine))
     parties.begin()
     keys = []
     while parties.queue:
