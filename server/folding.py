@@ -17,26 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
-from fedcore.errors import (
-    BadInput,
-    ChunkRefused,
-    FedcoreError,
-    PlanRefused,
-    StoreFull,
-    StoreProblem,
-    Unavailable,
-)
-from fedcore.runtime.pipes import Child, ChildEnded, Parent, python
-from fedcore.secagg.crypto import UnmaskableFold, words
-from fedcore.secagg.crypto.masking import mask_sum
-from fedcore.secagg.plan import Packing, Ring
+from fedcore_server import fold_worker
+from fedcore_server.fold_worker import ERRORS, chunk_slots, packing_form
+
+from fedcore.errors import BadInput, ChunkRefused, FedcoreError, StoreProblem
+from fedcore.runtime.pipes import Child, ChildEnded, python
+from fedcore.secagg.plan import Packing
 from fedcore.secagg.protocol.effects import Mask
 from fedcore.store import container
 from fedcore.store.disk import make_folder, refusals
@@ -49,24 +41,6 @@ PATIENCE = 300.0
 
 _ATTEMPTS = 3
 """A worker may die of something else than the upload in hand; not three times."""
-
-_SEED_BYTES = 32
-_ERRORS = {
-    kind.__name__: kind
-    for kind in (BadInput, ChunkRefused, PlanRefused, StoreFull, StoreProblem, Unavailable)
-}
-
-
-def chunk_slots(packing: Packing) -> int:
-    """Slots of a whole chunk."""
-    if packing.ring is None:
-        return words.SLOTS_PER_CHUNK
-    from fedcore.secagg.crypto.bfv import BLOCKS_PER_CHUNK
-
-    return BLOCKS_PER_CHUNK * packing.ring.degree
-
-
-# -------------------------------------------------------------------------- the coordinator's side
 
 
 class FoldPool:
@@ -293,7 +267,7 @@ class JobFold:
         if not (worker.alive and shard.life == worker.life and set(shard.held) <= set(self._held)):
             worker.start()
             begin = {
-                "op": "begin", "packing": _packing_form(self._packing), "slots": shard.slots,
+                "op": "begin", "packing": packing_form(self._packing), "slots": shard.slots,
                 "first": shard.first, "chunks": shard.chunks, "of": self._chunks,
             }  # fmt: skip
             self._call(shard, begin)
@@ -315,7 +289,7 @@ class JobFold:
         request = {"job": self._name, **request}
         answer, _ = shard.worker.call(request, [payload], patience=PATIENCE)
         if "error" in answer:
-            raise _ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
+            raise ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 
 
 def _laid(masks: Sequence[Mask]) -> bytes:
@@ -326,122 +300,6 @@ def _laid(masks: Sequence[Mask]) -> bytes:
 def _worker(number: int) -> Child:
     """A fold worker, running: each is one thread of arithmetic."""
     env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    worker = Child(f"fold worker {number}", python(__spec__.name), env)
+    worker = Child(f"fold worker {number}", python(fold_worker.__name__), env)
     worker.start()
     return worker
-
-
-# ------------------------------------------------------------------------------------ both sides
-
-
-def _packing_form(packing: Packing) -> list[int]:
-    form = [packing.bits, packing.max_sites, packing.fields_per_slot]
-    return form if packing.ring is None else [*form, packing.ring.degree, packing.ring.modulus]
-
-
-def _packing_of(form: list[int]) -> Packing:
-    return Packing(form[0], form[1], form[2], Ring(form[3], form[4]) if form[3:] else None)
-
-
-# ------------------------------------------------------------------------------ the worker's side
-
-
-class _Mergeable(UnmaskableFold, Protocol):
-    """Both folds, which can also add another one's sum to their own."""
-
-    def merge(self, other: Self) -> None: ...
-
-
-class _Part:
-    """A worker's range of one job: the running sum, and one upload beside it that may yet be refused."""
-
-    def __init__(self, request: Json) -> None:
-        self._packing = _packing_of(request["packing"])
-        self._slots, self._of = request["slots"], request["of"]
-        self._first, self._chunks = request["first"], request["chunks"]
-        self._make = _maker(self._packing, self._slots, self._first)
-        self._sum = self._make()
-        self._beside: _Mergeable | None = None
-
-    def prepare(self, path: Path) -> None:
-        """Read this range of an upload. Raises ChunkRefused, StoreProblem."""
-        self._beside = None
-        fold = self._make()
-        with refusals("fold", path):
-            found = container.count(path)
-            if found != self._of:
-                raise ChunkRefused(f"vector: found {found} chunks, expected {self._of}")
-            for place, chunk in enumerate(container.read(path, self._first, self._chunks)):
-                fold.add(self._first + place, chunk)
-        self._beside = fold
-
-    def commit(self) -> None:
-        """Add what was read to the sum."""
-        assert self._beside is not None
-        self._sum.merge(self._beside)
-        self._beside = None
-
-    def write(self, path: Path, masks: bytes) -> None:
-        """Take the masks off and write the chunks of the sum. Raises StoreProblem."""
-        laid = [
-            (masks[at : at + _SEED_BYTES], 1 if masks[at + _SEED_BYTES] == ord("+") else -1)
-            for at in range(0, len(masks), _SEED_BYTES + 1)
-        ]
-        if laid:
-            start = self._first * chunk_slots(self._packing)
-            bits = self._packing.slot_bits
-            self._sum.remove(mask_sum(laid, self._slots, bits, first=start))
-        with refusals("fold", path), path.open("wb") as file:
-            container.write(file, self._sum.total())
-
-
-def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Mergeable]:
-    """How an empty fold of this range is made: ciphertexts, or words where nothing encrypts them."""
-    if packing.ring is None:
-        from fedcore.secagg.crypto.masked import MaskedFold
-
-        return lambda: MaskedFold(packing, slots, first_chunk=first_chunk)
-    from fedcore.secagg.crypto.bfv import Courier, EncryptedFold, PublicContext
-
-    public, courier = PublicContext.of(packing), Courier()
-    return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk)
-
-
-def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
-    """Do one request."""
-    job = request["job"]
-    match request["op"]:
-        case "begin":
-            parts[job] = _Part(request)
-        case "prepare":
-            parts[job].prepare(Path(request["path"]))
-        case "commit":
-            parts[job].commit()
-        case "add":
-            parts[job].prepare(Path(request["path"]))
-            parts[job].commit()
-        case "sum":  # once: what is left of the masks' seeds and the sum goes with it
-            parts.pop(job).write(Path(request["path"]), payload)
-        case "end":
-            parts.pop(job, None)
-
-
-def main() -> None:
-    """A worker: answers requests until they end. An error that the coordinator can raise is an answer; any
-    other ends the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
-    parts: dict[str, _Part] = {}
-
-    def answer(request: Json, blobs: list[bytes]) -> tuple[Json, Sequence[bytes]]:
-        try:
-            _obey(parts, request, blobs[0])
-        except FedcoreError as error:
-            kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
-            return {"error": kind, "text": str(error), "remedy": error.remedy}, []
-        return {}, []
-
-    Parent.of_this_process().serve(answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedcore_server.folding import FoldPool, chunk_slots
+from fedcore_server.fold_worker import chunk_slots
+from fedcore_server.folding import FoldPool
 
 from fedcore.errors import BadInput, ChunkRefused, StoreFull, StoreProblem
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
