@@ -1,20 +1,18 @@
 """The site's end of its training process: asks, waits without blocking, starts it again if it died.
 
-Invariant: one request at a time; a process that died is a `TrainingFailed` of this request only, and
-the next request finds a new one. A request that nobody waits for any more is answered to its end and the
-answer dropped, since a new process would have to import and load everything again; one that has not begun
-is never asked. What failed inside is written to the site's log and nowhere else.
+Invariant: one request at a time, in a thread of its own; a process that died is a `TrainingFailed` of this
+request only, and the next request finds a new one. A request whose task is cancelled is answered to its end
+and the answer dropped, since a new process would have to import and load everything again; one that has not
+begun is never asked. What failed inside is written to the site's log and nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import struct
-import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,13 +21,13 @@ import numpy as np
 from fedcore.errors import GuardTripped
 from fedcore.learning.guard import GuardMemory, GuardRecord
 from fedcore.learning.state import Column, JobState
+from fedcore.runtime.pipes import Child, ChildEnded, Frame, python
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Contribution, FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
-_LENGTH = struct.Struct(">I")
 
 OVERTAKEN_SECONDS = 60.0
 """How long a request that nobody waits for may keep the process from the next one: about what a new
@@ -59,20 +57,17 @@ class Training:
     """One training process, started when it is first asked for."""
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
-        self._command = command or (sys.executable, "-P", "-m", "fedcore_clients.worker")
-        self._process: asyncio.subprocess.Process | None = None
-        self._one = asyncio.Lock()
+        command = command or python("fedcore_clients.worker")
+        self.child = Child("the training process", command)
+        self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
-        self._turns: set[asyncio.Task[tuple[Json, list[bytes]]]] = set()
-        self._at_work: asyncio.Task[tuple[Json, list[bytes]]] | None = None
-        self._late: asyncio.TimerHandle | None = None
-        """Set while the process is at something that nobody waits for."""
+        self._overtaken: Future[Frame] | None = None
+        """The last request that was under way when its task was cancelled."""
+        self._closed = False
 
     async def start(self) -> None:
         """Start the process now: before grpc, which makes starting one later less sure."""
-        async with self._one:
-            if not self._alive():
-                await self._start()
+        await asyncio.wrap_future(self._line.submit(self.child.start))
 
     async def task_digest(self, task: str, base: str) -> tuple[str, str]:
         """(name, digest) of an installed task."""
@@ -152,111 +147,47 @@ class Training:
         """Free what is held of a job; a process that is still at work for nobody is ended."""
         if self._loads.pop(job, None) is None:
             return
-        if self._late is not None:
-            self._kill()
-        elif self._alive():
+        if self._overtaken is not None and not self._overtaken.done():
+            self.child.kill()
+        elif self.child.alive:
             with contextlib.suppress(TrainingFailed):  # a process that died just now holds nothing
                 await self._ask({"do": "forget", "job": job})
 
-    def _alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
-
-    async def _ask(
-        self, asked: Json, blobs: Sequence[bytes] = (), needs: str = ""
-    ) -> tuple[Json, list[bytes]]:
-        turn = asyncio.get_running_loop().create_task(self._turn(asked, blobs, needs))
-        self._turns.add(turn)
-        turn.add_done_callback(self._over)
+    async def _ask(self, asked: Json, blobs: Sequence[bytes] = (), needs: str = "") -> Frame:
+        request = self._line.submit(self._turn, asked, blobs, needs)
         try:
-            return await asyncio.shield(turn)
+            return await asyncio.wrap_future(request)
         except asyncio.CancelledError:
-            self._overtake(turn)
+            if not request.cancel():  # it is under way
+                self._overtaken = request
+                asyncio.get_running_loop().call_later(OVERTAKEN_SECONDS, self._end, request)
             raise
 
-    def _over(self, turn: asyncio.Task[tuple[Json, list[bytes]]]) -> None:
-        self._turns.discard(turn)
-        if not turn.cancelled():
-            turn.exception()  # where nobody waits for it any more, it is in the log already
+    def _end(self, request: Future[Frame]) -> None:
+        if not request.done():
+            self.child.kill()
 
-    def _overtake(self, turn: asyncio.Task[tuple[Json, list[bytes]]]) -> None:
-        """Nobody waits for it any more."""
-        if turn is not self._at_work:
-            turn.cancel()
-        elif self._late is None:
-            loop = asyncio.get_running_loop()
-            self._late = loop.call_later(OVERTAKEN_SECONDS, self._kill)
-
-    async def _turn(
-        self, asked: Json, blobs: Sequence[bytes], needs: str
-    ) -> tuple[Json, list[bytes]]:
-        async with self._one:
-            self._at_work = asyncio.current_task()
-            try:
-                if not self._alive():
-                    await self._start()
-                    if needs:  # a new process: what the job needs is loaded again
-                        _told(*await self._exchange(self._loads[needs], ()))
-                return _told(*await self._exchange(asked, blobs))
-            except (
-                asyncio.IncompleteReadError,
-                ConnectionError,
-                BrokenPipeError,
-                OSError,
-            ) as error:
-                await self._end()
-                LOG.warning("the training process ended while it was asked to %s", asked["do"])
-                raise TrainingFailed(UNABLE) from error
-            except asyncio.CancelledError:
-                await self._end()  # its answer would be taken for the next one's
-                raise
-            finally:
-                self._at_work = None
-                if self._late is not None:
-                    self._late.cancel()
-                    self._late = None
-
-    async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20,
-        )  # fmt: skip
-
-    async def _exchange(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        data = json.dumps(asked | {"blobs": [len(blob) for blob in blobs]}).encode()
-        process.stdin.write(_LENGTH.pack(len(data)) + data)
-        for blob in blobs:
-            process.stdin.write(blob)
-        await process.stdin.drain()
-        (size,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
-        head: Json = json.loads(await process.stdout.readexactly(size))
-        return head, [await process.stdout.readexactly(length) for length in head["blobs"]]
-
-    def _kill(self) -> None:
-        """Whoever reads its answer finds the end of it, and waits for the process."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    async def _end(self) -> None:
-        self._kill()
-        process, self._process = self._process, None
-        if process is not None:
-            await process.wait()
+    def _turn(self, asked: Json, blobs: Sequence[bytes], needs: str) -> Frame:
+        """One request, in the thread of its own."""
+        try:
+            if not self.child.alive:
+                self.child.start()
+                if needs:  # a new process: what the job needs is loaded again
+                    _told(*self.child.call(self._loads[needs]))
+            return _told(*self.child.call(asked, blobs))
+        except (ChildEnded, OSError) as error:
+            if not self._closed:
+                LOG.warning("%s; it was asked to %s", error, asked["do"])
+            raise TrainingFailed(UNABLE) from error
 
     async def close(self) -> None:
         """End the process, and whatever is asked of it."""
-        turns = list(self._turns)
-        for turn in turns:
-            turn.cancel()
-        await asyncio.gather(*turns, return_exceptions=True)
-        await self._end()
+        self._closed = True
+        self._line.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.child.close)
 
 
-def _told(head: Json, blobs: list[bytes]) -> tuple[Json, list[bytes]]:
+def _told(head: Json, blobs: list[bytes]) -> Frame:
     if "failed" in head:
         LOG.error("%s: %s", head["failed"], head["text"])
         raise TrainingFailed(str(head["failed"]))

@@ -1,8 +1,7 @@
 """The training process of a site: runs the task's own code, away from the session and from every key.
 
 Started by `training.py` as `python -P -m fedcore_clients.worker`; it imports `fedcore` and the task, has
-no key, no certificate and no connection, and speaks frames over its standard input and output: 4 bytes
-of length, JSON, then the blobs whose lengths the JSON names. No pickle.
+no key, no certificate and no connection, and speaks frames over its standard input and output.
 
 Invariant: whatever the task prints goes to standard error, so nothing of it can be taken for an answer;
 an exception becomes the one word `unable`, with its message and traceback for the site's own log.
@@ -10,49 +9,18 @@ an exception becomes the one word `unable`, with its message and traceback for t
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from fedcore.errors import BadInput, GuardTripped
+from fedcore.runtime.pipes import Parent
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.types import Json, SiteId
-
-_LENGTH = struct.Struct(">I")
-MAX_HEAD = 1 << 24
-"""Bytes of JSON: the wide integers of a statistics vector are the longest."""
-
-
-def write_frame(out: IO[bytes], head: Json, blobs: Sequence[bytes] = ()) -> None:
-    """One frame: the head names the blobs' lengths under "blobs"."""
-    data = json.dumps(head | {"blobs": [len(blob) for blob in blobs]}, allow_nan=False).encode()
-    out.write(_LENGTH.pack(len(data)) + data)
-    for blob in blobs:
-        out.write(blob)
-    out.flush()
-
-
-def read_frame(source: IO[bytes]) -> tuple[Json, list[bytes]] | None:
-    """The next frame, or None at the end. Raises EOFError inside one."""
-    first = source.read(_LENGTH.size)
-    if not first:
-        return None
-    head: Json = json.loads(_exactly(source, _LENGTH.unpack(first)[0]))
-    return head, [_exactly(source, size) for size in head["blobs"]]
-
-
-def _exactly(source: IO[bytes], size: int) -> bytes:
-    data = source.read(size)
-    if len(data) != size:
-        raise EOFError("the other side ended inside a frame")
-    return data
 
 
 class Worker:
@@ -62,21 +30,15 @@ class Worker:
         self.sites: dict[str, Any] = {}
         self.trackers: dict[str, Any] = {}
 
-    def serve(self, requests: IO[bytes], answers: IO[bytes]) -> None:
-        """Answer until the other side closes."""
-        while (frame := read_frame(requests)) is not None:
-            asked, blobs = frame
-            try:
-                head, out = self.answer(asked, blobs)
-            except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
-                text = getattr(error, "user_traceback", "") or traceback.format_exc()
-                head, out = {"failed": UNABLE, "text": f"{error}\n{text}"}, []
-            try:
-                write_frame(answers, head, out)
-            except BrokenPipeError:  # whoever asked is gone
-                return
-
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
+        """The answer to a request; whatever the task raises is one."""
+        try:
+            return self._answer(asked, blobs)
+        except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
+            text = getattr(error, "user_traceback", "") or traceback.format_exc()
+            return {"failed": UNABLE, "text": f"{error}\n{text}"}, []
+
+    def _answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """One request. Raises whatever the task raises."""
         match asked["do"]:
             case "digest":
@@ -162,16 +124,11 @@ class Worker:
 
 def main() -> int:
     """Answer requests until the other side closes."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed from here on is no answer
-    requests = os.fdopen(os.dup(0), "rb")
-    with Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)  # a task that reads its standard input finds the end of it
+    parent = Parent.of_this_process()
     from fedcore.learning.model import single_thread
 
-    worker = Worker()
     with single_thread():  # the same bits as in every other process of this federation
-        worker.serve(requests, answers)
+        parent.serve(Worker().answer)
     return 0
 
 

@@ -117,11 +117,16 @@ class Parent:
 
     def serve(self, answer: Callable[[Json, list[bytes]], tuple[Json, Sequence[bytes]]]) -> None:
         """Answer each frame with one, until the parent ends. Raises what `answer` raises."""
-        try:
-            while True:
-                self.send(*answer(*self.receive()))
-        except (EOFError, BrokenPipeError):
-            return
+        while True:
+            try:
+                frame = self.receive()
+            except EOFError:
+                return
+            found = answer(*frame)
+            try:
+                self.send(*found)
+            except BrokenPipeError:
+                return
 
 
 # --------------------------------------------------------------------------- the parent's end

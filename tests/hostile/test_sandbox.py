@@ -221,9 +221,9 @@ def test_a_killed_sandbox_leaves_no_process_behind(tmp_path, method):
     async def scene():
         training = Training(command)
         await training.task_digest(str(tmp_path / "hostile.py"), "/")
-        found = inside(training._process.pid)
+        found = inside(training.child.pid)
         assert found
-        training._kill()
+        training.child.kill()
         async with asyncio.timeout(60):
             while any(map(runs, found)):  # noqa: ASYNC110 - other processes
                 await asyncio.sleep(0.02)
