@@ -14,8 +14,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fedcore import report
 from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
@@ -23,22 +24,29 @@ from fedcore.experiment.experiment import (
     OnRound,
     Prepared,
     RunWriter,
-    absence_warnings,
     job_for,
     job_json,
     prepare,
     run_experiment,
-    shared_warnings,
     stored_job,
 )
-from fedcore.experiment.gap import summarise_cells
+from fedcore.experiment.gap import over_splits
 from fedcore.files import append_row, write_json
 from fedcore.learning.task import Task
+from fedcore.report.warnings import of_comparison
+from fedcore.results import (
+    RESULT_FILE,
+    ComparisonResult,
+    Origin,
+    RoundRow,
+    RunResult,
+    SplitResult,
+    SumFacts,
+)
 from fedcore.run import Comparison, Run, all_abandoned, new_directory
-from fedcore.types import Json
 
 OnReady = Callable[[Prepared, Path], None]
-OnCell = Callable[[Json, int, int], None]
+OnCell = Callable[[SplitResult, int, int], None]
 Say = Callable[[str], None]
 
 
@@ -113,7 +121,7 @@ def resume(
 ) -> Run:
     """Go on with an interrupted run after its last whole round, to the same bits."""
     path = Path(directory)
-    if (path / "result.json").is_file():
+    if (path / RESULT_FILE).is_file():
         return _finished(path, task)
     stored = stored_job(path, task)
     if stored.pop("kind") != "run":
@@ -135,13 +143,11 @@ def resume(
 
 def _finished(path: Path, task: Task | None) -> Run:
     """A run interrupted while its report was drawn gets it now; any other is refused."""
-    from fedcore.report import PAGE, write
-
-    if (path / PAGE).is_file():
+    if (path / report.PAGE).is_file():
         raise BadInput(
             f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
         )
-    write(path)
+    report.write(path)
     return Run(path, task)
 
 
@@ -162,19 +168,20 @@ def _layers(
 
 
 def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, resume: bool) -> Run:
-    from fedcore.report import write
-
     directory = writer.directory
     experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
-    result |= {"run": str(directory), "reproduce": reproduce_line(directory)}
-    writer.finish(experiment, result)
-    write(directory)
+    writer.finish(experiment, in_folder(result, directory))
+    report.write(directory)
     return Run(directory, prepared.task)
 
 
-def reproduce_line(directory: Path) -> str:
-    """What to type to run it again, whatever the directory is called."""
-    return f"fedcore reproduce {shlex.quote(str(directory))}"
+R = TypeVar("R", RunResult, ComparisonResult)
+
+
+def in_folder(result: R, directory: Path) -> R:
+    """The result with its folder, and what to type to make it again whatever the folder is called."""
+    line = f"fedcore reproduce {shlex.quote(str(directory))}"
+    return replace(result, origin=replace(result.origin, run=str(directory), reproduce=line))
 
 
 def compare(
@@ -218,8 +225,7 @@ def compare_layers(
     name = f"{found.name}-compare"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         result = _compare_into(directory, found, complete, chosen, on_cell, say)
-        result["reproduce"] = reproduce_line(directory)
-        write_json(directory / "result.json", result)
+        write_json(directory / RESULT_FILE, result.to_json())
         comparison = Comparison(directory)
         comparison.report()
     return comparison
@@ -232,7 +238,7 @@ def _compare_into(
     seeds: Sequence[int],
     on_cell: OnCell | None,
     say: Say,
-) -> Json:
+) -> ComparisonResult:
     """Every split of the grid; writes job.json and plan.json, returns the result."""
     started, clock = datetime.now(UTC), time.perf_counter()
     first = prepare(task, _cell_job(job, seeds[0], 0), say)
@@ -241,8 +247,8 @@ def _compare_into(
     write_json(directory / "job.json", job_json(task, job, "compare"))
     write_json(directory / "plan.json", first.plan_json())
     grid = list(itertools.product(seeds, range(folds)))
-    cells: list[Json] = []
-    results: list[Json] = []
+    cells: list[SplitResult] = []
+    results: list[RunResult] = []
     for number, (seed, fold) in enumerate(grid, start=1):
         prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
         try:
@@ -260,11 +266,13 @@ def _compare_into(
         cells.append(_cell(result, seed, fold))
         if on_cell is not None:
             on_cell(cells[-1], number, len(grid))
-    result = _comparison_result(
-        results, cells, len(seeds), folds, own_test_rows=first.own_test_rows
+    found = _comparison_result(results, cells, len(seeds), folds, own_test_rows=first.own_test_rows)
+    found = replace(
+        found,
+        cost=replace(found.cost, seconds_total=time.perf_counter() - clock),
+        origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
     )
-    result |= {"started": started.strftime("%Y-%m-%dT%H:%M:%SZ"), "run": str(directory)}
-    return result | {"seconds_total": time.perf_counter() - clock}
+    return in_folder(found, directory)
 
 
 def _cell_job(job: Job, seed: int, fold: int) -> Job:
@@ -276,87 +284,65 @@ def _cell_job(job: Job, seed: int, fold: int) -> Job:
     )
 
 
-def _keep_row(directory: Path, seed: int, fold: int, row: Json) -> None:
+def _keep_row(directory: Path, seed: int, fold: int, row: RoundRow) -> None:
     """rounds.jsonl of a comparison: which split, which arm, which round, and how it scored."""
     kept = {key: value for key, value in row.items() if not key.startswith(("seconds", "peak"))}
-    append_row(directory, {"seed": seed, "fold": fold, **kept})
+    append_row(directory, RoundRow({"seed": seed, "fold": fold, **kept}))
 
 
-def _cell(result: Json, seed: int, fold: int) -> Json:
-    metrics = result["metrics"]
-    return {
-        "seed": seed,
-        "fold": fold,
-        "model_sha256": result["model_sha256"],
-        "arms": {arm: {m: values[m] for m in metrics} for arm, values in result["arms"].items()},
-        "gap": {
-            part: {m: gap["mean"] for m, gap in by.items()} for part, by in result["gap"].items()
-        },
-        "per_site": {
-            site: {arm: entry[arm] for arm in result["arms"]}
-            for site, entry in result["per_site"].items()
-        },
-    }
+def _cell(result: RunResult, seed: int, fold: int) -> SplitResult:
+    return SplitResult(
+        seed=seed,
+        fold=fold,
+        model_sha256=result.model_sha256,
+        arms={arm: found.metrics for arm, found in result.arms.items()},
+        gap={part: {m: gap.mean for m, gap in by.items()} for part, by in result.gap.items()},
+        per_site={site: found.arms for site, found in result.per_site.items()},
+    )
 
 
 def _comparison_result(
-    results: Sequence[Json],
-    cells: Sequence[Json],
+    results: Sequence[RunResult],
+    cells: Sequence[SplitResult],
     seeds: int,
     folds: int,
     *,
     own_test_rows: bool,
-) -> Json:
-    first = results[0]
-    ratio = sum(r["rows"]["test"] for r in results) / max(
-        1, sum(r["rows"]["train"] for r in results)
+) -> ComparisonResult:
+    first, rows = results[0], [r.rows for r in results if r.rows is not None]
+    found = over_splits(cells, sum(r.test for r in rows) / max(1, sum(r.train for r in rows)))
+    result = ComparisonResult(
+        task=first.task,
+        protection=first.protection,
+        rounds=first.rounds,
+        sites=first.sites,
+        metrics=first.metrics,
+        lower_is_better=first.lower_is_better,
+        seeds=seeds,
+        folds=folds,
+        cells=tuple(cells),
+        arms=found.arms,
+        gap=found.gap,
+        per_site=found.per_site,
+        model=first.model,
+        cost=replace(first.cost, bytes_per_parameter=None, seconds=None, peak_memory_mb=None),
+        sums=SumFacts(
+            max(r.sums.clipped_fraction or 0.0 for r in results),
+            sum(r.sums.unequal_rounds for r in results),
+        ),
+        absences=replace(
+            first.absences,
+            count=sum(r.absences.count for r in results),
+            abandoned=tuple(
+                replace(each, seed=r.seed, fold=r.fold)
+                for r in results
+                for each in r.absences.abandoned
+            ),
+        ),
+        label=first.label,
+        plan=first.plan,
+        train=first.train,
     )
-    summary = summarise_cells(cells, ratio)
-    clipped = max(r["clipped_fraction"] for r in results)
-    unequal = sum(r["unequal_rounds"] for r in results)
-    abandoned = [
-        {"seed": r["seed"], "fold": r["fold"], **row}
-        for r in results
-        for row in r["abandoned_rounds"]
-    ]
-    found = shared_warnings(summary["gap"]["total"], clipped, unequal)
-    found += absence_warnings(abandoned, sum(r["rounds"] for r in results))
-    found += first["notes"]
-    if own_test_rows:
-        found.append(
-            "Every site brings its own test rows, so only the seed varies: the interval does not say "
-            "what other test rows would have shown."
-        )
-    kept = (
-        "schema",
-        "task",
-        "protection",
-        "rounds",
-        "metrics",
-        "lower_is_better",
-        "sites",
-        "label",
-        "plan",
-        "train",
-        "drop",
-        "dropout",
-    )
-    return {
-        **{key: first[key] for key in kept},
-        "kind": "compare",
-        "seeds": seeds,
-        "folds": folds,
-        "model": first["model"],
-        "cells": list(cells),
-        **summary,
-        "bytes_up_per_site_round": first["bytes_up_per_site_round"],
-        "bytes_down_per_site_round": first["bytes_down_per_site_round"],
-        "ciphertexts_up": first["ciphertexts_up"],
-        "ciphertext_used": first["ciphertext_used"],
-        "clipped_fraction": clipped,
-        "unequal_rounds": unequal,
-        "absences": sum(r["absences"] for r in results),
-        "abandoned_rounds": abandoned,
-        "warnings": found,
-        "environment": environment(),
-    }
+    rounds = sum(r.rounds for r in results)
+    said = of_comparison(result, rounds, first.notes, own_test_rows=own_test_rows)
+    return replace(result, warnings=said)

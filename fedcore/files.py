@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode())
 
 
-def append_row(directory: Path, row: Json, name: str = "rounds.jsonl") -> None:
+def append_row(directory: Path, row: Mapping[str, object], name: str = "rounds.jsonl") -> None:
     """Append one JSON line to a file of rows."""
     with (directory / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -1,15 +1,28 @@
-"""What a run found, as its folder keeps it: `result.json` and `rounds.jsonl`."""
+"""What a run found: the one schema of `result.json` and `rounds.jsonl`.
+
+Whoever writes these files builds the records below, and whoever reads them reads attributes. A record is a
+mapping as well, with the keys of the file: `result.rounds` is `result["rounds"]`. Invariant:
+`from_json(to_json())` is the same record. Values are fractions (0.01 is one point), bytes and seconds;
+None stands for a number that does not exist.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from fedcore.errors import BadInput
 from fedcore.files import read_json
 
 if TYPE_CHECKING:  # it imports numpy, which the terminal does without
+    from typing import Self
+
     from fedcore.types import Json
 
 SCHEMA = 1
@@ -17,27 +30,543 @@ SCHEMA = 1
 
 RESULT_FILE, ROUNDS_FILE = "result.json", "rounds.jsonl"
 
+ERRORS = frozenset({"mse", "mae"})
+"""Built-in metrics of which less is better (a test compares them with fedcore.learning.metrics)."""
 
-def read_result(directory: Path) -> Json:
+ByMetric = Mapping[str, float | None]
+"""{metric: value}, None where the metric is undefined: no test rows, or an AUC of one class."""
+
+
+# --------------------------------------------------------------------------------- records as JSON
+
+
+class JsonRecord(Mapping[str, Any]):
+    """Base of the records: a frozen dataclass that can be read by the keys of its JSON form as well.
+
+    _beside: fields whose entries lie beside the other keys in JSON, not under a key of their own.
+    _left_out: fields that JSON has no key for while they are None.
+    """
+
+    _beside: ClassVar[tuple[str, ...]] = ()
+    _left_out: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> Json:
+        """Plain dictionaries, lists, text and numbers, in the order of the fields."""
+        found: Json = {}
+        for name, (key, _) in _keys(type(self)).items():
+            value = getattr(self, name)
+            if name in self._beside:
+                found |= _plain(value)
+            elif value is not None or name not in self._left_out:
+                found[key] = _plain(value)
+        return found
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; a key that is missing becomes the field's default.
+
+        Raises TypeError for JSON of another shape, or without a key that has no default.
+        """
+        beside = {name: kind for name, (_, kind) in _keys(cls).items() if name in cls._beside}
+        own = {name: place for name, place in _keys(cls).items() if name not in beside}
+        others = {k: v for k, v in found.items() if k not in {key for key, _ in own.values()}}
+        values = {name: _read(kind, others, name) for name, kind in beside.items()}
+        for name, (key, kind) in own.items():
+            if key in found:
+                values[name] = _read(kind, found[key], key)
+        return cls(**values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_json()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_json())
+
+    def __len__(self) -> int:
+        return len(self.to_json())
+
+
+@cache
+def _keys(cls: type[JsonRecord]) -> dict[str, tuple[str, Any]]:
+    """{field: (its key in JSON, its type)}, in order."""
+    hints = get_type_hints(cls)
+    found: tuple[Field[Any], ...] = fields(cls)  # type: ignore[arg-type]  # a dataclass
+    return {each.name: (each.metadata.get("key", each.name), hints[each.name]) for each in found}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, JsonRecord):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value in the form that a field of this type has. Raises TypeError, naming the field."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if NoneType in inner:
+        return None if value is None else _read(inner[0], value, where)
+    if kind is Any:
+        return value
+    record = isinstance(origin, type) and issubclass(origin, JsonRecord)
+    form: Any = {Mapping: dict, tuple: list, float: int | float}.get(origin, origin)
+    if not isinstance(value, dict if record else form):
+        raise TypeError(f"{where}: found {type(value).__name__}, expected {kind}")
+    if record:
+        return kind.from_json(value)
+    if origin is Mapping:
+        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    return tuple(_read(inner[0], item, where) for item in value) if origin is tuple else value
+
+
+# ------------------------------------------------------------------------------------- the records
+
+
+@dataclass(frozen=True)
+class Interval(JsonRecord):
+    """An estimate with its 95 % interval.
+
+    mean: the point estimate, None where the metric is undefined in one of the arms.
+    low, high: None where there is nothing to compute an interval from.
+    method: a phrase for a reader. n: test rows or splits behind it.
+    """
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+    method: str = ""
+    n: int = 0
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """(low, high), None where one of them is missing."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Spread(Interval):
+    """A metric over the splits of a comparison. sd: its standard deviation, None of one split."""
+
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class ArmResult(JsonRecord):
+    """What one arm reached over the union of the sites' test rows, and what it was trained with."""
+
+    metrics: ByMetric
+    loss: float | None = None
+    gradient_steps: int | None = None
+    examples_seen: int | None = None
+    _beside = ("metrics",)
+
+
+@dataclass(frozen=True)
+class SiteResult(JsonRecord):
+    """One site. arms: {arm: what it reached on this site's test rows}; of a comparison that is all.
+
+    class_counts: {class: rows}, empty where targets are no classes.
+    rounds_in_sum: how many rounds' sums the site was in.
+    """
+
+    rows: int | None = None
+    train_rows: int | None = None
+    test_rows: int | None = None
+    class_counts: Mapping[str, int] | None = None
+    rounds_in_sum: int | None = None
+    arms: Mapping[str, ByMetric] = field(default_factory=dict)
+    _beside = ("arms",)
+    _left_out = ("rows", "train_rows", "test_rows", "class_counts", "rounds_in_sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbandonedRound(JsonRecord):
+    """A round that ended at `stage` with `left` sites, fewer than it needed. seed, fold: of a comparison.
+
+    round: None of the round of metrics only, which follows the last.
+    """
+
+    seed: int | None = None
+    fold: int | None = None
+    round: int | None = None
+    stage: str
+    left: int
+    _left_out = ("seed", "fold", "round")
+
+
+@dataclass(frozen=True)
+class Reading(JsonRecord):
+    """One attempt to read a site's update: how the values correlate with it, which share is exact.
+
+    strip: the first coordinates, in per cent of the largest; only of the reading that is drawn.
+    """
+
+    correlation: float | None
+    exact: float
+    strip: tuple[int, ...] | None = None
+    _left_out = ("strip",)
+
+
+@dataclass(frozen=True)
+class PartyView(JsonRecord):
+    """What one party held: a reading of the upload, one of the sum, and that of the two which tells more.
+
+    None where the party has nothing to read.
+    """
+
+    message: Reading | None = None
+    sum: Reading | None = None
+    best: Reading | None = None
+
+
+@dataclass(frozen=True)
+class UpdateExposure(JsonRecord):
+    """What each party held of the update of `site` in a round of `contributors` sites.
+
+    other: the site that looks. coordinates: length of the update. chance: what |correlation| of unrelated
+    values stays below, but for one reading in 1000. strip: the update's own, as in `Reading`. own: how the
+    other site's update alone correlates. parties, plain: {party: view}, of the run and as under `plain`.
+    """
+
+    site: str
+    other: str
+    round: int
+    protection: str
+    coordinates: int
+    contributors: int
+    chance: float
+    strip: tuple[int, ...]
+    own: float | None
+    parties: Mapping[str, PartyView]
+    plain: Mapping[str, PartyView]
+
+
+@dataclass(frozen=True)
+class RowCounts(JsonRecord):
+    """Rows of all sites together."""
+
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class ModelFacts(JsonRecord):
+    """The model in words, its length as one vector, and what becomes of its buffers."""
+
+    summary: str = ""
+    coordinates: int | None = None
+    buffers: str = ""
+
+
+@dataclass(frozen=True)
+class DeployedRun(JsonRecord):
+    """The same job as processes of their own (`fedcore up`), beside the run in one process.
+
+    model_sha256: None where the sites hold different models; sites: {site: hash of its model}.
+    round_seconds, survivors: of each round of training. equal: it is the model of the simulation.
+    """
+
+    job: str
+    model_sha256: str | None
+    sites: Mapping[str, str]
+    seconds: float
+    round_seconds: tuple[float, ...]
+    survivors: tuple[tuple[str, ...], ...]
+    processes: tuple[Mapping[str, str], ...]
+    folder: str
+    equal: bool = False
+    simulated_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class SplitResult(JsonRecord):
+    """One seed and fold of a comparison. gap: {part: {metric: difference}}; the others as in a run."""
+
+    seed: int
+    fold: int
+    model_sha256: str
+    arms: Mapping[str, ByMetric]
+    gap: Mapping[str, ByMetric]
+    per_site: Mapping[str, Mapping[str, ByMetric]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost(JsonRecord):
+    """Bytes, seconds and memory.
+
+    bytes_up, bytes_down: of one site in a round. ciphertexts: sent by a site in a round; ciphertext_used:
+    the share of them that is filled. Of a run only: bytes_per_parameter sent, seconds {stage: spent in the
+    federated arm}, peak_memory_mb.
+    """
+
+    bytes_up: int | None = field(default=None, metadata={"key": "bytes_up_per_site_round"})
+    bytes_down: int | None = field(default=None, metadata={"key": "bytes_down_per_site_round"})
+    ciphertexts: int | None = field(default=None, metadata={"key": "ciphertexts_up"})
+    ciphertext_used: float | None = None
+    seconds_total: float | None = None
+    bytes_per_parameter: float | None = field(
+        default=None, metadata={"key": "bytes_per_parameter_up"}
+    )
+    seconds: Mapping[str, float] | None = None
+    peak_memory_mb: float | None = None
+    _left_out = ("bytes_per_parameter", "seconds", "peak_memory_mb")
+
+
+@dataclass(frozen=True)
+class SumFacts(JsonRecord):
+    """How the sums came out. clipped_fraction: of the coordinates sent, those beyond the range.
+
+    unequal_rounds: whose opened sum was not the plain integer sum, which must never be.
+    """
+
+    clipped_fraction: float | None = None
+    unequal_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Absences(JsonRecord):
+    """Simulated absences: what was asked for, how often a site left a round, the rounds that ended of it."""
+
+    drop: tuple[str, ...] = ()
+    dropout: float = 0.0
+    count: int = field(default=0, metadata={"key": "absences"})
+    abandoned: tuple[AbandonedRound, ...] = field(default=(), metadata={"key": "abandoned_rounds"})
+
+
+@dataclass(frozen=True)
+class ProtectedMetrics(JsonRecord):
+    """The final model's metrics as the sites know them, from protected sums; None if that round was abandoned.
+
+    bound: on their error. clipped: {metric: rows whose error was clipped}. sites: those in the sums.
+    """
+
+    metrics: ByMetric | None = field(default=None, metadata={"key": "protected_metrics"})
+    bound: ByMetric | None = field(default=None, metadata={"key": "protected_metrics_bound"})
+    clipped: Mapping[str, int] | None = field(default=None, metadata={"key": "protected_clipped"})
+    sites: tuple[str, ...] | None = field(default=None, metadata={"key": "protected_metrics_sites"})
+    abandoned: AbandonedRound | None = field(
+        default=None, metadata={"key": "protected_metrics_abandoned"}
+    )
+
+
+@dataclass(frozen=True)
+class Origin(JsonRecord):
+    """Where and when it was made, its folder, and what to type to make it again."""
+
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    started: str = ""
+    run: str = ""
+    reproduce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(JsonRecord):
+    """What a run and a comparison share.
+
+    lower_is_better: the metrics that are errors; None in files of before it was stated. gap: {part: {metric:
+    what was lost}}, positive means lost. plan, train: as `plan.json` has them. warnings: sentences.
+    """
+
+    schema: int = SCHEMA
+    kind: str = ""
+    task: str
+    protection: str
+    rounds: int
+    sites: tuple[str, ...]
+    metrics: tuple[str, ...]
+    lower_is_better: tuple[str, ...] | None = None
+    gap: Mapping[str, Mapping[str, Interval]]
+    per_site: Mapping[str, SiteResult]
+    model: ModelFacts = ModelFacts()
+    cost: Cost = Cost()
+    sums: SumFacts = SumFacts()
+    absences: Absences = Absences()
+    label: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    origin: Origin = Origin()
+    _beside: ClassVar[tuple[str, ...]] = ("cost", "sums", "absences", "origin")
+
+    def is_error(self, metric: str) -> bool:
+        """Whether less of the metric is better: as stated, else whether it is one of the built-in errors."""
+        return metric in (ERRORS if self.lower_is_better is None else self.lower_is_better)
+
+    def better_by(self, metric: str, one: float | None, other: float | None) -> float | None:
+        """How much better `one` is than `other`, in the metric's unit; None where either is unknown."""
+        if one is None or other is None:
+            return None
+        return other - one if self.is_error(metric) else one - other
+
+    @property
+    @abstractmethod
+    def arm_names(self) -> Sequence[str]:
+        """The arms that were run."""
+
+    @abstractmethod
+    def score(self, arm: str, metric: str) -> float | None:
+        """What an arm reached: the value over all test rows, of a comparison the mean over its splits."""
+
+    def gap_of(self, part: str, metric: str) -> Interval | None:
+        """One part of what was lost, None where it was not measured."""
+        return self.gap.get(part, {}).get(metric)
+
+    def mean_gap(self, part: str, metric: str) -> float | None:
+        """The estimate of `gap_of`, None where there is none."""
+        gap = self.gap_of(part, metric)
+        return gap.mean if gap is not None else None
+
+    def site_score(self, site: str, arm: str, metric: str) -> float | None:
+        """What an arm reached on the test rows of a site."""
+        found = self.per_site.get(site, SiteResult())
+        return found.arms.get(arm, {}).get(metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(Result):
+    """`result.json` of one run.
+
+    stopped: why it ended before its last round. site_mean: {arm: unweighted mean over the sites}.
+    seen: None where no round could show it. statistics: what the columns were scaled by. notes: those of the
+    warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`.
+    """
+
+    kind: str = "run"
+    seed: int
+    fold: int = 0
+    folds: int | None = None
+    stopped: str | None = None
+    rows: RowCounts | None = None
+    model_sha256: str = ""
+    arms: Mapping[str, ArmResult]
+    site_mean: Mapping[str, ByMetric] = field(default_factory=dict)
+    protected: ProtectedMetrics = ProtectedMetrics()
+    seen: UpdateExposure | None = None
+    statistics: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    deployment: DeployedRun | None = None
+    _beside = ("cost", "sums", "absences", "origin", "protected")
+    _left_out = ("deployment",)
+
+    @property
+    def arm_names(self) -> Sequence[str]:
+        return list(self.arms)
+
+    def score(self, arm: str, metric: str) -> float | None:
+        return self.arms[arm].metrics.get(metric) if arm in self.arms else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult(Result):
+    """`result.json` of a comparison. arms: {arm: {metric: over all splits}}; cells: its splits.
+
+    folds: 1 where every site brings its own test rows, whatever the job says.
+    """
+
+    kind: str = "compare"
+    seeds: int
+    folds: int
+    arms: Mapping[str, Mapping[str, Spread]]
+    cells: tuple[SplitResult, ...]
+
+    @property
+    def arm_names(self) -> Sequence[str]:
+        return list(self.arms)
+
+    def score(self, arm: str, metric: str) -> float | None:
+        found = self.arms.get(arm, {}).get(metric)
+        return found.mean if found is not None else None
+
+
+Column = str | int | float | Sequence[str] | None
+Columns = dict[str, Column]
+
+
+class RoundRow(Columns):
+    """One line of `rounds.jsonl`: an arm after a round, one column for every number.
+
+    Beside the properties: `{metric}`, `loss`, `train_loss`, `gradient_steps`, `examples_seen`, and of the
+    federated arm `range`, `bytes_up`, `seconds_{stage}`, `protected_{metric}_before` and others. A list of
+    rows is a table as it is: `pandas.DataFrame(run.rounds)`.
+    """
+
+    @property
+    def arm(self) -> str:
+        return str(self["arm"])
+
+    @property
+    def round(self) -> int:
+        """1 for the first."""
+        return int(self.number("round") or 0)
+
+    @property
+    def split(self) -> tuple[Column, Column]:
+        """(seed, fold) of a row of a comparison, (None, None) in a run."""
+        return self.get("seed"), self.get("fold")
+
+    @property
+    def survivors(self) -> Sequence[str]:
+        """The sites in the sum; empty where the round was abandoned, and in every arm but the federated."""
+        found = self.get("survivors")
+        return found if isinstance(found, list) else ()
+
+    @property
+    def abandoned(self) -> str:
+        """At which stage and why the round was abandoned; empty where it was not."""
+        return str(self.get("abandoned") or "")
+
+    def number(self, column: str) -> float | None:
+        """The number in a column; None where there is none."""
+        found = self.get(column)
+        return found if isinstance(found, int | float) else None
+
+
+# -------------------------------------------------------------------------------------- the files
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run's folder in a list. result: None while it is unfinished; abandoned: it cannot be finished.
+
+    changed: when it was begun, in seconds since the epoch.
+    """
+
+    folder: str
+    result: RunResult | ComparisonResult | None = None
+    abandoned: bool = False
+    changed: float = 0.0
+
+
+def read_result(directory: Path) -> RunResult | ComparisonResult:
     """The result of a finished run or comparison.
 
     Raises BadInput for a file that is missing, unreadable or of another schema.
     """
-    result = read_json(directory / RESULT_FILE)
-    if result.get("schema") != SCHEMA:
+    path = directory / RESULT_FILE
+    found = read_json(path)
+    if found.get("schema") != SCHEMA:
+        raise BadInput(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}")
+    kinds: dict[object, type[RunResult | ComparisonResult]] = {
+        "run": RunResult, "compare": ComparisonResult,
+    }  # fmt: skip
+    if found.get("kind") not in kinds:
         raise BadInput(
-            f"{directory / RESULT_FILE}: found schema {result.get('schema')!r}, expected {SCHEMA}"
+            f"{path}: found a result of kind {found.get('kind')!r}, expected run or compare"
         )
-    return result
+    try:
+        return kinds[found["kind"]].from_json(found)
+    except TypeError as error:
+        raise BadInput(f"{path}: it does not hold a result ({error})") from error
 
 
-def read_rounds(directory: Path) -> list[Json]:
+def read_rounds(directory: Path) -> list[RoundRow]:
     """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
-    rows: list[Json] = []
+    rows: list[RoundRow] = []
     path = directory / ROUNDS_FILE
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(RoundRow(json.loads(line)))
         except json.JSONDecodeError:
             break
     return rows

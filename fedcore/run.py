@@ -11,7 +11,6 @@ for by `force`; nothing that exists is lost otherwise.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
 from fedcore.files import read_json
-from fedcore.results import read_result, read_rounds
-from fedcore.types import Json
+from fedcore.results import (
+    RESULT_FILE,
+    ComparisonResult,
+    Interval,
+    ListedRun,
+    RoundRow,
+    RunResult,
+    read_result,
+    read_rounds,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from pandas import DataFrame
+
+    from fedcore.learning.saved import Module, SavedModel
+    from fedcore.learning.task import Task
 
 RUNS = Path("runs")
 
@@ -128,40 +144,28 @@ def _point_to_newest() -> None:
     (RUNS / "latest").unlink(missing_ok=True)
     left = list_runs()
     if left:
-        _point_latest(Path(left[-1]["run"]))
-
-
-def append_row(directory: Path, row: Json, name: str = "rounds.jsonl") -> None:
-    """One more line of a file of rows."""
-    with (directory / name).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        _point_latest(Path(left[-1].folder))
 
 
 def all_abandoned(directory: Path) -> bool:
     """Whether a run ended with every one of its rounds abandoned: there is nothing to go on from."""
-    if (directory / "result.json").is_file() or not (directory / "plan.json").is_file():
+    if (directory / RESULT_FILE).is_file() or not (directory / "plan.json").is_file():
         return False
-    rows = [row for row in read_rounds(directory) if row["arm"] == "federated"]
-    done = bool(rows) and rows[-1]["round"] == read_json(directory / "plan.json")["rounds"]
-    return done and all("abandoned" in row for row in rows)
+    rows = [row for row in read_rounds(directory) if row.arm == "federated"]
+    done = bool(rows) and rows[-1].round == read_json(directory / "plan.json")["rounds"]
+    return done and all(row.abandoned for row in rows)
 
 
-def list_runs(root: Path = RUNS) -> list[Json]:
-    """One row per run directory under `root`, newest last: name, result or None, abandoned, changed."""
-    rows: list[Json] = []
+def list_runs(root: Path = RUNS) -> list[ListedRun]:
+    """The run directories under `root`, newest last. Raises BadInput for a result that cannot be read."""
+    runs: list[ListedRun] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.is_symlink() or not (path / "job.json").is_file():
             continue
-        result = read_json(path / "result.json") if (path / "result.json").is_file() else None
-        rows.append(
-            {
-                "run": str(path),
-                "result": result,
-                "abandoned": all_abandoned(path),
-                "changed": (path / "job.json").stat().st_mtime,
-            }
-        )
-    return sorted(rows, key=lambda row: float(row["changed"]))
+        result = read_result(path) if (path / RESULT_FILE).is_file() else None
+        changed = (path / "job.json").stat().st_mtime
+        runs.append(ListedRun(str(path), result, all_abandoned(path), changed))
+    return sorted(runs, key=lambda run: run.changed)
 
 
 @dataclass(frozen=True)
@@ -172,56 +176,68 @@ class Gap:
     """
 
     metric: str
-    parts: Mapping[str, Json]
+    parts: Mapping[str, Interval]
 
     @property
     def mean(self) -> float | None:
         """Centralised minus federated on all test rows."""
-        return self._total("mean")
+        return self._total.mean
 
     @property
     def low(self) -> float | None:
         """Lower end of the 95 % interval, None where there is none."""
-        return self._total("low")
+        return self._total.low
 
     @property
     def high(self) -> float | None:
         """Upper end of the 95 % interval, None where there is none."""
-        return self._total("high")
+        return self._total.high
 
-    def _total(self, key: str) -> float | None:
-        value: float | None = self.parts.get("total", {}).get(key)
-        return value
+    @property
+    def _total(self) -> Interval:
+        return self.parts.get("total", Interval(None))
 
-    def __getitem__(self, key: str) -> Any:
+    @overload
+    def __getitem__(self, key: Literal["mean", "low", "high"]) -> float | None: ...
+    @overload
+    def __getitem__(
+        self, key: Literal["total", "federation", "quantisation", "protection", "local_only"]
+    ) -> Interval: ...
+    def __getitem__(self, key: str) -> object:
         """`gap["federation"]` is a part; `gap["mean"]` a number of the total."""
         return self.parts[key] if key in self.parts else self.parts["total"][key]
 
 
-def gaps_of(result: Json) -> dict[str, Gap]:
-    """{metric: Gap} from a result's part-first table."""
-    return {
-        metric: Gap(
-            metric, {part: by[metric] for part, by in result["gap"].items() if metric in by}
-        )
-        for metric in result["metrics"]
-    }
+R = TypeVar("R", RunResult, ComparisonResult)
 
 
-class _Finished:
-    """What a run and a comparison share: a directory, its result, its page."""
+class _Finished(Generic[R]):
+    """What a run and a comparison share: a directory, its result, its page.
 
-    def __init__(self, directory: Path) -> None:
+    Raises BadInput for a directory without a result, or with one of the other kind.
+    """
+
+    def __init__(self, directory: Path, kind: type[R]) -> None:
         self.directory = Path(directory)
-        self.result = read_result(self.directory)
+        found = read_result(self.directory)
+        if not isinstance(found, kind):
+            raise BadInput(
+                f"{directory}: found a result of kind {found.kind!r}, expected {kind.kind!r}",
+                remedy="fedcore.load opens both; only a run has a model",
+            )
+        self.result: R = found
 
     @property
     def gap(self) -> dict[str, Gap]:
         """{metric: Gap}."""
-        return gaps_of(self.result)
+        gaps = self.result.gap.items()
+        return {
+            metric: Gap(metric, {part: by[metric] for part, by in gaps if metric in by})
+            for metric in self.result.metrics
+        }
 
     @property
-    def rounds(self) -> list[Json]:
+    def rounds(self) -> list[RoundRow]:
         """Rows of rounds.jsonl: one per (arm, round), and per split in a comparison;
         `pandas.DataFrame(run.rounds)` is tidy."""
         return read_rounds(self.directory)
@@ -241,26 +257,21 @@ class _Finished:
         return f"<fedcore.{type(self).__name__} {self.directory}>"
 
 
-class Run(_Finished):
+class Run(_Finished[RunResult]):
     """A finished run: `print(run)`, `run.gap["auc"]`, `run.model`, `run.predict(frame)`,
     `run.rounds`, `run.plot()`, `run.report()`."""
 
-    def __init__(self, directory: Path, task: Any = None) -> None:
-        super().__init__(directory)
-        if self.result.get("kind") != "run":
-            raise BadInput(
-                f"{directory}: found a result of kind {self.result.get('kind')!r}, expected a run",
-                remedy="comparisons open with fedcore.load too, but have no model",
-            )
+    def __init__(self, directory: Path, task: Task | None = None) -> None:
+        super().__init__(directory, RunResult)
         self._task = task
-        self._model: Any = None
+        self._model: SavedModel | None = None
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Module:
         """The federated model as a torch module in evaluation mode."""
         return self._saved().module
 
-    def predict(self, rows: Any) -> Any:
+    def predict(self, rows: object) -> NDArray[np.float64]:
         """Raw rows (a DataFrame for table tasks, an array otherwise) to a NumPy array.
 
         Probabilities for classification metrics, (n,) for one logit and (n, C) for several; the
@@ -268,33 +279,36 @@ class Run(_Finished):
         """
         return self._saved().predict(rows)
 
-    def _saved(self) -> Any:
+    def _saved(self) -> SavedModel:
         from fedcore.learning.saved import load_model
 
         if self._model is None:
             self._model = load_model(self.directory, self._task)
         return self._model
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A matplotlib figure: the first metric by round per arm, the gap below."""
         from fedcore.report.plots import rounds_figure, shown_in_notebooks
 
         return shown_in_notebooks(
-            rounds_figure([(self.result, self.rounds)], self.result["metrics"][0])
+            rounds_figure([(self.result, self.rounds)], self.result.metrics[0])
         )
 
 
-class Comparison(_Finished):
+class Comparison(_Finished[ComparisonResult]):
     """A finished comparison over seeds and folds: `.table()`, `.latex()`, `.report()`."""
 
-    def table(self) -> Any:
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, ComparisonResult)
+
+    def table(self) -> DataFrame:
         """A pandas DataFrame: one row per (seed, fold, arm)."""
         import pandas as pd
 
         return pd.DataFrame(
-            {"seed": cell["seed"], "fold": cell["fold"], "arm": arm, **values}
-            for cell in self.result["cells"]
-            for arm, values in cell["arms"].items()
+            {"seed": split.seed, "fold": split.fold, "arm": arm, **scores}
+            for split in self.result.cells
+            for arm, scores in split.arms.items()
         )
 
     def latex(self) -> str:
@@ -310,10 +324,8 @@ class Comparison(_Finished):
         return markdown.render(self.result)
 
 
-def load(directory: str | Path, task: Any = None) -> Run | Comparison:
+def load(directory: str | Path, task: Task | None = None) -> Run | Comparison:
     """Open a run or a comparison from its directory. `task`: needed for the model of a task that was
     made in a notebook; others are loaded again from where they came."""
     path = Path(directory)
-    if read_result(path).get("kind") == "compare":
-        return Comparison(path)
-    return Run(path, task)
+    return Comparison(path) if isinstance(read_result(path), ComparisonResult) else Run(path, task)

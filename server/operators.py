@@ -27,7 +27,7 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import authority_of, channel_target, preflight
 from fedcore.learning.task import load_task
-from fedcore.report.sentences import size
+from fedcore.report.phrases import size
 from fedcore.types import Json
 from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told

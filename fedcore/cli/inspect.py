@@ -10,7 +10,7 @@ from rich.text import Text
 from fedcore.experiment.experiment import Prepared
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.training import local_train
-from fedcore.report.sentences import plain, size
+from fedcore.report.phrases import plain, size
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.plan import price_list
 from fedcore.types import Json

@@ -18,6 +18,14 @@ from rich.console import Console
 from fedcore.cli.console import JobCommand, emit, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
+from fedcore.results import (
+    RESULT_FILE,
+    ROUNDS_FILE,
+    DeployedRun,
+    RoundRow,
+    SplitResult,
+    read_result,
+)
 
 app = typer.Typer(
     name="fedcore",
@@ -139,18 +147,18 @@ class _Progress:
             self._task = self._bar.add_task("training", total=total, metric="")
             self._bar.start()
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: RoundRow) -> None:
         """Called with each row; the protected arm's is the one that shows."""
-        if row["arm"] != "federated":
+        if row.arm != "federated":
             return
         from fedcore.report.terminal import progress
 
         shown = progress(row, self._sites)
-        due = row["round"] == self._total or row["round"] % max(1, self._total // 5) == 0
+        due = row.round == self._total or row.round % max(1, self._total // 5) == 0
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["round"], metric=shown)
-        if "abandoned" in row or (due and self._bar is None):
-            say(f"round {row['round']}/{self._total}  {shown}")  # above the bar, where it stays
+            self._bar.update(self._task, completed=row.round, metric=shown)
+        if row.abandoned or (due and self._bar is None):
+            say(f"round {row.round}/{self._total}  {shown}")  # above the bar, where it stays
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -203,7 +211,7 @@ def simulate(
         _show_header(prepared, path)
         progress.append(_Progress(prepared.plan.rounds, len(prepared.plan.sites)))
 
-    def on_round(row: dict[str, Any]) -> None:
+    def on_round(row: RoundRow) -> None:
         progress[0].row(row)
 
     try:
@@ -228,7 +236,7 @@ def simulate(
         for bar in progress:
             bar.close()
     if as_json:
-        emit(run.result)
+        emit(run.result.to_json())
     else:
         terminal.show(
             Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
@@ -240,16 +248,16 @@ def _show_header(prepared: Any, path: Path) -> None:
     from fedcore.learning.model import model_summary
     from fedcore.report import terminal
 
-    info = {
-        "task": prepared.task.name,
-        "sites": list(prepared.plan.sites),
-        "rows": sum(len(s.train) + len(s.test) for s in prepared.sites),
-        "model": model_summary(prepared.flat),
-        "protection": prepared.plan.protection,
-        "run": str(path),
-        "label": prepared.label,
-    }
-    terminal.show(stderr, terminal.header(info))
+    head = terminal.header(
+        prepared.task.name,
+        sites=len(prepared.plan.sites),
+        rows=sum(len(s.train) + len(s.test) for s in prepared.sites),
+        model=model_summary(prepared.flat),
+        protection=prepared.plan.protection,
+        run=str(path),
+        label=prepared.label,
+    )
+    terminal.show(stderr, head)
     if any(True for _ in prepared.flat.module.buffers()):
         say(f"buffers: {prepared.flat.policy}")
 
@@ -261,9 +269,9 @@ def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
     path, quoted = directory[0], shlex.quote(str(directory[0]))
     interrupted = isinstance(error, KeyboardInterrupt)
     if isinstance(error, Abandoned | GuardTripped):
-        rows = path / "rounds.jsonl"
+        rows = path / ROUNDS_FILE
         return [f"what became of each round: {rows}"] if rows.is_file() else []
-    if (path / "result.json").is_file():
+    if (path / RESULT_FILE).is_file():
         return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
     if interrupted and (path / "job.json").is_file():
         return [f"resume: fedcore simulate --resume {quoted}"]
@@ -323,21 +331,21 @@ def up(
         return bars[0]
 
     def on_deployed_round(row: dict[str, Any]) -> None:
-        shown = {name: row[name] for name in ("round", "survivors", "seconds")} | {
-            "arm": "federated"
-        }
+        shown = RoundRow(
+            {name: row[name] for name in ("round", "survivors", "seconds")} | {"arm": "federated"}
+        )
         if "abandoned" in row:
             shown["abandoned"] = "at {stage}: {left} sites stayed, {needed} needed".format(
                 **row["abandoned"]
             )
         (bars[0] if bars else begin()).row(shown)
 
-    def on_deployed(found: dict[str, Any]) -> None:
-        say(f"deployment: {len(found['round_seconds'])} rounds, every process ended")
+    def on_deployed(found: DeployedRun) -> None:
+        say(f"deployment: {len(found.round_seconds)} rounds, every process ended")
         say("the same job in this process, for the comparison")
         begin()
 
-    def on_round(row: dict[str, Any]) -> None:
+    def on_round(row: RoundRow) -> None:
         bars[0].row(row)
 
     listener = rehearsal.Listener(
@@ -355,13 +363,13 @@ def up(
         for bar in bars:
             bar.close()
     if as_json:
-        emit(run.result)
+        emit(run.result.to_json())
     else:
         terminal.show(
             Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
         )
     rehearsal.require_equal(run)
-    say(f"the deployment's model is the simulation's, bit for bit: {run.result['model_sha256']}")
+    say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 
 
 @app.command(cls=JobCommand, epilog=_KEYS_HELP)
@@ -390,19 +398,19 @@ def compare(
     from fedcore import api
     from fedcore.report import terminal
 
-    def on_cell(cell: dict[str, Any], number: int, total: int) -> None:
+    def on_cell(split: SplitResult, number: int, total: int) -> None:
         scores = ", ".join(
-            f"{metric} {cell['arms']['federated'][metric]:.3f} (gap {value:+.4f})"
-            for metric, value in cell["gap"].get("total", {}).items()
+            f"{metric} {split.arms['federated'][metric]:.3f} (gap {value:+.4f})"
+            for metric, value in split.gap.get("total", {}).items()
             if value is not None
         )
-        say(f"split {number}/{total}  seed {cell['seed']}, fold {cell['fold']}: {scores}")
+        say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
 
     found = api.compare_layers(
         _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
     )
     if as_json:
-        emit(found.result)
+        emit(found.result.to_json())
     else:
         terminal.show(
             Console(highlight=False),
@@ -501,7 +509,13 @@ def runs(
 
     rows = list_runs(folder)
     if as_json:
-        emit([{k: row[k] for k in ("run", "result")} for row in rows])
+        results = [run.result.to_json() if run.result is not None else None for run in rows]
+        emit(
+            [
+                {"run": run.folder, "result": result}
+                for run, result in zip(rows, results, strict=True)
+            ]
+        )
     elif not rows:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
     else:
@@ -513,17 +527,16 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     """Run it again: the same bits, or the first round that differs and what differs around it."""
     say(f"fedcore reproduce: {run}")
     from fedcore.cli.reproduce import reproduce as again
-    from fedcore.files import read_json
 
     progress: list[_Progress] = []
 
-    def on_row(row: dict[str, Any]) -> None:
-        if "arm" not in row:
-            say(f"seed {row['seed']}, fold {row['fold']}: run again")
+    def on_row(row: RoundRow | SplitResult) -> None:
+        if isinstance(row, SplitResult):
+            say(f"seed {row.seed}, fold {row.fold}: run again")
             return
         if not progress:
-            old = read_json(run / "result.json")
-            progress.append(_Progress(old["rounds"], len(old["sites"])))
+            old = read_result(run)
+            progress.append(_Progress(old.rounds, len(old.sites)))
         progress[0].row(row)
 
     try:

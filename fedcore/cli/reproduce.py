@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedcore.api import compare_layers, simulate_layers
 from fedcore.environment import environment
 from fedcore.experiment.experiment import STOP, stored_job
-from fedcore.files import read_json
 from fedcore.learning.task import Task
-from fedcore.results import read_rounds
+from fedcore.results import (
+    ComparisonResult,
+    Result,
+    RoundRow,
+    SplitResult,
+    read_result,
+    read_rounds,
+)
 from fedcore.types import Json
 
 _MEASURED = ("seconds", "peak_memory")
@@ -34,66 +39,77 @@ class Reproduction:
 
 
 def reproduce(
-    directory: Path, *, task: Task | None = None, on_row: Callable[[Json], Any] | None = None
+    directory: Path,
+    *,
+    task: Task | None = None,
+    on_row: Callable[[RoundRow | SplitResult], object] | None = None,
 ) -> Reproduction:
     """Run `directory`'s job again in a temporary directory and compare. Raises BadInput on no run."""
-    old = read_json(directory / "result.json")
+    old = read_result(directory)
     job = stored_job(directory, task)
-    kind = job.pop("kind")
+    job.pop("kind")
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
         out = Path(folder) / "run"
-        if kind == "compare":
+        if isinstance(old, ComparisonResult):
             return _compare_again(old, job, out, task, on_row)
 
-        def until_the_same_round(row: Json) -> Any:
+        def until_the_same_round(row: RoundRow) -> object:
             if on_row is not None:
                 on_row(row)
-            return STOP if row["round"] >= old["rounds"] else None
+            return STOP if row.round >= old.rounds else None
 
         again = simulate_layers([job], task=task, out=out, on_round=until_the_same_round)
         new, rows = again.result, again.rounds
     difference = _first_difference(read_rounds(directory), rows)
-    hashes = (old["model_sha256"], new["model_sha256"])
+    hashes = (old.model_sha256, new.model_sha256)
     if not difference and hashes[0] != hashes[1]:
         difference = "every row is the same, but the final model differs"
     return Reproduction(not difference, hashes, difference, _changes(old, new))
 
 
 def _compare_again(
-    old: Json, job: Json, out: Path, task: Task | None, on_row: Callable[[Json], Any] | None
+    old: ComparisonResult,
+    job: Json,
+    out: Path,
+    task: Task | None,
+    on_row: Callable[[RoundRow | SplitResult], object] | None,
 ) -> Reproduction:
-    seeds = list(dict.fromkeys(cell["seed"] for cell in old["cells"]))
-    on_cell = (lambda cell, _number, _all: on_row(cell)) if on_row else None
+    seeds = list(dict.fromkeys(split.seed for split in old.cells))
+
+    def on_cell(split: SplitResult, _number: int, _of: int) -> None:
+        if on_row is not None:
+            on_row(split)
+
     again = compare_layers([job], task=task, seeds=seeds, out=out, on_cell=on_cell)
     new = again.result
     difference, hashes = "", ("", "")
-    for a, b in zip(old["cells"], new["cells"], strict=False):
-        hashes = (a["model_sha256"], b["model_sha256"])
+    for a, b in zip(old.cells, new.cells, strict=False):
+        hashes = (a.model_sha256, b.model_sha256)
         if a != b:
-            difference = f"seed {a['seed']}, fold {a['fold']}: the split's arms differ"
+            difference = f"seed {a.seed}, fold {a.fold}: the split's arms differ"
             break
     return Reproduction(not difference, hashes, difference, _changes(old, new))
 
 
-def _first_difference(old: Sequence[Json], new: Sequence[Json]) -> str:
+def _first_difference(old: Sequence[RoundRow], new: Sequence[RoundRow]) -> str:
     for a, b in zip(old, new, strict=False):
         for key in a:
             if key.startswith(_MEASURED):
                 continue
             if a[key] != b.get(key):
-                return f"round {a['round']}, arm {a['arm']}: {key} was {a[key]!r} and is {b.get(key)!r}"
+                return f"round {a.round}, arm {a.arm}: {key} was {a[key]!r} and is {b.get(key)!r}"
     if len(old) != len(new):
         return f"found {len(new)} rows, expected {len(old)}"
     return ""
 
 
-def _changes(old: Json, new: Json) -> tuple[str, ...]:
+def _changes(old: Result, new: Result) -> tuple[str, ...]:
     found = []
-    before: Mapping[str, Any] = old.get("environment", {})
+    before = old.origin.environment
     for key, value in environment().items():
         if before.get(key) != value:
             found.append(f"{key}: then {before.get(key)}, now {value}")
-    if old["plan"]["digest"] != new["plan"]["digest"]:
-        keys = [k for k, v in new["plan"].items() if old["plan"].get(k) != v and k != "digest"]
+    if old.plan["digest"] != new.plan["digest"]:
+        keys = [k for k, v in new.plan.items() if old.plan.get(k) != v and k != "digest"]
         found.append(f"plan: {', '.join(keys)} differ")
     return tuple(found)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.api import reproduce_line
+from fedcore.api import in_folder
 from fedcore.config import Job, is_json, narrowest_policy
 from fedcore.errors import (
     Abandoned,
@@ -39,6 +39,7 @@ from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
+from fedcore.results import DeployedRun
 from fedcore.run import Run, new_directory
 from fedcore.types import Json
 
@@ -60,7 +61,7 @@ class Listener:
     on_deployed_round: Callable[[Json], None]
     on_waiting: Say
     on_command: Callable[[Command], None]
-    on_deployed: Callable[[Json], None]
+    on_deployed: Callable[[DeployedRun], None]
     on_round: OnRound
     say: Say
 
@@ -74,7 +75,7 @@ def rehearse(
 ) -> Run:
     """Deploy the job here, run it, end it, run it again in this process; returns the finished run.
 
-    `run.result["deployment"]["equal"]` says whether both came to the same model. Raises FedcoreError;
+    `run.result.deployment.equal` says whether both came to the same model. Raises FedcoreError;
     no process is left, and nothing is written for bad input. After Abandoned the logs are still there.
     """
     task, job = job_for(None, *layers)
@@ -116,7 +117,9 @@ def _refuse(task: Task, job: Job) -> None:
 # --------------------------------------------------------------------------------- the deployment
 
 
-def _deployed(prepared: Prepared, folder: Path, listener: Listener) -> tuple[Json, Path | None]:
+def _deployed(
+    prepared: Prepared, folder: Path, listener: Listener
+) -> tuple[DeployedRun, Path | None]:
     """Run the job as processes; what to say of it, and the file of the model all sites came to."""
     deployment = _write(prepared, folder)
     commands = deployment.commands()
@@ -137,16 +140,16 @@ def _deployed(prepared: Prepared, folder: Path, listener: Listener) -> tuple[Jso
     for row in rows:
         append_row(folder, row)
     trained = [row for row in rows if row["purpose"] == "update"]
-    about = {
-        "job": job,
-        "model_sha256": found[0] if len(found) == 1 else None,
-        "sites": hashes,
-        "seconds": round(seconds, 3),
-        "round_seconds": [row["seconds"] for row in trained],
-        "survivors": [row["survivors"] for row in trained],
-        "processes": [{"name": each.name, "command": str(each)} for each in commands],
-        "folder": str(folder),
-    }
+    about = DeployedRun(
+        job=job,
+        model_sha256=found[0] if len(found) == 1 else None,
+        sites=hashes,
+        seconds=round(seconds, 3),
+        round_seconds=tuple(row["seconds"] for row in trained),
+        survivors=tuple(tuple(row["survivors"]) for row in trained),
+        processes=tuple({"name": each.name, "command": str(each)} for each in commands),
+        folder=str(folder),
+    )
     return about, model if len(found) == 1 else None
 
 
@@ -228,7 +231,7 @@ def _hashes(parties: Running, job: str) -> dict[str, str]:
 def _finish(
     prepared: Prepared,
     writer: RunWriter,
-    deployed: Json,
+    deployed: DeployedRun,
     model: Path | None,
     listener: Listener,
 ) -> Run:
@@ -237,13 +240,16 @@ def _finish(
 
     directory = writer.directory
     experiment, result = run_experiment(prepared, writer, listener.on_round)
-    simulated = result["model_sha256"]
-    deployed |= {"equal": deployed["model_sha256"] == simulated, "simulated_sha256": simulated}
-    result |= {"run": str(directory), "reproduce": reproduce_line(directory)}
-    result |= {"deployment": deployed, "model_sha256": deployed["model_sha256"] or simulated}
+    simulated = result.model_sha256
+    equal = deployed.model_sha256 == simulated
+    result = replace(
+        in_folder(result, directory),
+        deployment=replace(deployed, equal=equal, simulated_sha256=simulated),
+        model_sha256=deployed.model_sha256 or simulated,
+    )
     writer.finish(experiment, result)
     kept = directory / "model.safetensors"
-    if model is not None and not deployed["equal"]:
+    if model is not None and not equal:
         kept.rename(model.with_name("simulated-model.safetensors"))
     if model is not None:
         model.replace(kept)
@@ -253,18 +259,18 @@ def _finish(
 
 def require_equal(run: Run) -> None:
     """Raise TaskFailed where the deployment came to another model than the run in one process."""
-    found = run.result["deployment"]
-    if found["equal"]:
+    found = run.result.deployment
+    if found is None or found.equal:
         return
     where = f"both are kept: {run.directory}/model.safetensors is the deployment's"
-    if found["model_sha256"] is None:
-        hashes = ", ".join(f"{site} {digest[:12]}" for site, digest in found["sites"].items())
+    if found.model_sha256 is None:
+        hashes = ", ".join(f"{site} {digest[:12]}" for site, digest in found.sites.items())
         raise TaskFailed(f"deployment: found sites with different models ({hashes}), expected one")
-    everybody = len(run.result["sites"])
-    missed = [n for n, who in enumerate(found["survivors"], start=1) if len(who) < everybody]
+    everybody = len(run.result.sites)
+    missed = [n for n, who in enumerate(found.survivors, start=1) if len(who) < everybody]
     why = f"sites were missing in round {missed[0]}" if missed else "is the task's training random?"
     raise TaskFailed(
-        f"deployment: found model {found['model_sha256'][:12]}, expected "
-        f"{found['simulated_sha256'][:12]} as in one process; {where}",
+        f"deployment: found model {found.model_sha256[:12]}, expected "
+        f"{found.simulated_sha256[:12]} as in one process; {where}",
         remedy=why,
     )

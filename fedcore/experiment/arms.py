@@ -30,10 +30,11 @@ from fedcore.learning.scoring import Scored, score
 from fedcore.learning.sitework import SiteRows
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
+from fedcore.results import AbandonedRound, Columns, UpdateExposure
 from fedcore.secagg.in_process import sites_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.stopwatch import Stopwatch
-from fedcore.types import FloatVector, Json
+from fedcore.types import FloatVector
 
 
 def finite(value: float | None) -> float | None:
@@ -87,7 +88,7 @@ class Arm(Protocol):
     name: str
     budget: Budget
 
-    def step(self, round_: int) -> Json:
+    def step(self, round_: int) -> Columns:
         """Advance one round; returns the arm's own columns of its row."""
         ...
 
@@ -146,7 +147,7 @@ class Centralised:
         self._bench, self._rows, self.budget = bench, pooled, Budget()
         self._own = bench.own_model()
 
-    def step(self, round_: int) -> Json:
+    def step(self, round_: int) -> Columns:
         report = self._own.train(self._rows, seed=self._bench.seed, round_=round_, site="")
         return {"train_loss": self.budget.add([report])}
 
@@ -170,7 +171,7 @@ class LocalOnly:
         self._bench, self._sites, self.budget = bench, sites, Budget()
         self._own = [bench.own_model() for _ in sites]
 
-    def step(self, round_: int) -> Json:
+    def step(self, round_: int) -> Columns:
         reports = [
             own.train(site.train, seed=self._bench.seed, round_=round_, site=site.id)
             for own, site in zip(self._own, self._sites, strict=True)
@@ -210,7 +211,7 @@ class Federated:
 
     survivors: roster indices of the last round's sum, none if it was abandoned.
     summed: {site: in how many rounds' sums it was}.
-    abandoned: {round, stage, left} of each round that was.
+    abandoned: the rounds that were.
     seen: what each party held of one site's update in the first round that can show it (`seen.py`).
     """
 
@@ -224,8 +225,8 @@ class Federated:
         self.bytes_up = self.bytes_down = 0
         self.survivors: tuple[int, ...] = ()
         self.summed = dict.fromkeys(bench.plan.sites, 0)
-        self.abandoned: list[Json] = []
-        self.seen: Json | None = None
+        self.abandoned: list[AbandonedRound] = []
+        self.seen: UpdateExposure | None = None
         self.outcome: RoundOutcome | None = None
         self._scored: tuple[ServerState, int, Evaluation] | None = None
 
@@ -235,11 +236,11 @@ class Federated:
         values = self.contributions * self._bench.plan.coordinates
         return self.clipped / values if values else 0.0
 
-    def step(self, round_: int) -> Json:
+    def step(self, round_: int) -> Columns:
         before = dict(self.federation.watch.seconds)
         bound, plan = self.state.bound, self._bench.plan
         absent = self.federation.absent(round_)
-        witness = None if self.seen else watch_one(plan.sites, absent)
+        witness = None if self.seen is not None else watch_one(plan.sites, absent)
         try:
             self.outcome = self.federation.round(self.state, round_, witness)
         except RoundAbandoned as abandoned:
@@ -253,7 +254,7 @@ class Federated:
         spent = {f"seconds_{stage}": seconds[stage] - before[stage] for stage in seconds}
         return columns | {"range": bound} | spent
 
-    def _release(self, outcome: RoundOutcome) -> Json:
+    def _release(self, outcome: RoundOutcome) -> Columns:
         plan = self._bench.plan
         self.state, self.twin, self.survivors = outcome.state, outcome.twin, outcome.survivors
         self.unequal_rounds += outcome.twin is not outcome.state
@@ -270,11 +271,11 @@ class Federated:
             "bytes_down": outcome.bytes_down,
         }
 
-    def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Json:
+    def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Columns:
         """The round's number is used up and nothing else changes, the budget included."""
         stage, left = abandoned.stage, abandoned.left
         self.survivors = ()
-        self.abandoned.append({"round": round_, "stage": stage, "left": left})
+        self.abandoned.append(AbandonedRound(round=round_, stage=stage, left=left))
         sites, needed = len(self._bench.plan.sites), abandoned.threshold
         unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
         return {
@@ -303,9 +304,9 @@ class Federated:
             "twin": None if self.twin is self.state else _save_state(self.twin),
             "counts": (self.clipped, self.contributions, self.unequal_rounds),
             "bytes": (self.bytes_up, self.bytes_down),
-            "abandoned": self.abandoned,
+            "abandoned": [each.to_json() for each in self.abandoned],
             "summed": dict(self.summed),
-            "seen": self.seen,
+            "seen": self.seen.to_json() if self.seen is not None else None,
             "guards": [guard.memory.to_json() for guard in self.federation.guards],
             "released": self.federation.released,
             "seconds": dict(self.federation.watch.seconds),
@@ -317,8 +318,8 @@ class Federated:
             self.twin = _restore_state(saved["twin"])
         self.clipped, self.contributions, self.unequal_rounds = saved["counts"]
         self.bytes_up, self.bytes_down = saved["bytes"]
-        self.seen = saved["seen"]
-        self.abandoned = list(saved["abandoned"])
+        self.seen = UpdateExposure.from_json(saved["seen"]) if saved["seen"] else None
+        self.abandoned = [AbandonedRound.from_json(each) for each in saved["abandoned"]]
         self.summed = dict(saved["summed"])
         self.federation.released = saved["released"]
         for guard, memory in zip(self.federation.guards, saved["guards"], strict=True):
@@ -340,7 +341,7 @@ class FederatedFloat:
         self._bench, self._federation, self._beside = bench, federation, beside
         self.state, self.budget = state, Budget()
 
-    def step(self, round_: int) -> Json:
+    def step(self, round_: int) -> Columns:
         plan, model = self._bench.plan, self.state.model
         total, weight, reports = np.zeros(plan.coordinates), 0, []
         for index in self._beside.survivors:

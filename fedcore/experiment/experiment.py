@@ -61,8 +61,27 @@ from fedcore.learning.sitework import SiteRows
 from fedcore.learning.state import model_digest
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
-from fedcore.report.sentences import metric_name
-from fedcore.results import read_rounds
+from fedcore.report import warnings
+from fedcore.results import (
+    RESULT_FILE,
+    ROUNDS_FILE,
+    AbandonedRound,
+    Absences,
+    ArmResult,
+    ByMetric,
+    Columns,
+    Cost,
+    Interval,
+    ModelFacts,
+    Origin,
+    ProtectedMetrics,
+    RoundRow,
+    RowCounts,
+    RunResult,
+    SiteResult,
+    SumFacts,
+    read_rounds,
+)
 from fedcore.secagg.encode.pack import Layout as VectorLayout
 from fedcore.secagg.in_process import InProcessFederation, sites_of
 from fedcore.secagg.label import Terms, label_of, label_warnings
@@ -74,7 +93,7 @@ from fedcore.types import ARMS, Json, SiteId
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""
 
-OnRound = Callable[[Json], Any]
+OnRound = Callable[[RoundRow], object]
 
 BESIDE = {"local_only": ("centralised", "local_only")}
 """Beside the parts of the gap: what staying alone loses against pooling."""
@@ -400,7 +419,7 @@ class Experiment:
             state = self.federation.calibrate(self.federated.state)
             self.federated.state = self.federated.twin = state
 
-    def rounds(self) -> Iterator[Json]:
+    def rounds(self) -> Iterator[RoundRow]:
         """Advance every arm one round at a time; yields each arm's row."""
         if self.round == 0:
             self.calibrate()
@@ -417,16 +436,16 @@ class Experiment:
             for name, arm in self.arms.items():
                 yield self._row(name, arm, current, columns[name])
 
-    def _row(self, name: str, arm: Arm, round_: int, columns: Json) -> Json:
+    def _row(self, name: str, arm: Arm, round_: int, columns: Columns) -> RoundRow:
         evaluation = arm.evaluate(round_)
-        row: Json = {"arm": name, "round": round_, **self.values(evaluation)}
+        row: Columns = {"arm": name, "round": round_, **self.values(evaluation)}
         row |= {"loss": evaluation.loss(), **columns}
         outcome = self.federated.outcome
         if name == "federated" and outcome is not None:
             before = self.prepared.transport.finish(outcome.metric_sums, len(outcome.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
-        return row | {"peak_memory_mb": peak_memory_mb()}
+        return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
 
     def values(self, evaluation: Evaluation) -> dict[str, float | None]:
         """{metric: value} over the union of test rows."""
@@ -500,8 +519,8 @@ def _own_value(parts: Sequence[Any], name: str) -> float | None:
 # ---------------------------------------------------------------------------------------- the result
 
 
-def build_result(experiment: Experiment, started: datetime, seconds: float) -> Json:
-    """result.json of a finished run (schema 1)."""
+def build_result(experiment: Experiment, started: datetime, seconds: float) -> RunResult:
+    """The result of a finished run, which has no folder yet."""
     prepared, job = experiment.prepared, experiment.prepared.job
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
@@ -510,140 +529,121 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> J
         }
         twin = federated.evaluate_twin(experiment.round)
         protected = _protected_metrics(experiment)
-    arms: Json = {}
-    for name, arm in experiment.arms.items():
-        arms[name] = experiment.values(evaluations[name]) | {
-            "loss": evaluations[name].loss(),
-            "gradient_steps": arm.budget.steps,
-            "examples_seen": arm.budget.examples,
-        }
     layout = VectorLayout(plan.update_vector, plan.packing, len(plan.sites))
     per_site = _per_site(experiment, evaluations)
-    result: Json = {
-        "schema": 1,
-        "kind": "run",
-        "task": prepared.task.name,
-        "protection": plan.protection,
-        "seed": job.run.seed,
-        "fold": job.run.fold,
-        "folds": job.run.folds,
-        "rounds": experiment.round,
-        "stopped": experiment.stopped,
-        "sites": list(plan.sites),
-        "metrics": list(prepared.task.metrics),
-        "rows": {
-            "train": sum(len(s.train) for s in prepared.sites),
-            "test": sum(len(s.test) for s in prepared.sites),
+    result = RunResult(
+        task=prepared.task.name,
+        protection=plan.protection,
+        seed=job.run.seed,
+        fold=job.run.fold,
+        folds=job.run.folds,
+        rounds=experiment.round,
+        stopped=experiment.stopped,
+        sites=plan.sites,
+        metrics=tuple(prepared.task.metrics),
+        rows=RowCounts(
+            sum(len(s.train) for s in prepared.sites), sum(len(s.test) for s in prepared.sites)
+        ),
+        model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
+        model_sha256=model_digest(federated.state.model),
+        arms={
+            name: ArmResult(
+                experiment.values(evaluations[name]),
+                evaluations[name].loss(),
+                arm.budget.steps,
+                arm.budget.examples,
+            )
+            for name, arm in experiment.arms.items()
         },
-        "model": {
-            "summary": model_summary(prepared.flat),
-            "coordinates": plan.coordinates,
-            "buffers": prepared.flat.policy,
+        site_mean={
+            name: metric_list.site_mean(site.arms[name] for site in per_site.values())
+            for name in evaluations
         },
-        "model_sha256": model_digest(federated.state.model),
-        "arms": arms,
-        "site_mean": _site_means(per_site, evaluations),
-        "gap": _gaps(experiment, evaluations, twin),
-        "per_site": per_site,
-        **protected,
-        "lower_is_better": lower_is_better(prepared.task),
-        "bytes_up_per_site_round": federated.bytes_up,
-        "bytes_down_per_site_round": federated.bytes_down,
-        "bytes_per_parameter_up": federated.bytes_up / plan.coordinates,
-        "ciphertexts_up": layout.blocks if plan.packing.ring else 0,
-        "ciphertext_used": layout.used_fraction if plan.packing.ring else None,
-        "seconds": prepared.watch.seconds,
-        "seconds_total": seconds,
-        "peak_memory_mb": peak_memory_mb(),
-        "clipped_fraction": federated.clipped_fraction,
-        "unequal_rounds": federated.unequal_rounds,
-        "drop": list(job.round.drop),
-        "dropout": job.round.dropout,
-        "absences": experiment.absences(),
-        "abandoned_rounds": federated.abandoned,
-        "seen": federated.seen,
-        "label": prepared.label,
-        "plan": prepared.plan_json(),
-        "train": asdict(plan.train),
-        "statistics": prepared.statistics.to_json() if prepared.statistics else None,
-        "environment": environment(),
-        "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-    result["notes"] = _notes(prepared, result)
-    result["warnings"] = _warnings(result)
-    return result
+        gap=_gaps(experiment, evaluations, twin),
+        per_site=per_site,
+        lower_is_better=tuple(lower_is_better(prepared.task)),
+        cost=Cost(
+            bytes_up=federated.bytes_up,
+            bytes_down=federated.bytes_down,
+            bytes_per_parameter=federated.bytes_up / plan.coordinates,
+            ciphertexts=layout.blocks if plan.packing.ring else 0,
+            ciphertext_used=layout.used_fraction if plan.packing.ring else None,
+            seconds=prepared.watch.seconds,
+            seconds_total=seconds,
+            peak_memory_mb=peak_memory_mb(),
+        ),
+        sums=SumFacts(federated.clipped_fraction, federated.unequal_rounds),
+        absences=Absences(
+            tuple(job.round.drop),
+            job.round.dropout,
+            experiment.absences(),
+            tuple(federated.abandoned),
+        ),
+        seen=federated.seen,
+        label=prepared.label,
+        plan=prepared.plan_json(),
+        train=asdict(plan.train),
+        statistics=prepared.statistics.to_json() if prepared.statistics else None,
+        origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
+        protected=protected,
+    )
+    of_plan = (*prepared.loaded.notes, *label_warnings(Terms.of_plan(plan)))
+    of_rows = warnings.notes_on_rows(result, prepared.loaded.unknown_categories)
+    result = replace(result, notes=(*of_plan, *of_rows))
+    return replace(result, warnings=warnings.of_run(result))
 
 
-def _protected_metrics(experiment: Experiment) -> Json:
-    """The metrics-only round: what the sites learn of the final model, null if it was abandoned."""
+def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
+    """The metrics-only round."""
     transport = experiment.prepared.transport
     try:
         total = experiment.federation.final_metrics(experiment.federated.state)
     except RoundAbandoned as abandoned:
-        return {
-            "protected_metrics": None,
-            "protected_metrics_bound": None,
-            "protected_clipped": None,
-            "protected_metrics_sites": [],
-            "protected_metrics_abandoned": {
-                "stage": abandoned.stage,
-                "left": abandoned.left,
-            },
-        }
+        last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
+        return ProtectedMetrics(sites=(), abandoned=last)
     sums = total.opened.wides
-    return {
-        "protected_metrics": transport.finish(sums, len(total.survivors)),
-        "protected_metrics_bound": transport.bounds(sums),
-        "protected_clipped": transport.clipped(sums),
-        "protected_metrics_sites": sites_of(experiment.prepared.plan.sites, total.survivors),
-        "protected_metrics_abandoned": None,
-    }
+    return ProtectedMetrics(
+        transport.finish(sums, len(total.survivors)),
+        transport.bounds(sums),
+        transport.clipped(sums),
+        tuple(sites_of(experiment.prepared.plan.sites, total.survivors)),
+    )
 
 
-def _per_site(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> Json:
+def _per_site(
+    experiment: Experiment, evaluations: Mapping[str, Evaluation]
+) -> dict[str, SiteResult]:
     prepared = experiment.prepared
-    out: Json = {}
-    for site in prepared.sites:
-        entry: Json = {
-            "rows": len(site.train) + len(site.test),
-            "train_rows": len(site.train),
-            "test_rows": len(site.test),
-            "class_counts": prepared.loaded.class_counts[site.id],
-            "rounds_in_sum": experiment.federated.summed[site.id],
-        }
-        for name, evaluation in evaluations.items():
-            part = evaluation.parts[site.index]
-            entry[name] = (
-                dict.fromkeys(prepared.task.metrics)
-                if part is None
-                else experiment.values(Evaluation((part,)))
-            )
-        out[site.id] = entry
-    return out
+    undefined = dict.fromkeys(prepared.task.metrics)
 
+    def score(evaluation: Evaluation, site: SiteRows) -> ByMetric:
+        part = evaluation.parts[site.index]
+        return undefined if part is None else experiment.values(Evaluation((part,)))
 
-def _site_means(per_site: Json, evaluations: Mapping[str, Evaluation]) -> Json:
     return {
-        name: metric_list.site_mean(entry[name] for entry in per_site.values())
-        for name in evaluations
+        site.id: SiteResult(
+            rows=len(site.train) + len(site.test),
+            train_rows=len(site.train),
+            test_rows=len(site.test),
+            class_counts=prepared.loaded.class_counts[site.id],
+            rounds_in_sum=experiment.federated.summed[site.id],
+            arms={name: score(each, site) for name, each in evaluations.items()},
+        )
+        for site in prepared.sites
     }
 
 
-def _gaps(experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: Evaluation) -> Json:
+def _gaps(
+    experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: Evaluation
+) -> dict[str, dict[str, Interval]]:
     transport, job = experiment.prepared.transport, experiment.prepared.job
     everything = {**evaluations, "federated_integer": twin}
     scores = {name: evaluation.scores() for name, evaluation in everything.items()}
     pooled = {name: found for name, found in scores.items() if found is not None}
-    if pooled:
-        gaps = bootstrap_gap(
-            pooled, transport.metrics, job.track.resamples, job.run.seed, PARTS | BESIDE
-        )
-        return {
-            part: {metric: interval.to_json() for metric, interval in by.items()}
-            for part, by in gaps.items()
-        }
-    values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
     pairs = PARTS | BESIDE
+    if pooled:
+        return bootstrap_gap(pooled, transport.metrics, job.track.resamples, job.run.seed, pairs)
+    values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
     errors = lower_is_better(experiment.prepared.task)
     return {part: _plain_gaps(values, *pair, transport.own, errors) for part, pair in pairs.items()}
 
@@ -660,118 +660,22 @@ def lower_is_better(task: Task) -> list[str]:
 
 
 def _plain_gaps(
-    values: Mapping[str, Mapping[str, float | None]],
+    values: Mapping[str, ByMetric],
     better: str,
     worse: str,
     names: Sequence[str],
     errors: Sequence[str],
-) -> Json:
+) -> dict[str, Interval]:
     """Differences without an interval: a task's own `evaluate` gives no per-row values."""
     if better not in values or worse not in values:
         return {}
-    out: Json = {}
+    method = "difference; no interval, since task.evaluate gives no per-row values"
+    found = {}
     for name in names:
         a, b = values[better][name], values[worse][name]
         mean = None if a is None or b is None else (b - a if name in errors else a - b)
-        method = "difference; no interval, since task.evaluate gives no per-row values"
-        out[name] = {"mean": mean, "low": None, "high": None, "method": method, "n": 0}
-    return out
-
-
-CLIPPED_WORTH_SAYING = 1e-3
-"""Clipped coordinates above this share are a warning."""
-
-
-def shared_warnings(gaps: Mapping[str, Json], clipped: float, unequal: int) -> list[str]:
-    """What a run and a comparison warn of alike; gaps: {metric: interval} of the total."""
-    found = []
-    for metric, gap in gaps.items():
-        if None in (gap["mean"], gap["low"], gap["high"]):
-            continue
-        if gap["high"] - gap["low"] > abs(gap["mean"]):
-            found.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
-    if clipped > CLIPPED_WORTH_SAYING:
-        found.append(
-            f"{100 * clipped:.2f} % of the coordinates were clipped to the range; "
-            "a larger protect.range loses less."
-        )
-    if unequal:
-        found.append(
-            f"In {unequal} rounds the opened sum was NOT the plain integer sum. "
-            "This must never happen: please report it with plan.json."
-        )
+        found[name] = Interval(mean, None, None, method, 0)
     return found
-
-
-def _warnings(result: Json) -> list[str]:
-    seed = (
-        "One seed and one split: differences of this size move with the seed. "
-        "`fedcore compare` repeats the run over seeds and folds."
-    )
-    gaps, clipped = result["gap"]["total"], result["clipped_fraction"]
-    found = absence_warnings(result["abandoned_rounds"], result["rounds"])
-    if (last := result["protected_metrics_abandoned"]) is not None:
-        found.append(
-            f"The metrics-only round was abandoned at {last['stage']}: the sites do not know the final "
-            "model's metrics. The scores here are the simulation's own."
-        )
-    found += [seed, *shared_warnings(gaps, clipped, result["unequal_rounds"])]
-    return [*found, *result["notes"]]
-
-
-def absence_warnings(abandoned: Sequence[Json], rounds: int) -> list[str]:
-    """What abandoned rounds cost.
-
-    abandoned: {round, stage, left} of each; rounds: all that were run.
-    """
-    if not abandoned:
-        return []
-    verb = "was" if len(abandoned) == 1 else "were"
-    places = _listed(abandoned, lambda row: f"{row['round']} at {row['stage']}")
-    return [
-        f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
-        "the model did not change in them."
-    ]
-
-
-def _listed(abandoned: Sequence[Json], name: Callable[[Json], str], shown: int = 5) -> str:
-    """`round 3`, `rounds 3, 7, ...`: the first few, each once."""
-    names = list(dict.fromkeys(map(name, abandoned)))
-    more = ", ..." if len(names) > shown else ""
-    return f"round{'s' if len(names) > 1 else ''} {', '.join(names[:shown])}{more}"
-
-
-def _notes(prepared: Prepared, result: Json) -> list[str]:
-    """What the plan and the sites' rows give reason to say; the same for one run and many splits."""
-    found = [*prepared.loaded.notes, *label_warnings(Terms.of_plan(prepared.plan))]
-    if "auc" in prepared.task.metrics:
-        single = [name for name, e in result["per_site"].items() if len(e["class_counts"]) == 1]
-        found += _of_sites(single, "rows of one class only, so no AUC of {} own")
-    empty = [name for name, e in result["per_site"].items() if not e["test_rows"]]
-    found += _of_sites(empty, "no test rows, so no score of {} own")
-    for column, count in prepared.loaded.unknown_categories.items():
-        found.append(f"{count} values of column {column} were not declared and count as `other`.")
-    if prepared.statistics:
-        for name, count in zip(prepared.statistics.names, prepared.statistics.clipped, strict=True):
-            if count:
-                found.append(f"{count} values of {name} lie outside its public range.")
-    for metric, count in (result["protected_clipped"] or {}).items():
-        if count:
-            found.append(
-                f"{count} rows' errors were clipped in the protected sums of {metric_name(metric)}, so "
-                "its protected value is too small."
-            )
-    return found
-
-
-def _of_sites(names: Sequence[str], what: str) -> list[str]:
-    """One line however many sites it is about."""
-    if not names:
-        return []
-    if len(names) == 1:
-        return [f"Site {names[0]} has {what.format('its')}."]
-    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-    return [f"{len(names)} sites ({shown}) have {what.format('their')}."]
 
 
 # ---------------------------------------------------------------------------------------- the shell
@@ -789,9 +693,9 @@ class RunWriter:
         """plan.json and job.json, before anything is trained."""
         write_json(self.directory / "plan.json", self._prepared.plan_json())
         write_json(self.directory / "job.json", job_json(self._prepared.task, self._prepared.job))
-        (self.directory / "rounds.jsonl").touch()
+        (self.directory / ROUNDS_FILE).touch()
 
-    def row(self, row: Json) -> None:
+    def row(self, row: RoundRow) -> None:
         """Append one line to rounds.jsonl."""
         append_row(self.directory, row)
         self._events.row(row)
@@ -813,11 +717,11 @@ class RunWriter:
         path = self.directory / "checkpoint.pt"
         if path.is_file():
             experiment.restore(checkpoint.from_bytes(path.read_bytes()))
-        rows = [r for r in read_rounds(self.directory) if r["round"] <= experiment.round]
+        rows = [r for r in read_rounds(self.directory) if r.round <= experiment.round]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(self.directory / "rounds.jsonl", text.encode())
+        write_atomic(self.directory / ROUNDS_FILE, text.encode())
 
-    def finish(self, experiment: Experiment, result: Json) -> None:
+    def finish(self, experiment: Experiment, result: RunResult) -> None:
         """The model, the result and the report; the checkpoint goes."""
         prepared = experiment.prepared
         prepared.flat.write(experiment.federated.state.model)
@@ -828,7 +732,7 @@ class RunWriter:
             prepared.statistics,
             prepared.layout,
         )
-        write_json(self.directory / "result.json", result)
+        write_json(self.directory / RESULT_FILE, result.to_json())
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -838,7 +742,7 @@ def run_experiment(
     on_round: OnRound | None = None,
     *,
     resume: bool = False,
-) -> tuple[Experiment, Json]:
+) -> tuple[Experiment, RunResult]:
     """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round.
 
     Raises Abandoned where no round was released, GuardTripped where a site leaves the job; then there is
@@ -866,8 +770,8 @@ def _run_rounds(experiment: Experiment, writer: RunWriter | None, on_round: OnRo
         if writer is not None:
             writer.row(row)
         if on_round is not None and on_round(row) is STOP:
-            experiment.stopped = f"on_round returned STOP in round {row['round']}"
-        if row["arm"] == last and writer is not None:
+            experiment.stopped = f"on_round returned STOP in round {row.round}"
+        if row.arm == last and writer is not None:
             writer.checkpoint(experiment)
 
 

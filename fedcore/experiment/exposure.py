@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcore.results import PartyView, Reading, UpdateExposure
 from fedcore.secagg.crypto import Sealer
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.plain import PlainSealer
@@ -29,7 +30,7 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import RoundTrace
 from fedcore.secagg.plan import ENCRYPTS, Packing, RoundPlan
 from fedcore.secagg.scheme import Masks
-from fedcore.types import Json, SiteId, Slots
+from fedcore.types import SiteId, Slots
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
 
@@ -48,14 +49,12 @@ def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> RoundTrace
     return RoundTrace(staying[0], staying[1]) if len(staying) > 1 else None
 
 
-def observe(witness: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round: int) -> Json:
-    """`result["seen"]` of a round that has ended.
+def observe(
+    witness: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round: int
+) -> UpdateExposure:
+    """What each party held of the target's update in a round that has ended.
 
-    sealer: the other site's, which opens what the sites' shared key opens. `parties` and `plain`
-    hold {party: {"message", "sum", "best"}}: a reading of the upload, one of the sum, and that of
-    the two which tells more; each {"correlation", "exact"} (exact: share of the coordinates), `best`
-    with its "strip" besides, or None where the party has nothing.
-    `own`: how the other site's own update alone correlates, which is no message at all.
+    sealer: the other site's, which opens what the sites' shared key opens.
     """
     layout, slots, own, total = witness.layout, witness.slots, witness.other_slots, witness.total
     assert layout is not None
@@ -71,23 +70,25 @@ def observe(witness: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round
     here = _uploads(witness.upload, rebuilt, (*either, *witness.stream), plan, sealer, layout)
     plain = {COORDINATOR: unprotected, SITE: None, BOTH: unprotected}
 
-    def parties(uploads: dict[str, Slots | None], coordinator_has_sum: bool) -> Json:
+    def parties(
+        uploads: dict[str, Slots | None], coordinator_has_sum: bool
+    ) -> dict[str, PartyView]:
         sums = {COORDINATOR: whole if coordinator_has_sum else None, SITE: others, BOTH: others}
         return {name: update.seen(uploads[name], sums[name]) for name in PARTIES}
 
-    return {
-        "site": plan.sites[witness.target],
-        "other": plan.sites[witness.other],
-        "round": training_round,
-        "protection": plan.protection,
-        "coordinates": update.size,
-        "contributors": len(witness.survivors),
-        "chance": chance(update.size),
-        "strip": update.strip(update.fields),
-        "own": correlation(update.fields, layout.fields_of(own)[: update.size]),
-        "parties": parties(here, plan.protection not in ENCRYPTS),
-        "plain": parties(plain, True),
-    }
+    return UpdateExposure(
+        site=plan.sites[witness.target],
+        other=plan.sites[witness.other],
+        round=training_round,
+        protection=plan.protection,
+        coordinates=update.size,
+        contributors=len(witness.survivors),
+        chance=chance(update.size),
+        strip=update.strip(update.fields),
+        own=correlation(update.fields, layout.fields_of(own)[: update.size]),
+        parties=parties(here, plan.protection not in ENCRYPTS),
+        plain=parties(plain, True),
+    )
 
 
 # --------------------------------------------------------------------------- what a party can open
@@ -180,8 +181,8 @@ class _Update:
     def size(self) -> int:
         return len(self.fields)
 
-    def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> Json:
-        """{"message", "sum", "best"} of one party."""
+    def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> PartyView:
+        """What one party makes of the upload as it opens it, and of the sum."""
         opened = None if upload is None else self.layout.fields_of(upload)[: self.size]
         message, from_sum = self._reading(opened), self._reading(rest)
         tells = message is not None and (
@@ -189,16 +190,16 @@ class _Update:
         )
         best, values = (message, opened) if tells else (from_sum, rest)
         if best is not None and values is not None:
-            best = {**best, "strip": self.strip(values)}
-        return {"message": message, "sum": from_sum, "best": best}
+            best = replace(best, strip=self.strip(values))
+        return PartyView(message, from_sum, best)
 
-    def _reading(self, values: NDArray[Any] | None) -> Json | None:
+    def _reading(self, values: NDArray[Any] | None) -> Reading | None:
         if values is None:
             return None
         exact = float(np.mean(values == self.fields)) if self.size else 1.0
-        return {"correlation": correlation(self.fields, values), "exact": exact}
+        return Reading(correlation(self.fields, values), exact)
 
-    def strip(self, values: NDArray[Any]) -> list[int]:
+    def strip(self, values: NDArray[Any]) -> tuple[int, ...]:
         """The first coordinates about their zero, in per cent of the largest of them."""
         packing = self.layout.packing
         drawn = values[:DRAWN].astype(np.float64)
@@ -208,13 +209,13 @@ class _Update:
             zero = 1 << (packing.field_width - 1)
         drawn -= zero
         largest = float(np.abs(drawn).max(initial=0.0)) or 1.0
-        return [int(value) for value in np.rint(100 * drawn / largest)]
+        return tuple(int(value) for value in np.rint(100 * drawn / largest))
 
 
-def tells_more_than_chance(reading: Json, coordinates: int) -> bool:
+def tells_more_than_chance(reading: Reading, coordinates: int) -> bool:
     """Whether a reading of an upload is the update, or resembles it more than unrelated values do."""
-    found = reading["correlation"]
-    return reading["exact"] == 1 or (found is not None and abs(found) > chance(coordinates))
+    found = reading.correlation
+    return reading.exact == 1 or (found is not None and abs(found) > chance(coordinates))
 
 
 def correlation(one: NDArray[Any], other: NDArray[Any]) -> float | None:

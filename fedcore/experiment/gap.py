@@ -17,16 +17,16 @@ differences are correlated and the ordinary t interval is far too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.learning.metrics import Metric, Scores
-from fedcore.types import Json
+from fedcore.results import ByMetric, Interval, SiteResult, SplitResult, Spread
 
 PARTS: dict[str, tuple[str, str]] = {
     "total": ("centralised", "federated"),
@@ -40,30 +40,7 @@ _CONFIDENCE = 0.95
 _BLOCK = 1 << 20
 """Resampled rows held at once, so that memory does not grow with the number of resamples."""
 
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval, in fractions (0.01 is one point).
-
-    mean: the point estimate, None where the metric is undefined in one of the arms.
-    low, high: None where there is nothing to compute an interval from.
-    method: a phrase for a reader. n: test rows or splits behind it.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    method: str
-    n: int
-
-    def to_json(self) -> Json:
-        return {
-            "mean": self.mean,
-            "low": self.low,
-            "high": self.high,
-            "method": self.method,
-            "n": self.n,
-        }
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------ one run
@@ -199,46 +176,43 @@ def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> I
     return Interval(mean, mean - reach, mean + reach, method, splits)
 
 
-def summarise_cells(cells: Sequence[Mapping[str, Any]], test_fraction_ratio: float) -> Json:
-    """{"arms", "gap", "per_site"} of a comparison's result.json from its cells (one per split).
+@dataclass(frozen=True)
+class OverSplits:
+    """What a comparison's splits come to; per site only means, since there are few rows to claim more of.
 
-    A cell has `arms: {arm: {metric: value}}`, `gap: {part: {metric: value}}` and, if sites are
-    wanted, `per_site: {site: {arm: {metric: value}}}`. A value of None is left out of its own
-    summary, whose `n` says how many splits are in it. Per site only means are given: there are few
-    rows, and no interval is claimed.
+    A value of None is left out of its own summary, whose `n` says how many splits are in it.
     """
-    arms = _collect(cell["arms"] for cell in cells)
-    gaps = _collect(cell["gap"] for cell in cells)
-    per_site: Json = {}
-    for site in dict.fromkeys(name for cell in cells for name in cell.get("per_site", {})):
-        by_arm = _collect(cell["per_site"][site] for cell in cells if site in cell["per_site"])
-        per_site[site] = {
-            arm: {metric: _mean(values) for metric, values in by_metric.items()}
-            for arm, by_metric in by_arm.items()
-        }
-    return {
-        "arms": {
-            arm: {
-                metric: nadeau_bengio(values, test_fraction_ratio).to_json() | {"sd": _sd(values)}
-                for metric, values in by_metric.items()
-            }
-            for arm, by_metric in arms.items()
-        },
-        "gap": {
-            part: {
-                metric: nadeau_bengio(values, test_fraction_ratio).to_json()
-                for metric, values in by_metric.items()
-            }
-            for part, by_metric in gaps.items()
-        },
-        "per_site": per_site,
+
+    arms: Mapping[str, Mapping[str, Spread]]
+    gap: Mapping[str, Mapping[str, Interval]]
+    per_site: Mapping[str, SiteResult]
+
+
+def over_splits(cells: Sequence[SplitResult], test_fraction_ratio: float) -> OverSplits:
+    """Means with corrected intervals (`nadeau_bengio`), and the standard deviation of the arms."""
+
+    def interval(values: Sequence[float]) -> Interval:
+        return nadeau_bengio(values, test_fraction_ratio)
+
+    def spread(values: Sequence[float]) -> Spread:
+        return Spread(**vars(interval(values)), sd=_sd(values))
+
+    sites = dict.fromkeys(name for cell in cells for name in cell.per_site)
+    by_site = {
+        site: _collect((c.per_site[site] for c in cells if site in c.per_site), _mean)
+        for site in sites
     }
+    return OverSplits(
+        arms=_collect((cell.arms for cell in cells), spread),
+        gap=_collect((cell.gap for cell in cells), interval),
+        per_site={site: SiteResult(arms=arms) for site, arms in by_site.items()},
+    )
 
 
 def _collect(
-    tables: Iterable[Mapping[str, Mapping[str, float | None]]],
-) -> dict[str, dict[str, list[float]]]:
-    """{row: {metric: values that are not None}} over tables {row: {metric: value}}, order kept."""
+    tables: Iterable[Mapping[str, ByMetric]], summary: Callable[[Sequence[float]], T]
+) -> dict[str, dict[str, T]]:
+    """{row: {metric: summary of its values that are not None}} over tables {row: {metric: value}}, order kept."""
     found: dict[str, dict[str, list[float]]] = {}
     for table in tables:
         for name, by_metric in table.items():
@@ -246,7 +220,10 @@ def _collect(
                 values = found.setdefault(name, {}).setdefault(metric, [])
                 if value is not None:
                     values.append(float(value))
-    return found
+    return {
+        name: {metric: summary(values) for metric, values in by_metric.items()}
+        for name, by_metric in found.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

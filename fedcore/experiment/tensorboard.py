@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedcore.types import Json
+from fedcore.results import RoundRow
 
 
 class Events:
@@ -28,11 +28,11 @@ class Events:
         self._event, self._summary, self._writer = Event, Summary, EventFileWriter
         self._writers = {}
 
-    def row(self, row: Json) -> None:
+    def row(self, row: RoundRow) -> None:
         """Add one row of rounds.jsonl."""
         if self._writers is None:
             return
-        arm = row["arm"]
+        arm = row.arm
         if arm not in self._writers:
             self._writers[arm] = self._writer(str(self._directory / "tensorboard" / arm))
         values = [
@@ -41,7 +41,7 @@ class Events:
             if isinstance(value, int | float) and name != "round"
         ]
         event = self._event(
-            wall_time=time.time(), step=row["round"], summary=self._summary(value=values)
+            wall_time=time.time(), step=row.round, summary=self._summary(value=values)
         )
         self._writers[arm].add_event(event)
 

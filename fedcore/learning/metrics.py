@@ -16,7 +16,7 @@ equals). Which rows are test rows, and running the model on them, is left to oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -460,7 +460,7 @@ def evaluate_scores(scores: Scores, metrics: Sequence[Metric]) -> dict[str, floa
     return {metric.name: metric.exact(scores.outputs, scores.targets) for metric in metrics}
 
 
-def site_mean(values: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
+def site_mean(values: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Unweighted mean over sites of each metric, over the sites where it is defined; else None."""
     of_metric: dict[str, list[float | None]] = {}
     for site in values:

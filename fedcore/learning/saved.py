@@ -29,6 +29,9 @@ from fedcore.learning.task import Task, load_task
 from fedcore.types import Json
 
 FILE = "model.safetensors"
+Module = nn.Module
+"""The type of a model, for modules that do not import torch."""
+
 _CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
 
 

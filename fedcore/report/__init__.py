@@ -3,7 +3,8 @@
 Invariant: this package reads result.json and rounds.jsonl and nothing else; it measures nothing,
 and imports no torch, no training code and, until something is drawn, no plotting.
 
-sentences: numbers into words.  tables: numbers into cells.  plots: numbers into SVG.
+phrases: numbers and names into words.  sentences, methods, readings: what is claimed, how the run was made,
+what each party could read.  tables: cells.  plots: SVG.
 page, markdown, latex, terminal: one way each of laying those out.
 """
 
@@ -14,23 +15,22 @@ from pathlib import Path
 
 from fedcore.errors import BadInput
 from fedcore.files import write_atomic
-from fedcore.report.sentences import Json
-from fedcore.results import read_result, read_rounds
+from fedcore.results import Result, RoundRow, read_result, read_rounds
 
 __all__ = ["PAGE", "TEXT", "read", "render", "write"]
 
 PAGE, TEXT = "report.html", "report.md"
 
 
-def read(run_dir: Path) -> tuple[Json, list[Json]]:
-    """The result and the rounds of a finished run or comparison (which has no rounds).
+def read(run_dir: Path) -> tuple[Result, list[RoundRow]]:
+    """The result and the rounds of a finished run or comparison.
 
     Raises BadInput for a file that is missing, unreadable or of another schema.
     """
     return read_result(run_dir), read_rounds(run_dir)
 
 
-def render(runs: Sequence[tuple[Json, list[Json]]], form: str = "html") -> str:
+def render(runs: Sequence[tuple[Result, Sequence[RoundRow]]], form: str = "html") -> str:
     """The report of one or several runs as `html`, `md` or `latex`.
 
     Only html lays runs side by side; the others put them one after the other. Raises BadInput for

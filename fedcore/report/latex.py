@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 
+from fedcore.report import phrases, tables
 from fedcore.report import sentences as say
-from fedcore.report import tables
-from fedcore.report.sentences import Json
+from fedcore.report.methods import methods
 from fedcore.report.tables import Cell, Grid
+from fedcore.results import Result
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -37,13 +38,13 @@ def escape(text: str) -> str:
     return _PATTERN.sub(lambda m: _SPECIAL[m[0]], text)
 
 
-def render(result: Json) -> str:
+def render(result: Result) -> str:
     """`table` environments and a paragraph, ending in a newline; needs the package booktabs."""
     where = say.title(result)
     method = say.how_measured(result)
     intervals = f" Intervals: {method}." if method else ""
     parts = ["% needs \\usepackage{booktabs}"]
-    parts += [f"% {escape(warning)}" for warning in say.warnings(result)]
+    parts += [f"% {escape(phrases.plain(warning))}" for warning in result.warnings]
     parts += [_table(t, f"{where}: arms. {t.note}{intervals}") for t in tables.arms([result])]
     parts += [
         _table(t, f"{where}: where the loss comes from. {t.note}") for t in tables.sources([result])
@@ -55,7 +56,7 @@ def render(result: Json) -> str:
         )
         for t in tables.per_site([result])
     ]
-    parts += ["\\paragraph{Methods.}", _prose(say.methods(result))]
+    parts += ["\\paragraph{Methods.}", _prose(methods(result))]
     return "\n".join(parts) + "\n"
 
 

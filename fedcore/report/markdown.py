@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from fedcore.report import readings, tables
+from fedcore.report import phrases, readings, tables
 from fedcore.report import sentences as say
-from fedcore.report.sentences import Json
+from fedcore.report.methods import methods
 from fedcore.report.tables import Cell, Grid
+from fedcore.results import Result
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -33,17 +34,17 @@ def code(text: str) -> str:
     return f"{fence}{padding}{text}{padding}{fence}"
 
 
-def render(result: Json) -> str:
+def render(result: Result) -> str:
     """The report of one run or comparison, ending in a newline."""
     lines = [f"# {escape(say.title(result))}", "", escape(", ".join(say.setting(result))) + ".", ""]
-    for warning in say.warnings(result):
-        lines += [f"> **Warning:** {escape(warning)}", ""]
+    for warning in result.warnings:
+        lines += [f"> **Warning:** {escape(phrases.plain(warning))}", ""]
     first, *others = say.lost(result)
     lines += [f"**{escape(first)}**", ""]
     lines += [
         f"- {escape(sentence)}" for sentence in [*others, *say.gained(result), *say.cost(result)]
     ]
-    lines += [f"- {escape(line)}" for line in say.label_lines(result)]
+    lines += [f"- {escape(line)}" for line in say.label_lines(result.label)]
     if method := say.how_measured(result):
         lines.append(f"- Intervals: {escape(method)}.")
     lines.append("")
@@ -55,11 +56,11 @@ def render(result: Json) -> str:
         lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
         if table.note:
             lines += [escape(table.note), ""]
-    lines += ["## Methods", "", escape(say.methods(result)), ""]
-    if result.get("reproduce"):
-        lines += ["## Reproduce", "", code(say.plain(result["reproduce"])), ""]
-    if result.get("model_sha256"):
-        lines += [f"Model SHA-256: {code(say.plain(result['model_sha256']))}", ""]
+    lines += ["## Methods", "", escape(methods(result)), ""]
+    if result.origin.reproduce:
+        lines += ["## Reproduce", "", code(phrases.plain(result.origin.reproduce)), ""]
+    if digest := say.model_hash(result):
+        lines += [f"Model SHA-256: {code(digest)}", ""]
     return "\n".join(lines)
 
 

@@ -18,10 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from fedcore.errors import BadInput
-from fedcore.report import plots, readings, tables
+from fedcore.report import phrases, plots, readings, tables
 from fedcore.report import sentences as say
-from fedcore.report.plots import Run
-from fedcore.report.sentences import Json
+from fedcore.report.methods import methods, settings_of
+from fedcore.report.plots import Finished
+from fedcore.results import ComparisonResult, Result
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Question:
     parts: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Finished]) -> str:
     """The page of one run, of several runs laid over each other, or of comparisons.
 
     runs: (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for no run, and for
@@ -41,7 +42,7 @@ def render(runs: Sequence[Run]) -> str:
     results = [result for result, _ in runs]
     if not results:
         raise BadInput("report: found no run, expected at least one")
-    if len({say.is_comparison(result) for result in results}) > 1:
+    if len({isinstance(result, ComparisonResult) for result in results}) > 1:
         raise BadInput(
             "report: found runs beside comparisons, expected one kind",
             remedy="report them separately: their intervals answer different questions",
@@ -49,21 +50,21 @@ def render(runs: Sequence[Run]) -> str:
     several = len(results) > 1
     names = say.run_names(results) if several else [""]
     labels = say.run_labels(results) if several else [""]
-    shared, own = say.settings_of(results)
-    tasks = list(dict.fromkeys(say.plain(result.get("task")) for result in results))
+    shared, own = settings_of(results)
+    tasks = list(dict.fromkeys(phrases.plain(result.task) for result in results))
     return _template().render(
         title=say.title(results[0])
         if len(results) == 1
-        else f"{say.listed(tasks)}: {len(results)} runs",
-        kind="comparison" if say.is_comparison(results[0]) else "run",
-        started=say.plain(results[0].get("started") or "")[:10],
+        else f"{phrases.listed(tasks)}: {len(results)} runs",
+        kind="comparison" if isinstance(results[0], ComparisonResult) else "run",
+        started=phrases.plain(results[0].origin.started)[:10],
         settings=shared if several else say.setting(results[0]),
         differing=list(zip(labels, own, strict=True)) if several else [],
         warnings=_warnings(names, results),
         headline=_headline(names, results),
         answers=_answers(names, results),
         reproduce=[
-            (n, say.plain(r.get("reproduce") or ""), say.plain(r.get("model_sha256") or ""))
+            (n, phrases.plain(r.origin.reproduce), say.model_hash(r))
             for n, r in zip(names, results, strict=True)
         ],
         plots=_plots(runs),
@@ -71,19 +72,19 @@ def render(runs: Sequence[Run]) -> str:
         per_site=tables.per_site(results),
         per_site_note=tables.per_site_note(results),
         site_heading="Each site, alone and together"
-        if any(say.ran(result, "local_only") for result in results)
+        if any("local_only" in result.arm_names for result in results)
         else "Each site",
         seen=_seen_by_parties(names, results),
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
         details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
         keys=[*tables.plan(results), *tables.training(results), *tables.environment(results)],
-        methods=_parts(names, [(say.methods(r),) for r in results]),
+        methods=_parts(names, [(methods(r),) for r in results]),
         glossary=say.GLOSSARY,
     )
 
 
-def _headline(names: list[str], results: list[Json]) -> list[tuple[str, str, list[str], str]]:
+def _headline(names: list[str], results: list[Result]) -> list[tuple[str, str, list[str], str]]:
     """Per result: name, the first sentence, the other metrics' sentences, the method behind them."""
     found = []
     methods = [say.how_measured(result) for result in results]
@@ -94,7 +95,7 @@ def _headline(names: list[str], results: list[Json]) -> list[tuple[str, str, lis
     return found
 
 
-def _answers(names: list[str], results: list[Json]) -> list[Question]:
+def _answers(names: list[str], results: list[Result]) -> list[Question]:
     questions = (
         ("Gained over staying alone", lambda r: [" ".join(say.gained(r))]),
         ("Cost of protection", lambda r: [" ".join(say.cost(r))]),
@@ -111,9 +112,9 @@ def _parts(names: list[str], said: list[tuple[str, ...]]) -> list[tuple[str, tup
     return [("", said[0])] if len(set(said)) == 1 else list(zip(names, said, strict=True))
 
 
-def _warnings(names: list[str], results: list[Json]) -> list[tuple[str, str]]:
+def _warnings(names: list[str], results: list[Result]) -> list[tuple[str, str]]:
     """Each warning with the run it is about; one that all runs share comes once, without a name."""
-    said = [say.warnings(result) for result in results]
+    said = [[phrases.plain(warning) for warning in result.warnings] for result in results]
     shared = [warning for warning in said[0] if all(warning in other for other in said)]
     own = [
         (n, w)
@@ -124,30 +125,32 @@ def _warnings(names: list[str], results: list[Json]) -> list[tuple[str, str]]:
     return [("", warning) for warning in shared] + own
 
 
-def _seen(result: Json) -> list[str]:
-    lines = [say.capitalised(line) for line in say.label_lines(result)]
+def _seen(result: Result) -> list[str]:
+    lines = [phrases.capitalised(line) for line in say.label_lines(result.label)]
     return [line if line.endswith(".") else f"{line}." for line in lines] or [
         "Not stated in this result."
     ]
 
 
-def _seen_by_parties(names: list[str], results: list[Json]) -> list[tuple[str, readings.Readings]]:
+def _seen_by_parties(
+    names: list[str], results: list[Result]
+) -> list[tuple[str, readings.Readings]]:
     """One section for each protection: of several runs under the same one, the first speaks."""
     found: dict[str, tuple[str, readings.Readings]] = {}
     for name, result in zip(names, results, strict=True):
         section = readings.section(result)
         if section is not None:
-            found.setdefault(result["seen"]["protection"], (name, section))
+            found.setdefault(section.columns[0], (name, section))
     return list(found.values())
 
 
-def _plots(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _plots(runs: Sequence[Finished]) -> list[dict[str, Any]]:
     """By round; for comparisons also by seed and fold. Empty where nothing was measured."""
-    results = [result for result, _ in runs]
-    if not say.is_comparison(results[0]):
+    results = [result for result, _ in runs if isinstance(result, ComparisonResult)]
+    if not results:
         return _by_round(runs)
     metric = say.primary_metric(results[0])
-    if metric is None or not any(result.get("cells") for result in results):
+    if metric is None or not any(result.cells for result in results):
         return []
     splits = _drawn(
         "By seed and fold",
@@ -159,14 +162,14 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [*_by_round([split for run in runs for split in plots.splits_of(run)]), splits]
 
 
-def _by_round(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _by_round(runs: Sequence[Finished]) -> list[dict[str, Any]]:
     metric = plots.plotted_metric(runs)
     if metric is None:
         return []
     caption = "Measured over the union of the sites' test rows after each round."
-    gaps = [say.gap_of(result, "total", metric) for result, _ in runs]
+    gaps = [result.gap_of("total", metric) for result, _ in runs]
     banded = any(len(members) > 1 for members in plots.groups(runs))
-    if not banded and any(None not in say.bounds(gap) for gap in gaps):
+    if not banded and any(gap is not None and gap.ends is not None for gap in gaps):
         caption += " The bar at the last round of the gap is its interval."
     if banded:
         caption += (
@@ -185,7 +188,7 @@ def _drawn(
     legend: dict[str, Any],
 ) -> dict[str, Any]:
     """One figure, drawn for a wide page and again for a phone."""
-    salt, name = title.rsplit(maxsplit=1)[-1], say.metric_name(metric)
+    salt, name = title.rsplit(maxsplit=1)[-1], phrases.metric_name(metric)
     return {
         "title": title,
         # Markup: matplotlib escapes the text it writes, and a test draws hostile names.
@@ -197,11 +200,11 @@ def _drawn(
     }
 
 
-def _legend(runs: Sequence[Run], *, by_round: bool = False) -> dict[str, Any]:
+def _legend(runs: Sequence[Finished], *, by_round: bool = False) -> dict[str, Any]:
     results = [result for result, _ in runs]
-    arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(result) for result in results)]
+    arms = [a for a in phrases.ARM_NAMES if any(a in say.arms_of(result) for result in results)]
     labels, lines = say.run_labels(results), []
-    marks = "●■▲◆" if say.is_comparison(results[0]) and not by_round else ""
+    marks = "●■▲◆" if isinstance(results[0], ComparisonResult) and not by_round else ""
     found = [[i] for i in range(len(results))] if marks else plots.groups(runs)
     if len(found) > 1:
         lines = [
@@ -209,7 +212,7 @@ def _legend(runs: Sequence[Run], *, by_round: bool = False) -> dict[str, Any]:
             for i, members in enumerate(found)
         ]
     return {
-        "arms": [(a.replace("_", "-"), say.ARM_NAMES[a]) for a in arms if not marks],
+        "arms": [(a.replace("_", "-"), phrases.ARM_NAMES[a]) for a in arms if not marks],
         "lines": lines,
     }
 

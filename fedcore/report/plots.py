@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fedcore.report import phrases
 from fedcore.report import sentences as say
-from fedcore.report.sentences import Json
+from fedcore.report.methods import choices
+from fedcore.results import ByMetric, ComparisonResult, Interval, Result, RoundRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +64,8 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
 }
 
-Run = tuple[Json, list[Json]]
+Finished = tuple[Result, Sequence[RoundRow]]
+"""The result and the rounds of a run or comparison, as `fedcore.report.read` returns them."""
 WIDE, NARROW = (7.4, 4.7), (3.7, 4.5)
 """Inches; NARROW is what a phone shows, so that its text stays as large as the page's."""
 
@@ -75,48 +78,48 @@ def _style(salt: str = "fedcore") -> Iterator[None]:
         yield
 
 
-def groups(runs: Sequence[Run]) -> list[list[int]]:
+def groups(runs: Sequence[Finished]) -> list[list[int]]:
     """Indices of the runs that share a line and a band: of more than three, those that differ in
     seed or fold only; of a comparison, its splits. Two or three runs are read one by one.
     """
     found: dict[str, list[int]] = {}
     for i, (result, _) in enumerate(runs):
-        if say.is_comparison(result):
+        if isinstance(result, ComparisonResult):
             key = str(id(result))  # `splits_of` gives every split the same result
         elif len(runs) <= 3:
             key = str(i)
         else:
-            key = repr([say.choices(result, seeds=False), result.get("sites")])
+            key = repr([choices(result, seeds=False), result.sites])
         found.setdefault(key, []).append(i)
     return list(found.values())
 
 
-def splits_of(comparison: Run) -> list[Run]:
+def splits_of(comparison: Finished) -> list[Finished]:
     """One run per seed and fold of a comparison's rows, so that they share a line and a band."""
     result, rows = comparison
-    found: dict[tuple[Any, Any], list[Json]] = {}
+    found: dict[object, list[RoundRow]] = {}
     for row in rows:
-        found.setdefault((row.get("seed"), row.get("fold")), []).append(row)
+        found.setdefault(row.split, []).append(row)
     return [(result, rows_of_split) for rows_of_split in found.values()]
 
 
-def plotted_metric(runs: Sequence[Run]) -> str | None:
+def plotted_metric(runs: Sequence[Finished]) -> str | None:
     """The first run's headline metric if any round holds it, else any metric that a round holds."""
     if not runs:
         return None
     first = runs[0][0]
     for metric in say.ordered_metrics(first):
-        if any(say.number(row.get(metric)) is not None for _, rows in runs for row in rows):
+        if any(row.number(metric) is not None for _, rows in runs for row in rows):
             return metric
     return None
 
 
-def _curve(rows: Sequence[Json], arm: str, metric: str) -> dict[int, float]:
+def _curve(rows: Sequence[RoundRow], arm: str, metric: str) -> dict[int, float]:
     found = {}
     for row in rows:
-        value = say.number(row.get(metric))
-        if row.get("arm") == arm and value is not None:
-            found[int(row["round"])] = value
+        value = row.number(metric)
+        if row.arm == arm and value is not None:
+            found[row.round] = value
     return found
 
 
@@ -130,7 +133,9 @@ def _spread(
     return shared, means, [min(c) for c in columns], [max(c) for c in columns]
 
 
-def rounds_figure(runs: Sequence[Run], metric: str, size: tuple[float, float] = WIDE) -> Figure:
+def rounds_figure(
+    runs: Sequence[Finished], metric: str, size: tuple[float, float] = WIDE
+) -> Figure:
     """The metric by round and arm, and under it, on the same rounds, the gap, if it was measured.
 
     Two or three runs get their own dashes each; of more, those that differ only in seed or fold
@@ -155,7 +160,7 @@ def rounds_figure(runs: Sequence[Run], metric: str, size: tuple[float, float] = 
                 _draw(lower, [gap for gap in gaps if gap], COLOURS["federated"], dashes, 1.8)
                 if len(members) == 1:
                     _final_interval(lower, runs[members[0]], metric, group)
-        upper.set_title(f"{say.capitalised(say.metric_name(metric))} by round")
+        upper.set_title(f"{phrases.capitalised(phrases.metric_name(metric))} by round")
         if lower is not None:
             lower.set_title(f"Gap: {_lost_name(runs[0][0], metric)}")
             lower.axhline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
@@ -193,39 +198,40 @@ def _draw(
     )
 
 
-def _lost_name(result: Json, metric: str) -> str:
+def _lost_name(result: Result, metric: str) -> str:
     """The lower axis: `points of AUC lost`, `MSE lost`."""
-    counted = "" if say.is_error(result, metric) else "points of "
-    return f"{counted}{say.metric_name(metric)} lost"
+    counted = "" if result.is_error(metric) else "points of "
+    return f"{counted}{phrases.metric_name(metric)} lost"
 
 
-def _scale(result: Json, metric: str) -> float:
+def _scale(result: Result, metric: str) -> float:
     """From the files' unit to the lower axis': points of a fraction, an error as it is."""
-    return 1.0 if say.is_error(result, metric) else 100.0
+    return 1.0 if result.is_error(metric) else 100.0
 
 
-def _gap_curve(run: Run, metric: str) -> dict[int, float]:
+def _gap_curve(run: Finished, metric: str) -> dict[int, float]:
     result, rows = run
     scale = _scale(result, metric)
     pooled, together = (_curve(rows, arm, metric) for arm in ("centralised", "federated"))
-    lost = {r: say.better_by(result, metric, pooled[r], together.get(r)) for r in pooled}
+    lost = {r: result.better_by(metric, pooled[r], together.get(r)) for r in pooled}
     return {r: value * scale for r, value in lost.items() if value is not None}
 
 
-def _final_interval(axes: Axes, run: Run, metric: str, group: int) -> None:
+def _final_interval(axes: Axes, run: Finished, metric: str, group: int) -> None:
     """The result's interval, as a bar at the last round; beside it, where several runs have one."""
-    low, high = say.bounds(say.gap_of(run[0], "total", metric))
-    rounds = _gap_curve(run, metric)
-    if low is None or high is None or not rounds:
+    gap, rounds = run[0].gap_of("total", metric), _gap_curve(run, metric)
+    if gap is None or gap.ends is None or not rounds:
         return
     x, scale = max(rounds) + 0.012 * (group + 1) * max(rounds), _scale(run[0], metric)
-    low, high = low * scale, high * scale
+    low, high = (end * scale for end in gap.ends)
     colour = COLOURS["federated"]
     axes.vlines(x, low, high, color=colour, linewidth=1.2, linestyle=DASHES[0])
     axes.plot([x, x], [low, high], color=colour, marker="_", markersize=6, linewidth=0)
 
 
-def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float] = WIDE) -> Figure:
+def splits_figure(
+    results: Sequence[ComparisonResult], metric: str, size: tuple[float, float] = WIDE
+) -> Figure:
     """A comparison: every seed x fold as a dot, the mean and its interval as a bar; arms above,
     gap and its parts below."""
     from matplotlib.figure import Figure
@@ -234,13 +240,15 @@ def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float
     with _style():
         figure = Figure(figsize=size, layout="constrained")
         upper, lower = figure.subplots(2, 1, height_ratios=(1, 1))
-        arms = [a for a in say.ARM_NAMES if any(a in say.arms_of(r) for r in results)]
-        rows = [(arm, say.ARM_NAMES[arm], COLOURS[arm]) for arm in arms]
-        _strips(upper, results, "arms", rows, metric, 1.0)
-        order = ("total", *(part for part in say.PART_NAMES if part != "total"))
-        parts = [(part, say.PART_NAMES[part], COLOURS["federated"]) for part in order]
-        _strips(lower, results, "gap", parts, metric, _scale(results[0], metric))
-        name = say.capitalised(say.metric_name(metric))
+        arms = [a for a in phrases.ARM_NAMES if any(a in say.arms_of(r) for r in results)]
+        rows = [(arm, phrases.ARM_NAMES[arm], COLOURS[arm]) for arm in arms]
+        of_arms = [(r.arms, [split.arms for split in r.cells]) for r in results]
+        _strips(upper, of_arms, rows, metric, 1.0)
+        order = ("total", *(part for part in phrases.PART_NAMES if part != "total"))
+        parts = [(part, phrases.PART_NAMES[part], COLOURS["federated"]) for part in order]
+        of_gaps = [(r.gap, [split.gap for split in r.cells]) for r in results]
+        _strips(lower, of_gaps, parts, metric, _scale(results[0], metric))
+        name = phrases.capitalised(phrases.metric_name(metric))
         upper.set_title(f"{name} of each arm, one dot per seed and fold")
         lower.set_title(f"Gap: {_lost_name(results[0], metric)}, and where")
         lower.axvline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
@@ -256,22 +264,21 @@ def splits_figure(results: Sequence[Json], metric: str, size: tuple[float, float
 
 def _strips(
     axes: Axes,
-    results: Sequence[Json],
-    key: str,
+    results: Sequence[
+        tuple[Mapping[str, Mapping[str, Interval]], Sequence[Mapping[str, ByMetric]]]
+    ],
     rows: Sequence[tuple[str, str, str]],
     metric: str,
     scale: float,
 ) -> None:
+    """results: of each what is known over all its splits, and of each split. rows: (key, name, colour)."""
     axes.set_yticks(range(len(rows)), [name for _, name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     step = 0.8 / len(results)
-    for r, result in enumerate(results):
+    for r, (over_all, of_splits) in enumerate(results):
         for i, (entry, _, colour) in enumerate(rows):
             middle = i + (r - (len(results) - 1) / 2) * step
-            found = [
-                say.number((c.get(key) or {}).get(entry, {}).get(metric))
-                for c in result.get("cells") or []
-            ]
+            found = [split.get(entry, {}).get(metric) for split in of_splits]
             values = [value * scale for value in found if value is not None]
             # Spread by position, not at random: the same result draws the same page.
             heights = [middle + ((j * 2) % 5 - 2) * step * 0.09 for j in range(len(values))]
@@ -279,16 +286,13 @@ def _strips(
             axes.plot(
                 values, heights, marker, color=colour, markersize=3, alpha=0.4, markeredgewidth=0
             )
-            whole = ((result.get(key) or {}).get(entry) or {}).get(metric)
-            mean = say.number(whole)
-            if mean is None:
+            whole = over_all.get(entry, {}).get(metric)
+            if whole is None or whole.mean is None:
                 continue
-            low, high = say.bounds(whole)
-            if low is not None and high is not None:
-                axes.plot(
-                    [low * scale, high * scale], [middle, middle], color=colour, linewidth=2.2
-                )
-            axes.plot([mean * scale], [middle], marker, color=colour, markersize=6.5)
+            if whole.ends is not None:
+                ends = [end * scale for end in whole.ends]
+                axes.plot(ends, [middle, middle], color=colour, linewidth=2.2)
+            axes.plot([whole.mean * scale], [middle], marker, color=colour, markersize=6.5)
 
 
 def shown_in_notebooks(figure: Figure) -> Figure:

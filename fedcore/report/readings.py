@@ -3,24 +3,23 @@
 Invariant: a reading of an upload is called the update only if every coordinate is exact, and nothing
 only if its correlation stays within chance; both numbers stand beside the word. What a sum gives away
 is never called nothing: it is stated with its correlation.
-The numbers are `result["seen"]` (fedcore.experiment.exposure); a result without them has no section.
+The numbers are `result.seen` (fedcore.experiment.exposure); a result without them has no section.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
-from fedcore.report import sentences as say
-from fedcore.report.sentences import Json
+from fedcore.report import phrases
 from fedcore.report.tables import Cell, Grid
+from fedcore.results import PartyView, Reading, Result, RunResult, UpdateExposure
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
-"""The keys of `seen["parties"]` (a test compares them with fedcore.experiment.exposure)."""
+"""The keys of `seen.parties` (a test compares them with fedcore.experiment.exposure)."""
 
 _UPLOAD = {
     "plain": "The upload as it is",
@@ -56,32 +55,31 @@ class Readings:
     caption: str
 
 
-def section(result: Mapping[str, Any]) -> Readings | None:
+def section(result: Result) -> Readings | None:
     """What a page shows of one run; None where the run had no witness."""
-    seen = result.get("seen")
-    if not seen:
+    seen = result.seen if isinstance(result, RunResult) else None
+    if seen is None:
         return None
-    site, size = say.plain(seen["site"]), seen["coordinates"]
-    found = [("parties", say.plain(seen["protection"])), ("plain", "plain")]
-    columns = found[: 1 if seen["protection"] == "plain" else 2]
+    site, size = phrases.plain(seen.site), seen.coordinates
+    found = [(seen.parties, phrases.plain(seen.protection)), (seen.plain, "plain")]
+    columns = found[: 1 if seen.protection == "plain" else 2]
     rows = []
     for party in PARTIES:
         held = []
-        for key, protection in columns:
-            view = seen[key][party]
-            best = view["best"] or {"strip": [], "exact": 0}
-            words = (
-                f"{_name(seen, party)} under {protection}: {len(best['strip'])} coordinates as read"
-            )
-            strip = bars(best["strip"], words, exact=best["exact"] == 1)
+        for views, protection in columns:
+            view, strip = views[party], Markup()
+            if view.best is not None and view.best.strip:
+                drawn = len(view.best.strip)
+                label = f"{_name(seen, party)} under {protection}: {drawn} coordinates as read"
+                strip = bars(view.best.strip, label, exact=view.best.exact == 1)
             held.append(PartyCell(_cell(seen, party, view, protection), strip))
         rows.append((_name(seen, party), tuple(held)))
-    drawn = len(seen["strip"])
+    drawn = len(seen.strip)
     first = f"the first {drawn} of {size:,}" if drawn < size else f"all {size:,}"
     return Readings(
         f"What anyone could read of {site}'s update",
         headline(seen),
-        bars(seen["strip"], f"{site}'s update: its first {drawn} coordinates", exact=True),
+        bars(seen.strip, f"{site}'s update: its first {drawn} coordinates", exact=True),
         tuple(f"under {protection}" for _, protection in columns),
         tuple(rows),
         _note(seen),
@@ -90,7 +88,7 @@ def section(result: Mapping[str, Any]) -> Readings | None:
     )
 
 
-def table(result: Mapping[str, Any]) -> list[Grid]:
+def table(result: Result) -> list[Grid]:
     """The same as a table of words, for Markdown; empty where the run had no witness."""
     found = section(result)
     if found is None:
@@ -103,40 +101,40 @@ def table(result: Mapping[str, Any]) -> list[Grid]:
     return [Grid(found.title, ("party", *found.columns), tuple(rows), note)]
 
 
-def headline(seen: Json) -> str:
+def headline(seen: UpdateExposure) -> str:
     """One sentence: what each party could read of the named site's update under this plan."""
     alone, other, both = (_level(seen, party) for party in PARTIES)
     if both == other:
         both = "no more"
-    site, who = say.plain(seen["site"]), say.plain(seen["other"])
+    site, who = phrases.plain(seen.site), phrases.plain(seen.other)
     return (
         f"Of {site}'s update in round {seen['round']}, the coordinator could read {alone}, "
         f"{who} {other}, and both together {both}."
     )
 
 
-def _level(seen: Json, party: str) -> str:
-    view, sites = seen["parties"][party], seen["contributors"]
-    message, best = view["message"], view["best"]
-    if best and best["exact"] == 1:
+def _level(seen: UpdateExposure, party: str) -> str:
+    view, sites = seen.parties[party], seen.contributors
+    message, best = view.message, view.best
+    if best is not None and best.exact == 1:
         return "all of it"
-    if message and _beyond_chance(seen, message):
+    if message is not None and _beyond_chance(seen, message):
         return f"something (correlation {_number(seen, message['correlation'])})"
-    if view["sum"] is None:
+    if view.sum is None:
         return "nothing measurable"
     if party == COORDINATOR:
         return f"only the sum of {sites} sites"
     return f"only the mean of the other {sites - 1} sites"
 
 
-def _name(seen: Json, party: str) -> str:
-    other = say.plain(seen["other"])
+def _name(seen: UpdateExposure, party: str) -> str:
+    other = phrases.plain(seen.other)
     return {COORDINATOR: "coordinator", SITE: f"another site ({other})"}.get(party, party)
 
 
-def _cell(seen: Json, party: str, view: Json, protection: str) -> str:
-    other, sites = say.plain(seen["other"]), seen["contributors"]
-    message, from_sum = view["message"], view["sum"]
+def _cell(seen: UpdateExposure, party: str, view: PartyView, protection: str) -> str:
+    other, sites = phrases.plain(seen.other), seen.contributors
+    message, from_sum = view.message, view.sum
     parts = []
     if message is None:
         parts.append("It never gets the upload.")
@@ -144,7 +142,7 @@ def _cell(seen: Json, party: str, view: Json, protection: str) -> str:
         lead = _UPLOAD_OF_BOTH.get(protection) if party == BOTH else None
         lead = (lead or _UPLOAD.get(protection, "The upload")).format(other=other)
         parts.append(f"{lead}: {_verdict(seen, message)}.")
-        if message["exact"] == 1:
+        if message.exact == 1:
             return parts[0]
     if from_sum is None:
         parts.append("The sum stays encrypted for it.")
@@ -160,40 +158,40 @@ def _cell(seen: Json, party: str, view: Json, protection: str) -> str:
     return " ".join(parts)
 
 
-def _verdict(seen: Json, reading: Json) -> str:
-    if reading["exact"] == 1:
+def _verdict(seen: UpdateExposure, reading: Reading) -> str:
+    if reading.exact == 1:
         return "the update itself, every coordinate exact"
-    if reading["correlation"] is None:
+    if reading.correlation is None:
         return "nothing measurable (its values are all alike)"
-    found, limit = _correlation(seen, reading), _number(seen, seen["chance"])
+    found, limit = _correlation(seen, reading), _number(seen, seen.chance)
     if not _beyond_chance(seen, reading):
         return f"nothing measurable ({found}; chance alone reaches {limit})"
     exact = f"{reading['exact'] * 100:.2g} % of the coordinates exact"
     return f"{found}, where chance alone reaches {limit}; {exact}"
 
 
-def _beyond_chance(seen: Json, reading: Json) -> bool:
-    return reading["correlation"] is not None and abs(reading["correlation"]) > seen["chance"]
+def _beyond_chance(seen: UpdateExposure, reading: Reading) -> bool:
+    return reading.correlation is not None and abs(reading.correlation) > seen.chance
 
 
-def _correlation(seen: Json, reading: Json) -> str:
+def _correlation(seen: UpdateExposure, reading: Reading) -> str:
     return f"correlation {_number(seen, reading['correlation'])}"
 
 
-def _number(seen: Json, value: float | None) -> str:
+def _number(seen: UpdateExposure, value: float | None) -> str:
     """A correlation with as many decimals as chance leaves a meaning to; never `-0.00`."""
     if value is None:
-        return say.DASH
-    digits = max(2, 1 - math.floor(math.log10(seen["chance"])))
+        return phrases.DASH
+    digits = max(2, 1 - math.floor(math.log10(seen.chance)))
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def _note(seen: Json) -> str:
-    size, other = seen["coordinates"], say.plain(seen["other"])
+def _note(seen: UpdateExposure) -> str:
+    size, other = seen.coordinates, phrases.plain(seen.other)
     return (
         "Measured on this run's own messages, a check and not a proof: Pearson correlation over "
-        f"{say.plural(size, 'coordinate')}, where 1 is the update itself and unrelated values stay below "
+        f"{phrases.plural(size, 'coordinate')}, where 1 is the update itself and unrelated values stay below "
         f"{_number(seen, seen['chance'])} in 999 of 1000 readings. Sites that learn the same thing send "
         f"similar updates: {other}'s own, with no message at all, reaches {_number(seen, seen['own'])}. "
         "The parties followed the protocol; what one that breaks it can do is said under "
@@ -203,8 +201,6 @@ def _note(seen: Json) -> str:
 
 def bars(strip: Sequence[int], label: str, *, exact: bool) -> Markup:
     """A strip of bars as one `<svg>`: per cent of the largest, up or down from a line in the middle."""
-    if not strip:
-        return Markup()
     path = "".join(f"M{4 * i} 20V{20 - value * 0.19:.4g}h3V20z" for i, value in enumerate(strip))
     width = 4 * len(strip) - 1
     return Markup(

@@ -7,13 +7,17 @@ in one table per metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context
+from functools import partial
 from typing import Any
 
+from fedcore.report import phrases
 from fedcore.report import sentences as say
-from fedcore.report.sentences import Json
+from fedcore.report.methods import scaled_by_ranges
+from fedcore.report.phrases import DASH
+from fedcore.results import ComparisonResult, Interval, Result, RunResult, SiteResult
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def _name(text: str) -> Cell:
     return Cell(text, number=False)
 
 
-def arms(results: Sequence[Json]) -> list[Grid]:
+def arms(results: Sequence[Result]) -> list[Grid]:
     """Each arm's metrics over the union of test rows, and what it lost against pooling; without a
     centralised arm only the metrics."""
     metrics = _all(results, say.ordered_metrics)
@@ -51,10 +55,10 @@ def arms(results: Sequence[Json]) -> list[Grid]:
         compared = _compared(result)
         head = ["arm"]
         for metric in metrics:
-            head += [say.metric_name(metric), *(["lost"] if compared else [])]
+            head += [phrases.metric_name(metric), *(["lost"] if compared else [])]
         rows = []
         for arm in say.arms_of(result):
-            row = [_name(say.arm_name(arm, result))]
+            row = [_name(phrases.arm_name(arm, result))]
             for metric in metrics:
                 row.append(score_cell(result, arm, metric))
                 row += [lost_cell(result, arm, metric)] if compared else []
@@ -64,87 +68,88 @@ def arms(results: Sequence[Json]) -> list[Grid]:
     for metric in metrics:
         rows = []
         for arm in _all(results, say.arms_of):
-            cells = [_name(say.arm_name(arm))]
+            cells = [_name(phrases.arm_name(arm))]
             for result in results:
                 score, lost = score_cell(result, arm, metric), lost_cell(result, arm, metric)
                 span = f" ({lost.sub})" if lost.sub else ""
-                sub = f"lost {lost.text}{span}" if lost.text not in (say.DASH, "") else ""
-                cells.append(Cell(score.text, score.sub if score.text == say.DASH else sub))
+                sub = f"lost {lost.text}{span}" if lost.text not in (DASH, "") else ""
+                cells.append(Cell(score.text, score.sub if score.text == DASH else sub))
             rows.append(tuple(cells))
         head = ["arm", *say.run_tags(results)]
-        found.append(Grid(f"Arms: {say.metric_name(metric)}", tuple(head), tuple(rows), note))
+        found.append(Grid(f"Arms: {phrases.metric_name(metric)}", tuple(head), tuple(rows), note))
         note = ""
     return found
 
 
-def _compared(result: Json) -> bool:
+def _compared(result: Result) -> bool:
     """Whether anything is known to be lost or kept, so that a column for it says something."""
     return any(
-        lost_cell(result, arm, metric).text not in (say.DASH, "")
+        lost_cell(result, arm, metric).text not in (DASH, "")
         for arm in say.arms_of(result)
-        for metric in say.metrics_of(result)
+        for metric in result.metrics
     )
 
 
-def _centralised_minus(results: Sequence[Json], metrics: Sequence[str], other: str) -> str:
+def _centralised_minus(results: Sequence[Result], metrics: Sequence[str], other: str) -> str:
     """The direction of a difference in words: an error's is turned round."""
-    errors = {m: any(say.is_error(result, m) for result in results) for m in metrics}
-    units = say.in_units(results, metrics)
+    errors = {m: any(result.is_error(m) for result in results) for m in metrics}
+    units = phrases.in_units(results, metrics)
     if all(errors.values()) and errors:
         return f"{other} minus centralised, {units}"
     turned = f", of errors {other} minus centralised" if any(errors.values()) else ""
     return f"centralised minus {other}{turned}, {units}"
 
 
-def score_cell(result: Json, arm: str, metric: str) -> Cell:
+def score_cell(result: Result, arm: str, metric: str) -> Cell:
     """An arm's metric; with its interval under it where there are several splits."""
-    if not say.ran(result, arm):
-        return Cell(say.DASH, "not run")
-    value = (result.get("arms") or {}).get(arm, {}).get(metric)
-    if say.number(value) is None:
-        return Cell(say.DASH, say.why_missing(metric, (result.get("rows") or {}).get("test")))
-    span = ""
-    if isinstance(value, dict) and value.get("low") is not None and value.get("high") is not None:
-        span = f"{say.score(value['low'])} to {say.score(value['high'])}"
-    return Cell(say.score(value), span)
+    if arm not in result.arm_names:
+        return Cell(DASH, "not run")
+    value = result.score(arm, metric)
+    if value is None:
+        return Cell(DASH, say.why_missing(metric, say.rows_tested(result)))
+    ends = result.arms[arm][metric].ends if isinstance(result, ComparisonResult) else None
+    span = " to ".join(map(phrases.score, ends)) if ends is not None else ""
+    return Cell(phrases.score(value), span)
 
 
-def lost_cell(result: Json, arm: str, metric: str) -> Cell:
+def lost_cell(result: Result, arm: str, metric: str) -> Cell:
     """What was lost against the centralised arm, with the interval the result holds for that arm."""
     if arm == "centralised":
         return Cell("")
-    part = say.GAP_OF_ARM.get(arm)
-    gap = say.gap_of(result, part, metric) if part else None
-    if say.number(gap) is not None:
-        return Cell(say.gap_amount(result, metric, gap), say.interval(result, metric, gap))
-    values = result.get("arms") or {}
-    pooled = say.number(values.get("centralised", {}).get(metric))
-    reached = say.number(values.get(arm, {}).get(metric))
-    return Cell(say.amount(result, metric, say.better_by(result, metric, pooled, reached)))
+    part = phrases.GAP_OF_ARM.get(arm)
+    gap = result.gap_of(part, metric) if part else None
+    if gap is not None and gap.mean is not None:
+        return _gap_cell(result, metric, gap)
+    pooled, reached = result.score("centralised", metric), result.score(arm, metric)
+    return Cell(phrases.amount(result, metric, result.better_by(metric, pooled, reached)))
 
 
-def per_site(results: Sequence[Json]) -> list[Grid]:
+def _gap_cell(result: Result, metric: str, gap: Interval | None) -> Cell:
+    return Cell(phrases.gap_amount(result, metric, gap), phrases.interval(result, metric, gap))
+
+
+def per_site(results: Sequence[Result]) -> list[Grid]:
     """Per metric: every site alone and together, and their unweighted mean; together only, where no
     site was trained alone."""
     single = len(results) == 1
-    alone = any(say.ran(result, "local_only") for result in results)
+    alone = any("local_only" in result.arm_names for result in results)
     found = []
     for metric in _all(results, say.ordered_metrics):
         rows = []
-        for site in _all(results, lambda r: r.get("per_site") or {}):
-            cells = [_name(say.plain(site))]
+        for site in _all(results, lambda r: r.per_site):
+            cells = [_name(phrases.plain(site))]
             for result in results:
-                values = (result.get("per_site") or {}).get(site, {})
-                reason = say.why_missing(metric, values.get("test_rows")) if values else ""
+                values = result.per_site.get(site, SiteResult())
+                reason = say.why_missing(metric, values.test_rows)
                 cells += _site_cells(result, values, metric, reason, single)
             rows.append(tuple(cells))
         if not rows:
             continue
         mean = [_name("site mean")]
         for result in results:
-            reason = "not known at every site" if result.get("per_site") else ""
+            reason = "not known at every site" if result.per_site else ""
             mean += _site_cells(result, _site_mean(result), metric, reason, single)
-        if any(cell.text not in (say.DASH, "") for cell in mean[1:]):
+        if any(cell.text not in (DASH, "") for cell in mean[1:]):
             rows.append(tuple(mean))
         columns = ["test rows", "alone", "together", "gained"] if single else say.run_tags(results)
         if single:
@@ -154,260 +159,249 @@ def per_site(results: Sequence[Json]) -> list[Grid]:
             rows = [tuple(row[i] for i in kept) for row in rows]
             columns = [columns[i - 1] for i in kept[1:]]
         found.append(
-            Grid(say.capitalised(say.metric_name(metric)), ("site", *columns), tuple(rows))
+            Grid(phrases.capitalised(phrases.metric_name(metric)), ("site", *columns), tuple(rows))
         )
     return found
 
 
-def per_site_note(results: Sequence[Json]) -> str:
+def per_site_note(results: Sequence[Result]) -> str:
     """What the tables of `per_site` hold."""
     where = "On each site's own test rows."
-    if not any(say.ran(result, "local_only") for result in results):
+    if not any("local_only" in result.arm_names for result in results):
         return f"{where} No site was trained alone. The mean is unweighted."
     metrics = _all(results, say.ordered_metrics)
-    errors = any(say.is_error(result, metric) for result in results for metric in metrics)
-    units = say.in_units(results, metrics)
+    errors = any(result.is_error(metric) for result in results for metric in metrics)
+    units = phrases.in_units(results, metrics)
     how = "how much better together than alone" if errors else "together minus alone"
     if len(results) > 1:
         return f"{where} Gained ({how}), {units}, and the metric alone -> together. The mean is unweighted."
     return f"{where} Gained: {how}, {units}. The mean is unweighted."
 
 
-def _site_cells(result: Json, values: Json, metric: str, reason: str, single: bool) -> list[Cell]:
+def _site_cells(
+    result: Result, values: SiteResult, metric: str, reason: str, single: bool
+) -> list[Cell]:
     """reason: why a metric that was measured at this site is unknown."""
-    alone = say.number((values.get("local_only") or {}).get(metric))
-    together = say.number((values.get("federated") or {}).get(metric))
-    gain = say.better_by(result, metric, together, alone)
-    if gain is None and not values.get("federated"):
+    alone = values.arms.get("local_only", {}).get(metric)
+    together = values.arms.get("federated", {}).get(metric)
+    gain = result.better_by(metric, together, alone)
+    if gain is None and not values.arms.get("federated"):
         reason = ""
-    gained = Cell(say.amount(result, metric, gain, signed=True), reason if gain is None else "")
+    gained = Cell(phrases.amount(result, metric, gain, signed=True), reason if gain is None else "")
     if single:
-        tested = values.get("test_rows")
-        rows = say.count(tested) if tested is not None else ""
-        why = "" if together is not None or say.ran(result, "local_only") else gained.sub
-        return [Cell(rows), Cell(say.score(alone)), Cell(say.score(together), why), gained]
+        rows = phrases.count(values.test_rows) if values.test_rows is not None else ""
+        why = "" if together is not None or "local_only" in result.arm_names else gained.sub
+        return [Cell(rows), Cell(phrases.score(alone)), Cell(phrases.score(together), why), gained]
     if gain is not None:
-        return [Cell(gained.text, f"{say.score(alone)} -> {say.score(together)}")]
-    if together is not None and not say.ran(result, "local_only"):
-        return [Cell(say.DASH, f"{say.score(together)}, alone not run")]
+        return [Cell(gained.text, f"{phrases.score(alone)} -> {phrases.score(together)}")]
+    if together is not None and "local_only" not in result.arm_names:
+        return [Cell(DASH, f"{phrases.score(together)}, alone not run")]
     return [gained]
 
 
-def _site_mean(result: Json) -> Json:
+def _site_mean(result: Result) -> SiteResult:
     """The unweighted mean over sites, by arm; computed here only where the result leaves it out."""
-    if result.get("site_mean"):
-        return {arm: result["site_mean"].get(arm) or {} for arm in ("local_only", "federated")}
-    sites = list((result.get("per_site") or {}).values())
-    mean: Json = {}
-    for arm in ("local_only", "federated"):
-        mean[arm] = {}
-        for metric in say.metrics_of(result):
-            found = [say.number((site.get(arm) or {}).get(metric)) for site in sites]
+    arms = ("local_only", "federated")
+    if isinstance(result, RunResult) and result.site_mean:
+        return SiteResult(arms={arm: result.site_mean.get(arm, {}) for arm in arms})
+    mean: dict[str, dict[str, float | None]] = {arm: {} for arm in arms}
+    for arm, means in mean.items():
+        for metric in result.metrics:
+            found = [result.site_score(site, arm, metric) for site in result.per_site]
             known = [value for value in found if value is not None]
             # A mean over some of the sites would not compare with one over all of them.
-            mean[arm][metric] = (
-                sum(known) / len(known) if known and len(known) == len(found) else None
-            )
-    return mean
+            whole = known and len(known) == len(found)
+            means[metric] = sum(known) / len(known) if whole else None
+    return SiteResult(arms=mean)
 
 
-def sources(results: Sequence[Json]) -> list[Grid]:
+def sources(results: Sequence[Result]) -> list[Grid]:
     """Where the loss comes from: total = federation + quantisation + protection."""
     metrics = _all(results, say.ordered_metrics)
     note = (
-        f"{say.capitalised(say.in_units(results, metrics))}, positive = lost. Federation: centralised against "
+        f"{phrases.capitalised(phrases.in_units(results, metrics))}, positive = lost. Federation: centralised against "
         "float averaging. Quantisation: float against integers. "
         "Protection: integers against protected integers, which must be exactly 0."
     )
     if len(results) == 1:
-        head = ("part", *(say.metric_name(metric) for metric in metrics))
+        head = ("part", *(phrases.metric_name(metric) for metric in metrics))
         rows = _parts([(results[0], metric) for metric in metrics])
         return [Grid("Where the loss comes from", head, rows, note)] if rows else []
     found = []
     for metric in metrics:
         rows = _parts([(result, metric) for result in results])
-        title = f"Where the loss comes from: {say.metric_name(metric)}"
+        title = f"Where the loss comes from: {phrases.metric_name(metric)}"
         if rows:
             found.append(Grid(title, ("part", *say.run_tags(results)), rows, note))
             note = ""
     return found
 
 
-def _parts(columns: Sequence[tuple[Json, str]]) -> tuple[tuple[Cell, ...], ...]:
+def _parts(columns: Sequence[tuple[Result, str]]) -> tuple[tuple[Cell, ...], ...]:
     rows = []
-    for part, name in say.PART_NAMES.items():
-        gaps = [say.gap_of(result, part, metric) for result, metric in columns]
-        if any(say.number(gap) is not None for gap in gaps):
+    for part, name in phrases.PART_NAMES.items():
+        if any(result.mean_gap(part, metric) is not None for result, metric in columns):
             cells = [
-                Cell(say.gap_amount(result, metric, gap), say.interval(result, metric, gap))
-                for (result, metric), gap in zip(columns, gaps, strict=True)
+                _gap_cell(result, metric, result.gap_of(part, metric)) for result, metric in columns
             ]
             rows.append((_name(name), *cells))
     return tuple(rows)
 
 
-def protected(results: Sequence[Json]) -> list[Grid]:
+def protected(results: Sequence[Result]) -> list[Grid]:
     """The final metrics as sites know them, from protected sums, beside the exact ones.
 
     They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores. Where
     the result states a bound on that difference, or how many values were clipped, both are shown.
     """
+    runs = [result for result in results if isinstance(result, RunResult)]
     metrics = [
         metric
-        for metric in _all(results, say.ordered_metrics)
-        if any(
-            say.number((r.get("protected_metrics") or {}).get(metric)) is not None for r in results
-        )
+        for metric in _all(runs, say.ordered_metrics)
+        if any((run.protected.metrics or {}).get(metric) is not None for run in runs)
     ]
     rows = []
     for metric in metrics:
         cells = []
-        for result in results:
-            exact = say.score(((result.get("arms") or {}).get("federated") or {}).get(metric))
-            summed = say.score((result.get("protected_metrics") or {}).get(metric))
+        for result in runs:
+            exact = phrases.score(result.score("federated", metric))
+            summed = phrases.score((result.protected.metrics or {}).get(metric))
             known = [_bound(result, metric), _clipped(result, metric)]
             cells += (
                 [Cell(exact), Cell(summed, ", ".join(filter(None, known)))]
-                if len(results) == 1
+                if len(runs) == 1
                 else [Cell(summed, ", ".join(filter(None, [f"exact {exact}", *known])))]
             )
-        rows.append((_name(say.metric_name(metric)), *cells))
-    head = ("metric", *(["exact", "from the sum"] if len(results) == 1 else say.run_tags(results)))
+        rows.append((_name(phrases.metric_name(metric)), *cells))
+    head = ("metric", *(["exact", "from the sum"] if len(runs) == 1 else say.run_tags(runs)))
     note = "Of the federated model. Outside a simulation only the protected sum is known."
-    if any(_some_left(result) for result in results):
+    if any(map(_some_left, runs)):
         note += " The sum is of the sites that stayed, the exact value of all."
     return [Grid("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
 
 
-def _some_left(result: Json) -> bool:
+def _some_left(result: RunResult) -> bool:
     """Whether the metrics-only round is of fewer sites than the run."""
-    everyone = result.get("sites") or []
-    return len(result.get("protected_metrics_sites") or everyone) < len(everyone)
+    return len(result.protected.sites or result.sites) < len(result.sites)
 
 
-def _bound(result: Json, metric: str) -> str:
+def _bound(result: RunResult, metric: str) -> str:
     """`± 0.0039`: two digits, rounded up, since a bound rounded down bounds nothing. Where sites left
     it is no bound on the difference to all sites' value."""
-    found = say.number((result.get("protected_metrics_bound") or {}).get(metric))
+    found = (result.protected.bound or {}).get(metric)
     if found is None or _some_left(result):
         return ""
     two_digits = Context(prec=2, rounding=ROUND_UP).create_decimal(repr(found))
     return f"± {float(two_digits):.2g}"
 
 
-def _clipped(result: Json, metric: str) -> str:
-    found = say.number((result.get("protected_clipped") or {}).get(metric))
-    return "" if found is None else f"{say.count(found)} clipped"
+def _clipped(result: RunResult, metric: str) -> str:
+    found = (result.protected.clipped or {}).get(metric)
+    return "" if found is None else f"{phrases.count(found)} clipped"
 
 
-def cost(results: Sequence[Json]) -> list[Grid]:
+def cost(results: Sequence[Result]) -> list[Grid]:
     """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
-    lines: list[tuple[str, Callable[[Json], str]]] = [
-        (stage, lambda r, s=stage: say.duration(say.number((r.get("seconds") or {}).get(s))))  # type: ignore[misc]
-        for stage in say.STAGES
+
+    def stage_of(result: Result, stage: str) -> str:
+        return phrases.duration((result.cost.seconds or {}).get(stage))
+
+    lines: list[tuple[str, Callable[[Result], str]]] = [
+        *((stage, partial(stage_of, stage=stage)) for stage in phrases.STAGES),
+        ("whole run, all arms", lambda r: phrases.duration(r.cost.seconds_total)),
+        ("sent per site and round", lambda r: phrases.size(r.cost.bytes_up)),
+        ("received per site and round", lambda r: phrases.size(r.cost.bytes_down)),
+        ("ciphertexts sent per site and round", lambda r: phrases.count(r.cost.ciphertexts)),
+        ("peak memory", lambda r: _memory(r.cost.peak_memory_mb)),
+        ("coordinates clipped", lambda r: _share(r.sums.clipped_fraction)),
     ]
-    lines += [
-        ("whole run, all arms", lambda r: say.duration(say.number(r.get("seconds_total")))),
-        (
-            "sent per site and round",
-            lambda r: say.size(say.number(r.get("bytes_up_per_site_round"))),
-        ),
-        (
-            "received per site and round",
-            lambda r: say.size(say.number(r.get("bytes_down_per_site_round"))),
-        ),
-        ("ciphertexts sent per site and round", lambda r: say.count(r.get("ciphertexts_up"))),
-        ("peak memory", lambda r: _memory(r.get("peak_memory_mb"))),
-        ("coordinates clipped", lambda r: _share(r.get("clipped_fraction"))),
-    ]
-    staged = any(result.get("seconds") for result in results)
+    staged = any(result.cost.seconds for result in results)
     note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
     return _side_by_side("Cost by stage" if staged else "Cost", results, lines, note)
 
 
-def _memory(megabytes: Any) -> str:
-    found = say.number(megabytes)
-    return say.DASH if found is None else f"{found:,.0f} MB"
+def _memory(megabytes: float | None) -> str:
+    return DASH if megabytes is None else f"{megabytes:,.0f} MB"
 
 
-def _share(fraction: Any) -> str:
-    found = say.number(fraction)
-    return say.DASH if found is None else "none" if found == 0 else f"{found * 100:.2g} %"
+def _share(fraction: float | None) -> str:
+    return DASH if fraction is None else "none" if fraction == 0 else f"{fraction * 100:.2g} %"
 
 
-def budgets(results: Sequence[Json]) -> list[Grid]:
+def budgets(results: Sequence[Result]) -> list[Grid]:
     """Gradient steps and examples seen per arm: equal budgets are what makes the arms comparable."""
-    single = len(results) == 1
-    head = ("arm", *(["gradient steps", "examples seen"] if single else say.run_tags(results)))
+    runs = [result for result in results if isinstance(result, RunResult)]
+    single = len(runs) == 1
+    head = ("arm", *(["gradient steps", "examples seen"] if single else say.run_tags(runs)))
     rows = []
-    for arm in _all(results, say.arms_of):
-        row = [_name(say.arm_name(arm))]
-        for result in results:
-            if not say.ran(result, arm):
-                row.append(Cell(say.DASH, "not run"))
+    for arm in _all(runs, say.arms_of):
+        row = [_name(phrases.arm_name(arm))]
+        for run in runs:
+            if arm not in run.arms:
+                row.append(Cell(DASH, "not run"))
                 continue
-            values = result["arms"][arm]
-            steps, seen = (
-                say.count(values.get(key)) for key in ("gradient_steps", "examples_seen")
-            )
+            found = run.arms[arm]
+            steps, seen = phrases.count(found.gradient_steps), phrases.count(found.examples_seen)
             row += (
                 [Cell(steps), Cell(seen)]
                 if single
                 else [Cell(f"{steps} steps", f"{seen} examples")]
             )
         rows.append(tuple(row))
-    known = any(
-        (a.get("gradient_steps") is not None)
-        for r in results
-        for a in (r.get("arms") or {}).values()
-    )
+    known = any(arm.gradient_steps is not None for run in runs for arm in run.arms.values())
     return [Grid("Budgets", head, tuple(rows))] if known else []
 
 
-def sites(results: Sequence[Json]) -> list[Grid]:
+def sites(results: Sequence[Result]) -> list[Grid]:
     """Rows and classes of every site; the rows are of the data, so the first result speaks for all.
 
     Of a single run in which sites were absent also how many rounds' sums each of them was in.
     """
     first, found = results[0], []
-    absent = len(results) == 1 and bool(first.get("absences"))
-    for site, values in (first.get("per_site") or {}).items():
-        if values.get("rows") is None:
+    absent = len(results) == 1 and bool(first.absences.count)
+    for site, values in first.per_site.items():
+        if values.rows is None:
             continue
-        classes = values.get("class_counts") or {}
-        counts = ", ".join(f"{say.plain(name)}: {say.count(n)}" for name, n in classes.items())
-        numbers = [Cell(say.count(values.get(k))) for k in ("rows", "train_rows", "test_rows")]
+        classes = (values.class_counts or {}).items()
+        counts = ", ".join(f"{phrases.plain(name)}: {phrases.count(n)}" for name, n in classes)
+        numbers = [
+            Cell(phrases.count(n)) for n in (values.rows, values.train_rows, values.test_rows)
+        ]
         if absent:
-            of = f"{say.count(values.get('rounds_in_sum'))} of {say.count(first.get('rounds'))}"
-            numbers.append(Cell(of))
-        found.append((_name(say.plain(site)), *numbers, _name(counts or say.DASH)))
+            numbers.append(
+                Cell(f"{phrases.count(values.rounds_in_sum)} of {phrases.count(first.rounds)}")
+            )
+        found.append((_name(phrases.plain(site)), *numbers, _name(counts or DASH)))
     head = ("site", "rows", "train", "test", *(["rounds in the sum"] if absent else []))
     return [Grid("Sites", (*head, "rows per class"), tuple(found))] if found else []
 
 
-def plan(results: Sequence[Json]) -> list[Grid]:
+def plan(results: Sequence[Result]) -> list[Grid]:
     """Everything the sites and the coordinator agreed on, key by key."""
-    return _keys("Plan", "plan", results, leave_out=("label", "sites", "train", "packing"))
+    known_elsewhere = ("label", "sites", "train", "packing")
+    kept = [{k: v for k, v in r.plan.items() if k not in known_elsewhere} for r in results]
+    return _keys("Plan", results, kept)
 
 
-def training(results: Sequence[Json]) -> list[Grid]:
+def training(results: Sequence[Result]) -> list[Grid]:
     """The job's training settings."""
-    return _keys("Training", "train", results)
+    return _keys("Training", results, [result.train for result in results])
 
 
-def environment(results: Sequence[Json]) -> list[Grid]:
+def environment(results: Sequence[Result]) -> list[Grid]:
     """Versions and machine."""
-    return _keys("Environment", "environment", results)
+    return _keys("Environment", results, [result.origin.environment for result in results])
 
 
-def statistics(results: Sequence[Json]) -> list[Grid]:
+def statistics(results: Sequence[Result]) -> list[Grid]:
     """What the first result's columns were scaled by: one row per column, or key by key."""
-    found = results[0].get("statistics")
-    if not isinstance(found, dict) or not found:
+    first = results[0]
+    found = first.statistics if isinstance(first, RunResult) else None
+    if not found:
         return []
     columns = found.get("names")
     if not isinstance(columns, list):
-        return _keys("Federated statistics", "statistics", results[:1])
+        return _keys("Federated statistics", results[:1], [found])
     if not columns:  # a table of categories only standardises nothing
         return []
     title, note = (
@@ -415,12 +409,12 @@ def statistics(results: Sequence[Json]) -> list[Grid]:
         "Over the sites' training rows, through the protected sum.",
     )
     wanted: tuple[str, ...] = ("mean", "std", "count", "sites", "clipped")
-    if say.scaled_by_ranges(results[0]):
+    if scaled_by_ranges(found):
         title, wanted = "Scale of the columns", ("mean", "std")
         note = "From the public ranges that the task declares: nothing of any row was sent for it."
     keys = [key for key in wanted if len(found.get(key) or []) == len(columns)]
     rows = [
-        (_name(say.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
+        (_name(phrases.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
         for i, column in enumerate(columns)
     ]
     return [Grid(title, ("column", *keys), tuple(rows), note)]
@@ -428,27 +422,26 @@ def statistics(results: Sequence[Json]) -> list[Grid]:
 
 def _short(value: Any) -> str:
     """Four digits, so that a row of statistics fits a phone; result.json has all of them."""
-    return f"{value:.4g}" if isinstance(value, float) else say.count(value)
+    return f"{value:.4g}" if isinstance(value, float) else phrases.count(value)
 
 
 def _keys(
-    title: str, key: str, results: Sequence[Json], leave_out: Sequence[str] = ()
+    title: str, results: Sequence[Result], documents: Sequence[Mapping[str, Any]]
 ) -> list[Grid]:
-    """One row per key. `leave_out`: keys that stand elsewhere on the page."""
-    kept = [{k: v for k, v in (r.get(key) or {}).items() if k not in leave_out} for r in results]
-    flat = [dict(_flatten(found)) for found in kept]
-    names = _all(flat, lambda d: d)
+    """One row per key of a document that each result holds."""
+    flat = [dict(_flatten(found)) for found in documents]
+    names = list(dict.fromkeys(name for found in flat for name in found))
     rows = [
-        (_name(name), *(Cell(found.get(name, say.DASH), number=False) for found in flat))
+        (_name(name), *(Cell(found.get(name, DASH), number=False) for found in flat))
         for name in names
     ]
     head = ["key", *(["value"] if len(results) == 1 else say.run_tags(results))]
     return [Grid(title, tuple(head), tuple(rows))] if rows else []
 
 
-def _flatten(value: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, item in value.items():
-        name = prefix + say.plain(key)
+        name = prefix + phrases.plain(key)
         if isinstance(item, dict):
             yield from _flatten(item, name + ".")
         else:
@@ -457,31 +450,31 @@ def _flatten(value: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 def _value(item: Any) -> str:
     if isinstance(item, dict):
-        return " ".join(f"{say.plain(key)} {_value(part)}" for key, part in item.items())
+        return " ".join(f"{phrases.plain(key)} {_value(part)}" for key, part in item.items())
     if isinstance(item, list):
-        return ", ".join(_value(i) for i in item) or say.DASH
+        return ", ".join(_value(i) for i in item) or DASH
     if item is None or item == "":
-        return say.DASH
+        return DASH
     if isinstance(item, bool):
         return "yes" if item else "no"
-    return f"{item:.6g}" if isinstance(item, float) else say.plain(item)
+    return f"{item:.6g}" if isinstance(item, float) else phrases.plain(item)
 
 
 def _side_by_side(
     title: str,
-    results: Sequence[Json],
-    lines: Iterable[tuple[str, Callable[[Json], str]]],
+    results: Sequence[Result],
+    lines: Iterable[tuple[str, Callable[[Result], str]]],
     note: str,
 ) -> list[Grid]:
     rows = []
     for name, text in lines:
         cells = [text(result) for result in results]
-        if any(cell != say.DASH for cell in cells):
+        if any(cell != DASH for cell in cells):
             rows.append((_name(name), *(Cell(cell) for cell in cells)))
     head = ["", *([""] if len(results) == 1 else say.run_tags(results))]
     return [Grid(title, tuple(head), tuple(rows), note)] if rows else []
 
 
-def _all(results: Sequence[Json], of: Callable[[Json], Iterable[str]]) -> list[str]:
+def _all(results: Sequence[Result], of: Callable[[Result], Iterable[str]]) -> list[str]:
     """The union over results, in order of first appearance."""
     return list(dict.fromkeys(item for result in results for item in of(result)))

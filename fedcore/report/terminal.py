@@ -9,10 +9,9 @@ a hash on one line of output when it is wider than the terminal or the pipe.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -21,9 +20,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from fedcore.report import phrases, tables
 from fedcore.report import sentences as say
-from fedcore.report import tables
-from fedcore.report.sentences import Json
+from fedcore.report.phrases import DASH
+from fedcore.results import ComparisonResult, Interval, ListedRun, Result, RoundRow, RunResult
 
 SITES_SHOWN = 12
 """More sites than this stay in the report: the screen should show the arms and the sites at once."""
@@ -96,43 +96,49 @@ def as_text(renderable: RenderableType, width: int = 80) -> str:
     return file.getvalue().removesuffix("\n")
 
 
-def header(info: Mapping[str, Any]) -> RenderableType:
-    """One line on what runs, two on what it protects against and what not.
+def header(
+    task: str,
+    *,
+    sites: int = 0,
+    rows: int = 0,
+    model: str = "",
+    protection: str = "",
+    run: str = "",
+    label: str = "",
+) -> RenderableType:
+    """One line on what runs, two on what it protects against and what not; what is not given is left out.
 
-    info: `task`, `sites` (ids or a count), `rows` (a count, or {"train", "test"}), `model` (its
-    summary), `protection`, `run` (directory), `label`; what is missing is left out.
+    sites, rows: how many. model: its summary. run: the directory.
     """
-    sites, rows = info.get("sites"), info.get("rows")
-    n_sites = sites if isinstance(sites, int) else len(sites or [])
-    n_rows = sum(rows.values()) if isinstance(rows, Mapping) else rows
     facts = [
-        f"{n_sites} sites" if n_sites else "",
-        f"{n_rows:,} rows" if n_rows else "",
-        say.plain(info.get("model") or ""),
-        say.plain(info.get("protection") or ""),
-        say.plain(info.get("run") or ""),
+        f"{sites} sites" if sites else "",
+        f"{rows:,} rows" if rows else "",
+        *map(phrases.plain, (model, protection, run)),
     ]
-    line = Text.assemble((say.plain(info.get("task") or ""), "bold"), ": ")
+    line = Text.assemble((phrases.plain(task), "bold"), ": ")
     line.append(", ".join(fact for fact in facts if fact))
-    lines = say.label_lines(dict(info))[:2]
-    return Group(line, *(Text(text, style="dim") for text in lines))
+    return Group(line, *(Text(text, style="dim") for text in say.label_lines(label)[:2]))
 
 
-def progress(row: Mapping[str, Any], sites: int) -> str:
+def progress(row: RoundRow, sites: int) -> str:
     """A federated row in a few words: `accuracy 0.811`, `accuracy 0.811, 3 of 4 sites`, without a metric
     `4 of 4 sites, 0.09 s`, or `abandoned at submit: 2 of 4 sites stayed, 3 needed`."""
-    if row.get("abandoned"):
-        return f"abandoned {say.plain(row['abandoned'])}"
-    shown = [f"{k} {v:.3f}" for k, v in row.items() if k in ("auc", "accuracy") and v is not None]
-    words, survivors = shown[:1], len(row["survivors"])
-    if survivors < sites or not words:
-        words.append(f"{survivors} of {sites} sites")
+    if row.abandoned:
+        return f"abandoned {phrases.plain(row.abandoned)}"
+    shown = [
+        f"{name} {row.number(name):.3f}"
+        for name in row
+        if name in ("auc", "accuracy") and row.number(name) is not None
+    ]
+    said, survivors = shown[:1], len(row.survivors)
+    if survivors < sites or not said:
+        said.append(f"{survivors} of {sites} sites")
     if not shown and "seconds" in row:
-        words.append(say.duration(row["seconds"]))
-    return ", ".join(words)
+        said.append(phrases.duration(row.number("seconds")))
+    return ", ".join(said)
 
 
-def summary(result: Json, report: Path | str | None = None) -> RenderableType:
+def summary(result: Result, report: Path | str | None = None) -> RenderableType:
     """The end of a run: warnings, the headline, arms, sites, where the loss comes from, cost, and how
     to reproduce it. `report` is the path of the page, if one was written."""
     return Group(
@@ -146,48 +152,46 @@ def summary(result: Json, report: Path | str | None = None) -> RenderableType:
     )
 
 
-def compare_summary(result: Json, report: Path | str | None = None) -> RenderableType:
+def compare_summary(result: Result, report: Path | str | None = None) -> RenderableType:
     """The end of a comparison: as `summary`, with means and intervals over seeds x folds."""
     return summary(result, report)
 
 
-def runs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per row of `fedcore.run.list_runs`: `run` (directory), `result` (None: unfinished) and
-    `abandoned` (there is nothing to go on with)."""
-    if not rows:
+def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
+    """One line per run of `fedcore.run.list_runs`."""
+    if not runs:
         return Text("no runs yet: `fedcore simulate` makes the first", style="dim")
-    finished = [row["result"] for row in rows if row["result"] is not None]
-    in_points = all(say.unit(r, say.primary_metric(r) or "") for r in finished)
+    finished = [run.result for run in runs if run.result is not None]
+    in_points = all(phrases.unit(r, say.primary_metric(r) or "") for r in finished)
     table = grid("run", "started", "seed", "federated", "points lost" if in_points else "lost")
-    for row in rows:
-        name, result = row["run"], row["result"]
+    for run in runs:
+        name, result = Text(phrases.plain(run.folder)), run.result
         if result is None:
-            state = "abandoned" if row.get("abandoned") else "not finished"
-            table.add_row(Text(say.plain(name)), Text(state, style="dim"))
+            state = "abandoned" if run.abandoned else "not finished"
+            table.add_row(name, Text(state, style="dim"))
             continue
-        metric = say.primary_metric(result)
-        value = (result.get("arms") or {}).get("federated", {}).get(metric)
-        seed = (
-            f"{result.get('seeds')} x {result.get('folds')}"
-            if say.is_comparison(result)
-            else result.get("seed")
-        )
+        metric, seed = say.primary_metric(result), DASH
+        if isinstance(result, ComparisonResult):
+            seed = f"{result.seeds} x {result.folds}"
+        elif isinstance(result, RunResult):
+            seed = str(result.seed)
+        value = phrases.score(result.score("federated", metric)) if metric else ""
         table.add_row(
-            Text(say.plain(name)),
-            Text(say.plain(result.get("started") or say.DASH)[:10]),
-            Text(say.plain(seed)),
-            Text(f"{say.metric_name(metric)} {say.score(value)}" if metric else say.DASH),
+            name,
+            Text(phrases.plain(result.origin.started or DASH)[:10]),
+            Text(seed),
+            Text(f"{phrases.metric_name(metric)} {value}" if metric else DASH),
             Text(_lost_in_list(result, metric, in_points)),
         )
     return fitted(table)
 
 
-def _lost_in_list(result: Json, metric: str | None, in_points: bool) -> str:
+def _lost_in_list(result: Result, metric: str | None, in_points: bool) -> str:
     """As `_lost`; with the unit, where not every row of the list has the same."""
-    gap = say.gap_of(result, "total", metric) if metric else None
-    if metric is None or say.number(gap) is None:
-        return say.DASH
-    unit = "" if in_points else say.unit(result, metric)
+    gap = result.gap_of("total", metric) if metric else None
+    if metric is None or gap is None or gap.mean is None:
+        return DASH
+    unit = "" if in_points else phrases.unit(result, metric)
     return f"{_lost(result, metric, gap)} {unit}".rstrip()
 
 
@@ -211,29 +215,28 @@ def grid(*head: str) -> Table:
     return table
 
 
-def _warnings(result: Json) -> list[RenderableType]:
+def _warnings(result: Result) -> list[RenderableType]:
     found = Table.grid(padding=(0, 1, 0, 0))
-    warnings = say.warnings(result)
-    for warning in warnings[:WARNINGS_SHOWN]:
-        found.add_row(Text("warning:", style="yellow"), Text(warning, overflow="fold"))
-    if more := len(warnings[WARNINGS_SHOWN:]):
+    for warning in result.warnings[:WARNINGS_SHOWN]:
+        found.add_row(
+            Text("warning:", style="yellow"), Text(phrases.plain(warning), overflow="fold")
+        )
+    if more := len(result.warnings[WARNINGS_SHOWN:]):
         found.add_row("", Text(f"... and {more} more in the report", style="dim"))
     return [found, Text()] if found.rows else []
 
 
-def _lost(
-    result: Json, metric: str, gap: Mapping[str, Any] | None, *, stacked: bool = False
-) -> str:
+def _lost(result: Result, metric: str, gap: Interval | None, *, stacked: bool = False) -> str:
     """`0.12 [-0.90, 1.14]`: brackets, because two of these and two scores share 80 columns.
 
     stacked: the interval on a line of its own.
     """
-    value, (low, high) = say.gap_amount(result, metric, gap), say.bounds(gap)
-    if low is None or high is None:
+    value = phrases.gap_amount(result, metric, gap)
+    if gap is None or gap.ends is None:
         return value
-    if low == high == 0:
+    if gap.ends == (0, 0):
         return f"{value} exact"
-    ends = (say.amount(result, metric, end) for end in (low, high))
+    ends = (phrases.amount(result, metric, end) for end in gap.ends)
     return f"{value}{chr(10) if stacked else ' '}[{', '.join(ends)}]"
 
 
@@ -245,7 +248,7 @@ _LAYOUTS = ((2, False), (1, False), (1, True))
 """(metrics to a table, interval on its own line), widest first: two metrics take 80 columns."""
 
 
-def _arms(result: Json) -> list[RenderableType]:
+def _arms(result: Result) -> list[RenderableType]:
     metrics, arms = say.ordered_metrics(result), say.arms_of(result)
     if not metrics or not arms:
         return []
@@ -256,44 +259,44 @@ def _arms(result: Json) -> list[RenderableType]:
     return [Fitting(layouts), Text()]
 
 
-def _arms_table(result: Json, metrics: Sequence[str], stacked: bool) -> Table:
+def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
     # An arm without a centralised one to compare with has lost nothing that anybody knows of.
     compared = any(
-        tables.lost_cell(result, arm, metric).text not in (say.DASH, "")
+        tables.lost_cell(result, arm, metric).text not in (DASH, "")
         for arm in say.arms_of(result)
         for metric in metrics
     )
     head = []
     for metric in metrics:
-        head.append(say.metric_name(metric))
-        head += [f"{say.unit(result, metric)} lost".strip()] if compared else []
+        head.append(phrases.metric_name(metric))
+        head += [f"{phrases.unit(result, metric)} lost".strip()] if compared else []
     table = grid("arm", *head)
     for arm in say.arms_of(result):
         style = "bold" if arm == "federated" else ""
-        cells = [say.arm_name(arm)]
-        part = say.GAP_OF_ARM.get(arm)
+        cells = [phrases.arm_name(arm)]
+        part = phrases.GAP_OF_ARM.get(arm)
         for metric in metrics:
             score = tables.score_cell(result, arm, metric)
-            cells.append(score.sub if score.text == say.DASH and score.sub else score.text)
+            cells.append(score.sub if score.text == DASH and score.sub else score.text)
             if not compared:
                 continue
-            gap = say.gap_of(result, part, metric) if part else None
+            gap = result.gap_of(part, metric) if part else None
             cells.append(
                 _lost(result, metric, gap, stacked=stacked)
-                if gap
+                if gap is not None
                 else tables.lost_cell(result, arm, metric).text
             )
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 
 
-def _sources(result: Json) -> list[RenderableType]:
+def _sources(result: Result) -> list[RenderableType]:
     """The parts of the gap for every metric; the total already stands with the arms."""
     metrics = say.ordered_metrics(result)
     parts = [
         part
         for part in ("federation", "quantisation", "protection")
-        if any(say.number(say.gap_of(result, part, metric)) is not None for metric in metrics)
+        if any(result.mean_gap(part, metric) is not None for metric in metrics)
     ]
     if not parts:
         return []
@@ -305,96 +308,95 @@ def _sources(result: Json) -> list[RenderableType]:
 
 
 def _sources_table(
-    result: Json, parts: Sequence[str], metrics: Sequence[str], stacked: bool
+    result: Result, parts: Sequence[str], metrics: Sequence[str], stacked: bool
 ) -> Table:
-    units = say.in_units([result], metrics)
+    units = phrases.in_units([result], metrics)
     table = grid(
         "where it is lost, in points" if units == "in points" else "where it is lost",
         *(
-            ", ".join(filter(None, (say.metric_name(m), say.unit(result, m))))
+            ", ".join(filter(None, (phrases.metric_name(m), phrases.unit(result, m))))
             if units != "in points"
-            else say.metric_name(m)
+            else phrases.metric_name(m)
             for m in metrics
         ),
     )
     for part in parts:
-        gaps = [_lost(result, m, say.gap_of(result, part, m), stacked=stacked) for m in metrics]
-        table.add_row(Text(say.PART_NAMES[part]), *map(Text, gaps))
+        gaps = [_lost(result, m, result.gap_of(part, m), stacked=stacked) for m in metrics]
+        table.add_row(Text(phrases.PART_NAMES[part]), *map(Text, gaps))
     return table
 
 
-def _per_site(result: Json) -> list[RenderableType]:
+def _per_site(result: Result) -> list[RenderableType]:
     metrics = say.ordered_metrics(result)[:2]
-    sites = list((result.get("per_site") or {}).items())
-    if not sites or not metrics:
+    if not result.per_site or not metrics:
         return []
     layouts = tuple(
         tuple(_sites_table(result, group) for group in _in_groups(metrics, size)) for size in (2, 1)
     )
-    more = len(sites) - SITES_SHOWN
-    note = Text(f"and {say.plural(more, 'more site')} in the report", style="dim")
+    more = len(result.per_site) - SITES_SHOWN
+    note = Text(f"and {phrases.plural(more, 'more site')} in the report", style="dim")
     return [Fitting(layouts), *([note] if more > 0 else []), Text()]
 
 
-def _sites_table(result: Json, metrics: Sequence[str]) -> Table:
-    sites = list((result.get("per_site") or {}).items())
-    alone = say.ran(result, "local_only")
+def _sites_table(result: Result, metrics: Sequence[str]) -> Table:
+    sites = list(result.per_site.items())
+    alone = "local_only" in result.arm_names
     columns = ("alone", "together", "gained") if alone else ("",)
     head = [
-        f"{say.metric_name(metric)}\n{column}".rstrip() if i == 0 else column
+        f"{phrases.metric_name(metric)}\n{column}".rstrip() if i == 0 else column
         for metric in metrics
         for i, column in enumerate(columns)
     ]
-    has_rows = any(values.get("rows") is not None for _, values in sites)
+    has_rows = any(found.rows is not None for _, found in sites)
     table = grid("site", *(["rows"] if has_rows else []), *head)
-    for site, values in sites[:SITES_SHOWN]:
-        cells = [say.plain(site), *([say.count(values.get("rows"))] if has_rows else [])]
+    for site, found in sites[:SITES_SHOWN]:
+        cells = [phrases.plain(site), *([phrases.count(found.rows)] if has_rows else [])]
         for metric in metrics:
-            together = (values.get("federated") or {}).get(metric)
-            reason = say.why_missing(metric, values.get("test_rows"))
+            together = result.site_score(site, "federated", metric)
+            reason = say.why_missing(metric, found.test_rows)
             if not alone:
-                cells.append(say.score(together) if together is not None else reason or say.DASH)
+                cells.append(phrases.score(together) if together is not None else reason or DASH)
                 continue
-            gain = say.site_gains(result, metric)[site]
-            cells += [say.score((values.get("local_only") or {}).get(metric)), say.score(together)]
-            cells.append(
-                reason or say.DASH
+            gain = say.site_gain(result, site, metric)
+            cells += [
+                phrases.score(result.site_score(site, "local_only", metric)),
+                phrases.score(together),
+                reason or DASH
                 if gain is None
-                else say.amount(result, metric, gain, signed=True)
-            )
+                else phrases.amount(result, metric, gain, signed=True),
+            ]
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def _facts(result: Json, report: Path | str | None) -> list[RenderableType]:
+def _facts(result: Result, report: Path | str | None) -> list[RenderableType]:
     """Cost and method, then the report, the model's hash and the command that makes it again."""
     found = Table.grid(padding=(0, 1, 0, 0))
     found.add_column(width=9, style="dim")
     found.add_column(overflow="fold")
-    if result.get("bytes_up_per_site_round") is not None:
+    if result.cost.bytes_up is not None:
         found.add_row("cost", Text(say.per_site_and_round(result)))
-    seconds = result.get("seconds") or {}
-    whole = result.get("seconds_total")
-    spent = {stage: say.duration(say.number(seconds.get(stage))) for stage in say.STAGES}
-    if whole is not None:
-        spent["whole run"] = say.duration(say.number(whole))
+    spent = {stage: phrases.duration(spent) for stage, spent in (result.cost.seconds or {}).items()}
+    if result.cost.seconds_total is not None:
+        spent["whole run"] = phrases.duration(result.cost.seconds_total)
     # One line for learning and one for protecting, so that neither breaks inside a number.
-    for word, shown in (("time", ("train", "evaluate", "whole run")), ("", say.PROTECTION_STAGES)):
-        known = [
-            f"{stage} {spent[stage]}" for stage in shown if spent.get(stage, say.DASH) != say.DASH
-        ]
+    for word, shown in (
+        ("time", ("train", "evaluate", "whole run")),
+        ("", phrases.PROTECTION_STAGES),
+    ):
+        known = [f"{stage} {spent[stage]}" for stage in shown if stage in spent]
         if known:
             found.add_row(word, Text(", ".join(known)))
     if method := say.how_measured(result):
         found.add_row("interval", Text(method))
     lines = {
         "report": report,
-        "model": result.get("model_sha256"),
-        "reproduce": result.get("reproduce"),
+        "model": say.model_hash(result),
+        "reproduce": result.origin.reproduce,
     }
     # Outside the table, and never folded: these are copied.
     unbroken = [
-        Text.assemble((f"{word:<10}", "dim"), say.plain(text), no_wrap=True, overflow="ignore")
+        Text.assemble((f"{word:<10}", "dim"), phrases.plain(text), no_wrap=True, overflow="ignore")
         for word, text in lines.items()
         if text
     ]

@@ -10,11 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.results import result_of, stored, stored_rounds
 
 from fedcore.report import page
-from fedcore.report.sentences import Json
+from fedcore.results import Result, RoundRow
 
-FIXTURES = Path(__file__).parents[1] / "unit" / "fixtures"
 BROWSER = next(
     (
         found
@@ -31,11 +31,8 @@ PHONE = 360
 SETS = [["heart"], ["heart_warned"], ["heart", "heart_warned"], ["heart_compare"]]
 
 
-def load(name: str) -> tuple[Json, list[Json]]:
-    result = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
-    path = FIXTURES / f"{name}.rounds.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return result, [json.loads(line) for line in lines]
+def load(name: str) -> tuple[Result, list[RoundRow]]:
+    return result_of(stored(name)), stored_rounds(name)
 
 
 def dump(url: str, profile: Path, *options: str) -> str:

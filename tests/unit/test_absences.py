@@ -26,7 +26,7 @@ from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, Unk
 from fedcore.experiment.experiment import job_for, prepare
 from fedcore.experiment.simulation import Leaving
 from fedcore.files import read_json
-from fedcore.results import read_rounds
+from fedcore.results import RoundRow, read_rounds
 from fedcore.run import all_abandoned
 from fedcore.secagg.plan import PROTECTIONS, SCHEMES, default_threshold
 from fedcore.secagg.protocol.absences import (
@@ -521,9 +521,8 @@ def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
     for number, more in enumerate(
         ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
     ):
-        bar.row(
-            {"arm": "federated", "round": number, "accuracy": 0.5, "survivors": [*ROSTER]} | more
-        )
+        row = {"arm": "federated", "round": number, "accuracy": 0.5, "survivors": [*ROSTER]} | more
+        bar.row(RoundRow(row))
     bar.close()
     lines = [
         line for line in screen.getvalue().splitlines() if "round 2/3  abandoned at keys" in line

@@ -7,8 +7,9 @@ import builtins
 import pytest
 
 from fedcore.experiment.tensorboard import Events
+from fedcore.results import RoundRow
 
-ROW = {"arm": "federated", "round": 1, "accuracy": 0.5, "loss": None}
+ROW = RoundRow({"arm": "federated", "round": 1, "accuracy": 0.5, "loss": None})
 
 
 @pytest.mark.parametrize(

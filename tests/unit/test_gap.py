@@ -12,6 +12,7 @@ import pytest
 from fedcore.errors import BadInput
 from fedcore.experiment import gap
 from fedcore.learning.metrics import METRICS, Scores, evaluate_scores, get
+from fedcore.results import SplitResult
 
 ROWS = 184
 
@@ -240,34 +241,30 @@ def test_the_correction_covers_where_the_ordinary_t_interval_does_not() -> None:
     assert corrected > naive
 
 
-def cell(seed: int, fold: int, auc: float | None, lost: float | None) -> dict[str, object]:
-    return {
-        "seed": seed,
-        "fold": fold,
-        "arms": {"centralised": {"auc": 0.9}, "federated": {"auc": auc}},
-        "gap": {"total": {"auc": lost}},
-        "per_site": {"va": {"federated": {"auc": auc}}},
-    }
+def cell(seed: int, fold: int, auc: float | None, lost: float | None) -> SplitResult:
+    return SplitResult(
+        seed, fold, "", {"centralised": {"auc": 0.9}, "federated": {"auc": auc}}, {"total": {"auc": lost}},
+        {"va": {"federated": {"auc": auc}}},
+    )  # fmt: skip
 
 
 def test_cells_are_summarised_per_arm_part_and_site() -> None:
     cells = [cell(0, 0, 0.8, 0.1), cell(0, 1, 0.7, 0.2), cell(1, 0, None, None)]
-    summary = gap.summarise_cells(cells, 0.25)
-    assert summary["arms"]["centralised"]["auc"]["mean"] == 0.9
-    assert summary["arms"]["centralised"]["auc"]["sd"] == pytest.approx(0.0, abs=1e-12)
-    assert summary["arms"]["centralised"]["auc"]["n"] == 3
-    federated = summary["arms"]["federated"]["auc"]
-    assert federated["n"] == 2
-    assert federated["mean"] == pytest.approx(0.75)
-    assert federated["sd"] == pytest.approx(math.sqrt(0.005))
-    total = summary["gap"]["total"]["auc"]
-    assert total == gap.nadeau_bengio([0.1, 0.2], 0.25).to_json()
-    assert summary["per_site"] == {"va": {"federated": {"auc": pytest.approx(0.75)}}}
+    summary = gap.over_splits(cells, 0.25)
+    assert summary.arms["centralised"]["auc"].mean == 0.9
+    assert summary.arms["centralised"]["auc"].sd == pytest.approx(0.0, abs=1e-12)
+    assert summary.arms["centralised"]["auc"].n == 3
+    federated = summary.arms["federated"]["auc"]
+    assert federated.n == 2
+    assert federated.mean == pytest.approx(0.75)
+    assert federated.sd == pytest.approx(math.sqrt(0.005))
+    assert summary.gap["total"]["auc"] == gap.nadeau_bengio([0.1, 0.2], 0.25)
+    assert summary.per_site["va"].arms == {"federated": {"auc": pytest.approx(0.75)}}
 
 
 def test_a_metric_undefined_in_every_cell_is_null_not_missing() -> None:
-    summary = gap.summarise_cells([cell(0, 0, None, None)], 0.25)
-    assert summary["gap"]["total"]["auc"]["mean"] is None
-    assert summary["gap"]["total"]["auc"]["n"] == 0
-    assert summary["per_site"]["va"]["federated"]["auc"] is None
-    assert gap.summarise_cells([], 0.25) == {"arms": {}, "gap": {}, "per_site": {}}
+    summary = gap.over_splits([cell(0, 0, None, None)], 0.25)
+    assert summary.gap["total"]["auc"].mean is None
+    assert summary.gap["total"]["auc"].n == 0
+    assert summary.per_site["va"].arms["federated"]["auc"] is None
+    assert gap.over_splits([], 0.25) == gap.OverSplits({}, {}, {})

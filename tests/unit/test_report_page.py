@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from support.results import result_of, stored, stored_rounds
 
 from fedcore.errors import BadInput
 from fedcore.report import latex, markdown, page, plots, tables
-from fedcore.report.sentences import Json
+from fedcore.results import ProtectedMetrics, Result, RoundRow
 
-FIXTURES = Path(__file__).parent / "fixtures"
 HOSTILE = (
     "<script>alert(1)</script>",
     "[red]",
@@ -25,11 +25,8 @@ HOSTILE = (
 )
 
 
-def load(name: str) -> tuple[Json, list[Json]]:
-    result = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
-    path = FIXTURES / f"{name}.rounds.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return result, [json.loads(line) for line in lines]
+def load(name: str) -> tuple[Result, list[RoundRow]]:
+    return result_of(stored(name)), stored_rounds(name)
 
 
 class Document(HTMLParser):
@@ -118,11 +115,11 @@ def test_warnings_stand_above_every_number_of_the_result():
     result, rounds = load("heart_warned")
     text = Document(page.render([(result, rounds)])).text
     body = text[text.index("Before reading") :]
-    for warning in result["warnings"]:
+    for warning in result.warnings:
         assert body.index(warning.split(".")[0].replace("`", "")[:20]) < body.index(
             "Lost against pooling"
         )
-    quiet = page.render([({**result, "warnings": []}, rounds)])
+    quiet = page.render([(replace(result, warnings=()), rounds)])
     assert "Before reading the numbers" not in quiet
 
 
@@ -136,12 +133,12 @@ def test_two_runs_overlay_and_stand_side_by_side():
     assert document.text.count("Does not protect against: one site") == 1
 
 
-def with_seeds(n: int) -> list[tuple[Json, list[Json]]]:
-    result, rounds = load("heart")
+def with_seeds(n: int) -> list[tuple[Result, list[RoundRow]]]:
+    rounds = stored_rounds("heart")
     return [
         (
-            {**result, "seed": seed, "run": f"runs/seed-{seed}"},
-            [{**row, "auc": row["auc"] + 0.002 * seed} for row in rounds],
+            result_of(stored("heart"), seed=seed, run=f"runs/seed-{seed}"),
+            [RoundRow(row | {"auc": row["auc"] + 0.002 * seed}) for row in rounds],
         )
         for seed in range(n)
     ]
@@ -169,18 +166,19 @@ def test_of_more_runs_those_that_differ_in_seed_only_share_a_line_with_a_band():
 
 def test_the_splits_of_a_comparison_share_a_band_however_few():
     compared = load("heart_compare")[0]
-    rows = [{**row, "seed": 0, "fold": fold} for fold in (0, 1) for row in load("heart")[1]]
+    rounds = stored_rounds("heart")
+    rows = [RoundRow(row | {"seed": 0, "fold": fold}) for fold in (0, 1) for row in rounds]
     assert plots.groups(plots.splits_of((compared, rows))) == [[0, 1]]
 
 
 def test_a_run_of_fewer_arms_leaves_out_what_was_not_run():
-    result, rounds = load("heart")
-    whole = copy.deepcopy(result)
-    for values in (result["arms"], result["site_mean"], *result["per_site"].values()):
+    found = stored("heart")
+    whole = result_of(copy.deepcopy(found))
+    for values in (found["arms"], found["site_mean"], *found["per_site"].values()):
         for arm in ("centralised", "local_only", "federated_float"):
             del values[arm]
-    result["gap"] = {**result["gap"], "total": {}, "federation": {}}
-    rounds = [row for row in rounds if row["arm"] == "federated"]
+    result = result_of(found, gap={**found["gap"], "total": {}, "federation": {}})
+    rounds = [row for row in stored_rounds("heart") if row.arm == "federated"]
     text = Document(page.render([(result, rounds)])).text
     assert "no centralised arm was run to compare with" in text
     assert "one class" not in text and "alone and together" not in text
@@ -190,10 +188,9 @@ def test_a_run_of_fewer_arms_leaves_out_what_was_not_run():
 
 
 def test_an_error_is_drawn_in_its_own_unit():
-    result, rounds = load("heart")
-    result = json.loads(json.dumps(result).replace("accuracy", "mse"))
-    result["metrics"], result["lower_is_better"] = ["mse"], ["mse"]
-    rounds = [{**row, "mse": row["accuracy"]} for row in rounds]
+    found = json.loads(json.dumps(stored("heart")).replace("accuracy", "mse"))
+    result = result_of(found, metrics=["mse"], lower_is_better=["mse"])
+    rounds = [RoundRow(row | {"mse": row["accuracy"]}) for row in stored_rounds("heart")]
     axes = plots.rounds_figure([(result, rounds)], "mse").axes[1]
     assert axes.get_title(loc="left") == "Gap: MSE lost"
     assert abs(axes.lines[0].get_ydata()[0]) < 1
@@ -204,7 +201,7 @@ def test_an_error_is_drawn_in_its_own_unit():
 def test_the_gap_below_the_curves_is_centralised_minus_federated_in_points():
     result, rounds = load("heart")
     figure = plots.rounds_figure([(result, rounds)], "auc")
-    by = {(row["arm"], row["round"]): row["auc"] for row in rounds}
+    by = {(row.arm, row.round): row["auc"] for row in rounds}
     drawn = figure.axes[1].lines[0].get_ydata()
     expected = [100 * (by["centralised", r] - by["federated", r]) for r in range(1, 21)]
     assert list(drawn) == pytest.approx(expected)
@@ -226,7 +223,7 @@ def test_the_same_runs_make_the_same_page():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(name):
-    result, rounds = copy.deepcopy(load("heart"))
+    result, rounds = stored("heart"), stored_rounds("heart")
     result["task"] = name
     result["sites"] = [name, *result["sites"][1:]]
     result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
@@ -240,10 +237,10 @@ def test_hostile_names_stay_text(name):
     result["environment"]["cpu"] = name
     result["seen"]["site"] = result["seen"]["other"] = result["seen"]["protection"] = name
     result["gap"]["total"]["auc"]["method"] = name
-    rounds = [{**row, name: row["accuracy"]} for row in rounds]
+    rounds = [RoundRow(row | {name: row["accuracy"]}) for row in rounds]
     # Once with the name as the plotted metric, so that it is drawn into the figure as well.
     only = {**result, "metrics": [name]}
-    for variant in (result, only):
+    for variant in map(result_of, (result, only)):
         text = page.render([(variant, rounds), (variant, rounds)])
         document = Document(text)
         assert name in document.text
@@ -266,24 +263,24 @@ def test_a_bare_result_still_makes_a_page():
         "sites": ["a", "b", "c"], "metrics": ["dice"], "arms": {"federated": {"dice": 0.5}},
         "gap": {"total": {"dice": gap}, "federation": {}}, "per_site": {},
     }  # fmt: skip
-    text = Document(page.render([(result, [])])).text
+    text = Document(page.render([(result_of(result), [])])).text
     assert "Dice: 1.00\u00a0points lost, with no interval to judge it by." in text
     assert "Round by round" not in text
 
 
 def test_a_table_of_categories_only_has_no_statistics_to_show():
-    result, rounds = load("heart")
-    keys = ("names", "mean", "std", "count", "sites", "clipped")
-    result["statistics"] = {key: [] for key in keys}
+    nothing = {key: [] for key in ("names", "mean", "std", "count", "sites", "clipped")}
+    result = result_of(stored("heart"), statistics=nothing)
     assert tables.statistics([result]) == []
-    assert "Federated statistics" not in Document(page.render([(result, rounds)])).text
+    text = page.render([(result, stored_rounds("heart"))])
+    assert "Federated statistics" not in Document(text).text
     assert markdown.render(result) and latex.render(result)
 
 
 def test_tables_without_rows_leave_no_trace():
     """Two runs that measured no arm share metrics, so a table has a head and no rows."""
     result, rounds = load("heart")
-    result = {**result, "arms": {}}
+    result = replace(result, arms={})
     assert any(not table.rows for table in tables.arms([result, result]))
     Document(page.render([(result, rounds), (result, rounds)]))
 
@@ -296,10 +293,11 @@ def protected_cells(results):
 def test_metrics_from_sums_show_their_bound_and_what_was_clipped():
     result, rounds = load("heart")
     assert all(not cells[-1].sub for cells in protected_cells([result]).values())
-    result |= {
-        "protected_metrics_bound": {"auc": 0.00391, "accuracy": None},
-        "protected_clipped": {"accuracy": 1200},
-    }
+    result = result_of(
+        stored("heart"),
+        protected_metrics_bound={"auc": 0.00391, "accuracy": None},
+        protected_clipped={"accuracy": 1200},
+    )
     cells = protected_cells([result])
     assert cells["AUC"][-1].sub == "± 0.004"  # rounded up: 0.0039 would be no bound
     assert cells["accuracy"][-1].sub == "1,200 clipped"
@@ -307,20 +305,20 @@ def test_metrics_from_sums_show_their_bound_and_what_was_clipped():
     assert re.fullmatch(r"exact 0\.\d{3}, ± 0\.004", beside["AUC"][0].sub)
     assert re.fullmatch(r"exact 0\.\d{3}", beside["AUC"][1].sub)
     assert "± 0.004" in Document(page.render([(result, rounds)])).text
-    result["protected_metrics_bound"]["auc"] = 0.0
-    assert protected_cells([result])["AUC"][-1].sub == "± 0"
+    exact = replace(result, protected=replace(result.protected, bound={"auc": 0.0}))
+    assert protected_cells([exact])["AUC"][-1].sub == "± 0"
 
 
 def test_metrics_of_fewer_sites_have_no_bound_and_say_so():
-    result = load("heart")[0] | {
+    some = {
         "protected_metrics_bound": {"auc": 0.004},
         "protected_metrics_sites": ["cleveland", "hungary", "va"],
     }
+    result = result_of(stored("heart"), **some)
     (table,) = tables.protected([result])
     assert "of the sites that stayed" in table.note
     assert "±" not in str(table.rows)
-    everyone = result | {"protected_metrics_sites": result["sites"]}
+    everyone = replace(result, protected=replace(result.protected, sites=result.sites))
     (table,) = tables.protected([everyone])
     assert "that stayed" not in table.note and "±" in str(table.rows)
-    lost = result | {"protected_metrics": None, "protected_metrics_bound": None}
-    assert tables.protected([lost | {"protected_metrics_sites": []}]) == []
+    assert tables.protected([replace(result, protected=ProtectedMetrics(sites=()))]) == []

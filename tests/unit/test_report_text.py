@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.results import result_of, stored
 
-from fedcore.report import latex, markdown
+from fedcore.report import latex, markdown, phrases
 from fedcore.report import sentences as say
-from fedcore.report.sentences import Json
+from fedcore.results import Result
 
-FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["heart", "heart_warned", "heart_compare"]
 HOSTILE = (
     "<script>",
@@ -31,19 +28,18 @@ HOSTILE = (
 )
 
 
-def load(name: str) -> Json:
-    result: Json = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+def load(name: str) -> Result:
+    return result_of(stored(name))
 
 
-def hostile(name: str) -> Json:
-    result = copy.deepcopy(load("heart"))
+def hostile(name: str) -> Result:
+    result = stored("heart")
     result["task"] = result["label"] = result["reproduce"] = name
     result["sites"][0] = name
     result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
     result["warnings"] = [name]
     result["seen"]["site"] = result["seen"]["other"] = name
-    return result
+    return result_of(result)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +54,7 @@ def test_markdown_tables_are_rectangular_and_warnings_come_first(name):
             assert len(set(block)) <= 1
             block = []
     assert text.index("**Warning:**") < text.index(f"**{say.lost(result)[0][:12]}")
-    assert "## Methods" in text and result["reproduce"] in text
+    assert "## Methods" in text and result.origin.reproduce in text
 
 
 def test_markdown_holds_the_numbers():
@@ -102,7 +98,7 @@ def test_latex_escaping_leaves_no_active_character(text: str):
 def test_hostile_names_are_literal_in_latex(name):
     text = latex.render(hostile(name))
     assert "\\input{" not in text and "<script>" not in text
-    assert latex.escape(say.plain(name)) in text
+    assert latex.escape(phrases.plain(name)) in text
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")

@@ -34,7 +34,7 @@ def test_runs_are_numbered_and_latest_points_to_the_newest():
     assert heart().directory == Path("runs/heart-plain-001")
     assert heart().directory == Path("runs/heart-plain-002")
     assert Path("runs/latest").resolve() == Path("runs/heart-plain-002").resolve()
-    assert [row["run"] for row in list_runs()] == ["runs/heart-plain-001", "runs/heart-plain-002"]
+    assert [run.folder for run in list_runs()] == ["runs/heart-plain-001", "runs/heart-plain-002"]
 
 
 def test_a_run_holds_what_it_says():
@@ -165,7 +165,7 @@ def test_reproduce_says_same_or_where_it_first_differs():
 
 def test_reproduce_notices_another_model_hash_alone():
     found = heart()
-    result = found.result | {"model_sha256": "0" * 64}
+    result = found.result.to_json() | {"model_sha256": "0" * 64}
     (found.directory / "result.json").write_text(json.dumps(result))
     assert "final model differs" in reproduce(found.directory).difference
 

@@ -6,7 +6,6 @@ A reading that finds nothing says little unless the same reading finds an update
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from dataclasses import replace
@@ -15,6 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from support.results import result_of
 
 import fedcore
 from fedcore import api
@@ -31,6 +31,7 @@ from fedcore.experiment.exposure import (
 )
 from fedcore.report import markdown, page
 from fedcore.report import readings as words
+from fedcore.results import Reading, UpdateExposure
 from fedcore.secagg.crypto.masked import MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.encode.bitpack import pack_words
@@ -104,11 +105,11 @@ def seen_under(protection):
 
 
 def is_the_update(reading):
-    return reading["correlation"] == 1.0 and reading["exact"] == 1.0
+    return reading.correlation == 1.0 and reading.exact == 1.0
 
 
 def is_noise(reading):
-    return abs(reading["correlation"]) < FAR and reading["exact"] < 0.01
+    return abs(reading.correlation) < FAR and reading.exact < 0.01
 
 
 # ------------------------------------------------------------------------------ what each party has
@@ -116,76 +117,77 @@ def is_noise(reading):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_coordinator_reads_an_upload_under_plain_only(scheme):
-    found = seen_under(scheme)["parties"][COORDINATOR]
-    assert (is_the_update if scheme == "plain" else is_noise)(found["message"])
+    found = seen_under(scheme).parties[COORDINATOR]
+    assert (is_the_update if scheme == "plain" else is_noise)(found.message)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_coordinator_has_the_sum_unless_it_is_encrypted(scheme):
-    found = seen_under(scheme)["parties"][COORDINATOR]["sum"]
+    found = seen_under(scheme).parties[COORDINATOR].sum
     if SCHEMES[scheme][0] in ENCRYPTS:
         assert found is None
     else:
-        assert abs(found["correlation"] - 1 / np.sqrt(4)) < FAR
+        assert abs(found.correlation - 1 / np.sqrt(4)) < FAR
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_another_site_has_the_mean_of_the_others_and_no_upload(scheme):
-    found = seen_under(scheme)["parties"][SITE]
-    assert found["message"] is None
-    assert abs(found["sum"]["correlation"] - 1 / np.sqrt(3)) < FAR
-    assert found["sum"]["exact"] < 0.01
+    found = seen_under(scheme).parties[SITE]
+    assert found.message is None
+    assert abs(found.sum.correlation - 1 / np.sqrt(3)) < FAR
+    assert found.sum.exact < 0.01
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_both_together_open_an_upload_without_masks(scheme):
-    found = seen_under(scheme)["parties"][BOTH]
-    assert (is_noise if SCHEMES[scheme][0] in MASKS else is_the_update)(found["message"])
-    assert found["sum"] == seen_under(scheme)["parties"][SITE]["sum"]
+    found = seen_under(scheme).parties[BOTH]
+    assert (is_noise if SCHEMES[scheme][0] in MASKS else is_the_update)(found.message)
+    assert found.sum == seen_under(scheme).parties[SITE].sum
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_best_reading_is_the_upload_where_it_tells_anything_else_the_sum(scheme):
-    for found in seen_under(scheme)["parties"].values():
-        message = found["message"]
+    for found in seen_under(scheme).parties.values():
+        message = found.message
         told = message is not None and measured.tells_more_than_chance(message, COORDINATES)
-        best = found["message"] if told or found["sum"] is None else found["sum"]
-        assert {key: found["best"][key] for key in best} == best
+        best = found.message if told or found.sum is None else found.sum
+        assert replace(found.best, strip=None) == best
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_beside_it_stands_the_same_round_under_plain(scheme):
     found = seen_under(scheme)
     plain = seen_under("plain")
-    assert found["plain"] == plain["plain"] == plain["parties"]
-    assert found["strip"] == plain["strip"]
+    assert found.plain == plain.plain == plain.parties
+    assert found.strip == plain.strip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_written_is_small_json(scheme):
     plan, found = plan_of(scheme), seen_under(scheme)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["site"], found["other"], found["round"]) == (*plan.sites[:2], 3)
-    assert (found["coordinates"], found["contributors"]) == (COORDINATES, 4)
-    strips = [found["strip"], *(view["best"]["strip"] for view in found["parties"].values())]
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert UpdateExposure.from_json(json.loads(text)) == found
+    assert (found.site, found.other, found.round) == (*plan.sites[:2], 3)
+    assert (found.coordinates, found.contributors) == (COORDINATES, 4)
+    strips = [found.strip, *(view.best.strip for view in found.parties.values())]
     for strip in strips:
         assert len(strip) == measured.DRAWN and max(map(abs, strip)) == 100
-    assert len(json.dumps(found)) < 6000
+    assert len(text) < 6000
 
 
 def test_the_own_update_of_the_other_site_is_the_level_without_a_message():
     updates = updates_of(plan_of("plain"))
     alike = np.stack([updates[0], (updates[0] + updates[1]) // 2, *updates[2:]])
     _, found = round_seen(plan_of("plain"), updates=alike)
-    assert abs(found["own"] - 1 / np.sqrt(2)) < FAR
-    assert abs(seen_under("plain")["own"]) < FAR
+    assert abs(found.own - 1 / np.sqrt(2)) < FAR
+    assert abs(seen_under("plain").own) < FAR
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_who_left_the_round_is_neither_named_nor_counted(scheme):
     _, found = round_seen(plan_of(scheme, sites=4), absences={"site-0": "submit"})
-    assert (found["site"], found["other"], found["contributors"]) == ("site-1", "site-2", 3)
-    assert abs(found["parties"][SITE]["sum"]["correlation"] - 1 / np.sqrt(2)) < FAR
+    assert (found.site, found.other, found.contributors) == ("site-1", "site-2", 3)
+    assert abs(found.parties[SITE].sum.correlation - 1 / np.sqrt(2)) < FAR
 
 
 def test_a_round_without_two_sites_to_the_end_has_no_witness():
@@ -197,10 +199,10 @@ def test_a_round_without_two_sites_to_the_end_has_no_witness():
 
 def test_with_two_sites_the_sum_less_ones_own_is_the_update():
     _, found = round_seen(plan_of("plain", sites=2))
-    assert is_the_update(found["parties"][SITE]["sum"])
+    assert is_the_update(found.parties[SITE].sum)
     assert words.headline(found).count("all of it") == 2
     assert words.headline(found).endswith("site-1 all of it, and both together no more.")
-    text = words.section({"seen": found}).rows[1][1][0].text
+    text = words.section(replace(result_of(), seen=found)).rows[1][1][0].text
     assert text.endswith(
         "The sum less site-1's own update: the update itself, every coordinate exact."
     )
@@ -209,18 +211,18 @@ def test_with_two_sites_the_sum_less_ones_own_is_the_update():
 def test_of_equal_updates_a_mean_is_the_update():
     equal = np.tile(updates_of(plan_of("plain"))[0], (4, 1))
     _, found = round_seen(plan_of("plain"), updates=equal)
-    assert is_the_update(found["parties"][COORDINATOR]["sum"])
-    assert is_the_update(found["parties"][SITE]["sum"])
+    assert is_the_update(found.parties[COORDINATOR].sum)
+    assert is_the_update(found.parties[SITE].sum)
 
 
 def test_an_update_that_does_not_vary_has_no_correlation():
     flat = np.stack([np.full(40, 1 << 15, dtype=np.uint64), *updates_of(plan_of("plain"))[1:, :40]])
     _, found = round_seen(plan_of("encrypted", coordinates=40), updates=flat)
-    assert found["own"] is None
-    assert found["parties"][COORDINATOR]["message"]["correlation"] is None
-    assert found["parties"][BOTH]["message"] == {"correlation": None, "exact": 1.0}
-    assert found["parties"][BOTH]["best"]["strip"] == found["strip"] == [0] * 40
-    text = words.section({"seen": found}).rows[0][1][0].text
+    assert found.own is None
+    assert found.parties[COORDINATOR].message.correlation is None
+    assert found.parties[BOTH].message == Reading(None, 1.0)
+    assert found.parties[BOTH].best.strip == found.strip == (0,) * 40
+    text = words.section(replace(result_of(), seen=found)).rows[0][1][0].text
     assert "nothing measurable (its values are all alike)" in text
 
 
@@ -271,17 +273,17 @@ def masked_witness(rebuilt, others):
         rebuilt_masks=((b"r" * 32, 1), *masks[:rebuilt]),
         other_masks=((b"o" * 32, 1), *((seed, -sign) for seed, sign in masks[3 - others :])),
     )  # fmt: skip
-    return observe(witness, plan, sealer, 1)["parties"]
+    return observe(witness, plan, sealer, 1).parties
 
 
 def test_whoever_knows_every_mask_reads_the_update_and_one_missing_mask_hides_all_of_it():
-    assert is_the_update(masked_witness(3, 0)[COORDINATOR]["message"])
+    assert is_the_update(masked_witness(3, 0)[COORDINATOR].message)
     for rebuilt, others in ((0, 3), (1, 2), (2, 1), (2, 2)):
         found = masked_witness(rebuilt, others)
-        assert is_the_update(found[BOTH]["message"])
-        assert is_noise(found[COORDINATOR]["message"])
+        assert is_the_update(found[BOTH].message)
+        assert is_noise(found[COORDINATOR].message)
     for rebuilt, others in ((0, 0), (0, 2), (1, 1), (2, 0)):
-        assert is_noise(masked_witness(rebuilt, others)[BOTH]["message"])
+        assert is_noise(masked_witness(rebuilt, others)[BOTH].message)
 
 
 @pytest.mark.parametrize("protection", MASKS)
@@ -294,8 +296,8 @@ def test_a_witness_holds_every_mask_that_a_party_can_know(protection):
     assert (len(witness.masks), len(witness.other_masks)) == (3, 3)
     assert len(witness.masks_among(witness.rebuilt_masks)) == 2
     assert len(witness.masks_among(witness.other_masks)) == 1
-    assert is_the_update(found["parties"][BOTH]["message"])
-    assert is_noise(found["parties"][COORDINATOR]["message"])
+    assert is_the_update(found.parties[BOTH].message)
+    assert is_noise(found.parties[COORDINATOR].message)
 
 
 @pytest.mark.parametrize("protection", MASKS)
@@ -303,7 +305,7 @@ def test_one_more_honest_survivor_keeps_one_mask_that_nobody_else_knows(protecti
     witness, found = round_seen(plan_of(protection), absences={"site-3": "submit"})
     assert len(witness.masks) == 4
     assert len(witness.masks_among(witness.rebuilt_masks, witness.other_masks)) == 3
-    assert is_noise(found["parties"][BOTH]["message"])
+    assert is_noise(found.parties[BOTH].message)
 
 
 # ------------------------------------------------------------------------------------- the numbers
@@ -340,14 +342,14 @@ def test_of_three_coordinates_or_fewer_every_correlation_is_chance():
 
 def test_a_reading_tells_more_than_chance_if_it_is_exact_or_correlates_either_way():
     def tells(correlation, exact=0.0):
-        return measured.tells_more_than_chance({"correlation": correlation, "exact": exact}, 31)
+        return measured.tells_more_than_chance(Reading(correlation, exact), 31)
 
     assert tells(0.6) and tells(-0.6) and tells(None, 1.0) and tells(0.0, 1.0)
     assert not tells(0.5) and not tells(-0.5) and not tells(None, 0.9)
 
 
 def test_a_strip_of_noise_stands_about_its_middle():
-    strip = seen_under("encrypted")["parties"][COORDINATOR]["best"]["strip"]
+    strip = seen_under("encrypted").parties[COORDINATOR].best.strip
     assert 16 < sum(value < 0 for value in strip) < 80
 
 
@@ -371,15 +373,21 @@ HEADLINES = {
 }  # fmt: skip
 
 
+def with_message(found, party, **changed):
+    view = found.parties[party]
+    view = replace(view, message=replace(view.message, **changed))
+    return replace(found, parties={**found.parties, party: view})
+
+
 @pytest.fixture
 def quiet():
     """The rounds' numbers with every noise reading at 0.001, so that chance decides no test."""
 
     def of(protection):
-        found = copy.deepcopy(seen_under(protection))
-        for view in found["parties"].values():
-            if view["message"] and view["message"]["exact"] < 1:
-                view["message"]["correlation"] = -0.001
+        found = seen_under(protection)
+        for party, view in found.parties.items():
+            if view.message is not None and view.message.exact < 1:
+                found = with_message(found, party, correlation=-0.001)
         return found
 
     return of
@@ -418,7 +426,7 @@ CELLS = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_cell_says_what_was_read_with_its_numbers(quiet, scheme):
     protection, _ = SCHEMES[scheme]
-    section = words.section({"seen": quiet(scheme)})
+    section = words.section(replace(result_of(), seen=quiet(scheme)))
     coordinator, site, both = (cells[0].text for _, cells in section.rows)
     for found, wanted in zip((coordinator, both), CELLS[protection], strict=True):
         # A correlation of a sum ends in digits that depend on the updates.
@@ -431,34 +439,33 @@ def test_each_cell_says_what_was_read_with_its_numbers(quiet, scheme):
 
 
 def test_a_reading_beyond_chance_is_not_called_nothing(quiet):
-    found = quiet("layered")
-    found["parties"][BOTH]["message"] |= {"correlation": -0.31, "exact": 0.125}
+    found = with_message(quiet("layered"), BOTH, correlation=-0.31, exact=0.125)
     assert words.headline(found).endswith("and both together something (correlation -0.310).")
-    text = words.section({"seen": found}).rows[2][1][0].text
+    text = words.section(replace(result_of(), seen=found)).rows[2][1][0].text
     assert (
         "correlation -0.310, where chance alone reaches 0.047; 12 % of the coordinates exact."
         in text
     )
-    found["chance"] = found["parties"][BOTH]["message"]["correlation"] = 0.31
+    found = replace(with_message(found, BOTH, correlation=0.31), chance=0.31)
     assert "nothing measurable (correlation 0.31; chance alone reaches 0.31)" in (
-        words.section({"seen": found}).rows[2][1][0].text
+        words.section(replace(result_of(), seen=found)).rows[2][1][0].text
     )
 
 
 def test_a_correlation_is_never_minus_nothing(quiet):
-    found = quiet("encrypted")
-    found["parties"][COORDINATOR]["message"]["correlation"] = -0.0000001
-    assert "(correlation 0.000;" in words.section({"seen": found}).rows[0][1][0].text
+    found = with_message(quiet("encrypted"), COORDINATOR, correlation=-0.0000001)
+    assert (
+        "(correlation 0.000;" in words.section(replace(result_of(), seen=found)).rows[0][1][0].text
+    )
 
 
 def test_a_strip_draws_every_bar_and_says_what_it_shows(quiet):
-    section = words.section({"seen": quiet("encrypted")})
+    section = words.section(replace(result_of(), seen=quiet("encrypted")))
     update, read = str(section.bars), str(section.rows[0][1][0].bars)
     assert update.count("h3V20z") == read.count("h3V20z") == measured.DRAWN
     assert "--plot-ink" in update and "--plot-ink" in str(section.rows[2][1][0].bars)
     assert "--plot-muted" in read
     assert 'aria-label="site-0&#39;s update: its first 96 coordinates"' in update
-    assert words.bars([], "nothing", exact=False) == ""
     heights = [
         float(y)
         for y in re.findall(r"20V([\d.]+)h", str(words.bars([100, -100, 0], "", exact=True)))
@@ -467,20 +474,14 @@ def test_a_strip_draws_every_bar_and_says_what_it_shows(quiet):
 
 
 def test_a_result_without_a_witness_has_no_section():
-    assert words.section({}) is None and words.section({"seen": None}) is None
-    assert words.table({}) == []
+    assert words.section(result_of()) is None
+    assert words.table(result_of()) == []
 
 
 def test_a_page_of_several_runs_has_one_section_for_each_protection(quiet):
     def run(name, protection):
-        base = {
-            "task": "t",
-            "kind": "run",
-            "sites": ["site-0"],
-            "run": name,
-            "metrics": ["accuracy"],
-        }
-        return {**base, "protection": protection, "seen": quiet(protection)}, []
+        result = result_of(sites=["site-0"], run=name, metrics=["accuracy"], protection=protection)
+        return replace(result, seen=quiet(protection)), []
 
     text = page.render([run("a", "encrypted"), run("b", "plain"), run("c", "encrypted")])
     found = re.findall(r'<span class="run">(\w)</span>Of site-0&#39;s update', text)
@@ -491,7 +492,7 @@ def test_a_page_of_several_runs_has_one_section_for_each_protection(quiet):
 
 def test_markdown_has_the_same_words_in_a_table(quiet):
     found = quiet("encrypted")
-    text = markdown.render({"task": "t", "sites": ["site-0"], "seen": found})
+    text = markdown.render(replace(result_of(sites=["site-0"]), seen=found))
     lines = text[text.index("## What anyone could read of site-0's update") :].splitlines()
     assert lines[2] == "| party | under encrypted | under plain |"
     assert [line.split(" | ")[0] for line in lines[4:7]] == [
@@ -513,20 +514,20 @@ def heart(out, **settings):
 
 def test_a_run_names_the_first_site_that_stays_in_the_first_round_that_is_released(tmp_path):
     drops = ["1:submit:cleveland", "1:keys:va", "2:unmask:cleveland"]
-    found = heart(tmp_path / "run", drop=drops).result["seen"]
-    assert (found["site"], found["other"], found["round"]) == ("hungary", "switzerland", 2)
-    assert found["protection"] == "layered"
-    assert found["contributors"] == 4  # who leaves at unmask is in the sum all the same
+    found = heart(tmp_path / "run", drop=drops).result.seen
+    assert (found.site, found.other, found.round) == ("hungary", "switzerland", 2)
+    assert found.protection == "layered"
+    assert found.contributors == 4  # who leaves at unmask is in the sum all the same
 
 
 def test_a_resumed_run_keeps_what_its_first_round_showed(tmp_path):
     def stop(row):
-        if row["round"] == 2:
+        if row.round == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         heart(tmp_path / "run", on_round=stop)
-    assert api.resume(tmp_path / "run").result["seen"]["round"] == 1
+    assert api.resume(tmp_path / "run").result.seen.round == 1
     assert "What anyone could read of cleveland" in (tmp_path / "run" / "report.html").read_text()
     assert "What anyone could read of cleveland" in (tmp_path / "run" / "report.md").read_text()
 
@@ -538,5 +539,5 @@ def test_a_run_of_one_site_has_nobody_who_looks_on(tmp_path):
         "one", lambda rows: rows, lambda: torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy
     )
     found = fedcore.simulate(task, sites, rounds=1, protection="plain", out=tmp_path / "run")
-    assert found.result["seen"] is None
+    assert found.result.seen is None
     assert "What anyone could read" not in (tmp_path / "run" / "report.html").read_text()

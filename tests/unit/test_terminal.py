@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
-from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
+from support.results import result_of, stored
 
 from fedcore.report import terminal
-from fedcore.report.sentences import Json
+from fedcore.results import ListedRun, Result, RoundRow
 
-FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["heart", "heart_warned", "heart_compare"]
 
 
-def load(name: str) -> Json:
-    result: Json = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+def load(name: str) -> Result:
+    return result_of(stored(name))
 
 
-def info_of(result: Json) -> Json:
-    keys = ("task", "sites", "rows", "protection", "run", "label")
-    return {**{key: result[key] for key in keys}, "model": result["model"]["summary"]}
+def header_of(result: Result, task: str | None = None) -> RenderableType:
+    return terminal.header(
+        task or result.task,
+        sites=len(result.sites),
+        rows=result.rows.train + result.rows.test,
+        model=result.model.summary,
+        protection=result.protection,
+        run=result.origin.run,
+        label=result.label,
+    )
 
 
 def test_the_header_is_one_line_and_the_first_two_of_the_label():
-    lines = terminal.as_text(terminal.header(info_of(load("heart")))).splitlines()
+    lines = terminal.as_text(header_of(load("heart"))).splitlines()
     assert lines[0] == (
         "heart: 4 sites, 920 rows, Linear 30 -> 1, encrypted, runs/heart-encrypted-001"
     )
     rest = " ".join(lines[1:])
     assert rest.startswith("Protects against: the coordinator alone.")
     assert rest.endswith("which opens every site's update.")
-    assert "nobody" in terminal.as_text(terminal.header({"task": "t", "label": "nobody"}))
+    assert "nobody" in terminal.as_text(terminal.header("t", label="nobody"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +62,7 @@ def test_the_summary_has_everything_and_warnings_first():
         "13.9 kB per site and round (one ciphertext, 13 % used)",
         "paired bootstrap over 185 test rows, 1000 resamples",
         "report    runs/x/report.html",
-        f"model     {result['model_sha256']}",
+        f"model     {result.model_sha256}",
         "reproduce fedcore reproduce runs/heart-encrypted-001",
     ]
     places = [text.index(part) for part in wanted]
@@ -78,10 +82,10 @@ def test_a_comparison_counts_splits():
 
 
 def test_commands_paths_and_hashes_stay_on_one_line_of_a_narrow_pipe():
-    result = {**load("heart"), "reproduce": "fedcore reproduce " + "/long" * 40}
+    result = result_of(stored("heart"), reproduce="fedcore reproduce " + "/long" * 40)
     path = "/deep" * 30 + "/report.html"
     lines = terminal.as_text(terminal.summary(result, path), width=60).splitlines()
-    for whole in (result["reproduce"], path, result["model_sha256"]):
+    for whole in (result.origin.reproduce, path, result.model_sha256):
         assert any(line.endswith(whole) for line in lines)
 
 
@@ -99,11 +103,12 @@ def test_a_terminal_gets_colours_and_a_pipe_none():
     "name", ["[red]", "[/bold]", "[link=x]", "<script>", "a_b%", ":warning:", "\x1b[31m"]
 )
 def test_hostile_names_print_as_they_are(name):
-    result = copy.deepcopy(load("heart"))
-    result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
-    result["task"] = result["label"] = result["reproduce"] = result["run"] = name
-    result["warnings"] = [name]
-    result["sites"] = [name, "b", "c", "d"]
+    found = stored("heart")
+    found["per_site"] = {name: found["per_site"].pop("cleveland"), **found["per_site"]}
+    found["task"] = found["label"] = found["reproduce"] = found["run"] = name
+    found["warnings"] = [name]
+    found["sites"] = [name, "b", "c", "d"]
+    result = result_of(found)
     shown = name.replace("\x1b", "\ufffd")
     text = terminal.as_text(terminal.summary(result, name))
     assert "\x1b" not in text
@@ -113,26 +118,25 @@ def test_hostile_names_print_as_they_are(name):
         and f"report    {shown}" in text
     )
     assert any(line.startswith(f"{shown} ") for line in text.splitlines())
-    assert shown in terminal.as_text(terminal.header(info_of(result)))
-    assert shown in terminal.as_text(terminal.runs_table([{"run": name, "result": None}]))
+    assert shown in terminal.as_text(header_of(result))
+    assert shown in terminal.as_text(terminal.runs_table([ListedRun(name)]))
 
 
 def test_many_sites_leave_the_rest_to_the_report():
-    result = copy.deepcopy(load("heart"))
-    one = result["per_site"]["va"]
-    result["per_site"] = {f"site-{i}": one for i in range(40)}
-    text = terminal.as_text(terminal.summary(result))
+    found = stored("heart")
+    sites = {f"site-{i}": found["per_site"]["va"] for i in range(40)}
+    text = terminal.as_text(terminal.summary(result_of(found, per_site=sites)))
     assert (
         "site-11 " in text and "site-12" not in text and "and 28 more sites in the report" in text
     )
 
 
 def test_more_than_two_metrics_take_more_tables():
-    result = copy.deepcopy(load("heart"))
-    result["metrics"] = ["accuracy", "auc", "balanced_accuracy"]
-    for arm in result["arms"].values():
+    found = stored("heart")
+    found["metrics"] = ["accuracy", "auc", "balanced_accuracy"]
+    for arm in found["arms"].values():
         arm["balanced_accuracy"] = 0.7512
-    text = terminal.as_text(terminal.summary(result))
+    text = terminal.as_text(terminal.summary(result_of(found)))
     assert "balanced accuracy" in text and "0.751" in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
@@ -154,24 +158,21 @@ def test_more_than_two_metrics_take_more_tables():
     ],
 )  # fmt: skip
 def test_a_round_in_a_few_words(row, text):
-    assert terminal.progress(row, 4) == text
+    assert terminal.progress(RoundRow(row), 4) == text
 
 
 def test_the_list_of_runs():
-    rows = [{"run": load(name)["run"], "result": load(name)} for name in NAMES]
-    text = terminal.as_text(
-        terminal.runs_table([*rows, {"run": "runs/heart-plain-001", "result": None}])
-    )
+    runs = [ListedRun(load(name).origin.run, load(name)) for name in NAMES]
+    text = terminal.as_text(terminal.runs_table([*runs, ListedRun("runs/heart-plain-001")]))
     lines = text.splitlines()
     assert lines[2].split() == [
         "runs/heart-encrypted-001", "2026-11-21", "0", "AUC", "0.883", "0.51", "[-0.23,", "1.38]",
     ]  # fmt: skip
     assert "5 x 5" in lines[4] and "not finished" in lines[5]
     assert max(map(len, lines)) <= 80
-    errors = json.loads(json.dumps(load("heart")).replace("auc", "mse"))
-    listed = terminal.as_text(
-        terminal.runs_table([rows[0], {"run": "runs/b", "result": errors | {"metrics": ["mse"]}}])
-    ).splitlines()
+    errors = json.loads(json.dumps(stored("heart")).replace("auc", "mse"))
+    other = ListedRun("runs/b", result_of(errors, metrics=["mse"]))
+    listed = terminal.as_text(terminal.runs_table([runs[0], other])).splitlines()
     assert listed[2].endswith("0.51 [-0.23, 1.38] points")
     assert listed[3].endswith("0.00507 [-0.00235, 0.0138]")
     assert "no runs yet" in terminal.as_text(terminal.runs_table([]))
@@ -183,7 +184,7 @@ def test_a_narrow_screen_breaks_no_word_of_a_table(name, width):
     result = load(name)
     text = terminal.as_text(terminal.summary(result), width=width)
     words = set(text.split())
-    for word in (*result["sites"], "accuracy", "together", "federated,", "centralised"):
+    for word in (*result.sites, "accuracy", "together", "federated,", "centralised"):
         assert word in words, word
     # Below the warnings, and above the hash and the command, which stay whole.
     tables = text[text.index("\narm ") : text.index("\ncost ")]
@@ -191,9 +192,9 @@ def test_a_narrow_screen_breaks_no_word_of_a_table(name, width):
 
 
 def test_a_long_name_folds_and_numbers_stay():
-    result = copy.deepcopy(load("heart"))
-    result["per_site"] = {"hospital" * 20: result["per_site"]["va"]}
-    text = terminal.as_text(terminal.summary(result), width=60)
+    found = stored("heart")
+    sites = {"hospital" * 20: found["per_site"]["va"]}
+    text = terminal.as_text(terminal.summary(result_of(found, per_site=sites)), width=60)
     assert "0.693     0.740   +4.70" in text
     assert max(len(line) for line in text.splitlines() if "hospital" in line) <= 60
 
@@ -206,19 +207,19 @@ def test_a_pipe_gets_no_trailing_spaces():
 
 
 def test_many_warnings_leave_the_rest_to_the_report():
-    result = {**load("heart"), "warnings": [f"warning {i}" for i in range(9)]}
+    result = result_of(stored("heart"), warnings=[f"warning {i}" for i in range(9)])
     text = terminal.as_text(terminal.summary(result))
     assert "warning 5" in text and "warning 6" not in text
     assert "... and 3 more in the report" in text
 
 
 def test_a_run_of_fewer_arms_has_no_empty_columns():
-    result = copy.deepcopy(load("heart"))
-    for values in (result["arms"], *result["per_site"].values()):
+    found = stored("heart")
+    for values in (found["arms"], *found["per_site"].values()):
         for arm in ("centralised", "local_only", "federated_float"):
             del values[arm]
-    result["gap"] = {"total": {}, "federation": {}}
-    text = terminal.as_text(terminal.summary(result))
+    found["gap"] = {"total": {}, "federation": {}}
+    text = terminal.as_text(terminal.summary(result_of(found)))
     assert "one class" not in text and "lost" not in text and "alone" not in text
     assert "Federated AUC 0.883; no centralised arm was run to compare with." in text
     assert "cleveland     303  0.907     0.820" in text

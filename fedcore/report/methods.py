@@ -1,0 +1,276 @@
+"""How a run was made, in words: the Methods paragraph for a paper, and what a person chose for it.
+
+Invariant: a clause whose facts a result does not hold is left out rather than guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedcore.report.phrases import (
+    ARM_NAMES,
+    DASH,
+    capitalised,
+    count,
+    listed,
+    metric_name,
+    plain,
+    plural,
+)
+from fedcore.report.sentences import arms_of, how_measured, setting, splits, which_split
+from fedcore.results import ComparisonResult, Result, RunResult
+
+_RATES = ("lr", "momentum")
+
+
+def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
+    """Everything that a person chose for a run, as short facts by key; with its seed and fold or
+    without."""
+    plan, train = result.plan, result.train
+    server, rule = plan.get("server") or {}, plan.get("range") or {}
+    facts = {
+        "task": f"task {plain(result.task)}",
+        "protection": plain(result.protection),
+        "rounds": plural(result.rounds, "round"),
+        **({"threshold": f"threshold {plan['threshold']}"} if plan.get("threshold") else {}),
+        **(
+            {"drop": f"drop {listed(map(plain, result.absences.drop))}"}
+            if result.absences.drop
+            else {}
+        ),
+        **({"dropout": f"dropout {result.absences.dropout}"} if result.absences.dropout else {}),
+        "bits": f"{plan.get('bits')} bits",
+        "range": f"range {plain(rule.get('start') or 'estimated')}"
+        + (", adaptive" if rule.get("adaptive") else ""),
+        "server": f"server {plain(server.get('optimiser', DASH))}",
+        **{f"server {key}": f"server {key} {server[key]}" for key in _RATES if key in server},
+        "optimiser": f"local {plain(train.get('optimiser', DASH))}",
+        **{key: f"{key} {train[key]}" for key in _RATES if key in train},
+        "epochs": plural(int(train.get("epochs") or 0), "epoch"),
+        "batch_size": f"batch size {plain(train.get('batch_size'))}",
+        "weight_decay": f"weight decay {plain(train.get('weight_decay'))}",
+        "arms": f"arms {listed(ARM_NAMES.get(a, plain(a)) for a in arms_of(result))}",
+        "sites": plural(len(result.sites), "site"),
+    }
+    return facts | (which_split(result) if seeds else {})
+
+
+def settings_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """What all runs share, and what is each one's own: what differs in the plan and the training
+    comes first. A run without a fact that others have says nothing about it."""
+    chosen = [choices(result) for result in results]
+    differing = [
+        key
+        for key in dict.fromkeys(key for facts in chosen for key in facts)
+        if len({facts.get(key) for facts in chosen}) > 1
+    ]
+    said = [setting(result) for result in results]
+    shared = [fact for fact in said[0] if all(fact in other for other in said)]
+    own = []
+    for facts, settings in zip(chosen, said, strict=True):
+        different = [facts[key] for key in differing if key in facts]
+        rest = [fact for fact in settings if fact not in shared]
+        own.append(list(dict.fromkeys([*different, *rest])))
+    return shared, own if any(own) else [["the same plan, training and seed"] for _ in own]
+
+
+def methods(result: Result) -> str:
+    """A paragraph for a paper, from the plan and the result."""
+    parts = (_data(result), _training(result), _protection(result), _evaluation(result))
+    return " ".join(parts)
+
+
+def _data(result: Result) -> str:
+    known = {site: found.rows for site, found in result.per_site.items() if found.rows}
+    sizes = [f"{plain(s)}, n = {count(known[s])}" for s in result.sites if s in known]
+    text = f"The task {plain(result.task)} was learnt across {plural(len(result.sites), 'site')}"
+    if known:
+        text += f" holding {sum(known.values()):,} rows"
+    if sizes and len(sizes) <= 8:
+        text += f" ({'; '.join(sizes)})"
+    text += "."
+    if isinstance(result, ComparisonResult):
+        text += (
+            " Within each site, rows were split at random into stratified folds; "
+            f"all arms were repeated over {splits(result)}."
+        )
+    elif isinstance(result, RunResult) and (rows := result.rows) is not None:
+        held = f"{count(rows.train)} training and {count(rows.test)} test rows"
+        text += (
+            f" Within each site, rows were split at random into {result.folds} stratified folds, "
+            f"one of which was held out ({held}; seed {result.seed}, fold {result.fold})."
+            if result.folds
+            else f" There were {held}."
+        )
+    scale = result.statistics if isinstance(result, RunResult) else None
+    if scale is not None and scaled_by_ranges(scale):
+        text += (
+            " Numbers were scaled by the public ranges that the task declares, and a missing value became the "
+            "middle of its range."
+        )
+    elif scale:
+        text += (
+            " Missing values were imputed and features standardised with means and standard deviations over the "
+            "sites' training rows, which were computed through the same protected sum."
+        )
+    return text
+
+
+def scaled_by_ranges(statistics: Mapping[str, Any]) -> bool:
+    """Whether columns were scaled by their declared ranges alone: then no row is counted in the scale."""
+    return not any(statistics.get("sites") or [])
+
+
+def _training(result: Result) -> str:
+    model, train = result.model, result.train
+    facts = [plain(model.summary)] if model.summary else []
+    if model.coordinates:
+        facts.append(plural(model.coordinates, "coordinate"))
+    rounds = plural(result.rounds, "round")
+    described = f" ({', '.join(facts)})" if facts else ""
+    text = f"The model{described} was trained by federated averaging for {rounds}"
+    if train.get("epochs"):
+        optimiser = {"sgd": "SGD", "adam": "Adam"}.get(
+            str(train.get("optimiser")), plain(train.get("optimiser"))
+        )
+        text += f", each of {plural(int(train['epochs']), 'local epoch')} with {optimiser}"
+        details = [f"learning rate {train['lr']}"] if train.get("lr") is not None else []
+        if train.get("batch_size"):
+            details.append(f"batch size {train['batch_size']}")
+        for key, word in (("momentum", "momentum"), ("weight_decay", "weight decay")):
+            if train.get(key):
+                details.append(f"{word} {train[key]}")
+        if details:
+            text += f" ({', '.join(details)})"
+    server = result.plan.get("server") or {}
+    if server.get("optimiser") and server["optimiser"] != "fedavg":
+        names = {"fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
+        name = names.get(server["optimiser"], plain(server["optimiser"]))
+        words = {"lr": "learning rate", "momentum": "momentum"}
+        details = [f"{word} {server[key]}" for key, word in words.items() if server.get(key)]
+        text += f"; the released mean was applied by {name}"
+        text += f" ({', '.join(details)})" if details else ""
+    return text + "."
+
+
+def _protection(result: Result) -> str:
+    plan, protection = result.plan, result.protection
+    text = "Updates were weighted by their examples"
+    if plan.get("bits"):
+        text += f" and rounded stochastically to {plan['bits']}-bit integers"
+    if plan.get("fields_per_slot") and plan.get("slot_bits"):
+        fields = {1: "one", 2: "two", 3: "three"}.get(
+            plan["fields_per_slot"], plan["fields_per_slot"]
+        )
+        text += f", {fields} to a slot of {plan['slot_bits']} bits"
+    if protection == "plain":
+        text += "; their sum was not protected (simulation only)"
+    elif protection == "masked":
+        text += f", and summed under {_MASKS}"
+    elif protection in ("encrypted", "layered"):
+        text += f", put under {_MASKS}" if protection == "layered" else ""
+        text += f", and summed under {_CIPHERS.get(plan.get('cipher', 'bfv'), 'encryption')}"
+        if plan.get("degree"):
+            primes = _primes(plan.get("coeff_modulus"))
+            text += f" (ring degree {plan['degree']}{', ' + primes if primes else ''}; Microsoft SEAL through TenSEAL)"
+        text += " with a key shared by the sites and unknown to the coordinator"
+    else:
+        text += f", and summed under the protection {plain(protection)}"
+    text += "."
+    headroom = plan.get("headroom") or {}
+    if headroom.get("bound") is not None and headroom.get("limit") is not None:
+        most = (
+            f" of at most {plural(int(plan['max_sites']), 'site')}" if plan.get("max_sites") else ""
+        )
+        text += (
+            f" That a sum{most} cannot overflow was proved from the plan before the first round."
+        )
+    text += _absences(result)
+    clipped = result.sums.clipped_fraction
+    if clipped is not None:
+        text += (
+            f" Of all coordinates sent, {clipped * 100:.2g} % exceeded the range and were clipped."
+            if clipped
+            else " No coordinate exceeded the range."
+        )
+    return text
+
+
+_CIPHERS = {
+    "bfv": "BFV homomorphic encryption",
+    "keystream": "additively homomorphic AES-256 keystreams (after Castelluccia, Mykletun and Tsudik 2005)",
+}
+_MASKS = "pairwise and self masks agreed anew in every round (X25519 with ML-KEM-768; after Bonawitz et al. 2017)"
+
+
+def _absences(result: Result) -> str:
+    """The threshold, and what was simulated of sites that leave; both only where they matter."""
+    threshold, absences = result.plan.get("threshold"), result.absences.count
+    text = ""
+    if threshold and (absences or result.protection != "plain"):
+        sites = plural(len(result.sites), "site")
+        text += f" A round needed {threshold} of {sites} at every stage."
+    if absences:
+        abandoned = len(result.absences.abandoned)
+        text += f" Absences were simulated: {plural(absences, 'time')} a site left a round"
+        text += (
+            f", and {plural(abandoned, 'round')} in which too few stayed changed nothing"
+            if abandoned
+            else ""
+        )
+        text += "."
+    return text
+
+
+def _primes(modulus: Any) -> str:
+    primes = modulus if isinstance(modulus, list) else [modulus] if modulus else []
+    bits = [int(prime).bit_length() for prime in primes]
+    if not bits:
+        return ""
+    return (
+        f"one {bits[0]}-bit prime"
+        if len(bits) == 1
+        else f"primes of {listed(str(b) for b in bits)} bits"
+    )
+
+
+def _reference_rows(result: Result) -> str:
+    """How many rows the reference arms trained on: those of the survivors, or more."""
+    if not result.absences.count:
+        return " and saw as many training rows"
+    every = [ARM_NAMES[a] for a in ("centralised", "local_only") if a in result.arm_names]
+    facts = [f"{listed(every)} trained on all sites' rows in every round"] if every else []
+    if "federated_float" in result.arm_names:
+        facts.append("federated averaging in floating point on those of each round's survivors")
+    return f"; {', and '.join(facts)}"
+
+
+def _evaluation(result: Result) -> str:
+    names = listed(metric_name(m) for m in result.metrics)
+    arms = listed(
+        ARM_NAMES[a]
+        for a in ("centralised", "local_only", "federated_float")
+        if a in result.arm_names
+    )
+    text = ""
+    if arms:
+        text = f"Reference arms ({arms}) used the same seeds and splits"
+        text += _reference_rows(result) + ". "
+    verb = "were" if len(result.metrics) > 1 else "was"
+    text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
+    if method := how_measured(result):
+        errors = [result.is_error(metric) for metric in result.metrics]
+        gap, within = "centralised minus federated", "one point of it"
+        if all(errors):
+            gap, within = "federated minus centralised", "1 % of the centralised value"
+        elif any(errors):
+            gap += " (of errors federated minus centralised)"
+            within += " (of errors 1 % of the centralised value)"
+        text += f"; the gap is {gap}, with an interval by {method}"
+        text += f", read as no measurable loss only where it contains 0 and stays within {within}"
+    text += "."
+    version = result.origin.environment.get("fedcore")
+    if version:
+        text += f" Computed with Fedcore {plain(version)}."
+    return text

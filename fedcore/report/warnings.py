@@ -1,0 +1,114 @@
+"""What a run and a comparison warn of: the sentences that stand above every number of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedcore.report.phrases import metric_name
+from fedcore.results import AbandonedRound, ComparisonResult, Result, RunResult
+
+CLIPPED_WORTH_SAYING = 1e-3
+"""Clipped coordinates above this share are a warning."""
+
+_SHOWN = 5
+"""Abandoned rounds that are named; of more there is only their number."""
+
+
+def of_run(result: RunResult) -> tuple[str, ...]:
+    """The warnings of one run, its notes the last of them."""
+    found = _abandoned(result.absences.abandoned, result.rounds)
+    if (last := result.protected.abandoned) is not None:
+        found.append(
+            f"The metrics-only round was abandoned at {last.stage}: the sites do not know the final "
+            "model's metrics. The scores here are the simulation's own."
+        )
+    found.append(
+        "One seed and one split: differences of this size move with the seed. "
+        "`fedcore compare` repeats the run over seeds and folds."
+    )
+    return (*found, *_shared(result), *result.notes)
+
+
+def of_comparison(
+    result: ComparisonResult, rounds: int, notes: Sequence[str], *, own_test_rows: bool
+) -> tuple[str, ...]:
+    """The warnings of a comparison. rounds: of all its splits together. notes: those of its first split."""
+    found = [*_shared(result), *_abandoned(result.absences.abandoned, rounds), *notes]
+    if own_test_rows:
+        found.append(
+            "Every site brings its own test rows, so only the seed varies: the interval does not say "
+            "what other test rows would have shown."
+        )
+    return tuple(found)
+
+
+def notes_on_rows(result: RunResult, unknown: Mapping[str, int]) -> list[str]:
+    """What the sites' rows give reason to say. unknown: {column: values that were not declared}."""
+    found = []
+    if "auc" in result.metrics:
+        single = (name for name, s in result.per_site.items() if len(s.class_counts or {}) == 1)
+        found += _of_sites(single, "rows of one class only, so no AUC of {} own")
+    empty = (name for name, site in result.per_site.items() if not site.test_rows)
+    found += _of_sites(empty, "no test rows, so no score of {} own")
+    for column, count in unknown.items():
+        found.append(f"{count} values of column {column} were not declared and count as `other`.")
+    scale = result.statistics or {"names": (), "clipped": ()}
+    for name, count in zip(scale["names"], scale["clipped"], strict=True):
+        if count:
+            found.append(f"{count} values of {name} lie outside its public range.")
+    for metric, count in (result.protected.clipped or {}).items():
+        if count:
+            found.append(
+                f"{count} rows' errors were clipped in the protected sums of {metric_name(metric)}, so "
+                "its protected value is too small."
+            )
+    return found
+
+
+def _shared(result: Result) -> list[str]:
+    """What a run and a comparison warn of alike."""
+    found = []
+    for metric, gap in result.gap.get("total", {}).items():
+        if (
+            gap.mean is not None
+            and gap.ends is not None
+            and gap.ends[1] - gap.ends[0] > abs(gap.mean)
+        ):
+            found.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
+    clipped = result.sums.clipped_fraction or 0.0
+    if clipped > CLIPPED_WORTH_SAYING:
+        found.append(
+            f"{100 * clipped:.2f} % of the coordinates were clipped to the range; "
+            "a larger protect.range loses less."
+        )
+    if result.sums.unequal_rounds:
+        found.append(
+            f"In {result.sums.unequal_rounds} rounds the opened sum was NOT the plain integer sum. "
+            "This must never happen: please report it with plan.json."
+        )
+    return found
+
+
+def _abandoned(abandoned: Sequence[AbandonedRound], rounds: int) -> list[str]:
+    """What abandoned rounds cost. rounds: all that were run."""
+    if not abandoned:
+        return []
+    verb = "was" if len(abandoned) == 1 else "were"
+    names = list(dict.fromkeys(f"{each.round} at {each.stage}" for each in abandoned))
+    more = ", ..." if len(names) > _SHOWN else ""
+    places = f"round{'s' if len(names) > 1 else ''} {', '.join(names[:_SHOWN])}{more}"
+    return [
+        f"{len(abandoned)} of {rounds} rounds {verb} abandoned for want of sites ({places}): "
+        "the model did not change in them."
+    ]
+
+
+def _of_sites(sites: Iterable[str], what: str) -> list[str]:
+    """One line however many sites it is about."""
+    names = list(sites)
+    if not names:
+        return []
+    if len(names) == 1:
+        return [f"Site {names[0]} has {what.format('its')}."]
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return [f"{len(names)} sites ({shown}) have {what.format('their')}."]
