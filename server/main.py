@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.folding import FoldPool
-from fedcore_server.jobs import House, Limits, Quota
+from fedcore_server.jobs import House, Quota
 from fedcore_server.metrics import ADDRESS, serve_metrics
 from fedcore_server.probes import Probes
 from fedcore_server.service import Coordinator, handlers, journal_path
@@ -28,6 +28,7 @@ from fedcore.identity.identities import read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.verify import check_certificate
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool

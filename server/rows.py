@@ -1,4 +1,4 @@
-"""Rows that a job keeps for people: one a round, and one a release whose metrics are public.
+"""The files of a job's rows for people: one row a round, and one a release whose metrics are public.
 
 Invariant: the journal has a row in the commit of what it tells; the file is made from there. A disk without
 room for a line costs the line, not the job: the whole file is made again with the next row that finds room,
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedcore.errors import StoreProblem
 from fedcore.files import append_row, write_atomic
-from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol.job.coordinator.facts import JobLog
 from fedcore.store.disk import refusals
 from fedcore.store.journal import Journal
 from fedcore.types import Json
@@ -21,48 +21,37 @@ from fedcore.types import Json
 LOG = logging.getLogger("fedcore.coordinator.rows")
 
 ROUNDS_FILE, METRICS_FILE = "rounds.jsonl", "metrics.jsonl"
-_PREFIXES = {ROUNDS_FILE: "row-", METRICS_FILE: "metrics-"}
 
 
 class Rows:
-    """The rows of one file. known: all of them, oldest first; the list stays the same object."""
+    """The file of one job's rows. rows: all of them; the object stays the same."""
 
-    def __init__(self, journal: Journal, job: str, directory: Path, file: str) -> None:
-        self._journal, self._job, self._path = journal, job, directory / file
-        self._prefix = _PREFIXES[file]
+    def __init__(self, path: Path, rows: JobLog) -> None:
+        self._path, self._rows = path, rows
         self._behind = False
-        self.known: list[Json] = []
 
-    def restore(self) -> None:
-        """Read what the journal has; into the file too, where it has not all of it. Raises StoreProblem."""
-        journal, job = self._journal, self._job
-        keys = [key for key in journal.keys(job) if key.startswith(self._prefix)]
-        found = [row for key in keys if (row := journal.get(job, key)) is not None]
-        self.known[:] = map(json.loads, found)
-        self._make()
+    def kept(self, journal: Journal, job: str) -> list[Json]:
+        """The rows that the journal has, oldest first. Raises StoreProblem."""
+        keys = [key for key in journal.keys(job) if key.startswith(self._rows.prefix)]
+        return [json.loads(row) for key in keys if (row := journal.get(job, key)) is not None]
 
-    def _make(self) -> None:
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.known).encode()
+    def make(self) -> None:
+        """Write the file, where it has not all rows. Raises StoreProblem."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows.known).encode()
         with refusals("rows", self._path):
             if (self._path.read_bytes() if self._path.exists() else b"") != text:
                 write_atomic(self._path, text)
         self._behind = False
 
-    def entry(self, row: Json) -> dict[str, bytes]:
-        """The next row as a value of the journal, for the commit that it belongs to."""
-        return {f"{self._prefix}{len(self.known):06}": canonical(row)}
-
-    def add(self, row: Json) -> None:
-        """Its entry is in the journal."""
-        self.known.append(row)
-
     def show(self) -> None:
-        """Write the last row into the file."""
+        """Append the last row to the file."""
         try:
             if self._behind:
-                self._make()
+                self.make()
             else:
-                append_row(self._path.parent, self.known[-1], self._path.name)
+                append_row(self._path.parent, self._rows.known[-1], self._path.name)
         except (OSError, StoreProblem) as error:
             self._behind = True
-            LOG.warning("job %s: %s not written: %s", self._job, self._path.name, error)
+            LOG.warning(
+                "job %s: %s not written: %s", self._path.parent.name, self._path.name, error
+            )

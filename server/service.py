@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from fedcore_server.jobs import WAITING, CoordinatedJob, House, Quota
+from fedcore_server.jobs import CoordinatedJob, House, Quota
 from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
@@ -47,6 +47,7 @@ from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import canonical, refuse_plain
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import WAITING
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.spool import IncomingUpload, Stored
@@ -163,7 +164,7 @@ class Coordinator:
 
     def _adopt(self, found: CoordinatedJob) -> None:
         found.on_change = self.changed
-        found.evicted = self.evicted
+        found.facts.evicted = self.evicted
         for site in self.evicted & found.sites.keys():
             found.sites[SiteId(site)].unable = EVICTED
         self.jobs[found.id] = found
@@ -278,7 +279,7 @@ class Coordinator:
         else:
             of = tuple(self.house.pins)
             out = {n for n, view in found.sites.items() if view.unable or view.missed} | set(names)
-            least = max(least, found.threshold)
+            least = max(least, found.facts.threshold)
         there = len(of) - len(out & set(of))
         return {
             "for": {name: self._seen(found, name) for name in names}, "of": len(of),
@@ -720,7 +721,7 @@ class Coordinator:
         self.evicted = evicted
         name = SiteId(asked.site)
         for found in self.jobs.values():
-            view, found.evicted = found.sites[name], evicted
+            view, found.facts.evicted = found.sites[name], evicted
             if asked.undo and view.unable == EVICTED:
                 view.unable = ""
             elif not asked.undo and found.outcome is None:

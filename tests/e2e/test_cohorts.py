@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from fedcore_clients.bench import Drawn
 from fedcore_clients.training import Loaded
-from fedcore_server.jobs import Limits
 from town import SITES, scene
 
 from fedcore.learning.data.statistics import site_sums
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.round import coordinator
 
 COLUMNS = (("age", 0.0, 100.0), ("chol", 0.0, 600.0))

@@ -12,11 +12,11 @@ import fedcore_clients.jobs
 import fedcore_server.jobs
 import pytest
 from fedcore_clients.training import TrainingFailed
-from fedcore_server.jobs import Limits
 from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
 from fedcore.errors import TagRefused
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.round import site as site_machine
 
 
@@ -152,7 +152,7 @@ def test_a_site_that_comes_late_catches_up_and_takes_part(tmp_path, pool):
         for name in ("a", "b", "c"):
             found.start(name)
         await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
-        found.hub.house = replace(found.hub.house, limits=PATIENT)  # from now on it is waited for
+        found.hub.facts.limits = PATIENT  # from now on it is waited for
         found.start("d")
         await found.run()
         rows = found.rounds()
@@ -306,10 +306,10 @@ def test_nothing_is_spooled_for_a_job_that_is_over(tmp_path, pool):
         found.start_hub()
         await found.run(until=lambda: found.hub.certificate is not None)
         hub, header = found.hub, found.hub.certificate.header.digest
-        hub._asked_checkpoint = "a"
+        hub.machine.catch_up.asked = "a"
         assert hub.expects("a", header, 100)
         await found.run()
-        header, hub._asked_checkpoint = hub.certificate.header.digest, "a"
+        header, hub.machine.catch_up.asked = hub.certificate.header.digest, "a"
         assert not hub.expects("a", header, 100)
 
     scene(tmp_path, pool, play)
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
             found.start(name)
         found.start_hub()
         await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
-        found.hub.house = replace(found.hub.house, limits=PATIENT)
+        found.hub.facts.limits = PATIENT
         asked, another = [], asyncio.Event()
 
         def slowly(name, upload):
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
                 await upload(*about)
                 if sealed:  # it is there; now the coordinator turns to another one
                     asked.append(name)
-                    found.hub._asked_at = -1e9
+                    found.hub.machine.catch_up.asked_at = -1e9
                     await another.wait()
 
             return uploaded

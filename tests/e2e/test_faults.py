@@ -6,7 +6,6 @@ a person or the kernel would make it.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import signal
@@ -20,6 +19,8 @@ from deployment import deployment, small_task
 from fedcore_server.folding import FoldPool, JobFold
 from town import PATIENT, SITES, UNHURRIED, scene
 
+from fedcore.runtime.mailbox import Mailbox
+from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.round import coordinator
 
 
@@ -44,7 +45,7 @@ def ended(found):
 def lose_uploads(monkeypatch, times):
     """Before a sum is made, the upload of site a is removed from the disk, so many times."""
     left = [times]
-    real = fedcore_server.jobs.CoordinatedJob._remove_masks
+    real = fedcore_server.jobs.CoordinatedJob._make_sum
 
     async def removed(self, asked):
         if left[0]:
@@ -52,9 +53,9 @@ def lose_uploads(monkeypatch, times):
             self.house.spool.complete(self.id, asked.header.digest)["a"].unlink()
             for shard in self._fold._shards:  # its worker cannot have it in memory either
                 shard.life = -1
-        await real(self, asked)
+        return await real(self, asked)
 
-    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_remove_masks", removed)
+    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_make_sum", removed)
 
 
 def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypatch):
@@ -143,20 +144,25 @@ def test_any_other_fault_while_summing_fails_the_job(tmp_path, pool, monkeypatch
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
 
+class Ignored(events.TimePassed):
+    """In place of a fault."""
+
+    def __init__(self, fault):
+        pass
+
+
 def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monkeypatch):
     """The attack: without the report of background faults the job stays in Summing."""
     broken_total(monkeypatch, KeyError("a"), 1)
 
-    def unreported(self, work):
-        self._beside.add(asyncio.get_running_loop().create_task(work))
-
-    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_aside", unreported)
+    background = Mailbox.background
+    monkeypatch.setattr(Mailbox, "background", lambda box, work, _: background(box, work, Ignored))
 
     async def play(found):
         hub = begin(found)
         await found.run(until=lambda: isinstance(hub.stage, coordinator.Summing))
         ticks = []
-        monkeypatch.setattr(hub, "_check_sum_deadline", ticks.append)
+        monkeypatch.setattr(hub.machine.rounds, "overdue_sum", lambda at: ticks.append(at) or [])
         await found.run(until=lambda: len(ticks) > 2)
         assert isinstance(hub.stage, coordinator.Summing)
         assert hub.outcome is None
@@ -268,7 +274,7 @@ def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
         if self.party.id == "a" and not failed:
             failed.append(asked)
             raise RuntimeError(f"a fault in {where}")
-        await real(self, asked)
+        return await real(self, asked)
 
     monkeypatch.setattr(fedcore_clients.jobs.SiteJob, where, work)
 
@@ -331,15 +337,15 @@ def test_the_queue_goes_on_after_a_job_whose_uploads_are_lost(tmp_path):
     """Real processes (5 to 15 s): the first job's spool files vanish, the second runs to its end."""
     patch = """
         from fedcore_server import jobs
-        real, first = jobs.CoordinatedJob._remove_masks, []
+        real, first = jobs.CoordinatedJob._make_sum, []
         jobs._small_file = lambda what, stored: {}
         async def removed(self, asked):
             first.append(self.id)
             if self.id == first[0]:
                 for path in self.house.spool.complete(self.id, asked.header.digest).values():
                     path.unlink()
-            await real(self, asked)
-        jobs.CoordinatedJob._remove_masks = removed
+            return await real(self, asked)
+        jobs.CoordinatedJob._make_sum = removed
     """
     with deployment(tmp_path, small_task(tmp_path), patches={COORDINATOR: patch}) as fed:
         fed.connected()

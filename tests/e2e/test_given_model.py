@@ -14,7 +14,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.jobs import SiteJob
 from fedcore_clients.model import export_model
 from fedcore_clients.training import TrainingFailed
-from fedcore_server import handover
+from fedcore_server import jobs
 from fedcore_server.operators import write_report
 from safetensors.torch import load_file
 from test_patients import RECORDER
@@ -26,6 +26,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 
 # ---------------------------------------------------------------------------- real processes
@@ -129,7 +130,7 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
 
 
 def given(found):
-    path = found.folder / HUB / "jobs" / "job" / handover.MODEL_FILE
+    path = found.folder / HUB / "jobs" / "job" / jobs.MODEL_FILE
     return path.read_bytes() if path.exists() else None
 
 
@@ -155,25 +156,24 @@ def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
 @pytest.mark.parametrize("who", [HUB, "a", "b"])
 def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, caplog, after, who):
     moments = []
-    take, keep = handover.HandOver.take, handover.HandOver.keep
-    asking = handover.HandOver.asking
+    take, ask, write = ModelHandover.take, ModelHandover.ask, jobs.write_atomic
 
     def asked(self, *rest):
-        for name, wanted in asking(self, *rest):
-            moments.append("asked")
-            yield name, wanted
+        found = ask(self, *rest)
+        moments.extend("asked" for _ in found)
+        return found
 
     def said(self, *rest):
         moments.append("said")
         return take(self, *rest)
 
-    def kept(self, *rest):
-        done = keep(self, *rest)
+    def kept(*about):
+        write(*about)
         moments.append("uploaded")
-        return done
 
-    for name, stands_in in (("asking", asked), ("take", said), ("keep", kept)):
-        monkeypatch.setattr(handover.HandOver, name, stands_in)
+    monkeypatch.setattr(ModelHandover, "ask", asked)
+    monkeypatch.setattr(ModelHandover, "take", said)
+    monkeypatch.setattr(jobs, "write_atomic", kept)
 
     async def play(found):
         start = giving(found)
@@ -233,7 +233,7 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
         found.start("d")
         await found.run()
         assert "expected 'sites' by policy.release of site.toml" in caplog.text
-        assert "d" not in found.hub._handing._said
+        assert "d" not in found.hub.machine.model.said
         assert "d" not in found.rounds()[-1]["survivors"]
         await check_given(found)
 
@@ -241,15 +241,15 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
 
 
 def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatch):
-    full, keep = [], handover.HandOver.keep
+    full, write = [], jobs.write_atomic
 
-    def no_room(self, *rest):
+    def no_room(path, pieces):
         if not full:
             full.append(True)
             raise StoreFull("model: found no room")
-        return keep(self, *rest)
+        write(path, pieces)
 
-    monkeypatch.setattr(handover.HandOver, "keep", no_room)
+    monkeypatch.setattr(jobs, "write_atomic", no_room)
 
     async def play(found):
         giving(found)

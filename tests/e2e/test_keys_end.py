@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fedcore_server.jobs import CoordinatedJob
 from town import AWAY, HUB, SITES, scene
 
+from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
 from fedcore.store.journal import Journal
 
 
@@ -22,7 +22,7 @@ def send_away(found, how):
     """What the coordinator's service does: no session for d from now on, and the job is told."""
     found.mute.add("d")
     if how == "evicted":
-        found.hub.evicted = {"d"}
+        found.hub.facts.evicted = {"d"}
         found.hub.sites["d"].unable = "evicted"
     else:
         found.hub.withdrawn("d")
@@ -34,7 +34,7 @@ def test_a_site_that_was_sent_away_does_not_have_the_next_keys(
     tmp_path, pool, monkeypatch, how, rule
 ):
     if rule == "off":
-        monkeypatch.setattr(CoordinatedJob, "_key_is_spent", lambda _: False)
+        monkeypatch.setattr(EpochDriver, "spent", lambda _: False)
 
     async def play(found):
         await begin(found)

@@ -17,7 +17,6 @@ import grpc
 import pytest
 from deployment import HUB, SMALL, deployment, small_task
 from fedcore_clients.bench import ROWS
-from fedcore_server.jobs import Limits
 from fedcore_server.operators import write_report
 from test_patients import RECORDER
 from town import SITES, HubLinks, SiteLink, scene
@@ -25,6 +24,7 @@ from town import SITES, HubLinks, SiteLink, scene
 from fedcore import simulate
 from fedcore.errors import StoreFull
 from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job_messages import JobOffer, PublicMetrics
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.round import coordinator
@@ -277,15 +277,15 @@ def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, p
     async def play(found):
         start = public(found)
         found.start_hub()
-        full, round_over = [], found.hub._round_over
+        full, discard = [], found.hub.house.spool.discard
 
-        def no_room():
+        def no_room(*about):
             if isinstance(found.hub.stage, coordinator.Released) and not full:
                 full.append(True)
-                raise StoreFull("journal: found no room")
-            round_over()
+                raise StoreFull("spool: found no room")
+            discard(*about)
 
-        found.hub._round_over = no_room
+        found.hub.house.spool.discard = no_room
         for name in SITES:
             start(name)
         await found.run(until=lambda: found.hub.outcome is not None, seconds=60)

@@ -37,12 +37,12 @@ GROWTH = 160 * MIB
 BUSY = """
 import asyncio, pathlib
 from fedcore_server.jobs import CoordinatedJob
-busy, handle = pathlib.Path({path!r}), CoordinatedJob._handle
+busy, handle = pathlib.Path({path!r}), CoordinatedJob.handle
 async def when_free(self, event):
     while busy.exists():
         await asyncio.sleep(0.02)
     await handle(self, event)
-CoordinatedJob._handle = when_free
+CoordinatedJob.handle = when_free
 """
 """A job that handles nothing while a file is there."""
 

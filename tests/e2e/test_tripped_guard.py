@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 from fedcore_clients.training import Training, TrainingFailed
-from fedcore_server.jobs import Limits
 from test_training_process import COMPLETE, SOURCE, SPLIT, STATISTICS, TASK
 from town import SITES, scene
 
@@ -19,6 +18,7 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.protocol import job_messages, messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 CAUSE = "the loss on its own training rows exceeded 1.5 times the best so far for 2 rounds in a row"

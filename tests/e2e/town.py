@@ -25,7 +25,7 @@ import numpy as np
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_clients.ledger import Ledger, read_ledger
-from fedcore_server.jobs import CoordinatedJob, House, Limits
+from fedcore_server.jobs import CoordinatedJob, House
 from policies import policy_of
 
 from fedcore.config import build_job, plan_of
@@ -36,6 +36,7 @@ from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import MASKS, canonical
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.round import site as site_machine
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import decode, encode

@@ -139,68 +139,71 @@ def install(folder):
     from fedcore.learning.state import JobState
     from fedcore.secagg.crypto.entropy import OsEntropy
     from fedcore.secagg.protocol import job_messages, messages
+    from fedcore.secagg.protocol.effects import Send
+    from fedcore.secagg.protocol.job import effects
+    from fedcore.secagg.protocol.job.coordinator import events
+    from fedcore.secagg.protocol.job.coordinator.facts import Moment
+    from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
     from fedcore.secagg.protocol.round import coordinator
     from fedcore.secagg.protocol.schedule import PlannedRound
+    from fedcore.secagg.scheme import Scheme, vector_of
     from fedcore.wire import calls
 
     folder = Path(folder)
     switches(folder, [SETTINGS])  # its plan is the one that its sites find
 
-    class HostileJob(jobs.CoordinatedJob):
-        def __init__(self, house, links, offer):
+    class HostileMachine(JobMachine):
+        """What it decides."""
+
+        def __init__(self, federation, offer, pins, limits):
             path = folder / ATTACK
             self.attack = Attack(**json.loads(path.read_text())) if path.exists() else Attack()
             if self.attack.gather is not None:
-                house = replace(house, limits=replace(house.limits, gather=self.attack.gather))
-            super().__init__(house, Offers(self, links), offer)
-            self.begun = 0
-            self.forged, self.late, self.stated = None, asyncio.Event(), []
+                limits = replace(limits, gather=self.attack.gather)
+            super().__init__(federation, offer, pins, limits)
+            self.begun, self.forged = 0, False
 
         # what it hears before there is a plan
 
-        async def _on_message(self, name, message):
+        def on_message(self, name, message):
             if isinstance(message, job_messages.SiteSurvey | job_messages.SiteUnavailable):
                 said = getattr(message, "reason", "able")
-                add_row(folder, ANSWERS, {"job": self.id, "site": name, "said": said})
-            agreed = isinstance(message, job_messages.PlanAgreed) and self.plan is not None
+                add_row(folder, ANSWERS, {"job": self.facts.id, "site": name, "said": said})
+            agreed = isinstance(message, job_messages.PlanAgreed) and self.facts.plan is not None
             if agreed and name in self.attack.offers:  # to its own plan
-                message = replace(message, plan_digest=self.plan.digest)
-            if self.forged is not None and isinstance(message, messages.Statement):
-                await self.hear_all(name, message)
-                return
-            await super()._on_message(name, message)
+                message = replace(message, plan_digest=self.facts.plan.digest)
+            super().on_message(name, message)
 
-        def _make_plan(self):
+        def make_plan(self):
             if not self.attack.survey:
-                super()._make_plan()
-            elif all(view.shape or view.unable for view in self.sites.values()):
+                super().make_plan()
+            elif all(view.shape or view.unable for view in self.facts.sites.values()):
                 self.end("stopped", "it has what it wanted")
 
         # whom it invites, to what
 
-        def _gathered(self, present, wanted):
+        def gathered(self, present):
             if not self.attack.cohort:
-                return super()._gathered(present, wanted)
+                return super().gathered(present)
             return set(self.attack.cohort) <= set(present)
 
-        def _begin_round(self, step, roster):
+        def begin_round(self, step, roster):
             roster = tuple(n for n in roster if n in (self.attack.cohort or roster))
             self.begun, self.again = self.begun + 1, step
-            super()._begin_round(step, roster)
+            super().begin_round(step, roster)
 
-        def _next_round(self):
+        def next_round(self):
             if 0 < self.attack.stop_after <= self.begun:
                 self.end("stopped", "it has what it wanted")
                 return
-            if self.keeps and isinstance(self.stage, coordinator.Failed):
-                self.step = self.again  # the product goes on to the next round of training
-            super()._next_round()
+            if self.keeps and isinstance(self.facts.stage, coordinator.Failed):
+                self.facts.step = self.again  # the product goes on to the next round of training
+            super().next_round()
 
-        def _machine(self, event, **more):
+        def round_step(self, event):
             if isinstance(event, coordinator.Start):
                 event = replace(event, header=replace(event.header, **self.attack.header))
-                self.offer_forged(event.header)
-            super()._machine(event, **more)
+            super().round_step(event)
 
         # whose vector is in the sum
 
@@ -210,12 +213,12 @@ def install(folder):
             rounds = self.attack.leave_out
             return rounds[self.begun - 1] if 0 < self.begun <= len(rounds) else None
 
-        async def _take_upload(self, name):
-            if name == self.left_out:
-                if isinstance(self.stage, coordinator.Collecting) and name not in self.stage.gone:
-                    self._machine(coordinator.Gone(name))
-                return
-            await super()._take_upload(name)
+        def take_upload(self, name):
+            stage = self.facts.stage
+            if name != self.left_out:
+                super().take_upload(name)
+            elif isinstance(stage, coordinator.Collecting) and name not in stage.gone:
+                self.round_step(coordinator.Gone(name))
 
         # what becomes of the sum
 
@@ -224,33 +227,60 @@ def install(folder):
             """Whether this round ends without a release."""
             return self.attack.abandon and self.left_out is not None
 
-        async def _handle(self, event):
-            ready = isinstance(event, jobs._Done) and isinstance(event.event, coordinator.SumReady)
-            if ready and isinstance(self.stage, coordinator.Summing):
-                self.write_down()
-                if self.keeps:
-                    self.give_up()
-                    return
-            await super()._handle(event)
+        def give_up(self, at: Moment):
+            """No site hears of the sum; the machine would rather release it, or end the job."""
+            self._at, self._out = at, []
+            header = self.facts.stage.header
+            self.facts.stage = coordinator.Failed(header, "release", 0, ())
+            over = messages.Abandon(header.digest, "release")
+            self.close_round([Send(name, over) for name in header.roster])
+            return self._out
 
-        def give_up(self):
-            """Nobody hears of the sum; the machine would rather release it, or end the job."""
-            header = self.stage.header
-            self.stage = coordinator.Failed(header, "release", 0, ())
-            for name in header.roster:
-                self.links.say(name, self.id, messages.Abandon(header.digest, "release"))
-            self._commit(ended=True)
+        def close_round(self, found):
+            super().close_round(found)
+            if self.forged and isinstance(self.facts.stage, coordinator.Released):
+                self.end("stopped", "it has what it wanted")
+
+    class HostileJob(jobs.CoordinatedJob):
+        """What it does with what it has."""
+
+        def __init__(self, house, links, offer):
+            super().__init__(house, Offers(self, links), offer)
+            self.forged, self.late, self.stated = None, asyncio.Event(), []
+
+        @property
+        def attack(self):
+            return self.machine.attack
+
+        async def handle(self, event):
+            stated = isinstance(getattr(event, "message", None), messages.Statement)
+            if stated and self.forged is not None:
+                await self.hear_all(event)
+                return
+            if isinstance(event, events.SumMade) and isinstance(self.stage, coordinator.Summing):
+                self.write_down()
+                if self.machine.keeps:
+                    self._obey_all(self.machine.give_up(self._moment()))
+                    return
+            await super().handle(event)
+
+        def _obey(self, effect):
+            super()._obey(effect)
+            if isinstance(effect, effects.OpenFold):
+                self.offer_forged(effect.header)
 
         def write_down(self):
             """The sum, if it can be opened here."""
             from fedcore.secagg.crypto.masked import MaskedSealer
+            from fedcore.secagg.encode.pack import Layout
             from fedcore.store import container
 
-            header = self.stage.header
+            header, plan = self.stage.header, self.plan
             chunks = list(container.read(self._sum.path))
-            layout = self._layout(header)
-            if self.plan.protection == "masked":
-                sealer = MaskedSealer(self.plan.packing)
+            spec = vector_of(plan, self.facts.features, header.purpose)
+            layout = Layout(spec, plan.packing, len(plan.sites))
+            if plan.protection == "masked":
+                sealer = MaskedSealer(plan.packing)
             elif self.attack.key:
                 sealer = self.colluders().sealer
             else:
@@ -268,9 +298,8 @@ def install(folder):
 
         def colluders(self):
             """What a colluding site has of this key epoch."""
-            return self._scheme.open_payload(
-                Path(self.attack.key, f"key-{self.id}").read_bytes(), "x"
-            )
+            payload = Path(self.attack.key, f"key-{self.id}").read_bytes()
+            return Scheme(self.plan).open_payload(payload, "x")
 
         # a state that nothing proves
 
@@ -292,27 +321,22 @@ def install(folder):
             for name in header.roster:
                 self.links.say(name, self.id, offer)
 
-        async def hear_all(self, name, statement):
+        async def hear_all(self, event):
             """Keep the statements back until every site has the forged checkpoint."""
-            self.stated.append((name, statement))
+            self.stated.append(event)
             roster = self.stage.header.roster
             if len(self.stated) < len(roster):
                 return
             self.late.set()
+            self.machine.forged = True
             while self.not_yet(roster):  # noqa: ASYNC110 - other processes say so, in a file
                 await asyncio.sleep(0.02)
-            for each, stated in self.stated:
-                await super()._on_message(each, stated)
+            for each in self.stated:
+                await super().handle(each)
 
         def not_yet(self, roster):
             """Whether some site is still at the forged checkpoint."""
             return not set(roster) <= {row["site"] for row in rows_of(folder, CAUGHT, self.id)}
-
-        def _round_over(self):
-            released = isinstance(self.stage, coordinator.Released)
-            super()._round_over()
-            if released and self.late.is_set():
-                self.end("stopped", "it has what it wanted")
 
         def download(self, what, digest):
             if self.forged is not None and self.forged.digest == digest:
@@ -330,5 +354,6 @@ def install(folder):
             async for part in super().download(data, context):
                 yield part
 
+    jobs.JobMachine = HostileMachine
     jobs.CoordinatedJob = service.CoordinatedJob = HostileJob
     main.Coordinator = HostileCoordinator

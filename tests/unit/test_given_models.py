@@ -10,10 +10,10 @@ import pytest
 from fedcore_clients.config import read_config
 from fedcore_clients.policy import PolicySection
 from fedcore_server import service
-from fedcore_server.handover import ASKED_AGAIN, MODEL_FILE, HandOver
-from fedcore_server.jobs import Quota
+from fedcore_server.jobs import MODEL_FILE, Quota
 from fedcore_server.operators import prepare
 from pydantic import ValidationError
+from support.job_parts import LIMITS, at, facts_of, sent
 from test_public_metrics import (
     SITES,
     certificate,
@@ -26,12 +26,21 @@ from test_public_metrics import (
 
 import fedcore
 from fedcore.config import build_job, narrowest_policy, plan_of
-from fedcore.errors import BadInput, Conflicting, HeaderRefused, OutOfOrder, PlanRefused
+from fedcore.errors import (
+    BadInput,
+    Conflicting,
+    HeaderRefused,
+    OutOfOrder,
+    PeerRefused,
+    PlanRefused,
+)
 from fedcore.learning import saved
 from fedcore.local_deployment import SiteTask, to_toml, write
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.handover import ASKED_AGAIN, ModelHandover
+from fedcore.secagg.protocol.job.effects import DiscardUploads, KeepModel
 
 GIVES = plan_for(release="coordinator")
 LAST = certificate(purpose="metrics", training_round=GIVES.rounds + 1)
@@ -141,104 +150,112 @@ def test_site_toml_says_who_gets_a_model(tmp_path):
 # -------------------------------------------------------------------------- at the coordinator
 
 
-def hand_over(folder, plan=GIVES):
-    return HandOver(plan, "job", folder, patience=10.0)
+def hand_over(plan=GIVES, certificate=LAST):
+    return ModelHandover(facts_of(plan, certificate=certificate))
 
 
 def word(site, digest=b"d" * 32, of=LAST):
     return job_messages.ModelMade("job", site, of.hash, digest)
 
 
-def asked(found, sites=SITES, now=0.0, of=LAST):
-    return [(name, wanted.digest) for name, wanted in found.asking(of, sites, now)]
+def asked(found, sites=SITES, now=0.0):
+    return [(name, wanted.digest) for name, wanted in sent(found.ask(sites, now))]
 
 
-def test_everybody_is_asked_until_enough_say_the_same_then_one_of_these(tmp_path):
-    found = hand_over(tmp_path)
+def test_everybody_is_asked_until_enough_say_the_same_then_one_of_these():
+    found, upload = hand_over(), job_messages.model_upload(LAST.hash)
     assert asked(found) == [(name, b"") for name in SITES]
     assert asked(found, now=ASKED_AGAIN / 2) == []
-    found.take("a", word("a"), LAST)
-    found.take("b", word("b", b"x" * 32), LAST)
-    found.take("c", word("c"), LAST)
+    found.take("a", word("a"))
+    found.take("b", word("b", b"x" * 32))
+    found.take("c", word("c"))
     assert asked(found, now=ASKED_AGAIN) == [("d", b"")], "two of the same are not three"
-    assert not any(found.may_come_from(name) for name in SITES)
-    found.take("d", word("d"), LAST)
-    assert asked(found, now=6.0) == [("a", b"d" * 32)] and found.may_come_from("a")
+    assert not any(found.expects(name, upload) for name in SITES)
+    found.take("d", word("d"))
+    assert asked(found, now=6.0) == [("a", b"d" * 32)] and found.expects("a", upload)
+    assert not found.expects("a", b"r" * 32), "another round's"
     assert asked(found, now=6.1) == []
     assert asked(found, now=16.0) == [("c", b"d" * 32)], "another one after a while"
     assert asked(found, now=26.0) == [("d", b"d" * 32)]
     assert asked(found, now=36.0) == [("a", b"d" * 32)]
     assert asked(found, sites=("b", "c"), now=37.0) == [("c", b"d" * 32)], "the one asked is away"
-    assert not found.may_come_from("b"), "the one that says something else"
+    assert not found.expects("b", upload), "the one that says something else"
 
 
-def test_a_new_session_is_asked_at_once(tmp_path):
-    found = hand_over(tmp_path)
+def test_a_new_session_is_asked_at_once():
+    found = hand_over()
     asked(found)
-    found.came("b")
+    found.connected("b")
     assert asked(found, now=0.1) == [("b", b"")]
     for name in SITES:
-        found.take(name, word(name), LAST)
+        found.take(name, word(name))
     assert asked(found, now=0.2) == [("a", b"d" * 32)]
-    found.came("a")
+    found.connected("a")
     assert asked(found, now=0.3) == [("b", b"d" * 32)]
-    found.lost()
+    assert found.upload(job_messages.model_upload(LAST.hash), b"x" * 32), (
+        "not kept: it is asked for again"
+    )
     assert asked(found, now=0.4) == [("c", b"d" * 32)]
 
 
-def test_what_no_honest_site_says_is_refused(tmp_path):
-    found = hand_over(tmp_path)
+def test_what_no_honest_site_says_is_refused():
+    found = hand_over()
     with pytest.raises(HeaderRefused, match=r"nobody asked for.*fault: a"):
-        found.take("a", word("a"), LAST)
+        found.take("a", word("a"))
     asked(found)
     with pytest.raises(OutOfOrder):
-        found.take("a", word("a", of=certificate(number=1)), LAST)
-    with pytest.raises(OutOfOrder):
-        found.take("a", word("a"), None)
-    assert found.take("a", word("a"), LAST) == found.take("a", word("a"), LAST) == ""
+        found.take("a", word("a", of=certificate(number=1)))
+    assert found.take("a", word("a")) == found.take("a", word("a")) == []
     with pytest.raises(Conflicting, match="fault: a"):
-        found.take("a", word("a", b"x" * 32), LAST)
-    assert "sites differ over the model (a - b)" in found.take("b", word("b", b"x" * 32), LAST)
+        found.take("a", word("a", b"x" * 32))
+    (warning,) = found.take("b", word("b", b"x" * 32))
+    assert "sites differ over the model (a - b)" in warning.text
+    quiet = hand_over(plan_for())
+    with pytest.raises(PeerRefused, match="the plan gives none"):
+        quiet.take("a", word("a"))
 
 
-def test_why_no_model_can_come(tmp_path):
-    found = hand_over(tmp_path)
+def test_why_no_model_can_come():
     early = certificate(purpose="update", training_round=GIVES.rounds - 1)
     for none in (None, early, certificate(purpose="metrics", training_round=GIVES.rounds)):
-        assert found.lacking(none, SITES) == "the last round was abandoned"
-    assert found.lacking(certificate(training_round=GIVES.rounds), SITES) == ""
-    assert found.lacking(LAST, SITES[:3]) == ""
-    assert "(0, and 3 are needed)" in found.lacking(LAST, SITES[:2])
+        found = hand_over(certificate=none)
+        assert found.lacking(SITES) == "the last round was abandoned"
+        assert found.awaited(0.0, at()) == (False, [])
+    assert hand_over(certificate=certificate(training_round=GIVES.rounds)).lacking(SITES) == ""
+    found = hand_over()
+    assert found.lacking(SITES[:3]) == ""
+    assert "(0, and 3 are needed)" in found.lacking(SITES[:2])
     asked(found)
-    found.take("a", word("a"), LAST)
-    found.take("b", word("b", b"x" * 32), LAST)
-    assert found.lacking(LAST, SITES) == "", "c and d may still say what a says"
-    found.take("c", word("c", b"y" * 32), LAST)
-    assert "(1, and 3 are needed)" in found.lacking(LAST, SITES)
+    found.take("a", word("a"))
+    found.take("b", word("b", b"x" * 32))
+    assert found.lacking(SITES) == "", "c and d may still say what a says"
+    found.take("c", word("c", b"y" * 32))
+    assert "(1, and 3 are needed)" in found.lacking(SITES)
 
 
-def test_only_the_file_that_enough_sites_name_is_kept_and_whole(tmp_path):
-    found, digest = hand_over(tmp_path), b"d" * 32
+def test_the_end_of_a_job_waits_for_the_model_as_long_as_for_a_stage():
+    found = hand_over()
+    awaited, effects = found.awaited(0.0, at())
+    assert awaited and [name for name, _ in sent(effects)] == list(SITES)
+    assert found.awaited(LIMITS.stage, at()) == (False, [])
+    assert found.awaited(LIMITS.gather - 1, at(here=("a", "b")))[0], "c may still connect"
+    assert not found.awaited(LIMITS.gather, at(here=("a", "b")))[0]
+    found.here = True
+    assert found.awaited(0.0, at(9.0)) == (False, [])
+
+
+def test_only_the_file_that_enough_sites_name_is_kept():
+    found, digest, header = hand_over(), b"d" * 32, job_messages.model_upload(LAST.hash)
     asked(found)
     for name in "ab":
-        found.take(name, word(name), LAST)
-    assert not found.keep(digest, [b"mod", b"el"], LAST) and not found.here
-    found.take("c", word("c"), LAST)
-    assert not found.keep(b"x" * 32, [b"other"], LAST)
-
-    def broken():
-        yield b"mod"
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        found.keep(digest, broken(), LAST)
-    assert not found.here
-    assert found.keep(digest, [b"mod", b"el"], LAST) and found.here
-    assert (tmp_path / MODEL_FILE).read_bytes() == b"model"
-    assert not found.keep(digest, [b"again"], LAST)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [
-        MODEL_FILE
-    ]
+        found.take(name, word(name))
+    assert found.upload(header, digest) == [DiscardUploads(header)], "two are not three"
+    found.take("c", word("c"))
+    assert found.upload(header, b"x" * 32) == [DiscardUploads(header)]
+    assert found.upload(b"r" * 32, digest) is None, "a vector"
+    assert found.upload(header, digest) == [KeepModel(header, digest), DiscardUploads(header)]
+    found.here = True
+    assert found.upload(header, digest) == [DiscardUploads(header)]
 
 
 def test_both_sides_name_the_file_alike():

@@ -7,7 +7,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from fedcore_server.jobs import CoordinatedJob, House, Limits
+from fedcore_server.jobs import CoordinatedJob, House
 from fedcore_server.operators import jobs_table
 from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
 from rich.console import Console
@@ -16,6 +16,7 @@ from fedcore.config import build_job
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
@@ -44,7 +45,7 @@ def over(hub, name):
     settings = {"protection": "layered", "rounds": 20, "max_examples": 16}
     offer = job_messages.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
     found = hub.jobs[name] = CoordinatedJob(hub.house, hub, offer)
-    found.outcome = job_messages.JobEnded(name, "finished", "", "")
+    found.facts.outcome = job_messages.JobEnded(name, "finished", "", "")
     found.progress.state = "finished"
     return found
 
@@ -82,7 +83,7 @@ def test_of_more_jobs_than_have_room_the_newest_are_listed(hub):
 def test_whoever_watches_500_sites_gets_every_round_once(hub):
     found = over(hub, "t-1")
     row = {"purpose": "update", "survivors": SITES, "roster": SITES}
-    found.rounds.known = rows = [{"round": number, **row} for number in range(45)]
+    found.rounds.known[:] = rows = [{"round": number, **row} for number in range(45)]
     found.progress.waiting_for = tuple(SITES)
 
     async def play():

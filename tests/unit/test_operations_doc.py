@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.policy import PolicySection
-from fedcore_server import jobs
 from fedcore_server.config import FederationConfig, LimitsSection
 
 from fedcore import errors
+from fedcore.secagg.protocol.job.coordinator.facts import RUNNING, WAITING
+from fedcore.secagg.protocol.job.coordinator.rounds import MOST_TRIES
 from fedcore.secagg.protocol.job_messages import OUTCOMES, REASONS
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import type_name
@@ -76,7 +77,7 @@ def rows(heading):
 
 def test_the_states_of_a_job_are_those_of_the_code():
     states = {row.strip("`") for row in rows("The states of a job")}
-    assert states == {jobs.WAITING, jobs.RUNNING, *OUTCOMES}
+    assert states == {WAITING, RUNNING, *OUTCOMES}
 
 
 def test_the_stages_of_a_round_are_those_of_the_code():
@@ -89,7 +90,7 @@ def test_the_stages_of_a_round_are_those_of_the_code():
 
 
 def test_the_tries_of_a_step_are_those_of_the_code():
-    assert f"abandoned {jobs.MOST_TRIES} times in a row" in PAGE
+    assert f"abandoned {MOST_TRIES} times in a row" in PAGE
 
 
 def test_the_keys_and_defaults_are_those_of_the_code():

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fedcore_server import service
-from fedcore_server.jobs import CoordinatedJob, House, Limits, Quota
+from fedcore_server.jobs import CoordinatedJob, House, Quota
 from fedcore_server.operators import prepare
 from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import job_at_a_site, policy_of
+from support.job_parts import at
 
 import fedcore
 from fedcore.cli import main
@@ -45,6 +46,8 @@ from fedcore.secagg.plan import (
     solve_packing,
 )
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator import events
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
@@ -496,24 +499,32 @@ def coordinated(folder, plan=PUBLIC, here=()):
         def say(self, *_):
             pass
 
-    found = CoordinatedJob(
-        house, Links(), job_messages.JobOffer("job", "t", "0" * 64, canonical(settings))
-    )
-    journal.put("job", "offer", encode(found.offer))
+    offer = job_messages.JobOffer("job", "t", "0" * 64, canonical(settings))
+    journal.put("job", "offer", encode(offer))
     journal.put("job", "plan", canonical({"plan": plan.to_json(), "features": 0}))
-    found._adopt(plan, 0)
-    return found
+    return CoordinatedJob.stored(house, Links(), "job")
+
+
+def release(found, of):
+    """A round of the job ended with this certificate."""
+    found.facts.certificate = of
+    found.machine.metrics.released()
+
+
+def hear(found, name, message):
+    """The coordinator's job handles a record of this site."""
+    asyncio.run(found.handle(events.MessageReceived(name, message)))
 
 
 def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog):
     found = coordinated(tmp_path)
     first, second = certificate(), certificate(8, purpose="metrics", training_round=4)
     for each in (first, second):
-        found._hear_of(each)
+        release(found, each)
     found.house.journal.put("job", "certificate", encode(second))
     for of, values in ((second, OTHERS), (first, VALUES)):  # the later one is known first
         for name in ("a", "b", "c"):
-            asyncio.run(found._on_message(name, word(name, values, of)))
+            hear(found, name, word(name, values, of))
     gap = 0.9 - VALUES["auc"]
     reference = {"metric": "auc", "value": 0.9, "source": "us"}
     rows = [
@@ -530,15 +541,15 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
     assert again.metrics.known == rows
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for name in SITES:  # said again to the new process
-        asyncio.run(again._on_message(name, word(name, OTHERS, second)))
+        hear(again, name, word(name, OTHERS, second))
     assert again.metrics.known == rows and "WARNING" not in caplog.text
 
 
 def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
     found = coordinated(tmp_path)
-    found._hear_of(certificate())
+    release(found, certificate())
     for name, values in (("a", VALUES), ("b", OTHERS)):
-        asyncio.run(found._on_message(name, word(name, values)))
+        hear(found, name, word(name, values))
     assert "job job: public metrics of round 7: sites differ (a - b)" in caplog.text
     assert "0.99" not in caplog.text and found.metrics.known == []
     assert not (found.directory / METRICS_FILE).exists()
@@ -546,7 +557,7 @@ def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
 
 def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
     found = coordinated(tmp_path)
-    found._hear_of(certificate())
+    release(found, certificate())
     found.end("finished", "")
     for name in ("a", "b", "c"):
         found.tell(name, word(name))
@@ -555,19 +566,18 @@ def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
 
 def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
     found = coordinated(tmp_path, here=SITES)
-    assert not found._metrics_awaited(), "nothing is released"
-    found.certificate = certificate()
-    found._hear_of(found.certificate)
-    assert found._metrics_awaited()
+    assert not found.machine.metrics.may_come(at(here=SITES)), "nothing is released"
+    release(found, certificate())
+    assert found.machine.metrics.may_come(at(here=SITES))
     found.sites["c"].unable = "unable"
-    assert found._metrics_awaited()
+    assert found.machine.metrics.may_come(at(here=SITES))
     found.sites["d"].unable = "unable"
-    assert not found._metrics_awaited(), "two can never be three"
+    assert not found.machine.metrics.may_come(at(here=SITES)), "two can never be three"
     for view in found.sites.values():
         view.unable = ""
     for name in ("a", "b", "c"):
-        asyncio.run(found._on_message(name, word(name)))
-    assert not found._metrics_awaited()
+        hear(found, name, word(name))
+    assert not found.machine.metrics.may_come(at(here=SITES))
 
 
 def test_a_gap_is_undefined_where_the_metric_is():
@@ -580,7 +590,7 @@ def test_a_gap_is_undefined_where_the_metric_is():
 def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     found = coordinated(tmp_path)
     rows = [{"round": k, "number": k, "sites": 4, "metrics": VALUES} for k in range(45)]
-    found.metrics.known = rows[::-1]
+    found.metrics.known[:] = rows[::-1]
     found.end("finished", "")
 
     class Gate:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_server.config import LimitsSection
-from fedcore_server.jobs import House, Limits, Quota
+from fedcore_server.jobs import House, Quota
 from fedcore_server.operators import wire_settings
 from fedcore_server.service import Coordinator
 
@@ -17,6 +17,7 @@ from fedcore.config import build_job
 from fedcore.errors import PlanRefused
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
@@ -58,7 +59,7 @@ def submit(hub, **settings):
 
 
 def end(hub, name):
-    hub.jobs[name].outcome = job_messages.JobEnded(name, "finished", "", "")
+    hub.jobs[name].facts.outcome = job_messages.JobEnded(name, "finished", "", "")
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,11 @@ def collecting(folder):
         "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.house.pins), 3,
         "encrypted", found.plan.digest,
     )  # fmt: skip
-    found.stage, _ = coordinator.step(
-        found._hub, coordinator.Ready(), coordinator.Start(header, 1000), 0.0
+    found.facts.stage, _ = coordinator.step(
+        coordinator.CoordinatorParams(found.house.pins),
+        coordinator.Ready(),
+        coordinator.Start(header, 1000),
+        0.0,
     )
     assert isinstance(found.stage, coordinator.Collecting)
     hub = Coordinator(found.house, None)
@@ -291,7 +294,7 @@ def test_a_record_of_another_site_is_refused_whatever_it_says(kind, tmp_path):
     found = coordinated(tmp_path)
     before = {name: replace(view) for name, view in found.sites.items()}
     with pytest.raises(PeerRefused, match="record: found one of another site from a"):
-        asyncio.run(found._on_message("a", blank(kind, "b")))
+        found.machine.on_message("a", blank(kind, "b"))
     assert found.sites == before
 
 
@@ -299,9 +302,9 @@ def test_a_site_agrees_to_a_plan_for_itself_only(tmp_path, monkeypatch):
     found = coordinated(tmp_path)
     agreed = job_messages.PlanAgreed("job", "b", found.plan.digest)
     with pytest.raises(PeerRefused):
-        asyncio.run(found._on_message("a", agreed))
+        found.machine.on_message("a", agreed)
     assert not any(view.agreed for view in found.sites.values())
-    asyncio.run(found._on_message("b", agreed))
+    found.machine.on_message("b", agreed)
     assert [name for name, view in found.sites.items() if view.agreed] == ["b"]
 
 

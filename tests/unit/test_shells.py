@@ -18,7 +18,7 @@ from fedcore_clients.config import SiteConfig
 from fedcore_clients.jobs import SiteJob, wire_settings
 from fedcore_clients.main import InstalledTasks
 from fedcore_server import service
-from fedcore_server.jobs import CoordinatedJob, Quota
+from fedcore_server.jobs import Quota
 from fedcore_server.service import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,7 +251,7 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("shell", [SiteJob, CoordinatedJob])
+@pytest.mark.parametrize("shell", [SiteJob])
 def test_work_that_is_called_off_before_it_began_leaves_no_coroutine_behind(shell):
     job = SimpleNamespace(_beside=set(), id="job")
 

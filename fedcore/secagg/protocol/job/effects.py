@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedcore.secagg.plan import ModelShape, RoundHeader
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job_messages import JobEnded, ToSite
+from fedcore.secagg.protocol.round.coordinator import CoordinatorEntry
 from fedcore.types import Json, SiteId
 
 # ------------------------------------------------------------------------------- at both roles
@@ -48,11 +48,11 @@ class EndJob:
 class AppendRecords:
     """Append the records to the round's journal, and in the same commit small files they rely on.
 
-    vectors: sites whose upload was taken; with_sum: the sum was made.
+    vectors: digests of uploads that were taken; with_sum: the sum was made.
     """
 
-    records: tuple[Any, ...]
-    vectors: tuple[SiteId, ...] = ()
+    records: tuple[CoordinatorEntry, ...]
+    vectors: tuple[bytes, ...] = ()
     with_sum: bool = False
 
 
@@ -80,9 +80,13 @@ class OpenFold:
 
 @dataclass(frozen=True)
 class StartFold:
-    """Add the whole upload of this site to the running sum; then tell `Folded` or `FoldRefused`."""
+    """Add the whole upload of this site to the running sum; then tell `Folded` or `FoldRefused`.
+
+    digest: of its chunks.
+    """
 
     site: SiteId
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class ShowRound:
     """Write the row of the round that ended into the job's files: the journal has it already."""
 
 
-CoordinatorEffect = (
+CoordinatorJobEffect = (
     Send[ToSite]
     | Warn
     | RemoveMasks

@@ -1,0 +1,124 @@
+"""Catching up: a site that missed a release gets the state that another one sealed (decision 0011)."""
+
+from __future__ import annotations
+
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.effects import Send
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
+from fedcore.secagg.protocol.job.effects import (
+    CoordinatorJobEffect,
+    DropCheckpoint,
+    KeepCheckpoint,
+    Push,
+)
+from fedcore.types import SiteId
+
+_BYTES_A_PARAMETER, _MOST_REST = 64, 1 << 24
+"""Bytes of a sealed state: for each parameter, and for all the rest."""
+
+
+class CatchUp:
+    """The checkpoint of one job: asked for, kept, offered."""
+
+    def __init__(self, facts: JobFacts) -> None:
+        self._facts = facts
+        self.checkpoint: KeptFile | None = None
+        """The sealed state of the last release under the present key epoch."""
+        self.asked: SiteId | None = None
+        self.asked_at = 0.0
+        self._offered: dict[SiteId, job_messages.SiteStatus] = {}
+
+    def restore(self, checkpoint: KeptFile | None) -> None:
+        """What the disk has of it: a site that was asked before is asked again."""
+        self.checkpoint, self.asked = checkpoint, None
+
+    @property
+    def name(self) -> str:
+        """Of the file: a checkpoint is sealed under the secret of a key epoch."""
+        return f"checkpoint-{self._facts.epoch.epoch}-{self._facts.released[:32]}"
+
+    def connected(self, name: SiteId) -> None:
+        """A new session: what was offered in the one before may be lost."""
+        self._offered.pop(name, None)
+
+    def at_rest(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+        """A site says where it stands."""
+        if self.asked == name:
+            self.asked = None  # back from elsewhere: it may not have heard
+        return self.check(name, at)
+
+    def check(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+        """Offer this site the state that it missed, or ask another site for it."""
+        facts, rest = self._facts, self._facts.sites[name].rest
+        if rest is None or facts.certificate is None or rest.certificate == facts.released:
+            return []
+        if rest.epoch != facts.epoch.epoch:
+            return []  # it could not open the checkpoint: the key epoch first
+        if self.checkpoint is None:
+            return self.want(at)
+        if self._offered.get(name) == rest:
+            return []
+        self._offered[name] = rest
+        return self.offer(name)
+
+    def want(self, at: Moment) -> list[CoordinatorJobEffect]:
+        """Ask a site that has the state; another one after a while without an answer."""
+        facts, asked = self._facts, self.asked
+        if asked in at.here and at.now - self.asked_at < facts.limits.gather:
+            return []
+        stands = (facts.epoch.epoch, facts.released)
+        able = [
+            name for name in at.here
+            if (rest := facts.sites[name].rest) and (rest.epoch, rest.certificate) == stands
+        ]  # fmt: skip
+        if not able:
+            return []
+        others = [name for name in able if name != asked] or able
+        self.asked, self.asked_at = others[0], at.now
+        return [Send(others[0], job_messages.CheckpointWanted(facts.id, facts.released))]
+
+    def sealed(
+        self, name: SiteId, message: job_messages.CheckpointSealed
+    ) -> list[CoordinatorJobEffect]:
+        """A site uploaded the state; only one that was asked, if not as the last one, could."""
+        certificate = self._facts.certificate
+        if certificate is None or message.certificate != certificate.hash:
+            return []
+        return [KeepCheckpoint(name, certificate.header.digest, message.digest, self.name)]
+
+    def kept(self, checkpoint: KeptFile, at: Moment) -> list[CoordinatorJobEffect]:
+        """It is there: whoever missed the release is offered it."""
+        self.checkpoint, self.asked = checkpoint, None
+        return [effect for name in self._facts.sites for effect in self.check(name, at)]
+
+    def offer(self, name: SiteId) -> list[CoordinatorJobEffect]:
+        """The certificate of the last release, and its state to download."""
+        facts, found = self._facts, self.checkpoint
+        assert found is not None
+        assert facts.certificate is not None
+        offer = job_messages.CheckpointOffer(facts.id, facts.certificate, found.digest, found.size)
+        return [Push(name, "checkpoint"), Send(name, offer)]
+
+    def drop(self) -> list[CoordinatorJobEffect]:
+        """The checkpoint is of an earlier release or key epoch from now on; called before that begins."""
+        self.checkpoint, self.asked = None, None
+        self._offered.clear()
+        return [DropCheckpoint(self.name)] if self._facts.certificate is not None else []
+
+    def expects(self, name: SiteId, header: bytes, size: int) -> bool:
+        """Whether an upload under this header may be the state that this site was asked for."""
+        certificate = self._facts.certificate
+        asked = certificate is not None and header == certificate.header.digest
+        return asked and self.asked == name and size <= self.most_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """As large as a state can be."""
+        parameters = self._facts.plan.parameters if self._facts.plan is not None else 0
+        return _BYTES_A_PARAMETER * parameters + _MOST_REST
+
+    def behind(self) -> bool:
+        """Whether some site is not at the last release."""
+        here = self._facts.released
+        rests = [view.rest for view in self._facts.sites.values()]
+        return bool(here) and any(rest is None or rest.certificate != here for rest in rests)

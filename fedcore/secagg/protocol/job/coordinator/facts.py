@@ -1,0 +1,165 @@
+"""What all parts of a coordinator's job know of it: settings, what the journal has, and the sites.
+
+Each part reads all of it; each field is changed by one part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
+from fedcore.secagg.protocol import job_messages, schedule
+from fedcore.secagg.protocol.epoch import CoordinatorEpochStage, NoEpoch
+from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.types import Json, SiteId
+
+WAITING, RUNNING = "waiting", "running"
+"""States of a job besides job.OUTCOMES: in the queue, and under way."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a job waits, and for how many. Seconds; sites.
+
+    stage: for the sites at one stage of a round. gather: for absent sites before a round begins without
+    them. grace: for a site that lost its connection during a round; shorter than that it goes on where
+    it stood. enough: while fewer sites are there than a round needs; then the job ends. vectors:
+    over-selection: so many of a round (and at least its threshold) end the wait for more; 0 for all.
+    """
+
+    stage: float = 600.0
+    gather: float = 60.0
+    minimum: int = 3
+    grace: float = 60.0
+    enough: float = 86_400.0
+    vectors: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an event is handled. now: seconds of a clock that never goes back; wall: seconds since 1970;
+    here: the sites with a session, in roster order."""
+
+    now: float
+    wall: float
+    here: Collection[SiteId]
+
+
+@dataclass
+class SiteView:
+    """What is known of a site in this job, for scheduling and for people."""
+
+    shape: ModelShape | None = None
+    unable: str = ""
+    agreed: bool = False
+    anew: bool = False
+    """It agreed before and surveys again: its journal is gone, and the epoch's secret with it."""
+    rest: job_messages.SiteStatus | None = None
+    doing: str = ""
+    last_seen: float = 0.0
+    missed: bool = False
+    """A round began without it; it is not waited for again before it connects."""
+    away_since: float | None = None
+    """Clock seconds at which its connection was found lost."""
+
+
+@dataclass
+class Progress:
+    """For `watch`: what the job is at. waiting_until: seconds since 1970."""
+
+    state: str = WAITING
+    text: str = ""
+    waiting_for: tuple[SiteId, ...] = ()
+    waiting_until: float | None = None
+
+    def wait(self, sites: tuple[SiteId, ...], until: float | None, at: Moment) -> None:
+        """Show a wait for these sites. until: seconds of the job's clock."""
+        self.waiting_for = sites
+        self.waiting_until = None if until is None else at.wall + until - at.now
+
+
+@dataclass
+class JobLog:
+    """Rows of a job for people, oldest first. prefix: of their keys in the journal."""
+
+    prefix: str
+    known: list[Json] = field(default_factory=list)
+
+    def entry(self, row: Json) -> dict[str, bytes]:
+        """The next row as a value of the journal, for the commit that it belongs to."""
+        return {f"{self.prefix}{len(self.known):06}": canonical(row)}
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A file that the runner keeps: digest and bytes of its chunks."""
+
+    digest: bytes
+    size: int
+
+
+@dataclass
+class JobFacts:
+    """One job at the coordinator.
+
+    sizes: bytes of one protected vector by purpose; threshold: t, 0 until the settings were read;
+    withdrawn: sites whose certificate was revoked under the present key epoch; evicted: sites that an
+    operator sent away, as the coordinator has it; rounds, metrics: rows for people, one a round and one a
+    release whose metrics are public; outcome: once it is on disk.
+    """
+
+    federation: str
+    offer: job_messages.JobOffer
+    pins: Mapping[SiteId, bytes]
+    limits: Limits
+    plan: RoundPlan | None = None
+    features: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    threshold: int = 0
+    epoch: CoordinatorEpochStage = field(default_factory=NoEpoch)
+    stage: coordinator.CoordinatorStage = field(default_factory=coordinator.Ready)
+    step: schedule.PlannedRound | None = None
+    certificate: Certificate | None = None
+    withdrawn: frozenset[SiteId] = frozenset()
+    evicted: AbstractSet[str] = frozenset()
+    outcome: job_messages.JobEnded | None = None
+    sites: dict[SiteId, SiteView] = field(init=False)
+    progress: Progress = field(default_factory=Progress)
+    rounds: JobLog = field(default_factory=lambda: JobLog("row-"))
+    metrics: JobLog = field(default_factory=lambda: JobLog("metrics-"))
+
+    def __post_init__(self) -> None:
+        self.sites = {name: SiteView() for name in self.pins}
+
+    @property
+    def id(self) -> str:
+        """The job's name."""
+        return self.offer.job
+
+    @property
+    def released(self) -> str:
+        """Hash of the last certificate; empty before the first release."""
+        return self.certificate.hash if self.certificate is not None else ""
+
+    @property
+    def round(self) -> coordinator.InRound | None:
+        """The stage of the round under way; None between rounds."""
+        return self.stage if isinstance(self.stage, coordinator.InRound) else None
+
+    @property
+    def number(self) -> int:
+        """Of the round under way, or else of the last one."""
+        stage = self.stage
+        return stage.round if isinstance(stage, coordinator.Ready) else stage.header.round
+
+    def plan_offer(self) -> job_messages.PlanOffer:
+        """The plan, for a site that has not agreed to it."""
+        assert self.plan is not None
+        return job_messages.PlanOffer(self.id, canonical(self.plan.to_json()))
+
+    def able(self, at: Moment) -> list[SiteId]:
+        """Connected sites that can take part."""
+        return [name for name in at.here if not self.sites[name].unable]

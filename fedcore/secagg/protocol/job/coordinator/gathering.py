@@ -1,0 +1,101 @@
+"""Who is there: whom a round waits for before it begins, and how long for a site that went during it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.types import SiteId
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """The time to wait for enough sites is over: the job ends with this text."""
+
+    text: str
+
+
+class Gathering:
+    """The waits of one job for its sites."""
+
+    def __init__(self, facts: JobFacts) -> None:
+        self._facts = facts
+        self._since: float | None = None
+        """Clock seconds since which sites are waited for."""
+
+    def check(self, present: Collection[SiteId], at: Moment) -> bool | TooFew:
+        """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
+
+        A site that was waited for once and did not come is not waited for again before it connects. Where
+        too many sites said that they cannot take part, the job waits no longer than for one more site.
+        """
+        sites, limits = self._facts.sites, self._facts.limits
+        needed = max(limits.minimum, self._facts.threshold)
+        enough = len(present) >= needed
+        for name in present:
+            sites[name].missed = False
+        others = {name: sites[name] for name in sites if name not in present}
+        awaited = tuple(n for n, v in others.items() if not (v.unable or v.missed))
+        if enough and not awaited:
+            return self._over(at)
+        if self._since is None:
+            self._since = at.now
+        unable = [name for name, view in others.items() if view.unable]
+        patience = limits.enough if len(sites) - len(unable) >= needed else limits.gather
+        until = self._since + (limits.gather if enough else patience)
+        if at.now < until:
+            self._facts.progress.wait(awaited or tuple(others), until, at)
+            return False
+        self._over(at)
+        if not enough:
+            text = (
+                f"{len(present)} sites were there after {patience:.0f} s, too few for a round, "
+                f"which needs {needed}"
+            )
+            if unable:
+                text += f"; cannot take part: {', '.join(unable)}"
+            why = self._facts.progress.text
+            return TooFew(f"{text}: {why}" if why else text)
+        for name in awaited:
+            sites[name].missed = True
+        return True
+
+    def _over(self, at: Moment) -> bool:
+        self._since = None
+        self._facts.progress.wait((), None, at)
+        return True
+
+    def connected(self, name: SiteId) -> None:
+        """A site has a new session; where it stands is what it says in this one."""
+        view = self._facts.sites[name]
+        view.rest, view.missed, view.away_since = None, False, None
+
+    def lost(self, at: Moment) -> list[SiteId]:
+        """Sites whose connection is lost for longer than the grace: a round goes on without them."""
+        found = []
+        for name, view in self._facts.sites.items():
+            if name in at.here:
+                view.away_since = None
+                continue
+            if view.away_since is None:
+                view.away_since = at.now
+            if at.now - view.away_since >= self._facts.limits.grace:
+                found.append(name)
+        return found
+
+    def show(self, short_since: float | None, at: Moment) -> None:
+        """During a round: who is not connected, and when the round goes on without them.
+
+        short_since: clock seconds since which too few sites are there to release the round.
+        """
+        facts, stage = self._facts, self._facts.stage
+        if not isinstance(stage, coordinator.Waiting):
+            return
+        lost = tuple(name for name in coordinator.waiting_for(stage) if name not in at.here)
+        since = [facts.sites[name].away_since or at.now for name in lost]
+        until = min([stage.until, *(moment + facts.limits.grace for moment in since)])
+        if short_since is not None:
+            until = short_since + facts.limits.enough
+        facts.progress.wait(lost, until if lost else None, at)

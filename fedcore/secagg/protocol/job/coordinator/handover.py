@@ -1,0 +1,159 @@
+"""The model that a plan gives to the coordinator, once the job's last round is over.
+
+Sites are asked which file their last release leads to; the file is taken from one of them and stands
+beside the job's other files, for `fed-coordinator result`. Invariant (PROTOCOL R): it is there only if as
+many sites as the last release needed name the same one, so it is what honest sites have while fewer than
+that lie. Before the last round no site is asked, and no honest site would answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection
+
+from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, PeerRefused
+from fedcore.secagg.protocol import job_messages, schedule
+from fedcore.secagg.protocol.effects import Send, Warn
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
+from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, KeepModel
+from fedcore.secagg.protocol.public_metrics import differing
+from fedcore.types import SiteId
+
+ASKED_AGAIN = 5.0
+"""Seconds after which a site that was asked for its word, and is silent, is asked again."""
+
+
+class ModelHandover:
+    """Who said what of one job's model, since this process began."""
+
+    def __init__(self, facts: JobFacts) -> None:
+        self._facts = facts
+        self.here = False
+        """Whether the file is among the job's."""
+        self.said: dict[SiteId, bytes] = {}
+        self._asked: dict[SiteId, float] = {}
+        self._tried: dict[SiteId, float] = {}
+        """When each site was asked for its word, and for its file."""
+        self._giver: SiteId | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether the plan gives the coordinator a model."""
+        plan = self._facts.plan
+        return plan is not None and plan.release == "coordinator"
+
+    def lacking(self, sites: Collection[SiteId]) -> str:
+        """Why the file cannot come from these sites, or "" while it may."""
+        plan, certificate = self._facts.plan, self._facts.certificate
+        header = certificate.header if certificate is not None else None
+        if (
+            plan is None
+            or header is None
+            or not schedule.is_last_model(
+                plan, schedule.PlannedRound(header.purpose, header.training_round)
+            )
+        ):
+            return "the last round was abandoned"
+        said = Counter(self.said.values())
+        silent = sum(name not in self.said for name in sites)
+        most = max(said.values(), default=0)
+        if most + silent < header.threshold:
+            return f"too few sites say the same of it ({most}, and {header.threshold} are needed)"
+        return ""
+
+    def connected(self, site: SiteId) -> None:
+        """A new session: what it was asked in the one before may be lost."""
+        if site in self._asked:
+            self._asked[site] = -math.inf
+        if site == self._giver:
+            self._giver = None
+
+    def expects(self, site: SiteId, header: bytes) -> bool:
+        """Whether an upload under this header may be the file that this site was asked for, if not as the
+        last one."""
+        return self._is_model(header) and site in self._tried and not self.here
+
+    def _is_model(self, header: bytes) -> bool:
+        return self.given and header == job_messages.model_upload(self._facts.released)
+
+    def awaited(self, spent: float, at: Moment) -> tuple[bool, list[CoordinatorJobEffect]]:
+        """Whether the file may still come, and what to ask of connected sites now.
+
+        spent: seconds for which the end of the job waits already.
+        """
+        facts = self._facts
+        if not self.given or self.here or facts.certificate is None or self.lacking(facts.pins):
+            return False, []
+        able = facts.able(at)
+        asked = self.ask(able, at.now)
+        absent = self.lacking(able)
+        return spent < (facts.limits.gather if absent else facts.limits.stage), asked
+
+    def ask(self, sites: Collection[SiteId], now: float) -> list[CoordinatorJobEffect]:
+        """What to ask of these sites: first for their word, and once enough agree one for the file."""
+        digest, patience = self._agreed, self._facts.limits.gather
+        if not digest:
+            silent = [
+                name for name in sites
+                if name not in self.said and now - self._asked.get(name, -math.inf) >= ASKED_AGAIN
+            ]  # fmt: skip
+            self._asked.update(dict.fromkeys(silent, now))
+            return [self._wanted(name, b"") for name in silent]
+        able = [name for name in sites if self.said.get(name) == digest]
+        if not able or (self._giver in able and now - self._tried[self._giver] < patience):
+            return []
+        self._giver = min(able, key=lambda name: self._tried.get(name, -math.inf))
+        self._tried[self._giver] = now
+        return [self._wanted(self._giver, digest)]
+
+    def _wanted(self, site: SiteId, digest: bytes) -> Send[job_messages.ModelWanted]:
+        return Send(site, job_messages.ModelWanted(self._facts.id, self._facts.released, digest))
+
+    def take(self, site: SiteId, made: job_messages.ModelMade) -> list[CoordinatorJobEffect]:
+        """A site's word; a warning where sites differ.
+
+        Raises PeerRefused under a plan that gives no model, HeaderRefused (fault: site) for what was not
+        asked, Conflicting for another word than before, and OutOfOrder for an earlier release's.
+        """
+        if not self.given:
+            raise PeerRefused(f"model: found a word of {site} on it, and the plan gives none")
+        if site not in self._asked:
+            raise HeaderRefused(
+                "model", found="one that nobody asked for", expected="none", fault=site
+            )
+        certificate = self._facts.certificate
+        if certificate is None or made.certificate != certificate.hash:
+            raise OutOfOrder(
+                "model", found="that of another release", expected="that of the last", fault=site
+            )
+        before = self.said.setdefault(site, made.digest)
+        if before != made.digest:
+            raise Conflicting(
+                "model", found="another one than before", expected="the same", fault=site
+            )
+        groups = differing(self.said)
+        if not groups:
+            return []
+        needed = certificate.header.threshold
+        return [
+            Warn(f"sites differ over the model ({groups}); it is taken once {needed} say the same")
+        ]
+
+    @property
+    def _agreed(self) -> bytes:
+        """The digest that enough sites name; empty while there is none."""
+        certificate = self._facts.certificate
+        for digest, count in Counter(self.said.values()).items():
+            if certificate is not None and count >= certificate.header.threshold:
+                return digest
+        return b""
+
+    def upload(self, header: bytes, digest: bytes) -> list[CoordinatorJobEffect] | None:
+        """A whole upload: kept if it is the file that enough sites name. None if it is no model."""
+        if not self._is_model(header):
+            return None
+        self._giver = None  # unless the disk takes it, it is asked for again
+        keep = not self.here and digest == self._agreed
+        kept: list[CoordinatorJobEffect] = [KeepModel(header, digest)] if keep else []
+        return [*kept, DiscardUploads(header)]

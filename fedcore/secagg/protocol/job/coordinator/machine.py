@@ -1,0 +1,505 @@
+"""A job at the coordinator as a machine: `step(event, at)` answers with the effects to obey, in order.
+
+It joins the parts: each event goes to the part that knows what it means, and what one part's answer means
+to another is written here. Without input or output, without a clock: the runner has these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fedcore.errors import OutOfOrder, PeerRefused
+from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
+from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
+from fedcore.secagg.protocol.effects import Send, Warn
+from fedcore.secagg.protocol.epoch import CoordinatorEpochStage
+from fedcore.secagg.protocol.job.coordinator import events
+from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
+from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
+from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Limits, Moment
+from fedcore.secagg.protocol.job.coordinator.gathering import Gathering, TooFew
+from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
+from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
+from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
+from fedcore.secagg.protocol.job.effects import (
+    CoordinatorJobEffect,
+    DiscardUploads,
+    Info,
+    MakePlan,
+    OpenFold,
+    PutValues,
+    ShowRound,
+)
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import encode
+from fedcore.types import Json, SiteId
+
+TICK_SECONDS = 1.0
+"""Between looks at the clock."""
+
+MOST_AHEAD = 1 << 20
+"""Rounds that a site may have seen and this journal not: it was restored from a backup."""
+
+SHAPE_DIFFERS = "another model or other columns than most sites"
+"""What this coordinator finds where a site's survey differs: not a word of the site's."""
+
+MATERIAL = "site {} left a round over another site's material: the sites' logs say whose"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a new process finds on disk of a job that has a plan.
+
+    sizes: bytes of one protected vector, by purpose; rounds, metrics: rows, oldest first.
+    """
+
+    plan: RoundPlan
+    features: int
+    sizes: Mapping[str, int]
+    epoch: CoordinatorEpochStage
+    stage: coordinator.CoordinatorStage
+    step: schedule.PlannedRound | None
+    certificate: messages.Certificate | None
+    withdrawn: frozenset[SiteId]
+    rounds: list[Json]
+    metrics: list[Json]
+
+
+class JobMachine:
+    """One job at the coordinator."""
+
+    def __init__(
+        self,
+        federation: str,
+        offer: job_messages.JobOffer,
+        pins: Mapping[SiteId, bytes],
+        limits: Limits,
+    ) -> None:
+        self.facts = JobFacts(federation, offer, pins, limits)
+        self.gathering = Gathering(self.facts)
+        self.epochs = EpochDriver(self.facts)
+        self.rounds = RoundDriver(self.facts)
+        self.catch_up = CatchUp(self.facts)
+        self.metrics = Metrics(self.facts)
+        self.model = ModelHandover(self.facts)
+        self.ending = JobEnd(self.facts, self.epochs, self.catch_up, self.metrics, self.model)
+        self.tick_at = 0.0
+        """Clock seconds at which `TimePassed` is due."""
+        self._nudged_at = 0.0
+        self._at = Moment(0.0, 0.0, ())
+        self._out: list[CoordinatorJobEffect] = []
+        """Of the step under way: its moment, and the effects so far."""
+
+    def restore(self, found: Restored | None, outcome: job_messages.JobEnded | None) -> None:
+        """What the disk has, at first or after it refused something: the rest stays as it was."""
+        facts = self.facts
+        facts.outcome, self.ending.decided = outcome, outcome is not None
+        if outcome is not None:
+            facts.progress.state, facts.progress.text = outcome.outcome, outcome.text
+        if found is None:
+            facts.plan, facts.step = None, None
+            return
+        self._adopt(found.plan, found.features, found.sizes)
+        facts.epoch, facts.stage, facts.step = found.epoch, found.stage, found.step
+        facts.certificate, facts.withdrawn = found.certificate, found.withdrawn
+        facts.rounds.known[:], facts.metrics.known[:] = found.rounds, found.metrics
+        self.metrics.restored()
+
+    def files_restored(
+        self, checkpoint: KeptFile | None, sum_size: int | None, at: Moment, *, under_way: bool
+    ) -> None:
+        """What the spool has. sum_size: bytes of the sum that is announced; under_way: so is a round."""
+        self.catch_up.restore(checkpoint)
+        self.rounds.restore(sum_size, at, restarted=under_way)
+
+    def forget_standing(self) -> None:
+        """The disk was read again: each site is offered the plan again, and says where it stands."""
+        self.facts.progress.text = ""
+        for view in self.facts.sites.values():
+            view.rest, view.agreed = None, False
+
+    def _adopt(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
+        facts = self.facts
+        facts.plan, facts.features, facts.sizes = plan, features, sizes
+        facts.threshold = plan.threshold
+
+    @property
+    def due(self) -> float:
+        """Clock seconds at which `TimePassed` is due: once a second, and at the deadline of a stage."""
+        stage = self.facts.stage
+        if isinstance(stage, coordinator.Waiting) and stage.until > self.tick_at - TICK_SECONDS:
+            return min(self.tick_at, stage.until)
+        return self.tick_at
+
+    # ------------------------------------------------------------------------------ one event
+
+    def step(self, event: events.Event, at: Moment) -> list[CoordinatorJobEffect]:
+        """What to do about one event, in order. What a site must not say costs a line of the log."""
+        self._at, self._out = at, []
+        try:
+            self._take(event)
+        except OutOfOrder as error:  # said again after a new connection, and known already
+            self._out.append(Info(str(error)))
+        except PeerRefused as error:
+            if isinstance(event, events.Advance | events.Resumed):
+                raise  # no site's doing
+            self._out.append(Warn(str(error)))
+        return self._out
+
+    def _take(self, event: events.Event) -> None:
+        facts, at = self.facts, self._at
+        if facts.outcome is not None:
+            self.do(self.ending.afterwards(event, at))
+            return
+        match event:
+            case events.MessageReceived(name, message):
+                facts.sites[name].last_seen = at.wall
+                self.on_message(name, message)
+            case events.UploadArrived(name, header, digest, size):
+                self._on_upload(name, header, KeptFile(digest, size))
+            case events.SiteConnected(name):
+                self._greet(name)
+            case events.SiteLeft(name):
+                self._gone(name)
+            case events.StopRequested(text, outcome):
+                self.end(outcome, text)
+            case events.TimePassed():
+                self._tick()
+            case events.Advance():
+                self._advance()
+            case events.Resumed():
+                self._resume()
+            case _:
+                self._on_result(event)
+
+    def _on_result(self, event: events.Event) -> None:
+        """What came of an effect."""
+        facts, at = self.facts, self._at
+        match event:
+            case events.PlanMade(plan, features, sizes):
+                self._planned(plan, features, sizes)
+            case events.PlanImpossible(text):
+                self.end("failed", text)
+            case events.Folded(name):
+                uploaded = self.rounds.uploaded(name)
+                assert uploaded is not None
+                self.round_step(uploaded)
+                facts.sites[name].unable = ""
+            case events.FoldRefused(name, text):
+                self.round_step(coordinator.Gone(name))
+                self.do([Warn(text)])
+            case events.SumMade(header, digest, size):
+                if facts.round is not None and facts.round.header.digest == header:
+                    self.round_step(coordinator.SumReady(digest, size))
+            case events.CheckpointKept(digest, size):
+                self.do(self.catch_up.kept(KeptFile(digest, size), at))
+            case events.ModelKept():
+                self.model.here = True
+                self.do([Info("the sites gave the model")])
+
+    def do(self, effects: Iterable[CoordinatorJobEffect]) -> None:
+        """Ask for these after what this step asked for before."""
+        self._out += effects
+
+    def end(self, outcome: str, text: str) -> None:
+        """No further round of this job."""
+        self.rounds.forget()
+        self.do(self.ending.end(outcome, text, self._at))
+
+    # ----------------------------------------------------------------------- time and sessions
+
+    def _resume(self) -> None:
+        facts, at = self.facts, self._at
+        self.tick_at = at.now + TICK_SECONDS
+        self.epochs.resume(at)
+        if facts.plan is not None and facts.round is not None:
+            self.do([OpenFold(facts.round.header)])
+            self.round_step(coordinator.Restarted())
+        for name in at.here:
+            self._greet(name)
+
+    def _tick(self) -> None:
+        at = self._at
+        self.tick_at = at.now + TICK_SECONDS
+        self.do(self.rounds.overdue_sum(at))
+        if text := self.rounds.unreleasable(at):
+            self.end("abandoned", text)
+            return
+        self.round_step(coordinator.Tick())
+        self.do(self.rounds.flush())
+        self.epoch_step(epoch.EpochTick())
+        for name in self.gathering.lost(at):
+            self._gone(name)
+        if at.now - self._nudged_at >= RETRY_SECONDS:
+            self._nudged_at = at.now
+            self._resend()
+
+    def _resend(self) -> None:
+        """Send again what may have been lost on its way between two others."""
+        if self.facts.plan is None:
+            return
+        for name in self.epochs.lacking(self._at):
+            self.epoch_step(epoch.SiteReturned(name))
+        for name in self._at.here:
+            self.do(self.catch_up.check(name, self._at))
+
+    def _greet(self, name: SiteId) -> None:
+        """What a site that just connected needs to hear; it answers where it stands."""
+        self.gathering.connected(name)
+        self.catch_up.connected(name)
+        self.model.connected(name)
+        self.do([Send(name, self.facts.offer)])
+        if self.facts.plan is not None and not self.facts.sites[name].agreed:
+            self.do([Send(name, self.facts.plan_offer())])
+
+    def _gone(self, name: SiteId) -> None:
+        stage = self.facts.stage
+        if not isinstance(stage, coordinator.Waiting) or name in stage.gone:
+            return
+        if name in coordinator.waiting_for(stage):
+            self.do([Info(f"the round goes on without site {name}, if it can")])
+            self.round_step(coordinator.Gone(name))
+
+    def _out_of_round(self, name: SiteId) -> None:
+        """This site is in no round, or no more: it says so, or has lost its journal."""
+        if self.facts.round is not None:
+            self.round_step(coordinator.Gone(name, for_good=True))
+
+    # --------------------------------------------------------------------- messages, uploads
+
+    def on_message(self, name: SiteId, message: job_messages.ToCoordinator) -> None:
+        """A record of a site. Raises PeerRefused for one that it must not send."""
+        facts = self.facts
+        view = facts.sites[name]
+        if getattr(message, "site", name) != name:
+            raise PeerRefused(f"record: found one of another site from {name}")
+        match message:
+            case job_messages.SiteSurvey(shape=shape):
+                self._surveyed(name, shape)
+            case job_messages.SiteUnavailable(reason=reason):
+                view.unable = reason if reason in job_messages.REASONS else job_messages.UNABLE
+                self.do([Warn(f"site {name}: {job_messages.REASONS[view.unable]}")])
+                if not isinstance(
+                    facts.stage, coordinator.EXPOSED
+                ):  # what it sent it can send again
+                    self._out_of_round(name)
+            case job_messages.InRound(header=header):
+                self._tell_if_over(name, header)
+            case job_messages.PlanAgreed(plan_digest=digest):
+                if facts.plan is not None and digest == facts.plan.digest:
+                    self._agreed(name)
+            case job_messages.SiteStatus():
+                self._at_rest(name, message)
+            case job_messages.CheckpointSealed():
+                self.do(self.catch_up.sealed(name, message))
+            case job_messages.PublicMetrics():
+                self.do(self.metrics.take(name, message))
+            case job_messages.ModelMade():
+                self.do(self.model.take(name, message))
+            case epoch.EpochKey() | epoch.Grants() | epoch.Grant() | epoch.KeyHeld():
+                self.epoch_step(epoch.FromSite(name, message))
+            case messages.Submit():
+                self.rounds.submitted(name, message)
+                self.take_upload(name)
+            case job_messages.KeysErased():
+                raise OutOfOrder(
+                    "keys", found="them erased", expected="them held until the job ends", fault=name
+                )
+            case messages.Leave(code=messages.RELEASE_REFUSED) if not self._of_this_round(message):
+                self.epochs.refused(name)
+                self._gone(name)
+            case messages.Leave(code=messages.MATERIAL):
+                facts.progress.text = MATERIAL.format(name)
+                self.round_step(coordinator.MessageFromSite(name, message))
+            case _:
+                self.round_step(coordinator.MessageFromSite(name, message))
+
+    def _surveyed(self, name: SiteId, shape: ModelShape) -> None:
+        """A site surveys before it has a plan, or without its journal."""
+        view = self.facts.sites[name]
+        view.shape, view.unable = shape, ""
+        view.anew, view.agreed = view.agreed, False
+        self._out_of_round(name)
+        if self.facts.plan is not None:
+            self.do([Send(name, self.facts.plan_offer())])
+
+    def _agreed(self, name: SiteId) -> None:
+        """A site that knows the plan gets again what epoch and round have for it.
+
+        It says so in every new session, and when its disk refused something that was sent to it.
+        """
+        self.do(self.epochs.agreed(name))
+        # The round first: a site takes no new epoch inside one.
+        self.round_step(coordinator.SiteReconnected(name))
+        self.epoch_step(epoch.SiteReturned(name))
+
+    def _at_rest(self, name: SiteId, rest: job_messages.SiteStatus) -> None:
+        facts, stage = self.facts, self.facts.stage
+        if not 0 <= rest.round <= facts.number + MOST_AHEAD:
+            raise PeerRefused(f"round: found a number of {name} that is far from ours")
+        facts.sites[name].rest = rest
+        first = coordinator.is_first(stage) and name in coordinator.waiting_for(stage)
+        if first and rest.round < facts.number:
+            # It could not write down that the round began, or said this before it heard.
+            self.round_step(coordinator.SiteReconnected(name))
+        else:
+            self._out_of_round(name)
+        self.do(self.catch_up.at_rest(name, self._at))
+
+    def _tell_if_over(self, name: SiteId, header: bytes) -> None:
+        """A site that is still in an earlier round hears how that one ended: the message was lost."""
+        facts = self.facts
+        if facts.round is not None and facts.round.header.digest == header:
+            return
+        certificate = facts.certificate
+        if certificate is not None and certificate.header.digest == header:
+            self.do([Send(name, certificate)])
+        else:
+            self.do([Send(name, messages.Abandon(header, "release"))])
+
+    def _of_this_round(self, leave: messages.Leave) -> bool:
+        stage = self.facts.round
+        return stage is not None and stage.header.digest == leave.header
+
+    def _on_upload(self, name: SiteId, header: bytes, upload: KeptFile) -> None:
+        model = self.model.upload(header, upload.digest)
+        if model is not None:
+            self.do(model)
+        elif self.rounds.arrived(name, header, upload):
+            self.take_upload(name)
+
+    def take_upload(self, name: SiteId) -> None:
+        """Fold what this site uploaded, once what it signed is there too."""
+        self.do(self.rounds.to_fold(name, self._at))
+
+    def expects(self, name: SiteId, header: bytes, size: int, overhead: int) -> bool:
+        """Whether an upload of this site may come in: nothing else is spooled.
+
+        size: bytes of its file, of which the container is `overhead`.
+        """
+        if self.facts.outcome is not None or self.facts.plan is None:
+            return False  # what was asked for is not needed any more
+        if self.rounds.expects(name, header, size - overhead):
+            return True
+        model = self.model.expects(name, header) and size <= self.catch_up.most_bytes
+        return model or self.catch_up.expects(name, header, size)
+
+    # ---------------------------------------------------------------- plan, epochs and rounds
+
+    def _advance(self) -> None:
+        """Whatever can begin now, begins."""
+        facts = self.facts
+        self.gathering.show(self.rounds.short_since, self._at)
+        if facts.plan is None:
+            self.make_plan()
+        elif isinstance(facts.epoch, epoch.NoEpoch):
+            self._begin_epoch()
+        elif facts.round is None:
+            self.next_round()
+
+    def gathered(self, present: list[SiteId]) -> bool:
+        """Whether to go on with these sites; ends the job where too few came in time."""
+        found = self.gathering.check(present, self._at)
+        if isinstance(found, TooFew):
+            self.end("abandoned" if self.facts.rounds.known else "failed", found.text)
+            return False
+        return found
+
+    def make_plan(self) -> None:
+        """One plan from what the sites found; a site that finds another shape is named and stays out."""
+        sites = self.facts.sites
+        unable = [name for name, view in sites.items() if view.unable]
+        if len(sites) - len(unable) < self.facts.threshold:
+            reasons = ", ".join(f"{n}: {sites[n].unable}" for n in unable)
+            self.end("failed", f"too few sites can take part ({reasons})")
+            return
+        surveyed = {name: view.shape for name, view in sites.items() if view.shape is not None}
+        if not self.gathered(list(surveyed)):
+            return
+        shapes = list(surveyed.values())
+        common = max(shapes, key=shapes.count)
+        for name, shape in surveyed.items():
+            if shape != common:
+                sites[name].unable = SHAPE_DIFFERS
+        self.do([MakePlan(common)])
+
+    def _planned(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
+        self._adopt(plan, features, sizes)
+        self.metrics.planned()
+        self.facts.step = schedule.first_step(plan, features)
+        about = canonical({"plan": plan.to_json(), "features": features})
+        self.do([PutValues({"plan": about, "step": encode(self.facts.step)})])
+        self.do(Send(name, self.facts.plan_offer()) for name in self._at.here)
+
+    def _begin_epoch(self) -> None:
+        agreed = [name for name in self._at.here if self.facts.sites[name].agreed]
+        present = [name for name in self.facts.pins if name in agreed]
+        if self.gathered(present):
+            self.do(self.epochs.call(tuple(present), self._at))
+
+    def _new_epoch(self) -> bool:
+        """Begin the next key epoch with the sites that are there; False while too few are."""
+        facts, here = self.facts, self._at.here
+        present = [n for n in facts.pins if n in here and n not in facts.evicted]
+        if facts.step is not None and not self.gathered(present):
+            return False
+        self.do(self.catch_up.drop())
+        self.do(self.epochs.call_anew(tuple(present), self._at))
+        return True
+
+    def epoch_step(self, event: epoch.CoordinatorEpochEvent) -> None:
+        """One event of the present key epoch."""
+        self.do(self.epochs.take(event, self._at))
+
+    def next_round(self) -> None:
+        """Announce the next step to the sites that stand where the job stands, or end the job."""
+        facts, at = self.facts, self._at
+        if facts.step is not None and (text := self.rounds.sum_is_known()):
+            self.end("abandoned", text)
+            return
+        if self.epochs.spent() and not self._new_epoch():
+            return
+        if facts.step is None:
+            self.do(self.ending.finish(at))
+            return
+        if not isinstance(facts.epoch, epoch.Spreading):
+            until = None if isinstance(facts.epoch, epoch.NoEpoch) else facts.epoch.until
+            facts.progress.wait(epoch.awaited_in(facts.epoch), until, at)
+            return
+        roster = self.rounds.ready(at)
+        if self.gathered(list(roster)):
+            facts.progress.text = ""
+            self.begin_round(facts.step, roster)
+
+    def begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
+        """Announce this step to these sites."""
+        header, start = self.rounds.begin(step, roster, self._at)
+        self.do([OpenFold(header)])
+        self.round_step(start)
+
+    def round_step(self, event: coordinator.CoordinatorEvent) -> None:
+        """One event of the round; where it ends with it, its end is written before any site hears of it."""
+        before = self.facts.stage
+        found = self.rounds.take(event, self._at)
+        if isinstance(self.facts.stage, coordinator.Ended) and not isinstance(
+            before, coordinator.Ended
+        ):
+            self.close_round(found)
+        else:
+            self.do(found)
+
+    def close_round(self, found: Iterable[CoordinatorJobEffect]) -> None:
+        """Write the end of the round, then obey what it asked for, then remove what is not needed any more."""
+        facts, stage = self.facts, self.facts.stage
+        assert isinstance(stage, coordinator.Ended)
+        self.do([self.rounds.close(self._at)])
+        if isinstance(stage, coordinator.Released):
+            self.do(self.catch_up.drop())
+            facts.certificate = stage.certificate
+            self.metrics.released()
+        self.do(found)
+        self.do([ShowRound(), DiscardUploads(stage.header.digest)])
+        if text := self.rounds.tried_enough():
+            self.end("abandoned", text)

@@ -1,0 +1,322 @@
+"""The rounds of one job: begun, timed, their uploads taken and folded, their end written.
+
+The rules of one round are `protocol/coordinator.py`; this part decides between rounds, and when records
+go to disk. Records that nothing relies on yet may wait, for the next ones or for the clock: a process that
+ends meanwhile has not heard what they say, and whoever said it says it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.protocol import messages, schedule
+from fedcore.secagg.protocol.effects import FoldUpload, Persist, RemoveMasks, Send, Warn
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
+from fedcore.secagg.protocol.job.effects import (
+    AppendRecords,
+    CloseRound,
+    CoordinatorJobEffect,
+    FailSum,
+    Push,
+    StartFold,
+)
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import encode
+from fedcore.types import Json, SiteId
+
+MOST_TRIES = 12
+"""Times in a row that a step without which nothing can follow may be abandoned. Only rounds of which no
+sum can be known are tried again: any other is released, or the job ends (PROTOCOL H)."""
+
+NO_OTHER_SUM = "; its sum may be known, so no other may be taken from the same state"
+
+
+def _names(sites: Collection[SiteId]) -> str:
+    return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(sites)}"
+
+
+@dataclass
+class _Unsaved:
+    """What the next commit of the round's journal has."""
+
+    records: list[coordinator.CoordinatorEntry] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)
+    with_sum: bool = False
+
+
+class RoundDriver:
+    """The rounds of one job, and the one under way."""
+
+    def __init__(self, facts: JobFacts) -> None:
+        self._facts = facts
+        self._hub = coordinator.CoordinatorParams(
+            dict(facts.pins), facts.limits.stage, facts.limits.vectors
+        )
+        self._submits: dict[SiteId, messages.Submit] = {}
+        self._uploads: dict[SiteId, KeptFile] = {}
+        self._sum_size: int | None = None
+        self._begun = self._stage_since = 0.0
+        self._stage_seconds: dict[str, float] = {}
+        self._restarted = False
+        self._unsaved = _Unsaved()
+        self._short_since: float | None = None
+        """Clock seconds since which a round that has to be released lacks sites."""
+        self._summing: tuple[bytes, float] = b"", 0.0
+        """Header of the sum under way, and the clock seconds at which making it began."""
+
+    def restore(self, sum_size: int | None, at: Moment, *, restarted: bool) -> None:
+        """A new process knows only what the disk has. sum_size: bytes of a sum that is announced."""
+        self._clear(at)
+        self._sum_size, self._restarted = sum_size, restarted
+
+    def _clear(self, at: Moment) -> None:
+        self._submits, self._uploads, self._sum_size = {}, {}, None
+        self._begun = self._stage_since = at.now
+        self._stage_seconds = {}
+        self._restarted, self._unsaved = False, _Unsaved()
+
+    # ------------------------------------------------------------------------------ a round
+
+    def begin(
+        self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
+    ) -> tuple[RoundHeader, coordinator.Start]:
+        """The next round, with the sites that stand where the job stands: `Start` is to be taken next."""
+        facts, plan = self._facts, self._facts.plan
+        assert plan is not None
+        seen = [view.rest.round for view in facts.sites.values() if view.rest]
+        header = RoundHeader(
+            facts.federation, facts.id, facts.epoch.epoch, max([facts.number, *seen]) + 1,
+            step.training_round, step.purpose, roster, roster_digest(facts.pins),
+            plan.threshold, plan.protection, plan.digest, facts.released,
+        )  # fmt: skip
+        self._clear(at)
+        for name in roster:
+            facts.sites[name].rest = None
+        return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes)
+
+    def ready(self, at: Moment) -> tuple[SiteId, ...]:
+        """Connected sites that stand where the job stands, in roster order."""
+        facts = self._facts
+        stands = (facts.epoch.epoch, facts.released)
+        ready = {
+            name for name in at.here
+            if (rest := facts.sites[name].rest) and (rest.epoch, rest.certificate) == stands
+        }  # fmt: skip
+        return tuple(name for name in facts.pins if name in ready)
+
+    def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> list[CoordinatorJobEffect]:
+        """One event of the round. Raises PeerRefused for what is not legal there.
+
+        Where the round ends with it, its records are dropped: `close` has the values that replace them.
+        """
+        before = self._facts.stage
+        stage, found = coordinator.step(self._hub, before, event, at.now)
+        self._facts.stage = stage
+        records = [effect.record for effect in found if isinstance(effect, Persist)]
+        self._unsaved.records += records
+        if records and isinstance(event, coordinator.Uploaded):
+            self._unsaved.vectors.append(event.digest)
+        if isinstance(event, coordinator.SumReady):
+            self._unsaved.with_sum, self._sum_size = True, event.size
+        changed = type(stage) is not type(before)
+        if changed:
+            self._count_time(before, at)
+        if not changed and all(isinstance(effect, Persist | FoldUpload) for effect in found):
+            return []
+        if changed and isinstance(stage, coordinator.Ended):
+            self._unsaved = _Unsaved()
+        return [*self.flush(), *self._translated(found, at)]
+
+    def flush(self) -> list[CoordinatorJobEffect]:
+        """Write the records that wait."""
+        unsaved, self._unsaved = self._unsaved, _Unsaved()
+        if not unsaved.records:
+            return []
+        return [AppendRecords(tuple(unsaved.records), tuple(unsaved.vectors), unsaved.with_sum)]
+
+    def forget(self) -> None:
+        """The job ends: records that wait are not needed any more."""
+        self._unsaved = _Unsaved()
+
+    def _translated(
+        self, found: Collection[coordinator.CoordinatorEffect], at: Moment
+    ) -> list[CoordinatorJobEffect]:
+        effects: list[CoordinatorJobEffect] = []
+        for effect in found:
+            match effect:
+                case Send(to=to, message=message):
+                    if isinstance(message, messages.Aggregate):
+                        effects.append(Push(SiteId(to), "sum"))
+                    effects.append(effect)
+                case RemoveMasks(header=header):
+                    if self._summing[0] != header.digest:
+                        self._summing = header.digest, at.now
+                    effects.append(effect)
+                case Warn():
+                    effects.append(effect)
+                case _:
+                    pass  # Fold and Rebuild: the sum is made of exactly the uploads it is given
+        return effects
+
+    def _count_time(self, before: coordinator.CoordinatorStage, at: Moment) -> None:
+        """Add the time since the last change of stage to the stage that ended."""
+        name = coordinator.STAGE_NAMES.get(type(before))
+        if name is not None:
+            spent = self._stage_seconds.get(name, 0.0) + at.now - self._stage_since
+            self._stage_seconds[name] = spent
+        self._stage_since = at.now
+
+    # ----------------------------------------------------------------------------- its uploads
+
+    def submitted(self, name: SiteId, submit: messages.Submit) -> None:
+        """What a site signed of its upload."""
+        self._submits[name] = submit
+
+    def arrived(self, name: SiteId, header: bytes, upload: KeptFile) -> bool:
+        """A whole upload of a site; False if it is not of the round under way."""
+        stage = self._facts.stage
+        if not isinstance(stage, coordinator.Waiting) or stage.header.digest != header:
+            return False
+        self._uploads[name] = upload
+        return True
+
+    def to_fold(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+        """Once signed submission and whole vector are both there: fold the vector, then take it.
+
+        What cannot be folded must not be taken; what is not taken must not be in the sum, and is not: the
+        sum is made of the list. Raises PeerRefused for a vector that must not be taken.
+        """
+        event = self.uploaded(name)
+        if event is None:
+            return []
+        coordinator.step(self._hub, self._facts.stage, event, at.now)
+        return [StartFold(name, event.digest)]
+
+    def uploaded(self, name: SiteId) -> coordinator.Uploaded | None:
+        """The vector of this site with what it signed; None while one of them is not there."""
+        submit, upload = self._submits.get(name), self._uploads.get(name)
+        collecting = isinstance(self._facts.stage, coordinator.Collecting)
+        if submit is None or upload is None or not collecting:
+            return None
+        return coordinator.Uploaded(name, submit, upload.digest, upload.size)
+
+    def expects(self, name: SiteId, header: bytes, size: int) -> bool:
+        """Whether an upload of so many bytes may be this site's vector for the round under way."""
+        stage = self._facts.stage
+        if not isinstance(stage, coordinator.Collecting) or stage.header.digest != header:
+            return False
+        return name in coordinator.members_of(stage) and size <= stage.size
+
+    # --------------------------------------------------------------------------- its deadlines
+
+    def overdue_sum(self, at: Moment) -> list[CoordinatorJobEffect]:
+        """A sum that takes longer than a stage may: a worker or the disk hangs."""
+        stage, (header, since) = self._facts.stage, self._summing
+        if not isinstance(stage, coordinator.Summing) or stage.header.digest != header:
+            return []
+        seconds = self._facts.limits.stage
+        return [FailSum(stage.header, seconds)] if at.now - since > seconds else []
+
+    def summing_late(self, at: Moment) -> bool:
+        """Whether the sum under way takes longer than a stage may."""
+        return at.now - self._summing[1] > self._facts.limits.stage
+
+    def unreleasable(self, at: Moment) -> str:
+        """Why a round whose sum may be known ends the job now; empty while it may be released.
+
+        It waits for enough sites as long as a job does for its start.
+        """
+        stage, limits = self._facts.stage, self._facts.limits
+        if not isinstance(stage, coordinator.EXPOSED):
+            self._short_since = None
+            return ""
+        waited = coordinator.waiting_for(stage)
+        away = sum(name not in at.here for name in waited)
+        if coordinator.in_sight(stage) - away >= stage.header.threshold:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = at.now
+        since = self._short_since
+        late = since is not None and at.now - since > limits.enough
+        if not late and at.now - self._stage_since <= limits.enough + limits.stage:
+            return ""
+        found = f"{_names(waited)} did not come back to release it"
+        return f"round {stage.header.round} ({stage.header.purpose}): {found}{NO_OTHER_SUM}"
+
+    @property
+    def short_since(self) -> float | None:
+        """Clock seconds since which a round that has to be released lacks sites."""
+        return self._short_since
+
+    # --------------------------------------------------------------------------------- its end
+
+    def close(self, at: Moment) -> CloseRound:
+        """In one commit: how the round ended, its row, and the step that comes next."""
+        facts, stage, step = self._facts, self._facts.stage, self._facts.step
+        assert facts.plan is not None
+        assert step is not None
+        assert isinstance(stage, coordinator.Ended)
+        released = isinstance(stage, coordinator.Released)
+        row = self._row(stage, step, at)
+        facts.step = schedule.step_after(facts.plan, step, released=released)
+        values = {
+            "stage": encode(stage), "step": encode(facts.step), **facts.rounds.entry(row)
+        }  # fmt: skip
+        if isinstance(stage, coordinator.Released):
+            values["certificate"] = encode(stage.certificate)
+        facts.rounds.known.append(row)
+        return CloseRound(values)
+
+    def _row(
+        self,
+        stage: coordinator.Released | coordinator.Failed,
+        step: schedule.PlannedRound,
+        at: Moment,
+    ) -> Json:
+        row: Json = {
+            "round": step.training_round, "purpose": step.purpose, "number": stage.header.round,
+            "seconds": round(at.now - self._begun, 4),
+            "survivors": list(stage.certificate.survivors)
+            if isinstance(stage, coordinator.Released) else [],
+            "roster": list(stage.header.roster),
+            "seconds_by_stage": {n: round(s, 5) for n, s in self._stage_seconds.items()},
+        }  # fmt: skip
+        if self._restarted:
+            row["restarted"] = True  # the times are those since the coordinator came back
+        if self._uploads:
+            row["bytes_up"] = max(upload.size for upload in self._uploads.values())
+        if self._sum_size is not None:
+            row["bytes_down"] = self._sum_size
+        if isinstance(stage, coordinator.Failed):
+            row["abandoned"] = {
+                "stage": stage.stage, "left": stage.left, "needed": stage.header.threshold,
+                "exposed": list(stage.exposed),
+            }  # fmt: skip
+        return row
+
+    def tried_enough(self) -> str:
+        """Why a step that was abandoned again and again ends the job; empty while it is tried again."""
+        step = self._facts.step
+        if step is None:
+            return ""
+        again = step.purpose, step.training_round
+        last = self._facts.rounds.known[-MOST_TRIES:]
+        same = [r for r in last if (r["purpose"], r["round"]) == again and "abandoned" in r]
+        if len(same) < MOST_TRIES:
+            return ""
+        return f"the {step.purpose} round was abandoned {MOST_TRIES} times in a row"
+
+    def sum_is_known(self) -> str:
+        """Why no round may follow the one that was abandoned last; empty if one may."""
+        stage = self._facts.stage
+        if not isinstance(stage, coordinator.Failed) or not stage.exposed:
+            return ""
+        header = stage.header
+        if stage.refused:
+            what = f"{_names(stage.refused)} refused the release (the logs of the sites say why)"
+        else:
+            what = f"only {stage.left} sites could still help to release it, of {header.threshold} it needs"
+        return f"round {header.round} ({header.purpose}): {what}{NO_OTHER_SUM}"
