@@ -14,40 +14,32 @@ opened and no model is seen under `layered` and `encrypted`, unless the plan giv
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fedcore_server.folding import FoldPool, JobFold
-from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
+from fedcore_server.context import House, Links
+from fedcore_server.job_disk import JobDisk
+from fedcore_server.job_plan import JobPlan, layout_of, vector_sizes
+from fedcore_server.job_sum import JobSum
 
-from fedcore.config import Job, build_job, plan_of
-from fedcore.errors import ChunkRefused, DataLost, FedcoreError, StoreFull, StoreProblem
-from fedcore.files import write_atomic
+from fedcore.errors import FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.mailbox import Mailbox
-from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.label import Terms
-from fedcore.secagg.plan import ModelShape, RoundPlan
-from fedcore.secagg.protocol import epoch, messages, schedule
-from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import (
     RUNNING,
     JobLog,
     KeptFile,
-    Limits,
     Moment,
     Progress,
     SiteView,
 )
-from fedcore.secagg.protocol.job.coordinator.machine import JobMachine, Restored
+from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.effects import (
     AppendRecords,
     CloseRound,
@@ -68,70 +60,12 @@ from fedcore.secagg.protocol.job.effects import (
     StartFold,
 )
 from fedcore.secagg.protocol.round import coordinator
-from fedcore.secagg.protocol.wire_form import decode, encode
-from fedcore.secagg.scheme import Scheme, vector_of
+from fedcore.secagg.protocol.wire_form import decode
 from fedcore.store import container
-from fedcore.store.disk import refusals, sync_folder
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool, Stored
+from fedcore.store.spool import Stored
 from fedcore.types import SiteId
-from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
-ROUND = "round"
-MODEL_FILE = "model.safetensors"
-_VECTOR, _SUM = "vector-", "sum-"
-"""Small files of the round under way: in the journal with the record that relies on them, in one commit,
-and so without a sync of their own. A power cut may take the file; the next start writes it again."""
-
-_AGAIN = 2.0
-"""Seconds before what found no room on the disk is tried again."""
-
-
-class Links(Protocol):
-    """The sessions as a job sees them."""
-
-    def connected(self) -> Collection[SiteId]:
-        """Sites with a session now, in roster order."""
-        ...
-
-    def say(self, site: SiteId, job: str, message: Any) -> None:
-        """Send a record if the site has a session."""
-        ...
-
-    def push(self, site: SiteId, job: str, what: str, stored: Stored) -> None:
-        """Send a small file beside the record that announces it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Quota:
-    """What operators may ask of a coordinator. rounds, epochs: of one job. batch: rows of one step.
-
-    queued: jobs that are not over; kept: jobs of one operator's certificates, over or not.
-    """
-
-    rounds: int = 10_000
-    epochs: int = 1_000
-    batch: int = 1 << 20
-    queued: int = 100
-    kept: int = 1_000
-
-
-@dataclass(frozen=True)
-class House:
-    """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970."""
-
-    federation: str
-    pins: Mapping[SiteId, bytes]
-    journal: Journal
-    spool: Spool
-    pool: FoldPool
-    folder: Path
-    limits: Limits
-    quota: Quota = Quota()
-    clock: Callable[[], float] = time.monotonic
-    now: Callable[[], float] = time.time
 
 
 @dataclass(frozen=True)
@@ -139,17 +73,6 @@ class _Fault:
     """Background work raised; `run` decides what becomes of the job."""
 
     error: Exception
-
-
-def _small_key(what: str, digest: bytes) -> str:
-    return f"{what}{digest.hex()[:48]}"
-
-
-def _small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
-    """What the journal keeps of a file that was not synced."""
-    if stored is None or stored.travels > INLINE:
-        return {}
-    return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
 
 def _reason(fault: Exception) -> str:
@@ -164,25 +87,17 @@ def _reason(fault: Exception) -> str:
 class CoordinatedJob:
     """One job, run to its end by `run`."""
 
-    def __init__(self, house: House, links: Links, offer: job.JobOffer) -> None:
+    def __init__(self, house: House, links: Links, offer: job_messages.JobOffer) -> None:
         self.house, self.links, self.offer = house, links, offer
         self.submitter = ""
         """The operator who submitted it, by the name in the certificate."""
         self.on_change: Callable[[], None] = lambda: None
         self.machine = JobMachine(house.federation, offer, house.pins, house.limits)
         self.facts = self.machine.facts
-        self._rounds_file = Rows(self.directory / ROUNDS_FILE, self.facts.rounds)
-        self._metrics_file = Rows(self.directory / METRICS_FILE, self.facts.metrics)
+        self.disk = JobDisk(house.journal, house.spool, self.directory, self.facts)
         self._mailbox = Mailbox[events.Event | _Fault](events.TimePassed())
-        self._fold: JobFold | None = None
-        self._folding = b""
-        """Header of the round that the fold is for."""
-        self._uploads: dict[bytes, Stored] = {}
-        """Whole uploads of the round under way, by digest."""
-        self._sum: Stored | None = None
-        self._checkpoint: Stored | None = None
-        self._small: set[str] = set()
-        """Keys of the journal with files of the round under way that came without a sync."""
+        self._sum = JobSum(house.pool, self.disk, house.retry_seconds)
+        self._plan = JobPlan(offer, house.pins)
         self._stopped: events.StopRequested | None = None
         """An operator's request, which counts while the disk refuses too."""
         self._refused_since: float | None = None
@@ -196,7 +111,7 @@ class CoordinatedJob:
         return self.offer.job
 
     @property
-    def outcome(self) -> job.JobEnded | None:
+    def outcome(self) -> job_messages.JobEnded | None:
         """How the job ended, once that is on disk."""
         return self.facts.outcome
 
@@ -264,89 +179,24 @@ class CoordinatedJob:
         """A job as the journal has it."""
         kept = house.journal.get(name, "offer")
         assert kept is not None
-        found = cls(house, links, decode(kept, job.JobOffer))
+        found = cls(house, links, decode(kept, job_messages.JobOffer))
         found.submitter = (house.journal.get(name, "submitter") or b"").decode()
         found._restore()
         return found
 
     def _restore(self) -> None:
-        """What journal and spool have. Raises StoreProblem while the disk refuses."""
-        journal, name, spool = self.house.journal, self.id, self.house.spool
-        ended, about = journal.get(name, "ended"), journal.get(name, "plan")
-        records = list(journal.read(name, ROUND))
-        outcome = decode(ended, job.JobEnded) if ended is not None else None
-        self.machine.restore(None if about is None else self._kept(about, records), outcome)
-        if about is None:
+        """What is on disk. Raises StoreProblem while the disk refuses."""
+        planned, outcome = self.disk.plan(), self.disk.outcome()
+        if planned is None:
+            self.machine.restore(None, outcome)
             return
-        for rows in (self._rounds_file, self._metrics_file):
-            rows.make()
-        self.machine.model.here = (self.directory / MODEL_FILE).exists()
-        self._give_back_small()
-        stage, self._sum, self._checkpoint = self.stage, None, None
-        if self.certificate is not None:
-            self._checkpoint = spool.find(name, self.machine.catch_up.name)
-        if outcome is not None:
-            self._discard_rounds()
-        elif isinstance(stage, coordinator.InRound):
-            self._folding = stage.header.digest
-            if isinstance(stage, coordinator.Releasing):
-                self._sum = spool.find(name, "sum", header=stage.header.digest)
-        found = self._checkpoint
+        found = self.disk.restored(*planned, vector_sizes(*planned))
+        self.machine.restore(found, outcome)
+        self.disk.settle(self.machine.catch_up.name)
         self.machine.files_restored(
-            None if found is None else KeptFile(found.digest, found.size),
-            None if self._sum is None else self._sum.size,
-            self._moment(), under_way=bool(records),
+            _kept(self.disk.checkpoint), _kept(self.disk.sum), self.moment(),
+            model=self.disk.has_model, restarted=found.restarted,
         )  # fmt: skip
-        if outcome is None:
-            self._tidy()
-
-    def _kept(self, about: bytes, records: list[Any]) -> Restored:
-        """What the journal has of a job with this plan and these records of a round under way."""
-        journal, name, kept = self.house.journal, self.id, json.loads(about)
-        plan, features = RoundPlan.from_json(kept["plan"]), kept["features"]
-
-        def value(key: str, otherwise: Any) -> Any:
-            found = journal.get(name, key)
-            return otherwise if found is None else decode(found, object)
-
-        return Restored(
-            plan, features, self._sizes(plan, features), value("epoch", epoch.NoEpoch()),
-            coordinator.replay(value("stage", coordinator.Ready()), records), value("step", None),
-            value("certificate", None),
-            frozenset(json.loads(journal.get(name, "withdrawn") or b"[]")),
-            self._rounds_file.kept(journal, name), self._metrics_file.kept(journal, name),
-        )  # fmt: skip
-
-    @staticmethod
-    def _sizes(plan: RoundPlan, features: int) -> dict[str, int]:
-        scheme, purposes = Scheme(plan), schedule.PURPOSES[0 if features else 1 :]
-        return {each: scheme.upload_bytes(_layout(plan, features, each)) for each in purposes}
-
-    def _give_back_small(self) -> None:
-        """Files that the journal has may be gone, or empty, after a power cut."""
-        journal, name, stage = self.house.journal, self.id, self.stage
-        self._small = {key for key in journal.keys(name) if key.startswith((_VECTOR, _SUM))}
-        if not isinstance(stage, coordinator.InRound):
-            return
-        header = stage.header.digest
-        for submit in getattr(stage, "submissions", ()):
-            data = journal.get(name, _small_key(_VECTOR, submit.digest))
-            if data is not None:
-                self.house.spool.give_back(name, header, submit.site, data)
-        for key in self._small:
-            data = journal.get(name, key) if key.startswith(_SUM) else None
-            if data is not None:
-                chunks = container.from_bytes(data)
-                self.house.spool.put(name, "sum", chunks, header=header, unsynced=INLINE)
-
-    def _tidy(self) -> None:
-        """Remove the spool's rounds that a crash kept from being removed."""
-        keep = {self._folding} if self.facts.round is not None else set()
-        if self.certificate is not None:  # a checkpoint on its way in
-            keep.add(self.certificate.header.digest)
-        for found in self.house.spool.rounds(self.id):
-            if found not in keep:
-                self.house.spool.discard(self.id, found)
 
     # ----------------------------------------------------------------------------- the queue
 
@@ -361,7 +211,7 @@ class CoordinatedJob:
 
     def arrived(self, site: SiteId, header: bytes, stored: Stored) -> None:
         """A whole upload of a site."""
-        self._uploads[stored.digest] = stored
+        self.disk.uploads[stored.digest] = stored
         self._put(events.UploadArrived(site, header, stored.digest, stored.size))
 
     def came(self, site: SiteId) -> None:
@@ -391,7 +241,7 @@ class CoordinatedJob:
 
     def download(self, what: str, digest: bytes) -> Stored | None:
         """What a site may download now."""
-        found = self._sum if what == "sum" else self._checkpoint
+        found = self.disk.kept(what)
         return found if found is not None and found.digest == digest else None
 
     def doing(self, site: SiteId, what: str) -> None:
@@ -402,7 +252,7 @@ class CoordinatedJob:
 
     def withdrawn(self, site: SiteId) -> None:
         """The certificate of a site was revoked: whoever has it may have what the site holds."""
-        self._obey_all(self.machine.epochs.withdraw(site))
+        self.obey_all(self.machine.epochs.withdraw(site))
 
     def stop(self, text: str) -> None:
         """End the job at an operator's request."""
@@ -437,16 +287,21 @@ class CoordinatedJob:
     async def _serve(self) -> None:
         try:
             await self.handle(events.Resumed())
-            self._read_settings()
+            if not self.facts.threshold and self.outcome is None:
+                self._read_threshold()
             while self.outcome is None:
                 await self._mailbox.turn(self.handle, self._wait)
                 await self.handle(events.Advance())
                 self.on_change()
         finally:
             await self._mailbox.close()
-            if self._fold is not None:
-                with contextlib.suppress(FedcoreError):
-                    await self._fold.end()
+            await self._sum.end()
+
+    def _read_threshold(self) -> None:
+        try:
+            self.facts.threshold = self._plan.threshold()
+        except FedcoreError as error:  # the roster is another one than when the job was submitted
+            self._feed(events.PlanImpossible(str(error)))
 
     def _wait(self) -> float:
         """Seconds until something is due by itself; never more than a second, for people who watch."""
@@ -472,7 +327,7 @@ class CoordinatedJob:
             LOG.error("job %s: %s", self.id, fault)
             self.progress.text = _reason(fault)
             self.on_change()
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(self.house.retry_seconds)
             self._restore()
             self.machine.forget_standing()
 
@@ -485,16 +340,17 @@ class CoordinatedJob:
                 LOG.exception("job %s: its end cannot be written; trying again", self.id)
                 self.progress.text = text
                 self.on_change()
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(self.house.retry_seconds)
 
     # --------------------------------------------------------------------------- the effects
 
-    def _moment(self) -> Moment:
+    def moment(self) -> Moment:
+        """This one."""
         return Moment(self.house.clock(), self.house.now(), self.links.connected())
 
     def _step(self, event: events.Event) -> list[CoordinatorJobEffect]:
         before = type(self.stage)
-        found = self.machine.step(event, self._moment())
+        found = self.machine.step(event, self.moment())
         if type(self.stage) is not before:
             self._refused_since = None
         return found
@@ -506,204 +362,79 @@ class CoordinatedJob:
         for effect in self._step(event):
             match effect:
                 case StartFold(site, digest):
-                    await self.handle(await self._folded(site, self._uploads[digest]))
+                    await self.handle(await self._sum.add(site, digest))
                 case KeepModel(digest=digest):
-                    await asyncio.to_thread(self._keep_model, self._uploads[digest])
+                    await asyncio.to_thread(self.disk.keep_model, digest)
                     await self.handle(events.ModelKept())
                 case _:
-                    self._obey(effect)
+                    self.obey(effect)
 
     def _feed(self, event: events.Event) -> None:
         """An event that asks for nothing that takes long."""
-        self._obey_all(self._step(event))
+        self.obey_all(self._step(event))
 
-    def _obey_all(self, effects: list[CoordinatorJobEffect]) -> None:
+    def obey_all(self, effects: list[CoordinatorJobEffect]) -> None:
+        """Obey them in order. Raises what the disk refuses; the rest is then not obeyed."""
         for effect in effects:
-            self._obey(effect)
+            self.obey(effect)
 
-    def _obey(self, effect: CoordinatorJobEffect) -> None:
-        journal, spool, name = self.house.journal, self.house.spool, self.id
+    def obey(self, effect: CoordinatorJobEffect) -> None:
+        """Do one thing that the machine asks for. Raises what the disk refuses."""
+        disk, name = self.disk, self.id
         match effect:
             case PutValues(values):
-                journal.append(name, ROUND, (), put=values)
+                disk.put(values)
             case AppendRecords():
-                self._append(effect)
+                disk.append(effect)
             case CloseRound(values):
-                # Nothing of it is secret here, so it need not be gone from free pages.
-                journal.trim(name, ROUND, put=values, forget=sorted(self._small))
-                self._small = set()
-                self._uploads.clear()
+                disk.close_round(values)
             case EndJob(ended):
-                self._end(ended)
+                disk.end(ended)
+                self.machine.ended(ended)
+                LOG.info("job %s: %s %s", name, ended.outcome, ended.text)
             case Send(to=to, message=message):
                 self.links.say(SiteId(to), name, message)
             case Push(to, what):
-                stored = self._sum if what == "sum" else self._checkpoint
+                stored = disk.kept(what)
                 if stored is not None:
                     self.links.push(to, name, what, stored)
             case OpenFold(header):
-                self._open_fold(header.digest, header.round, header.purpose)
+                assert self.plan is not None
+                slots = layout_of(self.plan, self.facts.features, header.purpose).slots
+                self._sum.open(header, self.plan.packing, slots)
             case RemoveMasks():
-                self._mailbox.background(self._make_sum(effect), _Fault)
+                self._mailbox.background(
+                    self._sum.make(effect, self._late, self._wait_for_room), _Fault
+                )
             case FailSum(header, seconds):
-                self._fail_sum(header.round, seconds)
-            case DiscardUploads(None):
-                self._discard_after_end()
-            case DiscardUploads(header=bytes() as under):
-                spool.discard(name, under)
+                self._sum.give_up(header.round, seconds)
+            case DiscardUploads(under):
+                disk.discard(under)
             case KeepCheckpoint():
-                self._keep_checkpoint(effect)
+                kept = disk.keep_checkpoint(effect)
+                if kept is not None:
+                    self._feed(events.CheckpointKept(kept.digest, kept.size))
             case DropCheckpoint(file):
-                spool.remove(name, file)
-                self._checkpoint = None
+                disk.drop_checkpoint(file)
             case MakePlan(shape):
-                self._feed(self._make_plan(shape))
+                self._feed(self._plan.made(shape))
             case KeepMetrics(row):
-                self._keep_metrics(dict(row))
+                disk.keep_metrics(self._plan.compared(row))
+                self.on_change()
             case ShowRound():
-                self._rounds_file.show()
+                disk.show_round()
             case Warn(text=text):
                 LOG.warning("job %s: %s", name, text)
             case Info(text):
                 LOG.info("job %s: %s", name, text)
 
-    def _append(self, effect: AppendRecords) -> None:
-        put: dict[str, bytes] = {}
-        for digest in effect.vectors:
-            put |= _small_file(_VECTOR, self._uploads.get(digest))
-        if effect.with_sum:
-            put |= _small_file(_SUM, self._sum)
-        self.house.journal.append(self.id, ROUND, effect.records, put=put)
-        self._small |= put.keys()
+    def _late(self) -> bool:
+        return self.machine.rounds.summing_late(self.moment())
 
-    def _end(self, ended: job.JobEnded) -> None:
-        kept = {"ended": encode(ended)}
-        self.house.journal.compact(self.id, ROUND, put=kept, forget=sorted(self._small))
-        self._small = set()
-        self._uploads.clear()
-        self.facts.outcome = ended
-        self.progress.state, self.progress.text = ended.outcome, ended.text
-        self.progress.waiting_for, self.progress.waiting_until = (), None
-        LOG.info("job %s: %s %s", self.id, ended.outcome, ended.text)
-
-    def _discard_after_end(self) -> None:
-        try:
-            self._discard_rounds()
-        except StoreProblem as error:  # the job is over all the same; the next process removes them
-            LOG.warning("job %s: %s", self.id, error)
-
-    def _discard_rounds(self) -> None:
-        for found in self.house.spool.rounds(self.id):
-            self.house.spool.discard(self.id, found)
-
-    # ------------------------------------------------------------------------------ the plan
-
-    @cached_property
-    def _settings(self) -> Job:
-        """The job as it was submitted, built once."""
-        return build_job(json.loads(self.offer.settings))
-
-    def _read_settings(self) -> None:
-        if self.facts.threshold or self.outcome is not None:
-            return
-        try:
-            self.facts.threshold = Terms.of_job(self._settings, tuple(self.house.pins)).threshold
-        except FedcoreError as error:  # the roster is another one than when the job was submitted
-            self._feed(events.PlanImpossible(str(error)))
-
-    def _make_plan(self, shape: ModelShape) -> events.Event:
-        try:
-            cap = self._settings.protect.max_examples
-            assert cap is not None
-            plan = plan_of(self._settings, shape, tuple(self.house.pins), cap)
-        except FedcoreError as error:
-            return events.PlanImpossible(str(error))
-        return events.PlanMade(plan, shape.features, self._sizes(plan, shape.features))
-
-    # ------------------------------------------------------------------------- uploads, sums
-
-    def _open_fold(self, header: bytes, number: int, purpose: str) -> None:
-        assert self.plan is not None
-        if header != self._folding:
-            self._folding, self._sum = header, None
-        slots = _layout(self.plan, self.facts.features, purpose).slots
-        self._fold = self.house.pool.job(f"{self.id}-{number}", self.plan.packing, slots)
-
-    async def _folded(self, site: SiteId, stored: Stored) -> events.Event:
-        assert self._fold is not None
-        try:
-            await self._fold.add(stored.path)
-        except ChunkRefused as error:
-            return events.FoldRefused(site, str(error))
-        return events.Folded(site)
-
-    async def _make_sum(self, asked: RemoveMasks) -> events.Event:
-        assert self._fold is not None
-        header = asked.header.digest
-        while True:
-            try:
-                self._sum = await self._fold.total(
-                    self._files(asked), asked.masks,
-                    lambda chunks: self.house.spool.put(
-                        self.id, "sum", chunks, header=header, unsynced=INLINE
-                    ),
-                )  # fmt: skip
-            except StoreFull as error:  # room may come back, and nothing of the round is lost
-                LOG.warning("job %s: %s", self.id, error)
-                self.progress.text = str(error)
-                if self.machine.rounds.summing_late(self._moment()):
-                    raise
-                await asyncio.sleep(_AGAIN)
-            else:
-                return events.SumMade(header, self._sum.digest, self._sum.size)
-
-    def _files(self, asked: RemoveMasks) -> list[Path]:
-        """The files of a sum, small ones given back from the journal. Raises DataLost for one that is gone."""
-        found = self.house.spool.complete(self.id, asked.header.digest)
-        if not found.keys() >= set(asked.survivors):
-            self._give_back_small()
-            found = self.house.spool.complete(self.id, asked.header.digest)
-        for name in asked.survivors:
-            if name not in found:
-                raise DataLost(
-                    f"spool: found the vector of site {name} gone, expected it until its round is over",
-                    remedy="check the disk; the spool is the coordinator's own, nothing else may remove files",
-                )
-        return [found[name] for name in asked.survivors]
-
-    def _fail_sum(self, number: int, seconds: float) -> None:
-        if self._fold is not None:
-            self._fold.give_up()
-        raise DataLost(
-            f"sum of round {number}: found none after {seconds:.0f} s, expected it within the limit of a stage",
-            remedy="look at the disk and the fold workers, and raise limits.stage_seconds if they are slow",
-        )
-
-    def _keep_checkpoint(self, effect: KeepCheckpoint) -> None:
-        spool, header = self.house.spool, effect.header
-        path = spool.uploaded(self.id, header, effect.site, effect.digest)
-        if path is None:
-            return
-        self._checkpoint = found = spool.put(self.id, effect.name, container.read(path))
-        spool.discard(self.id, header)
-        self._feed(events.CheckpointKept(found.digest, found.size))
-
-    def _keep_model(self, stored: Stored) -> None:
-        path = self.directory / MODEL_FILE
-        with refusals("model", path):
-            write_atomic(path, container.read(stored.path))
-            sync_folder(path.parent)
-
-    def _keep_metrics(self, row: dict[str, Any]) -> None:
-        reference = self._settings.track.reference
-        if reference is not None:
-            row["reference"] = reference.against(row["metrics"])
-        rows = self.facts.metrics
-        self.house.journal.append(self.id, ROUND, (), put=rows.entry(row))
-        rows.known.append(row)
-        self._metrics_file.show()
-        self.on_change()
+    def _wait_for_room(self, why: str) -> None:
+        LOG.warning("job %s: %s", self.id, why)
+        self.progress.text = why
 
 
-def _layout(plan: RoundPlan, features: int, purpose: str) -> Layout:
-    return Layout(vector_of(plan, features, purpose), plan.packing, len(plan.sites))
+def _kept(stored: Stored | None) -> KeptFile | None:
+    return None if stored is None else KeptFile(stored.digest, stored.size)

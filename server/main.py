@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
+from fedcore_server.context import House, Quota
 from fedcore_server.folding import FoldPool
-from fedcore_server.jobs import House, Quota
 from fedcore_server.metrics import ADDRESS, serve_metrics
 from fedcore_server.probes import Probes
 from fedcore_server.service import Coordinator, handlers, journal_path

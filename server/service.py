@@ -24,7 +24,8 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from fedcore_server.jobs import CoordinatedJob, House, Quota
+from fedcore_server.context import House, Quota
+from fedcore_server.jobs import CoordinatedJob
 from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 

@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 
 import fedcore_clients.jobs
-import fedcore_server.jobs
 import pytest
 from fedcore_clients.training import TrainingFailed
 from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
@@ -257,8 +256,7 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
 @pytest.mark.parametrize("party", [HUB, "b"])
 def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
     """At any commit, and nobody waits for a deadline: what the disk kept from being heard is said again."""
-    for module in (fedcore_server.jobs, fedcore_clients.jobs):
-        monkeypatch.setattr(module, "_AGAIN", 0.05)
+    monkeypatch.setattr(fedcore_clients.jobs, "_AGAIN", 0.05)
 
     def play(at):
         async def played(found):

@@ -12,11 +12,12 @@ import signal
 from dataclasses import replace
 
 import fedcore_clients.jobs
-import fedcore_server.jobs
 import pytest
 from deployment import HUB as COORDINATOR
 from deployment import deployment, small_task
+from fedcore_server import job_disk
 from fedcore_server.folding import FoldPool, JobFold
+from fedcore_server.job_disk import JobDisk
 from town import PATIENT, SITES, UNHURRIED, scene
 
 from fedcore.runtime.mailbox import Mailbox
@@ -27,7 +28,6 @@ from fedcore.secagg.protocol.round import coordinator
 @pytest.fixture(autouse=True)
 def brief_pauses(monkeypatch):
     """Retries follow each other quickly: no test waits for the pause between them."""
-    monkeypatch.setattr(fedcore_server.jobs, "_AGAIN", 0.05)
     monkeypatch.setattr(fedcore_clients.jobs, "_AGAIN", 0.05)
 
 
@@ -44,18 +44,21 @@ def ended(found):
 
 def lose_uploads(monkeypatch, times):
     """Before a sum is made, the upload of site a is removed from the disk, so many times."""
-    left = [times]
-    real = fedcore_server.jobs.CoordinatedJob._make_sum
+    left, real, total = [times], JobDisk.summands, JobFold.total
 
-    async def removed(self, asked):
+    def removed(self, asked):
         if left[0]:
             left[0] -= 1
-            self.house.spool.complete(self.id, asked.header.digest)["a"].unlink()
-            for shard in self._fold._shards:  # its worker cannot have it in memory either
-                shard.life = -1
-        return await real(self, asked)
+            self.spool.complete("job", asked.header.digest)["a"].unlink()
+        return real(self, asked)
 
-    monkeypatch.setattr(fedcore_server.jobs.CoordinatedJob, "_make_sum", removed)
+    async def forgotten(self, *about):  # nor is it in the memory of a worker
+        for shard in self._shards:
+            shard.life = -1
+        return await total(self, *about)
+
+    monkeypatch.setattr(JobDisk, "summands", removed)
+    monkeypatch.setattr(JobFold, "total", forgotten)
 
 
 def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypatch):
@@ -74,7 +77,7 @@ def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypat
 
 def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, monkeypatch):
     """No deadline passes: UNHURRIED's stages last longer than this test."""
-    monkeypatch.setattr(fedcore_server.jobs, "_small_file", lambda what, stored: {})
+    monkeypatch.setattr(job_disk, "small_file", lambda what, stored: {})
     lose_uploads(monkeypatch, 1)
 
     async def play(found):
@@ -122,7 +125,7 @@ def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, mon
         ahead = [0.0]
         clock = hub.house.clock
         hub.house = replace(hub.house, clock=lambda: clock() + ahead[0])
-        await found.run(until=lambda: left[0] < -3)  # tried again and again
+        await found.run(until=lambda: left[0] < -3 and hub.progress.text)  # again, and pausing
         assert hub.outcome is None
         ahead[0] = 2 * PATIENT.stage
         await found.run(until=ended(found))
@@ -336,16 +339,16 @@ async def raising(error):
 def test_the_queue_goes_on_after_a_job_whose_uploads_are_lost(tmp_path):
     """Real processes (5 to 15 s): the first job's spool files vanish, the second runs to its end."""
     patch = """
-        from fedcore_server import jobs
-        real, first = jobs.CoordinatedJob._make_sum, []
-        jobs._small_file = lambda what, stored: {}
-        async def removed(self, asked):
-            first.append(self.id)
-            if self.id == first[0]:
-                for path in self.house.spool.complete(self.id, asked.header.digest).values():
+        from fedcore_server import job_disk
+        real, first = job_disk.JobDisk.summands, []
+        job_disk.small_file = lambda what, stored: {}
+        def removed(self, asked):
+            first.append(asked.header.job)
+            if asked.header.job == first[0]:
+                for path in self.spool.complete(first[0], asked.header.digest).values():
                     path.unlink()
-            return await real(self, asked)
-        jobs.CoordinatedJob._make_sum = removed
+            return real(self, asked)
+        job_disk.JobDisk.summands = removed
     """
     with deployment(tmp_path, small_task(tmp_path), patches={COORDINATOR: patch}) as fed:
         fed.connected()

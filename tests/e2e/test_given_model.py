@@ -14,7 +14,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.jobs import SiteJob
 from fedcore_clients.model import export_model
 from fedcore_clients.training import TrainingFailed
-from fedcore_server import jobs
+from fedcore_server.job_disk import MODEL_FILE, JobDisk
 from fedcore_server.operators import write_report
 from safetensors.torch import load_file
 from test_patients import RECORDER
@@ -130,7 +130,7 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
 
 
 def given(found):
-    path = found.folder / HUB / "jobs" / "job" / jobs.MODEL_FILE
+    path = found.folder / HUB / "jobs" / "job" / MODEL_FILE
     return path.read_bytes() if path.exists() else None
 
 
@@ -156,7 +156,7 @@ def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
 @pytest.mark.parametrize("who", [HUB, "a", "b"])
 def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, caplog, after, who):
     moments = []
-    take, ask, write = ModelHandover.take, ModelHandover.ask, jobs.write_atomic
+    take, ask, keep = ModelHandover.take, ModelHandover.ask, JobDisk.keep_model
 
     def asked(self, *rest):
         found = ask(self, *rest)
@@ -168,12 +168,12 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, cap
         return take(self, *rest)
 
     def kept(*about):
-        write(*about)
+        keep(*about)
         moments.append("uploaded")
 
     monkeypatch.setattr(ModelHandover, "ask", asked)
     monkeypatch.setattr(ModelHandover, "take", said)
-    monkeypatch.setattr(jobs, "write_atomic", kept)
+    monkeypatch.setattr(JobDisk, "keep_model", kept)
 
     async def play(found):
         start = giving(found)
@@ -241,15 +241,15 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
 
 
 def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatch):
-    full, write = [], jobs.write_atomic
+    full, keep = [], JobDisk.keep_model
 
-    def no_room(path, pieces):
+    def no_room(*about):
         if not full:
             full.append(True)
             raise StoreFull("model: found no room")
-        write(path, pieces)
+        keep(*about)
 
-    monkeypatch.setattr(jobs, "write_atomic", no_room)
+    monkeypatch.setattr(JobDisk, "keep_model", no_room)
 
     async def play(found):
         giving(found)

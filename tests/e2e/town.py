@@ -25,7 +25,8 @@ import numpy as np
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_clients.ledger import Ledger, read_ledger
-from fedcore_server.jobs import CoordinatedJob, House
+from fedcore_server.context import House
+from fedcore_server.jobs import CoordinatedJob
 from policies import policy_of
 
 from fedcore.config import build_job, plan_of
@@ -174,7 +175,16 @@ class Town:
     def start_hub(self, **kill):
         journal = self.open(HUB)
         spool = Spool(self.folder / HUB / "spool")
-        house = House("town", self.pins, journal, spool, self.pool, self.folder / HUB, self.limits)
+        house = House(
+            "town",
+            self.pins,
+            journal,
+            spool,
+            self.pool,
+            self.folder / HUB,
+            self.limits,
+            retry_seconds=0.05,
+        )
         if journal.get("job", "offer") is None:
             journal.put("job", "offer", encode(self.offer))
         self._arm(journal, kill)

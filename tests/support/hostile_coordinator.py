@@ -260,12 +260,12 @@ def install(folder):
             if isinstance(event, events.SumMade) and isinstance(self.stage, coordinator.Summing):
                 self.write_down()
                 if self.machine.keeps:
-                    self._obey_all(self.machine.give_up(self._moment()))
+                    self.obey_all(self.machine.give_up(self.moment()))
                     return
             await super().handle(event)
 
-        def _obey(self, effect):
-            super()._obey(effect)
+        def obey(self, effect):
+            super().obey(effect)
             if isinstance(effect, effects.OpenFold):
                 self.offer_forged(effect.header)
 
@@ -276,7 +276,7 @@ def install(folder):
             from fedcore.store import container
 
             header, plan = self.stage.header, self.plan
-            chunks = list(container.read(self._sum.path))
+            chunks = list(container.read(self.disk.sum.path))
             spec = vector_of(plan, self.facts.features, header.purpose)
             layout = Layout(spec, plan.packing, len(plan.sites))
             if plan.protection == "masked":

@@ -10,7 +10,8 @@ import pytest
 from fedcore_clients.config import read_config
 from fedcore_clients.policy import PolicySection
 from fedcore_server import service
-from fedcore_server.jobs import MODEL_FILE, Quota
+from fedcore_server.context import Quota
+from fedcore_server.job_disk import MODEL_FILE
 from fedcore_server.operators import prepare
 from pydantic import ValidationError
 from support.job_parts import LIMITS, at, facts_of, sent

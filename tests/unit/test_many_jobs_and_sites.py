@@ -7,7 +7,8 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from fedcore_server.jobs import CoordinatedJob, House
+from fedcore_server.context import House
+from fedcore_server.jobs import CoordinatedJob
 from fedcore_server.operators import jobs_table
 from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
 from rich.console import Console

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fedcore_server import service
-from fedcore_server.jobs import CoordinatedJob, House, Quota
+from fedcore_server.context import House, Quota
+from fedcore_server.jobs import CoordinatedJob
 from fedcore_server.operators import prepare
 from fedcore_server.rows import METRICS_FILE
 from hypothesis import given

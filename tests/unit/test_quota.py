@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_server.config import LimitsSection
-from fedcore_server.jobs import House, Quota
+from fedcore_server.context import House, Quota
 from fedcore_server.operators import wire_settings
 from fedcore_server.service import Coordinator
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 from fedcore_clients import policy
 from fedcore_server import service
-from fedcore_server.jobs import Quota
+from fedcore_server.context import Quota
 from parties import Epochs, Parties
 from test_public_metrics import SITES, loaded, submitted
 

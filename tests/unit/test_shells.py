@@ -18,7 +18,7 @@ from fedcore_clients.config import SiteConfig
 from fedcore_clients.jobs import SiteJob, wire_settings
 from fedcore_clients.main import InstalledTasks
 from fedcore_server import service
-from fedcore_server.jobs import Quota
+from fedcore_server.context import Quota
 from fedcore_server.service import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st

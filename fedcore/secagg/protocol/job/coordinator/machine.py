@@ -52,7 +52,8 @@ MATERIAL = "site {} left a round over another site's material: the sites' logs s
 class Restored:
     """What a new process finds on disk of a job that has a plan.
 
-    sizes: bytes of one protected vector, by purpose; rounds, metrics: rows, oldest first.
+    sizes: bytes of one protected vector, by purpose; rounds, metrics: rows, oldest first; restarted: the
+    round under way was begun by another process.
     """
 
     plan: RoundPlan
@@ -65,6 +66,7 @@ class Restored:
     withdrawn: frozenset[SiteId]
     rounds: list[Json]
     metrics: list[Json]
+    restarted: bool
 
 
 class JobMachine:
@@ -95,9 +97,9 @@ class JobMachine:
     def restore(self, found: Restored | None, outcome: job_messages.JobEnded | None) -> None:
         """What the disk has, at first or after it refused something: the rest stays as it was."""
         facts = self.facts
-        facts.outcome, self.ending.decided = outcome, outcome is not None
+        facts.outcome, self.ending.decided = None, outcome is not None
         if outcome is not None:
-            facts.progress.state, facts.progress.text = outcome.outcome, outcome.text
+            self.ended(outcome)
         if found is None:
             facts.plan, facts.step = None, None
             return
@@ -108,11 +110,24 @@ class JobMachine:
         self.metrics.restored()
 
     def files_restored(
-        self, checkpoint: KeptFile | None, sum_size: int | None, at: Moment, *, under_way: bool
+        self,
+        checkpoint: KeptFile | None,
+        announced: KeptFile | None,
+        at: Moment,
+        *,
+        model: bool,
+        restarted: bool,
     ) -> None:
-        """What the spool has. sum_size: bytes of the sum that is announced; under_way: so is a round."""
+        """What the spool has. announced: the sum of the round under way; model: it is there."""
         self.catch_up.restore(checkpoint)
-        self.rounds.restore(sum_size, at, restarted=under_way)
+        self.rounds.restore(announced, at, restarted=restarted)
+        self.model.here = model
+
+    def ended(self, outcome: job_messages.JobEnded) -> None:
+        """What `EndJob` asked for is on disk."""
+        progress, self.facts.outcome = self.facts.progress, outcome
+        progress.state, progress.text = outcome.outcome, outcome.text
+        progress.waiting_for, progress.waiting_until = (), None
 
     def forget_standing(self) -> None:
         """The disk was read again: each site is offered the plan again, and says where it stands."""

@@ -67,10 +67,11 @@ class RoundDriver:
         self._summing: tuple[bytes, float] = b"", 0.0
         """Header of the sum under way, and the clock seconds at which making it began."""
 
-    def restore(self, sum_size: int | None, at: Moment, *, restarted: bool) -> None:
-        """A new process knows only what the disk has. sum_size: bytes of a sum that is announced."""
+    def restore(self, announced: KeptFile | None, at: Moment, *, restarted: bool) -> None:
+        """A new process knows only what the disk has. announced: the sum of the round under way."""
         self._clear(at)
-        self._sum_size, self._restarted = sum_size, restarted
+        self._sum_size = None if announced is None else announced.size
+        self._restarted = restarted
 
     def _clear(self, at: Moment) -> None:
         self._submits, self._uploads, self._sum_size = {}, {}, None

@@ -1,0 +1,250 @@
+"""What one job of a coordinator has on disk: its journal, its part of the spool, and files for people.
+
+Small files of the round under way are in the journal too, with the record that relies on them, in one
+commit, and so without a sync of their own (decision 0012). A power cut may take the file; the next start
+writes it again. Whatever the disk refuses is raised as StoreProblem or OSError, and the caller has not moved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
+
+from fedcore.errors import DataLost, StoreProblem
+from fedcore.files import write_atomic
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import epoch, job_messages
+from fedcore.secagg.protocol.effects import RemoveMasks
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile
+from fedcore.secagg.protocol.job.coordinator.machine import Restored
+from fedcore.secagg.protocol.job.effects import AppendRecords, KeepCheckpoint
+from fedcore.secagg.protocol.round import coordinator
+from fedcore.secagg.protocol.wire_form import decode, encode
+from fedcore.store import container
+from fedcore.store.disk import refusals, sync_folder
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool, Stored
+from fedcore.types import Json
+from fedcore.wire.limits import INLINE
+
+LOG = logging.getLogger("fedcore.coordinator.job")
+ROUND = "round"
+MODEL_FILE = "model.safetensors"
+_VECTOR, _SUM = "vector-", "sum-"
+"""Prefixes of the keys of small files in the journal."""
+
+
+def _small_key(what: str, digest: bytes) -> str:
+    return f"{what}{digest.hex()[:48]}"
+
+
+def small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
+    """What the journal keeps of a file that was not synced."""
+    if stored is None or stored.travels > INLINE:
+        return {}
+    return {_small_key(what, stored.digest): stored.path.read_bytes()}
+
+
+class JobDisk:
+    """Journal, spool and folder of one job. directory: where people find its files."""
+
+    def __init__(self, journal: Journal, spool: Spool, directory: Path, facts: JobFacts) -> None:
+        self._journal, self.spool, self._directory = journal, spool, directory
+        self._facts, self._job = facts, facts.id
+        self._rounds = Rows(directory / ROUNDS_FILE, facts.rounds)
+        self._metrics = Rows(directory / METRICS_FILE, facts.metrics)
+        self._small: set[str] = set()
+        """Keys of the journal with files of the round under way that came without a sync."""
+        self.uploads: dict[bytes, Stored] = {}
+        """Whole uploads of the round under way, by digest."""
+        self.sum: Stored | None = None
+        """Of the round under way, or of the last one until the next begins."""
+        self._round = b""
+        """Header of that round."""
+        self.checkpoint: Stored | None = None
+
+    # ------------------------------------------------------------------------------- reading
+
+    def plan(self) -> tuple[RoundPlan, int] | None:
+        """The plan of the job and its number of columns; None before there is one."""
+        about = self._journal.get(self._job, "plan")
+        if about is None:
+            return None
+        kept = json.loads(about)
+        return RoundPlan.from_json(kept["plan"]), kept["features"]
+
+    def outcome(self) -> job_messages.JobEnded | None:
+        """How the job ended."""
+        ended = self._journal.get(self._job, "ended")
+        return None if ended is None else decode(ended, job_messages.JobEnded)
+
+    def restored(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> Restored:
+        """What the journal has of a job with this plan. sizes: as in `JobFacts`."""
+        journal, name = self._journal, self._job
+        records = list(journal.read(name, ROUND))
+
+        def value(key: str, otherwise: Any) -> Any:
+            found = journal.get(name, key)
+            return otherwise if found is None else decode(found, object)
+
+        return Restored(
+            plan, features, sizes, value("epoch", epoch.NoEpoch()),
+            coordinator.replay(value("stage", coordinator.Ready()), records), value("step", None),
+            value("certificate", None),
+            frozenset(json.loads(journal.get(name, "withdrawn") or b"[]")),
+            self._rounds.kept(journal, name), self._metrics.kept(journal, name), bool(records),
+        )  # fmt: skip
+
+    def settle(self, checkpoint: str) -> None:
+        """Bring spool and files to what the facts say, which were read just now.
+
+        checkpoint: the name that one of the last release has.
+        """
+        facts, stage = self._facts, self._facts.round
+        self._rounds.make()
+        self._metrics.make()
+        self._give_back_small()
+        self.sum, self.checkpoint = None, None
+        if facts.certificate is not None:
+            self.checkpoint = self.spool.find(self._job, checkpoint)
+        if isinstance(stage, coordinator.Releasing):
+            self.sum = self.spool.find(self._job, "sum", header=stage.header.digest)
+        self._round = stage.header.digest if stage is not None else b""
+        keep = {self._round}
+        if facts.certificate is not None:  # a checkpoint on its way in
+            keep.add(facts.certificate.header.digest)
+        self._discard_all(keep if facts.outcome is None else ())
+
+    def _give_back_small(self) -> None:
+        """Files that the journal has may be gone, or empty, after a power cut."""
+        journal, name, stage = self._journal, self._job, self._facts.round
+        self._small = {key for key in journal.keys(name) if key.startswith((_VECTOR, _SUM))}
+        if stage is None:
+            return
+        header = stage.header.digest
+        for submit in getattr(stage, "submissions", ()):
+            data = journal.get(name, _small_key(_VECTOR, submit.digest))
+            if data is not None:
+                self.spool.give_back(name, header, submit.site, data)
+        for key in self._small:
+            data = journal.get(name, key) if key.startswith(_SUM) else None
+            if data is not None:
+                self.keep_sum(header, container.from_bytes(data))
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model is among the job's files."""
+        return (self._directory / MODEL_FILE).exists()
+
+    def kept(self, what: str) -> Stored | None:
+        """The `sum` or the `checkpoint`."""
+        return self.sum if what == "sum" else self.checkpoint
+
+    # ------------------------------------------------------------------------- the journal
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        """Write values: one commit."""
+        self._journal.append(self._job, ROUND, (), put=values)
+
+    def append(self, effect: AppendRecords) -> None:
+        """Append records to the round's, with the small files that they rely on: one commit."""
+        put: dict[str, bytes] = {}
+        for digest in effect.vectors:
+            put |= small_file(_VECTOR, self.uploads.get(digest))
+        if effect.with_sum:
+            put |= small_file(_SUM, self.sum)
+        self._journal.append(self._job, ROUND, effect.records, put=put)
+        self._small |= put.keys()
+
+    def close_round(self, values: Mapping[str, bytes]) -> None:
+        """The end of a round; its records and small files go. Nothing of it is secret here, so it need
+        not be gone from free pages."""
+        self._journal.trim(self._job, ROUND, put=values, forget=sorted(self._small))
+        self._round_gone()
+
+    def end(self, ended: job_messages.JobEnded) -> None:
+        """The end of the job; what is left of a round goes for good."""
+        put = {"ended": encode(ended)}
+        self._journal.compact(self._job, ROUND, put=put, forget=sorted(self._small))
+        self._round_gone()
+
+    def _round_gone(self) -> None:
+        self._small = set()
+        self.uploads.clear()
+
+    def keep_metrics(self, row: Json) -> None:
+        """The public metrics of one release, in journal and file."""
+        self.put(self._facts.metrics.entry(row))
+        self._facts.metrics.known.append(row)
+        self._metrics.show()
+
+    def show_round(self) -> None:
+        """The last row of a round, in the file: the journal has it."""
+        self._rounds.show()
+
+    # --------------------------------------------------------------------------- the spool
+
+    def keep_sum(self, header: bytes, chunks: Iterable[bytes]) -> Stored:
+        """Write the sum of a round."""
+        return self.spool.put(self._job, "sum", chunks, header=header, unsynced=INLINE)
+
+    def begin_round(self, header: bytes) -> None:
+        """From now on the sum is of the round with this header."""
+        if header != self._round:
+            self._round, self.sum = header, None
+
+    def summands(self, asked: RemoveMasks) -> list[Path]:
+        """The files of a sum, small ones given back from the journal. Raises DataLost for one that is gone."""
+        header = asked.header.digest
+        found = self.spool.complete(self._job, header)
+        if not found.keys() >= set(asked.survivors):
+            self._give_back_small()
+            found = self.spool.complete(self._job, header)
+        for name in asked.survivors:
+            if name not in found:
+                raise DataLost(
+                    f"spool: found the vector of site {name} gone, expected it until its round is over",
+                    remedy="check the disk; the spool is the coordinator's own, nothing else may remove files",
+                )
+        return [found[name] for name in asked.survivors]
+
+    def keep_checkpoint(self, asked: KeepCheckpoint) -> KeptFile | None:
+        """Make a site's upload the checkpoint; None if there is no such upload."""
+        path = self.spool.uploaded(self._job, asked.header, asked.site, asked.digest)
+        if path is None:
+            return None
+        self.checkpoint = self.spool.put(self._job, asked.name, container.read(path))
+        self.spool.discard(self._job, asked.header)
+        return KeptFile(self.checkpoint.digest, self.checkpoint.size)
+
+    def drop_checkpoint(self, name: str) -> None:
+        """Remove it: it is of an earlier release or key epoch."""
+        self.spool.remove(self._job, name)
+        self.checkpoint = None
+
+    def keep_model(self, digest: bytes) -> None:
+        """Write an upload among the job's files, whole or not at all."""
+        path = self._directory / MODEL_FILE
+        with refusals("model", path):
+            write_atomic(path, container.read(self.uploads[digest].path))
+            sync_folder(path.parent)
+
+    def discard(self, header: bytes | None) -> None:
+        """Remove the files under this header; of all rounds if None, after the end of the job."""
+        if header is not None:
+            self.spool.discard(self._job, header)
+            return
+        try:
+            self._discard_all(())
+        except StoreProblem as error:  # the job is over all the same; the next process removes them
+            LOG.warning("job %s: %s", self._job, error)
+
+    def _discard_all(self, keep: Iterable[bytes]) -> None:
+        for found in self.spool.rounds(self._job):
+            if found not in keep:
+                self.spool.discard(self._job, found)

@@ -1,0 +1,60 @@
+"""What follows from a job's settings: its threshold, its plan, and what a plan weighs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from functools import cached_property
+
+from fedcore.config import Job, build_job, plan_of
+from fedcore.errors import FedcoreError
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import ModelShape, RoundPlan
+from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job.coordinator.events import PlanImpossible, PlanMade
+from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.scheme import Scheme, vector_of
+from fedcore.types import Json, SiteId
+
+
+class JobPlan:
+    """The settings of one job, for these pinned sites."""
+
+    def __init__(self, offer: JobOffer, sites: Collection[SiteId]) -> None:
+        self._offer, self._sites = offer, tuple(sites)
+
+    @cached_property
+    def _settings(self) -> Job:
+        """As they were submitted, built once."""
+        return build_job(json.loads(self._offer.settings))
+
+    def threshold(self) -> int:
+        """t. Raises FedcoreError where the roster is another one than when the job was submitted."""
+        return Terms.of_job(self._settings, self._sites).threshold
+
+    def made(self, shape: ModelShape) -> PlanMade | PlanImpossible:
+        """The plan for what most sites found."""
+        try:
+            cap = self._settings.protect.max_examples
+            assert cap is not None
+            plan = plan_of(self._settings, shape, self._sites, cap)
+        except FedcoreError as error:
+            return PlanImpossible(str(error))
+        return PlanMade(plan, shape.features, vector_sizes(plan, shape.features))
+
+    def compared(self, row: Json) -> Json:
+        """A row of public metrics, with the gap to the job's reference where it names one."""
+        reference = self._settings.track.reference
+        return row if reference is None else row | {"reference": reference.against(row["metrics"])}
+
+
+def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
+    """How the vectors of a round with this purpose are packed."""
+    return Layout(vector_of(plan, features, purpose), plan.packing, len(plan.sites))
+
+
+def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:
+    """Bytes of one protected vector, by purpose."""
+    scheme, purposes = Scheme(plan), schedule.PURPOSES[0 if features else 1 :]
+    return {each: scheme.upload_bytes(layout_of(plan, features, each)) for each in purposes}
