@@ -48,7 +48,7 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class House:
+class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
     retry_seconds: before what the disk refused, or has no room for, is tried again.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcore_server.rows import METRICS_FILE, ROUNDS_FILE, Rows
+from fedcore_server.job_log import METRICS_FILE, ROUNDS_FILE, JobLogFile
 
 from fedcore.errors import DataLost, StoreProblem
 from fedcore.files import write_atomic
@@ -56,8 +56,8 @@ class JobDisk:
     def __init__(self, journal: Journal, spool: Spool, directory: Path, facts: JobFacts) -> None:
         self._journal, self.spool, self._directory = journal, spool, directory
         self._facts, self._job = facts, facts.id
-        self._rounds = Rows(directory / ROUNDS_FILE, facts.rounds)
-        self._metrics = Rows(directory / METRICS_FILE, facts.metrics)
+        self._rounds = JobLogFile(directory / ROUNDS_FILE, facts.rounds)
+        self._metrics = JobLogFile(directory / METRICS_FILE, facts.metrics)
         self._small: set[str] = set()
         """Keys of the journal with files of the round under way that came without a sync."""
         self.uploads: dict[bytes, Stored] = {}

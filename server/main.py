@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
-from fedcore_server.context import House, Quota
+from fedcore_server.context import CoordinatorContext, Quota
 from fedcore_server.folding import FoldPool
 from fedcore_server.metrics import ADDRESS, serve_metrics
 from fedcore_server.probes import Probes
@@ -99,7 +99,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
         Journal.open(journal_path(config.folder), party=f"coordinator of {config.name}") as journal,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
-        house = House(
+        context = CoordinatorContext(
             config.name, pins, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
             config.folder,
             Limits(
@@ -115,7 +115,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
             config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
-        asyncio.run(_serve(config, kit, house, gate, said))
+        asyncio.run(_serve(config, kit, context, gate, said))
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:
@@ -131,9 +131,13 @@ def _vectors(limits: LimitsSection, sites: int) -> int:
 
 
 async def _serve(
-    config: FederationConfig, kit: Kit, house: House, gate: Gate, said: Callable[[str], None]
+    config: FederationConfig,
+    kit: Kit,
+    context: CoordinatorContext,
+    gate: Gate,
+    said: Callable[[str], None],
 ) -> None:
-    hub, probes = Coordinator(house, gate), Probes(gate)
+    hub, probes = Coordinator(context, gate), Probes(gate)
     most = connection_limit(raise_descriptors(), len(config.listen))
     server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *most))
     server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])

@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from fedcore_server.context import House, Quota
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.job_runner import JobRunner
 from fedcore_server.metrics import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
@@ -139,16 +139,16 @@ class SiteSession:
 class Coordinator:
     """All jobs and sessions of one coordinator process."""
 
-    def __init__(self, house: House, gate: Gate) -> None:
-        self.house, self.gate = house, gate
+    def __init__(self, context: CoordinatorContext, gate: Gate) -> None:
+        self.context, self.gate = context, gate
         self.sessions: dict[SiteId, SiteSession] = {}
         self._last_peers: dict[SiteId, Peer] = {}
         """The certificate of each site's last session: it may be withdrawn while the site is away."""
-        self.jobs: dict[str, CoordinatedJob] = {}
-        self.pins = roster_digest(house.pins)
+        self.jobs: dict[str, JobRunner] = {}
+        self.pins = roster_digest(context.pins)
         self.counts = Counts()
         self._said: tuple[str, Any, bytes] = "", None, b""
-        kept = house.journal.get("coordinator", "evicted")
+        kept = context.journal.get("coordinator", "evicted")
         self.evicted: set[str] = set(json.loads(kept)) if kept else set()
         self._wait: _Wait = _Wait()
         self._changed = asyncio.Event()
@@ -158,12 +158,12 @@ class Coordinator:
     # ------------------------------------------------------------------------------- the jobs
 
     def _restore(self) -> None:
-        kept = self.house.journal.get("coordinator", "jobs")
+        kept = self.context.journal.get("coordinator", "jobs")
         for name in json.loads(kept) if kept else []:
-            found = CoordinatedJob.stored(self.house, self, name)
+            found = JobRunner.stored(self.context, self, name)
             self._adopt(found)
 
-    def _adopt(self, found: CoordinatedJob) -> None:
+    def _adopt(self, found: JobRunner) -> None:
         found.on_change = self.changed
         found.facts.evicted = self.evicted
         for site in self.evicted & found.sites.keys():
@@ -258,11 +258,11 @@ class Coordinator:
         for session in list(self.sessions.values()):
             session.put_packed(data)
 
-    def _waiting_for(self, found: CoordinatedJob) -> Collection[SiteId]:
+    def _waiting_for(self, found: JobRunner) -> Collection[SiteId]:
         """Who is away, else who is still at work on this stage."""
         return found.progress.waiting_for or coordinator.waiting_for(found.stage)
 
-    def _waiting(self, found: CoordinatedJob) -> Json | None:
+    def _waiting(self, found: JobRunner) -> Json | None:
         """Whom a job waits for, of how many, until when, and with how many it then goes on.
 
         None while nobody would call it waiting. then: 0 where it could not go on.
@@ -271,14 +271,14 @@ class Coordinator:
         names = tuple(self._waiting_for(found))
         if wait.key is None or found.id != wait.key[0] or not wait.shown or not names:
             return None
-        until, least = found.progress.waiting_until, self.house.limits.minimum
+        until, least = found.progress.waiting_until, self.context.limits.minimum
         if isinstance(stage, coordinator.Waiting):
             of = coordinator.members_of(stage)
             out, least = set(stage.gone) | set(names), stage.header.threshold
             if not found.progress.waiting_for:
-                until = self.house.now() + stage.until - self.house.clock()
+                until = self.context.now() + stage.until - self.context.clock()
         else:
-            of = tuple(self.house.pins)
+            of = tuple(self.context.pins)
             out = {n for n, view in found.sites.items() if view.unable or view.missed} | set(names)
             least = max(least, found.facts.threshold)
         there = len(of) - len(out & set(of))
@@ -291,7 +291,7 @@ class Coordinator:
             and not isinstance(stage, coordinator.EXPOSED),
         }  # fmt: skip
 
-    def _seen(self, found: CoordinatedJob, name: SiteId) -> Json:
+    def _seen(self, found: JobRunner, name: SiteId) -> Json:
         """What a connected site is at, or when another one was heard of last."""
         if name in self.sessions:
             return {"doing": found.sites[name].doing or "connected", "last_seen": None}
@@ -302,7 +302,7 @@ class Coordinator:
         jobs = list(self.jobs.values())
         rows = [row for found in jobs for row in list(found.rounds.known)]
         return Seen(
-            len(self.house.pins), len(self.sessions),
+            len(self.context.pins), len(self.sessions),
             Counter(found.progress.state for found in jobs),
             Counter("abandoned" if "abandoned" in row else "released" for row in rows),
         )  # fmt: skip
@@ -317,7 +317,7 @@ class Coordinator:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def running(self) -> CoordinatedJob | None:
+    def running(self) -> JobRunner | None:
         """The job under way."""
         return next((j for j in self.jobs.values() if j.outcome is None), None)
 
@@ -326,7 +326,7 @@ class Coordinator:
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order; whether one is in it is asked for each of many."""
         here = self.sessions
-        return dict.fromkeys(n for n in self.house.pins if n in here and not here[n].over)
+        return dict.fromkeys(n for n in self.context.pins if n in here and not here[n].over)
 
     def say(self, site: SiteId, job: str, message: Any) -> None:
         """Send a record if the site has a session."""
@@ -420,7 +420,7 @@ class Coordinator:
         session.tasks = tuple(task.name for task in frame.tasks)
         self.sessions[name] = session
         self.counts.sessions += 1
-        session.put(frames.Welcome(self.house.federation, int(time.time() * 1000)))
+        session.put(frames.Welcome(self.context.federation, int(time.time() * 1000)))
         LOG.info("site %s: connected (%s)", name, frame.software)
         found = self.running()
         if found is not None:
@@ -438,7 +438,7 @@ class Coordinator:
                 if found is not None and (found.outcome is not None or found is self.running()):
                     await self._room(found)
                     table = TO_COORDINATOR if found.asks_for_grants(name) else FROM_ANY_SITE
-                    pins = len(self.house.pins)
+                    pins = len(self.context.pins)
                     found.tell(name, unpack_record(frame, table, sender=name, sites=pins))
             case frames.Doing(job, what):
                 if job in self.jobs:
@@ -460,7 +460,7 @@ class Coordinator:
                 pass
 
     @staticmethod
-    async def _room(found: CoordinatedJob) -> None:
+    async def _room(found: JobRunner) -> None:
         """Wait until a job has handled what came before: nothing more of this site is read meanwhile."""
         while found.backlog >= MOST_RECORDS and found.outcome is None:  # noqa: ASYNC110 - rare
             await asyncio.sleep(0.01)
@@ -489,7 +489,7 @@ class Coordinator:
                 "upload: found one that nobody waits for",
                 remedy="it belongs to a round that is over",
             )
-        return self.house.spool.upload(start.job, start.header, name, start.digest, start.size)
+        return self.context.spool.upload(start.job, start.header, name, start.digest, start.size)
 
     async def _finish(
         self, name: SiteId, start: frames.UploadStart, incoming: IncomingUpload
@@ -510,7 +510,7 @@ class Coordinator:
                 remedy="both must have the same roster.toml",
             )
         return calls.CHECK.gives.pack(
-            frames.Welcome(self.house.federation, int(time.time() * 1000))
+            frames.Welcome(self.context.federation, int(time.time() * 1000))
         )
 
     async def upload(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
@@ -577,16 +577,16 @@ class Coordinator:
         if not isinstance(settings, dict):
             raise BadInput("submit: found no settings, expected those of the job file, complete")
         check_name("task", asked.task)  # it names folders
-        _check_settings(settings, len(self.house.pins), self.house.quota)
-        _check_budget(settings, self.house.limits.stage)
+        _check_settings(settings, len(self.context.pins), self.context.quota)
+        _check_budget(settings, self.context.limits.stage)
         self._check_room(peer.name)
         check_name("submit: task", asked.task)  # it names folders, here and at the sites
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
-        found = CoordinatedJob(self.house, self, offer)
+        found = JobRunner(self.context, self, offer)
         (found.directory / "job.toml").write_bytes(asked.toml)
         found.submitter = peer.name
-        journal = self.house.journal
+        journal = self.context.journal
         journal.put(name, "submitter", peer.name.encode())
         journal.put(name, "offer", encode(offer))
         self._adopt(found)
@@ -598,7 +598,7 @@ class Coordinator:
 
     def _check_room(self, operator: str) -> None:
         """Raise PlanRefused where as many jobs wait, or are kept for this operator, as may."""
-        quota = self.house.quota
+        quota = self.context.quota
         queued = sum(found.outcome is None for found in self.jobs.values())
         kept = sum(found.submitter == operator for found in self.jobs.values())
         if queued >= quota.queued:
@@ -622,7 +622,7 @@ class Coordinator:
         room = MAX_JSON - REST_BYTES - len(frames.json_bytes(sites))
         rows = _fitting(map(self._about, reversed(self.jobs.values())), room)
         answer = {
-            "federation": self.house.federation, "earlier": len(self.jobs) - len(rows),
+            "federation": self.context.federation, "earlier": len(self.jobs) - len(rows),
             "jobs": rows[::-1], "sites": sites,
         }  # fmt: skip
         return calls.JOBS.gives.pack(frames.JobsReply(frames.json_bytes(answer)))
@@ -659,7 +659,7 @@ class Coordinator:
                 await asyncio.wait_for(changed.wait(), 1.0)
             await asyncio.sleep(0.05)
 
-    def _about(self, found: CoordinatedJob) -> Json:
+    def _about(self, found: JobRunner) -> Json:
         progress, stage = found.progress, found.stage
         settings = json.loads(found.offer.settings)
         return {
@@ -676,9 +676,9 @@ class Coordinator:
             "metrics": max(found.metrics.known, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 
-    def _sites(self, found: CoordinatedJob | None) -> Json:
+    def _sites(self, found: JobRunner | None) -> Json:
         out: Json = {}
-        for name in self.house.pins:
+        for name in self.context.pins:
             session = self.sessions.get(name)
             view = found.sites[name] if found is not None else None
             out[name] = {
@@ -691,7 +691,7 @@ class Coordinator:
             }
         return out
 
-    def _named(self, name: str) -> CoordinatedJob:
+    def _named(self, name: str) -> JobRunner:
         if name not in self.jobs:
             raise UnknownName("job", name, list(self.jobs))
         return self.jobs[name]
@@ -712,13 +712,13 @@ class Coordinator:
         """Send a site away until it is let in again; survives a restart."""
         peer = await self._admit(context, calls.EVICT)
         asked = calls.EVICT.takes.unpack(data, sender=peer.name)
-        if asked.site not in self.house.pins:
-            raise UnknownName("site", asked.site, list(self.house.pins))
+        if asked.site not in self.context.pins:
+            raise UnknownName("site", asked.site, list(self.context.pins))
         if (asked.site in self.evicted) is not asked.undo:
             how = "is not evicted" if asked.undo else "is evicted already"
             raise BadInput(f"evict: site {asked.site} {how}")
         evicted = self.evicted ^ {asked.site}
-        self.house.journal.put("coordinator", "evicted", json.dumps(sorted(evicted)).encode())
+        self.context.journal.put("coordinator", "evicted", json.dumps(sorted(evicted)).encode())
         self.evicted = evicted
         name = SiteId(asked.site)
         for found in self.jobs.values():
@@ -749,7 +749,7 @@ class Coordinator:
                     yield calls.RESULT.gives.pack(part)
 
     @staticmethod
-    def _recipe(found: CoordinatedJob) -> Json:
+    def _recipe(found: JobRunner) -> Json:
         """What was run: enough to run it again."""
         return {
             "task_sha256": found.offer.task_digest, "settings": json.loads(found.offer.settings),
@@ -786,7 +786,7 @@ def _fitting(rows: Iterable[Json], most: int = ROWS_BYTES) -> list[Json]:
     return found
 
 
-def _stage_key(found: CoordinatedJob) -> tuple[str, str, int]:
+def _stage_key(found: JobRunner) -> tuple[str, str, int]:
     """One stage of one round of one job."""
     header = getattr(found.stage, "header", None)
     return found.id, type(found.stage).__name__, header.round if header is not None else 0

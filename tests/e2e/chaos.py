@@ -5,7 +5,7 @@
 A coordinator and four sites run job after job, with protections by turns, while a schedule drawn from
 the seed kills -9 any of them and starts it again, drops or delays the connections (every site goes
 through a small TCP proxy of its own), leaves no room on the disk (RLIMIT_FSIZE of a running process) and
-lets clocks jump. Clocks are injected: `House.clock`, `House.now` and `Party.clock` of the processes
+lets clocks jump. Clocks are injected: `CoordinatorContext.clock` and `.now`, and `Party.clock`, of the processes
 started here add what a file says; an installed Fedcore has no such switch. Then all is calm, and
     - every job ended, finished or with a reason;
     - every journal verifies;
@@ -58,12 +58,12 @@ def _jumped():
 
 HUB_PATCH = """
 import fedcore_server.main as _main
-_house = _main.House
-def House(*a, **k):
+_context = _main.CoordinatorContext
+def CoordinatorContext(*a, **k):
     k["clock"] = lambda: time.monotonic() + abs(_jumped())
     k["now"] = lambda: time.time() + _jumped()
-    return _house(*a, **k)
-_main.House = House
+    return _context(*a, **k)
+_main.CoordinatorContext = CoordinatorContext
 """
 
 SITE_PATCH = """

@@ -123,8 +123,8 @@ def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, mon
     async def play(found):
         hub = begin(found)
         ahead = [0.0]
-        clock = hub.house.clock
-        hub.house = replace(hub.house, clock=lambda: clock() + ahead[0])
+        clock = hub.context.clock
+        hub.context = replace(hub.context, clock=lambda: clock() + ahead[0])
         await found.run(until=lambda: left[0] < -3 and hub.progress.text)  # again, and pausing
         assert hub.outcome is None
         ahead[0] = 2 * PATIENT.stage
@@ -178,8 +178,8 @@ def test_a_fold_worker_that_hangs_fails_the_job_after_a_stage(tmp_path, monkeypa
 
     async def play(found):
         hub, ahead = begin(found), [0.0]
-        clock = hub.house.clock
-        hub.house = replace(hub.house, clock=lambda: clock() + ahead[0])
+        clock = hub.context.clock
+        hub.context = replace(hub.context, clock=lambda: clock() + ahead[0])
         real, stopped = JobFold.total, []
 
         async def total(self, *args):
@@ -208,18 +208,18 @@ def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, poo
 
     async def play(found):
         hub = begin(found)
-        real, refused = hub.house.journal.compact, itertools.count()
+        real, refused = hub.context.journal.compact, itertools.count()
 
         def compact(*args, **kwargs):
             if next(refused) < 2:
                 raise OSError(28, "No space left on device")
             real(*args, **kwargs)
 
-        hub.house.journal.compact = compact
+        hub.context.journal.compact = compact
         await found.run()
         assert next(refused) >= 3
         assert hub.outcome.outcome == "failed"
-        assert hub.house.journal.get("job", "ended") is not None
+        assert hub.context.journal.get("job", "ended") is not None
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 

@@ -277,7 +277,7 @@ def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, p
     async def play(found):
         start = public(found)
         found.start_hub()
-        full, discard = [], found.hub.house.spool.discard
+        full, discard = [], found.hub.context.spool.discard
 
         def no_room(*about):
             if isinstance(found.hub.stage, coordinator.Released) and not full:
@@ -285,7 +285,7 @@ def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, p
                 raise StoreFull("spool: found no room")
             discard(*about)
 
-        found.hub.house.spool.discard = no_room
+        found.hub.context.spool.discard = no_room
         for name in SITES:
             start(name)
         await found.run(until=lambda: found.hub.outcome is not None, seconds=60)

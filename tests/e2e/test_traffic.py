@@ -36,13 +36,13 @@ GROWTH = 160 * MIB
 
 BUSY = """
 import asyncio, pathlib
-from fedcore_server.jobs import CoordinatedJob
-busy, handle = pathlib.Path({path!r}), CoordinatedJob.handle
+from fedcore_server.job_runner import JobRunner
+busy, handle = pathlib.Path({path!r}), JobRunner.handle
 async def when_free(self, event):
     while busy.exists():
         await asyncio.sleep(0.02)
     await handle(self, event)
-CoordinatedJob.handle = when_free
+JobRunner.handle = when_free
 """
 """A job that handles nothing while a file is there."""
 

@@ -25,8 +25,8 @@ import numpy as np
 from fedcore_clients.bench import Drawn
 from fedcore_clients.jobs import Offline, Party, SiteJob
 from fedcore_clients.ledger import Ledger, read_ledger
-from fedcore_server.context import House
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.context import CoordinatorContext
+from fedcore_server.job_runner import JobRunner
 from policies import policy_of
 
 from fedcore.config import build_job, plan_of
@@ -175,7 +175,7 @@ class Town:
     def start_hub(self, **kill):
         journal = self.open(HUB)
         spool = Spool(self.folder / HUB / "spool")
-        house = House(
+        context = CoordinatorContext(
             "town",
             self.pins,
             journal,
@@ -191,7 +191,7 @@ class Town:
         self.births[HUB] = self.births.get(HUB, 0) + 1
         links = HubLinks(self, self.births[HUB])
         try:
-            self.hub = CoordinatedJob.stored(house, links, "job")
+            self.hub = JobRunner.stored(context, links, "job")
         except Killed:
             self._dead(HUB)
             self.start(HUB)
@@ -499,7 +499,7 @@ class SiteLink:
         hub, data = self.hub, source if isinstance(source, bytes) else source.read_bytes()
         if hub is None or not hub.expects(self.name, header, len(data)):
             raise Offline
-        incoming = hub.house.spool.upload(job, header, self.name, digest, len(data))
+        incoming = hub.context.spool.upload(job, header, self.name, digest, len(data))
         if not incoming.complete:
             incoming.write(incoming.offset, data[incoming.offset :])
         hub.arrived(self.name, header, incoming.finish(unsynced=INLINE))

@@ -127,13 +127,13 @@ class Offers:
 
         job, complete = self._job, build_job(self.settings(site))
         shape, cap = job.sites[site].shape, complete.protect.max_examples
-        return plan_of(complete, shape, tuple(job.house.pins), cap)
+        return plan_of(complete, shape, tuple(job.context.pins), cap)
 
 
 def install(folder):
     """Turn the decisions of every job of this process."""
     import numpy as np
-    from fedcore_server import jobs, main, service
+    from fedcore_server import job_runner, main, service
     from support.unguarded_site import SETTINGS, switches
 
     from fedcore.learning.state import JobState
@@ -241,11 +241,11 @@ def install(folder):
             if self.forged and isinstance(self.facts.stage, coordinator.Released):
                 self.end("stopped", "it has what it wanted")
 
-    class HostileJob(jobs.CoordinatedJob):
+    class HostileJob(job_runner.JobRunner):
         """What it does with what it has."""
 
-        def __init__(self, house, links, offer):
-            super().__init__(house, Offers(self, links), offer)
+        def __init__(self, context, links, offer):
+            super().__init__(context, Offers(self, links), offer)
             self.forged, self.late, self.stated = None, asyncio.Event(), []
 
         @property
@@ -315,7 +315,7 @@ def install(folder):
             certificate = messages.Certificate(header, header.roster, b"x" * 32, b"y" * 32, ())
             data = secrets.group.to_bytes() + forged.to_bytes()
             sealed = secrets.seal_state(data, certificate, OsEntropy())
-            self.forged = self.house.spool.put(self.id, "forged", [sealed])
+            self.forged = self.context.spool.put(self.id, "forged", [sealed])
             found = self.forged
             offer = job_messages.CheckpointOffer(self.id, certificate, found.digest, found.size)
             for name in header.roster:
@@ -354,6 +354,6 @@ def install(folder):
             async for part in super().download(data, context):
                 yield part
 
-    jobs.JobMachine = HostileMachine
-    jobs.CoordinatedJob = service.CoordinatedJob = HostileJob
+    job_runner.JobMachine = HostileMachine
+    job_runner.JobRunner = service.JobRunner = HostileJob
     main.Coordinator = HostileCoordinator

@@ -7,8 +7,8 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from fedcore_server.context import House
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.context import CoordinatorContext
+from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import jobs_table
 from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
 from rich.console import Console
@@ -37,15 +37,17 @@ GATE = SimpleNamespace(
 def hub(tmp_path):
     journal = Journal.open(tmp_path / "journal.sqlite", party="hub")
     pins = {name: IdentityKey().public for name in SITES}
-    house = House("town", pins, journal, Spool(tmp_path / "spool"), None, tmp_path, Limits())
-    return Coordinator(house, GATE)
+    context = CoordinatorContext(
+        "town", pins, journal, Spool(tmp_path / "spool"), None, tmp_path, Limits()
+    )
+    return Coordinator(context, GATE)
 
 
 def over(hub, name):
     """A job that has ended, as the coordinator has it."""
     settings = {"protection": "layered", "rounds": 20, "max_examples": 16}
     offer = job_messages.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
-    found = hub.jobs[name] = CoordinatedJob(hub.house, hub, offer)
+    found = hub.jobs[name] = JobRunner(hub.context, hub, offer)
     found.facts.outcome = job_messages.JobEnded(name, "finished", "", "")
     found.progress.state = "finished"
     return found

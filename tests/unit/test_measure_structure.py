@@ -58,7 +58,7 @@ TREE = {
         """,
     "fedcore/secagg/protocol/epoch/site.py": "waiting_events: list[Any] = []",
     "fedcore/secagg/protections.py": 'def masks(protection): return protection == "masked"',
-    "server/jobs.py": "from fedcore_server.rows import Rows\nimport fedcore\nclass _Row: ...",
+    "server/job_runner.py": "from fedcore_server.job_log import Rows\nimport fedcore\nclass _Row: ...",
     "server/rows.py": "class Rows: ...",
     "clients/jobs.py": "from fedcore.report.page import Plan",
     "clients/page.py": "",
@@ -115,7 +115,7 @@ def test_measures_every_kind_of_finding(tree):
             [
                 "clients -> report  clients/jobs.py:1",
                 "report -> plan  fedcore/report/__init__.py:4 fedcore/report/page.py:2",
-                "server -> fedcore  server/jobs.py:2",
+                "server -> fedcore  server/job_runner.py:2",
             ],
         ),
         (
@@ -150,7 +150,7 @@ def test_measures_every_kind_of_finding(tree):
             "double_names",
             [
                 "class Plan  fedcore/plan.py:6 fedcore/report/page.py:6",
-                "class _Row  fedcore/report/page.py:7 server/jobs.py:3",
+                "class _Row  fedcore/report/page.py:7 server/job_runner.py:3",
                 "file page  clients/page.py fedcore/report/page.py",
             ],
         ),

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fedcore_server.job_log import METRICS_FILE
 from fedcore_server.operators import (
     METRICS_AT_HOME,
     Operator,
@@ -21,7 +22,6 @@ from fedcore_server.operators import (
     value_text,
     write_report,
 )
-from fedcore_server.rows import METRICS_FILE
 from rich.console import Console
 
 from fedcore.errors import AlreadyExists, BadInput, MalformedMessage

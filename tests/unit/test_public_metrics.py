@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fedcore_server import service
-from fedcore_server.context import House, Quota
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.job_log import METRICS_FILE
+from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import prepare
-from fedcore_server.rows import METRICS_FILE
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import job_at_a_site, policy_of
@@ -491,7 +491,9 @@ def coordinated(folder, plan=PUBLIC, here=()):
     settings = submitted(track={"reference": {"metric": "auc", "value": 0.9, "source": "us"}})
     journal = Journal.open(folder / "journal.sqlite", party="hub")
     pins = {name: IdentityKey().public for name in SITES}
-    house = House("town", pins, journal, Spool(folder / "spool"), None, folder, Limits())
+    context = CoordinatorContext(
+        "town", pins, journal, Spool(folder / "spool"), None, folder, Limits()
+    )
 
     class Links:
         def connected(self):
@@ -503,7 +505,7 @@ def coordinated(folder, plan=PUBLIC, here=()):
     offer = job_messages.JobOffer("job", "t", "0" * 64, canonical(settings))
     journal.put("job", "offer", encode(offer))
     journal.put("job", "plan", canonical({"plan": plan.to_json(), "features": 0}))
-    return CoordinatedJob.stored(house, Links(), "job")
+    return JobRunner.stored(context, Links(), "job")
 
 
 def release(found, of):
@@ -522,7 +524,7 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
     first, second = certificate(), certificate(8, purpose="metrics", training_round=4)
     for each in (first, second):
         release(found, each)
-    found.house.journal.put("job", "certificate", encode(second))
+    found.context.journal.put("job", "certificate", encode(second))
     for of, values in ((second, OTHERS), (first, VALUES)):  # the later one is known first
         for name in ("a", "b", "c"):
             hear(found, name, word(name, values, of))
@@ -538,7 +540,7 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
     path = found.directory / METRICS_FILE
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     path.unlink()
-    again = CoordinatedJob.stored(found.house, found.links, "job")
+    again = JobRunner.stored(found.context, found.links, "job")
     assert again.metrics.known == rows
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for name in SITES:  # said again to the new process
@@ -602,7 +604,7 @@ def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
             pass
 
     async def play():
-        hub = service.Coordinator(found.house, Gate())
+        hub = service.Coordinator(found.context, Gate())
         hub._adopt(found)
         asked = calls.WATCH.takes.pack(frames.WatchRequest("job"))
         events = [calls.WATCH.gives.unpack(e, sender="hub") async for e in hub.watch(asked, None)]

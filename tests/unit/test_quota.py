@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_server.config import LimitsSection
-from fedcore_server.context import House, Quota
+from fedcore_server.context import CoordinatorContext, Quota
 from fedcore_server.operators import wire_settings
 from fedcore_server.service import Coordinator
 
@@ -47,7 +47,9 @@ def journal(tmp_path):
 def hub(tmp_path, journal):
     pins = {name: IdentityKey().public for name in "abcd"}
     spool = Spool(tmp_path / "spool")
-    return Coordinator(House("town", pins, journal, spool, None, tmp_path, Limits(), QUOTA), Who())
+    return Coordinator(
+        CoordinatorContext("town", pins, journal, spool, None, tmp_path, Limits(), QUOTA), Who()
+    )
 
 
 def submit(hub, **settings):
@@ -80,7 +82,7 @@ def test_a_job_larger_than_the_quota_is_refused(hub, key, most, line):
 
 
 def test_a_billion_rounds_are_refused_by_default(hub):
-    hub.house = replace(hub.house, quota=Quota())
+    hub.context = replace(hub.context, quota=Quota())
     with pytest.raises(PlanRefused, match="expected at most 10000"):
         submit(hub, rounds=10**9)
 
@@ -96,7 +98,7 @@ def test_so_many_jobs_wait_and_not_more(hub):
 def test_so_many_jobs_are_kept_of_one_operator_also_after_a_restart(hub, journal):
     for _ in range(5):
         end(hub, submit(hub))
-    again = Coordinator(hub.house, Who())
+    again = Coordinator(hub.context, Who())
     for found in again.jobs.values():
         end(again, found.id)
     for each in (hub, again):

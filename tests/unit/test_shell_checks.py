@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import fedcore_clients.jobs
 import numpy as np
 import pytest
-from fedcore_server.jobs import CoordinatedJob
+from fedcore_server.job_runner import JobRunner
 from fedcore_server.service import Coordinator
 from test_public_metrics import SITES, coordinated, loaded, plan_for, submitted
 
@@ -214,17 +214,17 @@ def collecting(folder):
     """A coordinator whose job waits for the vectors of a, b and c; d was not invited."""
     found = coordinated(folder, plan_for("encrypted"))
     header = RoundHeader(
-        "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.house.pins), 3,
+        "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.context.pins), 3,
         "encrypted", found.plan.digest,
     )  # fmt: skip
     found.facts.stage, _ = coordinator.step(
-        coordinator.CoordinatorParams(found.house.pins),
+        coordinator.CoordinatorParams(found.context.pins),
         coordinator.Ready(),
         coordinator.Start(header, 1000),
         0.0,
     )
     assert isinstance(found.stage, coordinator.Collecting)
-    hub = Coordinator(found.house, None)
+    hub = Coordinator(found.context, None)
     hub.jobs["job"] = found
     return hub, header.digest
 
@@ -251,17 +251,17 @@ def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, monkey
     name, lie, size = UNASKED[what]
     assert not sends(hub, name, lie(header), size)
     assert "upload: found one" in caplog.text
-    assert hub.house.spool.rounds("job") == [] and hub.jobs["job"].backlog == 0
+    assert hub.context.spool.rounds("job") == [] and hub.jobs["job"].backlog == 0
     assert not sends(hub, name, lie(header), size, of="another job")
-    monkeypatch.setattr(CoordinatedJob, "expects", lambda *_: True)
+    monkeypatch.setattr(JobRunner, "expects", lambda *_: True)
     sends(hub, name, lie(header), size)
-    assert hub.house.spool.rounds("job") == [lie(header)], "control: it is on the disk"
+    assert hub.context.spool.rounds("job") == [lie(header)], "control: it is on the disk"
 
 
 def test_the_vector_that_a_round_waits_for_is_spooled(tmp_path):
     hub, header = collecting(tmp_path)
     assert sends(hub, "a", header)
-    assert set(hub.house.spool.complete("job", header)) == {"a"}
+    assert set(hub.context.spool.complete("job", header)) == {"a"}
     assert hub.jobs["job"].backlog == 1
 
 
@@ -270,7 +270,7 @@ def test_a_transfer_that_no_round_waits_for_is_refused_before_its_first_part(tmp
     start = frames.UploadStart("job", header, b"d" * 32, 1000)
     with pytest.raises(BadInput, match="upload: found one"):
         hub._incoming("d", start)
-    assert hub.house.spool.rounds("job") == []
+    assert hub.context.spool.rounds("job") == []
     hub._incoming("a", start)
 
 

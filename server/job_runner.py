@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcore_server.context import House, Links
+from fedcore_server.context import CoordinatorContext, Links
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.job_plan import JobPlan, layout_of, vector_sizes
 from fedcore_server.job_sum import JobSum
@@ -84,20 +84,22 @@ def _reason(fault: Exception) -> str:
     return "a fault of the coordinator; its own log says which"
 
 
-class CoordinatedJob:
+class JobRunner:
     """One job, run to its end by `run`."""
 
-    def __init__(self, house: House, links: Links, offer: job_messages.JobOffer) -> None:
-        self.house, self.links, self.offer = house, links, offer
+    def __init__(
+        self, context: CoordinatorContext, links: Links, offer: job_messages.JobOffer
+    ) -> None:
+        self.context, self.links, self.offer = context, links, offer
         self.submitter = ""
         """The operator who submitted it, by the name in the certificate."""
         self.on_change: Callable[[], None] = lambda: None
-        self.machine = JobMachine(house.federation, offer, house.pins, house.limits)
+        self.machine = JobMachine(context.federation, offer, context.pins, context.limits)
         self.facts = self.machine.facts
-        self.disk = JobDisk(house.journal, house.spool, self.directory, self.facts)
+        self.disk = JobDisk(context.journal, context.spool, self.directory, self.facts)
         self._mailbox = Mailbox[events.Event | _Fault](events.TimePassed())
-        self._sum = JobSum(house.pool, self.disk, house.retry_seconds)
-        self._plan = JobPlan(offer, house.pins)
+        self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
+        self._plan = JobPlan(offer, context.pins)
         self._stopped: events.StopRequested | None = None
         """An operator's request, which counts while the disk refuses too."""
         self._refused_since: float | None = None
@@ -168,19 +170,19 @@ class CoordinatedJob:
     @property
     def directory(self) -> Path:
         """Where people find this job's files."""
-        path = self.house.folder / "jobs" / self.id
+        path = self.context.folder / "jobs" / self.id
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     # --------------------------------------------------------------------------- coming back
 
     @classmethod
-    def stored(cls, house: House, links: Links, name: str) -> CoordinatedJob:
+    def stored(cls, context: CoordinatorContext, links: Links, name: str) -> JobRunner:
         """A job as the journal has it."""
-        kept = house.journal.get(name, "offer")
+        kept = context.journal.get(name, "offer")
         assert kept is not None
-        found = cls(house, links, decode(kept, job_messages.JobOffer))
-        found.submitter = (house.journal.get(name, "submitter") or b"").decode()
+        found = cls(context, links, decode(kept, job_messages.JobOffer))
+        found.submitter = (context.journal.get(name, "submitter") or b"").decode()
         found._restore()
         return found
 
@@ -247,7 +249,7 @@ class CoordinatedJob:
     def doing(self, site: SiteId, what: str) -> None:
         """What a site says it is at."""
         self.sites[site].doing = what
-        self.sites[site].last_seen = self.house.now()
+        self.sites[site].last_seen = self.context.now()
         self.on_change()
 
     def withdrawn(self, site: SiteId) -> None:
@@ -305,14 +307,14 @@ class CoordinatedJob:
 
     def _wait(self) -> float:
         """Seconds until something is due by itself; never more than a second, for people who watch."""
-        return self.machine.due - self.house.clock()
+        return self.machine.due - self.context.clock()
 
     async def _recover(self, fault: Exception) -> None:
         """Read everything from disk again after a pause, or fail the job: see `run`.
 
         Raises what the disk refused this time.
         """
-        now = self.house.clock()
+        now = self.context.clock()
         if self._refused_since is None:
             self._refused_since = now
         late = now - self._refused_since > self.facts.limits.stage
@@ -327,7 +329,7 @@ class CoordinatedJob:
             LOG.error("job %s: %s", self.id, fault)
             self.progress.text = _reason(fault)
             self.on_change()
-            await asyncio.sleep(self.house.retry_seconds)
+            await asyncio.sleep(self.context.retry_seconds)
             self._restore()
             self.machine.forget_standing()
 
@@ -340,13 +342,13 @@ class CoordinatedJob:
                 LOG.exception("job %s: its end cannot be written; trying again", self.id)
                 self.progress.text = text
                 self.on_change()
-                await asyncio.sleep(self.house.retry_seconds)
+                await asyncio.sleep(self.context.retry_seconds)
 
     # --------------------------------------------------------------------------- the effects
 
     def moment(self) -> Moment:
         """This one."""
-        return Moment(self.house.clock(), self.house.now(), self.links.connected())
+        return Moment(self.context.clock(), self.context.now(), self.links.connected())
 
     def _step(self, event: events.Event) -> list[CoordinatorJobEffect]:
         before = type(self.stage)

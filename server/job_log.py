@@ -23,7 +23,7 @@ LOG = logging.getLogger("fedcore.coordinator.rows")
 ROUNDS_FILE, METRICS_FILE = "rounds.jsonl", "metrics.jsonl"
 
 
-class Rows:
+class JobLogFile:
     """The file of one job's rows. rows: all of them; the object stays the same."""
 
     def __init__(self, path: Path, rows: JobLog) -> None:
