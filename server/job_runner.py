@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedcore_server.context import CoordinatorContext, Links
 from fedcore_server.job_disk import JobDisk
@@ -28,7 +27,7 @@ from fedcore_server.job_sum import JobSum
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
+from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import (
@@ -128,19 +127,9 @@ class JobRunner:
         return self.facts.stage
 
     @property
-    def epoch(self) -> epoch.CoordinatorEpochStage:
-        """The present key epoch."""
-        return self.facts.epoch
-
-    @property
     def step(self) -> schedule.PlannedRound | None:
         """The round under way or to come; None after the last one."""
         return self.facts.step
-
-    @property
-    def certificate(self) -> messages.Certificate | None:
-        """Of the last release."""
-        return self.facts.certificate
 
     @property
     def sites(self) -> dict[SiteId, SiteView]:
@@ -202,7 +191,7 @@ class JobRunner:
 
     # ----------------------------------------------------------------------------- the queue
 
-    def tell(self, site: SiteId, message: Any) -> None:
+    def tell(self, site: SiteId, message: job_messages.ToCoordinator) -> None:
         """A record of a site."""
         self._put(events.MessageReceived(site, message))
 
@@ -405,9 +394,11 @@ class JobRunner:
                 slots = layout_of(self.plan, self.facts.features, header.purpose).slots
                 self._sum.open(header, self.plan.packing, slots)
             case RemoveMasks():
-                self._mailbox.background(
-                    self._sum.make(effect, self._late, self._wait_for_room), _Fault
+                rounds = self.machine.rounds
+                made = self._sum.make(
+                    effect, lambda: rounds.summing_late(self.moment()), self._wait_for_room
                 )
+                self._mailbox.background(made, _Fault)
             case FailSum(header, seconds):
                 self._sum.give_up(header.round, seconds)
             case DiscardUploads(under):
@@ -429,9 +420,6 @@ class JobRunner:
                 LOG.warning("job %s: %s", name, text)
             case Info(text):
                 LOG.info("job %s: %s", name, text)
-
-    def _late(self) -> bool:
-        return self.machine.rounds.summing_late(self.moment())
 
     def _wait_for_room(self, why: str) -> None:
         LOG.warning("job %s: %s", self.id, why)

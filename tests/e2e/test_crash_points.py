@@ -302,12 +302,12 @@ def test_nothing_is_spooled_for_a_job_that_is_over(tmp_path, pool):
         for name in SITES:
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: found.hub.certificate is not None)
-        hub, header = found.hub, found.hub.certificate.header.digest
+        await found.run(until=lambda: found.hub.facts.certificate is not None)
+        hub, header = found.hub, found.hub.facts.certificate.header.digest
         hub.machine.catch_up.asked = "a"
         assert hub.expects("a", header, 100)
         await found.run()
-        header, hub.machine.catch_up.asked = hub.certificate.header.digest, "a"
+        header, hub.machine.catch_up.asked = hub.facts.certificate.header.digest, "a"
         assert not hub.expects("a", header, 100)
 
     scene(tmp_path, pool, play)
@@ -328,7 +328,7 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
 
         def slowly(name, upload):
             async def uploaded(*about):
-                sealed = about[1] == found.hub.certificate.header.digest
+                sealed = about[1] == found.hub.facts.certificate.header.digest
                 if sealed and asked:
                     asked.append(name)
                     another.set()
@@ -473,7 +473,7 @@ def test_a_site_too_slow_for_one_release_applies_it_when_it_gets_there(tmp_path,
 def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool, heard):
     async def play(found):
         await found.first_round()
-        victim, first = found.sites["b"], found.hub.epoch.epoch
+        victim, first = found.sites["b"], found.hub.facts.epoch.epoch
 
         def opened(asked, chunks):
             if not heard:
@@ -488,7 +488,7 @@ def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool,
             found.mute.clear()
             found.start("b")
         await found.run()
-        assert found.hub.epoch.epoch > first
+        assert found.hub.facts.epoch.epoch > first
         assert found.rounds()[-1]["survivors"] == list(SITES)
         await found.check()
 

@@ -45,7 +45,7 @@ def test_a_site_that_was_sent_away_does_not_have_the_next_keys(
         same = found.sites["a"].secrets.group.to_bytes() == old.to_bytes()
         assert same == (rule == "off"), "control: d would go on reading what passes"
         if rule == "on":
-            assert found.hub.epoch.epoch == 2 and "d" not in found.hub.epoch.holders
+            assert found.hub.facts.epoch.epoch == 2 and "d" not in found.hub.facts.epoch.holders
             assert found.sites["d"].epoch.epoch == 1
             await found.kill("d")
             await found.run()
@@ -60,7 +60,7 @@ def test_a_revocation_that_was_noticed_is_not_forgotten_by_a_restart(tmp_path, p
         send_away(found, "revoked")
         await found.kill(HUB)
         found.start_hub()
-        await found.run(until=lambda: found.hub.epoch.epoch == 2)
+        await found.run(until=lambda: found.hub.facts.epoch.epoch == 2)
         found.mute.clear()  # with a new certificate it is let in again, and gets the new keys
         found.hub.came("d")
         found.sites["d"].connected()
@@ -121,7 +121,7 @@ async def without_d(found, erased):
     await found.kill("d")
     found.hub.withdrawn("a")
     await found.run()
-    assert found.hub.epoch.epoch == 2 and "d" not in found.hub.epoch.holders
+    assert found.hub.facts.epoch.epoch == 2 and "d" not in found.hub.facts.epoch.holders
     for name in erased:
         site = found.sites[name]
         site.party = replace(site.party, keep_keys=0.0)

@@ -155,6 +155,6 @@ def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, monkeypatch,
         assert seen["after"] is seen["before"] and seen["stage"] == "Halted"
         await found.run()
         await found.check()
-        assert found.hub.epoch.epoch > 1, "the others released it, and go on with new keys"
+        assert found.hub.facts.epoch.epoch > 1, "the others released it, and go on with new keys"
 
     scene(tmp_path, pool, play, rounds=6)

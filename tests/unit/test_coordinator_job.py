@@ -445,7 +445,6 @@ def test_the_end_of_a_job_is_on_disk_before_a_site_hears_of_it():
     assert found.end("stopped", "by op", at(here="ab")) == [
         EndJob(over), Send("a", over), Send("b", over), DiscardUploads()
     ]  # fmt: skip
-    assert found.decided
 
 
 def test_a_job_ends_after_its_sites_said_where_they_stand_or_a_checkpoint_is_kept():

@@ -1,4 +1,4 @@
-"""What the machine of a whole job asks its runner to do, beside what rounds ask for (`effects.py`).
+"""What the machine of a whole job asks its runner to do, beside what rounds ask for (`protocol/effects.py`).
 
 A job's machine answers each event with a list of effects; the runner obeys them in order, each to its end
 before the next, and feeds what comes of them back as events. Invariant (PROTOCOL D): whatever a `Send`

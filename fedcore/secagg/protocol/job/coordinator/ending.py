@@ -40,13 +40,12 @@ class JobEnd:
         self._metrics, self._model = metrics, model
         self._since: float | None = None
         """Clock seconds at which the last step was over."""
-        self.decided = False
-        """Whether `EndJob` was asked for. The outcome counts once the journal has it."""
 
     def end(self, outcome: str, text: str, at: Moment) -> list[CoordinatorJobEffect]:
-        """No further round: the sites hear of it. Of the rounds nothing is kept but their rows."""
-        facts, self.decided = self._facts, True
-        ended = job_messages.JobEnded(facts.id, outcome, text, facts.released)
+        """No further round: the sites hear of it. Of the rounds nothing is kept but their rows.
+
+        The outcome counts once the journal has it."""
+        ended = job_messages.JobEnded(self._facts.id, outcome, text, self._facts.released)
         return [EndJob(ended), *(Send(name, ended) for name in at.here), DiscardUploads()]
 
     def finish(self, at: Moment) -> list[CoordinatorJobEffect]:

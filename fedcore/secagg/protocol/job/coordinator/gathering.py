@@ -31,12 +31,12 @@ class Gathering:
         A site that was waited for once and did not come is not waited for again before it connects. Where
         too many sites said that they cannot take part, the job waits no longer than for one more site.
         """
-        sites, limits = self._facts.sites, self._facts.limits
+        sites, limits, there = self._facts.sites, self._facts.limits, set(present)
         needed = max(limits.minimum, self._facts.threshold)
         enough = len(present) >= needed
         for name in present:
             sites[name].missed = False
-        others = {name: sites[name] for name in sites if name not in present}
+        others = {name: sites[name] for name in sites if name not in there}
         awaited = tuple(n for n, v in others.items() if not (v.unable or v.missed))
         if enough and not awaited:
             return self._over(at)

@@ -97,7 +97,7 @@ class JobMachine:
     def restore(self, found: Restored | None, outcome: job_messages.JobEnded | None) -> None:
         """What the disk has, at first or after it refused something: the rest stays as it was."""
         facts = self.facts
-        facts.outcome, self.ending.decided = None, outcome is not None
+        facts.outcome = None
         if outcome is not None:
             self.ended(outcome)
         if found is None:
