@@ -1,11 +1,10 @@
 """One vector as a file: count, then for each chunk its length and its bytes (4 bytes each, big-endian).
 
-This is what travels in an upload or download and what lies in the spool, byte for byte. It can be read
-chunk by chunk, from any chunk on, and never has to fit into memory.
-Invariant: `check` accepts exactly the files that `write` can make: no tail, no length beyond the file.
+Uploads, downloads and the spool have this form, byte for byte. It can be read chunk by chunk, from any chunk
+on, without loading the whole into memory.
+Invariant: `check` accepts exactly the files that `write` can make: no trailing bytes, no length beyond the file.
 
-Two sizes must not be confused: a vector's size is that of its chunks (what a site signs), and the
-container is `overhead(count)` longer.
+A vector's size is that of its chunks, which a site signs; the container is `overhead(count)` bytes longer.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Vector:
-    """What a container holds. digest: of the chunks, as sites sign it; size: their bytes together."""
+    """Digest and size of a container. digest: 32 bytes, of the chunks, as sites sign it; size: bytes of all chunks
+    together; chunks: their number."""
 
     digest: bytes
     size: int
@@ -37,7 +37,7 @@ class Vector:
 
 
 def vector_digest(chunks: Iterable[bytes]) -> bytes:
-    """What a site signs of its vector: SHA-256 over the SHA-256 of every chunk, in order."""
+    """The 32-byte digest that a site signs of its vector: SHA-256 over the SHA-256 of every chunk, in order."""
     return hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).digest()
 
 
@@ -53,9 +53,9 @@ def to_bytes(chunks: Iterable[bytes]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[bytes]:
-    """The inverse of `to_bytes`. Raises BadInput."""
+    """The chunks; the inverse of `to_bytes`. Raises BadInput for anything else."""
     count, at, found = int.from_bytes(data[: _NUMBER.size], "big"), _NUMBER.size, []
-    if overhead(count) > len(data):  # a count of four bytes can ask for years
+    if overhead(count) > len(data):  # a count of 4 bytes could make the loop very long
         raise BadInput("vector: found bytes that are no chunk container")
     for _ in range(count):
         size = int.from_bytes(data[at : at + _NUMBER.size], "big")
@@ -72,7 +72,7 @@ def write(
 ) -> Vector:
     """Write the chunks into an empty, seekable file; one chunk is in memory at a time.
 
-    reserve: called with the bytes that come next, before they are written; it may raise.
+    reserve: called with the number of bytes before each write; it may raise.
     """
     reserve(_NUMBER.size)
     file.write(_NUMBER.pack(0))
@@ -89,13 +89,13 @@ def write(
 
 
 def count(path: Path) -> int:
-    """Chunks of a complete container. Raises StoreProblem."""
+    """The number of chunks of a complete container. Raises StoreProblem."""
     with path.open("rb") as file:
         return _number(file, path)
 
 
 def read(path: Path, first: int = 0, chunks: int | None = None) -> Iterator[bytes]:
-    """The chunks of a complete container from `first` on, all or so many. Raises StoreProblem."""
+    """The chunks of a complete container from index `first` on: all of them, or `chunks`. Raises StoreProblem."""
     with path.open("rb") as file:
         there = _number(file, path)
         end = there if chunks is None else first + chunks
@@ -127,7 +127,8 @@ def _damaged(path: Path, found: object, expected: object) -> StoreProblem:
 
 
 def check(path: Path, *, fault: str) -> Vector:
-    """Read a container from its first byte to its last. Raises VectorRefused, fault of who sent it."""
+    """Verify a whole container and return its digest and size. fault: its sender, named in the VectorRefused that
+    anything else than a complete container raises."""
     hashes, size, found = hashlib.sha256(), 0, 0
     left = path.stat().st_size - _NUMBER.size
     with path.open("rb") as file:
@@ -160,7 +161,7 @@ def _hash_of(file: IO[bytes], length: int) -> bytes:
         piece = file.read(min(length, _PIECE))
         chunk.update(piece)
         length -= len(piece)
-        if not piece:  # it shrank under us: the digest will not match
+        if not piece:  # the file was truncated meanwhile: the digest will not match
             break
     return chunk.digest()
 

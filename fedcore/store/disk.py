@@ -1,7 +1,7 @@
-"""Folders and syncs, and what the system's refusals mean for a person.
+"""Folders, fsync, and errors of the system as StoreProblem.
 
-Invariant: every `OSError` leaves the store as a StoreProblem with one line and a hint; where room was
-the cause it is a StoreFull, so that a shell can wait for room and must not guess from a text.
+Invariant: every `OSError` is raised as a StoreProblem with one line and a hint; for lack of space it is a
+StoreFull, so that a caller can wait for space without parsing the text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LOG = logging.getLogger("fedcore.store")
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-FREE_SOME = "free some space, or raise the limit, and start again: it goes on where it stood"
+FREE_SOME = "free some space, or raise the limit, and start again: it resumes where it stopped"
 
 
 def problem(what: str, path: Path, error: OSError) -> StoreProblem:
-    """The error to raise for a refusal of the system: what, where, why, and the next step."""
+    """The error to raise for an OSError: what was done, the path, the reason, and a hint."""
     reason = error.strerror or str(error)
     if error.errno in _NO_ROOM:
         return StoreFull(
@@ -38,7 +38,7 @@ def problem(what: str, path: Path, error: OSError) -> StoreProblem:
 
 @contextmanager
 def refusals(what: str, path: Path) -> Iterator[None]:
-    """Raise StoreProblem for every OSError inside."""
+    """Raise StoreProblem for every OSError inside. what: the subject of its message."""
     try:
         yield
     except OSError as error:
@@ -46,7 +46,7 @@ def refusals(what: str, path: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: a renamed file is only there after a crash if they are."""
+    """Fsync a folder, so that renamed and new files in it keep their names after a crash. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -55,7 +55,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and its parents, for this user only, durable; nothing is done where it exists."""
+    """Create the folder and its parents with mode 0700 and fsync their names; no-op where it exists."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -64,7 +64,7 @@ def make_folder(path: Path) -> None:
 
 
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
-"""Rights of the group and of everybody else: 0o077."""
+"""Rights of the group and of all other users: 0o077."""
 
 
 def open_to_others(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -72,7 +72,7 @@ def open_to_others(folder: Path, names: Iterable[str]) -> list[Path]:
     users may read, write or enter. Symbolic links are not followed. Raises StoreProblem."""
 
     def walk(path: Path) -> Iterator[Path]:
-        with suppress(FileNotFoundError):  # a running process removed it meanwhile
+        with suppress(FileNotFoundError):  # removed meanwhile by a running process
             mode = path.lstat().st_mode
             if mode & OTHERS and not stat.S_ISLNK(mode):
                 yield path
@@ -90,10 +90,10 @@ def open_to_others(folder: Path, names: Iterable[str]) -> list[Path]:
 
 
 def close_to_others(folder: Path, names: Iterable[str]) -> None:
-    """Files that this process makes from now on are its user's alone (umask 0o077), and so are the folder
-    and what an earlier version, or a person, left more open in it. Raises StoreProblem.
+    """Set the umask to 0o077, and remove the rights of other users from the folder and from the named entries
+    (an earlier version, or a person, may have made them with wider modes). Raises StoreProblem.
 
-    names: globs of the entries that this program owns; other entries of the folder are left alone.
+    names: globs of the entries that this program owns; other entries of the folder are not changed.
     """
     os.umask(OTHERS)
     found = open_to_others(folder, names)

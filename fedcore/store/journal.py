@@ -1,22 +1,21 @@
 """The journal of one party: typed records, on disk before anything that relies on them (PROTOCOL D).
 
-A record belongs to a job and a stream ("round", "epoch"); a stream is read back in the order in which
-it was written. Small values (a state, a payload) have a key each and may be put in the same commit.
+A record belongs to a job and a stream ("round", "epoch"); a stream is read in the order of writing. Small
+values (a state, a payload) have a key each and may be written in the same commit.
 Invariants: `append` returns when the records would survive a power cut, and keeps all of them or none.
-What `compact`, `drop` and `forget` removed is in no file of the folder when they return; what `trim`
-removed may be, in free pages, until one of these or the next `open`. One process at a time holds a
-journal.
+After `compact`, `drop` and `forget` no file of the folder contains the removed data; after `trim` free pages
+may contain it, until one of these or the next `open`. Only one process at a time can open a journal.
 
-Records of a site hold the round's secrets, so removing them must be more than a DELETE, and more than
-SQLite's secure_delete: that clears freed cells, but not what earlier moves of rows between pages copied.
-In five of six random histories a removed secret was still in the file. So what stays is written anew
-(VACUUM), and the write-ahead log, which holds everything twice, is cut to nothing. That costs 1 ms and
-two syncs, and 5 ms more for every MB that stays: a large state belongs in the spool, and its digest here.
-A coordinator has no secret of a round, and `trim` spares it both. What a file system or an SSD keeps of
-overwritten blocks is beyond a program: round secrets want an encrypted disk.
+Records of a site hold the round's secrets. A DELETE does not erase them, and SQLite's secure_delete is not
+enough: it clears freed cells, but not copies from earlier moves of rows between pages. In five of six random
+histories a removed secret was still in the file. So the remaining data are rewritten (VACUUM) and the
+write-ahead log, which holds everything twice, is truncated. That costs 1 ms and two fsyncs, and 5 ms for
+every MB that remains: keep a large state in the spool, and its digest here. A coordinator has no round
+secrets, so `trim` avoids both. A program cannot erase what a file system or an SSD keeps of overwritten
+blocks: put the folder of a site on an encrypted disk.
 
-SQLAlchemy Core, so that PostgreSQL can follow: all that is SQLite's own stands in `_Sqlite`. One connection
-is kept, and what every round says is compiled once: SQLAlchemy's own way there took longer than the commit.
+SQLAlchemy Core, so that PostgreSQL can be added: everything specific to SQLite is in `_Sqlite`. One connection
+is kept, and frequent statements are compiled once, because compiling took longer than the commit.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
 SCHEMA = 2
-"""Raise it with every change of a table or of the byte form, and say here how the old one is read."""
+"""Increase it with every change of a table or of the byte form, and document here how the old one is read."""
 
 _TABLES = MetaData()
 _RECORDS = Table(
@@ -88,12 +87,12 @@ _META = Table(
 )  # fmt: skip
 
 _PAGE = 64
-"""Records fetched at a time: no cursor stays open while a reader thinks."""
+"""Records fetched at a time, so that no cursor stays open between two `next` calls of a reader."""
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """Some records of one stream, and values put with them."""
+    """Records of one stream, and values by key that are written in the same commit."""
 
     job: str
     stream: str
@@ -102,7 +101,7 @@ class JournalEntry:
 
 
 class Journal:
-    """A party's records on disk. Thread-safe: calls wait for each other."""
+    """A party's records on disk. Thread-safe: calls are serialised by a lock."""
 
     def __init__(self, engine: Engine, path: Path, lock: int) -> None:
         self._engine, self._path, self._lock = engine, path, lock
@@ -115,10 +114,10 @@ class Journal:
 
     @classmethod
     def open(cls, where: Path | str, *, party: str) -> Journal:
-        """Open or make the journal at a path, or at a URL `sqlite:///PATH`.
+        """Open or create the journal at a path, or at a URL `sqlite:///PATH`.
 
-        What a crash left of removed records goes now. Raises StoreProblem: held by another process,
-        of a newer version, of another party, not a journal, not readable or writable.
+        Erases what a crash left of removed records. Raises StoreProblem: opened by another process, of
+        another version, of another party, not a journal, not readable or writable.
         """
         path = _path_of(where)
         with refusals("journal", path):
@@ -126,7 +125,7 @@ class Journal:
             lock = _hold(path)
         try:
             with refusals("journal", path):
-                # SQLite gives its log the rights of the database: both are for this user only.
+                # SQLite creates its log with the mode of the database: both are for this user only.
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 sync_folder(path.parent)
             engine = create_engine(
@@ -171,7 +170,7 @@ class Journal:
         self._sqlite.scrub()
 
     def close(self) -> None:
-        """Give the journal back; a second call does nothing."""
+        """Close the journal and release its lock. Idempotent."""
         with self._busy:
             if self._lock >= 0:
                 self._connection.close()
@@ -194,20 +193,20 @@ class Journal:
         *,
         put: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Add records to a stream, in order, with values beside them: one commit, durable on return.
+        """Append records to a stream, in order, with values by key, in one commit that is durable on return.
 
-        Raises StoreProblem or StoreFull, and then nothing of it is kept: the caller has not moved.
+        Raises StoreProblem or StoreFull; then nothing of it is kept.
         """
         self.write([JournalEntry(job, stream, records, put or {})])
 
     def write(self, entries: Iterable[JournalEntry]) -> None:
-        """Several streams' records in one commit: what came in during one turn of an event loop."""
+        """Records of several streams in one commit: the events of one iteration of an event loop."""
         with self._told("append"), self._connection.begin():
             for entry in entries:
                 self._insert(entry)
 
     def _insert(self, entry: JournalEntry) -> None:
-        now = time.time()  # for people who look into the file; nothing is decided by it
+        now = time.time()  # informative only
         rows = [
             {
                 "job": entry.job, "stream": entry.stream, "kind": type_name(type(record)),
@@ -231,7 +230,7 @@ class Journal:
         put: Mapping[str, bytes] | None = None,
         forget: Sequence[str] = (),
     ) -> None:
-        """Replace all records of a stream by those to keep, and remove the named values: for good."""
+        """Replace all records of a stream by those to keep and erase the removed ones and the named values."""
         with self._told("compact"), self._erasing():
             self._replace(JournalEntry(job, stream, keep, put or {}), forget)
 
@@ -243,17 +242,17 @@ class Journal:
         put: Mapping[str, bytes] | None = None,
         forget: Sequence[str] = (),
     ) -> None:
-        """Remove all records of a stream and the named values: one commit, for what is no secret."""
+        """Remove all records of a stream and the named values in one commit, without erasing: not for secrets."""
         with self._told("trim"), self._connection.begin():
             self._replace(JournalEntry(job, stream, (), put or {}), forget)
 
     def forget(self, job: str, *keys: str) -> None:
-        """Remove values for good."""
+        """Erase values. Keys without a value are ignored."""
         with self._told("forget"), self._erasing():
             self._forget(job, keys)
 
     def drop(self, job: str) -> None:
-        """Remove everything of a job for good."""
+        """Erase everything of a job."""
         with self._told("drop"), self._erasing():
             for table in (_RECORDS, _VALUES):
                 self._connection.execute(delete(table).where(table.c.job == job))
@@ -269,14 +268,14 @@ class Journal:
 
     @contextlib.contextmanager
     def _erasing(self) -> Iterator[None]:
-        """A transaction, and no trace of what it removes when it is over."""
+        """A transaction whose removed data are erased from the files afterwards."""
         with self._sqlite.synced_at_the_end():
             with self._connection.begin():
                 yield
             self._sqlite.scrub()
 
     def put(self, job: str, key: str, value: bytes) -> None:
-        """Keep a value under a key; what it replaces is only gone for good after `forget` or `compact`."""
+        """Store a value under a key. The value that it replaces is erased only by `forget` or `compact`."""
         self.append(job, "", (), put={key: value})
 
     # -------------------------------------------------------------------------------- reading
@@ -304,7 +303,7 @@ class Journal:
             raise StoreProblem(
                 f"journal {self._path}: record {row.id} ({row.kind}): found {error.found}, "
                 f"expected {error.expected}",
-                remedy="restore the journal, or start this party anew: it then sits out running rounds",
+                remedy="restore the journal, or start this party anew: it then takes no part in running rounds",
             ) from error
         kind = type_name(type(found))
         if kind != row.kind:
@@ -314,7 +313,7 @@ class Journal:
         return found
 
     def get(self, job: str, key: str) -> bytes | None:
-        """The value of a key, or None."""
+        """The value of a key, or None. Raises StoreProblem, as all reads do."""
         with self._told("read"), self._connection.begin():
             row = {"of": job, "named": key}
             found: bytes | None = self._get.run(self._connection, row).scalar_one_or_none()
@@ -327,14 +326,14 @@ class Journal:
             return list(self._connection.execute(query).scalars())
 
     def streams(self) -> list[tuple[str, str]]:
-        """Every (job, stream) with records, by its first record: what a restart finds."""
+        """Every (job, stream) that has records, ordered by its first record."""
         query = select(_RECORDS.c.job, _RECORDS.c.stream).order_by(_RECORDS.c.id)
         with self._told("read"), self._connection.begin():
             rows = self._connection.execute(query)
             return list(dict.fromkeys((row.job, row.stream) for row in rows))
 
     def verify(self) -> int:
-        """Check the file and decode every record; how many there are. Raises StoreProblem."""
+        """Check the file and decode every record; returns their number. Raises StoreProblem."""
         with self._told("verify"):
             fault = self._sqlite.fault()
         if fault:
@@ -347,7 +346,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _told(self, doing: str) -> Iterator[None]:
-        """One call at a time; what the database refuses, in one line without any record's content."""
+        """Holds the lock, and raises errors of the database as StoreProblem, without any record's content."""
         with self._busy:
             if self._lock < 0:
                 raise StoreProblem(
@@ -364,7 +363,7 @@ def _in(job: str, stream: str) -> tuple[Any, ...]:
 
 
 class _Compiled:
-    """A statement in the database's own words, made once."""
+    """A statement compiled once for the database."""
 
     def __init__(self, statement: Executable, engine: Engine) -> None:
         compiled: Any = statement.compile(engine)  # type: ignore[attr-defined]
@@ -408,7 +407,10 @@ def _path_of(where: Path | str) -> Path:
 
 
 def _hold(path: Path) -> int:
-    """Take the journal's lock, which the system takes back when this process ends, however it ends."""
+    """Take the journal's lock, which the system releases when this process ends in any way.
+
+    Returns its file descriptor. Raises StoreProblem with the id of the process that has it.
+    """
     handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -442,7 +444,7 @@ def _check_meta(meta: Mapping[str, str], party: str, path: Path) -> None:
 
 
 def _refused(doing: str, path: Path, error: DBAPIError) -> StoreProblem:
-    reason = str(error.orig)  # and not str(error), which holds the statement
+    reason = str(error.orig)  # str(error) would contain the statement
     name = getattr(error.orig, "sqlite_errorname", "")
     what = f"journal {path}: {doing}"
     if name == "SQLITE_FULL":
@@ -459,32 +461,32 @@ def _refused(doing: str, path: Path, error: DBAPIError) -> StoreProblem:
 
 
 class _Sqlite:
-    """Everything that is SQLite's own: how it is made durable, emptied and checked."""
+    """Everything specific to SQLite: durability, erasing, integrity check."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def tune(self) -> None:
-        """A commit is one sync of the log; temporary copies stay in memory.
+        """One fsync of the log per commit; temporary tables stay in memory.
 
-        Exclusive, because another process that reads would keep the log from being cut.
+        Exclusive locking, because a reader in another process would prevent truncating the log.
         """
         self._run(
             "PRAGMA locking_mode=EXCLUSIVE",
             "PRAGMA journal_mode=WAL",
             "PRAGMA synchronous=FULL",
-            "PRAGMA fullfsync=ON",  # macOS: fsync alone does not reach the platter
+            "PRAGMA fullfsync=ON",  # macOS: fsync alone does not flush the drive's cache
             "PRAGMA temp_store=MEMORY",
         )
 
     def scrub(self) -> None:
-        """Write what is left anew and cut the log: no removed byte is in any file afterwards."""
+        """Rewrite the remaining data and truncate the log: afterwards no file contains removed data."""
         self._run("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextlib.contextmanager
     def synced_at_the_end(self) -> Iterator[None]:
-        """For commits that a scrub follows: it syncs the log before it copies it into the file, and the
-        file before it cuts the log, so the syncs of the commits between would add nothing."""
+        """For commits before a scrub. The scrub fsyncs the log before it copies it into the file, and the file
+        before it truncates the log, so an fsync for each of these commits would be redundant."""
         self._run("PRAGMA synchronous=NORMAL")
         try:
             yield
@@ -492,15 +494,15 @@ class _Sqlite:
             self._run("PRAGMA synchronous=FULL")
 
     def fault(self) -> str:
-        """What is wrong with the file, or nothing."""
+        """What the integrity check found, or ""."""
         found = self._run("PRAGMA integrity_check(1)")
         return "" if found == "ok" else str(found)
 
     def _run(self, *statements: str) -> Any:
-        """One after the other, outside any transaction; the first value the last of them gives."""
+        """Execute statements in order, outside any transaction; returns the first value of the last one."""
         found = None
         for statement in statements:
-            # Python's driver begins no transaction for these words, whatever SQLAlchemy calls it.
+            # Python's driver begins no transaction for these statements, although SQLAlchemy does.
             with self._connection.begin():
                 result = self._connection.exec_driver_sql(statement)
                 found = result.scalar() if result.returns_rows else None

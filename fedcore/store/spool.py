@@ -3,16 +3,16 @@
     FOLDER/JOB/ROUND/in/part-DIGEST-SIZE-SITE    an upload that is not complete: the offset is its length
     FOLDER/JOB/ROUND/in/whole-DIGEST-SITE        a complete one: checked, synced, renamed
     FOLDER/JOB/ROUND/in/small-DIGEST-SITE        a complete one that was not synced
-    FOLDER/JOB/ROUND/NAME.chunks                 what `put` stored under a round, or (ROUND = kept) for long
+    FOLDER/JOB/ROUND/NAME.chunks                 what `put` stored under a round, or (ROUND = kept) until removed
 
 All of them are chunk containers (`container.py`); ROUND is h, the digest of the round's header, in hex,
 and DIGEST that of the vector, in base 64. A site has one upload in a round.
-Invariants: a complete file has exactly the digest it is named for; nothing but a file's last bytes is
-ever written twice; a crash at any instant leaves an upload where it can go on, a `put` there or not.
-A small file may be left without a sync (`unsynced`) by whoever keeps its bytes elsewhere: a power cut may
-take it, or leave anything in its place. So no such upload outlives its process, and who kept the bytes
-gives them back to the next one; a `put` is put again.
-Two processes never share a spool: the journal's lock beside it sees to that.
+Invariants: a complete file has exactly the digest in its name; only the last bytes of a file are ever
+rewritten; after a crash at any instant an upload can be resumed, and a `put` is complete or absent.
+A small file may be left without fsync (`unsynced`) by a caller that keeps its bytes elsewhere: after a power
+cut it may be missing or damaged. Such an upload is deleted at the next start, and the caller restores it from
+its own copy (`give_back`); a `put` is repeated.
+The lock of the journal in the same folder keeps two processes from sharing a spool.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GONE = ".gone-"
 _UPLOAD = re.compile(r"(?:part-[A-Za-z0-9_-]{43}-[0-9]+|whole-[A-Za-z0-9_-]{43})-(?P<site>.+)")
 _PART, _WHOLE, _SMALL = "part-", "whole-", "small-"
 _LONGEST_NAME, _LONGEST_SITE = 200, 192
-"""Bytes of a name as a path component: file systems take 255, and files are written under longer ones."""
+"""Bytes of a name as a path component: file systems allow 255, and temporary files have longer names."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,15 @@ class Stored:
 
     @property
     def travels(self) -> int:
-        """Bytes of an upload or download of it."""
+        """Bytes of an upload or download of it: the whole file."""
         return self.size + container.overhead(self.chunks)
 
 
 class IncomingUpload:
-    """One upload: where it stands, what comes next, and its end. Made by `Spool.upload`."""
+    """One upload in progress. Made by `Spool.upload`.
+
+    digest: of the vector, 32 bytes. size: bytes of the whole container. offset: bytes received so far.
+    """
 
     def __init__(
         self, spool: Spool, site: SiteId, part: Path, there: Path | None, digest: bytes, size: int
@@ -71,14 +74,14 @@ class IncomingUpload:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it came, and was what it should be."""
+        """Whether all bytes arrived and have the announced digest."""
         return self._there is not None
 
     def write(self, offset: int, data: bytes) -> None:
-        """Go on at `offset`, which must be where the last part ended.
+        """Append a part at `offset`, which must be the end of the last part.
 
-        Raises OffsetRefused (`expected` is the right place), VectorRefused for more bytes than were
-        announced or an upload that is over, StoreFull; the file is then as it was before.
+        Raises OffsetRefused (`expected` is the right offset), VectorRefused for more bytes than were
+        announced or a closed upload, StoreFull; the file is then unchanged.
         """
         self._check_open()
         if offset != self.offset:
@@ -95,11 +98,11 @@ class IncomingUpload:
         self.offset = offset + len(data)
 
     def finish(self, *, unsynced: int = 0) -> Stored:
-        """Check and sync what came: complete when this returns, or gone. A second call says the same.
+        """Check the upload, fsync it and mark it complete. Idempotent.
 
-        unsynced: bytes of a file up to which it is not synced.
-        Raises OffsetRefused while bytes are missing; VectorRefused for another digest or no container,
-        and then the upload begins anew at 0.
+        unsynced: up to this size in bytes the file is not fsynced.
+        Raises OffsetRefused while bytes are missing; VectorRefused for another digest or no container;
+        then the file is deleted and the upload starts again at 0.
         """
         self._check_open()
         if not self.complete and self.offset != self.size:
@@ -114,7 +117,7 @@ class IncomingUpload:
             if before != after and not before.name.startswith(_WHOLE):
                 if not small:
                     _sync(before)
-                with self._spool._busy:  # gone where a newer connection began with another vector
+                with self._spool._busy:  # missing after a newer upload of another vector
                     before.replace(after)
                     self._spool._moved(before, after, self.size)
                     self._spool._know(self._site, after)
@@ -126,7 +129,7 @@ class IncomingUpload:
 
     @contextmanager
     def _still_there(self) -> Iterator[None]:
-        """A file that vanished belongs to a round that was discarded meanwhile."""
+        """Closes the upload if its file is missing: its round was discarded meanwhile."""
         try:
             yield
         except FileNotFoundError:
@@ -158,16 +161,16 @@ class IncomingUpload:
 
 
 class Spool:
-    """All vectors of one party under one folder, within a quota."""
+    """All vectors of one party under one folder, within a quota in bytes. Thread-safe."""
 
     def __init__(self, folder: Path, quota_bytes: int | None = None) -> None:
         self.folder, self.quota = folder, quota_bytes
         self._busy = threading.RLock()
         self._open: dict[tuple[Path, str], IncomingUpload] = {}
         self._uploads: dict[Path, dict[str, Path]] = {}
-        """By a round's `in`: the file of each site, as far as anybody asked."""
+        """{a round's folder `in`: {site: its file}}, a cache that is filled at the first use of a round."""
         self._settled = {folder}
-        """Folders whose own names are durable."""
+        """Folders whose names were fsynced."""
         with refusals("spool", folder):
             make_folder(folder)
             self._tidy()
@@ -175,7 +178,7 @@ class Spool:
 
     @property
     def used(self) -> int:
-        """Bytes on disk, and those promised to uploads that are under way."""
+        """Bytes on disk, and those reserved for uploads in progress."""
         with self._busy:
             return sum(self._room.values())
 
@@ -184,9 +187,9 @@ class Spool:
     def upload(
         self, job: str, header: bytes, site: SiteId, digest: bytes, size: int
     ) -> IncomingUpload:
-        """Begin an upload of `size` bytes (as it travels), or go on with it: `.offset` is where.
+        """Begin or resume the upload of a container of `size` bytes; `.offset` of the result is where.
 
-        Room for all of it is taken now. A second call for the same site closes what the first returned.
+        Reserves space for all of it. A second call for the same site closes the earlier result.
         Raises StoreFull; VectorRefused for another vector than the one that is already complete.
         """
         folder, name = self._round(job, header) / "in", _component(site, _LONGEST_SITE)
@@ -195,7 +198,7 @@ class Spool:
         with self._busy, refusals("spool", folder):
             here = self._files(folder)
             before = here.get(name)
-            if before is not None and not before.exists():  # somebody removed it from the disk
+            if before is not None and not before.exists():  # removed by another program
                 self._released(here.pop(name))
                 before = None
             if before is not None and before not in {part, whole, small}:
@@ -221,7 +224,7 @@ class Spool:
             return incoming
 
     def complete(self, job: str, header: bytes) -> dict[SiteId, Path]:
-        """The complete uploads of a round, by site, in the order of their names."""
+        """{site: path} of the complete uploads of a round, in the order of the names."""
         folder = self._round(job, header) / "in"
         with self._busy, refusals("spool", folder):
             found = sorted(self._files(folder).items())
@@ -229,7 +232,7 @@ class Spool:
         return {SiteId(unquote(name)): path for name, path in whole}
 
     def uploaded(self, job: str, header: bytes, site: SiteId, digest: bytes) -> Path | None:
-        """A site's complete upload, if it is the one with this digest."""
+        """The path of a site's complete upload, if it has this digest; else None."""
         path = self.complete(job, header).get(site)
         if path is None:
             return None
@@ -237,12 +240,12 @@ class Spool:
         return path if path in names else None
 
     def give_back(self, job: str, header: bytes, site: SiteId, data: bytes) -> None:
-        """Make a complete upload again from its bytes, which were kept elsewhere; without a sync.
+        """Restore a complete upload from its bytes, which the caller kept elsewhere; without fsync.
 
         Raises StoreFull; BadInput for bytes that are no container.
         """
         digest = container.vector_digest(container.from_bytes(data))
-        for _ in range(2):  # a file that holds something else is gone after the first time
+        for _ in range(2):  # a damaged file is deleted at the first attempt
             incoming = self.upload(job, header, site, digest, len(data))
             with suppress(VectorRefused):
                 if not incoming.complete:
@@ -251,7 +254,7 @@ class Spool:
                 return
 
     def _files(self, folder: Path) -> dict[str, Path]:
-        """The uploads of a round; the folder is listed once."""
+        """{site: file} of the uploads of a round, from the cache."""
         if folder not in self._uploads:
             found = self._uploads[folder] = {}
             for path in folder.glob("*"):
@@ -261,7 +264,7 @@ class Spool:
         return self._uploads[folder]
 
     def _know(self, site: SiteId, path: Path, *, gone: bool = False) -> None:
-        """What has become of a site's upload, unless its round was discarded meanwhile."""
+        """Update the cache for a site's upload, unless its round was discarded meanwhile."""
         with self._busy:
             here, name = self._uploads.get(path.parent, {}), _component(site, _LONGEST_SITE)
             if gone:
@@ -280,11 +283,11 @@ class Spool:
         header: bytes = b"",
         unsynced: int = 0,
     ) -> Stored:
-        """Store chunks under a name, whole or not at all; an earlier one of that name is replaced.
+        """Store chunks under a name atomically; replaces an earlier file of that name.
 
-        header: of the round it goes with, for `discard`; without, it is kept until `remove` or `drop`.
-        unsynced: bytes of a file up to which it is not synced.
-        One chunk is in memory at a time. Raises StoreFull, and then the earlier one is still there.
+        header: digest of the round it belongs to, for `discard`; empty: kept until `remove` or `drop`.
+        unsynced: up to this size in bytes the file is not fsynced.
+        One chunk is in memory at a time. Raises StoreFull; then the earlier file is unchanged.
         """
         path = self._named(job, name, header)
         beside = path.with_name(f".{path.name}.{threading.get_ident()}.{time.monotonic_ns()}")
@@ -310,7 +313,7 @@ class Spool:
         return stored
 
     def find(self, job: str, name: str, *, header: bytes = b"") -> Stored | None:
-        """What `put` stored, read through and with its digest, or None."""
+        """What `put` stored, read and verified, or None. Raises StoreProblem for a damaged file."""
         path = self._named(job, name, header)
         if not path.exists():
             return None
@@ -325,7 +328,7 @@ class Spool:
         return Stored(path, found.digest, found.size, found.chunks)
 
     def remove(self, job: str, name: str, *, header: bytes = b"") -> None:
-        """Remove what `put` stored; nothing is done where it is not."""
+        """Remove what `put` stored. Idempotent."""
         path = self._named(job, name, header)
         with self._busy, refusals("spool", path):
             path.unlink(missing_ok=True)
@@ -334,28 +337,28 @@ class Spool:
     # -------------------------------------------------------------------------------- removal
 
     def discard(self, job: str, header: bytes) -> None:
-        """Remove all of a round: uploads, complete or not, and what was put under it."""
+        """Remove everything of a round: uploads, complete or not, and what was put under it."""
         self._remove_folder(self._round(job, header))
 
     def drop(self, job: str) -> None:
-        """Remove all of a job."""
+        """Remove everything of a job."""
         self._remove_folder(self.folder / _component(job))
 
     def jobs(self) -> list[str]:
-        """The jobs that have something here."""
+        """The jobs that have files here."""
         with refusals("spool", self.folder):
             names = sorted(each.name for each in self.folder.iterdir() if each.is_dir())
         return [unquote(name) for name in names]
 
     def rounds(self, job: str) -> list[bytes]:
-        """The headers' digests of rounds that have something here: after a restart, what to discard."""
+        """The header digests of rounds that have files here, for the caller to discard after a restart."""
         folder = self.folder / _component(job)
         with refusals("spool", folder):
             names = sorted(each.name for each in folder.glob("*") if each.is_dir())
         return [bytes.fromhex(name) for name in names if re.fullmatch("[0-9a-f]{64}", name)]
 
     def _remove_folder(self, folder: Path) -> None:
-        """At once under another name, then file by file: a crash in between is tidied at the start."""
+        """Rename, then delete file by file; `_tidy` completes it after a crash in between."""
         with self._busy, refusals("spool", folder):
             for place in [each for each in self._open if folder in each[0].parents]:
                 self._open.pop(place).closed = True
@@ -370,20 +373,20 @@ class Spool:
                 del self._room[path]
 
     def _tidy(self) -> None:
-        """What a crash left: rounds half removed, puts that did not end, uploads without a sync."""
+        """Delete what a crash left: half removed rounds, unfinished puts, uploads without fsync."""
         for path in self.folder.glob(f"{_GONE}*"):
             shutil.rmtree(path)
         for path in [*self.folder.rglob(".*.chunks.*"), *self.folder.glob(f"*/*/in/{_SMALL}*")]:
             path.unlink()
 
     def _enter(self, folder: Path) -> None:
-        """Make a folder; its name gets durable with the first file in it that is."""
+        """Make a folder without fsync; `_settle` fsyncs its name with the first durable file in it."""
         if not folder.is_dir():
             self._enter(folder.parent)
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def _settle(self, folder: Path) -> None:
-        """Make the names in a folder durable, and its own, and so on up to the first that is."""
+        """Fsync a folder and its parents up to the first that is durable already."""
         sync_folder(folder)
         while folder not in self._settled:
             sync_folder(folder.parent)
@@ -427,17 +430,17 @@ class Spool:
 
 
 def _code(digest: bytes) -> str:
-    """A digest of 32 bytes in 43 characters: in hex it would not fit beside a long name."""
+    """A digest of 32 bytes in 43 characters: hex and a long name would exceed the limit of a file name."""
     return urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def _complete(path: Path, kind: str, digest: bytes, site: SiteId) -> Path:
-    """The file of a complete upload, synced or not, in the folder of another."""
+    """The path of a complete upload, fsynced (whole) or not (small), next to `path`."""
     return path.with_name(f"{kind}{_code(digest)}-{_component(site, _LONGEST_SITE)}")
 
 
 def _component(name: str, most: int = _LONGEST_NAME) -> str:
-    """A job, site or name as one path component, so that none can leave the folder or meet another."""
+    """A job, site or name escaped as one path component, so that none leaves the folder and no two are equal."""
     safe = name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
     if safe.startswith("."):
         safe = "%2E" + safe[1:]
@@ -454,7 +457,7 @@ def _length(path: Path) -> int:
 
 
 def _append(path: Path, offset: int, data: bytes) -> None:
-    """Write at the end; where not all of it fits, cut the file back and raise OSError."""
+    """Write at the end of the file; on an error truncate it to `offset` and raise OSError."""
     handle = os.open(path, os.O_WRONLY)
     try:
         with _cut_back(handle, offset):
