@@ -28,7 +28,7 @@ import os, resource, sys
 from pathlib import Path
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.protocol.shared import Standing
+from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.round.site import Secrets
 from fedcore.store.journal import Journal
 path = Path(sys.argv[1])
@@ -138,7 +138,7 @@ with Journal.open(path, party="va") as journal:
     print("open", flush=True)
     while True:
         number += 1
-        group = [Standing(0, os.urandom(int(sys.argv[2])), number)] * 3
+        group = [SiteProgress(0, os.urandom(int(sys.argv[2])), number)] * 3
         journal.append("job", "round", group, put={"last": b"%d" % number})
         print(number, flush=True)
 """
@@ -223,7 +223,7 @@ def test_what_a_kill_in_the_middle_of_a_compaction_left_goes_when_the_journal_is
         journal = Journal.open(path, party="va")
         journal.append("job", "round", [Secrets(*[SecretBytes(sys.argv[2].encode())] * 3)])
         journal._sqlite.scrub = lambda: os.kill(os.getpid(), 9)
-        journal.compact("job", "round", [Standing(7, b"")])
+        journal.compact("job", "round", [SiteProgress(7, b"")])
         """,
         path, secret,
     )  # fmt: skip
@@ -403,14 +403,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(path):
             while True:
                 number += 1
                 group = [Secrets(*[SecretBytes(secret.encode())] * 3)] * 10
-                journal.append("job", "round", [*group, Standing(0, b"", number)], put={"last": b"%d" % number})
+                journal.append("job", "round", [*group, SiteProgress(0, b"", number)], put={"last": b"%d" % number})
         except StoreProblem as error:
             print(str(error))
             print(error.remedy)
             print(secret in "".join(traceback.format_exception(error)))
         print(number, journal.get("job", "last").decode(), len(list(journal.read("job", "round"))))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        journal.append("job", "round", [Standing(0, b"", number)] * 11, put={"last": b"%d" % number})
+        journal.append("job", "round", [SiteProgress(0, b"", number)] * 11, put={"last": b"%d" % number})
         os._exit(0)
         """,
         path,
