@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedcore.api import compare as compare
     from fedcore.api import simulate as simulate
     from fedcore.errors import FedcoreError as FedcoreError
-    from fedcore.experiment.experiment import STOP as STOP
+    from fedcore.experiment.loop import STOP as STOP
     from fedcore.learning.data.linear import linear as linear
     from fedcore.learning.data.partition import group as group
     from fedcore.learning.data.partition import split as split
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedcore.run import load as load
 
 _HOMES = {
-    "STOP": "fedcore.experiment.experiment",
+    "STOP": "fedcore.experiment.loop",
     "Comparison": "fedcore.run",
     "FedcoreError": "fedcore.errors",
     "Run": "fedcore.run",

@@ -7,33 +7,23 @@ without a `__main__` guard, in a notebook and with lambdas, since nothing leaves
 from __future__ import annotations
 
 import itertools
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedcore import report
 from fedcore.config import Job, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
-from fedcore.experiment.experiment import (
-    OnRound,
-    Prepared,
-    RunWriter,
-    job_for,
-    job_json,
-    prepare,
-    run_experiment,
-    stored_job,
-)
-from fedcore.experiment.gap import over_splits
+from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
+from fedcore.experiment.outcome import comparison_result, in_folder, split_result
+from fedcore.experiment.prepare import Prepared, job_for, job_json, prepare, stored_job
 from fedcore.files import append_row, write_json
 from fedcore.learning.task import Task
-from fedcore.report.warnings import of_comparison
 from fedcore.results import (
     RESULT_FILE,
     ComparisonResult,
@@ -41,7 +31,6 @@ from fedcore.results import (
     RoundRow,
     RunResult,
     SplitResult,
-    SumFacts,
 )
 from fedcore.run import Comparison, Run, all_abandoned, new_directory
 
@@ -175,15 +164,6 @@ def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, res
     return Run(directory, prepared.task)
 
 
-R = TypeVar("R", RunResult, ComparisonResult)
-
-
-def in_folder(result: R, directory: Path) -> R:
-    """The result with its folder, and what to type to make it again whatever the folder is called."""
-    line = f"fedcore reproduce {shlex.quote(str(directory))}"
-    return replace(result, origin=replace(result.origin, run=str(directory), reproduce=line))
-
-
 def compare(
     task: Task | str | None = None,
     sites: Mapping[str, Any] | None = None,
@@ -263,10 +243,10 @@ def _compare_into(
                 f"seed {seed}, fold {fold}: {tripped}", remedy=tripped.remedy
             ) from tripped
         results.append(result)
-        cells.append(_cell(result, seed, fold))
+        cells.append(split_result(result, seed, fold))
         if on_cell is not None:
             on_cell(cells[-1], number, len(grid))
-    found = _comparison_result(results, cells, len(seeds), folds, own_test_rows=first.own_test_rows)
+    found = comparison_result(results, cells, len(seeds), folds, own_test_rows=first.own_test_rows)
     found = replace(
         found,
         cost=replace(found.cost, seconds_total=time.perf_counter() - clock),
@@ -288,61 +268,3 @@ def _keep_row(directory: Path, seed: int, fold: int, row: RoundRow) -> None:
     """rounds.jsonl of a comparison: which split, which arm, which round, and how it scored."""
     kept = {key: value for key, value in row.items() if not key.startswith(("seconds", "peak"))}
     append_row(directory, RoundRow({"seed": seed, "fold": fold, **kept}))
-
-
-def _cell(result: RunResult, seed: int, fold: int) -> SplitResult:
-    return SplitResult(
-        seed=seed,
-        fold=fold,
-        model_sha256=result.model_sha256,
-        arms={arm: found.metrics for arm, found in result.arms.items()},
-        gap={part: {m: gap.mean for m, gap in by.items()} for part, by in result.gap.items()},
-        per_site={site: found.arms for site, found in result.per_site.items()},
-    )
-
-
-def _comparison_result(
-    results: Sequence[RunResult],
-    cells: Sequence[SplitResult],
-    seeds: int,
-    folds: int,
-    *,
-    own_test_rows: bool,
-) -> ComparisonResult:
-    first, rows = results[0], [r.rows for r in results if r.rows is not None]
-    found = over_splits(cells, sum(r.test for r in rows) / max(1, sum(r.train for r in rows)))
-    result = ComparisonResult(
-        task=first.task,
-        protection=first.protection,
-        rounds=first.rounds,
-        sites=first.sites,
-        metrics=first.metrics,
-        lower_is_better=first.lower_is_better,
-        seeds=seeds,
-        folds=folds,
-        cells=tuple(cells),
-        arms=found.arms,
-        gap=found.gap,
-        per_site=found.per_site,
-        model=first.model,
-        cost=replace(first.cost, bytes_per_parameter=None, seconds=None, peak_memory_mb=None),
-        sums=SumFacts(
-            max(r.sums.clipped_fraction or 0.0 for r in results),
-            sum(r.sums.unequal_rounds for r in results),
-        ),
-        absences=replace(
-            first.absences,
-            count=sum(r.absences.count for r in results),
-            abandoned=tuple(
-                replace(each, seed=r.seed, fold=r.fold)
-                for r in results
-                for each in r.absences.abandoned
-            ),
-        ),
-        label=first.label,
-        plan=first.plan,
-        train=first.train,
-    )
-    rounds = sum(r.rounds for r in results)
-    said = of_comparison(result, rounds, first.notes, own_test_rows=own_test_rows)
-    return replace(result, warnings=said)

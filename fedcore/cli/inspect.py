@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedcore.experiment.experiment import Prepared
+from fedcore.experiment.prepare import Prepared
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.training import local_train
 from fedcore.report.phrases import plain, size

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fedcore.api import compare_layers, simulate_layers
 from fedcore.environment import environment
-from fedcore.experiment.experiment import STOP, stored_job
+from fedcore.experiment.loop import STOP
+from fedcore.experiment.prepare import stored_job
 from fedcore.learning.task import Task
 from fedcore.results import (
     ComparisonResult,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.api import in_folder
 from fedcore.config import Job, is_json, narrowest_policy
 from fedcore.errors import (
     Abandoned,
@@ -26,15 +25,9 @@ from fedcore.errors import (
     PlanRefused,
     TaskFailed,
 )
-from fedcore.experiment.experiment import (
-    OnRound,
-    Prepared,
-    RunWriter,
-    job_for,
-    prepare,
-    resolve_sites,
-    run_experiment,
-)
+from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
+from fedcore.experiment.outcome import in_folder
+from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task

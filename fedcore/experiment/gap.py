@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.metrics import Metric, Scores
+from fedcore.learning.metrics import METRICS, Metric, Scores
+from fedcore.learning.task import Task
 from fedcore.results import ByMetric, Interval, SiteResult, SplitResult, Spread
 
 PARTS: dict[str, tuple[str, str]] = {
@@ -35,6 +36,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "protection": ("federated_integer", "federated"),
 }
 """Part of the gap -> (arm that should be better, arm that lost)."""
+
+BESIDE = {"local_only": ("centralised", "local_only")}
+"""Beside the parts of the gap: what staying alone loses against pooling."""
 
 _CONFIDENCE = 0.95
 _BLOCK = 1 << 20
@@ -144,6 +148,35 @@ def _percentiles(lost: NDArray[np.float64]) -> tuple[float | None, float | None]
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def lower_is_better(task: Task) -> list[str]:
+    """The task's metrics that are errors: built-in ones, and those it declares of its own."""
+    return [
+        name
+        for name in task.metrics
+        if name in task.lower_is_better
+        or (task.evaluate is None and name in METRICS and not METRICS[name].higher_is_better)
+    ]
+
+
+def plain_gaps(
+    values: Mapping[str, ByMetric],
+    better: str,
+    worse: str,
+    names: Sequence[str],
+    errors: Sequence[str],
+) -> dict[str, Interval]:
+    """Differences without an interval: a task's own `evaluate` gives no per-row values."""
+    if better not in values or worse not in values:
+        return {}
+    method = "difference; no interval, since task.evaluate gives no per-row values"
+    found = {}
+    for name in names:
+        a, b = values[better][name], values[worse][name]
+        mean = None if a is None or b is None else (b - a if name in errors else a - b)
+        found[name] = Interval(mean, None, None, method, 0)
+    return found
 
 
 # ------------------------------------------------------------------ several splits

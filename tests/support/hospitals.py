@@ -18,7 +18,7 @@ from support.lying_site import steering
 from support.unguarded_site import unguarded
 
 from fedcore.cli.up import _write
-from fedcore.experiment.experiment import job_for, prepare
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.identity.kit import Kit
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.state import JobState

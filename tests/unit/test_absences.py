@@ -23,7 +23,7 @@ from fedcore import api
 from fedcore.cli import console, main
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
-from fedcore.experiment.experiment import job_for, prepare
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.experiment.simulation import Leaving
 from fedcore.files import read_json
 from fedcore.results import RoundRow, read_rounds

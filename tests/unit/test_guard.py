@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedcore import Task
 from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
-from fedcore.experiment.experiment import Experiment, job_for, prepare
+from fedcore.experiment.experiment import Experiment
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning import checkpoint
 from fedcore.learning import guard as guards
 from fedcore.learning.data.rows import ArrayRows

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedcore.cli.inspect import plan_page
 from fedcore.config import build_job, plan_of
 from fedcore.errors import PlanRefused
-from fedcore.experiment.experiment import describe_plan
+from fedcore.experiment.prepare import describe_plan
 from fedcore.report.terminal import as_text
 from fedcore.secagg.label import Collusion, Terms, collusion, label_of, label_warnings
 from fedcore.secagg.plan import (

@@ -348,7 +348,7 @@ def table_task(high, categories=("x", "y")):
 
 @pytest.mark.parametrize("changed", [table_task(90), table_task(120, ("y", "x"))])
 def test_the_plan_covers_how_columns_become_inputs(changed):
-    from fedcore.experiment.experiment import job_for, prepare
+    from fedcore.experiment.prepare import job_for, prepare
 
     digests = {prepare(*job_for(task, {})).plan.digest for task in (table_task(120), changed)}
     assert len(digests) == 2

@@ -99,7 +99,7 @@ def test_every_server_and_width_agrees_across_protections(server, bits):
 def test_one_round_is_the_weighted_mean_of_the_sites_models():
     """A slow obvious reference: train each site from the same start and average by the plan's weights."""
     found = run(rounds=1, protection="plain", bits=24, arms=("federated", "federated_float"))
-    from fedcore.experiment.experiment import job_for, prepare
+    from fedcore.experiment.prepare import job_for, prepare
 
     task, job = job_for(
         make_task(), {"sites": SITES, "rounds": 1, "protection": "plain", "bits": 24}
@@ -357,7 +357,7 @@ def test_own_metrics_survive_the_integers_with_their_sign():
 
 
 def prepared_run(**settings):
-    from fedcore.experiment.experiment import job_for, prepare
+    from fedcore.experiment.prepare import job_for, prepare
 
     given = {"sites": SITES, "rounds": 2, "range": 0.25} | settings
     return prepare(*job_for(make_task(), given))
@@ -408,7 +408,8 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
 
 def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
-    from fedcore.experiment.experiment import Experiment, job_for, prepare
+    from fedcore.experiment.experiment import Experiment
+    from fedcore.experiment.prepare import job_for, prepare
 
     experiment = Experiment(
         prepare(*job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED}))
@@ -428,7 +429,8 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
 
 def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     """What the sites sign as their new state is what they then start from, in every kind of round."""
-    from fedcore.experiment.experiment import Experiment, job_for, prepare
+    from fedcore.experiment.experiment import Experiment
+    from fedcore.experiment.prepare import job_for, prepare
     from fedcore.secagg.plan import canonical
 
     led = []

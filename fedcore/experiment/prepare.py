@@ -1,0 +1,350 @@
+"""Everything of a run before round 1: its settings, its sites and their rows, the model, the plan.
+
+Invariant: nothing is chosen on test rows, and what the plan refuses is refused before a row is loaded.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcore.config import Job, build_job, is_json, packing_of, plan_of
+from fedcore.errors import BadInput, UnknownName
+from fedcore.experiment.simulation import Leaving, federated_statistics
+from fedcore.files import read_json
+from fedcore.learning.data.rows import RowLayout, Rows
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.data.statistics import (
+    MIN_CONTRIBUTORS,
+    Statistics,
+    finish_statistics,
+    site_sums,
+)
+from fedcore.learning.metric_sums import MetricTransport
+from fedcore.learning.model import FlatModel
+from fedcore.learning.site import (
+    load_site,
+    model_of,
+    public_scale,
+    sample_of,
+    shape_of,
+    standardised,
+)
+from fedcore.learning.sitework import SiteRows
+from fedcore.learning.task import Task, load_task
+from fedcore.learning.training import task_code
+from fedcore.secagg.encode.pack import Layout as VectorLayout
+from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.label import Terms, label_of, label_warnings
+from fedcore.secagg.plan import RoundPlan, check_threshold, refuse_roster
+from fedcore.secagg.protocol.absences import parse_absence
+from fedcore.stopwatch import Stopwatch
+from fedcore.types import Json, SiteId
+
+_GROUPING_KEYS = {"n", "by", "alpha", "seed"}
+
+
+def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
+    """{site id: source} from the job, else the task's own. Raises BadInput where there is none."""
+    wanted = dict(job.sites)
+    if callable(task.sites) and (not wanted or "n" in wanted or set(wanted) <= _GROUPING_KEYS):
+        for key in wanted:
+            if key not in _GROUPING_KEYS:
+                raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in _GROUPING_KEYS])
+        with task_code("(all)", None, "sites"):
+            wanted = dict(task.sites(**wanted))
+    elif not wanted and task.sites is not None and not callable(task.sites):
+        wanted = dict(task.sites)
+    elif wanted and set(wanted) <= _GROUPING_KEYS:
+        raise BadInput(
+            f"sites: found {', '.join(sorted(wanted))}, but task {task.name!r} cannot make sites itself",
+            remedy='give [sites] as `id = "source"` lines, or the task a `sites` function',
+        )
+    if not wanted:
+        raise BadInput(
+            f"sites: task {task.name!r} names none, and neither does the job",
+            remedy='add [sites] to the job file (`id = "source"`), or pass sites={...}',
+        )
+    wanted = {str(name): source for name, source in wanted.items()}
+    for name in wanted:
+        if not name.strip() or len(name) > 64 or not name.isprintable():
+            raise BadInput(f"sites: found the id {name!r}, expected 1 to 64 visible characters")
+    return {SiteId(name): source for name, source in wanted.items()}
+
+
+@dataclass
+class LoadedSites:
+    """The sites' rows, split, and what was seen on the way.
+
+    largest: rows of the largest site; own_test_rows: every site brought its own test part. notes: of
+    sites with more rows than the cap.
+    """
+
+    sites: list[SiteRows]
+    largest: int
+    own_test_rows: bool
+    class_counts: dict[SiteId, dict[str, int]]
+    unknown_categories: dict[str, int]
+    notes: list[str]
+
+
+@dataclass
+class Prepared:
+    """Everything of a run before round 1."""
+
+    job: Job
+    task: Task
+    plan: RoundPlan
+    sites: list[SiteRows]
+    local_sites: list[SiteRows]
+    flat: FlatModel
+    epoch: InProcessFederation
+    transport: MetricTransport
+    statistics: Statistics | None
+    layout: RowLayout | None
+    watch: Stopwatch
+    loaded: LoadedSites
+    leaving: Leaving
+
+    @property
+    def label(self) -> str:
+        """The run's label, computed from the plan."""
+        few: list[str] = []
+        if self.statistics is not None and not self.statistics.public:
+            counts = zip(self.statistics.names, self.statistics.sites, strict=True)
+            few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
+        return label_of(Terms.of_plan(self.plan), few)
+
+    @property
+    def own_test_rows(self) -> bool:
+        """Whether every site brings its own test part, so that folds do nothing."""
+        return self.loaded.own_test_rows
+
+    def plan_json(self) -> Json:
+        """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
+        lattice = self.job.protect.lattice
+        about = {
+            "label": self.label,
+            "lattice": lattice,
+            "warnings": label_warnings(Terms.of_plan(self.plan)),
+        }
+        return describe_plan(self.plan) | about | {"buffers_policy": self.flat.policy}
+
+
+def describe_plan(plan: RoundPlan) -> Json:
+    """A plan as people read it: flat numbers, the headroom inequality, bytes per site and round."""
+    packing = plan.packing
+    layout = VectorLayout(plan.update_vector, packing, len(plan.sites))
+    forecast = _forecast(plan, layout)
+    out: Json = plan.to_json() | {
+        "digest": plan.digest,
+        "bits": packing.bits,
+        "max_sites": packing.max_sites,
+        "field_width": packing.field_width,
+        "fields_per_slot": packing.fields_per_slot,
+        "slot_bits": packing.slot_bits,
+        "degree": packing.ring.degree if packing.ring else None,
+        "coeff_modulus": packing.ring.modulus if packing.ring else None,
+        "coordinates": plan.coordinates,
+        "ciphertexts": layout.blocks if packing.ring else 0,
+        "used_fraction": layout.used_fraction,
+        "headroom": None,
+        **forecast,
+    }
+    if packing.ring:
+        needed, available = packing.ring.headroom(packing.max_sites, packing.slot_bits)
+        out["headroom"] = {
+            "rule": "43 n + 1 < q / t",
+            "bound": needed >> packing.slot_bits,
+            "limit": available >> packing.slot_bits,
+        }
+    return out
+
+
+def _forecast(plan: RoundPlan, layout: VectorLayout) -> Json:
+    """Exact bytes of one site's upload and download in a round, from sizes alone."""
+    if plan.packing.ring is None:
+        size = layout.slots * plan.packing.slot_bits // 8
+        return {"bytes_up": size, "bytes_down": size}
+    from fedcore.secagg.crypto.bfv import vector_size
+
+    return {
+        "bytes_up": vector_size(plan.packing.ring, layout.blocks, 1),
+        "bytes_down": vector_size(plan.packing.ring, layout.blocks, 2),
+    }
+
+
+def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Load and split the sites, build the model, solve the plan, run the federated statistics."""
+    sources = resolve_sites(task, job)
+    # RoundPlan refuses it too; asking here spares the loading of every site's rows.
+    refuse_roster(len(sources), job.protect.protection)
+    packing = packing_of(job, len(sources))  # refused before any site is loaded
+    if job.protect.threshold is not None:
+        check_threshold(job.protect.threshold, len(sources))
+    leaving = _leaving(job, list(sources))
+    if packing.ring is not None:
+        from fedcore.secagg.crypto.bfv import load_seal
+
+        load_seal()
+    loaded = _load_sites(task, job, sources, say)
+    sites = loaded.sites
+    max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
+    flat, sample = _build(task, job, sites)
+    transport = MetricTransport.of(task, sample, max_examples)
+    shape = shape_of(task, flat, transport, sites[0].train, job.train.standardise)
+    plan = plan_of(job, shape, tuple(s.id for s in sites), max_examples)
+    epoch = InProcessFederation(uuid.uuid4().hex, plan)
+    prepared = Prepared(
+        job=job,
+        task=task,
+        plan=plan,
+        sites=sites,
+        local_sites=sites,
+        flat=flat,
+        epoch=epoch,
+        transport=transport,
+        statistics=None,
+        layout=None,
+        watch=Stopwatch(),
+        loaded=loaded,
+        leaving=leaving,
+    )
+    if sites[0].train.features is not None:
+        _standardise_all(prepared, say)
+    return prepared
+
+
+def _leaving(job: Job, sites: Sequence[SiteId]) -> Leaving:
+    """The job's absences, against its sites and rounds. Raises BadInput and UnknownName."""
+    named = tuple(parse_absence(text, sites, job.round.rounds) for text in job.round.drop)
+    return Leaving(named, job.round.dropout, job.run.seed)
+
+
+def _load_sites(
+    task: Task, job: Job, sources: Mapping[SiteId, Any], say: Callable[[str], None]
+) -> LoadedSites:
+    loaded = LoadedSites([], 0, True, {}, {}, [])
+    for index, (name, source) in enumerate(sources.items()):
+        say(f"loading site {name}")
+        split = FoldSplit(job.run.seed, job.run.fold, job.run.folds)
+        one = load_site(task, split, name, index, source, job.protect.max_examples)
+        everything, test = one.everything, one.test
+        loaded.class_counts[name] = _class_counts(everything, test)
+        for column, count in getattr(everything, "unknown", {}).items():
+            before = loaded.unknown_categories.get(column, 0)
+            loaded.unknown_categories[column] = before + count
+        loaded.own_test_rows &= test is not None
+        loaded.largest = max(loaded.largest, len(everything) + len(test or ()))
+        loaded.sites.append(one.rows)
+        loaded.notes += [one.note] if one.note else []
+    return loaded
+
+
+def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
+    parts = [rows.labels() for rows in (everything, test) if rows is not None]
+    known = [part for part in parts if part is not None]
+    if not known:
+        return {}
+    values, counts = np.unique(np.concatenate(known), return_counts=True)
+    return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
+
+
+def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, Any]:
+    """The run's module, its flat view, and one scored batch (which fixes the number of outputs).
+
+    Every site builds the model under the same seed; a site whose model differs is named.
+    """
+    flat = model_of(task, job, sites[0])
+    for site in sites[1:]:
+        other = model_of(task, job, site)
+        if (other.parameters, other.buffer_coordinates) != (
+            flat.parameters,
+            flat.buffer_coordinates,
+        ):
+            raise BadInput(
+                f"site {site.id}: found a model of {other.coordinates} coordinates, expected "
+                f"{flat.coordinates} as at site {sites[0].id}",
+                remedy="every site must have the same columns and build the same model",
+            )
+    sample = sample_of(task, job, flat, sites[0])
+    return flat, sample
+
+
+def _standardise_all(prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Scale every site's rows: by the declared ranges, the same for all arms, or by statistics."""
+    sites = prepared.sites
+    rows: Any = sites[0].train
+    prepared.layout = rows.layout
+    public = public_scale(rows, prepared.plan.standardise)
+    if public is not None:
+        prepared.statistics = public
+        prepared.sites = prepared.local_sites = [
+            replace(s, train=standardised(s.train, public), test=standardised(s.test, public))
+            for s in sites
+        ]
+        return
+    say("federated statistics")
+    # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
+    plain = prepared.plan.protection == "plain"
+    allow = plain or prepared.job.protect.single_site_features
+    found, _ = federated_statistics(prepared.epoch, sites, prepared.watch, allow_few_sites=allow)
+    prepared.statistics = found
+    prepared.sites = [
+        replace(s, train=standardised(s.train, found), test=standardised(s.test, found))
+        for s in sites
+    ]
+    local = []
+    for site in sites:
+        raw: Any = site.train
+        own = finish_statistics(
+            raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
+        )
+        local.append(
+            replace(site, train=standardised(site.train, own), test=standardised(site.test, own))
+        )
+    prepared.local_sites = local
+
+
+# ------------------------------------------------------------------------------------- the job on disk
+
+
+def job_json(task: Task, job: Job, kind: str = "run") -> Json:
+    """job.json: all it takes to run again. What was made in memory is marked by None."""
+    in_memory = any(not is_json(source) for source in job.sites.values())
+    sites = None if in_memory else dict(job.sites)
+    about = {"task": task.origin or None, "task_name": task.name, "sites": sites, "kind": kind}
+    return job.to_json() | about
+
+
+def stored_job(directory: Path, task: Task | None) -> Json:
+    """The job of a run directory as a layer of settings, with its `kind` beside them.
+
+    Raises BadInput where the run was made from objects in memory, which no file can bring back.
+    """
+    found = read_json(directory / "job.json")
+    name = found.pop("task_name")
+    if found["sites"] is None or (task is None and found["task"] is None):
+        raise BadInput(
+            f"{directory}: task {name!r} or its sites were made in memory, so the command line cannot "
+            "run it again",
+            remedy="put the task into a file: `fedcore new DIR` shows how",
+        )
+    if not found["sites"]:
+        del found["sites"]
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def job_for(task: Task | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
+    """The task and the complete job: task defaults below, then the given layers in order."""
+    layer: Mapping[str, Any] = next((each for each in reversed(layers) if "task" in each), {})
+    named, base = layer.get("task", "heart"), Path(layer.get("base", Path.cwd()))
+    found = task if task is not None else load_task(str(named), base)
+    rest = [{k: v for k, v in layer.items() if k != "task"} for layer in layers]
+    name = {"task": found.origin or found.name, "base": str(base)}
+    return found, build_job(found.defaults, *rest, name)
