@@ -20,7 +20,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
 
 import numpy as np
 from fedcore_clients.config import SiteConfig, read_config
-from fedcore_clients.jobs import Party
+from fedcore_clients.context import SiteContext
 from fedcore_clients.ledger import Ledger
 from fedcore_clients.main import Site
 from fedcore_clients.policy import SitePolicy
@@ -109,13 +109,13 @@ def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> 
         Journal.open(config.folder / "journal.sqlite", party=f"site {name}")
     )
     pins, identity = read_roster(config.roster), read_identity(config.identity)
-    party = Party(
+    context = SiteContext(
         kit.peer.federation, name, identity, pins, journal,
         Spool(config.folder / "spool"), config.folder,
         SitePolicy(config.policy, len(pins), config.hashes),
         opened.enter_context(Ledger.open(config.folder, identity)),
     )  # fmt: skip
-    return Site(config, kit, party, Drawn(name, parameters))
+    return Site(config, kit, context, Drawn(name, parameters))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

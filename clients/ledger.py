@@ -190,7 +190,7 @@ class Ledger:
     def jobs_over(self, rows: str, now: float | None = None) -> set[str]:
         """The jobs that had a sum over these rows in the last 30 days."""
         since = (time.time() if now is None else now) - MONTH_SECONDS
-        return {job for job, at in self._jobs.get(rows, {}).items() if at > since}
+        return {job for job, at in list(self._jobs.get(rows, {}).items()) if at > since}
 
     def statistics_only_with(
         self, rows: str, columns: Iterable[str], besides: str = ""
@@ -203,7 +203,7 @@ class Ledger:
         wanted = set(columns)
         found = {
             tuple(sorted(each.survivors or each.cohort))
-            for each in self._statistics.get(rows, {}).values()
+            for each in tuple(self._statistics.get(rows, {}).values())  # another thread may add one
             if each.header != besides and wanted & set(each.columns)
         }  # fmt: skip
         if not found:

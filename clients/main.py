@@ -22,8 +22,9 @@ from typing import Any
 from fedcore_clients.approvals import FOLDER as APPROVALS
 from fedcore_clients.approvals import offer_digest
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.health import ADDRESS, health
-from fedcore_clients.jobs import Contributor, Party, SiteJob
+from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import choose, told
@@ -43,6 +44,8 @@ from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job.site_effects import State
+from fedcore.secagg.protocol.job.site_rounds import header_of
 from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
@@ -133,14 +136,19 @@ def released_round(done: schedule.PlannedRound) -> int:
     return max(0, done.training_round - before)
 
 
+def model_of(state: State | None) -> str | None:
+    """`model_sha256` of a state that a release led to."""
+    return state.model_sha256 if isinstance(state, JobState) and state.done else None
+
+
 class Site:
     """All jobs of one site process."""
 
     def __init__(
-        self, config: SiteConfig, kit: Kit, party: Party, contributor: Contributor
+        self, config: SiteConfig, kit: Kit, context: SiteContext, contributor: Contributor
     ) -> None:
-        self.config, self.party, self.contributor = config, party, contributor
-        self.jobs: dict[str, SiteJob] = {}
+        self.config, self.context, self.contributor = config, context, contributor
+        self.jobs: dict[str, JobRunner] = {}
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self.session = Session(
@@ -150,22 +158,22 @@ class Site:
 
     def restore(self) -> None:
         """The jobs of the journal."""
-        kept = self.party.journal.get("site", "jobs")
+        kept = self.context.journal.get("site", "jobs")
         for name in json.loads(kept) if kept else []:
-            self._begin(SiteJob.stored(self.party, self.session, self.contributor, name))
+            self._begin(JobRunner.stored(self.context, self.session, self.contributor, name))
 
-    def _begin(self, found: SiteJob) -> None:
+    def _begin(self, found: JobRunner) -> None:
         self.jobs[found.id] = found
-        write_recipe(self.party.folder, found.offer)
-        if found.ended is None or found.holds_keys:
+        write_recipe(self.context.folder, found.offer)
+        if found.job.ended is None or found.job.holds_keys:
             self._running[found.id] = asyncio.get_running_loop().create_task(found.run())
 
     def _hello(self) -> Hello:
         held = []
         for found in self.jobs.values():
-            standing = found.stage.standing
+            standing = found.job.stage.standing
             held.append(Held(found.id, standing.certificate, standing.epoch, standing.round))
-        return hello_of(self.config, dict(self.party.pins), held)
+        return hello_of(self.config, dict(self.context.pins), held)
 
     def _on_connected(self) -> None:
         welcome = self.session.status.welcome
@@ -212,39 +220,41 @@ class Site:
             raise MalformedMessage(
                 "job", found="an id that is no plain name", expected="one", fault="coordinator"
             ) from error
-        journal = self.party.journal
+        journal = self.context.journal
         journal.put(offer.job, "offer", encode(offer))
         journal.put("site", "jobs", json.dumps([*self.jobs, offer.job]).encode())
         LOG.info("job %s: task %s", offer.job, offer.task)
-        self._begin(SiteJob(self.party, self.session, self.contributor, offer))
+        self._begin(JobRunner(self.context, self.session, self.contributor, offer))
 
     def status(self, *, running: bool = True) -> Json:
         """What `fed-site status` shows."""
         link = self.session.status
         rows = []
         for found in self.jobs.values():
-            state, stage = found.state, found.stage
-            header = getattr(stage, "header", None)
+            job, part, about = found.job, found.job.part, found.work.about
+            header, state = header_of(job.stage), job.state
+            done = state.done if state is not None else None
+            word = job.parts.word if job.parts else None
             rows.append(
                 {
                     "job": found.id, "task": found.offer.task, "offer": offer_digest(found.offer),
-                    "protection": found.about.protection, "label": found.about.label,
-                    "leaves": found.about.leaves, "approval": found.approval,
+                    "protection": about.protection, "label": about.label,
+                    "leaves": about.leaves, "approval": part.approval,
                     "rounds": json.loads(found.offer.settings)["round"]["rounds"],
-                    "stage": "over" if found.ended else type_name(type(stage)).lower(),
+                    "stage": "over" if job.ended else type_name(type(job.stage)).lower(),
                     "round": header.training_round if header is not None else None,
                     "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
-                    "tracked": found.tracked,
-                    "last_error": found.last_error,
-                    "refused": str(found.refused) if found.refused is not None else None,
-                    "left": found.left or None,
-                    "outcome": found.ended.outcome if found.ended else None,
-                    "model_sha256": state.model_sha256 if state and state.done else None,
-                    "model_round": released_round(state.done) if state and state.done else None,
+                    "tracked": word.tracked if word else None,
+                    "last_error": part.last_error,
+                    "refused": str(part.refused) if part.refused is not None else None,
+                    "left": part.left or None,
+                    "outcome": job.ended.outcome if job.ended else None,
+                    "model_sha256": model_of(state),
+                    "model_round": released_round(done) if done else None,
                 }
             )  # fmt: skip
         return {
-            "site": self.party.id, "coordinator": link.coordinator, "connected_since": link.since,
+            "site": self.context.id, "coordinator": link.coordinator, "connected_since": link.since,
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
             "running": running, "process": os.getpid(),
         }  # fmt: skip
@@ -295,7 +305,7 @@ class Site:
 
     def _write_status(self, *, running: bool = True) -> None:
         with contextlib.suppress(OSError):
-            write_json(self.party.folder / STATUS_FILE, self.status(running=running))
+            write_json(self.context.folder / STATUS_FILE, self.status(running=running))
 
 
 _REMEDIES = {
@@ -391,20 +401,20 @@ def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None
         Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
         Ledger.open(config.folder, papers.identity) as ledger,
     ):
-        party = Party(
+        context = SiteContext(
             kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
             config.patience_seconds,
             config.keep_secrets_days * DAY,
         )  # fmt: skip
-        asyncio.run(_run(config, kit, party, said, health_port))
+        asyncio.run(_run(config, kit, context, said, health_port))
 
 
 async def _run(
     config: SiteConfig,
     kit: Kit,
-    party: Party,
+    context: SiteContext,
     said: Callable[[str], None],
     health_port: int | None,
 ) -> None:
@@ -414,7 +424,7 @@ async def _run(
     training = Training(told(choose(config)).command)
     await training.start()
     try:
-        site = Site(config, kit, party, InstalledTasks(config, training, party.identity))
+        site = Site(config, kit, context, InstalledTasks(config, training, context.identity))
         async with contextlib.AsyncExitStack() as opened:
             if health_port is not None:
                 port = await opened.enter_async_context(

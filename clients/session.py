@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from fedcore_clients.jobs import Offline
+from fedcore_clients.context import Offline
 from fedcore_clients.tls import open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused

@@ -6,7 +6,8 @@ Journal, spool, ledger and policy are real; training is drawn numbers, and the s
 from __future__ import annotations
 
 from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Party, SiteJob
+from fedcore_clients.context import SiteContext
+from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import PolicySection, SitePolicy
 
@@ -56,12 +57,15 @@ class Rows(Drawn):
         return self.row
 
 
-def job_at_a_site(folder, settings, policy, row=None):
-    """Site a of four, offered the benchmark's task with these settings; it has done nothing yet."""
+def job_at_a_site(folder, settings, policy, row=None, link=None, **more):
+    """Site a of four, offered the benchmark's task with these settings; it has done nothing yet.
+
+    more: of its context.
+    """
     key = IdentityKey()
     pins = {name: key.public if name == "a" else IdentityKey().public for name in FOUR}
     journal = Journal.open(folder / "journal.sqlite", party="site a")
     ledger, spool = Ledger.open(folder, key), Spool(folder / "spool")
-    party = Party("town", "a", key, pins, journal, spool, folder, policy, ledger)
+    context = SiteContext("town", "a", key, pins, journal, spool, folder, policy, ledger, **more)
     offer = job_messages.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
-    return SiteJob(party, Link(), Rows(row=row), offer)
+    return JobRunner(context, link or Link(), Rows(row=row), offer)

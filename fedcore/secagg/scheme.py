@@ -19,7 +19,7 @@ from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.keystream import draw_salt, stream_key
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.crypto.sealed import open_checkpoint, open_notice, seal_checkpoint, seal_notice
-from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_tag
+from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_mac, state_tag
 from fedcore.secagg.encode.bitpack import packed_size
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
@@ -105,7 +105,7 @@ class EpochSecrets:
 
     def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
         """HMAC under G of the state a release leads to."""
-        return self.group.authenticate(b"new state", header.digest + state)
+        return state_mac(self.group, header.digest, state)
 
     def seal_cause(
         self, error: Exception | str, header: RoundHeader, site: SiteId, entropy: Entropy

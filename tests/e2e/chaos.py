@@ -69,35 +69,44 @@ _main.CoordinatorContext = CoordinatorContext
 SITE_PATCH = """
 import hashlib, json
 import fedcore_clients.main as _main
-import fedcore_clients.jobs as _jobs
+from fedcore_clients.round_work import RoundWork as _Work
+from fedcore.store.journal import Journal as _Journal
 from fedcore.secagg.protocol import site as _machine
-from fedcore.secagg.protocol.wire_form import encode as _encode
-_party = _main.Party
-def Party(*a, **k):
+from fedcore.secagg.protocol.wire_form import decode as _decode, encode as _encode
+from fedcore.secagg.protocol.messages import Unmask as _Unmask
+_context = _main.SiteContext
+def SiteContext(*a, **k):
     k["clock"] = lambda: time.monotonic() + abs(_jumped())
-    return _party(*a, **k)
-_main.Party = Party
-_written = _jobs.SiteJob._journal
-_once = (_machine.VectorSpooled, _machine.ListSigned, _machine.UnmaskAnswered, _machine.SumStated)
-def _journal(self, found, *rest):
-    _written(self, found, *rest)
-    for effect in found:
-        record = getattr(effect, "record", None)
-        if isinstance(record, _once):
-            line = [self.id, self.stage.header.digest.hex(), type(record).__name__,
+    return _context(*a, **k)
+_main.SiteContext = SiteContext
+_written = _Journal.write
+_once = {
+    _machine.VectorSpooled: lambda record: record.submit.header,
+    _machine.ListSigned: lambda record: record.confirm.header,
+    _machine.UnmaskAnswered: lambda record: _decode(record.exchange.answer, _Unmask).header,
+    _machine.SumStated: lambda record: record.statement.header,
+}
+def _write(self, entries):
+    entries = list(entries)
+    _written(self, entries)
+    for entry in entries:
+        for record in entry.records:
+            if type(record) not in _once:
+                continue
+            line = [entry.job, _once[type(record)](record).hex(), type(record).__name__,
                     hashlib.sha256(_encode(record)).hexdigest()]
             try:
                 with open({trace!r}, "a") as file:
                     file.write(json.dumps(line) + "\\n")
             except OSError:
                 pass  # no room: one witness less
-_jobs.SiteJob._journal = _journal
+_Journal.write = _write
 import random
-_quick = _jobs.SiteJob._protect
+_quick = _Work.protect
 def _protect(self, asked, found):
     time.sleep(random.uniform(0.0, 0.4))  # as if the model were larger: a round has a middle
     return _quick(self, asked, found)
-_jobs.SiteJob._protect = _protect
+_Work.protect = _protect
 """
 
 

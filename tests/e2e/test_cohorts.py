@@ -89,7 +89,7 @@ def test_refused_statistics_end_the_job_and_are_not_tried_with_other_sites(tmp_p
         assert found.hub.outcome.outcome == "abandoned"
         assert "refused the release (the logs of the sites say why)" in found.hub.outcome.text
         assert "no other may be taken from the same state" in found.hub.outcome.text
-        exposed = [found.sites[name].stage.standing.exposed for name in ("a", "b", "c")]
+        exposed = [found.sites[name].job.stage.standing.exposed for name in ("a", "b", "c")]
         assert all(exposed)
 
     limits = Limits(stage=20.0, gather=0.3, minimum=3, grace=5.0, enough=3.0)

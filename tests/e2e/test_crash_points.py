@@ -8,8 +8,9 @@ import shutil
 import time
 from dataclasses import replace
 
-import fedcore_clients.jobs
+import fedcore_clients.job_work
 import pytest
+from fedcore_clients.round_work import RoundWork
 from fedcore_clients.training import TrainingFailed
 from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
@@ -137,7 +138,7 @@ def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
         found.start_hub()  # another process of the coordinator, and nobody else there
         found.start("b")
         await found.run()
-        assert found.sites["b"].ended.outcome == "finished"
+        assert found.sites["b"].job.ended.outcome == "finished"
         await found.check(("b",))
 
     scene(tmp_path, pool, play, protection="layered", limits=AWAY)
@@ -256,7 +257,7 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
 @pytest.mark.parametrize("party", [HUB, "b"])
 def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
     """At any commit, and nobody waits for a deadline: what the disk kept from being heard is said again."""
-    monkeypatch.setattr(fedcore_clients.jobs, "_AGAIN", 0.05)
+    monkeypatch.setattr(fedcore_clients.job_work, "RETRY_SECONDS", 0.05)
 
     def play(at):
         async def played(found):
@@ -369,7 +370,7 @@ def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
     scene(tmp_path, pool, play, rounds=5)
 
 
-@pytest.mark.parametrize("place", ["_invited", "_begin_upload"])
+@pytest.mark.parametrize("place", ["invited", "upload"])
 def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, place):
     async def play(found):
         await found.first_round()
@@ -377,13 +378,14 @@ def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, pla
         def fails(*args):
             raise KeyError("PATIENT-7419")
 
-        setattr(found.sites["b"], place, fails)
+        site = found.sites["b"]
+        setattr(site.job.parts.rounds if place == "invited" else site.work, place, fails)
         await found.run(until=lambda: found.hub.outcome is not None)
         assert found.hub.outcome.outcome == "finished"
         rows = found.rounds()
         assert rows[-1]["survivors"] == ["a", "c", "d"]
         assert found.hub.sites["b"].unable == "unable"
-        assert found.sites["b"].last_error == job_messages.REASONS["unable"]
+        assert found.sites["b"].job.part.last_error == job_messages.REASONS["unable"]
         assert "PATIENT" not in json.dumps(rows) + found.hub.progress.text
         await found.kill("b")
         await found.check(("a", "c", "d"))
@@ -407,9 +409,9 @@ def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, poo
         found.sites["b"].contributor.track = hangs
         found.start_hub()
         await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 1)
-        found.sites["b"].party = replace(found.sites["b"].party, patience=0.5)
+        found.sites["b"].context = replace(found.sites["b"].context, patience=0.5)
         await found.run()
-        assert found.sites["b"].ended.outcome == "finished"
+        assert found.sites["b"].job.ended.outcome == "finished"
         await asyncio.sleep(0.7)
         assert asked and len(ended) == len(asked)
         await found.check()
@@ -438,31 +440,31 @@ def test_a_site_too_slow_for_one_release_applies_it_when_it_gets_there(tmp_path,
         for name in SITES:
             found.start(name)
         slow, caught, spent = found.sites["a"], [], [0.0]
-        slow.party = replace(slow.party, clock=lambda: time.monotonic() + spent[0])
-        fetch = slow._fetch
+        slow.context = replace(slow.context, clock=lambda: time.monotonic() + spent[0])
+        fetch = slow.work.fetch
 
         async def late(what, *rest):
             chunks = await fetch(what, *rest)
             if what == "sum" and not caught:
-                while slow._early is None:  # noqa: ASYNC110
+                while slow.job.parts.rounds.early is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-                caught.append(slow.stage.header.round)
+                caught.append(slow.job.stage.header.round)
                 spent[0] = 10_000.0
                 slow.connected()  # any event: the clock is looked at
                 for _ in range(10):
                     await asyncio.sleep(0.01)
-                assert isinstance(slow.stage, site_machine.Opening)
+                assert isinstance(slow.job.stage, site_machine.Opening)
                 caught.append("opened")
             return chunks
 
         async def catching(offered):
             caught.append("caught up")
 
-        slow._fetch, slow._catch_up = late, catching
+        slow.work.fetch, slow.work.catch_up = late, catching
         await found.run(until=lambda: "opened" in caught)
-        await found.run(until=lambda: slow.stage.standing.released == caught[0])
+        await found.run(until=lambda: slow.job.stage.standing.released == caught[0])
         assert "caught up" not in caught
-        del slow._catch_up
+        del slow.work.catch_up
         await found.run()
         await found.check()
 
@@ -475,14 +477,16 @@ def test_after_a_refused_release_the_job_goes_on_under_a_new_key(tmp_path, pool,
         await found.first_round()
         victim, first = found.sites["b"], found.hub.facts.epoch.epoch
 
-        def opened(asked, chunks):
-            if not heard:
-                found.mute.add("b")
-            raise TagRefused("sum tag: found another sum")
+        class Refusing(RoundWork):
+            def open(self, *_):
+                if not heard:
+                    found.mute.add("b")
+                raise TagRefused("sum tag: found another sum")
 
-        victim._opened = opened
-        await found.run(until=lambda: type(victim.stage).__name__ == "Halted")
-        del victim._opened
+        real = victim.work.round_work
+        victim.work.round_work = lambda: Refusing(**vars(real()))
+        await found.run(until=lambda: type(victim.job.stage).__name__ == "Halted")
+        victim.work.round_work = real
         if not heard:
             await found.kill("b")
             found.mute.clear()

@@ -9,11 +9,11 @@ from fedcore.wire import calls, frames
 
 AT_WORK = """
 import asyncio
-import fedcore_clients.jobs as jobs
+from fedcore_clients.job_work import JobWork
 async def make_vector(self, asked):
     print("at work", flush=True)
     await asyncio.sleep(1e6)
-jobs.SiteJob._make_vector = make_vector
+JobWork.make_vector = make_vector
 """
 """A vector that is never done."""
 

@@ -7,11 +7,11 @@ import logging
 import shutil
 from dataclasses import replace
 
-import fedcore_clients.jobs
 import pytest
 from town import SITES, UNHURRIED, scene
 
 from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.job import site_rounds
 from fedcore.secagg.protocol.round import site as site_machine
 
 
@@ -24,7 +24,7 @@ async def begin(found):
 
 def held_at_the_sum(victim):
     """From now on this site waits for the next sum until `go` is set; (go, waits)."""
-    go, waits, fetch = asyncio.Event(), asyncio.Event(), victim._fetch
+    go, waits, fetch = asyncio.Event(), asyncio.Event(), victim.work.fetch
 
     async def late(what, *rest):
         if what == "sum":
@@ -32,7 +32,7 @@ def held_at_the_sum(victim):
             await go.wait()
         return await fetch(what, *rest)
 
-    victim._fetch = late
+    victim.work.fetch = late
     return go, waits
 
 
@@ -43,17 +43,15 @@ def test_a_later_announcement_does_not_end_a_round_whose_sum_may_be_known(
     """A coordinator that goes on without the release gets nothing from it, and the round is still on."""
     if rule == "off":
         in_round = site_machine.IN_ROUND
-        monkeypatch.setattr(
-            fedcore_clients.jobs, "_gives_way", lambda stage: isinstance(stage, in_round)
-        )
+        monkeypatch.setattr(site_rounds, "gives_way", lambda stage: isinstance(stage, in_round))
 
     async def play(found):
         await begin(found)
         victim = found.sites["a"]
         go, waits = held_at_the_sum(victim)
         await found.run(until=waits.is_set)
-        assert isinstance(victim.stage, site_machine.EXPOSED)
-        header, said, say = victim.stage.header, [], victim.link.say
+        assert isinstance(victim.job.stage, site_machine.EXPOSED)
+        header, said, say = victim.job.stage.header, [], victim.link.say
         victim.link.say = lambda job, message: (said.append(message), say(job, message))
         other = replace(
             header, round=header.round + 1, training_round=header.training_round + 1,
@@ -63,10 +61,12 @@ def test_a_later_announcement_does_not_end_a_round_whose_sum_may_be_known(
         words = (messages.Leave, messages.Keys)
         await found.run(until=lambda: any(isinstance(each, words) for each in said))
         if rule == "off":
-            assert isinstance(victim.stage, site_machine.Idle), "control: it is out of its round"
+            assert isinstance(victim.job.stage, site_machine.Idle), (
+                "control: it is out of its round"
+            )
             return
         assert messages.Leave(other.digest, "a", messages.LEFT) in said
-        assert victim.stage.header.digest == header.digest
+        assert victim.job.stage.header.digest == header.digest
         go.set()
         await found.run()
         await found.check()
@@ -86,8 +86,8 @@ def test_a_site_that_was_put_back_to_an_older_folder_says_so_and_catches_up(
         go_2, waits = found.hold("a", lambda: len(found.hub.rounds.known) >= 1)
         found.start_hub()
         b = found.sites["b"]
-        await found.run(until=lambda: waits.is_set() and b.stage.standing.released == 1)
-        assert not isinstance(b.stage, site_machine.EXPOSED)
+        await found.run(until=lambda: waits.is_set() and b.job.stage.standing.released == 1)
+        assert not isinstance(b.job.stage, site_machine.EXPOSED)
         copy = tmp_path / "copy"
         shutil.copytree(found.folder / "b", copy)
         # b dies when it has signed and before the release: no other one comes before b has seen this one.

@@ -11,10 +11,12 @@ import os
 import signal
 from dataclasses import replace
 
-import fedcore_clients.jobs
+import fedcore_clients.job_work
 import pytest
 from deployment import HUB as COORDINATOR
 from deployment import deployment, small_task
+from fedcore_clients.job_runner import DiskRefused
+from fedcore_clients.job_work import JobWork
 from fedcore_server import job_disk
 from fedcore_server.folding import FoldPool, JobFold
 from fedcore_server.job_disk import JobDisk
@@ -28,7 +30,7 @@ from fedcore.secagg.protocol.round import coordinator
 @pytest.fixture(autouse=True)
 def brief_pauses(monkeypatch):
     """Retries follow each other quickly: no test waits for the pause between them."""
-    monkeypatch.setattr(fedcore_clients.jobs, "_AGAIN", 0.05)
+    monkeypatch.setattr(fedcore_clients.job_work, "RETRY_SECONDS", 0.05)
 
 
 def begin(found):
@@ -243,15 +245,15 @@ def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool, monkeypatch)
 def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, monkeypatch):
     """The others do not wait for the deadline of the stage (600 s in UNHURRIED)."""
     lost = []
-    real = fedcore_clients.jobs.SiteJob._finished_vector
+    real = JobWork.finished_vector
 
     async def finished(self, submit):
-        if self.party.id == "a" and not lost:
+        if self.context.id == "a" and not lost:
             lost.append(submit)
             return None
         return await real(self, submit)
 
-    monkeypatch.setattr(fedcore_clients.jobs.SiteJob, "_finished_vector", finished)
+    monkeypatch.setattr(JobWork, "finished_vector", finished)
 
     async def play(found):
         hub = begin(found)
@@ -260,26 +262,26 @@ def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, mo
         first = found.rounds()[0]
         assert "a" not in first["survivors"]
         await found.check()
-        assert "vector gone" in found.sites["a"].last_error
+        assert "vector gone" in found.sites["a"].job.part.last_error
 
     scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
 
 
-@pytest.mark.parametrize("where", ["_upload", "_open_sum", "_make_vector"])
+@pytest.mark.parametrize("where", ["upload", "open_sum", "make_vector"])
 def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
     tmp_path, pool, monkeypatch, where
 ):
     """Each kind of work that the other sites wait for: they do not wait until a deadline."""
     failed = []
-    real = getattr(fedcore_clients.jobs.SiteJob, where)
+    real = getattr(JobWork, where)
 
     async def work(self, asked):
-        if self.party.id == "a" and not failed:
+        if self.context.id == "a" and not failed:
             failed.append(asked)
             raise RuntimeError(f"a fault in {where}")
         return await real(self, asked)
 
-    monkeypatch.setattr(fedcore_clients.jobs.SiteJob, where, work)
+    monkeypatch.setattr(JobWork, where, work)
 
     async def play(found):
         hub = begin(found)
@@ -315,21 +317,17 @@ def test_a_site_whose_journal_cannot_be_read_says_that_it_is_unable(tmp_path, po
 
     async def play(found):
         hub = begin(found)
-        await found.run(until=lambda: found.sites["a"].plan is not None)
+        await found.run(until=lambda: found.sites["a"].job.plan is not None)
 
-        def stored(*args):
+        def restore(*args):
             raise ValueError("another fault")
 
-        monkeypatch.setattr(fedcore_clients.jobs.SiteJob, "stored", stored)
         site = found.sites["a"]
-        site._aside(raising(OSError(5, "Input/output error")))
+        site.restore = restore
+        site.mailbox.put(DiskRefused(OSError(5, "Input/output error")))
         await found.run(until=lambda: bool(hub.sites["a"].unable))
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
-
-
-async def raising(error):
-    raise error
 
 
 # ------------------------------------------------------------------------------- real processes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deployment import HUB, deployment, small_task
 from fedcore_clients.config import read_config
-from fedcore_clients.jobs import SiteJob
+from fedcore_clients.job_work import JobWork
 from fedcore_clients.model import export_model
 from fedcore_clients.training import TrainingFailed
 from fedcore_server.job_disk import MODEL_FILE, JobDisk
@@ -27,6 +27,7 @@ from fedcore.learning.task import load_task
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
+from fedcore.secagg.protocol.job.site_release import PublicWord
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 
 # ---------------------------------------------------------------------------- real processes
@@ -109,9 +110,9 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
         async def lie(job, state):
             return b"a lie of " + name.encode()
 
-        async def give(wanted):
-            if not wanted.digest:
-                await SiteJob._give_model(site, wanted)
+        async def give(asked):
+            if not asked.digest:
+                await JobWork.give_model(site.work, asked)
 
         async def once(job, plan, step, state, record):
             if step.training_round > 1:
@@ -121,7 +122,7 @@ def giving(found, *, release="coordinator", lies=(), silent=(), failing=()):
         own.export = lie if name in lies else own.export
         own.contribute = once if name in failing else contribute
         if name in silent:
-            site._give_model = give
+            site.work.give_model = give
 
     found.start_hub()
     for name in SITES:
@@ -302,7 +303,7 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
 
     monkeypatch.setattr(SiteLink, "say", heard)
     if control:
-        monkeypatch.setattr(SiteJob, "_may_give", lambda self: True)
+        monkeypatch.setattr(PublicWord, "may_give", lambda *_, **__: True)
 
     async def play(found):
         giving(found, release="coordinator" if early else "sites")
@@ -310,7 +311,7 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
         site = found.sites["a"]
         refusal = "before the last round" if early else "stays at the sites"
         while not said and refusal not in caplog.text and found.hub.outcome is None:
-            standing = site.stage.standing.certificate
+            standing = site.job.stage.standing.certificate
             if standing:
                 site.tell(ModelWanted("job", standing, b""))
             await asyncio.sleep(0.002)
@@ -336,7 +337,7 @@ def test_after_the_end_nothing_is_given(tmp_path, pool, monkeypatch):
         await found.run()
         monkeypatch.setattr(SiteLink, "say", heard)
         site = found.sites["a"]
-        site.tell(ModelWanted("job", site.stage.standing.certificate, b""))
+        site.tell(ModelWanted("job", site.job.stage.standing.certificate, b""))
         await asyncio.sleep(0.3)
         assert ModelMade not in said
 

@@ -18,6 +18,14 @@ async def begin(found):
     await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
 
 
+def group_of(site):
+    return site.job.parts.keys.secrets.group.to_bytes()
+
+
+def without_grace(site):
+    site.job.me = replace(site.job.me, keep_keys=0.0)
+
+
 def send_away(found, how):
     """What the coordinator's service does: no session for d from now on, and the job is told."""
     found.mute.add("d")
@@ -39,14 +47,14 @@ def test_a_site_that_was_sent_away_does_not_have_the_next_keys(
     async def play(found):
         await begin(found)
         send_away(found, how)
-        old = found.sites["d"].secrets.group
+        old = group_of(found.sites["d"])
         rounds = len(found.hub.rounds.known)
         await found.run(until=lambda: len(found.hub.rounds.known) >= rounds + 3)
-        same = found.sites["a"].secrets.group.to_bytes() == old.to_bytes()
+        same = group_of(found.sites["a"]) == old
         assert same == (rule == "off"), "control: d would go on reading what passes"
         if rule == "on":
             assert found.hub.facts.epoch.epoch == 2 and "d" not in found.hub.facts.epoch.holders
-            assert found.sites["d"].epoch.epoch == 1
+            assert found.sites["d"].job.parts.epochs.stage.epoch == 1
             await found.kill("d")
             await found.run()
             await found.check(("a", "b", "c"))
@@ -75,24 +83,21 @@ def files_with(folder, secret):
     return [path for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
 
 
-def secrets_of(site):
-    return site.secrets.group.to_bytes()
-
-
 def test_the_keys_of_an_ended_job_are_erased_after_the_grace(tmp_path, pool):
     async def play(found):
         await begin(found)
         site, now = found.sites["a"], [1_000.0]
-        site.party = replace(site.party, now=lambda: now[0], keep_keys=100.0)
-        group = secrets_of(site)
+        site.context = replace(site.context, now=lambda: now[0])
+        site.job.me = replace(site.job.me, keep_keys=100.0)
+        group = group_of(site)
         await found.run()
-        assert site.ended.outcome == "finished"
+        assert site.job.ended.outcome == "finished"
         now[0] += 99.0
         site.erase_keys()
-        assert site.holds_keys and {"epoch", "groups"} <= set(found.journals["a"].keys("job"))
+        assert site.job.holds_keys and {"epoch", "groups"} <= set(found.journals["a"].keys("job"))
         now[0] += 2.0
         site.erase_keys()
-        assert not site.holds_keys and site.secrets is None
+        assert not site.job.holds_keys and site.job.parts.keys.secrets is None
         await found.kill("a")
         folder = found.folder / "a"
         assert files_with(found.folder / "b", group.hex().encode()), "control: b keeps them"
@@ -108,9 +113,9 @@ def test_a_site_without_a_grace_erases_them_with_the_end_of_the_job(tmp_path, po
     async def play(found):
         await begin(found)
         site = found.sites["a"]
-        site.party = replace(site.party, keep_keys=0.0)
+        without_grace(site)
         await found.run()
-        await found.run(until=lambda: not site.holds_keys)
+        await found.run(until=lambda: not site.job.holds_keys)
 
     scene(tmp_path, pool, play)
 
@@ -124,17 +129,17 @@ async def without_d(found, erased):
     assert found.hub.facts.epoch.epoch == 2 and "d" not in found.hub.facts.epoch.holders
     for name in erased:
         site = found.sites[name]
-        site.party = replace(site.party, keep_keys=0.0)
+        without_grace(site)
         site.erase_keys()
     found.start("d")
-    await found.run(until=lambda: found.sites["d"].ended is not None)
+    await found.run(until=lambda: found.sites["d"].job.ended is not None)
 
 
 def test_a_site_that_comes_after_all_erased_them_hears_that_it_stays_behind(tmp_path, pool):
     async def play(found):
         await without_d(found, ("a", "b", "c"))
-        assert "erased the keys" in found.sites["d"].ended.text
-        assert found.sites["d"].state.canonical() != found.sites["c"].state.canonical()
+        assert "erased the keys" in found.sites["d"].job.ended.text
+        assert found.sites["d"].job.state.canonical() != found.sites["c"].job.state.canonical()
 
     scene(tmp_path, pool, play, limits=replace(AWAY, gather=0.2), rounds=4)
 
@@ -142,7 +147,7 @@ def test_a_site_that_comes_after_all_erased_them_hears_that_it_stays_behind(tmp_
 def test_as_long_as_one_site_keeps_them_a_late_one_gets_the_model(tmp_path, pool):
     async def play(found):
         await without_d(found, ("a", "b"))
-        assert found.sites["d"].state.canonical() == found.sites["c"].state.canonical()
+        assert found.sites["d"].job.state.canonical() == found.sites["c"].job.state.canonical()
 
     scene(tmp_path, pool, play, limits=replace(AWAY, gather=0.2), rounds=4)
 

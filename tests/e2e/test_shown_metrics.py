@@ -154,7 +154,7 @@ def spoken(monkeypatch):
 
     def said(self, job, message):
         if isinstance(message, PublicMetrics):
-            site = self.town.sites[self.name]
+            site = self.town.sites[self.name].job
             found.append((self.name, message, site.stage.standing.certificate, site.state))
         say(self, job, message)
 
@@ -237,7 +237,7 @@ def test_a_coordinator_without_a_certificate_hears_nothing(
             start(name)
         await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         await asyncio.sleep(0.3)
-        assert [bool(s.stage.standing.certificate) for s in found.sites.values()] == [
+        assert [bool(s.job.stage.standing.certificate) for s in found.sites.values()] == [
             not thinned
         ] * 4
 

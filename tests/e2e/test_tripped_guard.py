@@ -76,18 +76,18 @@ def test_a_tripped_site_leaves_for_good_and_the_others_go_on(tmp_path, pool, pro
         contributor = found.sites["b"].contributor
         await found.run(seconds=60)
         assert not contributor.loaded
-        assert found.sites["b"].left == str(TRIPPED)
-        assert found.sites["b"].last_error == str(TRIPPED)
+        assert found.sites["b"].job.part.left == str(TRIPPED)
+        assert found.sites["b"].job.part.last_error == str(TRIPPED)
         assert set(words(said, "b")) == {"unable"}
         after = [row for row in found.rounds() if row["round"] > 1 and row["survivors"]]
         assert after, "the others went on"
         assert all(row["survivors"] == ["a", "c", "d"] for row in after)
         # It is not given the model that it left the job for.
-        done = found.sites["b"].state.done
+        done = found.sites["b"].job.state.done
         assert done.training_round <= 1
         expected = await found.expected()
         for name in ("a", "c", "d"):
-            assert found.sites[name].state.canonical() == expected.canonical()
+            assert found.sites[name].job.state.canonical() == expected.canonical()
         assert {len(leave.sealed) for leave in leaves(said, "b") if leave.sealed} == {NOTICE_LENGTH}
         assert all(leave.code == messages.LEFT for leave in leaves(said, "b"))
 
@@ -127,11 +127,11 @@ def test_what_the_guard_remembers_outlasts_the_process(tmp_path, pool):
     async def play(found):
         await found.first_round()
         for name in SITES:
-            found.sites[name].guard.memory = GuardMemory(1.0, 0.5, 1, 1)
+            found.sites[name].work.guard.memory = GuardMemory(1.0, 0.5, 1, 1)
         await found.run(until=lambda: len(found.hub.rounds.known) >= 2, seconds=50)
         await found.kill("c")
         found.start("c")
-        assert found.sites["c"].guard.memory == GuardMemory(1.0, 0.5, 1, 1)
+        assert found.sites["c"].work.guard.memory == GuardMemory(1.0, 0.5, 1, 1)
         await found.run(seconds=60)
 
     scene(tmp_path, pool, play, rounds=4)

@@ -18,6 +18,7 @@ from town import AWAY, SITES, scene
 
 from fedcore.learning.data.statistics import site_sums
 from fedcore.secagg.protocol import job_messages as words
+from fedcore.secagg.protocol.job.site_effects import SumReady
 from fedcore.secagg.protocol.round import site
 
 THREE = ("a", "b", "c")
@@ -50,7 +51,7 @@ def ran(folder, pool, names, before=None):
         kept["end"] = found.hub.outcome
         kept["rows"] = found.hub.rounds.known
         kept["unable"] = {name: found.hub.sites[name].unable for name in names}
-        kept["log"] = {name: found.sites[name].last_error for name in names}
+        kept["log"] = {name: found.sites[name].job.part.last_error for name in names}
 
     scene(folder, pool, play, limits=AWAY)
     return kept
@@ -58,15 +59,15 @@ def ran(folder, pool, names, before=None):
 
 def watch(job, kept):
     """What any site may keep of a sum it opened."""
-    opened = job._opened
+    opened = job.work.open_sum
 
-    def keep(asked, chunks):
-        found = opened(asked, chunks)
-        if asked.header.purpose == "statistics":
-            kept["sums"] = job._sums[2]
+    async def keep(asked):
+        found = await opened(asked)
+        if asked.header.purpose == "statistics" and isinstance(found, SumReady):
+            kept["sums"] = found.wides
         return found
 
-    job._opened = keep
+    job.work.open_sum = keep
 
 
 def flat(sums):

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import types
 from dataclasses import replace
 
-import fedcore_clients.jobs
 import pytest
 from town import SITES, scene
 
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.protocol.job import site_states
+from fedcore.secagg.protocol.job.site_effects import MessageReceived
+from fedcore.secagg.protocol.messages import Announce, Certificate
 from fedcore.secagg.protocol.round import site as site_machine
 
 RULES = ("certificate", "state", "key")
@@ -30,9 +30,9 @@ def switch_off(monkeypatch, rules):
     if "certificate" in rules:
         monkeypatch.setattr(site_machine, "check_missed", lambda *_: None)
     if "state" in rules:
-        monkeypatch.setattr(fedcore_clients.jobs, "_require_certified", lambda *_: None)
+        monkeypatch.setattr(site_states, "require_certified", lambda *_: None)
     if "key" in rules:
-        monkeypatch.setattr(fedcore_clients.jobs, "_key", lambda c: f"{c.header.round:064d}")
+        monkeypatch.setattr(site_states, "name_of", lambda c: f"{c.header.round:064d}")
 
 
 def forge(victim, colluder, header):
@@ -40,8 +40,9 @@ def forge(victim, colluder, header):
     parameters = victim.state.server.parameters + 1000.0
     state = replace(victim.state, server=replace(victim.state.server, parameters=parameters))
     fake = Certificate(replace(header, purpose="metrics"), header.roster, b"s" * 32, b"t" * 32, ())
-    data = colluder.secrets.group.to_bytes() + state.to_bytes()
-    sealed = colluder.secrets.seal_state(data, fake, OsEntropy())
+    secrets = colluder.parts.keys.secrets
+    data = secrets.group.to_bytes() + state.to_bytes()
+    sealed = secrets.seal_state(data, fake, OsEntropy())
     digest = hashlib.sha256(sealed).digest()
     return job_messages.CheckpointOffer("job", fake, digest, len(sealed)), [sealed], state
 
@@ -49,23 +50,10 @@ def forge(victim, colluder, header):
 def attack(found):
     """The coordinator's part, played on site a; returns what became of it."""
     victim, colluder, seen = found.sites["a"], found.sites["d"], {}
-    offered, stated, held = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    invited, certified, fetch = victim._invited, victim._certified, victim._fetch
-    state_step = victim._machine
+    stated, forged = asyncio.Event(), asyncio.Event()
+    handle, fetch, catch_up = victim.handle, victim.work.fetch, victim.work.catch_up
 
-    async def with_an_offer(self, announce):
-        if not offered.is_set():
-            offered.set()
-            offer, chunks, state = forge(self, colluder, announce.header)
-            seen.update(
-                chunks=chunks, state=state, digest=offer.digest, round=announce.header.round
-            )
-            await self._on_message(offer)
-            seen["task"] = next(reversed([*self._beside]))
-            await asyncio.sleep(0)
-        await invited(announce)
-
-    async def late(self, what, digest, wanted):
+    async def late(what, digest, wanted):
         if digest != seen.get("digest"):
             return await fetch(what, digest, wanted)
         assert wanted()
@@ -73,26 +61,38 @@ def attack(found):
         await stated.wait()
         return seen["chunks"]
 
-    async def machine(self, event, **rest):
-        await state_step(event, **rest)
-        if isinstance(self.stage, site_machine.Stated):
-            stated.set()
+    async def caught_up(asked):
+        event = await catch_up(asked)
+        if asked.digest != seen["digest"]:
+            return event
+        await handle(event)  # before anything else that waits
+        forged.set()
+        return None
 
-    async def after_the_forgery(self, certificate):
-        if certificate.header.round == seen.get("round") and not held.is_set():
-            held.set()
-            stated.set()
-            if not seen["task"].done():
-                await asyncio.wait([seen["task"]])
-        await certified(certificate)
-        if certificate.header.round == seen.get("round"):
-            seen["after"] = self.state
+    async def offer_a_forgery(header):
+        offer, chunks, state = forge(victim.job, colluder.job, header)
+        seen.update(chunks=chunks, state=state, digest=offer.digest, round=header.round)
+        await handle(MessageReceived(offer))
+        for _ in range(3):
+            await asyncio.sleep(0)
 
-    for name, function in (
-        ("_invited", with_an_offer), ("_fetch", late), ("_machine", machine),
-        ("_certified", after_the_forgery),
-    ):  # fmt: skip
-        setattr(victim, name, types.MethodType(function, victim))
+    async def told(event):
+        message = getattr(event, "message", None)
+        if isinstance(message, Announce) and "round" not in seen:
+            await offer_a_forgery(message.header)
+        certified = isinstance(message, Certificate) and message.header.round == seen.get("round")
+        if certified:
+            stated.set()
+            if "fetched" in seen:
+                await forged.wait()
+        await handle(event)
+        stage = victim.job.stage
+        if isinstance(stage, site_machine.Stated) and stage.header.round == seen.get("round"):
+            stated.set()
+        if certified:
+            seen["after"] = victim.job.state
+
+    victim.handle, victim.work.fetch, victim.work.catch_up = told, late, caught_up
     return seen
 
 
@@ -130,24 +130,23 @@ def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, monkeypatch,
             found.start(name)
         await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
         victim, seen = found.sites["a"], {}
-        certified = victim._certified
+        handle = victim.handle
 
-        async def spoiled(self, certificate):
-            key = fedcore_clients.jobs._key(certificate)
-            if "state" not in seen and key in self._candidates:
-                kept, before = self._candidates[key], self.state
-                server = kept.state.server
-                other = replace(
-                    kept.state, server=replace(server, parameters=server.parameters + 1.0)
-                )
-                self._candidates[key] = replace(kept, state=other, data=other.to_bytes())
-                seen.update(state=other, before=before)
-                await certified(certificate)
-                seen["after"], seen["stage"] = self.state, type(self.stage).__name__
-            else:
-                await certified(certificate)
+        async def spoiled(event):
+            certificate, states = getattr(event, "message", None), victim.job.states
+            key = site_states.name_of(certificate) if isinstance(certificate, Certificate) else ""
+            if "state" in seen or key not in states.candidates:
+                await handle(event)
+                return
+            kept, before = states.candidates[key], victim.job.state
+            server = kept.state.server
+            other = replace(kept.state, server=replace(server, parameters=server.parameters + 1.0))
+            states.candidates[key] = replace(kept, state=other, data=other.to_bytes())
+            seen.update(state=other, before=before)
+            await handle(event)
+            seen["after"], seen["stage"] = victim.job.state, type(victim.job.stage).__name__
 
-        victim._certified = types.MethodType(spoiled, victim)
+        victim.handle = spoiled
         await found.run(until=lambda: "after" in seen)
         if rule == "off":
             assert seen["after"] is seen["state"], "control"

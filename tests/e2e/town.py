@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import shutil
 
 import numpy as np
 from fedcore_clients.bench import Drawn
-from fedcore_clients.jobs import Offline, Party, SiteJob
+from fedcore_clients.context import Offline, SiteContext
+from fedcore_clients.job_runner import JobRunner as SiteRunner
 from fedcore_clients.ledger import Ledger, read_ledger
 from fedcore_server.context import CoordinatorContext
-from fedcore_server.job_runner import JobRunner
+from fedcore_server.job_runner import JobRunner as CoordinatorRunner
 from policies import policy_of
 
 from fedcore.config import build_job, plan_of
@@ -38,6 +40,7 @@ from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import MASKS, canonical
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
+from fedcore.secagg.protocol.messages import Unmask
 from fedcore.secagg.protocol.round import site as site_machine
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import decode, encode
@@ -60,6 +63,15 @@ UNHURRIED = Limits(stage=600.0, gather=600.0, minimum=3, grace=600.0, enough=120
 """Each deadline that would let a round go on without a site is later than the end of the test."""
 
 
+ROUND_OF = {
+    site_machine.VectorSpooled: lambda record: record.submit.header,
+    site_machine.ListSigned: lambda record: record.confirm.header,
+    site_machine.UnmaskAnswered: lambda record: decode(record.exchange.answer, Unmask).header,
+    site_machine.SumStated: lambda record: record.statement.header,
+}
+"""Records of what leaves a site once in a round -> the digest of the round's header."""
+
+
 class Killed(BaseException):
     """The process is gone."""
 
@@ -74,9 +86,23 @@ class Watched(Journal):
     full_in = 0
     """Commits that find no room, and those before them that do."""
     dead = False
+    signed = None
+    """Called with the records of every commit that is on disk."""
 
     def write(self, entries):
-        self._commit(lambda: Journal.write(self, entries))
+        entries, before = list(entries), self.writes
+        try:
+            self._commit(lambda: Journal.write(self, entries))
+        except Killed:
+            if not self.late or self.writes == before:
+                raise
+            self._trace(entries)
+            raise
+        self._trace(entries)
+
+    def _trace(self, entries):
+        if self.signed is not None:
+            self.signed([record for entry in entries for record in entry.records])
 
     def compact(self, *args, **kwargs):
         self._commit(lambda: Journal.compact(self, *args, **kwargs))
@@ -191,7 +217,7 @@ class Town:
         self.births[HUB] = self.births.get(HUB, 0) + 1
         links = HubLinks(self, self.births[HUB])
         try:
-            self.hub = JobRunner.stored(context, links, "job")
+            self.hub = CoordinatorRunner.stored(context, links, "job")
         except Killed:
             self._dead(HUB)
             self.start(HUB)
@@ -205,7 +231,7 @@ class Town:
     def start_site(self, name, **kill):
         journal = self.open(name)
         folder = self.folder / name
-        party = Party(
+        context = SiteContext(
             "town",
             name,
             self.keys[name],
@@ -223,16 +249,16 @@ class Town:
         try:
             if journal.get("job", "offer") is None:
                 journal.put("job", "offer", encode(self.offer))
-                found = SiteJob(party, link, contributor, self.offer)
+                found = SiteRunner(context, link, contributor, self.offer)
             else:
-                found = SiteJob.stored(party, link, contributor, "job")
+                found = SiteRunner.stored(context, link, contributor, "job")
         except Killed:
             self._dead(name)
             self.start(name)
             return
         self.sites[name] = found
-        self._trace(name, found)
-        if found.ended is None:
+        journal.signed = functools.partial(self._signed, name)
+        if found.job.ended is None:
             self.tasks[name] = asyncio.get_running_loop().create_task(found.run())
         if self.hub is not None:
             found.connected()
@@ -242,36 +268,21 @@ class Town:
     def _arm(journal, kill):
         journal.countdown, journal.late = kill.get("at"), kill.get("late", False)
 
-    def _trace(self, name, found):
-        once = (
-            site_machine.VectorSpooled, site_machine.ListSigned, site_machine.UnmaskAnswered,
-            site_machine.SumStated,
-        )  # fmt: skip
-        written = found._journal
-
-        def note(effects):
-            for effect in effects:
-                record = getattr(effect, "record", None)
-                if isinstance(record, once):
-                    place = name, found.stage.header.digest, type(record).__name__
-                    self.signed.setdefault(place, set()).add(encode(record))
-
-        def journal(effects, *rest):
-            try:
-                written(effects, *rest)
-            except Killed:
-                if self.journals[name].late:  # it is on disk
-                    note(effects)
-                raise
-            note(effects)
-
-        found._journal = journal
+    def _signed(self, name, records):
+        """What may leave a site once in a round is in its journal."""
+        for record in records:
+            if type(record) in ROUND_OF:
+                place = name, ROUND_OF[type(record)](record), type(record).__name__
+                self.signed.setdefault(place, set()).add(encode(record))
 
     def _dead(self, name):
         self.deaths.append(name)
         found = self.hub if name == HUB else self.sites.get(name)
-        header = getattr(getattr(found, "stage", None), "header", None)
-        self.died_in.append(0 if header is None else header.round)
+        if isinstance(found, SiteRunner):
+            self.died_in.append(found.job.stage.standing.round)
+        else:
+            header = getattr(getattr(found, "stage", None), "header", None)
+            self.died_in.append(0 if header is None else header.round)
         self.births[name] += 1
         self._cut_power(name)
         self.journals.pop(name).close()
@@ -309,11 +320,11 @@ class Town:
 
     @staticmethod
     async def _bury(found, task):
-        beside = list(getattr(found, "_beside", ()))
-        for each in [task, *beside]:
-            if each is not None:
-                each.cancel()
-        await asyncio.gather(*[t for t in [task, *beside] if t is not None], return_exceptions=True)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if isinstance(found, SiteRunner):
+            await found.close()
 
     async def look(self):
         """Bury whoever died, in its task or in work beside it, and start it again."""
@@ -367,11 +378,11 @@ class Town:
             if until is not None and until():
                 return
             over = self.hub is not None and self.hub.outcome is not None
-            if until is None and over and all(s.ended is not None for s in self.sites.values()):
+            if until is None and over and all(s.job.ended is not None for s in self.sites.values()):
                 return
             await asyncio.sleep(0.005)
-        stages = {n: (s.stage, s.epoch.epoch, s.ended) for n, s in self.sites.items()}
-        stages = {n: (type(s).__name__, e, x) for n, (s, e, x) in stages.items()}
+        jobs = {name: site.job for name, site in self.sites.items()}
+        stages = {n: (type(j.stage).__name__, j.ended) for n, j in jobs.items()}
         raise AssertionError(
             f"no end: {self.hub and (self.hub.progress, type(self.hub.stage).__name__)} {stages}"
         )
@@ -430,7 +441,7 @@ class Town:
         """rolled_back: sites that were given an old copy of their folder, and may sign once more."""
         expected = await self.expected()
         for name in sites:
-            assert self.sites[name].state.canonical() == expected.canonical(), name
+            assert self.sites[name].job.state.canonical() == expected.canonical(), name
         assert all(len(v) == 1 for k, v in self.signed.items() if k[0] not in rolled_back)
         self._check_ledgers()
         for name, journal in self.journals.items():

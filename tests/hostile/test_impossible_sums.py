@@ -31,6 +31,7 @@ from fedcore.secagg.plan import (
     solve_packing,
 )
 from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.job.site_effects import WorkFailed
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.stopwatch import Stopwatch
@@ -234,19 +235,19 @@ def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
         async def chunks(*_):
             return []
 
-        monkeypatch.setattr(found, "_fetch", chunks)
-        found.link = type("Link", (), {"doing": lambda *_: None})()
+        work, rounds = found.work, found.job.parts.rounds
+        monkeypatch.setattr(work, "fetch", chunks)
+        work.link = type("Link", (), {"doing": lambda *_: None})()
         sealed = []
         for error in (ZeroDivisionError("division by zero"), KeyError("x"), MemoryError()):
-            monkeypatch.setattr(found, "_opened", raising(error))
-            asyncio.run(found._open_sum(asked))
-            event = found._queue.get_nowait().event
-            assert isinstance(event, site.CheckFailed) and event.error is error
-            sealed.append(event.sealed)
+            monkeypatch.setattr(work, "round_work", raising(error))
+            event = asyncio.run(work.open_sum(asked))
+            assert isinstance(event, WorkFailed) and event.error is error
+            sealed.append(rounds.sealed(event.told))
         assert len({len(each) for each in sealed}) == 1 and sealed[0]
-        monkeypatch.setattr(found, "_opened", raising(OSError("no space left")))
+        monkeypatch.setattr(work, "round_work", raising(OSError("no space left")))
         with pytest.raises(OSError, match="no space"):  # the disk is not the sum: it is tried again
-            asyncio.run(found._open_sum(asked))
+            asyncio.run(work.open_sum(asked))
 
 
 def raising(error):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fedcore_clients.round_work import Protected, RoundWork
 from kit import world_at
 from test_impossible_sums import CAP, HONEST, D, plan_of
 from test_notices import deployed
@@ -20,6 +21,7 @@ from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import EXCEEDS, METRIC, Wide
 from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.job.site_part import Agreed
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 PLAN = replace(plan_of("layered"), threshold=3)
@@ -114,24 +116,31 @@ def answering(found):
 
 @pytest.mark.parametrize("rule", [True, False])
 def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule):
-    """The real `SiteJob`, between its training process and its vector."""
+    """The real `JobWork`, between its training process and its vector."""
     packed = []
     world = world_at("state")
     for found in deployed(world, "cat", tmp_path):
         metric = Wide(METRIC + "accuracy", 2, CAP.bit_length())
-        found.plan = replace(world.plan, metric_sums=(metric,))
-        start = JobState.initial(found.plan, np.zeros(12, dtype=np.float32))
-        found.state = replace(start, shown=(tuple(world.roster[:4]),))
+        plan = replace(world.plan, metric_sums=(metric,))
+        start = JobState.initial(plan, np.zeros(12, dtype=np.float32))
+        state = replace(start, shown=(tuple(world.roster[:4]),))
+
+        class Work(RoundWork):
+            def protect(self, asked, found):
+                packed.append(found)
+                return Protected([b"chunk"], b"", {})
+
+        made = Work("cat", Agreed(plan, 0, ()), None, state)
         if not rule:
             monkeypatch.setattr(JobState, "isolates", lambda *_: False)
         fields = np.ones(12, dtype=np.uint64)
         wides = {"weight": [100], EXCEEDS: [0], metric.name: [30, 40]}
-        found.contributor = type("Trained", (), {"contribute": answering((fields, wides))})()
-        found.link = type("Link", (), {"doing": lambda *_: None, "say": lambda *_: None})()
-        found.survey = object()
-        monkeypatch.setattr(found, "_protect", lambda _, sent: packed.append(sent))
-        asked = MakeVector(world.round_header, b"", ())
-        asyncio.run(found._make_vector(asked))
+        work = found.work
+        work.contributor = type("Trained", (), {"contribute": answering((fields, wides))})()
+        work.link = type("Link", (), {"doing": lambda *_: None, "say": lambda *_: None})()
+        found.job.part.survey = object()
+        work.round_work = lambda: made  # noqa: B023 - used before the next one is made
+        asyncio.run(work.make_vector(MakeVector(world.round_header, b"", ())))
         (sent,) = packed
         assert sent[0] is fields
         assert sent[1] == wides | {metric.name: [0, 0] if rule else [30, 40]}

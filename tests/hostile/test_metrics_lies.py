@@ -19,8 +19,10 @@ from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
 from fedcore.secagg.plan import METRIC, Wide, canonical
 from fedcore.secagg.protocol import effects, job_messages
+from fedcore.secagg.protocol.job.site_effects import MessageReceived, Track
 from fedcore.secagg.protocol.public_metrics import Hearing, told
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import encode
 
 TRUE, FALSE = {"auc": 0.71}, {"auc": 0.99}
@@ -143,10 +145,12 @@ async def begun(folder, offered, plan=None):
     """A site's job after the coordinator's offer, and after the plan it sends, if it sends one."""
     policy = policy_of(len(SITES), public_metrics=True)
     found = job_at_a_site(folder, offered, policy, {"everywhere_before": {ROWS.name: 0.625}})
-    await found._load()
+    await found.work.load()
     if plan is not None:
-        made = plan_of(build_job(plan), found.survey.shape, SITES, 64)
-        await found._on_message(job_messages.PlanOffer("job", canonical(made.to_json())))
+        made = plan_of(build_job(plan), found.job.part.survey.shape, SITES, 64)
+        await found.handle(
+            MessageReceived(job_messages.PlanOffer("job", canonical(made.to_json())))
+        )
     return found
 
 
@@ -172,7 +176,8 @@ def test_a_coordinator_whose_plan_makes_public_what_the_job_does_not(tmp_path):
         if refused:  # and what it would say under its own plan
             found = await begun(folder / "own", offered, offered)
         certificate = Screen().certificate
-        await found._track(None, {}, 4, found.state, certificate)
+        track = Track(PlannedRound("update", 1), {}, 4, found.job.state, certificate)
+        await found.handle(await found.work.track(track))
         return refused, b"".join(map(encode, found.link.said))
 
     quiet, public = settings(public=False), settings(public=True)

@@ -1,6 +1,6 @@
 """A coordinator that asks twice: two offers of one job, or two jobs, over the same rows (PROTOCOL J).
 
-The sites run their real code: `SiteJob` for what is offered to them, `LocalSite` for what they compute.
+The sites run their real code: `JobWork` for what is offered to them, `LocalSite` for what they compute.
 """
 
 from __future__ import annotations

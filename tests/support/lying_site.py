@@ -120,10 +120,10 @@ class Question:
 
 def install(folder):
     """Lie in every job for which something is asked."""
-    from fedcore_clients.jobs import SiteJob
+    from fedcore_clients.round_work import RoundWork
     from fedcore_clients.training import Training
 
-    questions, opened = {}, SiteJob._opened
+    questions, opened = {}, RoundWork.open
     contribute = trusting(Training.contribute)  # of the model that it makes itself
 
     def asked(job):
@@ -142,13 +142,13 @@ def install(folder):
             return question.lie(plan, step, state.server, wides)
         return fields, wides
 
-    def heard(self, asked, chunks):
-        found = opened(self, asked, chunks)
-        if asked.header.purpose == "update" and self.id in questions:
-            _, total = self.secrets.open(chunks, self._layout(asked.header), asked)
-            row = questions[self.id].hear(self.plan, total, len(asked.survivors))
+    def heard(self, asked, chunks, marks):
+        found, job = opened(self, asked, chunks, marks), asked.header.job
+        if asked.header.purpose == "update" and job in questions:
+            _, total = self.secrets.open(chunks, self.layout(asked.header), asked)
+            row = questions[job].hear(self.agreed.plan, total, len(asked.survivors))
             if row is not None:
-                add_row(folder, READ, {"job": self.id, "round": asked.header.training_round, **row})
+                add_row(folder, READ, {"job": job, "round": asked.header.training_round, **row})
         return found
 
-    Training.contribute, SiteJob._opened = contributed, heard
+    Training.contribute, RoundWork.open = contributed, heard

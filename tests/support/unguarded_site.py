@@ -10,7 +10,6 @@ without it. Nothing of the product reads these files; they exist for tests alone
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import importlib
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from support.hostile_coordinator import CAUGHT, TESTS, add_row, rows_of
 
+MACHINE = "fedcore.secagg.protocol.job"
 OFF, SENT, LIES = "switched-off.json", "sent.jsonl", "lies.json"
 
 
@@ -91,18 +91,15 @@ def trusting(contribute):
     return found
 
 
-def _silent(opened):
+def _silent(open_sum):
     """What nobody foresaw in a sum ends the work without a word, as in 45ef960."""
 
-    def found(*args):
+    async def found(self, asked):
         from fedcore.errors import FedcoreError
 
-        try:
-            return opened(*args)
-        except FedcoreError:
-            raise
-        except Exception as error:
-            raise asyncio.CancelledError from error
+        event = await open_sum(self, asked)
+        foreseen = isinstance(getattr(event, "error", None), FedcoreError | None)
+        return event if foreseen else None
 
     return found
 
@@ -123,18 +120,22 @@ RULES = {
     ],
     ONE_SUM: [("fedcore.secagg.protocol.round.site", "_check_one_sum", _nothing)],
     LEDGER: [
-        ("fedcore_clients.jobs", "SiteJob._held_to_ledger", lambda _: lambda self, member: member)
+        (f"{MACHINE}.site_rounds", "RoundDriver.member", lambda _: lambda self: self.base_member)
     ],
     CERTIFIED: [
         ("fedcore.secagg.protocol.round.site", "check_missed", _nothing),
-        ("fedcore_clients.jobs", "_require_certified", _nothing),
-        ("fedcore_clients.jobs", "_key", lambda _: lambda found: f"round {found.header.round}"),
+        (f"{MACHINE}.site_states", "require_certified", _nothing),
+        (
+            f"{MACHINE}.site_states",
+            "name_of",
+            lambda _: lambda found: f"round {found.header.round}",
+        ),
     ],
     IMPOSSIBLE: [
         (f"fedcore.learning.{module}", "check_possible", _nothing)
-        for module in ("jobstate", "released")
+        for module in ("state", "released")
     ],
-    UNIFORM: [("fedcore_clients.jobs", "SiteJob._opened", _silent)],
+    UNIFORM: [("fedcore_clients.job_work", "JobWork.open_sum", _silent)],
 }
 """Name -> the functions that hold the rule, as (module, attribute, what makes another one of each)."""
 
@@ -182,14 +183,18 @@ def _switched(folder, rule, guarded, without):
 
 def install(folder):
     """Make each rule one that can be switched off; write down what no attacker has, to compare with."""
-    from fedcore_clients.jobs import SiteJob
+    from fedcore_clients.job_work import JobWork
+    from fedcore_clients.round_work import RoundWork
+
+    from fedcore.errors import ProtocolRefused
+    from fedcore.secagg.protocol.job.site_release import CatchUp
 
     switches(folder)
-    protect, catch_up = SiteJob._protect, SiteJob._catch_up
+    protect, catch_up, offered = RoundWork.protect, JobWork.catch_up, CatchUp.offered
 
     def protected(self, asked, found):
         row = {
-            "job": self.id, "site": self.party.id, "purpose": asked.header.purpose,
+            "job": asked.header.job, "site": self.site, "purpose": asked.header.purpose,
             "round": asked.header.training_round, "number": asked.header.round,
             "coordinates": [int(value) for value in found[0]],
             "wides": {name: list(map(int, values)) for name, values in found[1].items()},
@@ -199,28 +204,36 @@ def install(folder):
 
     async def caught_up(self, offered):
         try:
-            await catch_up(self, offered)
+            return await catch_up(self, offered)
         finally:
-            add_row(folder, CAUGHT, {"job": self.id, "site": self.party.id})
+            add_row(folder, CAUGHT, {"job": self.id, "site": self.context.id})
 
-    SiteJob._protect, SiteJob._catch_up = protected, caught_up
+    def refused(self, offer):
+        try:
+            yield from offered(self, offer)
+        except ProtocolRefused:
+            add_row(folder, CAUGHT, {"job": offer.job, "site": self.rounds.base_member.id})
+            raise
+
+    RoundWork.protect, JobWork.catch_up, CatchUp.offered = protected, caught_up, refused
 
 
 def collude(folder):
     """Give away the payload of each key epoch, and each state."""
-    from fedcore_clients.jobs import SiteJob
+    from fedcore.secagg.protocol.job.site import SiteJob
 
-    use, apply = SiteJob._use, SiteJob._apply
+    step = SiteJob.step
 
-    def used(self, payload, maker):
-        Path(folder, f"key-{self.id}").write_bytes(payload.reveal())
-        use(self, payload, maker)
+    def told(self, *event):
+        found = step(self, *event)
+        held = self.parts and self.parts.epochs.stage
+        if hasattr(held, "payload"):
+            Path(folder, f"key-{self.id}").write_bytes(held.payload.reveal())
+        if self.state is not None:
+            Path(folder, f"state-{self.id}").write_bytes(self.state.to_bytes())
+        return found
 
-    def applied(self, certificate):
-        apply(self, certificate)
-        Path(folder, f"state-{self.id}").write_bytes(self.state.to_bytes())
-
-    SiteJob._use, SiteJob._apply = used, applied
+    SiteJob.step = told
 
 
 def lie(folder):

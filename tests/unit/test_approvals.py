@@ -19,6 +19,7 @@ from fedcore.files import write_json
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.leaving import leaving_of
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.site_effects import MessageReceived
 
 
 async def until(condition):
@@ -27,34 +28,34 @@ async def until(condition):
 
 
 def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fedcore_clients.jobs.APPROVAL_SECONDS", 0.01)
+    monkeypatch.setattr("fedcore_clients.job_work.APPROVAL_SECONDS", 0.01)
     caplog.set_level(logging.INFO)
 
     async def play():
         found = site_job(tmp_path, submitted(), jobs="ask")
-        loading = asyncio.get_running_loop().create_task(found._load())
+        loading = asyncio.get_running_loop().create_task(found.work.load())
         await until(lambda: "waits for approval: fed-site approve job" in caplog.text)
         await asyncio.sleep(0.05)
         assert found.contributor.loaded == 0 and found.link.said == []
-        assert found.approval == "waiting"
-        for line in (*found.about.label, *found.about.leaves):
+        assert found.job.part.approval == "waiting"
+        for line in (*found.work.about.label, *found.work.about.leaves):
             assert line in caplog.text
         approve_offer(tmp_path, "job", offer_digest(found.offer))
         await loading
-        assert found.approval == "approved" and found.contributor.loaded == 1
+        assert found.job.part.approval == "approved" and found.contributor.loaded == 1
         assert [type(each) for each in found.link.said] == [job_messages.SiteSurvey]
         return found
 
     found = asyncio.run(play())
     again = loaded(tmp_path / "2", submitted())
-    assert again.approval == "not needed", "control: listed tasks do not wait"
-    assert found.about == again.about
+    assert again.job.part.approval == "not needed", "control: listed tasks do not wait"
+    assert found.work.about == again.work.about
 
 
 def test_an_approval_holds_in_a_new_process(tmp_path):
     found = site_job(tmp_path, submitted(), jobs="ask")
     approve_offer(tmp_path, "job", offer_digest(found.offer))
-    asyncio.run(found._load())
+    asyncio.run(found.work.load())
     assert found.contributor.loaded == 1
 
 
@@ -77,16 +78,18 @@ def test_its_file_is_for_this_user_only(tmp_path):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedcore_clients.jobs.APPROVAL_SECONDS", 0.01)
+def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fedcore_clients.job_work.APPROVAL_SECONDS", 0.01)
 
     async def play():
         found = site_job(tmp_path, submitted(), jobs="ask")
-        loading = asyncio.get_running_loop().create_task(found._load())
-        await until(lambda: found._asked)
-        found.ended = job_messages.JobEnded("job", "stopped", "an operator stopped it")
+        loading = asyncio.get_running_loop().create_task(found.work.load())
+        await until(lambda: "waits for approval" in caplog.text)
+        await found.handle(
+            MessageReceived(job_messages.JobEnded("job", "stopped", "by an operator"))
+        )
         await loading
-        assert found.contributor.loaded == 0 and found.survey is None
+        assert found.contributor.loaded == 0 and found.job.part.survey is None
 
     asyncio.run(play())
 
@@ -184,5 +187,5 @@ def test_the_list_follows_from_the_settings(protection, public, release, start):
 def test_the_label_is_the_one_of_the_plan(tmp_path):
     found = site_job(tmp_path, submitted())
     terms = Terms.of_job(build_job(submitted()), 4)
-    assert list(found.about.label) == label_of(terms).splitlines()
-    assert not site_job(tmp_path / "2", submitted(protect={"threshold": 2})).about.label
+    assert list(found.work.about.label) == label_of(terms).splitlines()
+    assert not site_job(tmp_path / "2", submitted(protect={"threshold": 2})).work.about.label

@@ -14,7 +14,7 @@ import torch
 from fedcore_clients import ledger as ledgers
 from fedcore_clients.ledger import LEDGER_FILE, Exposure, Ledger, ledger_lines, read_ledger
 from policies import policy_of
-from test_public_metrics import certificate, loaded, site_job, submitted
+from test_public_metrics import certificate, loaded, offered, site_job, submitted
 from torch.utils.data import TensorDataset
 
 from fedcore.config import build_job
@@ -171,15 +171,15 @@ def test_a_policy_counts_other_jobs_and_lets_one_that_began_go_on():
 def spent(folder, limit, jobs):
     """A site whose ledger has these jobs over the rows it will load, and a limit of jobs a month."""
     found = site_job(folder, submitted(), jobs_per_month=limit)
-    rows = found.party.ledger.rows_key("0" * 64)
+    rows = found.context.ledger.rows_key("0" * 64)
     now = ledgers.time.time()
     for name in jobs:
-        found.party.ledger.exposed(entry(name, rows=rows, job=name, at=now))
+        found.context.ledger.exposed(entry(name, rows=rows, job=name, at=now))
     return found
 
 
 async def load(found):
-    await found._load()
+    await found.work.load()
     return found
 
 
@@ -187,7 +187,7 @@ def test_a_job_too_many_over_the_same_rows_is_refused(tmp_path, caplog):
     found = asyncio.run(load(spent(tmp_path / "1", 2, ["j1", "j2"])))
     assert (
         found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
-        and found.survey is None
+        and found.job.part.survey is None
     )
     assert "found 2 others over the same rows in 30 days" in caplog.text
     fine = asyncio.run(load(spent(tmp_path / "2", 2, ["j1"])))
@@ -196,12 +196,16 @@ def test_a_job_too_many_over_the_same_rows_is_refused(tmp_path, caplog):
 
 def test_of_jobs_offered_at_once_no_more_than_allowed_are_given_a_sum(tmp_path):
     """All were loaded before any had a sum; the count is made again where one would leave."""
-    found = asyncio.run(load(spent(tmp_path, 1, [])))
-    header = certificate().header
-    found.party.ledger.exposed(entry("h9", rows=found.rows, job="j9", at=ledgers.time.time()))
+    found, header = (
+        offered(tmp_path, submitted(), submitted(), jobs_per_month=1),
+        certificate().header,
+    )
+    found.context.ledger.exposed(
+        entry("h9", rows=found.job.part.rows, job="j9", at=ledgers.time.time())
+    )
     with pytest.raises(PolicyRefused, match="jobs_per_month"):
-        found._expose(header, ("a", "b", "c"))
-    assert not found.party.ledger.has(header.digest.hex())
+        found.job.parts.rounds.exposed(header, ("a", "b", "c"))
+    assert not found.context.ledger.has(header.digest.hex())
 
 
 # ----------------------------------------------------------------------------- the digest of rows
@@ -237,7 +241,7 @@ def test_the_digest_of_a_table_is_the_same_in_every_job(tmp_path):
     ).rows
     assert other not in digests
     found = loaded(tmp_path, submitted())
-    assert found.rows == found.party.ledger.rows_key("0" * 64)
+    assert found.job.part.rows == found.context.ledger.rows_key("0" * 64)
 
 
 def test_missing_values_and_zeros_have_one_form():

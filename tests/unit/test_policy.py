@@ -9,16 +9,19 @@ from dataclasses import replace
 import pytest
 from fedcore_clients.check import _policy
 from fedcore_clients.config import read_config
+from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.policy import PolicySection, SitePolicy
 from policies import BENCH, policy_of
 from pydantic import ValidationError
 from test_deployed_configs import SITE
-from test_public_metrics import certificate, loaded, offered, plan_for, submitted
+from test_public_metrics import loaded, offered, plan_for, released, submitted
 
 from fedcore.config import build_job, narrowest_policy
 from fedcore.errors import BadInput, PolicyRefused, UnknownName
 from fedcore.local_deployment import to_toml
 from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.job.site_effects import Connected
+from fedcore.secagg.protocol.wire_form import encode
 
 SITES = 4
 
@@ -268,14 +271,15 @@ def test_a_refusal_is_one_line_here_and_one_word_there(tmp_path, caplog):
     line = record.getMessage()
     assert "train.batch_size: found 7, expected 8 or more by policy.least_batch" in line
     assert "hint: " in line and "\n" not in line
-    assert "train.batch_size: found 7" in found.last_error and found.refused.word == "policy"
+    assert "train.batch_size: found 7" in found.job.part.last_error
+    assert found.job.part.refused.word == "policy"
 
 
 def test_the_word_is_said_again_in_every_session(tmp_path):
     found = loaded(tmp_path, submitted(train={"batch_size": 7}))
-    asyncio.run(found._reconnected())
+    asyncio.run(found.handle(Connected()))
     assert found.link.said == [job.SiteUnavailable("job", "a", "policy")] * 2
-    assert "train.batch_size" in found.last_error
+    assert "train.batch_size" in found.job.part.last_error
 
 
 def planned(folder, **rules):
@@ -287,9 +291,10 @@ def planned(folder, **rules):
 
 
 def narrowed(found, **rules):
-    """The operator thinks better of it: the policy that the site's next process would have."""
-    found.party = replace(found.party, policy=policy_of(SITES, **rules))
-    return found
+    """The operator thinks better of it, and starts the site's process again."""
+    context = replace(found.context, policy=policy_of(SITES, **rules))
+    context.journal.put("job", "offer", encode(found.offer))
+    return JobRunner.stored(context, found.link, found.contributor, "job")
 
 
 def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, monkeypatch):
@@ -298,34 +303,35 @@ def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, monkeypatch):
     assert isinstance(fine.link.said[-1], job.PlanAgreed)
     monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
     found = planned(tmp_path / "2", release="sites")
-    assert found.link.said[-1] == job.SiteUnavailable("job", "a", "policy") and found.plan is None
+    assert (
+        found.link.said[-1] == job.SiteUnavailable("job", "a", "policy") and found.job.plan is None
+    )
 
 
 def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, monkeypatch):
     found = planned(tmp_path)
-    found.survey = None  # as a new process has it
     loaded_before = found.contributor.loaded
-    narrowed(found, public_metrics=True)
+    again = narrowed(found, public_metrics=True)
     with pytest.raises(PolicyRefused, match=r"protect\.release"):
-        asyncio.run(found._load_again())
+        asyncio.run(again.work.load_again())
     monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
     with pytest.raises(PolicyRefused, match=r"protect\.release"):
-        asyncio.run(found._load_again())
-    assert found.contributor.loaded == loaded_before and found.refused.word == "policy"
-    narrowed(found, public_metrics=True, release="coordinator")  # control
-    asyncio.run(found._load_again())
-    assert found.survey is not None
+        asyncio.run(again.work.load_again())
+    assert found.contributor.loaded == loaded_before and again.job.part.refused.word == "policy"
+    control = narrowed(found, public_metrics=True, release="coordinator")
+    asyncio.run(control.work.load_again())
+    assert control.job.part.survey is not None
 
 
 def test_a_model_and_metrics_are_not_given_by_an_operator_who_thinks_better_of_it(tmp_path):
     found = planned(tmp_path)
-    found._may_give()
+    found.job.parts.word.may_give(over=False)
     before = len(found.link.said)
     with pytest.raises(PolicyRefused, match=r"protect\.release"):
-        narrowed(found, public_metrics=True)._may_give()
-    with pytest.raises(PolicyRefused, match=r"track\.public_metrics"):
-        asyncio.run(narrowed(found)._track(None, {}, 4, found.state, certificate()))
+        narrowed(found, public_metrics=True).job.parts.word.may_give(over=False)
+    narrow = narrowed(found)
+    asyncio.run(released(narrow))
+    assert "track.public_metrics" in narrow.job.part.last_error
     assert len(found.link.said) == before
-    allowed = narrowed(found, public_metrics=True)
-    asyncio.run(allowed._track(None, {}, 4, found.state, certificate()))
+    asyncio.run(released(narrowed(found, public_metrics=True)))
     assert isinstance(found.link.said[-1], job.PublicMetrics), "control"

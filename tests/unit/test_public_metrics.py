@@ -49,9 +49,11 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
+from fedcore.secagg.protocol.job.site_effects import Connected, MessageReceived, Track
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
@@ -198,8 +200,9 @@ ROW = {
 }  # fmt: skip
 
 
-def site_job(folder, settings, **rules):
-    return job_at_a_site(folder, settings, policy_of(len(SITES), **rules), ROW)
+def site_job(folder, settings, link=None, context=None, **rules):
+    policy = policy_of(len(SITES), **rules)
+    return job_at_a_site(folder, settings, policy, ROW, link, **(context or {}))
 
 
 def loaded(folder, settings, *messages, **rules):
@@ -207,12 +210,19 @@ def loaded(folder, settings, *messages, **rules):
 
     async def play():
         found = site_job(folder, settings, **{"public_metrics": True, **rules})
-        await found._load()
+        await found.work.load()
         for message in messages:
-            await found._on_message(message)
+            await found.handle(MessageReceived(message))
         return found
 
     return asyncio.run(play())
+
+
+async def released(found):
+    """The site has applied the release of `certificate()`, and evaluates it."""
+    state, step = found.job.state, PlannedRound("update", 1)
+    event = await found.work.track(Track(step, {}, 4, state, certificate()))
+    await found.handle(event)
 
 
 def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
@@ -225,7 +235,7 @@ def test_a_site_refuses_it_before_a_row_is_read(tmp_path):
 
 def offered(folder, settings, plan_settings, **rules):
     """A site's job that was sent a plan which a coordinator made of other settings than the job's."""
-    shape = loaded(folder / "first", settings, **rules).survey.shape
+    shape = loaded(folder / "first", settings, **rules).job.part.survey.shape
     plan = plan_of(build_job(plan_settings), shape, SITES, 64)
     message = job_messages.PlanOffer("job", canonical(plan.to_json()))
     return loaded(folder / "second", settings, message, **rules)
@@ -237,10 +247,12 @@ def test_a_site_agrees_to_public_metrics_only_where_the_job_says_so(tmp_path, ca
     for one, other in ((quiet, public), (public, quiet)):
         found = offered(tmp_path / str(one is quiet), one, other)
         assert found.link.said[-1] == job_messages.SiteUnavailable("job", "a", "unable")
-        assert found.plan is None
+        assert found.job.plan is None
     assert "will learn the metrics" not in caplog.text
     found = offered(tmp_path / "both", public, public)
-    assert found.plan.public_metrics and isinstance(found.link.said[-1], job_messages.PlanAgreed)
+    assert found.job.plan.public_metrics and isinstance(
+        found.link.said[-1], job_messages.PlanAgreed
+    )
     assert "the coordinator will learn the metrics of each release" in caplog.text
 
 
@@ -251,7 +263,7 @@ def test_what_a_site_says_of_a_release_is_of_all_sites_and_only_where_the_plan_s
     settings = submitted(track={"public_metrics": public})
     found = offered(tmp_path, settings, settings)
     before = len(found.link.said)
-    asyncio.run(found._track(None, {}, 4, found.state, certificate()))
+    asyncio.run(released(found))
     said = found.link.said[before:]
     if not public:
         assert said == []
@@ -269,10 +281,10 @@ def test_a_site_says_it_again_after_a_new_session(tmp_path):
     found = offered(tmp_path, settings, settings)
 
     async def play():
-        await found._reconnected()
+        await found.handle(Connected())
         assert not [m for m in found.link.said if isinstance(m, PublicMetrics)]
-        await found._track(None, {}, 4, found.state, certificate())
-        await found._reconnected()
+        await released(found)
+        await found.handle(Connected())
 
     asyncio.run(play())
     said = [m for m in found.link.said if isinstance(m, PublicMetrics)]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
+from fedcore_clients.round_work import Protected, RoundWork
 from fedcore_clients.training import TrainingFailed
 from fedcore_server.service import _check_budget
 from test_public_metrics import site_job, submitted
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput
+from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import MakeVector
-from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.job.site_effects import MessageReceived, VectorReady, WorkFailed
 
 BUDGET = 30.0
 
@@ -42,10 +43,9 @@ class Link:
 
 def deployed(folder, budget):
     settings = submitted(**({"round": {"submit_seconds": budget}} if budget else {}))
-    found, clock = site_job(folder, settings, public_metrics=True), Clock()
-    found.party = replace(found.party, clock=lambda: clock.now, pause=clock.pause)
-    found.link = Link(clock)
-    return found, clock
+    clock = Clock()
+    about = {"clock": lambda: clock.now, "pause": clock.pause}
+    return site_job(folder, settings, Link(clock), about, public_metrics=True), clock
 
 
 def survey(folder, needs, budget=BUDGET, fails=False):
@@ -60,7 +60,7 @@ def survey(folder, needs, budget=BUDGET, fails=False):
         return await load(*args)
 
     found.contributor.load = slow
-    asyncio.run(found._load())
+    asyncio.run(found.work.load())
     assert all(at in (100.0, found.link.said[0][0]) for at, _ in found.link.doings)
     ((at, message),) = found.link.said
     return at, type(message)
@@ -84,11 +84,13 @@ def test_an_overrun_is_sent_when_ready_with_a_line_in_the_site_s_own_log(tmp_pat
 def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
     """(when the vector is handed to the machine, what) in a round that was announced at time 100."""
     found, clock = deployed(folder, budget)
-    asyncio.run(found._load())
-    clock.now, found._announced = 104.0, 100.0  # keys and shares took some time
+    asyncio.run(found.work.load())
+    plan = found.job.me.planner.plan(found.offer, found.job.part.survey)
+    offer = job_messages.PlanOffer("job", canonical(plan.to_json()))
+    asyncio.run(found.handle(MessageReceived(offer)))
+    clock.now, found.job.parts.rounds.announced = 104.0, 100.0  # keys and shares took some time
     found.link.said.clear()
     found.link.doings.clear()
-    found.plan = found.state = object()
     header = type("Header", (), {"purpose": "update", "training_round": 1, "digest": b"h"})
 
     async def contribute(*_):
@@ -97,11 +99,17 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
             raise fails
 
     found.contributor.contribute = contribute
-    monkeypatch.setattr(found, "_without_isolating_metrics", lambda found, _: found)
-    made = type("Made", (), {"digest": b"d", "size": 1})
-    monkeypatch.setattr(found, "_protect", lambda *_: (made, b"", b""))
-    asyncio.run(found._make_vector(MakeVector(header, b"", ())))
-    event = found._queue.get_nowait().event
+
+    class Work(RoundWork):
+        def without_isolating_metrics(self, found, header):
+            return found
+
+        def protect(self, asked, found):
+            return Protected([b"chunk"], b"", {})
+
+    made = Work("a", found.job.parts.agreed, None, found.job.state)
+    monkeypatch.setattr(found.work, "round_work", lambda: made)
+    event = asyncio.run(found.work.make_vector(MakeVector(header, b"", ())))
     assert all(at == clock.now for at, _ in found.link.said)
     if budget:
         assert [what for _, what in found.link.doings] == ["training"], "nor does its progress tell"
@@ -110,11 +118,11 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
 
 def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypatch):
     at = lambda place, *args, **words: vector(tmp_path / place, monkeypatch, *args, **words)  # noqa: E731
-    assert at("1", 2) == at("2", 25) == (130.0, site.VectorMade)
-    assert at("3", 2, fails=TrainingFailed(job_messages.UNABLE)) == (130.0, site.CheckFailed)
-    assert at("4", 2, fails=KeyError("row 7")) == (130.0, site.CheckFailed)
-    assert at("5", 40) == (144.0, site.VectorMade), "overrun: when it is ready"
-    assert at("6", 2, budget=None) == (106.0, site.VectorMade)  # control
+    assert at("1", 2) == at("2", 25) == (130.0, VectorReady)
+    assert at("3", 2, fails=TrainingFailed(job_messages.UNABLE)) == (130.0, WorkFailed)
+    assert at("4", 2, fails=KeyError("row 7")) == (130.0, WorkFailed)
+    assert at("5", 40) == (144.0, VectorReady), "overrun: when it is ready"
+    assert at("6", 2, budget=None) == (106.0, VectorReady)  # control
 
 
 def test_a_budget_is_shorter_than_the_coordinator_waits():

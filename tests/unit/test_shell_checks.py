@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import fields, replace
 
-import fedcore_clients.jobs
+import fedcore_clients.round_work
 import numpy as np
 import pytest
 from fedcore_server.job_runner import JobRunner
@@ -24,6 +24,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
+from fedcore.secagg.protocol.job.site_effects import MessageReceived
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.store import container
@@ -36,20 +37,21 @@ from fedcore.wire.jobs import TO_COORDINATOR
 def in_epoch(folder, protection, done=None):
     """Site a of four with a plan of two rounds and a key epoch. done: the last step released here."""
     settings = submitted(protect={"protection": protection})
-    shape = loaded(folder / "shape", settings).survey.shape
+    shape = loaded(folder / "shape", settings).job.part.survey.shape
     plan = plan_of(build_job(settings), shape, SITES, 64)
     found = loaded(
         folder / "site", settings, job_messages.PlanOffer("job", canonical(plan.to_json()))
     )
-    payload = SecretBytes(found._scheme.make_payload())
-    found._use(payload, "a")
-    found.stage = site.Idle(SiteProgress(1, key_id(payload.reveal())))
-    found.state = replace(found.state, done=done)
+    parts = found.job.parts
+    payload = SecretBytes(parts.keys.scheme.make_payload())
+    parts.keys.use(payload, "a")
+    parts.rounds.stage = site.Idle(SiteProgress(1, key_id(payload.reveal())))
+    found.job.states.current = replace(found.job.state, done=done)
     return found
 
 
 def header_of(found, purpose, training_round, number=1):
-    plan, pins = found.plan, roster_digest(found.party.pins)
+    plan, pins = found.job.plan, roster_digest(found.context.pins)
     return RoundHeader(
         "town", "job", 1, number, training_round, purpose, SITES, pins, plan.threshold,
         plan.protection, plan.digest,
@@ -61,7 +63,7 @@ def invited(found, header):
     before = len(found.link.said)
 
     async def play():
-        await found._invited(messages.Announce(header))
+        await found.handle(MessageReceived(messages.Announce(header)))
         await found.close()
 
     asyncio.run(play())
@@ -93,8 +95,8 @@ def test_a_round_out_of_the_jobs_course_is_not_joined(
     found = in_epoch(tmp_path / "1", "masked", done)
     said = invited(found, header_of(found, purpose, training_round))
     assert [type(each) for each in said] == [messages.Leave, job_messages.SiteStatus]
-    assert isinstance(found.stage, site.Idle) and found.stage.standing.round == 0
-    assert found.last_error.startswith("step: found ")
+    assert isinstance(found.job.stage, site.Idle) and found.job.stage.standing.round == 0
+    assert found.job.part.last_error.startswith("step: found ")
     control = in_epoch(tmp_path / "2", "masked", done)
     monkeypatch.setattr(schedule, "check_step", lambda *_: None)
     (keys,) = invited(control, header_of(control, purpose, training_round))
@@ -145,16 +147,19 @@ def test_every_field_of_a_header_is_in_the_table():
 def test_a_header_with_one_field_altered_is_refused_by_the_name_of_the_field(name, tmp_path):
     """At the whole site. The control is the header as it should be, taken afterwards."""
     found = in_epoch(tmp_path, "masked")
-    standing = replace(found.stage.standing, round=4, certificate=LAST, released=4)
-    found.stage = site.Idle(standing)
+    standing = replace(found.job.stage.standing, round=4, certificate=LAST, released=4)
+    found.job.parts.rounds.stage = site.Idle(standing)
     good = replace(header_of(found, "update", 1, number=5), certificate=LAST)
     word, lies = LIES[name]
     for lie in lies:
         assert lie != getattr(good, name)
         said = invited(found, replace(good, **{name: lie}))
-        assert found.last_error.startswith(f"{word}: found "), (lie, found.last_error)
+        assert found.job.part.last_error.startswith(f"{word}: found "), (
+            lie,
+            found.job.part.last_error,
+        )
         assert [type(each) for each in said] == [messages.Leave, job_messages.SiteStatus], lie
-        assert found.stage == site.Idle(standing)
+        assert found.job.stage == site.Idle(standing)
     (keys,) = invited(found, good)
     assert isinstance(keys, messages.Keys) and keys.header == good.digest
 
@@ -162,25 +167,25 @@ def test_a_header_with_one_field_altered_is_refused_by_the_name_of_the_field(nam
 # ------------------------------------------------------------ another sum than the announced one
 
 
-def vectors(found, header, tag):
+def vectors(work, header, tag):
     """The slots of four sites, each with its share of the tag."""
-    layout = found._layout(header)
+    layout = work.layout(header)
     ask = effects.MakeVector(header, tag, ())
     for place, name in enumerate(SITES):
-        values = np.arange(found.plan.coordinates, dtype=np.uint64) + np.uint64(1 + place)
+        values = np.arange(work.agreed.plan.coordinates, dtype=np.uint64) + np.uint64(1 + place)
         wides = {wide.name: [1] * wide.count for wide in layout.spec.wides}
         wides |= {mark: [0] for mark in layout.spec.marks}
         slots = layout.pack(values, wides, place)
-        found.secrets.put_tag(slots, layout, ask, name)
+        work.secrets.put_tag(slots, layout, ask, name)
         yield slots
 
 
-def summed(found, header, tag, slots):
+def summed(work, scheme, header, tag, slots):
     """The chunks of the sum of these vectors, each encrypted anew; their masks would cancel."""
-    fold, ask = found._scheme.fold(len(slots[0])), effects.MakeVector(header, tag, ())
-    layout = found._layout(header)
+    fold, ask = scheme.fold(len(slots[0])), effects.MakeVector(header, tag, ())
+    layout = work.layout(header)
     for name, each in zip(SITES, slots, strict=True):
-        chunks, _ = found.secrets.protect(each.copy(), layout, ask, name, OsEntropy())
+        chunks, _ = work.secrets.protect(each.copy(), layout, ask, name, OsEntropy())
         for place, chunk in enumerate(chunks):
             fold.add(place, chunk)
     return [bytes(chunk) for chunk in fold.total()]
@@ -190,21 +195,21 @@ def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_
     """Two ciphertexts of one sum: the second is not the one whose digest every site was told."""
     found = in_epoch(tmp_path, "layered")
     header = header_of(found, "update", 1)
-    tag = found._tag(header)
-    found._marks = header.digest, dict.fromkeys(found._layout(header).spec.marks, 0)
-    slots = list(vectors(found, header, tag))
-    told, other = (summed(found, header, tag, slots) for _ in range(2))
+    work, scheme = found.work.round_work(), found.job.parts.keys.scheme
+    tag = work.secrets.tag(header, work.state.canonical())
+    marks = dict.fromkeys(work.layout(header).spec.marks, 0)
+    slots = list(vectors(work, header, tag))
+    told, other = (summed(work, scheme, header, tag, slots) for _ in range(2))
     assert told != other
     asked = effects.OpenSum(
         header=header, survivors=SITES, state_tag=tag, salts=(b"",) * len(SITES),
         digest=container.vector_digest(told), size=sum(map(len, told)),
     )  # fmt: skip
-    opened, *_ = found._opened(asked, told)
+    opened = work.open(asked, told, marks).opened
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
-        found._opened(asked, other)
-    monkeypatch.setattr(fedcore_clients.jobs, "check_announced", lambda *_: None)
-    control, *_ = found._opened(asked, other)
-    assert control == opened
+        work.open(asked, other, marks)
+    monkeypatch.setattr(fedcore_clients.round_work, "check_announced", lambda *_: None)
+    assert work.open(asked, other, marks).opened == opened, "control"
 
 
 # ------------------------------------------------------------ an upload that no round waits for

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.jobs import SiteJob, wire_settings
 from fedcore_clients.main import InstalledTasks
+from fedcore_clients.planning import wire_settings
 from fedcore_server import service
 from fedcore_server.context import Quota
 from fedcore_server.service import SiteSession
@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from fedcore.api import prepare_layers
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
+from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.store import container
@@ -251,16 +252,12 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("shell", [SiteJob])
-def test_work_that_is_called_off_before_it_began_leaves_no_coroutine_behind(shell):
-    job = SimpleNamespace(_beside=set(), id="job")
-
+def test_work_that_is_called_off_before_it_began_leaves_no_coroutine_behind():
     async def work():
         raise AssertionError("it never began")
 
     async def play():
-        shell._aside(job, work())
-        (task,) = job._beside
+        task = Mailbox("tick").background(work(), str)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

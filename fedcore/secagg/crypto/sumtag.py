@@ -99,6 +99,11 @@ def state_tag(group: GroupSecret, job: str, round_: int, state: bytes) -> bytes:
     return group.authenticate(b"state", head + state)
 
 
+def state_mac(group: GroupSecret, header: bytes, state: bytes) -> bytes:
+    """HMAC under G of the state that a round's sum leads to. header: digest of the round's header."""
+    return group.authenticate(b"new state", header + state)
+
+
 @dataclass(frozen=True)
 class SumTag:
     """The tag keys of one header and state, at one site."""

@@ -1,0 +1,110 @@
+"""What a job at a site needs of its process: who the site is, its disk, its session and its training."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedcore_clients.ledger import Ledger
+from fedcore_clients.policy import SitePolicy
+from fedcore_clients.training import Loaded
+
+from fedcore.learning.guard import GuardRecord
+from fedcore.learning.state import JobState
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job_messages import ToCoordinator
+from fedcore.store.journal import Journal
+from fedcore.store.spool import Spool
+from fedcore.types import Contribution, Json, SiteId
+
+
+@dataclass(frozen=True)
+class SiteContext:
+    """Who this site is, for every job. patience: seconds its machine waits at a stage. keep_keys: seconds
+    for which the secrets of a job's key epochs outlive the job. now: seconds since 1970. clock, pause:
+    seconds that never go back, and a way to wait for some."""
+
+    federation: str
+    id: SiteId
+    identity: IdentityKey
+    pins: Mapping[SiteId, bytes]
+    journal: Journal
+    spool: Spool
+    folder: Path
+    policy: SitePolicy
+    ledger: Ledger
+    patience: float = 1800.0
+    keep_keys: float = 7 * 86_400.0
+    now: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+
+class Offline(Exception):
+    """There is no session now: the step is done again at the next one."""
+
+
+class Link(Protocol):
+    """The session as a job sees it."""
+
+    def say(self, job: str, message: ToCoordinator) -> None:
+        """Send a record if there is a session; a lost one is asked for again."""
+        ...
+
+    def doing(self, job: str, what: str) -> None:
+        """Tell people who wait what this site is at."""
+        ...
+
+    async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
+        """Send a container whole, going on where it broke off. Raises Offline without a session."""
+        ...
+
+    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
+        """The chunks of a sum or checkpoint. Raises Offline without a session."""
+        ...
+
+
+class Contributor(Protocol):
+    """Who computes the content of vectors: the training process, or a stand-in of the benchmark."""
+
+    async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
+        """Find the task, load the rows, build the model. Raises TrainingFailed."""
+        ...
+
+    async def contribute(
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: schedule.PlannedRound,
+        state: JobState,
+        record: GuardRecord,
+    ) -> Contribution:
+        """The content of one vector; the guard of `record` judges the state first, and its memory is
+        replaced. Raises TrainingFailed and GuardTripped."""
+        ...
+
+    async def track(
+        self,
+        job: str,
+        plan: RoundPlan,
+        step: schedule.PlannedRound,
+        state: JobState,
+        wides: Mapping[str, Sequence[int]],
+        sites: int,
+    ) -> Json | None:
+        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
+        ...
+
+    async def export(self, job: str, state: JobState) -> bytes:
+        """The file of a model that is given away: the same bytes at every site. Raises TrainingFailed."""
+        ...
+
+    async def forget(self, job: str) -> None:
+        """The job is over."""
+        ...

@@ -1,0 +1,367 @@
+"""One job at a site: tells the job's machine what happens, and does the effects it asks for.
+
+Events go through one queue and are handled to their end before the next; training, encryption and transfers
+run beside it and come back as events. Invariant (PROTOCOL D): effects are done in order, and a commit is on
+disk before the next one. A process killed at any instant goes on from there, or leaves the round.
+
+A vector and a state that are small travel in the journal, in the commit of the record that relies on them,
+and cost no sync of their own; large ones are files, synced before that record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from fedcore_clients import job_work
+from fedcore_clients.context import Contributor, Link, SiteContext
+from fedcore_clients.job_work import JobWork
+from fedcore_clients.ledger import Exposure
+from fedcore_clients.planning import Planner
+from fedcore_clients.training import TrainingFailed
+
+from fedcore.errors import FedcoreError, StoreProblem
+from fedcore.learning.guard import GuardMemory
+from fedcore.learning.state import JobState
+from fedcore.runtime.mailbox import Mailbox
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import effects, epoch, job_messages, messages
+from fedcore.secagg.protocol.job import effects as job_effects
+from fedcore.secagg.protocol.job import site_effects as ask
+from fedcore.secagg.protocol.job.site import JobEnd, Kept, SiteJob
+from fedcore.secagg.protocol.job.site_part import Agreed, JobParams, Participation
+from fedcore.secagg.protocol.job.site_rounds import NOWHERE
+from fedcore.secagg.protocol.job.site_states import led_to
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.shared import survivors_of
+from fedcore.secagg.protocol.wire_form import decode
+from fedcore.store import container
+from fedcore.types import Json
+
+LOG = logging.getLogger("fedcore.site.job")
+ROUND, OF_A_ROUND = "round", ("vector", "candidate", "marks")
+"""The journal's stream of a round's records, and the values that go with them when it ends."""
+
+MANY = 50_000
+"""Parameters from which on hashing a state takes longer than handing it to a thread."""
+
+
+@dataclass(frozen=True)
+class DiskRefused:
+    """The disk refused background work."""
+
+    error: Exception
+
+
+Event = ask.SiteEvent | DiskRefused
+
+
+class JobRunner:
+    """One job here, from its offer to its end."""
+
+    def __init__(
+        self,
+        context: SiteContext,
+        link: Link,
+        contributor: Contributor,
+        offer: job_messages.JobOffer,
+    ) -> None:
+        self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
+        self.id = offer.job
+        self.mailbox: Mailbox[Event] = Mailbox(site.Tick())
+        self.work = JobWork(context, link, contributor, offer, self.perform, self.mailbox.put)
+        self._making: asyncio.Task[Event | None] | None = None
+        self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
+        self._tracking: list[asyncio.Task[Event | None]] = []
+        params = self._params()
+        part = Participation(params, self.id, asks=context.policy.asks)
+        self.job = self.work.job = SiteJob(params, offer, part)
+
+    def _params(self) -> JobParams:
+        context = self.context
+        return JobParams(
+            context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
+            Planner(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
+            context.keep_keys,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------- coming back
+
+    @classmethod
+    def stored(
+        cls, context: SiteContext, link: Link, contributor: Contributor, name: str
+    ) -> JobRunner:
+        """A job that this site took part in before its process ended."""
+        kept = context.journal.get(name, "offer")
+        assert kept is not None
+        found = cls(context, link, contributor, decode(kept, job_messages.JobOffer))
+        found.restore()
+        return found
+
+    def restore(self) -> None:
+        """Read everything from disk, as a new process does; the rows stay loaded."""
+        journal, name = self.context.journal, self.id
+        self.job = self.work.job = SiteJob(self._params(), self.offer, self.job.part)
+        ended = journal.get(name, "ended")
+        if ended is not None:
+            at = float(journal.get(name, "ended_at") or 0)
+            self.job.end = JobEnd(decode(ended, job_messages.JobEnded), at)
+        about = journal.get(name, "plan")
+        if about is not None:
+            self._restore_course(json.loads(about))
+
+    def _restore_course(self, about: Json) -> None:
+        journal, name = self.context.journal, self.id
+        columns = tuple((str(n), float(low), float(high)) for n, low, high in about["columns"])
+        agreed = Agreed(RoundPlan.from_json(about["plan"]), about["features"], columns)
+        standing = journal.get(name, "stage")
+        first = NOWHERE if standing is None else _stage(decode(standing, object))
+        stage = site.replay(first, journal.read(name, ROUND))
+        judged = journal.get(name, "guard")
+        if judged is not None:
+            self.work.guard.memory = GuardMemory.from_json(json.loads(judged))
+        certificate, held = journal.get(name, "certificate"), journal.get(name, "epoch")
+        marks = json.loads(journal.get(name, "marks") or b"{}")
+        self.job.restored(
+            Kept(
+                agreed, about["rows"], stage, self._restored_state(stage),
+                decode(certificate, messages.Certificate) if certificate else None,
+                _epoch_stage(decode(held, object)) if held else epoch.NoKey(),
+                json.loads(journal.get(name, "groups") or b"{}"),
+                (bytes.fromhex(marks.get("header", "")), marks.get("marks", {})),
+                (journal.get(name, "left") or b"").decode(),
+            )
+        )  # fmt: skip
+        if isinstance(stage, site.Stated):
+            self._restore_candidate(stage)
+
+    def _restored_state(self, stage: site.SiteStage) -> JobState:
+        """The state on disk, and the one that a certificate of the journal has just proved."""
+        files, kept = self.work.files, self.context.journal.get(self.id, "state")
+        if kept:
+            if not files.current.exists() or files.current.read_bytes() != kept:
+                files.show(kept)
+            return JobState.from_bytes(kept)
+        name = stage.standing.certificate
+        if stage.standing.released and files.candidate(name).exists():
+            files.promote(name)
+        return JobState.from_bytes(files.current.read_bytes())
+
+    def _restore_candidate(self, stage: site.Stated) -> None:
+        """The state that this site stated before its process ended."""
+        said, survivors = stage.statement, survivors_of(stage.submissions)
+        name = led_to(stage.header, survivors, said.sum_mac, said.state_mac)
+        kept = self.context.journal.get(self.id, "candidate")
+        of, data = ("", b"") if kept is None else decode(kept, tuple)
+        whole = data if of == name and data else self.work.files.candidate(name).read_bytes()
+        self.job.states.hold(name, JobState.from_bytes(whole), data)
+
+    # ----------------------------------------------------------------------------- the queue
+
+    def tell(self, message: job_messages.ToSite) -> None:
+        """A record of the coordinator for this job."""
+        over = self.job.ended is not None and not self.job.holds_keys
+        if over and isinstance(message, epoch.GrantRequest):
+            self.perform(self.job.without_keys(message))
+        else:
+            self.mailbox.put(ask.MessageReceived(message, self.context.now()))
+
+    def inline(self, digest: bytes, data: bytes) -> None:
+        """A small sum or checkpoint that came inside the session."""
+        self.work.inline = {digest: container.from_bytes(data)}
+
+    def connected(self) -> None:
+        """There is a new session."""
+        self.work.online.set()
+        self.mailbox.put(ask.Connected())
+
+    async def run(self) -> None:
+        """Handle events until cancelled. A stage's deadline is an event too.
+
+        Where the disk refuses, everything is read from it again, as a new process would, and goes on.
+        A fault of this program ends the job here, until this process is started again.
+        """
+        fault: Exception | None = None
+        while True:
+            try:
+                if fault is not None:
+                    await self._recover(fault)
+                fault = None
+                await self.handle(ask.Started())
+                while True:
+                    await self.mailbox.turn(self.handle, self._wait)
+            except (StoreProblem, OSError) as error:
+                fault = error
+            except Exception:
+                LOG.exception("job %s: stopped here by a fault of this side", self.id)
+                self.perform(
+                    self.job.part.unable(job_messages.UNABLE)
+                )  # so that no site waits for this one
+                await self.close()
+                return
+
+    async def _recover(self, fault: Exception) -> None:
+        """After a pause, what a new process would know. Raises what the disk refused this time."""
+        self.perform(self.job.part.warn(fault))
+        await self.close()
+        await asyncio.sleep(job_work.RETRY_SECONDS)
+        self.restore()
+        self.mailbox.put(ask.Connected())
+
+    def _wait(self) -> float | None:
+        return self.job.deadline(self.context.clock())
+
+    async def close(self) -> None:
+        """Stop what runs beside the queue."""
+        await self.mailbox.close()
+
+    async def handle(self, event: Event) -> None:
+        """Tell the job what happened, and do what it asks for."""
+        if isinstance(event, DiskRefused):
+            raise event.error
+        if isinstance(event, ask.Connected):
+            self.work.online.clear()
+        step, now, plan = self.job.step, self.context.clock(), self.job.plan
+        large = plan is not None and plan.parameters > MANY and _hashes(event)
+        for effect in await asyncio.to_thread(step, event, now) if large else step(event, now):
+            match effect:
+                case epoch.MakeSecrets():
+                    await self._make_secrets()
+                case ask.Finish():
+                    await self._finish()
+                case _:
+                    self._do(effect)
+
+    def _aside(
+        self, work: Coroutine[object, object, Event | None], header: bytes = b""
+    ) -> asyncio.Task[Event | None]:
+        """Run work in the background. header: of the round whose other sites wait for this work; what
+        the work raises makes this site leave that round, so that nobody waits until a deadline."""
+        return self.mailbox.background(work, partial(self._failed, header))
+
+    def _failed(self, header: bytes, error: Exception) -> Event:
+        if isinstance(error, StoreProblem | OSError):
+            return DiskRefused(error)
+        if isinstance(error, FedcoreError | TrainingFailed):
+            self.perform(self.job.part.warn(error))
+        else:
+            LOG.error("job %s: a fault of this side", self.id, exc_info=error)
+            self.job.part.last_error = type(error).__name__
+        return ask.WorkFailed(header, error)
+
+    # -------------------------------------------------------------------------------- effects
+
+    def perform(self, found: Iterable[ask.SiteEffect]) -> None:
+        """Do effects that need no waiting, in order."""
+        for effect in found:
+            self._do(effect)
+
+    def _do(self, effect: ask.SiteEffect) -> None:
+        context, work = self.context, self.work
+        match effect:
+            case effects.Send(message=message):
+                self.link.say(self.id, message)
+            case ask.Report(doing):
+                self.link.doing(self.id, doing)
+            case job_effects.Info(text):
+                LOG.info("%s", text)
+            case effects.Warn(text):
+                LOG.warning("%s", text)
+            case ask.AppendEntries(records, values):
+                context.journal.append(self.id, ROUND, records, put=values)
+            case job_effects.PutValues(values):
+                context.journal.append(self.id, ROUND, (), put=values)
+            case job_effects.CloseRound(values):
+                context.journal.compact(self.id, ROUND, put=values, forget=OF_A_ROUND)
+            case ask.EraseKeys():
+                context.journal.forget(self.id, "epoch", "groups")
+            case ask.Expose(header, survivors):
+                assert self.job.parts is not None
+                rows, names = self.job.part.rows, self.job.parts.agreed.names
+                context.ledger.exposed(Exposure.of(header, survivors, rows=rows, columns=names))
+            case ask.EnterRelease(certificate):
+                context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
+            case ask.AdoptState(name, data):
+                work.files.adopt(name, data)
+            case ask.WriteState(state):
+                work.files.write_current(state.to_bytes())
+            case effects.Erase(header):
+                context.spool.discard(self.id, header.digest)
+            case ask.TidySpool(keep):
+                for found in set(context.spool.rounds(self.id)) - {keep}:
+                    context.spool.discard(self.id, found)
+            case _:
+                self._begin(effect)
+
+    def _begin(self, effect: ask.SiteEffect) -> None:
+        """Start or stop background work."""
+        work = self.work
+        match effect:
+            case ask.LoadRows():
+                self._aside(work.load() if self.job.parts is None else work.load_again())
+            case effects.MakeVector(header):
+                self._making = self._aside(work.make_vector(effect), header.digest)
+            case ask.StopMaking():
+                if self._making is not None:
+                    self._making.cancel()
+                self._making = None
+            case effects.Upload(
+                submit
+            ):  # two of one vector would end each other at the coordinator
+                of, task = self._uploading or (b"", None)
+                if task is None or task.done() or of != submit.header:
+                    task = self._aside(work.upload(submit), submit.header)
+                    self._uploading = submit.header, task
+            case effects.OpenSum(header):
+                self._aside(work.open_sum(effect), header.digest)
+            case ask.Track():
+                self._tracking = [task for task in self._tracking if not task.done()]
+                self._tracking.append(self._aside(work.track(effect)))
+            case ask.SealCheckpoint():
+                self._aside(work.seal(effect))
+            case ask.TakeCheckpoint():
+                self._aside(work.catch_up(effect))
+            case ask.GiveModel():
+                self._aside(work.give_model(effect))
+
+    async def _make_secrets(self) -> None:
+        assert self.job.parts is not None
+        payload = await asyncio.to_thread(self.job.parts.keys.scheme.make_payload)
+        await self.handle(epoch.SecretsMade(SecretBytes(payload)))
+
+    async def _finish(self) -> None:
+        """The job is over: what still evaluates a release has the site's patience to end."""
+        self.context.spool.drop(self.id)
+        if self._tracking:
+            _, late = await asyncio.wait(self._tracking, timeout=self.context.patience)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await self.contributor.forget(self.id)
+
+    def erase_keys(self) -> None:
+        """Erase the secrets of the key epochs of a job that ended for longer than the site's grace."""
+        self.perform(self.job.erase_keys(self.context.now()))
+
+
+def _stage(found: object) -> site.SiteStage:
+    assert isinstance(found, site.SiteStage)
+    return found
+
+
+def _epoch_stage(found: object) -> epoch.SiteEpochStage:
+    assert isinstance(found, epoch.SiteEpochStage)
+    return found
+
+
+def _hashes(event: Event) -> bool:
+    """Whether the job hashes a whole state at this event."""
+    if isinstance(event, ask.MessageReceived):
+        return isinstance(event.message, messages.Announce | messages.Certificate)
+    return isinstance(event, ask.CheckpointReady)

@@ -1,0 +1,89 @@
+"""How a site reads an offer: the job it asks for, the plan that follows from it, and what an operator reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedcore_clients.policy import POLICY, SitePolicy
+
+from fedcore.config import Job, build_job, plan_of
+from fedcore.errors import BadInput, FedcoreError, PolicyRefused, Refused
+from fedcore.learning.state import JobState
+from fedcore.secagg.label import Terms, label_of
+from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.plan import RoundPlan, canonical
+from fedcore.secagg.protocol.job.site_effects import Surveyed
+from fedcore.secagg.protocol.job.site_part import require
+from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.scheme import Scheme
+from fedcore.types import Json, SiteId
+
+
+def wire_settings(settings: bytes) -> Json:
+    """The job's tables of an offer. Raises BadInput."""
+    try:
+        found = json.loads(settings)
+        same = canonical(found) == settings
+    except (ValueError, RecursionError) as error:
+        raise BadInput("job: found settings that are no JSON") from error
+    if not isinstance(found, dict) or not same:
+        raise BadInput("job: found settings in another form, expected canonical JSON")
+    return found
+
+
+def job_of(offer: JobOffer) -> Job:
+    """The job that an offer asks for. Raises BadInput and Refused."""
+    return build_job(wire_settings(offer.settings))
+
+
+def ask_policy(policy: SitePolicy, offer: JobOffer) -> None:
+    """Raise BadInput, and PolicyRefused for a job that this site's operator does not allow."""
+    settings = wire_settings(offer.settings)
+    try:
+        asked = build_job(settings)
+    except Refused as refused:  # what no site runs, such as public metrics under `encrypted`
+        raise PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy) from refused
+    require(policy.on_offer(offer.task, offer.task_digest, asked))
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for the sites of a roster."""
+
+    sites: tuple[SiteId, ...]
+
+    def plan(self, offer: JobOffer, survey: Surveyed) -> RoundPlan:
+        """The plan of an offer, from what this site surveyed itself."""
+        asked = job_of(offer)
+        cap = asked.protect.max_examples
+        assert cap is not None
+        return plan_of(asked, survey.shape, self.sites, cap)
+
+    def first_state(self, plan: RoundPlan, survey: Surveyed) -> JobState:
+        """The state before the first round."""
+        return JobState.initial(plan, survey.initial)
+
+    def scheme(self, plan: RoundPlan) -> Scheme:
+        """What the plan's protection puts behind its key epochs."""
+        return Scheme(plan)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an operator should know of a job before a row is read for it; empty where no plan can follow."""
+
+    protection: str = ""
+    label: Sequence[str] = ()
+    leaves: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, offer: JobOffer, sites: Sequence[SiteId]) -> About:
+        """Label and list of what leaves, from the settings and the roster alone."""
+        try:
+            asked = job_of(offer)
+            terms = Terms.of_job(asked, tuple(sites))
+        except FedcoreError:  # it is refused, and the refusal says why
+            return cls()
+        return cls(terms.protection, label_of(terms).splitlines(), leaving_of(asked, terms))

@@ -1,0 +1,105 @@
+"""What a site computes for one round: its protected vector, and the state that an opened sum leads to.
+
+Nothing is read or written here, so that it can run in a thread: callers move bytes to and from the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedcore.learning.state import JobState, without_metrics
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.encode.pack import Layout
+from fedcore.secagg.label import Terms, collusion
+from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.protocol import effects
+from fedcore.secagg.protocol.job.site_part import Agreed
+from fedcore.secagg.protocol.job.site_states import led_to
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.scheme import EpochSecrets, check_announced, vector_of
+from fedcore.types import Contribution, SiteId
+
+LOG = logging.getLogger("fedcore.site.job")
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A vector as it travels. chunks: its container's; salt: of its keystream, b"" without one; marks: what
+    it has in this site's own places."""
+
+    chunks: list[bytes]
+    salt: bytes
+    marks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class FoundSum:
+    """What is in a sum. certificate: hash of the one certificate that can release the state it leads to."""
+
+    opened: site.SumOpened
+    certificate: str
+    state: JobState
+    wides: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """One site's computing for the rounds of one job, from one state and under one key epoch.
+
+    few_sites: whether the job allows statistics of columns that few sites have.
+    """
+
+    site: SiteId
+    agreed: Agreed
+    secrets: EpochSecrets
+    state: JobState
+    few_sites: bool = False
+
+    def layout(self, header: RoundHeader) -> Layout:
+        """How the vectors of a round are laid out."""
+        plan = self.agreed.plan
+        spec = vector_of(plan, self.agreed.features, header.purpose)
+        return Layout(spec, plan.packing, len(plan.sites))
+
+    def without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:
+        """Zeros for the metric sums where this cohort, beside an earlier release, would isolate fewer
+        sites than two honest ones (PROTOCOL H). All sites decide alike: state and cohort are theirs."""
+        plan = self.agreed.plan
+        if not self.state.isolates(header.roster, 2 + collusion(Terms.of_plan(plan)).active):
+            return found
+        LOG.info(
+            "job %s: no metrics in round %s: they would isolate a site", header.job, header.round
+        )
+        return found[0], without_metrics(plan, found[1])
+
+    def protect(self, asked: effects.MakeVector, found: Contribution) -> Protected:
+        """Pack, tag, mask and encrypt a contribution."""
+        layout = self.layout(asked.header)
+        slots = layout.pack(*found, asked.header.place(self.site))
+        self.secrets.put_tag(slots, layout, asked, self.site)
+        chunks, salt = self.secrets.protect(slots, layout, asked, self.site, OsEntropy())
+        return Protected(chunks, salt, layout.own_marks(found[1]))
+
+    def open(
+        self, asked: effects.OpenSum, chunks: list[bytes], marks: Mapping[str, int]
+    ) -> FoundSum:
+        """Open a sum, check it, and find the state that it leads to. marks: this site's own.
+
+        Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites.
+        """
+        check_announced(chunks, asked)
+        header, layout = asked.header, self.layout(asked.header)
+        total, opened = self.secrets.open(chunks, layout, asked)
+        layout.check_own(opened, marks, header.place(self.site))
+        state = self.state.after(
+            self.agreed.plan, PlannedRound(header.purpose, header.training_round), opened, asked.survivors,
+            self.agreed.columns, allow_few_sites=self.few_sites,
+        )  # fmt: skip
+        found = site.SumOpened(
+            self.secrets.sum_mac(header, total), self.secrets.state_mac(header, state.canonical())
+        )
+        certificate = led_to(header, asked.survivors, found.sum_mac, found.state_mac)
+        return FoundSum(found, certificate, state, dict(opened.wides))

@@ -1,0 +1,61 @@
+"""The files of a job's states at a site: `current.safetensors`, and candidates until one is certified.
+
+A state that is small is in the journal, in the commit of the record that relies on it: its file is then only
+a copy for people, written without a sync, and again from the journal at the next start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedcore.files import write_atomic
+from fedcore.store.disk import sync_folder
+
+
+class StateFiles:
+    """One job's folder of states."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def current(self) -> Path:
+        """The state of the last release, or the first state."""
+        return self.folder / "current.safetensors"
+
+    def candidate(self, name: str) -> Path:
+        """The state that the certificate of this hash would release."""
+        return self.folder / f"candidate-{name[:32]}.safetensors"
+
+    def write_current(self, data: bytes) -> None:
+        """Replace the current state; durable on return."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._write(self.current, data)
+
+    def write_candidate(self, name: str, data: bytes) -> None:
+        """Write a candidate; durable on return."""
+        self._write(self.candidate(name), data)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        write_atomic(path, data)
+        sync_folder(self.folder)
+
+    def adopt(self, name: str, data: bytes) -> None:
+        """Make a candidate the current state, and remove the others. data: its bytes, if it has no file."""
+        if data:
+            self.show(data)
+        else:
+            self.promote(name)
+        for left in self.folder.glob("candidate-*"):
+            left.unlink()
+
+    def promote(self, name: str) -> None:
+        """Make a candidate's file the current state's; durable on return."""
+        self.candidate(name).replace(self.current)
+        sync_folder(self.folder)
+
+    def show(self, data: bytes) -> None:
+        """Copy a state that the journal has."""
+        beside = self.current.with_name(f".{self.current.name}.part")
+        beside.write_bytes(data)
+        beside.replace(self.current)

@@ -1,0 +1,368 @@
+"""A whole job at a site, from its offer to its end: `step(event, now) -> effects`, without input or output.
+
+The parts are in the modules beside this one; here they are told what happens, in which order. Whatever
+computes, waits, reads or sends is asked for by an effect, and its result comes back as an event. A process
+killed at any instant goes on from what the effects before that instant left on disk, or leaves the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedcore.errors import BadInput, PeerRefused, Refused
+from fedcore.secagg.plan import RoundPlan, canonical
+from fedcore.secagg.protocol import effects, epoch, job_messages, messages
+from fedcore.secagg.protocol.effects import Warn
+from fedcore.secagg.protocol.job.effects import Info, PutValues
+from fedcore.secagg.protocol.job.site_effects import (
+    CheckpointLost,
+    CheckpointReady,
+    Connected,
+    Finish,
+    GuardLeft,
+    LoadRows,
+    MessageReceived,
+    Report,
+    SiteEffect,
+    SiteEvent,
+    Started,
+    State,
+    StopMaking,
+    SumGone,
+    SumReady,
+    Tracked,
+    VectorReady,
+    WorkFailed,
+    WriteState,
+)
+from fedcore.secagg.protocol.job.site_epochs import EpochDriver
+from fedcore.secagg.protocol.job.site_part import Agreed, HeldKeys, JobParams, Participation
+from fedcore.secagg.protocol.job.site_release import CatchUp, PublicWord
+from fedcore.secagg.protocol.job.site_rounds import NOWHERE, RoundDriver
+from fedcore.secagg.protocol.job.site_states import StateKeeper
+from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import encode
+
+ENDING_SECONDS = 5.0
+"""How often a site that missed the last release of a job that is over asks for it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the journal has of a job that this site agreed to. stage: after all records of the round."""
+
+    agreed: Agreed
+    rows: str
+    stage: site.SiteStage
+    state: State
+    certificate: messages.Certificate | None
+    epoch: epoch.SiteEpochStage
+    groups: dict[str, str]
+    marks: tuple[bytes, dict[str, int]]
+    left: str
+
+
+@dataclass
+class JobEnd:
+    """How a job ended here. at: seconds since 1970. pending: an end that waits for the last release, and
+    when the coordinator said it."""
+
+    ended: job_messages.JobEnded | None = None
+    at: float = 0.0
+    pending: tuple[job_messages.JobEnded, float] | None = None
+
+
+class Parts:
+    """The parts of a job that there are once this site agreed to its plan."""
+
+    def __init__(
+        self, me: JobParams, name: str, agreed: Agreed, part: Participation, states: StateKeeper
+    ) -> None:
+        keys = HeldKeys(me.planner.scheme(agreed.plan))
+        self.agreed, self.keys = agreed, keys
+        self.rounds = RoundDriver(me, name, agreed, part, keys, states)
+        self.epochs = EpochDriver(name, self.rounds, keys, states)
+        self.catch_up = CatchUp(self.rounds, states)
+        self.word = PublicWord(me, agreed, self.rounds, states)
+
+
+class SiteJob:
+    """One job at one site."""
+
+    def __init__(self, me: JobParams, offer: job_messages.JobOffer, part: Participation) -> None:
+        self.me, self.offer, self.id, self.part = me, offer, offer.job, part
+        self.states = StateKeeper()
+        self.parts: Parts | None = None
+        self.end = JobEnd()
+
+    def restored(self, kept: Kept) -> None:
+        """Go on from what the journal has."""
+        self.part.rows, self.part.left = kept.rows, kept.left
+        parts = self._agreed(kept.agreed)
+        self.states.current, self.states.certificate = kept.state, kept.certificate
+        self.states.groups = kept.groups
+        parts.rounds.stage, parts.rounds.marks = kept.stage, kept.marks
+        parts.epochs.restored(kept.epoch)
+
+    def _agreed(self, agreed: Agreed) -> Parts:
+        self.parts = Parts(self.me, self.id, agreed, self.part, self.states)
+        return self.parts
+
+    # ------------------------------------------------------------------------------- questions
+
+    @property
+    def plan(self) -> RoundPlan | None:
+        """The plan, once this site agreed to it."""
+        return None if self.parts is None else self.parts.agreed.plan
+
+    @property
+    def state(self) -> State | None:
+        """The state of the last release, or the first one."""
+        return self.states.current
+
+    @property
+    def stage(self) -> site.SiteStage:
+        """The stage of the round under way, or between rounds."""
+        return NOWHERE if self.parts is None else self.parts.rounds.stage
+
+    @property
+    def ended(self) -> job_messages.JobEnded | None:
+        """How the job ended here, once it has."""
+        return self.end.ended
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether this site can still pass the key epoch's secret on."""
+        return self.parts is not None and self.parts.epochs.holds_keys
+
+    def deadline(self, now: float) -> float | None:
+        """Seconds until `site.Tick` has to be told; 0: now, None: not before something else happens."""
+        until = getattr(self.stage, "until", None)
+        if until is None:
+            return None if self.end.pending is None else ENDING_SECONDS
+        left = float(until) - now
+        return max(0.0, left)
+
+    def without_keys(self, wanted: epoch.GrantRequest) -> list[SiteEffect]:
+        """The answer to a request for the secret of a job whose keys are erased here."""
+        erased = job_messages.KeysErased(self.id, self.me.id, wanted.key.site)
+        return [effects.Send(COORDINATOR, erased)]
+
+    # ----------------------------------------------------------------------------------- steps
+
+    def step(self, event: SiteEvent, now: float) -> list[SiteEffect]:
+        """One event. now: seconds of a clock that never goes back.
+
+        What is refused is noted, and what was asked for before it stays. Raises what no party could cause.
+        """
+        found: list[SiteEffect] = []
+        try:
+            for effect in self._handled(event, now):
+                found.append(effect)  # noqa: PERF402 - what was asked for before an error stays
+        except (PeerRefused, Refused, BadInput) as error:
+            if isinstance(event, Started):
+                raise
+            found.extend(self.part.warn(error))
+        return found
+
+    def _handled(self, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+        match event:
+            case Started():
+                yield from self._started(now)
+            case Connected():
+                yield from self._reconnected(now)
+            case MessageReceived(message, at):
+                yield from self._received(message, at, now)
+            case _ if self.parts is not None:
+                yield from self._with_plan(self.parts, event, now)
+        if self.parts is not None and self.parts.rounds.ended:
+            self.parts.rounds.ended = False
+            if self.end.pending is not None:
+                yield from self._ended(*self.end.pending, now)
+
+    def _with_plan(self, parts: Parts, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+        """What happens once there is a plan."""
+        match event:
+            case site.Tick():
+                if self.end.pending is not None:  # the way to the last state was lost somewhere
+                    yield from parts.rounds.rest()
+                yield from parts.rounds.step(event, now)
+            case VectorReady() | SumReady() | SumGone() | WorkFailed():
+                if parts.rounds.is_round(event.header):
+                    yield from parts.rounds.work_done(event, now)
+                if isinstance(event, WorkFailed) and event.word:
+                    yield from self.part.unable(event.word)
+            case GuardLeft(tripped):
+                yield PutValues({"left": str(tripped).encode()})
+                self.part.left = str(tripped)
+            case CheckpointReady():
+                yield from parts.catch_up.taken(event, now)
+            case CheckpointLost():
+                parts.catch_up.lost(event)
+            case Tracked():
+                yield from parts.word.measured(event)
+            case epoch.SecretsMade():
+                yield from parts.epochs.step(event, now)
+
+    def _started(self, now: float) -> Iterator[SiteEffect]:
+        if self.ended is not None:
+            return
+        if self.parts is None:
+            if self.part.survey is None:
+                yield LoadRows()
+            return
+        yield self.parts.rounds.tidy()
+        yield from self.parts.rounds.step(site.Restarted(), now)
+        yield from self.parts.epochs.install_held(now)
+        if self.part.left:
+            yield from self.part.unable(job_messages.UNABLE)
+        else:
+            yield from self.parts.epochs.step(epoch.Again(), now)
+            yield LoadRows()
+
+    def _reconnected(self, now: float) -> Iterator[SiteEffect]:
+        if self.ended is not None:
+            return
+        if self.part.refused is not None:
+            yield from self.part.unable(self.part.refused.word)
+            self.part.last_error = str(self.part.refused)
+        elif self.part.left:
+            yield from self.part.unable(job_messages.UNABLE)
+        elif self.parts is not None:
+            yield from self._say_again(self.parts, now)
+        elif self.part.survey is not None:
+            yield from self.part.say_survey()
+
+    def _say_again(self, parts: Parts, now: float) -> Iterator[SiteEffect]:
+        """All that the coordinator may not have, or may have lost."""
+        yield self._agreement(parts)
+        yield from parts.epochs.step(epoch.Again(), now)
+        if isinstance(parts.rounds.stage, site.Idle | site.Halted):
+            yield from parts.rounds.say_where()
+        else:
+            header = parts.rounds.stage.header.digest
+            yield effects.Send(COORDINATOR, job_messages.InRound(self.id, self.me.id, header))
+            yield from parts.rounds.step(site.SessionRestored(), now)
+        yield from parts.word.say_again()
+
+    def _agreement(self, parts: Parts) -> effects.Send[job_messages.ToCoordinator]:
+        agreed = job_messages.PlanAgreed(self.id, self.me.id, parts.agreed.plan.digest)
+        return effects.Send(COORDINATOR, agreed)
+
+    # -------------------------------------------------------------------------------- messages
+
+    def _received(
+        self, message: job_messages.ToSite, at: float, now: float
+    ) -> Iterator[SiteEffect]:
+        parts = self.parts
+        match message:
+            case job_messages.JobEnded():
+                yield from self._ended(message, at, now)
+            case _ if self.part.left and parts is not None and not parts.rounds.in_round:
+                if isinstance(message, messages.Announce):  # it takes part in no further round
+                    yield from parts.rounds.step(site.Declined(message.header), now)
+            case job_messages.JobOffer():
+                pass  # said again after a new session
+            case job_messages.PlanOffer() if parts is None:
+                yield from self._planned(message)
+            case _ if parts is not None:
+                yield from self._received_with_plan(parts, message, now)
+            case _:
+                pass  # still loading: what is meant for this site is said again when it agreed
+
+    def _received_with_plan(
+        self, parts: Parts, message: job_messages.ToSite, now: float
+    ) -> Iterator[SiteEffect]:
+        assert not isinstance(message, job_messages.JobEnded | job_messages.JobOffer)
+        match message:
+            case job_messages.PlanOffer():  # the coordinator's disk refused something that it was told
+                yield from self._say_again(parts, now)
+            case job_messages.CheckpointWanted():
+                yield from parts.catch_up.seal(message)
+            case job_messages.CheckpointOffer():
+                yield from parts.rounds.look_for_own(message.certificate, now)
+                yield from parts.catch_up.offered(message)
+            case job_messages.ModelWanted():
+                yield from parts.word.give(message, over=self.ended is not None)
+            case messages.Certificate():
+                yield from parts.rounds.look_for_own(message, now)
+                yield from parts.rounds.certified(message, now)
+            case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
+                yield from parts.epochs.step(epoch.FromCoordinator(message), now)
+            case messages.Announce():
+                yield from parts.rounds.invited(message, now)
+            case _:
+                yield from parts.rounds.step(site.MessageFromCoordinator(message), now)
+
+    def _planned(self, offered: job_messages.PlanOffer) -> Iterator[SiteEffect]:
+        """Make the plan here, and go on only if the offered one is the same."""
+        survey, planner = self.part.survey, self.me.planner
+        if survey is None:
+            return  # still loading: the coordinator offers it again
+        mine = planner.plan(self.offer, survey)
+        if canonical(mine.to_json()) != offered.plan:
+            yield Warn(
+                f"job {self.id}: found another plan at the coordinator than this site makes of its offer "
+                "and its task; it takes no part"
+            )
+            yield from self.part.unable(job_messages.UNABLE)
+            return
+        if (refusal := self.me.policy.on_plan(mine)) is not None:
+            yield from self.part.refuse(refusal)
+            return
+        parts = self._agreed(Agreed(mine, survey.shape.features, survey.columns))
+        self.states.current = planner.first_state(mine, survey)
+        yield WriteState(self.states.current)
+        about = {
+            "plan": mine.to_json(), "features": parts.agreed.features, "rows": self.part.rows,
+            "columns": [list(column) for column in parts.agreed.columns],
+        }  # fmt: skip
+        yield PutValues({"plan": canonical(about)})
+        if mine.public_metrics:
+            yield Info(
+                f"job {self.id}: the coordinator will learn the metrics of each release, over all its sites"
+            )
+        if mine.release == "coordinator":
+            yield Info(f"job {self.id}: the coordinator will be given the model of the last round")
+        yield self._agreement(parts)
+
+    # ------------------------------------------------------------------------------------- end
+
+    def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> Iterator[SiteEffect]:
+        """No further round: the state stays, everything of the rounds goes.
+
+        A site that missed the last release says where it stands and catches up first.
+        """
+        self.end.pending = None
+        parts = self.parts
+        if parts is not None:
+            if parts.rounds.in_round:
+                yield from parts.rounds.step(site.Superseded(), now)
+                parts.rounds.ended = False
+            behind = parts.rounds.standing.certificate != ended.certificate
+            if (
+                ended.certificate and behind and not self.part.left
+            ):  # it takes no model that it left for
+                self.end.pending = ended, at
+                yield from parts.rounds.rest()
+                return
+        yield StopMaking()
+        if self.states.current is not None:
+            yield WriteState(self.states.current)  # synced: nothing rewrites this file later
+        yield PutValues({"ended": encode(ended), "ended_at": str(int(at)).encode()})
+        self.end = JobEnd(ended, at)
+        yield Finish()
+        yield Report("idle")
+        yield Info(f"job {self.id}: {ended.outcome} {ended.text}")
+        yield from self.erase_keys(at)
+
+    def erase_keys(self, at: float) -> Iterator[SiteEffect]:
+        """Erase the secrets of the key epochs of a job that ended for longer than the site's grace.
+
+        at: seconds since 1970. For good: no file has them afterwards (PROTOCOL V). Before that nothing.
+        """
+        over = self.ended is not None and at >= self.end.at + self.me.keep_keys
+        if over and self.parts is not None:
+            yield from self.parts.epochs.erase()

@@ -1,0 +1,319 @@
+"""What a site's job is told, and what it asks its runner to do, in the order in which it must be done.
+
+The machine of a round says what it needs in `fedcore/secagg/protocol/effects.py`; `MakeVector`, `Upload`, `OpenSum`,
+`Erase`, `Send` and `Warn` pass through unchanged. What both roles of a job ask for is in `job_effects.py`.
+
+Invariant (PROTOCOL D): an `AppendEntries`, `PutValues` or `CloseRound` stands before every `Send` or `Upload`
+that relies on it, and the runner does not go on to the next effect before it is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedcore.errors import GuardTripped
+from fedcore.secagg.crypto.sumtag import GroupSecret
+from fedcore.secagg.plan import ModelShape, RoundHeader
+from fedcore.secagg.protocol import effects, epoch, job_messages, messages
+from fedcore.secagg.protocol.job import effects as job_effects
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.types import FloatVector, Json, SiteId
+
+
+class State(Protocol):
+    """The state of a job, as far as the machine looks into it."""
+
+    @property
+    def done(self) -> PlannedRound | None:
+        """The last released step."""
+        ...
+
+    def canonical(self) -> bytes:
+        """The bytes that state tag and certificate cover."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """Its file."""
+        ...
+
+
+class Secrets(Protocol):
+    """What a site holds of one key epoch."""
+
+    @property
+    def group(self) -> GroupSecret:
+        """G."""
+        ...
+
+
+class Surveyed(Protocol):
+    """What loading a job's task and rows found. columns: (name, low, high) of each standardised column;
+    initial: (d,) float32, the model that the job begins with; rows: SHA-256 of the rows, hex."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def columns(self) -> tuple[tuple[str, float, float], ...]: ...
+    @property
+    def initial(self) -> FloatVector: ...
+    @property
+    def rows(self) -> str: ...
+
+
+# ------------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True)
+class Started:
+    """The process is new, or everything was read from disk again."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    """There is a new session."""
+
+
+@dataclass(frozen=True)
+class MessageReceived:
+    """A record of the coordinator. at: seconds since 1970."""
+
+    message: job_messages.ToSite
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class VectorReady:
+    """A vector is made. small: its container, where it travels in the journal; else it is in the spool,
+    synced. marks: what it has in this site's own places. guard: the guard's memory, as JSON."""
+
+    header: bytes
+    made: site.VectorMade
+    small: bytes
+    marks: Mapping[str, int]
+    guard: bytes
+
+
+@dataclass(frozen=True)
+class SumReady:
+    """A sum is opened and checked. certificate: hash of the one certificate that can release it. data: the
+    bytes of the state it leads to, where they travel in the journal; else they are in a file, synced."""
+
+    header: bytes
+    opened: site.SumOpened
+    certificate: str
+    state: State
+    data: bytes
+    wides: Mapping[str, Sequence[int]]
+    sites: int
+
+
+@dataclass(frozen=True)
+class SumGone:
+    """A sum can not be downloaded any more: the other sites have certified it meanwhile."""
+
+    header: bytes
+
+
+@dataclass(frozen=True)
+class WorkFailed:
+    """Background work for a round failed, so this site leaves the round. told: what the other sites read of
+    it, sealed; None: nothing. word: of REASONS, where this site cannot take part any more: it is sent after
+    the notice, which would come too late otherwise."""
+
+    header: bytes
+    error: Exception
+    told: str | None = None
+    word: str = ""
+
+
+@dataclass(frozen=True)
+class GuardLeft:
+    """The guard tripped: no further round of this job, also after a restart (PROTOCOL G)."""
+
+    tripped: GuardTripped
+
+
+@dataclass(frozen=True)
+class CheckpointReady:
+    """The state of a missed release is here and has the certified HMAC under its own G."""
+
+    certificate: messages.Certificate
+    group: GroupSecret
+    mac: bytes
+    state: State
+    data: bytes
+
+
+@dataclass(frozen=True)
+class CheckpointLost:
+    """A checkpoint could not be had, or proved nothing: it is offered again."""
+
+    certificate: messages.Certificate
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The row of what a release is worth is written. certificate: of the release."""
+
+    certificate: messages.Certificate
+    row: Json
+
+
+RoundWork = VectorReady | SumReady | SumGone | WorkFailed
+
+SiteEvent = (
+    Started
+    | Connected
+    | MessageReceived
+    | site.Tick
+    | epoch.SecretsMade
+    | RoundWork
+    | GuardLeft
+    | CheckpointReady
+    | CheckpointLost
+    | Tracked
+)
+
+# ----------------------------------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True)
+class AppendEntries:
+    """Append records of the round to the journal, and in the same commit write the values they rely on."""
+
+    records: tuple[site.SiteEntry, ...]
+    values: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Expose:
+    """Enter into the ledger that a sum of these sites may be opened from now on; durable when done."""
+
+    header: RoundHeader
+    survivors: tuple[SiteId, ...]
+
+
+@dataclass(frozen=True)
+class EnterRelease:
+    """Enter into the ledger under which certificate a sum was released."""
+
+    certificate: messages.Certificate
+
+
+@dataclass(frozen=True)
+class AdoptState:
+    """Make a candidate the current state's file. data: its bytes, which the journal has; b"": it is in a
+    file of its own under the certificate's name. The other candidates' files go."""
+
+    certificate: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class WriteState:
+    """Write the current state's file and sync it."""
+
+    state: State
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tell people who wait what this site is doing."""
+
+    doing: str
+
+
+@dataclass(frozen=True)
+class LoadRows:
+    """Load the task and the rows, unless they are loaded; ask the operator first where that is the rule."""
+
+
+@dataclass(frozen=True)
+class TidySpool:
+    """Remove the spooled files of all rounds but this one, by its header's digest."""
+
+    keep: bytes
+
+
+@dataclass(frozen=True)
+class StopMaking:
+    """Cancel the vector in the making: training for a round that is over would keep the next one waiting."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """Evaluate a release here, and write the row; then `Tracked`. No round waits for it."""
+
+    step: PlannedRound
+    wides: Mapping[str, Sequence[int]]
+    sites: int
+    state: State
+    certificate: messages.Certificate
+
+
+@dataclass(frozen=True)
+class SealCheckpoint:
+    """Seal the state for sites that missed its release, upload it, and say so. group: G of its key epoch."""
+
+    certificate: messages.Certificate
+    group: GroupSecret
+    state: State
+
+
+@dataclass(frozen=True)
+class TakeCheckpoint:
+    """Download and open the state of a missed release; then `CheckpointReady` or `CheckpointLost`."""
+
+    certificate: messages.Certificate
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class GiveModel:
+    """Make the file of the model of this release. digest: b"" to name its digest, else to upload it."""
+
+    certificate: str
+    state: State
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job is over: wait for evaluations that still run, free the spool and the training process."""
+
+
+@dataclass(frozen=True)
+class EraseKeys:
+    """Remove the secrets of the job's key epochs from the journal for good."""
+
+
+SiteEffect = (
+    AppendEntries
+    | job_effects.CloseRound
+    | Expose
+    | EnterRelease
+    | AdoptState
+    | WriteState
+    | job_effects.Info
+    | job_effects.PutValues
+    | Report
+    | LoadRows
+    | TidySpool
+    | StopMaking
+    | Track
+    | SealCheckpoint
+    | TakeCheckpoint
+    | GiveModel
+    | Finish
+    | EraseKeys
+    | epoch.MakeSecrets
+    | effects.Send[job_messages.ToCoordinator]
+    | effects.Warn
+    | effects.MakeVector
+    | effects.Upload
+    | effects.OpenSum
+    | effects.Erase
+)

@@ -1,0 +1,82 @@
+"""The key epochs of a job at a site: which secrets it holds, and since when (PROTOCOL E).
+
+Invariant: the payload of a key epoch is in the journal before its first round; a round of the epoch before is
+left first. Erased keys are in no file afterwards (PROTOCOL V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedcore.secagg.protocol import epoch
+from fedcore.secagg.protocol.effects import Persist, Send
+from fedcore.secagg.protocol.job.effects import Info, PutValues
+from fedcore.secagg.protocol.job.site_effects import EraseKeys, SiteEffect
+from fedcore.secagg.protocol.job.site_part import HeldKeys
+from fedcore.secagg.protocol.job.site_rounds import RoundDriver
+from fedcore.secagg.protocol.job.site_states import StateKeeper
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import encode
+
+
+class EpochDriver:
+    """One job's key epochs at one site."""
+
+    def __init__(self, name: str, rounds: RoundDriver, keys: HeldKeys, states: StateKeeper) -> None:
+        self._job, self._rounds, self._keys, self._states = name, rounds, keys, states
+        self.stage: epoch.SiteEpochStage = epoch.NoKey()
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether this site can still pass the key epoch's secret on."""
+        return isinstance(self.stage, epoch.Holding)
+
+    def step(self, event: epoch.SiteEpochEvent, now: float) -> Iterator[SiteEffect]:
+        """Step the machine of key epochs, and do what it asks for: records first."""
+        after, found = epoch.step_site(self._rounds.member, self.stage, event)
+        for effect in found:
+            if isinstance(effect, Persist):
+                yield PutValues({"epoch": encode(effect.record)})
+        self.stage = after
+        for effect in found:
+            match effect:
+                case Send() | epoch.MakeSecrets():
+                    yield effect
+                case epoch.Install():
+                    yield from self._installed(effect, now)
+
+    def restored(self, stage: epoch.SiteEpochStage) -> None:
+        """The stage that the journal has."""
+        self.stage = stage
+        if isinstance(stage, epoch.Holding):
+            self._keys.use(stage.payload, stage.header.maker)
+
+    def install_held(self, now: float) -> Iterator[SiteEffect]:
+        """A process that ended between taking a key epoch and starting it begins it now."""
+        held = self.stage
+        if isinstance(held, epoch.Holding) and held.epoch > self._rounds.standing.epoch:
+            install = epoch.Install(held.epoch, held.held.key_id, held.payload)
+            yield from self._installed(install, now)
+
+    def _installed(self, install: epoch.Install, now: float) -> Iterator[SiteEffect]:
+        """Begin a key epoch; a round of the one before is over."""
+        rounds = self._rounds
+        newer = install.epoch > rounds.standing.epoch
+        if newer and rounds.in_round:
+            yield from rounds.step(site.Superseded(), now)
+        assert isinstance(self.stage, epoch.Holding)
+        secrets = self._keys.use(install.payload, self.stage.header.maker)
+        if newer:
+            yield from self._states.learn_group(install.epoch, secrets.group, installed=True)
+            yield from rounds.step(site.NewEpoch(install.epoch, install.key_id), now)
+            yield from rounds.keep_stage(rounds.stage)
+        yield from rounds.rest()
+
+    def erase(self) -> Iterator[SiteEffect]:
+        """Erase the secrets of all key epochs here, if there are any."""
+        if isinstance(self.stage, epoch.NoKey) and not self._states.groups:
+            return
+        yield EraseKeys()
+        self.stage = epoch.NoKey(self.stage.epoch)
+        self._keys.secrets, self._states.groups = None, {}
+        yield Info(f"job {self._job}: its keys are erased here")

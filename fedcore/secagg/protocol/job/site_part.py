@@ -1,0 +1,170 @@
+"""Whether a site takes part in a job: what its operator's policy says, what it told the coordinator, and why it
+left."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fedcore.errors import OtherSites, PolicyRefused
+from fedcore.secagg.crypto.entropy import Entropy
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.effects import Send, Warn
+from fedcore.secagg.protocol.job.site_effects import Report, Secrets, SiteEffect, State, Surveyed
+from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.types import SiteId
+
+
+class Policy(Protocol):
+    """Who says no at a site. Each method returns the refusal, or None where nothing speaks against it."""
+
+    def on_plan(self, plan: RoundPlan) -> PolicyRefused | None: ...
+    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None: ...
+    def on_release(self, what: Literal["model", "metrics"]) -> PolicyRefused | None: ...
+
+
+class Exposures(Protocol):
+    """What the ledger knows of sums over this site's rows."""
+
+    def has(self, header: str) -> bool: ...
+    def rows_key(self, digest: str) -> str: ...
+    def jobs_over(self, rows: str) -> Collection[str]: ...
+    def statistics_only_with(
+        self, rows: str, columns: Collection[str], besides: str = ""
+    ) -> tuple[SiteId, ...] | None: ...
+
+
+class Scheme(Protocol):
+    """What a plan's protection puts behind a key epoch."""
+
+    def make_payload(self) -> bytes: ...
+    def open_payload(self, payload: bytes, maker: SiteId) -> Secrets: ...
+
+
+class Planner(Protocol):
+    """How this site makes a plan and a first state of an offer, from what it surveyed."""
+
+    def plan(self, offer: job.JobOffer, survey: Surveyed) -> RoundPlan: ...
+    def first_state(self, plan: RoundPlan, survey: Surveyed) -> State: ...
+    def scheme(self, plan: RoundPlan) -> Scheme: ...
+
+
+@dataclass(frozen=True)
+class JobParams:
+    """Who this site is and what it insists on, for every job.
+
+    minimum: of a cohort, in sites. patience: seconds it waits at a stage of a round. keep_keys: seconds for
+    which the secrets of a job's key epochs outlive the job.
+    """
+
+    federation: str
+    id: SiteId
+    identity: IdentityKey
+    pins: Mapping[SiteId, bytes]
+    policy: Policy
+    ledger: Exposures
+    planner: Planner
+    entropy: Entropy
+    minimum: int
+    patience: float
+    keep_keys: float
+
+
+def require(refusal: PolicyRefused | None) -> None:
+    """Raise what the policy says, if it says no."""
+    if refusal is not None:
+        raise refusal
+
+
+class Participation:
+    """Whether this site takes part in one job."""
+
+    def __init__(self, me: JobParams, name: str, *, asks: bool) -> None:
+        self._me, self._job = me, name
+        self.approval: Literal["not needed", "waiting", "approved"] = (
+            "waiting" if asks else "not needed"
+        )
+        """Whether its operator must approve the job, and has."""
+        self.refused: PolicyRefused | None = None
+        """Why this site's policy does not allow the job, if it does not."""
+        self.left = ""
+        """Why this site left the job for good, if it did: its guard tripped."""
+        self.survey: Surveyed | None = None
+        self.rows = ""
+        """What the ledger calls this site's rows; empty before they were loaded."""
+        self.last_error = ""
+
+    def note(self, error: Exception) -> Iterator[SiteEffect]:
+        """Keep an error for people; what policy or ledger forbids ends the job here."""
+        if isinstance(error, OtherSites):
+            error = PolicyRefused(str(error), word="policy", remedy=error.remedy)
+        if isinstance(error, PolicyRefused):
+            yield from self.refuse(error)
+        else:
+            yield from self.warn(error)
+
+    def warn(self, error: Exception) -> Iterator[SiteEffect]:
+        """Keep an error for people."""
+        self.last_error = str(error)
+        yield Warn("; ".join([str(error), *getattr(error, "__notes__", ())]))
+
+    def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
+        """One line here, one word to the coordinator, again at every new session."""
+        if self.refused is None or str(self.refused) != str(refused):
+            yield Warn(f"job {self._job}: refused: {refused}; hint: {refused.remedy}")
+        self.refused = refused
+        yield from self.unable(refused.word)
+        self.last_error = str(refused)
+        yield Report("idle")
+
+    def unable(self, reason: str) -> Iterator[SiteEffect]:
+        """Tell the coordinator that this site cannot take part. reason: one of REASONS."""
+        self.last_error = self.left or job.REASONS[reason]
+        yield Send(COORDINATOR, job.SiteUnavailable(self._job, self._me.id, reason))
+
+    def take_rows(self, found: Surveyed) -> None:
+        """The rows are here; nothing of them has left. Raises PolicyRefused where they are in enough jobs."""
+        self.rows = self._me.ledger.rows_key(found.rows)
+        self.check_rows()
+        self.survey = found
+
+    def check_rows(self) -> None:
+        """Raise PolicyRefused where this site's rows are in enough jobs already."""
+        before = self._me.ledger.jobs_over(self.rows)
+        require(self._me.policy.on_rows(self._job, before))
+
+    def say_survey(self) -> Iterator[SiteEffect]:
+        """Tell the coordinator the model's shape."""
+        assert self.survey is not None
+        yield Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
+
+
+@dataclass
+class HeldKeys:
+    """The secrets of the key epoch installed here. payload: what they are made of."""
+
+    scheme: Scheme
+    secrets: Secrets | None = None
+
+    def use(self, payload: SecretBytes, maker: SiteId) -> Secrets:
+        """Open a payload and hold its secrets. Raises EnvelopeRefused, the maker's fault."""
+        self.secrets = self.scheme.open_payload(payload.reveal(), maker)
+        return self.secrets
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The plan that this site made of the offer, with the names of the columns it standardises."""
+
+    plan: RoundPlan
+    features: int
+    columns: tuple[tuple[str, float, float], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
+        return [name for name, _, _ in self.columns]

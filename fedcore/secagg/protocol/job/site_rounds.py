@@ -1,0 +1,413 @@
+"""The rounds of a job at a site: what its round machine is told, and what of its effects this site does.
+
+Invariant (PROTOCOL D): what a step exposes is in the ledger, and what it records in the journal, before
+anything else of that step is done. Records that only work here relies on wait for the next commit: a process
+that ends meanwhile has not heard what they say, and the coordinator says it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
+from fedcore.secagg.crypto.sealed import open_notice, seal_notice
+from fedcore.secagg.crypto.sumtag import state_tag
+from fedcore.secagg.plan import MASKS, RoundHeader, canonical
+from fedcore.secagg.protocol import effects, messages, schedule
+from fedcore.secagg.protocol.job import site_states
+from fedcore.secagg.protocol.job.effects import CloseRound
+from fedcore.secagg.protocol.job.site_effects import (
+    AppendEntries,
+    EnterRelease,
+    Expose,
+    Report,
+    RoundWork,
+    SiteEffect,
+    StopMaking,
+    SumGone,
+    SumReady,
+    TidySpool,
+    Track,
+    VectorReady,
+    WorkFailed,
+)
+from fedcore.secagg.protocol.job.site_part import Agreed, HeldKeys, JobParams, Participation
+from fedcore.secagg.protocol.job.site_states import StateKeeper, led_to
+from fedcore.secagg.protocol.job_messages import SiteStatus
+from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.shared import THIS_SITE, SiteProgress, survivors_of
+from fedcore.secagg.protocol.wire_form import encode
+from fedcore.types import SiteId
+
+NOWHERE = site.Idle(SiteProgress(0, b""))
+"""The stage before the first round."""
+
+
+def gives_way(stage: site.SiteStage) -> bool:
+    """Whether a later announcement ends the round at this stage: not once its sum may be known."""
+    return site.waits(stage)
+
+
+def header_of(stage: site.SiteStage) -> RoundHeader | None:
+    """The round that a stage is in."""
+    return None if isinstance(stage, site.Idle | site.Halted) else stage.header
+
+
+class RoundDriver:
+    """One job's rounds at one site, and its stage in them."""
+
+    def __init__(
+        self,
+        me: JobParams,
+        name: str,
+        agreed: Agreed,
+        part: Participation,
+        keys: HeldKeys,
+        states: StateKeeper,
+    ) -> None:
+        self._me, self._job, self._agreed = me, name, agreed
+        self._part, self._keys, self._states = part, keys, states
+        self.base_member = site.SiteParams(
+            me.id, me.identity, {each: me.pins[each] for each in agreed.plan.sites}, agreed.plan,
+            me.federation, name, me.entropy, me.minimum, me.patience,
+        )  # fmt: skip
+        self.stage: site.SiteStage = NOWHERE
+        self.announced = 0.0
+        """When the round under way was announced, by the clock of `now`."""
+        self.marks: tuple[bytes, Mapping[str, int]] = b"", {}
+        """What the last vector made here has in this site's own places, by the header it is for."""
+        self.early: messages.Certificate | None = None
+        """The certificate of this round, where it came while the sum is still being opened."""
+        self.ended = False
+        """Whether a round ended since this was set to False."""
+        self._unwritten: list[site.SiteEntry] = []
+        """Records of the round that nothing sent relies on yet."""
+        self._vector: VectorReady | None = None
+        self._sum: SumReady | None = None
+
+    # ------------------------------------------------------------------------------- questions
+
+    @property
+    def member(self) -> site.SiteParams:
+        """What the round machine insists on, with what the ledger says now: another job may have had a sum
+        of the same rows meanwhile."""
+        names = self._agreed.names
+        if not names:
+            return self.base_member
+        header = header_of(self.stage)
+        sites = self._me.ledger.statistics_only_with(
+            self._part.rows, names, "" if header is None else header.digest.hex()
+        )
+        return (
+            self.base_member
+            if sites is None
+            else replace(self.base_member, only_with={"statistics": sites})
+        )
+
+    @property
+    def standing(self) -> SiteProgress:
+        """Where this site stands between rounds."""
+        return self.stage.standing
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is under way here."""
+        return isinstance(self.stage, site.IN_ROUND)
+
+    def is_round(self, header: bytes) -> bool:
+        """Whether this round is under way here."""
+        found = header_of(self.stage)
+        return found is not None and found.digest == header
+
+    def missed(self, certificate: messages.Certificate) -> bool:
+        """Whether a certificate is of a release that this site has not applied, and may catch up with now."""
+        number = certificate.header.round
+        return isinstance(self.stage, site.Idle) and number > self.standing.released
+
+    def awaits_sum(self, header: bytes) -> bool:
+        """Whether the sum of this round is still to be opened."""
+        return isinstance(self.stage, site.Opening) and self.is_round(header) and self.early is None
+
+    def awaits_upload(self, header: bytes) -> bool:
+        """Whether the vector of this round is still to be uploaded."""
+        return isinstance(self.stage, site.Submitted) and self.is_round(header)
+
+    def own_marks(self, header: RoundHeader) -> Mapping[str, int]:
+        """What this site's vector of the round has in its own places, also after a restart."""
+        of, marks = self.marks
+        if of != header.digest:
+            raise ReleaseRefused(
+                "sum", found="no record of this site's own marks", expected="those it was sent with",
+                fault=THIS_SITE,
+            )  # fmt: skip
+        return marks
+
+    # ----------------------------------------------------------------------- what is announced
+
+    def invited(self, announce: messages.Announce, now: float) -> Iterator[SiteEffect]:
+        """A round begins; whatever this site still does of an earlier one is over, unless that one's sum
+        may be known: then no other one follows it here before its release (PROTOCOL H)."""
+        header, stage = announce.header, self.stage
+        under_way = header_of(stage)
+        if gives_way(stage) and under_way is not None and header.round > under_way.round:
+            yield from self.step(site.Superseded(), now)
+        try:
+            if isinstance(self.stage, site.Idle):
+                assert self._states.current is not None
+                plan, features = self._agreed.plan, self._agreed.features
+                schedule.check_step(plan, features, self._states.current.done, header)
+                self.announced = now
+            yield from self.step(site.Invited(announce, self._tag(header)), now, refusing=False)
+            yield self.tidy()
+        except PeerRefused as error:
+            yield from self._part.note(error)
+            if isinstance(self.stage, site.EXPOSED):
+                left = messages.Leave(header.digest, self._me.id, messages.LEFT)
+                yield effects.Send(COORDINATOR, left)
+            elif not self.in_round:
+                yield from self.step(site.Declined(header), now)
+                yield from self.rest()
+
+    def _tag(self, header: RoundHeader) -> bytes:
+        if self._keys.secrets is None:
+            return b""
+        assert self._states.current is not None
+        state = self._states.current.canonical()
+        return state_tag(self._keys.secrets.group, header.job, header.round, state)
+
+    def certified(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
+        """Apply a release; where this site is not that far, it leaves the round and catches up.
+
+        A sum that is being opened is opened to its end first: its checks may still refuse the release.
+        """
+        same = self.is_round(certificate.header.digest)
+        if same and isinstance(self.stage, site.Opening):
+            self.early = certificate
+        elif same and not isinstance(self.stage, site.Stated):
+            yield from self.step(site.Superseded(), now)
+        else:
+            yield from self.step(site.MessageFromCoordinator(certificate), now)
+
+    def look_for_own(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
+        """A signature of this site under a round that its folder does not know: the folder is an old one."""
+        if self.in_round:
+            return
+        for name, signature in certificate.signatures:
+            if name == self._me.id:
+                said = certificate.statement(name, signature)
+                yield from self.step(site.OwnSignature(said, certificate.header), now)
+
+    def _look_for_other_keys(
+        self, before: site.SiteStage, event: site.SiteEvent, now: float
+    ) -> Iterator[SiteEffect]:
+        """Keys of this site in a bundle that it did not send: another life of it was in this round."""
+        bundle = event.message if isinstance(event, site.MessageFromCoordinator) else None
+        if not isinstance(before, site.Advertised) or not isinstance(bundle, messages.KeyBundle):
+            return
+        for keys in bundle.keys:
+            if keys.site == self._me.id and keys != before.keys:
+                yield from self.step(site.OwnSignature(keys, before.header, other=True), now)
+
+    # ------------------------------------------------------------------- what background work did
+
+    def work_done(self, done: RoundWork, now: float) -> Iterator[SiteEffect]:
+        """The result of work for the round at hand."""
+        match done:
+            case VectorReady(header, made, marks=marks):
+                self.marks, self._vector = (header, marks), done
+                yield from self.step(made, now)
+                self._vector = None
+            case SumReady(_, opened, certificate, state, data):
+                self._states.hold(certificate, state, data)
+                self._sum = done
+                yield from self.step(opened, now)
+            case SumGone():
+                if self.early is not None:
+                    self.early = None
+                    yield from self.step(site.Superseded(), now)
+            case WorkFailed(_, error, told):
+                sealed = b"" if told is None else self.sealed(told)
+                yield from self.step(site.CheckFailed(error, sealed), now)
+
+    def sealed(self, cause: str) -> bytes:
+        """A notice to the other sites, of one length whatever it says, so that the coordinator cannot tell
+        one cause from another. b"": there is no key epoch."""
+        header = header_of(self.stage)
+        if self._keys.secrets is None or header is None:
+            return b""
+        return seal_notice(
+            self._keys.secrets.group, cause, header=header.digest, site=self._me.id,
+            entropy=self._me.entropy,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------- a step
+
+    def step(
+        self, event: site.SiteEvent, now: float, *, refusing: bool = True
+    ) -> Iterator[SiteEffect]:
+        """Step the round machine, and do what it asks for, in order. What it refuses makes the site leave."""
+        before = self.stage
+        try:
+            after, found = site.step(self.member, before, event, now)
+            for effect in found:
+                if isinstance(effect, effects.Apply):
+                    self._states.check(effect.certificate)
+            entries = list(self._entries(found))
+        except (PeerRefused, PolicyRefused) as error:
+            if not refusing or not self.in_round:
+                raise
+            yield from self._part.note(error)
+            yield from self.step(site.CheckFailed(error, self.sealed(str(error))), now)
+            yield from self._look_for_other_keys(before, event, now)
+            return
+        left = self.in_round and not isinstance(after, site.IN_ROUND)
+        ended = left or (isinstance(event, site.CaughtUp | site.OwnSignature) and bool(found))
+        yield from entries
+        yield from self._committed(found, after if ended else None)
+        self.stage = after
+        for effect in found:
+            yield from self._obeyed(effect)
+        if ended:
+            self.early = None  # of this round: it would end the next one
+            self.ended = True
+            yield StopMaking()
+            yield from self.rest()
+        elif isinstance(after, site.Stated) and self.early is not None:
+            certificate, self.early = self.early, None
+            if self.is_round(certificate.header.digest):
+                yield from self.step(site.MessageFromCoordinator(certificate), now)
+
+    def _entries(self, found: Sequence[site.SiteEffect]) -> Iterator[SiteEffect]:
+        """What the ledger gets of a step, before it is in the journal and before anything leaves.
+
+        Raises PolicyRefused where these rows are in enough jobs already.
+        """
+        header = header_of(self.stage)
+        for effect in found:
+            match effect:
+                case effects.Persist(record=site.UnmaskAnswered()):
+                    assert isinstance(self.stage, site.Confirmed)
+                    yield self.exposed(self.stage.header, survivors_of(self.stage.submissions))
+                case effects.Persist(record=site.SumAnnounced(aggregate=aggregate)):
+                    assert header is not None
+                    yield self.exposed(header, survivors_of(aggregate.submissions))
+                case effects.Persist(record=site.VectorSpooled()):
+                    assert header is not None
+                    if header.protection not in MASKS:  # whoever has the key can open it now
+                        yield self.exposed(header, ())
+                case effects.Apply(certificate=certificate):
+                    if self._me.id in certificate.survivors:
+                        yield self.exposed(certificate.header, certificate.survivors)
+                    yield EnterRelease(certificate)
+
+    def exposed(self, header: RoundHeader, survivors: tuple[SiteId, ...]) -> Expose:
+        """A sum with this site's vector may be opened from now on. Raises PolicyRefused."""
+        if not self._me.ledger.has(header.digest.hex()):
+            self._part.check_rows()
+        return Expose(header, survivors)
+
+    def _committed(
+        self, found: Sequence[site.SiteEffect], ended: site.SiteStage | None
+    ) -> Iterator[SiteEffect]:
+        """What the journal gets of a step. ended: the stage between rounds that it led to, if it did."""
+        put: dict[str, bytes] = {}
+        for effect in found:
+            match effect:
+                case effects.Persist(record=record):
+                    self._unwritten.append(record)
+                    put |= self._beside(record)
+                case effects.Apply(certificate=certificate):
+                    put |= self._states.beside_release(certificate)
+        if ended is not None:
+            yield from self.keep_stage(ended, put)
+        elif put or (self._unwritten and any(isinstance(e, effects.Send) for e in found)):
+            records, self._unwritten = tuple(self._unwritten), []
+            yield AppendEntries(records, put)
+
+    def _beside(self, record: site.SiteEntry) -> dict[str, bytes]:
+        """The vector or the state that a record relies on, where it is small; with the vector its marks,
+        and what the guard remembers of the state it was made from."""
+        made = self._vector
+        if isinstance(record, site.VectorSpooled) and made is not None:
+            own = {"header": made.header.hex(), "marks": dict(made.marks)}
+            return {"vector": made.small, "marks": canonical(own), "guard": made.guard}
+        if isinstance(record, site.SumStated):
+            assert isinstance(self.stage, site.Opening)
+            said, survivors = record.statement, survivors_of(self.stage.submissions)
+            name = led_to(self.stage.header, survivors, said.sum_mac, said.state_mac)
+            return self._states.beside_statement(name)
+        return {}
+
+    def keep_stage(
+        self, stage: site.SiteStage, put: Mapping[str, bytes] | None = None
+    ) -> Iterator[SiteEffect]:
+        """Between rounds one record says all; those of the round, and its secrets, go for good."""
+        self._unwritten.clear()
+        yield CloseRound({**(put or {}), "stage": encode(stage)})
+
+    def _obeyed(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
+        match effect:
+            case effects.ShowNotice(notice=notice):
+                yield from self._shown(notice)
+            case effects.Apply(certificate=certificate):
+                yield from self._states.adopt(certificate)
+                yield from self._tracking(certificate)
+            case (
+                effects.Send()
+                | effects.Warn()
+                | effects.MakeVector()
+                | effects.Upload()
+                | effects.OpenSum()
+                | effects.Erase()
+            ):
+                yield effect
+
+    def _shown(self, notice: messages.Notice) -> Iterator[SiteEffect]:
+        if self._keys.secrets is None:
+            return
+        cause = open_notice(
+            self._keys.secrets.group, notice.sealed, header=notice.header, site=notice.site
+        )
+        who = notice.site if notice.site in self._me.pins else "not in the roster"
+        yield effects.Warn(f"site {who} refused: {cause}")
+
+    def _tracking(self, certificate: messages.Certificate) -> Iterator[SiteEffect]:
+        """Evaluate a release whose sum this site opened itself."""
+        found, self._sum = self._sum, None
+        if found is None or found.certificate != site_states.name_of(certificate):
+            return
+        header = certificate.header
+        if header.purpose in {"update", "metrics"}:
+            step = schedule.PlannedRound(header.purpose, header.training_round)
+            yield Track(step, found.wides, found.sites, found.state, certificate)
+
+    # ---------------------------------------------------------------------------- between rounds
+
+    def tidy(self) -> TidySpool:
+        """Remove the spooled rounds that a crash kept from being removed."""
+        header = header_of(self.stage)
+        return TidySpool(b"" if header is None else header.digest)
+
+    def rest(self) -> Iterator[SiteEffect]:
+        """Say where this site stands between rounds."""
+        if self._part.left:
+            yield Report("idle")
+            return
+        if isinstance(self.stage, site.Idle) and self._keys.secrets is not None:
+            at = self.standing
+            where = SiteStatus(self._job, self._me.id, at.epoch, at.certificate, at.round)
+            yield effects.Send(COORDINATOR, where)
+        yield Report("waiting")
+
+    def say_where(self) -> Iterator[SiteEffect]:
+        """Between rounds, say where this site stands, or that it refused a release.
+
+        The word of a refusal may have been lost: without it no new key epoch would come.
+        """
+        if isinstance(self.stage, site.Halted):
+            refusal = messages.Leave(bytes(32), self._me.id, messages.RELEASE_REFUSED)
+            yield effects.Send(COORDINATOR, refusal)
+        else:
+            yield from self.rest()
