@@ -1,6 +1,6 @@
-"""The calls there are: where each is, what it takes and gives, and whose certificate may make it.
+"""The gRPC calls: path, request and reply frames, and the certificate roles that may make them.
 
-`grpc` needs no stubs for them: a server registers a handler per call and a client asks for
+There are no generated stubs: a server registers a handler per call and a client uses
 `channel.stream_stream(call.path)`, both with bytes, which `call.takes` and `call.gives` pack and
 unpack. Invariant: the list is that of `federation.proto` (a test compares them).
 """
@@ -26,9 +26,9 @@ _READERS = frozenset({OPERATOR, OBSERVER})
 
 @dataclass(frozen=True)
 class Call(Generic[Q, A]):
-    """One call. takes, gives: its frames; takes_stream, gives_stream: one of them or many.
+    """One call. takes, gives: codecs of request and reply; takes_stream, gives_stream: whether they are streams.
 
-    roles: of the certificates that may make it; the shell asks before it reads a frame.
+    roles: of the certificates that may make it; the server checks them before it reads a frame.
     """
 
     service: str
@@ -41,7 +41,7 @@ class Call(Generic[Q, A]):
 
     @property
     def path(self) -> str:
-        """What HTTP/2 calls it."""
+        """The path of the call in HTTP/2."""
         return f"/{self.service}/{self.name}"
 
 
@@ -99,10 +99,10 @@ _ALL: tuple[Call[Any, Any], ...] = (
     SUBMIT, JOBS, WATCH, STOP, EVICT, RESULT,
 )  # fmt: skip
 CALLS: Mapping[str, Call[Any, Any]] = MappingProxyType({call.path: call for call in _ALL})
-"""By path, as an interceptor meets them."""
+"""{path: call}, as an interceptor looks them up."""
 
 LENGTHS = (
     ("grpc.max_receive_message_length", frames.MAX_FRAME),
     ("grpc.max_send_message_length", frames.MAX_FRAME),
 )
-"""Options for servers and channels: grpc drops anything longer before it is in memory."""
+"""Options for servers and channels: grpc refuses longer messages before they are in memory."""

@@ -1,12 +1,11 @@
-"""A long run of bytes as parts, from any offset, and checked as it comes in.
+"""A long byte string as parts, resumable from any offset and checked on arrival.
 
-What travels is a vector's file as the spool keeps it (the chunk container) or a file of a result; here
-it is bytes, so that a file is sent from disk and received to disk without being held or understood.
-Parts are PART bytes, the last may be shorter.
-After a break a site asks `UploadOffset` and begins a new call there; a coordinator that finds a start
-at another offset than its spool's ends the call at once, with a receipt that names its own.
+It is a vector's file as the spool has it (the chunk container) or a file of a result; here it is opaque
+bytes, sent from disk and received to disk one part at a time. Parts are PART bytes, the last may be shorter.
+After a lost connection a site asks `UploadOffset` and begins a new call there. A coordinator that gets a
+start at another offset than its spool's ends the call at once, with a receipt that has its own offset.
 
-Invariant: memory is one part, however long the vector.
+Invariant: memory use is one part, however long the vector.
 """
 
 from __future__ import annotations
@@ -56,14 +55,13 @@ def _pieces(source: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
 
 
 MAX_FILES = 256
-"""Of one result."""
+"""Files of one result."""
 
 
 class Incoming:
-    """The receiving end of one upload or download: `take` gives each frame's bytes, in order.
+    """The receiver of one upload or download: `take` returns each frame's bytes, in order.
 
-    size: bytes in all. offset: where the next part belongs; what is written up to there can be kept
-    when the connection breaks, and is where to go on.
+    size: bytes in all. offset: of the next part; after a lost connection the transfer resumes there.
     """
 
     def __init__(self, start: UploadStart | DownloadHead, *, sender: str) -> None:
@@ -80,19 +78,19 @@ class Incoming:
             raise VectorRefused(
                 "vector", found=f"{end} bytes or more", expected=f"{self.size}", fault=self.sender
             )
-        if end < self.size and len(frame.data) != PART:  # or a trickle of bytes could keep us busy
+        if end < self.size and len(frame.data) != PART:  # else tiny parts could keep a thread busy
             raise _malformed("part", f"{len(frame.data)} bytes", f"{PART}", self.sender)
         self.offset = end
         return frame.data
 
     @property
     def complete(self) -> bool:
-        """Whether all bytes came; whether they are the right ones is for whoever keeps them."""
+        """Whether all bytes arrived; the caller checks their digest."""
         return self.offset == self.size
 
 
 def file_parts(name: str, source: BinaryIO) -> Iterator[FilePart]:
-    """A file of a result, whole."""
+    """All parts of one file of a result; an empty file is one empty part."""
     offset, data = 0, source.read(PART)
     while True:
         following = source.read(PART)
@@ -103,7 +101,7 @@ def file_parts(name: str, source: BinaryIO) -> Iterator[FilePart]:
 
 
 class Files:
-    """The receiving end of a result: files one after the other, each whole and none twice."""
+    """The receiver of a result: files one after the other, each complete and none twice."""
 
     def __init__(self, *, sender: str) -> None:
         self.sender = sender
@@ -112,7 +110,7 @@ class Files:
         self._offset = 0
 
     def take(self, part: FilePart) -> FilePart:
-        """The next part, if it continues its file. Raises MalformedMessage."""
+        """Check that the part continues its file and return it. Raises MalformedMessage."""
         if self._open is None and part.name not in self.done:
             self._open, self._offset = part.name, 0
             if len(self.done) == MAX_FILES:
@@ -126,7 +124,7 @@ class Files:
         return part
 
     def finish(self) -> None:
-        """The stream ended. Raises MalformedMessage if it did so inside a file."""
+        """Call at the end of the stream. Raises MalformedMessage if it ended inside a file."""
         if self._open is not None:
             raise _malformed("file", "a part of it", "all of it", self.sender)
 

@@ -1,11 +1,11 @@
 """Frames to bytes and back: protobuf, read strictly.
 
-A call carries either one type of frame or, where the .proto says `oneof`, one of several: then the
-bytes are the frame's field number, its length and its bytes, which are written and read here without
-protobuf, so that a part of 1 MiB is copied once and a frame's size is known before it is parsed.
+A call carries either one type of frame or, for a `oneof` of the .proto, one of several: then the bytes are
+the frame's field number, its length and its bytes. These are written and read here without protobuf, so that
+a part of 1 MiB is copied once and a frame's size is known before it is parsed.
 
-Invariant: one frame has one byte form. What protobuf would let pass (unknown fields, a field twice, a
-long form of a number, other field order) is refused, because the frame's own bytes would differ.
+Invariant: one frame has one byte form. What protobuf would accept otherwise (unknown fields, a field twice,
+a long form of a number, another field order) is refused, because the frame's own bytes would differ.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fedcore.errors import MalformedMessage, VersionRefused
 from fedcore.wire.limits import Limit, found
 
 WIRE_VERSION = 2
-"""Of the frames and calls. It is in field 1 of the first frame of a session and of every operator
-request, in every version, so that both can be named."""
+"""Version of frames and calls. It is in field 1 of the first frame of a session and of every operator
+request, in every version, so that a refusal can name both versions."""
 
 F = TypeVar("F")
 
 
 @dataclass(frozen=True)
 class Form(Generic[F]):
-    """How one type of frame travels. message: its protobuf class, None for bare bytes.
+    """The wire form of one type of frame. message: its protobuf class, None for bare bytes.
 
-    number: its field in the `oneof`, 0 where it travels alone. most: its size in bytes.
+    number: its field in the `oneof`, 0 without one. most: the largest size in bytes.
     """
 
     frame: type[F]
@@ -41,7 +41,7 @@ class Form(Generic[F]):
 
 
 class Codec(Generic[F]):
-    """The frames that one call carries one way. Field numbers of a `oneof` stay below 16."""
+    """The frames that one call carries in one direction. Field numbers of a `oneof` stay below 16."""
 
     def __init__(self, envelope: str, *forms: Form[Any]) -> None:
         self.envelope = envelope
@@ -49,7 +49,7 @@ class Codec(Generic[F]):
         self._of: Mapping[type[Any], Form[Any]] = {form.frame: form for form in forms}
 
     def pack(self, frame: F) -> bytes:
-        """A frame's bytes. Raises MalformedMessage (fault: this site) for one beyond its limits."""
+        """Serialise a frame. Raises MalformedMessage (fault: this site) for one beyond its limits."""
         form = self._of.get(type(frame))
         if form is None:
             raise _refused(self.envelope, type(frame).__name__, _names(self), "this site")
@@ -57,7 +57,7 @@ class Codec(Generic[F]):
         return _head(form.number, len(body)) + body if form.number else body
 
     def unpack(self, data: bytes, *, sender: str) -> F:
-        """The frame in these bytes. Raises MalformedMessage, and VersionRefused among it."""
+        """Parse a frame. Raises MalformedMessage, of which VersionRefused is one. sender: named as the fault."""
         form, body = (self.forms[0], data) if 0 in self.forms else self._open(data, sender)
         if len(body) > form.most:
             most = f"at most {form.most} bytes"
@@ -65,7 +65,7 @@ class Codec(Generic[F]):
         return cast("F", _read(body, form, sender))
 
     def _open(self, data: bytes, sender: str) -> tuple[Form[Any], bytes]:
-        """Field number and length of a `oneof`, written out: the rest must be the frame, all of it."""
+        """Form and body of a `oneof`: field number and length must be followed by exactly that many bytes."""
         form = self.forms.get(data[0] >> 3) if data else None
         if form is None:
             kind = "an unknown frame" if data else "nothing"
@@ -138,7 +138,7 @@ def _read(body: bytes, form: Form[Any], sender: str) -> Any:
 
 
 def _taken(message: Any, cls: type[Any], sender: str) -> Any:
-    """A frame from a protobuf message, each field within its limit; counts before contents."""
+    """A frame from a protobuf message; checks each field's limit, counts before contents."""
     values: dict[str, Any] = {}
     for rule in _rules(cls):
         value = getattr(message, rule.name)
@@ -154,7 +154,7 @@ def _taken(message: Any, cls: type[Any], sender: str) -> Any:
 
 
 def _check_version(message: Any, cls: type[Any], sender: str) -> None:
-    """Before anything else is looked at: another version may have other fields."""
+    """Raise VersionRefused for another version, before other checks: it may have other fields."""
     if all(each.name != "version" for each in fields(cls)) or message.version == WIRE_VERSION:
         return
     software = getattr(message, "software", "")
@@ -171,7 +171,7 @@ def _check_version(message: Any, cls: type[Any], sender: str) -> None:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A field: its type, whether many of a nested frame, and its limit."""
+    """One field of a frame. of: a nested frame's type; many: whether it is a list of them."""
 
     name: str
     kind: type[Any]
@@ -184,7 +184,7 @@ _RULES: dict[type[Any], tuple[_Rule, ...]] = {}
 
 
 def _rules(cls: type[Any]) -> tuple[_Rule, ...]:
-    """Of a frame's fields, in order; read once per type."""
+    """The rules of a frame's fields, in order; cached by type."""
     if cls not in _RULES:
         hints = get_type_hints(cls, include_extras=True)
         _RULES[cls] = tuple(_rule(each.name, hints[each.name]) for each in fields(cls))

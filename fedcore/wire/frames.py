@@ -1,10 +1,10 @@
-"""Every frame of the wire with the limits of its fields; `federation.proto` says what they are for.
+"""Every frame of the wire with the limits of its fields; `federation.proto` documents their use.
 
-`FROM_SITE.pack(Doing("job", "training", 40))` gives bytes, `FROM_SITE.unpack(data, sender="va")` gives
-the frame again. The shells pass bytes to grpc and from it, so that whatever comes in is judged here.
+`FROM_SITE.pack(Doing("job", "training", 40))` gives bytes, `FROM_SITE.unpack(data, sender="va")` the
+frame. The shells exchange bytes with grpc, so that every received frame is checked here.
 
-Invariant: a frame beyond its limits is neither sent nor taken. No field carries free text of a site to
-the coordinator: what a site is doing is a word of `DOING`, and `Goodbye.text` is our own sentence.
+Invariant: a frame beyond its limits is neither sent nor accepted. No field carries free text of a site to
+the coordinator: an activity is one of `DOING`, and `Goodbye.text` is a fixed sentence of this program.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ DOING = (
     "opening",
     "waiting",
 )
-"""What a site may be at."""
+"""The activities that a site reports."""
 
 GOODBYES = {
-    "stopping": True,  # this process ends; it may come back
-    "busy": True,  # too many at once
-    "malformed": True,  # a frame broke a rule of this file
-    "replaced": False,  # a newer session of the same site took its place
-    "version": False,  # the two sides speak different wire versions
+    "stopping": True,  # this process ends; it may be restarted
+    "busy": True,  # too many connections or calls
+    "malformed": True,  # a frame violated a limit of this file
+    "replaced": False,  # a newer session of the same site replaced this one
+    "version": False,  # the two sides have different wire versions
     "roster": False,  # the identity keys pinned on both sides differ, or the site is not among them
-    "revoked": False,  # the certificate was withdrawn
-    "evicted": False,  # an operator sent the site away
+    "revoked": False,  # the certificate was revoked
+    "evicted": False,  # an operator evicted the site
 }
-"""Why a session ends: code -> whether connecting again, after a while, can help."""
+"""{why a session ends: whether a later reconnect can succeed}."""
 
 WHAT = ("sum", "checkpoint")
 """What a site may download."""
@@ -88,7 +88,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Held:
-    """Where a site stands in one job: hash of its last release certificate, key epoch, last round."""
+    """A site's position in one job: hash of its last release certificate, key epoch, last round."""
 
     job: Id
     certificate: HexOrNone
@@ -127,7 +127,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Doing:
-    """What the site is at. percent: of this one piece of work, 0 where unknown; never a count of rows."""
+    """The site's activity. percent: of this piece of work, 0 where unknown; never a count of rows."""
 
     job: Id
     what: Annotated[str, one_of(DOING)]
@@ -136,7 +136,7 @@ class Doing:
 
 @dataclass(frozen=True)
 class Ping:
-    """Answered at once with a Pong of the same number, by the session and not by whoever trains."""
+    """A heartbeat: the session answers at once with a Pong of the same number, also while training runs."""
 
     number: Number
 
@@ -157,10 +157,10 @@ class Awaited:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Whom a job waits for, for people at the sites. sites: empty where for nobody any more.
+    """The sites that a job waits for, shown to the operators of sites. sites: empty when the wait is over.
 
-    of: how many there could be; until_ms: 0 where nobody knows; then: with how many it goes on, 0 where
-    it cannot; least: how many it needs.
+    of: how many sites there could be; until_ms: end of the wait, milliseconds since 1970 UTC, 0 if unknown;
+    then: with how many sites the job continues, 0 if it cannot; least: how many it needs.
     """
 
     job: Id
@@ -174,14 +174,14 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Goodbye:
-    """The last frame of either side. text: for a person, one line of our own."""
+    """The last frame of either side. text: one line for the operator, of this program's own."""
 
     code: Annotated[str, one_of(GOODBYES)]
     text: Line = ""
 
     @property
     def again(self) -> bool:
-        """Whether connecting again can help."""
+        """Whether a later reconnect can succeed."""
         return GOODBYES[self.code]
 
 
@@ -190,9 +190,9 @@ class Goodbye:
 
 @dataclass(frozen=True)
 class UploadStart:
-    """What follows. header: h of the round; digest: what the site signed of its vector.
+    """The first frame of an upload. header: h of the round; digest: of the vector, as the site signed it.
 
-    size: bytes that travel in all; offset: where the first part begins, from an UploadReceipt.
+    size: bytes of the whole container; offset: of the first part, from an UploadReceipt.
     """
 
     job: Id
@@ -213,8 +213,8 @@ class Part:
 class UploadReceipt:
     """How much of the upload with this digest is on the coordinator's disk.
 
-    complete: all of it, and its digest is this one. A receipt before all parts were sent says: go on
-    from `offset`, in a new call.
+    complete: all of it, with this digest. A receipt before all parts were sent asks the site to resume from
+    `offset` in a new call.
     """
 
     digest: Digest
@@ -224,7 +224,7 @@ class UploadReceipt:
 
 @dataclass(frozen=True)
 class DownloadStart:
-    """Which bytes a site wants, and from where on."""
+    """A site asks for the sum or checkpoint with this digest, from `offset` on."""
 
     job: Id
     what: Annotated[str, one_of(WHAT)]
@@ -234,7 +234,7 @@ class DownloadStart:
 
 @dataclass(frozen=True)
 class DownloadHead:
-    """The first frame of a download: how much there is in all, and where the first part begins."""
+    """The first frame of a download. size: bytes in all; offset: of the first part."""
 
     digest: Digest
     size: Size
@@ -251,7 +251,7 @@ class SmallUpload:
 
 @dataclass(frozen=True)
 class SmallDownload:
-    """A whole sum or checkpoint in one frame, sent unasked beside the record that announces it."""
+    """A whole sum or checkpoint in one frame, sent with the record that announces it, without a request."""
 
     start: DownloadStart
     data: Annotated[bytes, length(1, INLINE)] = field(repr=False)
@@ -262,9 +262,9 @@ class SmallDownload:
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """A job: its file as it is, the task's name and hash at the operator's machine.
+    """A job: its file unchanged, and the task's name and hash on the operator's machine.
 
-    about: JSON of what that machine found about the task, empty if nothing is needed.
+    about: JSON with that machine's findings about the task, empty if none are needed.
     """
 
     toml: Annotated[bytes, length(1, MAX_TOML)]
@@ -283,7 +283,7 @@ class SubmitReply:
 
 @dataclass(frozen=True)
 class JobsRequest:
-    """All jobs, please."""
+    """Asks for all jobs."""
 
     version: Version = WIRE_VERSION
 
@@ -297,7 +297,7 @@ class JobsReply:
 
 @dataclass(frozen=True)
 class WatchRequest:
-    """Events of a job; "" is the one that runs, or else the last."""
+    """Asks for the events of a job; "" is the running one, or else the last."""
 
     job: Annotated[str, text(0, 64)] = ""
     version: Version = WIRE_VERSION
@@ -312,7 +312,7 @@ class WatchEvent:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Something about one job."""
+    """Names the job of `Stop` and `Result`."""
 
     job: Id
     version: Version = WIRE_VERSION
@@ -320,7 +320,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class SiteRequest:
-    """Something about one site. undo: of Evict, let it come back."""
+    """Names the site of `Evict`. undo: revokes an earlier eviction."""
 
     site: Id
     undo: bool = False
@@ -329,7 +329,7 @@ class SiteRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """Done, in one line."""
+    """The answer of a finished request, one line for the operator."""
 
     text: Line = ""
 
@@ -373,7 +373,7 @@ DownloadPart = DownloadHead | Part
 
 
 def _form(frame: type[Any], number: int = 0, most: int = SMALL) -> Form[Any]:
-    """How a frame travels; its protobuf class has its name, and a Part is bare bytes."""
+    """The wire form of a frame; its protobuf class has the same name, and a Part is bare bytes."""
     message: Callable[[], Any] | None = None
     if frame is not Part:
         message = getattr(federation_pb2, frame.__name__)
@@ -415,4 +415,4 @@ REPLY: Codec[Reply] = _alone(Reply)
 FILE_PART: Codec[FilePart] = _alone(FilePart, PART + KIB)
 
 MAX_FRAME = MAX_RECORD + 2 * KIB
-"""What grpc must let through (it stops at 4 MiB unless told): above every form's own limit."""
+"""Bytes that grpc must accept (its default is 4 MiB): above the limit of every form."""

@@ -1,4 +1,4 @@
-"""Which records travel each way between a coordinator and its sites: rounds, key epochs and jobs."""
+"""The records that travel in each direction between a coordinator and its sites: rounds, key epochs, jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedcore.wire.limits import KIB, MAX_RECORD, SITE_RECORD
 from fedcore.wire.records import FROM_COORDINATOR, FROM_SITES, Table, travelling
 
 METRICS_RECORD = 32 * KIB
-"""Of a site's public metrics: 64 of them, with names of 64 characters of four bytes, are 20 KiB."""
+"""Bytes of a site's public metrics: 64 of them, with names of 64 characters of four bytes, are 20 KiB."""
 
 TO_COORDINATOR: Table = MappingProxyType(
     {
@@ -32,7 +32,7 @@ TO_COORDINATOR: Table = MappingProxyType(
 FROM_ANY_SITE: Table = MappingProxyType(
     {name: entry for name, entry in TO_COORDINATOR.items() if entry.kind is not epoch.Grants}
 )
-"""Without what only an epoch's maker says: it is the one record of a site that may be long."""
+"""Without `Grants`, which only an epoch's maker sends: the one record of a site that may be long."""
 
 TO_SITE: Table = MappingProxyType(
     {

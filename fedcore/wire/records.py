@@ -1,8 +1,8 @@
 """Messages of the protocol inside `Record` frames, in the one byte form that is signed and hashed.
 
-Which types may come one way, and how long, is said once, in a table made by `travelling`; anything
-else is refused by its name, before it is read. Invariant: no type of a table has a field, however deep, that can hold
-a secret: such a table cannot be made.
+A table made by `travelling` lists the types of one direction and their maximal length; anything else is
+refused by its name before it is decoded. Invariant: no type of a table has a field, at any depth, that can
+hold a secret; `travelling` raises TypeError for it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE
 
 @dataclass(frozen=True)
 class Entry:
-    """A record type that may come one way, of so many bytes at most.
+    """A record type of one direction. most: its maximal length in bytes.
 
-    each: bytes that it may have for every site of the roster, where its length goes with them, else 0.
+    each: bytes allowed per site of the roster where the length grows with the roster, else 0.
     """
 
     kind: type[Any]
@@ -33,19 +33,18 @@ class Entry:
     each: int = 0
 
     def limit(self, sites: int | None) -> int:
-        """Bytes that it may have among so many sites."""
+        """Maximal length in bytes for a roster of this size."""
         if sites is None or not self.each:
             return self.most
         return min(self.most, SITE_WORDS + self.each * sites)
 
 
 Table = Mapping[str, Entry]
-"""By the record's name; tables of one way join as mappings do: `{**FROM_SITES, **more}`."""
+"""{record name: entry}; tables of one direction are merged like mappings: `{**FROM_SITES, **more}`."""
 
 
 def travelling(*types: type[Any], most: int, each: int = 0) -> Table:
-    """A table of record types, each of at most so many bytes. Raises TypeError for one that may hold a
-    secret."""
+    """A table of record types of at most `most` bytes each. Raises TypeError for one that may hold a secret."""
     for kind in types:
         _refuse_secrets(kind, type_name(kind), set())
     return MappingProxyType({type_name(kind): Entry(kind, most, each) for kind in types})
@@ -77,12 +76,12 @@ FROM_COORDINATOR: Table = travelling(
     *get_args(epoch.CoordinatorEpochMessage),
     most=MAX_RECORD,
 )
-"""What the round and the key epoch say each way; a shell adds its job's own messages."""
+"""The records of rounds and key epochs; `jobs.py` adds those of jobs."""
 
 
 def pack_record(job: str, message: Any, allowed: Table) -> Record:
-    """A message as a frame. Raises TypeError for one that does not travel this way, and
-    MalformedMessage (fault: this site) for one that is too long."""
+    """A message as a frame. Raises TypeError for a type that is not in the table, and MalformedMessage
+    (fault: this site) for a message that is too long."""
     name = type_name(type(message))
     entry = allowed.get(name)
     if entry is None or entry.kind is not type(message):
@@ -93,10 +92,10 @@ def pack_record(job: str, message: Any, allowed: Table) -> Record:
 def unpack_record(record: Record, allowed: Table, *, sender: str, sites: int | None = None) -> Any:
     """The message in a frame. Raises MalformedMessage (fault: sender).
 
-    sites: of the roster, at the coordinator: a longer message than so many sites have a use for is
-    refused before it is decoded, and so is a list of more than MOST_ITEMS in it.
+    sites: size of the roster, at the coordinator: a message longer than this roster allows is refused
+    before it is decoded, and so is a list of more than MOST_ITEMS in it.
 
-    A message names its site itself: that this is the sender is for the machines and their signatures.
+    A message names its own site; the machines check by signature that it is the sender.
     """
     entry = allowed.get(_name(record.body))
     if entry is None:
@@ -117,7 +116,7 @@ def _fitting(body: bytes, entry: Entry, most: int, sender: str) -> bytes:
 
 
 def _name(body: bytes) -> str:
-    """The type a record says it is, or "" where the bytes begin like none."""
+    """The type name at the head of a record, or "" for bytes of another form."""
     if body[:2] != b"RS" or len(body) < 6:
         return ""
     (size,) = struct.unpack(">I", body[2:6])

@@ -1,7 +1,7 @@
-"""An error on its way to the other side: a status and one line of details, which give the error again.
+"""An error on the wire: a gRPC status and details from which the other side makes the error again.
 
-Invariant: only errors of `fedcore.errors` say what happened, because only those never hold a secret or
-a value; any other exception travels as "the coordinator failed", and its text stays in the log there.
+Invariant: only the text of errors of `fedcore.errors` is sent, because only those never contain a secret or
+a value; any other exception is sent as "the coordinator failed", and its text stays in the log there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedcore.errors import Abandoned, BadInput, FedcoreError, MalformedMessage, 
 from fedcore.identity.verify import refusal_from
 
 MOST = 600
-"""Characters of a sentence: the details are a header, and headers have 8 KiB in all."""
+"""Characters of one text: the details are a header, and all headers together have 8 KiB."""
 
 _CLASSES: dict[int, type[FedcoreError]] = {
     errors.EXIT_BAD_INPUT: BadInput,
@@ -23,7 +23,7 @@ _CLASSES: dict[int, type[FedcoreError]] = {
 
 
 def status_of(error: Exception) -> tuple[str, str]:
-    """(name of a grpc.StatusCode, details) to end a call with."""
+    """(name of a grpc.StatusCode, details as JSON) to end a call with."""
     if not isinstance(error, FedcoreError) or error.exit_code not in _CLASSES:
         return "INTERNAL", _details("the coordinator failed", "its log says why", 1)
     if isinstance(error, (BadInput, MalformedMessage)):
@@ -38,9 +38,9 @@ def _details(line: str, hint: str, code: int) -> str:
 
 
 def error_of(details: str) -> FedcoreError | None:
-    """The error that a call ended with, as the other side told it; None for grpc's own statuses.
+    """The error from the details of a call's status; None for statuses of grpc itself.
 
-    Its class gives the exit code; what it was there exactly is not told.
+    Its class has the exit code of the original; the exact class is not sent.
     """
     try:
         found = json.loads(details)
@@ -53,13 +53,13 @@ def error_of(details: str) -> FedcoreError | None:
 
 
 def told(status: str, details: str) -> FedcoreError | None:
-    """What the coordinator said of a call that ended with this grpc.StatusCode; None: grpc's own words."""
+    """The coordinator's error for a call that ended with this grpc.StatusCode; None for grpc's own statuses."""
     if status == "PERMISSION_DENIED":
         return refusal_from(details)
     return error_of(details)
 
 
 def _short(text: str) -> str:
-    """One line that is safe in a terminal, whoever wrote it."""
+    """One printable line of at most MOST characters, for text of any origin."""
     line = "".join(each if each.isprintable() else " " for each in text)
     return line if len(line) <= MOST else f"{line[: MOST - 3]}..."
