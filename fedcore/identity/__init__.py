@@ -1,9 +1,9 @@
-"""Certificates and keys: who may speak to whom, and what a refusal means to a person.
+"""Certificates and keys: authentication, roles, and refusals with a hint.
 
     peer.py         who a certificate names, and which role, federation and roster it is good for
     authority.py    the development authority of `fedcore up`: its own key, certificates for each role
-    kit.py          the three files one party holds: its certificate, its key, the authority
-    revocation.py   the list of withdrawn certificates, read again while a coordinator runs
+    kit.py          the three files of one party: its certificate, its key, the authority
+    revocation.py   the list of revoked certificates, reloaded while a coordinator runs
     identities.py   signing keys on disk and the roster that pins them
     explain.py      one certificate against every check, so that a TLS failure is one clear line
 

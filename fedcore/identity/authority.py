@@ -1,11 +1,11 @@
-"""A small certificate authority for rehearsals: EC P-256, one level, one federation.
+"""A small certificate authority for trial deployments: EC P-256, one level, one federation.
 
-`fedcore up` makes one and issues a certificate to each process it starts. Its key lies in a file, so
-whoever reads that file can be anybody in the federation: it stays on the operator's machine.
+`fedcore up` makes one and issues a certificate to each process that it starts. Its key is in a file; a reader
+of that file can impersonate every party of the federation, so it stays on the operator's machine.
 
-Invariant: an issued certificate can do one thing. A coordinator's serves and never connects, every
-other one connects and never serves (extended key usage, RFC 5280 section 4.2.1.12), only a
-coordinator's names hosts, and none outlives the authority.
+Invariant: an issued certificate has one use. A coordinator's is for servers only, every other one for clients
+only (extended key usage, RFC 5280 section 4.2.1.12); only a coordinator's names hosts; none is valid longer
+than the authority.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 90
 BACKDATED = timedelta(minutes=5)
-"""Certificates begin a little before they are made: clocks of two machines differ by seconds."""
+"""How long before its making a certificate becomes valid: clocks of two machines differ by seconds."""
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
@@ -56,10 +56,10 @@ class Issued:
     def save(self, folder: Path) -> Kit:
         """Write the three files of a kit; the key is readable by its owner only.
 
-        Raises AlreadyExists where the folder holds a key, BadInput where it cannot be written.
+        Raises AlreadyExists if the folder has a key, BadInput if it cannot be written.
         """
         _make(folder)
-        write_private(folder / KEY_FILE, self.key_pem)  # first: it refuses a folder that has one
+        write_private(folder / KEY_FILE, self.key_pem)  # first: it refuses an existing key
         write_atomic(folder / CERTIFICATE_FILE, self.certificate_pem)
         write_atomic(folder / AUTHORITY_FILE, self.authority_pem)
         return Kit.load(folder)
@@ -75,7 +75,7 @@ class Authority:
 
     @classmethod
     def create(cls, federation: str, now: datetime, *, days: int = AUTHORITY_DAYS) -> Authority:
-        """A new authority with a new key. now: with a zone. Raises BadInput."""
+        """A new authority with a new key. now: with a time zone. Raises BadInput."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = _distinguished(check_name("federation", federation), "authority")
         begins = now - BACKDATED
@@ -89,7 +89,7 @@ class Authority:
 
     @property
     def certificate_pem(self) -> bytes:
-        """What every party of the federation trusts."""
+        """The certificate that every party of the federation trusts, as PEM."""
         return _pem(self.certificate)
 
     def issue(
@@ -180,7 +180,7 @@ def _builder(
 
 
 def _distinguished(federation: str, common: str) -> x509.Name:
-    """The common name has a space, so that nothing takes it for a host's."""
+    """The common name has a space, so that no program takes it for a host name."""
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),

@@ -1,13 +1,13 @@
 """Signing keys on disk, and the roster that pins their public halves.
 
-`identity.pem` holds a site's Ed25519 key (PKCS8, RFC 8410), made at the site and never shipped.
-`roster.toml` says who is who, for every party alike:
+`identity.pem` has a site's Ed25519 key (PKCS8, RFC 8410), made at the site and never sent.
+`roster.toml` has the public keys of all sites, the same file for every party:
 
     [sites]
     cleveland = { identity = "c0ffee..." }   # 32 bytes, hexadecimal or base64
 
 Invariant: the order of the file is the order of the roster, which its digest covers (PROTOCOL E), and
-no key stands there twice. How many sites a round needs is the plan's business.
+no key is in it twice. The plan decides how many sites a round needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROSTER_FILE = "roster.toml"
 
 
 def create_identity(path: Path) -> IdentityKey:
-    """Draw a signing key and write it. Raises AlreadyExists where one is, BadInput."""
+    """Draw a signing key and write it. Raises AlreadyExists if the file exists, BadInput."""
     raw = os.urandom(PUBLIC_BYTES)
     pem = Ed25519PrivateKey.from_private_bytes(raw).private_bytes(
         serialization.Encoding.PEM,
@@ -49,7 +49,7 @@ def create_identity(path: Path) -> IdentityKey:
 
 
 def read_identity(path: Path) -> IdentityKey:
-    """The signing key of a file. Raises BadInput."""
+    """The signing key in a file. Raises BadInput."""
     key = read_key(path)
     if not isinstance(key, Ed25519PrivateKey):
         raise BadInput(
@@ -69,7 +69,7 @@ def write_roster(path: Path, roster: Mapping[SiteId, bytes]) -> None:
 
 
 def read_roster(path: Path) -> dict[SiteId, bytes]:
-    """Site -> 32-byte public key, in the file's order. Raises BadInput naming the entry."""
+    """{site: 32-byte public key}, in the file's order. Raises BadInput that names the entry."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -114,5 +114,5 @@ def _public(where: str, entry: Any) -> bytes:
 
 
 def _kind(value: object) -> str:
-    """What stands there without saying it: it may be a private key, pasted by mistake."""
+    """A description that does not quote the value: it may be a private key, pasted by mistake."""
     return f"a text of {len(value)} characters" if isinstance(value, str) else type(value).__name__

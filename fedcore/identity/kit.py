@@ -1,7 +1,7 @@
-"""The files one party holds to be itself on the network: its certificate, its key, the authority.
+"""The files with which one party authenticates: its certificate, its key, the authority.
 
-Invariant: a key file is readable by its owner (and at most its group: mounted secrets are), is never
-overwritten, and is there whole or not at all. A kit whose key is not its certificate's does not load.
+Invariant: a key file is readable by its owner (and at most by its group, as mounted secrets are), is never
+overwritten, and is written atomically. A kit whose key does not belong to its certificate does not load.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ KEY_FILE = "key.pem"
 
 _TOO_OPEN = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _LARGEST = 1 << 20
-"""bytes; a certificate has about a thousand."""
+"""Bytes of a file; a certificate has about a thousand."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A party's files as they were when read. peer: who the certificate says it is."""
+    """A party's files as they were when read. peer: the party that the certificate names."""
 
     peer: Peer
     authority_pem: bytes
@@ -98,18 +98,18 @@ def read_key(path: Path) -> PrivateKeyTypes:
 
 
 def write_private(path: Path, secret: SecretBytes) -> None:
-    """Write a file with mode 0600, whole or not at all. Raises AlreadyExists, BadInput."""
+    """Write a file with mode 0600 atomically. Raises AlreadyExists, BadInput."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with suppress(FileNotFoundError):
-            beside.unlink()  # of a process that had this number and was killed
+            beside.unlink()  # left by a killed process with the same id
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(secret.reveal())
                 file.flush()
                 os.fsync(descriptor)
-            os.link(beside, path)  # unlike a rename, it never replaces a key that is there
+            os.link(beside, path)  # unlike a rename, it never replaces an existing key
         finally:
             beside.unlink()
     except FileExistsError:

@@ -1,7 +1,7 @@
-"""Who a certificate names: one URI, `fedcore://<federation>/<role>/<name>`, and what it is good for.
+"""The party that a certificate names by one URI, `fedcore://<federation>/<role>/<name>`, and its checks.
 
-Invariant: a certificate names exactly one party. Two such URIs, or one in another spelling, name nobody.
-That the certificate was issued by the authority is TLS's finding, made before anything here is asked.
+Invariant: a certificate names exactly one party; one with two such URIs, or with another spelling, is refused.
+TLS verifies the issuer before anything here is called.
 The URI is a subject alternative name (RFC 5280, section 4.2.1.6).
 """
 
@@ -19,7 +19,7 @@ from fedcore.errors import BadInput, CertificateRefused, UnknownName
 
 ROLES = ("coordinator", "site", "operator", "observer")
 CLIENT_ROLES = ("site", "operator", "observer")
-"""Who connects; a coordinator is connected to."""
+"""Roles of clients; the coordinator is the server."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _URI = re.compile(rf"fedcore://({_NAME})/({'|'.join(ROLES)})/({_NAME})")
@@ -27,7 +27,7 @@ _URI = re.compile(rf"fedcore://({_NAME})/({'|'.join(ROLES)})/({_NAME})")
 
 @dataclass(frozen=True)
 class Peer:
-    """One party as its certificate names it. begins, ends: its time of validity, in UTC."""
+    """One party as its certificate names it. begins, ends: its validity, in UTC."""
 
     federation: str
     role: str
@@ -38,12 +38,12 @@ class Peer:
     ends: datetime
 
     def __str__(self) -> str:
-        """For messages; the serial is what an operator writes into the list of withdrawn ones."""
+        """For messages, with the serial number that an operator writes into the revocation list."""
         return f"{self.role} {self.name!r} of {self.federation!r}, serial {self.serial}"
 
 
 def check_name(what: str, name: str) -> str:
-    """`name` itself, where it can stand in a certificate. Raises BadInput."""
+    """`name`, if a certificate can contain it. Raises BadInput."""
     if not re.fullmatch(_NAME, name):
         raise BadInput(
             f"{what}: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or '-', "
@@ -53,14 +53,14 @@ def check_name(what: str, name: str) -> str:
 
 
 def identity_uri(federation: str, role: str, name: str) -> str:
-    """What a certificate says of its holder. Raises BadInput, UnknownName."""
+    """The URI that names a party in its certificate. Raises BadInput, UnknownName."""
     if role not in ROLES:
         raise UnknownName("role", role, ROLES)
     return f"fedcore://{check_name('federation', federation)}/{role}/{check_name('name', name)}"
 
 
 def peer_of(certificate_pem: bytes) -> Peer:
-    """The party a certificate names. Raises CertificateRefused for one that names nobody."""
+    """The party that a certificate names. Raises CertificateRefused if it names none, or several."""
     certificate = read_certificate(certificate_pem)
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -1,9 +1,8 @@
-"""Whether the coordinator can be reached, and if not, why: name, port, proxy, TLS, certificate.
+"""Test whether the coordinator can be reached, and if not, why: name, port, proxy, TLS, certificate.
 
-gRPC tells a client little (`Socket closed`) and a refused one nothing. `preflight` makes the same
-handshake once with Python's `ssl`, which does say which check failed, and turns it into one line with
-a hint. Invariant: it decides nothing; the channel makes every check of its own. Nothing is ever sent
-but the handshake.
+The errors of gRPC have no details (`Socket closed`). `preflight` makes the same handshake once with Python's
+`ssl`, which reports the failed check, and raises it as one line with a hint.
+Invariant: it decides nothing; the channel makes every check itself. Only the handshake is sent.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from fedcore.identity.peer import CLIENT_ROLES, Peer, require_role
 from fedcore.identity.verify import check_certificate, fingerprint
 
 TIMEOUT = 5.0
-"""seconds for each step of `preflight`."""
+"""Seconds for each step of `preflight`."""
 
 
 @dataclass(frozen=True)
 class Handshake:
-    """What `preflight` negotiated, and with whom."""
+    """The result of `preflight`: the coordinator, the TLS version and the cipher."""
 
     coordinator: Peer
     version: str
@@ -46,10 +45,10 @@ def preflight(
     proxy: str = "",
     timeout: float = TIMEOUT,
 ) -> Handshake:
-    """One handshake with the coordinator, checked on both sides. Blocks: run it in a thread.
+    """One handshake with the coordinator, checked on both sides. Blocking: run it in a thread.
 
-    Raises BadInput where there is no connection (name, address, port, proxy), CertificateRefused with
-    `check` where there is one and a certificate does not pass, this side's own first.
+    Raises BadInput if no connection is made (name, address, port, proxy), and CertificateRefused with
+    `check` if a certificate does not pass; this side's own is checked first.
     """
     ours = kit.peer
     require_role(ours, CLIENT_ROLES)
@@ -78,7 +77,7 @@ def preflight(
         ):
             theirs = secured.getpeercert(binary_form=True) or b""
             version, cipher = secured.version() or "", (secured.cipher() or ("",))[0]
-            answered = secured.recv(1)  # a server that took the certificate speaks first
+            answered = secured.recv(1)  # a server that accepted the certificate sends first
     except ssl.SSLCertVerificationError as error:
         raise _why(error, kit, host, port, proxy, timeout, now) from None
     except TimeoutError:
@@ -105,20 +104,20 @@ def preflight(
 def channel_target(
     host: str, port: int, proxy: str, options: Sequence[tuple[str, Any]] = ()
 ) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """What gRPC's `secure_channel` needs to connect as `preflight` does: target and options.
+    """(target, options) with which gRPC's `secure_channel` connects in the same way as `preflight`.
 
-    proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none: the environment's
-    `https_proxy` is not asked, and a loopback address is never proxied. Raises BadInput.
+    proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none; the environment's
+    `https_proxy` is ignored, and a loopback address is never proxied. Raises BadInput.
     """
     ours: dict[str, Any] = {"grpc.enable_http_proxy": 0}
     if proxied(host, proxy):
         ours = {"grpc.enable_http_proxy": 1, "grpc.http_proxy": proxy}
-    together = tuple((dict(options) | ours).items())  # given twice, gRPC takes either
+    together = tuple((dict(options) | ours).items())  # of duplicate options gRPC takes either
     return f"dns:///{authority_of(host, port)}", together
 
 
 def endpoint(text: str, what: str = "coordinator") -> tuple[str, int]:
-    """Host and port of `host:port`, an IPv6 address in brackets. Raises BadInput."""
+    """(host, port) of the text `host:port`, an IPv6 address in brackets. Raises BadInput."""
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     written = f"[{bare}]" if ":" in bare else bare
@@ -164,8 +163,8 @@ def _why(
     timeout: float,
     now: datetime,
 ) -> CertificateRefused:
-    """The check that the other side's certificate failed, in our words, or else in OpenSSL's."""
-    look = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to read the certificate; nothing is ever sent
+    """The error for the check that the other side's certificate failed, with our text or else OpenSSL's."""
+    look = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to read the certificate; nothing is sent
     look.check_hostname, look.verify_mode = False, ssl.CERT_NONE
     theirs = None
     with (
@@ -229,7 +228,7 @@ def _connect(host: str, port: int, proxy: str, timeout: float) -> socket.socket:
         connection.sendall(_connect_request(authority_of(host, port), through[2]))
         answer = b""
         while b"\r\n\r\n" not in answer and len(answer) < 8192:
-            more = connection.recv(1)  # one at a time: what follows belongs to TLS
+            more = connection.recv(1)  # byte by byte: what follows belongs to TLS
             if not more:
                 break
             answer += more
@@ -257,7 +256,7 @@ def _connect_request(where: str, credentials: str) -> bytes:
 
 
 def proxied(host: str, proxy: str) -> tuple[str, int, str] | None:
-    """Host, port and credentials of the proxy for `host`, or None for a direct way. Raises BadInput."""
+    """Host, port and credentials of the proxy for `host`, or None for a direct connection. Raises BadInput."""
     if not proxy:
         return None
     try:

@@ -1,12 +1,12 @@
-"""Certificates that no longer count: a text file, read again while the coordinator runs.
+"""Revoked certificates: a text file, reloaded while the coordinator runs.
 
 One serial number or SHA-256 fingerprint a line, in hexadecimal, colons allowed; `#` begins a comment:
 
     # va's laptop was stolen
     3f:a9:04:...:11
 
-Invariant: a file that cannot be read as a list never takes anybody off it. The list before stays in
-force, and the trouble is told once for each state of the file.
+Invariant: an unreadable or malformed file never removes an entry: the last valid list stays in force, and the
+problem is reported once for each change of the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.peer import Peer
 
 EMPTY = b"# serial numbers or SHA-256 fingerprints of withdrawn certificates, one a line\n"
-"""A list without entries. A file without a single byte is none: an editor may be at work on it."""
+"""A list without entries. An empty file is refused: an editor may be about to write it."""
 
 _LARGEST = 1 << 20
 _SERIAL_DIGITS = 40
@@ -27,19 +27,19 @@ _FINGERPRINT_DIGITS = 64
 
 
 class Revocations:
-    """The withdrawn certificates, as last read from a file, or none without a file."""
+    """The revoked certificates, as last read from a file; none without a file."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Read the list; a missing or malformed file raises BadInput, and nothing starts without it."""
+        """Read the list. Raises BadInput for a missing or malformed file, so that the coordinator does not start."""
         self._path = path
         self._revoked: frozenset[str] = frozenset()
         self._stamp: tuple[int, ...] = ()
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read the file again if it changed; True if it did. Costs one stat.
+        """Reload the file if it changed; True if it did. Costs one stat.
 
-        Raises BadInput, once for each state of the file, with the list before still in force.
+        Raises BadInput, once for each change of the file; the last valid list stays in force.
         """
         if self._path is None:
             return False
@@ -51,7 +51,7 @@ class Revocations:
         return True
 
     def check(self, peer: Peer) -> None:
-        """Return if the certificate counts, else raise CertificateRefused. Reads nothing."""
+        """Raise CertificateRefused if the certificate is revoked. Reads no file."""
         if {peer.serial, peer.fingerprint} & self._revoked:
             raise CertificateRefused(
                 f"certificate of {peer}: found it withdrawn, expected one in force",
@@ -64,7 +64,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except OSError:
-        return (-1,)  # a missing file is a state too; reading it tells why
+        return (-1,)  # a missing file is a state too; reading it raises with the reason
     return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 

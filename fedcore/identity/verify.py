@@ -1,10 +1,10 @@
-"""One certificate against every check, in the order in which a person would ask them.
+"""All checks of one certificate, in an order that is easy to follow.
 
-TLS itself says `certificate verify failed`, and a gRPC server closes the connection without a word.
-So both sides also look for themselves, and name the certificate, the name in it and the check it fails.
+TLS itself reports only `certificate verify failed`, and a gRPC server closes the connection without a reason.
+So both sides also check here, and name the certificate, the name in it and the check that it fails.
 
-Invariant: nothing here admits anybody. It is asked before a connection is tried, or after TLS refused;
-what it does not understand stays refused. Words that came from the other side are cut and printable.
+Invariant: nothing here accepts a connection. It is called before a connection is tried, or after TLS refused
+one. Text from the other side is shortened and made printable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedcore.identity.peer import (
 )
 
 _LONGEST = 400
-"""characters of the other side's words in one line."""
+"""Characters of the other side's text in one line."""
 
 
 def check_certificate(
@@ -40,10 +40,10 @@ def check_certificate(
     now: datetime,
     host: str = "",
 ) -> Peer:
-    """The party of a certificate that passes every check, else CertificateRefused for the first.
+    """The party of a certificate that passes every check. Raises CertificateRefused for the first that fails.
 
     authority_pem: the trusted certificates, of which one must be the issuer. host: the name or address
-    under which its holder was reached; empty for a party that serves nothing.
+    under which its holder was reached; empty for a client.
     """
     certificate = read_certificate(certificate_pem)
     whose = _holder(certificate_pem, certificate)
@@ -63,13 +63,13 @@ def check_certificate(
 
 
 def refusal_text(error: PeerRefused) -> str:
-    """A refusal as it travels to the side it is about: the check, the line and the hint."""
+    """A refusal as text for the other side: the check, the line and the hint."""
     check = error.check if isinstance(error, CertificateRefused) else ""
     return f"{check}\n{error}\n{error.remedy}"
 
 
 def refusal_from(text: str) -> CertificateRefused:
-    """`refusal_text` back, whatever the bytes: the sender is only as honest as any peer."""
+    """The inverse of `refusal_text`, total on any text: the sender is not trusted."""
     check, _, rest = text.partition("\n")
     line, _, remedy = rest.partition("\n")
     if not line:
@@ -82,13 +82,13 @@ def refusal_from(text: str) -> CertificateRefused:
 
 
 def printable(text: str) -> str:
-    """One line of printable characters: nothing that moves a cursor or changes a colour."""
+    """One line of printable characters, without control sequences, of at most 400 characters."""
     line = "".join(character if character.isprintable() else " " for character in text)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def fingerprint(certificate_pem: bytes) -> str:
-    """Hex SHA-256 of a certificate, to be compared by eye. Raises CertificateRefused."""
+    """Hex SHA-256 of a certificate, for operators to compare. Raises CertificateRefused."""
     return read_certificate(certificate_pem).fingerprint(hashes.SHA256()).hex()
 
 
@@ -119,7 +119,7 @@ def _require_usage(certificate: x509.Certificate, whose: str, *, serves: bool) -
     try:
         usage = list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
-        return  # good for everything, says RFC 5280
+        return  # RFC 5280: without the extension every use is allowed
     if purpose not in usage:
         raise CertificateRefused(
             f"certificate of {whose}: found one that may not {'serve' if serves else 'connect'}, "
