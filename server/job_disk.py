@@ -101,7 +101,7 @@ class JobDisk:
         )  # fmt: skip
 
     def settle(self, checkpoint: str) -> None:
-        """Bring spool and files to what the facts say, which were read just now.
+        """Bring spool and files in line with the facts, which were just read.
 
         checkpoint: the name that one of the last release has.
         """

@@ -210,7 +210,7 @@ class JobRunner:
         self._put(events.SiteConnected(site))
 
     def left(self, site: SiteId) -> None:
-        """A site says that it stops: the round under way goes on without it."""
+        """A site announced that it stops: the round under way goes on without it."""
         self._put(events.SiteLeft(site))
 
     def _put(self, event: events.SiteEvent) -> None:
@@ -236,7 +236,7 @@ class JobRunner:
         return found if found is not None and found.digest == digest else None
 
     def doing(self, site: SiteId, what: str) -> None:
-        """What a site says it is at."""
+        """What a site reports to be doing."""
         self.sites[site].doing = what
         self.sites[site].last_seen = self.context.now()
         self.on_change()
@@ -336,7 +336,7 @@ class JobRunner:
     # --------------------------------------------------------------------------- the effects
 
     def moment(self) -> Moment:
-        """This one."""
+        """The present one: clock, time of day, connected sites."""
         return Moment(self.context.clock(), self.context.now(), self.links.connected())
 
     def _step(self, event: events.Event) -> list[CoordinatorJobEffect]:

@@ -42,7 +42,7 @@ class JobSum:
     ) -> SumMade:
         """The sum of exactly the uploads that are asked for; waits while the disk is only full.
 
-        late: whether it takes longer than a stage may; full: is told why it waits. Raises StoreProblem,
+        late: whether it takes longer than a stage may; full: called with the reason of each wait. Raises StoreProblem,
         and StoreFull once it is late.
         """
         assert self._fold is not None

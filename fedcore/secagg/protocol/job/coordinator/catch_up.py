@@ -42,7 +42,7 @@ class CatchUp:
         self._offered.pop(name, None)
 
     def at_rest(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """A site says where it stands."""
+        """A site reported its status."""
         if self.asked == name:
             self.asked = None  # back from elsewhere: it may not have heard
         return self.check(name, at)
@@ -87,7 +87,7 @@ class CatchUp:
         return [KeepCheckpoint(name, certificate.header.digest, message.digest, self.name)]
 
     def kept(self, checkpoint: KeptFile, at: Moment) -> list[CoordinatorJobEffect]:
-        """It is there: whoever missed the release is offered it."""
+        """It is on disk: offer it to every site that missed the release."""
         self.checkpoint, self.asked = checkpoint, None
         return [effect for name in self._facts.sites for effect in self.check(name, at)]
 

@@ -1,4 +1,4 @@
-"""The end of one job: when it may end, what the sites hear of it, and what late sites still get."""
+"""The end of one job: when it may end, what the sites are sent then, and what late sites still get."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_A_ROUND = (
     messages.Keys, messages.Shares, messages.Submit, messages.Confirm, messages.Unmask,
     messages.Statement, job_messages.InRound,
 )  # fmt: skip
-"""What only a site in a round says."""
+"""Messages that only a site in a round sends."""
 
 
 class JobEnd:
@@ -42,14 +42,14 @@ class JobEnd:
         """Clock seconds at which the last step was over."""
 
     def end(self, outcome: str, text: str, at: Moment) -> list[CoordinatorJobEffect]:
-        """No further round: the sites hear of it. Of the rounds nothing is kept but their rows.
+        """No further round: tell the sites. Of the rounds only their rows are kept.
 
         The outcome counts once the journal has it."""
         ended = job_messages.JobEnded(self._facts.id, outcome, text, self._facts.released)
         return [EndJob(ended), *(Send(name, ended) for name in at.here), DiscardUploads()]
 
     def finish(self, at: Moment) -> list[CoordinatorJobEffect]:
-        """End, once a sealed checkpoint is here for whoever is not at the last release, and what the plan
+        """End, once a sealed checkpoint is here for sites that are not at the last release, and what the plan
         tells the coordinator of it: sites that are still connected may be gone after the end."""
         facts, gather = self._facts, self._facts.limits.gather
         if self._since is None:
@@ -59,7 +59,7 @@ class JobEnd:
             return []
         if self._catch_up.checkpoint is None and spent < max(gather, RETRY_SECONDS):
             if spent < RETRY_SECONDS and any(facts.sites[name].rest is None for name in at.here):
-                return []  # they are about to say where they stand
+                return []  # they are about to report their status
             if self._catch_up.behind():
                 can_seal = isinstance(facts.epoch, epoch.Spreading)
                 return self._catch_up.want(at) if can_seal else []
@@ -76,7 +76,7 @@ class JobEnd:
         return [*asked, *self.end("finished", text, at)]
 
     def afterwards(self, event: object, at: Moment) -> list[CoordinatorJobEffect]:
-        """The job is over: a site that was away hears of it, and gets the last state it missed."""
+        """The job is over: tell a site that was away, and send it the last state if it missed it."""
         facts, over = self._facts, self._facts.outcome
         assert over is not None
         stays = replace(over, certificate="")
@@ -90,7 +90,7 @@ class JobEnd:
             case MessageReceived(name, job_messages.PublicMetrics() as message):
                 return self._metrics.take(name, message)  # it needed longer than the end waited
             case MessageReceived(name, message) if isinstance(message, _OF_A_ROUND):
-                return [Send(name, over)]  # it did not hear how its last round ended
+                return [Send(name, over)]  # the message that ended its round was lost
             case MessageReceived(name, job_messages.SiteSurvey()) if facts.plan is not None:
                 return [Send(name, facts.plan_offer())]  # it was loading at the end
             case MessageReceived(name, job_messages.SiteSurvey() | job_messages.SiteUnavailable()):

@@ -112,7 +112,7 @@ class EpochDriver:
         return self.take(epoch.StartEpoch(header, present), at)
 
     def call_anew(self, present: tuple[SiteId, ...], at: Moment) -> list[CoordinatorJobEffect]:
-        """Begin the epoch after one whose key is spent; every site says again where it stands."""
+        """Begin the epoch after one whose key is spent; every site reports its status again."""
         facts, effects = self._facts, list[CoordinatorJobEffect]()
         self._refused = False
         if facts.withdrawn:

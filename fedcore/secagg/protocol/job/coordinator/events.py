@@ -39,7 +39,7 @@ class SiteConnected:
 
 @dataclass(frozen=True)
 class SiteLeft:
-    """A site said that it stops."""
+    """A site announced that it stops."""
 
     site: SiteId
 

@@ -29,7 +29,7 @@ class Gathering:
         """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
 
         A site that was waited for once and did not come is not waited for again before it connects. Where
-        too many sites said that they cannot take part, the job waits no longer than for one more site.
+        too many sites reported that they cannot take part, the job waits no longer than for one more site.
         """
         sites, limits, there = self._facts.sites, self._facts.limits, set(present)
         needed = max(limits.minimum, self._facts.threshold)
@@ -68,7 +68,7 @@ class Gathering:
         return True
 
     def connected(self, name: SiteId) -> None:
-        """A site has a new session; where it stands is what it says in this one."""
+        """A site has a new session; its status is what it reports in this one."""
         view = self._facts.sites[name]
         view.rest, view.missed, view.away_since = None, False, None
 

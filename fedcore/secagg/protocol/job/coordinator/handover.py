@@ -21,11 +21,11 @@ from fedcore.secagg.protocol.public_metrics import differing
 from fedcore.types import SiteId
 
 ASKED_AGAIN = 5.0
-"""Seconds after which a site that was asked for its word, and is silent, is asked again."""
+"""Seconds after which a site that did not answer with its digest is asked again."""
 
 
 class ModelHandover:
-    """Who said what of one job's model, since this process began."""
+    """The digests that sites reported for one job's model since this process started."""
 
     def __init__(self, facts: JobFacts) -> None:
         self._facts = facts
@@ -34,7 +34,7 @@ class ModelHandover:
         self.said: dict[SiteId, bytes] = {}
         self._asked: dict[SiteId, float] = {}
         self._tried: dict[SiteId, float] = {}
-        """When each site was asked for its word, and for its file."""
+        """When each site was asked for its digest, and for its file: clock seconds."""
         self._giver: SiteId | None = None
 
     @property
@@ -91,7 +91,7 @@ class ModelHandover:
         return spent < (facts.limits.gather if absent else facts.limits.stage), asked
 
     def ask(self, sites: Collection[SiteId], now: float) -> list[CoordinatorJobEffect]:
-        """What to ask of these sites: first for their word, and once enough agree one for the file."""
+        """Requests to these sites: for the digest first; once enough agree, to one of them for the file."""
         digest, patience = self._agreed, self._facts.limits.gather
         if not digest:
             silent = [
@@ -111,10 +111,10 @@ class ModelHandover:
         return Send(site, job_messages.ModelWanted(self._facts.id, self._facts.released, digest))
 
     def take(self, site: SiteId, made: job_messages.ModelMade) -> list[CoordinatorJobEffect]:
-        """A site's word; a warning where sites differ.
+        """A site's digest; a warning where sites differ.
 
         Raises PeerRefused under a plan that gives no model, HeaderRefused (fault: site) for what was not
-        asked, Conflicting for another word than before, and OutOfOrder for an earlier release's.
+        asked, Conflicting for another digest than before, and OutOfOrder for an earlier release's.
         """
         if not self.given:
             raise PeerRefused(f"model: found a word of {site} on it, and the plan gives none")

@@ -43,7 +43,7 @@ MOST_AHEAD = 1 << 20
 """Rounds that a site may have seen and this journal not: it was restored from a backup."""
 
 SHAPE_DIFFERS = "another model or other columns than most sites"
-"""What this coordinator finds where a site's survey differs: not a word of the site's."""
+"""What this coordinator finds where a site's survey differs: not reported by the site."""
 
 MATERIAL = "site {} left a round over another site's material: the sites' logs say whose"
 
@@ -130,7 +130,7 @@ class JobMachine:
         progress.waiting_for, progress.waiting_until = (), None
 
     def forget_standing(self) -> None:
-        """The disk was read again: each site is offered the plan again, and says where it stands."""
+        """The disk was read again: each site is offered the plan again, and reports its status."""
         self.facts.progress.text = ""
         for view in self.facts.sites.values():
             view.rest, view.agreed = None, False
@@ -151,11 +151,11 @@ class JobMachine:
     # ------------------------------------------------------------------------------ one event
 
     def step(self, event: events.Event, at: Moment) -> list[CoordinatorJobEffect]:
-        """What to do about one event, in order. What a site must not say costs a line of the log."""
+        """The effects of one event, in order. A message that a site must not send becomes a line of the log."""
         self._at, self._out = at, []
         try:
             self._take(event)
-        except OutOfOrder as error:  # said again after a new connection, and known already
+        except OutOfOrder as error:  # resent after a reconnect, and known already
             self._out.append(Info(str(error)))
         except PeerRefused as error:
             if isinstance(event, events.Advance | events.Resumed):
@@ -261,7 +261,7 @@ class JobMachine:
             self.do(self.catch_up.check(name, self._at))
 
     def _greet(self, name: SiteId) -> None:
-        """What a site that just connected needs to hear; it answers where it stands."""
+        """Send a site that just connected what it needs; it answers with its status."""
         self.gathering.connected(name)
         self.catch_up.connected(name)
         self.model.connected(name)
@@ -278,7 +278,7 @@ class JobMachine:
             self.round_step(coordinator.Gone(name))
 
     def _out_of_round(self, name: SiteId) -> None:
-        """This site is in no round, or no more: it says so, or has lost its journal."""
+        """This site is in no round any more: it reported so, or has lost its journal."""
         if self.facts.round is not None:
             self.round_step(coordinator.Gone(name, for_good=True))
 
@@ -343,7 +343,7 @@ class JobMachine:
     def _agreed(self, name: SiteId) -> None:
         """A site that knows the plan gets again what epoch and round have for it.
 
-        It says so in every new session, and when its disk refused something that was sent to it.
+        It sends this in every new session, and after its disk refused something that was sent to it.
         """
         self.do(self.epochs.agreed(name))
         # The round first: a site takes no new epoch inside one.
@@ -357,14 +357,14 @@ class JobMachine:
         facts.sites[name].rest = rest
         first = coordinator.is_first(stage) and name in coordinator.waiting_for(stage)
         if first and rest.round < facts.number:
-            # It could not write down that the round began, or said this before it heard.
+            # It could not persist the announcement, or sent this before it arrived.
             self.round_step(coordinator.SiteReconnected(name))
         else:
             self._out_of_round(name)
         self.do(self.catch_up.at_rest(name, self._at))
 
     def _tell_if_over(self, name: SiteId, header: bytes) -> None:
-        """A site that is still in an earlier round hears how that one ended: the message was lost."""
+        """Tell a site that is still in an earlier round how that round ended: the message was lost."""
         facts = self.facts
         if facts.round is not None and facts.round.header.digest == header:
             return
@@ -495,7 +495,7 @@ class JobMachine:
         self.round_step(start)
 
     def round_step(self, event: coordinator.CoordinatorEvent) -> None:
-        """One event of the round; where it ends with it, its end is written before any site hears of it."""
+        """One event of the round; if the round ends with it, that is on disk before any site is told."""
         before = self.facts.stage
         found = self.rounds.take(event, self._at)
         if isinstance(self.facts.stage, coordinator.Ended) and not isinstance(

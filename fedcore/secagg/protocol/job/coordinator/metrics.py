@@ -1,4 +1,4 @@
-"""Public metrics: what sites say of a release, and the row that the job keeps once enough say the same."""
+"""Public metrics: what sites report of a release, and the row that is kept once enough report the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedcore.types import Json, SiteId
 
 
 class Metrics:
-    """Which sites said what of the releases of one job, since this process began."""
+    """What sites reported of the releases of one job since this process started."""
 
     def __init__(self, facts: JobFacts) -> None:
         self._facts = facts
@@ -24,13 +24,13 @@ class Metrics:
         self._hearing = public_metrics.Hearing(self._facts.plan, self._facts.id)
 
     def restored(self) -> None:
-        """The disk was read, at first or again: what was said since this process began still counts."""
+        """The disk was read, at first or again: what was reported since this process started still counts."""
         if self._hearing is None:
             self.planned()
         self.released()
 
     def released(self) -> None:
-        """From now on the sites may say the metrics of the last release."""
+        """From now on sites may report the metrics of the last release."""
         certificate = self._facts.certificate
         if certificate is None or self._hearing is None:
             return
@@ -39,7 +39,7 @@ class Metrics:
         self._hearing.released(certificate, believed=known)
 
     def take(self, site: SiteId, message: PublicMetrics) -> list[CoordinatorJobEffect]:
-        """A site's word on a release; the one that makes it enough gives the values a row.
+        """A site's report on a release; the report that makes it enough gives the values a row.
 
         Raises PeerRefused before there is a plan, and as `publicmetrics.Hearing.take` does.
         """
@@ -57,7 +57,7 @@ class Metrics:
         return effects
 
     def may_come(self, at: Moment) -> bool:
-        """Whether a connected site may still say what the last release is worth."""
+        """Whether a connected site may still report the metrics of the last release."""
         certificate = self._facts.certificate
         if certificate is None or self._hearing is None:
             return False

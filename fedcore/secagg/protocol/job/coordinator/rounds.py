@@ -2,7 +2,7 @@
 
 The rules of one round are `protocol/coordinator.py`; this part decides between rounds, and when records
 go to disk. Records that nothing relies on yet may wait, for the next ones or for the clock: a process that
-ends meanwhile has not heard what they say, and whoever said it says it again.
+ends meanwhile loses only messages that their senders send again.
 """
 
 from __future__ import annotations
