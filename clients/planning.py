@@ -67,7 +67,7 @@ class Planner:
 
     def scheme(self, plan: RoundPlan) -> Scheme:
         """What the plan's protection puts behind its key epochs."""
-        return Scheme(plan)
+        return Scheme.of(plan)
 
 
 @dataclass(frozen=True)

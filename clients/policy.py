@@ -17,7 +17,7 @@ from fedcore.config import Job
 from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.learning.guard import GuardRules
 from fedcore.secagg.label import Terms
-from fedcore.secagg.plan import ENCRYPTS, RoundPlan, default_threshold
+from fedcore.secagg.plan import RoundPlan, default_threshold
 from fedcore.toml import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
@@ -218,7 +218,7 @@ def _protection(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
 
 def _cipher(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
     found, allowed = asked.terms.cipher, policy.rules.ciphers
-    if found in allowed or asked.terms.protection not in ENCRYPTS:
+    if found in allowed or not asked.terms.layers.encrypts:
         return None
     return _refusal("protect.cipher", found, " or ".join(allowed), "ciphers")
 

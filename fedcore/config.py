@@ -21,8 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedcore.errors import BadInput, UnknownName
 from fedcore.secagg.encode.limbs import limb_count
 from fedcore.secagg.plan import (
-    MIN_SITES,
-    PROTECTIONS,
     ModelShape,
     Packing,
     RangePlan,
@@ -31,10 +29,14 @@ from fedcore.secagg.plan import (
     TrainPlan,
     canonical,
     default_threshold,
+    solve_packing,
+)
+from fedcore.secagg.protections import (
+    MIN_SITES,
     refuse_cipher,
     refuse_public_metrics,
     refuse_release,
-    solve_packing,
+    refuse_unknown,
 )
 from fedcore.types import Json, SiteId
 
@@ -376,8 +378,7 @@ def _expectation(error: Any) -> str:
 
 
 def _check_protection(section: Any) -> None:
-    if section.protection not in PROTECTIONS:
-        raise UnknownName("protect.protection", section.protection, PROTECTIONS)
+    refuse_unknown(section.protection)
 
 
 def _check_fold(section: Any) -> None:

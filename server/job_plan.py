@@ -56,5 +56,5 @@ def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:
     """Bytes of one protected vector, by purpose."""
-    scheme, purposes = Scheme(plan), schedule.PURPOSES[0 if features else 1 :]
+    scheme, purposes = Scheme.of(plan), schedule.PURPOSES[0 if features else 1 :]
     return {each: scheme.upload_bytes(layout_of(plan, features, each)) for each in purposes}

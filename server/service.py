@@ -46,7 +46,8 @@ from fedcore.files import write_json
 from fedcore.identity.peer import Peer, check_name
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.label import Terms
-from fedcore.secagg.plan import canonical, refuse_plain
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protections import refuse_plain
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import WAITING
 from fedcore.secagg.protocol.round import coordinator

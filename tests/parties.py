@@ -18,8 +18,6 @@ from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import (
-    MASKS,
-    SCHEMES,
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -27,6 +25,7 @@ from fedcore.secagg.plan import (
     TrainPlan,
     solve_packing,
 )
+from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import STAGES
 from fedcore.secagg.protocol.round import coordinator, site
@@ -120,7 +119,7 @@ def leaves_when_restarted(stage):
     """Whether a new process of a site leaves the round from this stage (PROTOCOL V, D)."""
     if not isinstance(stage, site.IN_ROUND):
         return False
-    before = stage.header.protection in MASKS and not isinstance(stage, site.EXPOSED)
+    before = stage.header.layers.masks and not isinstance(stage, site.EXPOSED)
     return before or isinstance(stage, site.Masking)
 
 
@@ -255,7 +254,7 @@ class Parties:
         if to not in self.absences or type(message) not in ANSWERED_AT:
             return False
         answer = ANSWERED_AT[type(message)]
-        if answer == "keys" and self.plan.protection not in MASKS:
+        if answer == "keys" and not self.plan.layers.masks:
             answer = "submit"
         return STAGES.index(self.absences[to]) <= STAGES.index(answer)
 

@@ -38,7 +38,7 @@ from fedcore.local_deployment import (
     write,
 )
 from fedcore.report.terminal import fitted, grid
-from fedcore.secagg.plan import ENCRYPTS, MASKS, MAX_MASKED_SITES
+from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -105,7 +105,7 @@ def run(
         "abandoned_rounds": sum("abandoned" in row for row in rows),
         "least_survivors": min(len(row["survivors"]) for row in timed),
         "protection": protection,
-        "cipher": cipher if protection in ENCRYPTS else None,
+        "cipher": cipher if Protection.of(protection).encrypts else None,
         "bits": bits,
         "sites_per_process": per_process,
         "seconds_per_round": _spread([row["seconds"] for row in timed]),
@@ -123,13 +123,15 @@ def run(
 def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
     if sites < LEAST_SITES:
         raise BadInput(f"--sites: found {sites}, expected at least {LEAST_SITES}")
-    if protection in MASKS and sites > MAX_MASKED_SITES:
+    refuse_unknown(protection)
+    layers = Protection.of(protection)
+    if layers.masks and sites > MAX_MASKED_SITES:
         raise BadInput(
             f"--sites: found {sites}, expected at most {MAX_MASKED_SITES} under {protection!r}",
             remedy="--protection encrypted has no such limit",
         )
-    if protection == "plain":
-        raise BadInput("--protection: found 'plain', expected layered, masked or encrypted")
+    if not layers.protects:
+        raise BadInput(f"--protection: found {protection!r}, expected layered, masked or encrypted")
     if rounds < 2:
         raise BadInput(f"--rounds: found {rounds}, expected at least 2: the first is not timed")
     if per_process < 1:

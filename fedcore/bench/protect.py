@@ -48,15 +48,13 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
 from fedcore.secagg.plan import (
     EXCEEDS,
-    MASKS,
-    MAX_MASKED_SITES,
-    SCHEMES,
     RoundHeader,
     VectorSpec,
     Wide,
     default_threshold,
     solve_packing,
 )
+from fedcore.secagg.protections import MAX_MASKED_SITES, SCHEMES, Protection, masking
 from fedcore.seeds import generator
 from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
 
@@ -135,7 +133,7 @@ def run(
             protected(name, parameters, sites, b, bound, seed)
             for b in dict.fromkeys(bits)
             for name, (protection, _) in SCHEMES.items()
-            if protection != "plain" and (protection not in MASKS or sites <= MAX_MASKED_SITES)
+            if _takes(Protection.of(protection), sites)
         ),
         ckks_vectors("ckks", ckks.protect),
         ckks_vectors("ckks-blocks", ckks.protect_blocks),
@@ -159,6 +157,10 @@ def run(
         "ratios": _ratios(rows),
         "environment": environment(),
     }
+
+
+def _takes(layers: Protection, sites: int) -> bool:
+    return layers.protects and (not layers.masks or sites <= MAX_MASKED_SITES)
 
 
 def _power_of_two_above(value: float) -> float:
@@ -215,7 +217,7 @@ def protected(name: str, parameters: int, sites: int, bits: int, bound: float, s
         "bench", "bench", 1, 1, 1, "update", roster, "", default_threshold(sites), protection, ""
     )
     tag = SumTag(group, header, b"bench")
-    masks = _Masks.draw(layout, sites) if protection in MASKS else None
+    masks = _Masks.draw(layout, sites) if Protection.of(protection).masks else None
     streams = _Streams(group, header, layout) if cipher == "keystream" else None
 
     def protect(vector: FloatVector, site: int) -> list[bytes]:
@@ -449,20 +451,21 @@ def _comparisons(ratios: Json) -> list[str]:
     for name, ratio in ratios.items():
         scheme, _, bits = name.rpartition("-")
         protection, cipher = SCHEMES[scheme]
-        if scheme == "encrypted" or cipher == "keystream":
+        unmasked, streams = Protection.of(protection).one_key_opens, cipher == "keystream"
+        if unmasked or streams:
             lines.append(
                 f"{name}: {ratio['ckks']['bytes_up']:.1f} times smaller up and "
                 f"{ratio['ckks']['protect_seconds']:.1f} times faster to protect than ckks "
                 f"({ratio['ckks-blocks']['protect_seconds']:.1f} times, ckks one ciphertext at a time)"
             )
-        if scheme == "encrypted":
+        if unmasked and not streams:
             lines += [
                 f"{other}-{bits}: {ratio[other]['bytes_up']:.2f} times the bytes up and "
                 f"{ratio[other]['protect_seconds']:.2f} times the seconds to protect of {name}"
-                for other in MASKS
+                for other in masking()
                 if other in ratio
             ]
-        if cipher == "keystream":
+        if streams:
             bfv = ratio[protection]
             lines.append(
                 f"{name}: {bfv['bytes_up']:.2f} times smaller up, {bfv['bytes_down']:.2f} times down, and "

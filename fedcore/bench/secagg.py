@@ -26,17 +26,15 @@ from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
-    ENCRYPTS,
     EXCEEDS,
-    MASKS,
     RangePlan,
     RoundPlan,
     ServerPlan,
     TrainPlan,
     default_threshold,
-    refuse_cipher,
     solve_packing,
 )
+from fedcore.secagg.protections import Protection, masking, refuse_cipher
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.seeds import generator
@@ -72,9 +70,10 @@ def run(
     drop: sites that leave before they send their vector. Returns the JSON of kind bench-secagg.
     Raises BadInput where that many absences are not survived, and PlanRefused.
     """
-    if protection not in MASKS:
+    layers = Protection.of(protection)
+    if not layers.masks:
         raise BadInput(
-            f"--protection: found {protection!r}, expected one of {', '.join(MASKS)}",
+            f"--protection: found {protection!r}, expected one of {', '.join(masking())}",
             remedy="`fedcore bench protect` has every protection",
         )
     refuse_cipher(protection, cipher)
@@ -97,7 +96,7 @@ def run(
         "kind": "bench-secagg",
         "parameters": parameters,
         "protection": protection,
-        "cipher": cipher if protection in ENCRYPTS else None,
+        "cipher": cipher if layers.encrypts else None,
         "bits": bits,
         "drop": drop,
         "seed": seed,

@@ -34,6 +34,7 @@ from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
 from fedcore.results import DeployedRun
 from fedcore.run import Run, new_directory
+from fedcore.secagg.protections import refuse_plain
 from fedcore.types import Json
 
 FEDERATION = "rehearsal"
@@ -91,12 +92,8 @@ def _refuse(task: Task, job: Job) -> None:
             "round.drop: found simulated absences, expected none: these sites are real processes",
             remedy="`fedcore simulate` has simulated absences; here, stop a site's process",
         )
-    protection, sites = job.protect.protection, resolve_sites(task, job)
-    if protection == "plain":
-        raise PlanRefused(
-            "protect.protection: found 'plain', expected layered, masked or encrypted",
-            remedy="`plain` exists inside one process only: `fedcore simulate --protection plain`",
-        )
+    sites = resolve_sites(task, job)
+    refuse_plain(job.protect.protection)
     if len(sites) < LEAST_SITES:
         raise PlanRefused(f"sites: found {len(sites)}, expected at least {LEAST_SITES}")
     for site, source in sites.items():

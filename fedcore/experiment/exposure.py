@@ -28,7 +28,7 @@ from fedcore.secagg.crypto.plain import PlainSealer
 from fedcore.secagg.encode.bitpack import packed_size, unpack_words
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import RoundTrace
-from fedcore.secagg.plan import ENCRYPTS, Packing, RoundPlan
+from fedcore.secagg.plan import Packing, RoundPlan
 from fedcore.secagg.scheme import Masks
 from fedcore.types import SiteId, Slots
 
@@ -86,7 +86,7 @@ def observe(
         chance=chance(update.size),
         strip=update.strip(update.fields),
         own=correlation(update.fields, layout.fields_of(own)[: update.size]),
-        parties=parties(here, plan.protection not in ENCRYPTS),
+        parties=parties(here, not plan.layers.encrypts),
         plain=parties(plain, True),
     )
 

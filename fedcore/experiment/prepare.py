@@ -41,7 +41,8 @@ from fedcore.learning.training import task_code
 from fedcore.secagg.encode.pack import Layout as VectorLayout
 from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.label import Terms, label_of, label_warnings
-from fedcore.secagg.plan import RoundPlan, check_threshold, refuse_roster
+from fedcore.secagg.plan import RoundPlan, check_threshold
+from fedcore.secagg.protections import refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
 from fedcore.stopwatch import Stopwatch
 from fedcore.types import Json, SiteId
@@ -291,7 +292,7 @@ def _standardise_all(prepared: Prepared, say: Callable[[str], None]) -> None:
         return
     say("federated statistics")
     # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
-    plain = prepared.plan.protection == "plain"
+    plain = not prepared.plan.layers.protects
     allow = plain or prepared.job.protect.single_site_features
     found, _ = federated_statistics(prepared.epoch, sites, prepared.watch, allow_few_sites=allow)
     prepared.statistics = found

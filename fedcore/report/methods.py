@@ -20,6 +20,7 @@ from fedcore.report.phrases import (
 )
 from fedcore.report.sentences import arms_of, how_measured, setting, splits, which_split
 from fedcore.results import ComparisonResult, Result, RunResult
+from fedcore.secagg.protections import PROTECTIONS, unprotected
 
 _RATES = ("lr", "momentum")
 
@@ -164,19 +165,20 @@ def _protection(result: Result) -> str:
             plan["fields_per_slot"], plan["fields_per_slot"]
         )
         text += f", {fields} to a slot of {plan['slot_bits']} bits"
-    if protection == "plain":
+    layers = PROTECTIONS.get(protection)
+    if layers is None:
+        text += f", and summed under the protection {plain(protection)}"
+    elif not layers.protects:
         text += "; their sum was not protected (simulation only)"
-    elif protection == "masked":
+    elif not layers.encrypts:
         text += f", and summed under {_MASKS}"
-    elif protection in ("encrypted", "layered"):
-        text += f", put under {_MASKS}" if protection == "layered" else ""
+    else:
+        text += f", put under {_MASKS}" if layers.masks else ""
         text += f", and summed under {_CIPHERS.get(plan.get('cipher', 'bfv'), 'encryption')}"
         if plan.get("degree"):
             primes = _primes(plan.get("coeff_modulus"))
             text += f" (ring degree {plan['degree']}{', ' + primes if primes else ''}; Microsoft SEAL through TenSEAL)"
         text += " with a key shared by the sites and unknown to the coordinator"
-    else:
-        text += f", and summed under the protection {plain(protection)}"
     text += "."
     headroom = plan.get("headroom") or {}
     if headroom.get("bound") is not None and headroom.get("limit") is not None:
@@ -208,7 +210,7 @@ def _absences(result: Result) -> str:
     """The threshold, and what was simulated of sites that leave; both only where they matter."""
     threshold, absences = result.plan.get("threshold"), result.absences.count
     text = ""
-    if threshold and (absences or result.protection != "plain"):
+    if threshold and (absences or not unprotected(result.protection)):
         sites = plural(len(result.sites), "site")
         text += f" A round needed {threshold} of {sites} at every stage."
     if absences:

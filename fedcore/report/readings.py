@@ -17,20 +17,22 @@ from markupsafe import Markup
 from fedcore.report import phrases
 from fedcore.report.tables import Cell, Grid
 from fedcore.results import PartyView, Reading, Result, RunResult, UpdateExposure
+from fedcore.secagg.protections import PROTECTIONS, unprotected
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
 """The keys of `seen.parties` (a test compares them with fedcore.experiment.exposure)."""
 
-_UPLOAD = {
-    "plain": "The upload as it is",
-    "encrypted": "The upload, a ciphertext",
-    "masked": "The upload less the masks it rebuilt",
-    "layered": "The upload, masked and encrypted",
-}
-_UPLOAD_OF_BOTH = {
-    "encrypted": "The upload, opened with the key that {other} has",
-    "masked": "The upload less every mask that one of them knows",
-    "layered": "The upload, decrypted, less every mask that one of them knows",
+_UPLOAD = {  # (masks?, encrypts?): how the coordinator reads it, and how it does with another site
+    (False, False): ("The upload as it is",) * 2,
+    (False, True): ("The upload, a ciphertext", "The upload, opened with the key that {other} has"),
+    (True, False): (
+        "The upload less the masks it rebuilt",
+        "The upload less every mask that one of them knows",
+    ),
+    (True, True): (
+        "The upload, masked and encrypted",
+        "The upload, decrypted, less every mask that one of them knows",
+    ),
 }
 
 
@@ -62,7 +64,7 @@ def section(result: Result) -> Readings | None:
         return None
     site, size = phrases.plain(seen.site), seen.coordinates
     found = [(seen.parties, phrases.plain(seen.protection)), (seen.plain, "plain")]
-    columns = found[: 1 if seen.protection == "plain" else 2]
+    columns = found[: 1 if unprotected(seen.protection) else 2]
     rows = []
     for party in PARTIES:
         held = []
@@ -139,8 +141,9 @@ def _cell(seen: UpdateExposure, party: str, view: PartyView, protection: str) ->
     if message is None:
         parts.append("It never gets the upload.")
     else:
-        lead = _UPLOAD_OF_BOTH.get(protection) if party == BOTH else None
-        lead = (lead or _UPLOAD.get(protection, "The upload")).format(other=other)
+        lead, layers = "The upload", PROTECTIONS.get(protection)
+        if layers is not None:
+            lead = _UPLOAD[layers.masks, layers.encrypts][party == BOTH].format(other=other)
         parts.append(f"{lead}: {_verdict(seen, message)}.")
         if message.exact == 1:
             return parts[0]

@@ -27,6 +27,7 @@ from fedcore.report.phrases import (
     size,
 )
 from fedcore.results import ComparisonResult, Result, RowCounts, RunResult
+from fedcore.secagg.protections import unprotected
 
 NEGLIGIBLE = 0.01
 """Half the width of an interval that may be called no loss: one point, or of an error one hundredth
@@ -281,7 +282,7 @@ def per_site_and_round(result: Result) -> str:
 def cost(result: Result) -> list[str]:
     """What protection cost: bytes, seconds, and accuracy (which must be exactly nothing)."""
     sentences = []
-    protected = result.protection != "plain"
+    protected = not unprotected(result.protection)
     if not protected:
         sentences.append("Nothing was protected: `plain` is for simulation and tests.")
     if result.cost.bytes_up is not None:

@@ -27,7 +27,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.encode.pack import Layout, Opened
-from fedcore.secagg.plan import MASKS, RoundHeader, RoundPlan, VectorSpec
+from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, Absences, outcome
 from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
@@ -280,11 +280,11 @@ class InProcessFederation:
         self.certificate: messages.Certificate | None = None
         self.tap: Callable[[str, Any], None] | None = None
         self.warnings: list[str] = []
-        if plan.protection == "plain":
+        if not plan.layers.protects:
             return
         identities = {name: IdentityKey() for name in plan.sites}
         self.pins = {name: key.public for name, key in identities.items()}
-        scheme = Scheme(plan)
+        scheme = Scheme.of(plan)
         self.hub = CoordinatorDriver(self.pins, scheme)
         self.shells = {
             name: SiteDriver(
@@ -300,7 +300,7 @@ class InProcessFederation:
     @property
     def sealer(self) -> Sealer:
         """A site's sealer, for those who look on."""
-        if self.plan.protection == "plain":
+        if not self.plan.layers.protects:
             return PlainSealer(self.plan.packing)
         return self.shells[self.plan.sites[0]].secrets.sealer
 
@@ -366,7 +366,7 @@ class InProcessFederation:
             layout, contribute, state, lead, watch, absences or {}, witness,
             np.zeros(layout.slots, dtype=np.uint64),
         )  # fmt: skip
-        if self.plan.protection == "plain":
+        if not self.plan.layers.protects:
             return self._plain_sum(current)
         header = self._header(spec, training_round)
         with watch("protect"):
@@ -517,7 +517,7 @@ class _Exchange:
         if absent_from is None:
             return False
         answer = _ANSWERED_AT[type(message)]
-        if isinstance(message, messages.Announce) and message.header.protection not in MASKS:
+        if isinstance(message, messages.Announce) and not message.header.layers.masks:
             answer = "submit"
         return PROTOCOL_STAGES.index(absent_from) <= PROTOCOL_STAGES.index(answer)
 
@@ -614,7 +614,7 @@ class _Exchange:
                 case effects.Warn(text=text):
                     self.parties.warnings.append(f"{messages.COORDINATOR}: {text}")
                 case effects.RemoveMasks():
-                    if hub.scheme.plan.protection not in MASKS:
+                    if not hub.scheme.plan.layers.masks:
                         self._miss_the_sum()
                     self._hub_step(hub.remove_masks(effect, self.current))
 

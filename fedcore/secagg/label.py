@@ -15,15 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedcore.secagg.plan import (
-    ENCRYPTS,
-    MASKS,
-    MIN_SITES,
-    RoundPlan,
-    check_threshold,
-    default_threshold,
-    refuse_roster,
-)
+from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
+from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.types import SiteId
 
 if TYPE_CHECKING:
@@ -61,6 +54,11 @@ class Terms:
         if not self.threshold:
             object.__setattr__(self, "threshold", default_threshold(self.count))
         check_threshold(self.threshold, self.count)
+
+    @property
+    def layers(self) -> Protection:
+        """What lies over the vectors."""
+        return Protection.of(self.protection)
 
     @property
     def count(self) -> int:
@@ -110,9 +108,9 @@ def collusion(terms: Terms) -> Collusion:
     """The figures of a plan's terms: for the smallest sum they permit, of `threshold` survivors."""
     sites, threshold = terms.count, terms.threshold
     absences = sites - threshold
-    if terms.protection == "plain":
+    if not terms.layers.protects:
         return Collusion(0, 0, absences, 1)
-    if terms.protection not in MASKS:
+    if not terms.layers.masks:
         return Collusion(0, 0, absences, threshold)
     curious = threshold - 2
     active = min(2 * threshold - sites - 1, curious)
@@ -124,8 +122,9 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
 
     few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
     """
-    lines = _masked(terms) if terms.protection in MASKS else list(_UNMASKED[terms.protection])
-    if terms.protection in ENCRYPTS and terms.cipher == "keystream":
+    layers = terms.layers
+    lines = _masked(terms) if layers.masks else [*(_ENCRYPTED if layers.encrypts else _PLAIN)]
+    if layers.encrypts and terms.cipher == "keystream":
         lines[-1] += f" {_STREAMS}"
     if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
@@ -168,7 +167,7 @@ def label_warnings(terms: Terms) -> list[str]:
             f"Absences survived: 0 of {sites}. One absent site abandons the round. "
             + _alternative(terms)
         )
-    if threshold == 2 and terms.protection != "plain":
+    if threshold == 2 and terms.layers.protects:
         found.append(
             f"A threshold of 2 tolerates no colluding site: {_TWO_SITES}. The default for {sites} sites "
             f"is {default_threshold(sites)}."
@@ -176,21 +175,18 @@ def label_warnings(terms: Terms) -> list[str]:
     return found
 
 
-_UNMASKED = {
-    "plain": (
-        _PROTECTS + "nobody. The coordinator sees every site's update and the model.",
-        _PROTECTS_NOT + "anyone who can read the coordinator's memory or traffic. "
-        "For simulation and tests only.",
-    ),
-    "encrypted": (
-        _PROTECTS
-        + "the coordinator alone. It sees no site's update, not their sum and not the model.",
-        _PROTECTS_NOT + "one site together with the coordinator. All sites share one key, "
-        "which opens every site's update.",
-        "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
-        "each once; the result is right if no site lies.",
-    ),
-}
+_PLAIN = (
+    _PROTECTS + "nobody. The coordinator sees every site's update and the model.",
+    _PROTECTS_NOT + "anyone who can read the coordinator's memory or traffic. "
+    "For simulation and tests only.",
+)
+_ENCRYPTED = (
+    _PROTECTS + "the coordinator alone. It sees no site's update, not their sum and not the model.",
+    _PROTECTS_NOT + "one site together with the coordinator. All sites share one key, "
+    "which opens every site's update.",
+    "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
+    "each once; the result is right if no site lies.",
+)
 
 
 def _masked(terms: Terms) -> list[str]:
@@ -198,7 +194,7 @@ def _masked(terms: Terms) -> list[str]:
     with_sites = (
         f", alone or with {_up_to(found.active, 'colluding site')}," if found.active else " alone,"
     )
-    if terms.protection == "masked":
+    if not terms.layers.encrypts:
         sight = "It sees no single site's update; it does see their sum and the model."
     elif terms.release == "coordinator":
         alone = "; alone, not their sum, and " if found.active else ", not their sum, and "
@@ -214,7 +210,7 @@ def _masked(terms: Terms) -> list[str]:
     return [
         f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",
         f"{_PROTECTS_NOT}the coordinator and {too_many} together: they open other sites' updates."
-        + (then if terms.protection == "layered" else ""),
+        + (then if terms.layers.encrypts else ""),
         "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
         "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
         f"{curious} may collude with it.",
@@ -239,7 +235,7 @@ def _hiding(threshold: int, found: Collusion) -> str:
 
 def _alternative(terms: Terms) -> str:
     """What survives an absence instead: the next lower threshold, and for three sites a fourth."""
-    lower, masks = terms.threshold - 1, terms.protection in MASKS
+    lower, masks = terms.threshold - 1, terms.layers.masks
     said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
     if masks:
         tolerated = collusion(replace(terms, threshold=lower)).active
@@ -248,7 +244,7 @@ def _alternative(terms: Terms) -> str:
             if tolerated
             else ", but tolerates no colluding site"
         )
-    elif lower == 2 and terms.protection != "plain":
+    elif lower == 2 and terms.layers.protects:
         said += f", but {_TWO_SITES}"
     if terms.count == MIN_SITES:
         said += "; four sites with a threshold of 3 survive 1 absence"

@@ -51,9 +51,11 @@ def _times(rounds: int) -> str:
 def _who_opens(terms: Terms) -> str:
     """Who can read a vector, and who the sum, by the protection."""
     least = f"a sum of at least {terms.threshold} sites"
-    return {
-        "layered": f"opened: by the sites only, as {least}",
-        "masked": f"opened: by the coordinator and by the sites, as {least}",
-        "encrypted": f"opened: by the sites only, as {least}; with any one of them the coordinator opens "
-        "the vector of this site",
-    }.get(terms.protection, "opened: by the coordinator, the vector of this site")
+    if not terms.layers.protects:
+        return "opened: by the coordinator, the vector of this site"
+    if not terms.layers.encrypts:
+        return f"opened: by the coordinator and by the sites, as {least}"
+    said = f"opened: by the sites only, as {least}"
+    if terms.layers.masks:
+        return said
+    return f"{said}; with any one of them the coordinator opens the vector of this site"

@@ -20,6 +20,17 @@ from fractions import Fraction
 from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.secagg.protections import (
+    MAX_MASKED_SITES,
+    MIN_SITES,
+    Protection,
+    has_lattice,
+    refuse_cipher,
+    refuse_public_metrics,
+    refuse_release,
+    refuse_roster,
+    refuse_unknown,
+)
 from fedcore.types import Json, SiteId
 
 PLAN_VERSION = 2
@@ -34,36 +45,8 @@ MAX_SLOT_BITS = 60
 SEAL_PLAIN_MODULUS_BITS = 60
 """SEAL takes plain moduli of at most 60 bits; t = 2^s has s + 1 bits."""
 
-PROTECTIONS = ("plain", "encrypted", "masked", "layered")
-"""The layers over one ring, weakest first; `layered` is the default everywhere."""
-
-ENCRYPTS = ("encrypted", "layered")
-"""Protections under which vectors travel encrypted under a key the sites share."""
-
-CIPHERS = ("bfv", "keystream")
-"""What encrypts them: BFV (ring-LWE), or the words of an AES-256-CTR stream added in the slot ring."""
-
-SCHEMES = {
-    protection if cipher == "bfv" else f"{protection}-{cipher}": (protection, cipher)
-    for protection in PROTECTIONS
-    for cipher in (CIPHERS if protection in ENCRYPTS else CIPHERS[:1])
-}
-"""Every protection with every cipher it takes: {the name in a benchmark's rows: (protection, cipher)}."""
-
-LATTICES = ("standard", "wide")
-"""Rings that `bfv` may use: the cheapest that is proved, or degree 4096 only, far from the table's edge."""
-
 SALT_BYTES = 32
 """The fresh salt of every vector under `keystream`; it travels beside the vector."""
-
-MASKS = ("masked", "layered")
-"""Protections under which every vector carries pairwise and self masks."""
-
-MIN_SITES = 3
-"""With two sites each reads the other's update off the sum."""
-
-MAX_MASKED_SITES = 64
-"""Every pair of sites shares a mask (complete graph): n^2 key agreements, so no more for now."""
 
 EXCEEDS = "exceeds"
 """The mark of a site of which more coordinates exceed the range than the range rule tolerates."""
@@ -79,9 +62,6 @@ MOST_PUBLIC_METRICS, MOST_METRIC_NAME = 64, 64
 
 STANDARDISE = ("ranges", "federated")
 """What a table's numbers are scaled by; nothing travels for "ranges"."""
-
-RELEASES = ("sites", "coordinator")
-"""Who gets the model: the sites alone, or, of a finished job, the coordinator too."""
 
 TAG_BITS = 61
 """The sum tag is an element of the prime field of 2^61 - 1."""
@@ -177,33 +157,6 @@ def field_width(bits: int, max_sites: int) -> int:
     return bits + (max_sites - 1).bit_length()
 
 
-def has_lattice(protection: str, cipher: str) -> bool:
-    """Whether vectors travel as BFV ciphertexts, so that sums need a ring and its headroom."""
-    return protection in ENCRYPTS and cipher == "bfv"
-
-
-def refuse_cipher(protection: str, cipher: str, lattice: str = "standard") -> None:
-    """Raise PlanRefused for a keystream where nothing is encrypted, or a wide lattice where there is none;
-    UnknownName for another word."""
-    if cipher not in CIPHERS:
-        raise UnknownName("protect.cipher", cipher, CIPHERS)
-    if lattice not in LATTICES:
-        raise UnknownName("protect.lattice", lattice, LATTICES)
-    if cipher == "keystream" and protection not in ENCRYPTS:
-        raise PlanRefused(
-            f"protect.cipher: found 'keystream' under {protection!r}, expected it under "
-            f"{' or '.join(ENCRYPTS)}: nothing else is encrypted",
-            remedy="use `--protection layered`, or leave cipher out",
-        )
-    if lattice == "wide" and not has_lattice(protection, cipher):
-        under = f"the cipher {cipher!r}" if protection in ENCRYPTS else repr(protection)
-        raise PlanRefused(
-            f"protect.lattice: found 'wide' under {under}, expected 'standard': only the cipher 'bfv' "
-            "has a lattice",
-            remedy="leave lattice out, or use cipher 'bfv' with `--protection layered`",
-        )
-
-
 def solve_packing(
     bits: int,
     max_sites: int,
@@ -222,8 +175,7 @@ def solve_packing(
     bits in [2, 24]; raises BadInput outside it, UnknownName for an unknown protection, cipher or lattice,
     and PlanRefused where no ring proves headroom.
     """
-    if protection not in PROTECTIONS:
-        raise UnknownName("protect.protection", protection, PROTECTIONS)
+    refuse_unknown(protection)
     refuse_cipher(protection, cipher, lattice)
     if not 2 <= bits <= 24:
         raise BadInput(f"protect.bits: found {bits}, expected 2 to 24")
@@ -298,7 +250,7 @@ def price_list(
     """
     rows: list[Json] = []
     rings = _rings(protection, cipher, lattice)
-    most = min(limit, MAX_MASKED_SITES) if protection in MASKS else limit
+    most = min(limit, MAX_MASKED_SITES) if Protection.of(protection).masks else limit
     for n in range(MIN_SITES, most + 1):
         packing = _cheapest(bits, n, rings)
         price = packing and (packing.fields_per_slot, packing.wire_bits, packing.slots_per_block)
@@ -407,60 +359,6 @@ def check_threshold(threshold: int, sites: int) -> int:
     return threshold
 
 
-def refuse_roster(sites: int, protection: str) -> None:
-    """Raise PlanRefused for fewer than 3 sites under anything but `plain`, and for more than 64
-    under a protection with masks."""
-    if protection in MASKS and sites > MAX_MASKED_SITES:
-        raise PlanRefused(
-            f"sites: found {sites} under {protection!r}, expected at most {MAX_MASKED_SITES}: every "
-            "pair of sites agrees on a mask, and sparser graphs are not in this version",
-            remedy="use `--protection encrypted`, or group the sites (`sites.n`)",
-        )
-    if protection != "plain" and sites < MIN_SITES:
-        raise PlanRefused(
-            f"sites: found {sites} under {protection!r}, expected at least {MIN_SITES}: "
-            "with fewer, the sum shows each site the others' update",
-            remedy="add sites, or use `--protection plain` for a trial on one machine",
-        )
-
-
-def refuse_plain(protection: str) -> None:
-    """Raise PlanRefused for `plain` in a deployment, where parties are not one process."""
-    if protection not in (*MASKS, *ENCRYPTS):
-        raise PlanRefused(
-            f"protect.protection: found {protection!r}, expected layered, masked or encrypted",
-            remedy="`plain` exists inside one process only: `fedcore simulate --protection plain`",
-        )
-
-
-def refuse_public_metrics(protection: str) -> None:
-    """Raise PlanRefused for public metrics under `encrypted` (PROTOCOL R).
-
-    There one key opens every site's own upload, and the sites confirm no list before they open a sum: the
-    coordinator must not be answered with anything that was decrypted.
-    """
-    if protection == "encrypted":
-        raise PlanRefused(
-            "track.public_metrics: found true under 'encrypted', expected false: nothing that was "
-            "decrypted goes back to a coordinator that has every site's own ciphertext",
-            remedy="use `--protection layered`, or leave public_metrics out: each site still has the "
-            "metrics in its own record",
-        )
-
-
-def refuse_release(release: str, protection: str) -> None:
-    """Raise PlanRefused for a model that goes to the coordinator under `encrypted` (PROTOCOL R), for the
-    reason of `refuse_public_metrics`; UnknownName for another word."""
-    if release not in RELEASES:
-        raise UnknownName("protect.release", release, RELEASES)
-    if release == "coordinator" and protection == "encrypted":
-        raise PlanRefused(
-            "protect.release: found 'coordinator' under 'encrypted', expected 'sites': nothing that was "
-            "decrypted goes back to a coordinator that has every site's own ciphertext",
-            remedy="use `--protection layered`, or take the model from a site: `fed-site model`",
-        )
-
-
 @dataclass(frozen=True)
 class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
@@ -544,6 +442,11 @@ class RoundPlan:
             )
 
     @property
+    def layers(self) -> Protection:
+        """What lies over its vectors."""
+        return Protection.of(self.protection)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the task's metrics, the first one first."""
         return tuple(wide.name.removeprefix(METRIC) for wide in self.metric_sums)
@@ -566,7 +469,7 @@ class RoundPlan:
     @property
     def salt_bytes(self) -> int:
         """Bytes of the salt that travels with every vector: 32 under `keystream`, else 0."""
-        encrypts = self.protection in ENCRYPTS
+        encrypts = self.layers.encrypts
         return SALT_BYTES if encrypts and not has_lattice(self.protection, self.cipher) else 0
 
     @property
@@ -609,7 +512,7 @@ class RoundPlan:
         where something travels for it.
         """
         flat = asdict(self)
-        if self.protection not in ENCRYPTS:
+        if not self.layers.encrypts:
             del flat["cipher"]
         if not self.public_metrics:
             del flat["public_metrics"]
@@ -682,6 +585,11 @@ class RoundHeader:
     def digest(self) -> bytes:
         """h: 32 bytes."""
         return hashlib.sha256(canonical(asdict(self))).digest()
+
+    @property
+    def layers(self) -> Protection:
+        """What lies over the round's vectors."""
+        return Protection.of(self.protection)
 
     def place(self, site: SiteId) -> int:
         """The site's index in the roster. Raises ValueError for one that is not on it."""

@@ -161,9 +161,14 @@ def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
 
 @dataclass
 class Scheme:
-    """Payloads, sealers and folds of one plan's protection."""
+    """Payloads, sealers and folds of one plan, by its cipher."""
 
     plan: RoundPlan
+
+    @classmethod
+    def of(cls, plan: RoundPlan) -> Scheme:
+        """The one of the plan's protection."""
+        return (plan.layers.scheme or cls)(plan)
 
     def __post_init__(self) -> None:
         self._public: Any = None

@@ -36,7 +36,6 @@ from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import _Exchange, _Round
 from fedcore.secagg.plan import (
-    SCHEMES,
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -46,6 +45,7 @@ from fedcore.secagg.plan import (
     canonical,
     solve_packing,
 )
+from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress

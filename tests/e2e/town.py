@@ -37,7 +37,8 @@ from fedcore.learning.state import JobState, without_metrics
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.label import Terms, collusion
-from fedcore.secagg.plan import MASKS, canonical
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protections import PROTECTIONS
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.messages import Unmask
@@ -427,7 +428,7 @@ class Town:
 
     def _check_ledgers(self):
         """Whatever was answered (or sent, without masks) was in the site's ledger before (PROTOCOL D)."""
-        masks = self.settings["protect"]["protection"] in MASKS
+        masks = PROTECTIONS[self.settings["protect"]["protection"]].masks
         spends = "UnmaskAnswered" if masks else "VectorSpooled"
         spent = 0
         for name in set(SITES) - self.replaced:

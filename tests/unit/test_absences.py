@@ -28,7 +28,8 @@ from fedcore.experiment.simulation import Leaving
 from fedcore.files import read_json
 from fedcore.results import RoundRow, read_rounds
 from fedcore.run import all_abandoned
-from fedcore.secagg.plan import PROTECTIONS, SCHEMES, default_threshold
+from fedcore.secagg.plan import default_threshold
+from fedcore.secagg.protections import PROTECTIONS, SCHEMES
 from fedcore.secagg.protocol.absences import (
     ABANDONED_AT,
     STAGES,

@@ -21,7 +21,8 @@ from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import MASKS, SCHEMES, VectorSpec, solve_packing
+from fedcore.secagg.plan import VectorSpec, solve_packing
+from fedcore.secagg.protections import SCHEMES, Protection
 
 ROW_KEYS = {
     "name",
@@ -81,7 +82,7 @@ def test_every_protection_decodes_the_same_sum_of_the_same_bits(protect_result: 
 def test_only_masks_are_unmasked(protect_result: dict) -> None:
     for row in protect_result["rows"]:
         unmasked = row["unmask_seconds_per_million"]
-        masks = SCHEMES.get(row["name"], ("", ""))[0] in MASKS
+        masks = Protection.of(SCHEMES.get(row["name"], ("", ""))[0]).masks
         assert unmasked > 0 if masks else unmasked is None
 
 

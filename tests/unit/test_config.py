@@ -9,7 +9,7 @@ import pytest
 
 from fedcore.config import KEYS, SECTIONS, build_job, parse_set, read_job_file
 from fedcore.errors import BadInput, UnknownName
-from fedcore.secagg.plan import PROTECTIONS
+from fedcore.secagg.protections import PROTECTIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -73,7 +73,7 @@ def test_wrong_values_are_one_line_with_the_path(layer, message):
 
 
 def test_the_default_protection_is_the_strongest():
-    assert build_job().protect.protection == "layered" == PROTECTIONS[-1]
+    assert build_job().protect.protection == "layered" == list(PROTECTIONS)[-1]
     for protection in PROTECTIONS:
         assert build_job({"protection": protection}).protect.protection == protection
 

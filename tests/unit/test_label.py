@@ -18,9 +18,7 @@ from fedcore.experiment.prepare import describe_plan
 from fedcore.report.terminal import as_text
 from fedcore.secagg.label import Collusion, Terms, collusion, label_of, label_warnings
 from fedcore.secagg.plan import (
-    ENCRYPTS,
     METRIC,
-    PROTECTIONS,
     ModelShape,
     RangePlan,
     RoundPlan,
@@ -30,6 +28,7 @@ from fedcore.secagg.plan import (
     default_threshold,
     solve_packing,
 )
+from fedcore.secagg.protections import PROTECTIONS
 
 MASKED = ("masked", "layered")
 
@@ -306,7 +305,7 @@ def test_without_masks_no_colluding_site_is_withstood(protection, hidden):
 def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(protection, scaled):
     names = tuple(f"site-{place}" for place in range(5))
     asked = {"protection": protection, "threshold": 4, "standardise": scaled}
-    if protection in ENCRYPTS:
+    if PROTECTIONS[protection].encrypts:
         asked["cipher"] = "keystream"
     if protection != "encrypted":
         asked |= {"release": "coordinator", "public_metrics": True}
@@ -314,7 +313,7 @@ def test_a_job_and_its_roster_give_the_label_of_the_plan_before_a_row_is_read(pr
     shape = ModelShape("heart", "00", 21, 0, 13, "columns", (Wide(METRIC + "auc", 512, 10),))
     terms = Terms.of_job(job, names)
     assert terms == Terms.of_plan(plan_of(job, shape, names, 512))
-    assert (terms.cipher == "keystream") == (protection in ENCRYPTS)
+    assert (terms.cipher == "keystream") == PROTECTIONS[protection].encrypts
     assert terms.threshold == 4 and terms.statistics == scaled
     # The number of sites says as much as their names.
     assert label_of(Terms.of_job(job, 5)) == label_of(terms)

@@ -16,12 +16,9 @@ from hypothesis import strategies as st
 from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg.plan import (
-    MAX_MASKED_SITES,
     MAX_SLOT_BITS,
     PLAN_VERSION,
-    PROTECTIONS,
     RINGS,
-    SCHEMES,
     SECURITY_TABLE,
     Packing,
     RangePlan,
@@ -36,9 +33,9 @@ from fedcore.secagg.plan import (
     default_threshold,
     field_width,
     price_list,
-    refuse_roster,
     solve_packing,
 )
+from fedcore.secagg.protections import MAX_MASKED_SITES, PROTECTIONS, SCHEMES, refuse_roster
 
 SMALL, LARGE = RINGS
 PAIRS = tuple((ring.degree, ring.modulus) for ring in RINGS)

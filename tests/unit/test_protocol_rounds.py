@@ -15,7 +15,8 @@ from parties import Parties, net, plan_of, recoded
 from fedcore.errors import RoundAbandoned
 from fedcore.secagg import in_process
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import MASKS, VectorSpec, Wide
+from fedcore.secagg.plan import VectorSpec, Wide
+from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, STAGES, outcome
 from fedcore.secagg.protocol.round import site
@@ -77,7 +78,7 @@ class Job:
         Under `encrypted` nothing is sent before the vector.
         """
         counted = absences
-        if self.plan.protection not in MASKS:
+        if not self.plan.layers.masks:
             counted = {
                 name: "submit" if STAGES.index(stage) <= STAGES.index("submit") else stage
                 for name, stage in absences.items()
@@ -206,7 +207,7 @@ def test_rounds_are_the_same_through_the_messages_bytes(protection, monkeypatch)
     rare = {messages.Leave, messages.Abandon, messages.Notice}
     masked = {messages.KeyBundle, messages.Delivery, messages.SurvivorList, messages.Confirmations}
     masked |= {messages.Keys, messages.Shares, messages.Confirm, messages.Unmask}
-    assert set(crossed) == heard - rare - (set() if protection in MASKS else masked)
+    assert set(crossed) == heard - rare - (set() if Protection.of(protection).masks else masked)
 
 
 @settings(max_examples=40)

@@ -20,7 +20,8 @@ from fedcore import api
 from fedcore.experiment import simulation
 from fedcore.learning.data.rows import ArrayRows, split_rows
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
-from fedcore.secagg.plan import PROTECTIONS, TrainPlan, field_width
+from fedcore.secagg.plan import TrainPlan, field_width
+from fedcore.secagg.protections import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

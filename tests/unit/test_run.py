@@ -16,7 +16,7 @@ from fedcore.cli.reproduce import reproduce
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.files import read_json, write_atomic
 from fedcore.run import list_runs
-from fedcore.secagg.plan import PROTECTIONS
+from fedcore.secagg.protections import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

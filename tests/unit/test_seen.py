@@ -38,11 +38,7 @@ from fedcore.secagg.encode.bitpack import pack_words
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation, RoundTrace
 from fedcore.secagg.plan import (
-    ENCRYPTS,
-    MASKS,
-    PROTECTIONS,
     RINGS,
-    SCHEMES,
     Packing,
     RangePlan,
     RoundPlan,
@@ -50,6 +46,7 @@ from fedcore.secagg.plan import (
     TrainPlan,
     solve_packing,
 )
+from fedcore.secagg.protections import PROTECTIONS, SCHEMES, Protection, masking
 from fedcore.stopwatch import Stopwatch
 
 pytest.importorskip("tenseal.sealapi")
@@ -124,7 +121,7 @@ def test_the_coordinator_reads_an_upload_under_plain_only(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_coordinator_has_the_sum_unless_it_is_encrypted(scheme):
     found = seen_under(scheme).parties[COORDINATOR].sum
-    if SCHEMES[scheme][0] in ENCRYPTS:
+    if Protection.of(SCHEMES[scheme][0]).encrypts:
         assert found is None
     else:
         assert abs(found.correlation - 1 / np.sqrt(4)) < FAR
@@ -141,7 +138,7 @@ def test_another_site_has_the_mean_of_the_others_and_no_upload(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_both_together_open_an_upload_without_masks(scheme):
     found = seen_under(scheme).parties[BOTH]
-    assert (is_noise if SCHEMES[scheme][0] in MASKS else is_the_update)(found.message)
+    assert (is_noise if Protection.of(SCHEMES[scheme][0]).masks else is_the_update)(found.message)
     assert found.sum == seen_under(scheme).parties[SITE].sum
 
 
@@ -286,7 +283,7 @@ def test_whoever_knows_every_mask_reads_the_update_and_one_missing_mask_hides_al
         assert is_noise(masked_witness(rebuilt, others)[BOTH].message)
 
 
-@pytest.mark.parametrize("protection", MASKS)
+@pytest.mark.parametrize("protection", masking())
 def test_a_witness_holds_every_mask_that_a_party_can_know(protection):
     """Of three sites with threshold 2 one leaves after its keys are shared. The coordinator rebuilds
     its masks and the survivors' self masks, so that with one survivor it knows every mask of the other:
@@ -300,7 +297,7 @@ def test_a_witness_holds_every_mask_that_a_party_can_know(protection):
     assert is_noise(found.parties[COORDINATOR].message)
 
 
-@pytest.mark.parametrize("protection", MASKS)
+@pytest.mark.parametrize("protection", masking())
 def test_one_more_honest_survivor_keeps_one_mask_that_nobody_else_knows(protection):
     witness, found = round_seen(plan_of(protection), absences={"site-3": "submit"})
     assert len(witness.masks) == 4
@@ -358,7 +355,7 @@ def test_a_strip_of_noise_stands_about_its_middle():
 
 def test_the_report_knows_the_parties_by_the_same_names():
     assert words.PARTIES == measured.PARTIES
-    assert set(words._UPLOAD) == set(PROTECTIONS)
+    assert set(words._UPLOAD) == {(p.masks, p.encrypts) for p in PROTECTIONS.values()}
 
 
 HEADLINES = {

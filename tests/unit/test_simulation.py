@@ -17,7 +17,8 @@ from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.scoring import Scored
 from fedcore.learning.training import local_train
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import SCHEMES, VectorSpec, Wide
+from fedcore.secagg.plan import VectorSpec, Wide
+from fedcore.secagg.protections import SCHEMES
 from fedcore.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.usefixtures("no_drawings")

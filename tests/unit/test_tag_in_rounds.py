@@ -23,7 +23,6 @@ from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
-    SCHEMES,
     RangePlan,
     RoundPlan,
     ServerPlan,
@@ -32,6 +31,7 @@ from fedcore.secagg.plan import (
     Wide,
     solve_packing,
 )
+from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages
 from fedcore.stopwatch import Stopwatch
 

@@ -17,7 +17,8 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
-from fedcore.secagg.plan import ENCRYPTS, MASKS, RoundHeader
+from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol.messages import (
     COORDINATOR,
     Certificate,
@@ -143,7 +144,7 @@ def check_round_threshold(header: RoundHeader, planned: int) -> None:
 
 def check_protection(protection: str) -> None:
     """Masks or encryption, whatever a local plan says. Raises HeaderRefused."""
-    if protection not in (*MASKS, *ENCRYPTS):
+    if not Protection.of(protection).protects:
         raise HeaderRefused(
             "protection", found=protection, expected="masks or encryption", fault=COORDINATOR,
             remedy="`plain` exists inside one process only",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
 from fedcore.secagg.crypto.sealed import open_notice, seal_notice
 from fedcore.secagg.crypto.sumtag import state_tag
-from fedcore.secagg.plan import MASKS, RoundHeader, canonical
+from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, messages, schedule
 from fedcore.secagg.protocol.job import site_states
 from fedcore.secagg.protocol.job.effects import CloseRound
@@ -295,7 +295,7 @@ class RoundDriver:
                     yield self.exposed(header, survivors_of(aggregate.submissions))
                 case effects.Persist(record=site.VectorSpooled()):
                     assert header is not None
-                    if header.protection not in MASKS:  # whoever has the key can open it now
+                    if not header.layers.masks:  # whoever has the key can open it now
                         yield self.exposed(header, ())
                 case effects.Apply(certificate=certificate):
                     if self._me.id in certificate.survivors:

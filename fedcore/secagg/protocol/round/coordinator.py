@@ -42,7 +42,7 @@ from fedcore.secagg.crypto.pairwise import (
 )
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.plan import MASKS, RoundHeader
+from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol.effects import (
     Discard,
     FoldUpload,
@@ -529,7 +529,7 @@ def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage
     """The stage after a journal record."""
     match stage, entry:
         case ((Ready() | Released() | Failed()), RoundStarted(header, size, salt)):
-            if header.protection in MASKS:
+            if header.layers.masks:
                 return Advertising(header, size, salt)
             return Collecting(header, size, salt, (), ())
         case Advertising(), KeysTaken(keys):
@@ -550,7 +550,7 @@ def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage
             return replace(stage, submissions=found)
         case Collecting(), ListFixed(submissions, late):
             gone, left = _merged(stage.gone, late), _merged(stage.left, late)
-            if stage.header.protection not in MASKS:
+            if not stage.header.layers.masks:
                 return Summing(stage.header, submissions, (), gone, left)
             return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone, left)
         case Confirming(), ConfirmTaken(confirm):
@@ -598,7 +598,7 @@ def _exposed(stage: InRound) -> tuple[SiteId, ...]:
             return tuple(
                 s for s in survivors_of(stage.submissions) if s in answered or s not in stage.left
             )
-        case Summing() if stage.header.protection not in MASKS:
+        case Summing() if not stage.header.layers.masks:
             return ()  # without masks nothing is asked of a site before the sum is there
         case Summing() | Releasing():
             return survivors_of(stage.submissions)
@@ -673,7 +673,7 @@ def members_of(stage: CoordinatorStage) -> tuple[SiteId, ...]:
             return tuple(keys.site for keys in stage.bundle)
         case Collecting():
             shared = tuple(shares.head.site for shares in stage.shares)
-            return shared if stage.header.protection in MASKS else stage.header.roster
+            return shared if stage.header.layers.masks else stage.header.roster
         case Confirming() | Unmasking() | Releasing() | Summing():
             return survivors_of(stage.submissions)
     return ()
@@ -748,7 +748,7 @@ def _found_in(statement: Statement) -> tuple[bytes, bytes]:
 def is_first(stage: CoordinatorStage) -> bool:
     """Whether the stage is the one that a round begins with: whoever is waited for may not know of it yet."""
     if isinstance(stage, Collecting):
-        return stage.header.protection not in MASKS
+        return not stage.header.layers.masks
     return isinstance(stage, Advertising)
 
 
@@ -992,7 +992,7 @@ def _close(move: _CoordinatorMove, stage: Waiting) -> None:
 
 def _give_up(move: _CoordinatorMove, stage: InRound, left: int) -> None:
     name = STAGE_NAMES[type(stage)]
-    if isinstance(stage, Summing) and stage.header.protection not in MASKS:
+    if isinstance(stage, Summing) and not stage.header.layers.masks:
         name = "confirm"  # before the sum is announced
     if _exposed(stage):
         text = f"round {stage.header.round} cannot be released, and its sum may be known"
@@ -1114,7 +1114,7 @@ def _publish(move: _CoordinatorMove, stage: Summing, event: SumReady) -> None:
     """Announce the sum. Without masks nothing is known of it before: with too few sites left to open it
     the round is abandoned like one with too few confirmations."""
     there = [site for site in members_of(stage) if site not in stage.gone]
-    if stage.header.protection not in MASKS and len(there) < stage.header.threshold:
+    if not stage.header.layers.masks and len(there) < stage.header.threshold:
         _give_up(move, stage, len(there))
         return
     aggregate = Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
@@ -1154,7 +1154,7 @@ def _repeat(move: _CoordinatorMove, stage: CoordinatorStage, event: SiteReconnec
             move.send(site, Announce(stage.header))
         case Sharing():
             move.send(site, KeyBundle(stage.header.digest, stage.bundle))
-        case Collecting() if stage.header.protection in MASKS:
+        case Collecting() if stage.header.layers.masks:
             move.send(site, _delivery(stage, site))
         case Collecting():
             move.send(site, Announce(stage.header))

@@ -47,7 +47,7 @@ from fedcore.secagg.crypto.pairwise import (
     self_mask_seed,
 )
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.plan import MASKS, RoundHeader, RoundPlan
+from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.effects import (
     Apply,
     Erase,
@@ -674,7 +674,7 @@ def _used(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
 
 def _sent(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
     """Without masks a vector that was sent is all that a colluding site needs, opened or not."""
-    if header.protection in MASKS:
+    if header.layers.masks:
         return standing
     return replace(standing, submitted=(*standing.submitted, _step(header)))
 
@@ -725,7 +725,7 @@ def _join(move: _SiteMove, stage: Idle, event: Invited) -> None:
     member, standing, header = move.member, stage.standing, event.announce.header
     _check_invitation(member, standing, header)
     _check_company(member, header, header.roster, "cohort")
-    if header.protection not in MASKS:
+    if not header.layers.masks:
         move.record(JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
         move.do(MakeVector(header, event.state_tag, ()))
         return
@@ -809,7 +809,7 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
             expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
             fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
-    if header.protection not in MASKS and _step(header) in standing.submitted:
+    if not header.layers.masks and _step(header) in standing.submitted:
         raise SecondSum(
             "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
             expected="one vector for each step and state", fault=COORDINATOR,
@@ -1055,7 +1055,7 @@ def _confirm(move: _SiteMove, stage: Submitted, request: SurvivorList) -> None:
 
 
 def _must_mask(header: RoundHeader, request: CoordinatorMessage) -> None:
-    if header.protection not in MASKS:
+    if not header.layers.masks:
         raise OutOfOrder(
             "message", found=type_name(type(request)), expected="none under `encrypted`",
             fault=COORDINATOR,
@@ -1089,7 +1089,7 @@ def _one_share(held: HeldShares, survived: bool) -> Answer:
 def _open(move: _SiteMove, stage: Submitted | Confirmed | Answered, request: Aggregate) -> None:
     member, header = move.member, stage.header
     if isinstance(stage, Submitted):
-        if header.protection in MASKS:
+        if header.layers.masks:
             raise OutOfOrder(
                 "message", found="Aggregate", expected="SurvivorList first", fault=COORDINATOR
             )
@@ -1246,7 +1246,7 @@ def _restart(move: _SiteMove, stage: InRound, event: Restarted) -> None:
     signs and answers nothing from there; what it answered already it may say again, byte for byte. A
     half-made vector is never made a second time.
     """
-    masked = stage.header.protection in MASKS and not isinstance(stage, EXPOSED)
+    masked = stage.header.layers.masks and not isinstance(stage, EXPOSED)
     if masked or isinstance(stage, Masking):
         _depart(move, stage)
         move.send(Leave(stage.header.digest, move.member.id, LEFT))
