@@ -13,10 +13,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from fedcore import report
-from fedcore.config import Job, read_job_file
+from fedcore.config import Job, Settings, read_job_file
 from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
@@ -45,7 +45,7 @@ def _silent(_: str) -> None:
 
 def simulate(
     task: Task | str | None = None,
-    sites: Mapping[str, Any] | None = None,
+    sites: Mapping[str, object] | None = None,
     *,
     job: str | Path | None = None,
     out: str | Path | None = None,
@@ -53,14 +53,14 @@ def simulate(
     on_round: OnRound | None = None,
     on_ready: OnReady | None = None,
     say: Say = _silent,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Run:
     """Run one simulated federation and its comparison arms; returns the finished `Run`.
 
     task: a `fedcore.Task`, `"heart"`, `"path/to/file.py[:attribute]"` or `"package.module:attribute"`.
     sites: {site id: source for task.data}; the job's or the task's own sites without it.
-    job: a job file, or a folder with job.toml in it. settings: any key of a job, e.g. `rounds=20`,
-    `seed=0`, `protection="plain"`, `lr=0.1`.
+    job: a job file, or a folder with job.toml in it. settings: any key of a job (`config.Settings`), e.g.
+    `rounds=20`, `seed=0`, `protection="plain"`, `lr=0.1`.
     out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/.
     on_round: called with every row; return `fedcore.STOP` to end after this round.
     Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
@@ -72,7 +72,7 @@ def simulate(
 
 
 def simulate_layers(
-    layers: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, object]],
     *,
     task: Task | str | None = None,
     out: str | Path | None = None,
@@ -93,7 +93,7 @@ def simulate_layers(
 
 
 def prepare_layers(
-    layers: Sequence[Mapping[str, Any]], say: Say = _silent, *, task: Task | str | None = None
+    layers: Sequence[Mapping[str, object]], say: Say = _silent, *, task: Task | str | None = None
 ) -> Prepared:
     """Everything before round 1: for `simulate`, `plan` and `check` alike."""
     found, complete = job_for(task if isinstance(task, Task) else None, *layers)
@@ -142,11 +142,11 @@ def _finished(path: Path, task: Task | None) -> Run:
 
 def _layers(
     task: Task | str | None,
-    sites: Mapping[str, Any] | None,
+    sites: Mapping[str, object] | None,
     job: str | Path | None,
-    settings: Mapping[str, Any],
-) -> list[Mapping[str, Any]]:
-    layers: list[Mapping[str, Any]] = [read_job_file(Path(job))] if job else []
+    settings: Mapping[str, object],
+) -> list[Mapping[str, object]]:
+    layers: list[Mapping[str, object]] = [read_job_file(Path(job))] if job else []
     if isinstance(task, str):
         layers.append({"task": task})
     elif not isinstance(task, Task | None):
@@ -166,7 +166,7 @@ def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, res
 
 def compare(
     task: Task | str | None = None,
-    sites: Mapping[str, Any] | None = None,
+    sites: Mapping[str, object] | None = None,
     *,
     seeds: int | Sequence[int] = 5,
     job: str | Path | None = None,
@@ -174,7 +174,7 @@ def compare(
     force: bool = False,
     on_cell: OnCell | None = None,
     say: Say = _silent,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Comparison:
     """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
 
@@ -188,7 +188,7 @@ def compare(
 
 
 def compare_layers(
-    layers: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, object]],
     *,
     task: Task | str | None = None,
     seeds: int | Sequence[int] = 5,

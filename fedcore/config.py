@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -156,6 +156,64 @@ KEYS: dict[str, str] = {
 """Setting -> its section; setting names are unique across sections."""
 
 
+class _TrainSettings(TypedDict, total=False):
+    optimiser: Literal["sgd", "adam"]
+    lr: float
+    momentum: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    standardise: Literal["ranges", "federated"]
+
+
+class _ProtectSettings(TypedDict, total=False):
+    protection: str
+    threshold: int | None
+    bits: int
+    max_sites: int | None
+    max_examples: int | None
+    range: float | None
+    adaptive_range: bool
+    single_site_features: bool
+    release: Literal["sites", "coordinator"]
+    cipher: Literal["bfv", "keystream"]
+    lattice: Literal["standard", "wide"]
+
+
+class _RoundSettings(TypedDict, total=False):
+    rounds: int
+    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+    server_lr: float
+    server_momentum: float
+    buffers: Literal["average", "initial"]
+    submit_seconds: float | None
+    drop: Sequence[str] | str
+    dropout: float
+
+
+class _TrackSettings(TypedDict, total=False):
+    arms: Sequence[str] | str
+    resamples: int
+    reference: Mapping[str, object] | None
+    public_metrics: bool
+
+
+class Settings(_TrainSettings, _ProtectSettings, _RoundSettings, _TrackSettings, total=False):
+    """Every key of a job file as a keyword of `simulate` and `compare`; what each means: docs/jobs.md.
+
+    Any of them may be left out. A whole section is a mapping: `train={"lr": 0.1}`. A test compares the
+    keys and their types with the sections above.
+    """
+
+    seed: int
+    fold: int
+    folds: int
+    train: Mapping[str, object]
+    protect: Mapping[str, object]
+    round: Mapping[str, object]
+    track: Mapping[str, object]
+
+
 @dataclass(frozen=True)
 class Job:
     """A complete, valid job. `sites` is empty where the task's own default sites are meant.
@@ -168,7 +226,7 @@ class Job:
     protect: ProtectSection = field(default_factory=ProtectSection)
     round: RoundSection = field(default_factory=RoundSection)
     track: TrackSection = field(default_factory=TrackSection)
-    sites: Mapping[str, Any] = field(default_factory=dict)
+    sites: Mapping[str, object] = field(default_factory=dict)
     base: Path = field(default_factory=Path.cwd)
 
     @property

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from fedcore.config import KEYS, SECTIONS, build_job, parse_set, read_job_file
+from fedcore.config import KEYS, SECTIONS, Settings, build_job, parse_set, read_job_file
 from fedcore.errors import BadInput, UnknownName
 from fedcore.secagg.protections import PROTECTIONS
 
@@ -30,6 +31,21 @@ def test_later_layers_win_key_by_key():
 def test_setting_names_are_unique_across_sections():
     names = [key for model in SECTIONS.values() for key in model.model_fields]
     assert sorted(names) == sorted(KEYS)
+
+
+def test_the_keywords_of_simulate_are_the_keys_of_a_job_with_their_types():
+    wanted = {
+        key: field.annotation
+        for model in SECTIONS.values()
+        for key, field in model.model_fields.items()
+    }
+    found = get_type_hints(Settings)
+    del wanted["task"]  # a parameter of its own, which takes an object too
+    assert set(found) == {*wanted, *filter(None, SECTIONS)}
+    from_words = {"arms", "drop", "reference"}  # given in another form than the section keeps
+    assert {k: found[k] for k in wanted if k not in from_words} == {
+        k: wanted[k] for k in wanted if k not in from_words
+    }
 
 
 @pytest.mark.parametrize(
