@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from fedcore_clients.config import SiteConfig, TaskSection, read_config
-from fedcore_clients.main import (
+from fedcore_clients.app import (
     CLOCKS_APART,
     JOURNAL_FILE,
     OWN_FILES,
@@ -30,6 +29,7 @@ from fedcore_clients.main import (
     party_of,
     read_papers,
 )
+from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.status import runs

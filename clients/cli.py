@@ -44,8 +44,8 @@ def run_site(
     ] = None,
 ) -> None:
     """Take part in the federation until told to stop."""
+    from fedcore_clients.app import run as begin
     from fedcore_clients.config import read_config
-    from fedcore_clients.main import run as begin
 
     start_logging()
     begin(read_config(config), typer.echo, health)
@@ -149,7 +149,7 @@ def model(
 ) -> None:
     """Write the model that this site was released, with its statistics, as `fedcore simulate` does."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.model import export_model
+    from fedcore_clients.export import export_model
 
     found = export_model(read_config(config), job, out)
     if as_json:

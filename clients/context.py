@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import SitePolicy
-from fedcore_clients.training import Loaded
+from fedcore_clients.trainer import Loaded
 
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState

@@ -22,7 +22,7 @@ from fedcore_clients.context import Contributor, Link, SiteContext
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.ledger import Exposure
 from fedcore_clients.planning import Planner
-from fedcore_clients.training import TrainingFailed
+from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.errors import FedcoreError, StoreProblem
 from fedcore.learning.guard import GuardMemory

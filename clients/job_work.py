@@ -18,7 +18,7 @@ from fedcore_clients.context import Contributor, Link, Offline, SiteContext
 from fedcore_clients.planning import About, ask_policy, job_of, wire_settings
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.state_files import StateFiles
-from fedcore_clients.training import Loaded, TrainingFailed
+from fedcore_clients.trainer import Loaded, TrainingFailed
 
 from fedcore.errors import (
     BadInput,

@@ -44,7 +44,7 @@ from fedcore.wire.frames import (
     Waiting,
     Welcome,
 )
-from fedcore.wire.jobs import TO_COORDINATOR
+from fedcore.wire.job_records import TO_COORDINATOR
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import pack_record
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedcore_clients.app import STATUS_FILE, require_job
 from fedcore_clients.approvals import approve_offer
-from fedcore_clients.main import STATUS_FILE, require_job
 
 from fedcore.cli.console import ago, waiting_text
 from fedcore.errors import BadInput, Refused

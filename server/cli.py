@@ -61,8 +61,8 @@ def _operator(where: str | None, kit: Path | None, file: Path | None) -> Operato
 @app.command()
 def serve(config: Config = Path("federation.toml")) -> None:
     """Run the coordinator of a federation until it is told to stop."""
+    from fedcore_server.app import serve as run_server
     from fedcore_server.config import read_config
-    from fedcore_server.main import serve as run_server
 
     start_logging()
     run_server(read_config(config), typer.echo)

@@ -26,7 +26,7 @@ import grpc
 import grpc.aio
 from fedcore_server.context import CoordinatorContext, Quota
 from fedcore_server.job_runner import JobRunner
-from fedcore_server.metrics import Counts, Seen
+from fedcore_server.prometheus import Counts, Seen
 from fedcore_server.tls import Gate, refuse
 
 from fedcore.cli.console import waiting_text
@@ -55,7 +55,7 @@ from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
-from fedcore.wire.jobs import FROM_ANY_SITE, TO_COORDINATOR, TO_SITE
+from fedcore.wire.job_records import FROM_ANY_SITE, TO_COORDINATOR, TO_SITE
 from fedcore.wire.limits import INLINE, KIB, MAX_JSON
 from fedcore.wire.records import pack_record, unpack_record
 

@@ -5,7 +5,7 @@ Journal, spool, ledger and policy are real; training is drawn numbers, and the s
 
 from __future__ import annotations
 
-from fedcore_clients.bench import Drawn
+from fedcore_clients.bench_sites import Drawn
 from fedcore_clients.context import SiteContext
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import Ledger

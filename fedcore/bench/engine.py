@@ -45,7 +45,7 @@ from fedcore.types import Json, SiteId
 
 LEAST_SITES = 3
 COMMITS = 50
-SITE_BENCH = "fedcore_clients.bench"
+SITE_BENCH = "fedcore_clients.bench_sites"
 
 STALLED_SECONDS = 600.0
 """Without a round for so long the coordinator has given up on a stage."""

@@ -92,7 +92,7 @@ class LoadedSite:
             return ""
         return (
             f"Site {self.rows.id} has {self.found} rows, more than protect.max_examples = {kept}: it trains "
-            f"and tests on a fixed choice of {kept} of them. A larger cap in the job takes them all."
+            f"and tests on a fixed choice of {kept} of them (hint: a larger cap in the job takes them all)."
         )
 
 

@@ -57,7 +57,7 @@ def _jumped():
 """
 
 HUB_PATCH = """
-import fedcore_server.main as _main
+import fedcore_server.app as _main
 _context = _main.CoordinatorContext
 def CoordinatorContext(*a, **k):
     k["clock"] = lambda: time.monotonic() + abs(_jumped())
@@ -68,7 +68,7 @@ _main.CoordinatorContext = CoordinatorContext
 
 SITE_PATCH = """
 import hashlib, json
-import fedcore_clients.main as _main
+import fedcore_clients.app as _main
 from fedcore_clients.round_work import RoundWork as _Work
 from fedcore.store.journal import Journal as _Journal
 from fedcore.secagg.protocol import site as _machine

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fedcore_clients.bench import Drawn
-from fedcore_clients.training import Loaded
+from fedcore_clients.bench_sites import Drawn
+from fedcore_clients.trainer import Loaded
 from town import SITES, scene
 
 from fedcore.learning.data.statistics import site_sums

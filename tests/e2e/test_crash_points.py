@@ -11,7 +11,7 @@ from dataclasses import replace
 import fedcore_clients.job_work
 import pytest
 from fedcore_clients.round_work import RoundWork
-from fedcore_clients.training import TrainingFailed
+from fedcore_clients.trainer import TrainingFailed
 from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
 from fedcore.errors import TagRefused

@@ -16,7 +16,7 @@ from dataclasses import replace
 import grpc
 import pytest
 from deployment import HUB, SMALL, deployment, small_task
-from fedcore_clients.bench import ROWS
+from fedcore_clients.bench_sites import ROWS
 from fedcore_server.operators import write_report
 from test_patients import RECORDER
 from town import SITES, HubLinks, SiteLink, scene

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from deployment import HUB, PATIENCE, deployment, small_task
-from fedcore_server.main import LEAST_CONNECTIONS, RESERVED, connection_limit, raise_descriptors
+from fedcore_server.app import LEAST_CONNECTIONS, RESERVED, connection_limit, raise_descriptors
 
 from fedcore.wire import calls, frames
 
@@ -23,7 +23,7 @@ def limited(hard, more=""):
     return f"""
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {hard}))
-        from fedcore_server import main
+        from fedcore_server import app as main
         {more}
     """
 

@@ -27,7 +27,7 @@ from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire import calls, frames, refusals
 from fedcore.wire._generated import federation_pb2
 from fedcore.wire.codec import WIRE_VERSION
-from fedcore.wire.jobs import TO_COORDINATOR
+from fedcore.wire.job_records import TO_COORDINATOR
 from fedcore.wire.limits import INLINE, MAX_RECORD, PART, SITE_RECORD
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 from deployment import PATIENCE
-from fedcore_clients import training as module
-from fedcore_clients.training import Training, TrainingFailed
+from fedcore_clients import trainer as module
+from fedcore_clients.trainer import Training, TrainingFailed
 
 from fedcore.config import build_job, plan_of
 from fedcore.learning.data.split import FoldSplit

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-from fedcore_clients.training import Training, TrainingFailed
+from fedcore_clients.trainer import Training, TrainingFailed
 from test_training_process import COMPLETE, SOURCE, SPLIT, STATISTICS, TASK
 from town import SITES, scene
 

@@ -23,7 +23,7 @@ import json
 import shutil
 
 import numpy as np
-from fedcore_clients.bench import Drawn
+from fedcore_clients.bench_sites import Drawn
 from fedcore_clients.context import Offline, SiteContext
 from fedcore_clients.job_runner import JobRunner as SiteRunner
 from fedcore_clients.ledger import Ledger, read_ledger

@@ -11,7 +11,7 @@ import struct
 from dataclasses import replace
 
 import pytest
-from fedcore_clients.bench import ROWS
+from fedcore_clients.bench_sites import ROWS
 from kit import world_at
 from policies import job_at_a_site, policy_of
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fedcore_clients.config import read_config
 from fedcore_clients.sandbox import choose, hidden
-from fedcore_clients.training import Training, TrainingFailed
+from fedcore_clients.trainer import Training, TrainingFailed
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused, Unavailable

@@ -133,7 +133,8 @@ class Offers:
 def install(folder):
     """Turn the decisions of every job of this process."""
     import numpy as np
-    from fedcore_server import job_runner, main, service
+    from fedcore_server import app as main
+    from fedcore_server import job_runner, service
     from support.unguarded_site import SETTINGS, switches
 
     from fedcore.learning.state import JobState

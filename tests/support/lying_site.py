@@ -121,7 +121,7 @@ class Question:
 def install(folder):
     """Lie in every job for which something is asked."""
     from fedcore_clients.round_work import RoundWork
-    from fedcore_clients.training import Training
+    from fedcore_clients.trainer import Training
 
     questions, opened = {}, RoundWork.open
     contribute = trusting(Training.contribute)  # of the model that it makes itself

@@ -69,7 +69,7 @@ def _too_many_rows(load):
     """A site with more rows than the cap says that it cannot take part, as 45ef960 did."""
 
     async def found(self, job, **asked):
-        from fedcore_clients.training import TrainingFailed
+        from fedcore_clients.trainer import TrainingFailed
 
         if asked["source"][2] > asked["settings"]["protect"]["max_examples"]:
             raise TrainingFailed("unable")
@@ -106,9 +106,9 @@ def _silent(open_sum):
 
 RULES = {
     SETTINGS: [("fedcore.config", "settings_digest", lambda _: lambda *_: "0" * 64)],
-    SPLIT: [("fedcore_clients.training", "Training.load", _split_of_the_job)],
-    CAP: [("fedcore_clients.training", "Training.load", _too_many_rows)],
-    GUARD: [("fedcore_clients.training", "Training.contribute", trusting)],
+    SPLIT: [("fedcore_clients.trainer", "Training.load", _split_of_the_job)],
+    CAP: [("fedcore_clients.trainer", "Training.load", _too_many_rows)],
+    GUARD: [("fedcore_clients.trainer", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
         ("fedcore.secagg.protocol.round.site", "check_round_threshold", _nothing),
@@ -238,7 +238,7 @@ def collude(folder):
 
 def lie(folder):
     """Put other integers into the vectors than the rows give."""
-    from fedcore_clients.training import Training
+    from fedcore_clients.trainer import Training
 
     contribute = Training.contribute
 

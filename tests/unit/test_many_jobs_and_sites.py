@@ -21,7 +21,7 @@ from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
-from fedcore.wire.jobs import TO_SITE
+from fedcore.wire.job_records import TO_SITE
 from fedcore.wire.limits import MAX_JSON
 from fedcore.wire.records import unpack_record
 

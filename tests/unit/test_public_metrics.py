@@ -58,7 +58,7 @@ from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
-from fedcore.wire.jobs import FROM_ANY_SITE, METRICS_RECORD, TO_SITE
+from fedcore.wire.job_records import FROM_ANY_SITE, METRICS_RECORD, TO_SITE
 from fedcore.wire.records import pack_record, unpack_record
 
 SITES = ("a", "b", "c", "d")

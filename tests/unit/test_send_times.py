@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from fedcore_clients.round_work import Protected, RoundWork
-from fedcore_clients.training import TrainingFailed
+from fedcore_clients.trainer import TrainingFailed
 from fedcore_server.service import _check_budget
 from test_public_metrics import site_job, submitted
 

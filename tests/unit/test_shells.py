@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.main import InstalledTasks
 from fedcore_clients.planning import wire_settings
 from fedcore_server import service
 from fedcore_server.context import Quota

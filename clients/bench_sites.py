@@ -19,12 +19,12 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
 
 import numpy as np
+from fedcore_clients.app import Site
 from fedcore_clients.config import SiteConfig, read_config
 from fedcore_clients.context import SiteContext
 from fedcore_clients.ledger import Ledger
-from fedcore_clients.main import Site
 from fedcore_clients.policy import SitePolicy
-from fedcore_clients.training import Loaded
+from fedcore_clients.trainer import Loaded
 
 from fedcore.errors import FedcoreError
 from fedcore.identity.identities import read_identity, read_roster
@@ -119,8 +119,8 @@ def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -P -m fedcore_clients.bench --config site.toml [--config ...] --parameters N`."""
-    parser = argparse.ArgumentParser(prog="fedcore_clients.bench")
+    """`python -P -m fedcore_clients.bench_sites --config site.toml [--config ...] --parameters N`."""
+    parser = argparse.ArgumentParser(prog="fedcore_clients.bench_sites")
     parser.add_argument("--config", type=Path, action="append", required=True)
     parser.add_argument("--parameters", type=int, required=True)
     asked = parser.parse_args(arguments)

@@ -18,8 +18,8 @@ import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext, Quota
 from fedcore_server.folding import FoldPool
-from fedcore_server.metrics import ADDRESS, serve_metrics
 from fedcore_server.probes import Probes
+from fedcore_server.prometheus import ADDRESS, serve_metrics
 from fedcore_server.service import Coordinator, handlers, journal_path
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedcore_clients.app import RECIPE_FILE, job_folder, released_round, require_job
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.main import RECIPE_FILE, job_folder, released_round, require_job
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused

@@ -29,7 +29,7 @@ from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import choose, told
 from fedcore_clients.session import Address, Session
-from fedcore_clients.training import Loaded, Training
+from fedcore_clients.trainer import Loaded, Training
 
 from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
@@ -52,7 +52,7 @@ from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Contribution, Json, SiteId
 from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
-from fedcore.wire.jobs import TO_SITE
+from fedcore.wire.job_records import TO_SITE
 from fedcore.wire.records import unpack_record
 
 LOG = logging.getLogger("fedcore.site")
