@@ -1,8 +1,8 @@
-"""Where a command meets a person: one table of exit codes, at most two lines of error, logs.
+"""Command-line support: exit codes, error output, logging.
 
-Invariant: every way out of a command is one exit code of `errors.py`: 0 done, 1 the user's task failed,
-2 bad input, 3 refused by plan or policy, 4 abandoned, 130 interrupted. Results go to stdout, everything
-said on the way to stderr. A log line is one line whatever it quotes: text on a terminal, JSON otherwise.
+Invariant: a command ends with one exit code of `errors.py`: 0 done, 1 the user's task failed, 2 bad input,
+3 refused by plan or policy, 4 abandoned, 130 interrupted. Results go to stdout, progress and errors to
+stderr. A log record is one line whatever it quotes: text on a terminal, JSON otherwise.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """One line to stderr, never wrapped or read as markup."""
+    """Print one line to stderr, without wrapping or markup."""
     stderr.print(Text(text), soft_wrap=True)
 
 
 def emit(value: Any) -> None:
-    """A result as JSON on stdout."""
+    """Print a result as JSON on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -50,10 +50,10 @@ def emit(value: Any) -> None:
 
 
 class JobCommand(typer.core.TyperCommand):
-    """A command for which every key of a job is a flag: `--batch-size 64` is `--set batch_size=64`."""
+    """A command that accepts every key of a job as a flag: `--batch-size 64` is `--set batch_size=64`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Rewrite flags that are none of the command's own before click sees them."""
+        """Rewrite flags that are not the command's own before click parses them."""
         own = {option for parameter in self.params for option in parameter.opts} | {"--help"}
         return super().parse_args(ctx, _as_settings(args, own))
 
@@ -74,7 +74,7 @@ def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- ways out
+# ---------------------------------------------------------------------------------------- exits
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +89,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Every way out, as one exit code and at most two lines (a task's own traceback before them)."""
+    """Turn every exception into one exit code and at most two lines (after a task's own traceback)."""
     try:
         yield
     except FedcoreError as error:
@@ -123,7 +123,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def _usage_hint(context: click.Context, error: click.UsageError) -> str:
-    """The nearest command for a mistyped one, else where the options are listed."""
+    """The nearest command for a mistyped one, else the command that lists the options."""
     commands = getattr(context.command, "commands", None)
     if commands and "'" in error.message:
         typed = error.message.split("'")[1]
@@ -139,8 +139,9 @@ def _usage_hint(context: click.Context, error: click.UsageError) -> str:
 def waiting_text(waiting: Json, now: float) -> str:
     """`waiting for 1 of 4 sites: va (last seen 2 min ago); at 14:05 goes on with 3`.
 
-    waiting: "for" {site: {"doing", "last_seen": seconds since 1970 or None}, or None}, "of", "until" or
-    None, "then" (0: it cannot go on), "least", "in_round".
+    waiting: "for" {site: {"doing", "last_seen": seconds since 1970 or None}, or None}, "of", "until" (seconds
+    since 1970, or None), "then" (sites to continue with; 0: it cannot), "least", "in_round". now: seconds
+    since 1970.
     """
     names = [
         name if seen is None else f"{name} ({_seen_text(seen, now)})"
@@ -167,7 +168,7 @@ def _seen_text(seen: Json, now: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """A length of time as a person says it: 5 s, 2 min, 3 h, 4 days."""
+    """A duration in the largest fitting unit: 5 s, 2 min, 3 h, 4 days."""
     whole = max(0, round(seconds))
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if whole >= 2 * size or (whole >= size and name != "days"):
@@ -179,7 +180,7 @@ def ago(seconds: float) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, from, text, and a traceback where there is one."""
+    """One JSON object a line: time (UTC), level, from, text, and traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line, whatever its text holds."""
@@ -193,27 +194,27 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time, level and text for a terminal, without anything that moves a cursor."""
+    """Time, level and text for a terminal, without control characters."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record; only line breaks are left of its control characters."""
+        """The record as text; of its control characters only line breaks remain."""
         text = super().format(record)
         return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def worth_a_line(record: logging.LogRecord) -> bool:
-    """All but what grpc says of a peer that went while its last answer was sent: the session or call
-    tells of that itself, in a line and without a traceback."""
+    """Filter out grpc's record for a peer that disconnected while its last answer was sent: the session or call
+    logs it itself, in one line and without a traceback."""
     kind = record.exc_info[0] if record.exc_info else None
     gone = kind is not None and kind.__name__ == "ExecuteBatchError"
     return not (gone and record.name.startswith("grpc."))
 
 
 def start_logging() -> None:
-    """Everything from INFO on to stderr: text where a person looks on, JSON lines otherwise."""
+    """Log records from INFO on to stderr: text on a terminal, JSON lines otherwise."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(worth_a_line)
     handler.setFormatter(TextLines() if sys.stderr.isatty() else JsonLines())

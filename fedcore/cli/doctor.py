@@ -1,4 +1,4 @@
-"""What this machine can run: versions, the SEAL self-test, names that would clash."""
+"""`fedcore doctor`: versions, the SEAL self-test, name clashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedcore.errors import FedcoreError
 
 @dataclass(frozen=True)
 class SelfTest:
-    """One line of the doctor: ok False makes the command exit with 3."""
+    """One line of the output. ok: False makes the command exit with 3."""
 
     name: str
     ok: bool
@@ -21,7 +21,7 @@ class SelfTest:
 
 
 def examine() -> list[SelfTest]:
-    """Every check, in the order it prints."""
+    """All checks, in the order of the output."""
     facts = environment()
     checks = [
         SelfTest(key, True, str(facts[key]))
@@ -66,7 +66,7 @@ def _distribution_clash() -> SelfTest:
     )
     if owners:
         return SelfTest(
-            "names", False, "a distribution named `fedcore` of somebody else is installed",
+            "names", False, "another distribution named `fedcore` is installed",
             "pip uninstall fedcore, then install fedcore-fl again",
         )  # fmt: skip
     return SelfTest("names", True, "no other distribution owns `fedcore`")

@@ -1,4 +1,4 @@
-"""What `fedcore plan` and `fedcore check` show: a plan for people, and a task tried on every site."""
+"""The output of `fedcore plan` and `fedcore check`: a plan as text, and a task tested on every site."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedcore.types import Json
 
 
 def check_task(prepared: Prepared) -> Json:
-    """One training step at every site; raises TaskFailed with the user's traceback if one fails."""
+    """One training step at every site, as JSON. Raises TaskFailed with the user's traceback if one fails."""
     sites: Json = {}
     initial = prepared.flat.read()
     with single_thread():
@@ -52,9 +52,9 @@ def _first_batch(prepared: Prepared, site: Any) -> Any:
 
 
 def check_page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore check`."""
+    """The output of `fedcore check` for a terminal."""
     table = grid("site", "train rows", "test rows", "loss of one step", "classes")
-    # The one column of words: a site may have many classes.
+    # The one column of text: a site may have many classes.
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for name, site in found["sites"].items():
         classes = ", ".join(f"{k}: {v}" for k, v in site["class_counts"].items()) or "-"
@@ -74,7 +74,7 @@ def check_page(found: Json) -> RenderableType:
 
 
 def plan_page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore plan`."""
+    """The output of `fedcore plan` for a terminal."""
     packing = found["packing"]
     facts = [
         f"plan {found['digest'][:16]}: {_protection(found)}, {len(found['sites'])} sites "
@@ -114,7 +114,7 @@ def plan_page(found: Json) -> RenderableType:
             f"{row['from_sites']} to {row['to_sites']}", str(row["fields_per_slot"] or "-"),
             str(row["degree"] or "-"), "does not fit" if price is None else f"{price:.3f}",
         )  # fmt: skip
-    # A vector of one ciphertext may be solved for another packing: the list is of those that fill many.
+    # A vector of one ciphertext may get another packing: this list is for vectors of many.
     title = f"Where the price jumps at {found['bits']} bits, for a large model:"
     head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
     warnings = (Text(f"warning: {plain(warning)}") for warning in found.get("warnings", ()))
@@ -122,6 +122,6 @@ def plan_page(found: Json) -> RenderableType:
 
 
 def _protection(found: Json) -> str:
-    """The protection as a plan names it, with the cipher where vectors are encrypted."""
+    """The plan's protection, with the cipher if vectors are encrypted."""
     cipher = found.get("cipher")
     return f"{found['protection']} ({cipher})" if cipher else str(found["protection"])

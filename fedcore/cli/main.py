@@ -1,8 +1,8 @@
-"""The `fedcore` command. Results go to stdout, everything said on the way to stderr.
+"""The `fedcore` command. Results go to stdout, progress and errors to stderr.
 
 Invariant: one table of exit codes for all commands (`errors.py`): 0 done, 1 the user's task failed,
 2 bad input, 3 refused by plan or policy, 4 abandoned, 130 interrupted. Torch, pydantic and SEAL are
-imported inside commands, so that `--help` answers at once and a run's first line comes before them.
+imported inside commands, so that `--help` is fast and a run prints its first line before they load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedcore.results import (
 
 app = typer.Typer(
     name="fedcore",
-    help="Federated learning in which nobody has to be trusted with anybody's update.",
+    help="Federated learning in which no party has to be trusted with another's update.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -51,7 +51,7 @@ def _fedcore(
 
 
 bench_app = typer.Typer(
-    help="Benchmarks, each with a peer or a floor in the same run.", no_args_is_help=True
+    help="Benchmarks, each with a baseline in the same run.", no_args_is_help=True
 )
 app.add_typer(bench_app, name="bench")
 
@@ -108,7 +108,7 @@ Set = Annotated[
 
 
 def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
-    """One flat layer from --set and the named options, which win."""
+    """One flat layer of settings from --set and the named options, which take precedence."""
     from fedcore.config import parse_set
 
     found = dict(parse_set(text) for text in set_ or [])
@@ -132,7 +132,7 @@ def _starting(command: str, job: Path | None, task: str | None) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, in a pipe a line every few rounds; on both one for each abandoned round."""
+    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round."""
 
     def __init__(self, total: int, sites: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -148,7 +148,7 @@ class _Progress:
             self._bar.start()
 
     def row(self, row: RoundRow) -> None:
-        """Called with each row; the protected arm's is the one that shows."""
+        """Called with each row; shows those of the protected arm."""
         if row.arm != "federated":
             return
         from fedcore.report.terminal import progress
@@ -161,7 +161,7 @@ class _Progress:
             say(f"round {row.round}/{self._total}  {shown}")  # above the bar, where it stays
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -185,10 +185,10 @@ def simulate(
     force: Force = False,
     as_json: AsJson = False,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with an interrupted run.")
+        Path | None, typer.Option("--resume", help="Resume an interrupted run.")
     ] = None,
 ) -> None:
-    """Train one model over several sites on this machine, beside the arms it is compared with."""
+    """Train one model over several sites on this machine, and the arms that it is compared with."""
     _starting("simulate", job or resume, task)
     settings = _settings(
         set_, task=task, protection=protection, cipher=cipher, rounds=rounds, seed=seed, bits=bits,
@@ -244,7 +244,7 @@ def simulate(
 
 
 def _show_header(prepared: Any, path: Path) -> None:
-    """What is about to run, before its first round."""
+    """Print what is about to run, before its first round."""
     from fedcore.learning.model import model_summary
     from fedcore.report import terminal
 
@@ -263,7 +263,7 @@ def _show_header(prepared: Any, path: Path) -> None:
 
 
 def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
-    """After an interrupt or a failure: how to go on, if something was kept."""
+    """Hints after an interrupt or a failure: how to continue, if something was kept."""
     if not directory:
         return []
     path, quoted = directory[0], shlex.quote(str(directory[0]))
@@ -281,7 +281,7 @@ def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
 
 
 def _quiet(text: str) -> None:
-    """Set-up steps, shown only where somebody watches."""
+    """Print a set-up step, on a terminal only."""
     if stderr.is_terminal:
         say(text)
 
@@ -300,7 +300,7 @@ def up(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Rehearse a deployment here: a coordinator and one process a site over TLS, then `simulate`."""
+    """Run a deployment on this machine: a coordinator and one process a site over TLS, then `simulate`."""
     _starting("up", job, task)
     settings = _settings(
         set_,
@@ -433,7 +433,7 @@ def plan(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """The solved plan: packing, proof of headroom, bytes forecast, where the price jumps, label."""
+    """Show the solved plan: packing, proof of headroom, bytes a round, steps of the price, label."""
     settings = _settings(set_, task=task, protection=protection, cipher=cipher, rounds=rounds)
     if where is not None and (where / "plan.json").is_file():
         from fedcore.files import read_json
@@ -482,7 +482,7 @@ def report(
     format_: Annotated[str, typer.Option("--format", help="html, md or latex.")] = "html",
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead.")] = None,
 ) -> None:
-    """Write a run's report again, lay runs over each other, or print a table for a paper."""
+    """Write a run's report again, overlay several runs, or print a table for a paper."""
     from fedcore import report as reports
     from fedcore.files import write_atomic
 
@@ -524,7 +524,7 @@ def runs(
 
 @app.command()
 def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or comparison.")]) -> None:
-    """Run it again: the same bits, or the first round that differs and what differs around it."""
+    """Repeat a run and compare: the same bits, or the first round that differs, and how the machines differ."""
     say(f"fedcore reproduce: {run}")
     from fedcore.cli.reproduce import reproduce as again
 
@@ -560,7 +560,7 @@ def new(
         bool, typer.Option("--force", help="Write into a folder that holds files.")
     ] = False,
 ) -> None:
-    """Write a task and a job that run as they are, to change into your own."""
+    """Write a task and a job that run unchanged, as a start for your own."""
     from fedcore.cli.scaffold import create
 
     create(directory, force=force)
@@ -572,7 +572,7 @@ def new(
 
 @app.command()
 def doctor() -> None:
-    """Versions, CPU, the SEAL self-test, and names that would clash."""
+    """Show versions, CPU, the SEAL self-test, and name clashes."""
     from fedcore.cli.doctor import examine
 
     checks = examine()
@@ -605,7 +605,7 @@ def protect(
     ] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes and seconds of protecting one vector, beside float32 and TenSEAL's CKKS in the same run."""
+    """Bytes and seconds of protecting one vector, compared with float32 and TenSEAL's CKKS in the same run."""
     wanted = _numbers("--bits", bits, "8,12,16")
     say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
     from fedcore.bench import protect as bench
@@ -668,7 +668,7 @@ def engine(
     cipher: BenchCipher = "bfv",
     bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
     per_process: Annotated[
-        int, typer.Option("--per-process", help="Sites that share one process, to have many.")
+        int, typer.Option("--per-process", help="Sites that share one process.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:

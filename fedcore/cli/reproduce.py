@@ -1,4 +1,4 @@
-"""Run a finished run again and say whether the bits are the same, or where they first differ."""
+"""`fedcore reproduce`: repeat a finished run and compare, row by row, whether the bits are the same."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _MEASURED = ("seconds", "peak_memory")
 
 @dataclass(frozen=True)
 class Reproduction:
-    """same: every row and the model have the same bits. difference: the first that has not.
+    """same: whether every row and the model have the same bits. difference: the first that differs, as text.
 
-    environment: what differs between the two machines or checkouts, in words.
+    environment: differences between the two machines or checkouts, as text.
     """
 
     same: bool

@@ -1,7 +1,7 @@
-"""What `fedcore new DIR` writes: a task, a job and three small tables that run as they are.
+"""`fedcore new DIR`: writes a task, a job and three small tables that run unchanged.
 
-Invariant: the directory appears whole or not at all, and nothing that is there is overwritten without
-`force`. The tables come from the formula below, so two people who start from them see the same run.
+Invariant: the directory is written atomically, and no file is overwritten without `force`. The tables are
+computed by the formula below, so every run of them is the same.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ Each has 120 rows. Replace them by your own tables, one per site, and change the
 """
 
 SITES = {"north": 45, "south": 55, "coast": 65}
-"""Site -> its middle age: the sites differ, as real ones do."""
+"""{site: its middle age}: the sites differ, as real ones do."""
 
 ROWS = 120
 
@@ -118,8 +118,8 @@ ROWS = 120
 def create(directory: Path, force: bool = False) -> list[Path]:
     """Write task.py, job.toml, README.md and data/*.csv; returns their paths.
 
-    Raises AlreadyExists for a directory that holds something, unless `force`, which overwrites files
-    of the same names and leaves others alone.
+    Raises AlreadyExists for a directory with files in it, unless `force`, which overwrites files of the
+    same names and keeps all others.
     """
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
@@ -148,7 +148,7 @@ def create(directory: Path, force: bool = False) -> list[Path]:
 
 
 def _create_whole(directory: Path, contents: dict[str, str]) -> None:
-    """Fill a directory beside the wanted one and rename it: an interruption leaves nothing."""
+    """Fill a temporary directory and rename it, so that an interruption leaves nothing."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

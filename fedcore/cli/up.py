@@ -1,11 +1,11 @@
-"""`fedcore up`: the deployment of a job on one machine, and the same run as `simulate` beside it.
+"""`fedcore up`: deploy a job on one machine, then run it as `simulate` does and compare.
 
-The coordinator and every site are processes of their own, over TLS on loopback, with the files that
-other machines would get (`deployment/` in the run's directory). When they are done, the same job runs
-inside this process, as `simulate` runs it: it gives the arms, the gaps and the report.
+The coordinator and every site are separate processes, over TLS on loopback, with the files for separate
+machines (`deployment/` in the run's directory). Afterwards the same job runs inside this process, as
+`simulate` runs it, for the arms, the gaps and the report.
 
-Invariant: the two models are compared by their hash, and the result says whether they are equal; the
-model that is kept is the one the sites hold.
+Invariant: the two models are compared by their hash, and the result states whether they are equal; the kept
+model is that of the sites.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FEDERATION = "rehearsal"
 LEAST_SITES = 3
 
 STATUS_SECONDS = 15.0
-"""Until every site has written that it holds the last model: it writes its status every second."""
+"""Timeout until every site's status shows the last model; a status is written every second."""
 
 Say = Callable[[str], None]
 OnReady = Callable[[Prepared, Path], None]
@@ -49,7 +49,7 @@ OnReady = Callable[[Prepared, Path], None]
 
 @dataclass(frozen=True)
 class Listener:
-    """Who hears of what: the deployment's rounds, the commands that were started, the run's rows."""
+    """Callbacks for progress: the started commands, the rounds of the deployment, the rows of the run."""
 
     on_ready: OnReady
     on_deployed_round: Callable[[Json], None]
@@ -67,10 +67,10 @@ def rehearse(
     out: Path | None = None,
     force: bool = False,
 ) -> Run:
-    """Deploy the job here, run it, end it, run it again in this process; returns the finished run.
+    """Deploy the job here, run it, stop it, and run it again in this process; returns the finished run.
 
-    `run.result.deployment.equal` says whether both came to the same model. Raises FedcoreError;
-    no process is left, and nothing is written for bad input. After Abandoned the logs are still there.
+    `run.result.deployment.equal` is whether both gave the same model. Raises FedcoreError; no process is left
+    running, and nothing is written for bad input. After Abandoned the logs are kept.
     """
     task, job = job_for(None, *layers)
     _refuse(task, job)
@@ -110,7 +110,7 @@ def _refuse(task: Task, job: Job) -> None:
 def _deployed(
     prepared: Prepared, folder: Path, listener: Listener
 ) -> tuple[DeployedRun, Path | None]:
-    """Run the job as processes; what to say of it, and the file of the model all sites came to."""
+    """Run the job as processes; returns its record, and the file of the model if all sites have the same one."""
     deployment = _write(prepared, folder)
     commands = deployment.commands()
     try:
@@ -125,7 +125,7 @@ def _deployed(
         if len(found) == 1:
             exported = ask(deployment.export(deployment.sites[0], job, model), "fed-site model")
             found = sorted({*found, exported["model_sha256"]})
-    except BadInput as error:  # the logs stay: only they can tell more
+    except BadInput as error:  # keeps the logs, which have the details
         raise Abandoned(str(error), remedy=error.remedy) from error
     for row in rows:
         append_row(folder, row)
@@ -151,16 +151,16 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
         for name, source in resolve_sites(task, prepared.job).items()
     }
     tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
-    # Every site must find the same plan, and no site tells how many rows it has.
+    # Every site must make the same plan, and no site reveals its number of rows.
     tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
     policy = narrowest_policy(prepared.job, len(sites))
-    run = prepared.job.run  # the deal that `simulate` makes, so that both come to the same model
+    run = prepared.job.run  # the folds of `simulate`, so that both give the same model
     split = FoldSplit(run.seed, run.fold, run.folds).to_json()
     return write(folder, FEDERATION, sites, tables, policy=policy, split=split)
 
 
 def _installed(task: Task, job: Job) -> str:
-    """Where the task is, whatever folder it is looked up from."""
+    """The task's origin, with an absolute path for a file."""
     place, colon, attribute = task.origin.partition(":")
     if task.origin in BUILT_IN or not place.endswith(".py"):
         return task.origin
@@ -168,12 +168,12 @@ def _installed(task: Task, job: Job) -> str:
 
 
 def _follow(parties: Running, job: str, listener: Listener) -> list[Json]:
-    """Until the job ends; its rounds. Raises Abandoned for one that came to no model."""
+    """Wait until the job ends; returns the rows of its rounds. Raises Abandoned if it gave no model."""
     rows: list[Json] = []
     event: Json = {}
     told: list[str] = []
     for found in parties.follow("watch", job):
-        if found is None:  # a second of silence: whoever is waited for now is worth a line
+        if found is None:  # no event for a second: show which sites the job waits for
             if event.get("waiting_for", []) not in ([], told):
                 told = event["waiting_for"]
                 listener.on_waiting(f"waiting for {', '.join(told)}")
@@ -194,7 +194,7 @@ def _follow(parties: Running, job: str, listener: Listener) -> list[Json]:
 
 
 def _hashes(parties: Running, job: str) -> dict[str, str]:
-    """site -> hash of the model it holds, from what every site says of itself. Raises BadInput."""
+    """{site: hash of its model}, from the status file of every site. Raises BadInput after STATUS_SECONDS."""
     found: dict[str, str] = {}
     until = time.monotonic() + STATUS_SECONDS
     while time.monotonic() < until:
@@ -215,7 +215,7 @@ def _hashes(parties: Running, job: str) -> dict[str, str]:
     )
 
 
-# ------------------------------------------------------------------------------ the run beside it
+# ----------------------------------------------------------------------- the run in one process
 
 
 def _finish(
@@ -225,7 +225,7 @@ def _finish(
     model: Path | None,
     listener: Listener,
 ) -> Run:
-    """The same job in this process, then the files of a run with the deployment's model."""
+    """Run the same job in this process, then write the files of a run with the deployment's model."""
     from fedcore.report import write as write_report
 
     directory = writer.directory
@@ -248,7 +248,7 @@ def _finish(
 
 
 def require_equal(run: Run) -> None:
-    """Raise TaskFailed where the deployment came to another model than the run in one process."""
+    """Raise TaskFailed if the deployment gave another model than the run in one process."""
     found = run.result.deployment
     if found is None or found.equal:
         return
