@@ -1,4 +1,4 @@
-"""Fedcore: federated learning in which nobody has to be trusted with anybody's update.
+"""Fedcore: federated learning in which no party has to be trusted with another's update.
 
 The public names are below; everything is loaded when it is first used, so `import fedcore` and
 `fedcore --help` stay fast. A module of ours never has the name of a public function.

@@ -1,7 +1,6 @@
-"""What protection costs, measured: size and seconds beside CKKS, and the memory of a fold.
+"""Benchmarks of the cost of protection: size and seconds compared with CKKS, and the memory of a fold.
 
-Benchmarks are not tests: each returns raw JSON with its configuration and machine; thresholds are
-checked elsewhere.
+Each returns raw JSON with its configuration and machine, and checks no threshold.
 """
 
 from __future__ import annotations
@@ -10,6 +9,6 @@ import sys
 
 
 def progress(line: str) -> None:
-    """One line for a waiting person; stdout stays free for the JSON."""
+    """Print one line of progress to stderr; stdout is for the JSON."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

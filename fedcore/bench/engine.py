@@ -1,12 +1,12 @@
-"""`fedcore bench engine`: what a round of a deployed federation costs when nobody trains.
+"""`fedcore bench engine`: the cost of a round of a deployed federation without training.
 
 A coordinator and the sites as processes on loopback, with mutual TLS, journals and spools on disk, and
 every message, key, mask and ciphertext of the protection; the sites send an update drawn once. Seconds
-of a round are the coordinator's own: from its announcement to the certificate.
+of a round are measured by the coordinator, from its announcement to the certificate.
 
-Invariant: the first round of training is left out (buffers are still being made), and so is every round
-without training. Abandoned rounds are counted and not timed. The peak memory is of whole processes.
-CPU seconds say what a round costs each side, whatever else the machine does meanwhile.
+Invariant: the first round of training (which allocates buffers) and rounds without training are not timed.
+Abandoned rounds are counted and not timed. The peak memory is that of whole processes. CPU seconds are the
+cost for each side, independent of the load of the machine.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ STALLED_SECONDS = 600.0
 
 
 def _nothing(*_: Any) -> Any:
-    """Data, model and loss of a task that nobody trains."""
+    """Data, model and loss of a task that is never trained."""
 
 
 STAND_IN = Task(name="bench", data=_nothing, model=_nothing, loss=_nothing)
-"""What the job is called; the sites of this benchmark never look it up."""
+"""The task of the job; the sites of this benchmark never load it."""
 
 
 def run(
@@ -68,10 +68,10 @@ def run(
     bits: int = 16,
     per_process: int = 1,
 ) -> Json:
-    """Run the rounds and time them. per_process: sites that share one process, to have many.
+    """Run the rounds and time them. per_process: sites that share one process.
 
-    Returns the JSON of kind bench-engine. Raises BadInput, PlanRefused, and Abandoned where no round
-    was released.
+    Returns the JSON of kind bench-engine. Raises BadInput, PlanRefused, and Abandoned if no round was
+    released.
     """
     _check(sites, rounds, protection, per_process)
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
@@ -139,7 +139,7 @@ def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
 
 
 def _job(rounds: int, protection: str, cipher: str, bits: int) -> Job:
-    """A range that is stated, and no column: so every round but the last carries an update."""
+    """With a stated range and no columns, so that every round but the last carries an update."""
     settings = {
         "protection": protection, "cipher": cipher, "rounds": rounds, "bits": bits, "range": 0.5,
         "adaptive_range": False, "max_examples": 16, "resamples": 0,
@@ -162,9 +162,9 @@ def _commands(deployment: Deployment, parameters: int, per_process: int) -> list
 def _watch(
     parties: Running, job: str, rounds: int, commands: list[Command]
 ) -> tuple[list[Json], float | None, dict[str, float] | None]:
-    """Until the last round; its rows, and the mean time and CPU from one certificate to the next.
+    """Wait for the last round; returns its rows, and the mean time and CPU from one certificate to the next.
 
-    The coordinator's own file is read, so that nobody who watches takes a part of the machine.
+    Reads the coordinator's own file, so that no `watch` process uses the machine.
     """
     path = parties.deployment.state(COORDINATOR) / "jobs" / job / "rounds.jsonl"
     rows: list[Json] = []
@@ -221,7 +221,7 @@ def _cpu(parties: Running, commands: list[Command]) -> dict[str, float]:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """User and system time of a process; 0 where the system does not tell."""
+    """User and system time of a process in seconds; 0 if the system does not report it."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -243,7 +243,7 @@ def _memory(parties: Running, commands: list[Command]) -> dict[str, float | None
 
 
 def _peak_mb(pid: int) -> float | None:
-    """VmHWM of a process; None where the system does not tell."""
+    """VmHWM of a process in MB; None if the system does not report it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -271,7 +271,7 @@ def _commit_ms(folder: Path) -> float:
 
 
 def page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore bench engine`."""
+    """The output of `fedcore bench engine` for a terminal."""
     table = grid(
         "sites", "parameters", "median, s", "p95, s", "coordinator, MB", "site, MB", "commit, ms"
     )

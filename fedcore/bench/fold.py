@@ -1,9 +1,9 @@
-"""The memory of a folding coordinator: the same for 4 sites and for 64.
+"""`fedcore bench fold`: the memory of a folding coordinator is the same for 4 sites and for 64.
 
-The fold runs in a process of its own. The parent plays the sites: it protects one vector after the
-other and streams the chunks through a pipe, so the child's peak memory is that of a coordinator's
-fold and of nothing else. Invariant: the parent decrypts the sum that comes back and compares it
-with its own integer sum, slot by slot; a row is only reported when they are equal.
+The fold runs in a child process. The parent simulates the sites: it protects one vector after the other and
+streams the chunks through a pipe, so that the child's peak memory is that of a coordinator's fold alone.
+Invariant: the parent decrypts the returned sum and compares it with its own integer sum, slot by slot; a row
+is reported only if they are equal.
 
 Frames to the child: the public context and the number of slots, one per chunk with its index, and an
 empty one. Frames from it: one per chunk of the sum, then the measurements.
@@ -44,8 +44,8 @@ def run(
 ) -> Json:
     """Fold `parameters` coordinates from each number of sites in turn, under one packing for all.
 
-    The packing is solved for the largest number, so every row moves the same slots; 12 bits are
-    proved up to 64 sites and beyond. Returns the JSON of kind bench-fold: peak RSS in MB (2^20
+    The packing is solved for the largest number, so every row has the same slots; 12 bits are
+    proved for 64 sites and more. Returns the JSON of kind bench-fold: peak RSS in MB (2^20
     bytes) of the folding process, before and after, and the seconds it spent adding and writing the
     sum. Raises BadInput, PlanRefused, Unavailable, and Abandoned if the child dies or the sum is
     not exact.
@@ -131,7 +131,7 @@ def _chunks(receive: Callable[[], Frame]) -> Iterator[tuple[Json, bytes]]:
 
 
 def page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore bench fold`."""
+    """The output of `fedcore bench fold` for a terminal."""
     table = grid("sites", "parameters", "peak memory, MB", "fold, s")
     for row in found["rows"]:
         peak, seconds = f"{row['peak_rss_mb']:.1f}", f"{row['fold_seconds']:.2f}"
@@ -144,7 +144,7 @@ def page(found: Json) -> RenderableType:
 
 
 def fold_for(parent: Parent) -> None:
-    """Fold the vectors of a parent and give it the sum and the measurements."""
+    """Fold the vectors of the parent and send it the sum and the measurements."""
     about, blobs = parent.receive()
     fold = EncryptedFold(PublicContext.from_bytes(blobs[0]), about["slots"])
     start_rss, seconds = peak_memory_mb(), 0.0

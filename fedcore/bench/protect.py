@@ -1,21 +1,21 @@
-"""`fedcore bench protect`: what protecting one vector costs, beside float32 and CKKS, in one run.
+"""`fedcore bench protect`: the cost of protecting one vector, compared with float32 and CKKS, in one run.
 
-Every scheme gets the same vectors. In each repeat all schemes take their turn, so a slow moment of
-the machine hits all of them, and a number is the median over repeats. Times are of one process with
+Every scheme gets the same vectors. In each repeat all schemes are measured in turn, so that a temporary load
+of the machine affects all of them; a number is the median over repeats. Times are of one process with
 one thread and cover all that a role does: quantise, pack, tag, mask, encrypt and serialise at a site
 (protect); parse, check and add one vector at the coordinator (fold); expand the self masks of all
-sites and take them off the sum, once a round (unmask); serialise it, once a round (release); parse,
-decrypt, check the tag, unpack and dequantise at a site again (unprotect). How sites agree on the
-seeds of their masks is no part of it.
+sites and subtract them from the sum, once a round (unmask); serialise it, once a round (release); parse,
+decrypt, check the tag, unpack and dequantise at a site (unprotect). The agreement on the seeds of masks is
+not included.
 
 Of the plan's n sites only CONTRIBUTORS make a vector, each with the n - 1 pairwise masks and the self
-mask of a site of n. The pairwise masks they share with the others are left over in the sum. They are
-taken off with the self masks, but were expanded before the clock starts: it sees n self masks, as in
-a round in which nobody is absent. So it is with keystreams, which a site takes off when it opens the sum
-(unprotect): it expands n of them, and those of sites without a vector were added before the clock starts.
+mask of a site of n. The pairwise masks that they share with the others remain in the sum. These are
+subtracted with the self masks, but expanded before the timing starts: it includes n self masks, as in a round
+without absences. The same holds for keystreams, which a site subtracts when it opens the sum (unprotect): it
+expands n of them, and those of sites without a vector are added before the timing starts.
 
 Invariant: every repeat decodes the sum of CONTRIBUTORS vectors and compares it with the true mean,
-so no fast wrong answer is reported. CKKS is no protection of a run: see `fedcore/secagg/crypto/ckks.py`.
+so that no wrong result is reported. CKKS is not a protection of a run: see `fedcore/secagg/crypto/ckks.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from fedcore.seeds import generator
 from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
 
 CONTRIBUTORS = 3
-"""Vectors in the decoded sum; the plan is solved for all sites. More only take time."""
+"""Vectors in the decoded sum; the plan is solved for all sites. More would only take longer."""
 
 DEFAULT_BITS = (8, 12, 16)
 
@@ -73,8 +73,7 @@ class Scheme:
 
     protect: `(vector, site) -> chunks` up. add: one site's chunks into the running sum.
     release: the chunks down. unprotect: `(chunks, contributors) -> (d,) float64`, the mean.
-    step: the quantisation step, None where there is none. unmask: takes the masks off the running
-    sum, None where there are none.
+    step: the quantisation step, or None. unmask: subtracts the masks from the running sum, or None.
     """
 
     name: str
@@ -111,7 +110,7 @@ def run(
 ) -> Json:
     """Measure float32, every protection at each of `bits`, and CKKS on vectors of `parameters` floats.
 
-    Those with masks are left out for more sites than a plan with masks may have. Returns the JSON of
+    Protections with masks are left out for more sites than a plan with masks may have. Returns the JSON of
     kind bench-protect: seconds are per million parameters and per vector, bytes per parameter,
     `max_error` the largest |decoded mean - true mean| of any repeat. Raises BadInput, PlanRefused
     where bits do not fit the sites, and Unavailable without tenseal.
@@ -164,7 +163,7 @@ def _takes(layers: Protection, sites: int) -> bool:
 
 
 def _power_of_two_above(value: float) -> float:
-    """The range an adaptive run settles at: no coordinate is clipped."""
+    """The range to which an adaptive run converges: no coordinate is clipped."""
     return float(2.0 ** np.ceil(np.log2(value))) if value > 0 else 1.0
 
 
@@ -264,7 +263,7 @@ def protected(name: str, parameters: int, sites: int, bits: int, bound: float, s
 
 @dataclass(frozen=True)
 class _Masks:
-    """The masks of one vector: seeds with their signs for each contributor, and what is left over.
+    """The masks of one vector: seeds with their signs for each contributor, and the remaining masks.
 
     own: the self masks of all sites of the plan. rest: (S,) uint64, the pairwise masks of contributors
     with the others, less the self masks of those, so that own and rest are what the sum carries.
@@ -292,7 +291,7 @@ class _Masks:
         return cls(of_site, own, mask_sum(rest, layout.slots, slot_bits), slot_bits)
 
     def take_off(self, running: UnmaskableFold) -> None:
-        """Everything the coordinator does between the last answer and the sum, but for secrets."""
+        """The coordinator's work between the last answer and the sum, without rebuilding secrets."""
         mask = self.rest.copy()
         add_masks(mask, self.own, self.slot_bits)
         running.remove(mask)
@@ -300,7 +299,7 @@ class _Masks:
 
 class _Streams:
     """The keystreams of one plan's sites: fresh ones for the contributors, the others' added up before
-    any clock starts, so that opening a sum expands the streams of all sites of the plan."""
+    the timing starts, so that opening a sum expands the streams of all sites of the plan."""
 
     def __init__(self, group: GroupSecret, header: RoundHeader, layout: Layout) -> None:
         self._group, self._header, self._bits = group, header, layout.packing.slot_bits
@@ -318,13 +317,13 @@ class _Streams:
         return [(self._keys[site], 1)]
 
     def take_off(self, total: Slots) -> None:
-        """What a site does between the words of a sum and its tag."""
+        """A site's work between unpacking the words of a sum and checking its tag."""
         total += self._rest
         add_masks(total, [(key, -1) for key in self._keys.values()], self._bits)
 
 
 def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> Scheme:
-    """What other frameworks do: approximate homomorphic encryption of the floats themselves.
+    """The method of other frameworks: approximate homomorphic encryption of the floats themselves.
 
     `ckks` is one CKKSVector, as they use it; `ckks-blocks` is the fastest use of it that we found.
     """
@@ -413,7 +412,7 @@ def _ratios(rows: Sequence[Json]) -> Json:
 
 
 def page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore bench protect`."""
+    """The output of `fedcore bench protect` for a terminal."""
     table = grid("scheme", "up", "down", *_TIMED, "max error")
     for row in found["rows"]:
         seconds = (row[f"{stage}_seconds_per_million"] for stage in _TIMED)
@@ -434,7 +433,7 @@ def page(found: Json) -> RenderableType:
 
 
 def _shown(row: Json) -> str:
-    """A row's name and bits; a keystream stands indented below its protection: 80 columns are few."""
+    """A row's name and bits; a keystream is indented below its protection, to fit 80 columns."""
     _, cipher = SCHEMES.get(row["name"], ("", ""))
     if cipher == "keystream":
         return f"  {cipher} {row['bits']}"
@@ -445,8 +444,8 @@ _TIMED = ("protect", "fold", "unmask", "unprotect")
 
 
 def _comparisons(ratios: Json) -> list[str]:
-    """What the ratios come to: each number of bits against CKKS, then with masks against without, and
-    each keystream against CKKS and against BFV."""
+    """Sentences about the ratios: each number of bits against CKKS, with masks against without, and each
+    keystream against CKKS and against BFV."""
     lines = []
     for name, ratio in ratios.items():
         scheme, _, bits = name.rpartition("-")

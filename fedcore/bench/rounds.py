@@ -2,7 +2,7 @@
 
 Both protocol machines run in this process, with real keys, shares, signatures, masks, encryption and
 tags; `drop` sites leave after they shared their keys, the case in which masks must be rebuilt.
-Invariant: the opened sum is compared with the plain integer sum, slot for slot; a row says whether they
+Invariant: the opened sum is compared with the plain integer sum, slot for slot; a row states whether they
 are equal. Seconds are CPU time of one thread: of one site (the mean over sites; every site would open
 the sum, here it is opened once), and of the coordinator. Sending takes no time here.
 """
@@ -45,7 +45,7 @@ DEFAULT_SITES = (4, 16, 64)
 
 
 class CpuWatch(Stopwatch):
-    """A stopwatch that counts this process' CPU time: other jobs of the machine do not enter."""
+    """A stopwatch of this process' CPU time, independent of the load of the machine."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -116,7 +116,7 @@ def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) 
 
 
 class _Traffic:
-    """Bytes of messages, beside the vectors, per site and direction."""
+    """Bytes of messages, without the vectors, per site and direction."""
 
     def __init__(self) -> None:
         self.up: dict[str, int] = {}
@@ -166,7 +166,7 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
 
 
 def page(found: Json) -> RenderableType:
-    """The terminal's page of `fedcore bench secagg`."""
+    """The output of `fedcore bench secagg` for a terminal."""
     table = grid(
         "sites", "in the sum", "threshold", "bytes up", "control up", "control down",
         "site CPU, s", "coordinator CPU, s", "sum",
