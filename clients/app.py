@@ -130,12 +130,6 @@ def waiting_json(found: Waiting | None) -> Json | None:
     }  # fmt: skip
 
 
-def released_round(done: schedule.PlannedRound) -> int:
-    """The round of training behind a state: 0 before the first, the last one under the last metrics."""
-    before = done.purpose in {"metrics", "statistics", "range"}
-    return max(0, done.training_round - before)
-
-
 def model_of(state: State | None) -> str | None:
     """`model_sha256` of a state that a release led to."""
     return state.model_sha256 if isinstance(state, JobState) and state.done else None
@@ -250,7 +244,7 @@ class Site:
                     "left": part.left or None,
                     "outcome": job.ended.outcome if job.ended else None,
                     "model_sha256": model_of(state),
-                    "model_round": released_round(done) if done else None,
+                    "model_round": schedule.released_round(done) if done else None,
                 }
             )  # fmt: skip
         return {

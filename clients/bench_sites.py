@@ -33,6 +33,7 @@ from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.purposes import purpose_of
 from fedcore.seeds import generator
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
@@ -64,7 +65,7 @@ class Drawn:
         record: GuardRecord | None = None,  # noqa: ARG002
     ) -> Contribution:
         """The drawn fields, or the metrics of no model."""
-        if step.purpose == "metrics":
+        if not purpose_of(step.purpose).vector(plan, 0).coordinates:
             return NO_COORDINATES, {ROWS.name: [1]}
         if self._fields is None:
             rng = generator(0, 1, self._site, "bench fields")

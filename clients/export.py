@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore_clients.app import RECIPE_FILE, job_folder, released_round, require_job
+from fedcore_clients.app import RECIPE_FILE, job_folder, require_job
 from fedcore_clients.config import SiteConfig
 
 from fedcore.config import build_job
@@ -23,6 +23,7 @@ from fedcore.learning.model import single_thread
 from fedcore.learning.site import LocalSite
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
+from fedcore.secagg.protocol.schedule import released_round
 from fedcore.types import Json, SiteId
 
 

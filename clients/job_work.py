@@ -56,6 +56,7 @@ from fedcore.secagg.protocol.job.site_effects import (
 )
 from fedcore.secagg.protocol.job.site_part import require
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.purposes import trains
 from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store import container
 from fedcore.store.spool import Stored
@@ -236,7 +237,7 @@ class JobWork:
             await self.load_again()
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
-            self.link.doing(self.id, "training" if step.purpose == "update" else "evaluating")
+            self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
             found = await self.contributor.contribute(
                 self.id, work.agreed.plan, step, work.state, self.guard
             )

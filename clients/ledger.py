@@ -28,6 +28,7 @@ from typing import Any, Self
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.purposes import of_columns
 from fedcore.store.disk import make_folder, refusals, sync_folder
 from fedcore.types import Json, SiteId
 
@@ -67,7 +68,7 @@ class Exposure:
         columns: Iterable[str],
     ) -> Exposure:
         """The exposure of a round, now."""
-        named = tuple(columns) if header.purpose == "statistics" else ()
+        named = tuple(columns) if of_columns(header.purpose) else ()
         return cls(
             header.digest.hex(), rows, header.purpose, header.job, header.plan_digest, header.round,
             header.training_round, tuple(header.roster), tuple(survivors), named, time.time(),
@@ -150,7 +151,7 @@ class Ledger:
 
     def _keep(self, entry: Exposure) -> None:
         self._entries[entry.header] = entry
-        if entry.purpose == "statistics":
+        if of_columns(entry.purpose):
             self._statistics.setdefault(entry.rows, {})[entry.header] = entry
         jobs = self._jobs.setdefault(entry.rows, {})
         jobs[entry.job] = max(entry.at, jobs.get(entry.job, 0.0))

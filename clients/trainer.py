@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import GuardTripped
+from fedcore.learning.data.statistics import Column
 from fedcore.learning.guard import GuardMemory, GuardRecord
-from fedcore.learning.state import Column, JobState
+from fedcore.learning.state import JobState
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, python
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.job_messages import UNABLE

@@ -11,9 +11,9 @@ from fedcore.errors import FedcoreError
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import ModelShape, RoundPlan
-from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.coordinator.events import PlanImpossible, PlanMade
 from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.purposes import PURPOSES
 from fedcore.secagg.scheme import Scheme, vector_of
 from fedcore.types import Json, SiteId
 
@@ -56,5 +56,6 @@ def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:
     """Bytes of one protected vector, by purpose."""
-    scheme, purposes = Scheme.of(plan), schedule.PURPOSES[0 if features else 1 :]
+    scheme = Scheme.of(plan)
+    purposes = (name for name, each in PURPOSES.items() if each.rounds(plan, features))
     return {each: scheme.upload_bytes(layout_of(plan, features, each)) for each in purposes}

@@ -28,6 +28,7 @@ from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import authority_of, channel_target, preflight
 from fedcore.learning.task import load_task
 from fedcore.report.phrases import size
+from fedcore.secagg.purposes import trains
 from fedcore.types import Json
 from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told
@@ -221,7 +222,7 @@ def _rows(path: Path) -> list[Json]:
 def round_text(row: Json, rounds: int) -> str:
     """One line for a round that ended."""
     what = f"round {row['round']}/{rounds}"
-    if row["purpose"] != "update":
+    if not trains(row["purpose"]):
         what = f"{row['purpose']}" + (
             f" after round {row['round'] - 1}" if row["round"] > 1 else ""
         )
@@ -278,7 +279,7 @@ def head_text(event: Json) -> str:
     if step is None:
         return about + ("ending" if event["rounds_done"] else "beginning")
     purpose, round_ = step
-    what = f"round {round_} of {event['rounds']}" if purpose == "update" else purpose
+    what = f"round {round_} of {event['rounds']}" if trains(purpose) else purpose
     return f"{about}{what}, {event['stage']}"
 
 

@@ -52,6 +52,7 @@ from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import WAITING
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode, type_name
+from fedcore.secagg.purposes import trains
 from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, chunks, frames, refusals
@@ -668,7 +669,7 @@ class Coordinator:
             "text": progress.text, "stage": type_name(type(stage)).lower(),
             "step": None if found.step is None else [found.step.purpose, found.step.training_round],
             "rounds": settings["round"]["rounds"],
-            "rounds_done": sum(r["purpose"] == "update" for r in found.rounds.known),
+            "rounds_done": sum(trains(r["purpose"]) for r in found.rounds.known),
             "protection": settings["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self._waiting(found),

@@ -40,6 +40,7 @@ from fedcore.local_deployment import (
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.purposes import trains
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 
@@ -92,7 +93,7 @@ def run(
             rows, wall, cpu = _watch(parties, name, rounds, commands)
             memory = _memory(parties, commands)
         commit = _commit_ms(Path(place) / "commits")
-    timed = [r for r in rows if r["purpose"] == "update" and "abandoned" not in r][1:]
+    timed = [r for r in rows if trains(r["purpose"]) and "abandoned" not in r][1:]
     if not timed:
         raise Abandoned(f"bench: found no released round after the first of {rounds}")
     return {
@@ -171,7 +172,7 @@ def _watch(
     ends: list[float] = []
     used: list[dict[str, float]] = []
     heard = time.monotonic()
-    while not (rows and rows[-1]["purpose"] == "metrics"):
+    while not rows or trains(rows[-1]["purpose"]):
         parties.check()
         time.sleep(0.02)
         text = path.read_text() if path.is_file() else ""
@@ -182,7 +183,7 @@ def _watch(
             continue
         heard = time.monotonic()
         for row in found[len(rows) :]:
-            if row["purpose"] == "update":
+            if trains(row["purpose"]):
                 ends.append(heard)
                 used.append(_cpu(parties, commands))
                 if len(ends) % max(1, rounds // 5) == 0:

@@ -35,6 +35,7 @@ from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask
 from fedcore.results import DeployedRun
 from fedcore.run import Run, new_directory
 from fedcore.secagg.protections import refuse_plain
+from fedcore.secagg.purposes import trains
 from fedcore.types import Json
 
 FEDERATION = "rehearsal"
@@ -129,7 +130,7 @@ def _deployed(
         raise Abandoned(str(error), remedy=error.remedy) from error
     for row in rows:
         append_row(folder, row)
-    trained = [row for row in rows if row["purpose"] == "update"]
+    trained = [row for row in rows if trains(row["purpose"])]
     about = DeployedRun(
         job=job,
         model_sha256=found[0] if len(found) == 1 else None,
@@ -181,7 +182,7 @@ def _follow(parties: Running, job: str, listener: Listener) -> list[Json]:
         event = found
         rows += event["new_rounds"]
         for row in event["new_rounds"]:
-            if row["purpose"] == "update":
+            if trains(row["purpose"]):
                 listener.on_deployed_round(row)
     if event.get("state") == "finished":
         return rows

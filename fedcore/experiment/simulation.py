@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedcore.learning.data.statistics import Statistics, finish_statistics, statistics_vector
+from fedcore.learning.data.statistics import Statistics, statistics_vector
 from fedcore.learning.guard import Guard, judge_all
 from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.possible import check_possible
-from fedcore.learning.released import applied, calibrated
+from fedcore.learning.released import applied, calibrated, finished
 from fedcore.learning.sitework import MetricSums, SiteRows, SiteWork, statistics_of
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
@@ -46,17 +46,16 @@ def federated_statistics(
 ) -> tuple[Statistics, ProtectedTotal]:
     """Means and spreads of the table's features over all sites' training rows (PROTOCOL W)."""
     first: Any = sites[0].train
-    names, ranges = first.names, first.ranges
 
     def contribute(index: int) -> Contribution:
         with watch("encode"):
             return statistics_of(sites[index].train)
 
-    spec = statistics_vector(len(names), epoch.plan.max_examples)
+    columns = [(name, *bounds) for name, bounds in zip(first.names, first.ranges, strict=True)]
+    spec = statistics_vector(len(columns), epoch.plan.max_examples)
 
     def finish(opened: Opened, contributors: int) -> Statistics:
-        check_possible(epoch.plan, spec, opened, contributors)
-        return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
+        return finished(epoch.plan, columns, opened, contributors, allow_few_sites=allow_few_sites)
 
     def lead(opened: Opened, contributors: int) -> bytes:
         return canonical(finish(opened, contributors).to_json())

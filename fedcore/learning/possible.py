@@ -9,7 +9,7 @@ Invariant: a function of the plan and the integers alone, so all sites refuse th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,12 +20,17 @@ from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 
 
-def check_possible(plan: RoundPlan, spec: VectorSpec, opened: Opened, contributors: int) -> None:
+def check_possible(
+    plan: RoundPlan,
+    spec: VectorSpec,
+    opened: Opened,
+    contributors: int,
+    then: Callable[[Opened], None] = lambda _: None,
+) -> None:
     """Raise ImpossibleSum where no vectors of `contributors` honest sites have this sum.
 
     spec: what the vectors hold. Checked: every coordinate within contributors * R; every wide integer
-    within contributors times its cap; the weight at least 1; counts over R not above those over R / 2, and
-    decreasing over the powers of two of a calibration; n * S2 >= S1^2 for each feature's statistics.
+    within contributors times its cap; and what `then` knows of this kind of vector.
     """
     coordinates, top = opened.coordinates, (1 << plan.packing.bits) - 1
     if len(coordinates):
@@ -41,7 +46,7 @@ def check_possible(plan: RoundPlan, spec: VectorSpec, opened: Opened, contributo
         found = max(opened.wides[wide.name], default=0)
         if found > most:
             raise _impossible(wide.name, found, f"at most {most}")
-    _CHECKS.get(spec.purpose, _no_more)(plan, opened)
+    then(opened)
 
 
 def _cap(plan: RoundPlan, name: str, bits: int) -> int:
@@ -53,11 +58,8 @@ def _cap(plan: RoundPlan, name: str, bits: int) -> int:
     return (1 << bits) - 1
 
 
-def _no_more(plan: RoundPlan, opened: Opened) -> None:
-    """Nothing beyond the caps."""
-
-
-def _check_update(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001 - one signature for all
+def check_counts(opened: Opened) -> None:
+    """Of an update: the weight at least 1, and not more coordinates over R than over R / 2."""
     wides = opened.wides
     if wides["weight"][0] < 1:
         raise _impossible("weight", wides["weight"][0], "at least 1")
@@ -66,14 +68,15 @@ def _check_update(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001 - on
         raise _impossible("over_range", over, f"at most over_half_range, {over_half}")
 
 
-def _check_range(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001
+def check_powers(opened: Opened) -> None:
+    """Of a calibration: counts that decrease over the powers of two."""
     counts = opened.wides["exceeding"]
     if any(later > earlier for earlier, later in pairwise(counts)):
         raise _impossible("exceeding", "a count that grows", "fewer beyond larger powers of two")
 
 
-def _check_statistics(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001
-    """v in [0, top] for each observed row: S1 <= n top, S2 <= top S1, and Cauchy-Schwarz."""
+def check_statistics(opened: Opened) -> None:
+    """Of statistics, v in [0, top] for each observed row: S1 <= n top, S2 <= top S1, and Cauchy-Schwarz."""
     top, wides = (1 << FIXED_POINT_BITS) - 1, opened.wides
     names = ("count", "sum", "square", "contributes", "clipped")
     for count, total, squares, sites, clipped in zip(*(wides[n] for n in names), strict=True):
@@ -87,9 +90,6 @@ def _check_statistics(plan: RoundPlan, opened: Opened) -> None:  # noqa: ARG001
         ):
             if not holds:
                 raise _impossible("statistics", found, expected)
-
-
-_CHECKS = {"update": _check_update, "range": _check_range, "statistics": _check_statistics}
 
 
 def check_finite(vectors: Sequence[np.ndarray[tuple[int], np.dtype[np.floating]]]) -> None:

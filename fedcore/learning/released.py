@@ -6,16 +6,47 @@ round alike everywhere (PROTOCOL F), so that all sites sign the same next state 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from fedcore.learning.adaptive_range import MOST_GROWTH, calibrated_bound, next_bound
+from fedcore.learning.data.statistics import (
+    Column,
+    Statistics,
+    finish_statistics,
+    statistics_vector,
+)
 from fedcore.learning.optimisers import ServerState, apply_update, largest_step
-from fedcore.learning.possible import check_finite, check_possible
+from fedcore.learning.possible import (
+    check_counts,
+    check_finite,
+    check_possible,
+    check_powers,
+    check_statistics,
+)
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.encode.quantise import dequantise
 from fedcore.secagg.plan import EXCEEDS, RoundPlan
+
+
+def finished(
+    plan: RoundPlan,
+    columns: Sequence[Column],
+    opened: Opened,
+    contributors: int,
+    *,
+    allow_few_sites: bool,
+) -> Statistics:
+    """Means and spreads, from the sums of a `statistics` vector. contributors: sites in the sum.
+
+    Raises ImpossibleSum, and Refused for a column of too few sites unless they are allowed.
+    """
+    names, ranges = [each[0] for each in columns], [(each[1], each[2]) for each in columns]
+    spec = statistics_vector(len(names), plan.max_examples)
+    check_possible(plan, spec, opened, contributors, check_statistics)
+    return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
 
 
 def calibrated(
@@ -25,7 +56,7 @@ def calibrated(
 
     Raises ImpossibleSum.
     """
-    check_possible(plan, plan.range_vector, opened, contributors)
+    check_possible(plan, plan.range_vector, opened, contributors, check_powers)
     values = contributors * plan.coordinates
     found = calibrated_bound(opened.wides["exceeding"], values, plan.range)
     return replace(state, bound=found, first_bound=found)
@@ -36,7 +67,7 @@ def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: i
 
     contributors: sites in the sum. Raises ImpossibleSum.
     """
-    check_possible(plan, plan.update_vector, opened, contributors)
+    check_possible(plan, plan.update_vector, opened, contributors, check_counts)
     sums = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
     moved = apply_update(state, mean, plan.parameters, plan.server)

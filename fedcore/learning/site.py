@@ -29,7 +29,8 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.learning.training import predict, task_code
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
-from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.protocol.schedule import PlannedRound, released_round
+from fedcore.secagg.purposes import purpose_of
 from fedcore.types import Contribution, FloatVector, SiteId
 
 
@@ -203,33 +204,34 @@ class LocalSite:
         record: of this site's guard, which judges that state first and leaves its new memory there; None:
         it is not judged. Raises GuardTripped.
         """
-        if step.purpose == "statistics":
-            return statistics_of(self.site.train)
-        site = self.standard_rows(state)
-        if record is not None and step.purpose in {"update", "metrics"}:
-            self._judge(plan, site, state, record)
+        purpose = purpose_of(step.purpose)
+        if record is not None and purpose.measures:
+            self._judge(plan, state, record)
+        return purpose.contribute(self, plan, step, state)
+
+    def statistics(self) -> Contribution:
+        """The sums over its columns as they are."""
+        return statistics_of(self.site.train)
+
+    def work(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> SiteWork:
+        """What it computes for a step, on its rows as inputs."""
 
         def metric_sums(site: SiteRows, server: ServerState) -> dict[str, list[int]]:
             return self.transport.sums(self.scored(server.model, site, step.training_round - 1))
 
-        work = SiteWork(self.task, plan, site, self.flat, self.job.run.seed, metric_sums)
-        if step.purpose == "range":
-            return work.exceeding(state.server)
-        if step.purpose == "metrics":
-            return work.metrics(state.server)
-        found, _ = work.update(state.server, step.training_round)
-        return found
+        rows, seed = self.standard_rows(state), self.job.run.seed
+        return SiteWork(self.task, plan, rows, self.flat, seed, metric_sums)
 
-    def _judge(self, plan: RoundPlan, site: SiteRows, state: JobState, record: GuardRecord) -> None:
+    def _judge(self, plan: RoundPlan, state: JobState, record: GuardRecord) -> None:
+        site = self.standard_rows(state)
         if self._guard is None:
             self._guard = Guard(
                 self.task, plan, site.id, site.train, self.flat, self.initial, self.job.run.seed
             )
-        guard, done = self._guard, state.done
+        guard = self._guard
         guard.rules, guard.memory, guard.rows = record.rules, record.memory, site.train
         try:
-            trained = done is not None and done.purpose == "update"
-            guard.judge(state.server, done.training_round if trained and done else 0)
+            guard.judge(state.server, released_round(state.done))
         finally:
             record.memory = guard.memory
 

@@ -17,17 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.statistics import Statistics, finish_statistics, statistics_vector
+from fedcore.learning.data.statistics import Column, Statistics
 from fedcore.learning.optimisers import ServerState, init_state
-from fedcore.learning.possible import check_possible
-from fedcore.learning.released import applied, calibrated
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.purposes import OpenedSum, purpose_of
 from fedcore.types import FloatVector, SiteId
-
-Column = tuple[str, float, float]
-"""(name, low, high) of a standardised column: its public range."""
 
 _META = "fedcore"
 
@@ -83,16 +79,12 @@ class JobState:
         apart = (len(set(cohort) ^ set(survivors)) for survivors in self.shown)
         return any(0 < sites < least for sites in apart)
 
-    def _shown_after(
-        self, plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]
-    ) -> tuple[tuple[SiteId, ...], ...]:
-        sums, these = (
-            (opened.wides[wide.name] for wide in plan.metric_sums),
-            tuple(sorted(survivors)),
-        )
+    def showing(self, plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]) -> JobState:
+        """This state, after a sum with metric sums in it that these sites are in."""
+        sums, these = (opened.wides[w.name] for w in plan.metric_sums), tuple(sorted(survivors))
         if these in self.shown or not any(map(any, sums)):
-            return self.shown
-        return (*self.shown, these)
+            return self
+        return replace(self, shown=(*self.shown, these))
 
     def after(
         self,
@@ -104,29 +96,14 @@ class JobState:
         *,
         allow_few_sites: bool = False,
     ) -> JobState:
-        """The state that the sum of a step's vectors leads to. survivors: the sites in the sum, in order.
+        """The state that the sum of a step's vectors leads to; the arguments are those of `OpenedSum`.
 
         Raises ImpossibleSum, and Refused for statistics of too few sites.
         """
-        moved, contributors = replace(self, done=step), len(survivors)
-        if step.purpose in {"update", "metrics"}:
-            moved = replace(moved, shown=self._shown_after(plan, opened, survivors))
-        match step.purpose:
-            case "statistics":
-                names, ranges = [c[0] for c in columns], [(c[1], c[2]) for c in columns]
-                spec = statistics_vector(len(names), plan.max_examples)
-                check_possible(plan, spec, opened, contributors)
-                found = finish_statistics(
-                    names, ranges, opened.wides, allow_few_sites=allow_few_sites
-                )
-                return replace(moved, statistics=found)
-            case "range":
-                return replace(moved, server=calibrated(plan, self.server, opened, contributors))
-            case "update":
-                return replace(moved, server=applied(plan, self.server, opened, contributors))
-            case "metrics":
-                check_possible(plan, plan.metrics_vector, opened, contributors)
-        return moved
+        purpose = purpose_of(step.purpose)
+        found = OpenedSum(opened, survivors, columns, allow_few_sites)
+        moved = replace(purpose.apply(plan, self, found), done=step)
+        return moved.showing(plan, opened, survivors) if purpose.measures else moved
 
     def to_bytes(self) -> bytes:
         """Safetensors: parameters and moments, with the rest as metadata."""

@@ -8,28 +8,12 @@ from __future__ import annotations
 
 from fedcore.config import Job
 from fedcore.secagg.label import Terms
+from fedcore.secagg.purposes import leaving
 
 
 def leaving_of(job: Job, terms: Terms) -> list[str]:
     """One line for each purpose of a round, then who opens them, and what goes to the coordinator."""
-    rounds, test = job.round.rounds, "the sums of this site's metrics on its test rows"
-    lines = []
-    if terms.statistics == "federated":
-        lines.append(
-            "statistics (one sum): for each column of the task the count, sum and sum of squares of this "
-            "site's training rows, and of how many sites they are"
-        )
-    if job.protect.range is None:
-        lines.append(
-            "range (one sum): how many coordinates of this site's first update exceed each of 24 powers "
-            "of two"
-        )
-    lines += [
-        f"update ({_times(rounds)}): how training here changed the parameters of the model, the number of "
-        f"training rows, how many coordinates exceed the range, and {test}",
-        f"metrics (one sum, after the last round): {test}",
-        _who_opens(terms),
-    ]
+    lines = [*leaving(job, terms), _who_opens(terms)]
     if terms.public_metrics:
         lines.append(
             "to the coordinator and its operators: the metrics of each release over all its sites"
@@ -42,10 +26,6 @@ def leaving_of(job: Job, terms: Terms) -> list[str]:
         *lines,
         "nothing else but the shape of the model: rows, file names and errors stay here",
     ]
-
-
-def _times(rounds: int) -> str:
-    return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
 
 
 def _who_opens(terms: Terms) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedcore.errors import ReleaseRefused
-from fedcore.learning.data.statistics import statistics_vector
 from fedcore.secagg.crypto import Sealer, UnmaskableFold
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.keystream import draw_salt, stream_key
@@ -24,6 +23,7 @@ from fedcore.secagg.encode.bitpack import packed_size
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.purposes import purpose_of
 from fedcore.store.container import vector_digest
 from fedcore.types import SiteId, Slots
 
@@ -142,12 +142,7 @@ def revealed(masks: Iterable[effects.Mask]) -> Masks:
 
 def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
     """What the vectors of a round hold, by the round's purpose."""
-    if purpose == "statistics":
-        return statistics_vector(features, plan.max_examples)
-    by_purpose = {
-        "range": plan.range_vector, "update": plan.update_vector, "metrics": plan.metrics_vector
-    }  # fmt: skip
-    return by_purpose[purpose]
+    return purpose_of(purpose).vector(plan, features)
 
 
 def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:

@@ -29,6 +29,7 @@ from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.site_release import PublicWord
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
+from fedcore.secagg.purposes import PURPOSES
 
 # ---------------------------------------------------------------------------- real processes
 
@@ -349,7 +350,7 @@ def test_is_last_model_knows_the_last_round_and_its_measure():
         rounds = 3
 
     last = [("update", 3), ("metrics", 4)]
-    for purpose in schedule.PURPOSES:
+    for purpose in PURPOSES:
         for number in range(6):
             step = schedule.PlannedRound(purpose, number)
             assert schedule.is_last_model(Plan, step) is ((purpose, number) in last)

@@ -15,9 +15,10 @@ from kit import world_at
 from test_notices import deployed
 
 from fedcore.errors import ImpossibleSum
-from fedcore.learning import released, state
+from fedcore.learning import released
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.state import JobState
+from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
@@ -149,7 +150,7 @@ def lying(monkeypatch, field, value, purpose="update"):
 
 
 def unchecked(monkeypatch):
-    for module in (released, state):
+    for module in (released, purposes):
         monkeypatch.setattr(module, "check_possible", lambda *_: None)
     monkeypatch.setattr(released, "check_finite", lambda *_: None)
 

@@ -132,8 +132,8 @@ RULES = {
         ),
     ],
     IMPOSSIBLE: [
-        (f"fedcore.learning.{module}", "check_possible", _nothing)
-        for module in ("state", "released")
+        (f"fedcore.{module}", "check_possible", _nothing)
+        for module in ("learning.released", "secagg.purposes")
     ],
     UNIFORM: [("fedcore_clients.job_work", "JobWork.open_sum", _silent)],
 }

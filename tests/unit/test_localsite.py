@@ -67,7 +67,7 @@ def run_by_hand(task, job, sources, order=None):
             for name, site in sites.items()
         }
         assert len({state.canonical() for state in states.values()}) == 1
-        step = step_after(plan, step, released=True)
+        step = step_after(plan, first.shape.features, step, released=True)
     return plan, next(iter(states.values()))
 
 
@@ -178,7 +178,7 @@ def whole_course(plan, features):
     steps, step = [], first_step(plan, features)
     while step is not None:
         steps.append(step)
-        step = step_after(plan, step, released=True)
+        step = step_after(plan, features, step, released=True)
     return steps
 
 
@@ -197,10 +197,14 @@ def test_the_course_of_a_job_is_that_of_the_simulation(by_hand):
 def test_an_abandoned_step_is_tried_again_only_where_nothing_can_follow_without_it(by_hand):
     _, plan, _ = by_hand
     for step in (PlannedRound("statistics", 0), PlannedRound("range", 0)):
-        assert step_after(plan, step, released=False) == step
-    assert step_after(plan, PlannedRound("update", 1), released=False) == PlannedRound("update", 2)
-    assert step_after(plan, PlannedRound("update", 3), released=False) == PlannedRound("metrics", 4)
-    assert step_after(plan, PlannedRound("metrics", 4), released=False) is None
+        assert step_after(plan, 20, step, released=False) == step
+    assert step_after(plan, 20, PlannedRound("update", 1), released=False) == PlannedRound(
+        "update", 2
+    )
+    assert step_after(plan, 20, PlannedRound("update", 3), released=False) == PlannedRound(
+        "metrics", 4
+    )
+    assert step_after(plan, 20, PlannedRound("metrics", 4), released=False) is None
 
 
 def test_a_site_takes_the_next_step_and_no_earlier_or_strange_one(by_hand):

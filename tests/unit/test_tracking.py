@@ -50,7 +50,7 @@ def recorded(tmp_path_factory):
             if step.purpose in {"update", "metrics"}:
                 for name, tracker in trackers.items():
                     rows.setdefault(name, []).append(tracker.row(step, state, sums, len(sites)))
-            step = step_after(plan, step, released=True)
+            step = step_after(plan, first.shape.features, step, released=True)
     out = tmp_path_factory.mktemp("run") / "run"
     return rows, fedcore.simulate(task, out=out, **SETTINGS)
 

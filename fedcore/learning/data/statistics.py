@@ -83,6 +83,10 @@ class Statistics:
         )
 
 
+Column = tuple[str, float, float]
+"""(name, low, high) of a standardised column: its public range."""
+
+
 def statistics_vector(features: int, max_examples: int) -> VectorSpec:
     """The protected vector of one site's statistics: L from the public cap on its rows."""
     rows = max_examples.bit_length()

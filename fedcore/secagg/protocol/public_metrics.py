@@ -29,10 +29,8 @@ from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.shared import THIS_SITE
+from fedcore.secagg.purposes import measures
 from fedcore.types import SiteId
-
-MEASURED = ("update", "metrics")
-"""Purposes of rounds that carry metric sums: of the model the round starts from."""
 
 KEPT = 64
 """Releases that are waited for at a time: a site's record may come some rounds later than its release."""
@@ -117,7 +115,7 @@ class Hearing:
         believed: its values are known from before this process began.
         """
         header = certificate.header
-        if self._plan.public_metrics and header.purpose in MEASURED:
+        if self._plan.public_metrics and measures(header.purpose):
             found = _Release(header, certificate.survivors, believed=believed)
             self._releases.setdefault(certificate.hash, found)
         while len(self._releases) > KEPT:

@@ -1,4 +1,4 @@
-"""The course of a job: which vectors its rounds carry, in which order.
+"""The schedule of a job: which vectors its rounds carry, in which order, from its purposes.
 
 Both roles follow it: the coordinator to announce the next round, a site to refuse one that is out of
 order, repeats a purpose that was released, or goes back. Invariant: no two released rounds of a job
@@ -7,15 +7,14 @@ stand for the same step, so a site's rows enter each kind of sum once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import HeaderRefused
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.wire_form import record
-
-PURPOSES = ("statistics", "range", "update", "metrics")
-"""What a round's vector may hold, in the order in which a job comes to it."""
+from fedcore.secagg.purposes import PURPOSES, Purpose, purpose_of, trains
 
 
 @record("Step")
@@ -27,62 +26,67 @@ class PlannedRound:
     training_round: int
 
 
-def first_step(plan: RoundPlan, features: int) -> PlannedRound:
-    """Statistics where columns are standardised, then the range unless the plan states it."""
-    if features:
-        return PlannedRound("statistics", 0)
-    return _after_statistics(plan)
+def first_step(plan: RoundPlan, columns: int) -> PlannedRound:
+    """The job's first round. columns: how many are standardised by federated statistics."""
+    found = _first_of(plan, columns, list(PURPOSES.values()))
+    assert found is not None
+    return found
 
 
-def _after_statistics(plan: RoundPlan) -> PlannedRound:
-    return PlannedRound("range", 0) if plan.range.start is None else PlannedRound("update", 1)
+def _first_of(plan: RoundPlan, columns: int, purposes: Sequence[Purpose]) -> PlannedRound | None:
+    """The first round of these purposes."""
+    for purpose in purposes:
+        for number in purpose.rounds(plan, columns):
+            return PlannedRound(purpose.name, number)
+    return None
 
 
-def step_after(plan: RoundPlan, step: PlannedRound, *, released: bool) -> PlannedRound | None:
+def step_after(
+    plan: RoundPlan, columns: int, step: PlannedRound, *, released: bool
+) -> PlannedRound | None:
     """The next step, or None at the end.
 
     Without statistics or a range nothing can follow, so these are tried again; a round of training that
     was abandoned has used its number up, as in `simulate`; the metrics-only round is tried once.
     """
-    match step.purpose:
-        case "statistics":
-            return _after_statistics(plan) if released else step
-        case "range":
-            return PlannedRound("update", 1) if released else step
-        case "update":
-            last = step.training_round == plan.rounds
-            number = step.training_round + 1
-            return PlannedRound("metrics", number) if last else PlannedRound("update", number)
-    return None
+    purpose = purpose_of(step.purpose)
+    if purpose.needed and not released:
+        return step
+    if step.training_round + 1 in purpose.rounds(plan, columns):
+        return PlannedRound(purpose.name, step.training_round + 1)
+    later = list(PURPOSES.values())
+    return _first_of(plan, columns, later[later.index(purpose) + 1 :])
+
+
+def released_round(done: PlannedRound | None) -> int:
+    """The round of training behind a state: 0 before the first, the last one under the last metrics."""
+    return max(0, done.training_round - (not trains(done.purpose))) if done is not None else 0
 
 
 def is_last_model(plan: RoundPlan, done: PlannedRound) -> bool:
     """Whether the model that this step's release leads to, or measures, is the job's last one."""
-    return done in (PlannedRound("update", plan.rounds), PlannedRound("metrics", plan.rounds + 1))
+    purpose = purpose_of(done.purpose)
+    return purpose.measures and done.training_round == plan.rounds + (not purpose.trains)
 
 
 def check_step(
-    plan: RoundPlan, features: int, done: PlannedRound | None, header: RoundHeader
+    plan: RoundPlan, columns: int, done: PlannedRound | None, header: RoundHeader
 ) -> None:
     """A site's view: the announced step comes after the last one released here. Raises HeaderRefused.
 
-    done: None before the first release. Rounds of training may have been abandoned without this site.
+    done: None before the first release. Rounds that are not needed may have been abandoned without this site.
     """
     found = PlannedRound(header.purpose, header.training_round)
-    expected = first_step(plan, features)
-    if done is not None:
-        after = step_after(plan, done, released=True)
-        if after is None:
-            raise HeaderRefused(
-                "step", found=_name(found), expected="none: the job is done", fault=COORDINATOR
-            )
-        expected = after
-    trained = 0 if done is None or done.purpose != "update" else done.training_round
-    later = expected.purpose in {"update", "metrics"} and (
-        (found.purpose == "update" and trained < found.training_round <= plan.rounds)
-        or found == PlannedRound("metrics", plan.rounds + 1)
-    )
-    if found != expected and not later:
+    expected = step_after(plan, columns, done, released=True) if done else first_step(plan, columns)
+    if expected is None:
+        raise HeaderRefused(
+            "step", found=_name(found), expected="none: the job is done", fault=COORDINATOR
+        )
+    step: PlannedRound | None = expected
+    while step is not None and step != found:
+        needed = purpose_of(step.purpose).needed
+        step = None if needed else step_after(plan, columns, step, released=False)
+    if step is None:
         raise HeaderRefused("step", found=_name(found), expected=_name(expected), fault=COORDINATOR)
 
 

@@ -39,6 +39,7 @@ from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.shared import THIS_SITE, SiteProgress, survivors_of
 from fedcore.secagg.protocol.wire_form import encode
+from fedcore.secagg.purposes import measures
 from fedcore.types import SiteId
 
 NOWHERE = site.Idle(SiteProgress(0, b""))
@@ -379,7 +380,7 @@ class RoundDriver:
         if found is None or found.certificate != site_states.name_of(certificate):
             return
         header = certificate.header
-        if header.purpose in {"update", "metrics"}:
+        if measures(header.purpose):
             step = schedule.PlannedRound(header.purpose, header.training_round)
             yield Track(step, found.wides, found.sites, found.state, certificate)
 

@@ -13,6 +13,7 @@ from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, EndJob
+from fedcore.secagg.purposes import trains
 from fedcore.types import SiteId
 
 RETRY_SECONDS = 2.0
@@ -63,7 +64,7 @@ class JobEnd:
             if self._catch_up.behind():
                 can_seal = isinstance(facts.epoch, epoch.Spreading)
                 return self._catch_up.want(at) if can_seal else []
-        trained = [row for row in facts.rounds.known if row["purpose"] == "update"]
+        trained = [row for row in facts.rounds.known if trains(row["purpose"])]
         if trained and all("abandoned" in row for row in trained):
             return self.end("abandoned", "every round was abandoned for want of sites", at)
         awaited, asked = self._model.awaited(spent, at)

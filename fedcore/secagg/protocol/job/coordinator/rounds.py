@@ -262,7 +262,7 @@ class RoundDriver:
         assert isinstance(stage, coordinator.Ended)
         released = isinstance(stage, coordinator.Released)
         row = self._row(stage, step, at)
-        facts.step = schedule.step_after(facts.plan, step, released=released)
+        facts.step = schedule.step_after(facts.plan, facts.features, step, released=released)
         values = {
             "stage": encode(stage), "step": encode(facts.step), **facts.rounds.entry(row)
         }  # fmt: skip

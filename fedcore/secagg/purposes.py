@@ -1,0 +1,197 @@
+"""What the vectors of a round are for: the one place that knows purposes by name, in the order of a job.
+
+A job's rounds are those of its purposes, one purpose after the other (`protocol/schedule.py`). Another
+purpose is one entry of PURPOSES. The protocol machines use this module, so nothing here trains, reads or
+writes: a purpose asks the site for what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedcore.errors import UnknownName
+from fedcore.learning.data.statistics import Column, statistics_vector
+from fedcore.learning.possible import check_possible
+from fedcore.learning.released import applied, calibrated, finished
+from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.plan import RoundPlan, VectorSpec
+from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.config import Job
+    from fedcore.learning.site import LocalSite
+    from fedcore.learning.state import JobState
+    from fedcore.secagg.label import Terms
+    from fedcore.secagg.protocol.schedule import PlannedRound
+    from fedcore.types import Contribution
+
+
+@dataclass(frozen=True)
+class OpenedSum:
+    """An opened sum, and what it takes to make a state of it.
+
+    survivors: the sites in the sum. columns: those of federated statistics. allow_few_sites: whether a
+    column that fewer than 3 sites have is taken.
+    """
+
+    opened: Opened
+    survivors: Sequence[SiteId]
+    columns: Sequence[Column] = ()
+    allow_few_sites: bool = False
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """One kind of vector.
+
+    rounds: its training rounds in a job whose task standardises so many columns, ascending; empty where the
+    job has none. vector: what its vectors hold, for as many columns. contribute: a site's vector for a step
+    from a state. apply: the state that a sum leads to; raises ImpossibleSum, and Refused.
+    leaving: what leaves a site, for its operator; "" where a job on these terms has none.
+
+    trains: whether its rounds are the job's rounds of training. measures: whether its vectors carry metric
+    sums of the model they start from, which a guard judges first. needed: whether nothing can follow
+    without it, so that it is tried until it is released. of_columns: whether its sums are of single columns,
+    which a ledger names, and which the same rows enter with the same sites only.
+    """
+
+    name: str
+    rounds: Callable[[RoundPlan, int], Sequence[int]]
+    vector: Callable[[RoundPlan, int], VectorSpec]
+    contribute: Callable[[LocalSite, RoundPlan, PlannedRound, JobState], Contribution]
+    apply: Callable[[RoundPlan, JobState, OpenedSum], JobState]
+    leaving: Callable[[Job, Terms], str]
+    trains: bool = False
+    measures: bool = False
+    needed: bool = False
+    of_columns: bool = False
+
+
+# --------------------------------------------------------------------------------- the purposes
+
+_TEST = "the sums of this site's metrics on its test rows"
+
+
+def _standardise(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    made = finished(
+        plan,
+        found.columns,
+        found.opened,
+        len(found.survivors),
+        allow_few_sites=found.allow_few_sites,
+    )
+    return replace(state, statistics=made)
+
+
+def _calibrate(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    server = calibrated(plan, state.server, found.opened, len(found.survivors))
+    return replace(state, server=server)
+
+
+def _update(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    server = applied(plan, state.server, found.opened, len(found.survivors))
+    return replace(state, server=server)
+
+
+def _measure(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    check_possible(plan, plan.metrics_vector, found.opened, len(found.survivors))
+    return state
+
+
+def _times(rounds: int) -> str:
+    return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
+
+
+PURPOSES = {
+    each.name: each
+    for each in (
+        Purpose(
+            "statistics",
+            rounds=lambda plan, columns: range(1 if columns else 0),
+            vector=lambda plan, columns: statistics_vector(columns, plan.max_examples),
+            contribute=lambda site, plan, step, state: site.statistics(),
+            apply=_standardise,
+            leaving=lambda job, terms: (
+                "statistics (one sum): for each column of the task the count, sum and sum of squares of "
+                "this site's training rows, and of how many sites they are"
+                if terms.statistics == "federated"
+                else ""
+            ),
+            needed=True,
+            of_columns=True,
+        ),
+        Purpose(
+            "range",
+            rounds=lambda plan, columns: range(1 if plan.range.start is None else 0),
+            vector=lambda plan, columns: plan.range_vector,
+            contribute=lambda site, plan, step, state: site.work(plan, step, state).exceeding(
+                state.server
+            ),
+            apply=_calibrate,
+            leaving=lambda job, terms: (
+                "range (one sum): how many coordinates of this site's first update exceed each of 24 "
+                "powers of two"
+                if job.protect.range is None
+                else ""
+            ),
+            needed=True,
+        ),
+        Purpose(
+            "update",
+            rounds=lambda plan, columns: range(1, plan.rounds + 1),
+            vector=lambda plan, columns: plan.update_vector,
+            contribute=lambda site, plan, step, state: site.work(plan, step, state).update(
+                state.server, step.training_round
+            )[0],
+            apply=_update,
+            leaving=lambda job, terms: (
+                f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
+                "model, the number of training rows, how many coordinates exceed the range, and "
+                + _TEST
+            ),
+            trains=True,
+            measures=True,
+        ),
+        Purpose(
+            "metrics",
+            rounds=lambda plan, columns: range(plan.rounds + 1, plan.rounds + 2),
+            vector=lambda plan, columns: plan.metrics_vector,
+            contribute=lambda site, plan, step, state: site.work(plan, step, state).metrics(
+                state.server
+            ),
+            apply=_measure,
+            leaving=lambda job, terms: f"metrics (one sum, after the last round): {_TEST}",
+            measures=True,
+        ),
+    )
+}
+"""{name: purpose}, in the order in which a job comes to them."""
+
+
+def purpose_of(name: str) -> Purpose:
+    """By its name. Raises UnknownName."""
+    if name not in PURPOSES:
+        raise UnknownName("purpose", name, PURPOSES)
+    return PURPOSES[name]
+
+
+def trains(name: str) -> bool:
+    """`Purpose.trains`; False for a name that only another version knows."""
+    return name in PURPOSES and PURPOSES[name].trains
+
+
+def measures(name: str) -> bool:
+    """`Purpose.measures`; False for a name that only another version knows."""
+    return name in PURPOSES and PURPOSES[name].measures
+
+
+def of_columns(name: str) -> bool:
+    """`Purpose.of_columns`; False for a name that only another version knows."""
+    return name in PURPOSES and PURPOSES[name].of_columns
+
+
+def leaving(job: Job, terms: Terms) -> list[str]:
+    """One line for each purpose that a job on these terms has."""
+    return [said for each in PURPOSES.values() if (said := each.leaving(job, terms))]
