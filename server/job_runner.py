@@ -25,6 +25,7 @@ from fedcore_server.job_plan import JobPlan, layout_of, vector_sizes
 from fedcore_server.job_sum import JobSum
 
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
+from fedcore.runtime.driver import keep_serving
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages, schedule
@@ -263,19 +264,20 @@ class JobRunner:
         job with a one-line reason. A disk that is only full is waited for, except while a sum is made.
         """
         self.progress.state = RUNNING
-        fault: Exception | None = None
-        while self.outcome is None:
-            try:
-                if fault is not None:
-                    await self._recover(fault)
-                fault = None
-                if self.outcome is None:
-                    await self._serve()
-            except Exception as error:  # noqa: BLE001 - one policy for all of them: _recover
-                fault = error
+        fault = await keep_serving(
+            self._serve, tolerates=self._tolerates, restore=self._read_again,
+            retry_seconds=self.context.retry_seconds,
+        )  # fmt: skip
+        if self._stopped is not None:
+            await self._end_surely(self._stopped.outcome, self._stopped.text)
+        elif fault is not None:
+            LOG.error("job %s: ended by a fault of this side", self.id, exc_info=fault)
+            await self._end_surely("failed", _reason(fault))
         self.on_change()
 
     async def _serve(self) -> None:
+        if self.outcome is not None:  # its end was on disk already
+            return
         try:
             await self.handle(events.Resumed())
             if not self.facts.threshold and self.outcome is None:
@@ -298,29 +300,24 @@ class JobRunner:
         """Seconds until something is due by itself; never more than a second, for people who watch."""
         return self.machine.due - self.context.clock()
 
-    async def _recover(self, fault: Exception) -> None:
-        """Read everything from disk again after a pause, or fail the job: see `run`.
-
-        Raises what the disk refused this time.
-        """
+    def _tolerates(self, fault: Exception) -> bool:
+        """Whether the job is read from disk again after a pause: see `run`."""
         now = self.context.clock()
         if self._refused_since is None:
             self._refused_since = now
         late = now - self._refused_since > self.facts.limits.stage
         if isinstance(fault, StoreFull) and not isinstance(self.stage, coordinator.Summing):
             late = False
-        if self._stopped is not None:
-            await self._end_surely(self._stopped.outcome, self._stopped.text)
-        elif late or not isinstance(fault, StoreProblem | OSError):
-            LOG.error("job %s: ended by a fault of this side", self.id, exc_info=fault)
-            await self._end_surely("failed", _reason(fault))
-        else:
-            LOG.error("job %s: %s", self.id, fault)
-            self.progress.text = _reason(fault)
-            self.on_change()
-            await asyncio.sleep(self.context.retry_seconds)
-            self._restore()
-            self.machine.forget_standing()
+        if self._stopped is not None or late or not isinstance(fault, StoreProblem | OSError):
+            return False
+        LOG.error("job %s: %s", self.id, fault)
+        self.progress.text = _reason(fault)
+        self.on_change()
+        return True
+
+    def _read_again(self) -> None:
+        self._restore()
+        self.machine.forget_standing()
 
     async def _end_surely(self, outcome: str, text: str) -> None:
         """End the job, as soon as the disk takes its end."""
