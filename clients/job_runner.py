@@ -27,6 +27,7 @@ from fedcore_clients.trainer import TrainingFailed
 from fedcore.errors import FedcoreError, StoreProblem
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
+from fedcore.runtime.driver import keep_serving
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -187,30 +188,31 @@ class JobRunner:
         Where the disk refuses, everything is read from it again, as a new process would, and goes on.
         A fault of this program ends the job here, until this process is started again.
         """
-        fault: Exception | None = None
-        while True:
-            try:
-                if fault is not None:
-                    await self._recover(fault)
-                fault = None
-                await self.handle(ask.Started())
-                while True:
-                    await self.mailbox.turn(self.handle, self._wait)
-            except (StoreProblem, OSError) as error:
-                fault = error
-            except Exception:
-                LOG.exception("job %s: stopped here by a fault of this side", self.id)
-                self.perform(
-                    self.job.part.unable(job_messages.UNABLE)
-                )  # so that no site waits for this one
-                await self.close()
-                return
+        fault = await keep_serving(
+            self._serve, tolerates=self._tolerates, restore=self._read_again,
+            retry_seconds=job_work.RETRY_SECONDS,
+        )  # fmt: skip
+        LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
+        self.perform(
+            self.job.part.unable(job_messages.UNABLE)
+        )  # so that no site waits for this one
 
-    async def _recover(self, fault: Exception) -> None:
-        """After a pause, what a new process would know. Raises what the disk refused this time."""
+    async def _serve(self) -> None:
+        try:
+            await self.handle(ask.Started())
+            while True:
+                await self.mailbox.turn(self.handle, self._wait)
+        finally:
+            await self.close()
+
+    def _tolerates(self, fault: Exception) -> bool:
+        """Whether what a new process would know is read from disk, after a pause."""
+        if not isinstance(fault, StoreProblem | OSError):
+            return False
         self.perform(self.job.part.warn(fault))
-        await self.close()
-        await asyncio.sleep(job_work.RETRY_SECONDS)
+        return True
+
+    def _read_again(self) -> None:
         self.restore()
         self.mailbox.put(ask.Connected())
 
