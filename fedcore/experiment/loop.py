@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedcore.errors import Abandoned, GuardTripped
-from fedcore.experiment.experiment import Experiment
+from fedcore.experiment.advance import Experiment
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
 from fedcore.experiment.tensorboard import Events

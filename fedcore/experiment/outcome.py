@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import RoundAbandoned
+from fedcore.experiment.advance import Experiment
 from fedcore.experiment.arms import (
     Evaluation,
 )
-from fedcore.experiment.experiment import Experiment
 from fedcore.experiment.gap import (
     BESIDE,
     PARTS,

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedcore.errors import GuardTripped, PeerRefused
 from fedcore.experiment import simulation
-from fedcore.experiment.experiment import Experiment
+from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data import heart
 from fedcore.learning.sitework import SiteWork

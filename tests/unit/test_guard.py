@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedcore import Task
 from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
-from fedcore.experiment.experiment import Experiment
+from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning import checkpoint
 from fedcore.learning import guard as guards

@@ -409,7 +409,7 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
 
 def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
-    from fedcore.experiment.experiment import Experiment
+    from fedcore.experiment.advance import Experiment
     from fedcore.experiment.prepare import job_for, prepare
 
     experiment = Experiment(
@@ -430,7 +430,7 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
 
 def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     """What the sites sign as their new state is what they then start from, in every kind of round."""
-    from fedcore.experiment.experiment import Experiment
+    from fedcore.experiment.advance import Experiment
     from fedcore.experiment.prepare import job_for, prepare
     from fedcore.secagg.plan import canonical
 

@@ -15,7 +15,7 @@ import torch
 
 import fedcore
 from fedcore.errors import ReleaseRefused, TagRefused
-from fedcore.experiment.experiment import Experiment
+from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.secagg import in_process
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
