@@ -15,11 +15,12 @@ from pathlib import Path
 
 from fedcore_clients.approvals import is_approved
 from fedcore_clients.context import Contributor, Link, Offline, SiteContext
-from fedcore_clients.planning import About, ask_policy, job_of, wire_settings
+from fedcore_clients.planning import About, job_of
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.state_files import StateFiles
 from fedcore_clients.trainer import Loaded, TrainingFailed
 
+from fedcore.config import read_settings
 from fedcore.errors import (
     BadInput,
     DataLost,
@@ -117,7 +118,7 @@ class JobWork:
         """What is computed for a round, from the present state under the present key epoch."""
         secrets = self._parts.keys.secrets
         assert isinstance(secrets, EpochSecrets)
-        protect = wire_settings(self.offer.settings).get("protect", {})
+        protect = read_settings(self.offer.settings).get("protect", {})
         few_sites = bool(protect.get("single_site_features"))
         return RoundWork(self.context.id, self._parts.agreed, secrets, self._state, few_sites)
 
@@ -128,7 +129,7 @@ class JobWork:
         part = self.job.part
         self.link.doing(self.id, "loading")
         try:
-            ask_policy(self.context.policy, self.offer)  # before a row is read
+            require(self.context.policy.on_offer(self.offer))  # before a row is read
             if not await self._approved():
                 return
             part.take_rows(await self._in_time())
@@ -156,7 +157,7 @@ class JobWork:
             if part.survey is not None:
                 return
             try:
-                ask_policy(self.context.policy, self.offer)
+                require(self.context.policy.on_offer(self.offer))
                 require(self.context.policy.on_plan(plan))
             except PolicyRefused as refused:
                 self.perform(part.refuse(refused))
@@ -170,7 +171,7 @@ class JobWork:
 
     async def _load(self) -> Loaded:
         offer = self.offer
-        settings = wire_settings(offer.settings)
+        settings = read_settings(offer.settings)
         return await self.contributor.load(self.id, settings, offer.task, offer.task_digest)
 
     async def _in_time(self) -> Loaded:

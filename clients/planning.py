@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedcore_clients.policy import POLICY, SitePolicy
-
-from fedcore.config import Job, build_job, plan_of
-from fedcore.errors import BadInput, FedcoreError, PolicyRefused, Refused
+from fedcore.config import Job, build_job, plan_of, read_settings
+from fedcore.errors import FedcoreError
 from fedcore.learning.state import JobState
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.leaving import leaving_of
-from fedcore.secagg.plan import RoundPlan, canonical
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job.site_effects import Surveyed
-from fedcore.secagg.protocol.job.site_part import require
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.scheme import Scheme
-from fedcore.types import Json, SiteId
-
-
-def wire_settings(settings: bytes) -> Json:
-    """The job's tables of an offer. Raises BadInput."""
-    try:
-        found = json.loads(settings)
-        same = canonical(found) == settings
-    except (ValueError, RecursionError) as error:
-        raise BadInput("job: found settings that are no JSON") from error
-    if not isinstance(found, dict) or not same:
-        raise BadInput("job: found settings in another form, expected canonical JSON")
-    return found
+from fedcore.types import SiteId
 
 
 def job_of(offer: JobOffer) -> Job:
     """The job that an offer asks for. Raises BadInput and Refused."""
-    return build_job(wire_settings(offer.settings))
-
-
-def ask_policy(policy: SitePolicy, offer: JobOffer) -> None:
-    """Raise BadInput, and PolicyRefused for a job that this site's operator does not allow."""
-    settings = wire_settings(offer.settings)
-    try:
-        asked = build_job(settings)
-    except Refused as refused:  # what no site runs, such as public metrics under `encrypted`
-        raise PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy) from refused
-    require(policy.on_offer(offer.task, offer.task_digest, asked))
+    return build_job(read_settings(offer.settings))
 
 
 @dataclass(frozen=True)

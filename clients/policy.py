@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool
 
-from fedcore.config import Job
+from fedcore.config import Job, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.learning.guard import GuardRules
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, default_threshold
+from fedcore.secagg.protocol.job.site_part import Release, RowsInSum
+from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.toml import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
@@ -54,27 +56,6 @@ class PolicySection(Section):
     guard_loss_factor: float = Field(1.5, gt=1)
     guard_rounds: int = Field(2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
-
-
-class Policy(Protocol):
-    """Who says no at a site. Each method returns the refusal, or None where nothing speaks against it."""
-
-    def on_offer(self, task: str, digest: str, job: Job) -> PolicyRefused | None:
-        """A job is offered; nothing was read for it."""
-        ...
-
-    def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
-        """The plan this site made of a job, after its rows were loaded or in a new process."""
-        ...
-
-    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
-        """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over
-        the same rows in the last 30 days."""
-        ...
-
-    def on_release(self, what: str) -> PolicyRefused | None:
-        """Something is about to be given to the coordinator: "model" or "metrics"."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -139,8 +120,14 @@ class SitePolicy:
         """Whether every job waits for `fed-site approve`."""
         return self.rules.jobs == "ask"
 
-    def on_offer(self, task: str, digest: str, job: Job) -> PolicyRefused | None:
-        """Task and terms of a job, before anything is read for it."""
+    def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
+        """Task and terms of a job, before anything is read for it. Raises BadInput."""
+        task, digest = offer.task, offer.task_digest
+        settings = read_settings(offer.settings)
+        try:
+            job = build_job(settings)
+        except Refused as refused:  # what no site runs, such as public metrics under `encrypted`
+            return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
         allowed = self.tasks.get(task)
         if allowed is None:
             listed = ", ".join(self.tasks) or "none"
@@ -165,7 +152,17 @@ class SitePolicy:
         """The same of a plan, whatever the job said."""
         return next(self._refusals(_Asked.of_plan(plan)), None)
 
-    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
+    def on_release(self, what: Release) -> PolicyRefused | None:
+        """What may leave this site now: the operator may have thought better of it."""
+        if isinstance(what, RowsInSum):
+            return self._on_rows(what.job, what.before)
+        if what == "model" and self.rules.release != "coordinator":
+            return _refusal("protect.release", "coordinator", "sites", "release")
+        if what == "metrics" and not self.rules.public_metrics:
+            return _refusal("track.public_metrics", True, False, "public_metrics")
+        return None
+
+    def _on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
         """How many jobs these rows take part in; one that has begun goes on."""
         others, most = set(before) - {job}, self.rules.jobs_per_month
         if self.rules.jobs == "any" or job in before or len(others) < most:
@@ -174,14 +171,6 @@ class SitePolicy:
             "job", f"{len(others)} others over the same rows in 30 days",
             f"{most} or fewer, this one included,", "jobs_per_month",
         )  # fmt: skip
-
-    def on_release(self, what: str) -> PolicyRefused | None:
-        """What may be given to the coordinator now: the operator may have thought better of it."""
-        if what == "model" and self.rules.release != "coordinator":
-            return _refusal("protect.release", "coordinator", "sites", "release")
-        if what == "metrics" and not self.rules.public_metrics:
-            return _refusal("track.public_metrics", True, False, "public_metrics")
-        return None
 
     def _refusals(self, asked: _Asked) -> Iterator[PolicyRefused]:
         for rule in _RULES:

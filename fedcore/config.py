@@ -262,6 +262,18 @@ def wire_settings(job: Job) -> Json:
     }
 
 
+def read_settings(settings: bytes) -> Json:
+    """The inverse of `wire_settings`, from its canonical JSON. Raises BadInput."""
+    try:
+        found = json.loads(settings)
+        same = canonical(found) == settings
+    except (ValueError, RecursionError) as error:
+        raise BadInput("job: found settings that are no JSON") from error
+    if not isinstance(found, dict) or not same:
+        raise BadInput("job: found settings in another form, expected canonical JSON")
+    return found
+
+
 def settings_digest(job: Job, max_examples: int) -> str:
     """SHA-256 hex of a job's canonical settings, with the cap on rows that holds (PROTOCOL J).
 

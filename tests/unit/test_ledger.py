@@ -26,6 +26,7 @@ from fedcore.learning.site import LocalSite
 from fedcore.learning.task import load_task
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.site_part import RowsInSum
 
 TASK = load_task("heart")
 ROWS, MORE = "a" * 64, "b" * 64
@@ -161,11 +162,12 @@ def test_statistics_go_with_the_sites_that_had_them(found):
 
 def test_a_policy_counts_other_jobs_and_lets_one_that_began_go_on():
     policy = policy_of(4, jobs_per_month=2)
-    assert policy.on_rows("j9", {"j1"}) is None
-    refused = policy.on_rows("j9", {"j1", "j2"})
+    assert policy.on_release(RowsInSum("j9", {"j1"})) is None
+    refused = policy.on_release(RowsInSum("j9", {"j1", "j2"}))
     assert refused.word == "policy" and "policy.jobs_per_month" in str(refused)
-    assert policy.on_rows("j2", {"j1", "j2", "j3"}) is None
-    assert policy_of(4, jobs_per_month=2, jobs="any").on_rows("j9", {"j1", "j2"}) is None
+    assert policy.on_release(RowsInSum("j2", {"j1", "j2", "j3"})) is None
+    lenient = policy_of(4, jobs_per_month=2, jobs="any")
+    assert lenient.on_release(RowsInSum("j9", {"j1", "j2"})) is None
 
 
 def spent(folder, limit, jobs):

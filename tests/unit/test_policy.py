@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from test_deployed_configs import SITE
 from test_public_metrics import loaded, offered, plan_for, released, submitted
 
-from fedcore.config import build_job, narrowest_policy
+from fedcore.config import build_job, narrowest_policy, wire_settings
 from fedcore.errors import BadInput, PolicyRefused, UnknownName
 from fedcore.local_deployment import to_toml
+from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job.site_effects import Connected
 from fedcore.secagg.protocol.wire_form import encode
@@ -30,8 +31,12 @@ def strict(**rules):
     return SitePolicy(PolicySection(**rules), SITES, BENCH)
 
 
+def offer_of(asked, task="bench", digest=BENCH["bench"]):
+    return job.JobOffer("job", task, digest, canonical(wire_settings(asked)))
+
+
 def on_offer(policy, **settings):
-    return policy.on_offer("bench", BENCH["bench"], build_job({"max_examples": 64, **settings}))
+    return policy.on_offer(offer_of(build_job({"max_examples": 64, **settings})))
 
 
 REFUSED = {
@@ -133,7 +138,7 @@ def test_any_runs_listed_tasks_without_limits_and_within_every_other_rule(limit)
 )  # fmt: skip
 def test_a_task_runs_by_its_listed_name_and_hash_only(jobs, task, digest, word):
     policy = policy_of(SITES, {"heart": "a" * 64}, jobs=jobs)
-    refused = policy.on_offer(task, digest, build_job({}))
+    refused = policy.on_offer(offer_of(build_job({}), task, digest))
     assert (refused.word if refused else "") == word
     assert refused is None or "tasks" in str(refused)
 
@@ -232,31 +237,31 @@ def test_the_least_threshold_is_that_of_a_job_that_says_none(sites, least):
 def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sites, settings):
     if settings.get("threshold") and sites == 16:
         settings = {**settings, "threshold": 9}
-    job = build_job(settings)
+    asked_for = build_job(settings)
     path = tmp_path / "site.toml"
-    path.write_text(SITE + to_toml({"policy": narrowest_policy(job, sites)}))
+    path.write_text(SITE + to_toml({"policy": narrowest_policy(asked_for, sites)}))
     rules = read_config(path).policy
     policy = SitePolicy(rules, sites, BENCH)
-    assert policy.on_offer("bench", BENCH["bench"], job) is None
+    assert policy.on_offer(offer_of(asked_for)) is None
     other = {
-        "protection": next(p for p in ("masked", "layered") if p != job.protect.protection),
-        "rounds": job.round.rounds + 1, "epochs": job.train.epochs + 1,
+        "protection": next(p for p in ("masked", "layered") if p != asked_for.protect.protection),
+        "rounds": asked_for.round.rounds + 1, "epochs": asked_for.train.epochs + 1,
     }  # fmt: skip
-    if job.train.batch_size > 1:
-        other["batch_size"] = job.train.batch_size - 1
+    if asked_for.train.batch_size > 1:
+        other["batch_size"] = asked_for.train.batch_size - 1
     for key in ("public_metrics", "single_site_features"):
         if not settings.get(key):
             other[key] = True
     if settings.get("standardise") != "federated":
         other["standardise"] = "federated"
-    if job.protect.protection != "masked":
-        other["cipher"] = next(c for c in ("bfv", "keystream") if c != job.protect.cipher)
+    if asked_for.protect.protection != "masked":
+        other["cipher"] = next(c for c in ("bfv", "keystream") if c != asked_for.protect.cipher)
     for key, value in other.items():
-        if key == "public_metrics" and job.protect.protection == "encrypted":
+        if key == "public_metrics" and asked_for.protect.protection == "encrypted":
             continue
         cipher = {"cipher": "bfv"} if key == "protection" else {}
         asked = build_job(settings, cipher, {key: value})
-        assert policy.on_offer("bench", BENCH["bench"], asked) is not None, key
+        assert policy.on_offer(offer_of(asked)) is not None, key
 
 
 # ---------------------------------------------------------------------------------- at the site

@@ -16,7 +16,6 @@ import grpc
 import pytest
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.planning import wire_settings
 from fedcore_server import service
 from fedcore_server.context import Quota
 from fedcore_server.service import SiteSession
@@ -24,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.api import prepare_layers
+from fedcore.config import read_settings
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
@@ -36,7 +36,7 @@ from fedcore.wire import calls, frames
 
 def test_settings_come_back_as_they_were_sent():
     settings = {"round": {"rounds": 2}, "train": {"lr": 0.1}}
-    assert wire_settings(canonical(settings)) == settings
+    assert read_settings(canonical(settings)) == settings
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_settings_come_back_as_they_were_sent():
 )  # fmt: skip
 def test_settings_in_another_form_are_refused(data):
     with pytest.raises(BadInput, match="settings"):
-        wire_settings(data)
+        read_settings(data)
 
 
 @given(st.binary(max_size=200))
 def test_no_settings_raise_anything_but_bad_input(data):
     with contextlib.suppress(BadInput):
-        assert isinstance(wire_settings(data), dict)
+        assert isinstance(read_settings(data), dict)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=5))

@@ -81,11 +81,8 @@ class Policy:
     def on_plan(self, plan):
         return self._asked("plan")
 
-    def on_rows(self, job, before):
-        return self._asked("rows")
-
     def on_release(self, what):
-        return self._asked(what)
+        return self._asked(what if isinstance(what, str) else "rows")
 
 
 class Ledger:

@@ -19,12 +19,34 @@ from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.types import SiteId
 
 
-class Policy(Protocol):
-    """Who says no at a site. Each method returns the refusal, or None where nothing speaks against it."""
+@dataclass(frozen=True)
+class RowsInSum:
+    """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over the same
+    rows in the last 30 days."""
 
-    def on_plan(self, plan: RoundPlan) -> PolicyRefused | None: ...
-    def on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None: ...
-    def on_release(self, what: Literal["model", "metrics"]) -> PolicyRefused | None: ...
+    job: str
+    before: Collection[str]
+
+
+Release = Literal["model", "metrics"] | RowsInSum
+"""What is about to leave a site: the model or the metrics of a release, or its rows in a sum."""
+
+
+class Policy(Protocol):
+    """The one place that says no at a site. Each method returns the refusal, or None where nothing speaks
+    against it."""
+
+    def on_offer(self, offer: job.JobOffer) -> PolicyRefused | None:
+        """A job is offered; nothing was read for it. Raises BadInput for settings in another form."""
+        ...
+
+    def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
+        """The plan this site made of a job, after its rows were loaded or in a new process."""
+        ...
+
+    def on_release(self, what: Release) -> PolicyRefused | None:
+        """Something is about to leave this site."""
+        ...
 
 
 class Exposures(Protocol):
@@ -135,7 +157,7 @@ class Participation:
     def check_rows(self) -> None:
         """Raise PolicyRefused where this site's rows are in enough jobs already."""
         before = self._me.ledger.jobs_over(self.rows)
-        require(self._me.policy.on_rows(self._job, before))
+        require(self._me.policy.on_release(RowsInSum(self._job, before)))
 
     def say_survey(self) -> Iterator[SiteEffect]:
         """Tell the coordinator the model's shape."""
