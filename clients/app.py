@@ -44,8 +44,8 @@ from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
-from fedcore.secagg.protocol.job.site_effects import State
-from fedcore.secagg.protocol.job.site_rounds import header_of
+from fedcore.secagg.protocol.job.site.effects import State
+from fedcore.secagg.protocol.job.site.rounds import header_of
 from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal

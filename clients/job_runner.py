@@ -34,11 +34,11 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
-from fedcore.secagg.protocol.job import site_effects as ask
-from fedcore.secagg.protocol.job.site import JobEnd, Kept, SiteJob
-from fedcore.secagg.protocol.job.site_part import Agreed, JobParams, Participation
-from fedcore.secagg.protocol.job.site_rounds import NOWHERE
-from fedcore.secagg.protocol.job.site_states import led_to
+from fedcore.secagg.protocol.job.site import effects as ask
+from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
+from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
+from fedcore.secagg.protocol.job.site.rounds import NOWHERE
+from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode

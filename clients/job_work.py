@@ -37,9 +37,8 @@ from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret, state_mac
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
-from fedcore.secagg.protocol.job import site_states
-from fedcore.secagg.protocol.job.site import Parts, SiteJob
-from fedcore.secagg.protocol.job.site_effects import (
+from fedcore.secagg.protocol.job.site import states as site_states
+from fedcore.secagg.protocol.job.site.effects import (
     CheckpointLost,
     CheckpointReady,
     GiveModel,
@@ -55,7 +54,8 @@ from fedcore.secagg.protocol.job.site_effects import (
     VectorReady,
     WorkFailed,
 )
-from fedcore.secagg.protocol.job.site_part import require
+from fedcore.secagg.protocol.job.site.machine import Parts, SiteJob
+from fedcore.secagg.protocol.job.site.participation import require
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.purposes import trains
 from fedcore.secagg.scheme import EpochSecrets

@@ -11,7 +11,7 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.leaving import leaving_of
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol.job.site_effects import Surveyed
+from fedcore.secagg.protocol.job.site.effects import Surveyed
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.scheme import Scheme
 from fedcore.types import SiteId

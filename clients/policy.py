@@ -18,7 +18,7 @@ from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.learning.guard import GuardRules
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, default_threshold
-from fedcore.secagg.protocol.job.site_part import Release, RowsInSum
+from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.toml import Section
 

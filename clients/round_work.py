@@ -15,8 +15,8 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import effects
-from fedcore.secagg.protocol.job.site_part import Agreed
-from fedcore.secagg.protocol.job.site_states import led_to
+from fedcore.secagg.protocol.job.site.participation import Agreed
+from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.scheme import EpochSecrets, check_announced, vector_of

@@ -11,7 +11,7 @@ import pytest
 from town import SITES, UNHURRIED, scene
 
 from fedcore.secagg.protocol import messages
-from fedcore.secagg.protocol.job import site_rounds
+from fedcore.secagg.protocol.job.site import rounds as site_rounds
 from fedcore.secagg.protocol.round import site as site_machine
 
 

@@ -27,7 +27,7 @@ from fedcore.learning.task import load_task
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
-from fedcore.secagg.protocol.job.site_release import PublicWord
+from fedcore.secagg.protocol.job.site.release import PublicWord
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 from fedcore.secagg.purposes import PURPOSES
 

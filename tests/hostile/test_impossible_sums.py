@@ -32,7 +32,7 @@ from fedcore.secagg.plan import (
     solve_packing,
 )
 from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.job.site_effects import WorkFailed
+from fedcore.secagg.protocol.job.site.effects import WorkFailed
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.stopwatch import Stopwatch

@@ -21,7 +21,7 @@ from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import EXCEEDS, METRIC, Wide
 from fedcore.secagg.protocol.effects import MakeVector
-from fedcore.secagg.protocol.job.site_part import Agreed
+from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 PLAN = replace(plan_of("layered"), threshold=3)

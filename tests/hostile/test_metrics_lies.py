@@ -19,7 +19,7 @@ from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
 from fedcore.secagg.plan import METRIC, Wide, canonical
 from fedcore.secagg.protocol import effects, job_messages
-from fedcore.secagg.protocol.job.site_effects import MessageReceived, Track
+from fedcore.secagg.protocol.job.site.effects import MessageReceived, Track
 from fedcore.secagg.protocol.public_metrics import Hearing, told
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound

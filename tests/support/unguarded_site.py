@@ -18,7 +18,7 @@ from pathlib import Path
 
 from support.hostile_coordinator import CAUGHT, TESTS, add_row, rows_of
 
-MACHINE = "fedcore.secagg.protocol.job"
+MACHINE = "fedcore.secagg.protocol.job.site"
 OFF, SENT, LIES = "switched-off.json", "sent.jsonl", "lies.json"
 
 
@@ -119,14 +119,12 @@ RULES = {
         ),
     ],
     ONE_SUM: [("fedcore.secagg.protocol.round.site", "_check_one_sum", _nothing)],
-    LEDGER: [
-        (f"{MACHINE}.site_rounds", "RoundDriver.member", lambda _: lambda self: self.base_member)
-    ],
+    LEDGER: [(f"{MACHINE}.rounds", "RoundDriver.member", lambda _: lambda self: self.base_member)],
     CERTIFIED: [
         ("fedcore.secagg.protocol.round.site", "check_missed", _nothing),
-        (f"{MACHINE}.site_states", "require_certified", _nothing),
+        (f"{MACHINE}.states", "require_certified", _nothing),
         (
-            f"{MACHINE}.site_states",
+            f"{MACHINE}.states",
             "name_of",
             lambda _: lambda found: f"round {found.header.round}",
         ),
@@ -187,7 +185,7 @@ def install(folder):
     from fedcore_clients.round_work import RoundWork
 
     from fedcore.errors import ProtocolRefused
-    from fedcore.secagg.protocol.job.site_release import CatchUp
+    from fedcore.secagg.protocol.job.site.release import CatchUp
 
     switches(folder)
     protect, catch_up, offered = RoundWork.protect, JobWork.catch_up, CatchUp.offered
@@ -220,7 +218,7 @@ def install(folder):
 
 def collude(folder):
     """Give away the payload of each key epoch, and each state."""
-    from fedcore.secagg.protocol.job.site import SiteJob
+    from fedcore.secagg.protocol.job.site.machine import SiteJob
 
     step = SiteJob.step
 

@@ -30,14 +30,14 @@ from fedcore.secagg.plan import ModelShape, canonical
 from fedcore.secagg.protocol import effects, epoch, messages, schedule
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job import effects as ask
-from fedcore.secagg.protocol.job import site_effects as site_ask
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile, Limits, Moment
 from fedcore.secagg.protocol.job.coordinator.machine import JobMachine, Restored
-from fedcore.secagg.protocol.job.site import JobEnd, Kept, SiteJob
-from fedcore.secagg.protocol.job.site_part import Agreed, JobParams, Participation
-from fedcore.secagg.protocol.job.site_rounds import NOWHERE
-from fedcore.secagg.protocol.job.site_states import led_to
+from fedcore.secagg.protocol.job.site import effects as site_ask
+from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
+from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
+from fedcore.secagg.protocol.job.site.rounds import NOWHERE
+from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode, encode

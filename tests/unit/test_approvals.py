@@ -19,7 +19,7 @@ from fedcore.files import write_json
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.leaving import leaving_of
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.job.site_effects import MessageReceived
+from fedcore.secagg.protocol.job.site.effects import MessageReceived
 
 
 async def until(condition):

@@ -26,7 +26,7 @@ from fedcore.learning.site import LocalSite
 from fedcore.learning.task import load_task
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.job.site_part import RowsInSum
+from fedcore.secagg.protocol.job.site.participation import RowsInSum
 
 TASK = load_task("heart")
 ROWS, MORE = "a" * 64, "b" * 64

@@ -31,11 +31,11 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protocol import epoch, messages
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Erase, MakeVector, OpenSum, Send, Upload, Warn
-from fedcore.secagg.protocol.job import site_effects as ask
 from fedcore.secagg.protocol.job.effects import CloseRound, Info, PutValues
-from fedcore.secagg.protocol.job.site import Kept, SiteJob
-from fedcore.secagg.protocol.job.site_part import Agreed, JobParams, Participation
-from fedcore.secagg.protocol.job.site_states import StateKeeper, led_to
+from fedcore.secagg.protocol.job.site import effects as ask
+from fedcore.secagg.protocol.job.site.machine import Kept, SiteJob
+from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
+from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
 from fedcore.secagg.protocol.messages import Certificate, sign
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound

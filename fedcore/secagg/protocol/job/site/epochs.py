@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.job.effects import Info, PutValues
-from fedcore.secagg.protocol.job.site_effects import EraseKeys, SiteEffect
-from fedcore.secagg.protocol.job.site_part import HeldKeys
-from fedcore.secagg.protocol.job.site_rounds import RoundDriver
-from fedcore.secagg.protocol.job.site_states import StateKeeper
+from fedcore.secagg.protocol.job.site.effects import EraseKeys, SiteEffect
+from fedcore.secagg.protocol.job.site.participation import HeldKeys
+from fedcore.secagg.protocol.job.site.rounds import RoundDriver
+from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.wire_form import encode
 

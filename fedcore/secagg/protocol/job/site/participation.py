@@ -14,7 +14,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Send, Warn
-from fedcore.secagg.protocol.job.site_effects import Report, Secrets, SiteEffect, State, Surveyed
+from fedcore.secagg.protocol.job.site.effects import Report, Secrets, SiteEffect, State, Surveyed
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.types import SiteId
 

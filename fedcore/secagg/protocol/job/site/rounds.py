@@ -15,9 +15,9 @@ from fedcore.secagg.crypto.sealed import open_notice, seal_notice
 from fedcore.secagg.crypto.sumtag import state_tag
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, messages, schedule
-from fedcore.secagg.protocol.job import site_states
 from fedcore.secagg.protocol.job.effects import CloseRound
-from fedcore.secagg.protocol.job.site_effects import (
+from fedcore.secagg.protocol.job.site import states as site_states
+from fedcore.secagg.protocol.job.site.effects import (
     AppendEntries,
     EnterRelease,
     Expose,
@@ -32,8 +32,13 @@ from fedcore.secagg.protocol.job.site_effects import (
     VectorReady,
     WorkFailed,
 )
-from fedcore.secagg.protocol.job.site_part import Agreed, HeldKeys, JobParams, Participation
-from fedcore.secagg.protocol.job.site_states import StateKeeper, led_to
+from fedcore.secagg.protocol.job.site.participation import (
+    Agreed,
+    HeldKeys,
+    JobParams,
+    Participation,
+)
+from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
 from fedcore.secagg.protocol.job_messages import SiteStatus
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.round import site

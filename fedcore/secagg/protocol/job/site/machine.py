@@ -15,7 +15,7 @@ from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.effects import Warn
 from fedcore.secagg.protocol.job.effects import Info, PutValues
-from fedcore.secagg.protocol.job.site_effects import (
+from fedcore.secagg.protocol.job.site.effects import (
     CheckpointLost,
     CheckpointReady,
     Connected,
@@ -36,11 +36,16 @@ from fedcore.secagg.protocol.job.site_effects import (
     WorkFailed,
     WriteState,
 )
-from fedcore.secagg.protocol.job.site_epochs import EpochDriver
-from fedcore.secagg.protocol.job.site_part import Agreed, HeldKeys, JobParams, Participation
-from fedcore.secagg.protocol.job.site_release import CatchUp, PublicWord
-from fedcore.secagg.protocol.job.site_rounds import NOWHERE, RoundDriver
-from fedcore.secagg.protocol.job.site_states import StateKeeper
+from fedcore.secagg.protocol.job.site.epochs import EpochDriver
+from fedcore.secagg.protocol.job.site.participation import (
+    Agreed,
+    HeldKeys,
+    JobParams,
+    Participation,
+)
+from fedcore.secagg.protocol.job.site.release import CatchUp, PublicWord
+from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
+from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.wire_form import encode

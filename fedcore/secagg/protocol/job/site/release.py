@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from fedcore.errors import HeaderRefused
 from fedcore.secagg.protocol import effects, job_messages, public_metrics, schedule
-from fedcore.secagg.protocol.job import site_states
-from fedcore.secagg.protocol.job.site_effects import (
+from fedcore.secagg.protocol.job.site import states as site_states
+from fedcore.secagg.protocol.job.site.effects import (
     CheckpointLost,
     CheckpointReady,
     GiveModel,
@@ -17,9 +17,9 @@ from fedcore.secagg.protocol.job.site_effects import (
     TakeCheckpoint,
     Tracked,
 )
-from fedcore.secagg.protocol.job.site_part import Agreed, JobParams, require
-from fedcore.secagg.protocol.job.site_rounds import RoundDriver
-from fedcore.secagg.protocol.job.site_states import StateKeeper
+from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, require
+from fedcore.secagg.protocol.job.site.rounds import RoundDriver
+from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
 from fedcore.secagg.protocol.round import site
 from fedcore.types import Json

@@ -13,7 +13,7 @@ from fedcore.errors import ReleaseRefused, StoreProblem
 from fedcore.secagg.crypto.sumtag import GroupSecret, state_mac
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol.job.effects import PutValues
-from fedcore.secagg.protocol.job.site_effects import AdoptState, SiteEffect, State
+from fedcore.secagg.protocol.job.site.effects import AdoptState, SiteEffect, State
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
