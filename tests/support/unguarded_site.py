@@ -114,7 +114,7 @@ RULES = {
         ("fedcore.secagg.protocol.round.site", "check_round_threshold", _nothing),
         (
             "fedcore.secagg.protocol.round.site",
-            "Member.least",
+            "SiteParams.least",
             lambda _: lambda member: member.minimum,
         ),
     ],
