@@ -8,7 +8,7 @@ from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.effects import Send
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
 from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
-from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected
+from fedcore.secagg.protocol.job.coordinator.events import Event, MessageReceived, SiteConnected
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
@@ -76,7 +76,7 @@ class JobEnd:
             text = f"without the model: {why or 'no site gave it in time'}"
         return [*asked, *self.end("finished", text, at)]
 
-    def afterwards(self, event: object, at: Moment) -> list[CoordinatorJobEffect]:
+    def afterwards(self, event: Event, at: Moment) -> list[CoordinatorJobEffect]:
         """The job is over: tell a site that was away, and send it the last state if it missed it."""
         facts, over = self._facts, self._facts.outcome
         assert over is not None
