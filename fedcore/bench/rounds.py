@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -122,9 +121,9 @@ class _Traffic:
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
 
-    def __call__(self, to: str, message: Any) -> None:
-        if to == messages.COORDINATOR:
-            sender = message.head.site if isinstance(message, messages.Shares) else message.site
+    def __call__(self, to: str, message: messages.RoundMessage) -> None:
+        if isinstance(message, messages.SiteMessage):
+            sender = messages.site_of(message)
             self.up[sender] = self.up.get(sender, 0) + len(encode(message))
         else:
             self.down[to] = self.down.get(to, 0) + len(encode(message))

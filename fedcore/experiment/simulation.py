@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from fedcore.learning.data.rows import TableRows
 from fedcore.learning.data.statistics import Statistics, statistics_vector
 from fedcore.learning.guard import Guard, judge_all
 from fedcore.learning.model import FlatModel
@@ -45,7 +45,8 @@ def federated_statistics(
     allow_few_sites: bool,
 ) -> tuple[Statistics, ProtectedTotal]:
     """Means and spreads of the table's features over all sites' training rows (PROTOCOL W)."""
-    first: Any = sites[0].train
+    first = sites[0].train
+    assert isinstance(first, TableRows)
 
     def contribute(index: int) -> Contribution:
         with watch("encode"):

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from fedcore.errors import BadInput
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
-from fedcore.learning.data.rows import Rows
+from fedcore.learning.data.rows import Rows, TableRows
 from fedcore.learning.data.statistics import site_sums
 from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import ServerState
@@ -48,8 +47,8 @@ NO_COORDINATES = np.empty(0, dtype=np.uint64)
 
 def statistics_of(rows: Rows) -> Contribution:
     """A `statistics` vector: counts, sums and sums of squares of each feature (PROTOCOL W)."""
-    table: Any = rows
-    return NO_COORDINATES, site_sums(table.features, table.ranges)
+    assert isinstance(rows, TableRows)
+    return NO_COORDINATES, site_sums(rows.features, rows.ranges)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import assert_never
 
 import numpy as np
 
@@ -167,16 +167,16 @@ class SiteDriver:
 
     def __init__(self, member: site.SiteParams, scheme: Scheme) -> None:
         self.member, self.scheme = member, scheme
-        self.epoch: Any = epoch.NoKey()
-        self.stage: Any = site.Idle(SiteProgress(0, b""))
-        self.journal: list[Any] = []
+        self.epoch: epoch.SiteEpochStage = epoch.NoKey()
+        self.stage: site.SiteStage = site.Idle(SiteProgress(0, b""))
+        self.journal: list[site.SiteEntry] = []
         self.held: EpochSecrets | None = None
         self.spool: list[bytes] = []
 
     def install(self, event: epoch.Install) -> None:
         """Use the payload of a key epoch from now on."""
-        maker = self.epoch.header.maker
-        self.held = self.scheme.open_payload(event.payload.reveal(), maker)
+        assert isinstance(self.epoch, epoch.Holding)
+        self.held = self.scheme.open_payload(event.payload.reveal(), self.epoch.header.maker)
         new = site.NewEpoch(event.epoch, event.key_id)
         self.stage, found = site.step(self.member, self.stage, new, 0.0)
         self.journal += [e.record for e in found if isinstance(e, effects.Persist)]
@@ -233,6 +233,7 @@ class SiteDriver:
     def sealed_cause(self, error: Exception) -> bytes:
         """Why this site refuses the release, for the other sites."""
         member = self.member
+        assert isinstance(self.stage, site.InRound)
         return self.secrets.seal_cause(error, self.stage.header, member.id, member.entropy)
 
 
@@ -242,9 +243,9 @@ class CoordinatorDriver:
     def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
         self.hub, self.scheme = coordinator.CoordinatorParams(pins), scheme
         self.epoch_hub = epoch.EpochParams(pins)
-        self.epoch: Any = epoch.NoEpoch()
-        self.stage: Any = coordinator.Ready()
-        self.journal: list[Any] = []
+        self.epoch: epoch.CoordinatorEpochStage = epoch.NoEpoch()
+        self.stage: coordinator.CoordinatorStage = coordinator.Ready()
+        self.journal: list[coordinator.CoordinatorEntry] = []
         self.submits: dict[SiteId, messages.Submit] = {}
         self.arrived: dict[SiteId, list[bytes]] = {}
         self.fold: UnmaskableFold | None = None
@@ -266,6 +267,11 @@ class CoordinatorDriver:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
+EpochMail = epoch.FromSite | tuple[SiteDriver, epoch.FromCoordinator]
+Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
+"""A message on its way: of a site to the coordinator, or to this site."""
+
+
 class InProcessFederation:
     """All parties of one job in this process, from their key epoch to the last round.
 
@@ -278,7 +284,7 @@ class InProcessFederation:
         self.job, self.plan = job, plan
         self.now = 0.0
         self.certificate: messages.Certificate | None = None
-        self.tap: Callable[[str, Any], None] | None = None
+        self.tap: Callable[[str, messages.RoundMessage], None] | None = None
         self.warnings: list[str] = []
         if not plan.layers.protects:
             return
@@ -313,31 +319,42 @@ class InProcessFederation:
             FEDERATION, self.job, self.hub.epoch.epoch + 1, roster, roster_digest(self.pins),
             self.plan.threshold, self.plan.digest, epoch.first_maker(roster, roster),
         )  # fmt: skip
-        waiting: deque[Any] = deque()
+        waiting: deque[EpochMail] = deque()
         self._hub_epoch_step(epoch.StartEpoch(header), waiting)
         while waiting:
-            to, message = waiting.popleft()
-            if isinstance(to, SiteDriver):
-                self._site_epoch_step(to, epoch.FromCoordinator(message), waiting)
+            each = waiting.popleft()
+            if isinstance(each, epoch.FromSite):
+                self._hub_epoch_step(each, waiting)
             else:
-                self._hub_epoch_step(epoch.FromSite(message.site, message), waiting)
+                self._site_epoch_step(*each, waiting)
 
-    def _hub_epoch_step(self, event: Any, waiting: deque[Any]) -> None:
+    def _hub_epoch_step(
+        self, event: epoch.CoordinatorEpochEvent, waiting: deque[EpochMail]
+    ) -> None:
         hub = self.hub
         hub.epoch, found = epoch.step_hub(hub.epoch_hub, hub.epoch, event, self.now)
-        waiting.extend((self.shells[e.to], e.message) for e in found if isinstance(e, effects.Send))  # type: ignore[index]
+        for effect in found:
+            if isinstance(effect, effects.Send):
+                shell = self.shells[SiteId(effect.to)]
+                waiting.append((shell, epoch.FromCoordinator(effect.message)))
 
-    def _site_epoch_step(self, shell: SiteDriver, event: Any, waiting: deque[Any]) -> None:
+    def _site_epoch_step(
+        self, shell: SiteDriver, event: epoch.SiteEpochEvent, waiting: deque[EpochMail]
+    ) -> None:
         shell.epoch, found = epoch.step_site(shell.member, shell.epoch, event)
         for effect in found:
             match effect:
+                case effects.Persist():
+                    pass  # a key epoch ends with this process
                 case effects.Send(message=message):
-                    waiting.append((self.hub, message))
+                    waiting.append(epoch.FromSite(message.site, message))
                 case epoch.MakeSecrets():
                     made = epoch.SecretsMade(SecretBytes(shell.scheme.make_payload()))
                     self._site_epoch_step(shell, made, waiting)
                 case epoch.Install():
                     shell.install(effect)
+                case _:
+                    assert_never(effect)
 
     # ------------------------------------------------------------------------------------ rounds
 
@@ -412,9 +429,10 @@ class InProcessFederation:
         return current.finish(survivors)
 
     def _header(self, spec: VectorSpec, training_round: int) -> RoundHeader:
-        plan = self.plan
+        plan, last = self.plan, self.hub.stage
+        assert isinstance(last, coordinator.Between)
         return RoundHeader(
-            FEDERATION, self.job, self.hub.epoch.epoch, self.hub.stage.round + 1, training_round,
+            FEDERATION, self.job, self.hub.epoch.epoch, last.round + 1, training_round,
             spec.purpose, plan.sites, roster_digest(self.pins), plan.threshold, plan.protection,
             plan.digest, self.certificate.hash if self.certificate else "",
         )  # fmt: skip
@@ -429,8 +447,7 @@ class InProcessFederation:
 
     @staticmethod
     def _has(shell: SiteDriver, certificate: messages.Certificate) -> bool:
-        standing: SiteProgress = shell.stage.standing
-        return standing.certificate == certificate.hash
+        return shell.stage.standing.certificate == certificate.hash
 
     def _catch_up(self, current: _Round) -> None:
         """Sites that missed the release take the sealed checkpoint, if the certificate bears it out."""
@@ -466,7 +483,7 @@ class _Exchange:
 
     def __init__(self, parties: InProcessFederation, current: _Round) -> None:
         self.parties, self.current, self.hub = parties, current, parties.hub
-        self.queue: deque[tuple[SiteDriver | None, Any]] = deque()
+        self.queue: deque[Mail] = deque()
 
     def run(self, header: RoundHeader) -> None:
         """Deliver everything; where sites stay silent, let time pass."""
@@ -478,8 +495,7 @@ class _Exchange:
         size = hub.scheme.upload_bytes(self.current.layout)
         self._hub_step(coordinator.Start(header, size, self.parties.plan.salt_bytes))
         self._deliver()
-        while not isinstance(hub.stage, coordinator.Released | coordinator.Failed):
-            stage = hub.stage
+        while isinstance(stage := hub.stage, coordinator.Waiting):
             self.parties.now = max(self.parties.now, stage.until)
             self._hub_step(coordinator.Tick())
             self._deliver()
@@ -498,20 +514,25 @@ class _Exchange:
                 self._hub_step(coordinator.Gone(name, for_good=True))
         self._deliver()
 
-    def _post(self, to: SiteDriver | None, message: Any) -> None:
+    def _post(self, message: messages.SiteMessage) -> None:
         if self.parties.tap is not None:
-            self.parties.tap(to.member.id if to else messages.COORDINATOR, message)
-        self.queue.append((to, message))
+            self.parties.tap(messages.COORDINATOR, message)
+        self.queue.append(message)
+
+    def _post_to(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> None:
+        if self.parties.tap is not None:
+            self.parties.tap(shell.member.id, message)
+        self.queue.append((shell, message))
 
     def _deliver(self) -> None:
         while self.queue:
-            to, message = self.queue.popleft()
-            if to is None:
-                self._to_hub(message)
-            elif not self._absent(to, message):
-                self._to_site(to, message)
+            each = self.queue.popleft()
+            if not isinstance(each, tuple):
+                self._to_hub(each)
+            elif not self._absent(*each):
+                self._to_site(*each)
 
-    def _absent(self, shell: SiteDriver, message: Any) -> bool:
+    def _absent(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> bool:
         """Whether the site is gone before it would answer this message."""
         absent_from = self.current.absences.get(shell.member.id)
         if absent_from is None:
@@ -523,13 +544,13 @@ class _Exchange:
 
     # ------------------------------------------------------------------------------- the sites
 
-    def _to_site(self, shell: SiteDriver, message: Any) -> None:
-        event: Any = site.MessageFromCoordinator(message)
+    def _to_site(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> None:
         if isinstance(message, messages.Announce):
-            event = site.Invited(message, self.current.tag)
-        self._site_step(shell, event)
+            self._site_step(shell, site.Invited(message, self.current.tag))
+        else:
+            self._site_step(shell, site.MessageFromCoordinator(message))
 
-    def _site_step(self, shell: SiteDriver, event: Any) -> None:
+    def _site_step(self, shell: SiteDriver, event: site.SiteEvent) -> None:
         """Step, and do what the machine asks for; what it refuses makes the site leave the round."""
         try:
             with self.current.watch("protect"):
@@ -543,12 +564,12 @@ class _Exchange:
             elif isinstance(shell.stage, site.IN_ROUND):
                 self._site_step(shell, site.CheckFailed(error, shell.sealed_cause(error)))
 
-    def _site_effect(self, shell: SiteDriver, effect: Any) -> None:
+    def _site_effect(self, shell: SiteDriver, effect: site.SiteEffect) -> None:
         match effect:
             case effects.Persist(record=record):
                 shell.journal.append(record)
             case effects.Send(message=message):
-                self._post(None, message)
+                self._post(message)
             case effects.MakeVector():
                 self._site_step(shell, shell.make_vector(effect, self.current))
             case effects.Upload(submit=submit):
@@ -556,16 +577,20 @@ class _Exchange:
                 self._uploaded(submit.site)
             case effects.OpenSum():
                 self._open(shell, effect)
+            case effects.Apply():
+                pass  # `protected_sum` gives its caller the sum, which makes the state of it
             case effects.Erase():
                 shell.spool = []
             case effects.Warn(text=text):
                 self.parties.warnings.append(f"{shell.member.id}: {text}")
             case effects.ShowNotice(notice=notice):
                 self.parties.warnings.append(f"{notice.site}: {shell.secrets.read_notice(notice)}")
+            case _:
+                assert_never(effect)
 
     def _open(self, shell: SiteDriver, asked: effects.OpenSum) -> None:
         """Open a sum; whatever fails in it is the one uniform refusal (PROTOCOL R, U)."""
-        event: Any
+        event: site.SumOpened | site.CheckFailed
         try:
             event = shell.open_sum(asked, self.current, self.hub.released)
         except Exception as error:  # noqa: BLE001 - raised again once the round is over
@@ -575,13 +600,12 @@ class _Exchange:
 
     # -------------------------------------------------------------------------- the coordinator
 
-    def _to_hub(self, message: Any) -> None:
+    def _to_hub(self, message: messages.SiteMessage) -> None:
         if isinstance(message, messages.Submit):
             self.hub.submits[message.site] = message
             self._uploaded(message.site)
             return
-        sender = message.head.site if isinstance(message, messages.Shares) else message.site
-        self._hub_step(coordinator.MessageFromSite(sender, message))
+        self._hub_step(coordinator.MessageFromSite(messages.site_of(message), message))
 
     def _uploaded(self, name: SiteId) -> None:
         """Signed submission and chunks are both there."""
@@ -591,7 +615,7 @@ class _Exchange:
             size = sum(map(len, chunks))
             self._hub_step(coordinator.Uploaded(name, submit, vector_digest(chunks), size))
 
-    def _hub_step(self, event: Any) -> None:
+    def _hub_step(self, event: coordinator.CoordinatorEvent) -> None:
         hub = self.hub
         with self.current.watch("fold"):
             try:
@@ -604,7 +628,7 @@ class _Exchange:
                 case effects.Persist(record=record):
                     hub.journal.append(record)
                 case effects.Send(to=to, message=message):
-                    self._post(self.parties.shells[SiteId(to)], message)
+                    self._post_to(self.parties.shells[SiteId(to)], message)
                 case effects.FoldUpload(submit=submit):
                     self._fold(submit.site)
                 case effects.Rebuild(submissions=submissions):
@@ -617,6 +641,10 @@ class _Exchange:
                     if not hub.scheme.plan.layers.masks:
                         self._miss_the_sum()
                     self._hub_step(hub.remove_masks(effect, self.current))
+                case effects.Discard():
+                    pass  # `end` does
+                case _:
+                    assert_never(effect)
 
     def _miss_the_sum(self) -> None:
         """`encrypted` has no list to confirm: who is absent from `confirm` on has left when the sum is
@@ -637,9 +665,7 @@ class _Exchange:
         the round broke off with an error."""
         hub = self.hub
         for shell in self.parties.shells.values():
-            if not isinstance(
-                hub.stage, coordinator.Ready | coordinator.Released | coordinator.Failed
-            ):
+            if isinstance(hub.stage, coordinator.InRound):
                 gone = coordinator.Gone(shell.member.id, for_good=True)
                 hub.stage, _ = coordinator.step(hub.hub, hub.stage, gone, self.parties.now)
             if isinstance(shell.stage, site.IN_ROUND):

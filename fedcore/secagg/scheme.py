@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedcore.errors import ReleaseRefused
 from fedcore.secagg.crypto import Sealer, UnmaskableFold
@@ -26,6 +26,9 @@ from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.purposes import purpose_of
 from fedcore.store.container import vector_digest
 from fedcore.types import SiteId, Slots
+
+if TYPE_CHECKING:
+    from fedcore.secagg.crypto.bfv import PublicContext
 
 Masks = tuple[tuple[bytes, int], ...]
 """(seed, sign) of masks, as they are laid on one vector."""
@@ -166,7 +169,7 @@ class Scheme:
         return (plan.layers.scheme or cls)(plan)
 
     def __post_init__(self) -> None:
-        self._public: Any = None
+        self._public: PublicContext | None = None
         if self.plan.packing.ring is not None:
             from fedcore.secagg.crypto.bfv import Courier, PublicContext
 

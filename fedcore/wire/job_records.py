@@ -12,7 +12,7 @@ from fedcore.wire.records import FROM_COORDINATOR, FROM_SITES, Table, travelling
 METRICS_RECORD = 32 * KIB
 """Bytes of a site's public metrics: 64 of them, with names of 64 characters of four bytes, are 20 KiB."""
 
-TO_COORDINATOR: Table = MappingProxyType(
+TO_COORDINATOR: Table[job_messages.ToCoordinator] = MappingProxyType(
     {
         **FROM_SITES,
         **travelling(
@@ -29,12 +29,12 @@ TO_COORDINATOR: Table = MappingProxyType(
         **travelling(job_messages.PublicMetrics, most=METRICS_RECORD),
     }
 )
-FROM_ANY_SITE: Table = MappingProxyType(
+FROM_ANY_SITE: Table[job_messages.ToCoordinator] = MappingProxyType(
     {name: entry for name, entry in TO_COORDINATOR.items() if entry.kind is not epoch.Grants}
 )
 """Without `Grants`, which only an epoch's maker sends: the one record of a site that may be long."""
 
-TO_SITE: Table = MappingProxyType(
+TO_SITE: Table[job_messages.ToSite] = MappingProxyType(
     {
         **FROM_COORDINATOR,
         **travelling(*get_args(job_messages.CoordinatorJobMessage), most=MAX_RECORD),

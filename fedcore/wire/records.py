@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import Secret
@@ -20,15 +20,17 @@ from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.wire.frames import Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 
+T_co = TypeVar("T_co", covariant=True)
+
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[T_co]):
     """A record type of one direction. most: its maximal length in bytes.
 
     each: bytes allowed per site of the roster where the length grows with the roster, else 0.
     """
 
-    kind: type[Any]
+    kind: type[T_co]
     most: int
     each: int = 0
 
@@ -39,11 +41,12 @@ class Entry:
         return min(self.most, SITE_WORDS + self.each * sites)
 
 
-Table = Mapping[str, Entry]
+T = TypeVar("T")
+Table = Mapping[str, Entry[T]]
 """{record name: entry}; tables of one direction are merged like mappings: `{**FROM_SITES, **more}`."""
 
 
-def travelling(*types: type[Any], most: int, each: int = 0) -> Table:
+def travelling(*types: type[T], most: int, each: int = 0) -> Table[T]:
     """A table of record types of at most `most` bytes each. Raises TypeError for one that may hold a secret."""
     for kind in types:
         _refuse_secrets(kind, type_name(kind), set())
@@ -63,7 +66,7 @@ def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
             _refuse_secrets(hints[each.name], f"{where}.{each.name}", seen)
 
 
-FROM_SITES: Table = {
+FROM_SITES: Table[messages.SiteMessage | epoch.SiteEpochMessage] = {
     **travelling(
         *get_args(messages.SiteMessage), most=SITE_RECORD,
     ),
@@ -71,7 +74,7 @@ FROM_SITES: Table = {
     **travelling(epoch.Grant, most=GRANT),
     **travelling(epoch.Grants, most=MAX_RECORD, each=GRANT),
 }  # fmt: skip
-FROM_COORDINATOR: Table = travelling(
+FROM_COORDINATOR: Table[messages.CoordinatorMessage | epoch.CoordinatorEpochMessage] = travelling(
     *get_args(messages.CoordinatorMessage),
     *get_args(epoch.CoordinatorEpochMessage),
     most=MAX_RECORD,
@@ -79,7 +82,7 @@ FROM_COORDINATOR: Table = travelling(
 """The records of rounds and key epochs; `jobs.py` adds those of jobs."""
 
 
-def pack_record(job: str, message: Any, allowed: Table) -> Record:
+def pack_record(job: str, message: object, allowed: Table[object]) -> Record:
     """A message as a frame. Raises TypeError for a type that is not in the table, and MalformedMessage
     (fault: this site) for a message that is too long."""
     name = type_name(type(message))
@@ -89,7 +92,7 @@ def pack_record(job: str, message: Any, allowed: Table) -> Record:
     return Record(job, _fitting(encode(message), entry, entry.most, "this site"))
 
 
-def unpack_record(record: Record, allowed: Table, *, sender: str, sites: int | None = None) -> Any:
+def unpack_record(record: Record, allowed: Table[T], *, sender: str, sites: int | None = None) -> T:
     """The message in a frame. Raises MalformedMessage (fault: sender).
 
     sites: size of the roster, at the coordinator: a message longer than this roster allows is refused
@@ -106,7 +109,7 @@ def unpack_record(record: Record, allowed: Table, *, sender: str, sites: int | N
     return decode(body, entry.kind, sender=sender, most_items=most)
 
 
-def _fitting(body: bytes, entry: Entry, most: int, sender: str) -> bytes:
+def _fitting(body: bytes, entry: Entry[object], most: int, sender: str) -> bytes:
     if len(body) > most:
         raise MalformedMessage(
             type_name(entry.kind), found=f"{len(body)} bytes",

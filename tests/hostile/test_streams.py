@@ -70,15 +70,15 @@ def play(epoch, witness=None):
 
 def passes_on(monkeypatch, change):
     """The coordinator changes the submissions it lists: change({site: Submit}) -> {site: Submit}."""
-    honest = in_process._Exchange._post
+    honest = in_process._Exchange._post_to
 
     def post(exchange, to, message):
-        if to is not None and isinstance(message, SurvivorList | Aggregate):
+        if isinstance(message, SurvivorList | Aggregate):
             found = change({each.site: each for each in message.submissions})
             message = replace(message, submissions=tuple(found[name] for name in ROSTER))
         honest(exchange, to, message)
 
-    monkeypatch.setattr(in_process._Exchange, "_post", post)
+    monkeypatch.setattr(in_process._Exchange, "_post_to", post)
 
 
 def without_signatures(monkeypatch):
@@ -308,7 +308,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
     over all that a submission says, so they differ. The control: over vectors alone they agree, the sites
     unmask, and ann is left with a sum that it must refuse."""
     lies = {}
-    honest, post = site.sign, in_process._Exchange._post
+    honest, post = site.sign, in_process._Exchange._post_to
 
     def sign(message, identity):
         if isinstance(message, Submit) and message.site == "bob":
@@ -316,17 +316,13 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
         return honest(message, identity)
 
     def split(exchange, to, message):
-        if (
-            to is not None
-            and isinstance(message, SurvivorList | Aggregate)
-            and to.member.id == "ann"
-        ):
+        if isinstance(message, SurvivorList | Aggregate) and to.member.id == "ann":
             found = tuple(lies.get(each.site, each) for each in message.submissions)
             message = replace(message, submissions=found)
         post(exchange, to, message)
 
     monkeypatch.setattr(site, "sign", sign)
-    monkeypatch.setattr(in_process._Exchange, "_post", split)
+    monkeypatch.setattr(in_process._Exchange, "_post_to", split)
     believing(monkeypatch)
     epoch, told = epoch_of("layered"), []
     epoch.tap = lambda to, message: told.append(message)

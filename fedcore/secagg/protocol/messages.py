@@ -303,6 +303,12 @@ CoordinatorMessage = (
     | Notice
     | Abandon
 )
+RoundMessage = SiteMessage | CoordinatorMessage
+
+
+def site_of(message: SiteMessage) -> SiteId:
+    """The site that sent it, by its own word."""
+    return message.head.site if isinstance(message, Shares) else message.site
 
 
 class Signed(Protocol):

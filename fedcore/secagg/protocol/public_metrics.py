@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedcore.errors import (
     Conflicting,
@@ -182,7 +181,7 @@ class Hearing:
         return silent if most + len(silent) >= release.header.threshold else ()
 
 
-def differing(said: Mapping[SiteId, Any]) -> str:
+def differing(said: Mapping[SiteId, Hashable]) -> str:
     """Who says what: `a, b - d`, the largest group first, or "" where nobody differs."""
     counts = Counter(said.values())
     if len(counts) < 2:

@@ -80,6 +80,7 @@ from fedcore.secagg.protocol.messages import (
     SurvivorList,
     Unmask,
     check_signature,
+    site_of,
 )
 from fedcore.secagg.protocol.moves import Move, on, table
 from fedcore.secagg.protocol.round.site import share_digest
@@ -697,10 +698,6 @@ def _came(stage: CoordinatorStage) -> tuple[SiteMessage, ...]:
     return ()
 
 
-def _site_of(message: SiteMessage) -> SiteId:
-    return message.head.site if isinstance(message, Shares) else message.site
-
-
 def waiting_for(stage: CoordinatorStage) -> tuple[SiteId, ...]:
     """The sites this stage still hopes to hear from: what a person waits for.
 
@@ -709,7 +706,7 @@ def waiting_for(stage: CoordinatorStage) -> tuple[SiteId, ...]:
     """
     if not isinstance(stage, Waiting):
         return ()
-    came = {_site_of(message) for message in _came(stage)}
+    came = {site_of(message) for message in _came(stage)}
     missing = tuple(s for s in members_of(stage) if s not in came and not _out(stage, s))
     here = tuple(s for s in missing if s not in stage.gone)
     return here if _enough(stage, _counted(stage) + len(here)) else missing
@@ -1216,7 +1213,7 @@ def step(
 def _seen_before(stage: InRound, event: MessageFromSite | Uploaded) -> bool:
     """Whether this very message came already. Raises for a second, different one, or a stranger's."""
     message = event.submit if isinstance(event, Uploaded) else event.message
-    site, sender = _site_of(message), event.sender
+    site, sender = site_of(message), event.sender
     if site != sender:
         raise RosterRefused(
             "message", found=f"one of {site!r} from {sender!r}", expected="its own", fault=sender
@@ -1229,7 +1226,7 @@ def _seen_before(stage: InRound, event: MessageFromSite | Uploaded) -> bool:
             expected=f"one of {len(members_of(stage))} sites", fault=sender,
         )  # fmt: skip
     for past in _came(stage):
-        if _site_of(past) == site:
+        if site_of(past) == site:
             if past != message:
                 raise Conflicting(
                     f"second {type_name(type(message))}", found="other bytes than the first",
