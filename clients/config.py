@@ -37,11 +37,11 @@ class SplitSection(Section):
     identity key where it is left out. method "folds": the deal of `fedcore simulate`, for rehearsals."""
 
     method: Literal["hash", "folds"] = "hash"
-    key: str | None = Field(None, pattern="^[0-9a-f]{64}$", repr=False)
-    test: float = Field(0.2, gt=0, lt=1)
-    seed: int = Field(0, ge=0, lt=1 << 62)
-    fold: int = Field(0, ge=0)
-    folds: int = Field(5, ge=2)
+    key: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", repr=False)
+    test: float = Field(default=0.2, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    fold: int = Field(default=0, ge=0)
+    folds: int = Field(default=5, ge=2)
 
     def of(self, identity: IdentityKey) -> Json:
         """What the training process is told of it (`data/split.py`)."""
@@ -72,13 +72,13 @@ class SiteConfig(Section):
     base: Path
     file: Path
     sandbox: str = Field(
-        "auto", pattern="^(auto|none|bwrap|unshare|user:[A-Za-z_][A-Za-z0-9_.-]*)$"
+        default="auto", pattern="^(auto|none|bwrap|unshare|user:[A-Za-z_][A-Za-z0-9_.-]*)$"
     )
     task_network: bool = False
     proxy: str = "none"
-    patience_seconds: float = Field(1800.0, gt=0)
-    keep_secrets_days: float = Field(7.0, ge=0)
-    spool_bytes: int | None = Field(None, ge=1 << 20)
+    patience_seconds: float = Field(default=1800.0, gt=0)
+    keep_secrets_days: float = Field(default=7.0, ge=0)
+    spool_bytes: int | None = Field(default=None, ge=1 << 20)
     split: SplitSection = Field(default_factory=SplitSection)
     policy: PolicySection = Field(default_factory=PolicySection)
     tasks: dict[str, TaskSection] = Field(default_factory=dict)

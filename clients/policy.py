@@ -43,18 +43,18 @@ class PolicySection(Section):
 
     protections: Annotated[tuple[Protections, ...], Field(min_length=1)] = ("layered",)
     ciphers: Annotated[tuple[Ciphers, ...], Field(min_length=1)] = ("bfv", "keystream")
-    least_threshold: int | None = Field(None, ge=2)
-    minimum_sites: int = Field(3, ge=3)
-    most_rounds: int = Field(1000, ge=1)
-    most_epochs: int = Field(100, ge=1)
-    jobs_per_month: int = Field(31, ge=1)
-    least_batch: int = Field(8, ge=1)
+    least_threshold: int | None = Field(default=None, ge=2)
+    minimum_sites: int = Field(default=3, ge=3)
+    most_rounds: int = Field(default=1000, ge=1)
+    most_epochs: int = Field(default=100, ge=1)
+    jobs_per_month: int = Field(default=31, ge=1)
+    least_batch: int = Field(default=8, ge=1)
     public_metrics: StrictBool = False
     single_site_features: StrictBool = False
     statistics: Literal["ranges", "federated"] = "ranges"
     release: Literal["sites", "coordinator"] = "sites"
-    guard_loss_factor: float = Field(1.5, gt=1)
-    guard_rounds: int = Field(2, ge=1)
+    guard_loss_factor: float = Field(default=1.5, gt=1)
+    guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
 
 

@@ -49,20 +49,20 @@ class RunSection(_Section):
     """Top level of a job file."""
 
     task: str = "heart"
-    seed: int = Field(0, ge=0, lt=1 << 62)
-    fold: int = Field(0, ge=0)
-    folds: int = Field(5, ge=2)
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    fold: int = Field(default=0, ge=0)
+    folds: int = Field(default=5, ge=2)
 
 
 class TrainSection(_Section):
     """[train]: one site's local training. standardise: what a table's numbers are scaled by."""
 
     optimiser: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
@@ -72,9 +72,9 @@ class ProtectSection(_Section):
     protection: str = "layered"
     threshold: int | None = None
     bits: int = 16
-    max_sites: int | None = Field(None, ge=1)
-    max_examples: int | None = Field(None, ge=1, lt=1 << 40)
-    range: float | None = Field(None, gt=0)
+    max_sites: int | None = Field(default=None, ge=1)
+    max_examples: int | None = Field(default=None, ge=1, lt=1 << 40)
+    range: float | None = Field(default=None, gt=0)
     adaptive_range: bool = True
     single_site_features: bool = False
     release: Literal["sites", "coordinator"] = "sites"
@@ -88,14 +88,14 @@ class RoundSection(_Section):
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
-    rounds: int = Field(20, ge=1)
+    rounds: int = Field(default=20, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    server_lr: float = Field(1.0, gt=0)
-    server_momentum: float = Field(0.9, ge=0, lt=1)
+    server_lr: float = Field(default=1.0, gt=0)
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
     buffers: Literal["average", "initial"] = "average"
-    submit_seconds: float | None = Field(None, gt=0, le=86_400)
+    submit_seconds: float | None = Field(default=None, gt=0, le=86_400)
     drop: tuple[str, ...] = ()
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("drop", mode="before")
     @classmethod
@@ -137,7 +137,7 @@ class TrackSection(_Section):
         """`--arms federated,centralised` as well as a TOML list."""
         return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
 
-    resamples: int = Field(1000, ge=0)
+    resamples: int = Field(default=1000, ge=0)
     reference: Reference | None = None
     public_metrics: bool = False
 

@@ -34,19 +34,19 @@ class LimitsSection(Section):
     jobs that are kept of one operator.
     """
 
-    stage_seconds: float = Field(600.0, gt=0)
-    gather_seconds: float = Field(60.0, ge=0)
-    grace_seconds: float = Field(60.0, ge=0)
-    enough_seconds: float = Field(86_400.0, gt=0)
-    minimum_sites: int = Field(3, ge=3)
+    stage_seconds: float = Field(default=600.0, gt=0)
+    gather_seconds: float = Field(default=60.0, ge=0)
+    grace_seconds: float = Field(default=60.0, ge=0)
+    enough_seconds: float = Field(default=86_400.0, gt=0)
+    minimum_sites: int = Field(default=3, ge=3)
     enough_vectors: int | None = None
-    spool_bytes: int | None = Field(None, ge=1 << 20)
-    fold_workers: int = Field(1, ge=1, le=64)
-    most_rounds: int = Field(10_000, ge=1)
-    most_epochs: int = Field(1_000, ge=1)
-    most_batch: int = Field(1 << 20, ge=1)
-    most_queued: int = Field(100, ge=1)
-    most_kept: int = Field(1_000, ge=1)
+    spool_bytes: int | None = Field(default=None, ge=1 << 20)
+    fold_workers: int = Field(default=1, ge=1, le=64)
+    most_rounds: int = Field(default=10_000, ge=1)
+    most_epochs: int = Field(default=1_000, ge=1)
+    most_batch: int = Field(default=1 << 20, ge=1)
+    most_queued: int = Field(default=100, ge=1)
+    most_kept: int = Field(default=1_000, ge=1)
 
 
 class FederationConfig(Section):
@@ -57,8 +57,8 @@ class FederationConfig(Section):
     kit: Path
     folder: Path
     listen: tuple[str, ...] = ("::",)
-    port: int = Field(7443, ge=0, lt=65536)
-    metrics_port: int | None = Field(None, ge=0, lt=65536)
+    port: int = Field(default=7443, ge=0, lt=65536)
+    metrics_port: int | None = Field(default=None, ge=0, lt=65536)
     revoked: Path | None = None
     limits: LimitsSection = LimitsSection()
 
