@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedcore_clients.approvals import FOLDER as APPROVALS
 from fedcore_clients.approvals import offer_digest
@@ -181,7 +180,7 @@ class Site:
         for found in self.jobs.values():
             found.connected()
 
-    def _on_frame(self, frame: Any) -> None:
+    def _on_frame(self, frame: Record | SmallDownload | Waiting) -> None:
         match frame:
             case Record():
                 message = unpack_record(frame, TO_SITE, sender="coordinator")

@@ -13,10 +13,10 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, assert_never
 
 import grpc
 import grpc.aio
@@ -26,12 +26,14 @@ from fedcore_clients.tls import open_channel
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.preflight import preflight
+from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.store import container
 from fedcore.wire import calls, chunks
 from fedcore.wire.frames import (
     Doing,
     DownloadHead,
     DownloadStart,
+    FromSite,
     Goodbye,
     Hello,
     Ping,
@@ -39,6 +41,7 @@ from fedcore.wire.frames import (
     Record,
     SmallDownload,
     SmallUpload,
+    ToSite,
     UploadReceipt,
     UploadStart,
     Waiting,
@@ -49,6 +52,8 @@ from fedcore.wire.limits import INLINE
 from fedcore.wire.records import pack_record
 
 LOG = logging.getLogger("fedcore.site.session")
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """seconds between attempts: doubled each time, and drawn between half and all of it."""
@@ -99,7 +104,7 @@ class Session:
         kit: Kit,
         address: Address,
         hello: Callable[[], Hello],
-        on_frame: Callable[[Any], None],
+        on_frame: Callable[[Record | SmallDownload | Waiting], None],
         on_connected: Callable[[], None],
     ) -> None:
         self._kit, self._address, self._hello = kit, address, hello
@@ -170,7 +175,7 @@ class Session:
             self._lost()
             await channel.close()
 
-    def _welcomed(self, frame: Any) -> None:
+    def _welcomed(self, frame: ToSite) -> None:
         if isinstance(frame, Goodbye):
             self._goodbye(frame)
             return
@@ -189,7 +194,7 @@ class Session:
         if not frame.again:
             self.refused = frame
 
-    def _take(self, frame: Any) -> bool:
+    def _take(self, frame: ToSite) -> bool:
         """Whether the session ends with this frame."""
         match frame:
             case Ping(number):
@@ -203,6 +208,10 @@ class Session:
                 return True
             case Record() | SmallDownload() | Waiting():
                 self._on_frame(frame)
+            case Welcome():
+                pass
+            case _:
+                assert_never(frame)
         return False
 
     def _lost(self) -> None:
@@ -240,13 +249,13 @@ class Session:
 
     # ----------------------------------------------------------------------------------- saying
 
-    def _put(self, frame: Any) -> bool:
+    def _put(self, frame: FromSite) -> bool:
         if self._out is None:
             return False
         self._out.put_nowait(calls.SESSION.takes.pack(frame))
         return True
 
-    def say(self, job: str, message: Any) -> None:
+    def say(self, job: str, message: ToCoordinator) -> None:
         """Send a record, if there is a session."""
         self._put(pack_record(job, message, TO_COORDINATOR))
 
@@ -280,19 +289,20 @@ class Session:
         """A container, whole: inside the session where it is small, else in a call of its own."""
         if isinstance(source, Path):
             size = (await asyncio.to_thread(source.stat)).st_size
-            if size <= INLINE:
-                source = await asyncio.to_thread(source.read_bytes)
-        if isinstance(source, bytes):
-            await self._inline(SmallUpload(UploadStart(job, header, digest, len(source)), source))
-            return
-        start = UploadStart(job, header, digest, size)
+            if size > INLINE:
+                await self._upload(UploadStart(job, header, digest, size), source)
+                return
+            source = await asyncio.to_thread(source.read_bytes)
+        await self._inline(SmallUpload(UploadStart(job, header, digest, len(source)), source))
+
+    async def _upload(self, start: UploadStart, source: Path) -> None:
         with self._of_the_session("upload"):
             while True:
                 channel = self._open()
                 found = await _unary(channel, calls.UPLOAD_OFFSET, start)
                 if found.complete:
                     return
-                start = UploadStart(job, header, digest, size, found.offset)
+                start = replace(start, offset=found.offset)
                 begin: Any = channel.stream_unary(calls.UPLOAD.path)
                 call = begin(_frames(start, source))
                 receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
@@ -374,7 +384,7 @@ async def _frames(start: UploadStart, path: Path) -> AsyncIterator[bytes]:
             yield frame
 
 
-async def _unary(channel: grpc.aio.Channel, call: calls.Call[Any, Any], asked: Any) -> Any:
+async def _unary(channel: grpc.aio.Channel, call: calls.Call[Q, A], asked: Q) -> A:
     begin: Any = channel.unary_unary(call.path)
     answer = await begin(call.takes.pack(asked))
     return call.gives.unpack(answer, sender="coordinator")

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,13 +22,17 @@ from fedcore.runtime.pipes import Parent
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.types import Json, SiteId
 
+if TYPE_CHECKING:
+    from fedcore.learning.site import LocalSite
+    from fedcore.learning.tracking import Tracker
+
 
 class Worker:
     """What the process holds: the loaded site of each job."""
 
     def __init__(self) -> None:
-        self.sites: dict[str, Any] = {}
-        self.trackers: dict[str, Any] = {}
+        self.sites: dict[str, LocalSite] = {}
+        self.trackers: dict[str, Tracker] = {}
 
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """The answer to a request; whatever the task raises is one."""

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault(
     "GRPC_VERBOSITY", "NONE"
 )  # its lines are ours to explain; before it is imported
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from fedcore.cli.console import JobCommand, emit, run, say, start_logging
 from fedcore.errors import EXIT_ABANDONED
+from fedcore.types import Json
 
 if TYPE_CHECKING:
     from fedcore_server.operators import Operator
@@ -128,7 +129,7 @@ def watch(
     console = Console(highlight=False)
     events = _operator(where, kit, file).watch(job, say)
     if as_json:
-        last: Any = None
+        last: Json | None = None
         for last in events:
             typer.echo(json.dumps(last, ensure_ascii=False, allow_nan=False))
     else:
@@ -137,7 +138,7 @@ def watch(
         raise typer.Exit(EXIT_ABANDONED)
 
 
-def _lines(events: Any) -> Any:
+def _lines(events: Iterable[Json]) -> Json | None:
     from fedcore_server.operators import event_lines
 
     before = None
@@ -148,15 +149,15 @@ def _lines(events: Any) -> Any:
     return before
 
 
-def _live(events: Any, console: Console) -> Any:
+def _live(events: Iterable[Json], console: Console) -> Json | None:
     from fedcore_server.operators import event_table
     from rich.live import Live
 
-    rows: list[Any] = []
-    metrics: list[Any] = []
-    event: Any = None
+    rows: list[Json] = []
+    metrics: list[Json] = []
+    event: Json | None = None
 
-    def picture() -> Any:
+    def picture() -> RenderableType:
         return event_table(event, rows, metrics) if event else "connecting"
 
     with Live(console=console, get_renderable=picture, refresh_per_second=2):  # times run on

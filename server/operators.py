@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from fedcore_server.config import Place
@@ -33,9 +33,13 @@ from fedcore.types import Json
 from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 CALL_SECONDS = 30.0
 AWAY_SECONDS = 60.0
 
+Q = TypeVar("Q")
 R = TypeVar("R")
 
 
@@ -59,7 +63,7 @@ class Operator:
         with grpc.secure_channel(target, credentials, options=options) as channel:
             yield channel
 
-    def ask(self, call: calls.Call[Any, R], request: Any) -> R:
+    def ask(self, call: calls.Call[Q, R], request: Q) -> R:
         """One answer. Raises FedcoreError."""
         with self._channel() as channel:
             try:
@@ -70,7 +74,7 @@ class Operator:
         return call.gives.unpack(data, sender="coordinator")
 
     def stream(
-        self, call: calls.Call[Any, R], request: Any, seconds: float | None = None
+        self, call: calls.Call[Q, R], request: Q, seconds: float | None = None
     ) -> Iterator[R]:
         """Answers, one after the other. Raises FedcoreError."""
         with self._channel() as channel:
@@ -325,7 +329,7 @@ def _for(event: Json) -> list[str]:
     return sorted((event.get("waiting") or {}).get("for", {}))
 
 
-def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> Any:
+def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> RenderableType:
     """The live picture of a job. rows: rounds that ended, metrics: what is known of models; oldest first."""
     from rich.console import Group
     from rich.table import Table
@@ -338,7 +342,7 @@ def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> Any:
     for name, site in event["sites"].items():
         seen = "" if not site["last_seen"] else f"{ago(now - site['last_seen'])} ago"
         sites.add_row(Text(name), Text(site_text(site, now)), seen)
-    lines: list[Any] = [Text(head_text(event)), sites]
+    lines: list[RenderableType] = [Text(head_text(event)), sites]
     if event.get("waiting"):
         lines.append(Text(waiting_text(event["waiting"], now)))
     lines += [Text(round_text(row, event["rounds"])) for row in rows[-5:]]
@@ -354,7 +358,7 @@ def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> Any:
     return Group(*lines)
 
 
-def _metrics_table(metrics: list[Json]) -> Any:
+def _metrics_table(metrics: list[Json]) -> RenderableType:
     """The first metric of the last few models, and the gap to the registered value if there is one."""
     from rich.table import Table
     from rich.text import Text
@@ -373,7 +377,7 @@ def _metrics_table(metrics: list[Json]) -> Any:
     return table
 
 
-def jobs_table(answer: Json) -> Any:
+def jobs_table(answer: Json) -> RenderableType:
     """All jobs, then all sites."""
     from rich.console import Group
     from rich.table import Table
@@ -392,7 +396,7 @@ def jobs_table(answer: Json) -> Any:
         sites.add_column(heading)
     for name, site in answer["sites"].items():
         sites.add_row(Text(name), Text(site_text(site, time.time())))
-    parts: list[Any] = (
+    parts: list[RenderableType] = (
         [jobs]
         if answer["jobs"]
         else [Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")]

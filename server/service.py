@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, assert_never
 
 import grpc
 import grpc.aio
@@ -106,7 +106,7 @@ class SiteSession:
     begun: bool = False
     waiting: int = 0
 
-    def put(self, frame: Any) -> None:
+    def put(self, frame: frames.ToSite) -> None:
         """Queue a frame; a site that does not read loses its session."""
         self.put_packed(calls.SESSION.gives.pack(frame))
 
@@ -149,7 +149,7 @@ class Coordinator:
         self.jobs: dict[str, JobRunner] = {}
         self.pins = roster_digest(context.pins)
         self.counts = Counts()
-        self._said: tuple[str, Any, bytes] = "", None, b""
+        self._said: tuple[str, job_messages.ToSite | None, bytes] = "", None, b""
         kept = context.journal.get("coordinator", "evicted")
         self.evicted: set[str] = set(json.loads(kept)) if kept else set()
         self._wait: _Wait = _Wait()
@@ -330,7 +330,7 @@ class Coordinator:
         here = self.sessions
         return dict.fromkeys(n for n in self.context.pins if n in here and not here[n].over)
 
-    def say(self, site: SiteId, job: str, message: Any) -> None:
+    def say(self, site: SiteId, job: str, message: job_messages.ToSite) -> None:
         """Send a record if the site has a session."""
         session = self.sessions.get(site)
         if session is None:
@@ -405,7 +405,7 @@ class Coordinator:
         finally:
             session.end(None)
 
-    def _begin(self, name: SiteId, session: SiteSession, frame: Any) -> bool:
+    def _begin(self, name: SiteId, session: SiteSession, frame: frames.FromSite) -> bool:
         """The first frame. False: the session is over already."""
         if not isinstance(frame, frames.Hello):
             raise MalformedMessage(
@@ -433,7 +433,7 @@ class Coordinator:
         self.changed()
         return True
 
-    async def _on_frame(self, name: SiteId, session: SiteSession, frame: Any) -> None:
+    async def _on_frame(self, name: SiteId, session: SiteSession, frame: frames.FromSite) -> None:
         match frame:
             case frames.Record():
                 found = self.jobs.get(frame.job)
@@ -458,8 +458,10 @@ class Coordinator:
                 raise MalformedMessage(
                     "session", found="a second Hello", expected="none", fault=name
                 )
-            case _:
+            case frames.Pong():
                 pass
+            case _:
+                assert_never(frame)
 
     @staticmethod
     async def _room(found: JobRunner) -> None:
@@ -860,7 +862,10 @@ def _line(text: str) -> str:
 
 def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
     """What a gRPC server registers: bytes in, bytes out."""
-    methods: dict[str, dict[str, Any]] = {calls.COORDINATOR: {}, calls.OPERATORS: {}}
+    methods: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {
+        calls.COORDINATOR: {},
+        calls.OPERATORS: {},
+    }
     table: list[tuple[calls.Call[Any, Any], Callable[..., Any]]] = [
         (calls.SESSION, hub.session), (calls.CHECK, hub.check), (calls.UPLOAD, hub.upload),
         (calls.UPLOAD_OFFSET, hub.upload_offset), (calls.DOWNLOAD, hub.download),
