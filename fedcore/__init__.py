@@ -46,7 +46,7 @@ _HOMES = {
     "table": "fedcore.learning.data.tabular",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

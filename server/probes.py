@@ -28,7 +28,7 @@ class Probes:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         _ = federation_pb2  # reflection looks the services up among the descriptors that are loaded
         names = (calls.COORDINATOR, calls.OPERATORS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._reflection = reflection.aio.ReflectionServicer(names)
@@ -48,7 +48,8 @@ class Probes:
 
     async def _reflect(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         await self._admit(context)
-        async for answer in self._reflection.ServerReflectionInfo(requests, context):
+        answers: Any = self._reflection.ServerReflectionInfo(requests, context)
+        async for answer in answers:
             yield answer
 
     async def _admit(self, context: Context) -> None:

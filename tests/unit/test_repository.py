@@ -432,7 +432,7 @@ def test_set_up_happens_once_even_when_two_start(tmp_path, lock):
 
 def without_flock(folder: Path) -> dict[str, str]:
     """The path a machine without flock takes: a PATH of our own, without it."""
-    tools = "bash cat cksum cp chmod dirname head mkdir rm sh sleep"
+    tools = "bash cat cksum cp chmod dirname head ln mkdir rm sh sleep"
     for tool in tools.split():
         if not (folder / tool).exists():
             (folder / tool).symlink_to(str(shutil.which(tool)))

@@ -101,11 +101,12 @@ class ModelHandover:
             self._asked.update(dict.fromkeys(silent, now))
             return [self._wanted(name, b"") for name in silent]
         able = [name for name in sites if self.said.get(name) == digest]
-        if not able or (self._giver in able and now - self._tried[self._giver] < patience):
+        giver = self._giver
+        if not able or (giver and giver in able and now - self._tried[giver] < patience):
             return []
-        self._giver = min(able, key=lambda name: self._tried.get(name, -math.inf))
-        self._tried[self._giver] = now
-        return [self._wanted(self._giver, digest)]
+        self._giver = giver = min(able, key=lambda name: self._tried.get(name, -math.inf))
+        self._tried[giver] = now
+        return [self._wanted(giver, digest)]
 
     def _wanted(self, site: SiteId, digest: bytes) -> Send[job_messages.ModelWanted]:
         return Send(site, job_messages.ModelWanted(self._facts.id, self._facts.released, digest))
