@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from fedcore import __version__
 from fedcore.errors import MalformedMessage
@@ -366,13 +366,15 @@ def _no_such_number(name: str) -> None:
 
 # ------------------------------------------------------------------------------------ codecs
 
+F = TypeVar("F")
+
 FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye
 ToSite = Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting
 UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
 
 
-def _form(frame: type[Any], number: int = 0, most: int = SMALL) -> Form[Any]:
+def _form(frame: type[F], number: int = 0, most: int = SMALL) -> Form[F]:
     """The wire form of a frame; its protobuf class has the same name, and a Part is bare bytes."""
     message: Callable[[], Any] | None = None
     if frame is not Part:
@@ -380,14 +382,14 @@ def _form(frame: type[Any], number: int = 0, most: int = SMALL) -> Form[Any]:
     return Form(frame, message, most, number)
 
 
-def _oneof(name: str, *frames: type[Any]) -> Codec[Any]:
+def _oneof(name: str, *frames: type[F]) -> Codec[F]:
     """The frames of a `oneof`, numbered from 1."""
-    most = {Record: MAX_RECORD + KIB, Part: PART}
+    most: dict[type[object], int] = {Record: MAX_RECORD + KIB, Part: PART}
     forms = (_form(each, at, most.get(each, SMALL)) for at, each in enumerate(frames, start=1))
     return Codec(name, *forms)
 
 
-def _alone(frame: type[Any], most: int = SMALL) -> Codec[Any]:
+def _alone(frame: type[F], most: int = SMALL) -> Codec[F]:
     return Codec(frame.__name__, _form(frame, most=most))
 
 
@@ -398,21 +400,21 @@ TO_SITE: Codec[ToSite] = _oneof(
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)
 
-HELLO: Codec[Hello] = _alone(Hello)
-WELCOME: Codec[Welcome] = _alone(Welcome)
-UPLOAD_START: Codec[UploadStart] = _alone(UploadStart)
-UPLOAD_RECEIPT: Codec[UploadReceipt] = _alone(UploadReceipt)
-DOWNLOAD_START: Codec[DownloadStart] = _alone(DownloadStart)
-SUBMIT_REQUEST: Codec[SubmitRequest] = _alone(SubmitRequest, MAX_TOML + MAX_JSON + KIB)
-SUBMIT_REPLY: Codec[SubmitReply] = _alone(SubmitReply)
-JOBS_REQUEST: Codec[JobsRequest] = _alone(JobsRequest)
-JOBS_REPLY: Codec[JobsReply] = _alone(JobsReply, MAX_JSON + KIB)
-WATCH_REQUEST: Codec[WatchRequest] = _alone(WatchRequest)
-WATCH_EVENT: Codec[WatchEvent] = _alone(WatchEvent, MAX_JSON + KIB)
-JOB_REQUEST: Codec[JobRequest] = _alone(JobRequest)
-SITE_REQUEST: Codec[SiteRequest] = _alone(SiteRequest)
-REPLY: Codec[Reply] = _alone(Reply)
-FILE_PART: Codec[FilePart] = _alone(FilePart, PART + KIB)
+HELLO = _alone(Hello)
+WELCOME = _alone(Welcome)
+UPLOAD_START = _alone(UploadStart)
+UPLOAD_RECEIPT = _alone(UploadReceipt)
+DOWNLOAD_START = _alone(DownloadStart)
+SUBMIT_REQUEST = _alone(SubmitRequest, MAX_TOML + MAX_JSON + KIB)
+SUBMIT_REPLY = _alone(SubmitReply)
+JOBS_REQUEST = _alone(JobsRequest)
+JOBS_REPLY = _alone(JobsReply, MAX_JSON + KIB)
+WATCH_REQUEST = _alone(WatchRequest)
+WATCH_EVENT = _alone(WatchEvent, MAX_JSON + KIB)
+JOB_REQUEST = _alone(JobRequest)
+SITE_REQUEST = _alone(SiteRequest)
+REPLY = _alone(Reply)
+FILE_PART = _alone(FilePart, PART + KIB)
 
 MAX_FRAME = MAX_RECORD + 2 * KIB
 """Bytes that grpc must accept (its default is 4 MiB): above the limit of every form."""
