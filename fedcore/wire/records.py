@@ -54,8 +54,8 @@ def travelling(*types: type[T], most: int, each: int = 0) -> Table[T]:
 
 
 def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
-    open_end = hint is Any or isinstance(hint, TypeVar)
-    if open_end or (isinstance(hint, type) and issubclass(hint, Secret)):
+    secret = isinstance(hint, type) and issubclass(hint, Secret)
+    if secret or hint is Any or isinstance(hint, TypeVar):
         raise TypeError(f"{where} may hold a secret: it cannot travel")
     for each in get_args(hint):
         _refuse_secrets(each, where, seen)

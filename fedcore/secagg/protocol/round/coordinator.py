@@ -528,62 +528,62 @@ CoordinatorEffect = (
 
 def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage:
     """The stage after a journal record."""
-    match stage, entry:
-        case ((Ready() | Released() | Failed()), RoundStarted(header, size, salt)):
+    match entry:
+        case RoundStarted(header, size, salt) if isinstance(stage, Between):
             if header.layers.masks:
                 return Advertising(header, size, salt)
             return Collecting(header, size, salt, (), ())
-        case Advertising(), KeysTaken(keys):
+        case KeysTaken(keys) if isinstance(stage, Advertising):
             return replace(stage, keys=_in_order(stage.header, (*stage.keys, keys)))
-        case Advertising(), BundleFixed(bundle, gone):
+        case BundleFixed(bundle, gone) if isinstance(stage, Advertising):
             gone = _merged(stage.gone, gone)
             return Sharing(stage.header, stage.size, stage.salt, bundle, (), gone)
-        case Sharing(), SharesTaken(shares):
+        case SharesTaken(shares) if isinstance(stage, Sharing):
             place = stage.header.place
             sent = sorted((*stage.shares, shares), key=lambda each: place(each.head.site))
             return replace(stage, shares=tuple(sent))
-        case Sharing(), CohortFixed():
+        case CohortFixed() if isinstance(stage, Sharing):
             return Collecting(
                 stage.header, stage.size, stage.salt, stage.bundle, stage.shares, (), stage.gone
             )
-        case Collecting(), SubmissionTaken(submit):
+        case SubmissionTaken(submit) if isinstance(stage, Collecting):
             found = _in_order(stage.header, (*stage.submissions, submit))
             return replace(stage, submissions=found)
-        case Collecting(), ListFixed(submissions, late):
+        case ListFixed(submissions, late) if isinstance(stage, Collecting):
             gone, left = _merged(stage.gone, late), _merged(stage.left, late)
             if not stage.header.layers.masks:
                 return Summing(stage.header, submissions, (), gone, left)
             return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone, left)
-        case Confirming(), ConfirmTaken(confirm):
+        case ConfirmTaken(confirm) if isinstance(stage, Confirming):
             return replace(stage, confirms=_in_order(stage.header, (*stage.confirms, confirm)))
-        case Confirming(), ConfirmsFixed():
+        case ConfirmsFixed() if isinstance(stage, Confirming):
             signed = {confirm.site for confirm in stage.confirms}
             others = [site for site in survivors_of(stage.submissions) if site not in signed]
             return Unmasking(
                 stage.header, stage.bundle, stage.shares, stage.submissions, stage.confirms, (),
                 stage.gone, _merged(stage.left, others),
             )  # fmt: skip
-        case Unmasking(), AnswerTaken(unmask):
+        case AnswerTaken(unmask) if isinstance(stage, Unmasking):
             return replace(stage, answers=_in_order(stage.header, (*stage.answers, unmask)))
-        case Unmasking(), MasksRebuilt(masks):
+        case MasksRebuilt(masks) if isinstance(stage, Unmasking):
             return Summing(stage.header, stage.submissions, masks, stage.gone, stage.left)
-        case Summing(), SumSpooled(aggregate):
+        case SumSpooled(aggregate) if isinstance(stage, Summing):
             gone, left = stage.gone, stage.left
             return Releasing(stage.header, stage.submissions, aggregate, (), gone, left)
-        case Releasing(), StatementTaken(statement):
+        case StatementTaken(statement) if isinstance(stage, Releasing):
             return replace(
                 stage, statements=_in_order(stage.header, (*stage.statements, statement))
             )
-        case _, SiteGone(site, how) if isinstance(stage, InRound):
+        case SiteGone(site, how) if isinstance(stage, InRound):
             stage = replace(stage, gone=_merged(stage.gone, (site,)))
             if how != LOST and not isinstance(stage, Advertising | Sharing):
                 stage = replace(stage, left=_merged(stage.left, (site,)))
             if how == REFUSED and isinstance(stage, Releasing):
                 stage = replace(stage, refused=_merged(stage.refused, (site,)))
             return stage
-        case Releasing(), RoundReleased(certificate):
+        case RoundReleased(certificate) if isinstance(stage, Releasing):
             return Released(stage.header, certificate, stage.refused)
-        case _, RoundGivenUp(name, left) if isinstance(stage, InRound):
+        case RoundGivenUp(name, left) if isinstance(stage, InRound):
             refused = stage.refused if isinstance(stage, Releasing) else ()
             return Failed(stage.header, name, left, _exposed(stage), refused)
     raise OutOfOrder(

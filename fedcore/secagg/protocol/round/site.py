@@ -608,59 +608,59 @@ SiteEffect = (
 
 def evolve(stage: SiteStage, entry: SiteEntry) -> SiteStage:
     """The stage after a journal record. Total on what `step` records, and on nothing else."""
-    match stage, entry:
-        case Idle(), Joined(header, tag, secrets, keys, first):
+    match entry:
+        case Joined(header, tag, secrets, keys, first) if isinstance(stage, Idle):
             return Advertised(_used(stage.standing, header), header, tag, secrets, keys, (first,))
-        case Idle(), JoinedUnmasked(header, tag, first):
+        case JoinedUnmasked(header, tag, first) if isinstance(stage, Idle):
             standing = _used(stage.standing, header)
             return Masking(standing, header, tag, b"", header.roster, (), (), (first,))
-        case Advertised(), SharesMade(bundle, own, shares, last):
+        case SharesMade(bundle, own, shares, last) if isinstance(stage, Advertised):
             return Shared(
                 stage.standing, stage.header, stage.state_tag, stage.secrets, bundle, own, shares,
                 (*stage.history, last),
             )  # fmt: skip
-        case Shared(), DeliveryOpened(cohort, held, masks, last):
+        case DeliveryOpened(cohort, held, masks, last) if isinstance(stage, Shared):
             return Masking(
                 stage.standing, stage.header, stage.state_tag, digest(stage.bundle), cohort, held,
                 masks, (*stage.history, last),
             )  # fmt: skip
-        case Masking(), VectorSpooled(submit):
+        case VectorSpooled(submit) if isinstance(stage, Masking):
             return Submitted(
                 _sent(stage.standing, stage.header), stage.header, stage.state_tag, stage.bundle,
                 stage.cohort, stage.held, submit, stage.history,
             )  # fmt: skip
-        case Submitted(), ListSigned(submissions, confirm, last):
+        case ListSigned(submissions, confirm, last) if isinstance(stage, Submitted):
             return Confirmed(
                 stage.standing, stage.header, stage.state_tag, stage.cohort, stage.held, submissions,
                 confirm, (*stage.history, last),
             )  # fmt: skip
-        case Confirmed(), UnmaskAnswered(last):
+        case UnmaskAnswered(last) if isinstance(stage, Confirmed):
             return Answered(
                 _exposed(stage.standing, stage.header), stage.header, stage.state_tag,
                 stage.submissions, (*stage.history, last),
             )  # fmt: skip
-        case ((Answered() | Confirmed() | Submitted()), SumAnnounced(aggregate, last)):
+        case SumAnnounced(aggregate, last) if isinstance(stage, Answered | Confirmed | Submitted):
             return Opening(
                 _exposed(stage.standing, stage.header), stage.header, stage.state_tag,
                 aggregate.submissions, aggregate, (*stage.history, last),
             )  # fmt: skip
-        case Opening(), SumStated(statement):
+        case SumStated(statement) if isinstance(stage, Opening):
             last = exchange(stage.aggregate, statement)
             return Stated(
                 stage.standing, stage.header, stage.submissions, statement,
                 (*stage.history[:-1], last),
             )  # fmt: skip
-        case Stated(), Certified(certificate):
+        case Certified(certificate) if isinstance(stage, Stated):
             return Idle(_released(stage.standing, certificate))
-        case _, Departed() if isinstance(stage, IN_ROUND):
+        case Departed() if isinstance(stage, InRound):
             return Idle(stage.standing)
-        case _, ReleaseRefusedHere() if isinstance(stage, IN_ROUND):
+        case ReleaseRefusedHere() if isinstance(stage, InRound):
             return Halted(stage.standing)
-        case ((Idle() | Halted()), EpochInstalled(epoch, key_id)):
+        case EpochInstalled(epoch, key_id) if isinstance(stage, Idle | Halted):
             return Idle(replace(stage.standing, epoch=epoch, key_id=key_id))
-        case Idle(), CheckpointTaken(certificate):
+        case CheckpointTaken(certificate) if isinstance(stage, Idle):
             return Idle(_released(stage.standing, certificate))
-        case ((Idle() | Halted()), FolderFoundOld(number)):
+        case FolderFoundOld(number) if isinstance(stage, Idle | Halted):
             return replace(stage, standing=_proved(stage.standing, number))
     raise OutOfOrder(
         "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",

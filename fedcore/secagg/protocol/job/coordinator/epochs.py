@@ -132,8 +132,11 @@ class EpochDriver:
             return False
         if self._refused:
             return True
-        over = coordinator.Released | coordinator.Failed
-        if isinstance(stage, over) and stage.refused and stage.header.epoch == facts.epoch.epoch:
+        if (
+            isinstance(stage, coordinator.Ended)
+            and stage.refused
+            and stage.header.epoch == facts.epoch.epoch
+        ):
             return True
         key_holders = {key.site for key in facts.epoch.keys}
         return facts.step is not None and bool(key_holders & (facts.evicted | facts.withdrawn))
