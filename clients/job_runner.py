@@ -193,9 +193,8 @@ class JobRunner:
             retry_seconds=job_work.RETRY_SECONDS,
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
-        self.perform(
-            self.job.part.unable(job_messages.UNABLE)
-        )  # so that no site waits for this one
+        # So that no site waits for this one.
+        self.perform(self.job.part.unable(job_messages.UNABLE))
 
     async def _serve(self) -> None:
         try:

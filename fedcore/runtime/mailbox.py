@@ -80,8 +80,8 @@ class Mailbox(Generic[Event]):
     ) -> asyncio.Task[Event | None]:
         """Run work in the background; what it returns is queued as an event, unless it is None.
 
-        fault: the event for any Exception it raises, also for a cancellation that nobody asked for. Work
-        that ends because its task was cancelled queues nothing.
+        fault: the event for any Exception it raises, also for a cancellation that nobody asked for; it must
+        not raise. Work that ends because its task was cancelled queues nothing.
         """
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
