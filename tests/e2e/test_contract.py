@@ -65,7 +65,7 @@ def heart(tmp_path_factory):
     done = fedcore(*lines.pop("again"), cwd=folder)
     assert done.returncode == 0, done.stderr
     results = {"again": (json.loads(done.stdout), folder / "again")}
-    script = "import sys\nfrom fedcore import cli\n" + "".join(
+    script = "import sys\nfrom fedcore.cli import main as cli\n" + "".join(
         f"try:\n    cli.main({[str(word) for word in line]!r})\n"
         "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
         for line in lines.values()
@@ -181,7 +181,7 @@ def test_the_screen_tells_what_a_person_asks(tmp_path):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from fedcore import cli\n"
+        "import sys; from fedcore.cli import main as cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'pandas', 'matplotlib', 'tenseal', 'sklearn'} & set(sys.modules)\n"
