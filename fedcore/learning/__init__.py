@@ -1,1 +1,1 @@
-"""What a site computes, and what a released sum leads to. Torch lives here."""
+"""A site's computations, and the application of released sums. The only package that imports torch."""

@@ -1,4 +1,4 @@
-"""A model that one party trains alone, with an optimiser that lasts from round to round."""
+"""A model that one party trains alone, with an optimiser that is kept from round to round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OwnModel:
         self._optimiser = make_optimiser(self.module, plan)
 
     def train(self, rows: Rows, *, seed: int, round_: int, site: str) -> TrainReport:
-        """One round's epochs over `rows`, going on with the same optimiser."""
+        """One round's epochs over `rows`, with the same optimiser as before. Raises TaskFailed, BadInput."""
         return local_train(
             self._task,
             self.module,

@@ -1,4 +1,4 @@
-"""The state of an unfinished run as bytes, and back. Values only: nothing in it is code when read."""
+"""The state of an unfinished run as bytes, and back. It has values only; reading it executes no code."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class GuardMemory:
 
 @dataclass
 class GuardRecord:
-    """A site's thresholds and memory in one job, as they go to whoever computes its vectors, who replaces
+    """A site's thresholds and memory in one job, passed to the process that computes its vectors, which replaces
     the memory."""
 
     rules: GuardRules = field(default_factory=GuardRules)
@@ -122,7 +122,7 @@ class Guard:
     def judge(self, state: ServerState, round_: int) -> None:
         """Judge the state that the release of a training round led to; 0: the one the job begins with.
 
-        Raises GuardTripped; the memory then says so again when it is asked again.
+        Raises GuardTripped, and again on every later call, by the memory.
         """
         if round_ <= self.memory.judged:
             if self.memory.strikes >= self.rules.rounds:

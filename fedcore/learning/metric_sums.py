@@ -1,7 +1,7 @@
-"""A task's metrics as the wide integers a site adds to its vector, and the values their sums give.
+"""A task's metrics as wide integers in a site's vector, and the values that their sums give.
 
-Built-in metrics are non-negative integer sums already. A task's own `evaluate` gives
-`(total, count)` pairs of floats: they travel as offset fixed-point numbers with 16 fractional bits.
+Built-in metrics are non-negative integer sums already. A task's own `evaluate` returns
+`(total, count)` pairs of floats: they are sent as fixed-point numbers with an offset and 16 fractional bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _OFFSET = 1 << (OWN_BITS - 1)
 
 @dataclass(frozen=True)
 class MetricTransport:
-    """metrics: built-in ones (empty where the task brings `evaluate`); own: names it returns."""
+    """metrics: built-in ones (empty if the task has its own `evaluate`); own: the names that it returns.
+
+    columns: outputs per row; max_rows: the largest number of test rows of a site, for the bits of sums.
+    """
 
     metrics: tuple[Metric, ...]
     own: tuple[str, ...]
@@ -42,7 +45,7 @@ class MetricTransport:
 
     @property
     def wides(self) -> tuple[Wide, ...]:
-        """What the plan reserves in every vector."""
+        """The wide integers that the plan reserves in every vector."""
         built_in = (
             Wide(
                 METRIC + m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length()
@@ -65,7 +68,7 @@ class MetricTransport:
         return out
 
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
-        """{metric: how far its value from sums may be from the exact one}, where one is stated."""
+        """{metric: bound on the error of its value from sums}, for metrics with such a bound."""
         return {
             metric.name: auc_error_bound(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics

@@ -3,7 +3,7 @@
 Invariant: `write(read())` changes nothing, and the order is the module's own: trainable parameters in
 `named_parameters` order (a tied parameter once), then floating buffers in `named_buffers` order.
 Buffers policy `average`: floating buffers (BatchNorm's running statistics) travel and are averaged like
-parameters; `initial`: they stay as the seed made them. Integer buffers and frozen parameters always
+parameters; `initial`: they keep their initial values from the seed. Integer buffers and frozen parameters always
 keep their initial values, which every site makes from the same seed.
 """
 
@@ -28,7 +28,7 @@ BUFFER_POLICIES = ("average", "initial")
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """One torch thread inside, the caller's number again after: convolutions differ in the last bits
+    """Use one torch thread inside and restore the number afterwards: convolutions differ in the last bits
     between one and two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def single_thread() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
-    """Torch's and NumPy's global generators seeded from the four words inside, untouched after."""
+    """Seed Torch's and NumPy's global generators from the four arguments inside; restore them afterwards."""
     value = derive_seed(seed, round_, site, purpose)
     numpy_state = np.random.get_state()  # noqa: NPY002 - a task may draw from it
     with torch.random.fork_rng(devices=[]):
@@ -58,9 +58,8 @@ def _accelerated() -> bool:
 
 
 def _seed(value: int) -> None:
-    """As `torch.manual_seed`, without what it does on a machine that has no accelerator: it writes down its
-    own call stack for each kind of device that may come later. That is a fifth of a comparison of small
-    models."""
+    """As `torch.manual_seed`, without its overhead on a machine without accelerator, where it records its call
+    stack for each kind of device that may be added later: a fifth of the time of a comparison of small models."""
     if _accelerated():
         torch.manual_seed(value)
     else:
@@ -68,7 +67,7 @@ def _seed(value: int) -> None:
 
 
 class FlatModel:
-    """A module and the flat view of what a federation shares of it."""
+    """A module, and a flat view of its shared parameters and buffers."""
 
     def __init__(self, module: nn.Module, buffers: str = "average") -> None:
         if buffers not in BUFFER_POLICIES:
@@ -83,8 +82,8 @@ class FlatModel:
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
         frozen = sum(p.numel() for p in module.parameters()) - self.parameters
         moving = {name for name, _ in travelling}
-        # Training (a task's own may touch frozen layers) changes these in place; every write puts them
-        # back, so no site's values stay behind.
+        # Training changes these in place (a task's own loop may change frozen layers); every write restores
+        # them, so that no site's values remain.
         still = [b for n, b in module.named_buffers() if n not in moving]
         still += [p for p in module.parameters() if not p.requires_grad]
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
@@ -102,7 +101,7 @@ class FlatModel:
 
     @property
     def coordinates(self) -> int:
-        """d: parameters and travelling buffers."""
+        """d: parameters and shared buffers."""
         return self.parameters + self.buffer_coordinates
 
     @torch.no_grad()
@@ -113,8 +112,8 @@ class FlatModel:
 
     @torch.no_grad()
     def write(self, vector: FloatVector) -> None:
-        """Copy (d,) float32 into the module in place; frozen parameters and buffers that do not travel
-        go back to their initial values. Raises BadInput on another length."""
+        """Copy (d,) float32 into the module in place, and restore frozen parameters and unshared buffers to their
+        initial values. Raises BadInput on another length."""
         if len(vector) != self.coordinates:
             raise BadInput(f"model: found {len(vector)} coordinates, expected {self.coordinates}")
         source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))

@@ -1,8 +1,8 @@
-"""A finished model on disk: safetensors, with all that raw rows need before they reach it.
+"""A finished model on disk: safetensors, with the statistics and columns that raw rows need.
 
 Invariant: `load_model(save_model(...))` predicts the same bits. The metadata names the task, the
-statistics and the column order; nothing in the file is code, so the architecture comes from the task,
-which is looked for where the run found it, never in the folder somebody happens to be in.
+statistics and the column order. The file contains no code, so the architecture comes from the task, which is
+loaded from the run's own location, never from the current folder.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def save_model(
     statistics: Statistics | None,
     layout: RowLayout | None,
 ) -> None:
-    """Write model.safetensors, whole."""
+    """Write model.safetensors atomically."""
     write_atomic(directory / FILE, model_bytes(module, task, statistics, layout))
 
 
 def model_bytes(
     module: nn.Module, task: Task, statistics: Statistics | None, layout: RowLayout | None
 ) -> bytes:
-    """The file's bytes: the state dict, and as metadata what raw rows need."""
+    """The file's bytes: the state dict, with the statistics and columns as metadata."""
     about: Json = {
         "task": task.origin,
         "task_name": task.name,
@@ -131,8 +131,8 @@ def _array(rows: Any) -> Any:
 def load_model(directory: Path, task: Task | None) -> SavedModel:
     """Build the task's module and fill it. Raises BadInput where the task or the file is missing.
 
-    A task given by a relative path is loaded from the run's own base folder (job.json), or from
-    `directory` where no job.json says: the current folder may hold a stranger's file of that name.
+    A task given by a relative path is loaded from the run's own base folder (job.json), or from `directory`
+    without a job.json: the current folder may have an unrelated file of that name.
     """
     path = directory / FILE
     if not path.is_file():

@@ -1,6 +1,6 @@
 """Scoring a model on rows: per-row outputs for the built-in metrics, sums for a task's own.
 
-Only sums ever leave a site; per-row outputs exist where the simulation stands in for all sites.
+Only sums leave a site; per-row outputs are used in simulations only.
 Invariant: what `score` returns is finite, except for a mean loss that overflowed.
 """
 
@@ -150,7 +150,7 @@ def _as_array(outputs: torch.Tensor) -> NDArray[np.float64]:
 
 
 def has_loss(task: Task) -> bool:
-    """Whether the task's loss says something: one that trains and evaluates by itself need not use it."""
+    """Whether the task's loss is meaningful: a task with its own `train` and `evaluate` may not use it."""
     return task.train is None or task.evaluate is None
 
 
@@ -163,9 +163,8 @@ def training_loss(
     Everything runs in evaluation mode (training mode would make it depend on chance, as dropout does), but
     normalisation layers: those take each batch's own statistics, as in training. Running statistics fit
     the parameters only after many rounds, or never where buffers keep their initial values, so the loss
-    with them says nothing about a model that is trained honestly. The module is left as it was found, in
-    evaluation mode. It may be NaN or infinite. Raises TaskFailed, and BadInput where BatchNorm
-    meets a batch of one row.
+    with them does not describe an honestly trained model. The module is left unchanged, in evaluation mode.
+    The loss may be NaN or infinite. Raises TaskFailed, and BadInput for BatchNorm with a batch of one row.
     """
     total, count = 0.0, 0
     picked = _some(len(rows))
@@ -188,8 +187,8 @@ def training_loss(
 
 @contextmanager
 def _batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for the normalisation layers that the module's training mode trains; all buffers
-    are put back afterwards."""
+    """Evaluation mode except for normalisation layers that the module's training mode trains; all buffers
+    are restored afterwards."""
     module.train()  # a module's own `train` may keep some of its layers in evaluation mode
     normalising = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
     module.eval()

@@ -1,4 +1,4 @@
-"""One site by itself: its rows and its model, and what it gives to each round of a job.
+"""One site alone: its rows, its model, and its contribution to each round of a job.
 
 A deployed site runs this in its training process; `prepare` does the same for every site of a
 simulation. Invariant: built from the task, the job and one site's source alone, so a site finds the same
@@ -49,7 +49,7 @@ class Unit:
 
 
 def standardised(rows: Any, scale: Any) -> Rows:
-    """Rows as inputs, by statistics or by `Unit`."""
+    """Rows as inputs, scaled by statistics or by `Unit`."""
     found: Rows = rows.standardise(scale)
     return found
 
@@ -87,7 +87,7 @@ class LoadedSite:
 
     @property
     def note(self) -> str:
-        """One line for the site's own log, or "": nothing of it goes to the coordinator (PROTOCOL U)."""
+        """One line for the site's own log, or ""; never sent to the coordinator (PROTOCOL U)."""
         kept = len(self.rows.train) + len(self.rows.test)
         if kept == self.found:
             return ""
@@ -98,7 +98,7 @@ class LoadedSite:
 
 
 def first_rows(site: SiteRows) -> Rows:
-    """Up to two rows, to see shapes by."""
+    """Up to two rows, which fix shapes."""
     rows: Any = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
     return rows if rows.features is None else standardised(rows, Unit.of(rows))
 
@@ -131,7 +131,7 @@ def public_scale(rows: Any, standardise: str) -> Statistics | None:
 def shape_of(
     task: Task, flat: FlatModel, transport: MetricTransport, rows: Any, standardise: str
 ) -> ModelShape:
-    """What a site finds of the plan in its task and its rows."""
+    """The part of the plan that follows from a site's task and rows."""
     travels = rows.features is not None and standardise == "federated"
     return ModelShape(
         task.name, task.digest(), flat.parameters, flat.buffer_coordinates,
@@ -151,7 +151,7 @@ def _inputs_digest(rows: Any) -> str:
 class LocalSite:
     """A site's task, rows and model for one job; `contribute` is called once for each vector.
 
-    split: the site's own, whatever the job says. note: for the site's log, or "".
+    split: the site's own, independent of the job. note: for the site's log, or "".
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class LocalSite:
         """
         hidden = public and self.task.origin not in BUILT_IN
         task = replace(self.task, origin="") if hidden else self.task
-        self.flat.write(state.server.model)  # what training counted beside the parameters goes
+        self.flat.write(state.server.model)  # also resets what training counted
         layout = getattr(self.site.train, "layout", None)
         return model_bytes(self.flat.module, task, state.statistics or self.public, layout)
 

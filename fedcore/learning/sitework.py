@@ -1,10 +1,10 @@
-"""What one site computes in a job: the content of its vector for each purpose a round can have.
+"""The computations of one site in a job: the content of its vector for each purpose of a round.
 
-`simulate` does it for every site in turn, a deployed site for itself alone, in a process of its own;
-the same code, so the same bits. What is done with an opened sum is `aggregate/released.py`.
+`simulate` runs this code for every site in turn, a deployed site for itself in its training process, so both
+give the same bits. `learning/released.py` applies an opened sum.
 
-Invariant: everything here follows from the site's rows, the plan, the state it starts from and the
-job's seed; nothing depends on which process runs it, or on the other sites.
+Invariant: results depend only on the site's rows, the plan, the state at the start and the job's seed, not on
+the process that runs it or on other sites.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def statistics_of(rows: Rows) -> Contribution:
 class SiteWork:
     """One site's side of the rounds of one job.
 
-    flat: the model's one flat view, written anew for each use; seed: the job's.
+    flat: the model's one flat view, overwritten at each use; seed: the job's.
     """
 
     task: Task

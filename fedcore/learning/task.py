@@ -1,7 +1,7 @@
 """What a federation learns: a frozen record of ordinary functions, and how a name becomes one.
 
-Invariant: a user's file is loaded under a private module name, so a stranger's `server.py` or
-`clients/` beside it can neither shadow nor be shadowed.
+Invariant: a user's file is loaded under a private module name, so that it and an unrelated `server.py` or
+`clients/` in its folder cannot shadow each other.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _module_from_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except FedcoreError as error:
-        # Our own refusal of what the file builds is for people already; it only lacks the file.
+        # An error of our own for what the file builds; only the file's name is added.
         del sys.modules[name]
         raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
     except Exception as error:

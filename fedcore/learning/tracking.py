@@ -1,12 +1,12 @@
-"""Accuracy where pooling is impossible: what a deployed site can say of each round.
+"""Accuracy where pooling is impossible: a deployed site's record of each round.
 
 Three numbers per metric: of the released model on this site's own test rows; of a model that the site
 trains alone, as the arm `local_only` does (where the job has it); and over all sites' test rows, from
 the sums that rode in the round's vector (of the model the round started from). The gap to a registered
-reference stands beside.
+reference is recorded too.
 
 Invariant: nothing here leaves the site, with one exception that the job must ask for: where the plan makes
-metrics public, `everywhere_before` is told to the coordinator (`protocol/publicmetrics.py`). It is of the
+metrics public, `everywhere_before` is told to the coordinator (`protocol/public_metrics.py`). It is of the
 sums over all sites, which every site opened anyway; `here`, `alone` and `gained` are this site's own.
 """
 
@@ -96,7 +96,7 @@ def _as_alone(local: LocalSite) -> SiteRows:
 
 
 def values_of(transport: MetricTransport, scored: Scored | None) -> dict[str, float | None]:
-    """{metric: value} of one site's scored rows; None where they cannot say it."""
+    """{metric: value} of one site's scored rows; None where it is undefined."""
     names = [metric.name for metric in transport.metrics] + list(transport.own)
     if scored is None:
         return dict.fromkeys(names)

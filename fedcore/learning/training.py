@@ -1,7 +1,7 @@
 """Training on one site's rows, by our loop or the task's own.
 
-Invariant: what comes out is a function of (model, rows, fit settings, seed, round, site): one torch
-thread, and every random draw derives from those words.
+Invariant: the result is a function of (model, rows, fit settings, seed, round, site): one torch thread, and
+every random draw derives from these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIMISERS: dict[str, Callable[[Any, TrainPlan], torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Fit:
-    """What a task's own `train(model, rows, fit)` gets: the settings, and where it stands."""
+    """The argument `fit` of a task's own `train(model, rows, fit)`: the settings, seed, round and site."""
 
     optimiser: str
     lr: float
@@ -52,7 +52,7 @@ class TrainReport:
     """steps: optimiser steps; examples: rows seen, epochs counted.
 
     loss: mean of the batches' losses, each as it was before its step, a short batch counting as much
-    as a full one; None where the task trains by itself.
+    as a full one; None for a task with its own `train`.
     """
 
     steps: int
@@ -108,9 +108,8 @@ def local_train(
 ) -> TrainReport:
     """Train `module` in place for `plan.epochs` passes over `rows`.
 
-    optimiser: one to go on with (the arms that never average); None makes a fresh one, as a site does
-    each round. Raises TaskFailed when the task's code raises, BadInput where BatchNorm meets a
-    batch of one row.
+    optimiser: one to continue with (for arms that never average); None makes a new one, as a site does each
+    round. Raises TaskFailed if the task's code raises, BadInput for BatchNorm with a batch of one row.
     """
     module.train()
     part = "train" if task.train is not None else "model, task.predict or task.loss"

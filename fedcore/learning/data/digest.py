@@ -2,8 +2,8 @@
 
 Invariant: it depends on the values and nothing else: not on the split into training and test rows, on the
 fold, on a cap, or on the order of a file. SHA-256 over the sorted SHA-256 of every row, so one changed,
-added or removed row gives another digest. It tells of its rows to whoever can guess them: it stays at the
-site, and what is kept is keyed (`clients/ledger.py`).
+added or removed row gives another digest. Rows can be guessed by comparing digests, so it stays at the site,
+and the ledger stores a keyed form (`clients/ledger.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What learning sees of one site: rows that can be taken, counted by class and dealt out in batches.
+"""The rows of one site: they can be selected, counted by class and served in batches.
 
 Whatever `task.data` returns becomes one of three kinds here: `ArrayRows` (tensors in memory),
 `TableRows` (raw features that still need federated statistics) and `DatasetRows` (a map-style
-dataset read item by item). Everything after this file knows only the `Rows` protocol.
+dataset read item by item). All other code uses only the `Rows` protocol.
 
 Invariant: which row is in which fold depends on (seed, site, the labels) alone, so every arm of a
 comparison trains on the same rows and is tested on the same others.
@@ -345,7 +345,7 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
     try:
         found = task.data(source)
     except FedcoreError as error:
-        # The message of our own reader is already for people; it only lacks the site.
+        # An error of our own reader; only the site's name is added.
         raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
     except Exception as error:
         raise TaskFailed(
@@ -376,7 +376,7 @@ def split_rows(rows: Rows, *, seed: int, fold: int, folds: int, site: str) -> tu
     dealt = 0
     for label in [None] if labels is None else np.unique(labels).tolist():
         members = np.arange(n) if labels is None else np.flatnonzero(labels == label)
-        # Dealing goes on where the last class stopped, else every remainder lands in fold 0.
+        # Continue where the last class stopped; else every remainder would be in fold 0.
         of_row[deal.permutation(members)] = (np.arange(len(members)) + dealt) % folds
         dealt += len(members)
     test = np.flatnonzero(of_row == fold) if n > 1 else np.empty(0, dtype=np.int64)

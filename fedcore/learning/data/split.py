@@ -28,7 +28,7 @@ _SIDE, _PICK = b"fedcore split\x00", b"fedcore subsample\x00"
 
 
 class Split(Protocol):
-    """How one site deals its rows."""
+    """The rule by which one site splits its rows."""
 
     def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
         """(train, test); there is always a training row. Raises BadInput for rows it cannot deal."""
@@ -46,7 +46,7 @@ class Split(Protocol):
 @dataclass(frozen=True)
 class FoldSplit:
     """The deal of `simulate`: `folds` stratified folds, of which one is tested on. It follows from a seed
-    that everybody knows, so it hides nothing: for rehearsals."""
+    that is public, so it hides nothing: for trial deployments."""
 
     seed: int = 0
     fold: int = 0
@@ -137,8 +137,8 @@ def subsample(
 ) -> tuple[Rows, Rows | None]:
     """At most `cap` rows, the test rows that a task brought itself included, in their order.
 
-    A site with more rows than the public cap says so nowhere: it takes part with a subset (PROTOCOL U).
-    At least one training row stays.
+    A site with more rows than the public cap takes part with a subset, without reporting it (PROTOCOL U).
+    At least one training row is kept.
     """
     total = len(rows) + (0 if test is None else len(test))
     if total <= cap:
