@@ -1,8 +1,8 @@
-"""The layers between a site's slots and the wire, and what opens their sum.
+"""The layers of protection between a site's slots and the wire.
 
-Two roles, two types each: a *sealer* lives at the sites (protects a vector, opens a sum), a *fold*
-lives at the coordinator and only adds. Invariant: what `Sealer.open` returns is the integer sum of the
-slots that were protected, bit for bit, in any order of folding.
+A *sealer* runs at the sites (it protects a vector and opens a sum), a *fold* at the coordinator (it only
+adds). Invariant: `Sealer.open` returns the integer sum of the protected slots, bit for bit, in any order of
+folding.
 
 Nothing here takes a run's seed: keys, masks and encryption draw from the operating system (PROTOCOL Z).
 """
@@ -19,10 +19,10 @@ from fedcore.types import Slots
 
 
 class Sealer(Protocol):
-    """A site's end: the only one that can open a sum."""
+    """The site's side, which can open a sum."""
 
     def protect(self, slots: Slots) -> Iterator[bytes]:
-        """One vector of slots to its chunks, in order; every call uses fresh randomness."""
+        """One vector of slots to its chunks, in order, with fresh randomness."""
         ...
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
@@ -31,7 +31,7 @@ class Sealer(Protocol):
 
 
 class Fold(Protocol):
-    """The coordinator's end: one running sum, whatever the number of sites."""
+    """The coordinator's side: one running sum, for any number of sites."""
 
     def add(self, index: int, chunk: bytes) -> None:
         """Add chunk `index` of one site's vector to the running sum. Raises ChunkRefused."""

@@ -1,14 +1,14 @@
-"""BFV through TenSEAL's SEAL bindings, for one thing: exact sums of slots under a key the sites share.
+"""BFV through TenSEAL's SEAL bindings, only for exact sums of slots under a key that the sites share.
 
 Slots are polynomial coefficients (no batching: sums need none), the plain modulus is 2^slot_bits, the
 ciphertext modulus one prime, and ciphertexts are symmetric and seeded: half of each is a 64-byte seed.
 Invariant: decrypting the fold of n fresh ciphertexts gives the integer sum (the proof is in `plan.py`).
 BFV: Fan & Vercauteren 2012 (ePrint 2012/144), section 4; seeded ciphertexts: SEAL's manual.
 
-SEAL reads and writes file paths only, and always compresses what it writes with zstd. Here words leave
-those streams and travel packed to the modulus' own bits: 54-bit words, four of them in 27 bytes.
-Secrets and public parameters are two types. `PublicContext` is for everybody; the byte form of a
-`SecretContext` is the payload of a key epoch, which only ever travels sealed from site to site.
+The SEAL bindings read and write file paths only, with zstd compression. Here the words are extracted from
+those streams and packed to the modulus' own bits: 54-bit words, four of them in 27 bytes.
+Secrets and public parameters are two types. `PublicContext` is public; the byte form of a `SecretContext` is
+the payload of a key epoch, which is only sent sealed from site to site.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SEAL_MAGIC, _SEAL_HEADER_SIZE = 0xA15E, 16
 _CIPHERTEXT_WORDS_AT = 97
 """Offset of the first word inside an uncompressed ciphertext stream, after its outer header."""
 _CIPHERTEXT_SIZES = 73
-"""Its first bytes, which tell level, form, sizes and scale; SEAL's version comes after them."""
+"""Its first bytes: level, form, sizes and scale; SEAL's version comes after them."""
 _SEED_BLOCK = 81
 """The seed of a seeded ciphertext: an inner header (16), the generator's type (1), the seed (64)."""
 
@@ -52,7 +52,7 @@ _MAGIC = b"FCB1"
 _SEEDED, _FULL = 1, 2
 """Kinds of chunks, which are also the number of polynomials whose words they carry."""
 _SEED_BYTES = 65
-"""Of the seed block only the generator's type and the seed itself travel."""
+"""Bytes of the seed block that travel: the generator's type and the seed itself."""
 
 
 def load_seal() -> Any:
@@ -69,11 +69,11 @@ def load_seal() -> Any:
 
 
 class Courier:
-    """The one path through which SEAL objects come and go, since its bindings take paths only.
+    """Reads and writes SEAL objects through one path, since its bindings accept paths only.
 
-    A memfd where the system has one: nothing touches a disk. Elsewhere (macOS) one file of mode 0600
-    in a directory of mode 0700, emptied after every use and removed with the courier.
-    One process, one thread: a forked child that used its parent's path would overwrite it.
+    The path is a memfd where the system has one, so that nothing is written to a disk. Elsewhere (macOS) it is
+    a file of mode 0600 in a directory of mode 0700, emptied after every use and removed on `close`.
+    For one process and one thread: a forked child would overwrite its parent's path.
     """
 
     def __init__(self, *, force_file: bool = False) -> None:
@@ -92,14 +92,14 @@ class Courier:
 
     @property
     def kind(self) -> str:
-        """What the path is, for people."""
+        """The kind of path, for messages."""
         return "memfd" if self._folder is None else "private temporary file"
 
     def close(self) -> None:
-        """Give the path back; a second call does nothing."""
+        """Release the path. Idempotent."""
         if self._fd < 0:
             return
-        if os.getpid() == self._pid:  # a forked child leaves its parent's path alone
+        if os.getpid() == self._pid:  # a forked child must not touch its parent's path
             os.ftruncate(self._fd, 0)
             if self._folder is not None:
                 self._folder.cleanup()
@@ -107,12 +107,12 @@ class Courier:
         self._fd = -1
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # While the interpreter ends its modules may be gone, and the system closes what is open.
+        # At interpreter exit modules may be unloaded already, and the system closes open files.
         if getattr(self, "_fd", -1) >= 0 and not ending():
             self.close()
 
     def take(self, seal_object: Any) -> bytes:
-        """What `seal_object.save` writes, inflated, without the outer header."""
+        """The uncompressed bytes that `seal_object.save` writes, without the outer header."""
         self._refuse_forked()
         try:
             seal_object.save(self._path)
@@ -145,7 +145,7 @@ def _seal_header(size: int) -> bytes:
 
 
 class PublicContext:
-    """Ring and plain modulus: all the coordinator has. The only context with a byte form."""
+    """Ring and plain modulus: all that the coordinator has. The only context with a byte form."""
 
     def __init__(self, ring: Ring, slot_bits: int) -> None:
         if not 1 <= slot_bits < SEAL_PLAIN_MODULUS_BITS:
@@ -189,7 +189,7 @@ class PublicContext:
 
     @cached_property
     def digest(self) -> bytes:
-        """8 bytes in every chunk, so that material under other parameters is refused by name."""
+        """8 bytes in every chunk, so that chunks under other parameters are refused with this reason."""
         return hashlib.sha256(b"fedcore bfv" + self.to_bytes()).digest()[:8]
 
     def ciphertext_prefix(self, kind: int) -> bytes:
@@ -213,14 +213,13 @@ class PublicContext:
 class SecretContext(Secret):
     """The sites' secrets of one key epoch: the BFV secret key and the group secret G.
 
-    Made here by one site, and from its payload at the others. Prints redacted, cannot be pickled or
-    compared.
+    One site draws it; the others make it from the payload. Prints redacted, cannot be pickled or compared.
     """
 
     def __init__(
         self, public: PublicContext, key: Any = None, group: GroupSecret | None = None
     ) -> None:
-        # Both draws are the operating system's: SEAL's default generator is seeded from it (Z).
+        # Both come from the operating system: SEAL's default generator is seeded from it (PROTOCOL Z).
         self.public = public
         self.group = GroupSecret() if group is None else group
         if key is None:
@@ -230,7 +229,7 @@ class SecretContext(Secret):
         self.decryptor = public.api.Decryptor(public.seal, self._key)
 
     def to_payload(self) -> bytes:
-        """The N words of the key as SEAL keeps them, then G: 8 N + 32 bytes (PROTOCOL E)."""
+        """The N words of the key in SEAL's form, then G: 8 N + 32 bytes (PROTOCOL E)."""
         with contextlib.closing(Courier()) as courier:
             body = courier.take(self._key)
         prefix = _key_prefix(self.public)
@@ -247,8 +246,8 @@ class SecretContext(Secret):
     ) -> SecretContext:
         """The inverse of `to_payload`, under the same parameters.
 
-        Raises EnvelopeRefused on another length or a word that is no coefficient, before any of it
-        reaches SEAL. sender: who is at fault then; a site that reads its own journal leaves it out.
+        Raises EnvelopeRefused on another length or a word that is no coefficient, before SEAL reads it.
+        sender: the party at fault; omitted for the site's own journal.
         """
         size = 8 * public.ring.degree
         if len(payload) != size + GROUP_SECRET_BYTES:
@@ -271,7 +270,7 @@ class SecretContext(Secret):
 
 
 def _key_prefix(public: PublicContext) -> bytes:
-    """What SEAL writes before the N words of a secret key: a plaintext in transformed form."""
+    """The bytes that SEAL writes before the N words of a secret key: a plaintext in transformed form."""
     degree = public.ring.degree
     level = struct.pack("<4Q", *public.seal.key_parms_id())
     sizes = struct.pack("<Qd", degree, 1.0)
@@ -308,7 +307,7 @@ def _write_chunk(
 
 
 def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, count: int) -> _Chunk:
-    """Parse and check a chunk before any of it reaches SEAL. Raises ChunkRefused."""
+    """Parse and check a chunk before SEAL reads it. Raises ChunkRefused."""
     expected = chunk_size(public.ring, kind, count)
     if len(chunk) != expected:
         raise ChunkRefused(
@@ -340,7 +339,7 @@ def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, coun
 
 
 def _blocks(ring: Ring, slots: int) -> int:
-    """Ciphertexts of a vector. Raises BadInput for a remainder, which would be dropped silently."""
+    """The number of ciphertexts of a vector. Raises BadInput unless `slots` is a multiple of N."""
     if slots % ring.degree:
         raise BadInput(f"vector: found {slots} slots, expected a multiple of {ring.degree}")
     return slots // ring.degree
@@ -353,9 +352,9 @@ def _counts(blocks: int) -> Iterator[tuple[int, int]]:
 
 
 class EncryptedSealer:
-    """A site's end of `encrypted` and `layered`: fresh seeded ciphertexts up, decrypted sums down.
+    """The site's side of `encrypted` and `layered`: fresh seeded ciphertexts up, decrypted sums down.
 
-    Under `layered` the slots it is given carry masks already, and any residue may be among them.
+    Under `layered` the given slots have masks already, so they may be any residues.
     """
 
     def __init__(self, secret: SecretContext, courier: Courier | None = None) -> None:
@@ -402,14 +401,14 @@ class EncryptedSealer:
         ciphertext = _load(self._courier, self._public, _FULL, words.astype("<u8").tobytes())
         plain = self._public.api.Plaintext()
         self._secret.decryptor.decrypt(ciphertext, plain)
-        # SEAL trims leading zeros, so the stream may hold fewer than N coefficients.
+        # SEAL drops leading zeros, so the stream may have fewer than N coefficients.
         count = plain.coeff_count()
         if count:
             out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
 
 
 def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> Any:
-    """A SEAL plaintext from its uncompressed stream: thirty times faster than setting them singly.
+    """A SEAL plaintext from its uncompressed stream: thirty times faster than setting coefficients singly.
 
     coefficients: (N,) uint64, each below 2^slot_bits.
     """
@@ -421,9 +420,9 @@ def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> 
 
 
 def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
-    """The words of a ciphertext SEAL has just written, from the place where its layout has them.
+    """The words of a ciphertext that SEAL has just written, at their offset in its layout.
 
-    Raises Unavailable if the stream does not begin as SEAL 4's does: a later SEAL may change it.
+    Raises Unavailable if the head of the stream differs from SEAL 4's: a later SEAL may change it.
     """
     expected = public.ciphertext_prefix(kind)
     sizes, count = (
@@ -447,9 +446,9 @@ def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> An
 
 
 class EncryptedFold:
-    """The coordinator's end of `encrypted` and `layered`: one running sum of ciphertexts.
+    """The coordinator's side of `encrypted` and `layered`: one running sum of ciphertexts.
 
-    Memory is one sum of `slots` slots, however many sites are added. It holds public parameters only.
+    Memory is one sum of `slots` slots, for any number of sites. It has public parameters only.
     With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
     """
 
@@ -489,9 +488,9 @@ class EncryptedFold:
                 self._evaluator.add_inplace(self._total[first + row], ciphertext)
 
     def merge(self, other: EncryptedFold) -> None:
-        """Add another fold's sum, of the same part; the other is not used afterwards.
+        """Add another fold's sum of the same part; the other must not be used afterwards.
 
-        Raises ChunkRefused after `remove`, or where the other has gaps.
+        Raises ChunkRefused after `remove`, or if the other has gaps.
         """
         other._refuse_gaps()
         if self._removed or other._removed:
@@ -509,7 +508,7 @@ class EncryptedFold:
     def remove(self, mask: Slots) -> None:
         """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end.
 
-        One plaintext subtraction a ciphertext, whose rounding `plan.py` counts in the headroom. Raises
+        One plaintext subtraction a ciphertext; `plan.py` includes its rounding in the headroom. Raises
         BadInput for another shape and a second time, ChunkRefused while a ciphertext is missing.
         """
         degree = self._public.ring.degree
@@ -527,7 +526,7 @@ class EncryptedFold:
                 raise ChunkRefused(f"sum: ciphertext {self._first + place} was never added")
 
     def total(self) -> Iterator[bytes]:
-        """The chunks of the sum. Raises ChunkRefused if some ciphertext was never added."""
+        """The chunks of the sum. Raises ChunkRefused if a ciphertext was never added."""
         self._refuse_gaps()
         degree = self._public.ring.degree
         for first, count in _counts(self._blocks):

@@ -2,7 +2,7 @@
 
 The masks themselves are laid on by the site (`masking.add_masks`) before it hands a vector to the sealer,
 and rebuilt by the coordinator, which takes them off the sum at once: `MaskedFold.remove`. A keystream
-(`protect/keystream.py`) is laid on in the same way, and only the sites take it off.
+(`crypto/keystream.py`) is added in the same way, and only the sites can subtract it.
 Invariant: what is left is the integer sum modulo 2^slot_bits, and headroom keeps every field below its
 own modulus, so it is the integer sum (Bonawitz et al. 2017, section 4). One masked vector alone is
 uniform in the ring. What `plain` folds has its own type: a coordinator makes this one and never that.

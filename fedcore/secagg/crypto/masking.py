@@ -5,7 +5,7 @@ divides 2^64, and it keeps all 256 bits of its seed. Adding a mask and subtracti
 
 The stream is AES-256-CTR from counter 0, 8 bytes to a slot, little-endian: 0.65 ms for the 500 000 slots
 of a million parameters, addition included, where ChaCha20 takes 0.77 (x86 with AES instructions). Each
-seed is used for one vector only: that is what the KDFs of `pairwise` are for.
+seed is used for one vector only; the KDFs of `pairwise` ensure it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedcore.secagg.crypto.symmetric import keystream
 from fedcore.types import Slots
 
 _BLOCK = 1 << 14
-"""Slots per pass, 128 KiB: slots and stream stay in the cache while all masks are applied."""
+"""Slots per pass, 128 KiB, so that slots and stream stay in the cache while all masks are applied."""
 
 _CIPHER_BLOCK = 16
 
@@ -43,7 +43,7 @@ def add_masks(
         streams.append((keystream(key, start_at), np.add if sign == 1 else np.subtract))
     ring = np.uint64((1 << slot_bits) - 1)
     zeros = memoryview(bytes(8 * _BLOCK))
-    buffer = bytearray(8 * _BLOCK + _CIPHER_BLOCK - 1)  # update_into asks for the room to spare
+    buffer = bytearray(8 * _BLOCK + _CIPHER_BLOCK - 1)  # update_into needs this much extra space
     words = np.frombuffer(buffer, "<u8", _BLOCK)
     for start in range(0, len(slots), _BLOCK):
         part = slots[start : start + _BLOCK]

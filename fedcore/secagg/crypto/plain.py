@@ -1,4 +1,4 @@
-"""No protection: slots travel as themselves, packed to their bits. For simulation and tests only.
+"""No protection: slots travel unchanged, packed to their bits. For simulation and tests only.
 
 A coordinator that folds these sees every update; `fedcore_server` never constructs them.
 """
@@ -15,7 +15,7 @@ from fedcore.types import Slots
 
 
 class PlainSealer:
-    """A site's end of `plain`."""
+    """The site's side of `plain`."""
 
     def __init__(self, packing: Packing) -> None:
         self._bits = packing.slot_bits
@@ -30,7 +30,7 @@ class PlainSealer:
 
 
 class PlainFold:
-    """The coordinator's end of `plain`: one running sum of (slots,) uint64."""
+    """The coordinator's side of `plain`: one running sum of (slots,) uint64."""
 
     def __init__(self, packing: Packing, slots: int) -> None:
         self._bits = packing.slot_bits

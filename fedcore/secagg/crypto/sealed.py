@@ -1,9 +1,9 @@
-"""What passes the coordinator sealed under G: the checkpoint for sites that come late (PROTOCOL E), and
-the notice that tells the other sites why one refused a release (PROTOCOL R).
+"""Messages sealed under G that the coordinator forwards: the checkpoint for late sites (PROTOCOL E), and the
+notice with the reason why a site refused a release (PROTOCOL R).
 
-Invariant: a checkpoint opens only with G, for the job, round and release certificate it was made for;
-whoever opens it still compares the state with the certificate, which at least t sites signed. Every
-notice has the same length, so the coordinator learns nothing from it but that it was sent.
+Invariant: a checkpoint opens only with G, and only for its job, round and release certificate; the site that
+opens it still compares the state with the certificate, which at least t sites signed. Every notice has the
+same length, so the coordinator learns only that it was sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedcore.types import SiteId
 SALT_BYTES = 32
 
 OVERHEAD = SALT_BYTES + BOX_OVERHEAD
-"""Bytes a checkpoint is longer than its state."""
+"""Bytes by which a checkpoint is longer than its state."""
 
 
 def seal_checkpoint(
@@ -32,7 +32,7 @@ def seal_checkpoint(
 def open_checkpoint(
     group: GroupSecret, sealed: bytes, *, job: str, round_: int, certificate: str
 ) -> bytes:
-    """The state's bytes. Raises EnvelopeRefused for anything else than that very checkpoint."""
+    """The state's bytes. Raises EnvelopeRefused for any other bytes, job, round or certificate."""
     salt, box = sealed[:SALT_BYTES], sealed[SALT_BYTES:]
     context = _context(job, round_, certificate)
     return open_box(_key(group, salt), box, context, sender="coordinator")
@@ -48,7 +48,7 @@ def _context(job: str, round_: int, certificate: str) -> bytes:
 
 
 NOTICE_BYTES = 512
-"""Bytes of text a notice has room for; the rest is cut."""
+"""Bytes of text in a notice; the rest is cut off."""
 
 NOTICE_LENGTH = NOTICE_BYTES + OVERHEAD
 """Bytes of every sealed notice."""
@@ -57,7 +57,7 @@ NOTICE_LENGTH = NOTICE_BYTES + OVERHEAD
 def seal_notice(
     group: GroupSecret, text: str, *, header: bytes, site: SiteId, entropy: Entropy
 ) -> bytes:
-    """NOTICE_LENGTH bytes for any text."""
+    """Seal a text: NOTICE_LENGTH bytes, whatever its length."""
     salt = entropy.draw(SALT_BYTES)
     body = text.encode()[:NOTICE_BYTES].decode(errors="ignore").encode().ljust(NOTICE_BYTES, b"\0")
     key = group.derive(salt, b"sealed notice", 32)
@@ -65,8 +65,8 @@ def seal_notice(
 
 
 def open_notice(group: GroupSecret, sealed: bytes, *, header: bytes, site: SiteId) -> str:
-    """The text, fit for one line of a log. Raises EnvelopeRefused for anything but a notice that a
-    holder of G made in that site's name for that round."""
+    """The text of a notice, printable. Raises EnvelopeRefused unless a holder of G made it in that site's name for
+    that round."""
     key = group.derive(sealed[:SALT_BYTES], b"sealed notice", 32)
     body = open_box(key, sealed[SALT_BYTES:], _notice(header, site), sender=site)
     text = body.rstrip(b"\0").decode(errors="replace")

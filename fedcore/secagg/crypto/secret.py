@@ -1,13 +1,13 @@
-"""What every secret has in common, so that none of it is decided twice."""
+"""The base of all secret types: redacted, not comparable, not hashable, not picklable."""
 
 from __future__ import annotations
 
 
 class Secret:
-    """Prints redacted, is never compared with ==, hashed or pickled."""
+    """Prints redacted; comparing with ==, hashing and pickling raise TypeError."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]  # a secret is not a dictionary key
+    __hash__ = None  # type: ignore[assignment]  # a secret is no dictionary key
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(<redacted>)"
@@ -20,9 +20,9 @@ class Secret:
 
 
 class SecretBytes(Secret):
-    """Key material on its way between two of its holders inside one process, or to its own journal.
+    """Key material that is passed inside one process, or to the process' own journal.
 
-    `reveal` is the only way in; only `protocol/encoding.py` writes it, into journal records.
+    Only `reveal` returns it; only `protocol/wire_form.py` serialises it, into journal records.
     """
 
     __slots__ = ("_value",)

@@ -1,13 +1,13 @@
-"""Key shares: a 32-byte secret cut into n, any t of which give it back, t - 1 of which say nothing.
+"""Key shares: a 32-byte secret split into n, any t of which rebuild it; t - 1 reveal nothing.
 
 The secret is the value at 0 of a polynomial of degree t - 1 over the field of p = 2^256 + 297, the
 smallest prime above every 32-byte secret; share k is its value at x = k + 1 (Shamir 1979).
 Invariant: what `combine` returns lies on one polynomial of degree below t with *all* the shares given.
-It cannot tell a wrong share among exactly t; `protocol/` checks each against its signed digest, and the
+It cannot detect a wrong share among exactly t; `protocol/` checks each against its signed digest, and the
 rebuilt secret against its public key or hash.
 
-Plain integer arithmetic, not in constant time: `split` runs at the secret's owner, and `combine` where
-the secret is about to be known.
+Plain integer arithmetic, not in constant time: `split` runs at the secret's owner, and `combine` where the
+secret becomes known anyway.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What is done with a symmetric key: derive others, seal a box, expand a keystream. All of it is pyca's.
+"""Symmetric cryptography: key derivation, sealed boxes, keystreams, all by the package `cryptography`.
 
-Invariant: two keys are equal only if secret, salt, label and every part are equal. The labels stand in
-one table, and everything that goes into HKDF's info is framed by its length, so that no two lists of
-parts give the same bytes.
+Invariant: two keys are equal only if secret, salt, label and every part are equal. All labels are in one
+table, and every part of HKDF's info is preceded by its length, so that no two lists of parts give the same
+bytes.
 HKDF-SHA256: RFC 5869; ChaCha20-Poly1305: RFC 8439; AES-256 in counter mode: NIST SP 800-38A, section 6.5.
-Whose secret it is, and what its context holds, is decided in `hybrid`, `pairwise` and `masking`.
+The secrets and contexts are chosen in `hybrid`, `pairwise` and `masking`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedcore.errors import BadInput, EnvelopeRefused
 
 KEY_BYTES = 32
 BOX_OVERHEAD = 16
-"""Bytes a box is longer than its plaintext: Poly1305's tag."""
+"""Bytes by which a box is longer than its plaintext: Poly1305's tag."""
 
 _VERSION = b"fedcore/1"
 _ONLY_NONCE = bytes(12)
@@ -31,7 +31,7 @@ _CTR_START = bytes(16)
 
 @unique
 class Label(StrEnum):
-    """Every use of `derive`, once: a key made for one of them is of no use to another."""
+    """Every use of `derive`, each with its own label, so that keys of two uses are unrelated."""
 
     ENVELOPE = "envelope"
     OF_IDENTITY = "of identity"
@@ -68,7 +68,7 @@ def seal_box(key: bytes, plaintext: bytes, context: bytes) -> bytes:
 
 
 def open_box(key: bytes, box: bytes, context: bytes, *, sender: str) -> bytes:
-    """The inverse of `seal_box`. Raises EnvelopeRefused, which does not say what differs."""
+    """The inverse of `seal_box`. Raises EnvelopeRefused, without the reason."""
     try:
         return ChaCha20Poly1305(key).decrypt(_ONLY_NONCE, box, context)
     except InvalidTag:
@@ -81,9 +81,9 @@ def open_box(key: bytes, box: bytes, context: bytes, *, sender: str) -> bytes:
 
 
 def keystream(key: bytes, start: bytes = _CTR_START) -> CipherContext:
-    """AES-256-CTR from counter block `start`: what it makes of zeros is the stream.
+    """AES-256-CTR from counter block `start`; encrypting zeros gives the stream.
 
-    Raises BadInput unless the key has 32 bytes: with 16 pyca would quietly run AES-128.
+    Raises BadInput unless the key has 32 bytes.
     """
     if len(key) != KEY_BYTES:
         raise BadInput(f"keystream: found a key of {len(key)} bytes, expected {KEY_BYTES}")

@@ -1,9 +1,8 @@
-"""Slots as bit-packed words: how a vector travels where nothing encrypts it.
+"""Slots as bit-packed words: the wire form of vectors without a lattice, shared by `plain` and `masked`.
 
-What `plain` and `masked` have in common, so that neither knows the other. A word holds one slot without
-its leading zeros, a chunk at most SLOTS_PER_CHUNK of them.
-Invariant: a chunk has exactly the size of its place in the vector, or it is refused before any of it is
-used; sums are kept in uint64, where they wrap without harm to the ring Z_{2^bits}, and are reduced when
+A word is one slot without its leading zeros, a chunk at most SLOTS_PER_CHUNK of them.
+Invariant: a chunk that does not have exactly the size of its place in the vector is refused before it is
+used; sums are kept in uint64, where a wrap does not change the residue in Z_{2^bits}, and are reduced when
 they are written.
 """
 

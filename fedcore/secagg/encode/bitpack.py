@@ -1,9 +1,9 @@
-"""Words of 1 to 64 significant bits without their leading zeros: the last step before the wire.
+"""Words of 1 to 64 significant bits, packed without their leading zeros: the last step before the wire.
 
 Invariant: `unpack_words(pack_words(w, bits), bits, len(w)) == w` for words below 2^bits.
-The group of g = 8 / gcd(bits, 8) words that fills whole bytes is laid out in lanes: the words are cut
-into g equal runs, one word of each run makes a group, and lane l holds bits 64 l .. 64 l + 63 of every
-group. So all work is a few shifts over contiguous memory (54 bits: four words in 27 bytes).
+A group of g = 8 / gcd(bits, 8) words fills whole bytes and is stored in lanes: the words are divided into g
+equal runs, one word of each run makes a group, and lane l holds bits 64 l .. 64 l + 63 of every group. So
+all work is a few shifts over contiguous memory (54 bits: four words in 27 bytes).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Words = NDArray[np.uint64]
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` words; `count` must be a multiple of the group."""
+    """Bytes of `count` packed words; `count` must be a multiple of `group_of(bits)`."""
     return count * bits // 8
 
 
 def group_of(bits: int) -> int:
-    """Words that fill whole bytes together."""
+    """The smallest number of words that fills whole bytes."""
     return 8 // gcd(bits, 8)
 
 
 def pack_words(words: Words, bits: int) -> bytes:
-    """(m,) uint64, each below 2^bits and m a multiple of the group, to m * bits / 8 bytes."""
+    """Pack (m,) uint64, each below 2^bits and m a multiple of `group_of(bits)`, into m * bits / 8 bytes."""
     group = group_of(bits)
     runs = words.reshape(group, -1)
     lanes = np.zeros((-(-group * bits // 64), runs.shape[1]), dtype="<u8")
@@ -44,7 +44,7 @@ def pack_words(words: Words, bits: int) -> bytes:
 
 
 def unpack_words(data: bytes | memoryview, bits: int, count: int) -> Words:
-    """The inverse of `pack_words`; `len(data)` must be `packed_size(count, bits)`."""
+    """(count,) uint64; the inverse of `pack_words`. `len(data)` must be `packed_size(count, bits)`."""
     group = group_of(bits)
     columns = count // group
     lanes = np.zeros((-(-group * bits // 64), columns), dtype="<u8")

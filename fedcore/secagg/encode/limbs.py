@@ -1,6 +1,6 @@
-"""Wide integers as b-bit limbs, one limb a field, so that their sums recombine exactly (PROTOCOL W).
+"""Wide integers as b-bit limbs, one per field, so that their sums recombine exactly (PROTOCOL W).
 
-Invariant: a limb is below 2^b, so n of them fit a field; recombining the summed limbs gives the sum
+Invariant: a limb is below 2^b, so a sum of n fits a field; recombining the summed limbs gives the sum
 of the integers, because `sum_i sum_j 2^(b j) limb_ij = sum_j 2^(b j) sum_i limb_ij`.
 """
 
@@ -16,15 +16,15 @@ from fedcore.types import Fields
 
 
 def limb_count(wide_bits: int, bits: int) -> int:
-    """ceil(L / b): fields one integer of L bits takes."""
+    """ceil(L / b): the number of fields for one integer of L = `wide_bits` bits."""
     return -(-wide_bits // bits)
 
 
 def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
     """(m,) integers in [0, 2^wide_bits) to (m * ceil(L / b),) fields, least significant limb first.
 
-    Python integers throughout: L may exceed 64. Raises BadInput outside the range, TypeError for a
-    float, which would lose its fraction silently.
+    Works on Python integers, since L may exceed 64. Raises BadInput outside the range, TypeError for a
+    float, whose fraction would be lost.
     """
     count = limb_count(wide_bits, bits)
     mask = (1 << bits) - 1
@@ -42,7 +42,7 @@ def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
 
 
 def from_limbs(total: Fields, wide_bits: int, bits: int) -> list[int]:
-    """Summed limbs back to exact Python integers: the inverse of `to_limbs` under addition."""
+    """(m * ceil(L / b),) summed limbs to m exact Python integers: the inverse of `to_limbs` under addition."""
     count = limb_count(wide_bits, bits)
     rows = total.reshape(-1, count).tolist()
     return [sum(limb << (place * bits) for place, limb in enumerate(row)) for row in rows]

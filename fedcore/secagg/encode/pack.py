@@ -1,4 +1,4 @@
-"""Fields into slots, with the marks, canaries and tag places that travel beside the data.
+"""Pack fields into slots, with marks, canaries and the places of the tag.
 
 One vector of S = blocks x N slots. Field f of the data fills row 0 of the slots first, then row 1, ...
 (row r is shifted by r w bits), so packing is k shifts over contiguous memory:
@@ -6,12 +6,12 @@ One vector of S = blocks x N slots. Field f of the data fills row 0 of the slots
     row 0:   C d d d d d ... | C d d d d ... | C d d d ... . . .    C = canary, the first of its block
     row k-1: d d d d d d ... | d d d d d ... | d d d d ... . . .    . = the last L slots: the tag's limbs
 
-Invariant: every field of a sum is below 2^w, so rows never spill into each other.
+Invariant: every field of a sum is below 2^w, so rows never overflow into each other.
 
-- **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has
-  such places too, and site i puts 0 or 1 into place i: who reads the sum checks that nobody else did.
-- **canaries**: the largest field value, one per block: they find wraps and missing blocks.
-Both find accidents. Proof against a lying coordinator is the sum tag (`protect/sumtag.py`).
+- **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has one
+  place a site too, and site i puts 0 or 1 into place i; each site checks its own place in the sum.
+- **canaries**: the largest field value, one per block: they detect wraps and missing blocks.
+Both detect accidents. The sum tag is the proof against a lying coordinator (`crypto/sumtag.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedcore.types import Fields, Slots
 
 @dataclass(frozen=True)
 class Opened:
-    """A sum, unpacked: coordinates are (d,) uint64 sums of fields, wides exact integers by name.
+    """An unpacked sum. coordinates: (d,) uint64 sums of fields; wides: {name: exact integers}.
 
     A named mark is in `wides` too: 0 or 1 for each site of the roster, in its order.
     """
@@ -41,7 +41,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of one kind of vector sits: a pure function of the spec, packing and roster."""
+    """Where each part of a vector is: a pure function of the spec, packing and number of sites."""
 
     spec: VectorSpec
     packing: Packing
@@ -56,12 +56,12 @@ class Layout:
 
     @property
     def tag_slots(self) -> int:
-        """Slots at the very end that carry the sum tag's limbs, one limb a slot."""
+        """The last slots, which carry the sum tag's limbs, one limb a slot."""
         return limb_count(TAG_BITS, self.packing.bits)
 
     @cached_property
     def blocks(self) -> int:
-        """Ciphertexts (blocks of N slots) the vector needs."""
+        """The number of ciphertexts (blocks of N slots) of the vector."""
         blocks = 1
         while self._capacity(blocks) < self.data_fields:
             short = self.data_fields - self._capacity(blocks)
@@ -74,17 +74,17 @@ class Layout:
 
     @property
     def slots(self) -> int:
-        """S: all slots, the tag's included."""
+        """S: all slots, including the tag's."""
         return self.blocks * self.packing.slots_per_block
 
     @property
     def tagged_slots(self) -> int:
-        """Slots the sum tag's product runs over: all but its own limbs."""
+        """The slots that the sum tag covers: all but its own."""
         return self.slots - self.tag_slots
 
     @property
     def used_fraction(self) -> float:
-        """Share of the field places that hold data."""
+        """Share of the fields that hold data, 0 to 1."""
         return self.data_fields / (self.slots * self.packing.fields_per_slot)
 
     def pack(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Slots:
@@ -123,7 +123,7 @@ class Layout:
         return marks
 
     def check_own(self, opened: Opened, own: Mapping[str, int], site: int) -> None:
-        """Raise TagRefused where this site's place of a named mark holds something else than it put.
+        """Raise TagRefused if this site's place of a named mark has another value than it put there.
 
         own: {mark: 0 or 1} of this site; `site` is its index in the roster.
         """
@@ -134,7 +134,7 @@ class Layout:
                 )
 
     def own_marks(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """{mark: value} of a site's contribution: what `check_own` compares the sum with."""
+        """{mark: value} of a site's contribution, with which `check_own` compares the sum."""
         return {name: int(wides[name][0]) for name in self.spec.marks}
 
     def _pack_fields(self, data: Fields) -> Slots:
@@ -154,7 +154,7 @@ class Layout:
         return flat
 
     def put_tag(self, slots: Slots, tag: int) -> None:
-        """Write a tag in [0, 2^61) into its places, in place."""
+        """Write a tag in [0, 2^61) into its slots, in place."""
         slots[self.tagged_slots :] = to_limbs([tag], TAG_BITS, self.packing.bits)
 
     def read_tag(self, total: Slots) -> int:
@@ -162,10 +162,10 @@ class Layout:
         return from_limbs(total[self.tagged_slots :], TAG_BITS, self.packing.bits)[0]
 
     def unpack(self, total: Slots, survivors: Sequence[int]) -> Opened:
-        """Open a sum of `survivors` (roster indices): the inverse of `pack` under addition.
+        """Unpack a sum of `survivors` (indices in the roster): the inverse of `pack` under addition.
 
-        Raises TagRefused when a mark or canary shows that the sum is of something else, or where a
-        named mark is neither 0 nor 1, or not 0 in the place of a site that is not in the sum.
+        Raises TagRefused if a mark or canary does not fit these survivors, or if a named mark is neither 0
+        nor 1, or not 0 for a site that is not in the sum; BadInput for another length.
         """
         if len(total) != self.slots:
             raise BadInput(f"sum: found {len(total)} slots, expected {self.slots}")

@@ -1,8 +1,8 @@
 """Floats to b-bit unsigned fields by stochastic rounding, and the sum of such fields back to floats.
 
 Invariant: a field is in [1, 2^b - 1]; zero maps to the offset 2^(b-1) exactly, so the absence of an
-update adds no noise. Rounding is unbiased and each coordinate is off by at most one step
-`R / (2^(b-1) - 1)`. Clipped coordinates are counted, never silent (PROTOCOL Q).
+update adds no noise. Rounding is unbiased, with an error of at most one step `R / (2^(b-1) - 1)` for each
+coordinate. Clipped coordinates are counted (PROTOCOL Q).
 Stochastic rounding: Gupta et al. 2015 (arXiv 1502.02551), section 3.
 """
 
@@ -29,7 +29,7 @@ class Quantised:
 
 
 def step_size(bits: int, bound: float) -> float:
-    """The quantisation step: the distance between neighbouring levels."""
+    """The quantisation step R / (2^(b-1) - 1): the distance between neighbouring levels. bound: R."""
     return bound / ((1 << (bits - 1)) - 1)
 
 
@@ -41,6 +41,7 @@ def quantise(
 ) -> Quantised:
     """Map (d,) floats, clipped to [-bound, bound], to unsigned b-bit fields.
 
+    values: (d,) float32 or float64; bits: 2 to 24; rng: for the stochastic rounding.
     `E[dequantise(quantise(x))] = x` for |x| <= bound. Raises BadInput on NaN or infinity.
     """
     levels = (1 << (bits - 1)) - 1
@@ -77,7 +78,7 @@ def dequantise(total: Fields, bits: int, bound: float, contributors: int) -> Wid
     """The sum of `contributors` quantised vectors as float64, inverse of `quantise` under addition.
 
     The offsets are subtracted as integers, so the only float operations are one conversion and one
-    product per coordinate (PROTOCOL F). Off by less than `contributors * step`.
+    product per coordinate (PROTOCOL F). The error is less than `contributors * step`.
     """
     offset = contributors << (bits - 1)
     centred = total.astype(np.int64) - offset
