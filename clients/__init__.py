@@ -1,9 +1,9 @@
-"""The institution's shell: everything that touches a network, a clock or a disk on a site's behalf.
+"""The institution's shell: everything that touches a network, a clock or a disk for a site.
 
-It installs as `fedcore_clients`, because the package index has a `clients` of somebody else's;
-`fed-site` is its command. `session.py` holds the one connection, `jobs.py` runs a job by the protocol's
-machines, `worker.py` is the process in which the site's task trains.
+It installs as `fedcore_clients`, because the name `clients` is taken on the package index; `fed-site` is its
+command. `session.py` has the one connection, `job_runner.py` runs a job by the protocol's machines, `worker.py`
+is the process in which the site's task trains.
 
 Invariant: this package imports `fedcore` and never `fedcore_server`, and nothing imports it. No code
-comes over the wire, ever: a site runs tasks installed at the site.
+is received over the network: a site runs only tasks that are installed at the site.
 """

@@ -1,7 +1,7 @@
 """`fed-site model`: the model this site was released, as a file that predicts on raw rows.
 
 Under the default protection only the sites have it. The file is the one `fedcore simulate` writes:
-safetensors, with the statistics and columns that raw rows go through first (`learn/saved.py`).
+safetensors, with the statistics and columns that raw rows go through first (`learning/saved.py`).
 
 Invariant: only a certified state is exported, the one the site trains from; it is read, never changed.
 """

@@ -1,7 +1,7 @@
 """Where the run's randomness comes from: one function of (seed, round, site, purpose).
 
 Invariant: the same four words always give the same numbers, whatever ran before, in whatever order or
-process. Only training, rounding and splits draw from here: nothing under `protect/` may (PROTOCOL Z).
+process. Only training, rounding and splits draw from here: nothing under `secagg/crypto/` may (PROTOCOL Z).
 """
 
 from __future__ import annotations

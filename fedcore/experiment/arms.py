@@ -212,7 +212,7 @@ class Federated:
     survivors: roster indices of the last round's sum, none if it was abandoned.
     summed: {site: in how many rounds' sums it was}.
     abandoned: the rounds that were.
-    seen: what each party held of one site's update in the first round that can show it (`seen.py`).
+    seen: what each party held of one site's update in the first round that can show it (`exposure.py`).
     """
 
     name = "federated"

@@ -1,13 +1,13 @@
 """Federated rounds in one process: every site, the coordinator, and real encoding and protection.
 
 Read `Federation.round` first: train and quantise (`sitework.py`), sum under protection, dequantise and
-apply (`aggregate/released.py`). What happens between quantised fields and their opened sum (pack, tag,
-protect, fold, open, check) is `loopback.InProcessFederation.protected_sum`.
+apply (`learning/released.py`). What happens between quantised fields and their opened sum (pack, tag,
+protect, fold, open, check) is `in_process.InProcessFederation.protected_sum`.
 
 Invariant: the opened sum is compared with the plain integer sum of the same fields, slot for slot, in
 every round (`RoundOutcome.twin`), so "protection costs no accuracy" is measured and never assumed.
 A round counts its survivors only: who is not in the sum is in no mean, no range and no metric.
-Nothing here knows of the other arms; `comparison/` runs them beside this one.
+Nothing here depends on the other arms; `experiment/arms.py` runs them as well.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Federation:
     ) -> RoundOutcome:
         """One round from `state`: every arrow of the way of one update, in order.
 
-        witness: filled with what others hold of one site, for `comparison/seen.py`.
+        witness: filled with what others hold of one site, for `experiment/exposure.py`.
         Raises RoundAbandoned where fewer sites than the threshold stay; `state` is then the next one's.
         Raises GuardTripped, before anything is trained, where a site does not trust `state`.
         """

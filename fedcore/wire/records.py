@@ -79,7 +79,7 @@ FROM_COORDINATOR: Table[messages.CoordinatorMessage | epoch.CoordinatorEpochMess
     *get_args(epoch.CoordinatorEpochMessage),
     most=MAX_RECORD,
 )
-"""The records of rounds and key epochs; `jobs.py` adds those of jobs."""
+"""The records of rounds and key epochs; `job_records.py` adds those of jobs."""
 
 
 def pack_record(job: str, message: object, allowed: Table[object]) -> Record:

@@ -250,6 +250,26 @@ def test_modules_named_on_the_map_exist():
     ]
 
 
+def test_modules_named_in_the_code_exist():
+    """A docstring names a module by the end of its path: `wire/frames.py`."""
+    paths = [f"/{path.relative_to(ROOT)}" for path in files(".py", ".md")]
+    sources = [
+        p for p in files(".py") if p.relative_to(ROOT).parts[0] in {"fedcore", "server", "clients"}
+    ]
+    named = [
+        (path, name)
+        for path in sources
+        for name in re.findall(r"`([\w/]+\.py)`", path.read_text())
+        if name != "server.py"  # a user's own file
+    ]
+    assert len(named) > 50
+    assert not [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, name in named
+        if not any(each.endswith(f"/{name}") for each in paths)
+    ]
+
+
 RULE = r"(?:[A-Z]|Headroom)\b"
 CITATION = re.compile(rf"\bPROTOCOL\b(?: ({RULE}(?:(?:, | and ){RULE})*))?")
 

@@ -165,7 +165,7 @@ class Leave:
 
     MATERIAL: what another site signed for this one does not open or is not what it signed; it depends on
     no row. sealed: the cause, for the other sites, under G and of one length whatever it is
-    (`protect/sealed.py`); empty where nothing was refused.
+    (`crypto/sealed.py`); empty where nothing was refused.
     """
 
     header: bytes

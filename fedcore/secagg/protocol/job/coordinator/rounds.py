@@ -1,6 +1,6 @@
 """The rounds of one job: begun, timed, their uploads taken and folded, their end written.
 
-The rules of one round are `protocol/coordinator.py`; this part decides between rounds, and when records
+The rules of one round are `round/coordinator.py`; this part decides between rounds, and when records
 go to disk. Records that nothing relies on yet may wait, for the next ones or for the clock: a process that
 ends meanwhile loses only messages that their senders send again.
 """

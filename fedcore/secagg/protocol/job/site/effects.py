@@ -1,7 +1,7 @@
 """What a site's job is told, and what it asks its runner to do, in the order in which it must be done.
 
 The machine of a round says what it needs in `fedcore/secagg/protocol/effects.py`; `MakeVector`, `Upload`, `OpenSum`,
-`Erase`, `Send` and `Warn` pass through unchanged. What both roles of a job ask for is in `job_effects.py`.
+`Erase`, `Send` and `Warn` pass through unchanged. What both roles of a job ask for is in `job/effects.py`.
 
 Invariant (PROTOCOL D): an `AppendEntries`, `PutValues` or `CloseRound` stands before every `Send` or `Upload`
 that relies on it, and the runner does not go on to the next effect before it is on disk.
