@@ -34,6 +34,9 @@ GENERATORS = {
 SEEDED_MODULES = ("fedcore.seeds", "random", "numpy.random")
 
 
+CRYPTO = sorted((PACKAGE / "secagg" / "crypto").rglob("*.py"))
+"""The modules that a run's seed must not reach."""
+
 # ------------------------------------------------------------------------------- source scanning
 
 
@@ -67,7 +70,7 @@ def sets_a_generator(source: str) -> list[str]:
 
 
 def takes_a_seed(source: str) -> list[str]:
-    """What a module under protect/ may not do: import seeded randomness, or take or pass a seed."""
+    """What a module under secagg/crypto may not do: import seeded randomness, or take or pass a seed."""
     tree = ast.parse(source)
     found = [name for name in imports_of(tree) if name.startswith(SEEDED_MODULES)]
     for node in ast.walk(tree):
@@ -87,14 +90,15 @@ def test_no_source_sets_seals_generator(path):
     assert sets_a_generator(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "protect").rglob("*.py")), ids=lambda p: p.name)
-def test_nothing_under_protect_knows_a_seed(path):
+@pytest.mark.parametrize("path", CRYPTO, ids=lambda p: p.name)
+def test_nothing_under_crypto_knows_a_seed(path):
     assert takes_a_seed(path.read_text()) == []
 
 
 def test_the_scans_cover_the_packages_and_find_what_they_forbid():
-    assert PACKAGE / "protect" / "bfv.py" in SOURCES
-    assert PACKAGE / "simulation.py" in SOURCES
+    assert PACKAGE / "secagg" / "crypto" / "bfv.py" in SOURCES
+    assert PACKAGE / "secagg" / "crypto" / "pairwise.py" in CRYPTO
+    assert PACKAGE / "experiment" / "simulation.py" in SOURCES
     for guilty in (
         "parameters.set_random_generator(factory)",
         "from tenseal.sealapi import Blake2xbPRNGFactory",
@@ -151,7 +155,7 @@ def test_attack_4_a_seeded_generator_shows_differences_without_the_key():
     assert (guessed_difference(PublicContext(RING, 40), one, two) == true).sum() == 0
 
 
-def test_seeding_python_and_numpy_changes_nothing_under_protect():
+def test_seeding_python_and_numpy_changes_nothing_under_crypto():
     slots = np.zeros(RING.degree, dtype=np.uint64)
     public, seen = PublicContext(RING, 40), set()
     for _ in range(3):
