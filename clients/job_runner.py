@@ -21,7 +21,7 @@ from fedcore_clients import job_work
 from fedcore_clients.context import Contributor, Link, SiteContext
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.ledger import Exposure
-from fedcore_clients.planning import Planner
+from fedcore_clients.planning import PlanMaker
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.errors import FedcoreError, StoreProblem
@@ -39,6 +39,7 @@ from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
+from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode
@@ -75,7 +76,7 @@ class JobRunner:
     ) -> None:
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
-        self.mailbox: Mailbox[Event] = Mailbox(site.Tick())
+        self.mailbox: Mailbox[Event] = Mailbox(Tick())
         self.work = JobWork(context, link, contributor, offer, self.perform, self.mailbox.put)
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
@@ -88,7 +89,7 @@ class JobRunner:
         context = self.context
         return JobParams(
             context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
-            Planner(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
+            PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
             context.keep_keys,
         )  # fmt: skip
 

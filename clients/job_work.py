@@ -39,6 +39,7 @@ from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.effects import (
+    CheckedSum,
     CheckpointLost,
     CheckpointReady,
     GiveModel,
@@ -47,7 +48,6 @@ from fedcore.secagg.protocol.job.site.effects import (
     SiteEffect,
     SiteEvent,
     SumGone,
-    SumReady,
     TakeCheckpoint,
     Track,
     Tracked,
@@ -348,10 +348,10 @@ class JobWork:
         asked: effects.OpenSum,
         chunks: list[bytes],
         marks: Mapping[str, int],
-    ) -> SumReady:
+    ) -> CheckedSum:
         found = work.open(asked, chunks, marks)
         data = self._kept_candidate(found.certificate, found.state)
-        return SumReady(
+        return CheckedSum(
             asked.header.digest, found.opened, found.certificate, found.state, data, found.wides,
             len(asked.survivors),
         )  # fmt: skip

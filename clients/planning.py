@@ -23,7 +23,7 @@ def job_of(offer: JobOffer) -> Job:
 
 
 @dataclass(frozen=True)
-class Planner:
+class PlanMaker:
     """Makes plans for the sites of a roster."""
 
     sites: tuple[SiteId, ...]

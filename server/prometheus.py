@@ -40,14 +40,14 @@ class Seen:
     rounds: Counter[str]
 
 
-class _Source(Protocol):
+class _FigureSource(Protocol):
     counts: Counts
 
     def seen(self) -> Seen: ...
 
 
 class _Collector:
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: _FigureSource) -> None:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
@@ -71,7 +71,7 @@ class _Collector:
             yield CounterMetricFamily(name, text, value)
 
 
-def serve_metrics(source: _Source, port: int) -> tuple[int, Callable[[], None]]:
+def serve_metrics(source: _FigureSource, port: int) -> tuple[int, Callable[[], None]]:
     """Answer scrapes on a loopback port (0: a free one), in a thread; the port, and what ends it.
 
     Raises BadInput where the port cannot be had.

@@ -68,7 +68,7 @@ _SPREAD = 0.01
 
 
 @dataclass(frozen=True)
-class Scheme:
+class TimedScheme:
     """One way to carry a vector, as functions; a running sum is whatever `start` returns.
 
     protect: `(vector, site) -> chunks` up. add: one site's chunks into the running sum.
@@ -170,14 +170,14 @@ def _power_of_two_above(value: float) -> float:
 # ------------------------------------------------------------------ the schemes
 
 
-def float32() -> Scheme:
+def float32() -> TimedScheme:
     """No protection: the vector's own bytes."""
 
     def add(running: WideVector | None, chunks: list[bytes]) -> WideVector:
         vector = np.frombuffer(b"".join(chunks), "<f4")
         return vector.astype(np.float64) if running is None else running + vector
 
-    return Scheme(
+    return TimedScheme(
         name="float32",
         bits=32,
         step=None,
@@ -189,7 +189,9 @@ def float32() -> Scheme:
     )
 
 
-def protected(name: str, parameters: int, sites: int, bits: int, bound: float, seed: int) -> Scheme:
+def protected(
+    name: str, parameters: int, sites: int, bits: int, bound: float, seed: int
+) -> TimedScheme:
     """A protection with its cipher: the vector of a training round with its wide integers, its tag, its
     masks and its keystream. name: one of SCHEMES."""
     protection, cipher = SCHEMES[name]
@@ -248,7 +250,7 @@ def protected(name: str, parameters: int, sites: int, bits: int, bound: float, s
         opened = layout.unpack(total, range(contributors))
         return dequantise(opened.coordinates, bits, bound, contributors) / contributors
 
-    return Scheme(
+    return TimedScheme(
         name=name,
         bits=bits,
         step=step_size(bits, bound),
@@ -322,13 +324,13 @@ class _Streams:
         add_masks(total, [(key, -1) for key in self._keys.values()], self._bits)
 
 
-def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> Scheme:
+def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> TimedScheme:
     """The method of other frameworks: approximate homomorphic encryption of the floats themselves.
 
     `ckks` is one CKKSVector, as they use it; `ckks-blocks` is the fastest use of it that we found.
     """
     context = ckks.new_context()
-    return Scheme(
+    return TimedScheme(
         name=name,
         bits=None,
         step=None,
@@ -350,7 +352,7 @@ def _timed(samples: list[float], function: Callable[..., Any], *arguments: Any) 
     return result
 
 
-def _measure(scheme: Scheme, vectors: Sequence[FloatVector], into: _Measured) -> None:
+def _measure(scheme: TimedScheme, vectors: Sequence[FloatVector], into: _Measured) -> None:
     running = scheme.start()
     for site, vector in enumerate(vectors):
         chunks = _timed(into.protect, scheme.protect, vector, site)
@@ -365,7 +367,7 @@ def _measure(scheme: Scheme, vectors: Sequence[FloatVector], into: _Measured) ->
     into.max_error = max(into.max_error, float(np.abs(mean - true).max()))
 
 
-def _row(scheme: Scheme, measured: _Measured, parameters: int) -> Json:
+def _row(scheme: TimedScheme, measured: _Measured, parameters: int) -> Json:
     def per_million(samples: list[float]) -> float:
         return round(median(samples) * 1e6 / parameters, 6)
 

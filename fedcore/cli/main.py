@@ -627,7 +627,7 @@ def secagg(
     """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
     wanted = _numbers("--sites", sites, "4,16,64")
     say(f"fedcore bench secagg: {sites} sites x {parameters:,} parameters, {protection}")
-    from fedcore.bench import rounds as bench
+    from fedcore.bench import secagg_rounds as bench
 
     found = bench.run(
         parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection,

@@ -31,6 +31,7 @@ from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, Absences, outcome
 from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
+from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
@@ -497,7 +498,7 @@ class _Exchange:
         self._deliver()
         while isinstance(stage := hub.stage, coordinator.Waiting):
             self.parties.now = max(self.parties.now, stage.until)
-            self._hub_step(coordinator.Tick())
+            self._hub_step(Tick())
             self._deliver()
             if hub.stage is stage:  # its sum may be known: it waits until enough are back
                 self._come_back()

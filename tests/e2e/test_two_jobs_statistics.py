@@ -18,7 +18,7 @@ from town import AWAY, SITES, scene
 
 from fedcore.learning.data.statistics import site_sums
 from fedcore.secagg.protocol import job_messages as words
-from fedcore.secagg.protocol.job.site.effects import SumReady
+from fedcore.secagg.protocol.job.site.effects import CheckedSum
 from fedcore.secagg.protocol.round import site
 
 THREE = ("a", "b", "c")
@@ -63,7 +63,7 @@ def watch(job, kept):
 
     async def keep(asked):
         found = await opened(asked)
-        if asked.header.purpose == "statistics" and isinstance(found, SumReady):
+        if asked.header.purpose == "statistics" and isinstance(found, CheckedSum):
             kept["sums"] = found.wides
         return found
 

@@ -371,7 +371,7 @@ class Site(Party):
         name = led_to(header, survivors, *macs)
         opened = site.SumOpened(*macs)
         data = state.to_bytes()
-        self.tell(site_ask.SumReady(header.digest, opened, name, state, data, {}, len(survivors)))
+        self.tell(site_ask.CheckedSum(header.digest, opened, name, state, data, {}, len(survivors)))
 
 
 class Jobs:

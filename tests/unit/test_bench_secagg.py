@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from fedcore.bench import rounds as secagg
+from fedcore.bench import secagg_rounds as secagg
 from fedcore.cli.main import main
 from fedcore.errors import BadInput, PlanRefused
 

@@ -59,9 +59,9 @@ TREE = {
     "fedcore/secagg/protocol/epoch/site.py": "waiting_events: list[Any] = []",
     "fedcore/secagg/protections.py": 'def masks(protection): return protection == "masked"',
     "server/job_runner.py": "from fedcore_server.job_log import Rows\nimport fedcore\nclass _Row: ...",
-    "server/rows.py": "class Rows: ...",
+    "server/rows.py": "class Rows: ...\nclass Runner: ...",  # one Runner at each role: one meaning
     "clients/jobs.py": "from fedcore.report.page import Plan",
-    "clients/page.py": "",
+    "clients/page.py": "class Runner: ...",
     "pyproject.toml": """
         [[tool.importlinter.contracts]]
         type = "layers"
@@ -83,7 +83,7 @@ FIGURES = {
     "import_cycles": 1,
     "any_stages": 2,
     "double_names": 3,
-    "lines": 51,
+    "lines": 52,
 }
 
 

@@ -216,7 +216,7 @@ class Round:
         mac = state_mac(GROUP, self.header.digest, state.canonical())
         opened = site.SumOpened(b"m" * 32, mac)
         name = led_to(self.header, SITES, opened.sum_mac, mac)
-        event = ask.SumReady(
+        event = ask.CheckedSum(
             self.header.digest, opened, name, state, state.to_bytes(), {"weight": [1]}, 4
         )
         return self.do(event)

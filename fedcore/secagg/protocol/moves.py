@@ -1,4 +1,5 @@
-"""What both machines are built from: one step in the making, and the table of legal moves."""
+"""What both machines are built from: events that both know, one step in the making, and the table of legal
+moves."""
 
 from __future__ import annotations
 
@@ -18,6 +19,16 @@ Kind = type[object]
 Handler = Callable[[M, object, object], None]
 Table = dict[Kind, dict[Kind, tuple[Handler[M], tuple[Kind, ...]]]]
 """{stage: {event or received message: (handler, stages it may lead to; none: it stays)}}."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The process is new, and the stage comes from the journal."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
 
 
 @dataclass

@@ -82,7 +82,7 @@ from fedcore.secagg.protocol.messages import (
     check_signature,
     site_of,
 )
-from fedcore.secagg.protocol.moves import Move, on, table
+from fedcore.secagg.protocol.moves import Move, Restarted, Tick, on, table
 from fedcore.secagg.protocol.round.site import share_digest
 from fedcore.secagg.protocol.shared import (
     check_header,
@@ -150,21 +150,11 @@ class Gone:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
-
-
-@dataclass(frozen=True)
 class SumReady:
     """The masks are off the sum and it is spooled: its digest and size."""
 
     digest: bytes
     size: int
-
-
-@dataclass(frozen=True)
-class Restarted:
-    """The process is new, and the stage comes from the journal."""
 
 
 @dataclass(frozen=True)

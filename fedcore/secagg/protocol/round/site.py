@@ -91,7 +91,7 @@ from fedcore.secagg.protocol.messages import (
     check_signature,
     sign,
 )
-from fedcore.secagg.protocol.moves import Move, on, table
+from fedcore.secagg.protocol.moves import Move, Restarted, Tick, on, table
 from fedcore.secagg.protocol.shared import (
     THIS_SITE,
     Exchange,
@@ -208,16 +208,6 @@ class Declined:
 @dataclass(frozen=True)
 class SessionRestored:
     """The connection is new: what was sent last may not have arrived."""
-
-
-@dataclass(frozen=True)
-class Restarted:
-    """The process is new, and the stage comes from the journal."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
 
 
 @dataclass(frozen=True)

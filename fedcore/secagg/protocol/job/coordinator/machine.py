@@ -32,6 +32,7 @@ from fedcore.secagg.protocol.job.effects import (
     PutValues,
     ShowRound,
 )
+from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import Json, SiteId
@@ -231,7 +232,7 @@ class JobMachine:
         self.epochs.resume(at)
         if facts.plan is not None and facts.round is not None:
             self.do([OpenFold(facts.round.header)])
-            self.round_step(coordinator.Restarted())
+            self.round_step(Restarted())
         for name in at.here:
             self._greet(name)
 
@@ -242,7 +243,7 @@ class JobMachine:
         if text := self.rounds.unreleasable(at):
             self.end("abandoned", text)
             return
-        self.round_step(coordinator.Tick())
+        self.round_step(Tick())
         self.do(self.rounds.flush())
         self.epoch_step(epoch.EpochTick())
         for name in self.gathering.lost(at):

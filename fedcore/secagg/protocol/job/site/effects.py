@@ -18,6 +18,7 @@ from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.plan import ModelShape, RoundHeader
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
+from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import FloatVector, Json, SiteId
@@ -40,7 +41,7 @@ class State(Protocol):
         ...
 
 
-class Secrets(Protocol):
+class HeldSecrets(Protocol):
     """What a site holds of one key epoch."""
 
     @property
@@ -97,7 +98,7 @@ class VectorReady:
 
 
 @dataclass(frozen=True)
-class SumReady:
+class CheckedSum:
     """A sum is opened and checked. certificate: hash of the one certificate that can release it. data: the
     bytes of the state it leads to, where they travel in the journal; else they are in a file, synced."""
 
@@ -162,13 +163,13 @@ class Tracked:
     row: Json
 
 
-RoundWork = VectorReady | SumReady | SumGone | WorkFailed
+RoundWork = VectorReady | CheckedSum | SumGone | WorkFailed
 
 SiteEvent = (
     Started
     | Connected
     | MessageReceived
-    | site.Tick
+    | Tick
     | epoch.SecretsMade
     | RoundWork
     | GuardLeft

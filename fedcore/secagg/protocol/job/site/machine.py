@@ -16,6 +16,7 @@ from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.effects import Warn
 from fedcore.secagg.protocol.job.effects import Info, PutValues
 from fedcore.secagg.protocol.job.site.effects import (
+    CheckedSum,
     CheckpointLost,
     CheckpointReady,
     Connected,
@@ -30,7 +31,6 @@ from fedcore.secagg.protocol.job.site.effects import (
     State,
     StopMaking,
     SumGone,
-    SumReady,
     Tracked,
     VectorReady,
     WorkFailed,
@@ -47,6 +47,7 @@ from fedcore.secagg.protocol.job.site.release import CatchUp, PublicWord
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.wire_form import encode
 
@@ -143,7 +144,7 @@ class SiteJob:
         return self.parts is not None and self.parts.epochs.holds_keys
 
     def deadline(self, now: float) -> float | None:
-        """Seconds until `site.Tick` has to be told; 0: now, None: not before something else happens."""
+        """Seconds until `Tick` has to be told; 0: now, None: not before something else happens."""
         until = getattr(self.stage, "until", None)
         if until is None:
             return None if self.end.pending is None else ENDING_SECONDS
@@ -190,11 +191,11 @@ class SiteJob:
     def _with_plan(self, parts: Parts, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
         """What happens once there is a plan."""
         match event:
-            case site.Tick():
+            case Tick():
                 if self.end.pending is not None:  # the way to the last state was lost somewhere
                     yield from parts.rounds.rest()
                 yield from parts.rounds.step(event, now)
-            case VectorReady() | SumReady() | SumGone() | WorkFailed():
+            case VectorReady() | CheckedSum() | SumGone() | WorkFailed():
                 if parts.rounds.is_round(event.header):
                     yield from parts.rounds.work_done(event, now)
                 if isinstance(event, WorkFailed) and event.word:
@@ -219,7 +220,7 @@ class SiteJob:
                 yield LoadRows()
             return
         yield self.parts.rounds.tidy()
-        yield from self.parts.rounds.step(site.Restarted(), now)
+        yield from self.parts.rounds.step(Restarted(), now)
         yield from self.parts.epochs.install_held(now)
         if self.part.left:
             yield from self.part.unable(job_messages.UNABLE)

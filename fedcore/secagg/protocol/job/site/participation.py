@@ -14,7 +14,13 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Send, Warn
-from fedcore.secagg.protocol.job.site.effects import Report, Secrets, SiteEffect, State, Surveyed
+from fedcore.secagg.protocol.job.site.effects import (
+    HeldSecrets,
+    Report,
+    SiteEffect,
+    State,
+    Surveyed,
+)
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.types import SiteId
 
@@ -60,11 +66,11 @@ class Exposures(Protocol):
     ) -> tuple[SiteId, ...] | None: ...
 
 
-class Scheme(Protocol):
+class EpochScheme(Protocol):
     """What a plan's protection puts behind a key epoch."""
 
     def make_payload(self) -> bytes: ...
-    def open_payload(self, payload: bytes, maker: SiteId) -> Secrets: ...
+    def open_payload(self, payload: bytes, maker: SiteId) -> HeldSecrets: ...
 
 
 class Planner(Protocol):
@@ -72,7 +78,7 @@ class Planner(Protocol):
 
     def plan(self, offer: job.JobOffer, survey: Surveyed) -> RoundPlan: ...
     def first_state(self, plan: RoundPlan, survey: Surveyed) -> State: ...
-    def scheme(self, plan: RoundPlan) -> Scheme: ...
+    def scheme(self, plan: RoundPlan) -> EpochScheme: ...
 
 
 @dataclass(frozen=True)
@@ -169,10 +175,10 @@ class Participation:
 class HeldKeys:
     """The secrets of the key epoch installed here. payload: what they are made of."""
 
-    scheme: Scheme
-    secrets: Secrets | None = None
+    scheme: EpochScheme
+    secrets: HeldSecrets | None = None
 
-    def use(self, payload: SecretBytes, maker: SiteId) -> Secrets:
+    def use(self, payload: SecretBytes, maker: SiteId) -> HeldSecrets:
         """Open a payload and hold its secrets. Raises EnvelopeRefused, the maker's fault."""
         self.secrets = self.scheme.open_payload(payload.reveal(), maker)
         return self.secrets

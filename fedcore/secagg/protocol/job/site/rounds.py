@@ -19,6 +19,7 @@ from fedcore.secagg.protocol.job.effects import CloseRound
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.effects import (
     AppendEntries,
+    CheckedSum,
     EnterRelease,
     Expose,
     Report,
@@ -26,7 +27,6 @@ from fedcore.secagg.protocol.job.site.effects import (
     SiteEffect,
     StopMaking,
     SumGone,
-    SumReady,
     TidySpool,
     Track,
     VectorReady,
@@ -91,7 +91,7 @@ class RoundDriver:
         self._unwritten: list[site.SiteEntry] = []
         """Records of the round that nothing sent relies on yet."""
         self._vector: VectorReady | None = None
-        self._sum: SumReady | None = None
+        self._sum: CheckedSum | None = None
 
     # ------------------------------------------------------------------------------- questions
 
@@ -225,7 +225,7 @@ class RoundDriver:
                 self.marks, self._vector = (header, marks), done
                 yield from self.step(made, now)
                 self._vector = None
-            case SumReady(_, opened, certificate, state, data):
+            case CheckedSum(_, opened, certificate, state, data):
                 self._states.hold(certificate, state, data)
                 self._sum = done
                 yield from self.step(opened, now)
