@@ -28,7 +28,8 @@ class Gathering:
     def check(self, present: Collection[SiteId], at: Moment) -> bool | TooFew:
         """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
 
-        A site that was waited for once and did not come is not waited for again before it connects. Where
+        A site that was waited for once and did not come is not waited for again before it connects or reports
+        its status. Where
         too many sites reported that they cannot take part, the job waits no longer than for one more site.
         """
         sites, limits, there = self._facts.sites, self._facts.limits, set(present)

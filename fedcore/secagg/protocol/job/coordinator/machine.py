@@ -356,6 +356,9 @@ class JobMachine:
         if not 0 <= rest.round <= facts.number + MOST_AHEAD:
             raise PeerRefused(f"round: found a number of {name} that is far from ours")
         facts.sites[name].rest = rest
+        facts.sites[
+            name
+        ].missed = False  # it is catching up: without a wait, fast rounds stay ahead of it
         first = coordinator.is_first(stage) and name in coordinator.waiting_for(stage)
         if first and rest.round < facts.number:
             # It could not persist the announcement, or sent this before it arrived.
