@@ -71,7 +71,7 @@ import hashlib, json
 import fedcore_clients.app as _main
 from fedcore_clients.round_work import RoundWork as _Work
 from fedcore.store.journal import Journal as _Journal
-from fedcore.secagg.protocol import site as _machine
+from fedcore.secagg.protocol.round import site as _machine
 from fedcore.secagg.protocol.wire_form import decode as _decode, encode as _encode
 from fedcore.secagg.protocol.messages import Unmask as _Unmask
 _context = _main.SiteContext

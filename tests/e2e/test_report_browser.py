@@ -93,11 +93,12 @@ def test_nothing_scrolls_sideways_on_a_phone(names, tmp_path):
 
 
 def test_a_long_name_without_spaces_does_not_widen_the_page(tmp_path):
-    result, rounds = load("heart")
+    found, rounds = load("heart")
+    result = found.to_json()
     name = "hospital" * 20
     result["per_site"] = {name: result["per_site"].pop("cleveland"), **result["per_site"]}
     result["task"] = result["reproduce"] = name
-    content, window, _ = overflow(page.render([(result, rounds)]), PHONE, tmp_path)
+    content, window, _ = overflow(page.render([(result_of(result), rounds)]), PHONE, tmp_path)
     assert content <= window
 
 

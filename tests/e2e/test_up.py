@@ -163,8 +163,10 @@ def test_another_model_than_the_simulation_is_an_error_and_both_are_kept(
         model = folder / "model.safetensors"
         save_file({"weight": np.full((1, 30), 0.25), "bias": np.full(1, 0.25)}, model)
         sites = dict.fromkeys(prepared.plan.sites, "0" * 64)
-        about = {"model_sha256": "0" * 64, "sites": sites, "round_seconds": [0.1, 0.1]}
-        return about | {"survivors": [list(sites), list(sites)[1:]]}, model
+        survivors = (tuple(sites), tuple(sites)[1:])
+        return up.DeployedRun(
+            "job", "0" * 64, sites, 0.2, (0.1, 0.1), survivors, (), str(folder)
+        ), model
 
     monkeypatch.setattr(up, "_deployed", other)
     out = tmp_path / "up"

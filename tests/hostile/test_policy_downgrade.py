@@ -27,7 +27,7 @@ def offered(folder, asked, **rules):
     settings["protect"] |= asked
     allowed = policy.SitePolicy(policy.PolicySection(**rules), len(FOUR), BENCH)
     found = job_at_a_site(folder, settings, allowed)
-    asyncio.run(found._load())
+    asyncio.run(found.work.load())
     return found
 
 
@@ -40,7 +40,7 @@ def without(monkeypatch, *rules):
 def refused(found, setting, caplog):
     """One word has left, and one line stays here; nothing was read."""
     assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
-    assert found.contributor.loaded == 0 and found.survey is None
+    assert found.contributor.loaded == 0 and found.job.part.survey is None
     lines = [message for message in caplog.messages if "refused" in message]
     assert len(lines) == 1 and setting in lines[0] and "hint: " in lines[0]
     assert "policy." in lines[0] and "\n" not in lines[0]
@@ -106,6 +106,6 @@ def test_label_and_what_leaves_are_there_before_a_row_is_read(tmp_path, monkeypa
     taken(found)
     labels = [m.removeprefix("job job: label: ") for m in before if ": label: " in m]
     leaves = [m.removeprefix("job job: leaves: ") for m in before if ": leaves: " in m]
-    assert labels == list(found.about.label) and leaves == list(found.about.leaves)
+    assert labels == list(found.work.about.label) and leaves == list(found.work.about.leaves)
     assert labels[0].startswith("Protects against: the coordinator")
     assert any(each.startswith("update (up to 2 sums") for each in leaves)

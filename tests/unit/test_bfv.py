@@ -744,7 +744,8 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         import sys
         from dataclasses import replace
         import numpy as np
-        from fedcore import loopback
+        from fedcore.secagg import in_process as loopback
+        from fedcore.stopwatch import Stopwatch
         from fedcore.errors import Unavailable
         from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
         from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
@@ -756,7 +757,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         wides = {"weight": [1], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
         site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
         epoch = loopback.InProcessFederation("job", plan)
-        total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
+        total = epoch.protected_sum(plan.update_vector, 1, site, b"", Stopwatch())
         assert total.opened.coordinates.tolist() == [3, 3, 6]
 
         packing = solve_packing(16, 3, "masked")
@@ -772,7 +773,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
                 packing=solve_packing(16, 3, protection, cipher="keystream"),
             )
             epoch = loopback.InProcessFederation("job", stream)
-            total = epoch.protected_sum(plan.update_vector, 1, site, b"", loopback.Stopwatch())
+            total = epoch.protected_sum(plan.update_vector, 1, site, b"", Stopwatch())
             assert total.opened.coordinates.tolist() == [3, 3, 6]
         assert "tenseal" not in sys.modules
 
@@ -782,7 +783,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         except Unavailable as error:
             print(error, "hint:", error.remedy)
     """
-    root = Path(bfv.__file__).parents[2]
+    root = Path(bfv.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},

@@ -37,7 +37,7 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
     changes, line = REFUSED[what]
     found = loaded(tmp_path, submitted(protect=changes))
     assert found.link.said == [job_messages.SiteUnavailable("job", "a", "policy")]
-    assert found.contributor.loaded == 0 and found.plan is None
+    assert found.contributor.loaded == 0 and found.job.plan is None
     (said,) = caplog.messages
     assert said.startswith(f"job job: refused: {line}") and "hint: " in said and "\n" not in said
 
@@ -63,7 +63,7 @@ def test_a_coordinator_takes_no_job_for_a_roster_that_masks_do_not_take():
 def agrees_to_plain(folder):
     """A site's job that was offered `plain` and its plan, by a coordinator that takes such jobs."""
     settings = submitted(protect=PLAIN)
-    shape = loaded(folder / "other", submitted()).survey.shape
+    shape = loaded(folder / "other", submitted()).job.part.survey.shape
     plan = plan_of(build_job(settings), shape, SITES, 64)
     return loaded(
         folder / "site", settings, job_messages.PlanOffer("job", canonical(plan.to_json()))
@@ -74,7 +74,7 @@ def test_a_whole_plain_job_gets_no_plan_agreed(tmp_path, monkeypatch):
     """Control: without the check the site surveys its rows and agrees."""
     found = agrees_to_plain(tmp_path / "1")
     assert [type(each) for each in found.link.said] == [job_messages.SiteUnavailable]
-    assert found.plan is None and found.survey is None
+    assert found.job.plan is None and found.job.part.survey is None
     others = tuple(rule for rule in policy._RULES if rule is not policy._protection)
     monkeypatch.setattr(policy, "_RULES", others)
     control = agrees_to_plain(tmp_path / "2")
@@ -82,7 +82,7 @@ def test_a_whole_plain_job_gets_no_plan_agreed(tmp_path, monkeypatch):
         job_messages.SiteSurvey,
         job_messages.PlanAgreed,
     ]
-    assert control.plan.protection == "plain"
+    assert control.job.plan.protection == "plain"
 
 
 def plain_epochs():

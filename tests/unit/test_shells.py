@@ -261,6 +261,7 @@ def test_work_that_is_called_off_before_it_began_leaves_no_coroutine_behind():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
+    gc.collect()  # what earlier tests left is not this one's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.MonkeyPatch.context() as patch:
