@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -502,3 +503,16 @@ def test_a_failed_set_up_says_why_and_starts_over(tmp_path):
     again.communicate(timeout=300)
     assert again.returncode == 0
     assert log.read_text().split() == ["venv", "pip", "venv", "pip"]
+
+
+def test_the_imports_of_scripts_exist():
+    """Nothing else runs some of them in the suite."""
+    for path in (ROOT / "scripts").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedcore"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(
+                        f"{node.module}.{alias.name}"
+                    )
+                    assert found, f"{path.name}: {node.module}.{alias.name}"
