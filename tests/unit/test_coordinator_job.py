@@ -581,6 +581,19 @@ def test_a_new_round_opens_its_fold_before_it_is_announced():
     assert all(view.rest is None for view in facts.sites.values())
 
 
+def test_a_round_waits_again_for_a_site_that_reports_its_status_while_it_catches_up():
+    """Else fast rounds stay one release ahead of it until the job ends."""
+    found = machine()
+    facts = found.facts
+    facts.plan, facts.epoch, facts.step = PLAN, epoch_of(), PlannedRound("update", 1)
+    facts.sizes = {"update": 640}
+    at_rest(facts, **dict.fromkeys("abc", ""))
+    facts.sites["d"].missed = True
+    found.step(heard("d", rest("d", "f" * 64)), at())
+    assert sent(found.step(events.Advance(), at()), messages.Announce) == []
+    assert facts.progress.waiting_for == ("d",)
+
+
 def test_a_round_that_ends_is_written_then_told_then_its_files_go():
     found = machine()
     facts = found.facts

@@ -297,10 +297,8 @@ class JobMachine:
             case job_messages.SiteUnavailable(reason=reason):
                 view.unable = reason if reason in job_messages.REASONS else job_messages.UNABLE
                 self.do([Warn(f"site {name}: {job_messages.REASONS[view.unable]}")])
-                if not isinstance(
-                    facts.stage, coordinator.EXPOSED
-                ):  # what it sent it can send again
-                    self._out_of_round(name)
+                if not isinstance(facts.stage, coordinator.EXPOSED):
+                    self._out_of_round(name)  # an exposed site can send again what it sent
             case job_messages.InRound(header=header):
                 self._tell_if_over(name, header)
             case job_messages.PlanAgreed(plan_digest=digest):
@@ -355,10 +353,9 @@ class JobMachine:
         facts, stage = self.facts, self.facts.stage
         if not 0 <= rest.round <= facts.number + MOST_AHEAD:
             raise PeerRefused(f"round: found a number of {name} that is far from ours")
-        facts.sites[name].rest = rest
-        facts.sites[
-            name
-        ].missed = False  # it is catching up: without a wait, fast rounds stay ahead of it
+        view = facts.sites[name]
+        # It may be catching up: without a wait for it, fast rounds stay one release ahead of it.
+        view.rest, view.missed = rest, False
         first = coordinator.is_first(stage) and name in coordinator.waiting_for(stage)
         if first and rest.round < facts.number:
             # It could not persist the announcement, or sent this before it arrived.
