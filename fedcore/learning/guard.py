@@ -16,18 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedcore.errors import GuardTripped
-from fedcore.learning.data.rows import Rows
-from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.released import largest_move
-from fedcore.learning.scoring import has_loss, training_loss
-from fedcore.learning.task import Task
 from fedcore.secagg.plan import RoundPlan
 from fedcore.types import FloatVector, Json, SiteId, WideVector
+
+if TYPE_CHECKING:  # a site's session reads the rules and the memory here, and never needs torch
+    from fedcore.learning.data.rows import Rows
+    from fedcore.learning.model import FlatModel
+    from fedcore.learning.task import Task
 
 _LOSS = "the loss on its own training rows"
 
@@ -128,6 +130,8 @@ class Guard:
             if self.memory.strikes >= self.rules.rounds:
                 raise self._tripped(round_, self._too_high(), "")
             return
+        from fedcore.learning.scoring import has_loss
+
         self._check_moved(state, round_)
         if has_loss(self.task):
             self._check_loss(state, round_)
@@ -159,6 +163,8 @@ class Guard:
 
     def _loss(self, model: FloatVector, round_: int) -> float:
         """Mean loss of a model on this site's training rows."""
+        from fedcore.learning.scoring import training_loss
+
         self.flat.write(model)
         return training_loss(
             self.task, self.flat.module, self.rows, seed=self.seed, round_=round_, site=self.site

@@ -15,8 +15,7 @@ from fedcore import Task
 from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
 from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
-from fedcore.learning import checkpoint
-from fedcore.learning import guard as guards
+from fedcore.learning import checkpoint, scoring
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules
 from fedcore.learning.model import FlatModel
@@ -38,7 +37,7 @@ def guard_of(losses, monkeypatch, **rules):
     prepared = prepare(*job_for(None, {"task": "heart", "protect.protection": "plain"}))
     site, flat = prepared.sites[0], prepared.flat
     found = iter(losses)
-    monkeypatch.setattr(guards, "training_loss", lambda *_, **__: next(found))
+    monkeypatch.setattr(scoring, "training_loss", lambda *_, **__: next(found))
     made = Guard(
         prepared.task, prepared.plan, site.id, site.train, flat, flat.read(), 0, GuardRules(**rules)
     )

@@ -77,9 +77,13 @@ def test_no_module_hides_a_public_function():
     assert not (modules | packages) & {name for name in PUBLIC if name.islower()}
 
 
-def test_importing_the_facade_is_light():
-    """The first line of a run comes within a second, and --help in half: no torch before it is needed."""
-    code = "import fedcore, sys; print([m for m in ('torch', 'pandas', 'tenseal') if m in sys.modules])"
+@pytest.mark.parametrize(
+    "module", ["fedcore", "fedcore_clients.app", "fedcore_server.app", "fedcore_server.fold_worker"]
+)
+def test_what_trains_nothing_imports_no_torch(module):
+    """The facade (`--help` comes at once), a site's session and the coordinator: torch takes seconds and
+    200 MB, and belongs in the process that trains."""
+    code = f"import {module}, sys; print([m for m in ('torch', 'pandas', 'tenseal') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
 
