@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.coordinator import Coordinator
 from fedcore_server.folding import FoldPool
+from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import Probes
 from fedcore_server.prometheus import ADDRESS, serve_metrics
-from fedcore_server.service import Coordinator, handlers, journal_path
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput
@@ -96,7 +97,9 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)
     with (
-        Journal.open(journal_path(config.folder), party=f"coordinator of {config.name}") as journal,
+        Journal.open(
+            config.folder / "journal.sqlite", party=f"coordinator of {config.name}"
+        ) as journal,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
         context = CoordinatorContext(
@@ -144,7 +147,7 @@ async def _serve(
     port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
     with contextlib.ExitStack() as opened:
         if config.metrics_port is not None:
-            metrics, end = serve_metrics(hub, config.metrics_port)
+            metrics, end = serve_metrics(hub.sessions.counts, hub.seen, config.metrics_port)
             opened.callback(end)
             LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
         await server.start()
@@ -168,7 +171,7 @@ async def _until_told(hub: Coordinator, probes: Probes, server: grpc.aio.Server)
     finally:
         waiting.cancel()
         await probes.end()
-        hub.say_goodbye()
+        hub.sessions.close()
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work

@@ -10,7 +10,6 @@ import errno
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,18 +39,12 @@ class Seen:
     rounds: Counter[str]
 
 
-class _FigureSource(Protocol):
-    counts: Counts
-
-    def seen(self) -> Seen: ...
-
-
 class _Collector:
-    def __init__(self, source: _FigureSource) -> None:
-        self._source = source
+    def __init__(self, counts: Counts, seen: Callable[[], Seen]) -> None:
+        self._counts, self._seen = counts, seen
 
     def collect(self) -> Iterator[Metric]:
-        counts, seen = self._source.counts, self._source.seen()
+        counts, seen = self._counts, self._seen()
         yield GaugeMetricFamily("fedcore_sites", "Sites on the roster", seen.sites)
         yield GaugeMetricFamily("fedcore_sites_connected", "Sites with a session", seen.connected)
         jobs = GaugeMetricFamily("fedcore_jobs", "Jobs by state", labels=["state"])
@@ -71,13 +64,15 @@ class _Collector:
             yield CounterMetricFamily(name, text, value)
 
 
-def serve_metrics(source: _FigureSource, port: int) -> tuple[int, Callable[[], None]]:
+def serve_metrics(
+    counts: Counts, seen: Callable[[], Seen], port: int
+) -> tuple[int, Callable[[], None]]:
     """Answer scrapes on a loopback port (0: a free one), in a thread; the port, and what ends it.
 
     Raises BadInput where the port cannot be had.
     """
     registry = CollectorRegistry()
-    registry.register(_Collector(source))
+    registry.register(_Collector(counts, seen))
     try:
         server, thread = start_http_server(port, ADDRESS, registry)
     except OSError as error:

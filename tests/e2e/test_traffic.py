@@ -260,11 +260,11 @@ def test_uploads_that_nobody_waits_for_are_not_kept(fed):
             with pytest.raises(grpc.RpcError) as error:
                 upload(iter(sent), timeout=PATIENCE)
             assert refusal(error)[0] is grpc.StatusCode.INVALID_ARGUMENT
-            assert "nobody waits for" in refusal(error)[1]
+            assert "no job expects" in refusal(error)[1]
             ask = channel.unary_unary(calls.UPLOAD_OFFSET.path)
             with pytest.raises(grpc.RpcError) as error:
                 ask(calls.UPLOAD_OFFSET.takes.pack(start), timeout=PATIENCE)
-            assert "nobody waits for" in refusal(error)[1]
+            assert "no job expects" in refusal(error)[1]
         for sent in [
             [calls.UPLOAD.takes.pack(frames.Part(b"x"))], [], [b"\xff\xff"], [b""],
             [calls.UPLOAD.takes.pack(start)[:-3]],
@@ -522,7 +522,7 @@ def test_a_flood_of_records_waits_at_its_sender(fed):
     """A quarter of a gigabyte of records while the job is busy: they are not piled up here.
 
     What bounds the memory is that a session is read no further while MOST_RECORDS wait for the job
-    (server/service.py): 64 of the longest records, beside what the connection itself holds.
+    (server/site_api.py): 64 of the longest records, beside what the connection itself holds.
     """
     said = itertools.count()
     job = fed.submit(rounds=2)

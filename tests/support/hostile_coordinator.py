@@ -133,8 +133,8 @@ class Offers:
 def install(folder):
     """Turn the decisions of every job of this process."""
     import numpy as np
-    from fedcore_server import app as main
-    from fedcore_server import job_runner, service
+    from fedcore_server import coordinator as registry
+    from fedcore_server import grpc_service, job_runner, operators_api, transfers
     from support.unguarded_site import SETTINGS, switches
 
     from fedcore.learning.state import JobState
@@ -148,7 +148,6 @@ def install(folder):
     from fedcore.secagg.protocol.round import coordinator
     from fedcore.secagg.protocol.schedule import PlannedRound
     from fedcore.secagg.scheme import Scheme, vector_of
-    from fedcore.wire import calls
 
     folder = Path(folder)
     switches(folder, [SETTINGS])  # its plan is the one that its sites find
@@ -344,17 +343,16 @@ def install(folder):
                 return self.forged
             return super().download(what, digest)
 
-    class HostileCoordinator(service.Coordinator):
-        async def download(self, data, context):
+    class HostileTransfers(transfers.Transfers):
+        async def download(self, peer, start):
             """A forged checkpoint comes late: when its round waits for its certificate."""
-            start = calls.DOWNLOAD.takes.unpack(data, sender="a site")
-            found = self.jobs.get(start.job)
+            found = self._hub.jobs.get(start.job)
             forged = getattr(found, "forged", None)
             if forged is not None and forged.digest == start.digest:
                 await found.late.wait()
-            async for part in super().download(data, context):
+            async for part in super().download(peer, start):
                 yield part
 
     job_runner.JobMachine = HostileMachine
-    job_runner.JobRunner = service.JobRunner = HostileJob
-    main.Coordinator = HostileCoordinator
+    job_runner.JobRunner = registry.JobRunner = operators_api.JobRunner = HostileJob
+    grpc_service.Transfers = HostileTransfers

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_server.context import CoordinatorContext
+from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import jobs_table
-from fedcore_server.service import ROWS_AT_ONCE, Coordinator, SiteSession
+from fedcore_server.operators_api import ROWS_AT_ONCE, OperatorsApi
+from fedcore_server.sessions import SiteSession
 from rich.console import Console
 
 from fedcore.config import build_job
@@ -28,9 +30,7 @@ from fedcore.wire.records import unpack_record
 SITES = [f"{number:03d}-{'x' * 60}" for number in range(500)]
 """As many as one coordinator was tried with, under the longest names there are."""
 
-GATE = SimpleNamespace(
-    admit=lambda *_: SimpleNamespace(name="op", role="operator"), still=lambda _: None
-)
+PEER, GATE = SimpleNamespace(name="op"), SimpleNamespace(still=lambda _: None)
 
 
 @pytest.fixture
@@ -47,15 +47,15 @@ def over(hub, name):
     """A job that has ended, as the coordinator has it."""
     settings = {"protection": "layered", "rounds": 20, "max_examples": 16}
     offer = job_messages.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
-    found = hub.jobs[name] = JobRunner(hub.context, hub, offer)
+    found = hub.jobs[name] = JobRunner(hub.context, hub.sessions, offer)
     found.facts.outcome = job_messages.JobEnded(name, "finished", "", "")
     found.progress.state = "finished"
     return found
 
 
 def listed(hub):
-    answer = asyncio.run(hub.list_jobs(calls.JOBS.takes.pack(frames.JobsRequest()), None))
-    return frames.json_value(calls.JOBS.gives.unpack(answer, sender="hub").json, sender="hub")
+    answer = asyncio.run(OperatorsApi(hub).jobs(PEER, frames.JobsRequest()))
+    return frames.json_value(answer.json, sender="hub")
 
 
 def shown(answer):
@@ -90,8 +90,8 @@ def test_whoever_watches_500_sites_gets_every_round_once(hub):
     found.progress.waiting_for = tuple(SITES)
 
     async def play():
-        asked = calls.WATCH.takes.pack(frames.WatchRequest("t-1"))
-        return [event async for event in hub.watch(asked, None)]
+        asked = frames.WatchRequest("t-1")
+        return [event async for event in OperatorsApi(hub).watch(PEER, asked)]
 
     events = [
         frames.json_value(calls.WATCH.gives.unpack(event, sender="hub").json, sender="hub")
@@ -105,7 +105,7 @@ def test_whoever_watches_500_sites_gets_every_round_once(hub):
 def test_what_every_site_hears_is_laid_out_once(hub):
     """At 500 sites a list of all of them, made anew for each, would be most of the coordinator's work."""
     sessions = {name: SiteSession(None) for name in SITES[:3]}
-    hub.sessions.update(sessions)
+    hub.sessions.open.update(sessions)
     words = [
         ("one", job_messages.JobEnded("one", "finished", "", "")),
         ("one", job_messages.JobEnded("one", "stopped", "", "")),
@@ -113,7 +113,7 @@ def test_what_every_site_hears_is_laid_out_once(hub):
     ]
     for name, message in words:
         for site in sessions:
-            hub.say(site, name, message)
+            hub.sessions.say(site, name, message)
     heard = [[each.out.get_nowait() for _ in words] for each in sessions.values()]
     assert all(a is b for other in heard[1:] for a, b in zip(heard[0], other, strict=True))
     found = [calls.SESSION.gives.unpack(data, sender="hub") for data in heard[0]]

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fedcore_server import service
 from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_log import METRICS_FILE
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import prepare
+from fedcore_server.operators_api import ROWS_AT_ONCE, OperatorsApi, check_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import job_at_a_site, policy_of
@@ -187,8 +188,8 @@ def test_submit_and_the_coordinator_refuse_it(tmp_path):
     with pytest.raises(PlanRefused, match=REFUSED):
         prepare(tmp_path, ENCRYPTED, {})
     with pytest.raises(PlanRefused, match=REFUSED):
-        service._check_settings(ENCRYPTED, 4, Quota())
-    service._check_settings(submitted(track={"public_metrics": True}), 4, Quota())
+        check_settings(ENCRYPTED, 4, Quota(), Limits().stage)
+    check_settings(submitted(track={"public_metrics": True}), 4, Quota(), Limits().stage)
 
 
 # ----------------------------------------------------------------------------------- at a site
@@ -608,22 +609,15 @@ def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     found.metrics.known[:] = rows[::-1]
     found.end("finished", "")
 
-    class Gate:
-        def admit(self, *_):
-            return SimpleNamespace(name="op", role="operator")
-
-        def still(self, _):
-            pass
-
     async def play():
-        hub = service.Coordinator(found.context, Gate())
-        hub._adopt(found)
-        asked = calls.WATCH.takes.pack(frames.WatchRequest("job"))
-        events = [calls.WATCH.gives.unpack(e, sender="hub") async for e in hub.watch(asked, None)]
+        hub = Coordinator(found.context, SimpleNamespace(still=lambda _: None))
+        hub.adopt(found)
+        watched = OperatorsApi(hub).watch(SimpleNamespace(name="op"), frames.WatchRequest("job"))
+        events = [calls.WATCH.gives.unpack(event, sender="hub") async for event in watched]
         return [frames.json_value(event.json, sender="hub") for event in events]
 
     events = asyncio.run(play())
     assert [row for event in events for row in event["new_metrics"]] == rows[::-1]
-    assert all(len(event["new_metrics"]) <= service.ROWS_AT_ONCE for event in events)
+    assert all(len(event["new_metrics"]) <= ROWS_AT_ONCE for event in events)
     assert all(event["metrics"] == rows[-1] for event in events), "the newest model's"
     assert all(event["public_metrics"] is True for event in events)

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from fedcore_server.config import LimitsSection
 from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators import wire_settings
-from fedcore_server.service import Coordinator
+from fedcore_server.operators_api import OperatorsApi
 
 from fedcore.config import build_job
 from fedcore.errors import PlanRefused
@@ -20,21 +21,9 @@ from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.wire import calls, frames
+from fedcore.wire import frames
 
 QUOTA = Quota(rounds=50, epochs=4, batch=64, queued=3, kept=5)
-
-
-class Who:
-    """Admits every call as this operator."""
-
-    name = "op"
-
-    def admit(self, *_):
-        return SimpleNamespace(name=self.name, role="operator")
-
-    def still(self, peer):
-        pass
 
 
 @pytest.fixture
@@ -48,16 +37,16 @@ def hub(tmp_path, journal):
     pins = {name: IdentityKey().public for name in "abcd"}
     spool = Spool(tmp_path / "spool")
     return Coordinator(
-        CoordinatorContext("town", pins, journal, spool, None, tmp_path, Limits(), QUOTA), Who()
+        CoordinatorContext("town", pins, journal, spool, None, tmp_path, Limits(), QUOTA), gate=None
     )
 
 
-def submit(hub, **settings):
+def submit(hub, operator="op", **settings):
     complete = build_job({"max_examples": 16, "rounds": 2, "batch_size": 8, **settings})
     about = json.dumps({"settings": wire_settings(complete)}).encode()
     asked = frames.SubmitRequest(b"# job\n", "t", "0" * 64, about)
-    answer = asyncio.run(hub.submit(calls.SUBMIT.takes.pack(asked), None))
-    return calls.SUBMIT.gives.unpack(answer, sender="hub").job
+    peer = SimpleNamespace(name=operator)
+    return asyncio.run(OperatorsApi(hub).submit(peer, asked)).job
 
 
 def end(hub, name):
@@ -98,14 +87,13 @@ def test_so_many_jobs_wait_and_not_more(hub):
 def test_so_many_jobs_are_kept_of_one_operator_also_after_a_restart(hub, journal):
     for _ in range(5):
         end(hub, submit(hub))
-    again = Coordinator(hub.context, Who())
+    again = Coordinator(hub.context, gate=None)
     for found in again.jobs.values():
         end(again, found.id)
     for each in (hub, again):
         with pytest.raises(PlanRefused, match="found 5 jobs of operator 'op' kept here"):
             submit(each)
-        each.gate.name = "other"
-        end(each, submit(each))
+        end(each, submit(each, operator="other"))
 
 
 def test_the_keys_of_federation_toml_have_the_same_defaults():

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 from fedcore_clients import policy
-from fedcore_server import service
 from fedcore_server.context import Quota
+from fedcore_server.operators_api import check_settings
 from parties import Epochs, Parties
 from test_public_metrics import SITES, loaded, submitted
 
@@ -16,10 +16,12 @@ from fedcore.config import build_job, plan_of
 from fedcore.errors import HeaderRefused, PlanRefused
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import epoch, job_messages
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.messages import Announce, Keys
 from fedcore.secagg.protocol.round import site
 
 PLAIN = {"protection": "plain"}
+STAGE = Limits().stage
 REFUSED = {
     "no protection": (PLAIN, "protect.protection: found 'plain', expected layered"),
     "a threshold below half": (
@@ -46,15 +48,15 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
 def test_a_coordinator_takes_no_such_job(what):
     changes, line = REFUSED[what]
     with pytest.raises(PlanRefused) as refused:
-        service._check_settings(submitted(protect=changes), len(SITES), Quota())
+        check_settings(submitted(protect=changes), len(SITES), Quota(), STAGE)
     assert str(refused.value).startswith(line) and refused.value.remedy
-    service._check_settings(submitted(), len(SITES), Quota())
+    check_settings(submitted(), len(SITES), Quota(), STAGE)
 
 
 def test_a_coordinator_takes_no_job_for_a_roster_that_masks_do_not_take():
     for sites in (2, 65):
         with pytest.raises(PlanRefused, match=f"sites: found {sites} under 'layered'"):
-            service._check_settings(submitted(), sites, Quota())
+            check_settings(submitted(), sites, Quota(), STAGE)
 
 
 # ----------------------------------------------------------- a whole job without any protection

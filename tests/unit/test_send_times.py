@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from fedcore_clients.round_work import Protected, RoundWork
 from fedcore_clients.trainer import TrainingFailed
-from fedcore_server.service import _check_budget
+from fedcore_server.context import Quota
+from fedcore_server.operators_api import check_settings
 from test_public_metrics import site_job, submitted
 
 from fedcore.config import build_job
@@ -128,8 +129,8 @@ def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypa
 def test_a_budget_is_shorter_than_the_coordinator_waits():
     settings = submitted(round={"submit_seconds": 600.0})
     with pytest.raises(BadInput, match=r"round\.submit_seconds: found 600, expected less than"):
-        _check_budget(settings, 600.0)
-    _check_budget(settings, 601.0)
-    _check_budget(submitted(), 1.0)
+        check_settings(settings, 4, Quota(), 600.0)
+    check_settings(settings, 4, Quota(), 601.0)
+    check_settings(submitted(), 4, Quota(), 1.0)
     with pytest.raises(BadInput, match=r"round\.submit_seconds"):
         build_job({"submit_seconds": 0})

@@ -12,8 +12,9 @@ from dataclasses import fields, replace
 import fedcore_clients.round_work
 import numpy as np
 import pytest
+from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
-from fedcore_server.service import Coordinator
+from fedcore_server.transfers import Transfers
 from test_public_metrics import SITES, coordinated, loaded, plan_for, submitted
 
 from fedcore.config import build_job, plan_of
@@ -239,7 +240,7 @@ def sends(hub, name, header, size=1000, of="job"):
     chunks = [bytes(size)]
     data = container.to_bytes(chunks)
     start = frames.UploadStart(of, header, container.vector_digest(chunks), len(data))
-    return hub._small(name, start, data)
+    return Transfers(hub).small(name, start, data)
 
 
 UNASKED = {
@@ -274,9 +275,9 @@ def test_a_transfer_that_no_round_waits_for_is_refused_before_its_first_part(tmp
     hub, header = collecting(tmp_path)
     start = frames.UploadStart("job", header, b"d" * 32, 1000)
     with pytest.raises(BadInput, match="upload: found one"):
-        hub._incoming("d", start)
+        Transfers(hub).open_upload("d", start)
     assert hub.context.spool.rounds("job") == []
-    hub._incoming("a", start)
+    Transfers(hub).open_upload("a", start)
 
 
 # -------------------------------------------------------------------- a record of another site

@@ -16,9 +16,10 @@ import grpc
 import pytest
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig
-from fedcore_server import service
+from fedcore_server import grpc_service, sessions, site_api
 from fedcore_server.context import Quota
-from fedcore_server.service import SiteSession
+from fedcore_server.operators_api import OperatorsApi, check_settings
+from fedcore_server.sessions import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,8 +29,11 @@ from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store import container
 from fedcore.wire import calls, frames
+
+STAGE = Limits().stage
 
 # ----------------------------------------------------------------------------- what a site is sent
 
@@ -134,7 +138,7 @@ def settings(**changes):
 
 
 def test_complete_settings_are_taken():
-    service._check_settings(settings(), 4, Quota())
+    check_settings(settings(), 4, Quota(), STAGE)
 
 
 @pytest.mark.parametrize(
@@ -153,26 +157,26 @@ def test_complete_settings_are_taken():
 )
 def test_other_settings_are_refused_by_the_key_that_is_wrong(changes, error, says):
     with pytest.raises(error, match=says) as found:
-        service._check_settings(settings(**changes), 4, Quota())
+        check_settings(settings(**changes), 4, Quota(), STAGE)
     assert found.value.remedy or isinstance(found.value, FedcoreError)
 
 
 @pytest.mark.parametrize("table", [{}, {"round": 3}, {"round": {"rounds": 2}}, {"protect": []}])
 def test_settings_with_sections_missing_are_refused(table):
     with pytest.raises(BadInput):
-        service._check_settings(json.loads(json.dumps(table)), 4, Quota())
+        check_settings(json.loads(json.dumps(table)), 4, Quota(), STAGE)
 
 
 def test_two_sites_are_too_few():
     with pytest.raises(PlanRefused, match="at least 3"):
-        service._check_settings(settings(), 2, Quota())
+        check_settings(settings(), 2, Quota(), STAGE)
 
 
 # ------------------------------------------------------------------------- how much a coordinator holds
 
 
 def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
-    monkeypatch.setattr(service, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(sessions, "MOST_BYTES", 10_000)
 
     async def play():
         session = SiteSession(SimpleNamespace(name="a"))
@@ -190,7 +194,7 @@ def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
 
 
 def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
-    monkeypatch.setattr(service, "MOST_FRAMES", 3)
+    monkeypatch.setattr(sessions, "MOST_FRAMES", 3)
 
     async def play():
         session = SiteSession(SimpleNamespace(name="a"))
@@ -207,14 +211,14 @@ def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
 
 def test_records_wait_while_a_job_has_many_to_handle():
     async def play():
-        job = SimpleNamespace(backlog=service.MOST_RECORDS, outcome=None)
-        waiting = asyncio.get_running_loop().create_task(service.Coordinator._room(job))
+        job = SimpleNamespace(backlog=site_api.MOST_RECORDS, outcome=None)
+        waiting = asyncio.get_running_loop().create_task(site_api.room(job))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         job.backlog -= 1
         await asyncio.wait_for(waiting, 60)
-        job.backlog, job.outcome = service.MOST_RECORDS, "over"
-        await asyncio.wait_for(service.Coordinator._room(job), 60)
+        job.backlog, job.outcome = site_api.MOST_RECORDS, "over"
+        await asyncio.wait_for(site_api.room(job), 60)
 
     asyncio.run(play())
 
@@ -228,22 +232,20 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
         metrics=SimpleNamespace(known=[]),
     )
 
-    async def admitted(context, call):
-        return SimpleNamespace(name="op")
-
+    views = SimpleNamespace(
+        about=lambda found: {"state": found.progress.state}, sites=lambda found: {}
+    )
+    gate = SimpleNamespace(still=lambda peer: None)
     hub = SimpleNamespace(
-        _admit=admitted, gate=SimpleNamespace(still=lambda peer: None), _changed=asyncio.Event(),
-        _named=lambda name: job, _about=lambda found: {"state": found.progress.state},
-        _sites=lambda found: {},
-    )  # fmt: skip
+        sessions=SimpleNamespace(gate=gate), views=views, change=asyncio.Event(), jobs={"job": job}
+    )
 
     def state_in(data):
         event = calls.WATCH.gives.unpack(data, sender="hub")
         return frames.json_value(event.json, sender="hub")["state"]
 
     async def play():
-        asked = calls.WATCH.takes.pack(frames.WatchRequest("job"))
-        events = service.Coordinator.watch(hub, asked, None)
+        events = OperatorsApi(hub).watch(SimpleNamespace(name="op"), frames.WatchRequest("job"))
         heard = [state_in(await anext(events))]
         job.progress.state = job.outcome = "finished"
         heard += [state_in(data) async for data in events]
@@ -280,7 +282,7 @@ async def never():
 def test_a_stream_without_a_word_is_given_up():
     async def play():
         with pytest.raises(TimeoutError):
-            async for _ in service._prompt(never(), lambda: 0.01):
+            async for _ in sessions.with_timeouts(never(), lambda: 0.01):
                 pass
 
     asyncio.run(play())
@@ -292,7 +294,11 @@ def test_a_stream_gives_what_comes_and_ends_with_it():
             yield each
 
     async def play():
-        assert [data async for data in service._prompt(three(), lambda: 1.0)] == [b"a", b"b", b"c"]
+        assert [data async for data in sessions.with_timeouts(three(), lambda: 1.0)] == [
+            b"a",
+            b"b",
+            b"c",
+        ]
 
     asyncio.run(play())
 
@@ -316,18 +322,18 @@ class Call:
 def test_a_certificate_has_so_many_calls_and_others_have_theirs():
     async def play():
         busy, inside = Counter(), []
-        for _ in range(service.MOST_CALLS):
-            inside.append(service._one_of(busy, Call()))
+        for _ in range(grpc_service.MOST_CALLS):
+            inside.append(grpc_service.open_call(busy, Call()))
             await inside[-1].__aenter__()
         more = Call()
         with pytest.raises(Ended):
-            async with service._one_of(busy, more):
+            async with grpc_service.open_call(busy, more):
                 pass
         assert more.ended[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        async with service._one_of(busy, Call(b"two")):
+        async with grpc_service.open_call(busy, Call(b"two")):
             pass
         await inside.pop().__aexit__(None, None, None)
-        async with service._one_of(busy, Call()):
+        async with grpc_service.open_call(busy, Call()):
             pass
         for each in inside:
             await each.__aexit__(None, None, None)
@@ -352,7 +358,7 @@ def test_what_goes_wrong_in_a_call_is_told_without_another_programs_text(error, 
     async def play():
         call, busy = Call(), Counter()
         with pytest.raises(Ended):
-            async with service._one_of(busy, call):
+            async with grpc_service.open_call(busy, call):
                 raise error
         assert call.ended[0] is code
         assert says in call.ended[1]

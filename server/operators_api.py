@@ -1,0 +1,236 @@
+"""The calls of operators: submit, jobs, watch, stop, evict, result."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable
+
+from fedcore_server.context import Quota
+from fedcore_server.coordinator import Coordinator
+from fedcore_server.job_runner import JobRunner
+from fedcore_server.sessions import EVICTED
+
+from fedcore.config import build_job
+from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.files import write_json
+from fedcore.identity.peer import Peer, check_name
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import canonical
+from fedcore.secagg.protections import refuse_plain
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.wire_form import encode
+from fedcore.types import Json, SiteId
+from fedcore.wire import calls, chunks, frames
+from fedcore.wire.limits import KIB, MAX_JSON
+
+LOG = logging.getLogger("fedcore.coordinator")
+
+ROWS_AT_ONCE, ROWS_BYTES = 20, 256 * KIB
+"""Rounds in one event of `watch`, and their bytes: a row has the names of all sites, and a frame has a limit."""
+
+REST_BYTES = KIB
+"""Of an answer to `jobs`, what is neither a job nor a site."""
+
+RESULT_FILE = "result.json"
+
+
+class OperatorsApi:
+    """The operators' calls to one coordinator."""
+
+    def __init__(self, hub: Coordinator) -> None:
+        self._hub = hub
+
+    async def submit(self, peer: Peer, asked: frames.SubmitRequest) -> frames.SubmitReply:
+        """Queue a job. Raises BadInput, and PlanRefused beyond the quota."""
+        hub, context = self._hub, self._hub.context
+        about = frames.json_value(asked.about, sender=peer.name)
+        settings = about.get("settings")
+        if not isinstance(settings, dict):
+            raise BadInput("submit: found no settings, expected those of the job file, complete")
+        check_name("task", asked.task)  # it names folders, here and at the sites
+        check_settings(settings, len(context.pins), context.quota, context.limits.stage)
+        self._check_room(peer.name)
+        name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
+        offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
+        found = JobRunner(context, hub.sessions, offer)
+        (found.directory / "job.toml").write_bytes(asked.toml)
+        found.submitter = peer.name
+        context.journal.put(name, "submitter", peer.name.encode())
+        context.journal.put(name, "offer", encode(offer))
+        hub.adopt(found)
+        context.journal.put("coordinator", "jobs", json.dumps([*hub.jobs]).encode())
+        LOG.info("job %s: submitted by %s", name, peer.name)
+        hub.changed()
+        return frames.SubmitReply(name)
+
+    def _check_room(self, operator: str) -> None:
+        """Raise PlanRefused where the quota of queued jobs, or of this operator's jobs, is used up."""
+        quota, jobs = self._hub.context.quota, self._hub.jobs.values()
+        queued = sum(found.outcome is None for found in jobs)
+        kept = sum(found.submitter == operator for found in jobs)
+        if queued >= quota.queued:
+            raise PlanRefused(
+                f"submit: found {queued} jobs that are not over, expected fewer than {quota.queued}",
+                remedy="stop one, or wait until one has ended (limits.most_queued of federation.toml)",
+            )
+        if kept >= quota.kept:
+            raise PlanRefused(
+                f"submit: found {kept} jobs of operator {operator!r} kept here, expected fewer than "
+                f"{quota.kept}",
+                remedy="the coordinator's operator raises limits.most_kept of federation.toml, or gives it "
+                "a new folder",
+            )
+
+    async def jobs(self, _: Peer, __: frames.JobsRequest) -> frames.JobsReply:
+        """The jobs, oldest first, and the sites; where not all have room, how many came earlier."""
+        hub, views = self._hub, self._hub.views
+        sites = views.sites(None)
+        room = MAX_JSON - REST_BYTES - len(frames.json_bytes(sites))
+        rows = _fitting(map(views.about, reversed(hub.jobs.values())), room)
+        answer = {
+            "federation": hub.context.federation, "earlier": len(hub.jobs) - len(rows),
+            "jobs": rows[::-1], "sites": sites,
+        }  # fmt: skip
+        return frames.JobsReply(frames.json_bytes(answer))
+
+    async def watch(self, peer: Peer, asked: frames.WatchRequest) -> AsyncIterator[bytes]:
+        """Serialised events of a job until its end; without a name, of the one that runs, else the newest."""
+        hub, views = self._hub, self._hub.views
+        found = self._named(asked.job) if asked.job else hub.running()
+        if found is None:
+            found = next(reversed(hub.jobs.values()), None)
+        if found is None:
+            raise BadInput(
+                "watch: found no job here", remedy="`fed-coordinator submit job.toml` begins one"
+            )
+        last, sent, shown = None, 0, 0
+        while True:
+            hub.sessions.gate.still(peer)
+            change, over = hub.change, found.outcome is not None
+            event = views.about(found) | {"sites": views.sites(found)}
+            rounds, metrics = found.rounds.known, found.metrics.known
+            event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
+            event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
+            if event != last:
+                yield calls.WATCH.gives.pack(frames.WatchEvent(frames.json_bytes(event)))
+                last, sent = event | {"new_rounds": [], "new_metrics": []}, sent + len(fresh)
+                shown += len(known)
+            all_sent = sent == len(rounds) and shown == len(metrics)
+            if over and all_sent:
+                return  # read before the event: the job may end while that is sent
+            if not all_sent:
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(change.wait(), 1.0)
+            await asyncio.sleep(0.05)
+
+    def _named(self, name: str) -> JobRunner:
+        if name not in self._hub.jobs:
+            raise UnknownName("job", name, list(self._hub.jobs))
+        return self._hub.jobs[name]
+
+    async def stop(self, peer: Peer, asked: frames.JobRequest) -> frames.Reply:
+        """End a job."""
+        found = self._named(asked.job)
+        if found.outcome is not None:
+            raise BadInput(f"stop: job {found.id} is over already ({found.outcome.outcome})")
+        if found is self._hub.running():
+            found.stop(f"stopped by {peer.name}")
+        else:
+            found.end("stopped", f"stopped by {peer.name}")
+        return frames.Reply(f"job {found.id} is being stopped")
+
+    async def evict(self, peer: Peer, asked: frames.SiteRequest) -> frames.Reply:
+        """Evict a site until it is admitted again; kept across restarts."""
+        hub, sessions = self._hub, self._hub.sessions
+        if asked.site not in hub.context.pins:
+            raise UnknownName("site", asked.site, list(hub.context.pins))
+        if (asked.site in sessions.evicted) is not asked.undo:
+            how = "is not evicted" if asked.undo else "is evicted already"
+            raise BadInput(f"evict: site {asked.site} {how}")
+        name = SiteId(asked.site)
+        sessions.evict(name, undo=asked.undo)
+        for found in hub.jobs.values():
+            view = found.sites[name]
+            if asked.undo and view.unable == EVICTED:
+                view.unable = ""
+            elif not asked.undo and found.outcome is None:
+                view.unable = EVICTED
+        LOG.info("site %s: %s by %s", name, "let in again" if asked.undo else "evicted", peer.name)
+        hub.changed()
+        text = f"site {name} may connect again" if asked.undo else f"site {name} is evicted"
+        return frames.Reply(text)
+
+    async def result(self, _: Peer, asked: frames.JobRequest) -> AsyncIterator[bytes]:
+        """The serialised parts of the files of a job."""
+        found, views = self._named(asked.job), self._hub.views
+        plan = found.plan
+        result = views.about(found) | {
+            "sites": views.sites(found), "task_sha256": found.offer.task_digest,
+            "settings": json.loads(found.offer.settings),
+            "plan": plan.to_json() if plan is not None else None,
+            "plan_sha256": plan.digest if plan is not None else None,
+        }  # fmt: skip
+        await asyncio.to_thread(write_json, found.directory / RESULT_FILE, result)
+        for path in await asyncio.to_thread(lambda: sorted(found.directory.iterdir())):
+            if path.name.startswith("."):
+                continue
+            with path.open("rb") as file:
+                for part in chunks.file_parts(path.name, file):
+                    yield calls.RESULT.gives.pack(part)
+
+
+def _fitting(rows: Iterable[Json], most: int = ROWS_BYTES) -> list[Json]:
+    """The first rows, as many as have room in so many bytes of JSON: one at least."""
+    found: list[Json] = []
+    for row in rows:
+        most -= len(frames.json_bytes(row)) + 1
+        if found and most < 0:
+            break
+        found.append(row)
+    return found
+
+
+def check_settings(settings: Json, sites: int, quota: Quota, stage_seconds: float) -> None:
+    """Raise BadInput or PlanRefused for settings that no deployed job may have.
+
+    stage_seconds: of the coordinator; a longer submit budget would end after all sites were given up.
+    """
+    for section, key in (("round", "rounds"), ("protect", "protection")):
+        table = settings.get(section)
+        if not isinstance(table, dict) or key not in table:
+            raise BadInput(f"{section}.{key}: found none, expected the settings of a job, complete")
+    found = build_job(settings)
+    if found.protect.max_examples is None:
+        raise BadInput(
+            "protect.max_examples: found none, expected the public cap on any site's rows",
+            remedy="--set protect.max_examples=1024: no site tells how many rows it has",
+        )
+    for what, value, key, most in (
+        ("round.rounds", found.round.rounds, "most_rounds", quota.rounds),
+        ("train.epochs", found.train.epochs, "most_epochs", quota.epochs),
+        ("train.batch_size", found.train.batch_size, "most_batch", quota.batch),
+    ):
+        if value > most:
+            raise PlanRefused(
+                f"{what}: found {value}, expected at most {most}",
+                remedy=f"limits.{key} of the coordinator's federation.toml is the limit",
+            )
+    if found.round.drop or found.round.dropout:
+        raise BadInput(
+            "round.drop: found simulated absences, expected none",
+            remedy="they are for `fedcore simulate`; here sites really come and go",
+        )
+    refuse_plain(found.protect.protection)
+    Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
+    budget = found.round.submit_seconds
+    if budget is not None and budget >= stage_seconds:
+        raise BadInput(
+            f"round.submit_seconds: found {budget:g}, expected less than stage_seconds = {stage_seconds:g} "
+            "of this coordinator",
+            remedy="a smaller budget, or a larger stage_seconds in [limits] of federation.toml",
+        )

@@ -1,0 +1,227 @@
+"""The sites' sessions: which calls are admitted, which sessions are open, and what is queued in them.
+
+Invariant: a call is admitted by its certificate before a frame of it is read, and the certificate of an open
+session is checked again every second; a site has one session, the newest; the queue of a session is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc.aio
+from fedcore_server.context import CoordinatorContext
+from fedcore_server.prometheus import Counts
+from fedcore_server.tls import Gate, refuse
+
+from fedcore.errors import CertificateRefused
+from fedcore.identity.peer import Peer
+from fedcore.secagg.protocol.job_messages import ToSite
+from fedcore.store.spool import Stored
+from fedcore.types import SiteId
+from fedcore.wire import calls, frames
+from fedcore.wire.job_records import TO_SITE
+from fedcore.wire.limits import INLINE
+from fedcore.wire.records import pack_record
+
+LOG = logging.getLogger("fedcore.coordinator")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
+"""Limits of the queue of a site that does not read; beyond them its session ends, and it reconnects."""
+
+FIRST_FRAME_SECONDS = 10.0
+"""Timeout of a call without its first frame."""
+
+EVICTED = "evicted"
+"""Why a site that an operator evicted is `unable`, and the code of its Goodbye."""
+
+EVICTED_GOODBYE = frames.Goodbye(EVICTED, "an operator sent this site away")
+
+
+@dataclass
+class SiteSession:
+    """One open session: the queue of its frames, and when it began. Times: seconds since 1970.
+
+    over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue.
+    """
+
+    peer: Peer
+    out: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(MOST_FRAMES))
+    since: float = field(default_factory=time.time)
+    last_seen: float = field(default_factory=time.time)
+    over: bool = False
+    begun: bool = False
+    waiting: int = 0
+
+    def put(self, frame: frames.ToSite) -> None:
+        """Queue a frame; a full queue ends the session."""
+        self.put_packed(calls.SESSION.gives.pack(frame))
+
+    def put_packed(self, data: bytes) -> None:
+        """Queue a serialised frame."""
+        if self.over:
+            return
+        if self.out.full() or self.waiting + len(data) > MOST_BYTES:
+            LOG.warning("%s: found %d frames unread, session ended", self.peer, self.out.qsize())
+            self.end(None)
+            return
+        self.waiting += len(data)
+        self.out.put_nowait(data)
+
+    async def next(self) -> bytes | None:
+        """The next frame to send; None after the last one."""
+        if self.over and self.out.empty():
+            return None
+        data = await self.out.get()
+        self.waiting -= len(data or b"")
+        return data
+
+    def end(self, goodbye: frames.Goodbye | None) -> None:
+        """Queue this last frame and no more."""
+        if goodbye is not None:
+            self.put(goodbye)
+        self.over = True
+        with contextlib.suppress(asyncio.QueueFull):
+            self.out.put_nowait(None)
+
+
+class Sessions:
+    """Admission of calls, and the open sessions. `Links` for the jobs."""
+
+    def __init__(self, context: CoordinatorContext, gate: Gate) -> None:
+        self.context, self.gate = context, gate
+        self.counts = Counts()
+        self.open: dict[SiteId, SiteSession] = {}
+        self.last_peers: dict[SiteId, Peer] = {}
+        """The certificate of each site's last session: it may be revoked while the site is away."""
+        kept = context.journal.get("coordinator", "evicted")
+        self.evicted: set[str] = set(json.loads(kept)) if kept else set()
+        self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
+        """The last job, message and serialised frame: the same message usually goes to all sites."""
+
+    async def admit(self, context: Context, call: calls.Call[Any, Any]) -> Peer:
+        """The peer that makes this call; ends the call with a refusal if it may not."""
+        try:
+            peer = self.gate.admit(context, call.roles)
+            if peer.role == calls.SITE and peer.name in self.evicted and call is not calls.SESSION:
+                raise CertificateRefused(
+                    f"site {peer.name!r}: found it evicted by an operator, expected one in the federation",
+                    check="roster",
+                    remedy="ask the operator why: `fed-coordinator evict SITE --undo` lets it in again",
+                )
+            return peer
+        except CertificateRefused as error:
+            self.counts.refused += 1
+            LOG.warning("%s: %s", call.name, error)
+            await refuse(context, error)
+
+    def evict(self, site: str, *, undo: bool) -> None:
+        """Evict a site or admit it again, in the journal first. Raises StoreProblem."""
+        evicted = self.evicted - {site} if undo else self.evicted | {site}
+        self.context.journal.put("coordinator", "evicted", json.dumps(sorted(evicted)).encode())
+        self.evicted.symmetric_difference_update(self.evicted ^ evicted)
+        session = self.open.get(SiteId(site))
+        if session is not None and not undo:
+            session.end(EVICTED_GOODBYE)
+
+    def begin(self, name: SiteId, session: SiteSession) -> None:
+        """This is the site's session from now on; an older one ends."""
+        before = self.open.get(name)
+        if before is not None:
+            before.end(frames.Goodbye("replaced", "a newer session of this site"))
+        self.open[name] = session
+        self.counts.sessions += 1
+        session.put(welcome(self.context.federation))
+
+    def check(self, ping: frames.Ping | None) -> None:
+        """End sessions whose certificate no longer counts; send the others the ping."""
+        for session in list(self.open.values()):
+            try:
+                self.gate.still(session.peer)
+            except CertificateRefused as error:
+                LOG.warning("%s", error)
+                code = "revoked" if error.check == "revoked" else "roster"
+                session.end(frames.Goodbye(code, one_line(str(error))))
+            else:
+                if ping is not None:
+                    session.put(ping)
+
+    def revoked(self) -> list[SiteId]:
+        """Sites whose last certificate was revoked since the last call."""
+        found = []
+        for name, peer in list(self.last_peers.items()):
+            try:
+                self.gate.still(peer)
+            except CertificateRefused as error:
+                del self.last_peers[name]
+                if error.check == "revoked":
+                    found.append(name)
+        return found
+
+    def close(self) -> None:
+        """The process stops: every session ends, and the sites reconnect to the next process."""
+        for session in list(self.open.values()):
+            session.end(frames.Goodbye("stopping", "the coordinator stops"))
+
+    def broadcast(self, frame: frames.ToSite) -> None:
+        """Queue a frame in every session."""
+        data = calls.SESSION.gives.pack(frame)
+        for session in list(self.open.values()):
+            session.put_packed(data)
+
+    # ------------------------------------------------------------------------------ for the jobs
+
+    def connected(self) -> Collection[SiteId]:
+        """Sites with a session now, in roster order; membership tests are constant time."""
+        here = self.open
+        return dict.fromkeys(n for n in self.context.pins if n in here and not here[n].over)
+
+    def say(self, site: SiteId, job: str, message: ToSite) -> None:
+        """Send a record if the site has a session."""
+        session = self.open.get(site)
+        if session is None:
+            return
+        if self._packed[:2] != (job, message):
+            frame = calls.SESSION.gives.pack(pack_record(job, message, TO_SITE))
+            self._packed = job, message, frame
+        session.put_packed(self._packed[2])
+
+    def push(self, site: SiteId, job: str, what: str, stored: Stored) -> None:
+        """Send a small sum or checkpoint without a request."""
+        session = self.open.get(site)
+        if session is None or stored.travels > INLINE:
+            return
+        start = frames.DownloadStart(job, what, stored.digest)
+        data = stored.path.read_bytes()
+        self.counts.bytes_out += len(data)
+        session.put(frames.SmallDownload(start, data))
+
+
+def welcome(federation: str) -> frames.Welcome:
+    """The answer to a Hello that is accepted now."""
+    return frames.Welcome(federation, int(time.time() * 1000))
+
+
+def one_line(text: str) -> str:
+    """Printable, at most 200 characters: the text of a Goodbye."""
+    return "".join(c if c.isprintable() else " " for c in text)[:200]
+
+
+async def with_timeouts(
+    requests: AsyncIterator[bytes], seconds: Callable[[], float | None]
+) -> AsyncIterator[bytes]:
+    """The requests of a stream; `seconds` gives the timeout of each. Raises TimeoutError."""
+    coming = aiter(requests)
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(coming), seconds())
+        except StopAsyncIteration:
+            return
