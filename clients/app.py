@@ -39,6 +39,7 @@ from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.verify import check_certificate
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
+from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
@@ -105,7 +106,7 @@ class InstalledTasks:
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
-    ) -> Json:
+    ) -> SiteRow:
         """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         return await self._training.track(job, plan, step, state, wides, sites)
 
@@ -237,7 +238,7 @@ class Site:
                     "stage": "over" if job.ended else type_name(type(job.stage)).lower(),
                     "round": header.training_round if header is not None else None,
                     "waiting": waiting_json(self.waits.get(found.id)) if link.since else None,
-                    "tracked": word.tracked if word else None,
+                    "tracked": word.tracked.to_json() if word and word.tracked else None,
                     "last_error": part.last_error,
                     "refused": str(part.refused) if part.refused is not None else None,
                     "left": part.left or None,

@@ -31,6 +31,7 @@ from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
+from fedcore.results import SiteRow
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import purpose_of
@@ -83,7 +84,7 @@ class Drawn:
         state: JobState,  # noqa: ARG002
         wides: Mapping[str, Sequence[int]],  # noqa: ARG002
         sites: int,  # noqa: ARG002
-    ) -> Json | None:
+    ) -> SiteRow | None:
         """There is nothing to be accurate about."""
         return None
 

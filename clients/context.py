@@ -15,6 +15,7 @@ from fedcore_clients.trainer import Loaded
 
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
+from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import schedule
@@ -97,7 +98,7 @@ class Contributor(Protocol):
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
-    ) -> Json | None:
+    ) -> SiteRow | None:
         """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         ...
 

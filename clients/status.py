@@ -16,6 +16,7 @@ from fedcore_clients.approvals import approve_offer
 from fedcore.cli.console import ago, waiting_text
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json
+from fedcore.results import SiteRow
 from fedcore.types import Json
 
 STALE_SECONDS = 15.0
@@ -130,28 +131,22 @@ def _job_lines(job: Json, now: float) -> Iterator[str]:
     if job["model_sha256"] and job["model_round"]:
         yield f"  last model: after round {job['model_round']}, sha256 {job['model_sha256']}"
     if job.get("tracked"):
-        yield from _tracked_lines(job["tracked"])
+        yield from _tracked_lines(SiteRow.from_json(job["tracked"]))
     if job["last_error"]:
         yield f"  last error: {job['last_error']}"
 
 
-def _tracked_lines(row: Json) -> Iterator[str]:
+def _tracked_lines(row: SiteRow) -> Iterator[str]:
     """What the last release is worth: here, against training alone, and over all sites."""
-    for name, here in row["here"].items():
+    for name, here in row.here.items():
         words = [f"{name} here {_value(here)}"]
-        if row["alone"][name] is not None:
-            words.append(
-                f"alone {_value(row['alone'][name])}, gained {_value(row['gained'][name], '+')}"
-            )
-        words.append(
-            f"all {row['sites']} sites, a round before: {_value(row['everywhere_before'].get(name))}"
-        )
+        if row.alone[name] is not None:
+            words.append(f"alone {_value(row.alone[name])}, gained {_value(row.gained[name], '+')}")
+        before = _value(row.everywhere_before.get(name))
+        words.append(f"all {row.sites} sites, a round before: {before}")
         yield f"  {'; '.join(words)}"
-    if reference := row.get("reference"):
-        gap = _value(reference["gap"], "+")
-        yield (
-            f"  {reference['metric']} of {reference['source']}: {_value(reference['value'])}; gap {gap}"
-        )
+    if (to := row.reference) is not None:
+        yield f"  {to.metric} of {to.source}: {_value(to.value)}; gap {_value(to.gap, '+')}"
 
 
 def _value(value: float | None, sign: str = "") -> str:

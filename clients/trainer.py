@@ -22,6 +22,7 @@ from fedcore.errors import GuardTripped
 from fedcore.learning.data.statistics import Column
 from fedcore.learning.guard import GuardMemory, GuardRecord
 from fedcore.learning.state import JobState
+from fedcore.results import SiteRow
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, python
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.job_messages import UNABLE
@@ -128,7 +129,7 @@ class Training:
         state: JobState,
         wides: Mapping[str, Sequence[int]],
         sites: int,
-    ) -> Json:
+    ) -> SiteRow:
         """What the site can say of accuracy after a released step. Raises TrainingFailed."""
         asked = {
             "do": "track", "job": job, "plan": plan.to_json(),
@@ -136,8 +137,7 @@ class Training:
             "wides": {name: [int(value) for value in values] for name, values in wides.items()},
         }  # fmt: skip
         head, _ = await self._ask(asked, [state.to_bytes()], needs=job)
-        row: Json = head["row"]
-        return row
+        return SiteRow.from_json(head["row"])
 
     async def export(self, job: str, state: JobState) -> bytes:
         """The file of a model that is given away. Raises TrainingFailed."""

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcore.errors import BadInput
+from fedcore.results import SCHEMA, ComparisonResult, RoundRow, RunResult
 
 if TYPE_CHECKING:  # it imports numpy, which the terminal does without
     from fedcore.types import Json
+
+
+RESULT_FILE, ROUNDS_FILE = "result.json", "rounds.jsonl"
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -36,10 +40,10 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode())
 
 
-def append_row(directory: Path, row: Mapping[str, object], name: str = "rounds.jsonl") -> None:
+def append_row(directory: Path, row: Mapping[str, object], name: str = ROUNDS_FILE) -> None:
     """Append one JSON line to a file of rows."""
     with (directory / name).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Json:
@@ -56,3 +60,37 @@ def read_json(path: Path) -> Json:
     if not isinstance(found, dict):
         raise BadInput(f"{path}: found {type(found).__name__}, expected a JSON object")
     return found
+
+
+def read_result(directory: Path) -> RunResult | ComparisonResult:
+    """The result of a finished run or comparison.
+
+    Raises BadInput for a file that is missing, unreadable or of another schema.
+    """
+    path = directory / RESULT_FILE
+    found = read_json(path)
+    if found.get("schema") != SCHEMA:
+        raise BadInput(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}")
+    kinds: dict[object, type[RunResult | ComparisonResult]] = {
+        "run": RunResult, "compare": ComparisonResult,
+    }  # fmt: skip
+    if found.get("kind") not in kinds:
+        raise BadInput(
+            f"{path}: found a result of kind {found.get('kind')!r}, expected run or compare"
+        )
+    try:
+        return kinds[found["kind"]].from_json(found)
+    except TypeError as error:
+        raise BadInput(f"{path}: it does not hold a result ({error})") from error
+
+
+def read_rounds(directory: Path) -> list[RoundRow]:
+    """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
+    rows: list[RoundRow] = []
+    path = directory / ROUNDS_FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(RoundRow(json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,24 +1,19 @@
-"""What a run found: the one schema of `result.json` and `rounds.jsonl`.
+"""The schema of results: `result.json`, `rounds.jsonl`, the rows of deployed jobs and the events of `watch`.
 
-Whoever writes these files builds the records below, and whoever reads them reads attributes. A record is a
-mapping as well, with the keys of the file: `result.rounds` is `result["rounds"]`. Invariant:
-`from_json(to_json())` is the same record. Values are fractions (0.01 is one point), bytes and seconds;
-None stands for a number that does not exist.
+Code that writes them builds the records below; code that reads them reads attributes. A record is a mapping as
+well, with the keys of its JSON form: `result.rounds` is `result["rounds"]`. Invariant: `from_json(to_json())`
+is the same record. Values are fractions (0.01 is one point), bytes and seconds; None stands for a number that
+does not exist. Nothing here opens a file: `fedcore/files.py` does.
 """
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
-from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
-
-from fedcore.errors import BadInput
-from fedcore.files import read_json
 
 if TYPE_CHECKING:  # it imports numpy, which the terminal does without
     from typing import Self
@@ -26,9 +21,7 @@ if TYPE_CHECKING:  # it imports numpy, which the terminal does without
     from fedcore.types import Json
 
 SCHEMA = 1
-"""Version of both files. A result of another one is refused."""
-
-RESULT_FILE, ROUNDS_FILE = "result.json", "rounds.jsonl"
+"""Version of result.json and rounds.jsonl. A result of another version is refused."""
 
 ERRORS = frozenset({"mse", "mae"})
 """Built-in metrics of which less is better (a test compares them with fedcore.learning.metrics)."""
@@ -110,7 +103,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     record = isinstance(origin, type) and issubclass(origin, JsonRecord)
-    form: Any = {Mapping: dict, tuple: list, float: int | float}.get(origin, origin)
+    form: Any = {Mapping: dict, tuple: list, float: int | float, UnionType: kind}.get(
+        origin, origin
+    )
     if not isinstance(value, dict if record else form):
         raise TypeError(f"{where}: found {type(value).__name__}, expected {kind}")
     if record:
@@ -184,7 +179,8 @@ class SiteResult(JsonRecord):
 class AbandonedRound(JsonRecord):
     """A round that ended at `stage` with `left` sites, fewer than it needed. seed, fold: of a comparison.
 
-    round: None of the round of metrics only, which follows the last.
+    round: None of the round of metrics only, which follows the last. Of a deployed job, needed: sites; exposed:
+    the sites whose sum may be known already, so that no other sum is taken from the same state.
     """
 
     seed: int | None = None
@@ -192,7 +188,9 @@ class AbandonedRound(JsonRecord):
     round: int | None = None
     stage: str
     left: int
-    _left_out = ("seed", "fold", "round")
+    needed: int | None = None
+    exposed: tuple[str, ...] | None = None
+    _left_out = ("seed", "fold", "round", "needed", "exposed")
 
 
 @dataclass(frozen=True)
@@ -479,6 +477,8 @@ class ComparisonResult(Result):
         return found.mean if found is not None else None
 
 
+# ----------------------------------------------------------------------------------- tables of rounds
+
 Column = str | int | float | Sequence[str] | None
 Columns = dict[str, Column]
 
@@ -522,7 +522,166 @@ class RoundRow(Columns):
         return found if isinstance(found, int | float) else None
 
 
-# -------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------- deployed jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRow(JsonRecord):
+    """One line of the coordinator's `rounds.jsonl` of a job: a round that ended.
+
+    round: of training; purpose: of the round's vectors; number: of the round in its job, from 1. survivors: the
+    sites in the sum, empty where the round was abandoned; roster: the sites that were invited. bytes_up,
+    bytes_down: of one site, None where nothing was sent. restarted: the coordinator's process was restarted
+    during the round, and the times are those since then.
+    """
+
+    round: int
+    purpose: str
+    number: int = 0
+    seconds: float
+    survivors: tuple[str, ...]
+    roster: tuple[str, ...]
+    seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
+    restarted: bool | None = None
+    bytes_up: int | None = None
+    bytes_down: int | None = None
+    abandoned: AbandonedRound | None = None
+    _left_out = ("restarted", "bytes_up", "bytes_down", "abandoned")
+
+    def as_round(self) -> RoundRow:
+        """The row of a simulation that means the same, of the federated arm."""
+        columns: Columns = {
+            "round": self.round, "survivors": list(self.survivors), "seconds": self.seconds,
+        }  # fmt: skip
+        found = RoundRow(columns | {"arm": "federated"})
+        if (why := self.abandoned) is not None:
+            text = f"at {why.stage}: {why.left} sites stayed, {why.needed} needed"
+            found["abandoned"] = text
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceGap(JsonRecord):
+    """The registered value of a metric, and how far below it the model is (negative: above it).
+
+    gap: None where the metric is undefined.
+    """
+
+    metric: str
+    value: float
+    source: str
+    gap: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRow(JsonRecord):
+    """One line of the coordinator's `metrics.jsonl`: the metrics of one release over the test rows of all sites.
+
+    round: of training that led to the model, 0 of the first model; number: of the round that summed the metrics;
+    sites: how many are in the sums.
+    """
+
+    round: int
+    number: int
+    sites: int
+    metrics: ByMetric
+    reference: ReferenceGap | None = None
+    _left_out = ("reference",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow(JsonRecord):
+    """One line of a site's own `rounds.jsonl` of a job: the accuracy after a release.
+
+    here: of the released model on this site's test rows; alone: of a model trained on this site's rows only;
+    gained: their difference. everywhere_before: over the test rows of all `sites`, of the model that the round
+    started from. reference: the gap of `everywhere_before` to a registered value.
+    """
+
+    round: int
+    purpose: str
+    sites: int
+    here: ByMetric = field(default_factory=dict)
+    alone: ByMetric = field(default_factory=dict)
+    gained: ByMetric = field(default_factory=dict)
+    everywhere_before: ByMetric
+    reference: ReferenceGap | None = None
+    _left_out = ("reference",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwaitedSite(JsonRecord):
+    """A site that a job waits for: what it is doing, or when it was last seen (seconds since 1970)."""
+
+    doing: str = ""
+    last_seen: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobWait(JsonRecord):
+    """What a job waits for. sites: {site: what is known of it, or None}, out of `of`.
+
+    until: seconds since 1970, None without a deadline; then: sites that it continues with, 0 where it cannot;
+    least: sites that it needs; in_round: a round is under way, so at `until` only the round is given up.
+    """
+
+    sites: Mapping[str, AwaitedSite | None] = field(metadata={"key": "for"})
+    of: int
+    until: float | None = None
+    then: int
+    least: int
+    in_round: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSite(JsonRecord):
+    """One site in the lists of `jobs` and `watch`. since, last_seen: seconds since 1970; unable: why it takes no
+    part in the job, empty where it does."""
+
+    connected: bool = False
+    evicted: bool = False
+    since: float | None = None
+    last_seen: float | None = None
+    doing: str = ""
+    unable: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSummary(JsonRecord):
+    """One job in the list of `jobs`.
+
+    state: `waiting` in the queue, `running`, or how it ended; text: the reason. stage: of the round under way;
+    step: (purpose, round of training), None before the first and after the last. waiting_until: seconds since
+    1970. public_metrics: None before there is a plan. model: the coordinator has the model. metrics: the newest.
+    """
+
+    job: str
+    task: str
+    protection: str
+    state: str
+    text: str = ""
+    stage: str = ""
+    step: tuple[str | int, ...] | None = None
+    rounds: int
+    rounds_done: int = 0
+    waiting_for: tuple[str, ...] = ()
+    waiting_until: float | None = None
+    waiting: JobWait | None = None
+    public_metrics: bool | None = None
+    model: bool = False
+    metrics: MetricsRow | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent(JobSummary):
+    """One event of `watch`: the job now, and the rows that came since the event before."""
+
+    sites: Mapping[str, JobSite] = field(default_factory=dict)
+    new_rounds: tuple[JobRow, ...] = ()
+    new_metrics: tuple[MetricsRow, ...] = ()
+
+
+# ------------------------------------------------------------------------------------ a list of runs
 
 
 @dataclass(frozen=True)
@@ -536,37 +695,3 @@ class ListedRun:
     result: RunResult | ComparisonResult | None = None
     abandoned: bool = False
     changed: float = 0.0
-
-
-def read_result(directory: Path) -> RunResult | ComparisonResult:
-    """The result of a finished run or comparison.
-
-    Raises BadInput for a file that is missing, unreadable or of another schema.
-    """
-    path = directory / RESULT_FILE
-    found = read_json(path)
-    if found.get("schema") != SCHEMA:
-        raise BadInput(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}")
-    kinds: dict[object, type[RunResult | ComparisonResult]] = {
-        "run": RunResult, "compare": ComparisonResult,
-    }  # fmt: skip
-    if found.get("kind") not in kinds:
-        raise BadInput(
-            f"{path}: found a result of kind {found.get('kind')!r}, expected run or compare"
-        )
-    try:
-        return kinds[found["kind"]].from_json(found)
-    except TypeError as error:
-        raise BadInput(f"{path}: it does not hold a result ({error})") from error
-
-
-def read_rounds(directory: Path) -> list[RoundRow]:
-    """The rows of rounds.jsonl; a last line cut off by a crash is left out."""
-    rows: list[RoundRow] = []
-    path = directory / ROUNDS_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(RoundRow(json.loads(line)))
-        except json.JSONDecodeError:
-            break
-    return rows

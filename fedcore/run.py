@@ -21,17 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
-from fedcore.files import read_json
-from fedcore.results import (
-    RESULT_FILE,
-    ComparisonResult,
-    Interval,
-    ListedRun,
-    RoundRow,
-    RunResult,
-    read_result,
-    read_rounds,
-)
+from fedcore.files import RESULT_FILE, read_json, read_result, read_rounds
+from fedcore.results import ComparisonResult, Interval, ListedRun, RoundRow, RunResult
 
 if TYPE_CHECKING:
     import numpy as np

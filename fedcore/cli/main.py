@@ -18,14 +18,8 @@ from rich.console import Console
 from fedcore.cli.console import JobCommand, emit, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
-from fedcore.results import (
-    RESULT_FILE,
-    ROUNDS_FILE,
-    DeployedRun,
-    RoundRow,
-    SplitResult,
-    read_result,
-)
+from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_result
+from fedcore.results import DeployedRun, JobRow, RoundRow, SplitResult
 
 app = typer.Typer(
     name="fedcore",
@@ -330,15 +324,8 @@ def up(
         bars[:] = [_Progress(plan.rounds, len(plan.sites))]
         return bars[0]
 
-    def on_deployed_round(row: dict[str, Any]) -> None:
-        shown = RoundRow(
-            {name: row[name] for name in ("round", "survivors", "seconds")} | {"arm": "federated"}
-        )
-        if "abandoned" in row:
-            shown["abandoned"] = "at {stage}: {left} sites stayed, {needed} needed".format(
-                **row["abandoned"]
-            )
-        (bars[0] if bars else begin()).row(shown)
+    def on_deployed_round(row: JobRow) -> None:
+        (bars[0] if bars else begin()).row(row.as_round())
 
     def on_deployed(found: DeployedRun) -> None:
         say(f"deployment: {len(found.round_seconds)} rounds, every process ended")

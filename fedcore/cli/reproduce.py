@@ -11,15 +11,9 @@ from fedcore.api import compare_layers, simulate_layers
 from fedcore.environment import environment
 from fedcore.experiment.loop import STOP
 from fedcore.experiment.prepare import stored_job
+from fedcore.files import read_result, read_rounds
 from fedcore.learning.task import Task
-from fedcore.results import (
-    ComparisonResult,
-    Result,
-    RoundRow,
-    SplitResult,
-    read_result,
-    read_rounds,
-)
+from fedcore.results import ComparisonResult, Result, RoundRow, SplitResult
 from fedcore.types import Json
 
 _MEASURED = ("seconds", "peak_memory")

@@ -32,11 +32,10 @@ from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
-from fedcore.results import DeployedRun
+from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.run import Run, new_directory
 from fedcore.secagg.protections import refuse_plain
 from fedcore.secagg.purposes import trains
-from fedcore.types import Json
 
 FEDERATION = "rehearsal"
 LEAST_SITES = 3
@@ -53,7 +52,7 @@ class Listener:
     """Callbacks for progress: the started commands, the rounds of the deployment, the rows of the run."""
 
     on_ready: OnReady
-    on_deployed_round: Callable[[Json], None]
+    on_deployed_round: Callable[[JobRow], None]
     on_waiting: Say
     on_command: Callable[[Command], None]
     on_deployed: Callable[[DeployedRun], None]
@@ -130,14 +129,14 @@ def _deployed(
         raise Abandoned(str(error), remedy=error.remedy) from error
     for row in rows:
         append_row(folder, row)
-    trained = [row for row in rows if trains(row["purpose"])]
+    trained = [row for row in rows if trains(row.purpose)]
     about = DeployedRun(
         job=job,
         model_sha256=found[0] if len(found) == 1 else None,
         sites=hashes,
         seconds=round(seconds, 3),
-        round_seconds=tuple(row["seconds"] for row in trained),
-        survivors=tuple(tuple(row["survivors"]) for row in trained),
+        round_seconds=tuple(row.seconds for row in trained),
+        survivors=tuple(row.survivors for row in trained),
         processes=tuple({"name": each.name, "command": str(each)} for each in commands),
         folder=str(folder),
     )
@@ -168,28 +167,30 @@ def _installed(task: Task, job: Job) -> str:
     return str((job.base / Path(place).expanduser()).resolve()) + colon + attribute
 
 
-def _follow(parties: Running, job: str, listener: Listener) -> list[Json]:
+def _follow(parties: Running, job: str, listener: Listener) -> list[JobRow]:
     """Wait until the job ends; returns the rows of its rounds. Raises Abandoned if it gave no model."""
-    rows: list[Json] = []
-    event: Json = {}
-    told: list[str] = []
+    rows: list[JobRow] = []
+    event: JobEvent | None = None
+    told: tuple[str, ...] = ()
     for found in parties.follow("watch", job):
         if found is None:  # no event for a second: show which sites the job waits for
-            if event.get("waiting_for", []) not in ([], told):
-                told = event["waiting_for"]
+            if event is not None and event.waiting_for not in ((), told):
+                told = event.waiting_for
                 listener.on_waiting(f"waiting for {', '.join(told)}")
             continue
-        event = found
-        rows += event["new_rounds"]
-        for row in event["new_rounds"]:
-            if trains(row["purpose"]):
+        event = JobEvent.from_json(found)
+        rows += event.new_rounds
+        for row in event.new_rounds:
+            if trains(row.purpose):
                 listener.on_deployed_round(row)
-    if event.get("state") == "finished":
+    if event is not None and event.state == "finished":
         return rows
-    unable = [f"{n}: {s['unable']}" for n, s in event.get("sites", {}).items() if s.get("unable")]
-    text = event.get("text") or ", ".join(unable) or "it said nothing"
+    state, text = "unknown", ""
+    if event is not None:
+        unable = [f"{name}: {site.unable}" for name, site in event.sites.items() if site.unable]
+        state, text = event.state, event.text or ", ".join(unable)
     raise Abandoned(
-        f"deployment: the job ended as {event.get('state', 'unknown')}: {text}",
+        f"deployment: the job ended as {state}: {text or 'it gave no reason'}",
         remedy=f"the logs: {parties.deployment.log('*')}",
     )
 

@@ -17,17 +17,18 @@ from fedcore.experiment.advance import Experiment
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
 from fedcore.experiment.tensorboard import Events
-from fedcore.files import append_row, write_atomic, write_json
+from fedcore.files import (
+    RESULT_FILE,
+    ROUNDS_FILE,
+    append_row,
+    read_rounds,
+    write_atomic,
+    write_json,
+)
 from fedcore.learning import checkpoint
 from fedcore.learning.model import single_thread
 from fedcore.learning.saved import save_model
-from fedcore.results import (
-    RESULT_FILE,
-    ROUNDS_FILE,
-    RoundRow,
-    RunResult,
-    read_rounds,
-)
+from fedcore.results import RoundRow, RunResult
 
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""

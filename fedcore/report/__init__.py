@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedcore.errors import BadInput
-from fedcore.files import write_atomic
-from fedcore.results import Result, RoundRow, read_result, read_rounds
+from fedcore.files import read_result, read_rounds, write_atomic
+from fedcore.results import Result, RoundRow
 
 __all__ = ["PAGE", "TEXT", "read", "render", "write"]
 

@@ -23,6 +23,7 @@ from town import SITES, HubLinks, SiteLink, scene
 
 from fedcore import simulate
 from fedcore.errors import StoreFull
+from fedcore.results import SiteRow
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job_messages import JobOffer, PublicMetrics
@@ -175,11 +176,13 @@ def public(found, *, hang=()):
         async def track(_, job, plan, step, state, wides, sites):
             if name in hang:
                 await asyncio.sleep(3600)
-            return {
-                "everywhere_before": {
-                    ROWS.name: sum(wides[ROWS.name]) / sites / step.training_round
-                }
-            }
+            before = {ROWS.name: sum(wides[ROWS.name]) / sites / step.training_round}
+            return SiteRow(
+                round=step.training_round,
+                purpose=step.purpose,
+                sites=sites,
+                everywhere_before=before,
+            )
 
         contributor.track = types.MethodType(track, contributor)
 

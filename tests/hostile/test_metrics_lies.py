@@ -17,6 +17,7 @@ from policies import job_at_a_site, policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
+from fedcore.results import SiteRow
 from fedcore.secagg.plan import METRIC, Wide, canonical
 from fedcore.secagg.protocol import effects, job_messages
 from fedcore.secagg.protocol.job.site.effects import MessageReceived, Track
@@ -144,7 +145,8 @@ def settings(*, public, protection="layered"):
 async def begun(folder, offered, plan=None):
     """A site's job after the coordinator's offer, and after the plan it sends, if it sends one."""
     policy = policy_of(len(SITES), public_metrics=True)
-    found = job_at_a_site(folder, offered, policy, {"everywhere_before": {ROWS.name: 0.625}})
+    row = SiteRow(round=1, purpose="update", sites=4, everywhere_before={ROWS.name: 0.625})
+    found = job_at_a_site(folder, offered, policy, row)
     await found.work.load()
     if plan is not None:
         made = plan_of(build_job(plan), found.job.part.survey.shape, SITES, 64)

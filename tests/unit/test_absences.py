@@ -25,8 +25,8 @@ from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.experiment.simulation import Leaving
-from fedcore.files import read_json
-from fedcore.results import RoundRow, read_rounds
+from fedcore.files import read_json, read_rounds
+from fedcore.results import RoundRow
 from fedcore.run import all_abandoned
 from fedcore.secagg.plan import default_threshold
 from fedcore.secagg.protections import PROTECTIONS, SCHEMES

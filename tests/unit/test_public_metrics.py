@@ -34,6 +34,7 @@ from fedcore.errors import (
     OutOfOrder,
     PlanRefused,
 )
+from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import (
@@ -195,10 +196,10 @@ def test_submit_and_the_coordinator_refuse_it(tmp_path):
 # ----------------------------------------------------------------------------------- at a site
 
 
-ROW = {
-    "round": 1, "here": {"bench rows": 0.123}, "alone": {"bench rows": 0.456},
-    "everywhere_before": {"bench rows": 0.75},
-}  # fmt: skip
+ROW = SiteRow(
+    round=1, purpose="update", sites=4, here={"bench rows": 0.123}, alone={"bench rows": 0.456},
+    everywhere_before={"bench rows": 0.75},
+)  # fmt: skip
 
 
 def site_job(folder, settings, link=None, context=None, **rules):

@@ -13,14 +13,17 @@ from support.results import FIXTURES, result_of, stored, stored_rounds
 import fedcore
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import BadInput
+from fedcore.files import append_row, read_result, read_rounds
 from fedcore.report import read, render
 from fedcore.results import (
     ComparisonResult,
+    JobEvent,
+    JobRow,
+    MetricsRow,
     RoundRow,
     RunResult,
+    SiteRow,
     Spread,
-    read_result,
-    read_rounds,
 )
 
 NAMES = ["heart", "heart_warned", "heart_compare"]
@@ -143,3 +146,69 @@ def test_rows_end_where_a_crash_cut_the_last_one_off(tmp_path):
     (tmp_path / "rounds.jsonl").write_text('{"arm": "federated", "round": 1}\n{"arm": "fed')
     assert read_rounds(tmp_path) == [{"arm": "federated", "round": 1}]
     assert read_rounds(tmp_path / "nowhere") == []
+
+
+# --------------------------------------------------------------------------------- deployed jobs
+
+RELEASED = {
+    "round": 3, "purpose": "update", "number": 7, "seconds": 0.25, "survivors": ["a", "b"],
+    "roster": ["a", "b", "c"], "seconds_by_stage": {"collecting": 0.1}, "restarted": True,
+    "bytes_up": 13_900, "bytes_down": 1_200_000,
+}  # fmt: skip
+ABANDONED = {
+    "round": 3, "purpose": "update", "number": 7, "seconds": 0.25, "survivors": [],
+    "roster": ["a", "b", "c"], "seconds_by_stage": {},
+    "abandoned": {"stage": "unmask", "left": 1, "needed": 3, "exposed": ["a"]},
+}  # fmt: skip
+METRICS = {
+    "round": 2, "number": 7, "sites": 3, "metrics": {"auc": 0.8, "accuracy": None},
+    "reference": {"metric": "auc", "value": 0.9, "source": "a registry", "gap": None},
+}  # fmt: skip
+TRACKED = {
+    "round": 2, "purpose": "update", "sites": 3, "here": {"auc": None}, "alone": {"auc": 0.7},
+    "gained": {"auc": None}, "everywhere_before": {"auc": 0.8},
+}  # fmt: skip
+EVENT = {
+    "job": "heart-1", "task": "heart", "protection": "layered", "state": "running", "text": "",
+    "stage": "collecting", "step": ["update", 4], "rounds": 20, "rounds_done": 3,
+    "waiting_for": ["a"], "waiting_until": 17.5,
+    "waiting": {
+        "for": {"a": {"doing": "training", "last_seen": None}, "b": None}, "of": 4, "until": 900,
+        "then": 0, "least": 3, "in_round": True,
+    },
+    "public_metrics": True, "model": False, "metrics": METRICS,
+    "sites": {
+        "a": {
+            "connected": True, "evicted": False, "since": 1.0, "last_seen": 2.0, "doing": "", "unable": "",
+        }
+    },
+    "new_rounds": [RELEASED, ABANDONED], "new_metrics": [METRICS],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (JobRow, RELEASED), (JobRow, ABANDONED), (MetricsRow, METRICS), (SiteRow, TRACKED),
+        (JobEvent, EVENT), (JobEvent, EVENT | {"step": None, "waiting": None, "metrics": None}),
+    ],
+)  # fmt: skip
+def test_a_record_of_a_deployed_job_is_read_and_written_without_loss(kind, found):
+    record = kind.from_json(json.loads(json.dumps(found)))
+    assert record.to_json() == found and kind.from_json(record.to_json()) == record
+
+
+def test_a_watch_event_of_another_shape_is_refused_by_the_field():
+    with pytest.raises(TypeError, match="abandoned: found str"):
+        JobEvent.from_json(EVENT | {"new_rounds": [RELEASED | {"abandoned": "submit"}]})
+    with pytest.raises(TypeError, match="step: found float"):
+        JobEvent.from_json(EVENT | {"step": ["update", 1.5]})
+
+
+def test_the_row_of_a_deployed_round_reads_like_one_of_a_simulation(tmp_path):
+    released, abandoned = JobRow.from_json(RELEASED), JobRow.from_json(ABANDONED)
+    row = released.as_round()
+    assert (row.arm, row.round, row.survivors, row.abandoned) == ("federated", 3, ["a", "b"], "")
+    assert abandoned.as_round().abandoned == "at unmask: 1 sites stayed, 3 needed"
+    append_row(tmp_path, abandoned)
+    assert json.loads((tmp_path / "rounds.jsonl").read_text()) == ABANDONED

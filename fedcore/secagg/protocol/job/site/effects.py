@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedcore.errors import GuardTripped
+from fedcore.results import SiteRow
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.plan import ModelShape, RoundHeader
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
@@ -21,7 +22,7 @@ from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.types import FloatVector, Json, SiteId
+from fedcore.types import FloatVector, SiteId
 
 
 class State(Protocol):
@@ -160,7 +161,7 @@ class Tracked:
     """The row of what a release is worth is written. certificate: of the release."""
 
     certificate: messages.Certificate
-    row: Json
+    row: SiteRow
 
 
 RoundWork = VectorReady | CheckedSum | SumGone | WorkFailed

@@ -3,9 +3,10 @@ model to the coordinator, where plan and policy say so (PROTOCOL R, V)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from fedcore.errors import HeaderRefused
+from fedcore.results import SiteRow
 from fedcore.secagg.protocol import effects, job_messages, public_metrics, schedule
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.effects import (
@@ -22,7 +23,6 @@ from fedcore.secagg.protocol.job.site.rounds import RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
 from fedcore.secagg.protocol.round import site
-from fedcore.types import Json
 
 
 class CatchUp:
@@ -81,7 +81,7 @@ class PublicWord:
         self, me: JobParams, agreed: Agreed, rounds: RoundDriver, states: StateKeeper
     ) -> None:
         self._me, self._agreed, self._rounds, self._states = me, agreed, rounds, states
-        self.tracked: Json | None = None
+        self.tracked: SiteRow | None = None
         """The last row of what a release is worth here."""
         self.said: job_messages.PublicMetrics | None = None
         """The last public metrics, to be said again after a new connection."""
@@ -94,9 +94,8 @@ class PublicWord:
         self.tracked = event.row
         if self._agreed.plan.public_metrics:
             require(self._me.policy.on_release("metrics"))
-            values: Mapping[str, float | None] = event.row["everywhere_before"]
             self.said = public_metrics.told(
-                self._agreed.plan, event.certificate, self._me.id, values
+                self._agreed.plan, event.certificate, self._me.id, event.row.everywhere_before
             )
             yield from self.say_again()
 
