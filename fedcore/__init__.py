@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fedcore.api import simulate as simulate
     from fedcore.errors import FedcoreError as FedcoreError
     from fedcore.experiment.loop import STOP as STOP
+    from fedcore.experiment.run import Comparison as Comparison
+    from fedcore.experiment.run import Run as Run
+    from fedcore.experiment.run import load as load
     from fedcore.learning.data.linear import linear as linear
     from fedcore.learning.data.partition import group as group
     from fedcore.learning.data.partition import split as split
@@ -24,21 +27,18 @@ if TYPE_CHECKING:
     from fedcore.learning.data.tabular import table as table
     from fedcore.learning.task import Task as Task
     from fedcore.learning.task import load_task as load_task
-    from fedcore.run import Comparison as Comparison
-    from fedcore.run import Run as Run
-    from fedcore.run import load as load
 
 _HOMES = {
     "STOP": "fedcore.experiment.loop",
-    "Comparison": "fedcore.run",
+    "Comparison": "fedcore.experiment.run",
     "FedcoreError": "fedcore.errors",
-    "Run": "fedcore.run",
+    "Run": "fedcore.experiment.run",
     "Task": "fedcore.learning.task",
     "category": "fedcore.learning.data.tabular",
     "compare": "fedcore.api",
     "group": "fedcore.learning.data.partition",
     "linear": "fedcore.learning.data.linear",
-    "load": "fedcore.run",
+    "load": "fedcore.experiment.run",
     "load_task": "fedcore.learning.task",
     "number": "fedcore.learning.data.tabular",
     "simulate": "fedcore.api",

@@ -17,15 +17,15 @@ from typing import Unpack
 
 from fedcore import report
 from fedcore.config import Job, Settings, read_job_file
-from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
+from fedcore.experiment.environment import environment
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
 from fedcore.experiment.outcome import comparison_result, in_folder, split_result
 from fedcore.experiment.prepare import Prepared, job_for, job_json, prepare, stored_job
+from fedcore.experiment.run import Comparison, Run, all_abandoned, new_directory
 from fedcore.files import RESULT_FILE, append_row, write_json
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, SplitResult
-from fedcore.run import Comparison, Run, all_abandoned, new_directory
 
 OnReady = Callable[[Prepared, Path], None]
 OnCell = Callable[[SplitResult, int, int], None]

@@ -6,7 +6,7 @@ connection begins; a session that outlives its certificate is ended by `Gate.sti
 
 What is negotiated: gRPC's floor is TLS 1.2 and has no setting in Python, so a call under anything but
 1.3 is refused here. Between two of our own ends it is 1.3 with X25519MLKEM768, so what is recorded
-today stays closed to a quantum computer of tomorrow; `tests/unit/test_tls.py` reads both from a call.
+today stays closed to a quantum computer of tomorrow; `tests/unit/wire/test_tls.py` reads both from a call.
 A gRPC server that refuses a certificate closes without saying why: `identity/preflight.py` finds out.
 """
 

@@ -25,8 +25,8 @@ from rich.text import Text
 
 from fedcore.bench import progress
 from fedcore.config import Job, build_job, narrowest_policy
-from fedcore.environment import environment
 from fedcore.errors import Abandoned, BadInput
+from fedcore.experiment.environment import environment
 from fedcore.learning.task import Task
 from fedcore.local_deployment import (
     COORDINATOR,

@@ -23,8 +23,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import Abandoned, BadInput
+from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.report.terminal import fitted, grid
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, Parent, python
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext

@@ -33,8 +33,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.environment import environment
 from fedcore.errors import BadInput
+from fedcore.experiment.environment import environment
 from fedcore.learning.adaptive_range import exceeds
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.crypto import Fold, Sealer, UnmaskableFold, ckks

@@ -19,8 +19,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import progress
-from fedcore.environment import environment
 from fedcore.errors import BadInput
+from fedcore.experiment.environment import environment
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
@@ -37,7 +38,6 @@ from fedcore.secagg.protections import Protection, masking, refuse_cipher
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.seeds import generator
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import Contribution, Json, SiteId
 
 DEFAULT_SITES = (4, 16, 64)

@@ -6,8 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import distributions
 
-from fedcore.environment import environment
 from fedcore.errors import FedcoreError
+from fedcore.experiment.environment import environment
 
 
 @dataclass(frozen=True)

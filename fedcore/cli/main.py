@@ -491,8 +491,8 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of this folder, oldest first."""
+    from fedcore.experiment.run import list_runs
     from fedcore.report import terminal
-    from fedcore.run import list_runs
 
     rows = list_runs(folder)
     if as_json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.api import compare_layers, simulate_layers
-from fedcore.environment import environment
+from fedcore.experiment.environment import environment
 from fedcore.experiment.loop import STOP
 from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds

@@ -28,12 +28,12 @@ from fedcore.errors import (
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
+from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
 from fedcore.results import DeployedRun, JobEvent, JobRow
-from fedcore.run import Run, new_directory
 from fedcore.secagg.protections import refuse_plain
 from fedcore.secagg.purposes import trains
 

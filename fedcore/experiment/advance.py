@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedcore.environment import peak_memory_mb
 from fedcore.errors import Abandoned, BadInput
 from fedcore.experiment.arms import (
     Arm,
@@ -22,6 +21,7 @@ from fedcore.experiment.arms import (
     FederatedFloat,
     LocalOnly,
 )
+from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.prepare import Prepared
 from fedcore.experiment.simulation import Federation
 from fedcore.learning import metrics as metric_list
@@ -29,12 +29,12 @@ from fedcore.learning.data.rows import pool
 from fedcore.learning.guard import Guard
 from fedcore.learning.optimisers import ServerState, init_state
 from fedcore.learning.sitework import SiteRows
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.results import (
     Columns,
     RoundRow,
 )
 from fedcore.secagg.plan import canonical
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import ARMS, Json
 
 

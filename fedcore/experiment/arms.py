@@ -28,12 +28,12 @@ from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import ServerState, apply_update
 from fedcore.learning.scoring import Scored, score
 from fedcore.learning.sitework import SiteRows
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
 from fedcore.secagg.in_process import sites_of
 from fedcore.secagg.plan import RoundPlan
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import FloatVector
 
 

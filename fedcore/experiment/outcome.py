@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from fedcore.environment import environment, peak_memory_mb
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.advance import Experiment
 from fedcore.experiment.arms import (
     Evaluation,
 )
+from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
     PARTS,

@@ -36,6 +36,7 @@ from fedcore.learning.site import (
     standardised,
 )
 from fedcore.learning.sitework import SiteRows
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
 from fedcore.secagg.encode.pack import Layout as VectorLayout
@@ -44,7 +45,6 @@ from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
 from fedcore.secagg.protections import refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import Json, SiteId
 
 _GROUPING_KEYS = {"n", "by", "alpha", "seed"}

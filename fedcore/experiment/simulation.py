@@ -23,6 +23,7 @@ from fedcore.learning.optimisers import ServerState
 from fedcore.learning.possible import check_possible
 from fedcore.learning.released import applied, calibrated, finished
 from fedcore.learning.sitework import MetricSums, SiteRows, SiteWork, statistics_of
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
 from fedcore.secagg.encode.pack import Opened
@@ -30,7 +31,6 @@ from fedcore.secagg.in_process import Contribute, InProcessFederation, Protected
 from fedcore.secagg.plan import RoundPlan, VectorSpec, canonical
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.seeds import generator
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import Contribution, SiteId
 
 PREPARATORY = 0

@@ -20,12 +20,12 @@ from fedcore.learning.data.rows import Rows, TableRows
 from fedcore.learning.data.statistics import site_sums
 from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import ServerState
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport, local_train
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.plan import EXCEEDS, RoundPlan
 from fedcore.seeds import generator
-from fedcore.stopwatch import Stopwatch
 from fedcore.types import Contribution, FloatVector, SiteId, WideVector
 
 

@@ -158,7 +158,7 @@ def compare_summary(result: Result, report: Path | str | None = None) -> Rendera
 
 
 def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
-    """One line per run of `fedcore.run.list_runs`."""
+    """One line per run of `fedcore.experiment.run.list_runs`."""
     if not runs:
         return Text("no runs yet: `fedcore simulate` makes the first", style="dim")
     finished = [run.result for run in runs if run.result is not None]

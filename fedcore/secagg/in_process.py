@@ -20,6 +20,7 @@ from typing import assert_never
 import numpy as np
 
 from fedcore.errors import PeerRefused, RoundAbandoned
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto import Sealer, UnmaskableFold
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
@@ -35,7 +36,6 @@ from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
-from fedcore.stopwatch import Stopwatch
 from fedcore.store.container import vector_digest
 from fedcore.types import Contribution, SiteId, Slots
 

@@ -1,6 +1,6 @@
 """`jobs = "ask"` with real processes: a job waits at a site until its operator's word, and goes on with it.
 
-The word given while no process runs is in tests/unit/test_approvals.py.
+The word given while no process runs is in tests/unit/clients/test_approvals.py.
 """
 
 from __future__ import annotations

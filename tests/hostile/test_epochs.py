@@ -1,6 +1,6 @@
 """Lies inside a key epoch (PROTOCOL E): makers, grants, keys and key ids that are not what they say.
 
-`tests/unit/test_protocol_epoch.py` has the rest, each beside the message that is taken: a call that
+`tests/unit/protocol/test_key_epochs.py` has the rest, each beside the message that is taken: a call that
 differs from what the operator approved (federation, job, version, roster, pins, plan, threshold), a
 number used twice, keys that are unsigned, copied, stale or malformed, a grant for another site or key,
 a tampered envelope, another key id, a list of holders that is short, repeated or forged.

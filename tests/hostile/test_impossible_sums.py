@@ -18,6 +18,7 @@ from fedcore.errors import ImpossibleSum
 from fedcore.learning import released
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.state import JobState
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
@@ -35,7 +36,6 @@ from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.job.site.effects import WorkFailed
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.stopwatch import Stopwatch
 
 SITES = ("a", "b", "c", "d", "e")
 LIAR, D, CAP = 4, 6, 1024

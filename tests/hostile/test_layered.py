@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedcore.errors import OutOfOrder, SecondSum, TagRefused
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.in_process import InProcessFederation, RoundTrace
@@ -25,7 +26,6 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.stopwatch import Stopwatch
 
 pytest.importorskip("tenseal.sealapi")
 

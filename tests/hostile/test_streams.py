@@ -17,6 +17,7 @@ from fedcore.errors import (
     TagRefused,
     VectorRefused,
 )
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process
 from fedcore.secagg.crypto import words
 from fedcore.secagg.crypto.masked import MaskedFold
@@ -37,7 +38,6 @@ from fedcore.secagg.protocol import messages, shared
 from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming
-from fedcore.stopwatch import Stopwatch
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 5000, (Wide("weight", 1, 20),))

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedcore.results import ComparisonResult, RoundRow, RunResult
 
-FIXTURES = Path(__file__).parents[1] / "unit" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "unit" / "report" / "fixtures"
 
 _BARE = {
     "task": "t", "protection": "encrypted", "rounds": 1, "sites": [], "metrics": [], "gap": {}, "per_site": {},

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from fedcore_clients.job_runner import OF_A_ROUND
 from fedcore_server.job_plan import vector_sizes
 from policies import policy_of
-from test_public_metrics import plan_for
+from support.deployed_jobs import plan_for
 
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey
