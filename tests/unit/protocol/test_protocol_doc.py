@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,11 @@ from typing import Any, get_args
 import pytest
 
 from fedcore import errors
-from fedcore.secagg.protocol import effects, epoch, messages, shared
+from fedcore.secagg.protocol import effects, epoch, job_messages, messages, shared
+from fedcore.secagg.protocol.job import effects as job_effects
+from fedcore.secagg.protocol.job.coordinator import machine as coordinator_job
+from fedcore.secagg.protocol.job.site import effects as site_effects
+from fedcore.secagg.protocol.job.site import machine as site_job
 from fedcore.secagg.protocol.round import coordinator, site
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
@@ -89,8 +95,25 @@ def test_every_stage_and_every_message_is_on_the_page():
     assert not set(stages + spoken) - said
 
 
+@pytest.mark.parametrize("job", [coordinator_job, site_job])
+def test_every_part_of_a_job_is_on_the_page(job):
+    """Parts are the classes with behaviour that the machine takes from the modules beside it."""
+    beside = job.__name__.rpartition(".")[0] + "."
+    parts = {
+        name
+        for name, kind in vars(job).items()
+        if inspect.isclass(kind) and kind.__module__.startswith(beside) and kind.__module__ != job.__name__
+        and not dataclasses.is_dataclass(kind) and not getattr(kind, "_is_protocol", False)
+    }  # fmt: skip
+    assert len(parts) >= 6
+    assert not parts - set(re.findall(r"\w+", PAGE.read_text()))
+
+
 def test_every_name_on_the_page_is_one_of_the_code():
-    modules = (site, coordinator, epoch, messages, effects, shared, errors)
+    modules = (
+        site, coordinator, epoch, messages, effects, shared, errors, job_messages, job_effects, site_effects,
+        coordinator_job, site_job,
+    )  # fmt: skip
     names = set(re.findall(r"`([A-Z][a-z]\w+|MOVES)`", PAGE.read_text()))
     assert len(names) > 40
     assert not {name for name in names if not any(hasattr(module, name) for module in modules)}
