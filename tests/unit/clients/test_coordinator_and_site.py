@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fedcore_clients.app import InstalledTasks
-from fedcore_clients.config import SiteConfig
+from fedcore_clients.config import SiteConfig, SplitSection
 from fedcore_server import grpc_service, sessions, site_api
 from fedcore_server.context import Quota
 from fedcore_server.operators_api import OperatorsApi, check_settings
@@ -88,6 +88,9 @@ def test_a_count_that_lies_costs_no_time(data):
 # --------------------------------------------------------------------------- what a site's operator allows
 
 
+IDENTITY = IdentityKey()
+
+
 class Recording:
     def __init__(self):
         self.asked = []
@@ -105,7 +108,7 @@ def allowed(tmp_path, **tasks):
         }
     )  # fmt: skip
     training = Recording()
-    return InstalledTasks(config, training, IdentityKey()), training
+    return InstalledTasks(config, training, IDENTITY), training
 
 
 def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
@@ -115,6 +118,13 @@ def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
     ((job, asked),) = training.asked
     assert job == "job"
     assert (asked["task"], asked["base"], asked["site"]) == ("here.py", str(tmp_path), "a")
+
+
+def test_the_rows_are_split_as_site_toml_says_whatever_the_job_asks(tmp_path):
+    tasks, training = allowed(tmp_path, heart={"task": "here.py", "sha256": "a" * 64})
+    for settings in ({}, {"seed": 3, "fold": 1, "split": {"method": "folds", "seed": 3}}):
+        asyncio.run(tasks.load("job", settings, "heart", "a" * 64))
+    assert [asked["split"] for _, asked in training.asked] == [SplitSection().of(IDENTITY)] * 2
 
 
 # --------------------------------------------------------------------------------- what is submitted
