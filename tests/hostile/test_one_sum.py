@@ -124,6 +124,10 @@ def test_under_encrypted_a_step_gets_one_vector_though_no_sum_was_opened(monkeyp
     assert standing.submitted == (("update", 1),) and not standing.exposed
     again = world.invitation("ann", next_round(world))
     refuses(world, "ann", again, SecondSum, found="second sum for update of round 1")
+    newer = world.copy()
+    newer.step("ann", site.NewEpoch(2, b"k" * 32))
+    under_it = newer.invitation("ann", next_round(newer))
+    refuses(newer, "ann", under_it, SecondSum, found="second sum for update of round 1")
     later = world.copy()
     later.step("ann", world.invitation("ann", next_round(world, training_round=2)))
     assert isinstance(later.stages["ann"], site.Masking), "the next step has a vector of its own"
