@@ -15,6 +15,7 @@ from parties import HUB, Parties, leaves_when_restarted
 
 from fedcore.errors import (
     Conflicting,
+    HeaderRefused,
     KeyRefused,
     OldFolder,
     SecondSum,
@@ -309,6 +310,29 @@ def test_its_own_signature_under_a_later_round_shows_a_site_that_its_folder_is_o
     header = next_round(world, training_round=2, certificate=certificate.hash)
     world.step("ann", world.invitation("ann", header))
     assert isinstance(world.stages["ann"], site.Advertised)
+
+
+def test_a_state_older_than_its_own_signature_does_not_end_the_wait_of_an_old_folder():
+    """It signed in round 5: the state of round 1 may be the one that it already gave a sum of."""
+    world = world_at("state")
+    certificate = world.certificate()
+    standing = replace(world_at("idle").stages["ann"].standing, proved=5, round=5)
+    world.stages["ann"] = site.Idle(standing)
+    world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
+    assert world.stages["ann"].standing.proved == 5
+    changes = {"round": 6, "training_round": 2, "certificate": certificate.hash}
+    again = world.invitation("ann", replace(world.round_header, **changes))
+    refuses(world, "ann", again, OldFolder, expected="round 5 or of a later one")
+
+
+def test_keys_of_an_earlier_round_do_not_show_an_old_folder():
+    """Else a coordinator could replay them in a later bundle, and the site would sit out."""
+    world = world_at("keys")
+    replayed = site.OwnSignature(
+        world.keys["ann"], replace(world.round_header, round=2), other=True
+    )
+    world.receive("ann", Abandon(world.h, "keys"))
+    refuses(world, "ann", replayed, HeaderRefused, found="another round")
 
 
 def test_a_round_that_a_site_knows_shows_nothing():

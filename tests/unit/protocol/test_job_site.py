@@ -396,6 +396,25 @@ def test_a_site_whose_own_signature_it_does_not_know_has_an_old_folder():
     assert found.stage.standing.proved == 1 and only(CloseRound, effects)
 
 
+def test_its_own_signature_in_the_offer_of_a_checkpoint_shows_an_old_folder_too():
+    found = between_rounds()
+    offer = job.CheckpointOffer("job", certified(header_of(), State("missed")), b"d" * 32, 9)
+    effects = told(found, offer)
+    assert found.stage.standing.proved == 1 and only(CloseRound, effects)
+    assert only(ask.TakeCheckpoint, effects), "and it catches up"
+
+
+def test_other_keys_of_its_own_in_a_bundle_show_an_old_folder():
+    """Another life of this site is in the round: its folder was put back before it."""
+    plan = replace(PLAN, protection="masked", packing=solve_packing(8, 4, "masked"))
+    header = header_of(protection="masked", plan_digest=plan.digest)
+    found, other = between_rounds(plan=plan), between_rounds(plan=plan)
+    told(found, messages.Announce(header))
+    (keys,) = only(messages.Keys, sent(told(other, messages.Announce(header))))
+    told(found, messages.KeyBundle(header.digest, (keys,)))
+    assert isinstance(found.stage, site.Idle) and found.stage.standing.proved == 1
+
+
 def test_a_missed_release_is_taken_once_and_applied_under_its_certificate():
     found, missed = between_rounds(), State("missed", PlannedRound("update", 1))
     certificate = certified(header_of(), missed, OTHERS)
