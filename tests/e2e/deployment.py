@@ -34,7 +34,7 @@ from pathlib import Path
 import grpc
 from fedcore_clients.tls import channel_credentials
 from fedcore_server.operators import save_result
-from policies import WIDE
+from support.policies import WIDE
 
 from fedcore import simulate
 from fedcore.api import prepare_layers

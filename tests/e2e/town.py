@@ -29,7 +29,7 @@ from fedcore_clients.job_runner import JobRunner as SiteRunner
 from fedcore_clients.ledger import Ledger, read_ledger
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner as CoordinatorRunner
-from policies import policy_of
+from support.policies import policy_of
 
 from fedcore.config import build_job, plan_of
 from fedcore.errors import StoreFull

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from parties import HUB, PAYLOAD, Died, Epochs, Parties, granted_by, with_late_joiner
+from support.parties import HUB, PAYLOAD, Died, Epochs, Parties, granted_by, with_late_joiner
 
 from fedcore.errors import (
     EnvelopeRefused,

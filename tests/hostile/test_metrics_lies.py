@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from fedcore_clients.bench_sites import ROWS
 from kit import world_at
-from policies import job_at_a_site, policy_of
+from support.policies import job_at_a_site, policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused

@@ -11,7 +11,7 @@ from fedcore_clients.context import SiteContext
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import Ledger
 from kit import refuses, world_at
-from policies import policy_of
+from support.policies import policy_of
 
 from fedcore.errors import HeaderRefused
 from fedcore.secagg.crypto.entropy import OsEntropy

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
-from parties import HUB, Parties, leaves_when_restarted
+from support.parties import HUB, Parties, leaves_when_restarted
 
 from fedcore.errors import (
     Conflicting,

@@ -13,7 +13,7 @@ import logging
 
 import pytest
 from fedcore_clients import policy
-from policies import BENCH, FOUR, Rows, job_at_a_site
+from support.policies import BENCH, FOUR, Rows, job_at_a_site
 
 from fedcore.config import build_job, wire_settings
 from fedcore.secagg.protocol import job_messages

@@ -10,7 +10,7 @@ the same restarts do say two things.
 from __future__ import annotations
 
 import pytest
-from parties import HUB, Died, Parties, leaves_when_restarted, net
+from support.parties import HUB, Died, Parties, leaves_when_restarted, net
 
 from fedcore.errors import SecondSum
 from fedcore.secagg.protocol import effects, messages

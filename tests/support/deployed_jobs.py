@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner
-from policies import job_at_a_site, policy_of
+from support.policies import job_at_a_site, policy_of
 
 from fedcore.cli import main
 from fedcore.config import build_job, plan_of, wire_settings

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 
 from fedcore_clients.job_runner import OF_A_ROUND
 from fedcore_server.job_plan import vector_sizes
-from policies import policy_of
 from support.deployed_jobs import plan_for
+from support.policies import policy_of
 
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey

@@ -13,8 +13,8 @@ import pytest
 import torch
 from fedcore_clients import ledger as ledgers
 from fedcore_clients.ledger import LEDGER_FILE, Exposure, Ledger, ledger_lines, read_ledger
-from policies import policy_of
 from support.deployed_jobs import certificate, loaded, offered, site_job, submitted
+from support.policies import policy_of
 from torch.utils.data import TensorDataset
 
 from fedcore.config import build_job

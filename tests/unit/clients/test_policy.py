@@ -11,9 +11,9 @@ from fedcore_clients.check import _policy
 from fedcore_clients.config import read_config
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.policy import PolicySection, SitePolicy
-from policies import BENCH, policy_of
 from pydantic import ValidationError
 from support.deployed_jobs import SITE_TOML, loaded, offered, plan_for, released, submitted
+from support.policies import BENCH, policy_of
 
 from fedcore.config import build_job, narrowest_policy, wire_settings
 from fedcore.errors import BadInput, PolicyRefused, UnknownName

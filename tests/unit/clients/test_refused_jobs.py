@@ -9,8 +9,8 @@ import pytest
 from fedcore_clients import policy
 from fedcore_server.context import Quota
 from fedcore_server.operators_api import check_settings
-from parties import Epochs, Parties
 from support.deployed_jobs import SITES, loaded, submitted
+from support.parties import Epochs, Parties
 
 from fedcore.config import build_job, plan_of
 from fedcore.errors import HeaderRefused, PlanRefused

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import reference
 import torch
+from support import reference
 from torch import nn
 
 import fedcore

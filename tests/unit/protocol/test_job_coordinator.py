@@ -8,9 +8,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from parties import HUB, Parties
 from support.deployed_jobs import VALUES, certificate, plan_for, word
 from support.job_parts import LIMITS, OFFER, SITES, at, facts_of, sent
+from support.parties import HUB, Parties
 
 from fedcore.errors import OutOfOrder, PeerRefused
 from fedcore.secagg.plan import ModelShape

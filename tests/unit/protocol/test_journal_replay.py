@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import (
+from support.parties import (
     HUB,
     KEY_ID,
     SIZE,

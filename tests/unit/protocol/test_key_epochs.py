@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from parties import HUB, PAYLOAD, Epochs, granted_by, secrets_in, with_late_joiner
+from support.parties import HUB, PAYLOAD, Epochs, granted_by, secrets_in, with_late_joiner
 
 from fedcore.errors import (
     Conflicting,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from parties import HUB, KEY_ID, PAYLOAD, Epochs, Parties, granted_by, with_late_joiner
+from support.parties import HUB, KEY_ID, PAYLOAD, Epochs, Parties, granted_by, with_late_joiner
 
 from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, ThresholdRefused
 from fedcore.secagg.crypto.sumtag import key_id

@@ -7,7 +7,7 @@ import sqlite3
 from dataclasses import dataclass
 
 import pytest
-from parties import Parties
+from support.parties import Parties
 from support.scripts import load_script
 
 from fedcore.errors import OutOfOrder

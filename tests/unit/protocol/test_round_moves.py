@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
-from parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
+from support.parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
 
 from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned, SecondSum
 from fedcore.secagg.protocol import messages

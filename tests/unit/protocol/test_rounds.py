@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import Parties, net, plan_of, recoded
+from support.parties import Parties, net, plan_of, recoded
 
 from fedcore.errors import RoundAbandoned
 from fedcore.learning.stopwatch import Stopwatch

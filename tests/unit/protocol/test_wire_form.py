@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import Parties, secrets_in
+from support.parties import Parties, secrets_in
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import SecretBytes

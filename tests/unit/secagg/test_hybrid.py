@@ -7,10 +7,10 @@ import pickle
 from dataclasses import replace
 
 import pytest
-import reference_keys as reference
 from cryptography.exceptions import InvalidTag
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference_keys as reference
 
 from fedcore.errors import BadInput, EnvelopeRefused, KeyRefused
 from fedcore.secagg.crypto.entropy import OsEntropy

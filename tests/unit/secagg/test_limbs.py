@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 
 from fedcore.errors import BadInput
 from fedcore.secagg.encode.limbs import from_limbs, limb_count, to_limbs

@@ -6,9 +6,9 @@ import hashlib
 
 import numpy as np
 import pytest
-import reference_keys as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference_keys as reference
 
 from fedcore.errors import BadInput
 from fedcore.secagg.crypto import masking

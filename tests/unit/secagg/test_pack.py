@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
+from support import reference
 
 from fedcore.errors import BadInput, TagRefused
 from fedcore.secagg.encode.pack import Layout

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.plan import RINGS, Packing, VectorSpec, Wide, field_width, solve_packing

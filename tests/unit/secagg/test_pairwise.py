@@ -8,9 +8,9 @@ import pickle
 from pathlib import Path
 
 import pytest
-import reference_keys as reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference_keys as reference
 
 import fedcore
 from fedcore.errors import BadInput, EnvelopeRefused, KeyRefused

@@ -9,9 +9,9 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName

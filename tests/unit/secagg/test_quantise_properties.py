@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import dequantise as slow_dequantise
-from reference import quantise as slow_quantise
+from support.reference import dequantise as slow_dequantise
+from support.reference import quantise as slow_quantise
 
 from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
 from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.secagg.crypto import bfv, sumtag

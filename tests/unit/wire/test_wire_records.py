@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, replace
 
 import pytest
-from parties import HUB, JOB, Epochs, Parties
+from support.parties import HUB, JOB, Epochs, Parties
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import SecretBytes
