@@ -594,6 +594,38 @@ def test_a_round_waits_again_for_a_site_that_reports_its_status_while_it_catches
     assert facts.progress.waiting_for == ("d",)
 
 
+def between(stage):
+    """A job whose last round stands at this stage, with a step to come."""
+    found = machine()
+    facts = found.facts
+    facts.plan, facts.epoch, facts.step = PLAN, epoch_of(), PlannedRound("update", 1)
+    facts.stage, facts.sizes = stage, {"update": 640}
+    at_rest(facts, **dict.fromkeys(SITES, ""))
+    return found
+
+
+def test_no_round_follows_one_whose_sum_may_be_known():
+    header = CERTIFICATE.header
+    free = between(coordinator.Failed(header, "submit", 2, ()))
+    assert sent(free.step(events.Advance(), at()), messages.Announce)
+    found = between(coordinator.Failed(header, "unmask", 2, ("a", "b")))
+    (ended, *_) = effects = found.step(events.Advance(), at())
+    assert ended.ended.outcome == "abandoned" and "its sum may be known" in ended.ended.text
+    assert sent(effects, messages.Announce) == []
+
+
+def test_a_round_that_cannot_be_released_ends_the_job_when_sites_were_waited_for_long_enough():
+    submissions = tuple(messages.Submit(b"h", n, b"", 640, b"", b"", b"", b"") for n in "abc")
+    aggregate = messages.Aggregate(b"h", submissions, b"d" * 32, 640)
+    stage = coordinator.Releasing(CERTIFICATE.header, submissions, aggregate)
+    found = between(stage)
+    few = SITES[:2]
+    assert not [e for e in found.step(events.TimePassed(), at(1.0, few)) if isinstance(e, EndJob)]
+    (ended, *_) = found.step(events.TimePassed(), at(2.0 + LIMITS.enough, few))
+    assert ended.ended.outcome == "abandoned"
+    assert "did not come back to release it" in ended.ended.text
+
+
 def test_a_round_that_ends_is_written_then_told_then_its_files_go():
     found = machine()
     facts = found.facts

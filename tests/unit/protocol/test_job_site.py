@@ -271,6 +271,39 @@ def test_what_a_message_relies_on_is_durable_before_it_is_sent(message):
         assert name == led_to(header_of(), SITES, said.sum_mac, said.state_mac)
 
 
+def test_state_and_certificate_of_a_release_are_in_the_commit_that_ends_its_round():
+    after = State("after", PlannedRound("update", 1))
+    (closed,) = only(CloseRound, played(after).certificate(after))
+    assert decode(closed.values["certificate"], Certificate) == certified(header_of(), after)
+    assert closed.values["state"] == after.to_bytes()
+
+
+def test_a_record_is_durable_before_a_message_that_brings_nothing_else_to_disk():
+    """Under masks the list that a site signs has no value beside its record."""
+    plan = replace(PLAN, protection="masked", packing=solve_packing(8, 4, "masked"))
+    header = header_of(protection="masked", plan_digest=plan.digest)
+    effects = told(between_rounds(plan=plan), messages.Announce(header))
+    kinds = [type(each) for each in effects if isinstance(each, DURABLE | Send)]
+    assert kinds == [ask.AppendEntries, Send] and only(messages.Keys, sent(effects))
+
+
+def test_a_key_epoch_is_durable_before_its_key_is_sent():
+    found = between_rounds()
+    header = replace(found.parts.epochs.stage.header, epoch=2)
+    effects = told(found, epoch.EpochCall(header))
+    assert [type(each) for each in effects] == [PutValues, Send]
+    assert decode(effects[0].values["epoch"], epoch.Offered).header == header
+    assert only(epoch.EpochKey, sent(effects))
+
+
+def test_a_later_announcement_does_not_end_a_round_whose_sum_may_be_known():
+    found = played(State("after"))
+    stage = found.job.stage
+    effects = told(found.job, messages.Announce(header_of(2)))
+    assert found.job.stage == stage and isinstance(stage, site.Stated)
+    assert [each.code for each in only(messages.Leave, sent(effects))] == [messages.LEFT]
+
+
 def test_the_ledger_has_an_entry_before_the_journal_and_before_anything_leaves():
     effects = played(State("after")).effects
     first = next(n for n, each in enumerate(effects) if isinstance(each, ask.Expose))
