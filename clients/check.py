@@ -206,12 +206,12 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
     from fedcore.config import build_job
     from fedcore.learning.data.split import split_from_json
     from fedcore.learning.model import single_thread
-    from fedcore.learning.site import LocalSite
+    from fedcore.learning.site import SiteTrainer
 
     job = build_job(task.defaults)
     split = split_from_json(config.split.of(read_identity(config.identity)))
     with single_thread():
-        site = LocalSite(task, job, SiteId(config.site), section.source, CAP, split)
+        site = SiteTrainer.load(task, job, SiteId(config.site), section.source, CAP, split)
     train, test = len(site.site.train), len(site.site.test)
     columns = f", {len(site.columns)} columns" if site.columns else ""
     return (

@@ -20,7 +20,7 @@ from fedcore.files import read_json, write_atomic
 from fedcore.identity.identities import read_identity
 from fedcore.learning.data.split import split_from_json
 from fedcore.learning.model import single_thread
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.protocol.schedule import released_round
@@ -72,7 +72,7 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
     assert cap is not None
     split = split_from_json(config.split.of(read_identity(config.identity)))
     with single_thread():
-        site = LocalSite(task, job, SiteId(config.site), allowed.source, cap, split)
+        site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
         data = site.exported(state)
     write_atomic(out, data)
     return Exported(out, released_round(done), state.model_sha256)

@@ -23,7 +23,7 @@ from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.types import Json, SiteId
 
 if TYPE_CHECKING:
-    from fedcore.learning.site import LocalSite
+    from fedcore.learning.site import SiteTrainer
     from fedcore.learning.tracking import Tracker
 
 
@@ -31,7 +31,7 @@ class Worker:
     """What the process holds: the loaded site of each job."""
 
     def __init__(self) -> None:
-        self.sites: dict[str, LocalSite] = {}
+        self.sites: dict[str, SiteTrainer] = {}
         self.trackers: dict[str, Tracker] = {}
 
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
@@ -72,7 +72,7 @@ class Worker:
 
         from fedcore.config import build_job
         from fedcore.learning.data.split import split_from_json
-        from fedcore.learning.site import LocalSite
+        from fedcore.learning.site import SiteTrainer
         from fedcore.learning.task import load_task
 
         task = load_task(asked["task"], Path(asked["base"]))
@@ -83,7 +83,7 @@ class Worker:
         if cap is None:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")
         split = split_from_json(asked["split"])  # this site's, whatever the job asks for
-        site = LocalSite(task, job, SiteId(asked["site"]), asked["source"], cap, split)
+        site = SiteTrainer.load(task, job, SiteId(asked["site"]), asked["source"], cap, split)
         self.sites[asked["job"]] = site
         head = {
             "shape": asdict(site.shape), "columns": [list(column) for column in site.columns],

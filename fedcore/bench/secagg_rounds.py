@@ -24,7 +24,7 @@ from fedcore.experiment.environment import environment
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
@@ -139,8 +139,8 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
         fields = rng.integers(0, 1 << plan.packing.bits, plan.parameters, dtype=np.uint64)
         return fields, {"weight": [1], "over_range": [0], "over_half_range": [0], EXCEEDS: [0]}
 
-    total = epoch.protected_sum(
-        plan.update_vector, 1, contribute, b"bench", watch, absences=absences
+    total = epoch.sum(
+        plan.update_vector, 1, one_by_one(contribute), b"bench", watch, absences=absences
     )
     survivors = len(total.survivors)
     layout = Layout(plan.update_vector, plan.packing, len(plan.sites))

@@ -7,8 +7,7 @@ Invariant: every arm sees the same split, the same initial model and the same nu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fedcore.errors import Abandoned, BadInput
@@ -23,18 +22,9 @@ from fedcore.experiment.arms import (
 )
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.prepare import Prepared
-from fedcore.experiment.simulation import Federation
 from fedcore.learning import metrics as metric_list
 from fedcore.learning.data.rows import pool
-from fedcore.learning.guard import Guard
-from fedcore.learning.optimisers import ServerState, init_state
-from fedcore.learning.sitework import SiteRows
-from fedcore.learning.stopwatch import Stopwatch
-from fedcore.results import (
-    Columns,
-    RoundRow,
-)
-from fedcore.secagg.plan import canonical
+from fedcore.results import Columns, RoundRow
 from fedcore.types import ARMS, Json
 
 
@@ -42,34 +32,18 @@ class Experiment:
     """The arms of one run, advanced round by round."""
 
     def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
-        job, plan, flat = prepared.job, prepared.plan, prepared.flat
-        self.initial = flat.read()
-        bench = Bench(prepared.task, plan, flat, prepared.sites, job.run.seed, self.initial)
-        self.federation = Federation(
-            task=prepared.task,
-            plan=plan,
-            epoch=prepared.epoch,
-            sites=prepared.sites,
-            flat=flat,
-            seed=job.run.seed,
-            metric_sums=self._metric_sums,
-            statistics=canonical(prepared.statistics.to_json()) if prepared.statistics else b"",
-            leaving=prepared.leaving,
-            watch=prepared.watch,
-            guards=tuple(
-                Guard(prepared.task, plan, s.id, s.train, flat, self.initial, job.run.seed)
-                for s in prepared.sites
-            ),
+        self.prepared, self.federation = prepared, prepared.federation
+        job, plan, federation = prepared.job, prepared.plan, prepared.federation
+        start, trainers = federation.state, federation.sites
+        federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
+        bench = Bench(
+            prepared.task, plan, prepared.flat, prepared.sites, job.run.seed, trainers[0].initial
         )
-        # The float arm must not add its training seconds to the protected arm's.
-        floating = replace(self.federation, watch=Stopwatch())
-        state = init_state(self.initial, plan.parameters, plan.server, plan.range.start or 0.0)
-        self.federated = Federated(bench, self.federation, state)
+        self.federated = Federated(bench, federation)
         makers: dict[str, Callable[[], Arm]] = {
             "centralised": lambda: Centralised(bench, pool([s.train for s in prepared.sites])),
-            "local_only": lambda: LocalOnly(bench, prepared.local_sites),
-            "federated_float": lambda: FederatedFloat(bench, floating, state, self.federated),
+            "local_only": lambda: LocalOnly(bench, [each.rows_alone() for each in trainers]),
+            "federated_float": lambda: FederatedFloat(bench, self.federated, start),
             "federated": lambda: self.federated,
         }
         wanted = [arm for arm in ARMS if arm in job.track.arms or arm == "federated"]
@@ -77,21 +51,10 @@ class Experiment:
         self.round = 0
         self.stopped: str | None = None
 
-    def _metric_sums(self, site: SiteRows, state: ServerState) -> Mapping[str, Sequence[int]]:
-        evaluation = self.federated.evaluate(self.round)
-        assert state is self.federated.state
-        return self.prepared.transport.sums(evaluation.parts[site.index])
-
-    def calibrate(self) -> None:
-        """Find R before round 1 unless the plan states it."""
-        if self.prepared.plan.range.start is None:
-            state = self.federation.calibrate(self.federated.state)
-            self.federated.state = self.federated.twin = state
-
     def rounds(self) -> Iterator[RoundRow]:
         """Advance every arm one round at a time; yields each arm's row."""
-        if self.round == 0:
-            self.calibrate()
+        while self.round == 0 and (purpose := self.federation.purpose) and not purpose.trains:
+            self.federation.advance()
         # The federated arm steps first, so that what is wrong with a site's update is said of it and
         # not of an arm beside it, and its survivors are known to the float arm; the rows still come
         # in the order of ARMS.
@@ -109,9 +72,9 @@ class Experiment:
         evaluation = arm.evaluate(round_)
         row: Columns = {"arm": name, "round": round_, **self.values(evaluation)}
         row |= {"loss": evaluation.loss(), **columns}
-        outcome = self.federated.outcome
-        if name == "federated" and outcome is not None:
-            before = self.prepared.transport.finish(outcome.metric_sums, len(outcome.survivors))
+        release = self.federated.release
+        if name == "federated" and release is not None:
+            before = self.prepared.transport.finish(release.wides, len(release.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})

@@ -11,29 +11,30 @@ moves in one that was abandoned; centralised and local-only training goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.exposure import observe, watch_one
-from fedcore.experiment.simulation import Federation, RoundOutcome
+from fedcore.experiment.simulation import Federation, Release
 from fedcore.learning.baseline import OwnModel
 from fedcore.learning.data.rows import Rows
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.metrics import Scores
 from fedcore.learning.model import FlatModel
-from fedcore.learning.optimisers import ServerState, apply_update
+from fedcore.learning.optimisers import apply_update
 from fedcore.learning.scoring import Scored, score
-from fedcore.learning.sitework import SiteRows
-from fedcore.learning.stopwatch import Stopwatch
+from fedcore.learning.site import SiteRows
+from fedcore.learning.state import JobState
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
 from fedcore.secagg.in_process import sites_of
 from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import FloatVector
 
 
@@ -115,7 +116,6 @@ class Bench:
     sites: Sequence[SiteRows]
     seed: int
     initial: FloatVector
-    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def evaluate(self, models: Sequence[Any], sites: Sequence[SiteRows], round_: int) -> Evaluation:
         """models: one module per site."""
@@ -189,22 +189,6 @@ class LocalOnly:
             own.restore(part)
 
 
-def _save_state(state: ServerState) -> Any:
-    return {
-        "parameters": state.parameters,
-        "moments": dict(state.moments),
-        "scalars": dict(state.scalars),
-        "bounds": (state.bound, state.first_bound),
-    }
-
-
-def _restore_state(saved: Mapping[str, Any]) -> ServerState:
-    moments = {k: v.numpy() for k, v in saved["moments"].items()}
-    return ServerState(
-        saved["parameters"].numpy(), moments, dict(saved["scalars"]), *saved["bounds"]
-    )
-
-
 class Federated:
     """The protected federation, and its twin: the model that the plain integer sum of the last round
     leads to. unequal_rounds counts rounds whose opened sum was not the plain integer sum.
@@ -217,9 +201,9 @@ class Federated:
 
     name = "federated"
 
-    def __init__(self, bench: Bench, federation: Federation, state: ServerState) -> None:
+    def __init__(self, bench: Bench, federation: Federation) -> None:
         self._bench, self.federation = bench, federation
-        self.state = self.twin = state
+        self.twin = federation.state
         self.budget = Budget()
         self.clipped = self.contributions = self.unequal_rounds = 0
         self.bytes_up = self.bytes_down = 0
@@ -227,8 +211,12 @@ class Federated:
         self.summed = dict.fromkeys(bench.plan.sites, 0)
         self.abandoned: list[AbandonedRound] = []
         self.seen: UpdateExposure | None = None
-        self.outcome: RoundOutcome | None = None
-        self._scored: tuple[ServerState, int, Evaluation] | None = None
+        self.release: Release | None = None
+
+    @property
+    def state(self) -> JobState:
+        """Of the last release."""
+        return self.federation.state
 
     @property
     def clipped_fraction(self) -> float:
@@ -237,38 +225,42 @@ class Federated:
         return self.clipped / values if values else 0.0
 
     def step(self, round_: int) -> Columns:
-        before = dict(self.federation.watch.seconds)
-        bound, plan = self.state.bound, self._bench.plan
-        absent = self.federation.absent(round_)
-        witness = None if self.seen is not None else watch_one(plan.sites, absent)
+        federation, plan, bound = self.federation, self._bench.plan, self.state.server.bound
+        assert federation.step is not None
+        assert federation.step.training_round == round_
+        before = dict(federation.watch.seconds)
+        witness = None
+        if self.seen is None:
+            witness = watch_one(plan.sites, federation.absent(round_))
         try:
-            self.outcome = self.federation.round(self.state, round_, witness)
+            self.release = federation.advance(witness)
         except RoundAbandoned as abandoned:
-            self.outcome = None
+            self.release = None
             columns = self._abandon(round_, abandoned)
         else:
-            columns = self._release(self.outcome)
+            columns = self._released(self.release)
             if witness is not None:
-                self.seen = observe(witness, plan, self.federation.epoch.sealer, round_)
-        seconds = self.federation.watch.seconds
+                self.seen = observe(witness, plan, federation.engine.sealer, round_)
+        seconds = federation.watch.seconds
         spent = {f"seconds_{stage}": seconds[stage] - before[stage] for stage in seconds}
         return columns | {"range": bound} | spent
 
-    def _release(self, outcome: RoundOutcome) -> Columns:
-        plan = self._bench.plan
-        self.state, self.twin, self.survivors = outcome.state, outcome.twin, outcome.survivors
-        self.unequal_rounds += outcome.twin is not outcome.state
-        self.clipped += outcome.clipped
-        self.contributions += len(outcome.survivors)
-        for site in sites_of(plan.sites, outcome.survivors):
+    def _released(self, release: Release) -> Columns:
+        plan, clipped = self._bench.plan, release.wides["over_range"][0]
+        self.twin, self.survivors = release.twin, release.survivors
+        self.unequal_rounds += release.twin is not release.state
+        self.clipped += clipped
+        self.contributions += len(release.survivors)
+        names = sites_of(plan.sites, release.survivors)
+        for site in names:
             self.summed[site] += 1
-        self.bytes_up, self.bytes_down = outcome.bytes_up, outcome.bytes_down
+        self.bytes_up, self.bytes_down = release.bytes_up, release.bytes_down
         return {
-            "train_loss": self.budget.add(outcome.reports),
-            "survivors": sites_of(plan.sites, outcome.survivors),
-            "clipped_fraction": outcome.clipped / (len(outcome.survivors) * plan.coordinates),
-            "bytes_up": outcome.bytes_up,
-            "bytes_down": outcome.bytes_down,
+            "train_loss": self.budget.add(release.reports),
+            "survivors": names,
+            "clipped_fraction": clipped / (len(names) * plan.coordinates),
+            "bytes_up": release.bytes_up,
+            "bytes_down": release.bytes_down,
         }
 
     def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Columns:
@@ -285,46 +277,44 @@ class Federated:
         }
 
     def evaluate(self, round_: int) -> Evaluation:
-        # By round too: a task's own `evaluate` may draw, and a resumed run must draw the same.
-        if self._scored is None or self._scored[0] is not self.state or self._scored[1] != round_:
-            with self.federation.watch("evaluate"):
-                found = self._bench.evaluate_vector(self.state.model, round_)
-            self._scored = (self.state, round_, found)
-        return self._scored[2]
+        # What the sites computed for their vectors is used again (`SiteTrainer.scored`).
+        sites = self.federation.sites
+        return Evaluation(tuple(site.scored(self.state, round_) for site in sites))
 
     def evaluate_twin(self, round_: int) -> Evaluation:
-        """Scores of the plain-integer twin: `evaluate`'s own object only if the sums were identical."""
+        """Scores of the plain-integer twin: those of `evaluate` only if the sums were identical."""
         if self.twin is self.state:
             return self.evaluate(round_)
-        return self._bench.evaluate_vector(self.twin.model, round_)
+        return self._bench.evaluate_vector(self.twin.server.model, round_)
 
     def save(self) -> Any:
         return {
-            "state": _save_state(self.state),
-            "twin": None if self.twin is self.state else _save_state(self.twin),
+            "state": self.state.to_bytes(),
+            "twin": None if self.twin is self.state else self.twin.to_bytes(),
+            "step": astuple(self.federation.step) if self.federation.step is not None else None,
             "counts": (self.clipped, self.contributions, self.unequal_rounds),
             "bytes": (self.bytes_up, self.bytes_down),
             "abandoned": [each.to_json() for each in self.abandoned],
             "summed": dict(self.summed),
             "seen": self.seen.to_json() if self.seen is not None else None,
             "guards": [guard.memory.to_json() for guard in self.federation.guards],
-            "released": self.federation.released,
             "seconds": dict(self.federation.watch.seconds),
         }
 
     def restore(self, saved: Any) -> None:
-        self.state = self.twin = _restore_state(saved["state"])
+        federation = self.federation
+        federation.state = self.twin = JobState.from_bytes(saved["state"])
         if saved["twin"] is not None:
-            self.twin = _restore_state(saved["twin"])
+            self.twin = JobState.from_bytes(saved["twin"])
+        federation.step = PlannedRound(*saved["step"]) if saved["step"] is not None else None
         self.clipped, self.contributions, self.unequal_rounds = saved["counts"]
         self.bytes_up, self.bytes_down = saved["bytes"]
         self.seen = UpdateExposure.from_json(saved["seen"]) if saved["seen"] else None
         self.abandoned = [AbandonedRound.from_json(each) for each in saved["abandoned"]]
         self.summed = dict(saved["summed"])
-        self.federation.released = saved["released"]
-        for guard, memory in zip(self.federation.guards, saved["guards"], strict=True):
+        for guard, memory in zip(federation.guards, saved["guards"], strict=True):
             guard.memory = GuardMemory.from_json(memory)
-        self.federation.watch.seconds.update(saved["seconds"])
+        federation.watch.seconds.update(saved["seconds"])
 
 
 class FederatedFloat:
@@ -335,31 +325,29 @@ class FederatedFloat:
 
     name = "federated_float"
 
-    def __init__(
-        self, bench: Bench, federation: Federation, state: ServerState, beside: Federated
-    ) -> None:
-        self._bench, self._federation, self._beside = bench, federation, beside
+    def __init__(self, bench: Bench, beside: Federated, state: JobState) -> None:
+        self._bench, self._beside = bench, beside
         self.state, self.budget = state, Budget()
 
     def step(self, round_: int) -> Columns:
-        plan, model = self._bench.plan, self.state.model
+        plan, sites = self._bench.plan, self._beside.federation.sites
         total, weight, reports = np.zeros(plan.coordinates), 0, []
-        for index in self._beside.survivors:
-            site = self._federation.sites[index]
-            update, report = self._federation.work(site).train(model, round_)
-            own = plan.weight_of(len(site.train))
+        for site in (sites[index] for index in self._beside.survivors):
+            update = site.train(plan, self.state, round_)
+            own = plan.weight_of(len(site.site.train))
             total += update.astype(np.float64) * own
             weight += own
-            reports.append(report)
+            reports.append(site.report)
         if weight:
-            self.state = apply_update(self.state, total / weight, plan.parameters, plan.server)
-        return {"train_loss": self.budget.add(reports)}
+            server = apply_update(self.state.server, total / weight, plan.parameters, plan.server)
+            self.state = replace(self.state, server=server)
+        return {"train_loss": self.budget.add([each for each in reports if each is not None])}
 
     def evaluate(self, round_: int) -> Evaluation:
-        return self._bench.evaluate_vector(self.state.model, round_)
+        return self._bench.evaluate_vector(self.state.server.model, round_)
 
     def save(self) -> Any:
-        return _save_state(self.state)
+        return self.state.to_bytes()
 
     def restore(self, saved: Any) -> None:
-        self.state = _restore_state(saved)
+        self.state = JobState.from_bytes(saved)

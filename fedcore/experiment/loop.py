@@ -79,7 +79,7 @@ class RunWriter:
     def finish(self, experiment: Experiment, result: RunResult) -> None:
         """The model, the result and the report; the checkpoint goes."""
         prepared = experiment.prepared
-        prepared.flat.write(experiment.federated.state.model)
+        prepared.flat.write(experiment.federated.state.server.model)
         save_model(
             self.directory,
             prepared.flat.module,

@@ -25,7 +25,7 @@ from fedcore.experiment.gap import (
 )
 from fedcore.learning import metrics as metric_list
 from fedcore.learning.model import model_summary, single_thread
-from fedcore.learning.sitework import SiteRows
+from fedcore.learning.site import SiteRows
 from fedcore.learning.state import model_digest
 from fedcore.report import warnings
 from fedcore.results import (
@@ -84,7 +84,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
             sum(len(s.train) for s in prepared.sites), sum(len(s.test) for s in prepared.sites)
         ),
         model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
-        model_sha256=model_digest(federated.state.model),
+        model_sha256=model_digest(federated.state.server.model),
         arms={
             name: ArmResult(
                 experiment.values(evaluations[name]),
@@ -107,7 +107,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
             bytes_per_parameter=federated.bytes_up / plan.coordinates,
             ciphertexts=layout.blocks if plan.packing.ring else 0,
             ciphertext_used=layout.used_fraction if plan.packing.ring else None,
-            seconds=prepared.watch.seconds,
+            seconds=prepared.federation.watch.seconds,
             seconds_total=seconds,
             peak_memory_mb=peak_memory_mb(),
         ),
@@ -136,16 +136,16 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
     try:
-        total = experiment.federation.final_metrics(experiment.federated.state)
+        release = experiment.federation.measure()
     except RoundAbandoned as abandoned:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
-    sums = total.opened.wides
+    sums = release.wides
     return ProtectedMetrics(
-        transport.finish(sums, len(total.survivors)),
+        transport.finish(sums, len(release.survivors)),
         transport.bounds(sums),
         transport.clipped(sums),
-        tuple(sites_of(experiment.prepared.plan.sites, total.survivors)),
+        tuple(sites_of(experiment.prepared.plan.sites, release.survivors)),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,19 @@ import numpy as np
 
 from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
-from fedcore.experiment.simulation import Leaving, federated_statistics
+from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
 from fedcore.learning.data.rows import RowLayout, Rows
 from fedcore.learning.data.split import FoldSplit
-from fedcore.learning.data.statistics import (
-    MIN_CONTRIBUTORS,
-    Statistics,
-    finish_statistics,
-    site_sums,
-)
+from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel
-from fedcore.learning.site import (
-    load_site,
-    model_of,
-    public_scale,
-    sample_of,
-    shape_of,
-    standardised,
-)
-from fedcore.learning.sitework import SiteRows
+from fedcore.learning.site import SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
 from fedcore.secagg.encode.pack import Layout as VectorLayout
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import sum_engine
 from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
 from fedcore.secagg.protections import refuse_roster
@@ -96,21 +83,26 @@ class LoadedSites:
 
 @dataclass
 class Prepared:
-    """Everything of a run before round 1."""
+    """Everything of a run before its first training. sites: their rows as inputs."""
 
     job: Job
     task: Task
     plan: RoundPlan
     sites: list[SiteRows]
-    local_sites: list[SiteRows]
     flat: FlatModel
-    epoch: InProcessFederation
+    federation: Federation
     transport: MetricTransport
-    statistics: Statistics | None
-    layout: RowLayout | None
-    watch: Stopwatch
     loaded: LoadedSites
-    leaving: Leaving
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The scale of all sites' rows; None for rows without columns."""
+        return self.federation.state.statistics or self.federation.sites[0].public
+
+    @property
+    def layout(self) -> RowLayout | None:
+        """How a table's raw columns become inputs."""
+        return getattr(self.federation.sites[0].site.train, "layout", None)
 
     @property
     def label(self) -> str:
@@ -194,31 +186,23 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
 
         load_seal()
     loaded = _load_sites(task, job, sources, say)
-    sites = loaded.sites
+    sites, watch = loaded.sites, Stopwatch()
     max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
-    flat, sample = _build(task, job, sites)
-    transport = MetricTransport.of(task, sample, max_examples)
-    shape = shape_of(task, flat, transport, sites[0].train, job.train.standardise)
-    plan = plan_of(job, shape, tuple(s.id for s in sites), max_examples)
-    epoch = InProcessFederation(uuid.uuid4().hex, plan)
-    prepared = Prepared(
-        job=job,
-        task=task,
-        plan=plan,
-        sites=sites,
-        local_sites=sites,
-        flat=flat,
-        epoch=epoch,
-        transport=transport,
-        statistics=None,
-        layout=None,
-        watch=Stopwatch(),
-        loaded=loaded,
-        leaving=leaving,
-    )
-    if sites[0].train.features is not None:
-        _standardise_all(prepared, say)
-    return prepared
+    flat = _build(task, job, sites)
+    transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
+    initial = flat.read()
+    trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
+    plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
+    federation = Federation(
+        plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial, leaving, watch,
+        # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
+        allow_few_sites=not plan.layers.protects or job.protect.single_site_features,
+    )  # fmt: skip
+    while federation.purpose is not None and federation.purpose.of_columns:
+        say("federated statistics")
+        federation.advance()
+    inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
+    return Prepared(job, task, plan, inputs, flat, federation, transport, loaded)
 
 
 def _leaving(job: Job, sites: Sequence[SiteId]) -> Leaving:
@@ -256,8 +240,8 @@ def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
     return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
 
 
-def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, Any]:
-    """The run's module, its flat view, and one scored batch (which fixes the number of outputs).
+def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
+    """The run's module and its flat view.
 
     Every site builds the model under the same seed; a site whose model differs is named.
     """
@@ -273,43 +257,7 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> tuple[FlatModel, 
                 f"{flat.coordinates} as at site {sites[0].id}",
                 remedy="every site must have the same columns and build the same model",
             )
-    sample = sample_of(task, job, flat, sites[0])
-    return flat, sample
-
-
-def _standardise_all(prepared: Prepared, say: Callable[[str], None]) -> None:
-    """Scale every site's rows: by the declared ranges, the same for all arms, or by statistics."""
-    sites = prepared.sites
-    rows: Any = sites[0].train
-    prepared.layout = rows.layout
-    public = public_scale(rows, prepared.plan.standardise)
-    if public is not None:
-        prepared.statistics = public
-        prepared.sites = prepared.local_sites = [
-            replace(s, train=standardised(s.train, public), test=standardised(s.test, public))
-            for s in sites
-        ]
-        return
-    say("federated statistics")
-    # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
-    plain = not prepared.plan.layers.protects
-    allow = plain or prepared.job.protect.single_site_features
-    found, _ = federated_statistics(prepared.epoch, sites, prepared.watch, allow_few_sites=allow)
-    prepared.statistics = found
-    prepared.sites = [
-        replace(s, train=standardised(s.train, found), test=standardised(s.test, found))
-        for s in sites
-    ]
-    local = []
-    for site in sites:
-        raw: Any = site.train
-        own = finish_statistics(
-            raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
-        )
-        local.append(
-            replace(site, train=standardised(site.train, own), test=standardised(site.test, own))
-        )
-    prepared.local_sites = local
+    return flat
 
 
 # ------------------------------------------------------------------------------------- the job on disk

@@ -1,37 +1,55 @@
-"""One site alone: its rows, its model, and its contribution to each round of a job.
+"""One site of a job: its rows, its model, and its vector for each purpose of a round.
 
-A deployed site runs this in its training process; `prepare` does the same for every site of a
-simulation. Invariant: built from the task, the job and one site's source alone, so a site finds the same
-model and the same vectors wherever it runs.
+Read `SiteTrainer.update` first: train, quantise, count what rides with it. A deployed site runs this in its
+training process, a simulation for every site in turn (`executor.py`), so both give the same bits.
+
+Invariant: results depend only on the task, the job, the site's rows and the state at the start, not on the
+process that runs it or on other sites.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from fedcore.config import Job
+from fedcore.errors import BadInput
+from fedcore.learning.adaptive_range import exceedance_counts, exceeds
 from fedcore.learning.data.digest import rows_digest
 from fedcore.learning.data.rows import RowLayout, Rows, load_rows
 from fedcore.learning.data.split import Split, subsample
-from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.data.statistics import Statistics, finish_statistics, site_sums
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model
-from fedcore.learning.optimisers import ServerState
 from fedcore.learning.saved import model_bytes
 from fedcore.learning.scoring import Scored, probe, score
-from fedcore.learning.sitework import SiteRows, SiteWork, statistics_of
 from fedcore.learning.state import JobState
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import BUILT_IN, Task
-from fedcore.learning.training import predict, task_code
-from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
+from fedcore.learning.training import TrainReport, local_train, predict, task_code
+from fedcore.secagg.encode.quantise import quantise
+from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound, released_round
 from fedcore.secagg.purposes import purpose_of
-from fedcore.types import Contribution, FloatVector, SiteId
+from fedcore.seeds import generator
+from fedcore.types import Contribution, FloatVector, SiteId, WideVector
+
+NO_COORDINATES = np.empty(0, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """One site's rows, split: `index` is its place in the roster."""
+
+    id: SiteId
+    index: int
+    train: Rows
+    test: Rows
 
 
 @dataclass(frozen=True)
@@ -121,24 +139,6 @@ def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
     return probe(task, flat.module, rows, seed=seed, round_=0, site=site.id)
 
 
-def public_scale(rows: Any, standardise: str) -> Statistics | None:
-    """The scale of the rows' declared ranges; None for rows without, and where statistics are federated."""
-    if rows.features is None or standardise != "ranges":
-        return None
-    return Statistics.of_ranges(rows.names, rows.ranges)
-
-
-def shape_of(
-    task: Task, flat: FlatModel, transport: MetricTransport, rows: Any, standardise: str
-) -> ModelShape:
-    """The part of the plan that follows from a site's task and rows."""
-    travels = rows.features is not None and standardise == "federated"
-    return ModelShape(
-        task.name, task.digest(), flat.parameters, flat.buffer_coordinates,
-        len(rows.names) if travels else 0, _inputs_digest(rows), transport.wides,
-    )  # fmt: skip
-
-
 def _inputs_digest(rows: Any) -> str:
     """SHA-256 over how a table's raw columns become inputs; "" for rows that need no statistics.
 
@@ -148,30 +148,123 @@ def _inputs_digest(rows: Any) -> str:
     return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
 
 
-class LocalSite:
-    """A site's task, rows and model for one job; `contribute` is called once for each vector.
+@dataclass
+class SiteTrainer:
+    """One site's side of the rounds of one job.
 
-    split: the site's own, independent of the job. note: for the site's log, or "".
+    site: its rows as they are. flat: the model's one flat view, overwritten at each use. initial: (d,) float32,
+    the model that the job begins with. watch: counts seconds. note: for the site's log, or "". rows: SHA-256
+    of the rows, hex. report: of the last training.
     """
 
-    def __init__(
-        self, task: Task, job: Job, name: SiteId, source: Any, max_examples: int, split: Split
-    ) -> None:
-        self.task, self.job = task, job
-        loaded = load_site(task, split, name, 0, source, max_examples)
-        self.site, self.note = loaded.rows, loaded.note
-        self.rows = rows_digest(*loaded.whole)
-        self.public = public_scale(self.site.train, job.train.standardise)
-        self.flat = model_of(task, job, self.site)
-        self.transport = MetricTransport.of(
-            task, sample_of(task, job, self.flat, self.site), max_examples
-        )
-        self.initial: FloatVector = self.flat.read()
-        self.shape = shape_of(
-            task, self.flat, self.transport, self.site.train, job.train.standardise
-        )
-        self._standardised: tuple[Statistics, SiteRows] | None = None
+    task: Task
+    job: Job
+    site: SiteRows
+    flat: FlatModel
+    transport: MetricTransport
+    initial: FloatVector
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    note: str = ""
+    rows: str = ""
+    report: TrainReport | None = None
+
+    def __post_init__(self) -> None:
+        raw: Any = self.site.train
+        self.public: Statistics | None = None
+        """The scale of the rows' declared ranges, where the job goes by these."""
+        if raw.features is not None and self.job.train.standardise == "ranges":
+            self.public = Statistics.of_ranges(raw.names, raw.ranges)
+        self._inputs: tuple[Statistics, SiteRows] | None = None
+        self._scored: tuple[tuple[object, int], Scored | None] | None = None
         self._guard: Guard | None = None
+
+    @classmethod
+    def load(
+        cls, task: Task, job: Job, name: SiteId, source: Any, max_examples: int, split: Split
+    ) -> SiteTrainer:
+        """A site by itself. split: its own, independent of the job. Raises BadInput and TaskFailed."""
+        loaded = load_site(task, split, name, 0, source, max_examples)
+        flat = model_of(task, job, loaded.rows)
+        transport = MetricTransport.of(task, sample_of(task, job, flat, loaded.rows), max_examples)
+        return cls(
+            task, job, loaded.rows, flat, transport, flat.read(),
+            note=loaded.note, rows=rows_digest(*loaded.whole),
+        )  # fmt: skip
+
+    @property
+    def columns(self) -> tuple[tuple[str, float, float], ...]:
+        """(name, low, high) of each column that federated statistics are made of."""
+        rows: Any = self.site.train
+        if rows.features is None or self.public is not None:
+            return ()
+        return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
+
+    @property
+    def shape(self) -> ModelShape:
+        """The part of the plan that follows from a site's task and rows."""
+        return ModelShape(
+            self.task.name, self.task.digest(), self.flat.parameters, self.flat.buffer_coordinates,
+            len(self.columns), _inputs_digest(self.site.train), self.transport.wides,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------- rows, model and guard
+
+    def standard_rows(self, state: JobState) -> SiteRows:
+        """The site's rows as inputs; scaled once for the statistics they go by."""
+        statistics = state.statistics or self.public
+        if statistics is None:
+            return self.site
+        found = self._inputs
+        if found is None or (
+            found[0] is not statistics and found[0].to_json() != statistics.to_json()
+        ):
+            self._inputs = found = statistics, self._scaled(statistics)
+        return found[1]
+
+    def rows_alone(self) -> SiteRows:
+        """The rows as the arm `local_only` has them: by the public scale of all arms, or the site's own."""
+        raw: Any = self.site.train
+        if raw.features is None:
+            return self.site
+        return self._scaled(
+            self.public
+            or finish_statistics(
+                raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
+            )
+        )
+
+    def _scaled(self, statistics: Statistics) -> SiteRows:
+        train, test = (standardised(r, statistics) for r in (self.site.train, self.site.test))
+        return replace(self.site, train=train, test=test)
+
+    def scored(self, state: JobState, round_: int) -> Scored | None:
+        """The state's model on this site's test rows; None where it has none. The last answer is kept."""
+        asked = state.server, round_
+        if (
+            self._scored is None
+            or self._scored[0][0] is not asked[0]
+            or self._scored[0][1] != round_
+        ):
+            rows, found = self.standard_rows(state).test, None
+            with self.watch("evaluate"):
+                self.flat.write(state.server.model)
+                if len(rows):
+                    found = score(
+                        self.task, self.flat.module, rows, seed=self.job.run.seed, round_=round_,
+                        site=self.site.id,
+                    )  # fmt: skip
+            self._scored = asked, found
+        return self._scored[1]
+
+    def guard(self, plan: RoundPlan, state: JobState) -> Guard:
+        """This site's guard, on its rows as inputs."""
+        rows = self.standard_rows(state).train
+        if self._guard is None:
+            self._guard = Guard(
+                self.task, plan, self.site.id, rows, self.flat, self.initial, self.job.run.seed
+            )
+        self._guard.rows = rows
+        return self._guard
 
     def exported(self, state: JobState, *, public: bool = False) -> bytes:
         """The file of a released model, as `fedcore simulate` writes it.
@@ -184,13 +277,7 @@ class LocalSite:
         layout = getattr(self.site.train, "layout", None)
         return model_bytes(self.flat.module, task, state.statistics or self.public, layout)
 
-    @property
-    def columns(self) -> tuple[tuple[str, float, float], ...]:
-        """(name, low, high) of each column that federated statistics are made of."""
-        rows: Any = self.site.train
-        if rows.features is None or self.public is not None:
-            return ()
-        return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
+    # --------------------------------------------------------------------- vectors, by purpose
 
     def contribute(
         self,
@@ -206,52 +293,74 @@ class LocalSite:
         """
         purpose = purpose_of(step.purpose)
         if record is not None and purpose.measures:
-            self._judge(plan, state, record)
+            guard = self.guard(plan, state)
+            guard.rules, guard.memory = record.rules, record.memory
+            try:
+                guard.judge(state.server, released_round(state.done))
+            finally:
+                record.memory = guard.memory
         return purpose.contribute(self, plan, step, state)
 
     def statistics(self) -> Contribution:
-        """The sums over its columns as they are."""
-        return statistics_of(self.site.train)
+        """Counts, sums and sums of squares of each column of the rows as they are (PROTOCOL W)."""
+        rows: Any = self.site.train
+        with self.watch("encode"):
+            return NO_COORDINATES, site_sums(rows.features, rows.ranges)
 
-    def work(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> SiteWork:
-        """What it computes for a step, on its rows as inputs."""
+    def exceeding(self, plan: RoundPlan, state: JobState) -> Contribution:
+        """Round 1 is trained, and how far its update reaches is counted."""
+        with self.watch("train"):
+            update = self.train(plan, state, 1)
+        counts = exceedance_counts(self._weighted(plan, update).astype(np.float32))
+        return NO_COORDINATES, {"exceeding": counts}
 
-        def metric_sums(site: SiteRows, server: ServerState) -> dict[str, list[int]]:
-            return self.transport.sums(self.scored(server.model, site, step.training_round - 1))
-
-        rows, seed = self.standard_rows(state), self.job.run.seed
-        return SiteWork(self.task, plan, rows, self.flat, seed, metric_sums)
-
-    def _judge(self, plan: RoundPlan, state: JobState, record: GuardRecord) -> None:
-        site = self.standard_rows(state)
-        if self._guard is None:
-            self._guard = Guard(
-                self.task, plan, site.id, site.train, self.flat, self.initial, self.job.run.seed
+    def update(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> Contribution:
+        """The quantised weighted update and what rides with it."""
+        with self.watch("train"):
+            update = self.train(plan, state, step.training_round)
+        with self.watch("encode"):
+            rounding = generator(self.job.run.seed, step.training_round, self.site.id, "rounding")
+            quantised = quantise(
+                self._weighted(plan, update), plan.packing.bits, state.server.bound, rounding
             )
-        guard = self._guard
-        guard.rules, guard.memory, guard.rows = record.rules, record.memory, site.train
-        try:
-            guard.judge(state.server, released_round(state.done))
-        finally:
-            record.memory = guard.memory
+        return quantised.fields, {
+            "weight": [self._weight(plan)],
+            "over_range": [quantised.over],
+            "over_half_range": [quantised.over_half],
+            EXCEEDS: [int(exceeds(quantised.over, plan.coordinates))],
+            **self.metric_sums(step, state),
+        }
 
-    def scored(self, model: FloatVector, site: SiteRows, round_: int) -> Scored | None:
-        """The model on this site's test rows; None where it has none."""
+    def metrics(self, step: PlannedRound, state: JobState) -> Contribution:
+        """The metric sums of the model that the step starts from."""
+        return NO_COORDINATES, self.metric_sums(step, state)
+
+    def metric_sums(self, step: PlannedRound, state: JobState) -> Mapping[str, list[int]]:
+        """The wide integers of this site's metrics of the model that the step starts from."""
+        return self.transport.sums(self.scored(state, step.training_round - 1))
+
+    def train(self, plan: RoundPlan, state: JobState, round_: int) -> FloatVector:
+        """Train locally: update = local - global, (d,) float32. Raises BadInput on NaN or infinity."""
+        model, rows = state.server.model, self.standard_rows(state).train
         self.flat.write(model)
-        if not len(site.test):
-            return None
-        return score(
-            self.task, self.flat.module, site.test, seed=self.job.run.seed, round_=round_,
-            site=site.id,
+        self.report = local_train(
+            self.task, self.flat.module, rows, plan.train,
+            seed=self.job.run.seed, round_=round_, site=self.site.id,
         )  # fmt: skip
+        update = self.flat.read() - model
+        if not np.isfinite(update).all():
+            bad = int(np.count_nonzero(~np.isfinite(update)))
+            raise BadInput(
+                f"site {self.site.id}, round {round_}: found NaN or infinity in {bad} of {len(update)} "
+                "coordinates of the update, expected finite numbers",
+                remedy="lower train.lr, or look for unscaled or missing values in the site's data",
+            )
+        return update
 
-    def standard_rows(self, state: JobState) -> SiteRows:
-        """The site's rows as inputs; scaled once for the statistics they go by."""
-        statistics = state.statistics or self.public
-        if statistics is None:
-            return self.site
-        if self._standardised is None or self._standardised[0].to_json() != statistics.to_json():
-            train = standardised(self.site.train, statistics)
-            test = standardised(self.site.test, statistics)
-            self._standardised = statistics, replace(self.site, train=train, test=test)
-        return self._standardised[1]
+    def _weighted(self, plan: RoundPlan, update: FloatVector) -> WideVector:
+        """The update times weight / max_examples, so that a weighted mean is one sum (float64)."""
+        return update.astype(np.float64) * (self._weight(plan) / plan.max_examples)
+
+    def _weight(self, plan: RoundPlan) -> int:
+        """The weight of this site's updates: its training rows in the plan's steps."""
+        return plan.weight_of(len(self.site.train))

@@ -13,18 +13,14 @@ sums over all sites, which every site opened anyway; `here`, `alone` and `gained
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
 
 import numpy as np
 
 from fedcore.learning.baseline import OwnModel
-from fedcore.learning.data.statistics import finish_statistics, site_sums
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.metrics import Scores, evaluate_scores
 from fedcore.learning.scoring import Scored, score
-from fedcore.learning.site import LocalSite, standardised
-from fedcore.learning.sitework import SiteRows
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
@@ -34,9 +30,9 @@ from fedcore.types import Json
 class Tracker:
     """One site's record of a job, round by round."""
 
-    def __init__(self, local: LocalSite, plan: RoundPlan) -> None:
+    def __init__(self, local: SiteTrainer, plan: RoundPlan) -> None:
         self._local, self._plan = local, plan
-        self._alone_rows = _as_alone(local)
+        self._alone_rows = local.rows_alone()
         self._alone = None
         if "local_only" in local.job.track.arms:
             self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
@@ -52,7 +48,7 @@ class Tracker:
         local, transport = self._local, self._local.transport
         rounds = min(step.training_round, self._plan.rounds)
         self._train_alone(rounds)
-        shared = local.scored(state.server.model, local.standard_rows(state), rounds)
+        shared = local.scored(state, rounds)
         here, alone = values_of(transport, shared), values_of(transport, self._scored_alone(rounds))
         everywhere = transport.finish(wides, sites)
         row: Json = {
@@ -82,17 +78,6 @@ class Tracker:
             self._local.task, self._alone.module, site.test, seed=self._local.job.run.seed,
             round_=rounds, site=site.id,
         )  # fmt: skip
-
-
-def _as_alone(local: LocalSite) -> SiteRows:
-    """The rows as the arm `local_only` has them: by the public scale of all arms, or the site's own."""
-    site, raw = local.site, cast("Any", local.site.train)
-    if raw.features is None:
-        return site
-    own = local.public or finish_statistics(
-        raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
-    )
-    return replace(site, train=standardised(site.train, own), test=standardised(site.test, own))
 
 
 def values_of(transport: MetricTransport, scored: Scored | None) -> dict[str, float | None]:

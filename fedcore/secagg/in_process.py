@@ -1,10 +1,9 @@
-"""Protected rounds with every role in this process: both protocol machines, joined by a queue.
+"""Sums with every role in this process: the full protocol (`InProcessFederation`), and plain adding (`PlainSum`).
 
-The shells here do what an effect asks for, as the gRPC shells do it over a network: a site shell packs,
-tags, masks and encrypts its vector and opens sums; the hub shell folds, takes masks off and keeps the
-sealed checkpoint. Only the wire is missing: messages go from one to the other as they are, and the
-clock stands still until somebody has to be waited for. `plain` has no machine: it counts who is left
-(`protocol/absences.py`) and adds.
+The drivers do what an effect asks for, as the job runners do it over a network: a site packs, tags, masks and
+encrypts its vector and opens sums; the coordinator folds, takes masks off and keeps the sealed checkpoint.
+Only the wire is missing: messages go from one to the other as they are, and the clock stands still until a
+stage has to time out. `plain` has no machine: it counts who is left (`protocol/absences.py`) and adds.
 
 Invariant: the opened sum is compared with the plain integer sum of the survivors' slots, slot for slot,
 in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is measured and never assumed.
@@ -13,9 +12,9 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import numpy as np
 
@@ -39,11 +38,17 @@ from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, 
 from fedcore.store.container import vector_digest
 from fedcore.types import Contribution, SiteId, Slots
 
-Contribute = Callable[[int], Contribution]
-"""What a site puts into its vector, by its index in the roster; called once for each that submits."""
+Contribute = Callable[[Sequence[int]], Iterable[tuple[int, Contribution]]]
+"""What the sites with these roster indices put into their vectors, in any order; asked once for each site that
+submits."""
 
-Lead = Callable[[Opened, int], bytes]
-"""The canonical bytes of the state that an opened sum of so many sites leads to."""
+Lead = Callable[[Opened, Sequence[SiteId]], bytes]
+"""The canonical bytes of the state that an opened sum of these sites leads to."""
+
+
+def one_by_one(contribute: Callable[[int], Contribution]) -> Contribute:
+    """`Contribute` of a function of one roster index."""
+    return lambda indices: ((index, contribute(index)) for index in indices)
 
 
 @dataclass
@@ -101,7 +106,7 @@ class _Round:
     watch: Stopwatch
     absences: Absences
     witness: RoundTrace | None
-    twin: Slots
+    twin: Slots = field(init=False)
     tag: bytes = b""
     opened: Opened | None = None
     total: Slots | None = None
@@ -113,9 +118,19 @@ class _Round:
     marks: dict[int, dict[str, int]] = field(default_factory=dict)
     """{place: {mark: value}} of what each site put into its own places."""
 
-    def pack(self, index: int, put_tag: Callable[[Slots], None] | None) -> Slots:
+    def __post_init__(self) -> None:
+        self.twin = np.zeros(self.layout.slots, dtype=np.uint64)
+
+    def open(self, total: Slots, opened: Opened, survivors: Sequence[SiteId]) -> None:
+        """Keep an opened sum, once `lead` has taken it: where that raises, the next site finds it out too."""
+        self.led_to = self.state if self.lead is None else self.lead(opened, survivors)
+        self.total, self.opened = total, opened
+
+    def pack(
+        self, index: int, content: Contribution, put_tag: Callable[[Slots], None] | None
+    ) -> Slots:
         """One site's slots with their tag; its plain slots go into the twin."""
-        coordinates, wides = self.contribute(index)
+        coordinates, wides = content
         self.marks[index] = self.layout.own_marks(wides)
         with self.watch("encode"):
             slots = self.layout.pack(coordinates, wides, index)
@@ -188,11 +203,13 @@ class SiteDriver:
         assert self.held is not None
         return self.held
 
-    def make_vector(self, asked: effects.MakeVector, current: _Round) -> site.VectorMade:
+    def make_vector(
+        self, asked: effects.MakeVector, content: Contribution, current: _Round
+    ) -> site.VectorMade:
         """Pack, tag, mask, encrypt, spool."""
         place, me = asked.header.place(self.member.id), self.member.id
         slots = current.pack(
-            place, lambda slots: self.secrets.put_tag(slots, current.layout, asked, me)
+            place, content, lambda slots: self.secrets.put_tag(slots, current.layout, asked, me)
         )
         with current.watch("protect"):
             self.spool, salt = self.secrets.protect(
@@ -217,11 +234,8 @@ class SiteDriver:
         if current.opened is None:
             with current.watch("unprotect"):
                 total, opened = self.secrets.open(chunks, current.layout, asked)
-            current.led_to = current.state
-            if current.lead is not None:
-                current.led_to = current.lead(opened, len(asked.survivors))
-            # Not before: where `lead` raises, the next site finds it out too.
-            current.opened, current.total = opened, total
+                current.open(total, opened, asked.survivors)
+        assert current.opened is not None
         assert current.total is not None
         place = asked.header.place(self.member.id)
         current.layout.check_own(current.opened, current.marks[place], place)
@@ -268,6 +282,84 @@ class CoordinatorDriver:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
+class SumEngine(Protocol):
+    """How the vectors of one step are summed."""
+
+    @property
+    def sealer(self) -> Sealer:
+        """A site's sealer, to see what it can open."""
+        ...
+
+    def sum(
+        self,
+        spec: VectorSpec,
+        training_round: int,
+        contribute: Contribute,
+        state: bytes,
+        watch: Stopwatch,
+        *,
+        lead: Lead | None = None,
+        absences: Absences | None = None,
+        witness: RoundTrace | None = None,
+    ) -> ProtectedTotal:
+        """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
+
+        state: canonical bytes of what the vectors started from; it is bound into tag and masks.
+        lead: the state that the sum leads to (None: the same one).
+        absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
+        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
+        ChunkRefused otherwise, and what `lead` raises, with nothing of the sum used.
+        """
+        ...
+
+
+def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
+    """The engine of a plan's protection. job: its name in the headers of rounds."""
+    return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
+
+
+class PlainSum:
+    """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        self.plan, self.sealer = plan, PlainSealer(plan.packing)
+
+    def sum(
+        self,
+        spec: VectorSpec,
+        training_round: int,  # noqa: ARG002 - there is no header that names it
+        contribute: Contribute,
+        state: bytes,
+        watch: Stopwatch,
+        *,
+        lead: Lead | None = None,
+        absences: Absences | None = None,
+        witness: RoundTrace | None = None,
+    ) -> ProtectedTotal:
+        """`SumEngine.sum`."""
+        plan, sealer = self.plan, self.sealer
+        layout = Layout(spec, plan.packing, len(plan.sites))
+        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
+        left = outcome(plan.sites, plan.threshold, current.absences)
+        survivors = tuple(map(plan.sites.index, left))
+        fold = PlainFold(plan.packing, layout.slots)
+        for index, content in contribute(survivors):
+            slots = current.pack(index, content, None)
+            with watch("protect"):
+                chunks = list(sealer.protect(slots))
+            with watch("fold"):
+                for place, chunk in enumerate(chunks):
+                    fold.add(place, chunk)
+            current.show_upload(index, chunks)
+        with watch("fold"):
+            released = list(fold.total())
+        with watch("unprotect"):
+            total = sealer.open(released, layout.slots)
+            current.open(total, layout.unpack(total, survivors), left)
+        current.bytes_down = sum(map(len, released))
+        return current.finish(survivors)
+
+
 EpochMail = epoch.FromSite | tuple[SiteDriver, epoch.FromCoordinator]
 Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
 """A message on its way: of a site to the coordinator, or to this site."""
@@ -287,8 +379,6 @@ class InProcessFederation:
         self.certificate: messages.Certificate | None = None
         self.tap: Callable[[str, messages.RoundMessage], None] | None = None
         self.warnings: list[str] = []
-        if not plan.layers.protects:
-            return
         identities = {name: IdentityKey() for name in plan.sites}
         self.pins = {name: key.public for name, key in identities.items()}
         scheme = Scheme.of(plan)
@@ -306,9 +396,7 @@ class InProcessFederation:
 
     @property
     def sealer(self) -> Sealer:
-        """A site's sealer, for those who look on."""
-        if not self.plan.layers.protects:
-            return PlainSealer(self.plan.packing)
+        """A site's sealer, to see what it can open."""
         return self.shells[self.plan.sites[0]].secrets.sealer
 
     # ------------------------------------------------------------------------------- key epochs
@@ -359,7 +447,7 @@ class InProcessFederation:
 
     # ------------------------------------------------------------------------------------ rounds
 
-    def protected_sum(
+    def sum(
         self,
         spec: VectorSpec,
         training_round: int,
@@ -371,21 +459,9 @@ class InProcessFederation:
         absences: Absences | None = None,
         witness: RoundTrace | None = None,
     ) -> ProtectedTotal:
-        """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
-
-        state: canonical bytes of what the vectors started from; it is bound into tag and masks.
-        lead: the state that the sum leads to (the same one, where it changes nothing).
-        absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
-        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
-        ChunkRefused otherwise, with nothing of the sum used.
-        """
+        """`SumEngine.sum`, by one protected round."""
         layout = Layout(spec, self.plan.packing, len(self.plan.sites))
-        current = _Round(
-            layout, contribute, state, lead, watch, absences or {}, witness,
-            np.zeros(layout.slots, dtype=np.uint64),
-        )  # fmt: skip
-        if not self.plan.layers.protects:
-            return self._plain_sum(current)
+        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
         header = self._header(spec, training_round)
         with watch("protect"):
             current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, state)
@@ -403,31 +479,6 @@ class InProcessFederation:
             raise current.failure
         assert isinstance(stage, coordinator.Failed)
         raise RoundAbandoned(stage.stage, stage.left, header.threshold)
-
-    def _plain_sum(self, current: _Round) -> ProtectedTotal:
-        """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
-        roster = self.plan.sites
-        left = outcome(roster, self.plan.threshold, current.absences)
-        survivors = tuple(roster.index(name) for name in left)
-        sealer, fold = (
-            PlainSealer(self.plan.packing),
-            PlainFold(self.plan.packing, current.layout.slots),
-        )
-        for index in survivors:
-            slots = current.pack(index, None)
-            with current.watch("protect"):
-                chunks = list(sealer.protect(slots))
-            with current.watch("fold"):
-                for place, chunk in enumerate(chunks):
-                    fold.add(place, chunk)
-            current.show_upload(index, chunks)
-        with current.watch("fold"):
-            released = list(fold.total())
-        with current.watch("unprotect"):
-            current.total = sealer.open(released, current.layout.slots)
-            current.opened = current.layout.unpack(current.total, survivors)
-        current.bytes_down = sum(map(len, released))
-        return current.finish(survivors)
 
     def _header(self, spec: VectorSpec, training_round: int) -> RoundHeader:
         plan, last = self.plan, self.hub.stage
@@ -485,6 +536,8 @@ class _Exchange:
     def __init__(self, parties: InProcessFederation, current: _Round) -> None:
         self.parties, self.current, self.hub = parties, current, parties.hub
         self.queue: deque[Mail] = deque()
+        self.making: dict[int, tuple[SiteDriver, effects.MakeVector]] = {}
+        """By roster index: vectors that are made together, once every site has the messages before."""
 
     def run(self, header: RoundHeader) -> None:
         """Deliver everything; where sites stay silent, let time pass."""
@@ -526,12 +579,26 @@ class _Exchange:
         self.queue.append((shell, message))
 
     def _deliver(self) -> None:
-        while self.queue:
+        while self.queue or self.making:
+            if not self.queue:
+                self._make_vectors()
+                continue
             each = self.queue.popleft()
             if not isinstance(each, tuple):
                 self._to_hub(each)
             elif not self._absent(*each):
                 self._to_site(*each)
+
+    def _make_vectors(self) -> None:
+        making, self.making = self.making, {}
+        for index, content in self.current.contribute(tuple(making)):
+            shell, asked = making[index]
+            try:
+                made = shell.make_vector(asked, content, self.current)
+            except PeerRefused as error:
+                self._leave(shell, error)
+            else:
+                self._site_step(shell, made)
 
     def _absent(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> bool:
         """Whether the site is gone before it would answer this message."""
@@ -559,11 +626,17 @@ class _Exchange:
             for effect in found:
                 self._site_effect(shell, effect)
         except PeerRefused as error:
-            self.current.failure = self.current.failure or error
             if isinstance(event, site.Invited):
+                self.current.failure = self.current.failure or error
                 self._site_step(shell, site.Declined(event.announce.header))
-            elif isinstance(shell.stage, site.IN_ROUND):
-                self._site_step(shell, site.CheckFailed(error, shell.sealed_cause(error)))
+            else:
+                self._leave(shell, error)
+
+    def _leave(self, shell: SiteDriver, error: Exception) -> None:
+        """A check failed at this site: it leaves the round; the error is raised once the round is over."""
+        self.current.failure = self.current.failure or error
+        if isinstance(shell.stage, site.IN_ROUND):
+            self._site_step(shell, site.CheckFailed(error, shell.sealed_cause(error)))
 
     def _site_effect(self, shell: SiteDriver, effect: site.SiteEffect) -> None:
         match effect:
@@ -572,14 +645,14 @@ class _Exchange:
             case effects.Send(message=message):
                 self._post(message)
             case effects.MakeVector():
-                self._site_step(shell, shell.make_vector(effect, self.current))
+                self.making[effect.header.place(shell.member.id)] = shell, effect
             case effects.Upload(submit=submit):
                 self.hub.arrived[submit.site] = shell.spool
                 self._uploaded(submit.site)
             case effects.OpenSum():
                 self._open(shell, effect)
             case effects.Apply():
-                pass  # `protected_sum` gives its caller the sum, which makes the state of it
+                pass  # `sum` gives its caller the sum, which makes the state of it
             case effects.Erase():
                 shell.spool = []
             case effects.Warn(text=text):
@@ -591,13 +664,12 @@ class _Exchange:
 
     def _open(self, shell: SiteDriver, asked: effects.OpenSum) -> None:
         """Open a sum; whatever fails in it is the one uniform refusal (PROTOCOL R, U)."""
-        event: site.SumOpened | site.CheckFailed
         try:
-            event = shell.open_sum(asked, self.current, self.hub.released)
+            opened = shell.open_sum(asked, self.current, self.hub.released)
         except Exception as error:  # noqa: BLE001 - raised again once the round is over
-            self.current.failure = self.current.failure or error
-            event = site.CheckFailed(error, shell.sealed_cause(error))
-        self._site_step(shell, event)
+            self._leave(shell, error)
+        else:
+            self._site_step(shell, opened)
 
     # -------------------------------------------------------------------------- the coordinator
 

@@ -21,7 +21,7 @@ from fedcore.types import SiteId
 
 if TYPE_CHECKING:
     from fedcore.config import Job
-    from fedcore.learning.site import LocalSite
+    from fedcore.learning.site import SiteTrainer
     from fedcore.learning.state import JobState
     from fedcore.secagg.label import Terms
     from fedcore.secagg.protocol.schedule import PlannedRound
@@ -60,7 +60,7 @@ class Purpose:
     name: str
     rounds: Callable[[RoundPlan, int], Sequence[int]]
     vector: Callable[[RoundPlan, int], VectorSpec]
-    contribute: Callable[[LocalSite, RoundPlan, PlannedRound, JobState], Contribution]
+    contribute: Callable[[SiteTrainer, RoundPlan, PlannedRound, JobState], Contribution]
     apply: Callable[[RoundPlan, JobState, OpenedSum], JobState]
     leaving: Callable[[Job, Terms], str]
     trains: bool = False
@@ -126,9 +126,7 @@ PURPOSES = {
             "range",
             rounds=lambda plan, columns: range(1 if plan.range.start is None else 0),
             vector=lambda plan, columns: plan.range_vector,
-            contribute=lambda site, plan, step, state: site.work(plan, step, state).exceeding(
-                state.server
-            ),
+            contribute=lambda site, plan, step, state: site.exceeding(plan, state),
             apply=_calibrate,
             leaving=lambda job, terms: (
                 "range (one sum): how many coordinates of this site's first update exceed each of 24 "
@@ -142,9 +140,7 @@ PURPOSES = {
             "update",
             rounds=lambda plan, columns: range(1, plan.rounds + 1),
             vector=lambda plan, columns: plan.update_vector,
-            contribute=lambda site, plan, step, state: site.work(plan, step, state).update(
-                state.server, step.training_round
-            )[0],
+            contribute=lambda site, plan, step, state: site.update(plan, step, state),
             apply=_update,
             leaving=lambda job, terms: (
                 f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
@@ -158,9 +154,7 @@ PURPOSES = {
             "metrics",
             rounds=lambda plan, columns: range(plan.rounds + 1, plan.rounds + 2),
             vector=lambda plan, columns: plan.metrics_vector,
-            contribute=lambda site, plan, step, state: site.work(plan, step, state).metrics(
-                state.server
-            ),
+            contribute=lambda site, plan, step, state: site.metrics(step, state),
             apply=_measure,
             leaving=lambda job, terms: f"metrics (one sum, after the last round): {_TEST}",
             measures=True,

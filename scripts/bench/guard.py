@@ -37,7 +37,7 @@ def losses(settings: dict[str, Any]) -> tuple[NDArray[np.float64], bool]:
     experiment, flat, rows = Experiment(found), found.flat, []
 
     def look() -> None:
-        flat.write(experiment.federated.state.model)
+        flat.write(experiment.federated.state.server.model)
         rows.append(
             [
                 training_loss(found.task, flat.module, s.train, seed=0, round_=0, site=s.id)
@@ -49,7 +49,7 @@ def losses(settings: dict[str, Any]) -> tuple[NDArray[np.float64], bool]:
     try:
         for _ in experiment.rounds():
             look()
-        experiment.federation.judge(experiment.federated.state)
+        experiment.federation.judge()
     except GuardTripped:
         return np.array(rows), True
     return np.array(rows), False

@@ -221,8 +221,8 @@ def play(
 
     layout = Layout(plan.update_vector, plan.packing, len(ROSTER))
     current = _Round(
-        layout, contribute, STATE, lambda opened, sites: NEXT_STATE, in_process.Stopwatch(),
-        {DROPPED: "submit"}, None, np.zeros(layout.slots, dtype=np.uint64),
+        layout, in_process.one_by_one(contribute), STATE, lambda opened, sites: NEXT_STATE,
+        in_process.Stopwatch(), {DROPPED: "submit"}, None,
     )  # fmt: skip
     current.tag = state_tag(GroupSecret(group), header.job, header.round, STATE)
     exchange = _Taped(parties, current)

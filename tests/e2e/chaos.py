@@ -365,7 +365,7 @@ class Verdict:
         from fedcore.config import build_job, plan_of
         from fedcore.learning.data.split import FoldSplit
         from fedcore.learning.model import single_thread
-        from fedcore.learning.site import LocalSite
+        from fedcore.learning.site import SiteTrainer
         from fedcore.learning.state import JobState, without_metrics
         from fedcore.learning.task import load_task
         from fedcore.secagg.encode.pack import Opened
@@ -397,7 +397,7 @@ class Verdict:
         task, settings = load_task(self.fed.task), build_job(json.loads(offer.settings))
         with single_thread():
             sites = {
-                name: LocalSite(task, settings, name, source, CAP, FoldSplit())
+                name: SiteTrainer.load(task, settings, name, source, CAP, FoldSplit())
                 for name, source in self.fed.sites.items()
             }
             first = next(iter(sites.values()))

@@ -10,7 +10,7 @@ from fedcore.config import build_job, plan_of
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.model import single_thread
 from fedcore.learning.possible import check_possible
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.encode.pack import Opened
@@ -37,7 +37,7 @@ BASELINE = Purpose(
     "baseline",
     rounds=lambda plan, columns: range(1, 2),
     vector=vector,
-    contribute=lambda site, plan, step, state: site.work(plan, step, state).metrics(state.server),
+    contribute=lambda site, plan, step, state: site.metrics(step, state),
     apply=keep,
     leaving=lambda job, terms: "baseline (one sum): this site's metrics of a model that nobody has trained",
     measures=True,
@@ -64,7 +64,7 @@ def by_hand():
     job = build_job(task.defaults, {"rounds": 2, "seed": 4, "protection": "plain"})
     with single_thread():
         sites = [
-            LocalSite(task, job, name, source, 512, FoldSplit(4))
+            SiteTrainer.load(task, job, name, source, 512, FoldSplit(4))
             for name, source in task.sites.items()
         ]
         plan = plan_of(job, sites[0].shape, tuple(task.sites), 512)

@@ -17,7 +17,7 @@ from fedcore.config import build_job, plan_of
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.model import single_thread
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
@@ -68,7 +68,7 @@ async def asked(**changes):
 def test_it_computes_what_the_library_computes_and_survives_its_own_death():
     plan, state, one, two, row = asyncio.run(asked())
     with single_thread():
-        here = LocalSite(TASK, build_job(COMPLETE), "va", SOURCE, 512, FoldSplit())
+        here = SiteTrainer.load(TASK, build_job(COMPLETE), "va", SOURCE, 512, FoldSplit())
         fields, wides = here.contribute(plan, STATISTICS, state)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}
         expected = Tracker(here, plan).row(LAST, state, zeros, 3)

@@ -8,18 +8,18 @@ it is one patient. Everything but the lying sites is the real simulation with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fedcore.errors import GuardTripped, PeerRefused
-from fedcore.experiment import simulation
 from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data import heart
-from fedcore.learning.sitework import SiteWork
+from fedcore.learning.site import SiteTrainer
+from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.encode.quantise import dequantise
 
@@ -78,13 +78,11 @@ def steer(
         if guarded and index not in asked.liars
     )
     attack = _Attack(asked, prepared)
-    real_work, real_applied = simulation.Federation.work, simulation.applied
-
-    def work(self: Any, site: Any) -> SiteWork:
-        honest = real_work(self, site)
-        if site.index not in asked.liars or self is not federation:
-            return honest
-        return _LyingSite(attack, **{f.name: getattr(honest, f.name) for f in fields(honest)})
+    federation.sites = [
+        _LyingSite(attack, site) if index in asked.liars else site
+        for index, site in enumerate(federation.sites)
+    ]
+    real_applied = purposes.applied
 
     def applied(plan_: Any, state: Any, opened: Any, contributors: int) -> Any:
         attack.total = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
@@ -105,16 +103,16 @@ def steer(
         return data
 
     monkeypatch.setattr(Layout, "_join", join)
-    monkeypatch.setattr(simulation.Federation, "work", work)
-    monkeypatch.setattr(simulation, "applied", applied)
-    experiment.calibrate()
-    state = experiment.federated.state
+    monkeypatch.setattr(purposes, "applied", applied)
+    while not federation.purpose.trains:
+        federation.advance()
     for round_ in range(1, asked.rounds + 1):
+        state = federation.state.server
         asked.used = round_
         asked.ranges.append(state.bound)
         attack.aim(state)
         try:
-            outcome = federation.round(state, round_)
+            federation.advance()
         except GuardTripped as tripped:
             asked.tripped = tripped
             break
@@ -122,8 +120,6 @@ def steer(
             asked.refused = refused
             break
         attack.hear(state)
-        state = outcome.state
-        experiment.federated.state = experiment.federated.twin = state
         if len(asked.answers) == len(THRESHOLDS) and attack.done:
             break
     attack.look_up()
@@ -215,32 +211,31 @@ class _Attack:
             self.asked.read.append(bool(np.abs(seen - rows[inside][0]).max() < 0.35))
 
 
-class _LyingSite(SiteWork):
+class _LyingSite(SiteTrainer):
     """Trains nothing and sends what steers; says that it exceeds the range as long as it wants more."""
 
-    def __init__(self, attack: _Attack, **honest: Any) -> None:
-        super().__init__(**honest)
+    def __init__(self, attack: _Attack, honest: SiteTrainer) -> None:
+        self.__dict__.update(vars(honest))
         self.attack = attack
 
-    def exceeding(self, state: Any) -> Any:
-        honest = super().exceeding(state)
+    def exceeding(self, plan: Any, state: Any) -> Any:
+        honest = super().exceeding(plan, state)
         if not self.attack.asked.at_calibration:
             return honest
-        return honest[0], {"exceeding": [self.plan.coordinates] * len(honest[1]["exceeding"])}
+        return honest[0], {"exceeding": [plan.coordinates] * len(honest[1]["exceeding"])}
 
-    def update(self, state: Any, round_: int) -> Any:
-        _, report = self.train(state.model, round_)
-        attack, bits = self.attack, self.plan.packing.bits
+    def update(self, plan: Any, step: Any, state: Any) -> Any:
+        self.train(plan, state, step.training_round)
+        attack, bits, bound = self.attack, plan.packing.bits, state.server.bound
         levels, offset = (1 << (bits - 1)) - 1, 1 << (bits - 1)
-        scaled = attack.own[self.site.index] / state.bound * levels
+        scaled = attack.own[self.site.index] / bound * levels
         sent = (np.round(scaled) + offset).clip(0, None).astype(np.uint64)
-        attack.mine[self.site.index] = dequantise(sent, bits, state.bound, 1)
-        more = state.bound < attack.asked.range_wanted
-        wides = {
+        attack.mine[self.site.index] = dequantise(sent, bits, bound, 1)
+        more = bound < attack.asked.range_wanted
+        return sent, {
             "weight": [len(self.site.train)],
-            "over_range": [self.plan.coordinates if more else 0],
-            "over_half_range": [self.plan.coordinates],
+            "over_range": [plan.coordinates if more else 0],
+            "over_half_range": [plan.coordinates],
             "exceeds": [int(more)],
-            **self.metric_sums(self.site, state),
+            **self.metric_sums(step, state),
         }
-        return (sent, wides), report

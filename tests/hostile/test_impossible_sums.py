@@ -21,7 +21,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
@@ -116,7 +116,7 @@ class Town:
             self.led_to = self.state.after(self.plan, step, opened, SITES, COLUMNS)
             return self.led_to.canonical()
 
-        self.epoch.protected_sum(spec, 1, contribute, b"state", Stopwatch(), lead=lead)
+        self.epoch.sum(spec, 1, one_by_one(contribute), b"state", Stopwatch(), lead=lead)
         return self.led_to
 
     def check_refused_alike(self, what):

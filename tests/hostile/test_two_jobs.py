@@ -1,6 +1,6 @@
 """A coordinator that asks twice: two offers of one job, or two jobs, over the same rows (PROTOCOL J).
 
-The sites run their real code: `JobWork` for what is offered to them, `LocalSite` for what they compute.
+The sites run their real code: `JobWork` for what is offered to them, `SiteTrainer` for what they compute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedcore.learning.data.heart import data
 from fedcore.learning.data.split import FoldSplit, HashSplit, subsample
 from fedcore.learning.data.statistics import FIXED_POINT_BITS
 from fedcore.learning.model import single_thread
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.plan import RoundPlan
@@ -90,7 +90,7 @@ def contribution(fold, split, step, **changes):
     """What the hospital adds to a sum of a job with this fold."""
     asked = job_with(fold, **changes)
     with single_thread():
-        site = LocalSite(TASK, asked, HOSPITAL, HOSPITAL, CAP, split)
+        site = SiteTrainer.load(TASK, asked, HOSPITAL, HOSPITAL, CAP, split)
         plan = plan_of(asked, site.shape, ("a", "b", HOSPITAL), CAP)
         return site.contribute(plan, step, JobState.initial(plan, site.initial))
 
@@ -149,7 +149,7 @@ def test_a_seed_decides_no_split():
     """It orders batches and draws initial parameters; the rows that train stay the same."""
 
     def trained(seed, split):
-        site = LocalSite(TASK, job_with(0, seed=seed), HOSPITAL, HOSPITAL, CAP, split)
+        site = SiteTrainer.load(TASK, job_with(0, seed=seed), HOSPITAL, HOSPITAL, CAP, split)
         return site.site.train.digests()
 
     assert trained(1, OWN) == trained(2, OWN)

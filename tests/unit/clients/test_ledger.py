@@ -22,7 +22,7 @@ from fedcore.errors import PolicyRefused, StoreFull, StoreProblem
 from fedcore.learning.data.digest import rows_digest
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.data.split import FoldSplit
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.task import load_task
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages
@@ -236,9 +236,9 @@ def test_the_digest_of_a_table_is_the_same_in_every_job(tmp_path):
     digests = set()
     for settings in ({}, {"fold": 3}, {"seed": 9}, {"rounds": 2, "epochs": 3}):
         job_ = build_job(TASK.defaults, settings)
-        digests.add(LocalSite(TASK, job_, "va", source, 4096, FoldSplit()).rows)
+        digests.add(SiteTrainer.load(TASK, job_, "va", source, 4096, FoldSplit()).rows)
     assert len(digests) == 1
-    other = LocalSite(
+    other = SiteTrainer.load(
         TASK, build_job(TASK.defaults), "va", dict(TASK.sites)["hungary"], 4096, FoldSplit()
     ).rows
     assert other not in digests

@@ -376,7 +376,9 @@ def test_wrong_absences_are_refused_before_anything_is_written(settings, error, 
 
 def test_absences_come_from_every_kind_of_setting(tmp_path):
     def leaving(*layers):
-        return prepare(*job_for(TASK, {"rounds": 4, "protection": "plain"}, *layers)).leaving
+        return prepare(
+            *job_for(TASK, {"rounds": 4, "protection": "plain"}, *layers)
+        ).federation.leaving
 
     expected = Leaving((Absence(3, "submit", "a"), Absence(5, "keys", "b")), 0.1, 0)
     for drop in ("3:submit:a, 5:keys:b", ["3:submit:a", "5:keys:b"], ("3:submit:a", "5:keys:b")):

@@ -37,7 +37,7 @@ from fedcore.secagg.crypto.masked import MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.encode.bitpack import pack_words
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, RoundTrace
+from fedcore.secagg.in_process import RoundTrace, one_by_one, sum_engine
 from fedcore.secagg.plan import (
     RINGS,
     Packing,
@@ -76,7 +76,7 @@ def updates_of(plan):
 def round_seen(plan, absences=None, updates=None):
     """One real round; returns its witness and what was observed."""
     epoch, fields = (
-        InProcessFederation("job", plan),
+        sum_engine("job", plan),
         updates_of(plan) if updates is None else updates,
     )
     witness = watch_one(plan.sites, absences or {})
@@ -89,8 +89,14 @@ def round_seen(plan, absences=None, updates=None):
             "exceeds": [0],
         }
 
-    epoch.protected_sum(
-        plan.update_vector, 3, contribute, b"", Stopwatch(), absences=absences, witness=witness
+    epoch.sum(
+        plan.update_vector,
+        3,
+        one_by_one(contribute),
+        b"",
+        Stopwatch(),
+        absences=absences,
+        witness=witness,
     )
     return witness, observe(witness, plan, epoch.sealer, 3)
 

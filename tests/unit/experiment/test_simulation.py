@@ -17,8 +17,8 @@ from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.scoring import Scored
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.training import local_train
-from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import VectorSpec, Wide
+from fedcore.secagg.in_process import InProcessFederation, PlainSum, one_by_one, sites_of
+from fedcore.secagg.plan import VectorSpec, Wide, canonical
 from fedcore.secagg.protections import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -53,6 +53,8 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 FEDERATED = {"standardise": "federated"}
+ROSTER = ("cleveland", "hungary", "switzerland", "va")
+"""Of the built-in task."""
 
 
 def run(task=None, **settings):
@@ -399,76 +401,67 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
         uploads = []
         for target in (0, 0, 1):
             witness = RoundTrace(target, 2)
-            total = epoch.protected_sum(
-                spec, 1, lambda _: (fields, {"weight": [1]}), b"", Stopwatch(), witness=witness
-            )
+            total = epoch.sum(
+                spec, 1, one_by_one(lambda _: (fields, {"weight": [1]})), b"", Stopwatch(),
+                witness=witness,
+            )  # fmt: skip
             assert total.opened.wides == {"weight": [3]}
             uploads.append(b"".join(witness.upload))
         assert len(set(uploads)) == 3
 
 
+def sums_of(monkeypatch, keep):
+    """Call keep(arguments, keywords, total) of each sum under `plain`."""
+    original = PlainSum.sum
+
+    def record(self, *arguments, **keywords):
+        total = original(self, *arguments, **keywords)
+        keep(arguments, keywords, total)
+        return total
+
+    monkeypatch.setattr(PlainSum, "sum", record)
+
+
 def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     """Sites with other statistics have another state, so their sums do not verify together."""
-    from fedcore.experiment.advance import Experiment
     from fedcore.experiment.prepare import job_for, prepare
 
-    experiment = Experiment(
-        prepare(*job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED}))
-    )
     seen = []
-    original = InProcessFederation.protected_sum
-
-    def record(self, spec, training_round, contribute, state, watch, **more):
-        seen.append(state)
-        return original(self, spec, training_round, contribute, state, watch, **more)
-
-    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
-    experiment.calibrate()
-    statistics = experiment.federation.statistics
-    assert b'"mean"' in statistics and seen[0].endswith(statistics)
+    sums_of(monkeypatch, lambda arguments, _, total: seen.append(arguments[3]))
+    federation = prepare(
+        *job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED})
+    ).federation
+    federation.advance()
+    statistics = canonical(federation.state.statistics.to_json())
+    assert b'"mean"' in statistics
+    assert [statistics in state for state in seen] == [False, True]
 
 
 def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     """What the sites sign as their new state is what they then start from, in every kind of round."""
-    from fedcore.experiment.advance import Experiment
     from fedcore.experiment.prepare import job_for, prepare
-    from fedcore.secagg.plan import canonical
 
-    led = []
-    original = InProcessFederation.protected_sum
+    started, led = [], []
 
-    def record(self, *rest, lead, **more):
-        total = original(self, *rest, lead=lead, **more)
-        led.append(lead(total.opened, len(total.survivors)))
-        return total
+    def keep(arguments, keywords, total):
+        names = sites_of(federation[0].plan.sites, total.survivors) if federation else ROSTER
+        started.append(arguments[3])
+        led.append(keywords["lead"](total.opened, names))
 
-    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
+    federation = []
+    sums_of(monkeypatch, keep)
     settings = {"rounds": 2, "protection": "plain", "server": "fedadam", "drop": "2:submit:va"}
-    experiment = Experiment(prepare(*job_for(None, settings | FEDERATED)))
-    statistics = canonical(experiment.prepared.statistics.to_json())
-    assert led == [statistics]
-    federated = experiment.federated
-    experiment.calibrate()
-    assert led[1] == federated.state.canonical() + statistics
-    for round_ in (1, 2):
-        federated.step(round_)
-        experiment.round = round_
-        assert led[-1] == federated.state.canonical() + statistics
-    assert len(set(led)) == len(led) == 4
-    experiment.federation.final_metrics(federated.state)
-    assert led[4] == led[3]
+    federation.append(prepare(*job_for(None, settings | FEDERATED)).federation)
+    while federation[0].step is not None:
+        federation[0].advance()
+        assert led[-1] == federation[0].state.canonical()
+    assert started[1:] == led[:-1] and len(set(led)) == len(led) == 5
 
 
 def test_every_sum_says_what_it_is_of(monkeypatch):
     """Preparatory rounds are training round 0; the metrics-only round comes after the last one."""
     seen = []
-    original = InProcessFederation.protected_sum
-
-    def record(self, spec, training_round, *rest, absences=None, **more):
-        seen.append((spec.purpose, training_round))
-        return original(self, spec, training_round, *rest, absences=absences, **more)
-
-    monkeypatch.setattr(InProcessFederation, "protected_sum", record)
+    sums_of(monkeypatch, lambda arguments, *_: seen.append((arguments[0].purpose, arguments[1])))
     two = {"rounds": 2, "protection": "plain", "arms": "federated", "resamples": 0}
     fedcore.simulate("heart", **two)
     assert seen == [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]

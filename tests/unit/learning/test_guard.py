@@ -30,6 +30,7 @@ from fedcore.learning.optimisers import (
 from fedcore.learning.released import largest_move
 from fedcore.learning.scoring import EVALUATION_BATCH, MOST_ROWS, has_loss, training_loss
 from fedcore.secagg.plan import ServerPlan
+from fedcore.secagg.protocol.schedule import PlannedRound
 
 
 def guard_of(losses, monkeypatch, **rules):
@@ -313,7 +314,7 @@ def test_a_resumed_run_goes_on_with_what_the_guards_remember():
     found = [guard.memory for guard in again.federation.guards]
     assert found == [guard.memory for guard in experiment.federation.guards]
     assert {memory.judged for memory in found} == {1}
-    assert again.federation.released == 2
+    assert again.federation.state.done == PlannedRound("update", 2)
 
 
 def test_an_abandoned_round_is_no_second_look_at_the_same_model():
@@ -322,7 +323,7 @@ def test_an_abandoned_round_is_no_second_look_at_the_same_model():
     for _ in experiment.rounds():
         pass
     assert {guard.memory.judged for guard in experiment.federation.guards} == {1}
-    assert experiment.federation.released == 3
+    assert experiment.federation.state.done == PlannedRound("update", 3)
 
 
 def test_floor_is_half():
@@ -333,11 +334,10 @@ def test_the_final_model_is_judged_before_its_metrics():
     experiment = run_of(**{"round.rounds": 2})
     for _ in experiment.rounds():
         pass
-    state = experiment.federated.state
     for guard in experiment.federation.guards[1:]:
         guard.memory = replace(guard.memory, first=1e-6, best=1e-6)
     with pytest.raises(
         GuardTripped, match=r"sites hungary, switzerland, va leave .* after round 2"
     ):
-        experiment.federation.final_metrics(state)
+        experiment.federation.measure()
     assert {guard.memory.judged for guard in experiment.federation.guards} == {2}

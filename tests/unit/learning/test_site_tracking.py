@@ -10,7 +10,7 @@ from fedcore.config import build_job, plan_of
 from fedcore.errors import BadInput
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.model import single_thread
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
@@ -32,7 +32,7 @@ def recorded(tmp_path_factory):
     rows = {}
     with single_thread():
         sites = {
-            n: LocalSite(task, job, n, s, 512, FoldSplit(job.run.seed))
+            n: SiteTrainer.load(task, job, n, s, 512, FoldSplit(job.run.seed))
             for n, s in dict(task.sites).items()
         }
         first = next(iter(sites.values()))

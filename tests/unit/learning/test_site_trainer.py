@@ -16,7 +16,7 @@ from fedcore.learning.data.heart import HOSPITALS, _records
 from fedcore.learning.data.split import FoldSplit, HashSplit
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.model import single_thread
-from fedcore.learning.site import LocalSite
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.encode.pack import Opened
@@ -49,7 +49,7 @@ def added(contributions):
 def run_by_hand(task, job, sources, order=None):
     """Every site on its own; only their sums meet. Returns the plan and each site's last state."""
     sites = {
-        name: LocalSite(task, job, name, source, CAP, FoldSplit(job.run.seed))
+        name: SiteTrainer.load(task, job, name, source, CAP, FoldSplit(job.run.seed))
         for name, source in sources.items()
     }
     first = next(iter(sites.values()))
@@ -91,7 +91,7 @@ def test_scaled_by_ranges_they_arrive_there_too_and_send_no_statistics(tmp_path)
     job = build_job(task.defaults, settings)
     with single_thread():
         plan, state = run_by_hand(task, job, dict(task.sites))
-        site = LocalSite(task, job, "va", "va", CAP, FoldSplit(job.run.seed))
+        site = SiteTrainer.load(task, job, "va", "va", CAP, FoldSplit(job.run.seed))
         exported = site.exported(state)
     run = fedcore.simulate(task, out=tmp_path / "run", max_examples=CAP, **settings)
     assert run.result["model_sha256"] == state.model_sha256
@@ -149,10 +149,10 @@ def test_a_site_with_more_rows_than_the_cap_takes_part_with_as_many():
     task = load_task("heart")
     job = build_job(task.defaults, SETTINGS)
     for split in (FoldSplit(), HashSplit(bytes(32), 0.2)):
-        site = LocalSite(task, job, "va", "va", 50, split)
+        site = SiteTrainer.load(task, job, "va", "va", 50, split)
         assert len(site.site.train) + len(site.site.test) == 50
         assert site.note.startswith("Site va has 200 rows, more than protect.max_examples = 50")
-        assert LocalSite(task, job, "va", "va", 200, split).note == ""
+        assert SiteTrainer.load(task, job, "va", "va", 200, split).note == ""
 
 
 # ---------------------------------------------------------------------------------- the course
@@ -242,7 +242,7 @@ def test_the_file_of_a_given_model_is_the_same_at_every_site():
     files = set()
     for batches, (name, source) in enumerate(task.sites.items(), start=1):
         own = replace(task, origin=f"/home/{name}/task.py")
-        site = LocalSite(own, job, name, source, CAP, FoldSplit(job.run.seed))
+        site = SiteTrainer.load(own, job, name, source, CAP, FoldSplit(job.run.seed))
         plan = plan_of(job, site.shape, tuple(task.sites), CAP)
         state = JobState.initial(plan, site.initial)
         for _ in range(batches):

@@ -15,7 +15,7 @@ from support.parties import Parties, net, plan_of, recoded
 from fedcore.errors import RoundAbandoned
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import VectorSpec, Wide
 from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol import messages
@@ -56,13 +56,14 @@ class Job:
 
         led = []
 
-        def lead(opened, count):
-            led.append(repr((opened.coordinates.tolist(), count)).encode())
+        def lead(opened, survivors):
+            led.append(repr((opened.coordinates.tolist(), survivors)).encode())
             return led[-1]
 
-        total = self.epoch.protected_sum(
-            SPEC, self.number, contribute, self.state, Stopwatch(), lead=lead, absences=absences
-        )
+        total = self.epoch.sum(
+            SPEC, self.number, one_by_one(contribute), self.state, Stopwatch(),
+            lead=lead, absences=absences,
+        )  # fmt: skip
         self.state = led[0]
         indices = total.survivors
         sums = [sum(vectors[k][place] for k in indices) for place in range(6)]

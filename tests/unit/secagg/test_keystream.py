@@ -20,7 +20,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
@@ -223,10 +223,10 @@ def test_the_same_job_twice_sends_other_salts_each_round():
         epoch = InProcessFederation("job", party.plan)
         epoch.tap, fields = keep, np.zeros(SPEC.coordinates, dtype=np.uint64)
         for round_ in (1, 1, 2):  # one of training twice
-            epoch.protected_sum(
+            epoch.sum(
                 SPEC,
                 round_,
-                lambda _, fields=fields: (fields, {"weight": [1]}),
+                one_by_one(lambda _, fields=fields: (fields, {"weight": [1]})),
                 b"model",
                 Stopwatch(),
             )

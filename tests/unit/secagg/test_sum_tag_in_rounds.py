@@ -1,4 +1,4 @@
-"""The sum tag where it is used: `InProcessFederation.protected_sum` refuses what is not this sum (PROTOCOL T).
+"""The sum tag where it is used: `InProcessFederation.sum` refuses what is not this sum (PROTOCOL T).
 
 `test_sum_tag.py` has the tag's own attacks. Here a coordinator hands out sums of another round, purpose
 or model, or alters the opened one, and the round itself must refuse: each attack with a positive
@@ -22,7 +22,7 @@ from fedcore.secagg import in_process
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation
+from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
     RangePlan,
     RoundPlan,
@@ -88,8 +88,8 @@ def protected(epoch, value, *, purpose="update", round_=7, state=b"model"):
     """The opened sum of three sites whose coordinates and weight are all `value`."""
     fields = np.full(SPEC.coordinates, value, dtype=np.uint64)
     spec = VectorSpec(purpose, SPEC.coordinates, WIDES)
-    return epoch.protected_sum(
-        spec, round_, lambda _: (fields, {"weight": [value]}), state, Stopwatch()
+    return epoch.sum(
+        spec, round_, one_by_one(lambda _: (fields, {"weight": [value]})), state, Stopwatch()
     ).opened
 
 
