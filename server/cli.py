@@ -1,7 +1,7 @@
-"""fed-coordinator: run a federation, and speak to one that runs.
+"""fed-coordinator: run a coordinator, and operate one that runs.
 
-Results go to stdout, everything said on the way to stderr; exit codes are those of every command
-(`fedcore/errors.py`). grpc, torch and pydantic are imported inside commands, so `--help` answers at once.
+Results go to stdout, progress to stderr; exit codes are those of every command (`fedcore/errors.py`). grpc, torch
+and pydantic are imported inside commands, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def submit(
 
     operator = _operator(where, kit, file)
     tables = read_job_file(job)
-    found = prepare(job, tables, dict(parse_set(text) for text in set_ or []))
-    name = operator.ask(calls.SUBMIT, found.request).job
+    asked = prepare(job, tables, dict(parse_set(text) for text in set_ or []))
+    name = operator.ask(calls.SUBMIT, asked).job
     if as_json:
-        emit({"job": name, "task": found.task, "task_sha256": found.task_sha256})
+        emit({"job": name, "task": asked.task, "task_sha256": asked.task_sha256})
         return
     typer.echo(name)
     say(f"watch it: fed-coordinator watch {name}")

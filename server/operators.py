@@ -1,8 +1,8 @@
-"""An operator's end: calls to a coordinator, and what they say in words.
+"""The client of operators: calls to a coordinator, and their results as text.
 
-Invariant: every failure is an error of `fedcore.errors`: what the coordinator said, or, where no call
-came through, what a handshake of our own finds. No wait is unbounded: a call ends after `CALL_SECONDS`,
-and `watch` gives up when the coordinator stayed away for `AWAY_SECONDS`.
+Invariant: every failure is an error of `fedcore.errors`: the coordinator's, or, where there is no connection, what
+a TLS handshake of our own finds. Every wait has a timeout: a call ends after `CALL_SECONDS`, and `watch` gives up
+when the coordinator could not be reached for `AWAY_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
 from fedcore_server.config import Place
 
 from fedcore.cli.console import ago, waiting_text
-from fedcore.config import Job, build_job, wire_settings
-from fedcore.errors import AlreadyExists, BadInput, FedcoreError, MalformedMessage, Refused
+from fedcore.config import build_job, wire_settings
+from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import read_json, write_atomic
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
@@ -30,11 +29,12 @@ from fedcore.learning.task import load_task
 from fedcore.report.phrases import size
 from fedcore.secagg.purposes import trains
 from fedcore.types import Json
-from fedcore.wire import calls, frames
+from fedcore.wire import calls, chunks, frames
 from fedcore.wire.refusals import told
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 CALL_SECONDS = 30.0
 AWAY_SECONDS = 60.0
@@ -64,19 +64,19 @@ class Operator:
             yield channel
 
     def ask(self, call: calls.Call[Q, R], request: Q) -> R:
-        """One answer. Raises FedcoreError."""
+        """The answer to a call. Raises FedcoreError."""
         with self._channel() as channel:
             try:
                 begin: Any = channel.unary_unary(call.path)
                 data = begin(call.takes.pack(request), timeout=CALL_SECONDS)
             except grpc.RpcError as error:
-                raise self._told(call, error) from None
+                raise self._error(call, error) from None
         return call.gives.unpack(data, sender="coordinator")
 
     def stream(
         self, call: calls.Call[Q, R], request: Q, seconds: float | None = None
     ) -> Iterator[R]:
-        """Answers, one after the other. Raises FedcoreError."""
+        """The answers to a call, in order. seconds: timeout. Raises FedcoreError."""
         with self._channel() as channel:
             begin: Any = channel.unary_stream(call.path)
             stream = begin(call.takes.pack(request), timeout=seconds)
@@ -84,24 +84,24 @@ class Operator:
                 for data in stream:
                     yield call.gives.unpack(data, sender="coordinator")
             except grpc.RpcError as error:
-                raise self._told(call, error) from None
+                raise self._error(call, error) from None
             finally:
                 stream.cancel()
 
     def watch(self, job: str, lost: Callable[[str], None]) -> Iterator[Json]:
-        """A job's events to its end, through restarts of the coordinator. lost: told why one is away."""
+        """A job's events to its end, across restarts of the coordinator. lost: called once for each outage."""
         since: float | None = None
         shown = dict.fromkeys(("new_rounds", "new_metrics"), 0)
         while True:
             try:
-                asked, told_again = frames.WatchRequest(job), dict(shown)
+                asked, repeated = frames.WatchRequest(job), dict(shown)
                 for event in self.stream(calls.WATCH, asked):
                     found = frames.json_value(event.json, sender="coordinator")
                     job, since = str(found["job"]), None
-                    for name, again in told_again.items():
+                    for name, again in repeated.items():
                         rows = found[name]  # a new call begins with all of them
                         found[name] = rows[again:]
-                        told_again[name] = max(0, again - len(rows))
+                        repeated[name] = max(0, again - len(rows))
                         shown[name] += len(found[name])
                     yield found
                 return
@@ -113,7 +113,7 @@ class Operator:
                     lost(f"{error}; trying again for {ago(AWAY_SECONDS)}")
             time.sleep(1.0)
 
-    def _told(self, call: calls.Call[Any, Any], error: Any) -> FedcoreError:
+    def _error(self, call: calls.Call[Any, Any], error: Any) -> FedcoreError:
         code, details = error.code(), error.details() or ""
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return _Away(f"coordinator {self.where}: found no answer to {call.name} in time")
@@ -126,7 +126,7 @@ class Operator:
         return Refused(f"coordinator {self.where}: {call.name}: found {name}, expected an answer")
 
     def _unreached(self) -> FedcoreError:
-        """Why there is no connection: gRPC does not tell."""
+        """Why there is no connection, which gRPC does not report."""
         place = self._place
         try:
             preflight(self._kit, place.host, place.port, now=datetime.now(UTC), proxy=place.proxy)
@@ -144,54 +144,36 @@ class _Away(BadInput):
 # --------------------------------------------------------------------------------- submitting
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A job ready to be sent. settings: complete, without what is a machine's own."""
+def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.SubmitRequest:
+    """A job file with its complete settings, without those of this machine. Raises FedcoreError.
 
-    task: str
-    task_sha256: str
-    settings: Json
-    toml: bytes
-
-    @property
-    def request(self) -> frames.SubmitRequest:
-        """Its frame. Raises MalformedMessage where the job file is too large."""
-        about = frames.json_bytes({"settings": self.settings})
-        return frames.SubmitRequest(self.toml, self.task, self.task_sha256, about)
-
-
-def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> Submission:
-    """Load the task of a job file here and complete its settings. Raises FedcoreError.
-
-    The task is loaded for its hash and its defaults; no row of anybody is read.
+    The task is loaded for its hash and its defaults; no data is read.
     """
     toml = (path / "job.toml" if path.is_dir() else path).read_bytes()
-    named: Job = build_job(tables, settings)
+    named = build_job(tables, settings)
     task = load_task(named.run.task, named.base)
-    job = build_job(task.defaults, tables, settings)
-    return Submission(task.name, task.digest(), wire_settings(job), toml)
+    complete = wire_settings(build_job(task.defaults, tables, settings))
+    about = frames.json_bytes({"settings": complete})
+    return frames.SubmitRequest(toml, task.name, task.digest(), about)
 
 
 # --------------------------------------------------------------------------------- results
 
 
 def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
-    """Write the files of a result into a new folder; their paths. Raises AlreadyExists, BadInput."""
+    """Write the files of a result into a new folder; their paths.
+
+    Raises AlreadyExists, MalformedMessage for parts out of order, and BadInput for an incomplete file.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(f"--out: found {folder} in use, expected a new folder")
-    written, data = [], bytearray()
-    name = ""
-    for part in parts:
-        if part.offset != len(data) or (data and part.name != name):
-            raise MalformedMessage(
-                "result", found="parts out of order", expected="the next part", fault="coordinator"
-            )
-        name = part.name
+    files, written, data = chunks.Files(sender="coordinator"), [], bytearray()
+    for part in map(files.take, parts):
         data += part.data
         if part.last:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / name, bytes(data))
-            written.append(folder / name)
+            write_atomic(folder / part.name, bytes(data))
+            written.append(folder / part.name)
             data.clear()
     if data:
         raise BadInput("result: found its end inside a file", remedy="ask for it again")
@@ -247,11 +229,11 @@ def round_text(row: Json, rounds: int) -> str:
 MODEL_AT_HOME = "The model is at the sites: `fed-site model`."
 MODEL_HERE = "The model is `model.safetensors`: the plan gives it to the coordinator. The sites have it, too."
 METRICS_AT_HOME = "metrics: known to the sites only"
-"""What is said of a job whose plan does not make them public."""
+"""For a job whose plan does not make them public."""
 
 
 def metrics_text(row: Json) -> str:
-    """One line for what the sites say of a model; a gap is positive where the model is below."""
+    """One line for the sites' metrics of a model; a gap is positive where the model is below."""
     values = "  ".join(f"{name} {value_text(value)}" for name, value in row["metrics"].items())
     return f"metrics after round {row['round']}: {values}" + (
         f"  ({gap_text(row)})" if "reference" in row else ""
@@ -266,7 +248,7 @@ def gap_text(row: Json) -> str:
 
 
 def value_text(value: float | None) -> str:
-    """A metric with four decimals, and in another form where these would not say it."""
+    """A metric with four decimals, in scientific form where these would lose it."""
     if value is None:
         return "undefined"
     return f"{value:.4f}" if not value or 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"
@@ -293,7 +275,7 @@ def state_text(event: Json) -> str:
 
 
 def site_text(site: Json, now: float) -> str:
-    """What one site is at, in a few words."""
+    """The state of one site in a few words."""
     if site.get("evicted"):
         return "evicted"
     if site["unable"]:
@@ -332,13 +314,10 @@ def _for(event: Json) -> list[str]:
 def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> RenderableType:
     """The live picture of a job. rows: rounds that ended, metrics: what is known of models; oldest first."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     now = time.time()
-    sites = Table(box=None, pad_edge=False)
-    for heading in ("site", "", "last seen"):
-        sites.add_column(heading)
+    sites = _table("site", "", "last seen")
     for name, site in event["sites"].items():
         seen = "" if not site["last_seen"] else f"{ago(now - site['last_seen'])} ago"
         sites.add_row(Text(name), Text(site_text(site, now)), seen)
@@ -358,19 +337,22 @@ def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> Renderabl
     return Group(*lines)
 
 
-def _metrics_table(metrics: list[Json]) -> RenderableType:
-    """The first metric of the last few models, and the gap to the registered value if there is one."""
+def _table(*headings: str, justify: Literal["left", "right"] = "left") -> Table:
+    """An empty table without lines; long cells are folded."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(Text(heading), justify=justify, overflow="fold")
+    return table
+
+
+def _metrics_table(metrics: list[Json]) -> RenderableType:
+    """The first metric of the last few models, and the gap to the registered value if there is one."""
     first, to = next(iter(metrics[-1]["metrics"])), metrics[-1].get("reference")
-    table.add_column("after round", justify="right")
-    table.add_column(Text(first), justify="right")
-    if to is not None:
-        table.add_column(
-            Text(f"gap of {to['metric']} to {value_text(to['value'])}"), justify="right"
-        )
+    gap = [f"gap of {to['metric']} to {value_text(to['value'])}"] if to is not None else []
+    table = _table("after round", first, *gap, justify="right")
     for row in metrics:
         cells = [str(row["round"]), value_text(row["metrics"][first])]
         table.add_row(*cells, *([value_text(row["reference"]["gap"])] if to is not None else []))
@@ -380,36 +362,25 @@ def _metrics_table(metrics: list[Json]) -> RenderableType:
 def jobs_table(answer: Json) -> RenderableType:
     """All jobs, then all sites."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    jobs = Table(box=None, pad_edge=False)
-    for heading in ("job", "task", "protection", "rounds", "metric", "state"):
-        jobs.add_column(heading, overflow="fold")
+    jobs = _table("job", "task", "protection", "rounds", "metric", "state")
     for job in answer["jobs"]:
         done = f"{job['rounds_done']}/{job['rounds']}"
         state = "queued" if job["state"] == "waiting" else state_text(job)
         cells = (job["job"], job["task"], job["protection"], done, _first_metric(job), state)
         jobs.add_row(*map(Text, cells))
-    sites = Table(box=None, pad_edge=False)
-    for heading in ("site", ""):
-        sites.add_column(heading)
+    sites = _table("site", "")
     for name, site in answer["sites"].items():
         sites.add_row(Text(name), Text(site_text(site, time.time())))
-    parts: list[RenderableType] = (
-        [jobs]
-        if answer["jobs"]
-        else [Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")]
-    )
-    if answer.get("earlier"):
-        parts.insert(
-            0, Text(f"{answer['earlier']} earlier jobs are not shown; `watch JOB` finds them")
-        )
-    return Group(*parts, Text(), sites)
+    none = Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")
+    earlier = f"{answer.get('earlier')} earlier jobs are not shown; `watch JOB` finds them"
+    parts = [Text(earlier)] if answer.get("earlier") else []
+    return Group(*parts, jobs if answer["jobs"] else none, Text(), sites)
 
 
 def _first_metric(job: Json) -> str:
-    """The first metric of the newest model it is known of; where it stays, if that is at the sites."""
+    """The first metric of the newest model that has one, or that it stays at the sites."""
     if job["metrics"] is None:
         return "at the sites" if job["public_metrics"] is False else ""
     name, value = next(iter(job["metrics"]["metrics"].items()))
