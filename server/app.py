@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
-from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
@@ -109,10 +109,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(pins)),
             ),
-            Quota(
-                limits.most_rounds, limits.most_epochs, limits.most_batch, limits.most_queued,
-                limits.most_kept,
-            ),
+            limits,
         )  # fmt: skip
         gate = Gate(
             config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),

@@ -30,8 +30,8 @@ class LimitsSection(Section):
     """[limits]: seconds that are waited, the smallest cohort, room and hands.
 
     enough_vectors: over-selection: so many vectors of a round end the wait for those of slower sites.
-    most_...: what operators may submit: rounds, epochs and batch of one job, jobs that are not over, and
-    jobs that are kept of one operator.
+    most_...: what operators may submit: rounds, epochs and rows of one step of one job, jobs that are not over,
+    and jobs that are kept of one operator's certificates, over or not.
     """
 
     stage_seconds: float = Field(default=600.0, gt=0)

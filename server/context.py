@@ -1,13 +1,14 @@
-"""What all jobs of one coordinator share, and how a job reaches the sites."""
+"""What all jobs of one coordinator share, and the interface of the sessions for a job."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from fedcore_server.config import LimitsSection
 from fedcore_server.folding import FoldPool
 
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
@@ -18,7 +19,7 @@ from fedcore.types import SiteId
 
 
 class Links(Protocol):
-    """The sessions as a job sees them."""
+    """What a job needs of the sessions."""
 
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order."""
@@ -34,24 +35,10 @@ class Links(Protocol):
 
 
 @dataclass(frozen=True)
-class Quota:
-    """What operators may ask of a coordinator. rounds, epochs: of one job. batch: rows of one step.
-
-    queued: jobs that are not over; kept: jobs of one operator's certificates, over or not.
-    """
-
-    rounds: int = 10_000
-    epochs: int = 1_000
-    batch: int = 1 << 20
-    queued: int = 100
-    kept: int = 1_000
-
-
-@dataclass(frozen=True)
 class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
-    retry_seconds: before what the disk refused, or has no room for, is tried again.
+    quota: what operators may submit. retry_seconds: before a retry of what the disk refused.
     """
 
     federation: str
@@ -61,7 +48,7 @@ class CoordinatorContext:
     pool: FoldPool
     folder: Path
     limits: Limits
-    quota: Quota = Quota()
+    quota: LimitsSection = field(default_factory=LimitsSection)
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     retry_seconds: float = 2.0

@@ -47,13 +47,13 @@ class Coordinator:
         evicted = self.sessions.evicted
         found.on_change = self.changed
         found.facts.evicted = evicted
-        for site in evicted & found.sites.keys():
-            found.sites[SiteId(site)].unable = EVICTED
+        for site in evicted & found.facts.sites.keys():
+            found.facts.sites[SiteId(site)].unable = EVICTED
         self.jobs[found.id] = found
 
     def running(self) -> JobRunner | None:
         """The job that runs: the oldest that is not over."""
-        return next((j for j in self.jobs.values() if j.outcome is None), None)
+        return next((j for j in self.jobs.values() if j.facts.outcome is None), None)
 
     def changed(self) -> None:
         """Wake up the calls that watch."""
@@ -99,9 +99,9 @@ class Coordinator:
     def seen(self) -> Seen:
         """The gauges of `/metrics`; called from another thread."""
         jobs = list(self.jobs.values())
-        rows = [row for found in jobs for row in list(found.rounds.known)]
+        rows = [row for found in jobs for row in list(found.facts.rounds.known)]
         return Seen(
             len(self.context.pins), len(self.sessions.open),
-            Counter(found.progress.state for found in jobs),
+            Counter(found.facts.progress.state for found in jobs),
             Counter("abandoned" if "abandoned" in row else "released" for row in rows),
         )  # fmt: skip

@@ -13,16 +13,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcore_server.job_log import METRICS_FILE, ROUNDS_FILE, JobLogFile
+from fedcore_server.job_plan import vector_sizes
 
 from fedcore.errors import DataLost, StoreProblem
-from fedcore.files import write_atomic
+from fedcore.files import append_row, write_atomic
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol import epoch, job_messages
+from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import RemoveMasks
-from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile
-from fedcore.secagg.protocol.job.coordinator.machine import Restored
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, JobLog, KeptFile
 from fedcore.secagg.protocol.job.effects import AppendRecords, KeepCheckpoint
+from fedcore.secagg.protocol.job_messages import JobEnded
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
@@ -34,7 +34,7 @@ from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-MODEL_FILE = "model.safetensors"
+MODEL_FILE, ROUNDS_FILE, METRICS_FILE = "model.safetensors", "rounds.jsonl", "metrics.jsonl"
 _VECTOR, _SUM = "vector-", "sum-"
 """Prefixes of the keys of small files in the journal."""
 
@@ -48,6 +48,47 @@ def small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
     if stored is None or stored.travels > INLINE:
         return {}
     return {_small_key(what, stored.digest): stored.path.read_bytes()}
+
+
+class JobLogFile:
+    """A file of one job's rows for people.
+
+    Invariant: the journal has a row in the commit of what it reports; the file is made from there. A disk without
+    room for a line costs the line, not the job: the whole file is written again with the next row, or at the next
+    start.
+    """
+
+    def __init__(self, path: Path, rows: JobLog) -> None:
+        self._path, self._rows = path, rows
+        self._behind = False
+
+    def load(self, journal: Journal, job: str) -> None:
+        """Read the rows from the journal, and write the file. Raises StoreProblem."""
+        keys = [key for key in journal.keys(job) if key.startswith(self._rows.prefix)]
+        rows = [json.loads(row) for key in keys if (row := journal.get(job, key)) is not None]
+        self._rows.known[:] = rows
+        self._make()
+
+    def _make(self) -> None:
+        """Write the file, unless it has all rows."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows.known).encode()
+        with refusals("rows", self._path):
+            if (self._path.read_bytes() if self._path.exists() else b"") != text:
+                write_atomic(self._path, text)
+        self._behind = False
+
+    def show(self) -> None:
+        """Append the last row to the file."""
+        try:
+            if self._behind:
+                self._make()
+            else:
+                append_row(self._path.parent, self._rows.known[-1], self._path.name)
+        except (OSError, StoreProblem) as error:
+            self._behind = True
+            LOG.warning(
+                "job %s: %s not written: %s", self._path.parent.name, self._path.name, error
+            )
 
 
 class JobDisk:
@@ -70,54 +111,46 @@ class JobDisk:
 
     # ------------------------------------------------------------------------------- reading
 
-    def plan(self) -> tuple[RoundPlan, int] | None:
-        """The plan of the job and its number of columns; None before there is one."""
-        about = self._journal.get(self._job, "plan")
-        if about is None:
-            return None
-        kept = json.loads(about)
-        return RoundPlan.from_json(kept["plan"]), kept["features"]
+    def load(self) -> bool:
+        """Read the journal into the facts, and bring spool and files in line with them.
 
-    def outcome(self) -> job_messages.JobEnded | None:
-        """How the job ended."""
-        ended = self._journal.get(self._job, "ended")
-        return None if ended is None else decode(ended, job_messages.JobEnded)
+        Whether another process, or this one before an error of the disk, began the round under way.
+        Raises StoreProblem.
+        """
+        journal, name, facts = self._journal, self._job, self._facts
 
-    def restored(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> Restored:
-        """What the journal has of a job with this plan. sizes: as in `JobFacts`."""
-        journal, name = self._journal, self._job
-        records = list(journal.read(name, ROUND))
-
-        def value(key: str, otherwise: Any) -> Any:
+        def value(key: str, otherwise: Any = None) -> Any:
             found = journal.get(name, key)
             return otherwise if found is None else decode(found, object)
 
-        return Restored(
-            plan, features, sizes, value("epoch", epoch.NoEpoch()),
-            coordinator.replay(value("stage", coordinator.Ready()), records), value("step", None),
-            value("certificate", None),
-            frozenset(json.loads(journal.get(name, "withdrawn") or b"[]")),
-            self._rounds.kept(journal, name), self._metrics.kept(journal, name), bool(records),
-        )  # fmt: skip
+        about, facts.outcome = journal.get(name, "plan"), value("ended")
+        if about is None:
+            facts.plan, facts.step = None, None
+            return False
+        planned = json.loads(about)
+        plan, features = RoundPlan.from_json(planned["plan"]), planned["features"]
+        facts.adopt(plan, features, vector_sizes(plan, features))
+        records = list(journal.read(name, ROUND))
+        facts.epoch, facts.step = value("epoch", epoch.NoEpoch()), value("step")
+        facts.stage = coordinator.replay(value("stage", coordinator.Ready()), records)
+        facts.certificate = value("certificate")
+        facts.withdrawn = frozenset(json.loads(journal.get(name, "withdrawn") or b"[]"))
+        for file in (self._rounds, self._metrics):
+            file.load(journal, name)
+        self._settle()
+        return bool(records)
 
-    def settle(self, checkpoint: str) -> None:
-        """Bring spool and files in line with the facts, which were just read.
-
-        checkpoint: the name that one of the last release has.
-        """
+    def _settle(self) -> None:
         facts, stage = self._facts, self._facts.round
-        self._rounds.make()
-        self._metrics.make()
         self._give_back_small()
         self.sum, self.checkpoint = None, None
-        if facts.certificate is not None:
-            self.checkpoint = self.spool.find(self._job, checkpoint)
-        if isinstance(stage, coordinator.Releasing):
-            self.sum = self.spool.find(self._job, "sum", header=stage.header.digest)
         self._round = stage.header.digest if stage is not None else b""
         keep = {self._round}
-        if facts.certificate is not None:  # a checkpoint on its way in
-            keep.add(facts.certificate.header.digest)
+        if facts.certificate is not None:
+            self.checkpoint = self.spool.find(self._job, facts.checkpoint_name)
+            keep.add(facts.certificate.header.digest)  # a checkpoint that is being uploaded
+        if isinstance(stage, coordinator.Releasing):
+            self.sum = self.spool.find(self._job, "sum", header=stage.header.digest)
         self._discard_all(keep if facts.outcome is None else ())
 
     def _give_back_small(self) -> None:
@@ -167,7 +200,7 @@ class JobDisk:
         self._journal.trim(self._job, ROUND, put=values, forget=sorted(self._small))
         self._round_gone()
 
-    def end(self, ended: job_messages.JobEnded) -> None:
+    def end(self, ended: JobEnded) -> None:
         """The end of the job; what is left of a round goes for good."""
         put = {"ended": encode(ended)}
         self._journal.compact(self._job, ROUND, put=put, forget=sorted(self._small))

@@ -11,7 +11,7 @@ from fedcore.errors import FedcoreError
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import ModelShape, RoundPlan
-from fedcore.secagg.protocol.job.coordinator.events import PlanImpossible, PlanMade
+from fedcore.secagg.protocol.job.coordinator.events import PlanMade, StopRequested
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.purposes import PURPOSES
 from fedcore.secagg.scheme import Scheme, vector_of
@@ -33,14 +33,14 @@ class JobPlan:
         """t. Raises FedcoreError where the roster is another one than when the job was submitted."""
         return Terms.of_job(self._settings, self._sites).threshold
 
-    def made(self, shape: ModelShape) -> PlanMade | PlanImpossible:
-        """The plan for what most sites found."""
+    def made(self, shape: ModelShape) -> PlanMade | StopRequested:
+        """The plan for the shape that most sites found; the end of the job where there is none."""
         try:
             cap = self._settings.protect.max_examples
             assert cap is not None
             plan = plan_of(self._settings, shape, self._sites, cap)
         except FedcoreError as error:
-            return PlanImpossible(str(error))
+            return StopRequested(str(error), "failed")
         return PlanMade(plan, shape.features, vector_sizes(plan, shape.features))
 
     def compared(self, row: Json) -> Json:

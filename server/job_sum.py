@@ -12,7 +12,8 @@ from fedcore_server.job_disk import JobDisk
 from fedcore.errors import ChunkRefused, DataLost, FedcoreError, StoreFull
 from fedcore.secagg.plan import Packing, RoundHeader
 from fedcore.secagg.protocol.effects import RemoveMasks
-from fedcore.secagg.protocol.job.coordinator.events import Folded, FoldRefused, SumMade
+from fedcore.secagg.protocol.job.coordinator.events import Folded, SumMade
+from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.types import SiteId
 
 
@@ -28,13 +29,13 @@ class JobSum:
         self._disk.begin_round(header.digest)
         self._fold = self._pool.job(f"{header.job}-{header.round}", packing, slots)
 
-    async def add(self, site: SiteId, digest: bytes) -> Folded | FoldRefused:
-        """Fold a whole upload of this site."""
+    async def add(self, site: SiteId, digest: bytes) -> Folded:
+        """Fold a complete upload of this site."""
         assert self._fold is not None
         try:
             await self._fold.add(self._disk.uploads[digest].path)
         except ChunkRefused as error:
-            return FoldRefused(site, str(error))
+            return Folded(site, refused=str(error))
         return Folded(site)
 
     async def make(
@@ -58,7 +59,7 @@ class JobSum:
                     raise
                 await asyncio.sleep(self._retry_seconds)
             else:
-                return SumMade(header, disk.sum.digest, disk.sum.size)
+                return SumMade(header, KeptFile(disk.sum.digest, disk.sum.size))
 
     def give_up(self, number: int, seconds: float) -> None:
         """A worker or the disk hangs: end the workers. Raises DataLost."""

@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable
 
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import EVICTED
@@ -52,13 +52,12 @@ class OperatorsApi:
         if not isinstance(settings, dict):
             raise BadInput("submit: found no settings, expected those of the job file, complete")
         check_name("task", asked.task)  # it names folders, here and at the sites
-        check_settings(settings, len(context.pins), context.quota, context.limits.stage)
+        check_settings(settings, len(context.pins), context.quota)
         self._check_room(peer.name)
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
-        found = JobRunner(context, hub.sessions, offer)
+        found = JobRunner(context, hub.sessions, offer, peer.name)
         (found.directory / "job.toml").write_bytes(asked.toml)
-        found.submitter = peer.name
         context.journal.put(name, "submitter", peer.name.encode())
         context.journal.put(name, "offer", encode(offer))
         hub.adopt(found)
@@ -70,17 +69,17 @@ class OperatorsApi:
     def _check_room(self, operator: str) -> None:
         """Raise PlanRefused where the quota of queued jobs, or of this operator's jobs, is used up."""
         quota, jobs = self._hub.context.quota, self._hub.jobs.values()
-        queued = sum(found.outcome is None for found in jobs)
+        queued = sum(found.facts.outcome is None for found in jobs)
         kept = sum(found.submitter == operator for found in jobs)
-        if queued >= quota.queued:
+        if queued >= quota.most_queued:
             raise PlanRefused(
-                f"submit: found {queued} jobs that are not over, expected fewer than {quota.queued}",
+                f"submit: found {queued} jobs that are not over, expected fewer than {quota.most_queued}",
                 remedy="stop one, or wait until one has ended (limits.most_queued of federation.toml)",
             )
-        if kept >= quota.kept:
+        if kept >= quota.most_kept:
             raise PlanRefused(
                 f"submit: found {kept} jobs of operator {operator!r} kept here, expected fewer than "
-                f"{quota.kept}",
+                f"{quota.most_kept}",
                 remedy="the coordinator's operator raises limits.most_kept of federation.toml, or gives it "
                 "a new folder",
             )
@@ -110,9 +109,9 @@ class OperatorsApi:
         last, sent, shown = None, 0, 0
         while True:
             hub.sessions.gate.still(peer)
-            change, over = hub.change, found.outcome is not None
+            change, over = hub.change, found.facts.outcome is not None
             event = views.about(found) | {"sites": views.sites(found)}
-            rounds, metrics = found.rounds.known, found.metrics.known
+            rounds, metrics = found.facts.rounds.known, found.facts.metrics.known
             event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
             event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
             if event != last:
@@ -136,8 +135,8 @@ class OperatorsApi:
     async def stop(self, peer: Peer, asked: frames.JobRequest) -> frames.Reply:
         """End a job."""
         found = self._named(asked.job)
-        if found.outcome is not None:
-            raise BadInput(f"stop: job {found.id} is over already ({found.outcome.outcome})")
+        if found.facts.outcome is not None:
+            raise BadInput(f"stop: job {found.id} is over already ({found.facts.outcome.outcome})")
         if found is self._hub.running():
             found.stop(f"stopped by {peer.name}")
         else:
@@ -155,10 +154,10 @@ class OperatorsApi:
         name = SiteId(asked.site)
         sessions.evict(name, undo=asked.undo)
         for found in hub.jobs.values():
-            view = found.sites[name]
+            view = found.facts.sites[name]
             if asked.undo and view.unable == EVICTED:
                 view.unable = ""
-            elif not asked.undo and found.outcome is None:
+            elif not asked.undo and found.facts.outcome is None:
                 view.unable = EVICTED
         LOG.info("site %s: %s by %s", name, "let in again" if asked.undo else "evicted", peer.name)
         hub.changed()
@@ -168,7 +167,7 @@ class OperatorsApi:
     async def result(self, _: Peer, asked: frames.JobRequest) -> AsyncIterator[bytes]:
         """The serialised parts of the files of a job."""
         found, views = self._named(asked.job), self._hub.views
-        plan = found.plan
+        plan = found.facts.plan
         result = views.about(found) | {
             "sites": views.sites(found), "task_sha256": found.offer.task_digest,
             "settings": json.loads(found.offer.settings),
@@ -195,11 +194,8 @@ def _fitting(rows: Iterable[Json], most: int = ROWS_BYTES) -> list[Json]:
     return found
 
 
-def check_settings(settings: Json, sites: int, quota: Quota, stage_seconds: float) -> None:
-    """Raise BadInput or PlanRefused for settings that no deployed job may have.
-
-    stage_seconds: of the coordinator; a longer submit budget would end after all sites were given up.
-    """
+def check_settings(settings: Json, sites: int, limits: LimitsSection) -> None:
+    """Raise BadInput or PlanRefused for settings that no deployed job with so many sites may have."""
     for section, key in (("round", "rounds"), ("protect", "protection")):
         table = settings.get(section)
         if not isinstance(table, dict) or key not in table:
@@ -211,9 +207,9 @@ def check_settings(settings: Json, sites: int, quota: Quota, stage_seconds: floa
             remedy="--set protect.max_examples=1024: no site tells how many rows it has",
         )
     for what, value, key, most in (
-        ("round.rounds", found.round.rounds, "most_rounds", quota.rounds),
-        ("train.epochs", found.train.epochs, "most_epochs", quota.epochs),
-        ("train.batch_size", found.train.batch_size, "most_batch", quota.batch),
+        ("round.rounds", found.round.rounds, "most_rounds", limits.most_rounds),
+        ("train.epochs", found.train.epochs, "most_epochs", limits.most_epochs),
+        ("train.batch_size", found.train.batch_size, "most_batch", limits.most_batch),
     ):
         if value > most:
             raise PlanRefused(
@@ -227,8 +223,8 @@ def check_settings(settings: Json, sites: int, quota: Quota, stage_seconds: floa
         )
     refuse_plain(found.protect.protection)
     Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
-    budget = found.round.submit_seconds
-    if budget is not None and budget >= stage_seconds:
+    budget, stage_seconds = found.round.submit_seconds, limits.stage_seconds
+    if budget is not None and budget >= stage_seconds:  # it would end after all sites were given up
         raise BadInput(
             f"round.submit_seconds: found {budget:g}, expected less than stage_seconds = {stage_seconds:g} "
             "of this coordinator",

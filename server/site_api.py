@@ -24,6 +24,7 @@ from fedcore_server.transfers import Transfers
 from fedcore.errors import BadInput, MalformedMessage, PeerRefused, VersionRefused
 from fedcore.identity.peer import Peer
 from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected, SiteLeft
 from fedcore.types import SiteId
 from fedcore.wire import calls, frames
 from fedcore.wire.job_records import FROM_ANY_SITE, TO_COORDINATOR
@@ -116,10 +117,10 @@ class SiteApi:
         LOG.info("site %s: connected (%s)", name, frame.software)
         found = self._hub.running()
         if found is not None:
-            found.came(name)
+            found.put(SiteConnected(name))
         for ended in self._hub.jobs.values():  # a site that was away at the end is told about it
-            if ended.outcome is not None and any(h.job == ended.id for h in frame.held):
-                ended.came(name)
+            if ended.facts.outcome is not None and any(h.job == ended.id for h in frame.held):
+                ended.put(SiteConnected(name))
         self._hub.changed()
         return True
 
@@ -128,11 +129,16 @@ class SiteApi:
         match frame:
             case frames.Record():
                 found = jobs.get(frame.job)
-                if found is not None and (found.outcome is not None or found is running):
+                if found is not None and (found.facts.outcome is not None or found is running):
                     await room(found)
-                    table = TO_COORDINATOR if found.asks_for_grants(name) else FROM_ANY_SITE
+                    table = (
+                        TO_COORDINATOR
+                        if found.machine.epochs.asks_for_grants(name)
+                        else FROM_ANY_SITE
+                    )
                     pins = len(self._hub.context.pins)
-                    found.tell(name, unpack_record(frame, table, sender=name, sites=pins))
+                    message = unpack_record(frame, table, sender=name, sites=pins)
+                    found.put(MessageReceived(name, message))
             case frames.Doing(job, what):
                 if job in jobs:
                     jobs[job].doing(name, what)
@@ -143,7 +149,7 @@ class SiteApi:
                 LOG.info("site %s: goodbye: %s", name, frame.code)
                 session.end(None)
                 if running is not None:
-                    running.left(name)
+                    running.put(SiteLeft(name))
             case frames.Hello():
                 raise MalformedMessage(
                     "session", found="a second Hello", expected="none", fault=name
@@ -156,5 +162,5 @@ class SiteApi:
 
 async def room(found: JobRunner) -> None:
     """Wait while the queue of a job is full: nothing more of this session is read meanwhile."""
-    while found.backlog >= MOST_RECORDS and found.outcome is None:  # noqa: ASYNC110 - rare
+    while found.mailbox.backlog >= MOST_RECORDS and found.facts.outcome is None:  # noqa: ASYNC110 - rare
         await asyncio.sleep(0.01)

@@ -80,19 +80,21 @@ class Views:
 
         None while no wait is shown. then: 0 where it cannot continue.
         """
-        wait, stage = self._wait, found.stage
+        wait, stage = self._wait, found.facts.stage
         names = tuple(_waiting_for(found))
         if wait.key is None or found.id != wait.key[0] or not wait.shown or not names:
             return None
-        until, least = found.progress.waiting_until, self._context.limits.minimum
+        until, least = found.facts.progress.waiting_until, self._context.limits.minimum
         if isinstance(stage, coordinator.Waiting):
             of = coordinator.members_of(stage)
             out, least = set(stage.gone) | set(names), stage.header.threshold
-            if not found.progress.waiting_for:
+            if not found.facts.progress.waiting_for:
                 until = self._context.now() + stage.until - self._context.clock()
         else:
             of = tuple(self._context.pins)
-            out = {n for n, view in found.sites.items() if view.unable or view.missed} | set(names)
+            out = {n for n, view in found.facts.sites.items() if view.unable or view.missed} | set(
+                names
+            )
             least = max(least, found.facts.threshold)
         there = len(of) - len(out & set(of))
         return {
@@ -107,25 +109,25 @@ class Views:
     def _awaited(self, found: JobRunner, name: SiteId) -> Json:
         """What a connected site does, or when another one was seen last."""
         if name in self._sessions.open:
-            return {"doing": found.sites[name].doing or "connected", "last_seen": None}
-        return {"doing": "", "last_seen": round(found.sites[name].last_seen) or None}
+            return {"doing": found.facts.sites[name].doing or "connected", "last_seen": None}
+        return {"doing": "", "last_seen": round(found.facts.sites[name].last_seen) or None}
 
     def about(self, found: JobRunner) -> Json:
         """One job: a row of `jobs`, and the base of a `watch` event and of result.json."""
-        progress, stage = found.progress, found.stage
+        progress, stage = found.facts.progress, found.facts.stage
         settings = json.loads(found.offer.settings)
         return {
             "job": found.id, "task": found.offer.task, "state": progress.state or WAITING,
             "text": progress.text, "stage": type_name(type(stage)).lower(),
-            "step": None if found.step is None else [found.step.purpose, found.step.training_round],
+            "step": None if found.facts.step is None else [found.facts.step.purpose, found.facts.step.training_round],
             "rounds": settings["round"]["rounds"],
-            "rounds_done": sum(trains(r["purpose"]) for r in found.rounds.known),
+            "rounds_done": sum(trains(r["purpose"]) for r in found.facts.rounds.known),
             "protection": settings["protect"]["protection"],
             "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
             "waiting": self.waiting(found),
-            "public_metrics": found.plan.public_metrics if found.plan is not None else None,
-            "model": found.has_model,
-            "metrics": max(found.metrics.known, key=lambda row: row["number"], default=None),
+            "public_metrics": found.facts.plan.public_metrics if found.facts.plan is not None else None,
+            "model": found.machine.model.here,
+            "metrics": max(found.facts.metrics.known, key=lambda row: row["number"], default=None),
         }  # fmt: skip
 
     def sites(self, found: JobRunner | None) -> Json:
@@ -133,7 +135,7 @@ class Views:
         out: Json = {}
         for name in self._context.pins:
             session = self._sessions.open.get(name)
-            view = found.sites[name] if found is not None else None
+            view = found.facts.sites[name] if found is not None else None
             out[name] = {
                 "connected": session is not None,
                 "evicted": name in self._sessions.evicted,
@@ -147,10 +149,10 @@ class Views:
 
 def _waiting_for(found: JobRunner) -> Collection[SiteId]:
     """The sites that are away, else those that still work at this stage."""
-    return found.progress.waiting_for or coordinator.waiting_for(found.stage)
+    return found.facts.progress.waiting_for or coordinator.waiting_for(found.facts.stage)
 
 
 def _stage_key(found: JobRunner) -> tuple[str, str, int]:
     """One stage of one round of one job."""
-    header = getattr(found.stage, "header", None)
-    return found.id, type(found.stage).__name__, header.round if header is not None else 0
+    header = getattr(found.facts.stage, "header", None)
+    return found.id, type(found.facts.stage).__name__, header.round if header is not None else 0

@@ -39,7 +39,7 @@ def test_enough_vectors_end_the_wait_for_a_slow_site(tmp_path, pool, protection)
             found.start(name)
         slow(found, "d", release)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 2, seconds=50)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 2, seconds=50)
         release.set()
         await found.run(seconds=50)
         rows = found.rounds()
@@ -86,9 +86,9 @@ def test_refused_statistics_end_the_job_and_are_not_tried_with_other_sites(tmp_p
         (row,) = found.rounds()
         assert row["purpose"] == "statistics" and row["abandoned"]["stage"] == "release"
         assert row["abandoned"]["exposed"] == ["a", "b", "c"]
-        assert found.hub.outcome.outcome == "abandoned"
-        assert "refused the release (the logs of the sites say why)" in found.hub.outcome.text
-        assert "no other may be taken from the same state" in found.hub.outcome.text
+        assert found.hub.facts.outcome.outcome == "abandoned"
+        assert "refused the release (the logs of the sites say why)" in found.hub.facts.outcome.text
+        assert "no other may be taken from the same state" in found.hub.facts.outcome.text
         exposed = [found.sites[name].job.stage.standing.exposed for name in ("a", "b", "c")]
         assert all(exposed)
 
@@ -103,27 +103,29 @@ def test_a_round_whose_sum_may_be_known_waits_for_sites_that_come_back(tmp_path,
         for name in ("a", "b", "c"):
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
-        await found.run(until=lambda: isinstance(found.hub.stage, coordinator.EXPOSED))
-        number = found.hub.stage.header.round
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
+        await found.run(until=lambda: isinstance(found.hub.facts.stage, coordinator.EXPOSED))
+        number = found.hub.facts.stage.header.round
         for name in ("b", "c"):
             await found.kill(name)
         await asyncio.sleep(4 * limits.stage)
-        assert found.hub.outcome is None and found.hub.stage.header.round == number
+        assert found.hub.facts.outcome is None and found.hub.facts.stage.header.round == number
         for name in ("b", "c"):
             found.start(name)
-        await found.run(until=lambda: found.hub.outcome is not None or number < numbers(found))
-        rows = [row for row in found.hub.rounds.known if row["number"] == number]
+        await found.run(
+            until=lambda: found.hub.facts.outcome is not None or number < numbers(found)
+        )
+        rows = [row for row in found.hub.facts.rounds.known if row["number"] == number]
         exposed = [site for row in rows for site in row.get("abandoned", {}).get("exposed", ())]
         if exposed:  # they had not answered yet, and a new process does not
-            assert found.hub.outcome.outcome == "abandoned"
+            assert found.hub.facts.outcome.outcome == "abandoned"
         else:
             assert rows[0]["survivors"] == ["a", "b", "c"]
             await found.run()
             await found.check(("a", "b", "c"))
 
     def numbers(found):
-        return found.hub.rounds.known[-1]["number"] if found.hub.rounds.known else 0
+        return found.hub.facts.rounds.known[-1]["number"] if found.hub.facts.rounds.known else 0
 
     limits = Limits(stage=0.5, gather=0.3, minimum=3, grace=0.3, enough=60.0)
     scene(tmp_path, pool, play, limits=limits, rounds=4)
@@ -134,13 +136,13 @@ def test_a_release_that_nobody_comes_back_for_ends_the_job(tmp_path, pool):
         for name in ("a", "b", "c"):
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
-        await found.run(until=lambda: isinstance(found.hub.stage, coordinator.Releasing))
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
+        await found.run(until=lambda: isinstance(found.hub.facts.stage, coordinator.Releasing))
         for name in ("b", "c"):
             await found.kill(name)
-        await found.run(until=lambda: found.hub.outcome is not None)
-        assert found.hub.outcome.outcome == "abandoned"
-        assert "did not come back to release it" in found.hub.outcome.text
+        await found.run(until=lambda: found.hub.facts.outcome is not None)
+        assert found.hub.facts.outcome.outcome == "abandoned"
+        assert "did not come back to release it" in found.hub.facts.outcome.text
 
     limits = Limits(stage=0.5, gather=0.3, minimum=3, grace=0.3, enough=2.0)
     scene(tmp_path, pool, play, limits=limits, rounds=40)

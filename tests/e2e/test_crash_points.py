@@ -16,6 +16,7 @@ from town import AWAY, HUB, PATIENT, SITES, UNHURRIED, scene, town
 
 from fedcore.errors import TagRefused
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.events import SiteLeft
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.round import site as site_machine
 
@@ -28,7 +29,7 @@ async def whole(folder, pool, party="", kill=None, **settings):
         found.start_hub(**(kill or {} if party == HUB else {}))
         await found.run()
         await found.check()
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         assert found.deaths.count(party) <= 1
         return {name: journal.writes for name, journal in found.journals.items()}
 
@@ -73,17 +74,19 @@ def test_a_party_may_die_twice_in_one_round(tmp_path, pool, party, late):
         found.again = {party: {"at": 2, "late": late}}
         for name in SITES:
             found.start(name)
-        go, waits = found.hold("a", lambda: len(found.hub.rounds.known) >= 1)
+        go, waits = found.hold("a", lambda: len(found.hub.facts.rounds.known) >= 1)
         found.start_hub()
         # Of the second round all vectors but one are there: the commits are counted from here.
         await found.run(
-            until=lambda: waits.is_set() and len(getattr(found.hub.stage, "submissions", ())) == 3
+            until=lambda: (
+                waits.is_set() and len(getattr(found.hub.facts.stage, "submissions", ())) == 3
+            )
         )
         found.journals[party].countdown, found.journals[party].late = commits, late
         go.set()
         await found.run()
         assert found.deaths == [party, party]
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         await found.check()
         rounds.append(tuple(found.died_in))
 
@@ -114,7 +117,7 @@ def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, pr
             found.journals["b"].countdown, found.journals["b"].late = at // 2 + 1, at % 2
             await found.run()
             assert found.deaths == ["b"]
-            assert found.hub.outcome.outcome == "finished"
+            assert found.hub.facts.outcome.outcome == "finished"
             await found.check(rolled_back=() if kept == "nothing" else ("b",))
 
         return played
@@ -128,7 +131,7 @@ def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         await found.kill("b")
         await found.run()
         assert "b" not in found.rounds()[-1]["survivors"]
@@ -151,7 +154,9 @@ def test_a_site_that_comes_late_catches_up_and_takes_part(tmp_path, pool):
         found.start_hub()
         for name in ("a", "b", "c"):
             found.start(name)
-        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
+        await found.run(
+            until=lambda: found.hub is not None and len(found.hub.facts.rounds.known) >= 2
+        )
         found.hub.facts.limits = PATIENT  # from now on it is waited for
         found.start("d")
         await found.run()
@@ -168,11 +173,11 @@ def test_waiting_is_seen_and_bounded(tmp_path, pool):
         found.start_hub()
         for name in ("a", "b", "c"):
             found.start(name)
-        await found.run(until=lambda: found.hub.progress.waiting_for == ("d",))
-        assert found.hub.progress.waiting_until is not None
+        await found.run(until=lambda: found.hub.facts.progress.waiting_for == ("d",))
+        assert found.hub.facts.progress.waiting_until is not None
         await found.run()
         assert all(row["survivors"] == ["a", "b", "c"] for row in found.rounds())
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
 
     scene(tmp_path, pool, play, rounds=10, limits=AWAY)
 
@@ -183,8 +188,8 @@ def test_too_few_sites_end_the_job_with_a_reason(tmp_path, pool):
         for name in ("a", "b"):
             found.start(name)
         await found.run()
-        assert found.hub.outcome.outcome == "failed"
-        assert "too few" in found.hub.outcome.text
+        assert found.hub.facts.outcome.outcome == "failed"
+        assert "too few" in found.hub.facts.outcome.text
 
     few = Limits(stage=120.0, gather=0.2, minimum=3, grace=0.3, enough=1.0)
     scene(tmp_path, pool, play, limits=few)
@@ -195,8 +200,8 @@ def test_a_round_waits_for_a_dead_site_no_longer_than_the_grace(tmp_path, pool):
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
-        await found.run(until=lambda: type(found.hub.stage).__name__ == "Collecting")
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
+        await found.run(until=lambda: type(found.hub.facts.stage).__name__ == "Collecting")
         await found.kill("c")
         await found.run()
         await found.check(("a", "b", "d"))
@@ -210,9 +215,9 @@ def test_a_site_that_says_it_stops_is_not_waited_for(tmp_path, pool):
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: type(found.hub.stage).__name__ == "Collecting")
+        await found.run(until=lambda: type(found.hub.facts.stage).__name__ == "Collecting")
         await found.kill("c")
-        found.hub.left("c")
+        found.hub.put(SiteLeft("c"))
         await found.run()
         await found.check(("a", "b", "d"))
 
@@ -245,7 +250,7 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
         for name in SITES:
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: type(found.hub.stage).__name__ == "Releasing")
+        await found.run(until=lambda: type(found.hub.facts.stage).__name__ == "Releasing")
         await found.kill(HUB)
         await found.run()
         assert found.rounds()[0]["survivors"] == list(SITES)
@@ -264,7 +269,7 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
             await found.first_round()
             found.journals[party].full_in, found.journals[party].full = at, 2
             await found.run()
-            assert found.hub.outcome.outcome == "finished"
+            assert found.hub.facts.outcome.outcome == "finished"
             assert found.journals[party].full == 0
             assert found.deaths == []
             await found.check()
@@ -281,13 +286,13 @@ def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):
             found.start(name)
         found.start_hub()
         path = found.folder / HUB / "jobs" / "job" / "rounds.jsonl"
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         path.unlink()
         path.mkdir()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 3)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 3)
         path.rmdir()
         await found.run()
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         await found.check()
 
     scene(tmp_path, pool, play, rounds=6)
@@ -323,7 +328,9 @@ def test_a_checkpoint_of_the_site_that_was_asked_first_is_taken_though_another_w
         for name in ("a", "b", "c"):
             found.start(name)
         found.start_hub()
-        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 2)
+        await found.run(
+            until=lambda: found.hub is not None and len(found.hub.facts.rounds.known) >= 2
+        )
         found.hub.facts.limits = PATIENT
         asked, another = [], asyncio.Event()
 
@@ -364,7 +371,7 @@ def test_training_that_fails_costs_this_site_this_round_only(tmp_path, pool):
         rows = found.rounds()
         assert any("b" not in row["survivors"] for row in rows)
         assert rows[-1]["survivors"] == list(SITES)
-        assert "PATIENT" not in json.dumps(rows) + found.hub.progress.text
+        assert "PATIENT" not in json.dumps(rows) + found.hub.facts.progress.text
         await found.check()
 
     scene(tmp_path, pool, play, rounds=5)
@@ -380,13 +387,13 @@ def test_nobody_waits_for_a_site_that_its_own_program_failed(tmp_path, pool, pla
 
         site = found.sites["b"]
         setattr(site.job.parts.rounds if place == "invited" else site.work, place, fails)
-        await found.run(until=lambda: found.hub.outcome is not None)
-        assert found.hub.outcome.outcome == "finished"
+        await found.run(until=lambda: found.hub.facts.outcome is not None)
+        assert found.hub.facts.outcome.outcome == "finished"
         rows = found.rounds()
         assert rows[-1]["survivors"] == ["a", "c", "d"]
-        assert found.hub.sites["b"].unable == "unable"
+        assert found.hub.facts.sites["b"].unable == "unable"
         assert found.sites["b"].job.part.last_error == job_messages.REASONS["unable"]
-        assert "PATIENT" not in json.dumps(rows) + found.hub.progress.text
+        assert "PATIENT" not in json.dumps(rows) + found.hub.facts.progress.text
         await found.kill("b")
         await found.check(("a", "c", "d"))
 
@@ -408,7 +415,9 @@ def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, poo
 
         found.sites["b"].contributor.track = hangs
         found.start_hub()
-        await found.run(until=lambda: found.hub is not None and len(found.hub.rounds.known) >= 1)
+        await found.run(
+            until=lambda: found.hub is not None and len(found.hub.facts.rounds.known) >= 1
+        )
         found.sites["b"].context = replace(found.sites["b"].context, patience=0.5)
         await found.run()
         assert found.sites["b"].job.ended.outcome == "finished"
@@ -426,8 +435,8 @@ def test_a_step_that_nothing_can_follow_without_is_not_tried_for_ever(tmp_path, 
             found.start(name)
         found.start_hub()
         await found.run()
-        assert found.hub.outcome.outcome == "abandoned"
-        assert "in a row" in found.hub.outcome.text
+        assert found.hub.facts.outcome.outcome == "abandoned"
+        assert "in a row" in found.hub.facts.outcome.text
 
     scene(tmp_path, pool, play, start=None)
 

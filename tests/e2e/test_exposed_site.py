@@ -19,7 +19,7 @@ async def begin(found):
     for name in SITES:
         found.start(name)
     found.start_hub()
-    await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+    await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
 
 
 def held_at_the_sum(victim):
@@ -83,7 +83,7 @@ def test_a_site_that_was_put_back_to_an_older_folder_says_so_and_catches_up(
     async def play(found):
         for name in SITES:
             found.start(name)
-        go_2, waits = found.hold("a", lambda: len(found.hub.rounds.known) >= 1)
+        go_2, waits = found.hold("a", lambda: len(found.hub.facts.rounds.known) >= 1)
         found.start_hub()
         b = found.sites["b"]
         await found.run(until=lambda: waits.is_set() and b.job.stage.standing.released == 1)
@@ -92,12 +92,12 @@ def test_a_site_that_was_put_back_to_an_older_folder_says_so_and_catches_up(
         shutil.copytree(found.folder / "b", copy)
         # b dies when it has signed and before the release: no other one comes before b has seen this one.
         go_2.set()
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 2)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 2)
         go_on, waits = held_at_the_sum(found.sites["a"])
         await found.run(
             until=lambda: (
                 waits.is_set()
-                and "b" in [each.site for each in getattr(found.hub.stage, "statements", ())]
+                and "b" in [each.site for each in getattr(found.hub.facts.stage, "statements", ())]
             )
         )
         if put_back:

@@ -41,7 +41,7 @@ def begin(found):
 
 
 def ended(found):
-    return lambda: found.hub.outcome is not None
+    return lambda: found.hub.facts.outcome is not None
 
 
 def lose_uploads(monkeypatch, times):
@@ -70,7 +70,7 @@ def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypat
     async def play(found):
         begin(found)
         await found.run()
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         assert all(row["survivors"] for row in found.rounds())
         await found.check()
 
@@ -85,9 +85,9 @@ def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, p
     async def play(found):
         hub = begin(found)
         await found.run()
-        assert (hub.outcome.outcome, "\n" in hub.outcome.text) == ("failed", False)
-        assert hub.outcome.text.startswith("spool: found the vector of site a gone")
-        assert str(tmp_path) not in hub.outcome.text
+        assert (hub.facts.outcome.outcome, "\n" in hub.facts.outcome.text) == ("failed", False)
+        assert hub.facts.outcome.text.startswith("spool: found the vector of site a gone")
+        assert str(tmp_path) not in hub.facts.outcome.text
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
@@ -111,7 +111,7 @@ def test_a_disk_error_while_summing_is_retried(tmp_path, pool, monkeypatch):
     async def play(found):
         begin(found)
         await found.run()
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         assert all(row["survivors"] for row in found.rounds())
         await found.check()
 
@@ -127,12 +127,14 @@ def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, mon
         ahead = [0.0]
         clock = hub.context.clock
         hub.context = replace(hub.context, clock=lambda: clock() + ahead[0])
-        await found.run(until=lambda: left[0] < -3 and hub.progress.text)  # again, and pausing
-        assert hub.outcome is None
+        await found.run(
+            until=lambda: left[0] < -3 and hub.facts.progress.text
+        )  # again, and pausing
+        assert hub.facts.outcome is None
         ahead[0] = 2 * PATIENT.stage
         await found.run(until=ended(found))
-        assert hub.outcome.outcome == "failed"
-        assert hub.outcome.text == "the coordinator's disk refused it (Input/output error)"
+        assert hub.facts.outcome.outcome == "failed"
+        assert hub.facts.outcome.text == "the coordinator's disk refused it (Input/output error)"
 
     scene(tmp_path, pool, play, limits=PATIENT)
 
@@ -143,8 +145,8 @@ def test_any_other_fault_while_summing_fails_the_job(tmp_path, pool, monkeypatch
     async def play(found):
         hub = begin(found)
         await found.run()
-        assert hub.outcome.outcome == "failed"
-        assert hub.outcome.text == "a fault of the coordinator; its own log says which"
+        assert hub.facts.outcome.outcome == "failed"
+        assert hub.facts.outcome.text == "a fault of the coordinator; its own log says which"
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
@@ -165,12 +167,12 @@ def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monk
 
     async def play(found):
         hub = begin(found)
-        await found.run(until=lambda: isinstance(hub.stage, coordinator.Summing))
+        await found.run(until=lambda: isinstance(hub.facts.stage, coordinator.Summing))
         ticks = []
         monkeypatch.setattr(hub.machine.rounds, "overdue_sum", lambda at: ticks.append(at) or [])
         await found.run(until=lambda: len(ticks) > 2)
-        assert isinstance(hub.stage, coordinator.Summing)
-        assert hub.outcome is None
+        assert isinstance(hub.facts.stage, coordinator.Summing)
+        assert hub.facts.outcome is None
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
@@ -193,10 +195,10 @@ def test_a_fold_worker_that_hangs_fails_the_job_after_a_stage(tmp_path, monkeypa
         await found.run(until=lambda: bool(stopped))
         ahead[0] = 2 * PATIENT.stage
         await found.run(until=ended(found))
-        assert hub.outcome.outcome == "failed"
-        assert "found none after 120 s" in hub.outcome.text
+        assert hub.facts.outcome.outcome == "failed"
+        assert "found none after 120 s" in hub.facts.outcome.text
         monkeypatch.setattr(JobFold, "total", real)
-        fresh = found.pool.job("next", hub.plan.packing, 10)
+        fresh = found.pool.job("next", hub.facts.plan.packing, 10)
         with pytest.raises(Exception, match="expected at least one"):
             await fresh.total([], (), list)  # a request is served
         assert found.pool.pids != tuple(stopped)
@@ -220,7 +222,7 @@ def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, poo
         hub.context.journal.compact = compact
         await found.run()
         assert next(refused) >= 3
-        assert hub.outcome.outcome == "failed"
+        assert hub.facts.outcome.outcome == "failed"
         assert hub.context.journal.get("job", "ended") is not None
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
@@ -234,7 +236,7 @@ def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool, monkeypatch)
         await found.run(until=lambda: left[0] < -2)
         hub.stop("stopped by op")
         await found.run(until=ended(found))
-        assert (hub.outcome.outcome, hub.outcome.text) == ("stopped", "stopped by op")
+        assert (hub.facts.outcome.outcome, hub.facts.outcome.text) == ("stopped", "stopped by op")
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
@@ -258,7 +260,7 @@ def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, mo
     async def play(found):
         hub = begin(found)
         await found.run()
-        assert hub.outcome.outcome == "finished"
+        assert hub.facts.outcome.outcome == "finished"
         first = found.rounds()[0]
         assert "a" not in first["survivors"]
         await found.check()
@@ -285,11 +287,11 @@ def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
 
     async def play(found):
         hub = begin(found)
-        await found.run(until=lambda: bool(hub.rounds.known))
+        await found.run(until=lambda: bool(hub.facts.rounds.known))
         assert failed
-        assert hub.rounds.known[0]["seconds"] < UNHURRIED.stage
+        assert hub.facts.rounds.known[0]["seconds"] < UNHURRIED.stage
         await found.run()
-        assert hub.outcome.outcome == "finished"
+        assert hub.facts.outcome.outcome == "finished"
 
     scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
 
@@ -306,8 +308,8 @@ def test_a_fault_while_loading_is_told(tmp_path, pool, monkeypatch):
 
         monkeypatch.setattr(contributor, "load", load)
         hub = found.hub
-        await found.run(until=lambda: bool(hub.sites["a"].unable))
-        assert hub.sites["a"].unable
+        await found.run(until=lambda: bool(hub.facts.sites["a"].unable))
+        assert hub.facts.sites["a"].unable
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
@@ -325,7 +327,7 @@ def test_a_site_whose_journal_cannot_be_read_says_that_it_is_unable(tmp_path, po
         site = found.sites["a"]
         site.restore = restore
         site.mailbox.put(DiskRefused(OSError(5, "Input/output error")))
-        await found.run(until=lambda: bool(hub.sites["a"].unable))
+        await found.run(until=lambda: bool(hub.facts.sites["a"].unable))
 
     scene(tmp_path, pool, play, limits=UNHURRIED)
 

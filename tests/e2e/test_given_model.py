@@ -148,7 +148,7 @@ def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
     async def play(found):
         giving(found)
         await found.run()
-        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
+        assert (found.hub.facts.outcome.outcome, found.hub.facts.outcome.text) == ("finished", "")
         await check_given(found)
 
     scene(tmp_path, pool, play, protection=protection, limits=PATIENT)
@@ -186,7 +186,7 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, cap
         else:
             start(who)
         await found.run()
-        assert found.hub.outcome.outcome == "finished"
+        assert found.hub.facts.outcome.outcome == "finished"
         assert "a fault of this side" not in caplog.text
         await check_given(found)
 
@@ -197,7 +197,7 @@ def test_a_site_that_lies_is_outvoted_and_named(tmp_path, pool, caplog):
     async def play(found):
         giving(found, lies="a")
         await found.run()
-        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", "")
+        assert (found.hub.facts.outcome.outcome, found.hub.facts.outcome.text) == ("finished", "")
         await check_given(found)
         assert "sites differ over the model" in caplog.text
 
@@ -208,9 +208,9 @@ def test_too_few_that_say_the_same_give_no_model(tmp_path, pool):
     async def play(found):
         giving(found, lies="ab")
         await found.run()
-        assert found.hub.outcome.outcome == "finished"
-        assert "without the model: too few sites say the same of it" in found.hub.outcome.text
-        assert given(found) is None and not found.hub.has_model
+        assert found.hub.facts.outcome.outcome == "finished"
+        assert "without the model: too few sites say the same of it" in found.hub.facts.outcome.text
+        assert given(found) is None and not found.hub.machine.model.here
 
     scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.5))
 
@@ -229,7 +229,7 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
 
     async def play(found):
         giving(found)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         await found.kill("d")
         found.rules = {}
         found.start("d")
@@ -256,7 +256,7 @@ def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatc
     async def play(found):
         giving(found)
         await found.run()
-        assert full and found.hub.outcome.text == ""
+        assert full and found.hub.facts.outcome.text == ""
         await check_given(found)
 
     scene(tmp_path, pool, play, limits=PATIENT)
@@ -271,7 +271,7 @@ def test_a_job_whose_last_rounds_are_abandoned_gives_none(tmp_path, pool, caplog
         assert found.rounds()[0]["survivors"] == list(SITES)
         assert not any(row["survivors"] for row in found.rounds()[1:])
         said = "without the model: the last round was abandoned"
-        assert (found.hub.outcome.outcome, found.hub.outcome.text) == ("finished", said)
+        assert (found.hub.facts.outcome.outcome, found.hub.facts.outcome.text) == ("finished", said)
         assert given(found) is None
         assert "fault: coordinator" not in caplog.text, "nobody asked for it"
 
@@ -308,16 +308,16 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
 
     async def play(found):
         giving(found, release="coordinator" if early else "sites")
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         site = found.sites["a"]
         refusal = "before the last round" if early else "stays at the sites"
-        while not said and refusal not in caplog.text and found.hub.outcome is None:
+        while not said and refusal not in caplog.text and found.hub.facts.outcome is None:
             standing = site.job.stage.standing.certificate
             if standing:
                 site.tell(ModelWanted("job", standing, b""))
             await asyncio.sleep(0.002)
         words = list(said)
-        assert found.hub.outcome is None and len(found.hub.rounds.known) < ROUNDS
+        assert found.hub.facts.outcome is None and len(found.hub.facts.rounds.known) < ROUNDS
         found.hub.stop("enough")
         await found.run()
         assert bool(words) is control and (refusal in caplog.text) is not control

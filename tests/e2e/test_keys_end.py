@@ -8,6 +8,7 @@ import pytest
 from town import AWAY, HUB, SITES, scene
 
 from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
+from fedcore.secagg.protocol.job.coordinator.events import SiteConnected
 from fedcore.store.journal import Journal
 
 
@@ -15,7 +16,7 @@ async def begin(found):
     for name in SITES:
         found.start(name)
     found.start_hub()
-    await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+    await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
 
 
 def group_of(site):
@@ -31,7 +32,7 @@ def send_away(found, how):
     found.mute.add("d")
     if how == "evicted":
         found.hub.facts.evicted = {"d"}
-        found.hub.sites["d"].unable = "evicted"
+        found.hub.facts.sites["d"].unable = "evicted"
     else:
         found.hub.withdrawn("d")
 
@@ -48,8 +49,8 @@ def test_a_site_that_was_sent_away_does_not_have_the_next_keys(
         await begin(found)
         send_away(found, how)
         old = group_of(found.sites["d"])
-        rounds = len(found.hub.rounds.known)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= rounds + 3)
+        rounds = len(found.hub.facts.rounds.known)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= rounds + 3)
         same = group_of(found.sites["a"]) == old
         assert same == (rule == "off"), "control: d would go on reading what passes"
         if rule == "on":
@@ -70,7 +71,7 @@ def test_a_revocation_that_was_noticed_is_not_forgotten_by_a_restart(tmp_path, p
         found.start_hub()
         await found.run(until=lambda: found.hub.facts.epoch.epoch == 2)
         found.mute.clear()  # with a new certificate it is let in again, and gets the new keys
-        found.hub.came("d")
+        found.hub.put(SiteConnected("d"))
         found.sites["d"].connected()
         await found.run()
         assert found.rounds()[-1]["survivors"] == list(SITES)
@@ -159,11 +160,11 @@ def test_the_word_of_an_end_that_was_lost_is_asked_for(tmp_path, pool):
         await begin(found)
         victim = found.sites["b"]
         found.mute.add("b")
-        number = found.hub.stage.round if hasattr(found.hub.stage, "round") else 0
-        await found.run(until=lambda: found.hub.rounds.known[-1]["number"] >= number + 3)
+        number = found.hub.facts.stage.round if hasattr(found.hub.facts.stage, "round") else 0
+        await found.run(until=lambda: found.hub.facts.rounds.known[-1]["number"] >= number + 3)
         found.mute.clear()
         victim.connected()
-        found.hub.came("b")
+        found.hub.put(SiteConnected("b"))
         await found.run()
         await found.check()
 

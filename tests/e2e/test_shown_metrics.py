@@ -190,7 +190,7 @@ def public(found, *, hang=()):
 
 
 def shown(found):
-    return [(row["round"], row["metrics"][ROWS.name]) for row in found.hub.metrics.known]
+    return [(row["round"], row["metrics"][ROWS.name]) for row in found.hub.facts.metrics.known]
 
 
 def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoken):
@@ -204,11 +204,11 @@ def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoke
         found.start_hub()  # the sites say the last one again: no second row of it
         await found.run()
         await found.check()
-        numbers = [row["number"] for row in found.hub.metrics.known]
+        numbers = [row["number"] for row in found.hub.facts.metrics.known]
         assert len(numbers) == len(set(numbers)) and shown(found)[-1] == (3, 0.25)
         assert set(shown(found)) <= {(0, 1.0), (1, 0.5), (2, 1 / 3), (3, 0.25)}
         lines = (found.folder / HUB / "jobs" / "job" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == found.hub.metrics.known
+        assert [json.loads(line) for line in lines] == found.hub.facts.metrics.known
 
     scene(tmp_path, pool, play, protection="layered", rounds=3, limits=PATIENT)
     assert len(spoken) >= 16
@@ -238,7 +238,7 @@ def test_a_coordinator_without_a_certificate_hears_nothing(
         found.start_hub()
         for name in SITES:
             start(name)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         await asyncio.sleep(0.3)
         assert [bool(s.job.stage.standing.certificate) for s in found.sites.values()] == [
             not thinned
@@ -254,7 +254,7 @@ def test_a_record_that_never_ends_keeps_no_round_and_no_value_back(tmp_path, poo
         found.start_hub()
         for name in SITES:
             start(name)
-        await found.run(until=lambda: found.hub.outcome is not None)
+        await found.run(until=lambda: found.hub.facts.outcome is not None)
         assert [row["survivors"] for row in found.rounds()] == [list(SITES)] * 3
         assert shown(found) == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
 
@@ -267,8 +267,8 @@ def test_what_too_few_sites_say_is_not_shown_and_not_waited_for_long(tmp_path, p
         found.start_hub()
         for name in SITES:
             start(name)
-        await found.run(until=lambda: found.hub.outcome is not None)
-        assert found.hub.outcome.outcome == "finished" and shown(found) == []
+        await found.run(until=lambda: found.hub.facts.outcome is not None)
+        assert found.hub.facts.outcome.outcome == "finished" and shown(found) == []
 
     scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.5))
 
@@ -283,7 +283,7 @@ def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, p
         full, discard = [], found.hub.context.spool.discard
 
         def no_room(*about):
-            if isinstance(found.hub.stage, coordinator.Released) and not full:
+            if isinstance(found.hub.facts.stage, coordinator.Released) and not full:
                 full.append(True)
                 raise StoreFull("spool: found no room")
             discard(*about)
@@ -291,8 +291,8 @@ def test_a_full_disk_at_the_end_of_a_round_costs_none_of_its_metrics(tmp_path, p
         found.hub.context.spool.discard = no_room
         for name in SITES:
             start(name)
-        await found.run(until=lambda: found.hub.outcome is not None, seconds=60)
-        assert found.hub.outcome.outcome == "finished", found.hub.outcome
+        await found.run(until=lambda: found.hub.facts.outcome is not None, seconds=60)
+        assert found.hub.facts.outcome.outcome == "finished", found.hub.facts.outcome
         assert full and shown(found) == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
 
     scene(tmp_path, pool, play, limits=PATIENT)

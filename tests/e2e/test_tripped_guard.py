@@ -51,9 +51,9 @@ def test_a_job_that_too_many_sites_left_ends_and_does_not_wait_for_them(tmp_path
     async def play(found):
         await found.first_round()
         found.trouble["b"], found.trouble["c"] = [TRIPPED], [TRIPPED]
-        await found.run(until=lambda: found.hub.outcome is not None, seconds=60)
-        assert found.hub.outcome.outcome == "abandoned"
-        assert "cannot take part: b, c" in found.hub.outcome.text
+        await found.run(until=lambda: found.hub.facts.outcome is not None, seconds=60)
+        assert found.hub.facts.outcome.outcome == "abandoned"
+        assert "cannot take part: b, c" in found.hub.facts.outcome.text
 
     limits = Limits(stage=5.0, gather=0.3, minimum=3, grace=0.3, enough=86_400.0)
     scene(tmp_path, pool, play, limits=limits, rounds=400)
@@ -128,7 +128,7 @@ def test_what_the_guard_remembers_outlasts_the_process(tmp_path, pool):
         await found.first_round()
         for name in SITES:
             found.sites[name].work.guard.memory = GuardMemory(1.0, 0.5, 1, 1)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 2, seconds=50)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 2, seconds=50)
         await found.kill("c")
         found.start("c")
         assert found.sites["c"].work.guard.memory == GuardMemory(1.0, 0.5, 1, 1)

@@ -48,9 +48,9 @@ def ran(folder, pool, names, before=None):
             watch(found.sites[name], kept)
         found.start_hub()
         await found.run(seconds=60)
-        kept["end"] = found.hub.outcome
-        kept["rows"] = found.hub.rounds.known
-        kept["unable"] = {name: found.hub.sites[name].unable for name in names}
+        kept["end"] = found.hub.facts.outcome
+        kept["rows"] = found.hub.facts.rounds.known
+        kept["unable"] = {name: found.hub.facts.sites[name].unable for name in names}
         kept["log"] = {name: found.sites[name].job.part.last_error for name in names}
 
     scene(folder, pool, play, limits=AWAY)

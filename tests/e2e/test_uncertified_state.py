@@ -105,9 +105,9 @@ def test_a_forged_checkpoint_does_not_become_the_model(tmp_path, pool, monkeypat
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         seen = attack(found)
-        await found.run(until=lambda: "after" in seen or found.hub.outcome is not None)
+        await found.run(until=lambda: "after" in seen or found.hub.facts.outcome is not None)
         assert ("fetched" in seen) == (left != "certificate")
         forged = seen["after"].canonical() == seen["state"].canonical()
         assert forged == (left == "none")
@@ -128,7 +128,7 @@ def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, monkeypatch,
         found.start_hub()
         for name in SITES:
             found.start(name)
-        await found.run(until=lambda: len(found.hub.rounds.known) >= 1)
+        await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         victim, seen = found.sites["a"], {}
         handle = victim.handle
 

@@ -40,6 +40,7 @@ from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protections import PROTECTIONS
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.messages import Unmask
 from fedcore.secagg.protocol.round import site as site_machine
@@ -223,11 +224,11 @@ class Town:
             self._dead(HUB)
             self.start(HUB)
             return
-        if self.hub.outcome is None:
+        if self.hub.facts.outcome is None:
             self.tasks[HUB] = asyncio.get_running_loop().create_task(self.hub.run())
         for name, found in self.sites.items():
             found.connected()
-            self.hub.came(name)
+            self.hub.put(SiteConnected(name))
 
     def start_site(self, name, **kill):
         journal = self.open(name)
@@ -263,7 +264,7 @@ class Town:
             self.tasks[name] = asyncio.get_running_loop().create_task(found.run())
         if self.hub is not None:
             found.connected()
-            self.hub.came(name)
+            self.hub.put(SiteConnected(name))
 
     @staticmethod
     def _arm(journal, kill):
@@ -351,7 +352,7 @@ class Town:
         for name in SITES:
             self.start(name)
         self.start_hub()
-        await self.run(until=lambda: self.hub is not None and len(self.hub.rounds.known) >= 1)
+        await self.run(until=lambda: self.hub is not None and len(self.hub.facts.rounds.known) >= 1)
 
     def hold(self, name, when=lambda: True):
         """A contribution that this site begins while `when` says so waits for `go`; (go, waits)."""
@@ -378,14 +379,14 @@ class Town:
                 self.start_hub()
             if until is not None and until():
                 return
-            over = self.hub is not None and self.hub.outcome is not None
+            over = self.hub is not None and self.hub.facts.outcome is not None
             if until is None and over and all(s.job.ended is not None for s in self.sites.values()):
                 return
             await asyncio.sleep(0.005)
         jobs = {name: site.job for name, site in self.sites.items()}
         stages = {n: (type(j.stage).__name__, j.ended) for n, j in jobs.items()}
         raise AssertionError(
-            f"no end: {self.hub and (self.hub.progress, type(self.hub.stage).__name__)} {stages}"
+            f"no end: {self.hub and (self.hub.facts.progress, type(self.hub.facts.stage).__name__)} {stages}"
         )
 
     async def close(self):
@@ -402,7 +403,7 @@ class Town:
         assert numbers == sorted(set(numbers)), numbers
         released = [(r["purpose"], r["round"]) for r in rows if r["survivors"]]
         assert len(released) == len(set(released)), released
-        assert rows == self.hub.rounds.known
+        assert rows == self.hub.facts.rounds.known
         return rows
 
     async def expected(self):
@@ -494,7 +495,7 @@ class SiteLink:
 
     def say(self, job, message):
         if self.hub is not None:
-            self.hub.tell(self.name, decode(encode(message), type(message)))
+            self.hub.put(MessageReceived(self.name, decode(encode(message), type(message))))
 
     def doing(self, job, what):
         pass

@@ -257,15 +257,17 @@ def install(folder):
             if stated and self.forged is not None:
                 await self.hear_all(event)
                 return
-            if isinstance(event, events.SumMade) and isinstance(self.stage, coordinator.Summing):
+            if isinstance(event, events.SumMade) and isinstance(
+                self.facts.stage, coordinator.Summing
+            ):
                 self.write_down()
                 if self.machine.keeps:
-                    self.obey_all(self.machine.give_up(self.moment()))
+                    self.perform_all(self.machine.give_up(self.moment()))
                     return
             await super().handle(event)
 
-        def obey(self, effect):
-            super().obey(effect)
+        def perform(self, effect):
+            super().perform(effect)
             if isinstance(effect, effects.OpenFold):
                 self.offer_forged(effect.header)
 
@@ -275,7 +277,7 @@ def install(folder):
             from fedcore.secagg.encode.pack import Layout
             from fedcore.store import container
 
-            header, plan = self.stage.header, self.plan
+            header, plan = self.facts.stage.header, self.facts.plan
             chunks = list(container.read(self.disk.sum.path))
             spec = vector_of(plan, self.facts.features, header.purpose)
             layout = Layout(spec, plan.packing, len(plan.sites))
@@ -286,7 +288,7 @@ def install(folder):
             else:
                 return
             total = sealer.open(chunks, layout.slots)
-            names = [each.site for each in self.stage.submissions]
+            names = [each.site for each in self.facts.stage.submissions]
             opened = layout.unpack(total, [header.place(name) for name in names])
             row = {
                 "job": self.id, "purpose": header.purpose, "round": header.training_round,
@@ -299,7 +301,7 @@ def install(folder):
         def colluders(self):
             """What a colluding site has of this key epoch."""
             payload = Path(self.attack.key, f"key-{self.id}").read_bytes()
-            return Scheme(self.plan).open_payload(payload, "x")
+            return Scheme(self.facts.plan).open_payload(payload, "x")
 
         # a state that nothing proves
 
@@ -324,7 +326,7 @@ def install(folder):
         async def hear_all(self, event):
             """Keep the statements back until every site has the forged checkpoint."""
             self.stated.append(event)
-            roster = self.stage.header.roster
+            roster = self.facts.stage.header.roster
             if len(self.stated) < len(roster):
                 return
             self.late.set()

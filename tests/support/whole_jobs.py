@@ -32,7 +32,7 @@ from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job import effects as ask
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile, Limits, Moment
-from fedcore.secagg.protocol.job.coordinator.machine import JobMachine, Restored
+from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.site import effects as site_ask
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
@@ -126,24 +126,19 @@ class Hub(Party):
         self.checkpoints = getattr(self, "checkpoints", {})
         self.machine = JobMachine("clinics", world.offer, world.pins, LIMITS)
         self.machine.facts.threshold = world.plan.threshold
-        ended, planned = self.value("ended"), None
+        facts, stage = self.machine.facts, self.stage()
+        facts.outcome = self.value("ended")
         if "plan" in self.values:
+            facts.adopt(world.plan, 0, world.sizes)
+            facts.epoch, facts.stage = self.value("epoch", epoch.NoEpoch()), stage
+            facts.step, facts.certificate = self.value("step"), self.value("certificate")
+            facts.withdrawn = frozenset(json.loads(self.values.get("withdrawn", b"[]")))
             rows = [v for k, v in sorted(self.values.items()) if k.startswith("row-")]
-            planned = Restored(
-                world.plan, 0, world.sizes, self.value("epoch", epoch.NoEpoch()),
-                self.stage(), self.value("step"), self.value("certificate"),
-                frozenset(json.loads(self.values.get("withdrawn", b"[]"))),
-                list(map(json.loads, rows)), [], bool(self.records),
-            )  # fmt: skip
-        self.machine.restore(planned, ended)
-        if planned is not None:
-            kept = self.checkpoints.get(self.machine.catch_up.name)
-            stage = self.machine.facts.stage
-            announced = isinstance(stage, coordinator.Releasing)
-            made = KeptFile(stage.aggregate.digest, stage.aggregate.size) if announced else None
-            self.machine.files_restored(
-                kept, made, self.moment(), model=False, restarted=bool(self.records)
-            )
+            facts.rounds.known[:] = map(json.loads, rows)
+        kept = self.checkpoints.get(facts.checkpoint_name)
+        announced = isinstance(stage, coordinator.Releasing)
+        made = KeptFile(stage.aggregate.digest, stage.aggregate.size) if announced else None
+        self.machine.restored(kept, made, self.moment(), model=False, restarted=bool(self.records))
 
     @property
     def outcome(self):
@@ -179,13 +174,13 @@ class Hub(Party):
             case effects.RemoveMasks(header, survivors):
                 assert set(survivors) <= set(self.spool[header.digest])
                 made = digest_of("sum", header.round, survivors)
-                self.work.append(events.SumMade(header.digest, made, 640))
+                self.work.append(events.SumMade(header.digest, KeptFile(made, 640)))
             case ask.MakePlan():
                 self.tell(events.PlanMade(self.world.plan, 0, self.world.sizes))
             case ask.KeepCheckpoint(name, header, found, file):
                 if self.spool.get(header, {}).pop(name, None) is not None:
                     self.checkpoints[file] = KeptFile(found, 640)
-                    self.tell(events.CheckpointKept(found, 640))
+                    self.tell(events.CheckpointKept(KeptFile(found, 640)))
             case ask.DropCheckpoint(file):
                 self.checkpoints.pop(file, None)
             case ask.DiscardUploads(None):
@@ -227,7 +222,7 @@ class Hub(Party):
         if not self.machine.expects(name, header, size, 0):
             return False
         self.spool.setdefault(header, {})[name] = found
-        self.tell(events.UploadArrived(name, header, found, size))
+        self.tell(events.UploadArrived(name, header, KeptFile(found, size)))
         return True
 
 

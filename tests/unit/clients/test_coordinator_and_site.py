@@ -17,7 +17,7 @@ import pytest
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig, SplitSection
 from fedcore_server import grpc_service, sessions, site_api
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.operators_api import OperatorsApi, check_settings
 from fedcore_server.sessions import SiteSession
 from hypothesis import given
@@ -29,11 +29,8 @@ from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
-from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store import container
 from fedcore.wire import calls, frames
-
-STAGE = Limits().stage
 
 # ----------------------------------------------------------------------------- what a site is sent
 
@@ -148,7 +145,7 @@ def settings(**changes):
 
 
 def test_complete_settings_are_taken():
-    check_settings(settings(), 4, Quota(), STAGE)
+    check_settings(settings(), 4, LimitsSection())
 
 
 @pytest.mark.parametrize(
@@ -167,19 +164,19 @@ def test_complete_settings_are_taken():
 )
 def test_other_settings_are_refused_by_the_key_that_is_wrong(changes, error, says):
     with pytest.raises(error, match=says) as found:
-        check_settings(settings(**changes), 4, Quota(), STAGE)
+        check_settings(settings(**changes), 4, LimitsSection())
     assert found.value.remedy or isinstance(found.value, FedcoreError)
 
 
 @pytest.mark.parametrize("table", [{}, {"round": 3}, {"round": {"rounds": 2}}, {"protect": []}])
 def test_settings_with_sections_missing_are_refused(table):
     with pytest.raises(BadInput):
-        check_settings(json.loads(json.dumps(table)), 4, Quota(), STAGE)
+        check_settings(json.loads(json.dumps(table)), 4, LimitsSection())
 
 
 def test_two_sites_are_too_few():
     with pytest.raises(PlanRefused, match="at least 3"):
-        check_settings(settings(), 2, Quota(), STAGE)
+        check_settings(settings(), 2, LimitsSection())
 
 
 # ------------------------------------------------------------------------- how much a coordinator holds
@@ -221,13 +218,14 @@ def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
 
 def test_records_wait_while_a_job_has_many_to_handle():
     async def play():
-        job = SimpleNamespace(backlog=site_api.MOST_RECORDS, outcome=None)
+        queue, facts = SimpleNamespace(backlog=site_api.MOST_RECORDS), SimpleNamespace(outcome=None)
+        job = SimpleNamespace(mailbox=queue, facts=facts)
         waiting = asyncio.get_running_loop().create_task(site_api.room(job))
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        job.backlog -= 1
+        queue.backlog -= 1
         await asyncio.wait_for(waiting, 60)
-        job.backlog, job.outcome = site_api.MOST_RECORDS, "over"
+        queue.backlog, facts.outcome = site_api.MOST_RECORDS, "over"
         await asyncio.wait_for(site_api.room(job), 60)
 
     asyncio.run(play())
@@ -235,15 +233,16 @@ def test_records_wait_while_a_job_has_many_to_handle():
 
 def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     """A busy coordinator, or a slow reader: between two events all that is left of a job may happen."""
-    job = SimpleNamespace(
+    facts = SimpleNamespace(
         outcome=None,
         progress=SimpleNamespace(state="running"),
         rounds=SimpleNamespace(known=[]),
         metrics=SimpleNamespace(known=[]),
     )
+    job = SimpleNamespace(facts=facts)
 
     views = SimpleNamespace(
-        about=lambda found: {"state": found.progress.state}, sites=lambda found: {}
+        about=lambda found: {"state": found.facts.progress.state}, sites=lambda found: {}
     )
     gate = SimpleNamespace(still=lambda peer: None)
     hub = SimpleNamespace(
@@ -257,7 +256,7 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     async def play():
         events = OperatorsApi(hub).watch(SimpleNamespace(name="op"), frames.WatchRequest("job"))
         heard = [state_in(await anext(events))]
-        job.progress.state = job.outcome = "finished"
+        facts.progress.state = facts.outcome = "finished"
         heard += [state_in(data) async for data in events]
         assert heard == ["running", "finished"]
 

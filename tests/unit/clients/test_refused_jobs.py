@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from fedcore_clients import policy
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.operators_api import check_settings
 from support.deployed_jobs import SITES, loaded, submitted
 from support.parties import Epochs, Parties
@@ -16,12 +16,10 @@ from fedcore.config import build_job, plan_of
 from fedcore.errors import HeaderRefused, PlanRefused
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import epoch, job_messages
-from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.messages import Announce, Keys
 from fedcore.secagg.protocol.round import site
 
 PLAIN = {"protection": "plain"}
-STAGE = Limits().stage
 REFUSED = {
     "no protection": (PLAIN, "protect.protection: found 'plain', expected layered"),
     "a threshold below half": (
@@ -48,15 +46,15 @@ def test_a_site_refuses_it_with_one_word_before_a_row_is_read(what, tmp_path, ca
 def test_a_coordinator_takes_no_such_job(what):
     changes, line = REFUSED[what]
     with pytest.raises(PlanRefused) as refused:
-        check_settings(submitted(protect=changes), len(SITES), Quota(), STAGE)
+        check_settings(submitted(protect=changes), len(SITES), LimitsSection())
     assert str(refused.value).startswith(line) and refused.value.remedy
-    check_settings(submitted(), len(SITES), Quota(), STAGE)
+    check_settings(submitted(), len(SITES), LimitsSection())
 
 
 def test_a_coordinator_takes_no_job_for_a_roster_that_masks_do_not_take():
     for sites in (2, 65):
         with pytest.raises(PlanRefused, match=f"sites: found {sites} under 'layered'"):
-            check_settings(submitted(), sites, Quota(), STAGE)
+            check_settings(submitted(), sites, LimitsSection())
 
 
 # ----------------------------------------------------------- a whole job without any protection

@@ -221,7 +221,7 @@ def collecting(folder):
     found = coordinated(folder, plan_for("encrypted"))
     header = RoundHeader(
         "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.context.pins), 3,
-        "encrypted", found.plan.digest,
+        "encrypted", found.facts.plan.digest,
     )  # fmt: skip
     found.facts.stage, _ = coordinator.step(
         coordinator.CoordinatorParams(found.context.pins),
@@ -229,7 +229,7 @@ def collecting(folder):
         coordinator.Start(header, 1000),
         0.0,
     )
-    assert isinstance(found.stage, coordinator.Collecting)
+    assert isinstance(found.facts.stage, coordinator.Collecting)
     hub = Coordinator(found.context, None)
     hub.jobs["job"] = found
     return hub, header.digest
@@ -257,7 +257,7 @@ def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, monkey
     name, lie, size = UNASKED[what]
     assert not sends(hub, name, lie(header), size)
     assert "upload: found one" in caplog.text
-    assert hub.context.spool.rounds("job") == [] and hub.jobs["job"].backlog == 0
+    assert hub.context.spool.rounds("job") == [] and hub.jobs["job"].mailbox.backlog == 0
     assert not sends(hub, name, lie(header), size, of="another job")
     monkeypatch.setattr(JobRunner, "expects", lambda *_: True)
     sends(hub, name, lie(header), size)
@@ -268,7 +268,7 @@ def test_the_vector_that_a_round_waits_for_is_spooled(tmp_path):
     hub, header = collecting(tmp_path)
     assert sends(hub, "a", header)
     assert set(hub.context.spool.complete("job", header)) == {"a"}
-    assert hub.jobs["job"].backlog == 1
+    assert hub.jobs["job"].mailbox.backlog == 1
 
 
 def test_a_transfer_that_no_round_waits_for_is_refused_before_its_first_part(tmp_path):
@@ -298,20 +298,20 @@ def blank(kind, name):
 @pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
 def test_a_record_of_another_site_is_refused_whatever_it_says(kind, tmp_path):
     found = coordinated(tmp_path)
-    before = {name: replace(view) for name, view in found.sites.items()}
+    before = {name: replace(view) for name, view in found.facts.sites.items()}
     with pytest.raises(PeerRefused, match="record: found one of another site from a"):
         found.machine.on_message("a", blank(kind, "b"))
-    assert found.sites == before
+    assert found.facts.sites == before
 
 
 def test_a_site_agrees_to_a_plan_for_itself_only(tmp_path, monkeypatch):
     found = coordinated(tmp_path)
-    agreed = job_messages.PlanAgreed("job", "b", found.plan.digest)
+    agreed = job_messages.PlanAgreed("job", "b", found.facts.plan.digest)
     with pytest.raises(PeerRefused):
         found.machine.on_message("a", agreed)
-    assert not any(view.agreed for view in found.sites.values())
+    assert not any(view.agreed for view in found.facts.sites.values())
     found.machine.on_message("b", agreed)
-    assert [name for name, view in found.sites.items() if view.agreed] == ["b"]
+    assert [name for name, view in found.facts.sites.items() if view.agreed] == ["b"]
 
 
 def test_no_record_that_a_site_sends_lacks_its_sender():

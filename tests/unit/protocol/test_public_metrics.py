@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.coordinator import Coordinator
-from fedcore_server.job_log import METRICS_FILE
+from fedcore_server.job_disk import METRICS_FILE
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import prepare
 from fedcore_server.operators_api import ROWS_AT_ONCE, OperatorsApi, check_settings
@@ -141,8 +141,8 @@ def test_submit_and_the_coordinator_refuse_it(tmp_path):
     with pytest.raises(PlanRefused, match=REFUSED):
         prepare(tmp_path, ENCRYPTED, {})
     with pytest.raises(PlanRefused, match=REFUSED):
-        check_settings(ENCRYPTED, 4, Quota(), Limits().stage)
-    check_settings(submitted(track={"public_metrics": True}), 4, Quota(), Limits().stage)
+        check_settings(ENCRYPTED, 4, LimitsSection())
+    check_settings(submitted(track={"public_metrics": True}), 4, LimitsSection())
 
 
 # ----------------------------------------------------------------------------------- at a site
@@ -442,16 +442,16 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
         {"round": 1, "number": 7, "sites": 4, "metrics": VALUES,
          "reference": reference | {"gap": gap}},
     ]  # fmt: skip
-    assert found.metrics.known == rows
+    assert found.facts.metrics.known == rows
     path = found.directory / METRICS_FILE
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     path.unlink()
     again = JobRunner.stored(found.context, found.links, "job")
-    assert again.metrics.known == rows
+    assert again.facts.metrics.known == rows
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for name in SITES:  # said again to the new process
         hear(again, name, word(name, OTHERS, second))
-    assert again.metrics.known == rows and "WARNING" not in caplog.text
+    assert again.facts.metrics.known == rows and "WARNING" not in caplog.text
 
 
 def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
@@ -460,7 +460,7 @@ def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
     for name, values in (("a", VALUES), ("b", OTHERS)):
         hear(found, name, word(name, values))
     assert "job job: public metrics of round 7: sites differ (a - b)" in caplog.text
-    assert "0.99" not in caplog.text and found.metrics.known == []
+    assert "0.99" not in caplog.text and found.facts.metrics.known == []
     assert not (found.directory / METRICS_FILE).exists()
 
 
@@ -469,8 +469,8 @@ def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
     release(found, certificate())
     found.end("finished", "")
     for name in ("a", "b", "c"):
-        found.tell(name, word(name))
-    assert [row["metrics"] for row in found.metrics.known] == [VALUES]
+        found.put(events.MessageReceived(name, word(name)))
+    assert [row["metrics"] for row in found.facts.metrics.known] == [VALUES]
 
 
 def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
@@ -478,11 +478,11 @@ def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
     assert not found.machine.metrics.may_come(at(here=SITES)), "nothing is released"
     release(found, certificate())
     assert found.machine.metrics.may_come(at(here=SITES))
-    found.sites["c"].unable = "unable"
+    found.facts.sites["c"].unable = "unable"
     assert found.machine.metrics.may_come(at(here=SITES))
-    found.sites["d"].unable = "unable"
+    found.facts.sites["d"].unable = "unable"
     assert not found.machine.metrics.may_come(at(here=SITES)), "two can never be three"
-    for view in found.sites.values():
+    for view in found.facts.sites.values():
         view.unable = ""
     for name in ("a", "b", "c"):
         hear(found, name, word(name))
@@ -499,7 +499,7 @@ def test_a_gap_is_undefined_where_the_metric_is():
 def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     found = coordinated(tmp_path)
     rows = [{"round": k, "number": k, "sites": 4, "metrics": VALUES} for k in range(45)]
-    found.metrics.known[:] = rows[::-1]
+    found.facts.metrics.known[:] = rows[::-1]
     found.end("finished", "")
 
     async def play():

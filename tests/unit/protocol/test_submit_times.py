@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fedcore_clients.round_work import Protected, RoundWork
 from fedcore_clients.trainer import TrainingFailed
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.operators_api import check_settings
 from support.deployed_jobs import site_job, submitted
 
@@ -129,8 +129,8 @@ def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypa
 def test_a_budget_is_shorter_than_the_coordinator_waits():
     settings = submitted(round={"submit_seconds": 600.0})
     with pytest.raises(BadInput, match=r"round\.submit_seconds: found 600, expected less than"):
-        check_settings(settings, 4, Quota(), 600.0)
-    check_settings(settings, 4, Quota(), 601.0)
-    check_settings(submitted(), 4, Quota(), 1.0)
+        check_settings(settings, 4, LimitsSection(stage_seconds=600.0))
+    check_settings(settings, 4, LimitsSection(stage_seconds=601.0))
+    check_settings(submitted(), 4, LimitsSection(stage_seconds=1.0))
     with pytest.raises(BadInput, match=r"round\.submit_seconds"):
         build_job({"submit_seconds": 0})

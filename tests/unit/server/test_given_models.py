@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 from fedcore_clients.config import read_config
 from fedcore_clients.policy import PolicySection
-from fedcore_server.context import Quota
+from fedcore_server.config import LimitsSection
 from fedcore_server.job_disk import MODEL_FILE
 from fedcore_server.operators import prepare
 from fedcore_server.operators_api import check_settings
@@ -40,7 +40,6 @@ from fedcore.local_deployment import SiteTask, to_toml, write
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job.coordinator.handover import ASKED_AGAIN, ModelHandover
 from fedcore.secagg.protocol.job.effects import DiscardUploads, KeepModel
 
@@ -85,7 +84,7 @@ def test_every_way_to_a_plan_refuses_it_under_encrypted(tmp_path):
         lambda: RoundPlan.from_json(plan_for("encrypted").to_json() | {"release": "coordinator"}),
         lambda: fedcore.simulate("heart", **asked),
         lambda: prepare(tmp_path, tables, {}),
-        lambda: check_settings(tables, 4, Quota(), Limits().stage),
+        lambda: check_settings(tables, 4, LimitsSection()),
     ):
         with pytest.raises(PlanRefused, match=REFUSED) as refused:
             way()

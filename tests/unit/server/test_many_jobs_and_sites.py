@@ -49,7 +49,7 @@ def over(hub, name):
     offer = job_messages.JobOffer(name, "t", "0" * 64, canonical(build_job(settings).to_json()))
     found = hub.jobs[name] = JobRunner(hub.context, hub.sessions, offer)
     found.facts.outcome = job_messages.JobEnded(name, "finished", "", "")
-    found.progress.state = "finished"
+    found.facts.progress.state = "finished"
     return found
 
 
@@ -86,8 +86,8 @@ def test_of_more_jobs_than_have_room_the_newest_are_listed(hub):
 def test_whoever_watches_500_sites_gets_every_round_once(hub):
     found = over(hub, "t-1")
     row = {"purpose": "update", "survivors": SITES, "roster": SITES}
-    found.rounds.known[:] = rows = [{"round": number, **row} for number in range(45)]
-    found.progress.waiting_for = tuple(SITES)
+    found.facts.rounds.known[:] = rows = [{"round": number, **row} for number in range(45)]
+    found.facts.progress.waiting_for = tuple(SITES)
 
     async def play():
         asked = frames.WatchRequest("t-1")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fedcore_server.job_log import METRICS_FILE
+from fedcore_server.job_disk import METRICS_FILE
 from fedcore_server.operators import (
     METRICS_AT_HOME,
     Operator,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_server.config import LimitsSection
-from fedcore_server.context import CoordinatorContext, Quota
+from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators import wire_settings
 from fedcore_server.operators_api import OperatorsApi
@@ -23,7 +23,7 @@ from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import frames
 
-QUOTA = Quota(rounds=50, epochs=4, batch=64, queued=3, kept=5)
+QUOTA = LimitsSection(most_rounds=50, most_epochs=4, most_batch=64, most_queued=3, most_kept=5)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_job_larger_than_the_quota_is_refused(hub, key, most, line):
 
 
 def test_a_billion_rounds_are_refused_by_default(hub):
-    hub.context = replace(hub.context, quota=Quota())
+    hub.context = replace(hub.context, quota=LimitsSection())
     with pytest.raises(PlanRefused, match="expected at most 10000"):
         submit(hub, rounds=10**9)
 
@@ -94,11 +94,3 @@ def test_so_many_jobs_are_kept_of_one_operator_also_after_a_restart(hub, journal
         with pytest.raises(PlanRefused, match="found 5 jobs of operator 'op' kept here"):
             submit(each)
         end(each, submit(each, operator="other"))
-
-
-def test_the_keys_of_federation_toml_have_the_same_defaults():
-    limits, quota = LimitsSection(), Quota()
-    assert (limits.most_rounds, limits.most_epochs, limits.most_batch) == (
-        quota.rounds, quota.epochs, quota.batch,
-    )  # fmt: skip
-    assert (limits.most_queued, limits.most_kept) == (quota.queued, quota.kept)

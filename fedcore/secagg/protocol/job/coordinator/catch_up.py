@@ -32,11 +32,6 @@ class CatchUp:
         """What the disk has of it: a site that was asked before is asked again."""
         self.checkpoint, self.asked = checkpoint, None
 
-    @property
-    def name(self) -> str:
-        """Of the file: a checkpoint is sealed under the secret of a key epoch."""
-        return f"checkpoint-{self._facts.epoch.epoch}-{self._facts.released[:32]}"
-
     def connected(self, name: SiteId) -> None:
         """A new session: what was offered in the one before may be lost."""
         self._offered.pop(name, None)
@@ -84,7 +79,11 @@ class CatchUp:
         certificate = self._facts.certificate
         if certificate is None or message.certificate != certificate.hash:
             return []
-        return [KeepCheckpoint(name, certificate.header.digest, message.digest, self.name)]
+        return [
+            KeepCheckpoint(
+                name, certificate.header.digest, message.digest, self._facts.checkpoint_name
+            )
+        ]
 
     def kept(self, checkpoint: KeptFile, at: Moment) -> list[CoordinatorJobEffect]:
         """It is on disk: offer it to every site that missed the release."""
@@ -103,7 +102,11 @@ class CatchUp:
         """The checkpoint is of an earlier release or key epoch from now on; called before that begins."""
         self.checkpoint, self.asked = None, None
         self._offered.clear()
-        return [DropCheckpoint(self.name)] if self._facts.certificate is not None else []
+        return (
+            [DropCheckpoint(self._facts.checkpoint_name)]
+            if self._facts.certificate is not None
+            else []
+        )
 
     def expects(self, name: SiteId, header: bytes, size: int) -> bool:
         """Whether an upload under this header may be the state that this site was asked for."""

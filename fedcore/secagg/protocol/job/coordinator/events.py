@@ -1,4 +1,4 @@
-"""What happens to a job at the coordinator: the events that its runner feeds to the machine."""
+"""The events of a job at the coordinator, which its runner passes to the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.types import SiteId
 
@@ -14,7 +15,7 @@ from fedcore.types import SiteId
 
 @dataclass(frozen=True)
 class MessageReceived:
-    """A record of a site, already judged by the wire."""
+    """A record of a site, already checked by `fedcore.wire`."""
 
     site: SiteId
     message: ToCoordinator
@@ -22,12 +23,11 @@ class MessageReceived:
 
 @dataclass(frozen=True)
 class UploadArrived:
-    """An upload is whole. header: the 32 bytes it went under; digest, size: of its chunks, in bytes."""
+    """An upload is complete. header: the 32 bytes it was sent under."""
 
     site: SiteId
     header: bytes
-    digest: bytes
-    size: int
+    file: KeptFile
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SiteLeft:
 
 @dataclass(frozen=True)
 class StopRequested:
-    """The job is to end. outcome: one of job.OUTCOMES."""
+    """The job ends. outcome: one of `job_messages.OUTCOMES`."""
 
     text: str
     outcome: str = "stopped"
@@ -54,7 +54,7 @@ class StopRequested:
 
 @dataclass(frozen=True)
 class TimePassed:
-    """It is time to look at the clock."""
+    """The timer is due."""
 
 
 # ------------------------------------------------------------------------------ from the runner
@@ -62,12 +62,12 @@ class TimePassed:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The runner begins to serve the job: at first, in a new process, or after a refusal of the disk."""
+    """The runner begins to serve the job: new, in a new process, or read again after an error of the disk."""
 
 
 @dataclass(frozen=True)
 class Advance:
-    """The events that were there are handled: whatever can begin now, begins."""
+    """The queued events are handled: begin whatever can begin now."""
 
 
 @dataclass(frozen=True)
@@ -80,42 +80,26 @@ class PlanMade:
 
 
 @dataclass(frozen=True)
-class PlanImpossible:
-    """No plan follows from the job's settings and this roster."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Folded:
-    """The upload that `StartFold` asked for is in the running sum."""
+    """The upload that `StartFold` asked for is in the running sum. refused: why it cannot be, or ""."""
 
     site: SiteId
-
-
-@dataclass(frozen=True)
-class FoldRefused:
-    """The upload cannot be part of a sum."""
-
-    site: SiteId
-    text: str
+    refused: str = ""
 
 
 @dataclass(frozen=True)
 class SumMade:
-    """The masks are off the sum of this round and it is spooled: its digest and bytes."""
+    """The masks are off the sum of the round with this header, and it is spooled."""
 
     header: bytes
-    digest: bytes
-    size: int
+    file: KeptFile
 
 
 @dataclass(frozen=True)
 class CheckpointKept:
-    """The sealed state that `KeepCheckpoint` asked for is kept: its digest and bytes."""
+    """The sealed state that `KeepCheckpoint` asked for is kept."""
 
-    digest: bytes
-    size: int
+    file: KeptFile
 
 
 @dataclass(frozen=True)
@@ -131,9 +115,7 @@ Event = (
     | Resumed
     | Advance
     | PlanMade
-    | PlanImpossible
     | Folded
-    | FoldRefused
     | SumMade
     | CheckpointKept
     | ModelKept

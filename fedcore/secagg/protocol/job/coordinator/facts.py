@@ -155,6 +155,16 @@ class JobFacts:
         stage = self.stage
         return stage.round if isinstance(stage, coordinator.Ready) else stage.header.round
 
+    @property
+    def checkpoint_name(self) -> str:
+        """Of the file of the last release's state: it is sealed under the secret of a key epoch."""
+        return f"checkpoint-{self.epoch.epoch}-{self.released[:32]}"
+
+    def adopt(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
+        """There is a plan."""
+        self.plan, self.features, self.sizes = plan, features, sizes
+        self.threshold = plan.threshold
+
     def plan_offer(self) -> job_messages.PlanOffer:
         """The plan, for a site that has not agreed to it."""
         assert self.plan is not None

@@ -1,20 +1,12 @@
-"""Who is there: whom a round waits for before it begins, and how long for a site that went during it."""
+"""The sites that a round waits for before it begins, and how long it waits for a site that left during it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.types import SiteId
-
-
-@dataclass(frozen=True)
-class TooFew:
-    """The time to wait for enough sites is over: the job ends with this text."""
-
-    text: str
 
 
 class Gathering:
@@ -25,12 +17,12 @@ class Gathering:
         self._since: float | None = None
         """Clock seconds since which sites are waited for."""
 
-    def check(self, present: Collection[SiteId], at: Moment) -> bool | TooFew:
-        """Whether to go on: everybody is there, or enough are and the time to wait for more is over.
+    def check(self, present: Collection[SiteId], at: Moment) -> bool | str:
+        """Whether to go on: all sites are there, or enough are and the timeout for more is over.
 
-        A site that was waited for once and did not come is not waited for again before it connects or reports
-        its status. Where
-        too many sites reported that they cannot take part, the job waits no longer than for one more site.
+        Once the timeout for enough sites is over: why the job ends. A site that missed a timeout is not waited for
+        again before it connects or reports its status. Where too many sites reported that they cannot take part,
+        the job waits no longer than for one more site.
         """
         sites, limits, there = self._facts.sites, self._facts.limits, set(present)
         needed = max(limits.minimum, self._facts.threshold)
@@ -58,7 +50,7 @@ class Gathering:
             if unable:
                 text += f"; cannot take part: {', '.join(unable)}"
             why = self._facts.progress.text
-            return TooFew(f"{text}: {why}" if why else text)
+            return f"{text}: {why}" if why else text
         for name in awaited:
             sites[name].missed = True
         return True
@@ -74,7 +66,7 @@ class Gathering:
         view.rest, view.missed, view.away_since = None, False, None
 
     def lost(self, at: Moment) -> list[SiteId]:
-        """Sites whose connection is lost for longer than the grace: a round goes on without them."""
+        """Sites that lost their connection longer ago than the grace: a round goes on without them."""
         found = []
         for name, view in self._facts.sites.items():
             if name in at.here:
@@ -87,7 +79,7 @@ class Gathering:
         return found
 
     def show(self, short_since: float | None, at: Moment) -> None:
-        """During a round: who is not connected, and when the round goes on without them.
+        """During a round: show the sites that are not connected, and when the round goes on without them.
 
         short_since: clock seconds since which too few sites are there to release the round.
         """

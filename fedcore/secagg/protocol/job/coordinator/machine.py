@@ -7,19 +7,17 @@ to another is written here. Without input or output, without a clock: the runner
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from fedcore.errors import OutOfOrder, PeerRefused
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
 from fedcore.secagg.protocol.effects import Send, Warn
-from fedcore.secagg.protocol.epoch import CoordinatorEpochStage
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
 from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
 from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Limits, Moment
-from fedcore.secagg.protocol.job.coordinator.gathering import Gathering, TooFew
+from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
 from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
@@ -35,7 +33,7 @@ from fedcore.secagg.protocol.job.effects import (
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 TICK_SECONDS = 1.0
 """Between looks at the clock."""
@@ -47,27 +45,6 @@ SHAPE_DIFFERS = "another model or other columns than most sites"
 """What this coordinator finds where a site's survey differs: not reported by the site."""
 
 MATERIAL = "site {} left a round over another site's material: the sites' logs say whose"
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a new process finds on disk of a job that has a plan.
-
-    sizes: bytes of one protected vector, by purpose; rounds, metrics: rows, oldest first; restarted: the
-    round under way was begun by another process.
-    """
-
-    plan: RoundPlan
-    features: int
-    sizes: Mapping[str, int]
-    epoch: CoordinatorEpochStage
-    stage: coordinator.CoordinatorStage
-    step: schedule.PlannedRound | None
-    certificate: messages.Certificate | None
-    withdrawn: frozenset[SiteId]
-    rounds: list[Json]
-    metrics: list[Json]
-    restarted: bool
 
 
 class JobMachine:
@@ -95,22 +72,7 @@ class JobMachine:
         self._out: list[CoordinatorJobEffect] = []
         """Of the step under way: its moment, and the effects so far."""
 
-    def restore(self, found: Restored | None, outcome: job_messages.JobEnded | None) -> None:
-        """What the disk has, at first or after it refused something: the rest stays as it was."""
-        facts = self.facts
-        facts.outcome = None
-        if outcome is not None:
-            self.ended(outcome)
-        if found is None:
-            facts.plan, facts.step = None, None
-            return
-        self._adopt(found.plan, found.features, found.sizes)
-        facts.epoch, facts.stage, facts.step = found.epoch, found.stage, found.step
-        facts.certificate, facts.withdrawn = found.certificate, found.withdrawn
-        facts.rounds.known[:], facts.metrics.known[:] = found.rounds, found.metrics
-        self.metrics.restored()
-
-    def files_restored(
+    def restored(
         self,
         checkpoint: KeptFile | None,
         announced: KeptFile | None,
@@ -119,7 +81,17 @@ class JobMachine:
         model: bool,
         restarted: bool,
     ) -> None:
-        """What the spool has. announced: the sum of the round under way; model: it is there."""
+        """The facts were read from disk, at first or again: each site is offered the plan, and reports its status.
+
+        announced: the sum of the round under way; model: it is there; restarted: the round began before this.
+        """
+        facts = self.facts
+        facts.progress.text = ""
+        for view in facts.sites.values():
+            view.rest, view.agreed = None, False
+        if facts.outcome is not None:
+            self.ended(facts.outcome)
+        self.metrics.released()
         self.catch_up.restore(checkpoint)
         self.rounds.restore(announced, at, restarted=restarted)
         self.model.here = model
@@ -129,17 +101,6 @@ class JobMachine:
         progress, self.facts.outcome = self.facts.progress, outcome
         progress.state, progress.text = outcome.outcome, outcome.text
         progress.waiting_for, progress.waiting_until = (), None
-
-    def forget_standing(self) -> None:
-        """The disk was read again: each site is offered the plan again, and reports its status."""
-        self.facts.progress.text = ""
-        for view in self.facts.sites.values():
-            view.rest, view.agreed = None, False
-
-    def _adopt(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
-        facts = self.facts
-        facts.plan, facts.features, facts.sizes = plan, features, sizes
-        facts.threshold = plan.threshold
 
     @property
     def due(self) -> float:
@@ -173,8 +134,8 @@ class JobMachine:
             case events.MessageReceived(name, message):
                 facts.sites[name].last_seen = at.wall
                 self.on_message(name, message)
-            case events.UploadArrived(name, header, digest, size):
-                self._on_upload(name, header, KeptFile(digest, size))
+            case events.UploadArrived(name, header, file):
+                self._on_upload(name, header, file)
             case events.SiteConnected(name):
                 self._greet(name)
             case events.SiteLeft(name):
@@ -187,30 +148,21 @@ class JobMachine:
                 self._advance()
             case events.Resumed():
                 self._resume()
-            case _:
-                self._on_result(event)
-
-    def _on_result(self, event: events.Event) -> None:
-        """What came of an effect."""
-        facts, at = self.facts, self._at
-        match event:
             case events.PlanMade(plan, features, sizes):
                 self._planned(plan, features, sizes)
-            case events.PlanImpossible(text):
-                self.end("failed", text)
+            case events.Folded(name, refused) if refused:
+                self.round_step(coordinator.Gone(name))
+                self.do([Warn(refused)])
             case events.Folded(name):
                 uploaded = self.rounds.uploaded(name)
                 assert uploaded is not None
                 self.round_step(uploaded)
                 facts.sites[name].unable = ""
-            case events.FoldRefused(name, text):
-                self.round_step(coordinator.Gone(name))
-                self.do([Warn(text)])
-            case events.SumMade(header, digest, size):
+            case events.SumMade(header, file):
                 if facts.round is not None and facts.round.header.digest == header:
-                    self.round_step(coordinator.SumReady(digest, size))
-            case events.CheckpointKept(digest, size):
-                self.do(self.catch_up.kept(KeptFile(digest, size), at))
+                    self.round_step(coordinator.SumReady(file.digest, file.size))
+            case events.CheckpointKept(file):
+                self.do(self.catch_up.kept(file, at))
             case events.ModelKept():
                 self.model.here = True
                 self.do([Info("the sites gave the model")])
@@ -418,8 +370,8 @@ class JobMachine:
     def gathered(self, present: list[SiteId]) -> bool:
         """Whether to go on with these sites; ends the job where too few came in time."""
         found = self.gathering.check(present, self._at)
-        if isinstance(found, TooFew):
-            self.end("abandoned" if self.facts.rounds.known else "failed", found.text)
+        if isinstance(found, str):
+            self.end("abandoned" if self.facts.rounds.known else "failed", found)
             return False
         return found
 
@@ -442,8 +394,8 @@ class JobMachine:
         self.do([MakePlan(common)])
 
     def _planned(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
-        self._adopt(plan, features, sizes)
-        self.metrics.planned()
+        self.facts.adopt(plan, features, sizes)
+        self.metrics.released()
         self.facts.step = schedule.first_step(plan, features)
         about = canonical({"plan": plan.to_json(), "features": features})
         self.do([PutValues({"plan": about, "step": encode(self.facts.step)})])

@@ -1,4 +1,4 @@
-"""Public metrics: what sites report of a release, and the row that is kept once enough report the same."""
+"""Public metrics: the reports of sites on a release, and the row that is kept once enough reports agree."""
 
 from __future__ import annotations
 
@@ -12,26 +12,20 @@ from fedcore.types import Json, SiteId
 
 
 class Metrics:
-    """What sites reported of the releases of one job since this process started."""
+    """Reports on the releases of one job since this process started."""
 
     def __init__(self, facts: JobFacts) -> None:
         self._facts = facts
         self._hearing: public_metrics.Hearing | None = None
 
-    def planned(self) -> None:
-        """There is a plan: from now on records are judged by it."""
-        assert self._facts.plan is not None
-        self._hearing = public_metrics.Hearing(self._facts.plan, self._facts.id)
-
-    def restored(self) -> None:
-        """The disk was read, at first or again: what was reported since this process started still counts."""
-        if self._hearing is None:
-            self.planned()
-        self.released()
-
     def released(self) -> None:
-        """From now on sites may report the metrics of the last release."""
-        certificate = self._facts.certificate
+        """There is a plan or a new release, or the disk was read: sites may report the last release's metrics.
+
+        What was reported since this process started still counts.
+        """
+        certificate, plan = self._facts.certificate, self._facts.plan
+        if plan is not None and self._hearing is None:
+            self._hearing = public_metrics.Hearing(plan, self._facts.id)
         if certificate is None or self._hearing is None:
             return
         number = certificate.header.round
@@ -39,7 +33,7 @@ class Metrics:
         self._hearing.released(certificate, believed=known)
 
     def take(self, site: SiteId, message: PublicMetrics) -> list[CoordinatorJobEffect]:
-        """A site's report on a release; the report that makes it enough gives the values a row.
+        """Take a site's report on a release; the values get a row once enough reports agree.
 
         Raises PeerRefused before there is a plan, and as `publicmetrics.Hearing.take` does.
         """

@@ -62,7 +62,7 @@ class RoundDriver:
         self._stage_seconds: dict[str, float] = {}
         self._restarted = False
         self._unsaved = _Unsaved()
-        self._short_since: float | None = None
+        self.short_since: float | None = None
         """Clock seconds since which a round that has to be released lacks sites."""
         self._summing: tuple[bytes, float] = b"", 0.0
         """Header of the sum under way, and the clock seconds at which making it began."""
@@ -232,25 +232,20 @@ class RoundDriver:
         """
         stage, limits = self._facts.stage, self._facts.limits
         if not isinstance(stage, coordinator.EXPOSED):
-            self._short_since = None
+            self.short_since = None
             return ""
         waited = coordinator.waiting_for(stage)
         away = sum(name not in at.here for name in waited)
         if coordinator.in_sight(stage) - away >= stage.header.threshold:
-            self._short_since = None
-        elif self._short_since is None:
-            self._short_since = at.now
-        since = self._short_since
+            self.short_since = None
+        elif self.short_since is None:
+            self.short_since = at.now
+        since = self.short_since
         late = since is not None and at.now - since > limits.enough
         if not late and at.now - self._stage_since <= limits.enough + limits.stage:
             return ""
         found = f"{_names(waited)} did not come back to release it"
         return f"round {stage.header.round} ({stage.header.purpose}): {found}{NO_OTHER_SUM}"
-
-    @property
-    def short_since(self) -> float | None:
-        """Clock seconds since which a round that has to be released lacks sites."""
-        return self._short_since
 
     # --------------------------------------------------------------------------------- its end
 
