@@ -56,7 +56,6 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator import events
-from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job.site.effects import Connected
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
