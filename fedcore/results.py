@@ -657,13 +657,13 @@ class JobSummary(JsonRecord):
 
     job: str
     task: str
-    protection: str
     state: str
     text: str = ""
     stage: str = ""
     step: tuple[str | int, ...] | None = None
     rounds: int
     rounds_done: int = 0
+    protection: str
     waiting_for: tuple[str, ...] = ()
     waiting_until: float | None = None
     waiting: JobWait | None = None

@@ -26,6 +26,8 @@ from fedcore.types import Json
 if TYPE_CHECKING:
     from fedcore_server.operators import Operator
 
+    from fedcore.results import JobEvent, JobRow, MetricsRow
+
 app = typer.Typer(
     help="The coordinator of a federation, and an operator's commands to it.",
     add_completion=False,
@@ -126,19 +128,22 @@ def watch(
     ] = False,
 ) -> None:
     """Follow a job to its end: round, stage, sites, whom it waits for, metrics if they are public, bytes."""
+    from fedcore.results import JobEvent
+
     console = Console(highlight=False)
-    events = _operator(where, kit, file).watch(job, say)
+    found = _operator(where, kit, file).watch(job, say)
     if as_json:
-        last: Json | None = None
-        for last in events:
+        last: Json | JobEvent | None = None
+        for last in found:
             typer.echo(json.dumps(last, ensure_ascii=False, allow_nan=False))
     else:
+        events = map(JobEvent.from_json, found)
         last = _live(events, console) if console.is_terminal else _lines(events)
     if last is not None and last["state"] != "finished":
         raise typer.Exit(EXIT_ABANDONED)
 
 
-def _lines(events: Iterable[Json]) -> Json | None:
+def _lines(events: Iterable[JobEvent]) -> JobEvent | None:
     from fedcore_server.operators import event_lines
 
     before = None
@@ -149,21 +154,21 @@ def _lines(events: Iterable[Json]) -> Json | None:
     return before
 
 
-def _live(events: Iterable[Json], console: Console) -> Json | None:
+def _live(events: Iterable[JobEvent], console: Console) -> JobEvent | None:
     from fedcore_server.operators import event_table
     from rich.live import Live
 
-    rows: list[Json] = []
-    metrics: list[Json] = []
-    event: Json | None = None
+    rows: list[JobRow] = []
+    metrics: list[MetricsRow] = []
+    event: JobEvent | None = None
 
     def picture() -> RenderableType:
-        return event_table(event, rows, metrics) if event else "connecting"
+        return "connecting" if event is None else event_table(event, rows, metrics)
 
     with Live(console=console, get_renderable=picture, refresh_per_second=2):  # times run on
         for event in events:
-            rows += event["new_rounds"]
-            metrics += event["new_metrics"]
+            rows += event.new_rounds
+            metrics += event.new_metrics
     return event
 
 

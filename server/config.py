@@ -24,6 +24,8 @@ from fedcore.toml import Section, read_toml
 
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
+METRICS_FILE = "metrics.jsonl"
+"""Of a result: public metrics, one row a release (`fedcore/files.py` names the other files)."""
 
 
 class LimitsSection(Section):

@@ -103,5 +103,5 @@ class Coordinator:
         return Seen(
             len(self.context.pins), len(self.sessions.open),
             Counter(found.facts.progress.state for found in jobs),
-            Counter("abandoned" if "abandoned" in row else "released" for row in rows),
+            Counter("released" if row.abandoned is None else "abandoned" for row in rows),
         )  # fmt: skip

@@ -11,16 +11,18 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
+from fedcore_server.config import METRICS_FILE
 from fedcore_server.job_plan import vector_sizes
 
 from fedcore.errors import DataLost, StoreProblem
-from fedcore.files import append_row, write_atomic
+from fedcore.files import ROUNDS_FILE, append_row, write_atomic
+from fedcore.results import MetricsRow
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import RemoveMasks
-from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, JobLog, KeptFile
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, JobLog, KeptFile, Row
 from fedcore.secagg.protocol.job.effects import AppendRecords, KeepCheckpoint
 from fedcore.secagg.protocol.job_messages import JobEnded
 from fedcore.secagg.protocol.round import coordinator
@@ -29,12 +31,11 @@ from fedcore.store import container
 from fedcore.store.disk import refusals, sync_folder
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
-from fedcore.types import Json
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-MODEL_FILE, ROUNDS_FILE, METRICS_FILE = "model.safetensors", "rounds.jsonl", "metrics.jsonl"
+MODEL_FILE = "model.safetensors"
 _VECTOR, _SUM = "vector-", "sum-"
 """Prefixes of the keys of small files in the journal."""
 
@@ -50,7 +51,7 @@ def small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
     return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
 
-class JobLogFile:
+class JobLogFile(Generic[Row]):
     """A file of one job's rows for people.
 
     Invariant: the journal has a row in the commit of what it reports; the file is made from there. A disk without
@@ -58,20 +59,23 @@ class JobLogFile:
     start.
     """
 
-    def __init__(self, path: Path, rows: JobLog) -> None:
-        self._path, self._rows = path, rows
+    def __init__(self, path: Path, rows: JobLog[Row]) -> None:
+        self._path = path
+        self._rows: JobLog[Row] = rows
         self._behind = False
 
     def load(self, journal: Journal, job: str) -> None:
         """Read the rows from the journal, and write the file. Raises StoreProblem."""
         keys = [key for key in journal.keys(job) if key.startswith(self._rows.prefix)]
         rows = [json.loads(row) for key in keys if (row := journal.get(job, key)) is not None]
-        self._rows.known[:] = rows
+        kind = self._rows.kind
+        self._rows.known[:] = [kind.from_json(row) for row in rows]
         self._make()
 
     def _make(self) -> None:
         """Write the file, unless it has all rows."""
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows.known).encode()
+        lines = (json.dumps(row.to_json(), allow_nan=False) for row in self._rows.known)
+        text = "".join(f"{line}\n" for line in lines).encode()
         with refusals("rows", self._path):
             if (self._path.read_bytes() if self._path.exists() else b"") != text:
                 write_atomic(self._path, text)
@@ -83,7 +87,7 @@ class JobLogFile:
             if self._behind:
                 self._make()
             else:
-                append_row(self._path.parent, self._rows.known[-1], self._path.name)
+                append_row(self._path.parent, self._rows.known[-1].to_json(), self._path.name)
         except (OSError, StoreProblem) as error:
             self._behind = True
             LOG.warning(
@@ -210,7 +214,7 @@ class JobDisk:
         self._small = set()
         self.uploads.clear()
 
-    def keep_metrics(self, row: Json) -> None:
+    def keep_metrics(self, row: MetricsRow) -> None:
         """The public metrics of one release, in journal and file."""
         self.put(self._facts.metrics.entry(row))
         self._facts.metrics.known.append(row)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError
+from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import ModelShape, RoundPlan
@@ -15,7 +17,7 @@ from fedcore.secagg.protocol.job.coordinator.events import PlanMade, StopRequest
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.purposes import PURPOSES
 from fedcore.secagg.scheme import Scheme, vector_of
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 
 class JobPlan:
@@ -43,10 +45,12 @@ class JobPlan:
             return StopRequested(str(error), "failed")
         return PlanMade(plan, shape.features, vector_sizes(plan, shape.features))
 
-    def compared(self, row: Json) -> Json:
-        """A row of public metrics, with the gap to the job's reference where it names one."""
+    def compared(self, row: MetricsRow) -> MetricsRow:
+        """A row of public metrics, with the gap to the job's reference value if it has one."""
         reference = self._settings.track.reference
-        return row if reference is None else row | {"reference": reference.against(row["metrics"])}
+        if reference is None:
+            return row
+        return replace(row, reference=ReferenceGap(**reference.against(row.metrics)))
 
 
 def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
-from fedcore_server.config import Place
+from fedcore_server.config import METRICS_FILE, Place
 
 from fedcore.cli.console import ago, waiting_text
 from fedcore.config import build_job, wire_settings
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
-from fedcore.files import read_json, write_atomic
+from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import authority_of, channel_target, preflight
 from fedcore.learning.task import load_task
 from fedcore.report.phrases import size
+from fedcore.results import JobEvent, JobRow, JobSite, JobSummary, MetricsRow, ReferenceGap
 from fedcore.secagg.purposes import trains
 from fedcore.types import Json
 from fedcore.wire import calls, chunks, frames
@@ -41,6 +43,7 @@ AWAY_SECONDS = 60.0
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+Row = TypeVar("Row", JobRow, MetricsRow)
 
 
 class Operator:
@@ -182,48 +185,42 @@ def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
 
 def write_report(folder: Path) -> Path:
     """A page in Markdown beside the files of a result. Raises BadInput where they are not a result's."""
-    found, rows = read_json(folder / "result.json"), _rows(folder / "rounds.jsonl")
+    found = read_json(folder / RESULT_FILE)
+    event, rows = JobEvent.from_json(found), _rows(folder / ROUNDS_FILE, JobRow)
     lines = [
-        f"# {found['job']}", "",
-        f"Task {found['task']} (sha256 {found['task_sha256']}), {found['protection']}, "
-        f"{found['rounds_done']} of {found['rounds']} rounds: {state_text(found)}.", "",
-        MODEL_HERE if found.get("model") else MODEL_AT_HOME, "",
-        *(f"- {round_text(row, found['rounds'])}" for row in rows), "",
-        *(f"- {metrics_text(row)}" for row in _rows(folder / "metrics.jsonl")),
-        *([METRICS_AT_HOME] if found["public_metrics"] is False else []),
+        f"# {event.job}", "",
+        f"Task {event.task} (sha256 {found['task_sha256']}), {event.protection}, "
+        f"{event.rounds_done} of {event.rounds} rounds: {state_text(event)}.", "",
+        MODEL_HERE if event.model else MODEL_AT_HOME, "",
+        *(f"- {round_text(row, event.rounds)}" for row in rows), "",
+        *(f"- {metrics_text(row)}" for row in _rows(folder / METRICS_FILE, MetricsRow)),
+        *([METRICS_AT_HOME] if event.public_metrics is False else []),
     ]  # fmt: skip
     write_atomic(folder / "report.md", ("\n".join(lines) + "\n").encode())
     return folder / "report.md"
 
 
-def _rows(path: Path) -> list[Json]:
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [kind.from_json(json.loads(line)) for line in lines]
 
 
-# --------------------------------------------------------------------------------- words
+# --------------------------------------------------------------------------------- text
 
 
-def round_text(row: Json, rounds: int) -> str:
+def round_text(row: JobRow, rounds: int) -> str:
     """One line for a round that ended."""
-    what = f"round {row['round']}/{rounds}"
-    if not trains(row["purpose"]):
-        what = f"{row['purpose']}" + (
-            f" after round {row['round'] - 1}" if row["round"] > 1 else ""
-        )
-    if "abandoned" in row:
-        why = row["abandoned"]
-        return (
-            f"{what}  abandoned at {why['stage']}: {why['left']} sites left, {why['needed']} needed"
-        )
-    moved = [
-        f"{arrow} {size(row[key])}"
-        for arrow, key in (("up", "bytes_up"), ("down", "bytes_down"))
-        if key in row
-    ]
-    there = f"{len(row['survivors'])} of {len(row['roster'])} sites"
-    return "  ".join([what, there, f"{row['seconds']:.2f} s", *moved])
+    what = f"round {row.round}/{rounds}"
+    if not trains(row.purpose):
+        what = row.purpose + (f" after round {row.round - 1}" if row.round > 1 else "")
+    if (why := row.abandoned) is not None:
+        return f"{what}  abandoned at {why.stage}: {why.left} sites left, {why.needed} needed"
+    sizes = (("up", row.bytes_up), ("down", row.bytes_down))
+    moved = [f"{arrow} {size(count)}" for arrow, count in sizes if count is not None]
+    there = f"{len(row.survivors)} of {len(row.roster)} sites"
+    return "  ".join([what, there, f"{row.seconds:.2f} s", *moved])
 
 
 MODEL_AT_HOME = "The model is at the sites: `fed-site model`."
@@ -232,19 +229,17 @@ METRICS_AT_HOME = "metrics: known to the sites only"
 """For a job whose plan does not make them public."""
 
 
-def metrics_text(row: Json) -> str:
+def metrics_text(row: MetricsRow) -> str:
     """One line for the sites' metrics of a model; a gap is positive where the model is below."""
-    values = "  ".join(f"{name} {value_text(value)}" for name, value in row["metrics"].items())
-    return f"metrics after round {row['round']}: {values}" + (
-        f"  ({gap_text(row)})" if "reference" in row else ""
-    )
+    values = "  ".join(f"{name} {value_text(value)}" for name, value in row.metrics.items())
+    gap = f"  ({gap_text(row.reference)})" if row.reference is not None else ""
+    return f"metrics after round {row.round}: {values}{gap}"
 
 
-def gap_text(row: Json) -> str:
+def gap_text(to: ReferenceGap) -> str:
     """`gap of auc to 0.9 (our registry): 0.0877`."""
-    to = row["reference"]
-    text = f"gap of {to['metric']} to {value_text(to['value'])} ({to['source']})"
-    return f"{''.join(c if c.isprintable() else '?' for c in text)}: {value_text(to['gap'])}"
+    text = f"gap of {to.metric} to {value_text(to.value)} ({to.source})"
+    return f"{''.join(c if c.isprintable() else '?' for c in text)}: {value_text(to.gap)}"
 
 
 def value_text(value: float | None) -> str:
@@ -254,84 +249,83 @@ def value_text(value: float | None) -> str:
     return f"{value:.4f}" if not value or 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"
 
 
-def head_text(event: Json) -> str:
+def head_text(event: JobEvent) -> str:
     """`heart-1a2b3c4d (heart, layered): round 3 of 20, collecting`."""
-    about = f"{event['job']} ({event['task']}, {event['protection']}): "
-    if event["state"] not in {"running", "waiting"}:
+    about = f"{event.job} ({event.task}, {event.protection}): "
+    if event.state not in {"running", "waiting"}:
         return about + state_text(event)
-    if event["state"] == "waiting":
+    if event.state == "waiting":
         return about + "queued"
-    step = event["step"]
-    if step is None:
-        return about + ("ending" if event["rounds_done"] else "beginning")
-    purpose, round_ = step
-    what = f"round {round_} of {event['rounds']}" if trains(purpose) else purpose
-    return f"{about}{what}, {event['stage']}"
+    if event.step is None:
+        return about + ("ending" if event.rounds_done else "beginning")
+    purpose, round_ = event.step
+    what = f"round {round_} of {event.rounds}" if trains(str(purpose)) else purpose
+    return f"{about}{what}, {event.stage}"
 
 
-def state_text(event: Json) -> str:
+def state_text(event: JobSummary) -> str:
     """A job's state with its reason."""
-    return f"{event['state']}: {event['text']}" if event["text"] else str(event["state"])
+    return f"{event.state}: {event.text}" if event.text else event.state
 
 
-def site_text(site: Json, now: float) -> str:
+def site_text(site: JobSite, now: float) -> str:
     """The state of one site in a few words."""
-    if site.get("evicted"):
+    if site.evicted:
         return "evicted"
-    if site["unable"]:
-        return f"takes no part: {site['unable']}"
-    if site["connected"]:
-        return site["doing"] or "connected"
-    seen = site["last_seen"]
+    if site.unable:
+        return f"takes no part: {site.unable}"
+    if site.connected:
+        return site.doing or "connected"
+    seen = site.last_seen
     return "away" if not seen else f"away, last seen {ago(now - seen)} ago"
 
 
-def event_lines(event: Json, before: Json | None) -> Iterator[str]:
+def event_lines(event: JobEvent, before: JobEvent | None) -> Iterator[str]:
     """What is new in an event, for a log or a pipe: rounds that ended, waits, states."""
-    for row in event["new_rounds"]:
-        yield round_text(row, event["rounds"])
-    for row in event["new_metrics"]:
-        yield metrics_text(row)
-    if event["public_metrics"] is False and (before or {}).get("public_metrics") is None:
+    for row in event.new_rounds:
+        yield round_text(row, event.rounds)
+    for each in event.new_metrics:
+        yield metrics_text(each)
+    if event.public_metrics is False and (before is None or before.public_metrics is None):
         yield METRICS_AT_HOME
     now = time.time()
-    old = (before or {}).get("sites", {})
-    for name, site in event["sites"].items():
+    old = before.sites if before is not None else {}
+    for name, site in event.sites.items():
         was = old.get(name)
-        if was is None or (was["connected"], was["unable"]) != (site["connected"], site["unable"]):
-            yield f"{name}: {site_text(site | {'doing': ''}, now)}"
-    waiting = event.get("waiting")
-    if waiting and (before is None or _for(before) != _for(event)):
-        yield waiting_text(waiting, now)
-    if before is None or event["state"] != before["state"]:
+        if was is None or (was.connected, was.unable) != (site.connected, site.unable):
+            yield f"{name}: {site_text(replace(site, doing=''), now)}"
+    if event.waiting and (before is None or _awaited(before) != _awaited(event)):
+        yield waiting_text(event.waiting.to_json(), now)
+    if before is None or event.state != before.state:
         yield head_text(event)
 
 
-def _for(event: Json) -> list[str]:
-    return sorted((event.get("waiting") or {}).get("for", {}))
+def _awaited(event: JobEvent) -> list[str]:
+    return sorted(event.waiting.sites) if event.waiting is not None else []
 
 
-def event_table(event: Json, rows: list[Json], metrics: list[Json]) -> RenderableType:
-    """The live picture of a job. rows: rounds that ended, metrics: what is known of models; oldest first."""
+def event_table(
+    event: JobEvent, rows: Sequence[JobRow], metrics: Sequence[MetricsRow]
+) -> RenderableType:
+    """The live picture of a job. rows: rounds that ended, metrics: of the models so far; oldest first."""
     from rich.console import Group
     from rich.text import Text
 
     now = time.time()
     sites = _table("site", "", "last seen")
-    for name, site in event["sites"].items():
-        seen = "" if not site["last_seen"] else f"{ago(now - site['last_seen'])} ago"
+    for name, site in event.sites.items():
+        seen = f"{ago(now - site.last_seen)} ago" if site.last_seen else ""
         sites.add_row(Text(name), Text(site_text(site, now)), seen)
     lines: list[RenderableType] = [Text(head_text(event)), sites]
-    if event.get("waiting"):
-        lines.append(Text(waiting_text(event["waiting"], now)))
-    lines += [Text(round_text(row, event["rounds"])) for row in rows[-5:]]
+    if event.waiting is not None:
+        lines.append(Text(waiting_text(event.waiting.to_json(), now)))
+    lines += [Text(round_text(row, event.rounds)) for row in rows[-5:]]
     if metrics:
-        lines.append(_metrics_table(sorted(metrics, key=lambda row: row["number"])[-5:]))
-    elif event["public_metrics"] is not None:
-        none_yet = "metrics: none yet" if event["public_metrics"] else METRICS_AT_HOME
-        lines.append(Text(none_yet))
-    up = sum(row.get("bytes_up", 0) * len(row["survivors"]) for row in rows)
-    down = sum(row.get("bytes_down", 0) * len(row["roster"]) for row in rows)
+        lines.append(_metrics_table(sorted(metrics, key=lambda row: row.number)[-5:]))
+    elif event.public_metrics is not None:
+        lines.append(Text("metrics: none yet" if event.public_metrics else METRICS_AT_HOME))
+    up = sum((row.bytes_up or 0) * len(row.survivors) for row in rows)
+    down = sum((row.bytes_down or 0) * len(row.roster) for row in rows)
     if rows:
         lines.append(Text(f"in all: up {size(up)}, down {size(down)}"))
     return Group(*lines)
@@ -348,14 +342,14 @@ def _table(*headings: str, justify: Literal["left", "right"] = "left") -> Table:
     return table
 
 
-def _metrics_table(metrics: list[Json]) -> RenderableType:
+def _metrics_table(metrics: Sequence[MetricsRow]) -> RenderableType:
     """The first metric of the last few models, and the gap to the registered value if there is one."""
-    first, to = next(iter(metrics[-1]["metrics"])), metrics[-1].get("reference")
-    gap = [f"gap of {to['metric']} to {value_text(to['value'])}"] if to is not None else []
+    first, to = next(iter(metrics[-1].metrics)), metrics[-1].reference
+    gap = [f"gap of {to.metric} to {value_text(to.value)}"] if to is not None else []
     table = _table("after round", first, *gap, justify="right")
     for row in metrics:
-        cells = [str(row["round"]), value_text(row["metrics"][first])]
-        table.add_row(*cells, *([value_text(row["reference"]["gap"])] if to is not None else []))
+        cells = [str(row.round), value_text(row.metrics[first])]
+        table.add_row(*cells, *([value_text(row.reference.gap)] if row.reference else []))
     return table
 
 
@@ -365,23 +359,22 @@ def jobs_table(answer: Json) -> RenderableType:
     from rich.text import Text
 
     jobs = _table("job", "task", "protection", "rounds", "metric", "state")
-    for job in answer["jobs"]:
-        done = f"{job['rounds_done']}/{job['rounds']}"
-        state = "queued" if job["state"] == "waiting" else state_text(job)
-        cells = (job["job"], job["task"], job["protection"], done, _first_metric(job), state)
-        jobs.add_row(*map(Text, cells))
+    for job in map(JobSummary.from_json, answer["jobs"]):
+        done = f"{job.rounds_done}/{job.rounds}"
+        state = "queued" if job.state == "waiting" else state_text(job)
+        jobs.add_row(*map(Text, (job.job, job.task, job.protection, done, _metric(job), state)))
     sites = _table("site", "")
     for name, site in answer["sites"].items():
-        sites.add_row(Text(name), Text(site_text(site, time.time())))
+        sites.add_row(Text(name), Text(site_text(JobSite.from_json(site), time.time())))
     none = Text("no jobs yet; `fed-coordinator submit JOB.toml` begins one")
     earlier = f"{answer.get('earlier')} earlier jobs are not shown; `watch JOB` finds them"
     parts = [Text(earlier)] if answer.get("earlier") else []
     return Group(*parts, jobs if answer["jobs"] else none, Text(), sites)
 
 
-def _first_metric(job: Json) -> str:
+def _metric(job: JobSummary) -> str:
     """The first metric of the newest model that has one, or that it stays at the sites."""
-    if job["metrics"] is None:
-        return "at the sites" if job["public_metrics"] is False else ""
-    name, value = next(iter(job["metrics"]["metrics"].items()))
+    if job.metrics is None:
+        return "at the sites" if job.public_metrics is False else ""
+    name, value = next(iter(job.metrics.metrics.items()))
     return f"{name} {value_text(value)}"

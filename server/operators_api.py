@@ -16,8 +16,9 @@ from fedcore_server.sessions import EVICTED
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName
-from fedcore.files import write_json
+from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name
+from fedcore.results import JsonRecord
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protections import refuse_plain
@@ -34,8 +35,6 @@ ROWS_AT_ONCE, ROWS_BYTES = 20, 256 * KIB
 
 REST_BYTES = KIB
 """Of an answer to `jobs`, what is neither a job nor a site."""
-
-RESULT_FILE = "result.json"
 
 
 class OperatorsApi:
@@ -110,7 +109,7 @@ class OperatorsApi:
         while True:
             hub.sessions.gate.still(peer)
             change, over = hub.change, found.facts.outcome is not None
-            event = views.about(found) | {"sites": views.sites(found)}
+            event = views.about(found).to_json() | {"sites": views.sites(found)}
             rounds, metrics = found.facts.rounds.known, found.facts.metrics.known
             event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
             event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
@@ -168,7 +167,7 @@ class OperatorsApi:
         """The serialised parts of the files of a job."""
         found, views = self._named(asked.job), self._hub.views
         plan = found.facts.plan
-        result = views.about(found) | {
+        result = views.about(found).to_json() | {
             "sites": views.sites(found), "task_sha256": found.offer.task_digest,
             "settings": json.loads(found.offer.settings),
             "plan": plan.to_json() if plan is not None else None,
@@ -183,10 +182,10 @@ class OperatorsApi:
                     yield calls.RESULT.gives.pack(part)
 
 
-def _fitting(rows: Iterable[Json], most: int = ROWS_BYTES) -> list[Json]:
+def _fitting(rows: Iterable[JsonRecord], most: int = ROWS_BYTES) -> list[Json]:
     """The first rows, as many as have room in so many bytes of JSON: one at least."""
     found: list[Json] = []
-    for row in rows:
+    for row in (each.to_json() for each in rows):
         most -= len(frames.json_bytes(row)) + 1
         if found and most < 0:
             break

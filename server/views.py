@@ -13,7 +13,8 @@ from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import Sessions
 
 from fedcore.cli.console import waiting_text
-from fedcore.secagg.protocol.job.coordinator.facts import WAITING
+from fedcore.results import AwaitedSite, JobSite, JobSummary, JobWait
+from fedcore.secagg.protocol.job.coordinator.facts import WAITING, SiteView
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import type_name
 from fedcore.secagg.purposes import trains
@@ -66,84 +67,78 @@ class Views:
         wait.shown, wait.sites = True, names
         about = self.waiting(found)
         assert about is not None
-        awaited = tuple(map(frames.Awaited, names[:64]))
-        until, then = 1000 * (about["until"] or 0), about["then"]
-        told = (about["of"], until, then, about["least"], about["in_round"])
+        awaited, until = tuple(map(frames.Awaited, names[:64])), int(1000 * (about.until or 0))
+        told = (about.of, until, about.then, about.least, about.in_round)
         self._sessions.broadcast(frames.Waiting(found.id, awaited, *told))
         if not wait.logged and seconds >= LOGGED_SECONDS:
             wait.logged = True
-            LOG.info("job %s: %s", found.id, waiting_text(about, time.time()))
+            LOG.info("job %s: %s", found.id, waiting_text(about.to_json(), time.time()))
         return True
 
-    def waiting(self, found: JobRunner) -> Json | None:
-        """The sites that a job waits for, of how many, until when, and with how many it continues then.
-
-        None while no wait is shown. then: 0 where it cannot continue.
-        """
-        wait, stage = self._wait, found.facts.stage
+    def waiting(self, found: JobRunner) -> JobWait | None:
+        """What a job waits for; None while no wait is shown."""
+        facts, wait, stage = found.facts, self._wait, found.facts.stage
         names = tuple(_waiting_for(found))
         if wait.key is None or found.id != wait.key[0] or not wait.shown or not names:
             return None
-        until, least = found.facts.progress.waiting_until, self._context.limits.minimum
+        until, least = facts.progress.waiting_until, self._context.limits.minimum
         if isinstance(stage, coordinator.Waiting):
             of = coordinator.members_of(stage)
             out, least = set(stage.gone) | set(names), stage.header.threshold
-            if not found.facts.progress.waiting_for:
+            if not facts.progress.waiting_for:
                 until = self._context.now() + stage.until - self._context.clock()
         else:
             of = tuple(self._context.pins)
-            out = {n for n, view in found.facts.sites.items() if view.unable or view.missed} | set(
-                names
-            )
-            least = max(least, found.facts.threshold)
+            out = {n for n, view in facts.sites.items() if view.unable or view.missed} | set(names)
+            least = max(least, facts.threshold)
         there = len(of) - len(out & set(of))
-        return {
-            "for": {name: self._awaited(found, name) for name in names}, "of": len(of),
-            "until": None if until is None else round(until), "then": there if there >= least else 0,
-            "least": least,
-            # A round that cannot be abandoned ends the job.
-            "in_round": isinstance(stage, coordinator.Waiting)
-            and not isinstance(stage, coordinator.EXPOSED),
-        }  # fmt: skip
+        # A round that cannot be abandoned ends the job.
+        in_round = isinstance(stage, coordinator.Waiting) and not isinstance(
+            stage, coordinator.EXPOSED
+        )
+        return JobWait(
+            sites={name: self._awaited(facts.sites[name], name) for name in names}, of=len(of),
+            until=None if until is None else round(until), then=there if there >= least else 0,
+            least=least, in_round=in_round,
+        )  # fmt: skip
 
-    def _awaited(self, found: JobRunner, name: SiteId) -> Json:
-        """What a connected site does, or when another one was seen last."""
+    def _awaited(self, view: SiteView, name: SiteId) -> AwaitedSite:
         if name in self._sessions.open:
-            return {"doing": found.facts.sites[name].doing or "connected", "last_seen": None}
-        return {"doing": "", "last_seen": round(found.facts.sites[name].last_seen) or None}
+            return AwaitedSite(doing=view.doing or "connected")
+        return AwaitedSite(last_seen=round(view.last_seen) or None)
 
-    def about(self, found: JobRunner) -> Json:
+    def about(self, found: JobRunner) -> JobSummary:
         """One job: a row of `jobs`, and the base of a `watch` event and of result.json."""
-        progress, stage = found.facts.progress, found.facts.stage
-        settings = json.loads(found.offer.settings)
-        return {
-            "job": found.id, "task": found.offer.task, "state": progress.state or WAITING,
-            "text": progress.text, "stage": type_name(type(stage)).lower(),
-            "step": None if found.facts.step is None else [found.facts.step.purpose, found.facts.step.training_round],
-            "rounds": settings["round"]["rounds"],
-            "rounds_done": sum(trains(r["purpose"]) for r in found.facts.rounds.known),
-            "protection": settings["protect"]["protection"],
-            "waiting_for": list(progress.waiting_for), "waiting_until": progress.waiting_until,
-            "waiting": self.waiting(found),
-            "public_metrics": found.facts.plan.public_metrics if found.facts.plan is not None else None,
-            "model": found.machine.model.here,
-            "metrics": max(found.facts.metrics.known, key=lambda row: row["number"], default=None),
-        }  # fmt: skip
+        facts, settings = found.facts, json.loads(found.offer.settings)
+        progress, step = facts.progress, facts.step
+        return JobSummary(
+            job=found.id, task=found.offer.task, state=progress.state or WAITING,
+            text=progress.text, stage=type_name(type(facts.stage)).lower(),
+            step=None if step is None else (step.purpose, step.training_round),
+            rounds=settings["round"]["rounds"],
+            rounds_done=sum(trains(row.purpose) for row in facts.rounds.known),
+            protection=settings["protect"]["protection"],
+            waiting_for=tuple(progress.waiting_for), waiting_until=progress.waiting_until,
+            waiting=self.waiting(found),
+            public_metrics=facts.plan.public_metrics if facts.plan is not None else None,
+            model=found.machine.model.here,
+            metrics=max(facts.metrics.known, key=lambda row: row.number, default=None),
+        )  # fmt: skip
 
     def sites(self, found: JobRunner | None) -> Json:
-        """All sites, as one job sees them if there is one."""
+        """{site: `JobSite` as JSON} of all sites, as one job sees them if there is one."""
         out: Json = {}
         for name in self._context.pins:
             session = self._sessions.open.get(name)
-            view = found.facts.sites[name] if found is not None else None
-            out[name] = {
-                "connected": session is not None,
-                "evicted": name in self._sessions.evicted,
-                "since": session.since if session else None,
-                "last_seen": session.last_seen if session else (view.last_seen if view else None),
-                "doing": view.doing if view and session else "",
-                "unable": view.unable if view else "",
-            }
+            view = found.facts.sites[name] if found is not None else SiteView()
+            out[name] = JobSite(
+                connected=session is not None,
+                evicted=name in self._sessions.evicted,
+                since=session.since if session else None,
+                last_seen=session.last_seen if session else (view.last_seen if found else None),
+                doing=view.doing if session else "",
+                unable=view.unable,
+            ).to_json()
         return out
 
 

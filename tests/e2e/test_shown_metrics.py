@@ -208,7 +208,9 @@ def test_a_site_speaks_of_certified_releases_only_and_once(tmp_path, pool, spoke
         assert len(numbers) == len(set(numbers)) and shown(found)[-1] == (3, 0.25)
         assert set(shown(found)) <= {(0, 1.0), (1, 0.5), (2, 1 / 3), (3, 0.25)}
         lines = (found.folder / HUB / "jobs" / "job" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == found.hub.facts.metrics.known
+        assert [json.loads(line) for line in lines] == [
+            row.to_json() for row in found.hub.facts.metrics.known
+        ]
 
     scene(tmp_path, pool, play, protection="layered", rounds=3, limits=PATIENT)
     assert len(spoken) >= 16

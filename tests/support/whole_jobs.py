@@ -22,6 +22,7 @@ from fedcore_server.job_plan import vector_sizes
 from support.deployed_jobs import plan_for
 from support.policies import policy_of
 
+from fedcore.results import JobRow
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -134,7 +135,7 @@ class Hub(Party):
             facts.step, facts.certificate = self.value("step"), self.value("certificate")
             facts.withdrawn = frozenset(json.loads(self.values.get("withdrawn", b"[]")))
             rows = [v for k, v in sorted(self.values.items()) if k.startswith("row-")]
-            facts.rounds.known[:] = map(json.loads, rows)
+            facts.rounds.known[:] = [JobRow.from_json(json.loads(row)) for row in rows]
         kept = self.checkpoints.get(facts.checkpoint_name)
         announced = isinstance(stage, coordinator.Releasing)
         made = KeptFile(stage.aggregate.digest, stage.aggregate.size) if announced else None

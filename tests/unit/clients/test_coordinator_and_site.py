@@ -242,7 +242,8 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     job = SimpleNamespace(facts=facts)
 
     views = SimpleNamespace(
-        about=lambda found: {"state": found.facts.progress.state}, sites=lambda found: {}
+        about=lambda found: SimpleNamespace(to_json=lambda: {"state": found.facts.progress.state}),
+        sites=lambda found: {},
     )
     gate = SimpleNamespace(still=lambda peer: None)
     hub = SimpleNamespace(

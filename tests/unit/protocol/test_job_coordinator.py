@@ -13,6 +13,7 @@ from support.job_parts import LIMITS, OFFER, SITES, at, facts_of, sent
 from support.parties import HUB, Parties
 
 from fedcore.errors import OutOfOrder, PeerRefused
+from fedcore.results import AbandonedRound, JobRow, MetricsRow
 from fedcore.secagg.plan import ModelShape
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
@@ -377,10 +378,10 @@ def test_the_end_of_a_round_is_one_commit_with_its_row_and_the_step_that_follows
     assert set(close.values) == {"stage", "step", "certificate", "row-000000"}
     assert decode(close.values["step"], object) == found.facts.step == PlannedRound("update", 2)
     (row,) = found.facts.rounds.known
-    assert json.loads(close.values["row-000000"]) == row
-    assert row["survivors"] == row["roster"] == list(found.sites)
-    assert (row["bytes_up"], row["bytes_down"]) == (640, 640)
-    assert set(row["seconds_by_stage"]) == {*coordinator.STAGE_NAMES.values()}
+    assert json.loads(close.values["row-000000"]) == row.to_json()
+    assert row.survivors == row.roster == tuple(found.sites)
+    assert (row.bytes_up, row.bytes_down) == (640, 640)
+    assert set(row.seconds_by_stage) == {*coordinator.STAGE_NAMES.values()}
     assert decode(close.values["stage"], object) == stage
 
 
@@ -406,9 +407,15 @@ def test_a_round_whose_sum_may_be_known_waits_as_long_as_a_job_for_its_start():
     assert found.driver.unreleasable(at(2.0 + LIMITS.enough, found.sites)) == ""
 
 
+def abandoned(purpose, training_round):
+    why = AbandonedRound(stage="keys", left=2)
+    about = {"round": training_round, "purpose": purpose, "seconds": 0.1}
+    return JobRow(**about, survivors=(), roster=SITES, abandoned=why)
+
+
 def test_a_step_is_tried_so_many_times():
     facts = facts_of(PLAN, step=PlannedRound("statistics", 0))
-    row = {"purpose": "statistics", "round": 0, "abandoned": {}}
+    row = abandoned("statistics", 0)
     facts.rounds.known += [row] * (MOST_TRIES - 1)
     assert RoundDriver(facts).tried_enough() == ""
     facts.rounds.known.append(row)
@@ -427,7 +434,7 @@ def test_public_metrics_become_a_row_when_enough_sites_say_the_same():
         found.take("a", word("a"))
     found.released()
     assert found.take("a", word("a")) == found.take("b", word("b")) == []
-    row = {"round": 1, "number": 7, "sites": 4, "metrics": VALUES}
+    row = MetricsRow(round=1, number=7, sites=4, metrics=VALUES)
     assert found.take("c", word("c")) == [KeepMetrics(row)]
     assert not found.may_come(at())
 
@@ -459,7 +466,7 @@ def test_a_job_ends_after_its_sites_said_where_they_stand_or_a_checkpoint_is_kep
 
 def test_a_job_without_a_released_round_of_training_is_abandoned():
     facts, found, _ = ending()
-    facts.rounds.known.append({"purpose": "update", "round": 1, "abandoned": {}})
+    facts.rounds.known.append(abandoned("update", 1))
     at_rest(facts, **dict.fromkeys(SITES, CERTIFICATE.hash))
     assert found.finish(at())[0].ended.outcome == "abandoned"
 
@@ -643,4 +650,4 @@ def test_a_round_that_ends_is_written_then_told_then_its_files_go():
     shown = effects.index(ShowRound())
     assert len(closes) == 1 and closes[0] < min(abandons) <= max(abandons) < shown
     assert effects[shown + 1] == DiscardUploads(facts.stage.header.digest)
-    assert facts.rounds.known[0]["abandoned"]["stage"] == "keys"
+    assert facts.rounds.known[0].abandoned.stage == "keys"

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fedcore_server.config import LimitsSection
+from fedcore_server.config import METRICS_FILE, LimitsSection
 from fedcore_server.coordinator import Coordinator
-from fedcore_server.job_disk import METRICS_FILE
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.operators import prepare
 from fedcore_server.operators_api import ROWS_AT_ONCE, OperatorsApi, check_settings
@@ -47,6 +46,7 @@ from fedcore.errors import (
     OutOfOrder,
     PlanRefused,
 )
+from fedcore.results import MetricsRow
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import (
     METRIC,
@@ -441,16 +441,16 @@ def test_a_row_is_in_the_journal_the_file_and_the_next_process(tmp_path, caplog)
         {"round": 1, "number": 7, "sites": 4, "metrics": VALUES,
          "reference": reference | {"gap": gap}},
     ]  # fmt: skip
-    assert found.facts.metrics.known == rows
+    assert [row.to_json() for row in found.facts.metrics.known] == rows
     path = found.directory / METRICS_FILE
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     path.unlink()
     again = JobRunner.stored(found.context, found.links, "job")
-    assert again.facts.metrics.known == rows
+    assert again.facts.metrics.known == found.facts.metrics.known
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for name in SITES:  # said again to the new process
         hear(again, name, word(name, OTHERS, second))
-    assert again.facts.metrics.known == rows and "WARNING" not in caplog.text
+    assert again.facts.metrics.known == found.facts.metrics.known and "WARNING" not in caplog.text
 
 
 def test_differing_sites_are_a_line_of_the_log_without_values(tmp_path, caplog):
@@ -469,7 +469,7 @@ def test_what_a_job_is_told_after_its_end_is_kept_too(tmp_path):
     found.end("finished", "")
     for name in ("a", "b", "c"):
         found.put(events.MessageReceived(name, word(name)))
-    assert [row["metrics"] for row in found.facts.metrics.known] == [VALUES]
+    assert [row.metrics for row in found.facts.metrics.known] == [VALUES]
 
 
 def test_the_end_waits_for_sites_that_are_there_and_able(tmp_path):
@@ -498,7 +498,7 @@ def test_a_gap_is_undefined_where_the_metric_is():
 def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     found = coordinated(tmp_path)
     rows = [{"round": k, "number": k, "sites": 4, "metrics": VALUES} for k in range(45)]
-    found.facts.metrics.known[:] = rows[::-1]
+    found.facts.metrics.known[:] = map(MetricsRow.from_json, rows[::-1])
     found.end("finished", "")
 
     async def play():

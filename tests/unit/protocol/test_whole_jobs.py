@@ -16,8 +16,8 @@ def released(world):
     """(step, survivors) of the released rounds: every site has the state of exactly these."""
     hub = world.parties[HUB]
     assert hub.outcome.outcome == "finished", (hub.outcome, world.warnings)
-    rows = [row for row in hub.machine.facts.rounds.known if row["survivors"]]
-    found = tuple(((row["purpose"], row["round"]), tuple(row["survivors"])) for row in rows)
+    rows = [row for row in hub.machine.facts.rounds.known if row.survivors]
+    found = tuple(((row.purpose, row.round), row.survivors) for row in rows)
     assert len({step for step, _ in found}) == len(found)
     for name in SITES:
         assert world.parties[name].job.state.sums == found, name

@@ -16,6 +16,7 @@ from fedcore_server.sessions import SiteSession
 from rich.console import Console
 
 from fedcore.config import build_job
+from fedcore.results import JobRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
@@ -85,8 +86,9 @@ def test_of_more_jobs_than_have_room_the_newest_are_listed(hub):
 
 def test_whoever_watches_500_sites_gets_every_round_once(hub):
     found = over(hub, "t-1")
-    row = {"purpose": "update", "survivors": SITES, "roster": SITES}
-    found.facts.rounds.known[:] = rows = [{"round": number, **row} for number in range(45)]
+    row = {"purpose": "update", "number": 1, "seconds": 0.5, "survivors": SITES, "roster": SITES}
+    rows = [{"round": number, **row, "seconds_by_stage": {}} for number in range(45)]
+    found.facts.rounds.known[:] = map(JobRow.from_json, rows)
     found.facts.progress.waiting_for = tuple(SITES)
 
     async def play():

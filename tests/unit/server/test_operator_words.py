@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fedcore_server.job_disk import METRICS_FILE
+from fedcore_server.config import METRICS_FILE
 from fedcore_server.operators import (
     METRICS_AT_HOME,
     Operator,
@@ -25,9 +26,10 @@ from fedcore_server.operators import (
 from rich.console import Console
 
 from fedcore.errors import AlreadyExists, BadInput, MalformedMessage
+from fedcore.results import JobEvent, JobRow, MetricsRow
 from fedcore.wire.frames import FilePart, WatchEvent, json_bytes
 
-ROW = {
+RELEASED = {
     "round": 3, "purpose": "update", "seconds": 0.25, "survivors": ["a", "b", "c"],
     "roster": ["a", "b", "c", "d"], "bytes_up": 13_900, "bytes_down": 1_200_000,
 }  # fmt: skip
@@ -35,7 +37,9 @@ METRICS = {
     "round": 2, "number": 7, "sites": 3, "metrics": {"auc": 0.81234, "accuracy": None},
     "reference": {"metric": "auc", "value": 0.9, "source": "a registry", "gap": 0.08766},
 }  # fmt: skip
-LOST = {**ROW, "survivors": [], "abandoned": {"stage": "submit", "left": 2, "needed": 3}}
+ABANDONED = {**RELEASED, "survivors": [], "abandoned": {"stage": "submit", "left": 2, "needed": 3}}
+ROW, LOST = map(JobRow.from_json, (RELEASED, ABANDONED))
+SUMMED = MetricsRow.from_json(METRICS)
 
 
 def site(**changes):
@@ -44,6 +48,10 @@ def site(**changes):
 
 
 def event(**changes):
+    return JobEvent.from_json(told(**changes))
+
+
+def told(**changes):
     return {
         "job": "heart-1", "task": "heart", "protection": "layered", "state": "running", "text": "",
         "stage": "collecting", "step": ["update", 4], "rounds": 20, "rounds_done": 3,
@@ -61,7 +69,7 @@ def shown(renderable):
 def test_a_round_in_one_line():
     assert round_text(ROW, 20) == "round 3/20  3 of 4 sites  0.25 s  up 13.9 kB  down 1.20 MB"
     assert round_text(LOST, 20) == "round 3/20  abandoned at submit: 2 sites left, 3 needed"
-    assert round_text({**ROW, "purpose": "metrics", "round": 21}, 20).startswith(
+    assert round_text(replace(ROW, purpose="metrics", round=21), 20).startswith(
         "metrics after round 20  "
     )
 
@@ -77,7 +85,7 @@ def test_a_pipe_gets_what_is_new():
         "for": {"a": {"doing": "training", "last_seen": None}}, "of": 4, "until": time.time() + 900,
         "then": 0, "least": 3, "in_round": True,
     }  # fmt: skip
-    later = event(new_rounds=[ROW], sites=sites, waiting=waiting)
+    later = event(new_rounds=[RELEASED], sites=sites, waiting=waiting)
     lines = list(event_lines(later, first))
     assert lines[0].startswith("round 3/20") and lines[1] == "d: takes no part: task differs"
     assert lines[2].startswith("waiting for 1 of 4 sites: a (training); at ")
@@ -96,30 +104,26 @@ def test_a_terminal_gets_the_whole_picture():
 
 
 def test_a_table_has_the_first_metric_and_its_gap_or_says_where_they_are():
-    rows = [{**METRICS, "round": k, "number": 9 - k} for k in range(8)]
+    rows = [replace(SUMMED, round=k, number=9 - k) for k in range(8)]
     lines = [
         line.split() for line in shown(event_table(event(public_metrics=True), [], rows)).splitlines()
     ]  # fmt: skip
     at = lines.index(["after", "round", "auc", "gap", "of", "auc", "to", "0.9000"])
     expected = [[str(k), "0.8123", "0.0877"] for k in (4, 3, 2, 1, 0)]
     assert lines[at + 1 : at + 6] == expected, "the last five, in the order of their rounds"
-    plain = shown(event_table(event(public_metrics=True), [], [without(METRICS, "reference")]))
+    plain = shown(event_table(event(public_metrics=True), [], [replace(SUMMED, reference=None)]))
     assert "gap" not in plain and "0.8123" in plain
     assert "metrics: none yet" in shown(event_table(event(public_metrics=True), [], []))
     home = shown(event_table(event(public_metrics=False), [], []))
     assert "metrics: known to the sites only" in home and "none yet" not in home
 
 
-def without(row, key):
-    return {name: value for name, value in row.items() if name != key}
-
-
 def test_metrics_in_one_line():
     whole = "metrics after round 2: auc 0.8123  accuracy undefined"
-    assert metrics_text(without(METRICS, "reference")) == whole
-    assert metrics_text(METRICS) == f"{whole}  (gap of auc to 0.9000 (a registry): 0.0877)"
-    odd = {**METRICS["reference"], "source": "a\x1b[2Jb\n", "gap": None}
-    said = metrics_text({**METRICS, "reference": odd})
+    assert metrics_text(replace(SUMMED, reference=None)) == whole
+    assert metrics_text(SUMMED) == f"{whole}  (gap of auc to 0.9000 (a registry): 0.0877)"
+    odd = replace(SUMMED.reference, source="a\x1b[2Jb\n", gap=None)
+    said = metrics_text(replace(SUMMED, reference=odd))
     assert said.endswith("(gap of auc to 0.9000 (a?[2Jb?): undefined)"), said
 
 
@@ -138,23 +142,23 @@ def test_a_pipe_gets_each_metric_once_or_one_line_that_there_is_none():
     assert list(event_lines(known, first)) == ["metrics: known to the sites only"]
     assert list(event_lines(event(public_metrics=False), known)) == []
     assert "metrics: known to the sites only" in list(event_lines(known, None))
-    told = event(public_metrics=True, new_metrics=[METRICS])
-    assert list(event_lines(told, first)) == [metrics_text(METRICS)]
+    released = event(public_metrics=True, new_metrics=[METRICS])
+    assert list(event_lines(released, first)) == [metrics_text(SUMMED)]
 
 
 def test_the_page_for_operators_quotes_what_is_printed():
     page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
     row = {
-        "round": 3, "metrics": {"auc": 0.8123, "accuracy": 0.75},
+        "round": 3, "number": 7, "sites": 3, "metrics": {"auc": 0.8123, "accuracy": 0.75},
         "reference": {"metric": "auc", "value": 0.9, "source": "our registry, 2025", "gap": 0.0877},
     }  # fmt: skip
-    assert f"`{metrics_text(row)}`" in page and f"`{METRICS_AT_HOME}`" in page
+    assert f"`{metrics_text(MetricsRow.from_json(row))}`" in page and f"`{METRICS_AT_HOME}`" in page
     assert f"`{METRICS_FILE}`" in page
 
 
 def test_a_report_has_the_metrics_or_says_where_they_are(tmp_path):
     rows = '{"round": 2, "number": 7, "sites": 3, "metrics": {"auc": 0.5}}\n'
-    result = {**event(state="finished"), "task_sha256": "00", "public_metrics": True}
+    result = {**told(state="finished"), "task_sha256": "00", "public_metrics": True}
     (tmp_path / "result.json").write_text(json.dumps(result))
     (tmp_path / "metrics.jsonl").write_text(rows)
     assert "\n- metrics after round 2: auc 0.5000\n" in write_report(tmp_path).read_text()
@@ -165,9 +169,9 @@ def test_a_report_has_the_metrics_or_says_where_they_are(tmp_path):
 
 
 def test_jobs_and_sites_in_a_table():
-    text = shown(jobs_table({"jobs": [event()], "sites": {"a": site()}}))
+    text = shown(jobs_table({"jobs": [told()], "sites": {"a": site()}}))
     assert "3/20" in text and "running" in text and "training" in text
-    about = [event(metrics=METRICS, public_metrics=True), event(public_metrics=False)]
+    about = [told(metrics=METRICS, public_metrics=True), told(public_metrics=False)]
     text = shown(jobs_table({"jobs": about, "sites": {}}))
     assert "auc 0.8123" in text and "at the sites" in text
     assert "no jobs yet" in shown(jobs_table({"jobs": [], "sites": {}}))
@@ -175,20 +179,20 @@ def test_jobs_and_sites_in_a_table():
 
 def test_a_watch_goes_on_where_it_was_when_the_coordinator_restarts(monkeypatch):
     """Each call begins with all rounds; a person sees each of them once."""
-    answers = [[[ROW], [LOST]], [[ROW, LOST], [ROW]]]
+    answers = [[[RELEASED], [ABANDONED]], [[RELEASED, ABANDONED], [RELEASED]]]
     operator, lost = Operator.__new__(Operator), []
 
     def stream(*_):
         for rows in answers.pop(0):
-            yield WatchEvent(json_bytes(event(new_rounds=rows, new_metrics=rows[:1])))
+            yield WatchEvent(json_bytes(told(new_rounds=rows, new_metrics=rows[:1])))
         if answers:
             raise _Away("gone")
 
     monkeypatch.setattr(operator, "stream", stream)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     found = list(operator.watch("", lost.append))
-    assert [each["new_rounds"] for each in found] == [[ROW], [LOST], [], [ROW]]
-    assert [each["new_metrics"] for each in found] == [[ROW], [LOST], [], []]
+    assert [each["new_rounds"] for each in found] == [[RELEASED], [ABANDONED], [], [RELEASED]]
+    assert [each["new_metrics"] for each in found] == [[RELEASED], [ABANDONED], [], []]
     assert lost == ["gone; trying again for 1 min"]
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedcore.results import MetricsRow
 from fedcore.secagg.plan import ModelShape, RoundHeader
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job_messages import JobEnded, ToSite
 from fedcore.secagg.protocol.round.coordinator import CoordinatorEntry
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 # ------------------------------------------------------------------------------- at both roles
 
@@ -146,7 +147,7 @@ class KeepModel:
 class KeepMetrics:
     """Write the public metrics of one release: a row of the journal and of the job's files."""
 
-    row: Json = field(hash=False)
+    row: MetricsRow = field(hash=False)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class JobEnd:
             if self._catch_up.behind():
                 can_seal = isinstance(facts.epoch, epoch.Spreading)
                 return self._catch_up.want(at) if can_seal else []
-        trained = [row for row in facts.rounds.known if trains(row["purpose"])]
-        if trained and all("abandoned" in row for row in trained):
+        trained = [row for row in facts.rounds.known if trains(row.purpose)]
+        if trained and all(row.abandoned is not None for row in trained):
             return self.end("abandoned", "every round was abandoned for want of sites", at)
         awaited, asked = self._model.awaited(spent, at)
         if awaited:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+from fedcore.results import JobRow, MetricsRow
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.epoch import CoordinatorEpochStage, NoEpoch
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.round import coordinator
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 WAITING, RUNNING = "waiting", "running"
 """States of a job besides job.OUTCOMES: in the queue, and under way."""
@@ -81,16 +83,20 @@ class Progress:
         self.waiting_until = None if until is None else at.wall + until - at.now
 
 
+Row = TypeVar("Row", JobRow, MetricsRow)
+
+
 @dataclass
-class JobLog:
+class JobLog(Generic[Row]):
     """Rows of a job for people, oldest first. prefix: of their keys in the journal."""
 
+    kind: type[Row]
     prefix: str
-    known: list[Json] = field(default_factory=list)
+    known: list[Row] = field(default_factory=list)
 
-    def entry(self, row: Json) -> dict[str, bytes]:
+    def entry(self, row: Row) -> dict[str, bytes]:
         """The next row as a value of the journal, for the commit that it belongs to."""
-        return {f"{self.prefix}{len(self.known):06}": canonical(row)}
+        return {f"{self.prefix}{len(self.known):06}": canonical(row.to_json())}
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,8 @@ class JobFacts:
     outcome: job_messages.JobEnded | None = None
     sites: dict[SiteId, SiteView] = field(init=False)
     progress: Progress = field(default_factory=Progress)
-    rounds: JobLog = field(default_factory=lambda: JobLog("row-"))
-    metrics: JobLog = field(default_factory=lambda: JobLog("metrics-"))
+    rounds: JobLog[JobRow] = field(default_factory=lambda: JobLog(JobRow, "row-"))
+    metrics: JobLog[MetricsRow] = field(default_factory=lambda: JobLog(MetricsRow, "metrics-"))
 
     def __post_init__(self) -> None:
         self.sites = {name: SiteView() for name in self.pins}

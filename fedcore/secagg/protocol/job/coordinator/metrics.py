@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fedcore.errors import PeerRefused
+from fedcore.results import MetricsRow
 from fedcore.secagg.protocol import public_metrics
 from fedcore.secagg.protocol.effects import Warn
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, KeepMetrics
 from fedcore.secagg.protocol.job_messages import PublicMetrics
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 
 class Metrics:
@@ -29,7 +30,7 @@ class Metrics:
         if certificate is None or self._hearing is None:
             return
         number = certificate.header.round
-        known = any(row["number"] == number for row in self._facts.metrics.known)
+        known = any(row.number == number for row in self._facts.metrics.known)
         self._hearing.released(certificate, believed=known)
 
     def take(self, site: SiteId, message: PublicMetrics) -> list[CoordinatorJobEffect]:
@@ -43,10 +44,10 @@ class Metrics:
         effects: list[CoordinatorJobEffect] = [Warn(warning)] if warning else []
         if found is not None:
             # The sums that ride in a round are of the model that it starts from.
-            row: Json = {
-                "round": found.header.training_round - 1, "number": found.header.round,
-                "sites": found.sites, "metrics": found.values,
-            }  # fmt: skip
+            row = MetricsRow(
+                round=found.header.training_round - 1, number=found.header.round,
+                sites=found.sites, metrics=found.values,
+            )  # fmt: skip
             effects.append(KeepMetrics(row))
         return effects
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from fedcore.results import AbandonedRound, JobRow
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import messages, schedule
@@ -25,7 +26,7 @@ from fedcore.secagg.protocol.job.effects import (
 )
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 MOST_TRIES = 12
 """Times in a row that a step without which nothing can follow may be abandoned. Only rounds of which no
@@ -271,27 +272,26 @@ class RoundDriver:
         stage: coordinator.Released | coordinator.Failed,
         step: schedule.PlannedRound,
         at: Moment,
-    ) -> Json:
-        row: Json = {
-            "round": step.training_round, "purpose": step.purpose, "number": stage.header.round,
-            "seconds": round(at.now - self._begun, 4),
-            "survivors": list(stage.certificate.survivors)
-            if isinstance(stage, coordinator.Released) else [],
-            "roster": list(stage.header.roster),
-            "seconds_by_stage": {n: round(s, 5) for n, s in self._stage_seconds.items()},
-        }  # fmt: skip
-        if self._restarted:
-            row["restarted"] = True  # the times are those since the coordinator came back
-        if self._uploads:
-            row["bytes_up"] = max(upload.size for upload in self._uploads.values())
-        if self._sum_size is not None:
-            row["bytes_down"] = self._sum_size
-        if isinstance(stage, coordinator.Failed):
-            row["abandoned"] = {
-                "stage": stage.stage, "left": stage.left, "needed": stage.header.threshold,
-                "exposed": list(stage.exposed),
-            }  # fmt: skip
-        return row
+    ) -> JobRow:
+        survivors: tuple[SiteId, ...] = ()
+        abandoned: AbandonedRound | None = None
+        if isinstance(stage, coordinator.Released):
+            survivors = stage.certificate.survivors
+        else:
+            abandoned = AbandonedRound(
+                stage=stage.stage,
+                left=stage.left,
+                needed=stage.header.threshold,
+                exposed=stage.exposed,
+            )
+        return JobRow(
+            round=step.training_round, purpose=step.purpose, number=stage.header.round,
+            seconds=round(at.now - self._begun, 4), survivors=survivors, roster=stage.header.roster,
+            seconds_by_stage={n: round(s, 5) for n, s in self._stage_seconds.items()},
+            restarted=self._restarted or None,  # the times are those since the restart
+            bytes_up=max((upload.size for upload in self._uploads.values()), default=None),
+            bytes_down=self._sum_size, abandoned=abandoned,
+        )  # fmt: skip
 
     def tried_enough(self) -> str:
         """Why a step that was abandoned again and again ends the job; empty while it is tried again."""
@@ -300,7 +300,7 @@ class RoundDriver:
             return ""
         again = step.purpose, step.training_round
         last = self._facts.rounds.known[-MOST_TRIES:]
-        same = [r for r in last if (r["purpose"], r["round"]) == again and "abandoned" in r]
+        same = [r for r in last if (r.purpose, r.round) == again and r.abandoned is not None]
         if len(same) < MOST_TRIES:
             return ""
         return f"the {step.purpose} round was abandoned {MOST_TRIES} times in a row"
