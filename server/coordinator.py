@@ -20,6 +20,7 @@ from fedcore_server.sessions import EVICTED, Sessions
 from fedcore_server.tls import Gate
 from fedcore_server.views import Views
 
+from fedcore.errors import StoreProblem
 from fedcore.types import SiteId
 from fedcore.wire import frames
 
@@ -85,16 +86,28 @@ class Coordinator:
             if ping:
                 number, last = number + 1, time.monotonic()
             self.sessions.check(frames.Ping(number) if ping else None)
-            found = self.running()
-            for name in self.sessions.revoked():
-                if found is not None:  # it changes its keys (PROTOCOL V)
-                    LOG.warning("site %s: its certificate was revoked, the job gets new keys", name)
-                    found.withdrawn(name)
+            self.withdraw_revoked()
             try:
-                if self.views.show_waits(found, again=ping):
+                if self.views.show_waits(self.running(), again=ping):
                     self.changed()
             except Exception:  # what is only shown must not end the checks of the sessions
                 LOG.exception("waits cannot be shown")
+
+    def withdraw_revoked(self) -> None:
+        """The running job changes its keys where a certificate was revoked (PROTOCOL V).
+
+        Retried at the next call where the disk refuses to record it.
+        """
+        found = self.running()
+        for name in self.sessions.revoked():
+            if found is not None:
+                LOG.warning("site %s: its certificate was revoked, the job gets new keys", name)
+                try:
+                    found.withdrawn(name)
+                except (StoreProblem, OSError) as error:
+                    LOG.warning("job %s: %s; retried", found.id, error)
+                    continue
+            del self.sessions.last_peers[name]
 
     def seen(self) -> Seen:
         """The gauges of `/metrics`; called from another thread."""

@@ -140,8 +140,13 @@ class JobRunner:
         self.on_change()
 
     def withdrawn(self, site: SiteId) -> None:
-        """The certificate of a site was revoked: the next round has new keys. Raises StoreProblem."""
-        self.perform_all(self.machine.epochs.withdraw(site))
+        """The certificate of a site was revoked: the next round has new keys. Raises what the disk refuses."""
+        before = self.facts.withdrawn
+        try:
+            self.perform_all(self.machine.epochs.withdraw(site))
+        except Exception:
+            self.facts.withdrawn = before  # as on disk
+            raise
 
     def stop(self, text: str) -> None:
         """End the running job at an operator's request."""

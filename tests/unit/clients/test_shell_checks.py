@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import fedcore_clients.round_work
 import numpy as np
@@ -18,7 +19,13 @@ from fedcore_server.transfers import Transfers
 from support.deployed_jobs import SITES, coordinated, loaded, plan_for, submitted
 
 from fedcore.config import build_job, plan_of
-from fedcore.errors import BadInput, PeerRefused, ReleaseRefused
+from fedcore.errors import (
+    BadInput,
+    CertificateRefused,
+    PeerRefused,
+    ReleaseRefused,
+    StoreProblem,
+)
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -278,6 +285,32 @@ def test_a_transfer_that_no_round_waits_for_is_refused_before_its_first_part(tmp
         Transfers(hub).open_upload("d", start)
     assert hub.context.spool.rounds("job") == []
     Transfers(hub).open_upload("a", start)
+
+
+# ------------------------------------------------------------------------ a certificate is revoked
+
+
+def test_a_revocation_that_the_disk_refuses_is_recorded_later(tmp_path, monkeypatch):
+    """And the checks of the sessions go on."""
+    found = coordinated(tmp_path)
+
+    def still(peer):
+        raise CertificateRefused(f"{peer}: revoked", check="revoked")
+
+    hub = Coordinator(found.context, SimpleNamespace(still=still))
+    hub.adopt(found)
+    hub.sessions.last_peers["a"] = "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(found.disk, "put", refuses)
+        hub.withdraw_revoked()
+    assert found.facts.withdrawn == set() and "a" in hub.sessions.last_peers
+    hub.withdraw_revoked()
+    assert found.facts.withdrawn == {"a"} and not hub.sessions.last_peers
+    assert found.context.journal.get("job", "withdrawn") == b'["a"]'
+
+
+def refuses(_):
+    raise StoreProblem("journal: found the disk full")
 
 
 # -------------------------------------------------------------------- a record of another site
