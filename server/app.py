@@ -1,7 +1,7 @@
 """The coordinator's process: opens what is on disk, starts the fold workers, then listens.
 
-Order matters: fold workers are started before grpc (a process made under grpc's threads may hang), and
-the journal is read before the port is bound, so a site never meets a coordinator that knows nothing.
+Order matters: fold workers are started before grpc (a process started under grpc's threads may hang), and
+the journal is read before the port is bound, so no call meets a coordinator without its jobs.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from fedcore.wire import calls
 LOG = logging.getLogger("fedcore.coordinator")
 
 GRACE_SECONDS = 5.0
-"""How long open calls may take to end after a signal."""
+"""Timeout of open calls after a signal."""
 
 OWN_FILES = ("journal.sqlite*", "spool", "jobs")
-"""What this process keeps in its folder, for its user alone."""
+"""Files of this process in its folder, readable for its user only."""
 
 KEEPALIVE = (
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -60,29 +60,29 @@ LEAST_CONNECTIONS = 64
 
 
 def raise_descriptors() -> int:
-    """Open as many descriptors as the system lets this process; how many that is.
+    """Raise the limit of open files to the system's hard limit; returns the limit.
 
-    The usual soft limit of 1024 is used up by as many connections that say nothing.
+    The usual soft limit of 1024 is used up by as many idle connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # a hard limit that this system does not give
+        with contextlib.suppress(ValueError, OSError):  # the system may refuse its own hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int], ...]:
-    """gRPC's option for the connections of one address: beyond it a new one is closed at once, whatever
-    it has said, so that files can still be opened. descriptors: of this process."""
+    """gRPC's limit of connections to one address: more are closed at once, so that files can still be opened.
+
+    descriptors: open files that this process may have.
+    """
     room = max(LEAST_CONNECTIONS, descriptors - RESERVED) // max(1, addresses)
     return (("grpc.max_allowed_incoming_connections", room),)
 
 
 def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
-    """Run until SIGTERM or SIGINT. said: one line for a person, once it listens. Raises FedcoreError."""
+    """Run until SIGTERM or SIGINT. said: called with one line once it listens. Raises FedcoreError."""
     pins = read_roster(config.roster)
     kit = Kit.load(config.kit)
     if kit.peer.federation != config.name:
@@ -119,7 +119,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:
-    """Vectors that end the wait for more, 0 for none. Raises BadInput for a number that cannot be."""
+    """The number of vectors that ends the wait for more, 0 for none. Raises BadInput outside its range."""
     found = limits.enough_vectors
     if found is not None and not limits.minimum_sites <= found <= sites:
         raise BadInput(
@@ -150,10 +150,10 @@ async def _serve(
         await server.start()
         await probes.begin()
         said(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
-        await _until_told(hub, probes, server)
+        await _until_signal(hub, probes, server)
 
 
-async def _until_told(hub: Coordinator, probes: Probes, server: grpc.aio.Server) -> None:
+async def _until_signal(hub: Coordinator, probes: Probes, server: grpc.aio.Server) -> None:
     """Run the jobs until SIGTERM or SIGINT, then end every call in an orderly way."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -1,11 +1,11 @@
-"""federation.toml: WHO runs a federation, and how long it waits. Paths in it count from its folder.
+"""federation.toml: the coordinator of a federation, and its limits. Paths in it are relative to its folder.
 
 name = "hospitals"          roster = "roster.toml"        kit = "kit"         folder = "state"
 listen = ["::"]             port = 7443                   revoked = "revoked.txt"
 metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
-operator.toml: where an operator's commands go.
+operator.toml: the coordinator of an operator's commands.
 
 coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 """
@@ -29,7 +29,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class LimitsSection(Section):
-    """[limits]: seconds that are waited, the smallest cohort, room and hands.
+    """[limits]: timeouts in seconds, the smallest cohort, disk space, fold workers.
 
     enough_vectors: over-selection: so many vectors of a round end the wait for those of slower sites.
     most_...: what operators may submit: rounds, epochs and rows of one step of one job, jobs that are not over,
@@ -80,7 +80,7 @@ class OperatorConfig(Section):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an operator's calls go, and with whose certificate. proxy: "" for none."""
+    """The coordinator that an operator calls, and the folder of the certificate. proxy: "" for none."""
 
     host: str
     port: int

@@ -1,7 +1,7 @@
 """A fold worker: a process that keeps running sums of ranges of chunks. `folding.py` starts and asks it.
 
-A request names an operation and a job; the seeds of masks are its blob. An error of the tree is an answer,
-which the coordinator raises again; any other ends the process, and the sums with it.
+A request names an operation and a job; the seeds of masks are its blob. A FedcoreError is an answer, which the
+coordinator raises again; any other exception ends the process, and the sums with it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Mergeable(UnmaskableFold, Protocol):
 
 
 class _Part:
-    """A worker's range of one job: the running sum, and one upload beside it that may yet be refused."""
+    """A worker's range of one job: the running sum, and one upload beside it that may still be refused."""
 
     def __init__(self, request: Json) -> None:
         self._packing = _packing_of(request["packing"])
@@ -116,7 +116,7 @@ def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Merg
     return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk)
 
 
-def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
+def _handle(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
     """Do one request."""
     job = request["job"]
     match request["op"]:
@@ -136,14 +136,13 @@ def _obey(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
 
 
 def main() -> None:
-    """A worker: answers requests until they end. An error that the coordinator can raise is an answer; any
-    other ends the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
+    """Answer requests until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends it
     parts: dict[str, _Part] = {}
 
     def answer(request: Json, blobs: list[bytes]) -> tuple[Json, Sequence[bytes]]:
         try:
-            _obey(parts, request, blobs[0])
+            _handle(parts, request, blobs[0])
         except FedcoreError as error:
             kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in ERRORS)
             return {"error": kind, "text": str(error), "remedy": error.remedy}, []

@@ -1,16 +1,16 @@
-"""The fold in processes of its own: SEAL holds Python's lock, and would hold up every connection.
+"""The fold in worker processes: SEAL holds the GIL, and would block every connection.
 
-A job's vectors are cut by ranges of chunks, one range to a worker. A worker keeps one running sum of its
-range, reads uploads from the spool by their paths, expands of each mask only its own range, and writes
+A job's vectors are split into ranges of chunks, one range for each worker. A worker keeps one running sum of its
+range, reads uploads from the spool by their paths, expands only its own range of each mask, and writes
 its chunks of the sum to a file; the coordinator's process never holds a vector.
 Invariants: an upload is in the sum of every worker or of none; `total` is the sum of exactly the uploads
-it is given, whatever was folded ahead and whichever worker died meanwhile; memory, here and there, does
+it is given, whatever was folded before and whichever worker died meanwhile; memory, in all processes, does
 not grow with the number of sites. The bits are those of one fold over the whole vector: sums are exact,
-and chunks do not know of each other.
+and chunks are independent.
 
 Workers are started as commands and not forked, and before grpc: a fork under grpc hangs. They read
-requests from their standard input and end with it, so none outlives this process, however it dies.
-What an upload holds is not trusted: a worker that it kills takes nobody along, and the upload is refused.
+requests from their standard input and end with it, so none outlives this process, even if it is killed.
+The contents of an upload are not trusted: if it crashes a worker, that worker is restarted and the upload refused.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from fedcore.types import Json
 T = TypeVar("T")
 
 PATIENCE = 300.0
-"""Seconds for one answer: a hundred times what ten million parameters take on one slow core."""
+"""Timeout of one answer, in seconds: a hundred times what ten million parameters take on one slow core."""
 
 _ATTEMPTS = 3
-"""A worker may die of something else than the upload in hand; not three times."""
+"""A worker may die of another cause than the present upload; not three times."""
 
 
 class FoldPool:
@@ -74,7 +74,7 @@ class FoldPool:
         return tuple(worker.pid for worker in self._workers if worker.alive)
 
     def close(self) -> None:
-        """End the workers; what still runs is refused with StoreProblem."""
+        """End the workers; pending requests raise StoreProblem."""
         self.closed = True
         for worker in self._workers:
             worker.close()
@@ -121,10 +121,10 @@ class JobFold:
         ]
 
     async def add(self, path: Path) -> None:
-        """Fold a complete upload ahead of `total`; a second time does nothing.
+        """Fold a complete upload before `total`. Idempotent.
 
-        Raises ChunkRefused for what is no vector of this plan, and then nothing of it is in the sum.
-        Ask before the upload is taken for the round: the protocol's machine cannot take it back.
+        Raises ChunkRefused for a file that is no vector of this plan, and then nothing of it is in the sum.
+        Call it before the round takes the upload: the protocol's machine cannot undo that.
         """
         await self._alone(lambda: self._add(path))
 
@@ -148,9 +148,9 @@ class JobFold:
         await self._alone(self._end)
 
     def give_up(self) -> None:
-        """End what is under way for this sum, though its worker may hang; it takes no further request.
+        """Cancel this sum even if a worker hangs; it takes no further request.
 
-        The workers are killed, and start again with the next job's first request.
+        The workers are killed, and restarted by the next job's first request.
         """
         self._given_up = True
         for shard in self._shards:
@@ -169,7 +169,7 @@ class JobFold:
     def _add(self, path: Path) -> None:
         if path in self._held:
             return
-        # With one shard no other sum has to have it too, so one request does both.
+        # With one shard there is no other sum to keep in step, so one request does both.
         alone = len(self._shards) == 1
         op = "add" if alone else "prepare"
         refused = [error for error in self._each(lambda s: self._prepare(s, path, op)) if error]
@@ -227,7 +227,7 @@ class JobFold:
         return None
 
     def _commit(self, shard: _Shard, path: Path) -> None:
-        """Into the sum with it. Where the worker died since, the sum is made again when it is needed."""
+        """Add it to the sum. If the worker died since, the sum is made again when it is needed."""
         if shard.life == shard.worker.life:
             with contextlib.suppress(ChildEnded):
                 self._call(shard, {"op": "commit"})
@@ -245,13 +245,13 @@ class JobFold:
             ) from error
 
     def _forget(self, shard: _Shard) -> None:
-        """What a dead worker has done already."""
+        """A worker that died has forgotten the sum already."""
         if shard.worker.alive:
             with contextlib.suppress(ChildEnded):
                 self._call(shard, {"op": "end"})
 
     def _trying(self, shard: _Shard, work: Callable[[], None]) -> None:
-        """`work` on a shard whose sum is that of the held uploads, though its worker may die."""
+        """`work` on a shard whose sum is that of the held uploads; retried if its worker dies."""
         for _ in range(_ATTEMPTS - 1):
             with contextlib.suppress(ChildEnded):
                 self._settle(shard)

@@ -1,8 +1,8 @@
 """What one job of a coordinator has on disk: its journal, its part of the spool, and files for people.
 
 Small files of the round under way are in the journal too, with the record that relies on them, in one
-commit, and so without a sync of their own (decision 0012). A power cut may take the file; the next start
-writes it again. Whatever the disk refuses is raised as StoreProblem or OSError, and the caller has not moved.
+commit, and so without an fsync of their own (decision 0012). After a power cut the next start writes a lost file
+again. Every error of the disk is raised as StoreProblem or OSError, and the caller's state is unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _small_key(what: str, digest: bytes) -> str:
 
 
 def small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
-    """What the journal keeps of a file that was not synced."""
+    """What the journal keeps of a file that was not fsynced."""
     if stored is None or stored.travels > INLINE:
         return {}
     return {_small_key(what, stored.digest): stored.path.read_bytes()}
@@ -104,9 +104,9 @@ class JobDisk:
         self._rounds = JobLogFile(directory / ROUNDS_FILE, facts.rounds)
         self._metrics = JobLogFile(directory / METRICS_FILE, facts.metrics)
         self._small: set[str] = set()
-        """Keys of the journal with files of the round under way that came without a sync."""
+        """Keys of the journal with files of the round under way that were not fsynced."""
         self.uploads: dict[bytes, Stored] = {}
-        """Whole uploads of the round under way, by digest."""
+        """Complete uploads of the round under way, by digest."""
         self.sum: Stored | None = None
         """Of the round under way, or of the last one until the next begins."""
         self._round = b""
@@ -158,7 +158,7 @@ class JobDisk:
         self._discard_all(keep if facts.outcome is None else ())
 
     def _give_back_small(self) -> None:
-        """Files that the journal has may be gone, or empty, after a power cut."""
+        """Write files again that the journal has: they may be missing or empty after a power cut."""
         journal, name, stage = self._journal, self._job, self._facts.round
         self._small = {key for key in journal.keys(name) if key.startswith((_VECTOR, _SUM))}
         if stage is None:
@@ -199,13 +199,14 @@ class JobDisk:
         self._small |= put.keys()
 
     def close_round(self, values: Mapping[str, bytes]) -> None:
-        """The end of a round; its records and small files go. Nothing of it is secret here, so it need
-        not be gone from free pages."""
+        """Write the end of a round and delete its records and small files.
+
+        They contain no secret of a site, so free pages need not be overwritten."""
         self._journal.trim(self._job, ROUND, put=values, forget=sorted(self._small))
         self._round_gone()
 
     def end(self, ended: JobEnded) -> None:
-        """The end of the job; what is left of a round goes for good."""
+        """Write the end of the job and erase what is left of a round."""
         put = {"ended": encode(ended)}
         self._journal.compact(self._job, ROUND, put=put, forget=sorted(self._small))
         self._round_gone()
@@ -215,13 +216,13 @@ class JobDisk:
         self.uploads.clear()
 
     def keep_metrics(self, row: MetricsRow) -> None:
-        """The public metrics of one release, in journal and file."""
+        """Write the public metrics of one release into journal and file."""
         self.put(self._facts.metrics.entry(row))
         self._facts.metrics.known.append(row)
         self._metrics.show()
 
     def show_round(self) -> None:
-        """The last row of a round, in the file: the journal has it."""
+        """Append the last row of a round to its file: the journal has it."""
         self._rounds.show()
 
     # --------------------------------------------------------------------------- the spool
@@ -236,7 +237,7 @@ class JobDisk:
             self._round, self.sum = header, None
 
     def summands(self, asked: RemoveMasks) -> list[Path]:
-        """The files of a sum, small ones given back from the journal. Raises DataLost for one that is gone."""
+        """The files of a sum, small ones restored from the journal. Raises DataLost for a lost one."""
         header = asked.header.digest
         found = self.spool.complete(self._job, header)
         if not found.keys() >= set(asked.survivors):

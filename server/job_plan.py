@@ -1,4 +1,4 @@
-"""What follows from a job's settings: its threshold, its plan, and what a plan weighs."""
+"""What follows from a job's settings: its threshold, its plan, and the sizes of its vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running sum of a job's round under way: uploads folded as they come, the masks taken off at the end."""
+"""The running sum of a job's round under way: uploads are folded as they arrive, masks removed at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedcore.types import SiteId
 
 
 class JobSum:
-    """One job's place in the fold pool. retry_seconds: between attempts while the disk is full."""
+    """One job's sums in the fold pool. retry_seconds: between attempts while the disk is full."""
 
     def __init__(self, pool: FoldPool, disk: JobDisk, retry_seconds: float) -> None:
         self._pool, self._disk, self._retry_seconds = pool, disk, retry_seconds
@@ -41,10 +41,10 @@ class JobSum:
     async def make(
         self, asked: RemoveMasks, late: Callable[[], bool], full: Callable[[str], None]
     ) -> SumMade:
-        """The sum of exactly the uploads that are asked for; waits while the disk is only full.
+        """The sum of exactly these uploads; retries while the disk is full.
 
-        late: whether it takes longer than a stage may; full: called with the reason of each wait. Raises StoreProblem,
-        and StoreFull once it is late.
+        late: whether it takes longer than a stage may; full: called with the reason before each retry. Raises
+        StoreProblem, and StoreFull once it is late.
         """
         assert self._fold is not None
         disk, header = self._disk, asked.header.digest
@@ -53,7 +53,7 @@ class JobSum:
                 disk.sum = await self._fold.total(
                     disk.summands(asked), asked.masks, lambda chunks: disk.keep_sum(header, chunks)
                 )
-            except StoreFull as error:  # room may come back, and nothing of the round is lost
+            except StoreFull as error:  # nothing of the round is lost
                 full(str(error))
                 if late():
                     raise
@@ -62,7 +62,7 @@ class JobSum:
                 return SumMade(header, KeptFile(disk.sum.digest, disk.sum.size))
 
     def give_up(self, number: int, seconds: float) -> None:
-        """A worker or the disk hangs: end the workers. Raises DataLost."""
+        """End the workers: one of them or the disk hangs. Raises DataLost."""
         if self._fold is not None:
             self._fold.give_up()
         raise DataLost(
@@ -71,7 +71,7 @@ class JobSum:
         )
 
     async def end(self) -> None:
-        """Free its place."""
+        """Free the running sum."""
         if self._fold is not None:
             with contextlib.suppress(FedcoreError):
                 await self._fold.end()

@@ -1,7 +1,7 @@
-"""What tools ask a coordinator: is it well (gRPC health), what does it serve (gRPC reflection).
+"""The standard services for tools: gRPC health and gRPC reflection.
 
-Invariant: nobody gets an answer without a certificate of the federation that the gate admits; nothing
-here says anything about a job. Health has Check and no Watch: nothing of it outlives its admission.
+Invariant: a call needs a certificate of the federation that the gate admits; no answer contains anything about a
+job. Health has Check and no Watch, so that no call outlives its admission.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Probes:
         self._reflection = reflection.aio.ReflectionServicer(names)
 
     async def begin(self) -> None:
-        """Every service is well."""
+        """Report every service as serving."""
         for name in (calls.COORDINATOR, calls.OPERATORS):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def end(self) -> None:
-        """No service is well from now on."""
+        """Report every service as not serving from now on."""
         await self._health.enter_graceful_shutdown()
 
     async def _check(self, request: Any, context: Context) -> Any:

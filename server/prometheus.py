@@ -1,7 +1,7 @@
 """Prometheus counters of a coordinator, on a loopback port of their own.
 
-Invariant: only counts, bytes and states: no model, metric, key or share has a number here, and nothing
-says which rows or how many a site has. Everything is read when it is asked for.
+Invariant: only counts, bytes and states: nothing of a model, metric, key or share, and nothing of a site's rows.
+Everything is read at the time of a scrape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ADDRESS = "127.0.0.1"
 
 @dataclass
 class Counts:
-    """What a coordinator process counted since it started."""
+    """Counters since the process started."""
 
     sessions: int = 0
     refused: int = 0
@@ -31,7 +31,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Seen:
-    """What there is at this moment. jobs: by state; rounds: by outcome, of this process."""
+    """The gauges now. jobs: by state; rounds: by outcome, of this process."""
 
     sites: int
     connected: int
@@ -67,9 +67,9 @@ class _Collector:
 def serve_metrics(
     counts: Counts, seen: Callable[[], Seen], port: int
 ) -> tuple[int, Callable[[], None]]:
-    """Answer scrapes on a loopback port (0: a free one), in a thread; the port, and what ends it.
+    """Serve scrapes on a loopback port (0: a free one) in a thread; returns the port, and a function that stops it.
 
-    Raises BadInput where the port cannot be had.
+    Raises BadInput where the port cannot be bound.
     """
     registry = CollectorRegistry()
     registry.register(_Collector(counts, seen))

@@ -155,15 +155,16 @@ class Sessions:
                     session.put(ping)
 
     def revoked(self) -> list[SiteId]:
-        """Sites whose last certificate was revoked since the last call."""
+        """Sites whose last certificate is revoked; other certificates that do not count are forgotten."""
         found = []
         for name, peer in list(self.last_peers.items()):
             try:
                 self.gate.still(peer)
             except CertificateRefused as error:
-                del self.last_peers[name]
                 if error.check == "revoked":
                     found.append(name)
+                else:
+                    del self.last_peers[name]
         return found
 
     def close(self) -> None:

@@ -1,13 +1,13 @@
-"""The coordinator's end of TLS: who may connect, and who a call comes from.
+"""The coordinator's end of TLS: which peers may connect, and the peer of a call.
 
 Invariant: every port is TLS with a client certificate required, and every call is admitted anew, by
-`Gate`: version, federation, role, time, roster, withdrawal. gRPC checks the chain and the times when a
-connection begins; a session that outlives its certificate is ended by `Gate.still`.
+`Gate`: version, federation, role, time, roster, revocation. gRPC checks the chain and the times when a
+connection begins; `Gate.still` finds a session that outlives its certificate.
 
-What is negotiated: gRPC's floor is TLS 1.2 and has no setting in Python, so a call under anything but
-1.3 is refused here. Between two of our own ends it is 1.3 with X25519MLKEM768, so what is recorded
-today stays closed to a quantum computer of tomorrow; `tests/unit/wire/test_tls.py` reads both from a call.
-A gRPC server that refuses a certificate closes without saying why: `identity/preflight.py` finds out.
+gRPC's minimum is TLS 1.2 and has no setting in Python, so a call under anything but 1.3 is refused here. Between
+two of our own ends it is 1.3 with X25519MLKEM768, so that recorded traffic stays confidential against a quantum
+computer; `tests/unit/wire/test_tls.py` reads both from a call. A gRPC server that refuses a certificate closes the
+connection without a reason: `identity/preflight.py` finds it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedcore.identity.revocation import Revocations
 from fedcore.identity.verify import printable, refusal_text
 
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
-"""Without it a second coordinator binds the same port in silence and takes half of the sites."""
+"""Otherwise a second coordinator could bind the same port and take half of the sites."""
 
 LOOPBACK = ("127.0.0.1", "::1")
 EVERYWHERE = ("::",)
@@ -70,8 +70,8 @@ def bind(
 ) -> tuple[int, tuple[str, ...]]:
     """Bind every address to one port (0: a free one); the port, and the addresses it is bound to.
 
-    hosts: IP addresses. `::1` is left out on a machine without IPv6 if something else is bound; whatever
-    else cannot be bound raises BadInput. `server` must have been made with SERVER_OPTIONS.
+    hosts: IP addresses. `::1` is left out on a machine without IPv6 if another address is bound; any other failure
+    raises BadInput. `server` must have been made with SERVER_OPTIONS.
     """
     bound: list[str] = []
     for host in hosts:
@@ -97,9 +97,9 @@ def bind(
 
 @dataclass
 class Gate:
-    """Whom the coordinator lets in. roster: the sites' names, read live. clock: now, with a zone.
+    """Admission by certificate. roster: the sites' names, read at each call. clock: now, with a zone.
 
-    trouble: told when the list of withdrawn certificates changed and cannot be read.
+    trouble: called when the list of revoked certificates changed and cannot be read.
     """
 
     federation: str
@@ -117,9 +117,9 @@ class Gate:
         return peer
 
     def still(self, peer: Peer) -> None:
-        """What can end while a session lasts: time, roster, withdrawal. Raises CertificateRefused.
+        """Check what can change during a session: time, roster, revocation. Raises CertificateRefused.
 
-        Cheap enough to be asked every second for every session.
+        Cheap enough to be called every second for every session.
         """
         try:
             self.revocations.refresh()
@@ -131,7 +131,7 @@ class Gate:
 
 
 def peer_of_call(context: ServicerContext) -> Peer:
-    """Who calls, from the connection's own certificate. Raises CertificateRefused."""
+    """The peer of a call, from the certificate of its connection. Raises CertificateRefused."""
     about = context.auth_context()
     certificates = list(about.get("x509_pem_cert", ()))
     if not certificates:
@@ -151,13 +151,13 @@ def peer_of_call(context: ServicerContext) -> Peer:
 
 
 async def refuse(context: ServicerContext, error: PeerRefused) -> NoReturn:
-    """End a call with the line that its caller should see. Raises what gRPC raises."""
+    """End a call with the refusal as its status. Raises what gRPC raises."""
     await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal_text(error))
     raise AssertionError  # pragma: no cover  abort never returns
 
 
 def _cause(host: str, port: int) -> int:
-    """The errno that a plain socket meets here, or 0: gRPC says only that it failed."""
+    """The errno of a plain socket at this address, or 0: gRPC reports only that binding failed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,4 +1,4 @@
-"""Catching up: a site that missed a release gets the state that another one sealed (decision 0011)."""
+"""Catching up: a site that missed a release downloads the state that another one sealed (decision 0011)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CatchUp:
         self._offered: dict[SiteId, job_messages.SiteStatus] = {}
 
     def restore(self, checkpoint: KeptFile | None) -> None:
-        """What the disk has of it: a site that was asked before is asked again."""
+        """Reset to what the disk has: a site that was asked before is asked again."""
         self.checkpoint, self.asked = checkpoint, None
 
     def connected(self, name: SiteId) -> None:
@@ -39,7 +39,7 @@ class CatchUp:
     def at_rest(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
         """A site reported its status."""
         if self.asked == name:
-            self.asked = None  # back from elsewhere: it may not have heard
+            self.asked = None  # it may not have received the request
         return self.check(name, at)
 
     def check(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
@@ -48,7 +48,7 @@ class CatchUp:
         if rest is None or facts.certificate is None or rest.certificate == facts.released:
             return []
         if rest.epoch != facts.epoch.epoch:
-            return []  # it could not open the checkpoint: the key epoch first
+            return []  # it could not decrypt the checkpoint: the key epoch first
         if self.checkpoint is None:
             return self.want(at)
         if self._offered.get(name) == rest:
@@ -57,7 +57,7 @@ class CatchUp:
         return self.offer(name)
 
     def want(self, at: Moment) -> list[CoordinatorJobEffect]:
-        """Ask a site that has the state; another one after a while without an answer."""
+        """Ask a site that has the state; another one after a timeout."""
         facts, asked = self._facts, self.asked
         if asked in at.here and at.now - self.asked_at < facts.limits.gather:
             return []
@@ -75,7 +75,7 @@ class CatchUp:
     def sealed(
         self, name: SiteId, message: job_messages.CheckpointSealed
     ) -> list[CoordinatorJobEffect]:
-        """A site uploaded the state; only one that was asked, if not as the last one, could."""
+        """A site that was asked, now or before, uploaded the state."""
         certificate = self._facts.certificate
         if certificate is None or message.certificate != certificate.hash:
             return []

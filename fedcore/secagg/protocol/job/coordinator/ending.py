@@ -1,4 +1,4 @@
-"""The end of one job: when it may end, what the sites are sent then, and what late sites still get."""
+"""The end of one job: when it may end, what the sites are sent then, and what late sites still receive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedcore.secagg.purposes import trains
 from fedcore.types import SiteId
 
 RETRY_SECONDS = 2.0
-"""Seconds before what got no answer is sent again."""
+"""Seconds before a message without an answer is resent."""
 
 _OF_A_ROUND = (
     messages.Keys, messages.Shares, messages.Submit, messages.Confirm, messages.Unmask,
@@ -43,9 +43,7 @@ class JobEnd:
         """Clock seconds at which the last step was over."""
 
     def end(self, outcome: str, text: str, at: Moment) -> list[CoordinatorJobEffect]:
-        """No further round: tell the sites. Of the rounds only their rows are kept.
-
-        The outcome counts once the journal has it."""
+        """Write the end, then tell the connected sites. Of the rounds only their rows are kept."""
         ended = job_messages.JobEnded(self._facts.id, outcome, text, self._facts.released)
         return [EndJob(ended), *(Send(name, ended) for name in at.here), DiscardUploads()]
 
@@ -60,7 +58,7 @@ class JobEnd:
             return []
         if self._catch_up.checkpoint is None and spent < max(gather, RETRY_SECONDS):
             if spent < RETRY_SECONDS and any(facts.sites[name].rest is None for name in at.here):
-                return []  # they are about to report their status
+                return []  # they will report their status soon
             if self._catch_up.behind():
                 can_seal = isinstance(facts.epoch, epoch.Spreading)
                 return self._catch_up.want(at) if can_seal else []
@@ -77,7 +75,7 @@ class JobEnd:
         return [*asked, *self.end("finished", text, at)]
 
     def afterwards(self, event: Event, at: Moment) -> list[CoordinatorJobEffect]:
-        """The job is over: tell a site that was away, and send it the last state if it missed it."""
+        """The job is over: tell a site that was not connected, and send it the last state if it missed it."""
         facts, over = self._facts, self._facts.outcome
         assert over is not None
         stays = replace(over, certificate="")
@@ -89,11 +87,11 @@ class JobEnd:
             case MessageReceived(name, job_messages.KeysErased(wanted=wanted)):
                 return self._epochs.pass_by(name, wanted, at)
             case MessageReceived(name, job_messages.PublicMetrics() as message):
-                return self._metrics.take(name, message)  # it needed longer than the end waited
+                return self._metrics.take(name, message)  # sent after the end
             case MessageReceived(name, message) if isinstance(message, _OF_A_ROUND):
                 return [Send(name, over)]  # the message that ended its round was lost
             case MessageReceived(name, job_messages.SiteSurvey()) if facts.plan is not None:
-                return [Send(name, facts.plan_offer())]  # it was loading at the end
+                return [Send(name, facts.plan_offer())]  # it was still loading
             case MessageReceived(name, job_messages.SiteSurvey() | job_messages.SiteUnavailable()):
                 return [Send(name, stays)]
             case MessageReceived(name, job_messages.PlanAgreed()) if facts.plan is not None:

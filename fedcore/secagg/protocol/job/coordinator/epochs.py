@@ -1,6 +1,6 @@
-"""Key epochs of one job: when one begins, who is called, who grants, and when the key is spent.
+"""Key epochs of one job: when one begins, with which sites, which holder grants, and when the key is spent.
 
-The rules of one epoch are `protocol/epoch.py`; this part decides between epochs, and which holder is asked.
+The rules of one epoch are in `protocol/epoch.py`; this part decides between epochs, and which holder is asked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedcore.types import SiteId
 KEYS_ERASED = (
     "the sites have erased the keys of this job, so its last model cannot be fetched any more"
 )
-"""For a site that comes back later than the others keep a job's keys: it stays at the state it has."""
+"""For a site that reconnects after the others erased a job's keys: it stays at the state it has."""
 
 
 class EpochDriver:
@@ -80,11 +80,11 @@ class EpochDriver:
         return stage.holders if isinstance(stage, epoch.Spreading) else ()
 
     def back(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """A site is back: it gets again what the present epoch has for it."""
+        """Resend a site the messages of the present epoch."""
         return self.take(epoch.SiteReturned(name), at)
 
     def agreed(self, name: SiteId) -> list[CoordinatorJobEffect]:
-        """A site agreed to the plan; one without its journal signs a new key of the present epoch."""
+        """A site agreed to the plan; one that lost its journal signs a new key of the present epoch."""
         view, stage = self._facts.sites[name], self._facts.epoch
         view.agreed = True
         if not view.anew or not isinstance(stage, epoch.Spreading):
@@ -100,7 +100,7 @@ class EpochDriver:
         return [name for name in at.here if sites[name].agreed and name not in holders]
 
     def call(self, present: tuple[SiteId, ...], at: Moment) -> list[CoordinatorJobEffect]:
-        """Begin the next epoch with these sites; later ones join it."""
+        """Begin the next epoch with these sites; others join later."""
         facts = self._facts
         assert facts.plan is not None
         roster = tuple(facts.pins)
@@ -124,8 +124,8 @@ class EpochDriver:
     def spent(self) -> bool:
         """Whether no further round runs under the present key epoch.
 
-        A site refused a release under it (PROTOCOL R), or a site that holds its secret was sent away or
-        lost its certificate (V). An evicted site is no reason any more where no round follows.
+        A site refused a release under it (PROTOCOL R), or a site that holds its secret was evicted or
+        lost its certificate (V). An evicted site does not count where no round follows.
         """
         facts, stage = self._facts, self._facts.stage
         if isinstance(facts.epoch, epoch.NoEpoch):
@@ -147,7 +147,7 @@ class EpochDriver:
             self._refused = True
 
     def withdraw(self, site: SiteId) -> list[CoordinatorJobEffect]:
-        """The certificate of a site was revoked: whoever has it may have what the site holds."""
+        """The certificate of a site was revoked: its holder may have the site's keys, too."""
         if self._facts.outcome is not None or site in self._facts.withdrawn:
             return []
         return self._withdraw(self._facts.withdrawn | {site})
@@ -157,7 +157,7 @@ class EpochDriver:
         return [PutValues({"withdrawn": json.dumps(sorted(sites)).encode()})]
 
     def pass_by(self, name: SiteId, wanted: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """A holder has erased the ended job's keys: another is asked, or the late site stays behind."""
+        """A holder has erased the ended job's keys: ask another, or leave the late site at its state."""
         facts = self._facts
         assert facts.outcome is not None
         self._erased.add(name)

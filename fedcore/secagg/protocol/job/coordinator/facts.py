@@ -1,4 +1,4 @@
-"""What all parts of a coordinator's job know of it: settings, what the journal has, and the sites.
+"""The state of a coordinator's job that its parts share: settings, what the journal has, and the sites.
 
 Each part reads all of it; each field is changed by one part only.
 """
@@ -19,7 +19,7 @@ from fedcore.secagg.protocol.round import coordinator
 from fedcore.types import SiteId
 
 WAITING, RUNNING = "waiting", "running"
-"""States of a job besides job.OUTCOMES: in the queue, and under way."""
+"""States of a job besides `job_messages.OUTCOMES`: in the queue, and running."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,25 @@ class Moment:
 
 @dataclass
 class SiteView:
-    """What is known of a site in this job, for scheduling and for people."""
+    """The state of a site in this job, for scheduling and for operators."""
 
     shape: ModelShape | None = None
     unable: str = ""
     agreed: bool = False
     anew: bool = False
-    """It agreed before and surveys again: its journal is gone, and the epoch's secret with it."""
+    """It agreed before and sends a survey again: it lost its journal, and the epoch's secret with it."""
     rest: job_messages.SiteStatus | None = None
     doing: str = ""
     last_seen: float = 0.0
     missed: bool = False
-    """A round began without it; it is not waited for again before it connects."""
+    """A round began without it; no round waits for it again before it connects."""
     away_since: float | None = None
     """Clock seconds at which its connection was found lost."""
 
 
 @dataclass
 class Progress:
-    """For `watch`: what the job is at. waiting_until: seconds since 1970."""
+    """The state of the job for `watch`. waiting_until: seconds since 1970."""
 
     state: str = WAITING
     text: str = ""

@@ -1,8 +1,8 @@
 """The model that a plan gives to the coordinator, once the job's last round is over.
 
-Sites are asked which file their last release leads to; the file is taken from one of them and stands
-beside the job's other files, for `fed-coordinator result`. Invariant (PROTOCOL R): it is there only if as
-many sites as the last release needed name the same one, so it is what honest sites have while fewer than
+Sites are asked for the digest of the file of their last release; one of them uploads the file, which is stored
+beside the job's other files, for `fed-coordinator result`. Invariant (PROTOCOL R): it is stored only if as
+many sites as the last release needed report the same digest, so it is the honest sites' file while fewer than
 that lie. Before the last round no site is asked, and no honest site would answer.
 """
 
@@ -34,7 +34,7 @@ class ModelHandover:
         self.said: dict[SiteId, bytes] = {}
         self._asked: dict[SiteId, float] = {}
         self._tried: dict[SiteId, float] = {}
-        """When each site was asked for its digest, and for its file: clock seconds."""
+        """Clock seconds at which each site was asked for its digest, and for its file."""
         self._giver: SiteId | None = None
 
     @property
@@ -63,24 +63,23 @@ class ModelHandover:
         return ""
 
     def connected(self, site: SiteId) -> None:
-        """A new session: what it was asked in the one before may be lost."""
+        """A new session: the request in the one before may be lost."""
         if site in self._asked:
             self._asked[site] = -math.inf
         if site == self._giver:
             self._giver = None
 
     def expects(self, site: SiteId, header: bytes) -> bool:
-        """Whether an upload under this header may be the file that this site was asked for, if not as the
-        last one."""
+        """Whether an upload under this header may be the file that this site was asked for, now or before."""
         return self._is_model(header) and site in self._tried and not self.here
 
     def _is_model(self, header: bytes) -> bool:
         return self.given and header == job_messages.model_upload(self._facts.released)
 
     def awaited(self, spent: float, at: Moment) -> tuple[bool, list[CoordinatorJobEffect]]:
-        """Whether the file may still come, and what to ask of connected sites now.
+        """Whether the file may still be uploaded, and the requests to connected sites now.
 
-        spent: seconds for which the end of the job waits already.
+        spent: seconds for which the end of the job has waited.
         """
         facts = self._facts
         if not self.given or self.here or facts.certificate is None or self.lacking(facts.pins):
@@ -143,7 +142,7 @@ class ModelHandover:
 
     @property
     def _agreed(self) -> bytes:
-        """The digest that enough sites name; empty while there is none."""
+        """The digest that enough sites report; empty while there is none."""
         certificate = self._facts.certificate
         for digest, count in Counter(self.said.values()).items():
             if certificate is not None and count >= certificate.header.threshold:
@@ -151,10 +150,10 @@ class ModelHandover:
         return b""
 
     def upload(self, header: bytes, digest: bytes) -> list[CoordinatorJobEffect] | None:
-        """A whole upload: kept if it is the file that enough sites name. None if it is no model."""
+        """A complete upload: kept if it is the file that enough sites report. None if it is no model."""
         if not self._is_model(header):
             return None
-        self._giver = None  # unless the disk takes it, it is asked for again
+        self._giver = None  # asked for again if the disk refuses it
         keep = not self.here and digest == self._agreed
         kept: list[CoordinatorJobEffect] = [KeepModel(header, digest)] if keep else []
         return [*kept, DiscardUploads(header)]

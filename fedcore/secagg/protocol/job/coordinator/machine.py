@@ -1,7 +1,7 @@
-"""A job at the coordinator as a machine: `step(event, at)` answers with the effects to obey, in order.
+"""A job at the coordinator as a machine: `step(event, at)` returns the effects to carry out, in order.
 
-It joins the parts: each event goes to the part that knows what it means, and what one part's answer means
-to another is written here. Without input or output, without a clock: the runner has these.
+It connects the parts: each event goes to the part that handles it, and what follows from it for another part is
+here. No input, no output, no clock: the runner has these.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
 
 TICK_SECONDS = 1.0
-"""Between looks at the clock."""
+"""Period of the timer."""
 
 MOST_AHEAD = 1 << 20
-"""Rounds that a site may have seen and this journal not: it was restored from a backup."""
+"""Rounds by which a site may be ahead of this journal: it was restored from a backup."""
 
 SHAPE_DIFFERS = "another model or other columns than most sites"
-"""What this coordinator finds where a site's survey differs: not reported by the site."""
+"""Why a site whose survey differs takes no part: found here, not reported by the site."""
 
 MATERIAL = "site {} left a round over another site's material: the sites' logs say whose"
 
@@ -70,7 +70,7 @@ class JobMachine:
         self._nudged_at = 0.0
         self._at = Moment(0.0, 0.0, ())
         self._out: list[CoordinatorJobEffect] = []
-        """Of the step under way: its moment, and the effects so far."""
+        """The moment of the present step, and its effects so far."""
 
     def restored(
         self,
@@ -117,11 +117,11 @@ class JobMachine:
         self._at, self._out = at, []
         try:
             self._take(event)
-        except OutOfOrder as error:  # resent after a reconnect, and known already
+        except OutOfOrder as error:  # resent after a reconnect
             self._out.append(Info(str(error)))
         except PeerRefused as error:
             if isinstance(event, events.Advance | events.Resumed):
-                raise  # no site's doing
+                raise  # not caused by a site
             self._out.append(Warn(str(error)))
         return self._out
 
@@ -168,7 +168,7 @@ class JobMachine:
                 self.do([Info("the sites gave the model")])
 
     def do(self, effects: Iterable[CoordinatorJobEffect]) -> None:
-        """Ask for these after what this step asked for before."""
+        """Append effects of this step."""
         self._out += effects
 
     def end(self, outcome: str, text: str) -> None:
@@ -205,7 +205,7 @@ class JobMachine:
             self._resend()
 
     def _resend(self) -> None:
-        """Send again what may have been lost on its way between two others."""
+        """Resend what may have been lost."""
         if self.facts.plan is None:
             return
         for name in self.epochs.lacking(self._at):
@@ -231,7 +231,7 @@ class JobMachine:
             self.round_step(coordinator.Gone(name))
 
     def _out_of_round(self, name: SiteId) -> None:
-        """This site is in no round any more: it reported so, or has lost its journal."""
+        """This site has left the round for good: it reported so, or lost its journal."""
         if self.facts.round is not None:
             self.round_step(coordinator.Gone(name, for_good=True))
 
@@ -283,7 +283,7 @@ class JobMachine:
                 self.round_step(coordinator.MessageFromSite(name, message))
 
     def _surveyed(self, name: SiteId, shape: ModelShape) -> None:
-        """A site surveys before it has a plan, or without its journal."""
+        """A site sends a survey before it has a plan, or when it lost its journal."""
         view = self.facts.sites[name]
         view.shape, view.unable = shape, ""
         view.anew, view.agreed = view.agreed, False
@@ -292,9 +292,9 @@ class JobMachine:
             self.do([Send(name, self.facts.plan_offer())])
 
     def _agreed(self, name: SiteId) -> None:
-        """A site that knows the plan gets again what epoch and round have for it.
+        """Resend a site that has the plan the messages of the epoch and the round.
 
-        It sends this in every new session, and after its disk refused something that was sent to it.
+        It sends this in every new session, and after its disk refused to record a message.
         """
         self.do(self.epochs.agreed(name))
         # The round first: a site takes no new epoch inside one.
@@ -306,7 +306,7 @@ class JobMachine:
         if not 0 <= rest.round <= facts.number + MOST_AHEAD:
             raise PeerRefused(f"round: found a number of {name} that is far from ours")
         view = facts.sites[name]
-        # It may be catching up: without a wait for it, fast rounds stay one release ahead of it.
+        # It may be catching up: fast rounds that do not wait would stay one release ahead of it.
         view.rest, view.missed = rest, False
         first = coordinator.is_first(stage) and name in coordinator.waiting_for(stage)
         if first and rest.round < facts.number:
@@ -317,7 +317,7 @@ class JobMachine:
         self.do(self.catch_up.at_rest(name, self._at))
 
     def _tell_if_over(self, name: SiteId, header: bytes) -> None:
-        """Tell a site that is still in an earlier round how that round ended: the message was lost."""
+        """Resend a site in an earlier round how that round ended: the message was lost."""
         facts = self.facts
         if facts.round is not None and facts.round.header.digest == header:
             return
@@ -339,7 +339,7 @@ class JobMachine:
             self.take_upload(name)
 
     def take_upload(self, name: SiteId) -> None:
-        """Fold what this site uploaded, once what it signed is there too."""
+        """Fold the upload of this site, once its signed submission is here, too."""
         self.do(self.rounds.to_fold(name, self._at))
 
     def expects(self, name: SiteId, header: bytes, size: int, overhead: int) -> bool:
@@ -348,7 +348,7 @@ class JobMachine:
         size: bytes of its file, of which the container is `overhead`.
         """
         if self.facts.outcome is not None or self.facts.plan is None:
-            return False  # what was asked for is not needed any more
+            return False  # nothing is needed any more
         if self.rounds.expects(name, header, size - overhead):
             return True
         model = self.model.expects(name, header) and size <= self.catch_up.most_bytes
@@ -357,7 +357,7 @@ class JobMachine:
     # ---------------------------------------------------------------- plan, epochs and rounds
 
     def _advance(self) -> None:
-        """Whatever can begin now, begins."""
+        """Begin whatever can begin now."""
         facts = self.facts
         self.gathering.show(self.rounds.short_since, self._at)
         if facts.plan is None:
@@ -368,7 +368,7 @@ class JobMachine:
             self.next_round()
 
     def gathered(self, present: list[SiteId]) -> bool:
-        """Whether to go on with these sites; ends the job where too few came in time."""
+        """Whether to go on with these sites; ends the job where too few connected in time."""
         found = self.gathering.check(present, self._at)
         if isinstance(found, str):
             self.end("abandoned" if self.facts.rounds.known else "failed", found)
@@ -376,7 +376,7 @@ class JobMachine:
         return found
 
     def make_plan(self) -> None:
-        """One plan from what the sites found; a site that finds another shape is named and stays out."""
+        """One plan from the sites' surveys; a site with another shape takes no part."""
         sites = self.facts.sites
         unable = [name for name, view in sites.items() if view.unable]
         if len(sites) - len(unable) < self.facts.threshold:
@@ -408,7 +408,7 @@ class JobMachine:
             self.do(self.epochs.call(tuple(present), self._at))
 
     def _new_epoch(self) -> bool:
-        """Begin the next key epoch with the sites that are there; False while too few are."""
+        """Begin the next key epoch with the connected sites; False while there are too few."""
         facts, here = self.facts, self._at.here
         present = [n for n in facts.pins if n in here and n not in facts.evicted]
         if facts.step is not None and not self.gathered(present):
@@ -422,7 +422,7 @@ class JobMachine:
         self.do(self.epochs.take(event, self._at))
 
     def next_round(self) -> None:
-        """Announce the next step to the sites that stand where the job stands, or end the job."""
+        """Announce the next step to the sites with the job's epoch and release, or end the job."""
         facts, at = self.facts, self._at
         if facts.step is not None and (text := self.rounds.sum_is_known()):
             self.end("abandoned", text)
@@ -448,7 +448,7 @@ class JobMachine:
         self.round_step(start)
 
     def round_step(self, event: coordinator.CoordinatorEvent) -> None:
-        """One event of the round; if the round ends with it, that is on disk before any site is told."""
+        """One event of the round; if the round ends, that is on disk before any site is told."""
         before = self.facts.stage
         found = self.rounds.take(event, self._at)
         if isinstance(self.facts.stage, coordinator.Ended) and not isinstance(
@@ -459,7 +459,7 @@ class JobMachine:
             self.do(found)
 
     def close_round(self, found: Iterable[CoordinatorJobEffect]) -> None:
-        """Write the end of the round, then obey what it asked for, then remove what is not needed any more."""
+        """Write the end of the round, then carry out its effects, then remove its files."""
         facts, stage = self.facts, self.facts.stage
         assert isinstance(stage, coordinator.Ended)
         self.do([self.rounds.close(self._at)])

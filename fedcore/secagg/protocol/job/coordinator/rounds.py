@@ -1,8 +1,8 @@
-"""The rounds of one job: begun, timed, their uploads taken and folded, their end written.
+"""The rounds of one job: their beginning, deadlines, uploads and end.
 
-The rules of one round are `round/coordinator.py`; this part decides between rounds, and when records
-go to disk. Records that nothing relies on yet may wait, for the next ones or for the clock: a process that
-ends meanwhile loses only messages that their senders send again.
+The rules of one round are in `round/coordinator.py`; this part decides between rounds, and when records
+go to disk. Records that nothing relies on yet are batched until the next ones or the timer: a process that
+ends meanwhile loses only messages that their senders resend.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
 
 MOST_TRIES = 12
-"""Times in a row that a step without which nothing can follow may be abandoned. Only rounds of which no
-sum can be known are tried again: any other is released, or the job ends (PROTOCOL H)."""
+"""Times in a row that a step on which the next ones depend may be abandoned. Only rounds whose sum is not
+exposed are retried: any other is released, or the job ends (PROTOCOL H)."""
 
 NO_OTHER_SUM = "; its sum may be known, so no other may be taken from the same state"
 
@@ -69,7 +69,7 @@ class RoundDriver:
         """Header of the sum under way, and the clock seconds at which making it began."""
 
     def restore(self, announced: KeptFile | None, at: Moment, *, restarted: bool) -> None:
-        """A new process knows only what the disk has. announced: the sum of the round under way."""
+        """Reset to what the disk has. announced: the sum of the round under way."""
         self._clear(at)
         self._sum_size = None if announced is None else announced.size
         self._restarted = restarted
@@ -85,7 +85,7 @@ class RoundDriver:
     def begin(
         self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
     ) -> tuple[RoundHeader, coordinator.Start]:
-        """The next round, with the sites that stand where the job stands: `Start` is to be taken next."""
+        """The next round, with these sites; `Start` is its first event."""
         facts, plan = self._facts, self._facts.plan
         assert plan is not None
         seen = [view.rest.round for view in facts.sites.values() if view.rest]
@@ -100,7 +100,7 @@ class RoundDriver:
         return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes)
 
     def ready(self, at: Moment) -> tuple[SiteId, ...]:
-        """Connected sites that stand where the job stands, in roster order."""
+        """Connected sites with the job's key epoch and release, in roster order."""
         facts = self._facts
         stands = (facts.epoch.epoch, facts.released)
         ready = {
@@ -133,14 +133,14 @@ class RoundDriver:
         return [*self.flush(), *self._translated(found, at)]
 
     def flush(self) -> list[CoordinatorJobEffect]:
-        """Write the records that wait."""
+        """Write the batched records."""
         unsaved, self._unsaved = self._unsaved, _Unsaved()
         if not unsaved.records:
             return []
         return [AppendRecords(tuple(unsaved.records), tuple(unsaved.vectors), unsaved.with_sum)]
 
     def forget(self) -> None:
-        """The job ends: records that wait are not needed any more."""
+        """The job ends: batched records are not needed any more."""
         self._unsaved = _Unsaved()
 
     def _translated(
@@ -178,7 +178,7 @@ class RoundDriver:
         self._submits[name] = submit
 
     def arrived(self, name: SiteId, header: bytes, upload: KeptFile) -> bool:
-        """A whole upload of a site; False if it is not of the round under way."""
+        """A complete upload of a site; False if it is not of the round under way."""
         stage = self._facts.stage
         if not isinstance(stage, coordinator.Waiting) or stage.header.digest != header:
             return False
@@ -186,10 +186,10 @@ class RoundDriver:
         return True
 
     def to_fold(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """Once signed submission and whole vector are both there: fold the vector, then take it.
+        """Once signed submission and complete vector are here: fold the vector, then take it.
 
-        What cannot be folded must not be taken; what is not taken must not be in the sum, and is not: the
-        sum is made of the list. Raises PeerRefused for a vector that must not be taken.
+        A vector that cannot be folded must not be taken, and one that is not taken must not be in the sum: the
+        sum is made of the list of taken ones. Raises PeerRefused for a vector that must not be taken.
         """
         event = self.uploaded(name)
         if event is None:
@@ -198,7 +198,7 @@ class RoundDriver:
         return [StartFold(name, event.digest)]
 
     def uploaded(self, name: SiteId) -> coordinator.Uploaded | None:
-        """The vector of this site with what it signed; None while one of them is not there."""
+        """The vector of this site with its signed submission; None while one of them is missing."""
         submit, upload = self._submits.get(name), self._uploads.get(name)
         collecting = isinstance(self._facts.stage, coordinator.Collecting)
         if submit is None or upload is None or not collecting:
@@ -206,7 +206,7 @@ class RoundDriver:
         return coordinator.Uploaded(name, submit, upload.digest, upload.size)
 
     def expects(self, name: SiteId, header: bytes, size: int) -> bool:
-        """Whether an upload of so many bytes may be this site's vector for the round under way."""
+        """Whether an upload of `size` bytes may be this site's vector for the round under way."""
         stage = self._facts.stage
         if not isinstance(stage, coordinator.Collecting) or stage.header.digest != header:
             return False
@@ -229,7 +229,7 @@ class RoundDriver:
     def unreleasable(self, at: Moment) -> str:
         """Why a round whose sum may be known ends the job now; empty while it may be released.
 
-        It waits for enough sites as long as a job does for its start.
+        Its timeout for enough sites is that of the start of a job.
         """
         stage, limits = self._facts.stage, self._facts.limits
         if not isinstance(stage, coordinator.EXPOSED):
@@ -251,7 +251,7 @@ class RoundDriver:
     # --------------------------------------------------------------------------------- its end
 
     def close(self, at: Moment) -> CloseRound:
-        """In one commit: how the round ended, its row, and the step that comes next."""
+        """In one commit: the end of the round, its row, and the next step."""
         facts, stage, step = self._facts, self._facts.stage, self._facts.step
         assert facts.plan is not None
         assert step is not None
@@ -294,7 +294,7 @@ class RoundDriver:
         )  # fmt: skip
 
     def tried_enough(self) -> str:
-        """Why a step that was abandoned again and again ends the job; empty while it is tried again."""
+        """Why a step that was abandoned too often ends the job; empty while it is retried."""
         step = self._facts.step
         if step is None:
             return ""
