@@ -51,10 +51,6 @@ def packing_form(packing: Packing) -> list[int]:
     return form if packing.ring is None else [*form, packing.ring.degree, packing.ring.modulus]
 
 
-def _packing_of(form: list[int]) -> Packing:
-    return Packing(form[0], form[1], form[2], Ring(form[3], form[4]) if form[3:] else None)
-
-
 class _Mergeable(UnmaskableFold, Protocol):
     """Both folds, which can also add another one's sum to their own."""
 
@@ -65,7 +61,8 @@ class _Part:
     """A worker's range of one job: the running sum, and one upload beside it that may still be refused."""
 
     def __init__(self, request: Json) -> None:
-        self._packing = _packing_of(request["packing"])
+        bits, sites, fields, *ring = request["packing"]
+        self._packing = Packing(bits, sites, fields, Ring(*ring) if ring else None)
         self._slots, self._of = request["slots"], request["of"]
         self._first, self._chunks = request["first"], request["chunks"]
         self._make = _maker(self._packing, self._slots, self._first)

@@ -140,8 +140,9 @@ class JobFold:
         returns comes back. The running sum is empty afterwards. May be repeated, with the same bits.
         Raises StoreProblem, StoreFull.
         """
-        wanted, laid = list(dict.fromkeys(uploads)), _laid(masks)
-        return await self._alone(lambda: self._total(wanted, laid, store))
+        wanted = list(dict.fromkeys(uploads))
+        seeds = b"".join(seed.reveal() + (b"+" if sign == 1 else b"-") for seed, sign in masks)
+        return await self._alone(lambda: self._total(wanted, seeds, store))
 
     async def end(self) -> None:
         """Forget the running sum."""
@@ -290,11 +291,6 @@ class JobFold:
         answer, _ = shard.worker.call(request, [payload], patience=PATIENCE)
         if "error" in answer:
             raise ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
-
-
-def _laid(masks: Sequence[Mask]) -> bytes:
-    """Each mask's seed and one byte for its sign."""
-    return b"".join(seed.reveal() + (b"+" if sign == 1 else b"-") for seed, sign in masks)
 
 
 def _worker(number: int) -> Child:

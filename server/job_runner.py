@@ -285,10 +285,8 @@ class JobRunner:
                 slots = layout_of(plan, self.facts.features, header.purpose).slots
                 self._sum.open(header, plan.packing, slots)
             case RemoveMasks():
-                rounds = self.machine.rounds
-                made = self._sum.make(
-                    effect, lambda: rounds.summing_late(self.moment()), self._wait_for_room
-                )
+                late, show = self.machine.rounds.summing_late, self._show
+                made = self._sum.make(effect, lambda: late(self.moment()), show)
                 self.mailbox.background(made, _Fault)
             case effects.FailSum(header, seconds):
                 self._sum.give_up(header.round, seconds)
@@ -312,9 +310,10 @@ class JobRunner:
             case effects.Info(text):
                 LOG.info("job %s: %s", name, text)
 
-    def _wait_for_room(self, why: str) -> None:
-        LOG.warning("job %s: %s", self.id, why)
-        self.facts.progress.text = why
+    def _show(self, text: str) -> None:
+        """Show and log a problem that is retried."""
+        LOG.warning("job %s: %s", self.id, text)
+        self.facts.progress.text = text
 
 
 def _kept(stored: Stored | None) -> KeptFile | None:

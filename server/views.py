@@ -54,7 +54,9 @@ class Views:
         again: also when it was shown before.
         """
         names = tuple(_waiting_for(found)) if found else ()
-        key = _stage_key(found) if found is not None and names else None
+        key = None
+        if found is not None and names:
+            key = found.id, type(found.facts.stage).__name__, found.facts.number
         if key != self._wait.key:
             if self._wait.key is not None and self._wait.shown:
                 self._sessions.broadcast(frames.Waiting(self._wait.key[0]))
@@ -145,9 +147,3 @@ class Views:
 def _waiting_for(found: JobRunner) -> Collection[SiteId]:
     """The sites that are away, else those that still work at this stage."""
     return found.facts.progress.waiting_for or coordinator.waiting_for(found.facts.stage)
-
-
-def _stage_key(found: JobRunner) -> tuple[str, str, int]:
-    """One stage of one round of one job."""
-    header = getattr(found.facts.stage, "header", None)
-    return found.id, type(found.facts.stage).__name__, header.round if header is not None else 0

@@ -273,7 +273,9 @@ class JobMachine:
                 raise OutOfOrder(
                     "keys", found="them erased", expected="them held until the job ends", fault=name
                 )
-            case messages.Leave(code=messages.RELEASE_REFUSED) if not self._of_this_round(message):
+            case messages.Leave(code=messages.RELEASE_REFUSED, header=header) if (
+                facts.round is None or facts.round.header.digest != header
+            ):
                 self.epochs.refused(name)
                 self._gone(name)
             case messages.Leave(code=messages.MATERIAL):
@@ -327,10 +329,6 @@ class JobMachine:
         else:
             self.do([Send(name, messages.Abandon(header, "release"))])
 
-    def _of_this_round(self, leave: messages.Leave) -> bool:
-        stage = self.facts.round
-        return stage is not None and stage.header.digest == leave.header
-
     def _on_upload(self, name: SiteId, header: bytes, upload: KeptFile) -> None:
         model = self.model.upload(header, upload.digest)
         if model is not None:
@@ -363,7 +361,10 @@ class JobMachine:
         if facts.plan is None:
             self.make_plan()
         elif isinstance(facts.epoch, epoch.NoEpoch):
-            self._begin_epoch()
+            agreed = [name for name in self._at.here if facts.sites[name].agreed]
+            present = [name for name in facts.pins if name in agreed]
+            if self.gathered(present):
+                self.do(self.epochs.call(tuple(present), self._at))
         elif facts.round is None:
             self.next_round()
 
@@ -400,12 +401,6 @@ class JobMachine:
         about = canonical({"plan": plan.to_json(), "features": features})
         self.do([PutValues({"plan": about, "step": encode(self.facts.step)})])
         self.do(Send(name, self.facts.plan_offer()) for name in self._at.here)
-
-    def _begin_epoch(self) -> None:
-        agreed = [name for name in self._at.here if self.facts.sites[name].agreed]
-        present = [name for name in self.facts.pins if name in agreed]
-        if self.gathered(present):
-            self.do(self.epochs.call(tuple(present), self._at))
 
     def _new_epoch(self) -> bool:
         """Begin the next key epoch with the connected sites; False while there are too few."""
