@@ -13,6 +13,7 @@ import shutil
 import numpy as np
 import pytest
 from fedcore_clients.ledger import LEDGER_FILE, read_ledger
+from support.machines import patch_machine
 from test_cohorts import surveyed
 from town import AWAY, SITES, scene
 
@@ -81,7 +82,7 @@ def test_the_difference_of_two_jobs_statistics(tmp_path, pool, monkeypatch, cont
     (entry,) = [e for e in read_ledger(tmp_path / "1" / "a") if e.purpose == "statistics"]
     assert (entry.survivors, bool(entry.certificate)) == (THREE, True)
     if control:
-        monkeypatch.setattr(site, "_check_company", lambda *_: None)
+        patch_machine(monkeypatch, site, "check_company", lambda *_: None)
     second = ran(tmp_path / "2", pool, SITES, before=(tmp_path / "1", first["keys"]))
     if not control:
         assert second["sums"] is None, "no second sum was opened"

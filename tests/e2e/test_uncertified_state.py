@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import replace
 
 import pytest
+from support.machines import patch_machine
 from town import SITES, scene
 
 from fedcore.secagg.crypto.entropy import OsEntropy
@@ -28,7 +29,7 @@ def switch_off(monkeypatch, rules):
     """certificate: proved before anything is fetched; state: its HMAC is the certified one; key: it is
     held under the certificate's hash."""
     if "certificate" in rules:
-        monkeypatch.setattr(site_machine, "check_missed", lambda *_: None)
+        patch_machine(monkeypatch, site_machine, "check_missed", lambda *_: None)
     if "state" in rules:
         monkeypatch.setattr(site_states, "require_certified", lambda *_: None)
     if "key" in rules:

@@ -367,7 +367,7 @@ def refuses(world, name, event, error, *, fault=COORDINATOR, found="", expected=
     """
     stage = world.stages[name]
     before = encode(stage)
-    event = event if type(event).__module__ == site.__name__ else site.MessageFromCoordinator(event)
+    event = event if isinstance(event, site.SiteEvent) else site.MessageFromCoordinator(event)
     with pytest.raises(error) as refused:
         world.step(name, event)
     problem = refused.value

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 from kit import World, answer_of, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (  # fmt: skip
     HeaderRefused,
@@ -156,7 +157,7 @@ def test_a_roster_with_an_unpinned_site(monkeypatch):
     header = cohort(world, "ann", "bob", "cat", "dan", "mallory")
     invitation = world.invitation("ann", header)
     refuses(world, "ann", invitation, RosterRefused, found="mallory", expected="pinned")
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -164,7 +165,7 @@ def test_a_roster_that_names_one_site_twice(monkeypatch):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", "dan")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="twice")
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -173,7 +174,7 @@ def test_a_roster_in_another_order_than_that_of_the_pins(monkeypatch):
     world = world_at("idle")
     header = cohort(world, "bob", "ann", "cat", "dan", "eve")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="another order")
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -189,7 +190,7 @@ def test_a_cohort_below_the_sites_minimum(monkeypatch):
         world, "bob", world.invitation("bob", four), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
     joins(world, "bob", four)
 
@@ -211,7 +212,7 @@ def test_a_round_for_a_roster_without_this_site(monkeypatch):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan")
     refuses(world, "eve", world.invitation("eve", header), ListRefused, found="left out")
-    monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
+    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
     joins(world, "eve", header)
 
 
@@ -222,7 +223,7 @@ def test_two_sites_with_one_identity(monkeypatch):
     world.members["ann"] = replace(world.members["ann"], pins=pins)
     invitation = world.invitation("ann")
     refuses(world, "ann", invitation, RosterRefused, fault="eve", found="the key of dan")
-    monkeypatch.setattr(site, "roster_digest", lambda _: world.round_header.pins)
+    patch_machine(monkeypatch, site, "roster_digest", lambda _: world.round_header.pins)
     joins(world, "ann", world.round_header)
 
 
@@ -238,7 +239,7 @@ def test_a_threshold_other_than_the_plans(threshold, monkeypatch):
         world, "ann", world.invitation("ann", header), ThresholdRefused,
         found=str(threshold), expected="4",
     )  # fmt: skip
-    monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -252,7 +253,7 @@ def test_a_smaller_cohort_has_the_plans_threshold(threshold, monkeypatch):
         found=str(threshold), expected="4",
     )  # fmt: skip
     joins(world.copy(), "ann", replace(header, threshold=4))
-    monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
     joins(world, "ann", header)
 
 
@@ -266,7 +267,7 @@ def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, monkey
         world, "ann", world.invitation("ann", header), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
     joins(world, "ann", header)
 
 

@@ -13,13 +13,16 @@ from random import Random
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import EnvelopeRefused, KeyRefused, ShareRefused, TagRefused
 from fedcore.secagg.crypto import hybrid, pairwise
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import SumTag
+from fedcore.secagg.protocol import shared
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
 from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.round.site import releasing, sharing
 from fedcore.secagg.protocol.wire_form import encode
 
 
@@ -65,13 +68,13 @@ def without_header(monkeypatch, *names):
         def derive(*args, header, real=real, **rest):
             return real(*args, header=b"", **rest)
 
-        monkeypatch.setattr(site, name, derive)
+        patch_machine(monkeypatch, site, name, derive)
 
 
 def one_offered_value(monkeypatch):
     """What the offers carried is the same in both rounds: here only the pair's own derivation is asked."""
-    monkeypatch.setattr(site, "pair_secret", lambda *_, **__: b"r" * 32)
-    monkeypatch.setattr(site, "open_offer", lambda *_, **__: b"r" * 32)
+    patch_machine(monkeypatch, site, "pair_secret", lambda *_, **__: b"r" * 32)
+    patch_machine(monkeypatch, site, "open_offer", lambda *_, **__: b"r" * 32)
 
 
 def test_masks_of_two_rounds_of_one_snapshot_are_unrelated():
@@ -90,8 +93,10 @@ def test_what_an_offer_carries_is_of_its_round(bound, monkeypatch):
     made = []
     if not bound:
         without_header(monkeypatch, "pair_secret")
-    real = site.pair_secret
-    monkeypatch.setattr(site, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    real = sharing.pair_secret
+    patch_machine(
+        monkeypatch, site, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+    )
     first = snapshots(World()).advance("submit")
     second_round(first, "submit")
     assert len(made) == 20 and len(set(made)) == (20 if bound else 10)
@@ -143,7 +148,7 @@ def signed_digests(first, later, liar, to):
     kinds = (SELF_SEED, held.self_share), (MASK_ROOT, held.root_share)
     names = ("self_share_digest", "root_share_digest")
     return {
-        name: site.share_digest(later.h, liar, to, kind, share.reveal())
+        name: shared.share_digest(later.h, liar, to, kind, share.reveal())
         for name, (kind, share) in zip(names, kinds, strict=True)
     }
 
@@ -173,7 +178,7 @@ def test_an_envelope_or_offer_of_an_earlier_round_does_not_open(field, monkeypat
         return real(shared_, mlkem, ciphertext, sender, recipient, b"")
 
     if field == "envelope":
-        monkeypatch.setattr(site, "_context", no_round)
+        patch_machine(monkeypatch, site, "_context", no_round)
     else:
         monkeypatch.setattr(pairwise, "_offer_key", no_round_key)
     first = snapshots(World()).advance("shares")
@@ -201,7 +206,7 @@ def copied_envelopes(world):
 
 
 def without_distinct_keys(monkeypatch):
-    monkeypatch.setattr(site, "check_distinct", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_distinct", lambda *_: None)
     return copied_keys(World().advance("keys")).advance("shares", after="keys")
 
 
@@ -215,7 +220,9 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
     delivery = world.delivery("cat", shares={"ann": copied_envelopes(world)})
     refuses(world.copy(), "cat", delivery, EnvelopeRefused, fault="ann", found="does not open")
 
-    monkeypatch.setattr(site, "_context", lambda header, sender, recipient: recipient.encode())
+    patch_machine(
+        monkeypatch, site, "_context", lambda header, sender, recipient: recipient.encode()
+    )
     world = without_distinct_keys(monkeypatch)
     delivery = world.delivery("cat", shares={"ann": copied_envelopes(world)})
     refuses(
@@ -223,8 +230,8 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
     )
 
     # The control: with the digests unchecked as well, cat holds bob's shares twice.
-    monkeypatch.setattr(site, "share_digest", lambda *_: b"")
-    monkeypatch.setattr(site, "digest", lambda *_: b"")
+    patch_machine(monkeypatch, site, "share_digest", lambda *_: b"")
+    patch_machine(monkeypatch, site, "digest", lambda *_: b"")
     unsigned = copied_envelopes(world)
     blank = tuple(
         replace(p, self_share_digest=b"", root_share_digest=b"") for p in unsigned.parcels
@@ -241,7 +248,8 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
     held = {each.of: each for each in world.stages["cat"].held}
     assert held["ann"].root_share.reveal() == held["bob"].root_share.reveal()
     answers = {
-        of: site._one_share(held[of], survived) for of, survived in (("ann", False), ("bob", True))
+        of: releasing._one_share(held[of], survived)
+        for of, survived in (("ann", False), ("bob", True))
     }
     bobs = {held["bob"].self_share.reveal(), held["bob"].root_share.reveal()}
     assert {answers["ann"].share, answers["bob"].share} == bobs, "both kinds of bob's leave"

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 from kit import World, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -29,6 +30,7 @@ from fedcore.secagg.protocol import shared
 from fedcore.secagg.protocol.effects import Send
 from fedcore.secagg.protocol.messages import Shares
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round.site import sharing
 
 
 def shares_go_out(world, name, bundle):
@@ -50,7 +52,7 @@ def test_a_swapped_channel_key(monkeypatch):
     parcel = next(p for p in shares.parcels if p.recipient == "bob")
     plain = open_envelope(
         mine, world.keys["ann"].channel, parcel.envelope,
-        context=site._context(world.round_header, "ann", "bob"), sender="ann",
+        context=sharing._context(world.round_header, "ann", "bob"), sender="ann",
     )  # fmt: skip
     held = world.stages["ann"].own
     assert len(plain) == 2 * shamir.SHARE_BYTES, "the coordinator reads both of bob's shares"
@@ -79,7 +81,7 @@ def test_keys_swapped_for_every_other_site_give_the_coordinator_root_and_self_se
         to = parcel.recipient
         read[world.roster.index(to) + 1] = open_envelope(
             own[to], world.keys["ann"].channel, parcel.envelope,
-            context=site._context(world.round_header, "ann", to), sender="ann",
+            context=sharing._context(world.round_header, "ann", to), sender="ann",
         )  # fmt: skip
     halves = [
         {x: plain[part] for x, plain in read.items()}
@@ -119,7 +121,7 @@ def test_every_other_field_of_keys_is_signed(field, monkeypatch):
         (shared, "check_header"),
         (site, "check_same_state"),
     ):
-        monkeypatch.setattr(module, name, lambda *_: None)
+        patch_machine(monkeypatch, module, name, lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -133,7 +135,7 @@ def test_a_lying_site_that_copies_anothers_keys(monkeypatch):
         bundle = world.bundle(keys={"cat": stolen})
         refuses(world, "ann", bundle, KeyRefused, fault="cat", found="a key of 'bob' again")
         with monkeypatch.context() as without:
-            without.setattr(site, "check_distinct", lambda *_: None)
+            patch_machine(without, site, "check_distinct", lambda *_: None)
             shares_go_out(world, "ann", bundle)
 
 
@@ -143,7 +145,7 @@ def test_one_key_of_a_site_for_channel_and_mask(monkeypatch):
     twice = world.signed("bob", world.keys["bob"], channel=world.keys["bob"].mask)
     bundle = world.bundle(keys={"bob": twice})
     refuses(world, "ann", bundle, KeyRefused, fault="bob", found="a key of 'bob' again")
-    monkeypatch.setattr(site, "check_distinct", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_distinct", lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -189,7 +191,7 @@ def test_a_self_seed_hash_of_another_length(length, monkeypatch):
     lie = world.signed("cat", world.keys["cat"], self_seed_hash=b"x" * length)
     bundle = world.bundle(keys={"cat": lie})
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found=str(length), expected="32")
-    monkeypatch.setattr(site, "check_keys", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_keys", lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -199,7 +201,7 @@ def test_other_keys_in_this_sites_own_name(monkeypatch):
     lie = world.signed("ann", world.keys["ann"], self_seed_hash=b"x" * 32)
     bundle = world.bundle(keys={"ann": lie})
     refuses(world, "ann", bundle, KeyRefused, found="other keys for this site")
-    monkeypatch.setattr(site, "_check_bundle", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_bundle", lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -208,7 +210,7 @@ def test_a_thinned_key_bundle(monkeypatch):
     world = world_at("keys")
     bundle = world.bundle(["ann", "bob", "cat"])
     refuses(world, "ann", bundle, ThresholdRefused, found="3 sites", expected="at least 4")
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
     assert len(shares_go_out(world, "ann", bundle).parcels) == 3
     shares_go_out(world_at("keys"), "bob", world.bundle(["ann", "bob", "cat", "dan"]))
 
@@ -234,8 +236,8 @@ def test_a_bundle_of_the_wrong_sites(problem, monkeypatch):
     bundle = replace(world.bundle(), keys=items[problem])
     refuses(world, "ann", bundle, ListRefused, found=found[problem])
     if problem in {"order", "without me"}:
-        monkeypatch.setattr(site, "check_members", lambda *_: None)
-        monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
+        patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+        patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
         if problem == "order":
             shares_go_out(world, "ann", bundle)
         else:
@@ -268,7 +270,7 @@ def test_keys_of_an_earlier_round(monkeypatch):
     refuses(world, "ann", bundle, HeaderRefused, fault="bob", expected="round 1")
     refuses(world, "ann", replace(world.bundle(), header=old.h), HeaderRefused, expected="round 1")
     monkeypatch.setattr(shared, "check_header", lambda *_: None)
-    monkeypatch.setattr(site, "check_same_state", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -277,7 +279,7 @@ def test_a_site_under_another_key_id(monkeypatch):
     lie = world.signed("dan", world.keys["dan"], key_id=b"k" * 32)
     bundle = world.bundle(keys={"dan": lie})
     refuses(world, "ann", bundle, StateDiffers, fault="dan", found="another one at 'dan'")
-    monkeypatch.setattr(site, "check_same_state", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
     shares_go_out(world, "ann", bundle)
 
 
@@ -288,9 +290,12 @@ def test_a_second_and_different_key_bundle(monkeypatch):
     assert first == (Send("coordinator", world.shares["ann"]),), "the same request, the same bytes"
     other = world.bundle(["ann", "bob", "cat", "dan"])
     refuses(world, "ann", other, Conflicting, found="other bytes")
-    monkeypatch.setattr(site, "answered", lambda *_: None)
-    monkeypatch.setitem(site.MOVES[site.Shared], type(other), (site._share, (site.Shared,)))
-    monkeypatch.setattr(
+    patch_machine(monkeypatch, site, "answered", lambda *_: None)
+    monkeypatch.setitem(
+        site.MOVES[site.Shared], type(other), (sharing.share_secrets, (site.Shared,))
+    )
+    patch_machine(
+        monkeypatch,
         site,
         "evolve",
         lambda stage, entry: replace(stage, bundle=entry.bundle, shares=entry.shares),

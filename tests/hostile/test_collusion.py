@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kit import refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import ListRefused, ThresholdRefused
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED
@@ -131,5 +132,5 @@ def test_a_colluder_who_signs_the_other_list_convinces_nobody(monkeypatch):
     request = type(world.confirmations())(world.h, tuple(mixed[n] for n in full if n in mixed))
     refuses(world, signers[0], request, ListRefused, found="another survivors")
     assert len(request.confirms) >= world.t
-    monkeypatch.setattr(site, "check_confirm", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
     assert world.receive(signers[0], request).site == signers[0]

@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
+from support.machines import patch_machine
 from support.parties import HUB, PAYLOAD, Died, Epochs, Parties, granted_by, with_late_joiner
 
 from fedcore.errors import (
@@ -55,7 +56,7 @@ def lying_grant(epochs, by, to, payload=LIE, header=None):
         for name, key in keys.items()
     }
     stage = replace(stage, header=header, key=keys[by])
-    grant = epoch._grant(
+    grant = epoch.seal_grant(
         epochs.members[by], stage, keys[to], payload, key_id(payload.reveal())
     )  # fmt: skip
     return epoch.FromCoordinator(epoch.Granted(grant, keys[by], ()))
@@ -78,7 +79,7 @@ def test_a_payload_by_another_site_than_the_maker(monkeypatch):
     control = Epochs().begin()
     control.until(epoch.Granted, "s02")
     with monkeypatch.context() as without:
-        without.setattr(epoch, "_check_held", lambda *_: None)
+        patch_machine(without, epoch, "_check_held", lambda *_: None)
         installs(control, "s02", lying_grant(control, "s01", "s02"))
     installs(epochs, "s02", epoch.FromCoordinator(granted), PAYLOAD)
 
@@ -92,7 +93,7 @@ def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
         key = sign(replace(epochs.stages["s00"].key, key=made.public), member.identity)
         stage = replace(epochs.stages["s00"], secret=SecretBytes(made.to_bytes()), key=key)
         to = epochs.stages["s02"].key
-        grant = epoch._grant(member, stage, to, LIE, key_id(LIE.reveal()))
+        grant = epoch.seal_grant(member, stage, to, LIE, key_id(LIE.reveal()))
         return epoch.FromCoordinator(epoch.Granted(grant, key, ()))
 
     epochs, granted = at_grant()
@@ -101,7 +102,7 @@ def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
     assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
     unsigned = replace(granted, granter=replace(granted.granter, signature=bytes(64)))
     assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
-    monkeypatch.setattr(epoch, "check_signature", lambda *_: None)
+    patch_machine(monkeypatch, epoch, "check_signature", lambda *_: None)
     installs(epochs, "s02", forged(epochs))
 
 
@@ -128,9 +129,9 @@ def test_a_grant_under_another_header(what, monkeypatch):
     assert epochs.refused("s02", lie, StaleEpoch, match="another one") == "s00"
     mixed = epoch.FromCoordinator(replace(lie.message, granter=epochs.stages["s00"].key))
     assert epochs.refused("s02", mixed, StaleEpoch, match="another one") == "s00"
-    monkeypatch.setattr(epoch, "_same_epoch", lambda *_: None)
+    patch_machine(monkeypatch, epoch, "same_epoch", lambda *_: None)
     assert epochs.refused("s02", lie, EnvelopeRefused, match="does not open") == "s00"
-    monkeypatch.setattr(epoch, "_context", lambda header, *rest: encode(rest))
+    patch_machine(monkeypatch, epoch, "_context", lambda header, *rest: encode(rest))
     installs(epochs, "s02", lying_grant(epochs, "s00", "s02", header=header))
 
 
@@ -225,7 +226,7 @@ def test_one_identity_under_two_names_of_the_roster(monkeypatch):
     epochs.members["s01"] = twice
     assert epochs.refused("s01", call, RosterRefused, match="key of s02") == "s03"
     with monkeypatch.context() as without:
-        without.setattr(epoch, "roster_digest", lambda _: epochs.header().pins)
+        patch_machine(without, epoch, "roster_digest", lambda _: epochs.header().pins)
         stage, _ = epoch.step_site(twice, epochs.stages["s01"], call)
         assert isinstance(stage, epoch.Offered)
     epochs.members["s01"] = honest
@@ -240,7 +241,7 @@ def test_holders_that_are_strangers_or_not_enough(monkeypatch):
     epochs = with_late_joiner()
     granted = granted_by(epochs, "s01")
     to, other = epochs.stages["s03"].key, key_id(LIE.reveal())
-    lie = epoch._grant(epochs.members["s01"], epochs.stages["s01"], to, LIE, other)
+    lie = epoch.seal_grant(epochs.members["s01"], epochs.stages["s01"], to, LIE, other)
     own = sign(replace(granted.held[1], key_id=other), epochs.members["s01"].identity)
     stranger = Epochs().members["s00"].identity
     strangers = [sign(replace(own, site=name), stranger) for name in ("x", "y", "z")]
@@ -255,7 +256,7 @@ def test_holders_that_are_strangers_or_not_enough(monkeypatch):
         wrong = epoch.FromCoordinator(replace(granted, grant=lie, held=held))
         epochs.refused("s03", wrong, error)
     assert "s03" not in epochs.installed
-    monkeypatch.setattr(epoch, "_check_held", lambda *_: None)
+    patch_machine(monkeypatch, epoch, "_check_held", lambda *_: None)
     installs(epochs, "s03", epoch.FromCoordinator(replace(granted, grant=lie, held=(own,))))
 
 
@@ -273,10 +274,10 @@ def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
     epochs.silent = set()
     epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header(2, "s01"))))
     to, name = epochs.stages["s03"].key, old.grant.key_id
-    revoked = epoch._grant(epochs.members["s02"], epochs.stages["s02"], to, PAYLOAD, name)
+    revoked = epoch.seal_grant(epochs.members["s02"], epochs.stages["s02"], to, PAYLOAD, name)
     wrong = epoch.FromCoordinator(epoch.Granted(revoked, epochs.stages["s02"].key, old.held))
     assert epochs.refused("s03", wrong, StaleEpoch) == "s00"
-    monkeypatch.setattr(epoch, "_check_held", lambda *_: None)
+    patch_machine(monkeypatch, epoch, "_check_held", lambda *_: None)
     installs(epochs, "s03", wrong, PAYLOAD)
 
 
@@ -328,7 +329,7 @@ def test_sites_in_different_epochs_never_come_into_one_round(monkeypatch):
     with pytest.raises(StateDiffers, match="key id") as refused:
         parties.step("s00", bundle)
     assert refused.value.fault == "s03" and parties.stages["s00"] is stage
-    monkeypatch.setattr(site, "check_same_state", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
     parties.step("s00", bundle)
     assert isinstance(parties.stages["s00"], site.Shared)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from kit import World, answer_of, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -18,10 +19,12 @@ from fedcore.errors import (
     SignatureRefused,
     VectorRefused,
 )
+from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol import shared
 from fedcore.secagg.protocol.effects import FoldUpload, RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.messages import Certificate, Leave, Shares
 from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.round.site import releasing
 
 
 class Hub:
@@ -133,7 +136,7 @@ def test_a_message_with_a_bad_signature(kind, monkeypatch):
     )  # fmt: skip
     event = coordinator.MessageFromSite("ann", forged)
     hub.refuses(event, SignatureRefused, fault="ann")
-    monkeypatch.setattr(coordinator, "check_signature", lambda *_: None)
+    patch_machine(monkeypatch, coordinator, "check_signature", lambda *_: None)
     monkeypatch.setattr(shared, "check_signature", lambda *_: None)
     hub.step(event)
 
@@ -151,7 +154,7 @@ def test_keys_and_shares_of_another_round_or_malformed(monkeypatch):
     head = world.signed("ann", world.shares["ann"].head, header=b"o" * 32)
     late = coordinator.MessageFromSite("ann", replace(world.shares["ann"], head=head))
     hub.refuses(late, HeaderRefused, fault="ann")
-    monkeypatch.setattr(coordinator, "check_header", lambda *_: None)
+    patch_machine(monkeypatch, coordinator, "check_header", lambda *_: None)
     hub.step(late)
 
 
@@ -313,7 +316,7 @@ def test_a_site_whose_shares_rebuild_another_secret(what, monkeypatch):
             held = {each.of: each for each in world_at("confirm").stages[name].held}
             answered[name] = replace(
                 world.answers[name],
-                answers=tuple(site._one_share(held[n], n != "bob") for n in world.roster),
+                answers=tuple(releasing._one_share(held[n], n != "bob") for n in world.roster),
             )
         world.answers = answered
     for name in names[:-1]:
@@ -325,8 +328,8 @@ def test_a_site_whose_shares_rebuild_another_secret(what, monkeypatch):
     assert not any(isinstance(e, RemoveMasks) for e in found)
     hub.stage = control
     check = "_self_mask" if what == "self_seed_hash" else "_checked_root"
-    monkeypatch.setattr(coordinator, check, lambda *_: (site.SecretBytes(bytes(32)), 1))
-    monkeypatch.setattr(coordinator, "_pairwise", lambda *_: (site.SecretBytes(bytes(32)), 1))
+    patch_machine(monkeypatch, coordinator, check, lambda *_: (SecretBytes(bytes(32)), 1))
+    patch_machine(monkeypatch, coordinator, "_pairwise", lambda *_: (SecretBytes(bytes(32)), 1))
     assert any(isinstance(e, RemoveMasks) for e in hub.step(event))
 
 

@@ -11,6 +11,7 @@ from fedcore_clients.context import SiteContext
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import Ledger
 from kit import refuses, world_at
+from support.machines import patch_machine
 from support.policies import policy_of
 
 from fedcore.errors import HeaderRefused
@@ -212,7 +213,7 @@ def test_a_bad_envelope_names_its_sender_to_the_sites_and_one_word_to_the_coordi
 
 
 def test_control_without_the_complaint_only_the_victims_log_names_the_liar(tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "_is_anothers_material", lambda *_: False)
+    patch_machine(monkeypatch, site, "_is_anothers_material", lambda *_: False)
     _, leave = victim_says(tmp_path, by_ann)
     assert leave == Leave(leave.header, "cat", LEFT)
 

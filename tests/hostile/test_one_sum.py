@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
+from support.machines import patch_machine
 from support.parties import HUB, Parties, leaves_when_restarted
 
 from fedcore.errors import (
@@ -24,6 +25,7 @@ from fedcore.errors import (
 )
 from fedcore.secagg.protocol.messages import Abandon, Announce
 from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.protocol.round.site import leaving
 
 LEAVING = {
     "the coordinator gives it up": lambda w: w.receive("ann", Abandon(w.h, "unmask")),
@@ -67,7 +69,7 @@ def test_whoever_helped_to_open_a_sum_joins_no_other_round_from_that_state(
         other = {"roster": world.roster[:4]}
     header = next_round(world, **other)
     refuses(world, "ann", world.invitation("ann", header), SecondSum, found="round 2")
-    monkeypatch.setattr(site, "_check_one_sum", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
     world.step("ann", world.invitation("ann", header))
     assert isinstance(world.stages["ann"], site.IN_ROUND)
 
@@ -106,7 +108,7 @@ def test_leaving_a_site_out_after_unmask_shows_its_update(monkeypatch):
     _, joined = second_round(world, four)
     assert joined == (), "nothing follows a sum that may be known"
 
-    monkeypatch.setattr(site, "_check_one_sum", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
     again, joined = second_round(world, four)
     assert joined == four
     again.advance("unmask", four, after="keys")
@@ -132,7 +134,7 @@ def test_under_encrypted_a_step_gets_one_vector_though_no_sum_was_opened(monkeyp
     later = world.copy()
     later.step("ann", world.invitation("ann", next_round(world, training_round=2)))
     assert isinstance(later.stages["ann"], site.Masking), "the next step has a vector of its own"
-    monkeypatch.setattr(site, "_check_one_sum", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
     world.step("ann", again)
     assert isinstance(world.stages["ann"], site.Masking)
 
@@ -242,7 +244,7 @@ def test_a_site_put_back_to_an_older_folder_opened_anothers_vector(monkeypatch):
     assert isinstance(restarted, site.Idle), "a new process is in the round no longer"
     assert answer_of(found).code == "left"
 
-    moves = site.MOVES[site.Submitted] | {site.Restarted: (site._resend, ())}
+    moves = site.MOVES[site.Submitted] | {site.Restarted: (leaving.resend, ())}
     monkeypatch.setitem(site.MOVES, site.Submitted, moves)
     stage, _ = site.step(world.members["bob"], snapshot.stages["bob"], site.Restarted(), 0.0)
     other = snapshot.copy()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (
     HeaderRefused,
@@ -137,7 +138,7 @@ def test_a_sum_of_another_round(monkeypatch):
     world = world_at("unmask")
     request = replace(world.aggregate(), header=b"o" * 32)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
-    monkeypatch.setattr(site, "check_header", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_header", lambda *_: None)
     world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
@@ -163,9 +164,9 @@ def test_encrypted_a_sum_for_a_list_without_this_site_or_below_t(names, error, f
     world = world_at("submit", protection="encrypted")
     request = world.aggregate(names)
     refuses(world, "ann", request, error, found=found)
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
-    monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
-    monkeypatch.setattr(site, "_check_own_submission", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
     world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
@@ -265,7 +266,7 @@ def test_a_certificate_of_another_round(monkeypatch):
     signatures = tuple((n, s.signature) for n, s in lie.items())
     certificate = world.certificate(header=other, signatures=signatures)
     refuses(world, "ann", certificate, HeaderRefused, expected="round 1")
-    monkeypatch.setattr(site, "check_certificate", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_certificate", lambda *_: None)
     refuses(world, "ann", certificate, ReleaseRefused)  # and its own statement is not in it
 
 
@@ -349,10 +350,10 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, monkeypatch):
     fault = "ann" if lie == "forged" else COORDINATOR
     refuses(world, "ann", site.CaughtUp(certificate, mac), error, fault=fault)
     if check:
-        monkeypatch.setattr(site, check, lambda *_: None)
+        patch_machine(monkeypatch, site, check, lambda *_: None)
     if lie in {"cohort", "unpinned", "smaller cohort's threshold"}:
-        monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
-        monkeypatch.setattr(site, "check_certificate", lambda *_: None)
+        patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
+        patch_machine(monkeypatch, site, "check_certificate", lambda *_: None)
     found = world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
     assert any(isinstance(e, effects.Apply) for e in found)
 
@@ -450,10 +451,13 @@ def test_different_models_to_different_sites_and_who_differs_is_named():
 @pytest.mark.parametrize("bound", [True, False])
 def test_masks_of_different_models_do_not_cancel(bound, monkeypatch):
     """Even if the comparison is removed: every seed binds the site's own tag. Control: unbound seeds."""
-    monkeypatch.setattr(site, "check_same_state", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
     if not bound:
-        monkeypatch.setattr(
-            site, "pair_seed", lambda *a, state_tag, **k: pair_seed(*a, state_tag=b"", **k)
+        patch_machine(
+            monkeypatch,
+            site,
+            "pair_seed",
+            lambda *a, state_tag, **k: pair_seed(*a, state_tag=b"", **k),
         )
     world = misled().advance("submit")
     own = [world.masks[name][0] for name in world.roster]

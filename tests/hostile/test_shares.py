@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from kit import World, answer_of, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -21,6 +22,7 @@ from fedcore.errors import (
     ThresholdRefused,
 )
 from fedcore.secagg.crypto import pairwise
+from fedcore.secagg.protocol import shared
 from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.messages import LEFT, Leave, Submit
 from fedcore.secagg.protocol.round import site
@@ -71,27 +73,33 @@ def test_a_lying_site_and_its_signed_parcel(lie, monkeypatch):
     delivery = world.delivery("cat", shares={"ann": world.lying_shares("ann", change)})
     refuses(world, "cat", delivery, error, fault="ann", found=found)
     if error is ShareRefused and "digest" in lie:
-        monkeypatch.setattr(
+        patch_machine(
+            monkeypatch,
             site,
             "_open_parcel",
             lambda member, stage, parcel, _: replace(stage.own, of=parcel.sender),
         )
     else:  # with the parcel opened whatever it is
-        monkeypatch.setattr(
-            site, "_open_parcel", lambda _, stage, p, __: replace(stage.own, of=p.sender)
+        patch_machine(
+            monkeypatch,
+            site,
+            "_open_parcel",
+            lambda _, stage, p, __: replace(stage.own, of=p.sender),
         )
-        monkeypatch.setattr(site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1))
+        patch_machine(
+            monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
+        )
     goes_on(world, "cat", delivery)
 
 
 def test_a_real_share_of_somebody_else(monkeypatch):
     """A liar sends dan's copy of its share to cat, well sealed: the digest names the holder."""
     world = world_at("shares")
-    monkeypatch.setattr(site, "share_digest", lambda h, of, holder, kind, share: bytes(32))
-    monkeypatch.setattr(site, "check_signature", lambda *_: None)
+    patch_machine(monkeypatch, site, "share_digest", lambda h, of, holder, kind, share: bytes(32))
+    patch_machine(monkeypatch, site, "check_signature", lambda *_: None)
     honest = world.delivery("cat")
     monkeypatch.undo()
-    assert site.share_digest(world.h, "ann", "cat", "self-seed", b"s") != site.share_digest(
+    assert shared.share_digest(world.h, "ann", "cat", "self-seed", b"s") != shared.share_digest(
         world.h, "ann", "dan", "self-seed", b"s"
     )
     refuses(
@@ -110,7 +118,9 @@ def test_an_offer_from_the_second_of_a_pair(monkeypatch):
     refuses(
         world, "bob", delivery, ShareRefused, fault="cat", found="one", expected="first of the pair"
     )
-    monkeypatch.setattr(site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1))
+    patch_machine(
+        monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
+    )
     goes_on(world, "bob", delivery)
 
 
@@ -127,11 +137,13 @@ def test_a_parcel_altered_on_the_way(field, monkeypatch):
     altered = replace(delivery, parcels=(lie, *delivery.parcels[1:]))
     found = "do not match the heads" if field == "sender" else "other bytes than its sender signed"
     refuses(world, "cat", altered, ShareRefused, found=found)
-    monkeypatch.setattr(site, "_check_head", lambda *_: None)
-    monkeypatch.setattr(
-        site, "_open_parcel", lambda _, stage, p, __: replace(stage.own, of=p.sender)
+    patch_machine(monkeypatch, site, "_check_head", lambda *_: None)
+    patch_machine(
+        monkeypatch, site, "_open_parcel", lambda _, stage, p, __: replace(stage.own, of=p.sender)
     )
-    monkeypatch.setattr(site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1))
+    patch_machine(
+        monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
+    )
     if field != "sender":
         goes_on(world, "cat", altered)
 
@@ -142,7 +154,7 @@ def test_a_list_of_parcels_that_its_site_did_not_sign(monkeypatch):
     forged = replace(lie, head=replace(lie.head, signature=bytes(64)))
     delivery = world.delivery("cat", shares={"ann": forged})
     refuses(world, "cat", delivery, SignatureRefused, fault="ann")
-    monkeypatch.setattr(site, "check_signature", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_signature", lambda *_: None)
     goes_on(world, "cat", delivery)
 
 
@@ -154,7 +166,7 @@ def test_a_lying_site_that_shares_with_fewer_than_all_who_joined(monkeypatch):
     refuses(
         world, "cat", delivery, ShareRefused, fault="ann", found="parcels for 4 sites", expected="5"
     )
-    monkeypatch.setattr(site, "_check_head", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_head", lambda *_: None)
     goes_on(world, "cat", delivery)
 
 
@@ -184,7 +196,7 @@ def test_shares_for_the_wrong_round(monkeypatch):
     moved = later.signed("ann", world.shares["ann"].head, header=later.h)
     mixed = later.delivery("cat", shares={"ann": replace(world.shares["ann"], head=moved)})
     refuses(later, "cat", mixed, EnvelopeRefused, fault="ann")
-    monkeypatch.setattr(site, "check_header", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_header", lambda *_: None)
     goes_on(world.copy(), "cat", replace(stale, header=later.h))
 
 
@@ -201,8 +213,8 @@ def test_a_cohort_that_is_thinned_repeats_or_leaves_this_site_out(names, error, 
     world = world_at("shares")
     delivery = world.delivery("cat", names)
     refuses(world, "cat", delivery, error, found=found)
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
-    monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
     goes_on(world, "cat", delivery)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import NAMES, World, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import RosterRefused, ThresholdRefused
 from fedcore.secagg.label import Collusion, Terms, collusion
@@ -42,8 +43,8 @@ def test_a_cohort_of_three_is_not_opened_by_two_colluders_where_eleven_are_neede
                 found="3 sites", expected="at least 11",
             )  # fmt: skip
 
-    monkeypatch.setattr(site, "check_roster", lambda *_: None)
-    monkeypatch.setattr(site, "check_round_threshold", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
     world = invited(three, default_threshold(3)).advance("unmask", three)
     secrets = world.rebuilt(world.shares_held(world.answers.values()))
     opened = world.open_sum_of(three, secrets)

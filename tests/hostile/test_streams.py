@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.machines import patch_machine
 
 from fedcore.errors import (
     HeaderRefused,
@@ -83,8 +84,8 @@ def passes_on(monkeypatch, change):
 
 def without_signatures(monkeypatch):
     """The control: the sites believe submissions, whatever was signed."""
-    monkeypatch.setattr(site, "check_submission", lambda *_: None)
-    monkeypatch.setattr(site, "_check_own_submission", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_submission", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
     believing(monkeypatch)
 
 
@@ -255,14 +256,14 @@ def test_every_refusal_is_alike_whatever_was_altered(protection, monkeypatch):
 
 def salted(monkeypatch, change):
     """bob lies: it signs a submission whose salt is change(its salt)."""
-    honest = site.sign
+    honest = messages.sign
 
     def sign(message, identity):
         if isinstance(message, Submit) and message.site == "bob":
             message = replace(message, salt=change(message.salt))
         return honest(message, identity)
 
-    monkeypatch.setattr(site, "sign", sign)
+    patch_machine(monkeypatch, site, "sign", sign)
 
 
 @pytest.mark.parametrize(
@@ -288,13 +289,13 @@ def test_a_lying_site_s_salt_of_another_length(protection, cipher, change, monke
         return shared.check_submission(submit, header, pins, len(submit.salt))
 
     with monkeypatch.context() as league:
-        league.setattr(coordinator, "check_submission", unchecked)
+        patch_machine(league, coordinator, "check_submission", unchecked)
         epoch = epoch_of(protection, cipher)
         with pytest.raises(VectorRefused, match=r"found a salt of \d+ bytes") as refusal:
             play(epoch)
         assert refusal.value.fault == "bob" and certificates(epoch) == {""}
 
-        league.setattr(site, "check_submission", unchecked)
+        patch_machine(league, site, "check_submission", unchecked)
         epoch = epoch_of(protection, cipher)
         if cipher == "keystream":  # the others do not find bob's stream
             with pytest.raises(TagRefused):
@@ -308,7 +309,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
     over all that a submission says, so they differ. The control: over vectors alone they agree, the sites
     unmask, and ann is left with a sum that it must refuse."""
     lies = {}
-    honest, post = site.sign, in_process._Exchange._post_to
+    honest, post = messages.sign, in_process._Exchange._post_to
 
     def sign(message, identity):
         if isinstance(message, Submit) and message.site == "bob":
@@ -321,7 +322,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
             message = replace(message, submissions=found)
         post(exchange, to, message)
 
-    monkeypatch.setattr(site, "sign", sign)
+    patch_machine(monkeypatch, site, "sign", sign)
     monkeypatch.setattr(in_process._Exchange, "_post_to", split)
     believing(monkeypatch)
     epoch, told = epoch_of("layered"), []
@@ -333,7 +334,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
     def vectors_alone(submissions):
         return tuple((submit.site, submit.digest) for submit in submissions)
 
-    monkeypatch.setattr(site, "listed", vectors_alone)
+    patch_machine(monkeypatch, site, "listed", vectors_alone)
     epoch = epoch_of("layered")
     epoch.tap = lambda to, message: told.append(message)
     play(epoch)

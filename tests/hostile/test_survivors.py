@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, refuses, world_at
+from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -69,9 +70,9 @@ def test_a_list_that_is_short_repeats_or_leaves_this_site_out(names, error, foun
     world = world_at("submit")
     request = world.survivor_list(names)
     refuses(world, "bob", request, error, found=found)
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
-    monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
-    monkeypatch.setattr(site, "_check_own_submission", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
     signs(world, "bob", request)
 
 
@@ -87,7 +88,7 @@ def test_a_survivor_that_never_shared(monkeypatch):
     stranger = world.signed("eve", world.submits["ann"], site="eve")
     request = world.survivor_list((*four, "eve"), {"eve": stranger})
     refuses(world, "ann", request, ListRefused, found="'eve'", expected="a subset of 4 sites")
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
     signs(world, "ann", request)
 
 
@@ -98,7 +99,7 @@ def test_an_unknown_survivor(monkeypatch):
         world.survivor_list(), submissions=(*world.survivor_list().submissions, stranger)
     )
     refuses(world, "ann", request, ListRefused, found="'mallory'")
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
     refuses(
         world, "ann", request, SignatureRefused, found="mallory", expected="a site of the roster"
     )
@@ -127,7 +128,7 @@ def test_another_submission_of_this_very_site(monkeypatch):
     refuses(
         world, "ann", request, VectorRefused, found="another submission", expected="the one it sent"
     )
-    monkeypatch.setattr(site, "_check_own_submission", lambda *_: None)
+    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
     signs(world, "ann", request)
 
 
@@ -153,7 +154,7 @@ def test_a_survivor_that_started_from_another_state(field, monkeypatch):
     lie = world.signed("bob", world.submits["bob"], **{field: b"x" * 32})
     request = world.survivor_list(submits={"bob": lie})
     refuses(world, "ann", request, StateDiffers, fault="bob", found="another one at 'bob'")
-    monkeypatch.setattr(site, "check_same_state", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
     signs(world, "ann", request)
 
 
@@ -235,7 +236,7 @@ def test_split_survivor_lists(monkeypatch):
             same = [n for n in names if lists[n] == names]
             refuses(world, name, world.confirmations(same), ThresholdRefused)
 
-    monkeypatch.setattr(site, "check_confirm", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
     collected = [answers(world, name, world.confirmations(names)) for name, names in lists.items()]
     secrets = world.rebuilt(world.shares_held(collected))
     assert {(name, MASK_ROOT) for name in others} <= set(secrets)
@@ -253,7 +254,7 @@ def test_two_sites_told_two_lists_do_not_unmask(monkeypatch):
     tell(world, lists)
     refuses(world, "ann", world.confirmations(lists["ann"]), ListRefused, found="'cat'")
     refuses(world, "cat", world.confirmations(), ListRefused, found="'ann'")
-    monkeypatch.setattr(site, "check_confirm", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
     kinds = Counter()
     for name in ("ann", "cat"):
         kinds.update(
@@ -271,7 +272,7 @@ def test_confirmations_over_another_bundle_or_cohort(field, monkeypatch):
     lie = world.signed("bob", world.confirms["bob"], **{field: b"x" * 32})
     request = world.confirmations(confirms={"bob": lie})
     refuses(world, "ann", request, ListRefused, found=f"another {field} signed by 'bob'")
-    monkeypatch.setattr(site, "check_confirm", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
     answers(world, "ann", request)
 
 
@@ -288,8 +289,8 @@ def test_too_few_or_repeated_signatures(names, error, found, monkeypatch):
     world = world_at("confirm")
     request = world.confirmations(names)
     refuses(world, "ann", request, error, found=found)
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
-    monkeypatch.setattr(site, "refuse_missing", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
     answers(world, "ann", request)
 
 
@@ -309,7 +310,7 @@ def test_a_confirmation_by_a_site_that_is_not_a_survivor(monkeypatch):
     eve = world.signed("eve", world.confirms["dan"], site="eve")
     request = replace(world.confirmations(), confirms=(*world.confirmations().confirms, eve))
     refuses(world, "ann", request, ListRefused, found="'eve'")
-    monkeypatch.setattr(site, "check_members", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
     answers(world, "ann", request)
 
 
@@ -317,7 +318,7 @@ def test_confirmations_of_another_round(monkeypatch):
     world = world_at("confirm")
     request = Confirmations(b"o" * 32, world.confirmations().confirms)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
-    monkeypatch.setattr(site, "check_header", lambda *_: None)
+    patch_machine(monkeypatch, site, "check_header", lambda *_: None)
     answers(world, "ann", request)
 
 

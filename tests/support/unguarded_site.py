@@ -19,6 +19,7 @@ from pathlib import Path
 from support.hostile_coordinator import CAUGHT, TESTS, add_row, rows_of
 
 MACHINE = "fedcore.secagg.protocol.job.site"
+ROUND = "fedcore.secagg.protocol.round.site"
 OFF, SENT, LIES = "switched-off.json", "sent.jsonl", "lies.json"
 
 
@@ -111,17 +112,15 @@ RULES = {
     GUARD: [("fedcore_clients.trainer", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
-        ("fedcore.secagg.protocol.round.site", "check_round_threshold", _nothing),
-        (
-            "fedcore.secagg.protocol.round.site",
-            "SiteParams.least",
-            lambda _: lambda member: member.minimum,
-        ),
+        (f"{ROUND}.joining", "check_round_threshold", _nothing),
+        (f"{ROUND}.between", "check_round_threshold", _nothing),
+        (f"{ROUND}.events", "SiteParams.least", lambda _: lambda member: member.minimum),
     ],
-    ONE_SUM: [("fedcore.secagg.protocol.round.site", "_check_one_sum", _nothing)],
+    ONE_SUM: [(f"{ROUND}.joining", "_check_one_sum", _nothing)],
     LEDGER: [(f"{MACHINE}.rounds", "RoundDriver.member", lambda _: lambda self: self.base_member)],
     CERTIFIED: [
-        ("fedcore.secagg.protocol.round.site", "check_missed", _nothing),
+        (ROUND, "check_missed", _nothing),
+        (f"{ROUND}.between", "check_missed", _nothing),
         (f"{MACHINE}.states", "require_certified", _nothing),
         (
             f"{MACHINE}.states",

@@ -250,6 +250,11 @@ def check_submission(
         )  # fmt: skip
 
 
+def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
+    """What a sender signs of one plaintext key share."""
+    return digest((header, of, holder, kind, share))
+
+
 def survivors_of(submissions: Iterable[Submit]) -> tuple[SiteId, ...]:
     """U3 by name."""
     return tuple(submit.site for submit in submissions)

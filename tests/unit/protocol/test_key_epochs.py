@@ -277,7 +277,7 @@ def test_a_maker_that_names_another_key_id_is_caught():
     name, maker = key_id(PAYLOAD.reveal()), epochs.stages["s00"]
     to = next(key for key in epochs.stages[HUB].keys if key.site == "s02")
     member = epochs.members["s00"]
-    lie = epoch._grant(member, maker, to, SecretBytes(b"another payload"), name)
+    lie = epoch.seal_grant(member, maker, to, SecretBytes(b"another payload"), name)
     fault = epochs.refused(
         "s02",
         epoch.FromCoordinator(replace(granted, grant=lie)),
@@ -285,7 +285,7 @@ def test_a_maker_that_names_another_key_id_is_caught():
         match="another payload",
     )
     assert fault == "s00" and "s02" not in epochs.installed
-    honest = epoch._grant(member, maker, to, PAYLOAD, name)
+    honest = epoch.seal_grant(member, maker, to, PAYLOAD, name)
     epochs.step("s02", epoch.FromCoordinator(replace(granted, grant=honest)))
     assert epochs.stages["s02"].payload.reveal() == PAYLOAD.reveal()
 
@@ -301,7 +301,7 @@ def test_a_maker_with_a_payload_for_each_is_found_out_by_the_signed_key_ids():
     epochs, granted = at_grant()
     to = next(key for key in epochs.stages[HUB].keys if key.site == "s02")
     other = SecretBytes(b"another payload")
-    lie = epoch._grant(
+    lie = epoch.seal_grant(
         epochs.members["s00"], epochs.stages["s00"], to, other, key_id(other.reveal())
     )
     epochs.step("s02", epoch.FromCoordinator(replace(granted, grant=lie)))
@@ -439,7 +439,7 @@ def test_a_holder_that_hands_on_another_payload_is_caught():
     epochs = with_late_joiner()
     granted = granted_by(epochs, "s01")
     to, other = epochs.stages["s03"].key, SecretBytes(b"another payload")
-    lie = epoch._grant(
+    lie = epoch.seal_grant(
         epochs.members["s01"], epochs.stages["s01"], to, other, key_id(other.reveal())
     )
     wrong = epoch.FromCoordinator(replace(granted, grant=lie))

@@ -376,7 +376,7 @@ def test_where_too_few_can_answer_the_round_ends_and_no_other_one_follows(kind):
     parties.play()
     stages = [s.after for s in parties.log if type(s.after) is kind]
     stage = stages[1]  # one answer is there
-    first = coordinator._came(stage)[0].site
+    first = coordinator.received_in(stage)[0].site
     left = [name for name in parties.sites if name != first]
     step = coordinator.step
     stage, _ = step(parties.hub, stage, coordinator.Gone(left[0], for_good=True), 0.0)

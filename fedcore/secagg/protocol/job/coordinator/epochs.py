@@ -1,6 +1,6 @@
 """Key epochs of one job: when one begins, with which sites, which holder grants, and when the key is spent.
 
-The rules of one epoch are in `protocol/epoch.py`; this part decides between epochs, and which holder is asked.
+The rules of one epoch are in `protocol/epoch/`; this part decides between epochs, and which holder is asked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The rounds of one job: their beginning, deadlines, uploads and end.
 
-The rules of one round are in `round/coordinator.py`; this part decides between rounds, and when records
+The rules of one round are in `round/coordinator/`; this part decides between rounds, and when records
 go to disk. Records that nothing relies on yet are batched until the next ones or the timer: a process that
 ends meanwhile loses only messages that their senders resend.
 """

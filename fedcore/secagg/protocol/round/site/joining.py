@@ -1,0 +1,142 @@
+"""A site is invited to a round: what it checks before its number is used up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from fedcore.errors import (
+    HeaderRefused,
+    OldFolder,
+    OtherSites,
+    SecondSum,
+    StaleEpoch,
+)
+from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.identity_key import roster_digest
+from fedcore.secagg.crypto.pairwise import (
+    MaskRoot,
+)
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.protocol.effects import (
+    MakeVector,
+)
+from fedcore.secagg.protocol.messages import (
+    COORDINATOR,
+    Keys,
+    sign,
+)
+from fedcore.secagg.protocol.round.site.events import Invited, SiteParams
+from fedcore.secagg.protocol.round.site.journal import (
+    Joined,
+    JoinedUnmasked,
+    SiteMove,
+    purpose_and_round,
+)
+from fedcore.secagg.protocol.round.site.stages import Idle, Secrets
+from fedcore.secagg.protocol.shared import (
+    SiteProgress,
+    check_protection,
+    check_roster,
+    check_round_threshold,
+    exchange,
+    refuse_missing,
+)
+from fedcore.types import SiteId
+
+
+def join_round(move: SiteMove, stage: Idle, event: Invited) -> None:
+    """Use up the round number and send keys, or under `encrypted` begin with the vector."""
+    member, standing, header = move.member, stage.standing, event.announce.header
+    _check_invitation(member, standing, header)
+    check_company(member, header, header.roster, "cohort")
+    if not header.layers.masks:
+        move.record(JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
+        move.do(MakeVector(header, event.state_tag, ()))
+        return
+    root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
+    channel = HybridKey.draw(member.entropy)
+    keys = sign(
+        Keys(
+            header.digest, member.id, channel.public, MaskRoot(root).keys.public,
+            hashlib.sha256(self_seed).digest(), event.state_tag, standing.key_id, b"",
+        ),
+        member.identity,
+    )  # fmt: skip
+    secrets = Secrets(SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes()))
+    move.record(Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys)))
+    move.send(keys)
+
+
+def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundHeader) -> None:
+    check_roster(header, member.pins, member.least)
+    if member.id not in header.roster:
+        refuse_missing(member.id, header.roster, "roster")
+    check_round_threshold(header, member.plan.threshold)
+    expected: dict[str, tuple[object, object]] = {
+        "federation": (header.federation, member.federation),
+        "job": (header.job, member.job),
+        "protocol version": (header.version, member.plan.version),
+        "protection": (header.protection, member.plan.protection),
+        "plan digest": (header.plan_digest, member.plan.digest),
+        "pinned keys": (header.pins, roster_digest(member.pins)),
+    }
+    for what, (found, wanted) in expected.items():
+        if found != wanted:
+            raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    check_protection(header.protection)
+    if header.epoch != standing.epoch:
+        raise StaleEpoch(
+            "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
+            remedy="install the announced epoch's secrets first",
+        )  # fmt: skip
+    _check_one_sum(standing, header)
+    if header.round <= standing.round:
+        raise HeaderRefused(
+            "round", found=header.round, expected=f"more than {standing.round}", fault=COORDINATOR
+        )
+    if standing.proved > standing.released:
+        raise OldFolder(
+            "round", found=f"an invitation to round {header.round}",
+            expected=f"the state of round {standing.proved} or of a later one first",
+            fault=COORDINATOR,
+            remedy="this site's folder was put back to an earlier time: it catches up, then takes part",
+        )  # fmt: skip
+    if header.certificate != standing.certificate:
+        raise HeaderRefused(
+            "release certificate", found=header.certificate[:16] or "none",
+            expected=standing.certificate[:16] or "none", fault=COORDINATOR,
+            remedy="a site that missed a release catches up from the sealed checkpoint",
+        )  # fmt: skip
+
+
+def check_company(
+    member: SiteParams, header: RoundHeader, sites: Iterable[SiteId], what: str
+) -> None:
+    """These rows meet the same sites again, or none (PROTOCOL H, across jobs). Raises OtherSites."""
+    wanted = member.only_with.get(header.purpose)
+    if wanted is not None and set(sites) != set(wanted):
+        raise OtherSites(
+            f"{what} ({header.purpose})", found=", ".join(sorted(sites)),
+            expected=f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
+            "same rows was given before, and two that differ by a site show that site's part",
+            fault=COORDINATOR,
+            remedy="`fed-site ledger` shows the earlier sums; evict the other sites for this job, or "
+            "scale by declared ranges, which takes no sum",
+        )  # fmt: skip
+
+
+def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
+    """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
+    if standing.exposed:
+        raise SecondSum(
+            "round", found=f"an invitation to round {header.round} ({header.purpose})",
+            expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
+            fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
+        )  # fmt: skip
+    if not header.layers.masks and purpose_and_round(header) in standing.submitted:
+        raise SecondSum(
+            "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
+            expected="one vector for each step and state", fault=COORDINATOR,
+        )  # fmt: skip
