@@ -23,8 +23,10 @@ from fedcore.secagg.protocol.job.site.effects import MessageReceived
 
 
 async def until(condition):
-    while not condition():  # noqa: ASYNC110 - a line of the log is no event
-        await asyncio.sleep(0.005)
+    """Raises TimeoutError where it does not come: a test that waits for ever names nothing."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - a line of the log is no event
+            await asyncio.sleep(0.005)
 
 
 def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, caplog):
