@@ -136,7 +136,7 @@ def offered(me=None, **changes):
     return SiteJob(me, OFFER, Participation(me, "job", asks=False))
 
 
-def between_rounds(state=None, standing=None, plan=PLAN, **changes):
+def between_rounds(state=None, standing=None, plan=PLAN, columns=(), **changes):
     """A site's job between two rounds, in key epoch 1."""
     found = offered(plan=plan, **changes)
     standing = standing or SiteProgress(1, b"k" * 32)
@@ -148,7 +148,8 @@ def between_rounds(state=None, standing=None, plan=PLAN, **changes):
     holding = epoch.Holding(header, SecretBytes(b"s" * 32), None, payload, held)
     found.restored(
         Kept(
-            Agreed(plan, 0, ()), "rows", site.Idle(standing), state or State("before"), None,
+            Agreed(plan, len(columns), columns), "rows", site.Idle(standing),
+            state or State("before"), None,
             holding, {"1": GROUP.to_bytes().hex()}, (b"", {}), "",
         )
     )  # fmt: skip
@@ -415,6 +416,19 @@ def test_what_the_ledger_forbids_is_a_refusal_of_the_policy():
     error = OtherSites("cohort", found="a, b", expected="a, c", fault="coordinator", remedy="r")
     assert sent(list(found.part.note(error))) == [job.SiteUnavailable("job", "a", "policy")]
     assert found.part.refused.remedy == "r"
+
+
+def test_statistics_are_given_again_to_the_sites_that_the_ledger_names():
+    class Before(Ledger):
+        def statistics_only_with(self, rows, columns, besides=""):
+            return ("a", "b", "c") if (rows, columns) == ("rows", ["age"]) else None
+
+    header = header_of(purpose="statistics", training_round=0)
+    for ledger, joins in ((Ledger(), True), (Before(), False)):
+        found = between_rounds(columns=(("age", 0.0, 99.0),), ledger=ledger)
+        effects = told(found, messages.Announce(header))
+        assert bool(only(MakeVector, effects)) == joins
+    assert "exactly a, b, c" in found.part.last_error and found.part.refused is not None
 
 
 # ------------------------------------------------------------------------------ catching up
