@@ -11,19 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fedcore.errors import Abandoned, BadInput
-from fedcore.experiment.arms import (
-    Arm,
-    Bench,
-    Centralised,
-    Evaluation,
-    Federated,
-    FederatedFloat,
-    LocalOnly,
-)
+from fedcore.experiment.arms import Alone, Arm, Bench, Evaluation, Federated, FederatedFloat
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.prepare import Prepared
 from fedcore.learning import metrics as metric_list
 from fedcore.learning.data.rows import pool
+from fedcore.learning.site import SiteRows
 from fedcore.results import Columns, RoundRow
 from fedcore.types import ARMS, Json
 
@@ -41,8 +34,10 @@ class Experiment:
         )
         self.federated = Federated(bench, federation)
         makers: dict[str, Callable[[], Arm]] = {
-            "centralised": lambda: Centralised(bench, pool([s.train for s in prepared.sites])),
-            "local_only": lambda: LocalOnly(bench, [each.rows_alone() for each in trainers]),
+            "centralised": lambda: Alone(
+                bench, "centralised", {"": pool([s.train for s in prepared.sites])}, prepared.sites
+            ),
+            "local_only": lambda: _local_only(bench, [each.rows_alone() for each in trainers]),
             "federated_float": lambda: FederatedFloat(bench, self.federated, start),
             "federated": lambda: self.federated,
         }
@@ -140,6 +135,10 @@ class Experiment:
         for name, arm in self.arms.items():
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
+
+
+def _local_only(bench: Bench, sites: Sequence[SiteRows]) -> Alone:
+    return Alone(bench, "local_only", {site.id: site.train for site in sites}, sites)
 
 
 def _own_value(parts: Sequence[Any], name: str) -> float | None:

@@ -11,7 +11,7 @@ moves in one that was abandoned; centralised and local-only training goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
@@ -138,48 +138,33 @@ class Bench:
         return self.evaluate([self.flat.module] * len(self.sites), self.sites, round_)
 
 
-class Centralised:
-    """All sites' training rows in one place: what pooling would give."""
+class Alone:
+    """Parties that train alone, each with an optimiser that it keeps.
 
-    name = "centralised"
+    `centralised` is one party with all rows, which scores on every site's: what pooling would give.
+    `local_only` is every site on its own rows and its own statistics: what not joining would give.
 
-    def __init__(self, bench: Bench, pooled: Rows) -> None:
-        self._bench, self._rows, self.budget = bench, pooled, Budget()
-        self._own = bench.own_model()
+    parties: {name: training rows}; tested: the sites' test rows, by the model of the one party or of each.
+    """
 
-    def step(self, round_: int) -> Columns:
-        report = self._own.train(self._rows, seed=self._bench.seed, round_=round_, site="")
-        return {"train_loss": self.budget.add([report])}
-
-    def evaluate(self, round_: int) -> Evaluation:
-        bench = self._bench
-        return bench.evaluate([self._own.module] * len(bench.sites), bench.sites, round_)
-
-    def save(self) -> Any:
-        return self._own.save()
-
-    def restore(self, saved: Any) -> None:
-        self._own.restore(saved)
-
-
-class LocalOnly:
-    """Every site alone, on its own rows and its own statistics: what not joining would give."""
-
-    name = "local_only"
-
-    def __init__(self, bench: Bench, sites: Sequence[SiteRows]) -> None:
-        self._bench, self._sites, self.budget = bench, sites, Budget()
-        self._own = [bench.own_model() for _ in sites]
+    def __init__(
+        self, bench: Bench, name: str, parties: Mapping[str, Rows], tested: Sequence[SiteRows]
+    ) -> None:
+        self.name, self.budget = name, Budget()
+        self._bench, self._parties, self._tested = bench, parties, tested
+        self._own = [bench.own_model() for _ in parties]
 
     def step(self, round_: int) -> Columns:
         reports = [
-            own.train(site.train, seed=self._bench.seed, round_=round_, site=site.id)
-            for own, site in zip(self._own, self._sites, strict=True)
+            own.train(rows, seed=self._bench.seed, round_=round_, site=name)
+            for own, (name, rows) in zip(self._own, self._parties.items(), strict=True)
         ]
         return {"train_loss": self.budget.add(reports)}
 
     def evaluate(self, round_: int) -> Evaluation:
-        return self._bench.evaluate([own.module for own in self._own], self._sites, round_)
+        each = len(self._tested) // len(self._own)
+        modules = [own.module for own in self._own] * each
+        return self._bench.evaluate(modules, self._tested, round_)
 
     def save(self) -> Any:
         return [own.save() for own in self._own]

@@ -111,7 +111,6 @@ class _Round:
     opened: Opened | None = None
     total: Slots | None = None
     led_to: bytes = b""
-    sealed: bytes = b""
     bytes_up: int = 0
     bytes_down: int = 0
     failure: Exception | None = None
@@ -139,32 +138,19 @@ class _Round:
             with self.watch("protect"):
                 put_tag(slots)
         if self.witness is not None:
-            self._show(self.witness, index, slots)
+            if index == self.witness.target:
+                self.witness.layout, self.witness.slots = self.layout, slots.copy()
+            if index == self.witness.other:
+                self.witness.other_slots = slots.copy()
         return slots
 
-    def _show(self, witness: RoundTrace, index: int, slots: Slots) -> None:
-        if index == witness.target:
-            witness.layout, witness.slots = self.layout, slots.copy()
-        if index == witness.other:
-            witness.other_slots = slots.copy()
-
-    def show_masks(self, index: int, masks: Masks) -> None:
-        """Keep the masks of the two sites' vectors for a witness."""
-        if self.witness is not None and index == self.witness.target:
-            self.witness.masks = masks
-        if self.witness is not None and index == self.witness.other:
-            self.witness.other_masks = masks
-
-    def show_stream(self, index: int, stream: tuple[bytes, int]) -> None:
-        """Keep the keystream of the target's vector for a witness."""
-        if self.witness is not None and index == self.witness.target:
-            self.witness.stream = (stream,)
-
-    def show_upload(self, index: int, chunks: list[bytes]) -> None:
-        """Keep the target's chunks for a witness."""
-        self.bytes_up = sum(map(len, chunks))
-        if self.witness is not None and index == self.witness.target:
-            self.witness.upload = chunks
+    def show(self, index: int, chunks: list[bytes], masks: Masks = (), stream: Masks = ()) -> None:
+        """Count the bytes of one site's upload; keep chunks and masks of the two sites for a witness."""
+        self.bytes_up, trace = sum(map(len, chunks)), self.witness
+        if trace is not None and index == trace.target:
+            trace.upload, trace.masks, trace.stream = chunks, masks, stream
+        if trace is not None and index == trace.other:
+            trace.other_masks = masks
 
     def finish(self, survivors: tuple[int, ...]) -> ProtectedTotal:
         """The result, with the twin beside it."""
@@ -215,10 +201,8 @@ class SiteDriver:
             self.spool, salt = self.secrets.protect(
                 slots, current.layout, asked, me, self.member.entropy
             )
-        current.show_masks(place, revealed(asked.masks))
-        current.show_upload(place, self.spool)
-        if salt:
-            current.show_stream(place, self.secrets.stream(asked.header, asked.state_tag, me, salt))
+        stream = self.secrets.stream(asked.header, asked.state_tag, me, salt) if salt else None
+        current.show(place, self.spool, revealed(asked.masks), (stream,) if stream else ())
         return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)), salt)
 
     def open_sum(
@@ -350,7 +334,7 @@ class PlainSum:
             with watch("fold"):
                 for place, chunk in enumerate(chunks):
                     fold.add(place, chunk)
-            current.show_upload(index, chunks)
+            current.show(index, chunks)
         with watch("fold"):
             released = list(fold.total())
         with watch("unprotect"):
@@ -472,8 +456,7 @@ class InProcessFederation:
             exchange.end()
         stage = self.hub.stage
         if isinstance(stage, coordinator.Released):
-            self._keep_checkpoint(current, stage.certificate)
-            self._catch_up(current)
+            self._catch_up(current, stage.certificate)
             return current.finish(tuple(map(header.place, stage.certificate.survivors)))
         if current.failure is not None:
             raise current.failure
@@ -489,26 +472,20 @@ class InProcessFederation:
             plan.digest, self.certificate.hash if self.certificate else "",
         )  # fmt: skip
 
-    def _keep_checkpoint(self, current: _Round, certificate: messages.Certificate) -> None:
-        """A survivor seals the released state, if somebody missed the release."""
+    def _catch_up(self, current: _Round, certificate: messages.Certificate) -> None:
+        """Sites that missed the release take the state that a survivor seals, if the certificate bears it out."""
         self.certificate = certificate
-        if all(self._has(shell, certificate) for shell in self.shells.values()):
+        shells = self.shells.values()
+        there = [s for s in shells if s.stage.standing.certificate == certificate.hash]
+        late = [s for s in shells if s not in there]
+        if not late:
             return
-        shell = next(s for s in self.shells.values() if self._has(s, certificate))
-        current.sealed = shell.secrets.seal_state(current.led_to, certificate, shell.member.entropy)
-
-    @staticmethod
-    def _has(shell: SiteDriver, certificate: messages.Certificate) -> bool:
-        return shell.stage.standing.certificate == certificate.hash
-
-    def _catch_up(self, current: _Round) -> None:
-        """Sites that missed the release take the sealed checkpoint, if the certificate bears it out."""
-        assert self.certificate is not None
-        certificate = self.certificate
-        for shell in self.shells.values():
-            if self._has(shell, certificate) or isinstance(shell.stage, site.Halted):
+        giver = there[0]
+        sealed = giver.secrets.seal_state(current.led_to, certificate, giver.member.entropy)
+        for shell in late:
+            if isinstance(shell.stage, site.Halted):
                 continue
-            state = shell.secrets.open_state(current.sealed, certificate)
+            state = shell.secrets.open_state(sealed, certificate)
             state_mac = shell.secrets.state_mac(certificate.header, state)
             event = site.CaughtUp(certificate, state_mac)
             shell.stage, _ = site.step(shell.member, shell.stage, event, self.now)
