@@ -173,7 +173,7 @@ class JobRunner:
         if self._stop is not None:
             await self._end_surely(self._stop.outcome, self._stop.text)
         elif fault is not None:
-            LOG.error("job %s: ended by a fault of this side", self.id, exc_info=fault)
+            LOG.error("job %s: ended by an internal error", self.id, exc_info=fault)
             await self._end_surely("failed", _reason(fault))
         self.on_change()
 

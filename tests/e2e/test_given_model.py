@@ -188,6 +188,7 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, cap
         await found.run()
         assert found.hub.facts.outcome.outcome == "finished"
         assert "a fault of this side" not in caplog.text
+        assert "an internal error" not in caplog.text
         await check_given(found)
 
     scene(tmp_path, pool, play, limits=PATIENT)

@@ -439,6 +439,17 @@ def test_public_metrics_become_a_row_when_enough_sites_say_the_same():
     assert not found.may_come(at())
 
 
+def test_a_plan_that_the_disk_refused_judges_no_public_metrics():
+    """The next plan may be another one."""
+    facts = facts_of(plan_for(public_metrics=True))
+    found = Metrics(facts)
+    found.released()
+    facts.plan = None
+    found.released()
+    with pytest.raises(PeerRefused, match="before there is a plan"):
+        found.take("a", word("a"))
+
+
 def ending(**fields):
     facts = facts_of(PLAN, certificate=CERTIFICATE, epoch=epoch_of(), **fields)
     parts = EpochDriver(facts), CatchUp(facts), Metrics(facts), ModelHandover(facts)

@@ -25,7 +25,9 @@ class Metrics:
         What was reported since this process started still counts.
         """
         certificate, plan = self._facts.certificate, self._facts.plan
-        if plan is not None and self._hearing is None:
+        if plan is None:
+            self._hearing = None  # the disk refused the plan: another one may follow
+        elif self._hearing is None:
             self._hearing = public_metrics.Hearing(plan, self._facts.id)
         if certificate is None or self._hearing is None:
             return
