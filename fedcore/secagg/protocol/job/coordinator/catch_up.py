@@ -61,11 +61,7 @@ class CatchUp:
         facts, asked = self._facts, self.asked
         if asked in at.here and at.now - self.asked_at < facts.limits.gather:
             return []
-        stands = (facts.epoch.epoch, facts.released)
-        able = [
-            name for name in at.here
-            if (rest := facts.sites[name].rest) and (rest.epoch, rest.certificate) == stands
-        ]  # fmt: skip
+        able = facts.current(at)
         if not able:
             return []
         others = [name for name in able if name != asked] or able

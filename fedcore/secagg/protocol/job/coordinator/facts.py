@@ -176,6 +176,15 @@ class JobFacts:
         assert self.plan is not None
         return job_messages.PlanOffer(self.id, canonical(self.plan.to_json()))
 
+    def current(self, at: Moment) -> list[SiteId]:
+        """Connected sites whose last status has the job's key epoch and release, in roster order."""
+        place, sites = (self.epoch.epoch, self.released), self.sites
+        return [
+            name for name in self.pins
+            if name in at.here and (rest := sites[name].rest)
+            and (rest.epoch, rest.certificate) == place
+        ]  # fmt: skip
+
     def able(self, at: Moment) -> list[SiteId]:
         """Connected sites that can take part."""
         return [name for name in at.here if not self.sites[name].unable]

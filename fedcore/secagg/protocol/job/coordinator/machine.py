@@ -431,10 +431,10 @@ class JobMachine:
             until = None if isinstance(facts.epoch, epoch.NoEpoch) else facts.epoch.until
             facts.progress.wait(epoch.awaited_in(facts.epoch), until, at)
             return
-        roster = self.rounds.ready(at)
-        if self.gathered(list(roster)):
+        roster = facts.current(at)
+        if self.gathered(roster):
             facts.progress.text = ""
-            self.begin_round(facts.step, roster)
+            self.begin_round(facts.step, tuple(roster))
 
     def begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
         """Announce this step to these sites."""

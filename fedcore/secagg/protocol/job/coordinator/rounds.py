@@ -99,16 +99,6 @@ class RoundDriver:
             facts.sites[name].rest = None
         return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes)
 
-    def ready(self, at: Moment) -> tuple[SiteId, ...]:
-        """Connected sites with the job's key epoch and release, in roster order."""
-        facts = self._facts
-        stands = (facts.epoch.epoch, facts.released)
-        ready = {
-            name for name in at.here
-            if (rest := facts.sites[name].rest) and (rest.epoch, rest.certificate) == stands
-        }  # fmt: skip
-        return tuple(name for name in facts.pins if name in ready)
-
     def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> list[CoordinatorJobEffect]:
         """One event of the round. Raises PeerRefused for what is not legal there.
 
