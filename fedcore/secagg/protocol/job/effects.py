@@ -81,7 +81,7 @@ class OpenFold:
 
 @dataclass(frozen=True)
 class StartFold:
-    """Add the whole upload of this site to the running sum; then tell `Folded` or `FoldRefused`.
+    """Add the complete upload of this site to the running sum; then tell `Folded`.
 
     digest: of its chunks.
     """
