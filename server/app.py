@@ -81,8 +81,8 @@ def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int],
     return (("grpc.max_allowed_incoming_connections", room),)
 
 
-def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
-    """Run until SIGTERM or SIGINT. said: called with one line once it listens. Raises FedcoreError."""
+def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
+    """Run until SIGTERM or SIGINT. show: called with one line once it listens. Raises FedcoreError."""
     pins = read_roster(config.roster)
     kit = Kit.load(config.kit)
     if kit.peer.federation != config.name:
@@ -115,7 +115,7 @@ def serve(config: FederationConfig, said: Callable[[str], None]) -> None:
             config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
-        asyncio.run(_serve(config, kit, context, gate, said))
+        asyncio.run(_serve(config, kit, context, gate, show))
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:
@@ -135,7 +135,7 @@ async def _serve(
     kit: Kit,
     context: CoordinatorContext,
     gate: Gate,
-    said: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> None:
     hub, probes = Coordinator(context, gate), Probes(gate)
     most = connection_limit(raise_descriptors(), len(config.listen))
@@ -149,7 +149,7 @@ async def _serve(
             LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
         await server.start()
         await probes.begin()
-        said(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
+        show(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
         await _until_signal(hub, probes, server)
 
 

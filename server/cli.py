@@ -63,7 +63,7 @@ def _operator(where: str | None, kit: Path | None, file: Path | None) -> Operato
 
 @app.command()
 def serve(config: Config = Path("federation.toml")) -> None:
-    """Run the coordinator of a federation until it is told to stop."""
+    """Run the coordinator of a federation until it is stopped."""
     from fedcore_server.app import serve as run_server
     from fedcore_server.config import read_config
 
@@ -107,7 +107,7 @@ def submit(
 def jobs(
     where: Where = None, kit: KitFolder = None, file: File = None, as_json: AsJson = False
 ) -> None:
-    """List the jobs, and who is connected."""
+    """List the jobs, and the sites that are connected."""
     from fedcore_server.operators import jobs_table
 
     from fedcore.wire import calls, frames

@@ -118,7 +118,7 @@ class SiteApi:
         found = self._hub.running()
         if found is not None:
             found.put(SiteConnected(name))
-        for ended in self._hub.jobs.values():  # a site that was away at the end is told about it
+        for ended in self._hub.jobs.values():  # a site that was not connected at the end
             if ended.facts.outcome is not None and any(h.job == ended.id for h in frame.held):
                 ended.put(SiteConnected(name))
         self._hub.changed()

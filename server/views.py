@@ -70,8 +70,8 @@ class Views:
         about = self.waiting(found)
         assert about is not None
         awaited, until = tuple(map(frames.Awaited, names[:64])), int(1000 * (about.until or 0))
-        told = (about.of, until, about.then, about.least, about.in_round)
-        self._sessions.broadcast(frames.Waiting(found.id, awaited, *told))
+        waits = (about.of, until, about.then, about.least, about.in_round)
+        self._sessions.broadcast(frames.Waiting(found.id, awaited, *waits))
         if not wait.logged and seconds >= LOGGED_SECONDS:
             wait.logged = True
             LOG.info("job %s: %s", found.id, waiting_text(about.to_json(), time.time()))

@@ -210,7 +210,9 @@ def test_too_few_that_say_the_same_give_no_model(tmp_path, pool):
         giving(found, lies="ab")
         await found.run()
         assert found.hub.facts.outcome.outcome == "finished"
-        assert "without the model: too few sites say the same of it" in found.hub.facts.outcome.text
+        assert (
+            "without the model: too few sites report the same file" in found.hub.facts.outcome.text
+        )
         assert given(found) is None and not found.hub.machine.model.here
 
     scene(tmp_path, pool, play, limits=replace(PATIENT, gather=0.5))
@@ -236,7 +238,7 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
         found.start("d")
         await found.run()
         assert "expected 'sites' by policy.release of site.toml" in caplog.text
-        assert "d" not in found.hub.machine.model.said
+        assert "d" not in found.hub.machine.model.reported
         assert "d" not in found.rounds()[-1]["survivors"]
         await check_given(found)
 

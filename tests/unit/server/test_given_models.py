@@ -201,7 +201,7 @@ def test_a_new_session_is_asked_at_once():
 
 def test_what_no_honest_site_says_is_refused():
     found = hand_over()
-    with pytest.raises(HeaderRefused, match=r"nobody asked for.*fault: a"):
+    with pytest.raises(HeaderRefused, match=r"not asked for.*fault: a"):
         found.take("a", word("a"))
     asked(found)
     with pytest.raises(OutOfOrder):
@@ -212,7 +212,7 @@ def test_what_no_honest_site_says_is_refused():
     (warning,) = found.take("b", word("b", b"x" * 32))
     assert "sites differ over the model (a - b)" in warning.text
     quiet = hand_over(plan_for())
-    with pytest.raises(PeerRefused, match="the plan gives none"):
+    with pytest.raises(PeerRefused, match="the plan gives no model"):
         quiet.take("a", word("a"))
 
 

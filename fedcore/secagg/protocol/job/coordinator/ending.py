@@ -97,9 +97,9 @@ class JobEnd:
             case MessageReceived(name, job_messages.PlanAgreed()) if facts.plan is not None:
                 return self._epochs.back(name, at)
             case MessageReceived(
-                name, (epoch.EpochKey() | epoch.Grant() | epoch.KeyHeld()) as said
+                name, (epoch.EpochKey() | epoch.Grant() | epoch.KeyHeld()) as message
             ):
-                return self._epochs.take(epoch.FromSite(name, said), at)
+                return self._epochs.take(epoch.FromSite(name, message), at)
         return []
 
     def _at_rest(

@@ -31,7 +31,7 @@ class ModelHandover:
         self._facts = facts
         self.here = False
         """Whether the file is among the job's."""
-        self.said: dict[SiteId, bytes] = {}
+        self.reported: dict[SiteId, bytes] = {}
         self._asked: dict[SiteId, float] = {}
         self._tried: dict[SiteId, float] = {}
         """Clock seconds at which each site was asked for its digest, and for its file."""
@@ -55,11 +55,11 @@ class ModelHandover:
             )
         ):
             return "the last round was abandoned"
-        said = Counter(self.said.values())
-        silent = sum(name not in self.said for name in sites)
-        most = max(said.values(), default=0)
+        reported = Counter(self.reported.values())
+        silent = sum(name not in self.reported for name in sites)
+        most = max(reported.values(), default=0)
         if most + silent < header.threshold:
-            return f"too few sites say the same of it ({most}, and {header.threshold} are needed)"
+            return f"too few sites report the same file ({most}, and {header.threshold} are needed)"
         return ""
 
     def connected(self, site: SiteId) -> None:
@@ -95,11 +95,11 @@ class ModelHandover:
         if not digest:
             silent = [
                 name for name in sites
-                if name not in self.said and now - self._asked.get(name, -math.inf) >= ASKED_AGAIN
+                if name not in self.reported and now - self._asked.get(name, -math.inf) >= ASKED_AGAIN
             ]  # fmt: skip
             self._asked.update(dict.fromkeys(silent, now))
             return [self._wanted(name, b"") for name in silent]
-        able = [name for name in sites if self.said.get(name) == digest]
+        able = [name for name in sites if self.reported.get(name) == digest]
         giver = self._giver
         if not able or (giver and giver in able and now - self._tried[giver] < patience):
             return []
@@ -117,34 +117,38 @@ class ModelHandover:
         asked, Conflicting for another digest than before, and OutOfOrder for an earlier release's.
         """
         if not self.given:
-            raise PeerRefused(f"model: found a word of {site} on it, and the plan gives none")
+            raise PeerRefused(
+                f"model: found a digest of {site}, expected none: the plan gives no model"
+            )
         if site not in self._asked:
             raise HeaderRefused(
-                "model", found="one that nobody asked for", expected="none", fault=site
+                "model", found="one that was not asked for", expected="none", fault=site
             )
         certificate = self._facts.certificate
         if certificate is None or made.certificate != certificate.hash:
             raise OutOfOrder(
                 "model", found="that of another release", expected="that of the last", fault=site
             )
-        before = self.said.setdefault(site, made.digest)
+        before = self.reported.setdefault(site, made.digest)
         if before != made.digest:
             raise Conflicting(
                 "model", found="another one than before", expected="the same", fault=site
             )
-        groups = differing(self.said)
+        groups = differing(self.reported)
         if not groups:
             return []
         needed = certificate.header.threshold
         return [
-            Warn(f"sites differ over the model ({groups}); it is taken once {needed} say the same")
+            Warn(
+                f"sites differ over the model ({groups}); it is taken once {needed} report the same"
+            )
         ]
 
     @property
     def _agreed(self) -> bytes:
         """The digest that enough sites report; empty while there is none."""
         certificate = self._facts.certificate
-        for digest, count in Counter(self.said.values()).items():
+        for digest, count in Counter(self.reported.values()).items():
             if certificate is not None and count >= certificate.header.threshold:
                 return digest
         return b""

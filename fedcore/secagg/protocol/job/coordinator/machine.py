@@ -443,7 +443,7 @@ class JobMachine:
         self.round_step(start)
 
     def round_step(self, event: coordinator.CoordinatorEvent) -> None:
-        """One event of the round; if the round ends, that is on disk before any site is told."""
+        """One event of the round; its end is on disk before a message about it is sent."""
         before = self.facts.stage
         found = self.rounds.take(event, self._at)
         if isinstance(self.facts.stage, coordinator.Ended) and not isinstance(
