@@ -6,27 +6,16 @@ Results go to stdout, everything said on the way to stderr; exit codes are those
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault(
-    "GRPC_VERBOSITY", "NONE"
-)  # its lines are ours to explain; before it is imported
-
 import typer
 
-from fedcore.cli.console import emit, run, say, start_logging
+from fedcore.cli.console import application, emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED
 
-app = typer.Typer(
-    help="A site of a federation: its process, and what it is at.",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = application("A site of a federation: its process, and what it is at.")
 
 Config = Annotated[Path, typer.Option("--config", help="The site's file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -7,19 +7,14 @@ and pydantic are imported inside commands, so `--help` is fast.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-os.environ.setdefault(
-    "GRPC_VERBOSITY", "NONE"
-)  # its lines are ours to explain; before it is imported
-
 import typer
 from rich.console import Console, RenderableType
 
-from fedcore.cli.console import JobCommand, emit, run, say, start_logging
+from fedcore.cli.console import JobCommand, application, emit, run, say, start_logging
 from fedcore.errors import EXIT_ABANDONED
 from fedcore.types import Json
 
@@ -28,13 +23,7 @@ if TYPE_CHECKING:
 
     from fedcore.results import JobEvent, JobRow, MetricsRow
 
-app = typer.Typer(
-    help="The coordinator of a federation, and an operator's commands to it.",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = application("The coordinator of a federation, and an operator's commands to it.")
 
 Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
 Where = Annotated[

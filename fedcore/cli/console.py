@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
     from fedcore.types import Json  # it loads NumPy, which `--help` does not need
 
 stderr = Console(stderr=True, highlight=False)
+
+
+def application(text: str) -> typer.Typer:
+    """The commands of one program, before any of them imports grpc. text: its help."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the commands explain its errors themselves
+    return typer.Typer(
+        help=text, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )  # fmt: skip
 
 
 def say(text: str) -> None:

@@ -138,19 +138,14 @@ class RoundDriver:
     ) -> list[CoordinatorJobEffect]:
         effects: list[CoordinatorJobEffect] = []
         for effect in found:
-            match effect:
-                case Send(to=to, message=message):
-                    if isinstance(message, messages.Aggregate):
-                        effects.append(Push(SiteId(to), "sum"))
-                    effects.append(effect)
-                case RemoveMasks(header=header):
-                    if self._summing[0] != header.digest:
-                        self._summing = header.digest, at.now
-                    effects.append(effect)
-                case Warn():
-                    effects.append(effect)
-                case _:
-                    pass  # Fold and Rebuild: the sum is made of exactly the uploads it is given
+            if isinstance(effect, Send) and isinstance(effect.message, messages.Aggregate):
+                effects.append(Push(SiteId(effect.to), "sum"))
+            if isinstance(effect, RemoveMasks) and self._summing[0] != effect.header.digest:
+                self._summing = effect.header.digest, at.now
+            if isinstance(
+                effect, Send | RemoveMasks | Warn
+            ):  # the sum is made of the list: no fold here
+                effects.append(effect)
         return effects
 
     def _count_time(self, before: coordinator.CoordinatorStage, at: Moment) -> None:
