@@ -27,8 +27,11 @@ from fedcore.files import RESULT_FILE, append_row, write_json
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, SplitResult
 
+Layers = Sequence[Mapping[str, object]]
+"""Settings of a job, later mappings winning; each flat or nested like a job file."""
+
 OnReady = Callable[[Prepared, Path], None]
-OnCell = Callable[[SplitResult, int, int], None]
+OnCell = Callable[[SplitResult, int, int], object]
 Say = Callable[[str], None]
 
 
@@ -40,7 +43,7 @@ def simulate(
     task: Task | str | None = None,
     sites: Mapping[str, object] | None = None,
     *,
-    job: str | Path | None = None,
+    job: str | Path | Layers | None = None,
     out: str | Path | None = None,
     force: bool = False,
     on_round: OnRound | None = None,
@@ -51,31 +54,15 @@ def simulate(
     """Run one simulated federation and its comparison arms; returns the finished `Run`.
 
     task: a `fedcore.Task`, `"heart"`, `"path/to/file.py[:attribute]"` or `"package.module:attribute"`.
-    sites: {site id: source for task.data}; the job's or the task's own sites without it.
-    job: a job file, or a folder with job.toml in it. settings: any key of a job (`config.Settings`), e.g.
-    `rounds=20`, `seed=0`, `protection="plain"`, `lr=0.1`.
-    out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/.
-    on_round: called with every row; return `fedcore.STOP` to end after this round.
+    sites: {site id: source for task.data}; without it, the job's or the task's own sites.
+    job: a job file, a folder with job.toml in it, or mappings with the keys of one, later ones winning.
+    settings: any key of a job (`config.Settings`), e.g. `rounds=20`, `seed=0`, `protection="plain"`, `lr=0.1`.
+    out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/. force: replace a former run there.
+    on_round: called with every row; return `fedcore.STOP` to end after this round. on_ready: called with the
+    prepared job and the directory before round 1. say: called with a line for each step of the set-up.
     Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
     """
-    return simulate_layers(
-        _layers(task, sites, job, settings), task=task, out=out, force=force, on_round=on_round,
-        on_ready=on_ready, say=say,
-    )  # fmt: skip
-
-
-def simulate_layers(
-    layers: Sequence[Mapping[str, object]],
-    *,
-    task: Task | str | None = None,
-    out: str | Path | None = None,
-    force: bool = False,
-    on_round: OnRound | None = None,
-    on_ready: OnReady | None = None,
-    say: Say = _silent,
-) -> Run:
-    """`simulate` from layers of settings, as the command line collects them."""
-    prepared = prepare_layers(layers, say, task=task)
+    prepared = prepare(*_job(task, sites, job, settings), say)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         writer = RunWriter(directory, prepared)
@@ -85,12 +72,9 @@ def simulate_layers(
         return _run(prepared, writer, on_round, resume=False)
 
 
-def prepare_layers(
-    layers: Sequence[Mapping[str, object]], say: Say = _silent, *, task: Task | str | None = None
-) -> Prepared:
-    """Everything before round 1: for `simulate`, `plan` and `check` alike."""
-    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
-    return prepare(found, complete, say)
+def prepare_layers(layers: Layers, say: Say = _silent) -> Prepared:
+    """Everything before round 1, from layers of settings: for `plan` and `check`."""
+    return prepare(*job_for(None, *layers), say)
 
 
 def resume(
@@ -101,7 +85,10 @@ def resume(
     on_ready: OnReady | None = None,
     say: Say = _silent,
 ) -> Run:
-    """Go on with an interrupted run after its last whole round, to the same bits."""
+    """Go on with an interrupted run after its last whole round, to the same bits.
+
+    task: needed where the run's task was made in a notebook. Raises BadInput for any other directory.
+    """
     path = Path(directory)
     if (path / RESULT_FILE).is_file():
         return _finished(path, task)
@@ -133,20 +120,22 @@ def _finished(path: Path, task: Task | None) -> Run:
     return Run(path, task)
 
 
-def _layers(
+def _job(
     task: Task | str | None,
     sites: Mapping[str, object] | None,
-    job: str | Path | None,
+    job: str | Path | Layers | None,
     settings: Mapping[str, object],
-) -> list[Mapping[str, object]]:
-    layers: list[Mapping[str, object]] = [read_job_file(Path(job))] if job else []
+) -> tuple[Task, Job]:
+    layers: list[Mapping[str, object]] = []
+    if job:
+        layers += [read_job_file(Path(job))] if isinstance(job, str | Path) else job
     if isinstance(task, str):
         layers.append({"task": task})
     elif not isinstance(task, Task | None):
         raise BadInput(f"task: found {type(task).__name__}, expected a fedcore.Task or its name")
     if sites is not None:
         layers.append({"sites": sites})
-    return [*layers, settings]
+    return job_for(task if isinstance(task, Task) else None, *layers, settings)
 
 
 def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, resume: bool) -> Run:
@@ -162,7 +151,7 @@ def compare(
     sites: Mapping[str, object] | None = None,
     *,
     seeds: int | Sequence[int] = 5,
-    job: str | Path | None = None,
+    job: str | Path | Layers | None = None,
     out: str | Path | None = None,
     force: bool = False,
     on_cell: OnCell | None = None,
@@ -172,26 +161,10 @@ def compare(
     """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
 
     seeds: how many (0, 1, ...), or which. `folds=` is the number of folds, each the test part once.
-    on_cell: called with each finished cell, its number and the number of all.
+    on_cell: called with each finished cell, its number and the number of all. The others as in `simulate`.
+    Raises FedcoreError; nothing is written for bad input.
     """
-    return compare_layers(
-        _layers(task, sites, job, settings), task=task, seeds=seeds, out=out, force=force,
-        on_cell=on_cell, say=say,
-    )  # fmt: skip
-
-
-def compare_layers(
-    layers: Sequence[Mapping[str, object]],
-    *,
-    task: Task | str | None = None,
-    seeds: int | Sequence[int] = 5,
-    out: str | Path | None = None,
-    force: bool = False,
-    on_cell: OnCell | None = None,
-    say: Say = _silent,
-) -> Comparison:
-    """`compare` from layers of settings, as the command line collects them."""
-    found, complete = job_for(task if isinstance(task, Task) else None, *layers)
+    found, complete = _job(task, sites, job, settings)
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen:
         raise BadInput("seeds: found none, expected at least 1")
@@ -205,12 +178,7 @@ def compare_layers(
 
 
 def _compare_into(
-    directory: Path,
-    task: Task,
-    job: Job,
-    seeds: Sequence[int],
-    on_cell: OnCell | None,
-    say: Say,
+    directory: Path, task: Task, job: Job, seeds: Sequence[int], on_cell: OnCell | None, say: Say
 ) -> ComparisonResult:
     """Every split of the grid; writes job.json and plan.json, returns the result."""
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -226,15 +194,10 @@ def _compare_into(
         prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
         try:
             _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
-        except Abandoned as abandoned:
-            what = str(abandoned).removeprefix("run: ")
-            raise Abandoned(
-                f"seed {seed}, fold {fold}: {what}", remedy=abandoned.remedy
-            ) from abandoned
-        except GuardTripped as tripped:
-            raise Refused(
-                f"seed {seed}, fold {fold}: {tripped}", remedy=tripped.remedy
-            ) from tripped
+        except (Abandoned, GuardTripped) as error:
+            kind = Abandoned if isinstance(error, Abandoned) else Refused
+            what = f"seed {seed}, fold {fold}: {str(error).removeprefix('run: ')}"
+            raise kind(what, remedy=error.remedy) from error
         results.append(result)
         cells.append(split_result(result, seed, fold))
         if on_cell is not None:

@@ -39,32 +39,20 @@ def _seal() -> SelfTest:
         return SelfTest("SEAL", False, str(error), error.remedy)
     except Exception as error:  # noqa: BLE001 - a broken library may raise anything
         return SelfTest("SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal")
-    tenseal = environment()["tenseal"]
+    version = f"tenseal {environment()['tenseal']}"
     if not found["exact"]:
-        return SelfTest(
-            "SEAL", False, f"tenseal {tenseal}: encrypted sums are WRONG", "do not use it"
-        )
-    return SelfTest(
-        "SEAL", True, f"tenseal {tenseal}: encrypted sum exact, through a {found['path']}"
-    )
+        return SelfTest("SEAL", False, f"{version}: encrypted sums are WRONG", "do not use it")
+    return SelfTest("SEAL", True, f"{version}: encrypted sum exact, through a {found['path']}")
 
 
 def _tensorboard() -> SelfTest:
     there = importlib.util.find_spec("tensorboard") is not None
-    return SelfTest(
-        "tensorboard", True, "runs write its events" if there else "not installed (optional)"
-    )
+    found = "runs write its events" if there else "not installed (optional)"
+    return SelfTest("tensorboard", True, found)
 
 
 def _distribution_clash() -> SelfTest:
-    owners = sorted(
-        {
-            d.metadata["Name"]
-            for d in distributions()
-            if (d.metadata["Name"] or "").lower() == "fedcore"
-        }
-    )
-    if owners:
+    if any((each.metadata["Name"] or "").lower() == "fedcore" for each in distributions()):
         return SelfTest(
             "names", False, "another distribution named `fedcore` is installed",
             "pip uninstall fedcore, then install fedcore-fl again",
@@ -76,7 +64,6 @@ def _module_clash() -> SelfTest:
     wanted = ("fedcore_server", "fedcore_clients")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        return SelfTest(
-            "packages", False, f"not importable: {', '.join(missing)}", "install fedcore-fl again"
-        )
+        found = f"not importable: {', '.join(missing)}"
+        return SelfTest("packages", False, found, "install fedcore-fl again")
     return SelfTest("packages", True, ", ".join(wanted))

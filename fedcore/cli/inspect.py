@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.experiment.prepare import Prepared
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.training import local_train
-from fedcore.report.phrases import plain, size
+from fedcore.report.phrases import plain, plural, size
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.plan import price_list
 from fedcore.types import Json
@@ -19,13 +18,14 @@ from fedcore.types import Json
 def check_task(prepared: Prepared) -> Json:
     """One training step at every site, as JSON. Raises TaskFailed with the user's traceback if one fails."""
     sites: Json = {}
-    initial = prepared.flat.read()
+    initial, train = prepared.flat.read(), prepared.plan.train
     with single_thread():
         for site in prepared.sites:
             prepared.flat.write(initial)
+            batch = np.arange(min(train.batch_size, len(site.train)), dtype=np.int64)
             report = local_train(
-                prepared.task, prepared.flat.module, site.train.take(_first_batch(prepared, site)),
-                prepared.plan.train, seed=prepared.job.run.seed, round_=1, site=site.id,
+                prepared.task, prepared.flat.module, site.train.take(batch), train,
+                seed=prepared.job.run.seed, round_=1, site=site.id,
             )  # fmt: skip
             sites[site.id] = {
                 "train_rows": len(site.train),
@@ -43,12 +43,6 @@ def check_task(prepared: Prepared) -> Json:
         "buffers_policy": prepared.flat.policy,
         "plan": prepared.plan_json(),
     }
-
-
-def _first_batch(prepared: Prepared, site: Any) -> Any:
-    import numpy as np
-
-    return np.arange(min(prepared.plan.train.batch_size, len(site.train)), dtype=np.int64)
 
 
 def check_page(found: Json) -> RenderableType:
@@ -75,9 +69,11 @@ def check_page(found: Json) -> RenderableType:
 
 def plan_page(found: Json) -> RenderableType:
     """The output of `fedcore plan` for a terminal."""
-    packing = found["packing"]
+    packing, cipher = found["packing"], found.get("cipher")
+    protection = f"{found['protection']} ({cipher})" if cipher else found["protection"]
+    traffic = f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down"
     facts = [
-        f"plan {found['digest'][:16]}: {_protection(found)}, {len(found['sites'])} sites "
+        f"plan {found['digest'][:16]}: {protection}, {len(found['sites'])} sites "
         f"(up to {packing['max_sites']}), {found['rounds']} rounds",
         f"encoding: {found['bits']} bits in fields of {found['field_width']}, "
         f"{found['fields_per_slot']} per slot of {found['slot_bits']} bits",
@@ -88,19 +84,18 @@ def plan_page(found: Json) -> RenderableType:
             f"ring: degree {found['degree']}, q = {found['coeff_modulus']}, t = 2^{found['slot_bits']}",
             f"headroom: {proof['rule']}: {proof['bound']} < {proof['limit']}, proved for "
             f"{packing['max_sites']} sites",
-            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down "
-            f"({found['ciphertexts']} ciphertext{'s' if found['ciphertexts'] != 1 else ''}, "
+            f"{traffic} ({plural(found['ciphertexts'], 'ciphertext')}, "
             f"{100 * found['used_fraction']:.0f} % used)",
         ]
     else:
         facts += [
             f"headroom: sums of {packing['max_sites']} values of {found['bits']} bits fit their fields",
-            f"each site and round: {size(found['bytes_up'])} up, {size(found['bytes_down'])} down",
+            traffic,
         ]
-    missing = len(found["sites"]) - found["threshold"]
+    sites, threshold = len(found["sites"]), found["threshold"]
     facts += [
-        f"threshold: {found['threshold']} of {len(found['sites'])} sites at every stage of a round, "
-        f"absences survived: {missing}",
+        f"threshold: {threshold} of {sites} sites at every stage of a round, "
+        f"absences survived: {sites - threshold}",
         f"public cap on one site's rows: {found['max_examples']}",
     ]
     table = grid("sites", "per slot", "degree", "bytes/parameter up")
@@ -119,9 +114,3 @@ def plan_page(found: Json) -> RenderableType:
     head = [*(Text(plain(f)) for f in facts), Text(), Text(title), Text()]
     warnings = (Text(f"warning: {plain(warning)}") for warning in found.get("warnings", ()))
     return Group(*head, fitted(table), Text(), Text(found["label"]), *warnings)
-
-
-def _protection(found: Json) -> str:
-    """The plan's protection, with the cipher if vectors are encrypted."""
-    cipher = found.get("cipher")
-    return f"{found['protection']} ({cipher})" if cipher else str(found["protection"])

@@ -8,18 +8,25 @@ imported inside commands, so that `--help` is fast and a run prints its first li
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from fedcore.cli.console import JobCommand, emit, say, stderr
+from fedcore.cli.console import emit, say, stderr
 from fedcore.cli.console import run as run_command
+from fedcore.cli.flags import AsJson, BenchCipher, Force, JobFile, Out, Settings, job_command
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
-from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_result
-from fedcore.results import DeployedRun, JobRow, RoundRow, SplitResult
+from fedcore.files import RESULT_FILE, ROUNDS_FILE
+from fedcore.results import Result, RoundRow, SplitResult
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fedcore.experiment.prepare import Prepared
+    from fedcore.types import Json
 
 app = typer.Typer(
     name="fedcore",
@@ -49,76 +56,15 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
-_KEYS_HELP = (
-    "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
-    "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
-)
 
-JobFile = Annotated[
-    Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
-]
-TaskName = Annotated[
-    str | None,
-    typer.Option(
-        "--task", help="heart | digits | path/to/file.py[:attribute] | package.module:attribute"
-    ),
-]
-Protection = Annotated[
-    str | None,
-    typer.Option("--protection", help="layered (default), masked, encrypted or plain."),
-]
-Cipher = Annotated[
-    str | None,
-    typer.Option("--cipher", help="What encrypts under layered and encrypted: bfv or keystream."),
-]
-Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds to run.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of model, split and training.")]
-Threshold = Annotated[
-    int | None,
-    typer.Option(
-        "--threshold", help="Sites a round needs at every stage; default: two thirds and one more."
-    ),
-]
-Drop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--drop",
-        help="Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va",
-    ),
-]
-Dropout = Annotated[
-    float | None,
-    typer.Option("--dropout", help="Chance that a site is absent from a round of training."),
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="section.key=value, repeatable: --set train.lr=0.05"),
-]
-
-
-def _settings(set_: Sequence[str] | None, **named: Any) -> dict[str, Any]:
-    """One flat layer of settings from --set and the named options, which take precedence."""
-    from fedcore.config import parse_set
-
-    found = dict(parse_set(text) for text in set_ or [])
-    if named.get("drop") is not None:
-        named["drop"] = ",".join(named["drop"])  # each may hold several
-    return found | {key: value for key, value in named.items() if value is not None}
-
-
-def _layers(job: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _layers(job: Path | None, settings: Settings) -> list[Settings]:
     from fedcore.config import read_job_file
 
     return [*([read_job_file(job)] if job else []), settings]
 
 
-def _starting(command: str, job: Path | None, task: str | None) -> None:
-    what = str(job) if job else f"task {task or 'heart'}"
+def _starting(command: str, job: Path | None, settings: Settings) -> None:
+    what = str(job) if job else f"task {settings.get('task') or 'heart'}"
     say(f"fedcore {command}: {what}")
 
 
@@ -126,14 +72,22 @@ def _starting(command: str, job: Path | None, task: str | None) -> None:
 
 
 class _Progress:
-    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round."""
+    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round.
 
-    def __init__(self, total: int, sites: int) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    A context manager: the bar is removed from the screen at its end.
+    """
 
-        self._total, self._sites = total, sites
+    def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._total = self._sites = 0
+
+    def begin(self, total: int, sites: int) -> None:
+        """Start, or start again, for so many rounds of so many sites."""
+        self.close()
+        self._total, self._sites = total, sites
         if stderr.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rounds"),
                 TextColumn("{task.fields[metric]}"), TimeRemainingColumn(), console=stderr, transient=True,
@@ -158,23 +112,19 @@ class _Progress:
         """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+@job_command(app, "task protection cipher rounds seed bits threshold drop dropout")
 def simulate(
+    settings: Settings,
     job: JobFile = None,
-    task: TaskName = None,
-    protection: Protection = None,
-    cipher: Cipher = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="Quantised bits per coordinate.")
-    ] = None,
-    threshold: Threshold = None,
-    drop: Drop = None,
-    dropout: Dropout = None,
-    set_: Set = None,
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -183,11 +133,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Train one model over several sites on this machine, and the arms that it is compared with."""
-    _starting("simulate", job or resume, task)
-    settings = _settings(
-        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, seed=seed, bits=bits,
-        threshold=threshold, drop=drop, dropout=dropout,
-    )  # fmt: skip
+    _starting("simulate", job or resume, settings)
     if resume is not None and (settings or job or out):
         raise BadInput(
             "--resume: found other settings beside it, expected none",
@@ -195,49 +141,33 @@ def simulate(
         )
     say("loading torch")
     from fedcore import api
-    from fedcore.report import terminal
 
     directory: list[Path] = []
-    progress: list[_Progress] = []
+    bar = _Progress()
 
-    def ready(prepared: Any, path: Path) -> None:
+    def ready(prepared: Prepared, path: Path) -> None:
         directory.append(path)
         _show_header(prepared, path)
-        progress.append(_Progress(prepared.plan.rounds, len(prepared.plan.sites)))
-
-    def on_round(row: RoundRow) -> None:
-        progress[0].row(row)
+        bar.begin(prepared.plan.rounds, len(prepared.plan.sites))
 
     try:
-        if resume is not None:
-            run = api.resume(resume, on_round=on_round, on_ready=ready, say=_quiet)
-        else:
-            run = api.simulate_layers(
-                _layers(job, settings),
-                out=out,
-                force=force,
-                on_round=on_round,
-                on_ready=ready,
-                say=_quiet,
-            )
+        with bar:
+            if resume is not None:
+                run = api.resume(resume, on_round=bar.row, on_ready=ready, say=_quiet)
+            else:
+                run = api.simulate(
+                    job=_layers(job, settings), out=out, force=force, on_round=bar.row, on_ready=ready,
+                    say=_quiet,
+                )  # fmt: skip
     except (KeyboardInterrupt, FedcoreError) as error:
-        for bar in progress:
-            bar.close()
-        for line in _what_is_left(directory, error):
-            say(line)
+        if directory:
+            for line in _what_is_left(directory[0], error):
+                say(line)
         raise
-    finally:
-        for bar in progress:
-            bar.close()
-    if as_json:
-        emit(run.result.to_json())
-    else:
-        terminal.show(
-            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
-        )
+    _show_result(run.result, run.directory, as_json)
 
 
-def _show_header(prepared: Any, path: Path) -> None:
+def _show_header(prepared: Prepared, path: Path) -> None:
     """Print what is about to run, before its first round."""
     from fedcore.learning.model import model_summary
     from fedcore.report import terminal
@@ -256,18 +186,22 @@ def _show_header(prepared: Any, path: Path) -> None:
         say(f"buffers: {prepared.flat.policy}")
 
 
-def _what_is_left(directory: Sequence[Path], error: BaseException) -> list[str]:
-    """Hints after an interrupt or a failure: how to continue, if something was kept."""
-    if not directory:
-        return []
-    path, quoted = directory[0], shlex.quote(str(directory[0]))
-    interrupted = isinstance(error, KeyboardInterrupt)
+def _show_result(result: Result, folder: Path, as_json: bool) -> None:
+    """Print a finished run or comparison."""
+    from fedcore.report.terminal import summary
+
+    _show(result.to_json(), lambda _: summary(result, folder / "report.html"), as_json)
+
+
+def _what_is_left(path: Path, error: BaseException) -> list[str]:
+    """Hints after an interrupt or a failure: how to continue, if something was kept in the run's directory."""
+    quoted = shlex.quote(str(path))
     if isinstance(error, Abandoned | GuardTripped):
         rows = path / ROUNDS_FILE
         return [f"what became of each round: {rows}"] if rows.is_file() else []
     if (path / RESULT_FILE).is_file():
         return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
-    if interrupted and (path / "job.json").is_file():
+    if isinstance(error, KeyboardInterrupt) and (path / "job.json").is_file():
         return [f"resume: fedcore simulate --resume {quoted}"]
     if (path / "checkpoint.pt").is_file():
         return [f"the whole rounds are kept: fedcore simulate --resume {quoted}"]
@@ -280,110 +214,46 @@ def _quiet(text: str) -> None:
         say(text)
 
 
-@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+@job_command(app, "task protection cipher rounds seed threshold")
 def up(
+    settings: Settings,
     job: JobFile = None,
-    task: TaskName = None,
-    protection: Protection = None,
-    cipher: Cipher = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    threshold: Threshold = None,
-    set_: Set = None,
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a deployment on this machine: a coordinator and one process a site over TLS, then `simulate`."""
-    _starting("up", job, task)
-    settings = _settings(
-        set_,
-        task=task,
-        protection=protection,
-        cipher=cipher,
-        rounds=rounds,
-        seed=seed,
-        threshold=threshold,
-    )
+    _starting("up", job, settings)
     say("loading torch")
     from fedcore.cli import up as rehearsal
-    from fedcore.report import terminal
 
-    bars: list[_Progress] = []
-    about: list[Any] = []
+    bar = _Progress()
 
-    def ready(prepared: Any, path: Path) -> None:
-        about.append(prepared)
+    def ready(prepared: Prepared, path: Path) -> None:
         _show_header(prepared, path)
         say("started here; the same on other machines is the deployment:")
 
-    def begin() -> _Progress:
-        for bar in bars:
-            bar.close()
-        plan = about[0].plan
-        bars[:] = [_Progress(plan.rounds, len(plan.sites))]
-        return bars[0]
-
-    def on_deployed_round(row: JobRow) -> None:
-        (bars[0] if bars else begin()).row(row.as_round())
-
-    def on_deployed(found: DeployedRun) -> None:
-        say(f"deployment: {len(found.round_seconds)} rounds, every process ended")
-        say("the same job in this process, for the comparison")
-        begin()
-
-    def on_round(row: RoundRow) -> None:
-        bars[0].row(row)
-
-    listener = rehearsal.Listener(
-        on_ready=ready,
-        on_deployed_round=on_deployed_round,
-        on_waiting=say,
-        on_command=lambda command: say(f"  {command}"),
-        on_deployed=on_deployed,
-        on_round=on_round,
-        say=_quiet,
-    )
-    try:
+    with bar:
+        listener = rehearsal.Listener(ready, bar.begin, bar.row, say, _quiet)
         run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
-    finally:
-        for bar in bars:
-            bar.close()
-    if as_json:
-        emit(run.result.to_json())
-    else:
-        terminal.show(
-            Console(highlight=False), terminal.summary(run.result, run.directory / "report.html")
-        )
+    _show_result(run.result, run.directory, as_json)
     rehearsal.require_equal(run)
     say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 
 
-@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+@job_command(app, "task protection cipher rounds seeds threshold drop dropout")
 def compare(
+    settings: Settings,
     job: JobFile = None,
-    task: TaskName = None,
-    protection: Protection = None,
-    cipher: Cipher = None,
-    rounds: Rounds = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
-    threshold: Threshold = None,
-    drop: Drop = None,
-    dropout: Dropout = None,
-    set_: Set = None,
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
-    _starting("compare", job, task)
-    settings = _settings(
-        set_, task=task, protection=protection, cipher=cipher, rounds=rounds, threshold=threshold, drop=drop,
-        dropout=dropout,
-    )  # fmt: skip
+    _starting("compare", job, settings)
     say("loading torch")
     from fedcore import api
-    from fedcore.report import terminal
 
     def on_cell(split: SplitResult, number: int, total: int) -> None:
         scores = ", ".join(
@@ -393,35 +263,24 @@ def compare(
         )
         say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
 
-    found = api.compare_layers(
-        _layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
+    found = api.compare(
+        job=_layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
     )
-    if as_json:
-        emit(found.result.to_json())
-    else:
-        terminal.show(
-            Console(highlight=False),
-            terminal.compare_summary(found.result, found.directory / "report.html"),
-        )
+    _show_result(found.result, found.directory, as_json)
 
 
 # ---------------------------------------------------------------------------------------- looking
 
 
-@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+@job_command(app, "task protection cipher rounds")
 def plan(
+    settings: Settings,
     where: Annotated[
         Path | None, typer.Argument(help="A job file or folder, or a run's directory.")
     ] = None,
-    task: TaskName = None,
-    protection: Protection = None,
-    cipher: Cipher = None,
-    rounds: Rounds = None,
-    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the solved plan: packing, proof of headroom, bytes a round, steps of the price, label."""
-    settings = _settings(set_, task=task, protection=protection, cipher=cipher, rounds=rounds)
     if where is not None and (where / "plan.json").is_file():
         from fedcore.files import read_json
 
@@ -432,26 +291,22 @@ def plan(
             )
         found = read_json(where / "plan.json")
     else:
-        _starting("plan", where, task)
+        _starting("plan", where, settings)
         from fedcore.api import prepare_layers
 
         found = prepare_layers(_layers(where, settings), _quiet).plan_json()
     from fedcore.cli.inspect import plan_page
 
-    emit(found) if as_json else _print(plan_page(found))
+    _show(found, plan_page, as_json)
 
 
-@app.command(cls=JobCommand, epilog=_KEYS_HELP)
+@job_command(app)
 def check(
-    what: Annotated[
-        str,
-        typer.Argument(help="A task, spelled as for --task, or a job file."),
-    ],
-    set_: Set = None,
+    settings: Settings,
+    what: Annotated[str, typer.Argument(help="A task, spelled as for --task, or a job file.")],
     as_json: AsJson = False,
 ) -> None:
     """Load every site, count classes, take one training step, and show the model and the plan."""
-    settings = _settings(set_)
     path = Path(what)
     is_job = what.endswith(".toml") or (path / "job.toml").is_file()
     layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
@@ -459,8 +314,7 @@ def check(
     from fedcore.api import prepare_layers
     from fedcore.cli.inspect import check_page, check_task
 
-    found = check_task(prepare_layers(layers, _quiet))
-    emit(found) if as_json else _print(check_page(found))
+    _show(check_task(prepare_layers(layers, _quiet)), check_page, as_json)
 
 
 @app.command()
@@ -496,13 +350,8 @@ def runs(
 
     rows = list_runs(folder)
     if as_json:
-        results = [run.result.to_json() if run.result is not None else None for run in rows]
-        emit(
-            [
-                {"run": run.folder, "result": result}
-                for run, result in zip(rows, results, strict=True)
-            ]
-        )
+        results = [None if run.result is None else run.result.to_json() for run in rows]
+        emit([{"run": r.folder, "result": found} for r, found in zip(rows, results, strict=True)])
     elif not rows:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
     else:
@@ -515,22 +364,16 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     say(f"fedcore reproduce: {run}")
     from fedcore.cli.reproduce import reproduce as again
 
-    progress: list[_Progress] = []
+    bar = _Progress()
 
     def on_row(row: RoundRow | SplitResult) -> None:
         if isinstance(row, SplitResult):
             say(f"seed {row.seed}, fold {row.fold}: run again")
-            return
-        if not progress:
-            old = read_result(run)
-            progress.append(_Progress(old.rounds, len(old.sites)))
-        progress[0].row(row)
+        else:
+            bar.row(row)
 
-    try:
-        found = again(run, on_row=on_row)
-    finally:
-        for bar in progress:
-            bar.close()
+    with bar:
+        found = again(run, on_begin=bar.begin, on_row=on_row)
     if found.same:
         typer.echo(f"same bits: model {found.model_sha256[0]}")
         return
@@ -571,15 +414,18 @@ def doctor() -> None:
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _print(renderable: Any) -> None:
+def _print(renderable: RenderableType) -> None:
     from fedcore.report.terminal import show
 
     show(Console(highlight=False), renderable)
 
 
-# ---------------------------------------------------------------------------------------- benches
+def _show(found: Json, page: Callable[[Json], RenderableType], as_json: bool) -> None:
+    """Print what a command found on stdout: as JSON, or as a page for a person."""
+    emit(found) if as_json else _print(page(found))
 
-BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
+
+# ---------------------------------------------------------------------------------------- benches
 
 
 @bench_app.command()
@@ -597,8 +443,8 @@ def protect(
     say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
     from fedcore.bench import protect as bench
 
-    found = bench.run(parameters=parameters, sites=sites, bits=wanted, repeats=repeats)
-    emit(found) if as_json else _print(bench.page(found))
+    found = bench.run(parameters, sites, wanted, repeats)
+    _show(found, bench.page, as_json)
 
 
 @bench_app.command()
@@ -620,7 +466,7 @@ def secagg(
         parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection,
         cipher=cipher,
     )  # fmt: skip
-    emit(found) if as_json else _print(bench.page(found))
+    _show(found, bench.page, as_json)
 
 
 def _numbers(flag: str, text: str, example: str) -> list[int]:
@@ -643,7 +489,7 @@ def fold(
     from fedcore.bench import fold as bench
 
     found = bench.run(sites=wanted, parameters=parameters)
-    emit(found) if as_json else _print(bench.page(found))
+    _show(found, bench.page, as_json)
 
 
 @bench_app.command()
@@ -667,7 +513,7 @@ def engine(
         sites=sites, parameters=parameters, rounds=rounds, protection=protection, cipher=cipher,
         bits=bits, per_process=per_process,
     )  # fmt: skip
-    emit(found) if as_json else _print(bench.page(found))
+    _show(found, bench.page, as_json)
 
 
 # ---------------------------------------------------------------------------------------- the edge

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.api import compare_layers, simulate_layers
+from fedcore.api import compare, simulate
 from fedcore.experiment.environment import environment
 from fedcore.experiment.loop import STOP
 from fedcore.experiment.prepare import stored_job
@@ -37,9 +37,14 @@ def reproduce(
     directory: Path,
     *,
     task: Task | None = None,
-    on_row: Callable[[RoundRow | SplitResult], object] | None = None,
+    on_begin: Callable[[int, int], object] = lambda _rounds, _sites: None,
+    on_row: Callable[[RoundRow | SplitResult], object] = lambda _: None,
 ) -> Reproduction:
-    """Run `directory`'s job again in a temporary directory and compare. Raises BadInput on no run."""
+    """Run `directory`'s job again in a temporary directory and compare.
+
+    on_begin: called with the numbers of rounds and sites of a run. on_row: called with every row of it, or
+    with every split of a comparison. Raises BadInput where there is no finished run.
+    """
     old = read_result(directory)
     job = stored_job(directory, task)
     job.pop("kind")
@@ -49,11 +54,11 @@ def reproduce(
             return _compare_again(old, job, out, task, on_row)
 
         def until_the_same_round(row: RoundRow) -> object:
-            if on_row is not None:
-                on_row(row)
+            on_row(row)
             return STOP if row.round >= old.rounds else None
 
-        again = simulate_layers([job], task=task, out=out, on_round=until_the_same_round)
+        on_begin(old.rounds, len(old.sites))
+        again = simulate(task, job=[job], out=out, on_round=until_the_same_round)
         new, rows = again.result, again.rounds
     difference = _first_difference(read_rounds(directory), rows)
     hashes = (old.model_sha256, new.model_sha256)
@@ -67,15 +72,12 @@ def _compare_again(
     job: Json,
     out: Path,
     task: Task | None,
-    on_row: Callable[[RoundRow | SplitResult], object] | None,
+    on_row: Callable[[RoundRow | SplitResult], object],
 ) -> Reproduction:
     seeds = list(dict.fromkeys(split.seed for split in old.cells))
-
-    def on_cell(split: SplitResult, _number: int, _of: int) -> None:
-        if on_row is not None:
-            on_row(split)
-
-    again = compare_layers([job], task=task, seeds=seeds, out=out, on_cell=on_cell)
+    again = compare(
+        task, job=[job], seeds=seeds, out=out, on_cell=lambda split, _number, _of: on_row(split)
+    )
     new = again.result
     difference, hashes = "", ("", "")
     for a, b in zip(old.cells, new.cells, strict=False):

@@ -132,12 +132,12 @@ def create(directory: Path, force: bool = False) -> list[Path]:
             + ", expected an empty or a new directory",
             remedy="choose another name, or add --force to overwrite files of the same names",
         )
-    contents = _contents()
+    contents = {"task.py": TASK, "job.toml": JOB, "README.md": README}
+    for seed, (name, age) in enumerate(SITES.items(), start=1):
+        contents[f"data/{name}.csv"] = table_text(seed, age)
     try:
         if held:
-            for name, text in contents.items():
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(directory / name, text.encode())
+            _write(directory, contents)
         else:
             _create_whole(directory, contents)
     except OSError as error:
@@ -152,21 +152,17 @@ def _create_whole(directory: Path, contents: dict[str, str]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        for name, text in contents.items():
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            (beside / name).write_text(text, encoding="utf-8")
+        _write(beside, contents)
         beside.chmod(0o755)  # mkdtemp makes it private, which mkdir would not
         os.replace(beside, directory)  # noqa: PTH105 - works onto an empty directory too
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _contents() -> dict[str, str]:
-    tables = {
-        f"data/{name}.csv": table_text(seed, age)
-        for seed, (name, age) in enumerate(SITES.items(), start=1)
-    }
-    return {"task.py": TASK, "job.toml": JOB, "README.md": README, **tables}
+def _write(directory: Path, contents: dict[str, str]) -> None:
+    for name, text in contents.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / name, text.encode())
 
 
 def table_text(seed: int, middle_age: float) -> str:

@@ -17,14 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedcore.api import OnReady, Say
 from fedcore.config import Job, is_json, narrowest_policy
-from fedcore.errors import (
-    Abandoned,
-    BadInput,
-    FedcoreError,
-    PlanRefused,
-    TaskFailed,
-)
+from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
@@ -32,7 +27,7 @@ from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
-from fedcore.local_deployment import Command, Deployment, Running, SiteTask, ask, running, write
+from fedcore.local_deployment import Deployment, Running, SiteTask, ask, running, write
 from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.secagg.protections import refuse_plain
 from fedcore.secagg.purposes import trains
@@ -43,21 +38,21 @@ LEAST_SITES = 3
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""
 
-Say = Callable[[str], None]
-OnReady = Callable[[Prepared, Path], None]
-
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks for progress: the started commands, the rounds of the deployment, the rows of the run."""
+    """Callbacks for progress.
+
+    on_ready: the prepared job and the run's directory. begin: numbers of rounds and sites, before the rounds
+    of the deployment and again before those of the run in this process. on_round: each row of both.
+    say: one line of progress. on_step: one step of setting up.
+    """
 
     on_ready: OnReady
-    on_deployed_round: Callable[[JobRow], None]
-    on_waiting: Say
-    on_command: Callable[[Command], None]
-    on_deployed: Callable[[DeployedRun], None]
+    begin: Callable[[int, int], None]
     on_round: OnRound
     say: Say
+    on_step: Say
 
 
 def rehearse(
@@ -74,19 +69,21 @@ def rehearse(
     """
     task, job = job_for(None, *layers)
     _refuse(task, job)
-    prepared = prepare(task, job, listener.say)
+    prepared = prepare(task, job, listener.on_step)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, out, force=force) as directory:
         writer = RunWriter(directory, prepared)
         writer.start()
         listener.on_ready(prepared, directory)
         deployed, model = _deployed(prepared, directory / "deployment", listener)
-        listener.on_deployed(deployed)
+        listener.say(f"deployment: {len(deployed.round_seconds)} rounds, every process ended")
+        listener.say("the same job in this process, for the comparison")
+        listener.begin(prepared.plan.rounds, len(prepared.plan.sites))
         return _finish(prepared, writer, deployed, model, listener)
 
 
 def _refuse(task: Task, job: Job) -> None:
-    """What runs in one process only. Raises BadInput and PlanRefused, before any row is loaded."""
+    """Refuse a job that runs in one process only: BadInput or PlanRefused, before any row is loaded."""
     if job.round.drop or job.round.dropout:
         raise BadInput(
             "round.drop: found simulated absences, expected none: these sites are real processes",
@@ -98,10 +95,9 @@ def _refuse(task: Task, job: Job) -> None:
         raise PlanRefused(f"sites: found {len(sites)}, expected at least {LEAST_SITES}")
     for site, source in sites.items():
         if not is_json(source):
-            raise BadInput(
-                f"sites.{site}: found a source made in memory, expected one that a file can name",
-                remedy="name the site's data by a path or another text",
-            )
+            found = "found a source made in memory, expected one that a file can name"
+            remedy = "name the site's data by a path or another text"
+            raise BadInput(f"sites.{site}: {found}", remedy=remedy)
 
 
 # --------------------------------------------------------------------------------- the deployment
@@ -114,8 +110,9 @@ def _deployed(
     deployment = _write(prepared, folder)
     commands = deployment.commands()
     try:
-        with running(deployment, commands, listener.on_command) as parties:
+        with running(deployment, commands, lambda line: listener.say(f"  {line}")) as parties:
             began = time.monotonic()
+            listener.begin(prepared.plan.rounds, len(prepared.plan.sites))
             job = str(parties.ask("submit", str(deployment.job))["job"])
             rows = _follow(parties, job, listener)
             seconds = time.monotonic() - began
@@ -171,18 +168,18 @@ def _follow(parties: Running, job: str, listener: Listener) -> list[JobRow]:
     """Wait until the job ends; returns the rows of its rounds. Raises Abandoned if it gave no model."""
     rows: list[JobRow] = []
     event: JobEvent | None = None
-    told: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     for found in parties.follow("watch", job):
         if found is None:  # no event for a second: show which sites the job waits for
-            if event is not None and event.waiting_for not in ((), told):
-                told = event.waiting_for
-                listener.on_waiting(f"waiting for {', '.join(told)}")
+            if event is not None and event.waiting_for not in ((), shown):
+                shown = event.waiting_for
+                listener.say(f"waiting for {', '.join(shown)}")
             continue
         event = JobEvent.from_json(found)
         rows += event.new_rounds
         for row in event.new_rounds:
             if trains(row.purpose):
-                listener.on_deployed_round(row)
+                listener.on_round(row.as_round())
     if event is not None and event.state == "finished":
         return rows
     state, text = "unknown", ""
@@ -258,8 +255,8 @@ def require_equal(run: Run) -> None:
     if found.model_sha256 is None:
         hashes = ", ".join(f"{site} {digest[:12]}" for site, digest in found.sites.items())
         raise TaskFailed(f"deployment: found sites with different models ({hashes}), expected one")
-    everybody = len(run.result.sites)
-    missed = [n for n, who in enumerate(found.survivors, start=1) if len(who) < everybody]
+    sites = len(run.result.sites)
+    missed = [n for n, left in enumerate(found.survivors, start=1) if len(left) < sites]
     why = f"sites were missing in round {missed[0]}" if missed else "is the task's training random?"
     raise TaskFailed(
         f"deployment: found model {found.model_sha256[:12]}, expected "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from fedcore.cli.flags import FLAGS
 from fedcore.config import KEYS, SECTIONS, Settings, build_job, parse_set, read_job_file
 from fedcore.errors import BadInput, UnknownName
 from fedcore.secagg.protections import PROTECTIONS
@@ -46,6 +47,16 @@ def test_the_keywords_of_simulate_are_the_keys_of_a_job_with_their_types():
     assert {k: found[k] for k in wanted if k not in from_words} == {
         k: wanted[k] for k in wanted if k not in from_words
     }
+
+
+def test_a_flag_with_a_help_text_is_a_key_of_a_job_with_its_type():
+    keys = {k: f.annotation for model in SECTIONS.values() for k, f in model.model_fields.items()}
+    for flag in FLAGS.keys() - {"set", "drop"}:
+        kind, _ = FLAGS[flag]
+        assert kind in {keys[flag], *get_args(keys[flag])} or (
+            get_origin(keys[flag]) is Literal and kind is str
+        )
+    assert FLAGS["drop"][0] == list[str] and keys["drop"] == tuple[str, ...]
 
 
 @pytest.mark.parametrize(

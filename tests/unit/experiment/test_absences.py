@@ -520,7 +520,8 @@ def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
     terminal = Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr(main, "stderr", terminal)
     monkeypatch.setattr(console, "stderr", terminal)
-    bar = main._Progress(3, 4)
+    bar = main._Progress()
+    bar.begin(3, 4)
     for number, more in enumerate(
         ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
     ):

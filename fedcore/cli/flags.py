@@ -1,0 +1,99 @@
+"""The flags of the commands that take a job: each is spelt once, by the name of its setting.
+
+A command names the settings that have a flag with a help text; every other key of a job file is a flag too
+(`JobCommand`). Importing this module does not load pydantic or torch, so that `--help` stays fast: a test
+compares the names and types below with the keys of a job.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedcore.cli.console import JobCommand
+
+FLAGS: dict[str, tuple[object, str]] = {
+    "task": (str, "heart | digits | path/to/file.py[:attribute] | package.module:attribute"),
+    "protection": (str, "layered (default), masked, encrypted or plain."),
+    "cipher": (str, "What encrypts under layered and encrypted: bfv or keystream."),
+    "rounds": (int, "Rounds to run."),
+    "seed": (int, "Seed of model, split and training."),
+    "bits": (int, "Quantised bits per coordinate."),
+    "threshold": (int, "Sites a round needs at every stage; default: two thirds and one more."),
+    "drop": (list[str], "Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va"),
+    "dropout": (float, "Chance that a site is absent from a round of training."),
+    "set": (list[str], "section.key=value, repeatable: --set train.lr=0.05"),
+}
+"""{flag: (type, help)}; a list is given by repeating the flag."""
+
+KEYS_HELP = (
+    "Every key of a job file is a flag too: --lr 0.1, --batch-size 64, --server fedadam, "
+    "--folds 10, --range 0.5 ... (docs/jobs.md lists them)."
+)
+
+JobFile = Annotated[
+    Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
+
+Settings = dict[str, Any]
+"""One flat layer of a job's settings, with the values that were given."""
+
+Command = Callable[..., None]
+
+
+def job_command(app: typer.Typer, flags: str = "") -> Callable[[Command], Command]:
+    """Register a function as a command with flags of a job, which it gets as `settings: Settings`.
+
+    flags: names from FLAGS, and of the function's own parameters that stand between them, in the order
+    of `--help`; `--set` comes last. They stand in the place of `settings`.
+    """
+    names = [*flags.split(), "set"]
+
+    def register(function: Command) -> Command:
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+        taken = [name for name in names if name not in own]
+        shown = [own.pop(name) if name in own else _parameter(name) for name in names]
+        place = list(own).index("settings")
+        mine = list(own.values())
+        parameters = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for each in (*mine[:place], *shown, *mine[place + 1 :])
+        ]
+
+        @wraps(function)
+        def command(**given: Any) -> None:
+            settings = settings_of(given.pop("set"), {name: given.pop(name) for name in taken[:-1]})
+            function(**given, settings=settings)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return app.command(cls=JobCommand, epilog=KEYS_HELP)(command)
+
+    return register
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    kind, text = FLAGS[name]
+    option = typer.Option(None, f"--{name}", help=text)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def settings_of(set_: Sequence[str] | None, named: Settings) -> Settings:
+    """The settings of `--set` and of the named flags that were given, which take precedence. Raises BadInput."""
+    from fedcore.config import parse_set
+
+    found = dict(parse_set(text) for text in set_ or [])
+    if named.get("drop") is not None:
+        named["drop"] = ",".join(named["drop"])  # each may hold several
+    return found | {key: value for key, value in named.items() if value is not None}
