@@ -20,13 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
-from fedcore.bench import progress
-from fedcore.config import Job, build_job, narrowest_policy
+from fedcore.bench import document, progress, protection_of, require_at_least, table_page
+from fedcore.config import build_job, narrowest_policy
 from fedcore.errors import Abandoned, BadInput
-from fedcore.experiment.environment import environment
+from fedcore.experiment.environment import peak_memory_of
 from fedcore.learning.task import Task
 from fedcore.local_deployment import (
     COORDINATOR,
@@ -37,7 +36,6 @@ from fedcore.local_deployment import (
     running,
     write,
 )
-from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import trains
@@ -49,7 +47,7 @@ COMMITS = 50
 SITE_BENCH = "fedcore_clients.bench_sites"
 
 STALLED_SECONDS = 600.0
-"""Without a round for so long the coordinator has given up on a stage."""
+"""Timeout without a round: after it the coordinator has given up on a stage."""
 
 
 def _nothing(*_: Any) -> Any:
@@ -78,7 +76,11 @@ def run(
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
     task = SiteTask(STAND_IN.name, "fedcore.bench.engine:STAND_IN", STAND_IN.digest())
     with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
-        job = _job(rounds, protection, cipher, bits)
+        # With a stated range and no columns every round but the last carries an update.
+        job = build_job({
+            "protection": protection, "cipher": cipher, "rounds": rounds, "bits": bits, "range": 0.5,
+            "adaptive_range": False, "max_examples": 16, "resamples": 0,
+        })  # fmt: skip
         deployment = write(
             Path(place),
             "bench",
@@ -96,34 +98,31 @@ def run(
     timed = [r for r in rows if trains(r["purpose"]) and "abandoned" not in r][1:]
     if not timed:
         raise Abandoned(f"bench: found no released round after the first of {rounds}")
-    return {
-        "schema": 1,
-        "kind": "bench-engine",
-        "sites": sites,
-        "parameters": parameters,
-        "rounds": rounds,
-        "timed_rounds": len(timed),
-        "abandoned_rounds": sum("abandoned" in row for row in rows),
-        "least_survivors": min(len(row["survivors"]) for row in timed),
-        "protection": protection,
-        "cipher": cipher if Protection.of(protection).encrypts else None,
-        "bits": bits,
-        "sites_per_process": per_process,
-        "seconds_per_round": _spread([row["seconds"] for row in timed]),
-        "seconds_between_certificates": wall,
-        "seconds_by_stage": _by_stage(timed),
-        "cpu_seconds_per_round": cpu,
-        "bytes_up_per_site": timed[-1].get("bytes_up"),
-        "bytes_down_per_site": timed[-1].get("bytes_down"),
-        "rss_mb": memory,
-        "commit_ms": commit,
-        "environment": environment(),
-    }
+    return document(
+        "engine",
+        sites=sites,
+        parameters=parameters,
+        rounds=rounds,
+        timed_rounds=len(timed),
+        abandoned_rounds=sum("abandoned" in row for row in rows),
+        least_survivors=min(len(row["survivors"]) for row in timed),
+        protection=protection,
+        cipher=cipher if Protection.of(protection).encrypts else None,
+        bits=bits,
+        sites_per_process=per_process,
+        seconds_per_round=_spread([row["seconds"] for row in timed]),
+        seconds_between_certificates=wall,
+        seconds_by_stage=_by_stage(timed),
+        cpu_seconds_per_round=cpu,
+        bytes_up_per_site=timed[-1].get("bytes_up"),
+        bytes_down_per_site=timed[-1].get("bytes_down"),
+        rss_mb=memory,
+        commit_ms=commit,
+    )
 
 
 def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
-    if sites < LEAST_SITES:
-        raise BadInput(f"--sites: found {sites}, expected at least {LEAST_SITES}")
+    require_at_least("--sites", sites, LEAST_SITES)
     refuse_unknown(protection)
     layers = Protection.of(protection)
     if layers.masks and sites > MAX_MASKED_SITES:
@@ -133,19 +132,8 @@ def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
         )
     if not layers.protects:
         raise BadInput(f"--protection: found {protection!r}, expected layered, masked or encrypted")
-    if rounds < 2:
-        raise BadInput(f"--rounds: found {rounds}, expected at least 2: the first is not timed")
-    if per_process < 1:
-        raise BadInput(f"--per-process: found {per_process}, expected at least 1")
-
-
-def _job(rounds: int, protection: str, cipher: str, bits: int) -> Job:
-    """With a stated range and no columns, so that every round but the last carries an update."""
-    settings = {
-        "protection": protection, "cipher": cipher, "rounds": rounds, "bits": bits, "range": 0.5,
-        "adaptive_range": False, "max_examples": 16, "resamples": 0,
-    }  # fmt: skip
-    return build_job(settings)
+    require_at_least("--rounds", rounds, 2, ": the first is not timed")
+    require_at_least("--per-process", per_process, 1)
 
 
 def _commands(deployment: Deployment, parameters: int, per_process: int) -> list[Command]:
@@ -234,23 +222,14 @@ def _cpu_seconds(pid: int) -> float:
 def _memory(parties: Running, commands: list[Command]) -> dict[str, float | None]:
     """Peak resident MB of the coordinator, of its fold workers together, and of the largest site."""
     coordinator, *sites = [parties.pid(each.name) for each in commands]
-    site = [peak for pid in sites if (peak := _peak_mb(pid)) is not None]
-    workers = [peak for pid in _children(coordinator) if (peak := _peak_mb(pid)) is not None]
+    site = [peak for pid in sites if (peak := peak_memory_of(pid)) is not None]
+    children = map(peak_memory_of, _children(coordinator))
+    workers = [peak for peak in children if peak is not None]
     return {
-        "coordinator": _peak_mb(coordinator),
+        "coordinator": peak_memory_of(coordinator),
         "fold_workers": round(sum(workers), 1) if workers else None,
         "site": max(site, default=None),
     }
-
-
-def _peak_mb(pid: int) -> float | None:
-    """VmHWM of a process in MB; None if the system does not report it."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return round(int(found[0]) / 1024, 1) if found else None
 
 
 def _children(pid: int) -> list[int]:
@@ -273,19 +252,23 @@ def _commit_ms(folder: Path) -> float:
 
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench engine` for a terminal."""
-    table = grid(
-        "sites", "parameters", "median, s", "p95, s", "coordinator, MB", "site, MB", "commit, ms"
+    head = (
+        "sites",
+        "parameters",
+        "median, s",
+        "p95, s",
+        "coordinator, MB",
+        "site, MB",
+        "commit, ms",
     )
     seconds, memory = found["seconds_per_round"], found["rss_mb"]
-    table.add_row(
-        str(found["sites"]), f"{found['parameters']:,}", f"{seconds['median']:.3f}",
-        f"{seconds['p95']:.3f}", str(memory["coordinator"]), str(memory["site"]),
-        f"{found['commit_ms']:.2f}",
+    row = (
+        found["sites"], f"{found['parameters']:,}", f"{seconds['median']:.3f}", f"{seconds['p95']:.3f}",
+        memory["coordinator"], memory["site"], f"{found['commit_ms']:.2f}",
     )  # fmt: skip
-    under = repr(found["protection"]) + (" (keystream)" if found["cipher"] == "keystream" else "")
     stages = ", ".join(f"{name} {value:.3f}" for name, value in found["seconds_by_stage"].items())
     note = (
-        f"{found['timed_rounds']} rounds under {under} at {found['bits']} bits, separate "
+        f"{found['timed_rounds']} rounds under {protection_of(found)} at {found['bits']} bits, separate "
         f"processes, mutual TLS, training excluded; seconds by stage: {stages}"
     )
     cpu = found["cpu_seconds_per_round"]
@@ -294,4 +277,4 @@ def page(found: Json) -> RenderableType:
             f"; CPU seconds a round: coordinator {cpu['coordinator']:.2f}, its fold workers "
             f"{cpu['fold_workers']:.2f}, all sites {cpu['sites']:.2f}"
         )
-    return Group(fitted(table), Text(), Text(note))
+    return table_page(head, [row], note)

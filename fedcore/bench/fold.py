@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
-from fedcore.bench import progress
+from fedcore.bench import document, progress, table_page
 from fedcore.errors import Abandoned, BadInput
-from fedcore.experiment.environment import environment, peak_memory_mb
-from fedcore.report.terminal import fitted, grid
+from fedcore.experiment.environment import peak_memory_mb
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, Parent, python
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.encode.pack import Layout
@@ -37,10 +35,7 @@ _CHILD = "fold-from-stdin"
 
 
 def run(
-    parameters: int = 1_000_000,
-    sites: Sequence[int] = DEFAULT_SITES,
-    bits: int = 12,
-    seed: int = 0,
+    parameters: int = 1_000_000, sites: Sequence[int] = DEFAULT_SITES, bits: int = 12, seed: int = 0
 ) -> Json:
     """Fold `parameters` coordinates from each number of sites in turn, under one packing for all.
 
@@ -64,14 +59,7 @@ def run(
         progress(f"bench fold: {number} sites, {parameters} parameters")
         rows.append(_measure(layout, secret, number, seed))
     peaks = [row["peak_rss_mb"] for row in rows]
-    return {
-        "schema": 1,
-        "kind": "bench-fold",
-        "bits": bits,
-        "rows": rows,
-        "peak_rss_ratio": round(max(peaks) / min(peaks), 3),
-        "environment": environment(),
-    }
+    return document("fold", bits=bits, rows=rows, peak_rss_ratio=round(max(peaks) / min(peaks), 3))
 
 
 def _measure(layout: Layout, secret: SecretContext, sites: int, seed: int) -> Json:
@@ -97,14 +85,7 @@ def _measure(layout: Layout, secret: SecretContext, sites: int, seed: int) -> Js
         raise Abandoned(
             f"bench fold: the sum of {sites} sites is not the integer sum of their slots"
         )
-    return {
-        "sites": sites,
-        "parameters": layout.spec.coordinates,
-        "peak_rss_mb": report["peak_rss_mb"],
-        "start_rss_mb": report["start_rss_mb"],
-        "fold_seconds": report["fold_seconds"],
-        "exact": True,
-    }
+    return {"sites": sites, "parameters": layout.spec.coordinates, **report, "exact": True}
 
 
 def _vector(layout: Layout, site: int, seed: int) -> Slots:
@@ -132,12 +113,12 @@ def _chunks(receive: Callable[[], Frame]) -> Iterator[tuple[Json, bytes]]:
 
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench fold` for a terminal."""
-    table = grid("sites", "parameters", "peak memory, MB", "fold, s")
-    for row in found["rows"]:
-        peak, seconds = f"{row['peak_rss_mb']:.1f}", f"{row['fold_seconds']:.2f}"
-        table.add_row(str(row["sites"]), f"{row['parameters']:,}", peak, seconds)
+    rows = (
+        (r["sites"], f"{r['parameters']:,}", f"{r['peak_rss_mb']:.1f}", f"{r['fold_seconds']:.2f}")
+        for r in found["rows"]
+    )
     ratio = f"largest peak / smallest: {found['peak_rss_ratio']}; every sum exact"
-    return Group(fitted(table), Text(), Text(ratio))
+    return table_page(("sites", "parameters", "peak memory, MB", "fold, s"), rows, ratio)
 
 
 # ------------------------------------------------------------------ the child

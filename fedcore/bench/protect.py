@@ -29,14 +29,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
-from fedcore.bench import progress
-from fedcore.errors import BadInput
-from fedcore.experiment.environment import environment
+from fedcore.bench import document, progress, require_at_least, table_page
 from fedcore.learning.adaptive_range import exceeds
-from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.crypto import Fold, Sealer, UnmaskableFold, ckks
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.entropy import OsEntropy
@@ -87,26 +83,21 @@ class TimedScheme:
     unmask: Callable[[Any], None] | None = None
 
 
+STAGES = ("protect", "fold", "unmask", "release", "unprotect")
+
+
 @dataclass
 class _Measured:
-    """Samples of one scheme, in seconds; bytes of one vector up and of one sum down."""
+    """Samples of one scheme, in seconds by stage; bytes of one vector up and of one sum down."""
 
-    protect: list[float] = field(default_factory=list)
-    fold: list[float] = field(default_factory=list)
-    unmask: list[float] = field(default_factory=list)
-    release: list[float] = field(default_factory=list)
-    unprotect: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
     bytes_up: int = 0
     bytes_down: int = 0
     max_error: float = 0.0
 
 
 def run(
-    parameters: int,
-    sites: int,
-    bits: Sequence[int] = DEFAULT_BITS,
-    repeats: int = 5,
-    seed: int = 0,
+    parameters: int, sites: int, bits: Sequence[int] = DEFAULT_BITS, repeats: int = 5, seed: int = 0
 ) -> Json:
     """Measure float32, every protection at each of `bits`, and CKKS on vectors of `parameters` floats.
 
@@ -115,12 +106,9 @@ def run(
     `max_error` the largest |decoded mean - true mean| of any repeat. Raises BadInput, PlanRefused
     where bits do not fit the sites, and Unavailable without tenseal.
     """
-    if parameters < 1:
-        raise BadInput(f"--parameters: found {parameters}, expected at least 1")
-    if repeats < 1:
-        raise BadInput(f"bench.repeats: found {repeats}, expected at least 1")
-    if sites < CONTRIBUTORS:
-        raise BadInput(f"--sites: found {sites}, expected at least {CONTRIBUTORS}")
+    require_at_least("--parameters", parameters, 1)
+    require_at_least("bench.repeats", repeats, 1)
+    require_at_least("--sites", sites, CONTRIBUTORS)
     vectors = [
         generator(seed, 0, str(site), "bench vector").normal(0, _SPREAD, parameters).astype("f4")
         for site in range(CONTRIBUTORS)
@@ -143,19 +131,17 @@ def run(
         for scheme, samples in zip(schemes, measured, strict=True):
             _measure(scheme, vectors, samples)
     rows = [_row(s, m, parameters) for s, m in zip(schemes, measured, strict=True)]
-    return {
-        "schema": 1,
-        "kind": "bench-protect",
-        "parameters": parameters,
-        "sites": sites,
-        "repeats": repeats,
-        "seed": seed,
-        "range": bound,
-        "contributors": CONTRIBUTORS,
-        "rows": rows,
-        "ratios": _ratios(rows),
-        "environment": environment(),
-    }
+    return document(
+        "protect",
+        parameters=parameters,
+        sites=sites,
+        repeats=repeats,
+        seed=seed,
+        range=bound,
+        contributors=CONTRIBUTORS,
+        rows=rows,
+        ratios=_ratios(rows),
+    )
 
 
 def _takes(layers: Protection, sites: int) -> bool:
@@ -345,42 +331,38 @@ def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) 
 # ------------------------------------------------------------------ measuring
 
 
-def _timed(samples: list[float], function: Callable[..., Any], *arguments: Any) -> Any:
-    started = time.perf_counter()
-    result = function(*arguments)
-    samples.append(time.perf_counter() - started)
-    return result
-
-
 def _measure(scheme: TimedScheme, vectors: Sequence[FloatVector], into: _Measured) -> None:
+    def timed(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*arguments)
+        into.seconds[stage].append(time.perf_counter() - started)
+        return result
+
     running = scheme.start()
     for site, vector in enumerate(vectors):
-        chunks = _timed(into.protect, scheme.protect, vector, site)
+        chunks = timed("protect", scheme.protect, vector, site)
         into.bytes_up = sum(map(len, chunks))
-        running = _timed(into.fold, scheme.add, running, chunks)
+        running = timed("fold", scheme.add, running, chunks)
     if scheme.unmask is not None:
-        _timed(into.unmask, scheme.unmask, running)
-    released = _timed(into.release, scheme.release, running)
+        timed("unmask", scheme.unmask, running)
+    released = timed("release", scheme.release, running)
     into.bytes_down = sum(map(len, released))
-    mean = _timed(into.unprotect, scheme.unprotect, released, len(vectors))
+    mean = timed("unprotect", scheme.unprotect, released, len(vectors))
     true = np.mean(np.stack(vectors).astype(np.float64), axis=0)
     into.max_error = max(into.max_error, float(np.abs(mean - true).max()))
 
 
 def _row(scheme: TimedScheme, measured: _Measured, parameters: int) -> Json:
-    def per_million(samples: list[float]) -> float:
-        return round(median(samples) * 1e6 / parameters, 6)
-
+    per_million = {
+        f"{stage}_seconds_per_million": round(median(each) * 1e6 / parameters, 6) if each else None
+        for stage, each in measured.seconds.items()
+    }
     return {
         "name": scheme.name,
         "bits": scheme.bits,
         "bytes_up_per_parameter": round(measured.bytes_up / parameters, 4),
         "bytes_down_per_parameter": round(measured.bytes_down / parameters, 4),
-        "protect_seconds_per_million": per_million(measured.protect),
-        "fold_seconds_per_million": per_million(measured.fold),
-        "unmask_seconds_per_million": per_million(measured.unmask) if measured.unmask else None,
-        "release_seconds_per_million": per_million(measured.release),
-        "unprotect_seconds_per_million": per_million(measured.unprotect),
+        **per_million,
         "max_error": measured.max_error,
         "quantisation_step": scheme.step,
     }
@@ -392,13 +374,9 @@ def _ratios(rows: Sequence[Json]) -> Json:
     {"layered-16": {"ckks": {"bytes_up": 16.9, "protect_seconds": 6.0, ...}, "float32": {...}, ...}}
     Protections are compared at the same number of bits.
     """
-    keys = {
-        "bytes_up": "bytes_up_per_parameter",
-        "bytes_down": "bytes_down_per_parameter",
-        "protect_seconds": "protect_seconds_per_million",
-        "fold_seconds": "fold_seconds_per_million",
-        "unprotect_seconds": "unprotect_seconds_per_million",
-    }
+    keys = {f"bytes_{way}": f"bytes_{way}_per_parameter" for way in ("up", "down")}
+    for stage in ("protect", "fold", "unprotect"):
+        keys[f"{stage}_seconds"] = f"{stage}_seconds_per_million"
     return {
         f"{row['name']}-{row['bits']}": {
             other["name"]: {
@@ -415,23 +393,22 @@ def _ratios(rows: Sequence[Json]) -> Json:
 
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench protect` for a terminal."""
-    table = grid("scheme", "up", "down", *_TIMED, "max error")
+    shown = ("protect", "fold", "unmask", "unprotect")
+    rows = []
     for row in found["rows"]:
-        seconds = (row[f"{stage}_seconds_per_million"] for stage in _TIMED)
-        table.add_row(
-            _shown(row),
-            f"{row['bytes_up_per_parameter']:.3f}",
-            f"{row['bytes_down_per_parameter']:.3f}",
-            *("-" if value is None else f"{value:.4f}" for value in seconds),
-            f"{row['max_error']:.2e}",
-        )
+        seconds = (row[f"{stage}_seconds_per_million"] for stage in shown)
+        rows.append((
+            _shown(row), f"{row['bytes_up_per_parameter']:.3f}", f"{row['bytes_down_per_parameter']:.3f}",
+            *("-" if value is None else f"{value:.4f}" for value in seconds), f"{row['max_error']:.2e}",
+        ))  # fmt: skip
     note = (
         f"{found['parameters']:,} parameters, plan for {found['sites']} sites; bytes per parameter; "
         f"seconds per million parameters and vector, medians of {found['repeats']} interleaved repeats"
     )
     if found["sites"] > MAX_MASKED_SITES:
         note += f"; a plan with masks has at most {MAX_MASKED_SITES} sites"
-    return Group(fitted(table), Text(), Text(note), *map(Text, _comparisons(found["ratios"])))
+    head = ("scheme", "up", "down", *shown, "max error")
+    return table_page(head, rows, note, *_comparisons(found["ratios"]))
 
 
 def _shown(row: Json) -> str:
@@ -440,9 +417,6 @@ def _shown(row: Json) -> str:
     if cipher == "keystream":
         return f"  {cipher} {row['bits']}"
     return f"{row['name']} {row['bits']} bits" if row["bits"] else str(row["name"])
-
-
-_TIMED = ("protect", "fold", "unmask", "unprotect")
 
 
 def _comparisons(ratios: Json) -> list[str]:

@@ -10,19 +10,17 @@ the sum, here it is opened once), and of the coordinator. Sending takes no time 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
-from fedcore.bench import progress
+from fedcore.bench import document, progress, protection_of, require_at_least, table_page
 from fedcore.errors import BadInput
-from fedcore.experiment.environment import environment
 from fedcore.learning.stopwatch import Stopwatch
-from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
@@ -76,8 +74,7 @@ def run(
             remedy="`fedcore bench protect` has every protection",
         )
     refuse_cipher(protection, cipher)
-    if parameters < 1:
-        raise BadInput(f"--parameters: found {parameters}, expected at least 1")
+    require_at_least("--parameters", parameters, 1)
     for count in sites:
         survived = count - default_threshold(count)
         if not 0 <= drop <= survived:
@@ -90,18 +87,16 @@ def run(
     for count in sites:
         progress(f"bench secagg: {count} sites, {parameters} parameters, {drop} dropping out")
         rows.append(_row(_plan(count, parameters, bits, protection, cipher), drop, seed))
-    return {
-        "schema": 1,
-        "kind": "bench-secagg",
-        "parameters": parameters,
-        "protection": protection,
-        "cipher": cipher if layers.encrypts else None,
-        "bits": bits,
-        "drop": drop,
-        "seed": seed,
-        "rows": rows,
-        "environment": environment(),
-    }
+    return document(
+        "secagg",
+        parameters=parameters,
+        protection=protection,
+        cipher=cipher if layers.encrypts else None,
+        bits=bits,
+        drop=drop,
+        seed=seed,
+        rows=rows,
+    )
 
 
 def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) -> RoundPlan:
@@ -114,24 +109,17 @@ def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) 
     )  # fmt: skip
 
 
-class _Traffic:
-    """Bytes of messages, without the vectors, per site and direction."""
-
-    def __init__(self) -> None:
-        self.up: dict[str, int] = {}
-        self.down: dict[str, int] = {}
-
-    def __call__(self, to: str, message: messages.RoundMessage) -> None:
-        if isinstance(message, messages.SiteMessage):
-            sender = messages.site_of(message)
-            self.up[sender] = self.up.get(sender, 0) + len(encode(message))
-        else:
-            self.down[to] = self.down.get(to, 0) + len(encode(message))
-
-
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
-    epoch, watch, traffic = InProcessFederation("bench", plan), CpuWatch(), _Traffic()
-    epoch.tap = traffic
+    epoch, watch = InProcessFederation("bench", plan), CpuWatch()
+    up, down = Counter[str](), Counter[str]()  # bytes of messages, without the vectors, per site
+
+    def tap(to: str, message: messages.RoundMessage) -> None:
+        if isinstance(message, messages.SiteMessage):
+            up[messages.site_of(message)] += len(encode(message))
+        else:
+            down[to] += len(encode(message))
+
+    epoch.tap = tap
     absences = dict.fromkeys(plan.sites[1 : 1 + drop], "submit")
 
     def contribute(index: int) -> Contribution:
@@ -143,6 +131,7 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
         plan.update_vector, 1, one_by_one(contribute), b"bench", watch, absences=absences
     )
     survivors = len(total.survivors)
+    control_up, control_down = round(mean(up.values())), round(mean(down.values()))
     layout = Layout(plan.update_vector, plan.packing, len(plan.sites))
     return {
         "sites": len(plan.sites),
@@ -150,11 +139,11 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
         "survivors": survivors,
         "exact": total.twin is total.opened,
         "slots": layout.slots,
-        "bytes_up_per_site": total.bytes_up + round(mean(traffic.up.values())),
+        "bytes_up_per_site": total.bytes_up + control_up,
         "bytes_up_per_parameter": round(total.bytes_up / plan.parameters, 4),
-        "control_bytes_up_per_site": round(mean(traffic.up.values())),
-        "control_bytes_down_per_site": round(mean(traffic.down.values())),
-        "bytes_down_per_site": total.bytes_down + round(mean(traffic.down.values())),
+        "control_bytes_up_per_site": control_up,
+        "control_bytes_down_per_site": control_down,
+        "bytes_down_per_site": total.bytes_down + control_down,
         "site_cpu_seconds": {
             "encode": round(watch.seconds["encode"] / survivors, 6),
             "protect": round(watch.seconds["protect"] / survivors, 6),
@@ -166,15 +155,15 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
 
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench secagg` for a terminal."""
-    table = grid(
+    head = (
         "sites", "in the sum", "threshold", "bytes up", "control up", "control down",
         "site CPU, s", "coordinator CPU, s", "sum",
     )  # fmt: skip
-    for row in found["rows"]:
-        table.add_row(
-            str(row["sites"]),
-            str(row["survivors"]),
-            str(row["threshold"]),
+    rows = (
+        (
+            row["sites"],
+            row["survivors"],
+            row["threshold"],
             f"{row['bytes_up_per_site']:,}",
             f"{row['control_bytes_up_per_site']:,}",
             f"{row['control_bytes_down_per_site']:,}",
@@ -182,9 +171,10 @@ def page(found: Json) -> RenderableType:
             f"{row['coordinator_cpu_seconds']:.3f}",
             "exact" if row["exact"] else "NOT the plain sum",
         )
-    under = repr(found["protection"]) + (" (keystream)" if found["cipher"] == "keystream" else "")
+        for row in found["rows"]
+    )
     note = (
-        f"{found['parameters']:,} parameters at {found['bits']} bits under {under}, "
+        f"{found['parameters']:,} parameters at {found['bits']} bits under {protection_of(found)}, "
         f"{found['drop']} of the sites leaving after the shares; bytes and CPU seconds per site"
     )
-    return Group(fitted(table), Text(), Text(note))
+    return table_page(head, rows, note)

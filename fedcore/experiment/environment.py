@@ -1,4 +1,4 @@
-"""The machine and the versions behind a number, as every published one needs them beside it."""
+"""The machine and the versions that a result was computed with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from fedcore.types import Json
 
 def environment() -> Json:
     """Versions (None where not installed), system, CPU model, usable cores, commit of a checkout."""
+    versions: dict[str, str | None] = dict.fromkeys(("torch", "numpy", "tenseal", "cryptography"))
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "fedcore": fedcore.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "numpy", "tenseal", "cryptography")},
+        **versions,
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         "threads": 1,
         "commit": _commit(),
     }
@@ -32,20 +37,21 @@ def peak_memory_mb() -> float:
 
     Linux: VmHWM. `ru_maxrss` is for elsewhere, because a Linux child starts with its parent's peak.
     """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kilobytes = peak // 1024 if sys.platform == "darwin" else peak
-    return round(kilobytes / 1024, 1)
+    found = peak_memory_of("self")
+    if found is not None:
+        return found
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
-def _version(distribution: str) -> str | None:
+def peak_memory_of(pid: int | str) -> float | None:
+    """VmHWM of a process in MB (2^20 bytes); None if the system does not report it."""
     try:
-        return version(distribution)
-    except PackageNotFoundError:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
         return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return round(found[0] / 1024, 1) if found else None
 
 
 def _cpu_model() -> str:
@@ -55,12 +61,6 @@ def _cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _commit() -> str | None:
