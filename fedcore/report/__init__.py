@@ -1,11 +1,10 @@
-"""From a run's files to what a person reads: `report.html`, `report.md`, LaTeX, the terminal.
+"""From a run's files to its report: `report.html`, `report.md`, LaTeX, the terminal.
 
 Invariant: this package reads result.json and rounds.jsonl and nothing else; it measures nothing,
 and imports no torch, no training code and, until something is drawn, no plotting.
 
-phrases: numbers and names into words.  sentences, methods, readings: what is claimed, how the run was made,
-what each party could read.  tables: cells.  plots: SVG.
-page, markdown, latex, terminal: one way each of laying those out.
+phrases: numbers and names as text.  sentences, methods, readings: the claims, how the run was made, what each
+party could read.  tables: cells.  plots: SVG.  page, markdown, latex, terminal: the layouts.
 """
 
 from __future__ import annotations
@@ -42,14 +41,11 @@ def render(runs: Sequence[tuple[Result, Sequence[RoundRow]]], form: str = "html"
         from fedcore.report import page
 
         return page.render(runs)
-    if form == "md":
-        from fedcore.report import markdown
+    if form in ("md", "latex"):
+        from fedcore.report import latex, markdown
 
-        return "\n".join(markdown.render(result) for result, _ in runs)
-    if form == "latex":
-        from fedcore.report import latex
-
-        return "\n".join(latex.render(result) for result, _ in runs)
+        draw = markdown.render if form == "md" else latex.render
+        return "\n".join(draw(result) for result, _ in runs)
     raise BadInput(f"report format: found {form!r}, expected html, latex or md")
 
 

@@ -45,17 +45,13 @@ def render(result: Result) -> str:
     intervals = f" Intervals: {method}." if method else ""
     parts = ["% needs \\usepackage{booktabs}"]
     parts += [f"% {escape(phrases.plain(warning))}" for warning in result.warnings]
-    parts += [_table(t, f"{where}: arms. {t.note}{intervals}") for t in tables.arms([result])]
-    parts += [
-        _table(t, f"{where}: where the loss comes from. {t.note}") for t in tables.sources([result])
+    sites = tables.per_site_note([result])
+    captioned = [
+        *((t, f"arms. {t.note}{intervals}") for t in tables.arms([result])),
+        *((t, f"where the loss comes from. {t.note}") for t in tables.sources([result])),
+        *((t, f"{t.title}. {sites}") for t in tables.per_site([result])),
     ]
-    parts += [
-        _table(
-            t,
-            f"{where}: {t.title}. {tables.per_site_note([result])}",
-        )
-        for t in tables.per_site([result])
-    ]
+    parts += [_table(table, f"{where}: {caption}") for table, caption in captioned]
     parts += ["\\paragraph{Methods.}", _prose(methods(result))]
     return "\n".join(parts) + "\n"
 

@@ -6,6 +6,7 @@ emphasis (CommonMark and GitHub tables).
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 
@@ -15,12 +16,10 @@ from fedcore.report.methods import methods
 from fedcore.report.tables import Cell, Grid
 from fedcore.results import Result
 
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
 
 def escape(text: str) -> str:
     """`text` with every character that Markdown or inline HTML could read as markup made literal."""
-    text = re.sub(r"[&<>]", lambda m: _ENTITIES[m[0]], text)
+    text = html.escape(text, quote=False)
     # A single `_` inside a word or `-` in a number is no markup; escaping it would only be noise,
     # but underscores pair across words, so they are escaped everywhere.
     return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
@@ -41,13 +40,10 @@ def render(result: Result) -> str:
         lines += [f"> **Warning:** {escape(phrases.plain(warning))}", ""]
     first, *others = say.lost(result)
     lines += [f"**{escape(first)}**", ""]
-    lines += [
-        f"- {escape(sentence)}" for sentence in [*others, *say.gained(result), *say.cost(result)]
-    ]
-    lines += [f"- {escape(line)}" for line in say.label_lines(result.label)]
+    others += [*say.gained(result), *say.cost(result), *say.label_lines(result.label)]
     if method := say.how_measured(result):
-        lines.append(f"- Intervals: {escape(method)}.")
-    lines.append("")
+        others.append(f"Intervals: {method}.")
+    lines += [*(f"- {escape(sentence)}" for sentence in others), ""]
     found = [*tables.arms([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]

@@ -1,4 +1,4 @@
-"""How a run was made, in words: the Methods paragraph for a paper, and what a person chose for it.
+"""How a run was made, in words: the Methods paragraph for a paper, and the settings of the run.
 
 Invariant: a clause whose facts a result does not hold is left out rather than guessed.
 """
@@ -26,21 +26,16 @@ _RATES = ("lr", "momentum")
 
 
 def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
-    """Everything that a person chose for a run, as short facts by key; with its seed and fold or
-    without."""
-    plan, train = result.plan, result.train
+    """{key: short fact} of everything that a person chose for a run. seeds: with its seed and fold."""
+    plan, train, absences = result.plan, result.train, result.absences
     server, rule = plan.get("server") or {}, plan.get("range") or {}
     facts = {
         "task": f"task {plain(result.task)}",
         "protection": plain(result.protection),
         "rounds": plural(result.rounds, "round"),
-        **({"threshold": f"threshold {plan['threshold']}"} if plan.get("threshold") else {}),
-        **(
-            {"drop": f"drop {listed(map(plain, result.absences.drop))}"}
-            if result.absences.drop
-            else {}
-        ),
-        **({"dropout": f"dropout {result.absences.dropout}"} if result.absences.dropout else {}),
+        "threshold": f"threshold {plan['threshold']}" if plan.get("threshold") else "",
+        "drop": f"drop {listed(map(plain, absences.drop))}" if absences.drop else "",
+        "dropout": f"dropout {absences.dropout}" if absences.dropout else "",
         "bits": f"{plan.get('bits')} bits",
         "range": f"range {plain(rule.get('start') or 'estimated')}"
         + (", adaptive" if rule.get("adaptive") else ""),
@@ -54,12 +49,13 @@ def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
         "arms": f"arms {listed(ARM_NAMES.get(a, plain(a)) for a in arms_of(result))}",
         "sites": plural(len(result.sites), "site"),
     }
-    return facts | (which_split(result) if seeds else {})
+    said = {key: fact for key, fact in facts.items() if fact}
+    return said | (which_split(result) if seeds else {})
 
 
 def settings_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """What all runs share, and what is each one's own: what differs in the plan and the training
-    comes first. A run without a fact that others have says nothing about it."""
+    """(facts that all runs share, the other facts of each run). Those that differ in the plan and the training
+    come first; a fact that a run does not have is left out."""
     chosen = [choices(result) for result in results]
     differing = [
         key
@@ -78,8 +74,7 @@ def settings_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 def methods(result: Result) -> str:
     """A paragraph for a paper, from the plan and the result."""
-    parts = (_data(result), _training(result), _protection(result), _evaluation(result))
-    return " ".join(parts)
+    return " ".join(of(result) for of in (_data, _training, _protection, _evaluation))
 
 
 def _data(result: Result) -> str:
@@ -125,34 +120,39 @@ def scaled_by_ranges(statistics: Mapping[str, Any]) -> bool:
 
 def _training(result: Result) -> str:
     model, train = result.model, result.train
-    facts = [plain(model.summary)] if model.summary else []
-    if model.coordinates:
-        facts.append(plural(model.coordinates, "coordinate"))
+    size = plural(model.coordinates, "coordinate") if model.coordinates else ""
+    described = _bracketed([plain(model.summary), size])
     rounds = plural(result.rounds, "round")
-    described = f" ({', '.join(facts)})" if facts else ""
     text = f"The model{described} was trained by federated averaging for {rounds}"
     if train.get("epochs"):
-        optimiser = {"sgd": "SGD", "adam": "Adam"}.get(
-            str(train.get("optimiser")), plain(train.get("optimiser"))
-        )
-        text += f", each of {plural(int(train['epochs']), 'local epoch')} with {optimiser}"
-        details = [f"learning rate {train['lr']}"] if train.get("lr") is not None else []
-        if train.get("batch_size"):
-            details.append(f"batch size {train['batch_size']}")
-        for key, word in (("momentum", "momentum"), ("weight_decay", "weight decay")):
-            if train.get(key):
-                details.append(f"{word} {train[key]}")
-        if details:
-            text += f" ({', '.join(details)})"
+        epochs = plural(int(train["epochs"]), "local epoch")
+        text += f", each of {epochs} with {_optimiser(train)}{_rates(train)}"
     server = result.plan.get("server") or {}
-    if server.get("optimiser") and server["optimiser"] != "fedavg":
-        names = {"fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
-        name = names.get(server["optimiser"], plain(server["optimiser"]))
-        words = {"lr": "learning rate", "momentum": "momentum"}
-        details = [f"{word} {server[key]}" for key, word in words.items() if server.get(key)]
-        text += f"; the released mean was applied by {name}"
-        text += f" ({', '.join(details)})" if details else ""
+    if server.get("optimiser") not in (None, "", "fedavg"):
+        text += f"; the released mean was applied by {_optimiser(server)}{_rates(server)}"
     return text + "."
+
+
+def _optimiser(section: Mapping[str, Any]) -> str:
+    name = section.get("optimiser")
+    return _OPTIMISERS.get(str(name), plain(name))
+
+
+_OPTIMISERS = {
+    "sgd": "SGD", "adam": "Adam", "fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+}  # fmt: skip
+
+
+def _rates(section: Mapping[str, Any]) -> str:
+    names = {"lr": "learning rate", "batch_size": "batch size", "weight_decay": "weight decay"}
+    keys = ("lr", "batch_size", "momentum", "weight_decay")
+    return _bracketed([f"{names.get(k, k)} {section[k]}" for k in keys if section.get(k)])
+
+
+def _bracketed(facts: Sequence[str]) -> str:
+    known = ", ".join(filter(None, facts))
+    return f" ({known})" if known else ""
 
 
 def _protection(result: Result) -> str:
@@ -161,10 +161,9 @@ def _protection(result: Result) -> str:
     if plan.get("bits"):
         text += f" and rounded stochastically to {plan['bits']}-bit integers"
     if plan.get("fields_per_slot") and plan.get("slot_bits"):
-        fields = {1: "one", 2: "two", 3: "three"}.get(
-            plan["fields_per_slot"], plan["fields_per_slot"]
-        )
-        text += f", {fields} to a slot of {plan['slot_bits']} bits"
+        fields = plan["fields_per_slot"]
+        words = {1: "one", 2: "two", 3: "three"}.get(fields, fields)
+        text += f", {words} to a slot of {plan['slot_bits']} bits"
     layers = PROTECTIONS.get(protection)
     if layers is None:
         text += f", and summed under the protection {plain(protection)}"
@@ -182,9 +181,8 @@ def _protection(result: Result) -> str:
     text += "."
     headroom = plan.get("headroom") or {}
     if headroom.get("bound") is not None and headroom.get("limit") is not None:
-        most = (
-            f" of at most {plural(int(plan['max_sites']), 'site')}" if plan.get("max_sites") else ""
-        )
+        sites = plan.get("max_sites")
+        most = f" of at most {plural(int(sites), 'site')}" if sites else ""
         text += (
             f" That a sum{most} cannot overflow was proved from the plan before the first round."
         )
@@ -216,25 +214,18 @@ def _absences(result: Result) -> str:
     if absences:
         abandoned = len(result.absences.abandoned)
         text += f" Absences were simulated: {plural(absences, 'time')} a site left a round"
-        text += (
-            f", and {plural(abandoned, 'round')} in which too few stayed changed nothing"
-            if abandoned
-            else ""
-        )
+        if abandoned:
+            text += f", and {plural(abandoned, 'round')} in which too few stayed changed nothing"
         text += "."
     return text
 
 
 def _primes(modulus: Any) -> str:
     primes = modulus if isinstance(modulus, list) else [modulus] if modulus else []
-    bits = [int(prime).bit_length() for prime in primes]
-    if not bits:
-        return ""
-    return (
-        f"one {bits[0]}-bit prime"
-        if len(bits) == 1
-        else f"primes of {listed(str(b) for b in bits)} bits"
-    )
+    bits = [str(int(prime).bit_length()) for prime in primes]
+    if len(bits) == 1:
+        return f"one {bits[0]}-bit prime"
+    return f"primes of {listed(bits)} bits" if bits else ""
 
 
 def _reference_rows(result: Result) -> str:
@@ -250,15 +241,11 @@ def _reference_rows(result: Result) -> str:
 
 def _evaluation(result: Result) -> str:
     names = listed(metric_name(m) for m in result.metrics)
-    arms = listed(
-        ARM_NAMES[a]
-        for a in ("centralised", "local_only", "federated_float")
-        if a in result.arm_names
-    )
-    text = ""
+    references = ("centralised", "local_only", "federated_float")
+    arms = listed(ARM_NAMES[arm] for arm in references if arm in result.arm_names)
+    text, rows = "", _reference_rows(result)
     if arms:
-        text = f"Reference arms ({arms}) used the same seeds and splits"
-        text += _reference_rows(result) + ". "
+        text = f"Reference arms ({arms}) used the same seeds and splits{rows}. "
     verb = "were" if len(result.metrics) > 1 else "was"
     text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
     if method := how_measured(result):

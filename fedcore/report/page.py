@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,23 +24,13 @@ from fedcore.report.plots import Finished
 from fedcore.results import ComparisonResult, Result
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question of the first screen: a run's name ("" for a single run) and its sentences."""
-
-    question: str
-    parts: tuple[tuple[str, tuple[str, ...]], ...]
-
-
 def render(runs: Sequence[Finished]) -> str:
     """The page of one run, of several runs laid over each other, or of comparisons.
 
-    runs: (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for no run, and for
-    runs beside comparisons, whose intervals do not mean the same.
+    runs: at least one (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for runs
+    beside comparisons, whose intervals do not mean the same.
     """
     results = [result for result, _ in runs]
-    if not results:
-        raise BadInput("report: found no run, expected at least one")
     if len({isinstance(result, ComparisonResult) for result in results}) > 1:
         raise BadInput(
             "report: found runs beside comparisons, expected one kind",
@@ -53,9 +42,7 @@ def render(runs: Sequence[Finished]) -> str:
     shared, own = settings_of(results)
     tasks = list(dict.fromkeys(phrases.plain(result.task) for result in results))
     return _template().render(
-        title=say.title(results[0])
-        if len(results) == 1
-        else f"{phrases.listed(tasks)}: {len(results)} runs",
+        title=f"{phrases.listed(tasks)}: {len(results)} runs" if several else say.title(results[0]),
         kind="comparison" if isinstance(results[0], ComparisonResult) else "run",
         started=phrases.plain(results[0].origin.started)[:10],
         settings=shared if several else say.setting(results[0]),
@@ -95,20 +82,21 @@ def _headline(names: list[str], results: list[Result]) -> list[tuple[str, str, l
     return found
 
 
-def _answers(names: list[str], results: list[Result]) -> list[Question]:
-    questions = (
-        ("Gained over staying alone", lambda r: [" ".join(say.gained(r))]),
-        ("Cost of protection", lambda r: [" ".join(say.cost(r))]),
-        ("Who could have seen what", _seen),
-    )
+def _answers(names: list[str], results: list[Result]) -> list[dict[str, Any]]:
+    """The questions of the first screen, each with its sentences by run ("" for a single one)."""
+    questions: dict[str, Callable[[Result], list[str]]] = {
+        "Gained over staying alone": lambda r: [" ".join(say.gained(r))],
+        "Cost of protection": lambda r: [" ".join(say.cost(r))],
+        "Who could have seen what": _seen,
+    }
     return [
-        Question(question, tuple(_parts(names, [tuple(of(r)) for r in results])))
-        for question, of in questions
+        {"question": question, "parts": _parts(names, [tuple(of(r)) for r in results])}
+        for question, of in questions.items()
     ]
 
 
 def _parts(names: list[str], said: list[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
-    """What each run says, with its name; what all of them say comes once, without one."""
+    """The sentences of each run with its name; those that all runs share once, without a name."""
     return [("", said[0])] if len(set(said)) == 1 else list(zip(names, said, strict=True))
 
 
@@ -116,26 +104,20 @@ def _warnings(names: list[str], results: list[Result]) -> list[tuple[str, str]]:
     """Each warning with the run it is about; one that all runs share comes once, without a name."""
     said = [[phrases.plain(warning) for warning in result.warnings] for result in results]
     shared = [warning for warning in said[0] if all(warning in other for other in said)]
-    own = [
-        (n, w)
-        for n, all_of_run in zip(names, said, strict=True)
-        for w in all_of_run
-        if w not in shared
-    ]
-    return [("", warning) for warning in shared] + own
+    named = [(n, w) for n, of_run in zip(names, said, strict=True) for w in of_run]
+    return [("", warning) for warning in shared] + [(n, w) for n, w in named if w not in shared]
 
 
 def _seen(result: Result) -> list[str]:
     lines = [phrases.capitalised(line) for line in say.label_lines(result.label)]
-    return [line if line.endswith(".") else f"{line}." for line in lines] or [
-        "Not stated in this result."
-    ]
+    ended = [line if line.endswith(".") else f"{line}." for line in lines]
+    return ended or ["Not stated in this result."]
 
 
 def _seen_by_parties(
     names: list[str], results: list[Result]
 ) -> list[tuple[str, readings.Readings]]:
-    """One section for each protection: of several runs under the same one, the first speaks."""
+    """One section for each protection, of the first run under it."""
     found: dict[str, tuple[str, readings.Readings]] = {}
     for name, result in zip(names, results, strict=True):
         section = readings.section(result)
@@ -152,13 +134,9 @@ def _plots(runs: Sequence[Finished]) -> list[dict[str, Any]]:
     metric = say.primary_metric(results[0])
     if metric is None or not any(result.cells for result in results):
         return []
-    splits = _drawn(
-        "By seed and fold",
-        partial(plots.splits_figure, results, metric),
-        metric,
-        "A bar is the mean with its interval; every dot is one seed and fold.",
-        _legend(runs),
-    )
+    draw = partial(plots.splits_figure, results, metric)
+    caption = "A bar is the mean with its interval; every dot is one seed and fold."
+    splits = _drawn("By seed and fold", draw, metric, caption, _legend(runs))
     return [*_by_round([split for run in runs for split in plots.splits_of(run)]), splits]
 
 
@@ -176,8 +154,7 @@ def _by_round(runs: Sequence[Finished]) -> list[dict[str, Any]]:
             " Lines are means; bands run from the least to the largest of the seeds and folds."
         )
     draw = partial(plots.rounds_figure, runs, metric)
-    legend = _legend(runs, by_round=True)
-    return [_drawn("Round by round", draw, metric, caption, legend)]
+    return [_drawn("Round by round", draw, metric, caption, _legend(runs, by_round=True))]
 
 
 def _drawn(

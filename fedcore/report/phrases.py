@@ -1,4 +1,4 @@
-"""Numbers and names into words, as every page of the report says them.
+"""Numbers and names as text, the same in every form of the report.
 
 Fractions come in, points (fraction x 100) go out; an error such as MSE, of which less is better, is no
 fraction and keeps its own unit. A number that does not exist is `DASH`. Everything returned is plain text,
@@ -21,12 +21,7 @@ ARM_NAMES = {
     "federated_float": "federated, float",
     "federated": "federated",
 }
-PART_NAMES = {
-    "federation": "federation",
-    "quantisation": "quantisation",
-    "protection": "protection",
-    "total": "total",
-}
+PART_NAMES = {part: part for part in ("federation", "quantisation", "protection", "total")}
 GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "federated": "total"}
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 
@@ -124,9 +119,9 @@ def gap_amount(result: Result, metric: str, gap: Interval | None) -> str:
 def arm_name(arm: str, result: Result | None = None) -> str:
     """As it stands in a table; the federated arm carries its protection."""
     name = ARM_NAMES.get(arm, plain(arm))
-    return (
-        f"{name}, {plain(result.protection)}" if arm == "federated" and result is not None else name
-    )
+    if arm != "federated" or result is None:
+        return name
+    return f"{name}, {plain(result.protection)}"
 
 
 def size(count: float | None) -> str:
@@ -148,12 +143,10 @@ def duration(seconds: float | None) -> str:
     """Seconds for a person: `3 ms`, `0.31 s`, `12.4 s`, `3 min 20 s`, `1 h 4 min`."""
     if seconds is None:
         return DASH
+    if seconds == 0:
+        return "0 s"
     if seconds < 0.1:
-        return (
-            "0 s"
-            if seconds == 0
-            else f"{max(seconds * 1000, 0.1):.{0 if seconds > 0.001 else 1}f} ms"
-        )
+        return f"{max(seconds * 1000, 0.1):.{0 if seconds > 0.001 else 1}f} ms"
     if seconds < 60:
         return f"{seconds:.{2 if seconds < 10 else 1}f} s"
     whole = round(seconds)
@@ -174,14 +167,8 @@ def capitalised(sentence: str) -> str:
 
 def listed(items: Iterable[str]) -> str:
     """`a, b and c`."""
-    parts = list(items)
-    return (
-        parts[0]
-        if len(parts) == 1
-        else ", ".join(parts[:-1]) + " and " + parts[-1]
-        if parts
-        else ""
-    )
+    *parts, last = list(items) or [""]
+    return f"{', '.join(parts)} and {last}" if parts else last
 
 
 def plural(n: int, word: str) -> str:

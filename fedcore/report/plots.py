@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedcore.report import phrases
 from fedcore.report import sentences as say
@@ -107,30 +107,14 @@ def plotted_metric(runs: Sequence[Finished]) -> str | None:
     """The first run's headline metric if any round holds it, else any metric that a round holds."""
     if not runs:
         return None
-    first = runs[0][0]
-    for metric in say.ordered_metrics(first):
-        if any(row.number(metric) is not None for _, rows in runs for row in rows):
-            return metric
-    return None
+    every = [row for _, rows in runs for row in rows]
+    metrics = say.ordered_metrics(runs[0][0])
+    return next((m for m in metrics if any(row.number(m) is not None for row in every)), None)
 
 
 def _curve(rows: Sequence[RoundRow], arm: str, metric: str) -> dict[int, float]:
-    found = {}
-    for row in rows:
-        value = row.number(metric)
-        if row.arm == arm and value is not None:
-            found[row.round] = value
-    return found
-
-
-def _spread(
-    curves: Sequence[dict[int, float]],
-) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Rounds that every curve has, with mean, least and largest value at each."""
-    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    columns = [[curve[r] for curve in curves] for r in shared]
-    means = [sum(column) / len(column) for column in columns]
-    return shared, means, [min(c) for c in columns], [max(c) for c in columns]
+    found = {row.round: row.number(metric) for row in rows if row.arm == arm}
+    return {round_: value for round_, value in found.items() if value is not None}
 
 
 def rounds_figure(
@@ -170,32 +154,35 @@ def rounds_figure(
         lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
         for axes in (upper, *([lower] if lower is not None else [])):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-            axes.grid(axis="x", visible=False)
-            axes.tick_params(length=0)
-            axes.spines["left"].set_visible(False)
+            _bare(axes, "x")
         figure.align_ylabels()
     return figure
+
+
+def _bare(axes: Axes, without: Literal["x", "y"]) -> None:
+    """Neither ticks nor a line at the left, and no grid along one axis."""
+    axes.grid(axis=without, visible=False)
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def _draw(
     axes: Axes, curves: Sequence[dict[int, float]], colour: str, dashes: Any, width: float
 ) -> None:
-    rounds, means, low, high = _spread(curves)
+    """The mean over the rounds that every curve has; of several with a band from the least to the largest."""
+    rounds = sorted(set.intersection(*map(set, curves))) if curves else []
+    columns = [[curve[r] for curve in curves] for r in rounds]
     if not rounds:
         return
+    means = [sum(column) / len(column) for column in columns]
     if len(curves) > 1:
+        low, high = [*map(min, columns)], [*map(max, columns)]
         axes.fill_between(rounds, low, high, color=colour, alpha=0.16, linewidth=0)
     lone = "o" if len(rounds) == 1 else ""
     axes.plot(
-        rounds,
-        means,
-        color=colour,
-        linestyle=dashes,
-        linewidth=width,
-        marker=lone,
-        markersize=4,
+        rounds, means, color=colour, linestyle=dashes, linewidth=width, marker=lone, markersize=4,
         solid_capstyle="round",
-    )
+    )  # fmt: skip
 
 
 def _lost_name(result: Result, metric: str) -> str:
@@ -252,13 +239,10 @@ def splits_figure(
         upper.set_title(f"{name} of each arm, one dot per seed and fold")
         lower.set_title(f"Gap: {_lost_name(results[0], metric)}, and where")
         lower.axvline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
+        bins = 5 if size == NARROW else 8
         for axes in (upper, lower):
-            axes.xaxis.set_major_locator(
-                MaxNLocator(nbins=5 if size == NARROW else 8, steps=[1, 2, 5, 10])
-            )
-            axes.grid(axis="y", visible=False)
-            axes.tick_params(length=0)
-            axes.spines["left"].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10]))
+            _bare(axes, "y")
     return figure
 
 
@@ -318,10 +302,9 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    for side in ("width", "height"):
+        text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)

@@ -121,7 +121,7 @@ def _level(seen: UpdateExposure, party: str) -> str:
     if best is not None and best.exact == 1:
         return "all of it"
     if message is not None and _beyond_chance(seen, message):
-        return f"something (correlation {_number(seen, message['correlation'])})"
+        return f"something ({_correlation(seen, message)})"
     if view.sum is None:
         return "nothing measurable"
     if party == COORDINATOR:
@@ -137,28 +137,23 @@ def _name(seen: UpdateExposure, party: str) -> str:
 def _cell(seen: UpdateExposure, party: str, view: PartyView, protection: str) -> str:
     other, sites = phrases.plain(seen.other), seen.contributors
     message, from_sum = view.message, view.sum
-    parts = []
-    if message is None:
-        parts.append("It never gets the upload.")
-    else:
+    upload = "It never gets the upload."
+    if message is not None:
         lead, layers = "The upload", PROTECTIONS.get(protection)
         if layers is not None:
             lead = _UPLOAD[layers.masks, layers.encrypts][party == BOTH].format(other=other)
-        parts.append(f"{lead}: {_verdict(seen, message)}.")
+        upload = f"{lead}: {_verdict(seen, message)}."
         if message.exact == 1:
-            return parts[0]
+            return upload
     if from_sum is None:
-        parts.append("The sum stays encrypted for it.")
-    elif party == COORDINATOR:
-        parts.append(f"The sum of {sites} sites: {_correlation(seen, from_sum)}.")
-    elif sites == 2:
-        parts.append(f"The sum less {other}'s own update: {_verdict(seen, from_sum)}.")
-    else:
-        parts.append(
-            f"The sum less {other}'s own update, so the mean of the other {sites - 1}: "
-            f"{_correlation(seen, from_sum)}."
-        )
-    return " ".join(parts)
+        return f"{upload} The sum stays encrypted for it."
+    found = _correlation(seen, from_sum)
+    if party == COORDINATOR:
+        return f"{upload} The sum of {sites} sites: {found}."
+    rest = f"The sum less {other}'s own update"
+    if sites == 2:
+        return f"{upload} {rest}: {_verdict(seen, from_sum)}."
+    return f"{upload} {rest}, so the mean of the other {sites - 1}: {found}."
 
 
 def _verdict(seen: UpdateExposure, reading: Reading) -> str:

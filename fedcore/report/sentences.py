@@ -1,4 +1,4 @@
-"""What a result says, in sentences: lost, gained and paid; for the page, the terminal and the Methods.
+"""The sentences of a report: lost, gained, cost; for the page, the terminal and the Methods.
 
 Invariant: a loss is stated only when its whole interval lies above 0, and its absence only when the
 interval is narrow enough to show it (`NEGLIGIBLE`). Positive always means lost against centralised training.
@@ -8,6 +8,7 @@ Everything returned is plain text (`phrases.plain`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fedcore.report.phrases import (
     ARM_NAMES,
@@ -26,13 +27,12 @@ from fedcore.report.phrases import (
     score,
     size,
 )
-from fedcore.results import ComparisonResult, Result, RowCounts, RunResult
+from fedcore.results import ComparisonResult, Result, RunResult
 from fedcore.secagg.protections import unprotected
 
 NEGLIGIBLE = 0.01
-"""Half the width of an interval that may be called no loss: one point, or of an error one hundredth
-of the centralised arm's. What Fedcore promises are tenths of a point: an interval that reaches beyond
-a whole one could hide ten times as much, and an absence that it could not have shown is not said."""
+"""Half the width of an interval that may be called no loss: one point, or of an error one hundredth of the
+centralised arm's. Fedcore's aim is tenths of a point, and a wider interval could hide ten times as much."""
 
 GLOSSARY = (
     ("arm", "one way of training on the same seeds, splits and budget"),
@@ -48,7 +48,7 @@ GLOSSARY = (
 )
 
 
-# ------------------------------------------------------------------------------- what there is to say
+# --------------------------------------------------------------------------------------- facts
 
 
 def arms_of(result: Result) -> list[str]:
@@ -64,13 +64,9 @@ def primary_metric(result: Result) -> str | None:
     AUC uses every score where accuracy uses one threshold, so its interval is the narrower one.
     """
     metrics = sorted(result.metrics, key=lambda m: m != "auc")
-    for metric in metrics:
-        if result.mean_gap("total", metric) is not None:
-            return metric
-    for metric in metrics:
-        if result.score("federated", metric) is not None:
-            return metric
-    return metrics[0] if metrics else None
+    with_gap = (m for m in metrics if result.mean_gap("total", m) is not None)
+    with_value = (m for m in metrics if result.score("federated", m) is not None)
+    return next(iter((*with_gap, *with_value, *metrics)), None)
 
 
 def ordered_metrics(result: Result) -> list[str]:
@@ -80,22 +76,16 @@ def ordered_metrics(result: Result) -> list[str]:
 
 
 def why_missing(metric: str, test_rows: int | None = None) -> str:
-    """The known reason why a metric of an arm that ran is null: there were no test rows, or of one
-    class only, of which an AUC needs both. test_rows: how many, None where that is unknown."""
+    """The known reason why a metric of an arm that ran is null: no test rows, or for an AUC test rows of one
+    class only. test_rows: how many, None where that is unknown."""
     if test_rows == 0:
         return "no test rows"
     return "one class" if metric == "auc" else ""
 
 
-def rows_of(result: Result) -> RowCounts | None:
-    """All sites' rows, None where that is unknown: a comparison has others in every fold."""
-    return result.rows if isinstance(result, RunResult) else None
-
-
 def rows_tested(result: Result) -> int | None:
-    """All sites' test rows, None where that is unknown."""
-    rows = rows_of(result)
-    return rows.test if rows is not None else None
+    """All sites' test rows, None where that is unknown: a comparison has others in every fold."""
+    return result.rows.test if isinstance(result, RunResult) and result.rows is not None else None
 
 
 def model_hash(result: Result) -> str:
@@ -104,7 +94,7 @@ def model_hash(result: Result) -> str:
 
 
 def label_lines(label: str) -> list[str]:
-    """Who could have seen what, computed from the plan elsewhere; one sentence a line."""
+    """The label of the plan (who could have seen what), one sentence a line."""
     return [plain(line) for line in label.splitlines() if line.strip()]
 
 
@@ -120,7 +110,7 @@ def lost(result: Result) -> list[str]:
     """What was lost against pooling, one sentence per metric, the headline first.
 
     A loss is stated only when its interval lies above 0; no loss only when the interval contains 0
-    and stays within `NEGLIGIBLE` of it; anything between is said to be unresolved.
+    and stays within `NEGLIGIBLE` of it; anything between is called unresolved.
     """
     metrics = ordered_metrics(result)
     if not metrics:
@@ -153,15 +143,12 @@ def _lost(result: Result, metric: str, against: str) -> str:
         return f"No loss measurable{against}: {name} {value}{scores}, interval {span}."
     where = f"over {splits(result)}" if isinstance(result, ComparisonResult) else "on these rows"
     if amount(result, metric, mean) == "0.00":
-        return f"Not resolved: no {name} lost or gained {where}{scores}, interval {span}."
-    if mean > 0:
-        return (
-            f"Not resolved: {quantity(result, metric, mean)} lost {where}{scores}, interval {span}."
-        )
-    return (
-        f"Not resolved: {quantity(result, metric, -mean)} gained {where}{scores}, "
-        f"interval of the loss {span}."
-    )
+        change, of = f"no {name} lost or gained", ""
+    elif mean > 0:
+        change, of = f"{quantity(result, metric, mean)} lost", ""
+    else:
+        change, of = f"{quantity(result, metric, -mean)} gained", " of the loss"
+    return f"Not resolved: {change} {where}{scores}, interval{of} {span}."
 
 
 def _without_gap(result: Result, metric: str, against: str) -> str:
@@ -170,8 +157,7 @@ def _without_gap(result: Result, metric: str, against: str) -> str:
     reached = result.score("federated", metric)
     if reached is None:
         reason = why_missing(metric, rows_tested(result))
-        if reason == "one class":
-            reason += " among the test rows"
+        reason += " among the test rows" if reason == "one class" else ""
         return f"{capitalised(name)}: {DASH}" + (f" ({reason})." if reason else ".")
     if "centralised" in result.arm_names:
         return f"Federated {name} {score(reached)}; of the centralised arm it is unknown."
@@ -220,10 +206,8 @@ def gained(result: Result) -> list[str]:
         return ["Not measured: no site was trained alone to compare with."]
     if metric is None or not known:
         return ["Not measured per site."]
-    name = metric_name(metric)
-    error = result.is_error(metric)
-    counted = name if error else "points"
-    better = sum(g > 0 for g in known)
+    name, error = metric_name(metric), result.is_error(metric)
+    counted, better = name if error else "points", sum(g > 0 for g in known)
     average = f", averaged over {splits(result)}" if isinstance(result, ComparisonResult) else ""
     sites_known = plural(len(known), "site")
     if len(known) < len(gains):
@@ -231,28 +215,20 @@ def gained(result: Result) -> list[str]:
     compared = f"have less {name}" if error else f"score higher in {name}"
     first = f"{better} of {sites_known} {compared} together than alone{average}"
     tested = {site: found.test_rows for site, found in result.per_site.items()}
+    signed = partial(amount, result, metric, signed=True)
     if len(gains) <= 8:
-        sites = ", ".join(
-            f"{plain(site)} {amount(result, metric, gain, signed=True)}"
-            + (
-                f" ({reason})"
-                if gain is None and (reason := why_missing(metric, tested[site]))
-                else ""
-            )
-            for site, gain in gains.items()
-        )
-        sentences = [f"{first}; gained in {counted}: {sites}."]
+        each = []
+        for site, gain in gains.items():
+            reason = why_missing(metric, tested[site]) if gain is None else ""
+            each.append(f"{plain(site)} {signed(gain)}" + (f" ({reason})" if reason else ""))
+        sentences = [f"{first}; gained in {counted}: {', '.join(each)}."]
     else:
         ordered = sorted(known)
-        least, middle, most = (
-            amount(result, metric, gain, signed=True)
-            for gain in (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+        least, middle, most = map(signed, (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+        span = (
+            f"in {counted} from {least} to {most}" if error else f"from {least} to {most} {counted}"
         )
-        sentences = [
-            f"{first}; gained from {least} to {most} {counted}, the middle site {middle}."
-            if not error
-            else f"{first}; gained in {counted} from {least} to {most}, the middle site {middle}."
-        ]
+        sentences = [f"{first}; gained {span}, the middle site {middle}."]
     if (rows := [n for n in tested.values() if n]) and not average:
         span = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
         sentences.append(f"A site has {span} test rows: read these as directions, not as proof.")
@@ -264,7 +240,7 @@ def gained(result: Result) -> list[str]:
 
 def per_site_and_round(result: Result) -> str:
     """`13.9 kB per site and round (one ciphertext, 1 % used)`; bytes per parameter only where a
-    model fills its ciphertexts, since a ratio to a model smaller than one says nothing."""
+    model fills its ciphertexts, since a ratio to a smaller model means nothing."""
     text = f"{size(result.cost.bytes_up)} per site and round"
     used, ciphertexts = result.cost.ciphertext_used, result.cost.ciphertexts
     if not ciphertexts:
@@ -281,19 +257,16 @@ def per_site_and_round(result: Result) -> str:
 
 def cost(result: Result) -> list[str]:
     """What protection cost: bytes, seconds, and accuracy (which must be exactly nothing)."""
-    sentences = []
     protected = not unprotected(result.protection)
-    if not protected:
-        sentences.append("Nothing was protected: `plain` is for simulation and tests.")
+    sentences = [] if protected else ["Nothing was protected: `plain` is for simulation and tests."]
     if result.cost.bytes_up is not None:
         down = size(result.cost.bytes_down)
         sentences.append(f"Sent: {per_site_and_round(result)} up, {down} down.")
     if result.cost.seconds:
-        spent = sum(result.cost.seconds.get(stage, 0.0) for stage in PROTECTION_STAGES)
+        spent = duration(sum(result.cost.seconds.get(stage, 0.0) for stage in PROTECTION_STAGES))
+        rounds, train = plural(result.rounds, "round"), duration(result.cost.seconds.get("train"))
         sentences.append(
-            f"Encode, protect, fold and unprotect took {duration(spent)} over "
-            f"{plural(result.rounds, 'round')}; "
-            f"local training took {duration(result.cost.seconds.get('train'))}."
+            f"Encode, protect, fold and unprotect took {spent} over {rounds}; local training took {train}."
         )
     if protected and (exact := protection_changed(result)):
         sentences.append(exact)
@@ -335,7 +308,7 @@ def title(result: Result) -> str:
 def setting(result: Result) -> list[str]:
     """Rounds, seed and rows: the short facts under the title."""
     facts = [plural(result.rounds, "round"), *which_split(result).values()]
-    if (rows := rows_of(result)) is not None:
+    if isinstance(result, RunResult) and (rows := result.rows) is not None:
         facts.append(f"{count(rows.train)} train and {count(rows.test)} test rows")
     if result.model.summary:
         facts.append(plain(result.model.summary))
@@ -353,10 +326,8 @@ def which_split(result: Result) -> dict[str, str]:
     if isinstance(result, ComparisonResult):
         return {"splits": splits(result)}
     assert isinstance(result, RunResult)
-    facts = {"seed": f"seed {result.seed}"}
-    if result.folds:
-        facts["fold"] = f"fold {result.fold} ({result.folds} folds)"
-    return facts
+    fold = {"fold": f"fold {result.fold} ({result.folds} folds)"} if result.folds else {}
+    return {"seed": f"seed {result.seed}"} | fold
 
 
 def run_names(results: Sequence[Result]) -> list[str]:

@@ -43,50 +43,60 @@ def _name(text: str) -> Cell:
     return Cell(text, number=False)
 
 
+def _table(
+    title: str, head: Iterable[str], rows: Sequence[tuple[Cell, ...]], note: str = ""
+) -> list[Grid]:
+    return [Grid(title, tuple(head), tuple(rows), note)] if rows else []
+
+
+def _columns(results: Sequence[Result], *of_one: str) -> list[str]:
+    """Heads of the columns after the first: those of a single run, else one for each run."""
+    return list(of_one) if len(results) == 1 else say.run_tags(results)
+
+
 def arms(results: Sequence[Result]) -> list[Grid]:
     """Each arm's metrics over the union of test rows, and what it lost against pooling; without a
     centralised arm only the metrics."""
     metrics = _all(results, say.ordered_metrics)
+    known = any(compared(result, result.metrics) for result in results)
     note = "Over the union of the sites' test rows."
-    if any(_compared(result) for result in results):
+    if known:
         note += f" Lost: {_centralised_minus(results, metrics, 'the arm')}."
     if len(results) == 1:
-        result = results[0]
-        compared = _compared(result)
-        head = ["arm"]
+        result, head, rows = results[0], ["arm"], []
         for metric in metrics:
-            head += [phrases.metric_name(metric), *(["lost"] if compared else [])]
-        rows = []
+            head += [phrases.metric_name(metric), *(["lost"] if known else [])]
         for arm in say.arms_of(result):
             row = [_name(phrases.arm_name(arm, result))]
             for metric in metrics:
                 row.append(score_cell(result, arm, metric))
-                row += [lost_cell(result, arm, metric)] if compared else []
+                row += [lost_cell(result, arm, metric)] if known else []
             rows.append(tuple(row))
-        return [Grid("Arms", tuple(head), tuple(rows), note)] if rows else []
-    found = []
+        return _table("Arms", head, rows, note)
+    found: list[Grid] = []
     for metric in metrics:
-        rows = []
-        for arm in _all(results, say.arms_of):
-            cells = [_name(phrases.arm_name(arm))]
-            for result in results:
-                score, lost = score_cell(result, arm, metric), lost_cell(result, arm, metric)
-                span = f" ({lost.sub})" if lost.sub else ""
-                sub = f"lost {lost.text}{span}" if lost.text not in (DASH, "") else ""
-                cells.append(Cell(score.text, score.sub if score.text == DASH else sub))
-            rows.append(tuple(cells))
-        head = ["arm", *say.run_tags(results)]
-        found.append(Grid(f"Arms: {phrases.metric_name(metric)}", tuple(head), tuple(rows), note))
-        note = ""
+        rows = [
+            (_name(phrases.arm_name(arm)), *(_score_and_lost(r, arm, metric) for r in results))
+            for arm in _all(results, say.arms_of)
+        ]
+        title = f"Arms: {phrases.metric_name(metric)}"
+        found += _table(title, ["arm", *say.run_tags(results)], rows, "" if found else note)
     return found
 
 
-def _compared(result: Result) -> bool:
-    """Whether anything is known to be lost or kept, so that a column for it says something."""
+def _score_and_lost(result: Result, arm: str, metric: str) -> Cell:
+    score, lost = score_cell(result, arm, metric), lost_cell(result, arm, metric)
+    if score.text == DASH or lost.text in (DASH, ""):
+        return Cell(score.text, score.sub if score.text == DASH else "")
+    return Cell(score.text, f"lost {lost.text}" + (f" ({lost.sub})" if lost.sub else ""))
+
+
+def compared(result: Result, metrics: Iterable[str]) -> bool:
+    """Whether any of these metrics is known to be lost or kept by any arm: else a column for it is empty."""
     return any(
         lost_cell(result, arm, metric).text not in (DASH, "")
+        for metric in metrics
         for arm in say.arms_of(result)
-        for metric in result.metrics
     )
 
 
@@ -133,7 +143,7 @@ def per_site(results: Sequence[Result]) -> list[Grid]:
     site was trained alone."""
     single = len(results) == 1
     alone = any("local_only" in result.arm_names for result in results)
-    found = []
+    found: list[Grid] = []
     for metric in _all(results, say.ordered_metrics):
         rows = []
         for site in _all(results, lambda r: r.per_site):
@@ -151,16 +161,14 @@ def per_site(results: Sequence[Result]) -> list[Grid]:
             mean += _site_cells(result, _site_mean(result), metric, reason, single)
         if any(cell.text not in (DASH, "") for cell in mean[1:]):
             rows.append(tuple(mean))
-        columns = ["test rows", "alone", "together", "gained"] if single else say.run_tags(results)
+        head = ["site", *_columns(results, "test rows", "alone", "together", "gained")]
         if single:
             # A comparison has another number of test rows in every fold.
             tested = any(row[1].text for row in rows)
             kept = [0, *([1] if tested else []), *([2, 3, 4] if alone else [3])]
             rows = [tuple(row[i] for i in kept) for row in rows]
-            columns = [columns[i - 1] for i in kept[1:]]
-        found.append(
-            Grid(phrases.capitalised(phrases.metric_name(metric)), ("site", *columns), tuple(rows))
-        )
+            head = [head[i] for i in kept]
+        found += _table(phrases.capitalised(phrases.metric_name(metric)), head, rows)
     return found
 
 
@@ -223,33 +231,28 @@ def sources(results: Sequence[Result]) -> list[Grid]:
         "float averaging. Quantisation: float against integers. "
         "Protection: integers against protected integers, which must be exactly 0."
     )
+    title = "Where the loss comes from"
     if len(results) == 1:
-        head = ("part", *(phrases.metric_name(metric) for metric in metrics))
-        rows = _parts([(results[0], metric) for metric in metrics])
-        return [Grid("Where the loss comes from", head, rows, note)] if rows else []
-    found = []
+        head = ["part", *map(phrases.metric_name, metrics)]
+        return _table(title, head, _parts([(results[0], metric) for metric in metrics]), note)
+    found: list[Grid] = []
     for metric in metrics:
-        rows = _parts([(result, metric) for result in results])
-        title = f"Where the loss comes from: {phrases.metric_name(metric)}"
-        if rows:
-            found.append(Grid(title, ("part", *say.run_tags(results)), rows, note))
-            note = ""
+        rows, name = _parts([(result, metric) for result in results]), phrases.metric_name(metric)
+        head = ["part", *say.run_tags(results)]
+        found += _table(f"{title}: {name}", head, rows, "" if found else note)
     return found
 
 
-def _parts(columns: Sequence[tuple[Result, str]]) -> tuple[tuple[Cell, ...], ...]:
-    rows = []
-    for part, name in phrases.PART_NAMES.items():
-        if any(result.mean_gap(part, metric) is not None for result, metric in columns):
-            cells = [
-                _gap_cell(result, metric, result.gap_of(part, metric)) for result, metric in columns
-            ]
-            rows.append((_name(name), *cells))
-    return tuple(rows)
+def _parts(columns: Sequence[tuple[Result, str]]) -> list[tuple[Cell, ...]]:
+    return [
+        (_name(name), *(_gap_cell(r, metric, r.gap_of(part, metric)) for r, metric in columns))
+        for part, name in phrases.PART_NAMES.items()
+        if any(result.mean_gap(part, metric) is not None for result, metric in columns)
+    ]
 
 
 def protected(results: Sequence[Result]) -> list[Grid]:
-    """The final metrics as sites know them, from protected sums, beside the exact ones.
+    """The final metrics from protected sums, as the sites have them, beside the exact ones.
 
     They differ where a sum keeps less than the rows do: AUC comes from a histogram of scores. Where
     the result states a bound on that difference, or how many values were clipped, both are shown.
@@ -262,22 +265,21 @@ def protected(results: Sequence[Result]) -> list[Grid]:
     ]
     rows = []
     for metric in metrics:
-        cells = []
+        cells = [_name(phrases.metric_name(metric))]
         for result in runs:
             exact = phrases.score(result.score("federated", metric))
             summed = phrases.score((result.protected.metrics or {}).get(metric))
-            known = [_bound(result, metric), _clipped(result, metric)]
-            cells += (
-                [Cell(exact), Cell(summed, ", ".join(filter(None, known)))]
-                if len(runs) == 1
-                else [Cell(summed, ", ".join(filter(None, [f"exact {exact}", *known])))]
-            )
-        rows.append((_name(phrases.metric_name(metric)), *cells))
-    head = ("metric", *(["exact", "from the sum"] if len(runs) == 1 else say.run_tags(runs)))
+            known = [*filter(None, (_bound(result, metric), _clipped(result, metric)))]
+            if len(runs) == 1:
+                cells += [Cell(exact), Cell(summed, ", ".join(known))]
+            else:
+                cells.append(Cell(summed, ", ".join([f"exact {exact}", *known])))
+        rows.append(tuple(cells))
     note = "Of the federated model. Outside a simulation only the protected sum is known."
     if any(map(_some_left, runs)):
         note += " The sum is of the sites that stayed, the exact value of all."
-    return [Grid("Metrics through the protected sum", head, tuple(rows), note)] if rows else []
+    head = ["metric", *_columns(runs, "exact", "from the sum")]
+    return _table("Metrics through the protected sum", head, rows, note)
 
 
 def _some_left(result: RunResult) -> bool:
@@ -306,18 +308,20 @@ def cost(results: Sequence[Result]) -> list[Grid]:
     def stage_of(result: Result, stage: str) -> str:
         return phrases.duration((result.cost.seconds or {}).get(stage))
 
-    lines: list[tuple[str, Callable[[Result], str]]] = [
-        *((stage, partial(stage_of, stage=stage)) for stage in phrases.STAGES),
-        ("whole run, all arms", lambda r: phrases.duration(r.cost.seconds_total)),
-        ("sent per site and round", lambda r: phrases.size(r.cost.bytes_up)),
-        ("received per site and round", lambda r: phrases.size(r.cost.bytes_down)),
-        ("ciphertexts sent per site and round", lambda r: phrases.count(r.cost.ciphertexts)),
-        ("peak memory", lambda r: _memory(r.cost.peak_memory_mb)),
-        ("coordinates clipped", lambda r: _share(r.sums.clipped_fraction)),
-    ]
+    lines: dict[str, Callable[[Result], str]] = {
+        **{stage: partial(stage_of, stage=stage) for stage in phrases.STAGES},
+        "whole run, all arms": lambda r: phrases.duration(r.cost.seconds_total),
+        "sent per site and round": lambda r: phrases.size(r.cost.bytes_up),
+        "received per site and round": lambda r: phrases.size(r.cost.bytes_down),
+        "ciphertexts sent per site and round": lambda r: phrases.count(r.cost.ciphertexts),
+        "peak memory": lambda r: _memory(r.cost.peak_memory_mb),
+        "coordinates clipped": lambda r: _share(r.sums.clipped_fraction),
+    }
+    cells = {name: [Cell(text(result)) for result in results] for name, text in lines.items()}
+    rows = [(_name(n), *row) for n, row in cells.items() if any(c.text != DASH for c in row)]
     staged = any(result.cost.seconds for result in results)
     note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
-    return _side_by_side("Cost by stage" if staged else "Cost", results, lines, note)
+    return _table("Cost by stage" if staged else "Cost", ["", *_columns(results, "")], rows, note)
 
 
 def _memory(megabytes: float | None) -> str:
@@ -331,31 +335,28 @@ def _share(fraction: float | None) -> str:
 def budgets(results: Sequence[Result]) -> list[Grid]:
     """Gradient steps and examples seen per arm: equal budgets are what makes the arms comparable."""
     runs = [result for result in results if isinstance(result, RunResult)]
-    single = len(runs) == 1
-    head = ("arm", *(["gradient steps", "examples seen"] if single else say.run_tags(runs)))
+    if not any(arm.gradient_steps is not None for run in runs for arm in run.arms.values()):
+        return []
     rows = []
     for arm in _all(runs, say.arms_of):
         row = [_name(phrases.arm_name(arm))]
-        for run in runs:
-            if arm not in run.arms:
+        for found in (run.arms.get(arm) for run in runs):
+            if found is None:
                 row.append(Cell(DASH, "not run"))
                 continue
-            found = run.arms[arm]
             steps, seen = phrases.count(found.gradient_steps), phrases.count(found.examples_seen)
-            row += (
-                [Cell(steps), Cell(seen)]
-                if single
-                else [Cell(f"{steps} steps", f"{seen} examples")]
-            )
+            if len(runs) == 1:
+                row += [Cell(steps), Cell(seen)]
+            else:
+                row.append(Cell(f"{steps} steps", f"{seen} examples"))
         rows.append(tuple(row))
-    known = any(arm.gradient_steps is not None for run in runs for arm in run.arms.values())
-    return [Grid("Budgets", head, tuple(rows))] if known else []
+    return _table("Budgets", ["arm", *_columns(runs, "gradient steps", "examples seen")], rows)
 
 
 def sites(results: Sequence[Result]) -> list[Grid]:
-    """Rows and classes of every site; the rows are of the data, so the first result speaks for all.
+    """Rows and classes of every site, from the first result: all runs have the same rows.
 
-    Of a single run in which sites were absent also how many rounds' sums each of them was in.
+    Of a single run in which sites were absent also the number of rounds in whose sums each of them was.
     """
     first, found = results[0], []
     absent = len(results) == 1 and bool(first.absences.count)
@@ -364,16 +365,13 @@ def sites(results: Sequence[Result]) -> list[Grid]:
             continue
         classes = (values.class_counts or {}).items()
         counts = ", ".join(f"{phrases.plain(name)}: {phrases.count(n)}" for name, n in classes)
-        numbers = [
-            Cell(phrases.count(n)) for n in (values.rows, values.train_rows, values.test_rows)
-        ]
+        numbers = [*map(phrases.count, (values.rows, values.train_rows, values.test_rows))]
         if absent:
-            numbers.append(
-                Cell(f"{phrases.count(values.rounds_in_sum)} of {phrases.count(first.rounds)}")
-            )
-        found.append((_name(phrases.plain(site)), *numbers, _name(counts or DASH)))
+            in_sum, rounds = phrases.count(values.rounds_in_sum), phrases.count(first.rounds)
+            numbers.append(f"{in_sum} of {rounds}")
+        found.append((_name(phrases.plain(site)), *map(Cell, numbers), _name(counts or DASH)))
     head = ("site", "rows", "train", "test", *(["rounds in the sum"] if absent else []))
-    return [Grid("Sites", (*head, "rows per class"), tuple(found))] if found else []
+    return _table("Sites", (*head, "rows per class"), found)
 
 
 def plan(results: Sequence[Result]) -> list[Grid]:
@@ -404,20 +402,17 @@ def statistics(results: Sequence[Result]) -> list[Grid]:
         return _keys("Federated statistics", results[:1], [found])
     if not columns:  # a table of categories only standardises nothing
         return []
-    title, note = (
-        "Federated statistics",
-        "Over the sites' training rows, through the protected sum.",
-    )
-    wanted: tuple[str, ...] = ("mean", "std", "count", "sites", "clipped")
+    title, wanted = "Federated statistics", ["mean", "std", "count", "sites", "clipped"]
+    note = "Over the sites' training rows, through the protected sum."
     if scaled_by_ranges(found):
-        title, wanted = "Scale of the columns", ("mean", "std")
+        title, wanted = "Scale of the columns", wanted[:2]
         note = "From the public ranges that the task declares: nothing of any row was sent for it."
     keys = [key for key in wanted if len(found.get(key) or []) == len(columns)]
     rows = [
         (_name(phrases.plain(column)), *(Cell(_short(found[key][i])) for key in keys))
         for i, column in enumerate(columns)
     ]
-    return [Grid(title, ("column", *keys), tuple(rows), note)]
+    return _table(title, ("column", *keys), rows, note)
 
 
 def _short(value: Any) -> str:
@@ -435,8 +430,7 @@ def _keys(
         (_name(name), *(Cell(found.get(name, DASH), number=False) for found in flat))
         for name in names
     ]
-    head = ["key", *(["value"] if len(results) == 1 else say.run_tags(results))]
-    return [Grid(title, tuple(head), tuple(rows))] if rows else []
+    return _table(title, ["key", *_columns(results, "value")], rows)
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -458,21 +452,6 @@ def _value(item: Any) -> str:
     if isinstance(item, bool):
         return "yes" if item else "no"
     return f"{item:.6g}" if isinstance(item, float) else phrases.plain(item)
-
-
-def _side_by_side(
-    title: str,
-    results: Sequence[Result],
-    lines: Iterable[tuple[str, Callable[[Result], str]]],
-    note: str,
-) -> list[Grid]:
-    rows = []
-    for name, text in lines:
-        cells = [text(result) for result in results]
-        if any(cell != DASH for cell in cells):
-            rows.append((_name(name), *(Cell(cell) for cell in cells)))
-    head = ["", *([""] if len(results) == 1 else say.run_tags(results))]
-    return [Grid(title, tuple(head), tuple(rows), note)] if rows else []
 
 
 def _all(results: Sequence[Result], of: Callable[[Result], Iterable[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: the header before it, the summary after it, the list of runs.
+"""The terminal output of a run: the header before it, the summary after it, the list of runs.
 
 Everything is built from `rich.text.Text`, never from markup strings, so that a site called `[red]`
 prints as it is called. Invariant: nothing is cut short, and no word of a table is broken: on a narrow
@@ -9,13 +9,15 @@ a hash on one line of output when it is wider than the terminal or the pipe.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -87,12 +89,9 @@ def show(console: Console, renderable: RenderableType) -> None:
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """The same as plain text: no colours, no cropping; tables are laid out for `width` columns."""
-    # Neither a terminal nor a notebook, wherever this is called from.
-    file = io.StringIO()
-    console = Console(
-        width=width, file=file, force_terminal=False, force_jupyter=False, color_system=None
-    )
-    show(console, renderable)
+    file = io.StringIO()  # neither a terminal nor a notebook, wherever this is called from
+    none: dict[str, Any] = {"force_terminal": False, "force_jupyter": False, "color_system": None}
+    show(Console(width=width, file=file, **none), renderable)
     return file.getvalue().removesuffix("\n")
 
 
@@ -139,8 +138,8 @@ def progress(row: RoundRow, sites: int) -> str:
 
 
 def summary(result: Result, report: Path | str | None = None) -> RenderableType:
-    """The end of a run: warnings, the headline, arms, sites, where the loss comes from, cost, and how
-    to reproduce it. `report` is the path of the page, if one was written."""
+    """The end of a run or comparison: warnings, the headline, arms, sites, where the loss comes from, cost,
+    and how to reproduce it. report: the path of the page, if one was written."""
     return Group(
         *_warnings(result),
         Text(say.lost(result)[0], style="bold"),
@@ -150,11 +149,6 @@ def summary(result: Result, report: Path | str | None = None) -> RenderableType:
         *_per_site(result),
         *_facts(result, report),
     )
-
-
-def compare_summary(result: Result, report: Path | str | None = None) -> RenderableType:
-    """The end of a comparison: as `summary`, with means and intervals over seeds x folds."""
-    return summary(result, report)
 
 
 def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
@@ -170,48 +164,33 @@ def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
             state = "abandoned" if run.abandoned else "not finished"
             table.add_row(name, Text(state, style="dim"))
             continue
-        metric, seed = say.primary_metric(result), DASH
+        seed, score, lost = DASH, DASH, DASH
         if isinstance(result, ComparisonResult):
             seed = f"{result.seeds} x {result.folds}"
         elif isinstance(result, RunResult):
             seed = str(result.seed)
-        value = phrases.score(result.score("federated", metric)) if metric else ""
-        table.add_row(
-            name,
-            Text(phrases.plain(result.origin.started or DASH)[:10]),
-            Text(seed),
-            Text(f"{phrases.metric_name(metric)} {value}" if metric else DASH),
-            Text(_lost_in_list(result, metric, in_points)),
-        )
+        if metric := say.primary_metric(result):
+            score = (
+                f"{phrases.metric_name(metric)} {phrases.score(result.score('federated', metric))}"
+            )
+            gap = result.gap_of("total", metric)
+            if gap is not None and gap.mean is not None:
+                # With the unit where not every row of the list has the same.
+                unit = "" if in_points else phrases.unit(result, metric)
+                lost = f"{_lost(result, metric, gap)} {unit}".rstrip()
+        started = phrases.plain(result.origin.started or DASH)[:10]
+        table.add_row(name, *map(Text, (started, seed, score, lost)))
     return fitted(table)
-
-
-def _lost_in_list(result: Result, metric: str | None, in_points: bool) -> str:
-    """As `_lost`; with the unit, where not every row of the list has the same."""
-    gap = result.gap_of("total", metric) if metric else None
-    if metric is None or gap is None or gap.mean is None:
-        return DASH
-    unit = "" if in_points else phrases.unit(result, metric)
-    return f"{_lost(result, metric, gap)} {unit}".rstrip()
 
 
 def grid(*head: str) -> Table:
     """An empty table: the first column names its rows and may fold, the others are numbers."""
     table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="dim",
-    )
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), header_style="dim"
+    )  # fmt: skip
     for i, name in enumerate(head):
-        table.add_column(
-            Text(name),
-            justify="left" if i == 0 else "right",
-            overflow="fold",
-            no_wrap=i > 0,
-            vertical="bottom",
-        )
+        side: JustifyMethod = "left" if i == 0 else "right"
+        table.add_column(Text(name), justify=side, overflow="fold", no_wrap=i > 0, vertical="bottom")  # fmt: skip
     return table
 
 
@@ -240,52 +219,48 @@ def _lost(result: Result, metric: str, gap: Interval | None, *, stacked: bool = 
     return f"{value}{chr(10) if stacked else ' '}[{', '.join(ends)}]"
 
 
-def _in_groups(metrics: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [metrics[i : i + size] for i in range(0, len(metrics), size)]
-
-
 _LAYOUTS = ((2, False), (1, False), (1, True))
 """(metrics to a table, interval on its own line), widest first: two metrics take 80 columns."""
 
 
-def _arms(result: Result) -> list[RenderableType]:
-    metrics, arms = say.ordered_metrics(result), say.arms_of(result)
-    if not metrics or not arms:
-        return []
-    layouts = tuple(
-        tuple(_arms_table(result, group, stacked) for group in _in_groups(metrics, size))
-        for size, stacked in _LAYOUTS
+def _layouts(
+    metrics: Sequence[str],
+    table: Callable[[Sequence[str], bool], Table],
+    layouts: Sequence[tuple[int, bool]] = _LAYOUTS,
+) -> Fitting:
+    """table: of some of the metrics, with intervals on their own lines or not."""
+    return Fitting(
+        tuple(
+            tuple(table(metrics[i : i + n], stacked) for i in range(0, len(metrics), n))
+            for n, stacked in layouts
+        )
     )
-    return [Fitting(layouts), Text()]
+
+
+def _arms(result: Result) -> list[RenderableType]:
+    metrics = say.ordered_metrics(result)
+    if not metrics or not say.arms_of(result):
+        return []
+    return [_layouts(metrics, partial(_arms_table, result)), Text()]
 
 
 def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
-    # An arm without a centralised one to compare with has lost nothing that anybody knows of.
-    compared = any(
-        tables.lost_cell(result, arm, metric).text not in (DASH, "")
-        for arm in say.arms_of(result)
-        for metric in metrics
-    )
+    compared = tables.compared(result, metrics)
     head = []
     for metric in metrics:
         head.append(phrases.metric_name(metric))
         head += [f"{phrases.unit(result, metric)} lost".strip()] if compared else []
     table = grid("arm", *head)
     for arm in say.arms_of(result):
-        style = "bold" if arm == "federated" else ""
-        cells = [phrases.arm_name(arm)]
-        part = phrases.GAP_OF_ARM.get(arm)
+        cells, part = [phrases.arm_name(arm)], phrases.GAP_OF_ARM.get(arm, "")
         for metric in metrics:
             score = tables.score_cell(result, arm, metric)
             cells.append(score.sub if score.text == DASH and score.sub else score.text)
-            if not compared:
-                continue
-            gap = result.gap_of(part, metric) if part else None
-            cells.append(
-                _lost(result, metric, gap, stacked=stacked)
-                if gap is not None
-                else tables.lost_cell(result, arm, metric).text
-            )
+            if compared and (gap := result.gap_of(part, metric)) is not None:
+                cells.append(_lost(result, metric, gap, stacked=stacked))
+            elif compared:
+                cells.append(tables.lost_cell(result, arm, metric).text)
+        style = "bold" if arm == "federated" else ""
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 
@@ -300,26 +275,20 @@ def _sources(result: Result) -> list[RenderableType]:
     ]
     if not parts:
         return []
-    layouts = tuple(
-        tuple(_sources_table(result, parts, group, stacked) for group in _in_groups(metrics, size))
-        for size, stacked in ((3, False), *_LAYOUTS)
-    )
-    return [Fitting(layouts), Text()]
+    table = partial(_sources_table, result, parts)
+    return [_layouts(metrics, table, ((3, False), *_LAYOUTS)), Text()]
 
 
 def _sources_table(
     result: Result, parts: Sequence[str], metrics: Sequence[str], stacked: bool
 ) -> Table:
-    units = phrases.in_units([result], metrics)
-    table = grid(
-        "where it is lost, in points" if units == "in points" else "where it is lost",
-        *(
-            ", ".join(filter(None, (phrases.metric_name(m), phrases.unit(result, m))))
-            if units != "in points"
-            else phrases.metric_name(m)
-            for m in metrics
-        ),
-    )
+    names, title = [phrases.metric_name(metric) for metric in metrics], "where it is lost"
+    if phrases.in_units([result], metrics) == "in points":
+        title += ", in points"
+    else:
+        units = (phrases.unit(result, metric) for metric in metrics)
+        names = [", ".join(filter(None, pair)) for pair in zip(names, units, strict=True)]
+    table = grid(title, *names)
     for part in parts:
         gaps = [_lost(result, m, result.gap_of(part, m), stacked=stacked) for m in metrics]
         table.add_row(Text(phrases.PART_NAMES[part]), *map(Text, gaps))
@@ -330,15 +299,13 @@ def _per_site(result: Result) -> list[RenderableType]:
     metrics = say.ordered_metrics(result)[:2]
     if not result.per_site or not metrics:
         return []
-    layouts = tuple(
-        tuple(_sites_table(result, group) for group in _in_groups(metrics, size)) for size in (2, 1)
-    )
+    layouts = _layouts(metrics, partial(_sites_table, result), _LAYOUTS[:2])
     more = len(result.per_site) - SITES_SHOWN
     note = Text(f"and {phrases.plural(more, 'more site')} in the report", style="dim")
-    return [Fitting(layouts), *([note] if more > 0 else []), Text()]
+    return [layouts, *([note] if more > 0 else []), Text()]
 
 
-def _sites_table(result: Result, metrics: Sequence[str]) -> Table:
+def _sites_table(result: Result, metrics: Sequence[str], _stacked: bool) -> Table:
     sites = list(result.per_site.items())
     alone = "local_only" in result.arm_names
     columns = ("alone", "together", "gained") if alone else ("",)
@@ -358,14 +325,14 @@ def _sites_table(result: Result, metrics: Sequence[str]) -> Table:
                 cells.append(phrases.score(together) if together is not None else reason or DASH)
                 continue
             gain = say.site_gain(result, site, metric)
+            gained = phrases.amount(result, metric, gain, signed=True)
+            alone_score = phrases.score(result.site_score(site, "local_only", metric))
             cells += [
-                phrases.score(result.site_score(site, "local_only", metric)),
+                alone_score,
                 phrases.score(together),
-                reason or DASH
-                if gain is None
-                else phrases.amount(result, metric, gain, signed=True),
+                reason if gain is None and reason else gained,
             ]
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -380,20 +347,15 @@ def _facts(result: Result, report: Path | str | None) -> list[RenderableType]:
     if result.cost.seconds_total is not None:
         spent["whole run"] = phrases.duration(result.cost.seconds_total)
     # One line for learning and one for protecting, so that neither breaks inside a number.
-    for word, shown in (
-        ("time", ("train", "evaluate", "whole run")),
-        ("", phrases.PROTECTION_STAGES),
-    ):
+    shown_on = (("time", ("train", "evaluate", "whole run")), ("", phrases.PROTECTION_STAGES))
+    for word, shown in shown_on:
         known = [f"{stage} {spent[stage]}" for stage in shown if stage in spent]
         if known:
             found.add_row(word, Text(", ".join(known)))
     if method := say.how_measured(result):
         found.add_row("interval", Text(method))
-    lines = {
-        "report": report,
-        "model": say.model_hash(result),
-        "reproduce": result.origin.reproduce,
-    }
+    hash_, again = say.model_hash(result), result.origin.reproduce
+    lines = {"report": report, "model": hash_, "reproduce": again}
     # Outside the table, and never folded: these are copied.
     unbroken = [
         Text.assemble((f"{word:<10}", "dim"), phrases.plain(text), no_wrap=True, overflow="ignore")

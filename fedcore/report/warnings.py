@@ -69,11 +69,8 @@ def _shared(result: Result) -> list[str]:
     """What a run and a comparison warn of alike."""
     found = []
     for metric, gap in result.gap.get("total", {}).items():
-        if (
-            gap.mean is not None
-            and gap.ends is not None
-            and gap.ends[1] - gap.ends[0] > abs(gap.mean)
-        ):
+        low, high = gap.ends or (0.0, 0.0)
+        if gap.mean is not None and high - low > abs(gap.mean):
             found.append(f"The interval of the {metric_name(metric)} gap is wider than the gap.")
     clipped = result.sums.clipped_fraction or 0.0
     if clipped > CLIPPED_WORTH_SAYING:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from support.results import result_of, stored, stored_rounds
 
+from fedcore import report
 from fedcore.errors import BadInput
 from fedcore.report import latex, markdown, page, plots, tables
 from fedcore.results import ProtectedMetrics, Result, RoundRow
@@ -252,7 +253,7 @@ def test_a_comparison_and_a_run_are_not_mixed():
     with pytest.raises(BadInput, match="runs beside comparisons"):
         page.render([load("heart"), load("heart_compare")])
     with pytest.raises(BadInput, match="no run"):
-        page.render([])
+        report.render([])
 
 
 def test_a_bare_result_still_makes_a_page():

@@ -76,7 +76,7 @@ def test_a_site_of_one_class_says_so():
 
 
 def test_a_comparison_counts_splits():
-    text = terminal.as_text(terminal.compare_summary(load("heart_compare")))
+    text = terminal.as_text(terminal.summary(load("heart_compare")))
     assert "Nadeau-Bengio corrected t over 25 splits" in text
     assert "interval -0.09 to 0.38" in text
 
