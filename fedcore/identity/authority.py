@@ -29,6 +29,7 @@ from fedcore.identity.kit import (
     CERTIFICATE_FILE,
     KEY_FILE,
     Kit,
+    key_pem,
     read_key,
     write_private,
 )
@@ -79,13 +80,9 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         name = _distinguished(check_name("federation", federation), "authority")
         begins = now - BACKDATED
-        builder = _builder(name, name, key.public_key(), begins, begins + timedelta(days=days))
-        certificate = (
-            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        return cls(federation, certificate, key)
+        ends = begins + timedelta(days=days)
+        builder = _builder(name, name, key.public_key(), begins, ends, signs_certificates=True)
+        return cls(federation, builder.sign(key, hashes.SHA256()), key)
 
     @property
     def certificate_pem(self) -> bytes:
@@ -122,26 +119,26 @@ class Authority:
             )
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [x509.UniformResourceIdentifier(uri), *map(_host, hosts)]
-        subject = _distinguished(self.federation, f"{role} {name}")
-        public = key.public_key()
-        certificate = (
-            _builder(subject, self.certificate.subject, public, begins, ends)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
-                critical=False,
-            )
-            .sign(self.key, hashes.SHA256())
+        subject, issuer = (
+            _distinguished(self.federation, f"{role} {name}"),
+            self.certificate.subject,
         )
-        return Issued(_pem(certificate), self.certificate_pem, _key_pem(key))
+        builder = _builder(
+            subject, issuer, key.public_key(), begins, ends, signs_certificates=False
+        )
+        for extension in (
+            x509.ExtendedKeyUsage([purpose]),
+            x509.SubjectAlternativeName(names),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+        ):
+            builder = builder.add_extension(extension, critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        return Issued(_pem(certificate), self.certificate_pem, key_pem(key))
 
     def save(self, folder: Path) -> None:
         """Write `authority.pem` and `key.pem`. Raises AlreadyExists, BadInput."""
         _make(folder)
-        write_private(folder / KEY_FILE, _key_pem(self.key))
+        write_private(folder / KEY_FILE, key_pem(self.key))
         write_atomic(folder / AUTHORITY_FILE, self.certificate_pem)
 
     @classmethod
@@ -166,7 +163,18 @@ def _builder(
     public: ec.EllipticCurvePublicKey,
     begins: datetime,
     ends: datetime,
+    *,
+    signs_certificates: bool,
 ) -> x509.CertificateBuilder:
+    """A certificate of an authority (signs_certificates) or of a party, still without its other extensions."""
+    others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    usage = x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        **dict.fromkeys((*others, "encipher_only", "decipher_only"), False),
+    )
+    length = 0 if signs_certificates else None
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -176,31 +184,15 @@ def _builder(
         .not_valid_before(begins)
         .not_valid_after(ends)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.BasicConstraints(signs_certificates, length), critical=True)
+        .add_extension(usage, critical=True)
     )
 
 
 def _distinguished(federation: str, common: str) -> x509.Name:
     """The common name has a space, so that no program takes it for a host name."""
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"fedcore {common}"[:64]),
-        ]
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    names = {NameOID.ORGANIZATION_NAME: federation, NameOID.COMMON_NAME: f"fedcore {common}"[:64]}
+    return x509.Name([x509.NameAttribute(kind, text) for kind, text in names.items()])
 
 
 def _host(host: str) -> x509.GeneralName:
@@ -218,20 +210,9 @@ def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> SecretBytes:
-    return SecretBytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-
-
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(
-            f"{folder}: {error.strerror}, expected a folder that can be written"
-        ) from error
+        what = f"{folder}: {error.strerror}, expected a folder that can be written"
+        raise BadInput(what) from error

@@ -21,15 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedcore.errors import BadInput, RosterRefused
 from fedcore.files import write_atomic
-from fedcore.identity.kit import read_key, write_private
+from fedcore.identity.kit import key_pem, read_key, write_private
 from fedcore.identity.peer import check_name
 from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
-from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.types import SiteId
 
 IDENTITY_FILE = "identity.pem"
@@ -39,12 +37,7 @@ ROSTER_FILE = "roster.toml"
 def create_identity(path: Path) -> IdentityKey:
     """Draw a signing key and write it. Raises AlreadyExists if the file exists, BadInput."""
     raw = os.urandom(PUBLIC_BYTES)
-    pem = Ed25519PrivateKey.from_private_bytes(raw).private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    write_private(path, SecretBytes(pem))
+    write_private(path, key_pem(Ed25519PrivateKey.from_private_bytes(raw)))
     return IdentityKey(raw)
 
 

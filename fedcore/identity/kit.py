@@ -14,6 +14,8 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
@@ -43,10 +45,9 @@ class Kit:
     @classmethod
     def load(cls, folder: Path) -> Kit:
         """A kit under the file names that `Issued.save` gives. Raises BadInput, CertificateRefused."""
+        certificate = folder / CERTIFICATE_FILE
         return cls.read(
-            authority=folder / AUTHORITY_FILE,
-            certificate=folder / CERTIFICATE_FILE,
-            key=folder / KEY_FILE,
+            authority=folder / AUTHORITY_FILE, certificate=certificate, key=folder / KEY_FILE
         )
 
     @classmethod
@@ -70,14 +71,8 @@ class Kit:
                 f"{key}: found the key of another certificate, expected that of {certificate}",
                 remedy="a certificate and its key are issued together; copy both files",
             )
-        return cls(
-            peer=peer,
-            authority_pem=authority_pem,
-            certificate_pem=certificate_pem,
-            key_pem=SecretBytes(_bytes(key)),
-            certificate_path=certificate,
-            key_path=key,
-        )
+        key_pem = SecretBytes(_bytes(key))
+        return cls(peer, authority_pem, certificate_pem, key_pem, certificate, key)
 
 
 def read_key(path: Path) -> PrivateKeyTypes:
@@ -95,6 +90,12 @@ def read_key(path: Path) -> PrivateKeyTypes:
         raise BadInput(f"{path}: found a key under a passphrase, expected one without") from None
     except ValueError:
         raise BadInput(f"{path}: found no private key, expected one in PEM form") from None
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> SecretBytes:
+    """A private key in PEM form (PKCS8), without passphrase."""
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return SecretBytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
 
 
 def write_private(path: Path, secret: SecretBytes) -> None:

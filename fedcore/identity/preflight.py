@@ -37,13 +37,7 @@ class Handshake:
 
 
 def preflight(
-    kit: Kit,
-    host: str,
-    port: int,
-    *,
-    now: datetime,
-    proxy: str = "",
-    timeout: float = TIMEOUT,
+    kit: Kit, host: str, port: int, *, now: datetime, proxy: str = "", timeout: float = TIMEOUT
 ) -> Handshake:
     """One handshake with the coordinator, checked on both sides. Blocking: run it in a thread.
 
@@ -60,9 +54,7 @@ def preflight(
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=kit.authority_pem.decode())
     try:
-        context.load_cert_chain(
-            kit.certificate_path, kit.key_path, password=""
-        )  # never asks for one
+        context.load_cert_chain(kit.certificate_path, kit.key_path, password="")  # never asks
     except OSError:
         raise BadInput(
             f"{kit.key_path}: found it changed since it was read, expected the key read before",
@@ -144,13 +136,9 @@ def authority_of(host: str, port: int) -> str:
 
 
 def _coordinator(der: bytes, kit: Kit, host: str, now: datetime) -> Peer:
+    pem, ours = ssl.DER_cert_to_PEM_cert(der).encode(), kit.peer.federation
     return check_certificate(
-        ssl.DER_cert_to_PEM_cert(der).encode(),
-        kit.authority_pem,
-        federation=kit.peer.federation,
-        role="coordinator",
-        now=now,
-        host=host,
+        pem, kit.authority_pem, federation=ours, role="coordinator", now=now, host=host
     )
 
 
@@ -194,10 +182,9 @@ def _no_tls(where: str, error: OSError) -> CertificateRefused:
             check="version",
             remedy="check host and port, and that no proxy or firewall between ends TLS",
         )
-    ended = isinstance(error, ssl.SSLEOFError | ConnectionError)
-    found = (
-        "the connection closed before TLS began" if ended else "something that does not speak TLS"
-    )
+    found = "something that does not speak TLS"
+    if isinstance(error, ssl.SSLEOFError | ConnectionError):
+        found = "the connection closed before TLS began"
     return CertificateRefused(
         f"coordinator {where}: found {found}, expected a coordinator",
         check="tls",
@@ -249,9 +236,8 @@ def _connect(host: str, port: int, proxy: str, timeout: float) -> socket.socket:
 def _connect_request(where: str, credentials: str) -> bytes:
     lines = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
     if credentials:
-        lines.append(
-            f"Proxy-Authorization: Basic {base64.b64encode(credentials.encode()).decode()}"
-        )
+        encoded = base64.b64encode(credentials.encode()).decode()
+        lines.append(f"Proxy-Authorization: Basic {encoded}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 

@@ -21,9 +21,9 @@ EMPTY = b"# serial numbers or SHA-256 fingerprints of withdrawn certificates, on
 """A list without entries. An empty file is refused: an editor may be about to write it."""
 
 _LARGEST = 1 << 20
-_SERIAL_DIGITS = 40
-"""A serial number has at most 20 bytes (RFC 5280 section 4.1.2.2), a fingerprint 32."""
 _FINGERPRINT_DIGITS = 64
+_ENTRY = re.compile(f"[0-9a-f]{{1,40}}|[0-9a-f]{{{_FINGERPRINT_DIGITS}}}")
+"""A serial number has at most 20 bytes (RFC 5280 section 4.1.2.2), a fingerprint 32."""
 
 
 class Revocations:
@@ -86,15 +86,11 @@ def _parse(path: Path) -> frozenset[str]:
         entry = line.partition("#")[0].strip().replace(":", "").lower()
         if not entry:
             continue
+        if not _ENTRY.fullmatch(entry):
+            found = f"line {number}: found {line.strip()[:80]!r}"
+            expected = "a serial number or a SHA-256 fingerprint in hexadecimal"
+            raise _trouble(path, f"{found}, expected {expected}")
         is_fingerprint = len(entry) == _FINGERPRINT_DIGITS
-        if not re.fullmatch("[0-9a-f]+", entry) or not (
-            is_fingerprint or len(entry) <= _SERIAL_DIGITS
-        ):
-            raise _trouble(
-                path,
-                f"line {number}: found {line.strip()[:80]!r}, expected a serial number or a SHA-256 "
-                "fingerprint in hexadecimal",
-            )
         revoked.add(entry if is_fingerprint else f"{int(entry, 16):x}")
     return frozenset(revoked)
 

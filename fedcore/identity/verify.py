@@ -103,10 +103,9 @@ def _issuer(certificate: x509.Certificate, authority_pem: bytes, whose: str) -> 
     known = ", ".join(
         f"{_subject(one)} ({one.fingerprint(hashes.SHA256()).hex()[:16]})" for one in authorities
     )
-    itself = certificate.issuer == certificate.subject
-    found = (
-        "itself as issuer" if itself else f"issuer {printable(certificate.issuer.rfc4514_string())}"
-    )
+    found = f"issuer {printable(certificate.issuer.rfc4514_string())}"
+    if certificate.issuer == certificate.subject:
+        found = "itself as issuer"
     raise CertificateRefused(
         f"certificate of {whose}: found {found} that is not trusted here, expected {known}",
         check="issuer",
