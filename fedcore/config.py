@@ -1,4 +1,4 @@
-"""A job: WHAT to run. One spelling per setting: Python keyword = TOML key = command-line flag.
+"""A job: its settings and their checks. One spelling per setting: Python keyword = TOML key = command-line flag.
 
     defaults  <  the task's own defaults  <  job.toml  <  --set section.key=value and flags / keywords
 
@@ -101,9 +101,11 @@ class RoundSection(_Section):
     @classmethod
     def _from_words(cls, value: Any) -> Any:
         """`--drop 3:submit:va,5:unmask:va` as well as a TOML list."""
-        if not isinstance(value, str):
-            return value
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return (
+            tuple(filter(None, map(str.strip, value.split(","))))
+            if isinstance(value, str)
+            else value
+        )
 
 
 class Reference(_Section):
@@ -125,11 +127,8 @@ class TrackSection(_Section):
     deployment's coordinator learns the metrics of each release."""
 
     arms: tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...] = (
-        "centralised",
-        "local_only",
-        "federated_float",
-        "federated",
-    )
+        "centralised", "local_only", "federated_float", "federated",
+    )  # fmt: skip
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -156,7 +155,17 @@ KEYS: dict[str, str] = {
 """Setting -> its section; setting names are unique across sections."""
 
 
-class _TrainSettings(TypedDict, total=False):
+class Settings(TypedDict, total=False):
+    """Every key of a job file as a keyword of `simulate` and `compare`; what each means: docs/jobs.md.
+
+    Any of them may be left out. A whole section is a mapping: `train={"lr": 0.1}`. A test compares the
+    keys and their types with the sections above.
+    """
+
+    seed: int
+    fold: int
+    folds: int
+    train: Mapping[str, object]
     optimiser: Literal["sgd", "adam"]
     lr: float
     momentum: float
@@ -164,9 +173,7 @@ class _TrainSettings(TypedDict, total=False):
     epochs: int
     batch_size: int
     standardise: Literal["ranges", "federated"]
-
-
-class _ProtectSettings(TypedDict, total=False):
+    protect: Mapping[str, object]
     protection: str
     threshold: int | None
     bits: int
@@ -178,9 +185,7 @@ class _ProtectSettings(TypedDict, total=False):
     release: Literal["sites", "coordinator"]
     cipher: Literal["bfv", "keystream"]
     lattice: Literal["standard", "wide"]
-
-
-class _RoundSettings(TypedDict, total=False):
+    round: Mapping[str, object]
     rounds: int
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
     server_lr: float
@@ -189,29 +194,11 @@ class _RoundSettings(TypedDict, total=False):
     submit_seconds: float | None
     drop: Sequence[str] | str
     dropout: float
-
-
-class _TrackSettings(TypedDict, total=False):
+    track: Mapping[str, object]
     arms: Sequence[str] | str
     resamples: int
     reference: Mapping[str, object] | None
     public_metrics: bool
-
-
-class Settings(_TrainSettings, _ProtectSettings, _RoundSettings, _TrackSettings, total=False):
-    """Every key of a job file as a keyword of `simulate` and `compare`; what each means: docs/jobs.md.
-
-    Any of them may be left out. A whole section is a mapping: `train={"lr": 0.1}`. A test compares the
-    keys and their types with the sections above.
-    """
-
-    seed: int
-    fold: int
-    folds: int
-    train: Mapping[str, object]
-    protect: Mapping[str, object]
-    round: Mapping[str, object]
-    track: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -229,37 +216,20 @@ class Job:
     sites: Mapping[str, object] = field(default_factory=dict)
     base: Path = field(default_factory=Path.cwd)
 
-    @property
-    def train_plan(self) -> TrainPlan:
-        """The [train] section as the plan records it."""
-        return TrainPlan(**self.train.model_dump(exclude={"standardise"}))
-
-    @property
-    def server_plan(self) -> ServerPlan:
-        """The [round] section's server optimiser as the plan records it."""
-        r = self.round
-        return ServerPlan(r.server, r.server_lr, r.server_momentum, r.buffers)
-
-    @property
-    def range_plan(self) -> RangePlan:
-        """The [protect] section's range as the plan records it."""
-        return RangePlan(start=self.protect.range, adaptive=self.protect.adaptive_range)
-
     def to_json(self) -> Json:
         """Sections as plain JSON, the form `job.json` of a run has."""
-        out: Json = {**self.run.model_dump(mode="json")}
-        for name in ("train", "protect", "round", "track"):
-            out[name] = getattr(self, name).model_dump(mode="json")
-        return {**out, "base": str(self.base)}
+        sections = {
+            name: getattr(self, name).model_dump(mode="json") for name in filter(None, SECTIONS)
+        }
+        return {**self.run.model_dump(mode="json"), **sections, "base": str(self.base)}
 
 
 def wire_settings(job: Job) -> Json:
     """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset."""
     whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
-    return {
-        key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for key, value in whole.items()
-    }
+    for section in filter(None, SECTIONS):
+        whole[section] = {k: v for k, v in whole[section].items() if v is not None}
+    return whole
 
 
 def read_settings(settings: bytes) -> Json:
@@ -285,23 +255,24 @@ def settings_digest(job: Job, max_examples: int) -> str:
 
 
 def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples: int) -> RoundPlan:
-    """The plan that follows from a job, the model and the roster; whoever knows them finds the same.
+    """The plan that follows from a job, the model and the roster, the same for every party.
 
     Raises PlanRefused where no packing proves headroom, BadInput for a roster it cannot take.
     """
-    bits = job.protect.bits
+    protect, each = job.protect, job.round
     fields = shape.parameters + shape.buffer_coordinates
-    fields += sum(wide.count * limb_count(wide.bits, bits) for wide in shape.metric_sums)
+    fields += sum(wide.count * limb_count(wide.bits, protect.bits) for wide in shape.metric_sums)
     return RoundPlan(
-        task=shape.task, task_digest=shape.task_digest, sites=sites,
-        protection=job.protect.protection,
+        task=shape.task, task_digest=shape.task_digest, sites=sites, protection=protect.protection,
         packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
-        max_examples=max_examples, rounds=job.round.rounds, train=job.train_plan,
-        server=job.server_plan, range=job.range_plan, metric_sums=shape.metric_sums,
-        inputs=shape.inputs, threshold=job.protect.threshold or 0,
-        public_metrics=job.track.public_metrics, release=job.protect.release,
-        settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=job.protect.cipher,
+        max_examples=max_examples, rounds=each.rounds,
+        train=TrainPlan(**job.train.model_dump(exclude={"standardise"})),
+        server=ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
+        range=RangePlan(protect.range, protect.adaptive_range), metric_sums=shape.metric_sums,
+        inputs=shape.inputs, threshold=protect.threshold or 0,
+        public_metrics=job.track.public_metrics, release=protect.release,
+        settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
     )  # fmt: skip
 
 
@@ -386,15 +357,15 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 _put(merged, key, value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     protect = sections["protect"]
-    _check_protection(protect)
+    refuse_unknown(protect.protection)
     refuse_cipher(protect.protection, protect.cipher, protect.lattice)
     if sections["track"].public_metrics:
         refuse_public_metrics(protect.protection)
     refuse_release(protect.release, protect.protection)
-    _check_fold(sections[""])
-    return Job(
-        sections[""], sections["train"], protect, sections["round"], sections["track"], sites, base
-    )
+    run = sections[""]
+    if run.fold >= run.folds:
+        raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
+    return Job(run, sections["train"], protect, sections["round"], sections["track"], sites, base)
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:
@@ -445,15 +416,6 @@ def _expectation(error: Any) -> str:
     words = str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
     words = words.partition(", unable")[0]
     return words[0].lower() + words[1:]
-
-
-def _check_protection(section: Any) -> None:
-    refuse_unknown(section.protection)
-
-
-def _check_fold(section: Any) -> None:
-    if section.fold >= section.folds:
-        raise BadInput(f"fold: found {section.fold}, expected 0 to folds - 1 = {section.folds - 1}")
 
 
 def beside(source: Any, base: Path) -> Any:

@@ -46,10 +46,10 @@ HOST = "127.0.0.1"
 COORDINATOR = "coordinator"
 
 GRACE_SECONDS = 10.0
-"""Between SIGTERM and the end of a process that does not obey it."""
+"""Timeout between SIGTERM and SIGKILL."""
 
 START_SECONDS = 60.0
-"""Until the coordinator must listen: it loads libraries and its journal before."""
+"""Timeout until the coordinator listens: it loads libraries and its journal before."""
 
 GATHER_SECONDS = 300
 """How long the coordinator of a rehearsal waits for every site: all of them load torch on one machine."""
@@ -60,7 +60,7 @@ _SITE = (sys.executable, "-P", "-m", "fedcore_clients.cli")
 
 @dataclass(frozen=True)
 class Command:
-    """One process: whose, and what was typed."""
+    """The command line of one process. name: of its party."""
 
     name: str
     arguments: tuple[str, ...]
@@ -78,7 +78,7 @@ class Deployment:
     sites: tuple[SiteId, ...]
 
     def site(self, name: SiteId) -> Path:
-        """What a site's machine gets."""
+        """The folder for a site's machine."""
         return self.folder / "sites" / name
 
     @property
@@ -88,41 +88,42 @@ class Deployment:
 
     @property
     def coordinator(self) -> Path:
-        """What the coordinator's machine gets."""
+        """The folder for the coordinator's machine."""
         return self.folder / COORDINATOR
 
     def commands(self) -> list[Command]:
-        """What is started, the coordinator first."""
-        config = str(self.coordinator / "federation.toml")
-        serve = Command(COORDINATOR, (*_COORDINATOR, "serve", "--config", config))
-        return [serve, *map(self._run, self.sites)]
+        """The processes to start, the coordinator first."""
+        serve = (*_COORDINATOR, "serve", "--config", str(self.coordinator / "federation.toml"))
+        sites = [Command(name, (*_SITE, "run", *self._config(name))) for name in self.sites]
+        return [Command(COORDINATOR, serve), *sites]
 
-    def _run(self, name: SiteId) -> Command:
-        config = str(self.site(name) / "site.toml")
-        return Command(name, (*_SITE, "run", "--config", config))
+    def _config(self, site: SiteId) -> tuple[str, str]:
+        return "--config", str(self.site(site) / "site.toml")
 
     def operate(self, *words: str) -> list[str]:
         """A command line of the operator's."""
-        where = (
+        kit = str(self.folder / "operator" / "kit")
+        return [
+            *_COORDINATOR,
+            *words,
             "--coordinator",
             f"{HOST}:{self.port}",
             "--kit",
-            str(self.folder / "operator" / "kit"),
-        )
-        return [*_COORDINATOR, words[0], *words[1:], *where, "--json"]
+            kit,
+            "--json",
+        ]
 
     def export(self, site: SiteId, job: str, out: Path) -> list[str]:
-        """The command line by which a site writes the model it was released."""
-        config = str(self.site(site) / "site.toml")
-        return [*_SITE, "model", job, "--out", str(out), "--config", config, "--json"]
+        """The command line with which a site exports the released model."""
+        return [*_SITE, "model", job, "--out", str(out), *self._config(site), "--json"]
 
     def state(self, name: str) -> Path:
-        """What a party keeps."""
+        """The state folder of a party."""
         home = self.coordinator if name == COORDINATOR else self.site(SiteId(name))
         return home / "state"
 
     def log(self, name: str) -> Path:
-        """All that a party said."""
+        """The log of a party: its stdout and stderr."""
         return self.folder / "logs" / f"{name}.log"
 
 
@@ -131,7 +132,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class SiteTask:
-    """What a site's operator allows. task: where it is; source: that site's data."""
+    """A task that a site's operator allows. task: where its code is; source: that site's data."""
 
     name: str
     task: str
@@ -149,10 +150,10 @@ def write(
     split: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
 ) -> Deployment:
-    """Everything that operators of such a federation would have: an authority, kits, keys, files.
+    """Write the files of a federation: an authority, kits, keys, rosters, configuration.
 
-    job: the tables of job.toml. policy, split: [policy] and [split] of every site.toml. Raises
-    BadInput for a site's id or data that such files cannot hold.
+    job: the tables of job.toml. policy, split: [policy] and [split] of every site.toml. limits: of
+    federation.toml. Raises BadInput for a site's id or data that such files cannot hold.
     """
     now = datetime.now(UTC)
     deployment = Deployment(folder, _free_port(), tuple(sites))
@@ -204,10 +205,7 @@ def _write_toml(path: Path, tables: Mapping[str, Any]) -> None:
 
 
 def to_toml(tables: Mapping[str, Any], place: str = "") -> str:
-    """Plain values as TOML, tables last; None is left out, since TOML has no such value.
-
-    Raises BadInput for what is not JSON's.
-    """
+    """Plain values as TOML, tables last; None is left out. Raises BadInput for a value that JSON has not."""
     lines = [
         f"{_key(key)} = {_value(key, value)}"
         for key, value in tables.items()
@@ -253,23 +251,23 @@ class Running:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def pid(self, name: str) -> int:
-        """The process of a party."""
+        """The process id of a party."""
         return self.processes[name].pid
 
     def check(self) -> None:
-        """Raise BadInput with the last words of a process that has ended: all run to the end."""
+        """Raise BadInput with the last error line of a process, if one has ended."""
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise _ended(name, process.returncode, self.deployment.log(name))
 
     def ask(self, *words: str) -> Json:
-        """One command of the operator's; what it prints. Raises BadInput with its error line."""
+        """The JSON that a command of the operator's prints. Raises its error (see `ask`)."""
         return ask(self.deployment.operate(*words), f"fed-coordinator {words[0]}")
 
     def follow(self, *words: str) -> Iterator[Json | None]:
-        """What a command of the operator's prints, line by line, while all processes run.
+        """The JSON lines that a command of the operator's prints, while all processes run.
 
-        None: a second went by without a line. Raises BadInput where it or a process ends badly.
+        None: a second without a line. Raises its error (see `ask`), and BadInput if a process ended.
         """
         line = self.deployment.operate(*words)
         with subprocess.Popen(  # noqa: S603
@@ -291,15 +289,14 @@ class Running:
                     if text is None:
                         break
                     yield json.loads(text)
-                if asked.wait(GRACE_SECONDS) not in (EXIT_DONE, EXIT_ABANDONED):
-                    raise _told(
-                        f"fed-coordinator {words[0]}", asked.returncode, asked.stderr.read()
-                    )
+                code = asked.wait(GRACE_SECONDS)
+                if code not in (EXIT_DONE, EXIT_ABANDONED):
+                    raise _error_of(f"fed-coordinator {words[0]}", code, asked.stderr.read())
             finally:
                 asked.kill()
 
     def wait_for_port(self) -> None:
-        """Until the coordinator listens. Raises BadInput."""
+        """Wait until the coordinator listens. Raises BadInput after START_SECONDS."""
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until:
             self.check()
@@ -310,17 +307,16 @@ class Running:
                 return
             time.sleep(0.05)
         raise BadInput(
-            f"coordinator: found nobody listening on port {self.deployment.port} after "
-            f"{START_SECONDS:.0f} s",
+            f"coordinator: found port {self.deployment.port} closed after {START_SECONDS:.0f} s",
             remedy=f"its log: {self.deployment.log(COORDINATOR)}",
         )
 
 
 def ask(line: Sequence[str], name: str) -> Json:
-    """What a command prints. Raises its own error, told under its name."""
+    """The JSON that a command prints. Raises Refused, Abandoned or BadInput with its error and hint."""
     done = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
-        raise _told(name, done.returncode, done.stderr)
+        raise _error_of(name, done.returncode, done.stderr)
     found: Json = json.loads(done.stdout)
     return found
 
@@ -329,9 +325,9 @@ def ask(line: Sequence[str], name: str) -> Json:
 def running(
     deployment: Deployment, commands: Sequence[Command], started: Callable[[Command], None]
 ) -> Iterator[Running]:
-    """The processes of `commands`, from the coordinator's port on; none is left at the end.
+    """Start the processes of `commands` and wait for the coordinator's port; none is left at the end.
 
-    started: told of each. A SIGTERM to this process ends them as Ctrl-C does.
+    started: called with each command. A SIGTERM to this process ends them as Ctrl-C does.
     """
     found = Running(deployment)
     with _terminable():
@@ -351,7 +347,7 @@ def running(
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that what is started is ended."""
+    """Raise SystemExit on SIGTERM, so that the started processes are stopped."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -367,7 +363,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, then the end of the whole group; a second Ctrl-C ends the patience."""
+    """SIGTERM, and SIGKILL to the whole groups after GRACE_SECONDS or a second Ctrl-C."""
     left = list(processes)
     until = time.monotonic() + GRACE_SECONDS
     try:
@@ -397,8 +393,8 @@ def _ended(name: str, code: int, log: Path) -> FedcoreError:
     return BadInput(f"{name}: its process ended with code {code}: {last}", remedy=f"its log: {log}")
 
 
-def _told(command: str, code: int, text: str) -> FedcoreError:
-    """A command that failed, by its own two lines and exit code."""
+def _error_of(command: str, code: int, text: str) -> FedcoreError:
+    """The error of a command that failed, from its exit code and its lines on stderr."""
     lines = text.splitlines()
     error = next((each for each in lines if each.startswith("error: ")), "error: it said nothing")
     hint = next((each for each in lines if each.startswith("hint: ")), "hint: ")

@@ -14,7 +14,7 @@ what a coordinator that breaks the protocol can do stands in the label (PROTOCOL
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from fedcore.types import SiteId, Slots
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")
 
 DRAWN = 96
-"""Coordinates of a strip: as many bars as can be told apart in half a page."""
+"""Coordinates of a strip: as many bars as half a page can show."""
 
 ONE_IN_1000 = 3.29
 """Two-sided normal quantile: |z| beyond it has probability 1/1000. Not 2 (1 in 20): a report holds
@@ -43,8 +43,8 @@ several readings, and a false alarm in every fifth report would teach readers to
 
 
 def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> RoundTrace | None:
-    """A witness of the first site that stays to the end of a round, seen by the next one that does;
-    None if there are not two. absent: sites that leave it at some stage."""
+    """A trace of the first site that stays to the end of a round, as the next one that does sees it; None if
+    there are not two. absent: sites that leave the round at some stage."""
     staying = [index for index, site in enumerate(roster) if site not in absent]
     return RoundTrace(staying[0], staying[1]) if len(staying) > 1 else None
 
@@ -61,33 +61,35 @@ def observe(
     assert slots is not None
     assert own is not None
     assert total is not None
-    update = _Update(layout.fields_of(slots)[: layout.spec.coordinates], layout)
-    others = _mean_of_others(layout, total, own, len(witness.survivors))
-    whole = layout.fields_of(total)[: update.size] / len(witness.survivors)
-    unprotected = _open_plain(plan.packing, PlainSealer(plan.packing).protect(slots), layout)
+    size, sites = layout.spec.coordinates, len(witness.survivors)
+    fields, own_fields, sums = (layout.fields_of(each)[:size] for each in (slots, own, total))
+    update = _Update(fields, layout)
+    others, whole = (sums - own_fields) / (sites - 1), sums / sites
+    under_plain = PlainSealer(plan.packing)
+    unprotected = under_plain.open(under_plain.protect(slots), layout.slots)
     rebuilt = witness.masks_among(witness.rebuilt_masks)
     either = witness.masks_among(witness.rebuilt_masks, witness.other_masks)
     here = _uploads(witness.upload, rebuilt, (*either, *witness.stream), plan, sealer, layout)
-    plain = {COORDINATOR: unprotected, SITE: None, BOTH: unprotected}
 
-    def parties(
-        uploads: dict[str, Slots | None], coordinator_has_sum: bool
-    ) -> dict[str, PartyView]:
-        sums = {COORDINATOR: whole if coordinator_has_sum else None, SITE: others, BOTH: others}
-        return {name: update.seen(uploads[name], sums[name]) for name in PARTIES}
+    def parties(coordinator: Slots, both: Slots, has_sum: bool) -> dict[str, PartyView]:
+        return {
+            COORDINATOR: update.seen(coordinator, whole if has_sum else None),
+            SITE: update.seen(None, others),
+            BOTH: update.seen(both, others),
+        }
 
     return UpdateExposure(
         site=plan.sites[witness.target],
         other=plan.sites[witness.other],
         round=training_round,
         protection=plan.protection,
-        coordinates=update.size,
-        contributors=len(witness.survivors),
-        chance=chance(update.size),
-        strip=update.strip(update.fields),
-        own=correlation(update.fields, layout.fields_of(own)[: update.size]),
-        parties=parties(here, not plan.layers.encrypts),
-        plain=parties(plain, True),
+        coordinates=size,
+        contributors=sites,
+        chance=chance(size),
+        strip=update.strip(fields),
+        own=correlation(fields, own_fields),
+        parties=parties(*here, not plan.layers.encrypts),
+        plain=parties(unprotected, unprotected, True),
     )
 
 
@@ -101,11 +103,11 @@ def _uploads(
     plan: RoundPlan,
     sealer: Sealer,
     layout: Layout,
-) -> dict[str, Slots | None]:
-    """The target's upload as slots, as each party reads it; None for who never holds it.
+) -> tuple[Slots, Slots]:
+    """The target's upload as slots, as the coordinator reads it, and as it does with the other site.
 
-    rebuilt, either: the masks of the upload that the coordinator knows, and that one of the two knows,
-    its keystream among them.
+    rebuilt, either: the masks of the upload that the coordinator has, and those that it or the other site
+    has, the keystream among them.
     """
     packing = plan.packing
     if packing.ring is not None:
@@ -115,7 +117,7 @@ def _uploads(
         words = sealer.open(upload, layout.slots)
         coordinator, together = _unmask(words, rebuilt, packing), words
     together = _unmask(together, either, packing)
-    return {COORDINATOR: coordinator, SITE: None, BOTH: together}
+    return coordinator, together
 
 
 def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], blocks: int) -> Slots:
@@ -156,18 +158,7 @@ def _unmask(slots: Slots, masks: Masks, packing: Packing) -> Slots:
     return (slots - known) & np.uint64((1 << packing.slot_bits) - 1)
 
 
-def _open_plain(packing: Packing, chunks: Iterable[bytes], layout: Layout) -> Slots:
-    return PlainSealer(packing).open(chunks, layout.slots)
-
-
-def _mean_of_others(layout: Layout, total: Slots, own: Slots, survivors: int) -> NDArray[Any]:
-    """(d,) float64: the sum less one's own vector, over the sites that are left in it."""
-    size = layout.spec.coordinates
-    rest = layout.fields_of(total)[:size] - layout.fields_of(own)[:size]
-    return rest / (survivors - 1)
-
-
-# --------------------------------------------------------------------------------- what it tells
+# --------------------------------------------------------------------------- readings of the update
 
 
 @dataclass(frozen=True)
@@ -177,17 +168,12 @@ class _Update:
     fields: NDArray[np.uint64]
     layout: Layout
 
-    @property
-    def size(self) -> int:
-        return len(self.fields)
-
     def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> PartyView:
         """What one party makes of the upload as it opens it, and of the sum."""
-        opened = None if upload is None else self.layout.fields_of(upload)[: self.size]
+        size = len(self.fields)
+        opened = None if upload is None else self.layout.fields_of(upload)[:size]
         message, from_sum = self._reading(opened), self._reading(rest)
-        tells = message is not None and (
-            from_sum is None or tells_more_than_chance(message, self.size)
-        )
+        tells = message is not None and (from_sum is None or tells_more_than_chance(message, size))
         best, values = (message, opened) if tells else (from_sum, rest)
         if best is not None and values is not None:
             best = replace(best, strip=self.strip(values))
@@ -196,7 +182,7 @@ class _Update:
     def _reading(self, values: NDArray[Any] | None) -> Reading | None:
         if values is None:
             return None
-        exact = float(np.mean(values == self.fields)) if self.size else 1.0
+        exact = float(np.mean(values == self.fields)) if len(values) else 1.0
         return Reading(correlation(self.fields, values), exact)
 
     def strip(self, values: NDArray[Any]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ Invariant: the point estimate is the plain difference over all test rows; resamp
 interval. Arms with equal outputs have a gap of exactly 0 with a zero-width interval.
 
 One run: paired percentile bootstrap over test rows (Efron and Tibshirani 1993, ch. 13): the same
-resampled rows in both arms, so what makes a row hard cancels. It says what other test rows would
+resampled rows in both arms, so what makes a row hard cancels. It measures what other test rows would
 have changed, not what other training rows would have. Several splits: Nadeau and Bengio 2003,
 "Inference for the Generalization Error", Machine Learning 52, 239-281: splits share rows, so their
 differences are correlated and the ordinary t interval is far too narrow.
@@ -64,9 +64,7 @@ def bootstrap_gap(
     less than half of them left there is no interval. `parts` takes other pairs of arms as well,
     such as `{"local_only": ("centralised", "local_only")}`. Raises BadInput when rows differ.
     """
-    wanted = {
-        part: pair for part, pair in parts.items() if all(arm in scores_by_arm for arm in pair)
-    }
+    wanted = {part: pair for part, pair in parts.items() if {*pair} <= scores_by_arm.keys()}
     arms = {arm: scores_by_arm[arm] for pair in wanted.values() for arm in pair}
     _require_aligned(arms)
     rows = len(next(iter(arms.values()))) if arms else 0
@@ -83,10 +81,8 @@ def bootstrap_gap(
 
 
 def _require_aligned(arms: Mapping[str, Scores]) -> None:
-    first = next(iter(arms.items()), None)
     for arm, scores in arms.items():
-        assert first is not None
-        name, reference = first
+        name, reference = next(iter(arms.items()))
         same = np.array_equal(scores.targets, reference.targets)
         if not (same and np.array_equal(scores.sites, reference.sites)):
             raise BadInput(
@@ -99,25 +95,23 @@ def _resampled_values(
     arms: Mapping[str, Scores], metrics: Sequence[Metric], rows: int, resamples: int, seed: int
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
     """{arm: {metric: (1 + resamples,)}}: entry 0 is over every row once, NaN is undefined."""
+    # Equal outputs share one computation: their gap is then exactly 0 by construction, not by trusting
+    # a matrix product to round alike twice.
+    twins = {
+        arm: next((a for a in arms if np.array_equal(arms[a].outputs, own.outputs)), arm)
+        for arm, own in arms.items()
+    }
     values: dict[str, dict[str, list[NDArray[np.float64]]]] = {
-        arm: {metric.name: [] for metric in metrics} for arm in arms
+        arm: {metric.name: [] for metric in metrics} for arm in twins.values()
     }
     for counts in _row_counts(rows, resamples, np.random.default_rng(seed)):
-        done: list[tuple[Scores, str]] = []
-        for arm, scores in arms.items():
-            # Equal outputs share one computation: their gap is then exactly 0 by construction, not
-            # by trusting a matrix product to round alike twice.
-            twin = next((a for s, a in done if np.array_equal(s.outputs, scores.outputs)), None)
-            done.append((scores, arm))
+        for arm, by_metric in values.items():
+            outputs, targets = arms[arm].outputs, arms[arm].targets
             for metric in metrics:
-                values[arm][metric.name].append(
-                    values[twin][metric.name][-1]
-                    if twin is not None
-                    else metric.exact_resampled(scores.outputs, scores.targets, counts)
-                )
+                by_metric[metric.name].append(metric.exact_resampled(outputs, targets, counts))
     return {
-        arm: {name: np.concatenate(blocks) for name, blocks in by_metric.items()}
-        for arm, by_metric in values.items()
+        arm: {name: np.concatenate(blocks) for name, blocks in values[twin].items()}
+        for arm, twin in twins.items()
     }
 
 
@@ -152,12 +146,9 @@ def _percentiles(lost: NDArray[np.float64]) -> tuple[float | None, float | None]
 
 def lower_is_better(task: Task) -> list[str]:
     """The task's metrics that are errors: built-in ones, and those it declares of its own."""
-    return [
-        name
-        for name in task.metrics
-        if name in task.lower_is_better
-        or (task.evaluate is None and name in METRICS and not METRICS[name].higher_is_better)
-    ]
+    built_in = METRICS if task.evaluate is None else {}
+    errors = {name for name, metric in built_in.items() if not metric.higher_is_better}
+    return [name for name in task.metrics if name in errors.union(task.lower_is_better)]
 
 
 def plain_gaps(
@@ -211,9 +202,9 @@ def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> I
 
 @dataclass(frozen=True)
 class OverSplits:
-    """What a comparison's splits come to; per site only means, since there are few rows to claim more of.
+    """A comparison over all its splits; per site only means, since sites have few rows.
 
-    A value of None is left out of its own summary, whose `n` says how many splits are in it.
+    A value of None is left out of its own summary, whose `n` is the number of splits in it.
     """
 
     arms: Mapping[str, Mapping[str, Spread]]

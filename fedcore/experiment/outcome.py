@@ -11,9 +11,7 @@ from typing import TypeVar
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.advance import Experiment
-from fedcore.experiment.arms import (
-    Evaluation,
-)
+from fedcore.experiment.arms import Evaluation
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
@@ -140,13 +138,9 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     except RoundAbandoned as abandoned:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
-    sums = release.wides
-    return ProtectedMetrics(
-        transport.finish(sums, len(release.survivors)),
-        transport.bounds(sums),
-        transport.clipped(sums),
-        tuple(sites_of(experiment.prepared.plan.sites, release.survivors)),
-    )
+    sums, sites = release.wides, sites_of(experiment.prepared.plan.sites, release.survivors)
+    metrics = transport.finish(sums, len(sites))
+    return ProtectedMetrics(metrics, transport.bounds(sums), transport.clipped(sums), tuple(sites))
 
 
 def _per_site(
@@ -213,6 +207,9 @@ def comparison_result(
     """All splits together, without a folder. cells: the results as splits, in their order."""
     first, rows = results[0], [r.rows for r in results if r.rows is not None]
     found = over_splits(cells, sum(r.test for r in rows) / max(1, sum(r.train for r in rows)))
+    abandoned = tuple(
+        replace(each, seed=r.seed, fold=r.fold) for r in results for each in r.absences.abandoned
+    )
     result = ComparisonResult(
         task=first.task,
         protection=first.protection,
@@ -233,13 +230,7 @@ def comparison_result(
             sum(r.sums.unequal_rounds for r in results),
         ),
         absences=replace(
-            first.absences,
-            count=sum(r.absences.count for r in results),
-            abandoned=tuple(
-                replace(each, seed=r.seed, fold=r.fold)
-                for r in results
-                for each in r.absences.abandoned
-            ),
+            first.absences, count=sum(r.absences.count for r in results), abandoned=abandoned
         ),
         label=first.label,
         plan=first.plan,

@@ -1,4 +1,4 @@
-"""A run on disk and in hand: its directory, its result, its model.
+"""A finished run or comparison: its directory, its result, its model.
 
 Invariant: files appear whole (written beside and renamed), and a directory is either new or was asked
 for by `force`; nothing that exists is lost otherwise.
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
@@ -78,13 +78,11 @@ def _claim(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         (path / "job.json").open("x").close()
     except FileExistsError as error:
-        raise AlreadyExists(
-            f"--out: found {path}, which another run has just taken", remedy="another --out"
-        ) from error
+        found = f"--out: found {path}, which another run has just taken"
+        raise AlreadyExists(found, remedy="another --out") from error
     except OSError as error:
-        raise BadInput(
-            f"--out: {path} cannot be written ({error.strerror})", remedy="another --out"
-        ) from error
+        found = f"--out: {path} cannot be written ({error.strerror})"
+        raise BadInput(found, remedy="another --out") from error
 
 
 def _set_aside(out: Path, *, force: bool) -> Path | None:
@@ -96,10 +94,8 @@ def _set_aside(out: Path, *, force: bool) -> Path | None:
             f"--out: found {out}, which holds files already", remedy="another --out, or --force"
         )
     if not (out / "job.json").is_file():
-        raise AlreadyExists(
-            f"--out: found {out}, which is no run of ours",
-            remedy="--force replaces former runs only",
-        )
+        found = f"--out: found {out}, which is no run of ours"
+        raise AlreadyExists(found, remedy="--force replaces former runs only")
     aside = out.with_name(f".{out.name}.replaced.{os.getpid()}")
     out.rename(aside)
     return aside
@@ -109,19 +105,17 @@ def _next_numbered(name: str) -> Path:
     RUNS.mkdir(exist_ok=True)
     pattern = re.compile(re.escape(name) + r"-(\d+)$")
     taken = [int(m.group(1)) for p in RUNS.iterdir() if (m := pattern.match(p.name))]
-    number = max(taken, default=0) + 1
+    number = max(taken, default=0)
     while True:
+        number += 1
         path = RUNS / f"{name}-{number:03d}"
-        try:
+        with suppress(FileExistsError):  # another run took the number a moment ago
             path.mkdir()
-        except FileExistsError:  # another run took the number a moment ago
-            number += 1
-            continue
-        return path
+            return path
 
 
 def _point_latest(path: Path) -> None:
-    """runs/latest: a link where the file system has links, quietly nothing elsewhere."""
+    """Link runs/latest to the run; do nothing on a file system without links."""
     beside = RUNS / f".latest.{os.getpid()}"
     try:
         beside.symlink_to(path.name)
@@ -133,13 +127,12 @@ def _point_latest(path: Path) -> None:
 def _point_to_newest() -> None:
     """After a failed run: runs/latest to the newest that is left, or nothing."""
     (RUNS / "latest").unlink(missing_ok=True)
-    left = list_runs()
-    if left:
-        _point_latest(Path(left[-1].folder))
+    for newest in list_runs()[-1:]:
+        _point_latest(Path(newest.folder))
 
 
 def all_abandoned(directory: Path) -> bool:
-    """Whether a run ended with every one of its rounds abandoned: there is nothing to go on from."""
+    """Whether a run ended with all of its rounds abandoned, so that it cannot be resumed."""
     if (directory / RESULT_FILE).is_file() or not (directory / "plan.json").is_file():
         return False
     rows = [row for row in read_rounds(directory) if row.arm == "federated"]
@@ -281,9 +274,8 @@ class Run(_Finished[RunResult]):
         """A matplotlib figure: the first metric by round per arm, the gap below."""
         from fedcore.report.plots import rounds_figure, shown_in_notebooks
 
-        return shown_in_notebooks(
-            rounds_figure([(self.result, self.rounds)], self.result.metrics[0])
-        )
+        figure = rounds_figure([(self.result, self.rounds)], self.result.metrics[0])
+        return shown_in_notebooks(figure)
 
 
 class Comparison(_Finished[ComparisonResult]):

@@ -1,8 +1,8 @@
-"""What both shells run on: the only package of fedcore with an event loop.
+"""The event loop's side of both shells: the only package of fedcore that uses asyncio.
 
 - `mailbox.py`: a queue of events handled one at a time, a timer, and supervised background work.
-- `driver.py`: serving a job again after a fault that it survives.
-- `pipes.py`: frames between a process and its child, and the end of a child by name.
+- `driver.py`: retries a job after a fault, from disk.
+- `pipes.py`: frames between a process and its child.
 
-Invariant: the protocol's machines stay free of all this; they are handed events and a clock.
+Invariant: the protocol's machines use none of this; they get events and a clock as arguments.
 """

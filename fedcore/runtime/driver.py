@@ -1,7 +1,7 @@
-"""What becomes of a job when something fails: it is read from disk again and served on, or it ends.
+"""The driver of a job: after a fault, reload the job from disk and continue, or end it.
 
-A step records before it sends (PROTOCOL D), so a step that failed halfway has sent nothing that the disk does
-not know: reading everything again, as a new process would, is always right.
+A step persists before it sends (PROTOCOL D), so a step that failed halfway has sent nothing that is not on
+disk: reloading everything, as a new process would, is always right.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ async def keep_serving(
     restore: Callable[[], None],
     retry_seconds: float,
 ) -> Exception | None:
-    """Serve a job until it is over: None then, and otherwise the fault that ended it.
+    """Serve a job until it is over; returns None then, and otherwise the fault that ended it.
 
-    serve: handles events, ends its background work, and returns when the job is over. tolerates: asked about
-    each Exception of `serve` and `restore`; where it allows that, `restore` reads everything from disk after
-    retry_seconds and the job is served again.
+    serve: handles events, ends its background work, and returns when the job is over. tolerates: whether to
+    retry after an Exception of `serve` or `restore`. restore: reloads everything from disk, retry_seconds
+    after the fault and before the job is served again.
     """
     fault: Exception | None = None
     while True:

@@ -2,10 +2,10 @@
 
 Invariants: events are handled one at a time, each to its end, in the order they came. The timer runs
 even if the queue never empties. Background work ends in exactly one of three ways: with its result as an
-event, with what it raised as an event, or cancelled by whoever asked for that; no fault is lost, so no job
-waits for work that will not come.
+event, with its exception as an event, or cancelled on request; no fault is lost, so no job waits for work
+that has ended.
 
-What an event means and what becomes of a fault is up to whoever handles them.
+The meaning of events and the reaction to faults belong to the caller.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Mailbox(Generic[Event]):
             await handle(self._tick)
             return
         await self._handle(event, handle, wait)
-        await asyncio.sleep(0)  # whoever is about to queue an event does so first
+        await asyncio.sleep(0)  # lets tasks that are about to queue an event do so first
         for _ in range(self.backlog):
             await self._handle(self._queue.get_nowait(), handle, wait)
 
@@ -80,7 +80,7 @@ class Mailbox(Generic[Event]):
     ) -> asyncio.Task[Event | None]:
         """Run work in the background; what it returns is queued as an event, unless it is None.
 
-        fault: the event for any Exception it raises, also for a cancellation that nobody asked for; it must
+        fault: the event for any Exception it raises, also for a cancellation that was not requested; it must
         not raise. Work that ends because its task was cancelled queues nothing.
         """
         task = asyncio.get_running_loop().create_task(work)

@@ -3,8 +3,8 @@
 A frame is 4 bytes with the length of the head (big-endian), the head, and the blobs, whose lengths the
 head gives under "blobs". No pickle: neither end runs what the other one sends.
 Invariants: no frame has a longer head or more bytes of blobs than is allowed here, at either end. A child
-that ended, answers with something else or takes too long is `ChildEnded`, which names it and says how; it
-is gone then, and a later call may start it again. Nothing a child prints can be taken for an answer.
+that ended, sends anything but a frame or times out raises `ChildEnded`, with its name and the reason; it is
+killed then, and a later call may start it again. Nothing a child prints can be taken for an answer.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAX_BLOBS = 1 << 36
 _LENGTH = struct.Struct(">I")
 _PIECE = 1 << 16
 _LOOK_SECONDS = 1.0
-"""How often a child that neither takes nor gives bytes is looked at: what it started may keep its pipes
-open after its death."""
+"""Interval at which a child that neither reads nor writes is polled: its own children may keep its pipes open
+after it ended."""
 
 
 class ChildEnded(Exception):
-    """The child is gone, and what it held with it."""
+    """The child has ended, and its state is lost."""
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -90,8 +90,8 @@ class Parent:
 
     @classmethod
     def of_this_process(cls) -> Parent:
-        """Take standard input and output for frames: from now on whatever is printed goes to standard
-        error, and whoever reads standard input finds its end."""
+        """Use standard input and output for frames: what is printed from now on goes to standard error, and
+        standard input is at its end for all other readers."""
         answers = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
         requests = os.fdopen(os.dup(0), "rb")
@@ -135,9 +135,9 @@ class Parent:
 class Child:
     """A process that answers frames. `start` starts it, and again once it has ended.
 
-    name: in errors. env: variables beside this process's own. life: number of starts so far; what a child
-    holds belongs to one of them. One thread at a time uses it; `kill` and `close` may come from any.
-    The thread that starts it should live as long as it does: a sandbox may end a child with that thread.
+    name: in errors. env: variables beside this process's own. life: number of starts so far, since the state
+    of a child is lost with each. One thread at a time uses it; `kill` and `close` may come from any. The
+    thread that starts it should live as long as it does: a sandbox may end a child with that thread.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the process that runs or was the last to run; 0 before the first and after `close`."""
+        """Of the current or last process; 0 before the first and after `close`."""
         return 0 if self._process is None else self._process.pid
 
     def start(self) -> None:
@@ -242,7 +242,7 @@ class Child:
                 raise TimeoutError
 
     def _ended(self, error: Exception, found: str = "") -> ChildEnded:
-        """End it, whatever it is at. The error to raise, which says what was found instead of an answer."""
+        """Kill it; returns the error to raise, which states what was found instead of an answer."""
         process = self._process
         assert process is not None
         if isinstance(error, ValueError):
@@ -258,13 +258,13 @@ class Child:
         return ChildEnded(f"{self.name}: found {found}, expected an answer")
 
     def kill(self) -> None:
-        """End the process: whoever waits for its answer gets ChildEnded."""
+        """Kill the process: a thread that waits for its answer gets ChildEnded."""
         process = self._process
         if process is not None:
             process.kill()
 
     def close(self) -> None:
-        """End the process for good, and wait for that."""
+        """Kill the process for good, and wait for its end."""
         self._closed = True
         self.kill()
         with self._in_use:
