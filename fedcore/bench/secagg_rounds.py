@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import mean
 
 import numpy as np
@@ -39,18 +38,6 @@ from fedcore.seeds import generator
 from fedcore.types import Contribution, Json, SiteId
 
 DEFAULT_SITES = (4, 16, 64)
-
-
-class CpuWatch(Stopwatch):
-    """A stopwatch of this process' CPU time, independent of the load of the machine."""
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.process_time()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.process_time() - start
 
 
 def run(
@@ -110,7 +97,7 @@ def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) 
 
 
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
-    epoch, watch = InProcessFederation("bench", plan), CpuWatch()
+    epoch, watch = InProcessFederation("bench", plan), Stopwatch(time.process_time)
     up, down = Counter[str](), Counter[str]()  # bytes of messages, without the vectors, per site
 
     def tap(to: str, message: messages.RoundMessage) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
 
 
 class Stopwatch:
-    """Seconds spent per stage, summed over sites and rounds."""
+    """Seconds spent per stage, summed over sites and rounds. clock: in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._clock = clock
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._clock()
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            self.seconds[stage] += self._clock() - start
