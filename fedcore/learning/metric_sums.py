@@ -46,13 +46,12 @@ class MetricTransport:
     @property
     def wides(self) -> tuple[Wide, ...]:
         """The wide integers that the plan reserves in every vector."""
-        built_in = (
-            Wide(
-                METRIC + m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length()
-            )
+        sizes = [
+            (m.name, m.size(self.columns), (self.max_rows * m.cap_per_row).bit_length())
             for m in self.metrics
-        )
-        return (*built_in, *(Wide(METRIC + name, 2, OWN_BITS) for name in self.own))
+        ]
+        sizes += [(name, 2, OWN_BITS) for name in self.own]
+        return tuple(Wide(METRIC + name, count, bits) for name, count, bits in sizes)
 
     def sums(self, scored: Scored | None) -> dict[str, list[int]]:
         """One site's integers; zeros for a site without test rows (scored None)."""
@@ -90,9 +89,7 @@ class MetricTransport:
         """
         values: dict[str, float | None] = {}
         for metric in self.metrics:
-            values[metric.name] = metric.finish(
-                np.asarray(wides[METRIC + metric.name], dtype=np.int64)
-            )
+            values[metric.name] = metric.finish(_as_array(wides[METRIC + metric.name]))
         for name in self.own:
             total, count = (v - sites * _OFFSET for v in wides[METRIC + name])
             given = any(wides[METRIC + name])

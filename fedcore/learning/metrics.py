@@ -26,6 +26,8 @@ from fedcore.errors import BadInput, TaskFailed, UnknownName
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Values = NDArray[np.generic]
+"""Numbers of any dtype: targets, or sums."""
 
 BINS = 256
 """Bins of an AUC histogram, of equal width in the predicted probability (PROTOCOL W)."""
@@ -59,15 +61,16 @@ class Metric:
 
     name: str
     size: Callable[[int], int]
-    sums: Callable[[Floats, NDArray[np.generic]], Integers]
-    finish: Callable[[NDArray[np.generic]], float | None]
-    exact_resampled: Callable[[Floats, NDArray[np.generic], Integers], Floats]
+    sums: Callable[[Floats, Values], Integers]
+    finish: Callable[[Values], float | None]
+    exact_resampled: Callable[[Floats, Values, Integers], Floats]
     cap_per_row: int = 1
     higher_is_better: bool = True
 
-    def exact(self, outputs: Floats, targets: NDArray[np.generic]) -> float | None:
+    def exact(self, outputs: Floats, targets: Values) -> float | None:
         """The value over pooled rows, without binning or rounding; None where it is undefined."""
-        value = float(self.exact_resampled(outputs, targets, _each_once(outputs))[0])
+        each_once = np.ones((1, len(outputs)), dtype=np.int64)
+        value = float(self.exact_resampled(outputs, targets, each_once)[0])
         return None if np.isnan(value) else value
 
 
@@ -87,7 +90,7 @@ def columns_of(outputs: Floats) -> int:
 
 
 def classes_of(outputs: Floats) -> int:
-    """Classes that these outputs tell apart: two for one logit, else one per logit."""
+    """Classes that these outputs distinguish: two for one logit, else one per logit."""
     return max(2, columns_of(outputs))
 
 
@@ -107,7 +110,7 @@ def _require_finite(outputs: Floats) -> None:
         )
 
 
-def _one_per_row(targets: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+def _one_per_row(targets: Values, rows: int) -> Values:
     if targets.shape not in ((rows,), (rows, 1)):
         raise BadInput(
             f"metrics: found targets of shape {targets.shape}, expected ({rows},)",
@@ -116,7 +119,7 @@ def _one_per_row(targets: NDArray[np.generic], rows: int) -> NDArray[np.generic]
     return targets.reshape(-1)
 
 
-def _labels(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+def _labels(outputs: Floats, targets: Values) -> Integers:
     """(n,) int64 class indices below `classes_of(outputs)`, from integer or 0.0/1.0 targets."""
     _require_finite(outputs)
     flat = _one_per_row(targets, len(outputs))
@@ -132,7 +135,7 @@ def _labels(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
     return labels
 
 
-def _errors(outputs: Floats, targets: NDArray[np.generic]) -> Floats:
+def _errors(outputs: Floats, targets: Values) -> Floats:
     """(n,) float64, output - target of a regression with one output per row."""
     if columns_of(outputs) != 1:
         raise BadInput(
@@ -146,10 +149,6 @@ def _errors(outputs: Floats, targets: NDArray[np.generic]) -> Floats:
     return np.asarray(outputs.reshape(-1) - flat, dtype=np.float64)
 
 
-def _each_once(outputs: Floats) -> Integers:
-    return np.ones((1, len(outputs)), dtype=np.int64)
-
-
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     """Element-wise quotient, NaN where the denominator is 0."""
     quotient = np.full(numerator.shape, np.nan)
@@ -157,29 +156,33 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return quotient
 
 
+def _mean_of(values: Floats | NDArray[np.bool_], counts: Integers) -> Floats:
+    """(r,) float64 mean of the rows' values, per row of counts."""
+    return _ratio(counts.astype(np.float64) @ values, counts.sum(axis=1).astype(np.float64))
+
+
 # ------------------------------------------------------------------ accuracy
 
 
-def _accuracy_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+def _accuracy_sums(outputs: Floats, targets: Values) -> Integers:
     """[rows predicted right, rows]."""
     labels = _labels(outputs, targets)
     return np.array([np.count_nonzero(predictions(outputs) == labels), len(labels)], dtype=np.int64)
 
 
-def _accuracy_finish(sums: NDArray[np.generic]) -> float | None:
+def _accuracy_finish(sums: Values) -> float | None:
     right, rows = (int(entry) for entry in sums)
     return right / rows if rows else None
 
 
-def _accuracy_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
-    right = predictions(outputs) == _labels(outputs, targets)
-    return _ratio(counts.astype(np.float64) @ right, counts.sum(axis=1).astype(np.float64))
+def _accuracy_resampled(outputs: Floats, targets: Values, counts: Integers) -> Floats:
+    return _mean_of(predictions(outputs) == _labels(outputs, targets), counts)
 
 
 # ------------------------------------------------------------------ balanced accuracy
 
 
-def _balanced_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+def _balanced_sums(outputs: Floats, targets: Values) -> Integers:
     """[right of class 0, rows of class 0, right of class 1, rows of class 1, ...]."""
     labels, classes = _labels(outputs, targets), classes_of(outputs)
     right = predictions(outputs) == labels
@@ -187,7 +190,7 @@ def _balanced_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
     return np.stack(pairs, axis=1).reshape(-1).astype(np.int64)
 
 
-def _balanced_finish(sums: NDArray[np.generic]) -> float | None:
+def _balanced_finish(sums: Values) -> float | None:
     """Unweighted mean recall over the classes that have rows; None without rows."""
     pairs = np.asarray(sums, dtype=np.int64).reshape(-1, 2)
     present = [(int(right), int(rows)) for right, rows in pairs if rows]
@@ -199,7 +202,7 @@ def _balanced_finish(sums: NDArray[np.generic]) -> float | None:
     return total / len(present) if present else None
 
 
-def _balanced_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+def _balanced_resampled(outputs: Floats, targets: Values, counts: Integers) -> Floats:
     labels, times = _labels(outputs, targets), counts.astype(np.float64)
     right = predictions(outputs) == labels
     total, present = np.zeros(len(counts)), np.zeros(len(counts))
@@ -230,9 +233,7 @@ def _class_scores(outputs: Floats) -> list[Floats]:
     return list(log_softmax.T)
 
 
-def _one_vs_rest(
-    outputs: Floats, targets: NDArray[np.generic]
-) -> list[tuple[Floats, NDArray[np.bool_]]]:
+def _one_vs_rest(outputs: Floats, targets: Values) -> list[tuple[Floats, NDArray[np.bool_]]]:
     """(scores, is the class) of each one-vs-rest problem; for two classes only that of class 1."""
     labels, scores = _labels(outputs, targets), _class_scores(outputs)
     first = 1 if len(scores) == 1 else 0
@@ -243,7 +244,7 @@ def _auc_size(columns: int) -> int:
     return 2 * BINS * (1 if columns <= 2 else columns)
 
 
-def _auc_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
+def _auc_sums(outputs: Floats, targets: Values) -> Integers:
     """Per one-vs-rest problem: 256 counts of negatives, then 256 of positives.
 
     Bin b holds predicted probabilities in [b/256, (b+1)/256). The edges are compared on the score's
@@ -258,37 +259,37 @@ def _auc_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
     return np.concatenate(histograms).astype(np.int64)
 
 
-def _auc_finish(sums: NDArray[np.generic]) -> float | None:
+def _auc_finish(sums: Values) -> float | None:
     """Trapezoid area, rows of one bin counting as ties (1/2): see `auc_error_bound`.
 
     With more than two classes: the unweighted mean over the classes that have both positives and
     negatives. None if there is no such class, that is if all rows are of one class.
     """
-    areas = []
-    for negatives, positives in np.asarray(sums, dtype=np.int64).reshape(-1, 2, BINS):
-        pairs = int(negatives.sum()) * int(positives.sum())
-        if pairs:
-            not_above = np.cumsum(negatives)
-            doubled = int((positives * (2 * not_above - negatives)).sum())
-            areas.append(doubled / (2 * pairs))
-    return math.fsum(areas) / len(areas) if areas else None
+    return _mean_of_problems(sums, lambda n, p: p * (2 * np.cumsum(n) - n))
 
 
-def auc_error_bound(sums: NDArray[np.generic]) -> float | None:
+def auc_error_bound(sums: Values) -> float | None:
     """Largest |binned - exact| AUC these histograms allow: 1/2 * sum_b p_b n_b / (P N).
 
     Only pairs that share a bin are misjudged, and each by at most 1/2, since the binned value gives
     it 1/2 and the exact one 0, 1/2 or 1. Averaged over the classes as the value is.
     """
-    bounds = []
+    return _mean_of_problems(sums, lambda n, p: n * p)
+
+
+def _mean_of_problems(
+    sums: Values, doubled: Callable[[Integers, Integers], Integers]
+) -> float | None:
+    """Mean of `sum of doubled(negatives, positives) / 2 P N` over the problems with both; None without one."""
+    found = []
     for negatives, positives in np.asarray(sums, dtype=np.int64).reshape(-1, 2, BINS):
         pairs = int(negatives.sum()) * int(positives.sum())
         if pairs:
-            bounds.append(int((negatives * positives).sum()) / (2 * pairs))
-    return math.fsum(bounds) / len(bounds) if bounds else None
+            found.append(int(doubled(negatives, positives).sum()) / (2 * pairs))
+    return math.fsum(found) / len(found) if found else None
 
 
-def _auc_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
+def _auc_resampled(outputs: Floats, targets: Values, counts: Integers) -> Floats:
     """The tie-aware rank statistic (Mann and Whitney 1947); macro one-vs-rest above two classes."""
     total, defined = np.zeros(len(counts)), np.zeros(len(counts))
     for score, positive in _one_vs_rest(outputs, targets):
@@ -328,35 +329,28 @@ def _fixed_point_sums(error: Floats) -> Integers:
     return np.array([fixed.sum(), len(error), clipped], dtype=np.int64)
 
 
-def _fixed_point_finish(sums: NDArray[np.generic]) -> float | None:
+def _fixed_point_finish(sums: Values) -> float | None:
     """The mean error, within 2^-17 of the exact one; too small if `clipped_rows(sums)` > 0."""
     total, rows, _ = (int(entry) for entry in sums)
     return total / _FIXED_ONE / rows if rows else None
 
 
-def clipped_rows(sums: NDArray[np.generic]) -> int:
+def clipped_rows(sums: Values) -> int:
     """Rows of an mse or mae sum whose error was beyond ERROR_RANGE."""
     return int(sums[2])
 
 
-def _mse_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
-    return _fixed_point_sums(_errors(outputs, targets) ** 2)
-
-
-def _mae_sums(outputs: Floats, targets: NDArray[np.generic]) -> Integers:
-    return _fixed_point_sums(np.abs(_errors(outputs, targets)))
-
-
-def _mse_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
-    return _mean_of(_errors(outputs, targets) ** 2, counts)
-
-
-def _mae_resampled(outputs: Floats, targets: NDArray[np.generic], counts: Integers) -> Floats:
-    return _mean_of(np.abs(_errors(outputs, targets)), counts)
-
-
-def _mean_of(error: Floats, counts: Integers) -> Floats:
-    return _ratio(counts.astype(np.float64) @ error, counts.sum(axis=1).astype(np.float64))
+def _regression(name: str, size_of: Callable[[Floats], Floats]) -> Metric:
+    """The mean over the rows of `size_of(output - target)`."""
+    return Metric(
+        name,
+        lambda columns: 3,
+        lambda outputs, targets: _fixed_point_sums(size_of(_errors(outputs, targets))),
+        _fixed_point_finish,
+        lambda outputs, targets, counts: _mean_of(size_of(_errors(outputs, targets)), counts),
+        cap_per_row=ERROR_RANGE * _FIXED_ONE,
+        higher_is_better=False,
+    )
 
 
 # ------------------------------------------------------------------ the closed list
@@ -371,24 +365,8 @@ _ALL = (
         _balanced_finish,
         _balanced_resampled,
     ),
-    Metric(
-        "mse",
-        lambda columns: 3,
-        _mse_sums,
-        _fixed_point_finish,
-        _mse_resampled,
-        cap_per_row=ERROR_RANGE * _FIXED_ONE,
-        higher_is_better=False,
-    ),
-    Metric(
-        "mae",
-        lambda columns: 3,
-        _mae_sums,
-        _fixed_point_finish,
-        _mae_resampled,
-        cap_per_row=ERROR_RANGE * _FIXED_ONE,
-        higher_is_better=False,
-    ),
+    _regression("mse", np.square),
+    _regression("mae", np.abs),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
@@ -397,12 +375,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
 def get(names: Iterable[str]) -> tuple[Metric, ...]:
     """The metrics of these names, in their order. Raises UnknownName."""
-    found = []
-    for name in names:
+    found = tuple(names)
+    for name in found:
         if name not in METRICS:
             raise UnknownName("metric", name, METRICS)
-        found.append(METRICS[name])
-    return tuple(found)
+    return tuple(METRICS[name] for name in found)
 
 
 # ------------------------------------------------------------------ pooled rows of a simulation
@@ -417,7 +394,7 @@ class Scores:
     """
 
     outputs: Floats = field(repr=False)
-    targets: NDArray[np.generic] = field(repr=False)
+    targets: Values = field(repr=False)
     sites: Integers = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -433,11 +410,11 @@ class Scores:
 
     def per_site(self) -> dict[int, Scores]:
         """{site index: that site's rows, in order}, only for sites that have rows here."""
-        found = {}
-        for site in np.unique(self.sites):
-            rows = self.sites == site
-            found[int(site)] = Scores(self.outputs[rows], self.targets[rows], self.sites[rows])
-        return found
+        return {
+            int(site): Scores(self.outputs[rows], self.targets[rows], self.sites[rows])
+            for site in np.unique(self.sites)
+            for rows in (self.sites == site,)
+        }
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from fedcore.errors import ImpossibleSum
-from fedcore.learning.data.statistics import FIXED_POINT_BITS, MIN_OBSERVED
+from fedcore.learning.data.statistics import FIXED_POINT_BITS, MIN_OBSERVED, SUMS
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 
@@ -30,17 +30,14 @@ def check_possible(
     """Raise ImpossibleSum where no vectors of `contributors` honest sites have this sum.
 
     spec: what the vectors hold. Checked: every coordinate within contributors * R; every wide integer
-    within contributors times its cap; and what `then` knows of this kind of vector.
+    within contributors times its cap; and what `then` checks of this kind of vector.
     """
     coordinates, top = opened.coordinates, (1 << plan.packing.bits) - 1
     if len(coordinates):
         low, high = int(coordinates.min()), int(coordinates.max())
         if low < contributors or high > contributors * top:
-            raise _impossible(
-                "coordinates",
-                f"one from {low} to {high}",
-                f"{contributors} to {contributors * top}",
-            )
+            expected = f"{contributors} to {contributors * top}"
+            raise _impossible("coordinates", f"one from {low} to {high}", expected)
     for wide in spec.wides:
         most = contributors * _cap(plan, wide.name, wide.bits)
         found = max(opened.wides[wide.name], default=0)
@@ -78,8 +75,7 @@ def check_powers(opened: Opened) -> None:
 def check_statistics(opened: Opened) -> None:
     """Of statistics, v in [0, top] for each observed row: S1 <= n top, S2 <= top S1, and Cauchy-Schwarz."""
     top, wides = (1 << FIXED_POINT_BITS) - 1, opened.wides
-    names = ("count", "sum", "square", "contributes", "clipped")
-    for count, total, squares, sites, clipped in zip(*(wides[n] for n in names), strict=True):
+    for count, total, squares, sites, clipped in zip(*(wides[n] for n in SUMS), strict=True):
         for holds, found, expected in (
             (count >= MIN_OBSERVED * sites, f"{count} rows", f"{MIN_OBSERVED} a site"),
             (sites or not count, f"{count} rows of no site", "none"),

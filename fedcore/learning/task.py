@@ -183,19 +183,17 @@ def _is_beside(module: str | None, folder: Path) -> bool:
 def _module_from_package(place: str) -> Any:
     try:
         return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise BadInput(
-                f"task package: found no module {place!r}",
-                remedy="install the package into this environment",
-            ) from error
-        raise TaskFailed(
-            f"task package {place}: {error}", user_traceback=user_traceback(error)
-        ) from error
     except Exception as error:
+        what = f"{type(error).__name__} while it was imported"
+        if isinstance(error, ModuleNotFoundError):
+            what = str(error)
+            if error.name and (place == error.name or place.startswith(error.name + ".")):
+                raise BadInput(
+                    f"task package: found no module {place!r}",
+                    remedy="install the package into this environment",
+                ) from error
         raise TaskFailed(
-            f"task package {place}: {type(error).__name__} while it was imported",
-            user_traceback=user_traceback(error),
+            f"task package {place}: {what}", user_traceback=user_traceback(error)
         ) from error
 
 

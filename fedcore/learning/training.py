@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -115,19 +115,11 @@ def local_train(
     part = "train" if task.train is not None else "model, task.predict or task.loss"
     with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
-            fit = Fit(
-                plan.optimiser, plan.lr, plan.momentum, plan.weight_decay, plan.epochs,
-                plan.batch_size, seed, round_, site,
-            )  # fmt: skip
-            task.train(module, rows, fit)
+            task.train(module, rows, Fit(**asdict(plan), seed=seed, round=round_, site=site))
             return TrainReport(0, plan.epochs * len(rows), None)
         with batch_norm_needs_two(place(site, round_)):
-            return _own_loop(
-                task, module, rows, plan, optimiser or make_optimiser(module, plan),
-                lambda epoch: generator(seed, round_, site, f"shuffle {epoch}").permutation(
-                    len(rows)
-                ),
-            )  # fmt: skip
+            optimiser = optimiser or make_optimiser(module, plan)
+            return _own_loop(task, module, rows, plan, optimiser, (seed, round_, site))
 
 
 def lone_row_breaks(module: nn.Module, rows: int, batch_size: int) -> bool:
@@ -162,13 +154,13 @@ def _own_loop(
     rows: Rows,
     plan: TrainPlan,
     optimiser: torch.optim.Optimizer,
-    order_of: Callable[[int], Any],
+    seeds: tuple[int, int, str],
 ) -> TrainReport:
-    steps, total = 0, 0.0
+    """seeds: (seed, round, site), from which the order of each epoch follows."""
+    steps, seen, total = 0, 0, 0.0
     batch_size = getattr(rows, "batch_size", None) or plan.batch_size
-    seen = 0
     for epoch in range(plan.epochs):
-        order = order_of(epoch)
+        order = generator(*seeds, f"shuffle {epoch}").permutation(len(rows))
         if lone_row_breaks(module, len(order), batch_size):
             order = order[:-1]
         for batch in rows.batches(plan.batch_size, order):

@@ -6,6 +6,7 @@ name of a module, never imported for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def class_indices(y: torch.Tensor) -> Indices | None:
         return None
     values = y.numpy()
     if values.dtype.kind == "f":
-        # Losses on one logit want float targets; exactly 0.0 and 1.0 are classes all the same.
+        # Losses on one logit need float targets; exactly 0.0 and 1.0 are classes nevertheless.
         if not np.isin(values, (0.0, 1.0)).all():
             return None
     elif values.size and values.min() < 0:
@@ -39,8 +40,8 @@ def class_indices(y: torch.Tensor) -> Indices | None:
 def dataset_labels(dataset: Any, picked: Indices | None = None) -> Indices | None:
     """Class indices of the rows `picked` (None: all), from where the dataset's kind keeps them.
 
-    A dataset that keeps them nowhere we know is read, item by item; the first item without a class
-    ends the search. Raises whatever the user's `__getitem__` raises.
+    A dataset of another kind is read item by item; the first item without a class ends the search.
+    Raises whatever the user's `__getitem__` raises.
     """
     if isinstance(dataset, Subset):
         inner = np.asarray(dataset.indices, dtype=np.int64)
@@ -51,12 +52,16 @@ def dataset_labels(dataset: Any, picked: Indices | None = None) -> Indices | Non
     elif isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
         labels = class_indices(dataset.tensors[-1].detach().cpu())
     elif isinstance(dataset, ConcatDataset):
-        parts = [dataset_labels(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        labels = np.concatenate(known) if len(known) == len(parts) else None
+        labels = all_labels([dataset_labels(part) for part in dataset.datasets])
     else:
         return _labels_by_reading(dataset, np.arange(len(dataset)) if picked is None else picked)
     return labels if labels is None or picked is None else labels[picked]
+
+
+def all_labels(parts: Sequence[Indices | None]) -> Indices | None:
+    """The labels of several parts together; None where one of them has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def _column_labels(dataset: Any) -> Indices | None:
@@ -91,7 +96,7 @@ def _labels_by_reading(dataset: Any, picked: Indices) -> Indices | None:
 
 
 def is_hugging_face(value: Any) -> bool:
-    """A `datasets.Dataset`, told apart without importing that library."""
+    """Whether this is a `datasets.Dataset`, found without importing that library."""
     return (
         any(kind.__module__.split(".")[0] == "datasets" for kind in type(value).__mro__)
         and hasattr(value, "column_names")
@@ -117,7 +122,7 @@ def is_dataset(value: Any) -> bool:
 
 
 def is_pandas(value: Any) -> bool:
-    """A pandas DataFrame, Series or Index, told apart without importing pandas."""
+    """Whether this is a pandas DataFrame, Series or Index, found without importing pandas."""
     return type(value).__module__.split(".")[0] == "pandas"
 
 

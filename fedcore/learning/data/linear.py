@@ -1,7 +1,7 @@
 """The linear model (logistic, softmax or least-squares regression) as a torch module.
 
 Invariant: parameters start at zero. The losses it is used with are convex, so the start decides
-nothing but time, and an input that is 0 in all training rows (a category nobody saw) keeps a
+nothing but time, and an input that is 0 in all training rows (a category without a row) keeps a
 parameter of exactly 0 instead of a random one.
 """
 
@@ -20,11 +20,7 @@ class ZeroLinear(nn.Linear):
     """`nn.Linear` whose parameters start at zero."""
 
     def reset_parameters(self) -> None:
-        """Zero, as soon as there are parameters."""
-        with torch.no_grad():
-            self.weight.zero_()
-            if self.bias is not None:
-                self.bias.zero_()
+        _zero(self)
 
 
 class LazyZeroLinear(nn.LazyLinear):
@@ -35,10 +31,12 @@ class LazyZeroLinear(nn.LazyLinear):
     def reset_parameters(self) -> None:
         """Zero, as soon as there are parameters."""
         if not self.has_uninitialized_params():
-            with torch.no_grad():
-                self.weight.zero_()
-                if self.bias is not None:
-                    self.bias.zero_()
+            _zero(self)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def split(
         )
     n = operator.index(n)
     rows, labels, take = _opened(dataset, label, wanted=by != "iid")
+    if by != "iid" and labels is None:
+        raise BadInput(
+            "split: found no class labels, expected one class 0, 1, 2, ... per row",
+            remedy='by="iid" needs none',
+        )
     least = n * SHARDS_PER_SITE if by == "label" else n
     if n < 1 or rows < least:
         raise BadInput(
@@ -132,8 +137,12 @@ def _opened(
 ) -> tuple[int, Indices | None, Callable[[Indices], Any]]:
     """`(number of rows, class of each row if wanted, function taking rows by index)`."""
     labels: Indices | None = None
+    taker: Callable[[Indices], Any]
     if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
-        return _opened_pair(dataset[0], dataset[1], wanted)
+        x, y = dataset
+        _check_pair(x, y)
+        labels = class_indices(torch.as_tensor(y)) if wanted else None
+        return len(x), labels, lambda part: (x[part], y[part])
     if isinstance(dataset, DataLoader):
         raise BadInput(
             "split: found a DataLoader, expected a data set",
@@ -152,33 +161,26 @@ def _opened(
             )
             labels = codes.astype(np.int64)
         return len(dataset), labels, lambda part: dataset.iloc[part]
+    rows = dataset
     if isinstance(dataset, (ArrayRows, TableRows, DatasetRows)):
-        labels = dataset.labels() if wanted else None
-        taker: Callable[[Indices], Any] = dataset.take
+        taker = dataset.take
     elif is_hugging_face(dataset):
-        labels = DatasetRows(dataset).labels() if wanted else None
-
-        def taker(part: Indices) -> Any:
-            return dataset.select(part.tolist())
+        rows, taker = DatasetRows(dataset), lambda part: dataset.select(part.tolist())
     elif isinstance(dataset, Dataset) or is_dataset(dataset):
         if not hasattr(dataset, "__len__"):
             raise BadInput("split: found an iterable dataset, expected a map-style one")
-        labels = DatasetRows(dataset, site="split").labels() if wanted else None
-
-        def taker(part: Indices) -> Any:
-            return Subset(dataset, part.tolist())
+        rows, taker = (
+            DatasetRows(dataset, site="split"),
+            lambda part: Subset(dataset, part.tolist()),
+        )
     else:
         raise BadInput(
             f"split: found {type(dataset).__name__}, expected (X, y), a Dataset or a DataFrame"
         )
-    if wanted and labels is None:
-        raise _no_labels()
-    return len(dataset), labels, taker
+    return len(dataset), rows.labels() if wanted else None, taker
 
 
-def _opened_pair(
-    x: Any, y: Any, wanted: bool
-) -> tuple[int, Indices | None, Callable[[Indices], Any]]:
+def _check_pair(x: Any, y: Any) -> None:
     for name, value in (("X", x), ("y", y)):
         if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim == 0:
             raise BadInput(
@@ -186,17 +188,6 @@ def _opened_pair(
             )
     if len(x) != len(y):
         raise BadInput(f"split: found {len(x)} rows in X and {len(y)} in y, expected as many")
-    labels = class_indices(torch.as_tensor(y)) if wanted else None
-    if wanted and labels is None:
-        raise _no_labels()
-    return len(x), labels, lambda part: (x[part], y[part])
-
-
-def _no_labels() -> BadInput:
-    return BadInput(
-        "split: found no class labels, expected one class 0, 1, 2, ... per row",
-        remedy='by="iid" needs none',
-    )
 
 
 def _dirichlet(
@@ -211,7 +202,7 @@ def _dirichlet(
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         for part, some in zip(parts, np.split(members, cuts), strict=True):
             part.extend(some.tolist())
-    # A site without rows could not take part: it gets one from whoever has the most.
+    # A site without rows could not take part: it gets one from the site with the most.
     for part in parts:
         if not part:
             part.append(max(parts, key=len).pop())

@@ -12,8 +12,11 @@ Left to others: the federated statistics (data/statistics.py), reading tables (d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from itertools import compress
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from fedcore.errors import BadInput, FedcoreError, TaskFailed
 from fedcore.learning.data.canonical import digests_of, item_digest, unstable_items
 from fedcore.learning.data.kinds import (
     Indices,
+    all_labels,
     brief,
     class_indices,
     dataset_labels,
@@ -91,24 +95,19 @@ class ArrayRows:
     x: torch.Tensor
     y: torch.Tensor
 
-    @property
-    def features(self) -> None:
-        """None: these rows need no federated statistics."""
+    features: ClassVar[None] = None  # they need no federated statistics
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, indices: Indices) -> ArrayRows:
-        """These rows, in this order."""
         picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return ArrayRows(self.x[picked], self.y[picked])
 
     def labels(self) -> Indices | None:
-        """(rows,) int64 class indices, or None where `y` is not one class per row."""
         return class_indices(self.y)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 of each row's bytes in `x` and `y`."""
         return digests_of(self.x, self.y)
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
@@ -142,11 +141,9 @@ class RowLayout:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the model's inputs, in their order."""
-        blocks = [*self.names, *(f"{n}_missing" for n in self._indicated_names()), *self.fixed]
-        return tuple(blocks[i] for i in self.order) if self.order else tuple(blocks)
-
-    def _indicated_names(self) -> list[str]:
-        return [name for name, wanted in zip(self.names, self.indicated, strict=True) if wanted]
+        indicators = (f"{name}_missing" for name in compress(self.names, self.indicated))
+        blocks = (*self.names, *indicators, *self.fixed)
+        return tuple(blocks[i] for i in self.order) if self.order else blocks
 
     def inputs(
         self, features: NDArray[np.float64], fixed: NDArray[np.float32], scale: Scale
@@ -213,18 +210,15 @@ class TableRows:
         return len(self.features)
 
     def take(self, indices: Indices) -> TableRows:
-        """These rows, in this order."""
         picked = np.asarray(indices, dtype=np.int64)
         return TableRows(
             self.features[picked], self.fixed[picked], self.y[torch.from_numpy(picked)], self.layout
         )
 
     def labels(self) -> Indices | None:
-        """(rows,) int64 class indices, or None where `y` is not one class per row."""
         return class_indices(self.y)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 of each row's raw features, fixed columns and target."""
         return digests_of(self.features, self.fixed, self.y)
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:  # noqa: ARG002 - Rows
@@ -247,55 +241,40 @@ class DatasetRows:
     collate function stacks its columns into a dict of tensors.
     """
 
+    features: ClassVar[None] = None  # they need no federated statistics
+
     def __init__(
         self,
         dataset: Any,
         collate: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         *,
-        indices: Indices | None = None,
         site: str = "",
-        _labels: list[Indices | None] | None = None,
-        _hashed: list[list[bytes]] | None = None,
+        known_labels: Sequence[Indices | None] = (),
     ) -> None:
         if is_hugging_face(dataset) and dataset.format["type"] is None:
             dataset = dataset.with_format("torch")
-        self.dataset = dataset
-        self.collate = collate
-        self.batch_size = batch_size
-        self.indices = np.arange(len(dataset), dtype=np.int64) if indices is None else indices
-        self.site = site
-        # The labels of the whole dataset, filled at first use and shared by every `take`: finding
+        self.dataset, self.collate, self.batch_size, self.site = dataset, collate, batch_size, site
+        self.indices: Indices = np.arange(len(dataset), dtype=np.int64)
+        # Labels and digests of the whole dataset, filled at first use and shared by every `take`: finding
         # them may mean reading each item once.
-        self._labels = [] if _labels is None else _labels
-        self._hashed = [] if _hashed is None else _hashed
-
-    @property
-    def features(self) -> None:
-        """None: these rows need no federated statistics."""
+        self._labels = list(known_labels)
+        self._hashed: list[list[bytes]] = []
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, indices: Indices) -> DatasetRows:
         """These rows, in this order; the dataset itself is shared."""
-        return DatasetRows(
-            self.dataset,
-            self.collate,
-            self.batch_size,
-            indices=self.indices[np.asarray(indices, dtype=np.int64)],
-            site=self.site,
-            _labels=self._labels,
-            _hashed=self._hashed,
-        )
+        taken = copy(self)
+        taken.indices = self.indices[np.asarray(indices, dtype=np.int64)]
+        return taken
 
     def labels(self) -> Indices | None:
         """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
         if not self._labels:
-            try:
+            with self._reading():
                 self._labels.append(dataset_labels(self.dataset))
-            except Exception as error:
-                raise self._unread(error) from error
         known = self._labels[0]
         return None if known is None else known[self.indices]
 
@@ -306,23 +285,26 @@ class DatasetRows:
         again, and TaskFailed if reading it fails.
         """
         if not self._hashed:
-            try:
+            with self._reading():
                 found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
                 again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
-            except FedcoreError:
-                raise
-            except Exception as error:
-                raise self._unread(error) from error
             if again != found[: len(again)]:
                 raise unstable_items(type(self.dataset).__name__)
             self._hashed.append(found)
         return [self._hashed[0][int(index)] for index in self.indices]
 
-    def _unread(self, error: Exception) -> TaskFailed:
-        return TaskFailed(
-            f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
-            user_traceback=user_traceback(error),
-        )
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise TaskFailed for an exception of the user's dataset."""
+        try:
+            yield
+        except FedcoreError:
+            raise
+        except Exception as error:
+            raise TaskFailed(
+                f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
+                user_traceback=user_traceback(error),
+            ) from error
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Collated batches; a DataLoader's own batch size wins. Raises what the dataset raises."""
@@ -434,17 +416,12 @@ def _pool_tables(parts: Sequence[TableRows]) -> TableRows:
 
 
 def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
-    known = [part.labels() for part in parts]
-    every = (
-        None
-        if any(k is None for k in known)
-        else np.concatenate([k for k in known if k is not None])
-    )
     union: ConcatDataset[Any] = ConcatDataset(
-        [Subset(p.dataset, p.indices.tolist()) for p in parts]
+        [Subset(part.dataset, part.indices.tolist()) for part in parts]
     )
+    labels = all_labels([part.labels() for part in parts])
     return DatasetRows(
-        union, parts[0].collate, parts[0].batch_size, site="all sites", _labels=[every]
+        union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels]
     )
 
 
@@ -453,7 +430,7 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
 
 def _recognise(found: Any, task: Task, where: str) -> Rows:
     rows = _rows_of(found, task, where)
-    if len(rows) == 0:
+    if not len(rows):
         raise BadInput(
             f"{where}: found 0 rows, expected at least 1", remedy="check what task.data reads there"
         )
@@ -534,9 +511,11 @@ def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:
             remedy="task.data returns (X, y) with one target per row",
         )
     y = _target_tensor(raw_y, where)
-    if task.statistics is not None:
-        return _rows_with_statistics(raw_x, y, task.statistics, where)
-    return ArrayRows(array_inputs(raw_x, where), y)
+    if task.statistics is None:
+        return ArrayRows(array_inputs(raw_x, where), y)
+    layout = array_layout(task.statistics)
+    features = array_features(raw_x, len(layout.names), where)
+    return TableRows(features, np.zeros((len(features), 0), np.float32), y, layout)
 
 
 def array_inputs(raw: Any, where: str) -> torch.Tensor:
@@ -546,44 +525,27 @@ def array_inputs(raw: Any, where: str) -> torch.Tensor:
     of integers is nearly always a table of numbers, which a Linear layer would refuse.
     Raises BadInput for what are not numbers, and for NaN or infinity.
     """
-    x = _input_tensor(raw, where)
+    _require_numbers(raw, "X", where)
+    if isinstance(raw, torch.Tensor):
+        keep = not raw.is_floating_point() and raw.dtype is not torch.bool
+        x = raw.detach().cpu() if keep else raw.detach().cpu().to(torch.float32)
+    else:
+        # Row by row in memory: the last bits of a product may depend on it, and data frames give columns.
+        x = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
     _refuse_not_finite(x, "X", where)
     return x
 
 
-def _input_tensor(raw: Any, where: str) -> torch.Tensor:
-    if isinstance(raw, torch.Tensor):
-        if raw.is_complex():
-            raise _not_numbers("X", str(raw.dtype), where)
-        keep = not raw.is_floating_point() and raw.dtype is not torch.bool
-        return raw.detach().cpu() if keep else raw.detach().cpu().to(torch.float32)
-    if raw.dtype.kind not in "fiub":
-        raise _not_numbers("X", str(raw.dtype), where)
-    # Row by row in memory: the last bits of a product may depend on it, and data frames give columns.
-    return torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
-
-
 def _target_tensor(raw: Any, where: str) -> torch.Tensor:
     """Integers and booleans become int64, floats float32."""
+    _require_numbers(raw, "y", where)
     if isinstance(raw, torch.Tensor):
-        if raw.is_complex():
-            raise _not_numbers("y", str(raw.dtype), where)
         y = raw.detach().cpu()
-    elif raw.dtype.kind in "fiub":
-        y = torch.from_numpy(np.array(raw, dtype=np.float32 if raw.dtype.kind == "f" else np.int64))
     else:
-        raise _not_numbers("y", str(raw.dtype), where)
+        y = torch.from_numpy(np.array(raw, dtype=np.float32 if raw.dtype.kind == "f" else np.int64))
     y = y.to(torch.float32 if y.is_floating_point() else torch.int64)
     _refuse_not_finite(y, "y", where)
     return y
-
-
-def _rows_with_statistics(
-    raw: Any, y: torch.Tensor, statistics: Sequence[Any], where: str
-) -> TableRows:
-    layout = array_layout(statistics)
-    features = array_features(raw, len(layout.names), where)
-    return TableRows(features, np.zeros((len(features), 0), np.float32), y, layout)
 
 
 def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
@@ -592,8 +554,7 @@ def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
     Raises BadInput for another shape, for what are not numbers, and for infinity.
     """
     features = np.array(raw.detach().cpu().numpy() if isinstance(raw, torch.Tensor) else raw)
-    if features.dtype.kind not in "fiub":
-        raise _not_numbers("X", str(features.dtype), where)
+    _require_numbers(features, "X", where)
     features = features.astype(np.float64)
     if features.ndim != 2 or features.shape[1] != columns:
         raise BadInput(
@@ -637,7 +598,7 @@ def _refuse_not_finite(values: torch.Tensor, name: str, where: str) -> None:
     count = int(bad.sum())
     if count == 0:
         return
-    place = f"{name}"
+    place = name
     if values.ndim == 2:
         columns = torch.nonzero(bad.any(dim=0)).flatten().tolist()
         shown = ", ".join(str(c) for c in columns[:5]) + (", ..." if len(columns) > 5 else "")
@@ -663,7 +624,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, kinds) or is_hugging_face(value) or is_dataset(value)
 
 
-# ------------------------------------------------------------------------------- what went wrong
+# ----------------------------------------------------------------------------------------- errors
 
 
 def _iterable(where: str, kind: str) -> BadInput:
@@ -681,8 +642,14 @@ def _frame(where: str) -> BadInput:
     )
 
 
-def _not_numbers(name: str, dtype: str, where: str) -> BadInput:
+def _require_numbers(values: Any, name: str, where: str) -> None:
+    """Raise BadInput unless an array or tensor has real numbers or truth values."""
+    tensor = isinstance(values, torch.Tensor)
+    if not values.is_complex() if tensor else values.dtype.kind in "fiub":
+        return
     remedy = "map classes to 0, 1, 2, ... the same way at every site"
     if name == "X":
         remedy = "fedcore.table(target=..., columns={...}) turns declared categories into numbers"
-    return BadInput(f"{where}: found {name} of dtype {dtype}, expected numbers", remedy=remedy)
+    raise BadInput(
+        f"{where}: found {name} of dtype {values.dtype}, expected numbers", remedy=remedy
+    )

@@ -86,44 +86,33 @@ class Statistics:
 Column = tuple[str, float, float]
 """(name, low, high) of a standardised column: its public range."""
 
+SUMS = ("count", "sum", "square", "contributes", "clipped")
+"""Names of a site's integers, each with one entry per feature."""
+
 
 def statistics_vector(features: int, max_examples: int) -> VectorSpec:
     """The protected vector of one site's statistics: L from the public cap on its rows."""
     rows = max_examples.bit_length()
-    return VectorSpec(
-        "statistics",
-        0,
-        (
-            Wide("count", features, rows),
-            Wide("sum", features, FIXED_POINT_BITS + rows),
-            Wide("square", features, 2 * FIXED_POINT_BITS + rows),
-            Wide("contributes", features, 1),
-            Wide("clipped", features, rows),
-        ),
-    )
+    bits = (rows, FIXED_POINT_BITS + rows, 2 * FIXED_POINT_BITS + rows, 1, rows)
+    wides = (Wide(name, features, each) for name, each in zip(SUMS, bits, strict=True))
+    return VectorSpec("statistics", 0, tuple(wides))
 
 
 def site_sums(
     features: NDArray[np.float64], ranges: Sequence[tuple[float, float]]
 ) -> dict[str, list[int]]:
     """One site's integers from (rows, p) float64, NaN = missing, and the public range per feature."""
-    sums: dict[str, list[int]] = {
-        name: [] for name in ("count", "sum", "square", "contributes", "clipped")
-    }
+    sums: dict[str, list[int]] = {name: [] for name in SUMS}
     for column, (low, high) in enumerate(ranges):
         values = features[:, column]
         observed = values[~np.isnan(values)]
-        enough = len(observed) >= MIN_OBSERVED
-        fixed = _to_fixed(observed, low, high) if enough else np.empty(0, dtype=np.int64)
-        outside = int(((observed < low) | (observed > high)).sum()) if enough else 0
-        for name, value in (
-            ("count", len(fixed)),
-            ("sum", int(fixed.sum())),
-            ("square", int((fixed * fixed).sum())),
-            ("contributes", int(enough)),
-            ("clipped", outside),
-        ):
-            sums[name].append(value)
+        if len(observed) < MIN_OBSERVED:
+            observed = observed[:0]
+        fixed = _to_fixed(observed, low, high)
+        outside = np.count_nonzero((observed < low) | (observed > high))
+        entries = (len(fixed), fixed.sum(), (fixed * fixed).sum(), len(fixed) > 0, outside)
+        for name, value in zip(SUMS, entries, strict=True):
+            sums[name].append(int(value))
     return sums
 
 

@@ -15,7 +15,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Category:
-    """A categorical column: every value the federation knows, as text."""
+    """A categorical column: all values declared for the federation, as text."""
 
     values: tuple[str, ...]
     may_be_missing: bool = False
@@ -66,15 +66,16 @@ def number(
     cholesterol of 0, and implies `may_be_missing`. Booleans count as 0 and 1.
     Raises BadInput unless low < high, both finite.
     """
+    remedy = "give a range known without looking at the rows, such as number(0, 120) for an age"
     if low is None or high is None:
         raise BadInput(
             "number: found no range, expected the public (low, high) that its values are scaled by",
-            remedy="give a range known without looking at the rows, such as number(0, 120) for an age",
+            remedy=remedy,
         )
     if not (_is_number(low) and _is_number(high) and low < high):
         raise BadInput(
             f"number: found the range ({low!r}, {high!r}), expected finite low < high",
-            remedy="give a range known without looking at the rows, such as number(0, 120) for an age",
+            remedy=remedy,
         )
     codes = tuple(float(value) for value in missing)
     return Number(float(low), float(high), may_be_missing or bool(codes), codes)
@@ -109,31 +110,22 @@ class Table:
     def layout(self) -> RowLayout:
         """Which inputs there are, in declared order: a column, then its `missing` indicator."""
         numeric = [(name, spec) for name, spec in self.specs if isinstance(spec, Number)]
-        fixed = [
-            title
-            for name, spec in self.specs
-            if isinstance(spec, Category)
-            for title in _category_titles(name, spec)
-        ]
-        indicated = [name for name, spec in numeric if spec.may_be_missing]
-        place = {title: i for i, title in enumerate([*(name for name, _ in numeric)])}
-        place.update({f"{name}_missing": len(numeric) + i for i, name in enumerate(indicated)})
-        offset = len(numeric) + len(indicated)
-        place.update({title: offset + i for i, title in enumerate(fixed)})
-        order: list[int] = []
-        for name, spec in self.specs:
-            if isinstance(spec, Category):
-                order.extend(place[title] for title in _category_titles(name, spec))
-            else:
-                order.append(place[name])
-                if spec.may_be_missing:
-                    order.append(place[f"{name}_missing"])
-        return RowLayout(
+        blocks = RowLayout(
             names=tuple(name for name, _ in numeric),
             ranges=tuple((spec.low, spec.high) for _, spec in numeric),
             indicated=tuple(spec.may_be_missing for _, spec in numeric),
-            fixed=tuple(fixed),
-            order=tuple(order),
+            fixed=tuple(
+                title
+                for name, spec in self.specs
+                if isinstance(spec, Category)
+                for title in _titles(name, spec)
+            ),
+        )
+        place = {title: index for index, title in enumerate(blocks.columns)}
+        declared = [title for name, spec in self.specs for title in _titles(name, spec)]
+        return replace(
+            blocks,
+            order=tuple(place[title] for title in declared),
             description=json.dumps(self.to_json(), sort_keys=True),
         )
 
@@ -149,21 +141,18 @@ class Table:
         """
         where, raw = _read(source, [name for name, _ in self.specs] + [self.target])
         numeric, fixed = self._encode(where, raw)
-        y = self._targets(where, raw[self.target])
-        return TableRows(numeric, fixed, y, self.layout)
+        return TableRows(numeric, fixed, self._targets(where, raw[self.target]), self.layout)
 
     def features(self, source: Any) -> NDArray[np.float64]:
         """The raw numeric features, (rows, p) float64 with NaN = missing. Needs no target column."""
-        where, raw = _read(source, [name for name, _ in self.specs])
-        return self._encode(where, raw)[0]
+        return self._encode(*_read(source, [name for name, _ in self.specs]))[0]
 
     def inputs(self, source: Any, statistics: Scale) -> NDArray[np.float32]:
         """What a trained model takes for these raw rows, (rows, len(columns)) float32.
 
         Needs no target column; `statistics` are those of the run.
         """
-        where, raw = _read(source, [name for name, _ in self.specs])
-        numeric, fixed = self._encode(where, raw)
+        numeric, fixed = self._encode(*_read(source, [name for name, _ in self.specs]))
         return self.layout.inputs(numeric, fixed, statistics)
 
     def to_json(self) -> Json:
@@ -192,23 +181,10 @@ class Table:
         try:
             found = json.loads(description) if isinstance(description, str) else description
             {1: None}[found["schema"]]  # a KeyError for any other
-            specs = {
-                entry["name"]: number(
-                    entry["low"],
-                    entry["high"],
-                    may_be_missing=entry["may_be_missing"],
-                    missing=entry["missing"],
-                )
-                if entry["kind"] == "number"
-                else category(*entry["values"], may_be_missing=entry["may_be_missing"])
-                for entry in found["columns"]
-            }
+            columns = {entry["name"]: _column_from_json(entry) for entry in found["columns"]}
             return table(
-                target=found["target"],
-                columns=specs,
-                classes=found["classes"],
-                above=found["above"],
-                regression=found["regression"],
+                columns=columns,
+                **{key: found[key] for key in ("target", "classes", "above", "regression")},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
@@ -263,6 +239,15 @@ class Table:
         return torch.from_numpy(numbers.astype(np.int64))
 
 
+def _column_from_json(entry: Json) -> Number | Category:
+    optional = entry["may_be_missing"]
+    if entry["kind"] == "number":
+        return number(
+            entry["low"], entry["high"], may_be_missing=optional, missing=entry["missing"]
+        )
+    return category(*entry["values"], may_be_missing=optional)
+
+
 def table(
     *,
     target: str,
@@ -311,8 +296,11 @@ def table(
     return made
 
 
-def _category_titles(name: str, spec: Category) -> list[str]:
-    titles = [f"{name}={value}" for value in (*spec.values, "other")]
+def _titles(name: str, spec: Number | Category) -> list[str]:
+    """Names of the inputs that a column becomes."""
+    titles = [name]
+    if isinstance(spec, Category):
+        titles = [f"{name}={value}" for value in (*spec.values, "other")]
     return [*titles, f"{name}_missing"] if spec.may_be_missing else titles
 
 
@@ -461,16 +449,12 @@ def _frame_columns(where: str, frame: Any, names: Sequence[str]) -> dict[str, Se
 def _parquet_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
     try:
         import pandas as pd
-    except ImportError as error:
-        raise BadInput(
-            f"{path.name}: found no pandas here, expected it for Parquet files",
-            remedy="pip install pandas pyarrow, or write the table as CSV",
-        ) from error
-    try:
+
         frame = pd.read_parquet(path)
     except ImportError as error:
         raise BadInput(
-            f"{path.name}: found no Parquet engine here", remedy="pip install pyarrow"
+            f"{path.name}: found no library for Parquet files ({error})",
+            remedy="pip install pandas pyarrow, or write the table as CSV",
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(
