@@ -166,13 +166,13 @@ class CertificateRefused(PeerRefused):
 
 
 class ProtocolRefused(PeerRefused):
-    """A message breaks the protocol. found, expected: what is said of it; fault: whose it is.
+    """A message breaks the protocol. found, expected: as in the message's text; fault: the party that made it.
 
     fault: a site id, "coordinator", or "this site". None of the three ever holds a secret.
     """
 
     def __init__(
-        self, what: str, *, found: object, expected: object, fault: str, remedy: str = ""
+        self, what: str, found: object, expected: object, fault: str, *, remedy: str = ""
     ) -> None:
         super().__init__(
             f"{what}: found {found}, expected {expected} (fault: {fault})", remedy=remedy

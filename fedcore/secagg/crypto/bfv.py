@@ -19,7 +19,7 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,12 +192,9 @@ class PublicContext:
         """8 bytes in every chunk, so that chunks under other parameters are refused with this reason."""
         return hashlib.sha256(b"fedcore bfv" + self.to_bytes()).digest()[:8]
 
-    def ciphertext_prefix(self, kind: int) -> bytes:
-        """The bytes before the words of a ciphertext that carries one (seeded) or two polynomials."""
-        return self._prefixes[kind]
-
     @cached_property
-    def _prefixes(self) -> dict[int, bytes]:
+    def prefixes(self) -> dict[int, bytes]:
+        """The bytes before the words of a ciphertext that carries one (seeded) or two polynomials, by kind."""
         level = struct.pack("<4Q", *self.seal.first_parms_id())
         sizes = struct.pack("<BQQQdQ", 0, 2, self.ring.degree, 1, 1.0, 1)
         words = {kind: kind * self.ring.degree for kind in (_SEEDED, _FULL)}
@@ -222,9 +219,7 @@ class SecretContext(Secret):
         # Both come from the operating system: SEAL's default generator is seeded from it (PROTOCOL Z).
         self.public = public
         self.group = GroupSecret() if group is None else group
-        if key is None:
-            key = public.api.KeyGenerator(public.seal).secret_key()
-        self._key = key
+        self._key = public.api.KeyGenerator(public.seal).secret_key() if key is None else key
         self.encryptor = public.api.Encryptor(public.seal, self._key)
         self.decryptor = public.api.Decryptor(public.seal, self._key)
 
@@ -251,16 +246,12 @@ class SecretContext(Secret):
         """
         size = 8 * public.ring.degree
         if len(payload) != size + GROUP_SECRET_BYTES:
-            raise EnvelopeRefused(
-                "key epoch", found=f"{len(payload)} bytes", expected=size + GROUP_SECRET_BYTES,
-                fault=sender,
-            )  # fmt: skip
+            expected = size + GROUP_SECRET_BYTES
+            raise EnvelopeRefused("key epoch", f"{len(payload)} bytes", expected, sender)
         words = np.frombuffer(payload, "<u8", public.ring.degree)
         if (words >= public.ring.modulus).any() or not words.any():
-            raise EnvelopeRefused(
-                "key epoch", found="words that are no key of this ring", expected="a secret key",
-                fault=sender,
-            )  # fmt: skip
+            found = "words that are no key of this ring"
+            raise EnvelopeRefused("key epoch", found, "a secret key", sender)
         group = GroupSecret.from_bytes(payload[size:], sender=sender)
         with contextlib.closing(Courier()) as courier:
             key = courier.give(
@@ -380,19 +371,16 @@ class EncryptedSealer:
 
         The caller checks the sum tag before using any of it. Raises ChunkRefused.
         """
-        degree = self._public.ring.degree
         total = np.zeros(slots, dtype=np.uint64)
         places = list(_counts(_blocks(self._public.ring, slots)))
-        received = 0
-        for chunk in chunks:
-            if received == len(places):
+        rows, received = total.reshape(-1, self._public.ring.degree), 0
+        for received, chunk in enumerate(chunks, start=1):
+            if received > len(places):
                 raise ChunkRefused(f"sum: found more than the expected {len(places)} chunks")
-            first, count = places[received]
+            first, count = places[received - 1]
             parsed = _read_chunk(self._public, _FULL, chunk, first, count)
             for row in range(count):
-                start = (first + row) * degree
-                self._decrypt(parsed.words[row], total[start : start + degree])
-            received += 1
+                self._decrypt(parsed.words[row], rows[first + row])
         if received != len(places):
             raise ChunkRefused(f"sum: found {received} chunks, expected {len(places)}")
         return total
@@ -424,11 +412,8 @@ def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
 
     Raises Unavailable if the head of the stream differs from SEAL 4's: a later SEAL may change it.
     """
-    expected = public.ciphertext_prefix(kind)
-    sizes, count = (
-        slice(0, _CIPHERTEXT_SIZES),
-        slice(_CIPHERTEXT_WORDS_AT - 8, _CIPHERTEXT_WORDS_AT),
-    )
+    expected = public.prefixes[kind]
+    sizes, count = slice(_CIPHERTEXT_SIZES), slice(_CIPHERTEXT_WORDS_AT - 8, _CIPHERTEXT_WORDS_AT)
     if body[sizes] != expected[sizes] or body[count] != expected[count]:
         raise Unavailable(
             "tenseal: its SEAL writes ciphertexts in a layout unknown here",
@@ -440,7 +425,7 @@ def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
 def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> Any:
     ciphertext = public.api.Ciphertext(public.seal)
     try:
-        return courier.give(ciphertext, public.seal, public.ciphertext_prefix(kind) + tail)
+        return courier.give(ciphertext, public.seal, public.prefixes[kind] + tail)
     except (RuntimeError, ValueError) as error:
         raise ChunkRefused(f"ciphertext: SEAL refuses it ({error})") from error
 
@@ -481,11 +466,7 @@ class EncryptedFold:
             )
         parsed = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
         loaded = [self._load_seeded(parsed.words[row], parsed.seeds[row]) for row in range(count)]
-        for row, ciphertext in enumerate(loaded):
-            if self._total[first + row] is None:
-                self._total[first + row] = ciphertext
-            else:
-                self._evaluator.add_inplace(self._total[first + row], ciphertext)
+        self._accumulate(first, loaded)
 
     def merge(self, other: EncryptedFold) -> None:
         """Add another fold's sum of the same part; the other must not be used afterwards.
@@ -495,7 +476,11 @@ class EncryptedFold:
         other._refuse_gaps()
         if self._removed or other._removed:
             raise ChunkRefused("sum: the masks are already off")
-        for place, ciphertext in enumerate(other._total):
+        self._accumulate(0, other._total)
+
+    def _accumulate(self, first: int, ciphertexts: Sequence[Any]) -> None:
+        """Add ciphertexts to those of the sum from index `first` on."""
+        for place, ciphertext in enumerate(ciphertexts, start=first):
             if self._total[place] is None:
                 self._total[place] = ciphertext
             else:

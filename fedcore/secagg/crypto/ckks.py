@@ -1,7 +1,7 @@
 """CKKS through TenSEAL's vectors, as other frameworks use it: for `fedcore bench protect` only.
 
 CKKS computes on approximate numbers, and a decrypted value carries the encryption noise in its last
-digits. Whoever sees that value and has the ciphertext can subtract the two and solve for the secret
+digits. A party that has that value and the ciphertext can subtract the two and solve for the secret
 key: Li and Micciancio 2021, "On the Security of Homomorphic Encryption on Approximate Numbers"
 (EUROCRYPT 2021, ePrint 2020/1533). In a federation the sites decrypt, publish or deploy exactly
 such values while the coordinator holds the ciphertexts. So this is never a protection of a run:

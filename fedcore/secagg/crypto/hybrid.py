@@ -31,7 +31,7 @@ ENVELOPE_OVERHEAD = CIPHERTEXT_BYTES + BOX_OVERHEAD
 _PRIME = (1 << 255) - 19
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
 """RFC 7748's clamping makes 2^254 of zeros, and 2^254 times a point is the neutral element exactly when
-the point's order divides 8 (the other factors of curve and twist are odd). It is nobody's secret."""
+the point's order divides 8 (the other factors of curve and twist are odd). A constant, so no secret."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,14 @@ class HybridPublic:
     def check(self, owner: str) -> None:
         """Raise KeyRefused unless both are keys; to be called before any secret is used with them.
 
-        Refused are wrong lengths, every X25519 point of small order (the shared secret would be zero
-        for everyone), a second spelling of a coordinate (a copied key would not look like one), and an
+        Refused are wrong lengths, every X25519 point of small order (the shared secret would always be
+        zero), a second spelling of a coordinate (a copied key would not look like one), and an
         ML-KEM key whose coefficients are not reduced (FIPS 203, section 7.2).
         """
         _exchange(_PROBE, self.x25519, owner)
         if int.from_bytes(self.x25519, "little") >= _PRIME:
-            raise KeyRefused(
-                f"X25519 key of {owner}",
-                found="a coordinate that is not reduced",
-                expected="one below 2^255 - 19",
-                fault=owner,
-            )
+            found = "a coordinate that is not reduced"
+            raise KeyRefused(f"X25519 key of {owner}", found, "one below 2^255 - 19", owner)
         _mlkem_key(self.mlkem, owner)
 
     def to_bytes(self) -> bytes:
@@ -102,7 +98,7 @@ class HybridKey(Secret):
         return _exchange(self._x25519, other_x25519, owner)
 
     def decapsulate(self, ciphertext: bytes, sender: str) -> bytes:
-        """The ML-KEM shared secret, 32 bytes; of a foreign ciphertext, a secret nobody else knows.
+        """The ML-KEM shared secret, 32 bytes; of a foreign ciphertext, an unpredictable one.
 
         Raises KeyRefused for another length.
         """
@@ -143,12 +139,8 @@ def open_envelope(
     Raises KeyRefused for a sender's key that `HybridPublic.check` would have refused.
     """
     if len(sealed) < ENVELOPE_OVERHEAD:
-        raise EnvelopeRefused(
-            f"sealed message from {sender}",
-            found=f"{len(sealed)} bytes",
-            expected=f"at least {ENVELOPE_OVERHEAD}",
-            fault=sender,
-        )
+        found, expected = f"{len(sealed)} bytes", f"at least {ENVELOPE_OVERHEAD}"
+        raise EnvelopeRefused(f"sealed message from {sender}", found, expected, sender)
     ciphertext, box = sealed[:CIPHERTEXT_BYTES], sealed[CIPHERTEXT_BYTES:]
     secret = mine.agree(sender_public.x25519, sender) + mine.decapsulate(ciphertext, sender)
     key = _envelope_key(secret, sender_public, mine.public, ciphertext, context)
@@ -174,9 +166,7 @@ def _exchange(mine: X25519PrivateKey, theirs: bytes, owner: str) -> bytes:
     try:
         return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError:  # pyca's refusal of an all-zero shared secret (RFC 7748, section 6.1)
-        raise KeyRefused(
-            what, found="a point of small order", expected="one of large order", fault=owner
-        ) from None
+        raise KeyRefused(what, "a point of small order", "one of large order", owner) from None
 
 
 def _mlkem_key(public: bytes, owner: str) -> None:
@@ -185,11 +175,10 @@ def _mlkem_key(public: bytes, owner: str) -> None:
     try:
         MLKEM768PublicKey.from_public_bytes(public)
     except ValueError:
-        raise KeyRefused(
-            what, found="coefficients that are not reduced", expected="a valid key", fault=owner
-        ) from None
+        found = "coefficients that are not reduced"
+        raise KeyRefused(what, found, "a valid key", owner) from None
 
 
 def _expect_length(what: str, data: bytes, length: int, fault: str) -> None:
     if len(data) != length:
-        raise KeyRefused(what, found=f"{len(data)} bytes", expected=f"{length} bytes", fault=fault)
+        raise KeyRefused(what, f"{len(data)} bytes", f"{length} bytes", fault)

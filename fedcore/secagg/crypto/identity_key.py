@@ -1,7 +1,7 @@
-"""Who signs: Ed25519 identities, pinned in the roster before a round begins (PROTOCOL C).
+"""Ed25519 identities of the sites, pinned in the roster before a round begins (PROTOCOL C).
 
-Invariant: a signature speaks for one label and one message; its bytes under another label never verify.
-What the message contains, h first, is the business of `protocol/`. Ed25519: RFC 8032.
+Invariant: a signature is over one label and one message; its bytes under another label never verify.
+`protocol/` decides what the message contains, h first. Ed25519: RFC 8032.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fedcore.secagg.crypto.symmetric import Label, derive, framed
 from fedcore.types import SiteId
 
 PUBLIC_BYTES = 32
-SIGNATURE_BYTES = 64
 
 _PRIME = (1 << 255) - 19
 _Y_OF_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
@@ -58,19 +57,16 @@ def verify(public: bytes, label: bytes, message: bytes, signature: bytes, *, sig
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _signed(label, message))
     except (InvalidSignature, ValueError):  # ValueError: a key of another length
-        raise SignatureRefused(
-            f"signature of {signer} on '{label.decode(errors='replace')}'",
-            found="one that does not verify",
-            expected="that of the pinned key over this very message",
-            fault=signer,
-        ) from None
+        what = f"signature of {signer} on '{label.decode(errors='replace')}'"
+        expected = "that of the pinned key over this very message"
+        raise SignatureRefused(what, "one that does not verify", expected, signer) from None
 
 
 def roster_digest(roster: Mapping[SiteId, bytes]) -> str:
     """Hex SHA-256 over (id, public key) pairs in the mapping's order, each framed by its length.
 
     Raises RosterRefused for a key that is malformed, of small order (under which signatures verify for
-    messages nobody signed), or another site's: one holder would count as two sites.
+    messages that were never signed), or another site's: one holder would count as two sites.
     """
     owners: dict[bytes, SiteId] = {}
     for site, public in roster.items():
@@ -89,7 +85,7 @@ def roster_digest(roster: Mapping[SiteId, bytes]) -> str:
 
 
 def _refused(site: SiteId, found: str, expected: str) -> RosterRefused:
-    return RosterRefused(f"identity key of {site}", found=found, expected=expected, fault=site)
+    return RosterRefused(f"identity key of {site}", found, expected, site)
 
 
 def _signed(label: bytes, message: bytes) -> bytes:

@@ -2,13 +2,13 @@
 
 `c_i = v_i + AES-256-CTR(k_i)` in the slot ring, with `k_i = HKDF(G, salt h; site, state tag, s_i)` and a
 salt s_i drawn anew for every vector, is additively homomorphic: the sum of the c_i less the streams of the
-sites in it is the sum of the v_i (Castelluccia, Mykletun, Tsudik 2005; PROTOCOL X). Whoever holds G makes
-every stream; the coordinator does not, and to it one vector and the sum of any are uniform in the ring.
+sites in it is the sum of the v_i (Castelluccia, Mykletun, Tsudik 2005; PROTOCOL X). Every holder of G can
+make every stream; the coordinator has no G, and to it one vector and the sum of any are uniform in the ring.
 
-Invariant: a stream key is used for one vector only. The salt alone would see to that: it is 32 bytes of
+Invariant: a stream key is used for one vector only. The salt alone ensures it: it is 32 bytes of
 `Entropy`, never derived, also where a site makes a vector of the same round again.
-Integrity is not the stream's: whoever adds to a vector adds to the sum, and the sum tag (`sumtag.py`)
-finds it. Streams are laid on and taken off with the masks, in one pass (`masking.py`).
+A stream gives no integrity: what is added to a vector is added to the sum, and the sum tag (`sumtag.py`)
+detects it. Streams are added and subtracted with the masks, in one pass (`masking.py`).
 """
 
 from __future__ import annotations

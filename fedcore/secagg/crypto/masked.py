@@ -1,11 +1,11 @@
 """`masked`, and the cipher `keystream`: slots under masks, travelling as words of Z_{2^slot_bits}.
 
-The masks themselves are laid on by the site (`masking.add_masks`) before it hands a vector to the sealer,
-and rebuilt by the coordinator, which takes them off the sum at once: `MaskedFold.remove`. A keystream
+The site adds the masks (`masking.add_masks`) before it passes a vector to the sealer; the coordinator
+rebuilds them and subtracts them from the sum at once: `MaskedFold.remove`. A keystream
 (`crypto/keystream.py`) is added in the same way, and only the sites can subtract it.
-Invariant: what is left is the integer sum modulo 2^slot_bits, and headroom keeps every field below its
+Invariant: what remains is the integer sum modulo 2^slot_bits, and headroom keeps every field below its
 own modulus, so it is the integer sum (Bonawitz et al. 2017, section 4). One masked vector alone is
-uniform in the ring. What `plain` folds has its own type: a coordinator makes this one and never that.
+uniform in the ring. Vectors of `plain` have a fold of their own, which a coordinator never makes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedcore.types import Slots
 
 
 class MaskedSealer:
-    """A site's end of `masked`: masked slots to words, and the unmasked sum back to slots."""
+    """The site's side of `masked`: masked slots to words, and the unmasked sum back to slots."""
 
     def __init__(self, packing: Packing) -> None:
         self._bits = packing.slot_bits
@@ -39,7 +39,7 @@ class MaskedSealer:
 
 
 class MaskedFold:
-    """The coordinator's end of `masked`: one running sum of (slots,) uint64, and its masks taken off.
+    """The coordinator's side of `masked`: one running sum of (slots,) uint64, and the removal of its masks.
 
     With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
     """

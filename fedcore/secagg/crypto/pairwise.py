@@ -6,7 +6,7 @@ peer it makes an offer to, sealed to the peer's ML-KEM mask key. The seed of a p
 Invariant: the seed of a pair follows from either side's root, the other's public keys and the offer, and
 needs no third site; another header, peer, direction, key or state gives an unrelated one.
 X25519 alone would fall to a later quantum computer; r alone rests on ML-KEM. Double masks: Bonawitz et al.
-2017 (ePrint 2017/281), section 4. Whose roots may be rebuilt, and when, is decided in `protocol/`.
+2017 (ePrint 2017/281), section 4. `protocol/` decides which roots may be rebuilt, and when.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MaskRoot(Secret):
 
     @cached_property
     def keys(self) -> HybridKey:
-        """The mask key pair: the same from a rebuilt root, which is how the coordinator checks one."""
+        """The mask key pair: the same from a rebuilt root, so the coordinator checks a root by it."""
         return HybridKey(
             derive(self._root, Label.MASK_X25519),
             derive(self._root, Label.MASK_MLKEM, length=MLKEM_SEED_BYTES),
@@ -82,7 +82,7 @@ def make_offer(
 ) -> tuple[bytes, bytes]:
     """(r, offer): r sealed to the recipient's mask key, 1088 + 48 bytes. Raises KeyRefused.
 
-    The offer can be opened again by whoever rebuilds the recipient's root.
+    The offer can be opened again once the recipient's root is rebuilt.
     """
     secret = pair_secret(root, sender=sender, recipient=recipient, header=header)
     shared, ciphertext = encapsulate(peer_mask_mlkem, recipient, entropy)
@@ -95,12 +95,8 @@ def open_offer(
 ) -> bytes:
     """r of the pair, from the recipient's root. Raises EnvelopeRefused."""
     if len(offer) != OFFER_BYTES:
-        raise EnvelopeRefused(
-            f"mask offer from {sender}",
-            found=f"{len(offer)} bytes",
-            expected=f"{OFFER_BYTES} bytes",
-            fault=sender,
-        )
+        found, expected = f"{len(offer)} bytes", f"{OFFER_BYTES} bytes"
+        raise EnvelopeRefused(f"mask offer from {sender}", found, expected, sender)
     ciphertext, box = offer[:CIPHERTEXT_BYTES], offer[CIPHERTEXT_BYTES:]
     shared = root.keys.decapsulate(ciphertext, sender)
     key = _offer_key(shared, root.keys.public.mlkem, ciphertext, sender, recipient, header)
@@ -108,12 +104,7 @@ def open_offer(
 
 
 def _offer_key(
-    shared: bytes,
-    mlkem: bytes,
-    ciphertext: bytes,
-    sender: SiteId,
-    recipient: SiteId,
-    header: bytes,
+    shared: bytes, mlkem: bytes, ciphertext: bytes, sender: SiteId, recipient: SiteId, header: bytes
 ) -> bytes:
     # All that an offer belongs to is in its key, so its box needs no further context.
     ids = (sender.encode(), recipient.encode())
@@ -140,16 +131,9 @@ def pair_seed(
     (first, first_keys), (second, second_keys) = sorted(
         ((mine, own.to_bytes()), (theirs, peer.to_bytes()))
     )
-    return derive(
-        root.keys.agree(peer.x25519, theirs) + secret,
-        Label.PAIR_SEED,
-        first.encode(),
-        second.encode(),
-        first_keys,
-        second_keys,
-        state_tag,
-        salt=header,
-    )
+    agreed = root.keys.agree(peer.x25519, theirs) + secret
+    parts = (first.encode(), second.encode(), first_keys, second_keys, state_tag)
+    return derive(agreed, Label.PAIR_SEED, *parts, salt=header)
 
 
 def self_mask_seed(self_seed: bytes, *, site: SiteId, header: bytes, state_tag: bytes) -> bytes:

@@ -1,32 +1,21 @@
 """No protection: slots travel unchanged, packed to their bits. For simulation and tests only.
 
-A coordinator that folds these sees every update; `fedcore_server` never constructs them.
+A coordinator that folds these sees every update; `fedcore_server` never constructs one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from fedcore.secagg.crypto import words
+from fedcore.secagg.crypto.masked import MaskedSealer
 from fedcore.secagg.plan import Packing
-from fedcore.types import Slots
 
 
-class PlainSealer:
-    """The site's side of `plain`."""
-
-    def __init__(self, packing: Packing) -> None:
-        self._bits = packing.slot_bits
-
-    def protect(self, slots: Slots) -> Iterator[bytes]:
-        """(s,) uint64 below 2^slot_bits to chunks of s * slot_bits / 8 bytes in all."""
-        return words.write(slots, self._bits)
-
-    def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
-        """Chunks of the sum to (slots,) uint64. Raises ChunkRefused on a wrong size or count."""
-        return words.read(chunks, slots, self._bits)
+class PlainSealer(MaskedSealer):
+    """The site's side of `plain`: the words of `masked`, of slots without masks."""
 
 
 class PlainFold:

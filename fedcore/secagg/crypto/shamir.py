@@ -2,7 +2,7 @@
 
 The secret is the value at 0 of a polynomial of degree t - 1 over the field of p = 2^256 + 297, the
 smallest prime above every 32-byte secret; share k is its value at x = k + 1 (Shamir 1979).
-Invariant: what `combine` returns lies on one polynomial of degree below t with *all* the shares given.
+Invariant: what `combine` returns is on one polynomial of degree below t with *all* the shares given.
 It cannot detect a wrong share among exactly t; `protocol/` checks each against its signed digest, and the
 rebuilt secret against its public key or hash.
 
@@ -13,7 +13,8 @@ secret becomes known anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 from fedcore.errors import BadInput, ShareRefused, ThresholdRefused
 
@@ -35,21 +36,15 @@ def split(secret: bytes, threshold: int, count: int, draw: Callable[[int], bytes
     if len(secret) != SECRET_BYTES:
         raise BadInput(f"key shares: found a secret of {len(secret)} bytes, expected 32")
     if not 2 <= threshold <= count <= MAX_SHARES:
-        raise ThresholdRefused(
-            "key shares",
-            found=f"{threshold} of {count}",
-            expected=f"at least 2 of at most {MAX_SHARES}",
-            fault="this site",
-        )
-    coefficients = [int.from_bytes(secret, "little")]
-    coefficients += [
-        int.from_bytes(draw(_DRAW_BYTES), "little") % PRIME for _ in range(threshold - 1)
-    ]
+        found, expected = f"{threshold} of {count}", f"at least 2 of at most {MAX_SHARES}"
+        raise ThresholdRefused("key shares", found, expected, "this site")
+    drawn = (int.from_bytes(draw(_DRAW_BYTES), "little") % PRIME for _ in range(threshold - 1))
+    coefficients = [int.from_bytes(secret, "little"), *drawn]
     return [_evaluate(coefficients, x).to_bytes(SHARE_BYTES, "little") for x in range(1, count + 1)]
 
 
 def combine(shares: Mapping[int, bytes], threshold: int, *, owner: str) -> bytes:
-    """The secret, 32 bytes, of shares {x: share}, x from 1; owner: whose secret it is.
+    """The secret, 32 bytes, of shares {x: share}, x from 1; owner: the site that it belongs to.
 
     The first `threshold` in ascending x are used, and every further one must lie on their polynomial.
     Raises ShareRefused for that, too few shares, an x outside 1 to 255, a share of another length or not
@@ -75,11 +70,8 @@ def combine(shares: Mapping[int, bytes], threshold: int, *, owner: str) -> bytes
     return secret.to_bytes(SECRET_BYTES, "little")
 
 
-def _evaluate(coefficients: Iterable[int], x: int) -> int:
-    value = 0
-    for coefficient in reversed(list(coefficients)):
-        value = (value * x + coefficient) % PRIME
-    return value
+def _evaluate(coefficients: Sequence[int], x: int) -> int:
+    return reduce(lambda value, each: (value * x + each) % PRIME, reversed(coefficients), 0)
 
 
 def _interpolate(points: Sequence[int], values: Sequence[int]) -> Callable[[int], int]:
@@ -111,4 +103,4 @@ def _read(share: bytes, x: int, owner: str) -> int:
 
 
 def _refused(owner: str, found: str, expected: str, fault: str) -> ShareRefused:
-    return ShareRefused(f"key shares of {owner}", found=found, expected=expected, fault=fault)
+    return ShareRefused(f"key shares of {owner}", found, expected, fault)

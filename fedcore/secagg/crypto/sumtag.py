@@ -2,9 +2,9 @@
 
 Invariant: with p = 2^61 - 1, secret coefficients r and pads, site i sends
 `T_i = pad_i + sum_s r_s v_(i,s) mod p`, and a sum V is accepted only if
-`sum_i T_i = sum_(i listed) pad_i + sum_s r_s V_s mod p`. Whoever does not know G, and adds, drops,
-repeats or alters a vector, is found out except with probability 1/p: a linear universal hash with a
-one-time pad per site and round (Wegman & Carter 1981). It does not bind a site that lies.
+`sum_i T_i = sum_(i listed) pad_i + sum_s r_s V_s mod p`. A vector added, dropped, repeated or altered by a
+party without G is detected except with probability 1/p: a linear universal hash with a one-time pad per
+site and round (Wegman & Carter 1981). It does not stop a site that contributes false values.
 
 r and the pads come from HKDF-SHA256 over G with salt h (the round header's digest) and the site's own
 state tag, so another round, purpose, roster, plan or model has unrelated keys.
@@ -19,13 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.secagg.crypto.secret import Secret
-from fedcore.secagg.crypto.symmetric import Label, derive
+from fedcore.secagg.crypto.symmetric import Label, derive, hkdf, keystream
 from fedcore.secagg.plan import RoundHeader
 from fedcore.types import SiteId, Slots
 
@@ -59,18 +56,16 @@ class GroupSecret(Secret):
     def from_bytes(cls, payload: bytes, *, sender: str = "this site") -> GroupSecret:
         """The inverse of `to_bytes`. Raises EnvelopeRefused on another length.
 
-        sender: who is at fault then; a site that reads its own journal leaves it out.
+        sender: the party at fault then; left out for the site's own journal.
         """
         if len(payload) != GROUP_SECRET_BYTES:
-            raise EnvelopeRefused(
-                "group secret", found=f"{len(payload)} bytes", expected=GROUP_SECRET_BYTES,
-                fault=sender,
-            )  # fmt: skip
+            found = f"{len(payload)} bytes"
+            raise EnvelopeRefused("group secret", found, GROUP_SECRET_BYTES, sender)
         return cls(payload)
 
     def derive(self, salt: bytes, info: bytes, length: int) -> bytes:
         """HKDF-SHA256(G, salt, info): `length` bytes (RFC 5869)."""
-        return HKDF(SHA256(), length, salt, b"fedcore/1 " + info).derive(self._key)
+        return hkdf(self._key, salt, b"fedcore/1 " + info, length)
 
     def derive_labelled(self, label: Label, *parts: bytes, salt: bytes) -> bytes:
         """32 bytes of `symmetric.derive` under G. Its info begins with a length, that of `derive` above
@@ -83,15 +78,15 @@ class GroupSecret(Secret):
 
 
 def key_id(payload: bytes) -> bytes:
-    """What names a key epoch's payload and says nothing about it: SHA-256, 32 bytes (PROTOCOL E).
+    """The name of a key epoch's payload: SHA-256, 32 bytes (PROTOCOL E).
 
-    Safe to show to everybody, since the payload ends in 32 random bytes.
+    Public: the payload ends in 32 random bytes, so the hash reveals nothing about it.
     """
     return hashlib.sha256(b"key id" + payload).digest()
 
 
 def state_tag(group: GroupSecret, job: str, round_: int, state: bytes) -> bytes:
-    """HMAC(G, "state", job, round, state): what binds a vector to the model it started from (PROTOCOL S).
+    """HMAC(G, "state", job, round, state), which binds a vector to the model it started from (PROTOCOL S).
 
     state: the canonical bytes of parameters, optimiser state and range, as the site itself holds them.
     """
@@ -117,14 +112,15 @@ class SumTag:
         return (self._pad(site) + self._product(slots)) % PRIME
 
     def check(self, total: Slots, tag_sum: int, survivors: Sequence[SiteId]) -> None:
-        """Accept the sum of `survivors` or raise TagRefused, which says nothing about the values.
+        """Accept the sum of `survivors` or raise TagRefused, whose text has nothing of the values.
 
         A list that names a site twice, or one off the roster, has a tag too: it is refused first.
         """
         listed = set(survivors)
         known = len(listed) == len(survivors) and listed <= set(self.header.roster)
         expected = (sum(map(self._pad, survivors)) + self._product(total)) % PRIME
-        if not known or not hmac.compare_digest(_bytes(tag_sum % PRIME), _bytes(expected)):
+        found, due = (value.to_bytes(8, "little") for value in (tag_sum % PRIME, expected))
+        if not known or not hmac.compare_digest(found, due):
             raise TagRefused(
                 "sum: its tag is not that of the listed survivors, this round, each once",
                 remedy="nothing was applied; the next round needs a new key epoch",
@@ -139,8 +135,7 @@ class SumTag:
 
     def _product(self, slots: Slots) -> int:
         """sum_s r_s slots_s mod p, in 20/21-bit limbs (the slow reference is in the tests)."""
-        key = self._derive(b"sum tag coefficients", 32)
-        stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        stream = keystream(self._derive(b"sum tag coefficients", 32))
         total = 0
         for start in range(0, len(slots), _BLOCK):
             v = slots[start : start + _BLOCK]
@@ -158,7 +153,3 @@ def _dot(r: Slots, v: Slots) -> int:
         for a, a_shift in zip(r_limbs, (0, 21, 41), strict=True)
         for b, b_shift in zip(v_limbs, (0, 20, 40), strict=True)
     )
-
-
-def _bytes(value: int) -> bytes:
-    return value.to_bytes(8, "little")

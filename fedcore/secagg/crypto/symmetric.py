@@ -72,11 +72,9 @@ def open_box(key: bytes, box: bytes, context: bytes, *, sender: str) -> bytes:
     try:
         return ChaCha20Poly1305(key).decrypt(_ONLY_NONCE, box, context)
     except InvalidTag:
+        expected = "one sealed for this recipient, round and purpose"
         raise EnvelopeRefused(
-            f"sealed message from {sender}",
-            found="one that does not open",
-            expected="one sealed for this recipient, round and purpose",
-            fault=sender,
+            f"sealed message from {sender}", "one that does not open", expected, sender
         ) from None
 
 
