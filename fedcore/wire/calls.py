@@ -28,16 +28,16 @@ _READERS = frozenset({OPERATOR, OBSERVER})
 class Call(Generic[Q, A]):
     """One call. takes, gives: codecs of request and reply; takes_stream, gives_stream: whether they are streams.
 
-    roles: of the certificates that may make it; the server checks them before it reads a frame.
+    roles: of the certificates that may make the call; the server checks them before it reads a frame.
     """
 
     service: str
     name: str
     takes: Codec[Q]
     gives: Codec[A]
-    takes_stream: bool
-    gives_stream: bool
     roles: frozenset[str]
+    takes_stream: bool = False
+    gives_stream: bool = False
 
     @property
     def path(self) -> str:
@@ -49,50 +49,35 @@ COORDINATOR = "fedcore.v1.Coordinator"
 OPERATORS = "fedcore.v1.Operator"
 
 SESSION = Call(
-    COORDINATOR, "Session", frames.FROM_SITE, frames.TO_SITE,
-    takes_stream=True, gives_stream=True, roles=_SITES,
-)  # fmt: skip
-CHECK = Call(
-    COORDINATOR, "Check", frames.HELLO, frames.WELCOME,
-    takes_stream=False, gives_stream=False, roles=_SITES,
-)  # fmt: skip
+    COORDINATOR,
+    "Session",
+    frames.FROM_SITE,
+    frames.TO_SITE,
+    _SITES,
+    takes_stream=True,
+    gives_stream=True,
+)
+CHECK = Call(COORDINATOR, "Check", frames.HELLO, frames.WELCOME, _SITES)
 UPLOAD = Call(
-    COORDINATOR, "Upload", frames.UPLOAD, frames.UPLOAD_RECEIPT,
-    takes_stream=True, gives_stream=False, roles=_SITES,
-)  # fmt: skip
+    COORDINATOR, "Upload", frames.UPLOAD, frames.UPLOAD_RECEIPT, _SITES, takes_stream=True
+)
 UPLOAD_OFFSET = Call(
-    COORDINATOR, "UploadOffset", frames.UPLOAD_START, frames.UPLOAD_RECEIPT,
-    takes_stream=False, gives_stream=False, roles=_SITES,
-)  # fmt: skip
+    COORDINATOR, "UploadOffset", frames.UPLOAD_START, frames.UPLOAD_RECEIPT, _SITES
+)
 DOWNLOAD = Call(
-    COORDINATOR, "Download", frames.DOWNLOAD_START, frames.DOWNLOAD,
-    takes_stream=False, gives_stream=True, roles=_SITES,
-)  # fmt: skip
+    COORDINATOR, "Download", frames.DOWNLOAD_START, frames.DOWNLOAD, _SITES, gives_stream=True
+)
 
-SUBMIT = Call(
-    OPERATORS, "Submit", frames.SUBMIT_REQUEST, frames.SUBMIT_REPLY,
-    takes_stream=False, gives_stream=False, roles=_OPERATORS,
-)  # fmt: skip
-JOBS = Call(
-    OPERATORS, "Jobs", frames.JOBS_REQUEST, frames.JOBS_REPLY,
-    takes_stream=False, gives_stream=False, roles=_READERS,
-)  # fmt: skip
+SUBMIT = Call(OPERATORS, "Submit", frames.SUBMIT_REQUEST, frames.SUBMIT_REPLY, _OPERATORS)
+JOBS = Call(OPERATORS, "Jobs", frames.JOBS_REQUEST, frames.JOBS_REPLY, _READERS)
 WATCH = Call(
-    OPERATORS, "Watch", frames.WATCH_REQUEST, frames.WATCH_EVENT,
-    takes_stream=False, gives_stream=True, roles=_READERS,
-)  # fmt: skip
-STOP = Call(
-    OPERATORS, "Stop", frames.JOB_REQUEST, frames.REPLY,
-    takes_stream=False, gives_stream=False, roles=_OPERATORS,
-)  # fmt: skip
-EVICT = Call(
-    OPERATORS, "Evict", frames.SITE_REQUEST, frames.REPLY,
-    takes_stream=False, gives_stream=False, roles=_OPERATORS,
-)  # fmt: skip
+    OPERATORS, "Watch", frames.WATCH_REQUEST, frames.WATCH_EVENT, _READERS, gives_stream=True
+)
+STOP = Call(OPERATORS, "Stop", frames.JOB_REQUEST, frames.REPLY, _OPERATORS)
+EVICT = Call(OPERATORS, "Evict", frames.SITE_REQUEST, frames.REPLY, _OPERATORS)
 RESULT = Call(
-    OPERATORS, "Result", frames.JOB_REQUEST, frames.FILE_PART,
-    takes_stream=False, gives_stream=True, roles=_READERS,
-)  # fmt: skip
+    OPERATORS, "Result", frames.JOB_REQUEST, frames.FILE_PART, _READERS, gives_stream=True
+)
 
 _ALL: tuple[Call[Any, Any], ...] = (
     SESSION, CHECK, UPLOAD, UPLOAD_OFFSET, DOWNLOAD,

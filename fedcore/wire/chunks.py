@@ -30,27 +30,23 @@ from fedcore.wire.limits import PART
 def upload(start: UploadStart, source: BinaryIO) -> Iterator[bytes]:
     """The packed frames of an upload, from `start.offset` of the source on."""
     yield UPLOAD.pack(start)
-    for data in _pieces(source, start.offset, start.size):
-        yield UPLOAD.pack(Part(data))
+    yield from map(UPLOAD.pack, _parts(source, start.offset, start.size))
 
 
 def download(head: DownloadHead, source: BinaryIO) -> Iterator[bytes]:
     """The packed frames of a download, from `head.offset` of the source on."""
     yield DOWNLOAD.pack(head)
-    for data in _pieces(source, head.offset, head.size):
-        yield DOWNLOAD.pack(Part(data))
+    yield from map(DOWNLOAD.pack, _parts(source, head.offset, head.size))
 
 
-def _pieces(source: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
+def _parts(source: BinaryIO, offset: int, size: int) -> Iterator[Part]:
     """Bytes [offset, size) of the source. Raises VectorRefused where it ends early."""
     source.seek(offset)
     while offset < size:
         data = source.read(min(PART, size - offset))
         if not data:
-            raise VectorRefused(
-                "file", found=f"{offset} bytes", expected=f"{size}", fault="this site"
-            )
-        yield data
+            raise VectorRefused("file", f"{offset} bytes", f"{size}", "this site")
+        yield Part(data)
         offset += len(data)
 
 
@@ -67,19 +63,19 @@ class Incoming:
     def __init__(self, start: UploadStart | DownloadHead, *, sender: str) -> None:
         self.size, self.offset, self.sender = start.size, start.offset, sender
         if self.offset > self.size:
-            raise _malformed("offset", f"{self.offset}", f"at most {self.size}", sender)
+            raise MalformedMessage("offset", f"{self.offset}", f"at most {self.size}", sender)
 
     def take(self, frame: UploadPart | DownloadPart) -> bytes:
         """The bytes of the next part. Raises MalformedMessage, and VectorRefused beyond the size."""
         if not isinstance(frame, Part):
-            raise _malformed("frame", f"a second {type(frame).__name__}", "a part", self.sender)
+            raise MalformedMessage(
+                "frame", f"a second {type(frame).__name__}", "a part", self.sender
+            )
         end = self.offset + len(frame.data)
         if end > self.size:
-            raise VectorRefused(
-                "vector", found=f"{end} bytes or more", expected=f"{self.size}", fault=self.sender
-            )
+            raise VectorRefused("vector", f"{end} bytes or more", f"{self.size}", self.sender)
         if end < self.size and len(frame.data) != PART:  # else tiny parts could keep a thread busy
-            raise _malformed("part", f"{len(frame.data)} bytes", f"{PART}", self.sender)
+            raise MalformedMessage("part", f"{len(frame.data)} bytes", f"{PART}", self.sender)
         self.offset = end
         return frame.data
 
@@ -114,9 +110,9 @@ class Files:
         if self._open is None and part.name not in self.done:
             self._open, self._offset = part.name, 0
             if len(self.done) == MAX_FILES:
-                raise _malformed("files", "one more", f"at most {MAX_FILES}", self.sender)
+                raise MalformedMessage("files", "one more", f"at most {MAX_FILES}", self.sender)
         if part.name != self._open or part.offset != self._offset:
-            raise _malformed("file", "a part out of order", "the next one", self.sender)
+            raise MalformedMessage("file", "a part out of order", "the next one", self.sender)
         self._offset += len(part.data)
         if part.last:
             self.done.add(part.name)
@@ -126,8 +122,4 @@ class Files:
     def finish(self) -> None:
         """Call at the end of the stream. Raises MalformedMessage if it ended inside a file."""
         if self._open is not None:
-            raise _malformed("file", "a part of it", "all of it", self.sender)
-
-
-def _malformed(what: str, found: str, expected: str, sender: str) -> MalformedMessage:
-    return MalformedMessage(what, found=found, expected=expected, fault=sender)
+            raise MalformedMessage("file", "a part of it", "all of it", self.sender)

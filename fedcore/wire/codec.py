@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import DecodeError
@@ -52,7 +53,7 @@ class Codec(Generic[F]):
         """Serialise a frame. Raises MalformedMessage (fault: this site) for one beyond its limits."""
         form = self._of.get(type(frame))
         if form is None:
-            raise _refused(self.envelope, type(frame).__name__, _names(self), "this site")
+            raise MalformedMessage(self.envelope, type(frame).__name__, _names(self), "this site")
         body = _write(frame, form)
         return _head(form.number, len(body)) + body if form.number else body
 
@@ -61,7 +62,7 @@ class Codec(Generic[F]):
         form, body = (self.forms[0], data) if 0 in self.forms else self._open(data, sender)
         if len(body) > form.most:
             most = f"at most {form.most} bytes"
-            raise _refused(form.frame.__name__, f"{len(body)} bytes", most, sender)
+            raise MalformedMessage(form.frame.__name__, f"{len(body)} bytes", most, sender)
         return cast("F", _read(body, form, sender))
 
     def _open(self, data: bytes, sender: str) -> tuple[Form[Any], bytes]:
@@ -69,11 +70,13 @@ class Codec(Generic[F]):
         form = self.forms.get(data[0] >> 3) if data else None
         if form is None:
             kind = "an unknown frame" if data else "nothing"
-            raise _refused(self.envelope, kind, _names(self), sender)
+            raise MalformedMessage(self.envelope, kind, _names(self), sender)
         for size in range(2, 7):  # key and a length of 1 to 5 bytes
             if _head(form.number, len(data) - size) == data[:size]:
                 return form, data[size:]
-        raise _refused(self.envelope, "another length than stated", "the whole frame", sender)
+        raise MalformedMessage(
+            self.envelope, "another length than stated", "the whole frame", sender
+        )
 
 
 def _head(number: int, size: int) -> bytes:
@@ -90,17 +93,13 @@ def _names(codec: Codec[Any]) -> str:
     return " or ".join(form.frame.__name__ for form in codec.forms.values())
 
 
-def _refused(what: str, seen: object, expected: object, sender: str) -> MalformedMessage:
-    return MalformedMessage(what, found=seen, expected=expected, fault=sender)
-
-
 # ------------------------------------------------------------------------------------ one frame
 
 
 def _write(frame: Any, form: Form[Any]) -> bytes:
     if form.message is None:
         (only,) = _rules(form.frame)
-        return _checked(frame, only, "this site")  # type: ignore[no-any-return]
+        return cast("bytes", _checked(frame, only))
     message = form.message()
     _fill(message, frame)
     return cast("bytes", message.SerializeToString(deterministic=True))
@@ -109,7 +108,7 @@ def _write(frame: Any, form: Form[Any]) -> bytes:
 def _fill(message: Any, frame: Any) -> None:
     """Set a protobuf message's fields from a frame's, each within its limit."""
     for rule in _rules(type(frame)):
-        value = _checked(frame, rule, "this site")
+        value = _checked(frame, rule)
         if rule.of is None:
             setattr(message, rule.name, value)
         elif rule.many:
@@ -121,19 +120,18 @@ def _fill(message: Any, frame: Any) -> None:
 
 def _read(body: bytes, form: Form[Any], sender: str) -> Any:
     if form.message is None:
-        frame = form.frame(body)
         (only,) = _rules(form.frame)
-        _checked(frame, only, sender)
-        return frame
+        _check(body, only, form.frame, sender)
+        return form.frame(body)
     message, name = form.message(), form.frame.__name__
     try:
         message.MergeFromString(body)
     except DecodeError:
-        raise _refused(name, "bytes that are no such frame", "protobuf", sender) from None
+        raise MalformedMessage(name, "bytes that are no such frame", "protobuf", sender) from None
     _check_version(message, form.frame, sender)
     message.DiscardUnknownFields()  # or they would be written again, and the bytes be the same
     if message.SerializeToString(deterministic=True) != body:
-        raise _refused(name, "another byte form", "the one its fields give", sender)
+        raise MalformedMessage(name, "another byte form", "the one its fields give", sender)
     return _taken(message, form.frame, sender)
 
 
@@ -160,10 +158,12 @@ def _check_version(message: Any, cls: type[Any], sender: str) -> None:
     software = getattr(message, "software", "")
     known = software if software.isprintable() and 0 < len(software) <= 64 else "another Fedcore"
     raise VersionRefused(
-        "wire version", found=f"{message.version} (of {known})",
-        expected=f"{WIRE_VERSION} (of fedcore {__version__})", fault=sender,
+        "wire version",
+        f"{message.version} (of {known})",
+        f"{WIRE_VERSION} (of fedcore {__version__})",
+        sender,
         remedy="install the same version of Fedcore on both sides",
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------ one field
@@ -180,15 +180,11 @@ class _Rule:
     limit: Limit | None
 
 
-_RULES: dict[type[Any], tuple[_Rule, ...]] = {}
-
-
+@cache
 def _rules(cls: type[Any]) -> tuple[_Rule, ...]:
-    """The rules of a frame's fields, in order; cached by type."""
-    if cls not in _RULES:
-        hints = get_type_hints(cls, include_extras=True)
-        _RULES[cls] = tuple(_rule(each.name, hints[each.name]) for each in fields(cls))
-    return _RULES[cls]
+    """The rules of a frame's fields, in order."""
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple(_rule(each.name, hints[each.name]) for each in fields(cls))
 
 
 def _rule(name: str, hint: Any) -> _Rule:
@@ -203,15 +199,15 @@ def _rule(name: str, hint: Any) -> _Rule:
     return _Rule(name, hint, nested, many=False, limit=limit)
 
 
-def _checked(frame: Any, rule: _Rule, sender: str) -> Any:
+def _checked(frame: Any, rule: _Rule) -> Any:
     value = getattr(frame, rule.name)
-    _check(value, rule, type(frame), sender)
+    _check(value, rule, type(frame), "this site")
     return value
 
 
 def _check(value: Any, rule: _Rule, cls: type[Any], sender: str) -> None:
     where = f"{cls.__name__}.{rule.name}"
     if type(value) is not rule.kind and not (rule.many and isinstance(value, tuple)):
-        raise _refused(where, type(value).__name__, rule.kind.__name__, sender)
+        raise MalformedMessage(where, type(value).__name__, rule.kind.__name__, sender)
     if rule.limit is not None and not rule.limit.allows(value):
-        raise _refused(where, found(value), rule.limit.expected, sender)
+        raise MalformedMessage(where, found(value), rule.limit.expected, sender)

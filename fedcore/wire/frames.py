@@ -10,9 +10,8 @@ the coordinator: an activity is one of `DOING`, and `Goodbye.text` is a fixed se
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, TypeVar, cast
 
 from fedcore import __version__
 from fedcore.errors import MalformedMessage
@@ -43,16 +42,9 @@ from fedcore.wire.limits import (
 )
 
 DOING = (
-    "idle",
-    "loading",
-    "training",
-    "evaluating",
-    "protecting",
-    "uploading",
-    "downloading",
-    "opening",
+    "idle", "loading", "training", "evaluating", "protecting", "uploading", "downloading", "opening",
     "waiting",
-)
+)  # fmt: skip
 """The activities that a site reports."""
 
 GOODBYES = {
@@ -356,7 +348,7 @@ def json_value(data: bytes, *, sender: str) -> Json:
     except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError too
         value = None
     if not isinstance(value, dict):
-        raise MalformedMessage("JSON", found="something else", expected="an object", fault=sender)
+        raise MalformedMessage("JSON", "something else", "an object", sender)
     return cast("Json", value)
 
 
@@ -376,9 +368,7 @@ DownloadPart = DownloadHead | Part
 
 def _form(frame: type[F], number: int = 0, most: int = SMALL) -> Form[F]:
     """The wire form of a frame; its protobuf class has the same name, and a Part is bare bytes."""
-    message: Callable[[], Any] | None = None
-    if frame is not Part:
-        message = getattr(federation_pb2, frame.__name__)
+    message = None if frame is Part else getattr(federation_pb2, frame.__name__)
     return Form(frame, message, most, number)
 
 

@@ -88,8 +88,8 @@ def one_of(words: Collection[str]) -> Limit:
 
 def length(least: int, most: int) -> Limit:
     """A number of bytes or items in a closed range."""
-    says = f"{least}" if least == most else f"{least} to {most}"
-    return Limit(says, lambda value: least <= len(value) <= most)
+    expected = f"{least}" if least == most else f"{least} to {most}"
+    return Limit(expected, lambda value: least <= len(value) <= most)
 
 
 def within(least: int, most: int) -> Limit:

@@ -7,7 +7,6 @@ hold a secret; `travelling` raises TypeError for it.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
@@ -67,13 +66,11 @@ def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
 
 
 FROM_SITES: Table[messages.SiteMessage | epoch.SiteEpochMessage] = {
-    **travelling(
-        *get_args(messages.SiteMessage), most=SITE_RECORD,
-    ),
+    **travelling(*get_args(messages.SiteMessage), most=SITE_RECORD),
     **travelling(epoch.EpochKey, epoch.KeyHeld, most=SITE_WORDS),
     **travelling(epoch.Grant, most=GRANT),
     **travelling(epoch.Grants, most=MAX_RECORD, each=GRANT),
-}  # fmt: skip
+}
 FROM_COORDINATOR: Table[messages.CoordinatorMessage | epoch.CoordinatorEpochMessage] = travelling(
     *get_args(messages.CoordinatorMessage),
     *get_args(epoch.CoordinatorEpochMessage),
@@ -102,8 +99,7 @@ def unpack_record(record: Record, allowed: Table[T], *, sender: str, sites: int 
     """
     entry = allowed.get(_name(record.body))
     if entry is None:
-        known = "a message that travels this way"
-        raise MalformedMessage("record", found="another one", expected=known, fault=sender)
+        raise MalformedMessage("record", "another one", "a message that travels this way", sender)
     body = _fitting(record.body, entry, entry.limit(sites), sender)
     most = None if sites is None else max(sites, MOST_ITEMS)
     return decode(body, entry.kind, sender=sender, most_items=most)
@@ -111,10 +107,8 @@ def unpack_record(record: Record, allowed: Table[T], *, sender: str, sites: int 
 
 def _fitting(body: bytes, entry: Entry[object], most: int, sender: str) -> bytes:
     if len(body) > most:
-        raise MalformedMessage(
-            type_name(entry.kind), found=f"{len(body)} bytes",
-            expected=f"at most {most} bytes", fault=sender,
-        )  # fmt: skip
+        found, expected = f"{len(body)} bytes", f"at most {most} bytes"
+        raise MalformedMessage(type_name(entry.kind), found, expected, sender)
     return body
 
 
@@ -122,5 +116,5 @@ def _name(body: bytes) -> str:
     """The type name at the head of a record, or "" for bytes of another form."""
     if body[:2] != b"RS" or len(body) < 6:
         return ""
-    (size,) = struct.unpack(">I", body[2:6])
+    size = int.from_bytes(body[2:6], "big")
     return body[6 : 6 + min(size, 64)].decode(errors="replace")
