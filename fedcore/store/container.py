@@ -167,4 +167,4 @@ def _hash_of(file: IO[bytes], length: int) -> bytes:
 
 
 def _refused(found: object, expected: object, fault: str) -> VectorRefused:
-    return VectorRefused("vector", found=found, expected=expected, fault=fault)
+    return VectorRefused("vector", found, expected, fault)

@@ -45,13 +45,18 @@ def refusals(what: str, path: Path) -> Iterator[None]:
         raise problem(what, path, error) from error
 
 
-def sync_folder(path: Path) -> None:
-    """Fsync a folder, so that renamed and new files in it keep their names after a crash. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path, flags: int = 0) -> None:
+    """Fsync the contents of a file. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Fsync a folder, so that renamed and new files in it keep their names after a crash. Raises OSError."""
+    sync(path, os.O_DIRECTORY)
 
 
 def make_folder(path: Path) -> None:

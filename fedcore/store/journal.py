@@ -120,11 +120,11 @@ class Journal:
         another version, of another party, not a journal, not readable or writable.
         """
         path = _path_of(where)
-        with refusals("journal", path):
-            make_folder(path.parent)
-            lock = _hold(path)
-        try:
+        with contextlib.ExitStack() as undo:
             with refusals("journal", path):
+                make_folder(path.parent)
+                lock = _hold(path)
+                undo.callback(os.close, lock)
                 # SQLite creates its log with the mode of the database: both are for this user only.
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 sync_folder(path.parent)
@@ -136,15 +136,10 @@ class Journal:
                 journal = cls(engine, path, lock)
             except DBAPIError as error:
                 raise _refused("open", path, error) from error
-            try:
-                with journal._told("open"):
-                    journal._prepare(party)
-            except BaseException:
-                journal._connection.close()
-                raise
-        except BaseException:
-            os.close(lock)
-            raise
+            undo.callback(journal._connection.close)
+            with journal._told("open"):
+                journal._prepare(party)
+            undo.pop_all()
         return journal
 
     def _prepare(self, party: str) -> None:
@@ -284,10 +279,8 @@ class Journal:
         """The records of a stream, oldest first. Raises StoreProblem for one that cannot be read."""
         last = -1
         while True:
-            query = (
-                select(_RECORDS).where(*_in(job, stream), _RECORDS.c.id > last)
-                .order_by(_RECORDS.c.id).limit(_PAGE)
-            )  # fmt: skip
+            here = (_RECORDS.c.job == job, _RECORDS.c.stream == stream, _RECORDS.c.id > last)
+            query = select(_RECORDS).where(*here).order_by(_RECORDS.c.id).limit(_PAGE)
             with self._told("read"), self._connection.begin():
                 rows = self._connection.execute(query).all()
             for row in rows:
@@ -358,10 +351,6 @@ class Journal:
                 raise _refused(doing, self._path, error) from error
 
 
-def _in(job: str, stream: str) -> tuple[Any, ...]:
-    return (_RECORDS.c.job == job, _RECORDS.c.stream == stream)
-
-
 class _Compiled:
     """A statement compiled once for the database."""
 
@@ -418,7 +407,7 @@ def _hold(path: Path) -> int:
         holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise StoreProblem(
-            f"journal {path}: found process {holder} using it, expected nobody",
+            f"journal {path}: found process {holder} using it, expected no other process",
             remedy="one process to a party: stop that one, or give this one a folder of its own",
         ) from error
     except OSError:

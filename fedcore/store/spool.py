@@ -32,7 +32,7 @@ from urllib.parse import unquote
 
 from fedcore.errors import BadInput, OffsetRefused, StoreFull, StoreProblem, VectorRefused
 from fedcore.store import container
-from fedcore.store.disk import make_folder, refusals, sync_folder
+from fedcore.store.disk import make_folder, refusals, sync, sync_folder
 from fedcore.types import SiteId
 
 _KEPT = "kept"
@@ -85,17 +85,13 @@ class IncomingUpload:
         """
         self._check_open()
         if offset != self.offset:
-            raise OffsetRefused(
-                "vector", found=f"a part at {offset}", expected=self.offset, fault=self._site
-            )
-        if offset + len(data) > self.size:
-            raise VectorRefused(
-                "vector", found=f"{offset + len(data)} bytes or more", expected=self.size,
-                fault=self._site,
-            )  # fmt: skip
+            raise OffsetRefused("vector", f"a part at {offset}", self.offset, self._site)
+        end = offset + len(data)
+        if end > self.size:
+            raise VectorRefused("vector", f"{end} bytes or more", self.size, self._site)
         with refusals("spool", self._part), self._still_there():
             _append(self._part, offset, data)
-        self.offset = offset + len(data)
+        self.offset = end
 
     def finish(self, *, unsynced: int = 0) -> Stored:
         """Check the upload, fsync it and mark it complete. Idempotent.
@@ -106,9 +102,7 @@ class IncomingUpload:
         """
         self._check_open()
         if not self.complete and self.offset != self.size:
-            raise OffsetRefused(
-                "vector", found=f"an end at {self.offset}", expected=self.offset, fault=self._site
-            )
+            raise OffsetRefused("vector", f"an end at {self.offset}", self.offset, self._site)
         small = self.size <= unsynced
         with refusals("spool", self._part), self._still_there():
             before = self._there or self._part
@@ -116,7 +110,7 @@ class IncomingUpload:
             after = _complete(before, _SMALL if small else _WHOLE, self.digest, self._site)
             if before != after and not before.name.startswith(_WHOLE):
                 if not small:
-                    _sync(before)
+                    sync(before)
                 with self._spool._busy:  # missing after a newer upload of another vector
                     before.replace(after)
                     self._spool._moved(before, after, self.size)
@@ -140,10 +134,8 @@ class IncomingUpload:
         try:
             found = container.check(path, fault=self._site)
             if found.digest != self.digest:
-                raise VectorRefused(
-                    "vector", found="other bytes than were announced",
-                    expected="the announced digest", fault=self._site,
-                )  # fmt: skip
+                other = "other bytes than were announced"
+                raise VectorRefused("vector", other, "the announced digest", self._site)
         except VectorRefused:
             path.unlink()
             self._spool._released(path)
@@ -154,10 +146,8 @@ class IncomingUpload:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise VectorRefused(
-                "vector", found="a part of an upload that is over", expected="a new upload",
-                fault=self._site,
-            )  # fmt: skip
+            over = "a part of an upload that is over"
+            raise VectorRefused("vector", over, "a new upload", self._site)
 
 
 class Spool:
@@ -203,10 +193,8 @@ class Spool:
                 before = None
             if before is not None and before not in {part, whole, small}:
                 if not before.name.startswith(_PART):
-                    raise VectorRefused(
-                        "vector", found="another one than came before", expected="one a round",
-                        fault=site,
-                    )  # fmt: skip
+                    other = "another one than came before"
+                    raise VectorRefused("vector", other, "one a round", site)
                 before.unlink(missing_ok=True)
                 self._released(before)
                 del here[name]
@@ -460,28 +448,13 @@ def _append(path: Path, offset: int, data: bytes) -> None:
     """Write at the end of the file; on an error truncate it to `offset` and raise OSError."""
     handle = os.open(path, os.O_WRONLY)
     try:
-        with _cut_back(handle, offset):
-            left, at = memoryview(data), offset
-            while left:
-                written = os.pwrite(handle, left, at)
-                left, at = left[written:], at + written
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _cut_back(handle: int, length: int) -> Iterator[None]:
-    try:
-        yield
+        left, at = memoryview(data), offset
+        while left:
+            written = os.pwrite(handle, left, at)
+            left, at = left[written:], at + written
     except OSError:
-        os.ftruncate(handle, length)
+        os.ftruncate(handle, offset)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)
 
