@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 
@@ -115,7 +115,7 @@ class Packing:
 
     bits: quantised bits b of one coordinate; max_sites: the n a sum may have.
     ring: None without a lattice, where a slot travels as itself or under masks and keystreams.
-    Whoever makes one (the solver, or a site that reads another's plan) gets the proof or PlanRefused.
+    Raises PlanRefused without a proof, in the solver and at a site that reads another's plan.
     """
 
     bits: int
@@ -170,7 +170,7 @@ def solve_packing(
 
     fields: how many a vector will hold; a small one is cheapest in a small ring, since a ciphertext
     is never sent in part. Without it the price of a long vector decides.
-    lattice: "wide" leaves rings of degree 4096 and more. BFV at N = 2048 with 54 bits of modulus stands at
+    lattice: "wide" allows rings of degree 4096 and more only. BFV at N = 2048 with 54 bits of modulus is at
     the edge of SECURITY_TABLE (classical 128 bits); 4096 with 60 bits has 49 bits of modulus to spare.
     bits in [2, 24]; raises BadInput outside it, UnknownName for an unknown protection, cipher or lattice,
     and PlanRefused where no ring proves headroom.
@@ -253,16 +253,16 @@ def price_list(
     most = min(limit, MAX_MASKED_SITES) if Protection.of(protection).masks else limit
     for n in range(MIN_SITES, most + 1):
         packing = _cheapest(bits, n, rings)
-        price = packing and (packing.fields_per_slot, packing.wire_bits, packing.slots_per_block)
-        if rows and rows[-1]["price"] == price:
+        price: Json = {"fields_per_slot": None, "degree": None, "bytes_up_per_parameter": None}
+        if packing is not None:
+            k = packing.fields_per_slot
+            price["fields_per_slot"] = k
+            price["degree"] = packing.ring.degree if packing.ring else None
+            price["bytes_up_per_parameter"] = round(packing.wire_bits / 8 / k, 3)
+        if rows and rows[-1].items() >= price.items():
             rows[-1]["to_sites"] = n
-            continue
-        rows.append({"from_sites": n, "to_sites": n, "price": price})
-    for row in rows:
-        price = row.pop("price")
-        row["fields_per_slot"] = price[0] if price else None
-        row["degree"] = price[2] if price and rings != (None,) else None
-        row["bytes_up_per_parameter"] = round(price[1] / 8 / price[0], 3) if price else None
+        else:
+            rows.append({"from_sites": n, "to_sites": n} | price)
     return rows
 
 
@@ -296,7 +296,7 @@ class VectorSpec:
     """What one protected vector holds: d quantised coordinates, wide integers, marks, in this order.
 
     purpose: "statistics", "range", "update" or "metrics". marks: names of values 0 or 1, of which each
-    site of the roster has a place of its own in the sum, so that no site can speak for another.
+    site of the roster has a place of its own in the sum, so that no site can set another's.
     """
 
     purpose: str
@@ -359,13 +359,17 @@ def check_threshold(threshold: int, sites: int) -> int:
     return threshold
 
 
+_UNSTATED = {"public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges"}
+"""Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
 
     inputs: digest of how raw columns become inputs (names, ranges, categories, order), or "".
     threshold: t, the sites a round needs at every stage; 0 becomes the default for `sites`.
-    public_metrics: whether the sites tell the coordinator the metrics of each certified release over all
+    public_metrics: whether the sites send the coordinator the metrics of each certified release over all
     its sites; never under `encrypted`.
     release: whether the sites give the coordinator the model of the last round; never under `encrypted`.
     settings: SHA-256 hex of all settings of the job (`config.settings_digest`), so that whatever decides
@@ -396,7 +400,6 @@ class RoundPlan:
     settings: str = ""
     standardise: str = "ranges"
     cipher: str = "bfv"
-    version: int = field(default=PLAN_VERSION)
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
@@ -443,7 +446,7 @@ class RoundPlan:
 
     @property
     def layers(self) -> Protection:
-        """What lies over its vectors."""
+        """How its vectors are protected."""
         return Protection.of(self.protection)
 
     @property
@@ -474,7 +477,7 @@ class RoundPlan:
 
     @property
     def weight_step(self) -> int:
-        """What weights are multiples of, so that they barely tell a site's rows (PROTOCOL H)."""
+        """Weights are multiples of it, so that they hardly show a site's number of rows (PROTOCOL H)."""
         return max(1, self.max_examples // WEIGHT_STEPS)
 
     def weight_of(self, rows: int) -> int:
@@ -507,29 +510,26 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        `public_metrics` and `release` are there only where they tell the coordinator something, `cipher`
-        only where vectors are encrypted, `settings` only where a job made the plan, and `standardise` only
-        where something travels for it.
+        It has `cipher` only where vectors are encrypted, and the fields of `_UNSTATED` only with another
+        value than there.
         """
-        flat = asdict(self)
+        flat = asdict(self) | {"version": PLAN_VERSION}
+        flat["sites"], flat["metric_sums"] = list(flat["sites"]), list(flat["metric_sums"])
+        left_out = {name for name, value in _UNSTATED.items() if flat[name] == value}
         if not self.layers.encrypts:
-            del flat["cipher"]
-        if not self.public_metrics:
-            del flat["public_metrics"]
-        if self.release == "sites":
-            del flat["release"]
-        if not self.settings:
-            del flat["settings"]
-        if self.standardise == "ranges":
-            del flat["standardise"]
-        flat["sites"] = list(self.sites)
-        flat["metric_sums"] = [asdict(wide) for wide in self.metric_sums]
-        return flat
+            left_out.add("cipher")
+        return {name: value for name, value in flat.items() if name not in left_out}
 
     @classmethod
     def from_json(cls, value: Json) -> RoundPlan:
-        """The inverse of `to_json`, with every proof made again. Raises BadInput and PlanRefused."""
+        """The inverse of `to_json`, with every proof made again.
+
+        Raises BadInput for another version or form, and PlanRefused.
+        """
         try:
+            fields = dict(value)
+            if fields.pop("version") != PLAN_VERSION:
+                raise ValueError
             packing = dict(value["packing"])
             ring = packing["ring"]
             parts = {
@@ -540,7 +540,7 @@ class RoundPlan:
                 "range": RangePlan(**value["range"]),
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
             }
-            return cls(**value | parts)
+            return cls(**fields | parts)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"plan: found one that is not of version {PLAN_VERSION}") from error
 
@@ -562,7 +562,7 @@ class RoundHeader:
     round: the protocol's own counter, strictly increasing at every site, abandoned rounds included.
     training_round: the round of training a person counts; 0 before the first.
     purpose: what the vector holds, so that two vectors of one training round never share keys.
-    roster: every site that may contribute; who survived is known only after the tags are made.
+    roster: every site that may contribute; the survivors are known only after the tags are made.
     pins: digest over the roster's pinned identity keys. certificate: hash of the release certificate
     of the last released round, "" before the first.
     """
@@ -588,7 +588,7 @@ class RoundHeader:
 
     @property
     def layers(self) -> Protection:
-        """What lies over the round's vectors."""
+        """How the round's vectors are protected."""
         return Protection.of(self.protection)
 
     def place(self, site: SiteId) -> int:

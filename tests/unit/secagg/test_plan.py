@@ -460,7 +460,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"packing": solve_packing(15, 4, "encrypted")}, {"packing": solve_packing(16, 5, "encrypted")},
         {"protection": "layered"}, {"parameters": 22}, {"buffer_coordinates": 1}, {"max_examples": 511},
         {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
-        {"range": RangePlan(start=0.5)}, {"metric_sums": ()}, {"version": PLAN_VERSION + 1},
+        {"range": RangePlan(start=0.5)}, {"metric_sums": ()},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
         {"release": "coordinator", "protection": "layered"},
         {"settings": "0" * 64}, {"standardise": "federated"},
@@ -471,6 +471,17 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
 def test_every_field_of_a_plan_is_in_its_digest(changes):
     assert round_plan().digest == round_plan().digest
     assert round_plan(**changes).digest != round_plan().digest
+
+
+def test_a_plan_of_another_version_is_refused_by_name():
+    written = round_plan().to_json()
+    assert written["version"] == PLAN_VERSION
+    for other in (PLAN_VERSION + 1, PLAN_VERSION - 1, str(PLAN_VERSION), None):
+        with pytest.raises(BadInput, match=f"not of version {PLAN_VERSION}"):
+            RoundPlan.from_json(written | {"version": other})
+    del written["version"]
+    with pytest.raises(BadInput, match=f"not of version {PLAN_VERSION}"):
+        RoundPlan.from_json(written)
 
 
 HEADER = RoundHeader(

@@ -18,7 +18,7 @@ from fedcore.secagg.crypto.pairwise import (
     MaskRoot,
 )
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.plan import RoundHeader
+from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
 from fedcore.secagg.protocol.effects import (
     MakeVector,
 )
@@ -77,7 +77,7 @@ def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundH
     expected: dict[str, tuple[object, object]] = {
         "federation": (header.federation, member.federation),
         "job": (header.job, member.job),
-        "protocol version": (header.version, member.plan.version),
+        "protocol version": (header.version, PLAN_VERSION),
         "protection": (header.protection, member.plan.protection),
         "plan digest": (header.plan_digest, member.plan.digest),
         "pinned keys": (header.pins, roster_digest(member.pins)),
