@@ -22,7 +22,7 @@ TOO_MANY_OVER = Fraction(1, 1000)
 TOO_FEW_OVER_HALF = Fraction(1, 100_000)
 
 MOST_GROWTH = 4.0
-"""R over R_0: two doublings. A wider range is a wider steering wheel for a site that lies."""
+"""R over R_0: two doublings. A wider range gives a dishonest site more influence on the model."""
 
 LEAST_EXCEEDING = 2
 """Sites that must exceed R before it grows."""

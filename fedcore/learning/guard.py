@@ -1,9 +1,9 @@
 """A site's guard against a model that no honest federation would have released (PROTOCOL G).
 
-One site that lies can steer the common model into a question about single rows of the others, and read
-the answer off the sums. Such a model is far from what was learnt, so every site looks at each released
-model before it contributes again: at its loss on the site's own training rows, at whether it is finite,
-and at how far it moved. A site whose guard trips leaves the job.
+One dishonest site can steer the common model so that the sums reveal single rows of the others. Such a model
+is far from what was learnt, so every site judges each released model before it contributes again: by its
+loss on the site's own training rows, by whether it is finite, and by how far it moved. A site whose guard
+trips leaves the job.
 
 Invariant: what is judged is a function of the site's rows, the plan and the released states; a state is
 judged once, so an abandoned round is no second strike. Nothing here changes a model or draws from a

@@ -123,7 +123,7 @@ MOST_ADAPTIVE = (1.0 - BETA1) / math.sqrt(1.0 - BETA2) / (1.0 - BETA1 / math.sqr
 """Most of |first moment| / sqrt(second moment) of FedAdam and FedYogi, whatever the updates were.
 
 For every past update g, j rounds ago, second >= (1 - BETA2) BETA2^j g^2 in both (in Yogi it falls by the
-factor BETA2 a round at most, and stands at (1 - BETA2) g^2 or more after g), so
+factor BETA2 a round at most, and is at least (1 - BETA2) g^2 after g), so
 |first| <= sum (1 - BETA1) BETA1^j |g| <= sqrt(second) times the sum of a geometric series. The correction
 of the bias, sqrt(1 - BETA2^t) / (1 - BETA1^t), is at most 1."""
 

@@ -1,6 +1,6 @@
 """What a sum of honest vectors can be; anything else is refused before it leads to a state (PROTOCOL U).
 
-A lying site can put any integers into its fields. The sum tag holds for such a sum, since it proves whose
+A dishonest site can put any integers into its fields. The sum tag holds for such a sum, since it proves whose
 vectors were added and not what was in them. Here the opened integers are compared with public caps, so
 that an impossible sum is one uniform refusal at every site instead of NaN, a crash or a hang at some.
 

@@ -50,6 +50,9 @@ def model_bytes(
     module: nn.Module, task: Task, statistics: Statistics | None, layout: RowLayout | None
 ) -> bytes:
     """The file's bytes: the state dict, with the statistics and columns as metadata."""
+    numbers = None
+    if layout and not layout.description:  # an array task with statistics: low, high, indicated
+        numbers = [(*pair, gap) for pair, gap in zip(layout.ranges, layout.indicated, strict=True)]
     about: Json = {
         "task": task.origin,
         "task_name": task.name,
@@ -57,19 +60,13 @@ def model_bytes(
         "statistics": statistics.to_json() if statistics else None,
         "columns": list(layout.columns) if layout else None,
         "reader": layout.description if layout else "",
-        "numbers": _numbers(layout) if layout and not layout.description else None,
+        "numbers": numbers,
     }
     tensors = {
         name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
     }
     data: bytes = save(tensors, {"fedcore": json.dumps(about)})
     return data
-
-
-def _numbers(layout: RowLayout) -> list[tuple[float, float, bool]]:
-    """Per column of an array task with statistics: low, high, and whether a gap is indicated."""
-    pairs = zip(layout.ranges, layout.indicated, strict=True)
-    return [(low, high, indicated) for (low, high), indicated in pairs]
 
 
 @dataclass(frozen=True)

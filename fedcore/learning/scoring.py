@@ -24,6 +24,7 @@ from fedcore.learning.data.rows import Rows
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
 from fedcore.learning.training import (
+    LOOP_CODE,
     batch_norm_needs_two,
     lone_row_breaks,
     place,
@@ -76,11 +77,6 @@ def score(
     return found
 
 
-def _code_of(task: Task) -> str:
-    """Which of the user's functions runs here, for a message about its exception."""
-    return "evaluate" if task.evaluate is not None else "model, task.predict or task.loss"
-
-
 @torch.no_grad()
 def probe(
     task: Task, module: nn.Module, rows: Rows, *, seed: int, round_: int, site: str
@@ -88,7 +84,8 @@ def probe(
     """`score` without a look at the values: the shapes that a model not yet trained, on rows not yet
     standardised, gives."""
     module.eval()
-    with seeded(seed, round_, site, "evaluate"), task_code(site, round_, _code_of(task)):
+    part = "evaluate" if task.evaluate is not None else LOOP_CODE
+    with seeded(seed, round_, site, "evaluate"), task_code(site, round_, part):
         if task.evaluate is not None:
             own = _own_sums(task, task.evaluate(module, rows), place(site, round_))
             return Scored(np.empty(0), np.empty(0), None, own)
@@ -174,7 +171,7 @@ def training_loss(
     with (
         _batch_statistics(module),
         seeded(seed, round_, site, "guard"),
-        task_code(site, round_, "model, task.predict or task.loss"),
+        task_code(site, round_, LOOP_CODE),
         batch_norm_needs_two(place(site, round_)),
     ):
         for batch in rows.batches(EVALUATION_BATCH, picked):

@@ -1,7 +1,7 @@
 """All that a site starts a round from, as one value: statistics, server state, and how far the job is.
 
 Invariant: `canonical` covers all of it, so two sites whose state tags agree train from the same bits and
-stand at the same step. The byte form is safetensors with plain JSON beside it: nothing in it is code.
+are at the same step. The byte form is safetensors with plain JSON beside it: nothing in it is code.
 """
 
 from __future__ import annotations
@@ -148,5 +148,5 @@ class JobState:
 
     @cached_property
     def model_sha256(self) -> str:
-        """Of the model that this state stands for."""
+        """SHA-256 of the state's model, hex."""
         return model_digest(self.server.model)

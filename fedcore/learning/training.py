@@ -32,6 +32,10 @@ OPTIMISERS: dict[str, Callable[[Any, TrainPlan], torch.optim.Optimizer]] = {
 }
 
 
+LOOP_CODE = "model, task.predict or task.loss"
+"""The functions of a task that one of our loops runs, for messages."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """The argument `fit` of a task's own `train(model, rows, fit)`: the settings, seed, round and site."""
@@ -112,7 +116,7 @@ def local_train(
     round. Raises TaskFailed if the task's code raises, BadInput for BatchNorm with a batch of one row.
     """
     module.train()
-    part = "train" if task.train is not None else "model, task.predict or task.loss"
+    part = "train" if task.train is not None else LOOP_CODE
     with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
             task.train(module, rows, Fit(**asdict(plan), seed=seed, round=round_, site=site))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -186,7 +186,8 @@ def solve_packing(
     if found is not None:
         return found
     fits = [b for b in range(2, bits) if _cheapest(b, max_sites, rings)]
-    sites = _largest(lambda n: _cheapest(bits, n, rings) is not None)
+    counts = range(1, 1 << 30)  # the more sites, the less fits
+    sites = max(1, bisect_left(counts, True, key=lambda n: _cheapest(bits, n, rings) is None))
     raise PlanRefused(
         f"protect.bits: found {bits} bits for up to {max_sites} sites, but no ring proves headroom",
         remedy=(
@@ -194,15 +195,6 @@ def solve_packing(
         )
         + f"{sites} sites at {bits} bits",
     )
-
-
-def _largest(holds: Callable[[int], bool], limit: int = 1 << 30) -> int:
-    """The largest n in [1, limit] for which a monotone predicate holds (1 if it never does)."""
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
 
 
 def _rings(protection: str, cipher: str, lattice: str) -> tuple[Ring | None, ...]:

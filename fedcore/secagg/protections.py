@@ -1,6 +1,6 @@
-"""What a protection does, and what it asks of a plan: the one place that knows protections by name.
+"""What a protection does, and what it requires of a plan: the one module with the names of protections.
 
-Everything else asks what a protection does (`masks`, `encrypts`) and never which one it is, so another
+All other code tests what a protection does (`masks`, `encrypts`) and never which one it is, so another
 one is an entry here and, where it protects vectors in its own way, a `Scheme` of its own.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedcore.secagg.scheme import Scheme
 
 MIN_SITES = 3
-"""With two sites each reads the other's update off the sum."""
+"""With two sites each can compute the other's update from the sum."""
 
 MAX_MASKED_SITES = 64
 """Every pair of sites shares a mask (complete graph): n^2 key agreements, so no more for now."""
@@ -28,10 +28,10 @@ RELEASES = ("sites", "coordinator")
 
 @dataclass(frozen=True)
 class Protection:
-    """The layers that lie over a vector on its way to the coordinator.
+    """How vectors are protected on their way to the coordinator.
 
     masks: pairwise and self masks; the sites agree on keys before they send, and confirm the list of
-    survivors before any mask is taken off. encrypts: under a key that the sites share, so that the
+    survivors before any mask is removed. encrypts: under a key that the sites share, so that the
     coordinator does not see a sum. scheme: what makes a plan's payloads, sealers and folds; None for
     `fedcore.secagg.scheme.Scheme`, which goes by the plan's cipher.
     """
@@ -88,7 +88,7 @@ def masking() -> list[str]:
 
 
 def unprotected(protection: str) -> bool:
-    """Whether a result's vectors were only added; False for a protection that only another version knows."""
+    """Whether a result's vectors were only added; False for a protection of another version."""
     return protection in PROTECTIONS and not PROTECTIONS[protection].protects
 
 

@@ -1,7 +1,7 @@
-"""What a protection puts behind the machines: a key epoch's payload, and what a site does with it.
+"""How a protection is carried out: a key epoch's payload, and what a site does with it.
 
-The shells, in one process or over a network, call these where an effect asks for them, so that packing,
-tag, masks, encryption and the checks of an opened sum stand in one order in one place.
+The drivers, in one process or over a network, call this to carry out effects, so that the order of packing,
+tag, masks, encryption and the checks of an opened sum is written once.
 
 Invariant: nothing of a sum is returned before its tag was checked against exactly the listed survivors.
 """
@@ -10,12 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fedcore.errors import ReleaseRefused
 from fedcore.secagg.crypto import Sealer, UnmaskableFold
+from fedcore.secagg.crypto.bfv import (
+    Courier,
+    EncryptedFold,
+    EncryptedSealer,
+    PublicContext,
+    SecretContext,
+    vector_size,
+)
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.keystream import draw_salt, stream_key
+from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.crypto.sealed import open_checkpoint, open_notice, seal_checkpoint, seal_notice
 from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_mac, state_tag
@@ -27,11 +35,8 @@ from fedcore.secagg.purposes import purpose_of
 from fedcore.store.container import vector_digest
 from fedcore.types import SiteId, Slots
 
-if TYPE_CHECKING:
-    from fedcore.secagg.crypto.bfv import PublicContext
-
 Masks = tuple[tuple[bytes, int], ...]
-"""(seed, sign) of masks, as they are laid on one vector."""
+"""(seed, sign) of the masks of one vector."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,7 @@ class EpochSecrets:
             self.stream(asked.header, asked.state_tag, site, salt)
             for site, salt in zip(asked.survivors, asked.salts, strict=True)
         )
-        laid = [(key, -sign) for key, sign in streams]
-        add_masks(total, laid, layout.packing.slot_bits)
+        add_masks(total, [(key, -sign) for key, sign in streams], layout.packing.slot_bits)
 
     def sum_mac(self, header: RoundHeader, total: Slots) -> bytes:
         """HMAC under G of an opened sum."""
@@ -139,7 +143,7 @@ class EpochSecrets:
 
 
 def revealed(masks: Iterable[effects.Mask]) -> Masks:
-    """The seeds of masks in clear, for those who lay them on or take them off."""
+    """The seeds of masks in clear, to add or subtract the masks."""
     return tuple((seed.reveal(), sign) for seed, sign in masks)
 
 
@@ -151,66 +155,49 @@ def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
 def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
     """Raise ReleaseRefused for other bytes than the coordinator announced."""
     if vector_digest(chunks) != asked.digest:
-        raise ReleaseRefused(
-            "sum", found="other bytes than announced", expected="the announced digest",
-            fault=messages.COORDINATOR,
-        )  # fmt: skip
+        other = "other bytes than announced"
+        raise ReleaseRefused("sum", other, "the announced digest", messages.COORDINATOR)
 
 
-@dataclass
 class Scheme:
     """Payloads, sealers and folds of one plan, by its cipher."""
 
-    plan: RoundPlan
+    def __init__(self, plan: RoundPlan) -> None:
+        self.plan = plan
+        self._public: PublicContext | None = None
+        self._courier: Courier | None = None
+        if plan.packing.ring is not None:
+            self._public, self._courier = PublicContext.of(plan.packing), Courier()
 
     @classmethod
     def of(cls, plan: RoundPlan) -> Scheme:
         """The one of the plan's protection."""
         return (plan.layers.scheme or cls)(plan)
 
-    def __post_init__(self) -> None:
-        self._public: PublicContext | None = None
-        if self.plan.packing.ring is not None:
-            from fedcore.secagg.crypto.bfv import Courier, PublicContext
-
-            self._public, self._courier = PublicContext.of(self.plan.packing), Courier()
-
     def make_payload(self) -> bytes:
         """A new random key epoch's secrets."""
         if self._public is None:
             return GroupSecret().to_bytes()
-        from fedcore.secagg.crypto.bfv import SecretContext
-
         return SecretContext(self._public).to_payload()
 
     def open_payload(self, payload: bytes, maker: SiteId) -> EpochSecrets:
         """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
         if self._public is None:
-            from fedcore.secagg.crypto.masked import MaskedSealer
-
             group = GroupSecret.from_bytes(payload, sender=maker)
             sealer = MaskedSealer(self.plan.packing)
             return EpochSecrets(group, sealer, streams=bool(self.plan.salt_bytes))
-        from fedcore.secagg.crypto.bfv import EncryptedSealer, SecretContext
-
         secret = SecretContext.from_payload(self._public, payload, sender=maker)
         return EpochSecrets(secret.group, EncryptedSealer(secret, self._courier))
 
     def upload_bytes(self, layout: Layout) -> int:
-        """What every site's vector weighs: a pure function, so any other size is refused."""
+        """Bytes of every site's vector: a pure function, so any other size is refused."""
         packing = self.plan.packing
         if packing.ring is None:
             return packed_size(layout.slots, packing.slot_bits)
-        from fedcore.secagg.crypto.bfv import vector_size
-
         return vector_size(packing.ring, layout.blocks, 1)
 
     def fold(self, slots: int) -> UnmaskableFold:
         """The coordinator's running sum."""
         if self._public is None:
-            from fedcore.secagg.crypto.masked import MaskedFold
-
             return MaskedFold(self.plan.packing, slots)
-        from fedcore.secagg.crypto.bfv import EncryptedFold
-
         return EncryptedFold(self._public, slots, self._courier)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,7 +64,6 @@ class FoldSplit:
         return [_picked(key, cap, index.to_bytes(8, "big")) for index in range(len(rows))]
 
     def to_json(self) -> Json:
-        """See `Split`."""
         return {"method": "folds", "seed": self.seed, "fold": self.fold, "folds": self.folds}
 
 
@@ -95,16 +96,14 @@ class HashSplit:
         )
 
     def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
-        """By content; identical rows are told apart by how many came before."""
-        seen: Counter[bytes] = Counter()
-        found = []
-        for each in _digests(rows, site):
-            found.append(_picked(self.key, cap, each + seen[each].to_bytes(8, "big")))
-            seen[each] += 1
-        return found
+        """By content, and for identical rows by how many came before."""
+        seen: defaultdict[bytes, Iterator[int]] = defaultdict(count)
+        return [
+            _picked(self.key, cap, each + next(seen[each]).to_bytes(8, "big"))
+            for each in _digests(rows, site)
+        ]
 
     def to_json(self) -> Json:
-        """See `Split`."""
         return {"method": "hash", "key": self.key.hex(), "test": self.test}
 
 

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
+from fedcore.learning.data.kinds import is_pandas
 from fedcore.learning.data.rows import RowLayout, Scale, TableRows
 from fedcore.types import Json
 
@@ -404,7 +405,7 @@ def _shown(value: Any) -> str:
 
 def _read(source: Any, names: Sequence[str]) -> tuple[str, dict[str, Sequence[Any]]]:
     """`(what to call it in messages, {name: its values})` for exactly these columns."""
-    if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
+    if is_pandas(source) and hasattr(source, "columns"):
         return "table", _frame_columns("table", source, names)
     if isinstance(source, Mapping):
         _require_columns("table", [str(name) for name in source], names)

@@ -11,7 +11,7 @@ Invariant: every field of a sum is below 2^w, so rows never overflow into each o
 - **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has one
   place a site too, and site i puts 0 or 1 into place i; each site checks its own place in the sum.
 - **canaries**: the largest field value, one per block: they detect wraps and missing blocks.
-Both detect accidents. The sum tag is the proof against a lying coordinator (`crypto/sumtag.py`).
+Both detect accidents. The sum tag is the proof against a dishonest coordinator (`crypto/sumtag.py`).
 """
 
 from __future__ import annotations
@@ -169,8 +169,11 @@ class Layout:
         """
         if len(total) != self.slots:
             raise BadInput(f"sum: found {len(total)} slots, expected {self.slots}")
-        data = self._unpack_fields(total, len(survivors))
-        bits = self.packing.bits
+        bits, low = self.packing.bits, np.uint64((1 << self.packing.field_width) - 1)
+        canaries = total[:: self.packing.slots_per_block] & low
+        if not (canaries == len(survivors) * ((1 << bits) - 1)).all():
+            raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
+        data = self.fields_of(total)
         coordinates, place = data[: self.spec.coordinates], self.spec.coordinates
         wides: dict[str, list[int]] = {}
         for wide in self.spec.wides:
@@ -191,14 +194,6 @@ class Layout:
         if not np.array_equal(marks, expected):
             raise TagRefused("sum: the contributor marks are not those of the listed survivors")
         return Opened(coordinates, wides)
-
-    def _unpack_fields(self, total: Slots, contributors: int) -> Fields:
-        low = total[:: self.packing.slots_per_block] & np.uint64(
-            (1 << self.packing.field_width) - 1
-        )
-        if not (low == contributors * ((1 << self.packing.bits) - 1)).all():
-            raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
-        return self.fields_of(total)
 
     def fields_of(self, slots: Slots) -> Fields:
         """The (data_fields,) fields, each below 2^w, of (S,) slots of any kind; nothing is checked."""
