@@ -368,7 +368,6 @@ _ALL = (
     _regression("mse", np.square),
     _regression("mae", np.abs),
 )
-
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """Every metric a task can name. A task with an `evaluate` function brings its own."""
 

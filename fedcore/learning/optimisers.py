@@ -65,12 +65,6 @@ class ServerOptimiser:
     apply: Apply
 
 
-def _fedavg(
-    mean: WideVector, moments: Moments, scalars: Scalars, plan: ServerPlan
-) -> tuple[WideVector, Moments, Scalars]:
-    return mean * plan.lr, moments, scalars
-
-
 def _fedavgm(
     mean: WideVector, moments: Moments, scalars: Scalars, plan: ServerPlan
 ) -> tuple[WideVector, Moments, Scalars]:
@@ -79,6 +73,8 @@ def _fedavgm(
 
 
 def _adaptive(second: Callable[[WideVector, WideVector], WideVector]) -> Apply:
+    """second: the new second moment, of the old one and the square of the mean update."""
+
     def apply(
         mean: WideVector, moments: Moments, scalars: Scalars, plan: ServerPlan
     ) -> tuple[WideVector, Moments, Scalars]:
@@ -92,23 +88,23 @@ def _adaptive(second: Callable[[WideVector, WideVector], WideVector]) -> Apply:
     return apply
 
 
-def _adam_second(old: WideVector, square: WideVector) -> WideVector:
-    return old * BETA2 + square * (1.0 - BETA2)
-
-
-def _yogi_second(old: WideVector, square: WideVector) -> WideVector:
-    return old - square * np.sign(old - square) * (1.0 - BETA2)
-
-
 def _adaptive_init(size: int) -> tuple[Moments, Scalars]:
     return {"first": np.zeros(size), "second": np.zeros(size)}, {"beta1": 1.0, "beta2": 1.0}
 
 
 OPTIMISERS = {
-    "fedavg": ServerOptimiser(lambda size: ({}, {}), _fedavg),
+    "fedavg": ServerOptimiser(
+        lambda size: ({}, {}),
+        lambda mean, moments, scalars, plan: (mean * plan.lr, moments, scalars),
+    ),
     "fedavgm": ServerOptimiser(lambda size: ({"velocity": np.zeros(size)}, {}), _fedavgm),
-    "fedadam": ServerOptimiser(_adaptive_init, _adaptive(_adam_second)),
-    "fedyogi": ServerOptimiser(_adaptive_init, _adaptive(_yogi_second)),
+    "fedadam": ServerOptimiser(
+        _adaptive_init, _adaptive(lambda old, square: old * BETA2 + square * (1.0 - BETA2))
+    ),
+    "fedyogi": ServerOptimiser(
+        _adaptive_init,
+        _adaptive(lambda old, square: old - square * np.sign(old - square) * (1.0 - BETA2)),
+    ),
 }
 
 

@@ -13,7 +13,8 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,11 @@ def _module_from_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except FedcoreError as error:
-        # An error of our own for what the file builds; only the file's name is added.
-        del sys.modules[name]
-        raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
     except Exception as error:
         del sys.modules[name]
+        if isinstance(error, FedcoreError):
+            # An error of our own for what the file builds; only the file's name is added.
+            raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
         remedy = ""
         if isinstance(error, ModuleNotFoundError) and _is_beside(error.name, path.parent):
             remedy = "the task's folder is not searched for modules; make a package and install it"
@@ -194,6 +194,25 @@ def _module_from_package(place: str) -> Any:
                 ) from error
         raise TaskFailed(
             f"task package {place}: {what}", user_traceback=user_traceback(error)
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """The type of an exception and the first line of its text."""
+    text = str(error).strip().split("\n")[0]
+    return type(error).__name__ + (f": {text[:200]}" if text else "")
+
+
+@contextmanager
+def user_code(what: str, *, remedy: str = "") -> Iterator[None]:
+    """Raise TaskFailed, with the user's traceback, for an exception of the user's code inside."""
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except Exception as error:
+        raise TaskFailed(
+            f"{what} raised {brief(error)}", user_traceback=user_traceback(error), remedy=remedy
         ) from error
 
 

@@ -7,7 +7,7 @@ every random draw derives from these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
+from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.rows import Rows
 from fedcore.learning.model import seeded
-from fedcore.learning.task import Task, user_traceback
+from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
 from fedcore.seeds import generator
 
@@ -70,18 +70,9 @@ def place(site: str, round_: int | None) -> str:
     return name + (f", round {round_}" if round_ else "")
 
 
-@contextmanager
-def task_code(site: str, round_: int | None, part: str) -> Iterator[None]:
-    """Turn an exception of the user's code into TaskFailed with site, round and the user's traceback."""
-    try:
-        yield
-    except FedcoreError:
-        raise
-    except Exception as error:
-        raise TaskFailed(
-            f"{place(site, round_)}: task.{part} raised {type(error).__name__}: {error}",
-            user_traceback=user_traceback(error),
-        ) from error
+def task_code(site: str, round_: int | None, part: str) -> AbstractContextManager[None]:
+    """`user_code` for a function of the task, with site and round in the message."""
+    return user_code(f"{place(site, round_)}: task.{part}")
 
 
 def make_optimiser(module: nn.Module, plan: TrainPlan) -> torch.optim.Optimizer:

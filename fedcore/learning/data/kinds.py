@@ -134,9 +134,3 @@ def kind_of(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-def brief(error: BaseException) -> str:
-    """The type of an exception and the first line of its text."""
-    text = str(error).strip().split("\n")[0]
-    return type(error).__name__ + (f": {text[:200]}" if text else "")

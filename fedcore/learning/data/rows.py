@@ -12,7 +12,6 @@ Left to others: the federated statistics (data/statistics.py), reading tables (d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import compress
@@ -38,7 +37,6 @@ from fedcore.learning.data.canonical import digests_of, item_digest, unstable_it
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
-    brief,
     class_indices,
     dataset_labels,
     is_dataset,
@@ -46,7 +44,7 @@ from fedcore.learning.data.kinds import (
     is_pandas,
     kind_of,
 )
-from fedcore.learning.task import Task, user_traceback
+from fedcore.learning.task import Task, brief, user_code, user_traceback
 from fedcore.seeds import generator
 
 
@@ -273,7 +271,7 @@ class DatasetRows:
     def labels(self) -> Indices | None:
         """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
         if not self._labels:
-            with self._reading():
+            with user_code(f"{self.site or 'dataset'}: reading its rows"):
                 self._labels.append(dataset_labels(self.dataset))
         known = self._labels[0]
         return None if known is None else known[self.indices]
@@ -285,26 +283,13 @@ class DatasetRows:
         again, and TaskFailed if reading it fails.
         """
         if not self._hashed:
-            with self._reading():
+            with user_code(f"{self.site or 'dataset'}: reading its rows"):
                 found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
                 again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
             if again != found[: len(again)]:
                 raise unstable_items(type(self.dataset).__name__)
             self._hashed.append(found)
         return [self._hashed[0][int(index)] for index in self.indices]
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise TaskFailed for an exception of the user's dataset."""
-        try:
-            yield
-        except FedcoreError:
-            raise
-        except Exception as error:
-            raise TaskFailed(
-                f"{self.site or 'dataset'}: reading its rows raised {brief(error)}",
-                user_traceback=user_traceback(error),
-            ) from error
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Collated batches; a DataLoader's own batch size wins. Raises what the dataset raises."""
@@ -479,16 +464,11 @@ def _rows_of_loader(loader: DataLoader[Any], where: str) -> DatasetRows:
 def _rows_of_dataset(
     dataset: Any, where: str, collate: Callable[[list[Any]], Any] | None, batch_size: int | None
 ) -> DatasetRows:
-    try:
+    with user_code(
+        f"{where}: the length of {type(dataset).__name__}",
+        remedy="a map-style dataset defines __len__ and __getitem__",
+    ):
         return DatasetRows(dataset, collate, batch_size, site=where)
-    except FedcoreError:
-        raise
-    except Exception as error:
-        raise TaskFailed(
-            f"{where}: the length of {type(dataset).__name__} raised {brief(error)}",
-            user_traceback=user_traceback(error),
-            remedy="a map-style dataset defines __len__ and __getitem__",
-        ) from error
 
 
 def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:

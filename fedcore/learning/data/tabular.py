@@ -216,11 +216,9 @@ class Table:
             for row, value in enumerate(values):
                 text = _text(value)
                 if text not in index:
-                    raise BadInput(
-                        f"{where}: column {self.target!r}, row {row + 1}: found {_shown(value)}, "
-                        f"expected one of {', '.join(self.classes)}",
-                        remedy="list every class in table(classes=(...)), or drop those rows",
-                    )
+                    expected = f"one of {', '.join(self.classes)}"
+                    remedy = "list every class in table(classes=(...)), or drop those rows"
+                    raise _wrong(where, self.target, row, _shown(value), expected, remedy)
                 found[row] = index[text]
             return torch.from_numpy(found)
         # The public range is irrelevant for a target, which enters no statistics.
@@ -319,11 +317,8 @@ def _numbers(
         found = np.array(numbers, dtype=np.float64)
     infinite = np.flatnonzero(np.isinf(found))
     if len(infinite):
-        raise BadInput(
-            f"{where}: column {name!r}, row {infinite[0] + 1}: found an infinite value, "
-            "expected a finite number",
-            remedy="leave the field empty where nothing was observed",
-        )
+        remedy = "leave the field empty where nothing was observed"
+        raise _wrong(where, name, infinite[0], "an infinite value", "a finite number", remedy)
     for code in spec.missing if spec is not None else ():
         found[found == code] = np.nan
     if spec is None or not spec.may_be_missing:
@@ -345,10 +340,7 @@ def _number(where: str, name: str, index: int, value: Any) -> float:
         remedy = f"declare it as fedcore.category(...) if {name!r} holds names"
         if isinstance(value, str) and "," in value:
             remedy = "write decimals with a point, and no thousands separator"
-        raise BadInput(
-            f"{where}: column {name!r}, row {index + 1}: found {_shown(value)}, expected a number",
-            remedy=remedy,
-        ) from None
+        raise _wrong(where, name, index, _shown(value), "a number", remedy) from None
 
 
 def _one_hot(where: str, name: str, spec: Category, values: Sequence[Any]) -> NDArray[np.float32]:
@@ -374,9 +366,14 @@ def _refuse_missing(
     remedy = "drop those rows: a target must be observed"
     if not is_target:
         remedy = f"declare it as fedcore.{kind}, may_be_missing=True)"
-    raise BadInput(
-        f"{where}: column {name!r}, row {rows[0] + 1}: found a missing value ({len(rows)} in all), "
-        "expected none",
+    raise _wrong(where, name, rows[0], f"a missing value ({len(rows)} in all)", "none", remedy)
+
+
+def _wrong(
+    where: str, column: str, index: int | np.intp, found: str, expected: str, remedy: str
+) -> BadInput:
+    return BadInput(
+        f"{where}: column {column!r}, row {index + 1}: found {found}, expected {expected}",
         remedy=remedy,
     )
 
