@@ -24,20 +24,19 @@ _REMEDY = (
 
 def digests_of(*columns: Any) -> list[bytes]:
     """SHA-256 of each row over arrays or tensors with as many rows each."""
-    parts = [_flat(column) for column in columns]
-    head = b"".join(_shape(part) for part in parts)
+    parts = [_numbers(column) for column in columns]
+    head = b"".join(
+        _framed(b"array", f"{part.dtype.str} {part.shape[1:]}".encode()) for part in parts
+    )
     return [
         hashlib.sha256(head + b"".join(part[row].tobytes() for part in parts)).digest()
         for row in range(len(parts[0]))
     ]
 
 
-def _flat(column: Any) -> np.ndarray[Any, Any]:
-    return _numbers(column.detach().cpu().numpy() if isinstance(column, torch.Tensor) else column)
-
-
-def _numbers(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _numbers(values: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Little-endian and contiguous, with one zero and one NaN. Raises BadInput for objects."""
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
     if array.dtype.kind not in "fiubSU":
         raise BadInput(
             f"rows: found values of dtype {array.dtype}, expected numbers", remedy=_REMEDY
@@ -46,10 +45,6 @@ def _numbers(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if found.dtype.kind == "f":
         found = np.where(np.isnan(found), found.dtype.type(np.nan), found + found.dtype.type(0))
     return found.astype(found.dtype.newbyteorder("<"), copy=False)
-
-
-def _shape(array: np.ndarray[Any, Any]) -> bytes:
-    return _framed(b"array", f"{array.dtype.str} {array.shape[1:]}".encode())
 
 
 def item_digest(item: Any) -> bytes:
@@ -64,9 +59,7 @@ def item_digest(item: Any) -> bytes:
 
 
 def _parts(item: Any) -> Iterator[bytes]:
-    if isinstance(item, torch.Tensor):
-        item = item.detach().cpu().numpy()
-    if isinstance(item, np.ndarray):
+    if isinstance(item, torch.Tensor | np.ndarray):
         values = _numbers(item)
         yield _framed(b"array", f"{values.dtype.str} {values.shape}".encode()) + values.tobytes()
     elif item is None or isinstance(item, bool | int | float | np.generic):
@@ -103,7 +96,7 @@ def _unhashable(item: Any) -> BadInput:
 
 
 def unstable_items(kind: str) -> BadInput:
-    """For a dataset that draws: its rows have no content that a split could go by."""
+    """For a dataset with random items: its rows have no content to split by."""
     return BadInput(
         f"rows: found another item of {kind} when it was read again, expected the same one",
         remedy=f"draw augmentations in task.train instead; or {_REMEDY}",

@@ -167,7 +167,7 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class TableRows:
-    """Raw rows of one site, before the federated statistics are known.
+    """Raw rows of one site, before the federated statistics are known; names and ranges as in RowLayout.
 
     features: (rows, p) float64 numeric features, NaN = missing.
     fixed: (rows, q) float32 one-hot columns, complete already.
@@ -181,17 +181,14 @@ class TableRows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the p numeric features."""
         return self.layout.names
 
     @property
     def ranges(self) -> list[tuple[float, float]]:
-        """Public (low, high) of each of the p numeric features."""
         return list(self.layout.ranges)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the model's inputs once standardised, in their order."""
         return self.layout.columns
 
     @property

@@ -34,15 +34,12 @@ class Split(Protocol):
 
     def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
         """(train, test); there is always a training row. Raises BadInput for rows it cannot deal."""
-        ...
 
     def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
         """A keyed number for each row, which the cap is part of."""
-        ...
 
     def to_json(self) -> Json:
         """What `split_from_json` takes; with the key, so it goes to the site's own processes only."""
-        ...
 
 
 @dataclass(frozen=True)

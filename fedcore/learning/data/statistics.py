@@ -49,14 +49,8 @@ class Statistics:
 
     def to_json(self) -> Json:
         """Plain JSON, exact: floats print as their shortest round-trip form."""
-        return {
-            "names": list(self.names),
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "count": list(self.count),
-            "sites": list(self.sites),
-            "clipped": list(self.clipped),
-        }
+        parts = vars(self).items()
+        return {n: v.tolist() if isinstance(v, np.ndarray) else list(v) for n, v in parts}
 
     @classmethod
     def of_ranges(cls, names: Sequence[str], ranges: Sequence[tuple[float, float]]) -> Statistics:

@@ -367,10 +367,6 @@ class EncryptedSealer:
             yield _write_chunk(self._public, _SEEDED, first, seeds, words.reshape(-1))
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
-        """Decrypt the chunks of a folded sum to (slots,) uint64.
-
-        The caller checks the sum tag before using any of it. Raises ChunkRefused.
-        """
         total = np.zeros(slots, dtype=np.uint64)
         places = list(_counts(_blocks(self._public.ring, slots)))
         rows, received = total.reshape(-1, self._public.ring.degree), 0
@@ -453,7 +449,6 @@ class EncryptedFold:
         self._removed = False
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Add chunk `index` of one site's vector. Raises ChunkRefused before anything is added."""
         if self._removed:
             raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
         first = index * BLOCKS_PER_CHUNK - self._first
@@ -491,11 +486,7 @@ class EncryptedFold:
         return _load(self._courier, self._public, _SEEDED, tail)
 
     def remove(self, mask: Slots) -> None:
-        """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end.
-
-        One plaintext subtraction a ciphertext; `plan.py` includes its rounding in the headroom. Raises
-        BadInput for another shape and a second time, ChunkRefused while a ciphertext is missing.
-        """
+        """One plaintext subtraction a ciphertext; `plan.py` includes its rounding in the headroom."""
         degree = self._public.ring.degree
         check_removal(mask, self._blocks * degree, removed=self._removed)
         self._refuse_gaps()
@@ -511,7 +502,6 @@ class EncryptedFold:
                 raise ChunkRefused(f"sum: ciphertext {self._first + place} was never added")
 
     def total(self) -> Iterator[bytes]:
-        """The chunks of the sum. Raises ChunkRefused if a ciphertext was never added."""
         self._refuse_gaps()
         degree = self._public.ring.degree
         for first, count in _counts(self._blocks):

@@ -17,14 +17,12 @@ class Entropy(Protocol):
 
     def draw(self, length: int) -> bytes:
         """`length` uniform bytes."""
-        ...
 
     def encapsulate(self, mlkem_public: bytes) -> tuple[bytes, bytes]:
         """A fresh shared secret (32 bytes) and its ML-KEM-768 ciphertext (1088 bytes).
 
         Raises ValueError for bytes that are no key; `hybrid.encapsulate` turns it into KeyRefused.
         """
-        ...
 
 
 class OsEntropy:

@@ -31,10 +31,6 @@ class MaskedSealer:
         return words.write(slots, self._bits)
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
-        """Chunks of the unmasked sum to (slots,) uint64. Raises ChunkRefused on a wrong size or count.
-
-        The caller checks the sum tag before using any of it.
-        """
         return words.read(chunks, slots, self._bits)
 
 
@@ -51,7 +47,6 @@ class MaskedFold:
         self._removed = False
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Add one chunk. Raises ChunkRefused on a size that is not its place's, and after `remove`."""
         if self._removed:
             raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
         words.add(self._total, index - self._first, chunk, self._bits)
@@ -66,17 +61,12 @@ class MaskedFold:
         self._missing.clear()
 
     def remove(self, mask: Slots) -> None:
-        """Subtract the sum of all masks, (slots,) uint64, once, when every vector is in.
-
-        Raises BadInput for another shape and a second time, ChunkRefused while a chunk is missing.
-        """
         check_removal(mask, len(self._total), removed=self._removed)
         self._refuse_gaps()
         self._total -= mask
         self._removed = True
 
     def total(self) -> Iterator[bytes]:
-        """The chunks of the sum. Raises ChunkRefused if some chunk was never added."""
         self._refuse_gaps()
         return words.write(self._total, self._bits)
 

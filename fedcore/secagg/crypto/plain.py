@@ -26,9 +26,7 @@ class PlainFold:
         self._total = np.zeros(slots, dtype=np.uint64)
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Add one chunk. Raises ChunkRefused unless it has exactly the size of its place."""
         words.add(self._total, index, chunk, self._bits)
 
     def total(self) -> Iterator[bytes]:
-        """The running sum in the ring Z_{2^slot_bits}, packed like an upload."""
         return words.write(self._total, self._bits)
