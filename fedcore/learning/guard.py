@@ -76,10 +76,8 @@ class GuardMemory:
         return cls(**value)
 
     def most(self, rules: GuardRules) -> float:
-        """The largest loss that is no strike: factor times the best one, or what FLOOR allows.
-
-        A best loss below 0, as a density's may be, allows as much above it as its size would.
-        """
+        """The largest loss that is no strike: factor times the best one, or what FLOOR allows. A best loss
+        below 0, as a density's may be, allows as much above it as its size would."""
         if self.best is None or self.first is None:
             return math.inf
         above_best = self.best + (rules.loss_factor - 1.0) * abs(self.best)
@@ -122,10 +120,8 @@ class Guard:
     _found: str = field(default="", init=False, repr=False)
 
     def judge(self, state: ServerState, round_: int) -> None:
-        """Judge the state that the release of a training round led to; 0: the one the job begins with.
-
-        Raises GuardTripped, and again on every later call, by the memory.
-        """
+        """Judge the state that the release of a training round led to; 0: the one the job begins with. Raises
+        GuardTripped, and again on every later call, by the memory."""
         if round_ <= self.memory.judged:
             if self.memory.strikes >= self.rules.rounds:
                 raise self._tripped(round_, self._too_high(), "")

@@ -83,10 +83,8 @@ class MetricTransport:
         }
 
     def finish(self, wides: Mapping[str, Sequence[int]], sites: int) -> dict[str, float | None]:
-        """Summed integers of `sites` sites to values: {metric: value or None}.
-
-        Sums that are all zero were not contributed (PROTOCOL H), or no site has a test row: None.
-        """
+        """Summed integers of `sites` sites to values: {metric: value or None}. Sums that are all zero were
+        not contributed (PROTOCOL H), or no site has a test row: None."""
         values: dict[str, float | None] = {}
         for metric in self.metrics:
             values[metric.name] = metric.finish(_as_array(wides[METRIC + metric.name]))

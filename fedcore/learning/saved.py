@@ -77,10 +77,8 @@ class SavedModel:
     about: Json
 
     def predict(self, rows: Any) -> NDArray[np.float64]:
-        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`.
-
-        Raises BadInput for rows that training would have refused too.
-        """
+        """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`. Raises BadInput
+        for rows that training would have refused too."""
         x = self._inputs(rows)
         own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
         if x.is_floating_point():

@@ -96,10 +96,8 @@ class JobState:
         *,
         allow_few_sites: bool = False,
     ) -> JobState:
-        """The state that the sum of a step's vectors leads to; the arguments are those of `OpenedSum`.
-
-        Raises ImpossibleSum, and Refused for statistics of too few sites.
-        """
+        """The state that the sum of a step's vectors leads to; the arguments are those of `OpenedSum`. Raises
+        ImpossibleSum, and Refused for statistics of too few sites."""
         purpose = purpose_of(step.purpose)
         found = OpenedSum(opened, survivors, columns, allow_few_sites)
         moved = replace(purpose.apply(plan, self, found), done=step)

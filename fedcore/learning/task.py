@@ -217,10 +217,8 @@ def user_code(what: str, *, remedy: str = "") -> Iterator[None]:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback of `error` from the user's first frame on: our own frames come out of it.
-
-    Where no frame is the user's, the libraries' frames stay and ours go.
-    """
+    """The traceback of `error` from the user's first frame on: our own frames come out of it. Where no frame
+    is the user's, the libraries' frames stay and ours go."""
     ours = str(Path(__file__).resolve().parent) + os.sep
     frames = traceback.extract_tb(error.__traceback__)
     # importlib's own frames are called <frozen ...>; <stdin> and <string> are the user's.

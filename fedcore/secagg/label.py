@@ -76,10 +76,8 @@ class Terms:
 
     @classmethod
     def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
-        """Those of a job on a roster, known without rows and without the model.
-
-        A job does not say whether its task has a table; the terms are those of one that has.
-        """
+        """Those of a job on a roster, known without rows and without the model. A job does not say whether
+        its task has a table; the terms are those of one that has."""
         protect = job.protect
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,

@@ -87,10 +87,8 @@ class Ring:
         return self.modulus.bit_length()
 
     def headroom(self, sites: int, slot_bits: int) -> tuple[int, int]:
-        """(needed, available): decryption of a sum is exact iff `needed < available`.
-
-        Both sides are multiplied by t, so the comparison is between integers.
-        """
+        """(needed, available): decryption of a sum is exact iff `needed < available`. Both sides are
+        multiplied by t, so the comparison is between integers."""
         return (43 * sites + 1) << slot_bits, self.modulus
 
     def proves(self, sites: int, slot_bits: int) -> bool:
@@ -236,10 +234,8 @@ def price_list(
     cipher: str = "bfv",
     lattice: str = "standard",
 ) -> list[Json]:
-    """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up.
-
-    Ends at `limit` sites, or at the largest roster that the protection takes.
-    """
+    """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up. Ends at
+    `limit` sites, or at the largest roster that the protection takes."""
     rows: list[Json] = []
     rings = _rings(protection, cipher, lattice)
     most = min(limit, MAX_MASKED_SITES) if Protection.of(protection).masks else limit
@@ -514,10 +510,8 @@ class RoundPlan:
 
     @classmethod
     def from_json(cls, value: Json) -> RoundPlan:
-        """The inverse of `to_json`, with every proof made again.
-
-        Raises BadInput for another version or form, and PlanRefused.
-        """
+        """The inverse of `to_json`, with every proof made again. Raises BadInput for another version or form,
+        and PlanRefused."""
         try:
             fields = dict(value)
             if fields.pop("version") != PLAN_VERSION:

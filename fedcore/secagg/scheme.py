@@ -69,10 +69,8 @@ class EpochSecrets:
         site: SiteId,
         entropy: Entropy,
     ) -> tuple[list[bytes], bytes]:
-        """Masks, then encryption: the chunks of a tagged vector, and the salt of its keystream.
-
-        The salt is drawn here, for this vector alone; b"" under another cipher. The slots are used up.
-        """
+        """Masks, then encryption: the chunks of a tagged vector, and the salt of its keystream. The salt is
+        drawn here, for this vector alone; b"" under another cipher. The slots are used up."""
         masks = revealed(asked.masks)
         salt = draw_salt(entropy) if self.streams else b""
         if self.streams:

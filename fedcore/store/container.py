@@ -55,9 +55,8 @@ def to_bytes(chunks: Iterable[bytes]) -> bytes:
 def from_bytes(data: bytes) -> list[bytes]:
     """The chunks; the inverse of `to_bytes`. Raises BadInput for anything else."""
     count, at, found = int.from_bytes(data[: _NUMBER.size], "big"), _NUMBER.size, []
-    if overhead(count) > len(data):  # a count of 4 bytes could make the loop very long
-        raise BadInput("vector: found bytes that are no chunk container")
-    for _ in range(count):
+    possible = overhead(count) <= len(data)  # a count of 4 bytes could make the loop very long
+    for _ in range(count if possible else 0):
         size = int.from_bytes(data[at : at + _NUMBER.size], "big")
         at += _NUMBER.size
         found.append(data[at : at + size])

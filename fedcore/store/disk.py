@@ -23,26 +23,21 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FREE_SOME = "free some space, or raise the limit, and start again: it resumes where it stopped"
 
 
-def problem(what: str, path: Path, error: OSError) -> StoreProblem:
-    """The error to raise for an OSError: what was done, the path, the reason, and a hint."""
-    reason = error.strerror or str(error)
-    if error.errno in _NO_ROOM:
-        return StoreFull(
-            f"{what}: found no room for {path} ({reason}), expected some", remedy=FREE_SOME
-        )
-    remedy = ""
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        remedy = f"give this user the right to write to {path.parent}, or name another folder"
-    return StoreProblem(f"{what}: found {path} unusable ({reason})", remedy=remedy)
-
-
 @contextmanager
 def refusals(what: str, path: Path) -> Iterator[None]:
-    """Raise StoreProblem for every OSError inside. what: the subject of its message."""
+    """Raise StoreProblem or StoreFull for every OSError inside. what: the subject of its message."""
     try:
         yield
     except OSError as error:
-        raise problem(what, path, error) from error
+        reason = error.strerror or str(error)
+        if error.errno in _NO_ROOM:
+            raise StoreFull(
+                f"{what}: found no room for {path} ({reason}), expected some", remedy=FREE_SOME
+            ) from error
+        remedy = ""
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            remedy = f"give this user the right to write to {path.parent}, or name another folder"
+        raise StoreProblem(f"{what}: found {path} unusable ({reason})", remedy=remedy) from error
 
 
 def sync(path: Path, flags: int = 0) -> None:

@@ -189,9 +189,7 @@ class Journal:
         put: Mapping[str, bytes] | None = None,
     ) -> None:
         """Append records to a stream, in order, with values by key, in one commit that is durable on return.
-
-        Raises StoreProblem or StoreFull; then nothing of it is kept.
-        """
+        Raises StoreProblem or StoreFull; then nothing of it is kept."""
         self.write([JournalEntry(job, stream, records, put or {})])
 
     def write(self, entries: Iterable[JournalEntry]) -> None:
@@ -396,10 +394,8 @@ def _path_of(where: Path | str) -> Path:
 
 
 def _hold(path: Path) -> int:
-    """Take the journal's lock, which the system releases when this process ends in any way.
-
-    Returns its file descriptor. Raises StoreProblem with the id of the process that has it.
-    """
+    """Take the journal's lock, which the system releases when this process ends in any way. Returns its file
+    descriptor. Raises StoreProblem with the id of the process that has it."""
     handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -456,10 +452,8 @@ class _Sqlite:
         self._connection = connection
 
     def tune(self) -> None:
-        """One fsync of the log per commit; temporary tables stay in memory.
-
-        Exclusive locking, because a reader in another process would prevent truncating the log.
-        """
+        """One fsync of the log per commit; temporary tables stay in memory. Exclusive locking, because a
+        reader in another process would prevent truncating the log."""
         self._run(
             "PRAGMA locking_mode=EXCLUSIVE",
             "PRAGMA journal_mode=WAL",

@@ -228,10 +228,8 @@ class Spool:
         return path if path in names else None
 
     def give_back(self, job: str, header: bytes, site: SiteId, data: bytes) -> None:
-        """Restore a complete upload from its bytes, which the caller kept elsewhere; without fsync.
-
-        Raises StoreFull; BadInput for bytes that are no container.
-        """
+        """Restore a complete upload from its bytes, which the caller kept elsewhere; without fsync. Raises
+        StoreFull; BadInput for bytes that are no container."""
         digest = container.vector_digest(container.from_bytes(data))
         for _ in range(2):  # a damaged file is deleted at the first attempt
             incoming = self.upload(job, header, site, digest, len(data))

@@ -38,10 +38,8 @@ def _details(line: str, hint: str, code: int) -> str:
 
 
 def error_of(details: str) -> FedcoreError | None:
-    """The error from the details of a call's status; None for statuses of grpc itself.
-
-    Its class has the exit code of the original; the exact class is not sent.
-    """
+    """The error from the details of a call's status; None for statuses of grpc itself. Its class has the exit
+    code of the original; the exact class is not sent."""
     try:
         found = json.loads(details)
         line, hint, code = found["error"], found["hint"], found["exit"]

@@ -49,9 +49,7 @@ def _numbers(values: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any
 
 def item_digest(item: Any) -> bytes:
     """SHA-256 of one item of a dataset: tensors, arrays, numbers, text and bytes, in tuples, lists and dicts.
-
-    Raises BadInput for anything else.
-    """
+    Raises BadInput for anything else."""
     found = hashlib.sha256()
     for part in _parts(item):
         found.update(part)

@@ -18,10 +18,8 @@ from fedcore.learning.data.rows import Rows
 
 
 def rows_digest(*parts: Rows | None) -> str:
-    """64 hex digits over all rows of all parts (training rows and the test rows a task brings itself).
-
-    A dataset whose items have no content that stays goes by the number of its rows and their labels.
-    """
+    """64 hex digits over all rows of all parts (training rows and the test rows a task brings itself). A
+    dataset whose items have no content that stays goes by the number of its rows and their labels."""
     every = sorted(digest for part in parts if part is not None for digest in _each(part))
     return hashlib.sha256(b"fedcore rows " + b"".join(every)).hexdigest()
 

@@ -64,16 +64,12 @@ class Rows(Protocol):
         """(rows,) int64 class indices; None where the target is not a class or is unknown."""
 
     def digests(self) -> list[bytes]:
-        """SHA-256 of each row's canonical bytes, features and target: equal for equal rows only.
-
-        Raises BadInput for rows that have no canonical form.
-        """
+        """SHA-256 of each row's canonical bytes, features and target: equal for equal rows only. Raises
+        BadInput for rows that have no canonical form."""
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
-        """Batches as `task.predict` takes them; `order=None` is row order.
-
-        A DataLoader's own batch size and collate function win over `batch_size`.
-        """
+        """Batches as `task.predict` takes them; `order=None` is row order. A DataLoader's own batch size and
+        collate function win over `batch_size`."""
 
 
 class Scale(Protocol):
@@ -349,10 +345,8 @@ def split_rows(rows: Rows, *, seed: int, fold: int, folds: int, site: str) -> tu
 
 
 def pool(parts: Sequence[Rows]) -> Rows:
-    """The union of the sites' rows, in the order given: what the centralised arm trains on.
-
-    Raises BadInput when the sites' rows are of different kinds, shapes or column layouts.
-    """
+    """The union of the sites' rows, in the order given: what the centralised arm trains on. Raises BadInput
+    when the sites' rows are of different kinds, shapes or column layouts."""
     if not parts:
         raise BadInput("pool: found no sites, expected at least 1")
     if all(isinstance(part, ArrayRows) for part in parts):
@@ -526,10 +520,8 @@ def _target_tensor(raw: Any, where: str) -> torch.Tensor:
 
 
 def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
-    """An array whose task declared public ranges: (rows, columns) float64, NaN = missing.
-
-    Raises BadInput for another shape, for what are not numbers, and for infinity.
-    """
+    """An array whose task declared public ranges: (rows, columns) float64, NaN = missing. Raises BadInput for
+    another shape, for what are not numbers, and for infinity."""
     features = np.array(raw.detach().cpu().numpy() if isinstance(raw, torch.Tensor) else raw)
     _require_numbers(features, "X", where)
     features = features.astype(np.float64)
@@ -538,18 +530,14 @@ def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
             f"{where}: found X of shape {list(features.shape)}, expected (rows, {columns})",
             remedy="Task(statistics=...) gives one (low, high) per column of X",
         )
-    if np.isinf(features).any():
-        _refuse_not_finite(
-            torch.from_numpy(np.where(np.isnan(features), 0.0, features)), "X", where
-        )
+    observed = np.where(np.isnan(features), 0.0, features)
+    _refuse_not_finite(torch.from_numpy(observed), "X", where)
     return features
 
 
 def array_layout(statistics: Sequence[Any]) -> RowLayout:
-    """The layout of an array task from `Task.statistics`: per column (low, high) or a `number(...)`.
-
-    Raises BadInput unless low < high, both finite.
-    """
+    """The layout of an array task from `Task.statistics`: per column (low, high) or a `number(...)`. Raises
+    BadInput unless low < high, both finite."""
     ranges, indicated = [], []
     for i, entry in enumerate(statistics):
         indicated.append(bool(getattr(entry, "may_be_missing", False)))

@@ -122,10 +122,8 @@ def finish_statistics(
     *,
     allow_few_sites: bool = False,
 ) -> Statistics:
-    """Exact integer sums over the sites to means and spreads, off by at most half a fixed-point step.
-
-    Raises Refused for a feature with fewer than 3 contributing sites, unless the plan allows it.
-    """
+    """Exact integer sums over the sites to means and spreads, off by at most half a fixed-point step. Raises
+    Refused for a feature with fewer than 3 contributing sites, unless the plan allows it."""
     means, spreads = [], []
     top = (1 << FIXED_POINT_BITS) - 1
     for index, (name, (low, high)) in enumerate(zip(names, ranges, strict=True)):

@@ -136,10 +136,8 @@ class Table:
         return self.layout.columns
 
     def __call__(self, source: Any) -> TableRows:
-        """Read a DataFrame, the path of a .csv or .parquet file, or a dict of columns.
-
-        Raises BadInput naming the file, the column and the row (1 = the first below the header).
-        """
+        """Read a DataFrame, the path of a .csv or .parquet file, or a dict of columns. Raises BadInput naming
+        the file, the column and the row (1 = the first below the header)."""
         where, raw = _read(source, [name for name, _ in self.specs] + [self.target])
         numeric, fixed = self._encode(where, raw)
         return TableRows(numeric, fixed, self._targets(where, raw[self.target]), self.layout)
@@ -149,10 +147,8 @@ class Table:
         return self._encode(*_read(source, [name for name, _ in self.specs]))[0]
 
     def inputs(self, source: Any, statistics: Scale) -> NDArray[np.float32]:
-        """What a trained model takes for these raw rows, (rows, len(columns)) float32.
-
-        Needs no target column; `statistics` are those of the run.
-        """
+        """What a trained model takes for these raw rows, (rows, len(columns)) float32. Needs no target
+        column; `statistics` are those of the run."""
         numeric, fixed = self._encode(*_read(source, [name for name, _ in self.specs]))
         return self.layout.inputs(numeric, fixed, statistics)
 

@@ -25,20 +25,16 @@ class Sealer(Protocol):
         """One vector of slots to its chunks, in order, with fresh randomness."""
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
-        """The chunks of a folded sum to (slots,) uint64. Raises ChunkRefused on a wrong size or count.
-
-        The caller checks the sum tag before using any of it.
-        """
+        """The chunks of a folded sum to (slots,) uint64. Raises ChunkRefused on a wrong size or count. The
+        caller checks the sum tag before using any of it."""
 
 
 class Fold(Protocol):
     """The coordinator's side: one running sum, for any number of sites."""
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Add chunk `index` of one site's vector to the running sum.
-
-        Raises ChunkRefused, before anything is added, on a size or content that is not its place's.
-        """
+        """Add chunk `index` of one site's vector to the running sum. Raises ChunkRefused, before anything is
+        added, on a size or content that is not its place's."""
 
     def total(self) -> Iterator[bytes]:
         """The chunks of the sum, in order. Raises ChunkRefused while a chunk is missing."""
@@ -48,10 +44,8 @@ class UnmaskableFold(Fold, Protocol):
     """A fold of vectors that still have masks (`masked`, `layered`)."""
 
     def remove(self, mask: Slots) -> None:
-        """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end.
-
-        Raises BadInput for another shape and a second time, ChunkRefused while a chunk is missing.
-        """
+        """Subtract the sum of all masks, (slots,) uint64 taken mod 2^slot_bits: once, at the end. Raises
+        BadInput for another shape and a second time, ChunkRefused while a chunk is missing."""
 
 
 def check_removal(mask: Slots, slots: int, *, removed: bool) -> None:

@@ -404,10 +404,8 @@ def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> 
 
 
 def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
-    """The words of a ciphertext that SEAL has just written, at their offset in its layout.
-
-    Raises Unavailable if the head of the stream differs from SEAL 4's: a later SEAL may change it.
-    """
+    """The words of a ciphertext that SEAL has just written, at their offset in its layout. Raises Unavailable
+    if the head of the stream differs from SEAL 4's: a later SEAL may change it."""
     expected = public.prefixes[kind]
     sizes, count = slice(_CIPHERTEXT_SIZES), slice(_CIPHERTEXT_WORDS_AT - 8, _CIPHERTEXT_WORDS_AT)
     if body[sizes] != expected[sizes] or body[count] != expected[count]:
@@ -464,10 +462,8 @@ class EncryptedFold:
         self._accumulate(first, loaded)
 
     def merge(self, other: EncryptedFold) -> None:
-        """Add another fold's sum of the same part; the other must not be used afterwards.
-
-        Raises ChunkRefused after `remove`, or if the other has gaps.
-        """
+        """Add another fold's sum of the same part; the other must not be used afterwards. Raises ChunkRefused
+        after `remove`, or if the other has gaps."""
         other._refuse_gaps()
         if self._removed or other._removed:
             raise ChunkRefused("sum: the masks are already off")

@@ -19,10 +19,8 @@ class Entropy(Protocol):
         """`length` uniform bytes."""
 
     def encapsulate(self, mlkem_public: bytes) -> tuple[bytes, bytes]:
-        """A fresh shared secret (32 bytes) and its ML-KEM-768 ciphertext (1088 bytes).
-
-        Raises ValueError for bytes that are no key; `hybrid.encapsulate` turns it into KeyRefused.
-        """
+        """A fresh shared secret (32 bytes) and its ML-KEM-768 ciphertext (1088 bytes). Raises ValueError for
+        bytes that are no key; `hybrid.encapsulate` turns it into KeyRefused."""
 
 
 class OsEntropy:

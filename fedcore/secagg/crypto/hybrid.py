@@ -98,10 +98,8 @@ class HybridKey(Secret):
         return _exchange(self._x25519, other_x25519, owner)
 
     def decapsulate(self, ciphertext: bytes, sender: str) -> bytes:
-        """The ML-KEM shared secret, 32 bytes; of a foreign ciphertext, an unpredictable one.
-
-        Raises KeyRefused for another length.
-        """
+        """The ML-KEM shared secret, 32 bytes; of a foreign ciphertext, an unpredictable one. Raises
+        KeyRefused for another length."""
         _expect_length(f"ML-KEM ciphertext from {sender}", ciphertext, CIPHERTEXT_BYTES, sender)
         return self._mlkem.decapsulate(ciphertext)
 
@@ -134,10 +132,8 @@ def seal_envelope(
 def open_envelope(
     mine: HybridKey, sender_public: HybridPublic, sealed: bytes, *, context: bytes, sender: str
 ) -> bytes:
-    """The plaintext. Raises EnvelopeRefused for all that `sender` did not seal to `mine` in `context`.
-
-    Raises KeyRefused for a sender's key that `HybridPublic.check` would have refused.
-    """
+    """The plaintext. Raises EnvelopeRefused for all that `sender` did not seal to `mine` in `context`. Raises
+    KeyRefused for a sender's key that `HybridPublic.check` would have refused."""
     if len(sealed) < ENVELOPE_OVERHEAD:
         found, expected = f"{len(sealed)} bytes", f"at least {ENVELOPE_OVERHEAD}"
         raise EnvelopeRefused(f"sealed message from {sender}", found, expected, sender)
@@ -150,10 +146,8 @@ def open_envelope(
 def _envelope_key(
     secret: bytes, sender: HybridPublic, recipient: HybridPublic, ciphertext: bytes, context: bytes
 ) -> bytes:
-    """HKDF(X25519 || ML-KEM, salt SHA256(context), info: sender's keys, recipient's keys, ciphertext).
-
-    The public keys and the ciphertext are hashed in because neither shared secret binds them alone.
-    """
+    """HKDF(X25519 || ML-KEM, salt SHA256(context), info: sender's keys, recipient's keys, ciphertext). The
+    public keys and the ciphertext are hashed in because neither shared secret binds them alone."""
     salt = hashlib.sha256(context).digest()
     return derive(
         secret, Label.ENVELOPE, sender.to_bytes(), recipient.to_bytes(), ciphertext, salt=salt

@@ -80,10 +80,8 @@ def make_offer(
     header: bytes,
     entropy: Entropy,
 ) -> tuple[bytes, bytes]:
-    """(r, offer): r sealed to the recipient's mask key, 1088 + 48 bytes. Raises KeyRefused.
-
-    The offer can be opened again once the recipient's root is rebuilt.
-    """
+    """(r, offer): r sealed to the recipient's mask key, 1088 + 48 bytes. Raises KeyRefused. The offer can be
+    opened again once the recipient's root is rebuilt."""
     secret = pair_secret(root, sender=sender, recipient=recipient, header=header)
     shared, ciphertext = encapsulate(peer_mask_mlkem, recipient, entropy)
     key = _offer_key(shared, peer_mask_mlkem, ciphertext, sender, recipient, header)

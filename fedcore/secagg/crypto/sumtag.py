@@ -78,10 +78,8 @@ class GroupSecret(Secret):
 
 
 def key_id(payload: bytes) -> bytes:
-    """The name of a key epoch's payload: SHA-256, 32 bytes (PROTOCOL E).
-
-    Public: the payload ends in 32 random bytes, so the hash reveals nothing about it.
-    """
+    """The name of a key epoch's payload: SHA-256, 32 bytes (PROTOCOL E). Public: the payload ends in 32
+    random bytes, so the hash reveals nothing about it."""
     return hashlib.sha256(b"key id" + payload).digest()
 
 
@@ -112,10 +110,8 @@ class SumTag:
         return (self._pad(site) + self._product(slots)) % PRIME
 
     def check(self, total: Slots, tag_sum: int, survivors: Sequence[SiteId]) -> None:
-        """Accept the sum of `survivors` or raise TagRefused, whose text has nothing of the values.
-
-        A list that names a site twice, or one off the roster, has a tag too: it is refused first.
-        """
+        """Accept the sum of `survivors` or raise TagRefused, whose text has nothing of the values. A list
+        that names a site twice, or one off the roster, has a tag too: it is refused first."""
         listed = set(survivors)
         known = len(listed) == len(survivors) and listed <= set(self.header.roster)
         expected = (sum(map(self._pad, survivors)) + self._product(total)) % PRIME

@@ -79,10 +79,8 @@ def open_box(key: bytes, box: bytes, context: bytes, *, sender: str) -> bytes:
 
 
 def keystream(key: bytes, start: bytes = _CTR_START) -> CipherContext:
-    """AES-256-CTR from counter block `start`; encrypting zeros gives the stream.
-
-    Raises BadInput unless the key has 32 bytes.
-    """
+    """AES-256-CTR from counter block `start`; encrypting zeros gives the stream. Raises BadInput unless the
+    key has 32 bytes."""
     if len(key) != KEY_BYTES:
         raise BadInput(f"keystream: found a key of {len(key)} bytes, expected {KEY_BYTES}")
     return Cipher(algorithms.AES256(key), modes.CTR(start)).encryptor()
