@@ -205,6 +205,15 @@ def _masked(terms: Terms) -> list[str]:
     models = "every model" if terms.release == "coordinator" else "the model"
     then = f" With 1 colluding site it also sees the sum and {models}."
     curious = _up_to(found.curious, "site") if found.curious else "no site"
+    hidden = f"Sums of only 2 sites may be opened: {_TWO_SITES}."
+    if threshold > 2:
+        among = (
+            f"with {_sites(found.active, 'colluding site')} among them, " if found.active else ""
+        )
+        hidden = (
+            f"Only sums of at least {threshold} sites are opened; {among}each honest update is hidden "
+            f"among at least {found.hidden_among} honest ones, its own included."
+        )
     return [
         f"{_PROTECTS}the coordinator{with_sites} even if it breaks the rules. {sight}",
         f"{_PROTECTS_NOT}the coordinator and {too_many} together: they open other sites' updates."
@@ -212,23 +221,12 @@ def _masked(terms: Terms) -> list[str]:
         "A colluding site is one that hands over all it holds; the coordinator's own identities on the "
         "roster count as colluding sites. If the coordinator keeps to the rules and only looks on, "
         f"{curious} may collude with it.",
-        _hiding(threshold, found),
+        hidden,
         f"Absences survived: {found.absences} of {sites}. A round with fewer than {threshold} sites is "
         "abandoned, and no site's update is opened.",
         "A sum is accepted only with a tag that proves it is of exactly the listed sites, this round, "
         "each once; the result is right if no colluding site lies.",
     ]
-
-
-def _hiding(threshold: int, found: Collusion) -> str:
-    if threshold == 2:
-        return f"Sums of only 2 sites may be opened: {_TWO_SITES}."
-    return (
-        f"Only sums of at least {threshold} sites are opened; "
-        + (f"with {_sites(found.active, 'colluding site')} among them, " if found.active else "")
-        + f"each honest update is hidden among at least {found.hidden_among} honest ones, its own "
-        "included."
-    )
 
 
 def _alternative(terms: Terms) -> str:

@@ -20,7 +20,6 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -268,15 +267,6 @@ def _key_prefix(public: PublicContext) -> bytes:
     return level + sizes + _seal_header(24 + 8 * degree) + struct.pack("<Q", degree)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A parsed chunk: seeds (count, 65) uint8 (empty when full), words (count, polys * N) uint64."""
-
-    first: int
-    seeds: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
-    words: Words
-
-
 def chunk_size(ring: Ring, kind: int, count: int) -> int:
     """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
     seeds = _SEED_BYTES * count if kind == _SEEDED else 0
@@ -297,8 +287,11 @@ def _write_chunk(
     return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
 
 
-def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, count: int) -> _Chunk:
-    """Parse and check a chunk before SEAL reads it. Raises ChunkRefused."""
+def _read_chunk(
+    public: PublicContext, kind: int, chunk: bytes, first: int, count: int
+) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Words]:
+    """Check a chunk before SEAL reads it: (seeds, words), (count, 65) uint8 (empty when full) and
+    (count, polynomials * N) uint64. Raises ChunkRefused."""
     expected = chunk_size(public.ring, kind, count)
     if len(chunk) != expected:
         raise ChunkRefused(
@@ -326,7 +319,7 @@ def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, coun
     )
     if (words >= public.ring.modulus).any():
         raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
-    return _Chunk(first, seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1))
+    return seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1)
 
 
 def _blocks(ring: Ring, slots: int) -> int:
@@ -374,9 +367,9 @@ class EncryptedSealer:
             if received > len(places):
                 raise ChunkRefused(f"sum: found more than the expected {len(places)} chunks")
             first, count = places[received - 1]
-            parsed = _read_chunk(self._public, _FULL, chunk, first, count)
+            _, words = _read_chunk(self._public, _FULL, chunk, first, count)
             for row in range(count):
-                self._decrypt(parsed.words[row], rows[first + row])
+                self._decrypt(words[row], rows[first + row])
         if received != len(places):
             raise ChunkRefused(f"sum: found {received} chunks, expected {len(places)}")
         return total
@@ -457,9 +450,15 @@ class EncryptedFold:
                 f"chunk {index}: expected chunks {lowest} to "
                 f"{lowest + (self._blocks - 1) // BLOCKS_PER_CHUNK}"
             )
-        parsed = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
-        loaded = [self._load_seeded(parsed.words[row], parsed.seeds[row]) for row in range(count)]
-        self._accumulate(first, loaded)
+        seeds, words = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
+        header = _seal_header(_SEED_BLOCK)
+        tails = (
+            w.astype("<u8").tobytes() + header + s.tobytes()
+            for w, s in zip(words, seeds, strict=True)
+        )
+        self._accumulate(
+            first, [_load(self._courier, self._public, _SEEDED, tail) for tail in tails]
+        )
 
     def merge(self, other: EncryptedFold) -> None:
         """Add another fold's sum of the same part; the other must not be used afterwards. Raises ChunkRefused
@@ -476,10 +475,6 @@ class EncryptedFold:
                 self._total[place] = ciphertext
             else:
                 self._evaluator.add_inplace(self._total[place], ciphertext)
-
-    def _load_seeded(self, words: Words, seed_block: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
-        tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
-        return _load(self._courier, self._public, _SEEDED, tail)
 
     def remove(self, mask: Slots) -> None:
         """One plaintext subtraction a ciphertext; `plan.py` includes its rounding in the headroom."""
