@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import DecodeError
@@ -180,11 +179,15 @@ class _Rule:
     limit: Limit | None
 
 
-@cache
+_RULES: dict[type[Any], tuple[_Rule, ...]] = {}
+
+
 def _rules(cls: type[Any]) -> tuple[_Rule, ...]:
-    """The rules of a frame's fields, in order."""
-    hints = get_type_hints(cls, include_extras=True)
-    return tuple(_rule(each.name, hints[each.name]) for each in fields(cls))
+    """The rules of a frame's fields, in order; cached by type."""
+    if cls not in _RULES:
+        hints = get_type_hints(cls, include_extras=True)
+        _RULES[cls] = tuple(_rule(each.name, hints[each.name]) for each in fields(cls))
+    return _RULES[cls]
 
 
 def _rule(name: str, hint: Any) -> _Rule:
