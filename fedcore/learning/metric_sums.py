@@ -57,10 +57,8 @@ class MetricTransport:
         """One site's integers; zeros for a site without test rows (scored None)."""
         out: dict[str, list[int]] = {}
         for metric in self.metrics:
-            values: Sequence[int] = [0] * metric.size(self.columns)
-            if scored is not None:
-                values = metric.sums(scored.outputs, scored.targets).tolist()
-            out[METRIC + metric.name] = list(values)
+            found = None if scored is None else metric.sums(scored.outputs, scored.targets).tolist()
+            out[METRIC + metric.name] = found or [0] * metric.size(self.columns)
         for name in self.own:
             total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
             out[METRIC + name] = [_to_fixed(name, total), _to_fixed(name, count)]

@@ -242,11 +242,8 @@ class Spool:
     def _files(self, folder: Path) -> dict[str, Path]:
         """{site: file} of the uploads of a round, from the cache."""
         if folder not in self._uploads:
-            found = self._uploads[folder] = {}
-            for path in folder.glob("*"):
-                match = _UPLOAD.fullmatch(path.name)
-                if match is not None:
-                    found[match["site"]] = path
+            matches = ((_UPLOAD.fullmatch(path.name), path) for path in folder.glob("*"))
+            self._uploads[folder] = {match["site"]: path for match, path in matches if match}
         return self._uploads[folder]
 
     def _know(self, site: SiteId, path: Path, *, gone: bool = False) -> None:

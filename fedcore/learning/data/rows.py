@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -349,12 +349,12 @@ def pool(parts: Sequence[Rows]) -> Rows:
     when the sites' rows are of different kinds, shapes or column layouts."""
     if not parts:
         raise BadInput("pool: found no sites, expected at least 1")
-    if all(isinstance(part, ArrayRows) for part in parts):
-        return _pool_arrays(cast("Sequence[ArrayRows]", parts))
-    if all(isinstance(part, TableRows) for part in parts):
-        return _pool_tables(cast("Sequence[TableRows]", parts))
-    if all(isinstance(part, DatasetRows) for part in parts):
-        return _pool_datasets(cast("Sequence[DatasetRows]", parts))
+    join: Callable[[Any], Rows]
+    for kind, join in (
+        (ArrayRows, _pool_arrays), (TableRows, _pool_tables), (DatasetRows, _pool_datasets),
+    ):  # fmt: skip
+        if all(isinstance(part, kind) for part in parts):
+            return join(parts)
     kinds = sorted({type(part).__name__ for part in parts})
     raise BadInput(
         f"sites: found rows of different kinds ({', '.join(kinds)}), expected one kind",
@@ -363,13 +363,11 @@ def pool(parts: Sequence[Rows]) -> Rows:
 
 
 def _pool_arrays(parts: Sequence[ArrayRows]) -> ArrayRows:
-    shapes = {(tuple(p.x.shape[1:]), p.x.dtype, tuple(p.y.shape[1:]), p.y.dtype) for p in parts}
+    shapes = {
+        f"X {list(p.x.shape[1:])} {p.x.dtype}, y {list(p.y.shape[1:])} {p.y.dtype}" for p in parts
+    }
     if len(shapes) > 1:
-        seen = "; ".join(
-            sorted(
-                f"X {list(a)} {b}, y {list(c)} {d}".replace("torch.", "") for a, b, c, d in shapes
-            )
-        )
+        seen = "; ".join(sorted(shapes)).replace("torch.", "")
         raise BadInput(
             f"sites: found rows of different shapes ({seen}), expected one shape",
             remedy="task.data must return the same columns and target type for every site",
