@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from fedcore.config import Job, build_job, plan_of, read_settings
 from fedcore.errors import FedcoreError
 from fedcore.learning.state import JobState
-from fedcore.secagg.label import Terms, label_of
-from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job.site.effects import Surveyed
 from fedcore.secagg.protocol.job_messages import JobOffer

@@ -1,4 +1,5 @@
-"""The label of a run: who can see what, computed from its terms and never typed by hand (PROTOCOL L).
+"""The label of a run: who can see what, computed from its terms and never typed by hand (PROTOCOL L); and
+what a job takes from a site (`leaving_of`).
 
 The same text is on the screen, in the report, in `plan.json` and in `fedcore plan`. The terms follow from
 a job's settings and its roster alone, so a site has the label before it reads a row.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
+from fedcore.secagg.purposes import leaving
 from fedcore.types import SiteId
 
 if TYPE_CHECKING:
@@ -254,3 +256,31 @@ def _sites(count: int, noun: str) -> str:
 
 def _up_to(count: int, noun: str) -> str:
     return ("" if count == 1 else "up to ") + _sites(count, noun)
+
+
+def leaving_of(job: Job, terms: Terms) -> list[str]:
+    """What a job takes from a site: a line for each purpose of a round, then who can open the vectors, and what
+    goes to the coordinator. PROTOCOL W and Q describe the vectors' content."""
+    shown = [
+        terms.public_metrics and "the metrics of each release over all its sites",
+        terms.release == "coordinator" and "the model and statistics of the last round",
+    ]
+    return [
+        *leaving(job, terms),
+        _who_opens(terms),
+        *(f"to the coordinator and its operators: {each}" for each in shown if each),
+        "nothing else but the shape of the model: rows, file names and errors stay here",
+    ]
+
+
+def _who_opens(terms: Terms) -> str:
+    """The parties that can read a vector, and a sum, by the protection."""
+    least = f"a sum of at least {terms.threshold} sites"
+    if not terms.layers.protects:
+        return "opened: by the coordinator, the vector of this site"
+    if not terms.layers.encrypts:
+        return f"opened: by the coordinator and by the sites, as {least}"
+    by_sites = f"opened: by the sites only, as {least}"
+    if terms.layers.masks:
+        return by_sites
+    return f"{by_sites}; with any one of them the coordinator opens the vector of this site"

@@ -363,9 +363,7 @@ class _Compiled:
         return connection.exec_driver_sql(self._text, given[0] if len(given) == 1 else given)
 
 
-_ADD = insert(_RECORDS).values(
-    {name: bindparam(name) for name in ("job", "stream", "kind", "body", "created_at")}
-)
+_ADD = insert(_RECORDS).values({c.name: bindparam(c.name) for c in _RECORDS.c if c.name != "id"})
 _PLACE = (_VALUES.c.job == bindparam("of"), _VALUES.c.key == bindparam("named"))
 _CHANGE = update(_VALUES).where(*_PLACE).values(body=bindparam("value"))
 _NEW = insert(_VALUES).values(job=bindparam("of"), key=bindparam("named"), body=bindparam("value"))

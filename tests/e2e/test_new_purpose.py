@@ -14,8 +14,7 @@ from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.label import Terms
-from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.label import Terms, leaving_of
 from fedcore.secagg.plan import VectorSpec
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.purposes import PURPOSES, Purpose

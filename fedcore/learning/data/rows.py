@@ -44,6 +44,7 @@ from fedcore.learning.data.kinds import (
     is_pandas,
     kind_of,
 )
+from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.task import Task, brief, user_code, user_traceback
 from fedcore.seeds import generator
 
@@ -70,16 +71,6 @@ class Rows(Protocol):
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Batches as `task.predict` takes them; `order=None` is row order. A DataLoader's own batch size and
         collate function win over `batch_size`."""
-
-
-class Scale(Protocol):
-    """What standardising needs of federated statistics: one entry per numeric feature."""
-
-    @property
-    def mean(self) -> NDArray[np.float64]: ...
-
-    @property
-    def std(self) -> NDArray[np.float64]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +131,7 @@ class RowLayout:
         return tuple(blocks[i] for i in self.order) if self.order else blocks
 
     def inputs(
-        self, features: NDArray[np.float64], fixed: NDArray[np.float32], scale: Scale
+        self, features: NDArray[np.float64], fixed: NDArray[np.float32], scale: Statistics
     ) -> NDArray[np.float32]:
         """Impute by the mean, standardise, add the indicators: (rows, len(columns)) float32.
 
@@ -219,7 +210,7 @@ class TableRows:
             remedy="call rows.standardise(statistics) first; fedcore.simulate does so by itself",
         )
 
-    def standardise(self, statistics: Scale) -> ArrayRows:
+    def standardise(self, statistics: Statistics) -> ArrayRows:
         """The model's inputs under these federated statistics (mean and std, (p,) float64)."""
         x = self.layout.inputs(self.features, self.fixed, statistics)
         return ArrayRows(torch.from_numpy(x), self.y)

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.kinds import is_pandas
-from fedcore.learning.data.rows import RowLayout, Scale, TableRows
+from fedcore.learning.data.rows import RowLayout, TableRows
+from fedcore.learning.data.statistics import Statistics
 from fedcore.types import Json
 
 MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "<na>", "nat", "?"})
@@ -146,7 +147,7 @@ class Table:
         """The raw numeric features, (rows, p) float64 with NaN = missing. Needs no target column."""
         return self._encode(*_read(source, [name for name, _ in self.specs]))[0]
 
-    def inputs(self, source: Any, statistics: Scale) -> NDArray[np.float32]:
+    def inputs(self, source: Any, statistics: Statistics) -> NDArray[np.float32]:
         """What a trained model takes for these raw rows, (rows, len(columns)) float32. Needs no target
         column; `statistics` are those of the run."""
         numeric, fixed = self._encode(*_read(source, [name for name, _ in self.specs]))

@@ -16,8 +16,7 @@ from support.deployed_jobs import loaded, site_job, submitted
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import write_json
-from fedcore.secagg.label import Terms, label_of
-from fedcore.secagg.leaving import leaving_of
+from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.site.effects import MessageReceived
 
