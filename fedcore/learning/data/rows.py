@@ -340,10 +340,10 @@ def pool(parts: Sequence[Rows]) -> Rows:
     when the sites' rows are of different kinds, shapes or column layouts."""
     if not parts:
         raise BadInput("pool: found no sites, expected at least 1")
-    join: Callable[[Any], Rows]
-    for kind, join in (
-        (ArrayRows, _pool_arrays), (TableRows, _pool_tables), (DatasetRows, _pool_datasets),
-    ):  # fmt: skip
+    ways: dict[type[Any], Callable[[Any], Rows]] = {
+        ArrayRows: _pool_arrays, TableRows: _pool_tables, DatasetRows: _pool_datasets,
+    }  # fmt: skip
+    for kind, join in ways.items():
         if all(isinstance(part, kind) for part in parts):
             return join(parts)
     kinds = sorted({type(part).__name__ for part in parts})
