@@ -76,7 +76,6 @@ class FlatModel:
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         travelling = floating if buffers == "average" else []
-        self.names = [name for name, _ in shared + travelling]
         self._tensors: list[Tensor] = [tensor for _, tensor in shared + travelling]
         self.parameters = sum(p.numel() for _, p in shared)
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
@@ -153,14 +152,13 @@ def build_model(
     with seeded(seed, 0, "", "initial model"), torch.no_grad():
         module = make()
         if not isinstance(module, nn.Module):
+            found, remedy = "it returned", ""
             if hasattr(module, "fit") and hasattr(module, "get_params"):
-                raise BadInput(
-                    f"task.model: found the scikit-learn estimator {type(module).__name__}, "
-                    "expected a torch.nn.Module",
-                    remedy="fedcore.linear(features, classes) is the linear model in torch",
-                )
+                found = "found the scikit-learn estimator"
+                remedy = "fedcore.linear(features, classes) is the linear model in torch"
             raise BadInput(
-                f"task.model: it returned {type(module).__name__}, expected a torch.nn.Module"
+                f"task.model: {found} {type(module).__name__}, expected a torch.nn.Module",
+                remedy=remedy,
             )
         if any(is_lazy(p) for p in module.parameters()):
             module.eval()

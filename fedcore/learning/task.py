@@ -75,19 +75,16 @@ class Task:
             )
         object.__setattr__(self, "metrics", tuple(self.metrics))
         for part in ("data", "model", "loss"):
-            self._require_function(part)
-
-    def _require_function(self, part: str) -> None:
-        value = getattr(self, part)
-        if hasattr(value, "fit") and hasattr(value, "get_params"):
-            raise BadInput(
-                f"task.{part}: found the scikit-learn estimator {type(value).__name__}, "
-                "expected a function that returns a torch module",
-                remedy="fedcore.linear(features, classes) is the linear model in torch; "
-                "federated averaging needs parameters and a gradient",
-            )
-        if not callable(value):
-            raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
+            value = getattr(self, part)
+            if hasattr(value, "fit") and hasattr(value, "get_params"):
+                raise BadInput(
+                    f"task.{part}: found the scikit-learn estimator {type(value).__name__}, "
+                    "expected a function that returns a torch module",
+                    remedy="fedcore.linear(features, classes) is the linear model in torch; "
+                    "federated averaging needs parameters and a gradient",
+                )
+            if not callable(value):
+                raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
 
     def digest(self) -> str:
         """SHA-256 over the name, the metrics and the source text of every function of the task.

@@ -38,7 +38,10 @@ LOOP_CODE = "model, task.predict or task.loss"
 
 @dataclass(frozen=True)
 class Fit:
-    """The argument `fit` of a task's own `train(model, rows, fit)`: the settings, seed, round and site."""
+    """The argument `fit` of a task's own `train(model, rows, fit)`.
+
+    lr: step size; epochs: passes over the rows; batch_size: rows; seed: of the run; round: from 1.
+    """
 
     optimiser: str
     lr: float

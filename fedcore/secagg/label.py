@@ -6,8 +6,8 @@ a job's settings and its roster alone, so a site has the label before it reads a
 
 With n sites and threshold t, an opened sum is of at least t of them. A coordinator that breaks every rule
 opens two different sums if it gets two lists signed by t sites each; two such lists share 2 t - n sites, and
-an honest one among these signs only one. A coordinator that only looks on is left with one update once it
-knows all but one of the smallest sum.
+an honest one among these signs only one. A coordinator that keeps to the rules can compute one update once it
+has all the others of the smallest sum.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Terms:
 @dataclass(frozen=True)
 class Collusion:
     """What a plan withstands. active, curious: how many sites may collude with a coordinator that
-    breaks every rule it can, or only looks on, before some honest site's update is open.
+    breaks every rule it can, or that keeps to the rules, before some honest site's update is open.
 
     absences: sites that may be missing from a round. hidden_among: the fewest honest updates, its own
     included, in the sum an update is opened in, with `active` sites colluding; 1 where it is seen alone.
@@ -118,7 +118,7 @@ def collusion(terms: Terms) -> Collusion:
 
 
 def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
-    """At most eight lines; the first says what it protects against, the second what not.
+    """At most eight lines; the first states what the run protects against, the second what not.
 
     few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
     """
@@ -138,7 +138,7 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
 
 
 def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
-    """What sums over the sites' columns show, where there are any."""
+    """What sums over the sites' columns reveal, where there are any."""
     said = []
     if terms.statistics == "federated":
         said.append(
@@ -159,7 +159,7 @@ def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
 
 
 def label_warnings(terms: Terms) -> list[str]:
-    """What in the roster and threshold deserves a warning, each with what to do instead."""
+    """Warnings about the roster and the threshold, each with an alternative."""
     sites, threshold = terms.count, terms.threshold
     found = []
     if sites >= MIN_SITES and threshold == sites:
@@ -232,7 +232,7 @@ def _masked(terms: Terms) -> list[str]:
 
 
 def _alternative(terms: Terms) -> str:
-    """What survives an absence instead: the next lower threshold, and for three sites a fourth."""
+    """Settings that survive an absence: the next lower threshold, and for three sites a fourth."""
     lower, masks = terms.threshold - 1, terms.layers.masks
     said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
     if masks:

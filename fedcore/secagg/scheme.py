@@ -41,7 +41,7 @@ Masks = tuple[tuple[bytes, int], ...]
 
 @dataclass(frozen=True)
 class EpochSecrets:
-    """What a site holds of one key epoch: the group secret, and what opens sums with it.
+    """A site's secrets of one key epoch: the group secret, and the sealer that opens sums with it.
 
     streams: whether vectors travel under a keystream of G, and no sealer of a lattice.
     """

@@ -104,7 +104,7 @@ class Journal:
     """A party's records on disk. Thread-safe: calls are serialised by a lock."""
 
     def __init__(self, engine: Engine, path: Path, lock: int) -> None:
-        self._engine, self._path, self._lock = engine, path, lock
+        self._path, self._lock = path, lock
         self._connection = engine.connect()
         self._sqlite = _Sqlite(self._connection)
         self._add, self._clear, self._change, self._new, self._get, self._remove = (
