@@ -70,6 +70,8 @@ def linear(features: int | None = None, classes: int = 2) -> LinearModel:
 
 def logit_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of one logit per row: outputs (rows, 1) or (rows,), targets of 0 and 1.
-    `torch.nn.BCEWithLogitsLoss` itself wants equal shapes and float targets."""
+
+    `torch.nn.BCEWithLogitsLoss` itself wants equal shapes and float targets.
+    """
     logits = outputs.reshape(len(outputs))
     return nn.functional.binary_cross_entropy_with_logits(logits, targets.reshape(-1).to(logits))

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -267,6 +267,13 @@ def _key_prefix(public: PublicContext) -> bytes:
     return level + sizes + _seal_header(24 + 8 * degree) + struct.pack("<Q", degree)
 
 
+class _Chunk(NamedTuple):
+    """A parsed chunk: seeds (count, 65) uint8 (empty when full), words (count, polynomials * N) uint64."""
+
+    seeds: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+    words: Words
+
+
 def chunk_size(ring: Ring, kind: int, count: int) -> int:
     """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
     seeds = _SEED_BYTES * count if kind == _SEEDED else 0
@@ -287,11 +294,8 @@ def _write_chunk(
     return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
 
 
-def _read_chunk(
-    public: PublicContext, kind: int, chunk: bytes, first: int, count: int
-) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Words]:
-    """Check a chunk before SEAL reads it: (seeds, words), (count, 65) uint8 (empty when full) and
-    (count, polynomials * N) uint64. Raises ChunkRefused."""
+def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, count: int) -> _Chunk:
+    """Parse and check a chunk before SEAL reads it. Raises ChunkRefused."""
     expected = chunk_size(public.ring, kind, count)
     if len(chunk) != expected:
         raise ChunkRefused(
@@ -319,7 +323,7 @@ def _read_chunk(
     )
     if (words >= public.ring.modulus).any():
         raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
-    return seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1)
+    return _Chunk(seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1))
 
 
 def _blocks(ring: Ring, slots: int) -> int:

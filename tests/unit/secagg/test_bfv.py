@@ -803,7 +803,7 @@ def test_the_self_test_is_exact():
 def test_a_stream_laid_out_otherwise_is_refused(place, kind):
     """A later SEAL may move the words: better no upload than the wrong bytes of one."""
     public = PublicContext(SMALL, 36)
-    body = bytearray(public.ciphertext_prefix(kind) + bytes(kind * 8 * 2048 + 81))
+    body = bytearray(public.prefixes[kind] + bytes(kind * 8 * 2048 + 81))
     assert len(bfv._words_of(public, kind, bytes(body))) == kind * 2048
     body[place] ^= 1
     with pytest.raises(Unavailable, match="layout unknown"):
