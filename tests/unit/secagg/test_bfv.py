@@ -756,7 +756,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         )
         wides = {"weight": [1], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
         site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
-        epoch = loopback.InProcessFederation("job", plan)
+        epoch = loopback.sum_engine("job", plan)
         total = epoch.sum(plan.update_vector, 1, loopback.one_by_one(site), b"", Stopwatch())
         assert total.opened.coordinates.tolist() == [3, 3, 6]
 
