@@ -245,7 +245,7 @@ def read_settings(settings: bytes) -> Json:
 
 
 def settings_digest(job: Job, max_examples: int) -> str:
-    """SHA-256 hex of a job's canonical settings, with the cap on rows that holds (PROTOCOL J).
+    """SHA-256 hex of a job's canonical settings, with the cap on rows in force (PROTOCOL J).
 
     It is in the plan, so two sites that were offered different settings find different plans.
     """
@@ -307,7 +307,7 @@ def narrowest_policy(job: Job, sites: int) -> Json:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a source can stand in a job file."""
+    """Whether a source can be written into a job file."""
     try:
         json.dumps(value)
     except TypeError:
@@ -419,8 +419,8 @@ def _expectation(error: Any) -> str:
 
 
 def beside(source: Any, base: Path) -> Any:
-    """A source that is written like a path (`data/a.csv`, `./north`) and names something beside the
-    job file becomes absolute; a plain word stays what the task makes of it."""
+    """Make a source absolute if it is written like a path (`data/a.csv`, `./north`) and exists below base, the
+    job file's folder; any other source is left to the task."""
     if not isinstance(source, str) or not ("/" in source or Path(source).suffix):
         return source
     path = base / source

@@ -1,11 +1,11 @@
-"""A whole federation on one machine: its files, its processes, and an operator's commands.
+"""A federation on one machine: its files, its processes, and an operator's commands.
 
-What is written is what would be copied to other machines: a folder for the coordinator, one for the
-operator and one for every site, each with its own keys and the roster in it. Both shells are run as
-commands of this interpreter; nothing of theirs is imported.
+The files are those of a deployment over several machines: a folder for the coordinator, one for the operator
+and one for every site, each with its own keys and the roster. Both shells run as commands of this interpreter
+and are not imported.
 
-Invariant: whatever happens inside `running`, no process of it is alive and no port held afterwards:
-SIGTERM first, and after ten seconds the end of the whole process group.
+Invariant: after `running`, no process of it is alive and no port is open: SIGTERM first, then SIGKILL to the
+whole process group after ten seconds.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ _SPREAD = 0.01
 
 @dataclass(frozen=True)
 class TimedScheme:
-    """One way to carry a vector, as functions; a running sum is whatever `start` returns.
+    """One way to protect a vector, as functions; a running sum is what `start` returns.
 
     protect: `(vector, site) -> chunks` up. add: one site's chunks into the running sum.
     release: the chunks down. unprotect: `(chunks, contributors) -> (d,) float64`, the mean.

@@ -193,7 +193,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, from, text, and traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line, whatever its text holds."""
+        """The record as one line, whatever its text contains."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(), "from": record.name, "text": record.getMessage(),

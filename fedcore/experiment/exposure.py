@@ -50,26 +50,26 @@ def watch_one(roster: Sequence[SiteId], absent: Container[SiteId]) -> RoundTrace
 
 
 def observe(
-    witness: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round: int
+    trace: RoundTrace, plan: RoundPlan, sealer: Sealer, training_round: int
 ) -> UpdateExposure:
     """What each party held of the target's update in a round that has ended.
 
-    sealer: the other site's, which opens what the sites' shared key opens.
+    trace: of that round. sealer: the other site's, which opens what the sites' shared key opens.
     """
-    layout, slots, own, total = witness.layout, witness.slots, witness.other_slots, witness.total
+    layout, slots, own, total = trace.layout, trace.slots, trace.other_slots, trace.total
     assert layout is not None
     assert slots is not None
     assert own is not None
     assert total is not None
-    size, sites = layout.spec.coordinates, len(witness.survivors)
+    size, sites = layout.spec.coordinates, len(trace.survivors)
     fields, own_fields, sums = (layout.fields_of(each)[:size] for each in (slots, own, total))
     update = _Update(fields, layout)
     others, whole = (sums - own_fields) / (sites - 1), sums / sites
     under_plain = PlainSealer(plan.packing)
     unprotected = under_plain.open(under_plain.protect(slots), layout.slots)
-    rebuilt = witness.masks_among(witness.rebuilt_masks)
-    either = witness.masks_among(witness.rebuilt_masks, witness.other_masks)
-    here = _uploads(witness.upload, rebuilt, (*either, *witness.stream), plan, sealer, layout)
+    rebuilt = trace.masks_among(trace.rebuilt_masks)
+    either = trace.masks_among(trace.rebuilt_masks, trace.other_masks)
+    here = _uploads(trace.upload, rebuilt, (*either, *trace.stream), plan, sealer, layout)
 
     def parties(coordinator: Slots, both: Slots, has_sum: bool) -> dict[str, PartyView]:
         return {
@@ -79,8 +79,8 @@ def observe(
         }
 
     return UpdateExposure(
-        site=plan.sites[witness.target],
-        other=plan.sites[witness.other],
+        site=plan.sites[trace.target],
+        other=plan.sites[trace.other],
         round=training_round,
         protection=plan.protection,
         coordinates=size,
@@ -169,7 +169,7 @@ class _Update:
     layout: Layout
 
     def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> PartyView:
-        """What one party makes of the upload as it opens it, and of the sum."""
+        """One party's readings of the upload as it opens it, and of the sum."""
         size = len(self.fields)
         opened = None if upload is None else self.layout.fields_of(upload)[:size]
         message, from_sum = self._reading(opened), self._reading(rest)

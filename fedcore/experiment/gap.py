@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[str, str]] = {
 """Part of the gap -> (arm that should be better, arm that lost)."""
 
 BESIDE = {"local_only": ("centralised", "local_only")}
-"""Beside the parts of the gap: what staying alone loses against pooling."""
+"""In addition to the parts of the gap: what training alone loses against pooling."""
 
 _CONFIDENCE = 0.95
 _BLOCK = 1 << 20

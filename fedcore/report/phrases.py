@@ -29,7 +29,7 @@ STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
 PROTECTION_STAGES = ("encode", "protect", "fold", "unprotect")
 
 DASH = "–"
-"""Stands for a number that does not exist."""
+"""In place of a number that does not exist."""
 
 
 def plain(value: object) -> str:
@@ -117,7 +117,7 @@ def gap_amount(result: Result, metric: str, gap: Interval | None) -> str:
 
 
 def arm_name(arm: str, result: Result | None = None) -> str:
-    """As it stands in a table; the federated arm carries its protection."""
+    """The arm's name in a table; the federated arm with its protection."""
     name = ARM_NAMES.get(arm, plain(arm))
     if arm != "federated" or result is None:
         return name
@@ -156,7 +156,7 @@ def duration(seconds: float | None) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """As it stands in a sentence or table head."""
+    """The metric's name in a sentence or table head."""
     return metric.upper() if metric in {"auc", *ERRORS} else plain(metric).replace("_", " ")
 
 

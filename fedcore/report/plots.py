@@ -104,7 +104,7 @@ def splits_of(comparison: Finished) -> list[Finished]:
 
 
 def plotted_metric(runs: Sequence[Finished]) -> str | None:
-    """The first run's headline metric if any round holds it, else any metric that a round holds."""
+    """The first of the first run's metrics, the headline's before the others, that any round has."""
     if not runs:
         return None
     every = [row for _, rows in runs for row in rows]
@@ -205,7 +205,7 @@ def _gap_curve(run: Finished, metric: str) -> dict[int, float]:
 
 
 def _final_interval(axes: Axes, run: Finished, metric: str, group: int) -> None:
-    """The result's interval, as a bar at the last round; beside it, where several runs have one."""
+    """The result's interval as a bar at the last round, moved to the right for each further group."""
     gap, rounds = run[0].gap_of("total", metric), _gap_curve(run, metric)
     if gap is None or gap.ends is None or not rounds:
         return

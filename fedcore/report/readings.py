@@ -38,7 +38,7 @@ _UPLOAD = {  # (masks?, encrypts?): how the coordinator reads it, and how it doe
 
 @dataclass(frozen=True)
 class PartyCell:
-    """One cell: what was read, and bars of the reading that tells most ("" where there is none)."""
+    """One cell: what was read, and bars of the most informative reading ("" where there is none)."""
 
     text: str
     bars: Markup
@@ -58,7 +58,7 @@ class Readings:
 
 
 def section(result: Result) -> Readings | None:
-    """What a page shows of one run; None where the run had no witness."""
+    """The section of one run; None where the run was not traced."""
     seen = result.seen if isinstance(result, RunResult) else None
     if seen is None:
         return None
@@ -91,7 +91,7 @@ def section(result: Result) -> Readings | None:
 
 
 def table(result: Result) -> list[Grid]:
-    """The same as a table of words, for Markdown; empty where the run had no witness."""
+    """The same as a table of words, for Markdown; empty where the run was not traced."""
     found = section(result)
     if found is None:
         return []

@@ -152,7 +152,7 @@ def _lost(result: Result, metric: str, against: str) -> str:
 
 
 def _without_gap(result: Result, metric: str, against: str) -> str:
-    """The sentence of a metric that has no gap: what the federated arm reached, and why no more."""
+    """The sentence of a metric without a gap: the federated arm's score, and why there is no gap."""
     name = metric_name(metric)
     reached = result.score("federated", metric)
     if reached is None:

@@ -123,7 +123,7 @@ def score_cell(result: Result, arm: str, metric: str) -> Cell:
 
 
 def lost_cell(result: Result, arm: str, metric: str) -> Cell:
-    """What was lost against the centralised arm, with the interval the result holds for that arm."""
+    """What was lost against the centralised arm, with its interval if the result has one."""
     if arm == "centralised":
         return Cell("")
     part = phrases.GAP_OF_ARM.get(arm)

@@ -34,7 +34,7 @@ WARNINGS_SHOWN = 6
 """More warnings than this stay in the report: the numbers they are about should be on the screen."""
 
 NAME_KEPT = 24
-"""A name of up to this many characters stands on one line whatever the screen is; longer ones fold."""
+"""A name of up to this many characters is never folded, whatever the width of the screen."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
 
 
 def _sources(result: Result) -> list[RenderableType]:
-    """The parts of the gap for every metric; the total already stands with the arms."""
+    """The parts of the gap for every metric; the total is in the table of arms."""
     metrics = say.ordered_metrics(result)
     parts = [
         part

@@ -1,4 +1,4 @@
-"""What a run and a comparison warn of: the sentences that stand above every number of a report."""
+"""The warnings of a run and of a comparison, which a report shows above all numbers."""
 
 from __future__ import annotations
 
