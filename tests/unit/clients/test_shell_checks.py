@@ -25,6 +25,7 @@ from fedcore.errors import (
     PeerRefused,
     ReleaseRefused,
     StoreProblem,
+    TagRefused,
 )
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import roster_digest
@@ -200,7 +201,8 @@ def summed(work, scheme, header, tag, slots):
 
 
 def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_path, monkeypatch):
-    """Two ciphertexts of one sum: the second is not the one whose digest every site was told."""
+    """Two ciphertexts of one sum: the second is not the one whose digest every site was told. And a mark of
+    this site that another one put: in this sum it is 0, and this site says that it put 1."""
     found = in_epoch(tmp_path, "layered")
     header = header_of(found, "update", 1)
     work, scheme = found.work.round_work(), found.job.parts.keys.scheme
@@ -216,6 +218,8 @@ def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_
     opened = work.open(asked, told, marks).opened
     with pytest.raises(ReleaseRefused, match="sum: found other bytes than announced"):
         work.open(asked, other, marks)
+    with pytest.raises(TagRefused, match="in this site's place that it did not put"):
+        work.open(asked, told, dict.fromkeys(marks, 1))
     monkeypatch.setattr(fedcore_clients.round_work, "check_announced", lambda *_: None)
     assert work.open(asked, other, marks).opened == opened, "control"
 

@@ -272,6 +272,13 @@ def test_what_a_message_relies_on_is_durable_before_it_is_sent(message):
         assert name == led_to(header_of(), SITES, said.sum_mac, said.state_mac)
 
 
+def test_own_marks_are_those_of_the_vector_that_was_sent_in_this_round():
+    rounds = played(State("after")).job.parts.rounds
+    assert rounds.own_marks(header_of()) == {"m": 1}
+    with pytest.raises(ReleaseRefused, match="no record of this site's own marks"):
+        rounds.own_marks(header_of(2))
+
+
 def test_state_and_certificate_of_a_release_are_in_the_commit_that_ends_its_round():
     after = State("after", PlannedRound("update", 1))
     (closed,) = only(CloseRound, played(after).certificate(after))
@@ -449,6 +456,18 @@ def test_its_own_signature_in_the_offer_of_a_checkpoint_shows_an_old_folder_too(
     effects = told(found, offer)
     assert found.stage.standing.proved == 1 and only(CloseRound, effects)
     assert only(ask.TakeCheckpoint, effects), "and it catches up"
+
+
+def test_a_new_process_leaves_a_round_in_which_it_signed_something():
+    """The folder may be an old copy, in which it would sign something else (PROTOCOL V)."""
+    plan = replace(PLAN, protection="masked", packing=solve_packing(8, 4, "masked"))
+    header = header_of(protection="masked", plan_digest=plan.digest)
+    before, after = between_rounds(plan=plan), between_rounds(plan=plan)
+    told(before, messages.Announce(header))
+    after.parts.rounds.stage = before.stage
+    effects = after.step(ask.Started(), 0.0)
+    assert isinstance(after.stage, site.Idle) and only(CloseRound, effects)
+    assert [each.code for each in only(messages.Leave, sent(effects))] == [messages.LEFT]
 
 
 def test_other_keys_of_its_own_in_a_bundle_show_an_old_folder():
