@@ -201,8 +201,8 @@ def summed(work, scheme, header, tag, slots):
 
 
 def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_path, monkeypatch):
-    """Two ciphertexts of one sum: the second is not the one whose digest every site was told. And a mark of
-    this site that another one put: in this sum it is 0, and this site says that it put 1."""
+    """Two ciphertexts of one sum: the second is not the one whose digest every site was told. Nor is a sum
+    taken whose mark in this site's place, 0, is not the one that the site has kept, 1."""
     found = in_epoch(tmp_path, "layered")
     header = header_of(found, "update", 1)
     work, scheme = found.work.round_work(), found.job.parts.keys.scheme
