@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.chunks import tampered
 from support.machines import patch_machine
+from support.plans import round_plan
 
 from fedcore.errors import OutOfOrder, SecondSum, TagRefused
 from fedcore.learning.stopwatch import Stopwatch
@@ -17,10 +19,6 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.in_process import InProcessFederation, RoundTrace, one_by_one
 from fedcore.secagg.plan import (
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     VectorSpec,
     Wide,
     solve_packing,
@@ -40,12 +38,7 @@ SLOT_BITS = solve_packing(16, len(ROSTER), "layered").slot_bits
 
 
 def epoch_of(protection):
-    plan = RoundPlan(
-        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection,
-        packing=solve_packing(16, len(ROSTER), protection), parameters=SPEC.coordinates,
-        buffer_coordinates=0, max_examples=1 << 19, rounds=9, train=TrainPlan(), server=ServerPlan(),
-        range=RangePlan(),
-    )  # fmt: skip
+    plan = round_plan(ROSTER, protection, parameters=SPEC.coordinates)
     return InProcessFederation("job", plan)
 
 
@@ -109,13 +102,9 @@ def tampering(monkeypatch, coefficient):
 
     def total(fold):
         (chunk,) = honest(fold)
-        public = fold._public
-        ring, blocks = public.ring, len(fold._total)
-        parsed = bfv._read_chunk(public, bfv._FULL, chunk, 0, blocks)
-        words = parsed.words.copy()
-        place, delta = ring.degree + coefficient, ring.modulus >> SLOT_BITS
-        words[-1, place] = (int(words[-1, place]) + delta) % ring.modulus
-        return iter([bfv._write_chunk(public, bfv._FULL, 0, [], words.reshape(-1))])
+        public, blocks = fold._public, len(fold._total)
+        delta = public.ring.modulus >> SLOT_BITS
+        return iter([tampered(public, chunk, blocks, -1, coefficient, delta)])
 
     monkeypatch.setattr(EncryptedFold, "total", total)
 

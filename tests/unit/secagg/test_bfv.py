@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chunks import FULL, SEEDED, read_chunk, write_chunk
 
 from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.secagg.crypto import bfv
@@ -220,7 +221,7 @@ def test_a_subtraction_moves_each_coefficient_by_at_most_half_more_than_it_shoul
     (before,) = fold.total()
     fold.remove(mask)
     (after,) = fold.total()
-    old, new = (bfv._read_chunk(public, 2, chunk, 0, 1).words[0] for chunk in (before, after))
+    old, new = (read_chunk(public, FULL, chunk).words[0] for chunk in (before, after))
     assert (old[ring.degree :] == new[ring.degree :]).all()
     for value, was, now in zip(mask.tolist(), old.tolist(), new.tolist(), strict=False):
         fall = (was - now) % ring.modulus
@@ -352,7 +353,7 @@ def test_a_chunk_of_another_place_or_count_is_refused(setting, monkeypatch):
     fold.add(0, first)
     with pytest.raises(ChunkRefused, match="ciphertext 1 was never added"):
         list(fold.total())
-    (whole,) = [bfv._write_chunk(setting.public, 1, 0, [first[20:85]], np.zeros(2048, np.uint64))]
+    whole = write_chunk(setting.public, SEEDED, np.zeros(2048, np.uint64), [first[20:85]])
     assert len(whole) == len(first)
     relabelled = bytearray(first)
     relabelled[6] = 2  # claims two ciphertexts
@@ -375,18 +376,18 @@ def test_a_full_chunk_is_no_upload_and_a_seeded_one_no_sum(setting):
 @pytest.mark.parametrize("excess", [0, 1, (1 << 54) - 1 - SMALL.modulus])
 @pytest.mark.parametrize("place", [0, 2047, 2048, 4095])
 def test_a_coefficient_at_or_above_the_modulus_is_refused(setting, excess, place):
-    parsed = bfv._read_chunk(setting.public, 1, setting.up, 0, 2)
+    parsed = read_chunk(setting.public, SEEDED, setting.up, 2)
     words = parsed.words.reshape(-1).copy()
     seeds = [seed.tobytes() for seed in parsed.seeds]
     words[place] = SMALL.modulus + excess
-    forged = bfv._write_chunk(setting.public, 1, 0, seeds, words)
+    forged = write_chunk(setting.public, SEEDED, words, seeds)
     setting.refused_by_fold(forged, "a coefficient is not below the modulus")
     words[place] = SMALL.modulus - 1  # the control: the largest coefficient there is
-    EncryptedFold(setting.public, 4096).add(0, bfv._write_chunk(setting.public, 1, 0, seeds, words))
-    full = bfv._read_chunk(setting.public, 2, setting.down, 0, 2).words.reshape(-1).copy()
+    EncryptedFold(setting.public, 4096).add(0, write_chunk(setting.public, SEEDED, words, seeds))
+    full = read_chunk(setting.public, FULL, setting.down, 2).words.reshape(-1).copy()
     full[2 * place] = SMALL.modulus + excess
     with pytest.raises(ChunkRefused, match="not below the modulus"):
-        setting.sealer.open([bfv._write_chunk(setting.public, 2, 0, [], full)], 4096)
+        setting.sealer.open([write_chunk(setting.public, FULL, full)], 4096)
 
 
 @pytest.mark.parametrize("ciphertext", [0, 1])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.chunks import SEEDED, read_chunk
 
 import fedcore
-from fedcore.secagg.crypto import bfv
 from fedcore.secagg.crypto.bfv import EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.plan import RINGS
@@ -138,7 +138,7 @@ def guessed_difference(public: PublicContext, one: np.ndarray, two: np.ndarray) 
     """m1 - m2 mod t read off two uploads, with public parameters and no key."""
     sealer = EncryptedSealer(SecretContext(public))
     words = [
-        bfv._read_chunk(public, 1, next(sealer.protect(slots)), 0, 1).words[0].astype(object)
+        read_chunk(public, SEEDED, next(sealer.protect(slots))).words[0].astype(object)
         for slots in (one, two)
     ]
     q, t = RING.modulus, 1 << public.slot_bits
@@ -174,7 +174,7 @@ def test_every_ciphertext_of_one_vector_has_its_own_seed():
     public = PublicContext(RING, 40)
     sealer = EncryptedSealer(SecretContext(public))
     (chunk,) = sealer.protect(np.zeros(16 * RING.degree, dtype=np.uint64))
-    parsed = bfv._read_chunk(public, 1, chunk, 0, 16)
+    parsed = read_chunk(public, SEEDED, chunk, 16)
     assert len({seed.tobytes() for seed in parsed.seeds}) == 16
     assert len({row.tobytes() for row in parsed.words}) == 16
 

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
+from support.chunks import FULL, read_chunk, tampered
 
 from fedcore.errors import EnvelopeRefused, TagRefused
-from fedcore.secagg.crypto import bfv, sumtag
+from fedcore.secagg.crypto import sumtag
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
@@ -415,16 +416,6 @@ def test_another_group_secret_is_refused(epoch):
     stranger.refuses(stranger.fold(uploads), ROSTER)
 
 
-def tampered(epoch, released, block, coefficient, delta):
-    """Add `delta` to one coefficient of c1 of one block of a released sum: bytes alone, no key."""
-    ring = epoch.public.ring
-    parsed = bfv._read_chunk(epoch.public, bfv._FULL, released[0], 0, LAYOUT.blocks)
-    words = parsed.words.copy()
-    place = ring.degree + coefficient
-    words[block, place] = (int(words[block, place]) + delta) % ring.modulus
-    return [bfv._write_chunk(epoch.public, bfv._FULL, 0, [], words.reshape(-1))]
-
-
 def key_of(epoch, honest, forged, block, coefficient):
     """The secret key, read off the difference of two opened sums."""
     ring, t = epoch.public.ring, 1 << PACKING.slot_bits
@@ -440,7 +431,7 @@ def decrypt_by_hand(epoch, chunks, key):
     """Open one site's upload with the stolen key: round(t (c0 + c1 s) / q) mod t."""
     ring, t = epoch.public.ring, 1 << PACKING.slot_bits
     (released,) = epoch.fold([chunks]).total()
-    words = bfv._read_chunk(epoch.public, bfv._FULL, released, 0, LAYOUT.blocks).words[0]
+    words = read_chunk(epoch.public, FULL, released, LAYOUT.blocks).words[0]
     product = reference.negacyclic_product(words[ring.degree :], key, ring.modulus)
     phase = [
         (int(c0) + p) % ring.modulus for c0, p in zip(words[: ring.degree], product, strict=True)
@@ -455,7 +446,7 @@ def test_attack_2_floor_q_over_t_on_c1_would_hand_over_the_key(epoch):
     delta = epoch.public.ring.modulus >> PACKING.slot_bits
     block, refusals = 1, set()  # the last block holds a canary and no mark
     for coefficient in range(64):
-        forged = tampered(epoch, released, block, coefficient, delta)
+        forged = [tampered(epoch.public, *released, LAYOUT.blocks, block, coefficient, delta)]
         with pytest.raises(TagRefused) as refused:
             epoch.receive(forged, ROSTER, check_tag=True)
         refusals.add(str(refused.value))
@@ -481,11 +472,13 @@ def test_attack_3_a_refusal_is_the_same_whatever_the_key_is(epoch):
     ring = epoch.public.ring
     delta = ring.modulus >> PACKING.slot_bits
     honest = epoch.sealer.open(released, LAYOUT.slots)
-    whole = epoch.sealer.open(tampered(epoch, released, 1, 0, delta), LAYOUT.slots)
+    whole = epoch.sealer.open(
+        [tampered(epoch.public, *released, LAYOUT.blocks, 1, 0, delta)], LAYOUT.slots
+    )
     key = key_of(epoch, honest, whole, 1, 0)
     right, refusals = 0, set()
     for coefficient in range(1, 41):
-        forged = tampered(epoch, released, 1, coefficient, delta)
+        forged = [tampered(epoch.public, *released, LAYOUT.blocks, 1, coefficient, delta)]
         try:
             epoch.receive(forged, ROSTER, check_tag=False)
             guess_zero = True
@@ -509,7 +502,7 @@ def test_attack_3_each_answer_to_a_probe_is_one_bit_and_the_first_refusal_is_the
     released = list(epoch.fold([epoch.upload(site) for site in ROSTER]).total())
     answers = []
     for bits in range(epoch.public.ring.modulus.bit_length() - PACKING.slot_bits):
-        forged = tampered(epoch, released, 1, 5, 1 << bits)
+        forged = [tampered(epoch.public, *released, LAYOUT.blocks, 1, 5, 1 << bits)]
         try:
             epoch.receive(forged, ROSTER, check_tag=True)
             answers.append(True)
