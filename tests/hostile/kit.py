@@ -13,6 +13,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from support.plans import round_plan
 
 from fedcore.secagg.crypto import shamir
 from fedcore.secagg.crypto.entropy import OsEntropy
@@ -29,14 +30,9 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.plan import (
-    RangePlan,
     RoundHeader,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     VectorSpec,
     Wide,
-    solve_packing,
 )
 from fedcore.secagg.protocol import effects
 from fedcore.secagg.protocol.messages import (
@@ -75,12 +71,9 @@ class World:
 
     def __init__(self, n=5, threshold=0, protection="masked", cipher="bfv"):
         self.roster = NAMES[:n]
-        self.plan = RoundPlan(
-            task="t", task_digest="0" * 64, sites=self.roster, protection=protection,
-            packing=solve_packing(16, max(8, n), protection, cipher=cipher),
-            parameters=SPEC.coordinates,
-            buffer_coordinates=0, max_examples=1000, rounds=9, train=TrainPlan(),
-            server=ServerPlan(), range=RangePlan(), threshold=threshold, cipher=cipher,
+        self.plan = round_plan(
+            self.roster, protection, cipher=cipher, parameters=SPEC.coordinates, most=max(8, n),
+            max_examples=1000, threshold=threshold,
         )  # fmt: skip
         self.identities = {name: IdentityKey() for name in self.roster}
         self.pins = {name: key.public for name, key in self.identities.items()}

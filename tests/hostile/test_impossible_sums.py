@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import world_at
+from support.plans import round_plan
 from test_notices import deployed
 
 from fedcore.errors import ImpossibleSum
@@ -25,12 +26,8 @@ from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     Wide,
     field_width,
-    solve_packing,
 )
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.job.site.effects import WorkFailed
@@ -46,10 +43,8 @@ WEIGHT, OVER, ACCURACY = D, D + 1, D + 3
 
 
 def plan_of(protection):
-    return RoundPlan(
-        task="t", task_digest="0" * 64, sites=SITES, protection=protection,
-        packing=solve_packing(16, len(SITES), protection), parameters=D, buffer_coordinates=0,
-        max_examples=CAP, rounds=9, train=TrainPlan(), server=ServerPlan(), range=RangePlan(start=1.0),
+    return round_plan(
+        SITES, protection, parameters=D, max_examples=CAP, range=RangePlan(start=1.0),
         metric_sums=(Wide("metric:accuracy", 2, CAP.bit_length()),),
     )  # fmt: skip
 

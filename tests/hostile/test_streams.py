@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.machines import patch_machine
+from support.plans import round_plan
 
 from fedcore.errors import (
     HeaderRefused,
@@ -27,13 +28,8 @@ from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation, RoundTrace, one_by_one
 from fedcore.secagg.plan import (
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     VectorSpec,
     Wide,
-    solve_packing,
 )
 from fedcore.secagg.protocol import messages, shared
 from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
@@ -47,12 +43,7 @@ BOTH = pytest.mark.parametrize("protection", ["encrypted", "layered"])
 
 
 def epoch_of(protection, cipher="keystream"):
-    plan = RoundPlan(
-        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection,
-        packing=solve_packing(16, len(ROSTER), protection, cipher=cipher),
-        parameters=SPEC.coordinates, buffer_coordinates=0, max_examples=1 << 19, rounds=9,
-        train=TrainPlan(), server=ServerPlan(), range=RangePlan(), cipher=cipher,
-    )  # fmt: skip
+    plan = round_plan(ROSTER, protection, cipher=cipher, parameters=SPEC.coordinates)
     return InProcessFederation("job", plan)
 
 

@@ -12,18 +12,14 @@ from collections import Counter, deque
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
+from support.plans import round_plan
 
 from fedcore.errors import PeerRefused, TagRefused
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import (
-    RangePlan,
     RoundHeader,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    solve_packing,
 )
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import effects, epoch, messages
@@ -52,12 +48,9 @@ ANSWERED_AT = {
 def plan_of(n, threshold=0, scheme="masked", coordinates=6):
     """scheme: a protection, with its cipher where it is not `bfv`."""
     protection, cipher = SCHEMES[scheme]
-    return RoundPlan(
-        task="t", task_digest="0" * 64, sites=tuple(f"s{k:02d}" for k in range(n)),
-        protection=protection, cipher=cipher,
-        packing=solve_packing(16, n, protection, coordinates + 8, cipher=cipher),
-        parameters=coordinates, buffer_coordinates=0, max_examples=1 << 10, rounds=9,
-        train=TrainPlan(), server=ServerPlan(), range=RangePlan(), threshold=threshold,
+    return round_plan(
+        [f"s{k:02d}" for k in range(n)], protection, cipher=cipher, parameters=coordinates,
+        fields=coordinates + 8, max_examples=1 << 10, threshold=threshold,
     )  # fmt: skip
 
 

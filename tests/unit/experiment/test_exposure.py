@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from support.plans import round_plan
 from support.results import result_of
 
 import fedcore
@@ -42,10 +43,6 @@ from fedcore.secagg.plan import (
     RINGS,
     Packing,
     RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    solve_packing,
 )
 from fedcore.secagg.protections import PROTECTIONS, SCHEMES, Protection, masking
 
@@ -58,12 +55,9 @@ FAR = 6 / np.sqrt(COORDINATES)
 
 def plan_of(scheme, sites=4, coordinates=COORDINATES):
     protection, cipher = SCHEMES[scheme]
-    return RoundPlan(
-        task="t", task_digest="", sites=tuple(f"site-{i}" for i in range(sites)),
-        protection=protection, cipher=cipher,
-        packing=solve_packing(16, sites, protection, coordinates, cipher=cipher),
-        parameters=coordinates, buffer_coordinates=0, max_examples=100, rounds=1,
-        train=TrainPlan(), server=ServerPlan(), range=RangePlan(start=1.0),
+    return round_plan(
+        [f"site-{i}" for i in range(sites)], protection, cipher=cipher, parameters=coordinates,
+        fields=coordinates, max_examples=100, rounds=1, range=RangePlan(start=1.0),
     )  # fmt: skip
 
 

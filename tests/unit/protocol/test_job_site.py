@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
+from support.plans import round_plan
 
 from fedcore.errors import (
     GuardTripped,
@@ -23,8 +24,6 @@ from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
     RoundPlan,
-    ServerPlan,
-    TrainPlan,
     canonical,
     solve_packing,
 )
@@ -46,10 +45,7 @@ SITES = ("a", "b", "c", "d")
 KEYS = {name: IdentityKey() for name in SITES}
 PINS = {name: key.public for name, key in KEYS.items()}
 GROUP = GroupSecret()
-PLAN = RoundPlan(
-    "t", "0" * 64, SITES, "encrypted", solve_packing(8, 4, "encrypted"), 5, 0, 64, 3, TrainPlan(),
-    ServerPlan(), RangePlan(start=0.5), (),
-)  # fmt: skip
+PLAN = round_plan(SITES, "encrypted", bits=8, max_examples=64, rounds=3, range=RangePlan(start=0.5))
 DURABLE = ask.AppendEntries | CloseRound | PutValues
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from support.plans import round_plan
 
 from fedcore.errors import TagRefused
 from fedcore.learning.stopwatch import Stopwatch
@@ -22,11 +23,7 @@ from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
-    RangePlan,
     RoundHeader,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     VectorSpec,
     Wide,
     solve_packing,
@@ -50,12 +47,7 @@ class Party:
     """The sites of one plan: their secrets of one key epoch, a header, and what they are asked."""
 
     def __init__(self, protection="encrypted", sites=ROSTER, spec=SPEC):
-        self.plan = RoundPlan(
-            task="t", task_digest="0" * 64, sites=sites, protection=protection,
-            packing=solve_packing(16, len(sites), protection, cipher="keystream"),
-            parameters=spec.coordinates, buffer_coordinates=0, max_examples=1 << 19, rounds=9,
-            train=TrainPlan(), server=ServerPlan(), range=RangePlan(), cipher="keystream",
-        )  # fmt: skip
+        self.plan = round_plan(sites, protection, cipher="keystream", parameters=spec.coordinates)
         self.scheme = Scheme(self.plan)
         self.secrets = self.scheme.open_payload(self.scheme.make_payload(), sites[0])
         self.layout = Layout(spec, self.plan.packing, len(sites))

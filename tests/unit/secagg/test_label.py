@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import round_plan
 
 from fedcore.cli.inspect import plan_page
 from fedcore.config import build_job, plan_of
@@ -20,13 +21,8 @@ from fedcore.secagg.label import Collusion, Terms, collusion, label_of, label_wa
 from fedcore.secagg.plan import (
     METRIC,
     ModelShape,
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     Wide,
     default_threshold,
-    solve_packing,
 )
 from fedcore.secagg.protections import PROTECTIONS
 
@@ -34,11 +30,9 @@ MASKED = ("masked", "layered")
 
 
 def plan_for(sites, threshold=0, protection="layered"):
-    return RoundPlan(
-        task="heart", task_digest="00", sites=tuple(f"site-{place}" for place in range(sites)),
-        protection=protection, packing=solve_packing(8, 64, protection), parameters=21,
-        buffer_coordinates=0, max_examples=512, rounds=20, train=TrainPlan(), server=ServerPlan(),
-        range=RangePlan(), threshold=threshold,
+    return round_plan(
+        [f"site-{place}" for place in range(sites)], protection, bits=8, most=64, parameters=21,
+        max_examples=512, rounds=20, threshold=threshold,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.plans import round_plan
 
 import fedcore
 from fedcore.errors import ReleaseRefused, TagRefused
@@ -24,13 +25,8 @@ from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation, one_by_one
 from fedcore.secagg.plan import (
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
     VectorSpec,
     Wide,
-    solve_packing,
 )
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages
@@ -52,13 +48,9 @@ SEALERS = {name: EncryptedSealer if name in BFV else MaskedSealer for name in TA
 
 def plan_of(scheme):
     protection, cipher = SCHEMES[scheme]
-    return RoundPlan(
-        task="t", task_digest="0" * 64, sites=ROSTER, protection=protection, cipher=cipher,
-        packing=solve_packing(16, len(ROSTER) + 1, protection, cipher=cipher),
-        parameters=SPEC.coordinates,
-        buffer_coordinates=0, max_examples=1 << 19, rounds=9, train=TrainPlan(), server=ServerPlan(),
-        range=RangePlan(),
-    )  # fmt: skip
+    return round_plan(
+        ROSTER, protection, cipher=cipher, parameters=SPEC.coordinates, most=len(ROSTER) + 1
+    )
 
 
 def unchecked(monkeypatch):
