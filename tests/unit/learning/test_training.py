@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.model import FlatModel, build_model
 from fedcore.learning.scoring import probe, score
 from fedcore.learning.task import Task
-from fedcore.learning.training import local_train
+from fedcore.learning.training import Sgd, local_train
 from fedcore.secagg.plan import TrainPlan
 
 
@@ -38,6 +41,61 @@ def trained(plan, *, make=lambda: nn.Linear(3, 2), seed=0, round_=1, site="a", c
         task(**changes), module, rows(count), plan, seed=seed, round_=round_, site=site
     )
     return FlatModel(module).read(), report
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_has_the_bits_and_the_saved_state_of_torchs_class(momentum, weight_decay):
+    """Of two layers one has no gradient in every second step; the state is loaded in the middle, from either."""
+    plan = TrainPlan(lr=0.1, momentum=momentum, weight_decay=weight_decay)
+
+    def theirs(module):
+        return torch.optim.SGD(
+            module.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay
+        )
+
+    def ours(module):
+        return Sgd(list(module.parameters()), plan)
+
+    def models(before, after):
+        module = build_model(
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), 0, lambda _: None
+        )
+        optimiser, x = before(module), rows().x
+        for step in range(6):
+            if step == 3:
+                saved, optimiser = optimiser.state_dict(), after(module)
+                optimiser.load_state_dict(saved)
+            optimiser.zero_grad(set_to_none=True)
+            module[1](x if step % 2 else module[0](x)).square().sum().backward()
+            optimiser.step()
+        return FlatModel(module).read()
+
+    expected = models(theirs, theirs)
+    for before in (ours, theirs):
+        assert (models(before, ours) == expected).all()
+    before, after = nn.Linear(3, 2), rows().x
+    before(after).sum().backward()
+    optimiser = ours(before)
+    optimiser.zero_grad(set_to_none=False)
+    assert all((parameter.grad == 0).all() for parameter in before.parameters())
+
+
+def test_training_does_not_load_torchs_compiler():
+    """It takes as long to load as torch itself, in every process that trains."""
+    code = (
+        "import sys, torch\n"
+        "from fedcore.learning.training import make_optimiser\n"
+        "from fedcore.secagg.plan import TrainPlan\n"
+        "module = torch.nn.Linear(3, 1)\n"
+        "optimiser = make_optimiser(module, TrainPlan())\n"
+        "module(torch.ones(2, 3)).sum().backward()\n"
+        "optimiser.step()\n"
+        "optimiser.zero_grad(set_to_none=True)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_one_epoch_is_the_textbook_loop():
