@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fedcore import simulate
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 COMPARE = "fedcore compare --task heart --seeds 5 --folds 5"
@@ -26,56 +28,67 @@ def fedcore(*arguments, cwd, timeout=300, env=None):
     )  # fmt: skip
 
 
+IN_TURN = """
+import contextlib, io, json, sys
+from fedcore.cli import main as cli
+found = []
+for line in json.load(sys.stdin):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main(line)
+        except SystemExit as ended:
+            code = ended.code or 0
+    found.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
+"""
+
+
+def in_turn(*lines, cwd, env=None):
+    """(exit code, stdout, stderr) of each command line, one after the other in one process: torch, which
+    takes seconds to load, is loaded once. Words are separated by spaces."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN], input=json.dumps([line.split() for line in lines]),
+        cwd=cwd, env=env or ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 SCHEMES = {
-    "plain": ("--protection", "plain"),
-    "encrypted": ("--protection", "encrypted"),
-    "encrypted-keystream": ("--protection", "encrypted", "--cipher", "keystream"),
-    "masked": ("--protection", "masked"),
-    "layered": ("--protection", "layered"),
-    "layered-keystream": ("--protection", "layered", "--cipher", "keystream"),
+    "plain": {"protection": "plain"},
+    "encrypted": {"protection": "encrypted"},
+    "encrypted-keystream": {"protection": "encrypted", "cipher": "keystream"},
+    "masked": {"protection": "masked"},
+    "layered": {"protection": "layered"},
+    "layered-keystream": {"protection": "layered", "cipher": "keystream"},
 }
 PROTECTIONS = tuple(SCHEMES)
-DROPS = ("--drop", "3:submit:va,5:unmask:hungary", "--drop", "7:keys:va", "--drop", "7:shares:hungary",
-         "--drop", "9:unmask:va,9:unmask:cleveland", "--dropout", "0.03")  # fmt: skip
+DROPS = {
+    "drop": [
+        "3:submit:va", "5:unmask:hungary", "7:keys:va", "7:shares:hungary", "9:unmask:va", "9:unmask:cleveland",
+    ],
+    "dropout": 0.03,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
-    """`simulate --task heart --protection P [--cipher C] --rounds 20 --seed S --json` for the runs
-    compared below."""
+    """name -> (result, folder) of the runs of 20 rounds compared below.
+
+    "again" is the command, whose process shows what is printed; the others run here, without a report.
+    """
     folder = tmp_path_factory.mktemp("heart")
-    wanted = {name: (*flags, "--seed", 0) for name, flags in SCHEMES.items()}
-    wanted |= {"again": ("--seed", 0), "other": ("--protection", "plain", "--seed", 1)}
-    wanted |= {f"{p} with absences": (*wanted[p], *DROPS) for p in PROTECTIONS}
-    lines = {
-        name: (
-            "simulate",
-            "--task",
-            "heart",
-            "--rounds",
-            20,
-            *more,
-            "--out",
-            folder / name,
-            "--json",
-        )
-        for name, more in wanted.items()
-    }
-    # One process for all but one of them: that one shows what a process of its own prints.
-    done = fedcore(*lines.pop("again"), cwd=folder)
+    line = "simulate --task heart --rounds 20 --seed 0 --out again --json"
+    done = fedcore(*line.split(), cwd=folder)
     assert done.returncode == 0, done.stderr
     results = {"again": (json.loads(done.stdout), folder / "again")}
-    script = "import sys\nfrom fedcore.cli import main as cli\n" + "".join(
-        f"try:\n    cli.main({[str(word) for word in line]!r})\n"
-        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
-        for line in lines.values()
-    )
-    others = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert others.returncode == 0, others.stderr
-    for name in lines:
-        results[name] = (json.loads((folder / name / "result.json").read_text()), folder / name)
+    wanted = {name: {"seed": 0, **scheme} for name, scheme in SCHEMES.items()}
+    wanted |= {f"{name} with absences": {**wanted[name], **DROPS} for name in PROTECTIONS}
+    wanted["other"] = {"protection": "plain", "seed": 1}
+    for name, settings in wanted.items():
+        run = simulate("heart", rounds=20, out=folder / name, **settings)
+        results[name] = (json.loads((run.directory / "result.json").read_text()), run.directory)
     return results
 
 
@@ -267,8 +280,8 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
     assert "Traceback" not in said and said.splitlines()[-1] == "interrupted"
     done = fedcore("simulate", "--resume", "runs/heart-layered-001", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = fedcore("simulate", "--rounds", 60, "--lr", 0.1, "--json", cwd=tmp_path)
-    assert json.loads(done.stdout)["model_sha256"] == json.loads(whole.stdout)["model_sha256"]
+    whole = simulate("heart", rounds=60, lr=0.1, arms=("federated",), out=tmp_path / "whole")
+    assert json.loads(done.stdout)["model_sha256"] == whole.result["model_sha256"]
 
 
 def test_a_broken_tenseal_disables_ciphertexts_with_one_line_and_masks_still_run(tmp_path):
@@ -277,31 +290,32 @@ def test_a_broken_tenseal_disables_ciphertexts_with_one_line_and_masks_still_run
         "raise ImportError('libseal is gone')"
     )
     env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{ROOT}"}
-    for more in ((), ("--protection", "encrypted")):
-        refused = fedcore("simulate", "--rounds", 2, *more, cwd=tmp_path, env=env)
-        assert refused.returncode == 3
-        lines = refused.stderr.splitlines()
+    refused = "simulate --rounds 2"
+    runs = [
+        f"{refused} --protection {name} --drop 1:submit:va --json" for name in ("plain", "masked")
+    ]
+    *found, doctor = in_turn(
+        refused, f"{refused} --protection encrypted", *runs, "doctor", cwd=tmp_path, env=env
+    )
+    for code, _, said in found[:2]:
+        assert code == 3
+        lines = said.splitlines()
         assert "tenseal cannot be used here (ImportError: libseal is gone)" in lines[-2]
         assert lines[-1].startswith("hint:") and "--protection masked" in lines[-1]
-        assert not (tmp_path / "runs").exists()
-    hashes = set()
-    for protection in ("plain", "masked"):
-        done = fedcore(
-            "simulate", "--rounds", 2, "--protection", protection, "--drop", "1:submit:va", "--json",
-            cwd=tmp_path, env=env,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        hashes.add(json.loads(done.stdout)["model_sha256"])
-    assert len(hashes) == 1
-    doctor = fedcore("doctor", cwd=tmp_path, env=env)
-    assert doctor.returncode == 3 and "FAIL  SEAL" in doctor.stdout
+    assert [code for code, _, _ in found[2:]] == [0, 0], found
+    assert len({json.loads(printed)["model_sha256"] for _, printed, _ in found[2:]}) == 1
+    assert not list((tmp_path / "runs").glob("*encrypted*"))
+    assert not list((tmp_path / "runs").glob("*layered*"))
+    assert doctor[0] == 3 and "FAIL  SEAL" in doctor[1]
 
 
 def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
-    """The tour a newcomer takes."""
-    assert fedcore("new", "mine", cwd=tmp_path).returncode == 0
-    checked = fedcore("check", "mine/job.toml", cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
+    """The tour a newcomer takes; README's own commands run as processes of their own (test_readme.py)."""
+    new, checked, planned, *simulated, listed = in_turn(
+        "new mine", "check mine/job.toml", "plan mine --json", "simulate mine --rounds 2",
+        "simulate mine/job.toml --rounds 2 --seed 1", "runs", cwd=tmp_path,
+    )  # fmt: skip
+    assert (new[0], checked[0], [each[0] for each in simulated]) == (0, 0, [0, 0]), checked
     for part in (
         "north",
         "loss of one step",
@@ -310,30 +324,20 @@ def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
         "13.9 kB up",
         "Protects against",
     ):
-        assert part in checked.stdout, part
-    planned = fedcore("plan", "mine", "--json", cwd=tmp_path)
-    assert json.loads(planned.stdout)["headroom"]["bound"] == 43 * 3 + 1
-    assert fedcore("simulate", "mine", "--rounds", 2, cwd=tmp_path).returncode == 0
-    assert (
-        fedcore("simulate", "mine/job.toml", "--rounds", 2, "--seed", 1, cwd=tmp_path).returncode
-        == 0
-    )
-    listed = fedcore("runs", cwd=tmp_path).stdout
-    first, second = [line.split()[0] for line in listed.splitlines() if line.startswith("runs/")]
-    for form, mark in (("md", "| arm"), ("latex", "\\begin{tabular}")):
-        assert mark in fedcore("report", first, "--format", form, cwd=tmp_path).stdout
-    both = fedcore("report", first, second, cwd=tmp_path)
-    assert both.returncode == 0 and (tmp_path / both.stdout.strip()).is_file()
-    same = fedcore("reproduce", first, cwd=tmp_path)
-    assert same.returncode == 0 and same.stdout.startswith("same bits: model ")
-    assert any(line.startswith("round ") for line in same.stderr.splitlines())
-    assert "Protects against" in fedcore("plan", first, cwd=tmp_path).stdout
-
-
-def test_the_price_jump_is_printed(tmp_path):
-    done = fedcore("plan", "--bits", 16, cwd=tmp_path)
-    rows = [line.split() for line in done.stdout.splitlines() if " to " in line]
-    assert ["3", "to", "32", "2", "2048", "3.375"] in rows
+        assert part in checked[1], part
+    assert json.loads(planned[1])["headroom"]["bound"] == 43 * 3 + 1
+    first, second = [line.split()[0] for line in listed[1].splitlines() if line.startswith("runs/")]
+    markdown, latex, both, same, plan, jump = in_turn(
+        f"report {first} --format md", f"report {first} --format latex", f"report {first} {second}",
+        f"reproduce {first}", f"plan {first}", "plan --bits 16", cwd=tmp_path,
+    )  # fmt: skip
+    assert "| arm" in markdown[1] and "\\begin{tabular}" in latex[1]
+    assert both[0] == 0 and (tmp_path / both[1].strip()).is_file()
+    assert same[0] == 0 and same[1].startswith("same bits: model ")
+    assert any(line.startswith("round ") for line in same[2].splitlines())
+    assert "Protects against" in plan[1]
+    rows = [line.split() for line in jump[1].splitlines() if " to " in line]
+    assert ["3", "to", "32", "2", "2048", "3.375"] in rows, "the jump of the price"
 
 
 @pytest.mark.slow
