@@ -36,13 +36,18 @@ from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.job.site import effects as ask
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
-from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
+from fedcore.secagg.protocol.job.site.participation import (
+    Agreed,
+    JobParams,
+    Participation,
+    problem_of,
+)
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.shared import survivors_of
-from fedcore.secagg.protocol.wire_form import decode
+from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
 from fedcore.types import Json
 
@@ -77,12 +82,12 @@ class JobRunner:
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
         self.mailbox: Mailbox[Event] = Mailbox(Tick())
-        self.work = JobWork(context, link, contributor, offer, self.perform, self.mailbox.put)
+        self.work = JobWork(context, link, contributor, offer)
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
         params = self._params()
-        part = Participation(params, self.id, asks=context.policy.asks)
+        part = Participation(params, self.id, asks=context.policy.asks, about=self.work.about.lines)
         self.job = self.work.job = SiteJob(params, offer, part)
 
     def _params(self) -> JobParams:
@@ -169,10 +174,11 @@ class JobRunner:
     def tell(self, message: job_messages.ToSite) -> None:
         """A record of the coordinator for this job."""
         over = self.job.ended is not None and not self.job.holds_keys
+        event = ask.MessageReceived(message, self.context.now())
         if over and isinstance(message, epoch.GrantRequest):
-            self.perform(self.job.without_keys(message))
+            self._at_once(event)  # nothing takes events from the queue any more
         else:
-            self.mailbox.put(ask.MessageReceived(message, self.context.now()))
+            self.mailbox.put(event)
 
     def inline(self, digest: bytes, data: bytes) -> None:
         """A small sum or checkpoint that came inside the session."""
@@ -194,8 +200,8 @@ class JobRunner:
             retry_seconds=job_work.RETRY_SECONDS,
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
-        # So that no site waits for this one.
-        self.perform(self.job.part.unable(job_messages.UNABLE))
+        if fault is not None:  # so that no site waits for this one
+            self._at_once(ask.WorkFailed(b"", fault, word=job_messages.UNABLE))
 
     async def _serve(self) -> None:
         try:
@@ -209,7 +215,7 @@ class JobRunner:
         """Whether what a new process would know is read from disk, after a pause."""
         if not isinstance(fault, StoreProblem | OSError):
             return False
-        self.perform(self.job.part.warn(fault))
+        self._at_once(ask.WorkFailed(b"", fault, problem=problem_of(fault)))
         return True
 
     def _read_again(self) -> None:
@@ -250,14 +256,17 @@ class JobRunner:
     def _failed(self, header: bytes, error: Exception) -> Event:
         if isinstance(error, StoreProblem | OSError):
             return DiskRefused(error)
-        if isinstance(error, FedcoreError | TrainingFailed):
-            self.perform(self.job.part.warn(error))
-        else:
+        problem = problem_of(error)
+        if not isinstance(error, FedcoreError | TrainingFailed):
             LOG.error("job %s: a fault of this side", self.id, exc_info=error)
-            self.job.part.last_error = type(error).__name__
-        return ask.WorkFailed(header, error)
+            problem = f"job {self.id}: {type(error).__name__}"
+        return ask.WorkFailed(header, error, problem=problem)
 
     # -------------------------------------------------------------------------------- effects
+
+    def _at_once(self, event: ask.SiteEvent) -> None:
+        """Tell the job what happened, past the queue, where only effects without waiting can follow."""
+        self.perform(self.job.step(event, self.context.clock()))
 
     def perform(self, found: Iterable[ask.SiteEffect]) -> None:
         """Do effects that need no waiting, in order."""
@@ -278,6 +287,9 @@ class JobRunner:
             case ask.AppendEntries(records, values):
                 context.journal.append(self.id, ROUND, records, put=values)
             case job_effects.PutValues(values):
+                context.journal.append(self.id, ROUND, (), put=values)
+            case job_effects.EndJob(ended, at):
+                values = {"ended": encode(ended), "ended_at": str(at).encode()}
                 context.journal.append(self.id, ROUND, (), put=values)
             case job_effects.CloseRound(values):
                 context.journal.compact(self.id, ROUND, put=values, forget=OF_A_ROUND)
@@ -305,8 +317,10 @@ class JobRunner:
         """Start or stop background work."""
         work = self.work
         match effect:
+            case ask.AwaitApproval():
+                self._aside(work.await_approval())
             case ask.LoadRows():
-                self._aside(work.load() if self.job.parts is None else work.load_again())
+                self._aside(work.load(effect))
             case effects.MakeVector(header):
                 self._making = self._aside(work.make_vector(effect), header.digest)
             case ask.StopMaking():

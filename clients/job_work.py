@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fedcore_clients.context import Contributor, Link, Offline, SiteContext
 from fedcore_clients.planning import About, job_of
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.state_files import StateFiles
-from fedcore_clients.trainer import Loaded, TrainingFailed
+from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.config import read_settings
 from fedcore.errors import (
@@ -27,7 +27,6 @@ from fedcore.errors import (
     FedcoreError,
     GuardTripped,
     PeerRefused,
-    PolicyRefused,
     StoreProblem,
 )
 from fedcore.files import append_row
@@ -39,13 +38,16 @@ from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.effects import (
+    WITHHELD,
+    Approved,
     CheckedSum,
     CheckpointLost,
     CheckpointReady,
     GiveModel,
-    GuardLeft,
+    LoadFailed,
+    LoadRows,
+    RowsLoaded,
     SealCheckpoint,
-    SiteEffect,
     SiteEvent,
     SumGone,
     TakeCheckpoint,
@@ -55,7 +57,7 @@ from fedcore.secagg.protocol.job.site.effects import (
     WorkFailed,
 )
 from fedcore.secagg.protocol.job.site.machine import Parts, SiteJob
-from fedcore.secagg.protocol.job.site.participation import require
+from fedcore.secagg.protocol.job.site.participation import problem_of
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.purposes import trains
 from fedcore.secagg.scheme import EpochSecrets
@@ -72,13 +74,9 @@ RETRY_SECONDS = 2.0
 APPROVAL_SECONDS = 1.0
 """How often the approval of a job that waits for it is looked for."""
 
-_UNABLE = "it cannot take part"
-"""What other sites read of a failure whose text stays here: it may name rows."""
-
 
 class JobWork:
-    """The background work of one job. perform: does effects that need no waiting, at once. post: queues an
-    event before the work is over."""
+    """The background work of one job. It reads the job's machine, and changes it by events only."""
 
     def __init__(
         self,
@@ -86,12 +84,9 @@ class JobWork:
         link: Link,
         contributor: Contributor,
         offer: job_messages.JobOffer,
-        perform: Callable[[Iterable[SiteEffect]], None],
-        post: Callable[[SiteEvent], None],
     ) -> None:
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
-        self.perform, self.post = perform, post
         self.job: SiteJob
         self.about = About.of(offer, tuple(context.pins))
         self.guard = GuardRecord(context.policy.guard)
@@ -101,7 +96,7 @@ class JobWork:
         """A small sum or checkpoint that came inside the session, by its digest."""
         self._exported: tuple[str, Stored] | None = None
         """The file of the last model, and the certificate it was made after."""
-        self._loading, self._exporting = asyncio.Lock(), asyncio.Lock()
+        self._exporting = asyncio.Lock()
 
     @property
     def _parts(self) -> Parts:
@@ -124,68 +119,46 @@ class JobWork:
 
     # ------------------------------------------------------------------------------ task and rows
 
-    async def load(self) -> None:
-        """Survey the task and the rows here; what fails is told by a word of the list."""
-        part = self.job.part
-        self.link.doing(self.id, "loading")
+    async def await_approval(self) -> SiteEvent | None:
+        """Wait for the operator's approval of the offer, or until the job has ended."""
+        folder = self.context.folder
         try:
-            require(self.context.policy.on_offer(self.offer))  # before a row is read
-            if not await self._approved():
-                return
-            part.take_rows(await self._in_time())
-        except TrainingFailed as failed:
-            self.perform(part.unable(failed.reason))
-        except PolicyRefused as refused:
-            self.perform(part.refuse(refused))
+            if not is_approved(folder, self.offer):
+                LOG.warning("job %s: waits for approval: fed-site approve %s", self.id, self.id)
+                self.link.doing(self.id, "idle")
+            while not is_approved(folder, self.offer):
+                if self.job.ended is not None:
+                    return None
+                await asyncio.sleep(APPROVAL_SECONDS)
         except FedcoreError as error:
-            self.perform(part.warn(error))
-            self.perform(part.unable(job_messages.UNABLE))
-        except Exception:  # the others would wait for this site's survey
-            LOG.exception("job %s: a fault of this side while loading", self.id)
-            self.perform(part.unable(job_messages.UNABLE))
-        else:
-            self.perform(part.say_survey())
-            self.link.doing(self.id, "idle")
+            return LoadFailed(error, job_messages.UNABLE)
+        return Approved()
 
-    async def load_again(self) -> None:
-        """A new process has to load the rows anew, and must find the plan it agreed to.
+    async def load(self, asked: LoadRows) -> SiteEvent:
+        """Load task and rows, and make the plan again where this site agreed to one.
 
-        Raises TrainingFailed, and PolicyRefused: the operator may have changed the policy meanwhile.
+        Where the job gives a budget of seconds, no answer comes before it is over; only for a success under a
+        plan it is not waited for, since the coordinator is told nothing of it.
         """
-        async with self._loading:
-            part, plan = self.job.part, self._parts.agreed.plan
-            if part.survey is not None:
-                return
-            try:
-                require(self.context.policy.on_offer(self.offer))
-                require(self.context.policy.on_plan(plan))
-            except PolicyRefused as refused:
-                self.perform(part.refuse(refused))
-                raise
-            if not await self._approved():
-                raise TrainingFailed("stopped")
-            found = await self._load()
-            if self.job.me.planner.plan(self.offer, found).digest != plan.digest:
-                raise TrainingFailed(job_messages.UNABLE)
-            part.take_rows(found)
-
-    async def _load(self) -> Loaded:
-        offer = self.offer
-        settings = read_settings(offer.settings)
-        return await self.contributor.load(self.id, settings, offer.task, offer.task_digest)
-
-    async def _in_time(self) -> Loaded:
-        """Load task and rows; where the job gives a budget of seconds, no answer comes before it is over."""
-        began = self.context.clock()
-        found: Loaded | Exception
+        began, offer = self.context.clock(), self.offer
+        event: SiteEvent
         try:
-            found = await self._load()
-        except Exception as error:  # noqa: BLE001 - raised below, at the same time as an answer
-            found = error
-        await self._not_before(began, "loading")
-        if isinstance(found, Exception):
-            raise found
-        return found
+            found = await self.contributor.load(
+                self.id, read_settings(offer.settings), offer.task, offer.task_digest
+            )
+            if asked.plan and self.job.me.planner.plan(offer, found).digest != asked.plan.digest:
+                raise TrainingFailed(job_messages.UNABLE)
+            event = RowsLoaded(found)
+        except TrainingFailed as failed:
+            event = LoadFailed(failed, failed.reason)
+        except FedcoreError as error:
+            event = LoadFailed(error, job_messages.UNABLE)
+        except Exception as error:  # the others would wait for this site's survey
+            LOG.exception("job %s: a fault of this side while loading", self.id)
+            event = LoadFailed(error, job_messages.UNABLE)
+        if asked.plan is None or isinstance(event, LoadFailed):
+            await self._not_before(began, "loading")
+        return event
 
     @property
     def _budget(self) -> float | None:
@@ -206,27 +179,6 @@ class JobWork:
         while (left := until - self.context.clock()) > 0:
             await self.context.pause(left)
 
-    async def _approved(self) -> bool:
-        """Log what the job takes and, where the operator must approve it, wait. False: it ended first."""
-        part, asked = self.job.part, False
-        for line in self.about.label:
-            LOG.info("job %s: label: %s", self.id, line)
-        for line in self.about.leaves:
-            LOG.info("job %s: leaves: %s", self.id, line)
-        while part.approval == "waiting":
-            if self.job.ended is not None:
-                return False
-            if is_approved(self.context.folder, self.offer):
-                part.approval = "approved"
-                LOG.info("job %s: approved", self.id)
-            elif not asked:
-                asked = True
-                LOG.warning("job %s: waits for approval: fed-site approve %s", self.id, self.id)
-                self.link.doing(self.id, "idle")
-            else:
-                await asyncio.sleep(APPROVAL_SECONDS)
-        return True
-
     # ----------------------------------------------------------------------------------- a round
 
     async def make_vector(self, asked: effects.MakeVector) -> SiteEvent:
@@ -235,7 +187,6 @@ class JobWork:
         failed = partial(WorkFailed, header.digest)
         event: SiteEvent
         try:
-            await self.load_again()
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
             self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
@@ -249,19 +200,15 @@ class JobWork:
         except GuardTripped as tripped:
             line = f"job {self.id}: {tripped}; hint: {tripped.remedy}"
             LOG.error("%s", line)  # noqa: TRY400 - it says all, and a trace would not help an operator
-            self.post(GuardLeft(tripped))
             cause = f"guard: it leaves the job after round {tripped.round}: {tripped.cause}"
             event = failed(tripped, cause, job_messages.UNABLE)
         except TrainingFailed as error:
-            event = failed(error, _UNABLE, error.reason)
-        except PolicyRefused as refused:
-            event = failed(refused, _UNABLE)
+            event = failed(error, WITHHELD, error.reason)
         except FedcoreError as error:
-            self.perform(self.job.part.warn(error))
-            event = failed(error, _UNABLE, job_messages.UNABLE)
+            event = failed(error, WITHHELD, job_messages.UNABLE, problem_of(error))
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
-            event = failed(error, _UNABLE, job_messages.UNABLE)
+            event = failed(error, WITHHELD, job_messages.UNABLE)
         await self._not_before(began, "making a vector")
         return event
 
@@ -339,8 +286,7 @@ class JobWork:
         except (StoreProblem, OSError):
             raise  # this site's disk, and nothing that the sum did
         except Exception as error:  # noqa: BLE001 - a lying site chooses the integers of a sum
-            self.perform(self.job.part.warn(error))
-            return WorkFailed(header, error, str(error))
+            return WorkFailed(header, error, str(error), problem=problem_of(error))
 
     def _opened(
         self,
@@ -421,8 +367,7 @@ class JobWork:
         except Offline:
             return CheckpointLost(certificate)
         except (PeerRefused, BadInput) as error:
-            self.perform(self.job.part.warn(error))
-            return CheckpointLost(certificate)
+            return CheckpointLost(certificate, problem_of(error))
 
     async def give_model(self, asked: GiveModel) -> None:
         """Say which file a release leads to, or upload it."""
@@ -445,7 +390,6 @@ class JobWork:
         """The file of the model here, made once. Raises TrainingFailed."""
         async with self._exporting:
             if self._exported is None or self._exported[0] != asked.certificate:
-                await self.load_again()
                 assert isinstance(asked.state, JobState)
                 data = await self.contributor.export(self.id, asked.state)
                 put = self.context.spool.put

@@ -45,11 +45,16 @@ class PlanMaker:
 
 @dataclass(frozen=True)
 class About:
-    """What an operator should know of a job before a row is read for it; empty where no plan can follow."""
+    """What an operator should know of a job before a row is read for it; empty where no plan follows."""
 
     protection: str = ""
     label: Sequence[str] = ()
     leaves: Sequence[str] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """For the log."""
+        return [f"label: {line}" for line in self.label] + [f"leaves: {x}" for x in self.leaves]
 
     @classmethod
     def of(cls, offer: JobOffer, sites: Sequence[SiteId]) -> About:

@@ -138,7 +138,6 @@ def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule)
         work = found.work
         work.contributor = type("Trained", (), {"contribute": answering((fields, wides))})()
         work.link = type("Link", (), {"doing": lambda *_: None, "say": lambda *_: None})()
-        found.job.part.survey = object()
         work.round_work = lambda: made  # noqa: B023 - used before the next one is made
         asyncio.run(work.make_vector(MakeVector(world.round_header, b"", ())))
         (sent,) = packed

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from fedcore_clients.bench_sites import ROWS
 from kit import world_at
-from support.policies import job_at_a_site, policy_of
+from support.policies import begin, job_at_a_site, policy_of
 
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, ThresholdRefused
@@ -147,7 +147,7 @@ async def begun(folder, offered, plan=None):
     policy = policy_of(len(SITES), public_metrics=True)
     row = SiteRow(round=1, purpose="update", sites=4, everywhere_before={ROWS.name: 0.625})
     found = job_at_a_site(folder, offered, policy, row)
-    await found.work.load()
+    await begin(found)
     if plan is not None:
         made = plan_of(build_job(plan), found.job.part.survey.shape, SITES, 64)
         await found.handle(

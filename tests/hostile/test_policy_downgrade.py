@@ -13,7 +13,7 @@ import logging
 
 import pytest
 from fedcore_clients import policy
-from support.policies import BENCH, FOUR, Rows, job_at_a_site
+from support.policies import BENCH, FOUR, Rows, begin, job_at_a_site
 
 from fedcore.config import build_job, wire_settings
 from fedcore.secagg.protocol import job_messages
@@ -27,7 +27,7 @@ def offered(folder, asked, **rules):
     settings["protect"] |= asked
     allowed = policy.SitePolicy(policy.PolicySection(**rules), len(FOUR), BENCH)
     found = job_at_a_site(folder, settings, allowed)
-    asyncio.run(found.work.load())
+    asyncio.run(begin(found))
     return found
 
 

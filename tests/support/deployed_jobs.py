@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner
-from support.policies import job_at_a_site, policy_of
+from support.policies import begin, job_at_a_site, policy_of
 
 from fedcore.cli import main
 from fedcore.config import build_job, plan_of, wire_settings
@@ -101,7 +101,7 @@ def loaded(folder, settings, *messages, **rules):
 
     async def play():
         found = site_job(folder, settings, **{"public_metrics": True, **rules})
-        await found.work.load()
+        await begin(found)
         for message in messages:
             await found.handle(MessageReceived(message))
         return found

@@ -14,6 +14,7 @@ from fedcore_clients.policy import PolicySection, SitePolicy
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.job.site.effects import Started
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 
@@ -55,6 +56,13 @@ class Rows(Drawn):
 
     async def track(self, *_):
         return self.row
+
+
+async def begin(found):
+    """Start a site's job, and handle what comes of loading its rows: they are loaded or refused then."""
+    await found.handle(Started())
+    while found.job.loading:
+        await found.mailbox.turn(found.handle, lambda: None)
 
 
 def job_at_a_site(folder, settings, policy, row=None, link=None, **more):

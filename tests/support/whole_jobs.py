@@ -241,7 +241,8 @@ class Site(Party):
             "clinics", name, world.keys[name], world.pins, policy_of(4), self.ledger, planner,
             OsEntropy(), 3, 6000.0, 1e9,
         )  # fmt: skip
-        self.job = SiteJob(params, world.offer, Participation(params, "job", asks=False))
+        part = Participation(params, "job", asks=name == "b")
+        self.job = SiteJob(params, world.offer, part)
         if "ended" in self.values:
             self.job.end = JobEnd(self.value("ended"))
         if "plan" in self.values:
@@ -284,6 +285,8 @@ class Site(Party):
                 self.write(records, values)
             case ask.PutValues(values):
                 self.write(values=values)
+            case ask.EndJob(ended):
+                self.write(values={"ended": encode(ended)})
             case ask.CloseRound(values):
                 self.write(values=values)
                 self.records.clear()
@@ -304,8 +307,8 @@ class Site(Party):
             case effects.Warn(text):
                 self.world.warnings.append(f"{self.name}: {text}")
             case (
-                site_ask.LoadRows() | effects.MakeVector() | effects.Upload() | effects.OpenSum()
-                | site_ask.SealCheckpoint() | site_ask.TakeCheckpoint()
+                site_ask.AwaitApproval() | site_ask.LoadRows() | effects.MakeVector()
+                | effects.Upload() | effects.OpenSum() | site_ask.SealCheckpoint() | site_ask.TakeCheckpoint()
             ):  # fmt: skip
                 self.work.append(effect)
 
@@ -327,10 +330,10 @@ class Site(Party):
         """Background work; False where it has to wait for the coordinator."""
         hub, parts = self.world.parties[HUB], self.job.parts
         match work:
+            case site_ask.AwaitApproval():
+                self.tell(site_ask.Approved())
             case site_ask.LoadRows():
-                self.job.part.take_rows(self.world.survey)
-                if parts is None:
-                    self.perform(self.job.part.say_survey())
+                self.tell(site_ask.RowsLoaded(self.world.survey))
             case effects.MakeVector(header):
                 life = digest_of(self.name, header.round, self.world.obeyed)
                 made = site.VectorMade(life, self.world.sizes[header.purpose])

@@ -12,6 +12,7 @@ from fedcore_clients import approvals
 from fedcore_clients.approvals import approve_offer, is_approved, offer_digest
 from fedcore_clients.status import approve, jobs_lines, status_lines
 from support.deployed_jobs import loaded, site_job, submitted
+from support.policies import begin
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused, UnknownName
@@ -34,7 +35,7 @@ def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, cap
 
     async def play():
         found = site_job(tmp_path, submitted(), jobs="ask")
-        loading = asyncio.get_running_loop().create_task(found.work.load())
+        loading = asyncio.get_running_loop().create_task(begin(found))
         await until(lambda: "waits for approval: fed-site approve job" in caplog.text)
         await asyncio.sleep(0.05)
         assert found.contributor.loaded == 0 and found.link.said == []
@@ -56,7 +57,7 @@ def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, cap
 def test_an_approval_holds_in_a_new_process(tmp_path):
     found = site_job(tmp_path, submitted(), jobs="ask")
     approve_offer(tmp_path, "job", offer_digest(found.offer))
-    asyncio.run(found.work.load())
+    asyncio.run(begin(found))
     assert found.contributor.loaded == 1
 
 
@@ -84,12 +85,12 @@ def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, monkeypatch, caplog):
 
     async def play():
         found = site_job(tmp_path, submitted(), jobs="ask")
-        loading = asyncio.get_running_loop().create_task(found.work.load())
+        waiting = asyncio.get_running_loop().create_task(found.work.await_approval())
         await until(lambda: "waits for approval" in caplog.text)
         await found.handle(
             MessageReceived(job_messages.JobEnded("job", "stopped", "by an operator"))
         )
-        await loading
+        assert await waiting is None
         assert found.contributor.loaded == 0 and found.job.part.survey is None
 
     asyncio.run(play())

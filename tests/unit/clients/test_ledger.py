@@ -14,7 +14,7 @@ import torch
 from fedcore_clients import ledger as ledgers
 from fedcore_clients.ledger import LEDGER_FILE, Exposure, Ledger, ledger_lines, read_ledger
 from support.deployed_jobs import certificate, loaded, offered, site_job, submitted
-from support.policies import policy_of
+from support.policies import begin, policy_of
 from torch.utils.data import TensorDataset
 
 from fedcore.config import build_job
@@ -181,7 +181,7 @@ def spent(folder, limit, jobs):
 
 
 async def load(found):
-    await found.work.load()
+    await begin(found)
     return found
 
 

@@ -30,7 +30,7 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protocol import epoch, messages
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Erase, MakeVector, OpenSum, Send, Upload, Warn
-from fedcore.secagg.protocol.job.effects import CloseRound, Info, PutValues
+from fedcore.secagg.protocol.job.effects import CloseRound, EndJob, Info, PutValues
 from fedcore.secagg.protocol.job.site import effects as ask
 from fedcore.secagg.protocol.job.site.machine import Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
@@ -73,6 +73,9 @@ class Policy:
         if what in self.refuses:
             return PolicyRefused(f"{what}: found it, expected none", word="policy", remedy="ask")
         return None
+
+    def on_offer(self, offer):
+        return self._asked("offer")
 
     def on_plan(self, plan):
         return self._asked("plan")
@@ -126,15 +129,16 @@ OFFER = job.JobOffer("job", "t", "0" * 64, b"{}")
 SURVEY = SimpleNamespace(shape=SimpleNamespace(features=0), columns=(), initial=None, rows="0" * 64)
 
 
-def offered(me=None, **changes):
+def offered(me=None, asks=False, **changes):
     """A site's job after its offer."""
     me = me or params(**changes)
-    return SiteJob(me, OFFER, Participation(me, "job", asks=False))
+    return SiteJob(me, OFFER, Participation(me, "job", asks=asks, about=["leaves: sums"]))
 
 
-def between_rounds(state=None, standing=None, plan=PLAN, columns=(), **changes):
-    """A site's job between two rounds, in key epoch 1."""
+def between_rounds(state=None, standing=None, plan=PLAN, columns=(), survey=SURVEY, **changes):
+    """A site's job between two rounds, in key epoch 1, in a process that loaded the rows, if any."""
     found = offered(plan=plan, **changes)
+    found.part.survey = survey
     standing = standing or SiteProgress(1, b"k" * 32)
     payload, maker = SecretBytes(b"payload"), "b"
     header = epoch.EpochHeader(
@@ -353,9 +357,9 @@ def test_a_tripped_guard_is_durable_and_keeps_the_site_out_of_later_rounds():
     found = Round(between_rounds(), header_of())
     found.begin()
     tripped = GuardTripped(("a",), 1, "a loss", found="0.9")
-    (put,) = found.do(ask.GuardLeft(tripped))
-    assert put == PutValues({"left": str(tripped).encode()})
-    found.do(ask.WorkFailed(found.header.digest, tripped, "guard", job.UNABLE))
+    effects = found.do(ask.WorkFailed(found.header.digest, tripped, "guard", job.UNABLE))
+    assert effects[0] == PutValues({"left": str(tripped).encode()}), "before the round is left"
+    assert [type(each) for each in sent(effects)] == [messages.Leave, job.SiteUnavailable]
     effects = told(found.job, messages.Announce(header_of(2)))
     assert [type(each) for each in sent(effects)] == [messages.Leave]
     assert isinstance(found.job.stage, site.Idle)
@@ -378,6 +382,82 @@ def test_what_was_asked_for_before_an_error_stays_asked_for():
     effects = told(found.job, messages.Announce(wrong))
     assert only(CloseRound, effects) and found.job.part.last_error.startswith("step: found")
     assert only(Warn, effects)
+
+
+# ------------------------------------------------------------------------------ task and rows
+
+
+def test_task_and_rows_are_loaded_once_and_the_survey_is_sent():
+    found = offered()
+    effects = found.step(ask.Started(), 0.0)
+    assert effects == [Info("job job: leaves: sums"), ask.Report("loading"), ask.LoadRows(None)]
+    assert found.step(ask.Started(), 0.0) == [], "they are being loaded"
+    effects = found.step(ask.RowsLoaded(SURVEY), 0.0)
+    assert sent(effects) == [job.SiteSurvey("job", "a", SURVEY.shape)]
+    assert found.part.rows == "rows " + SURVEY.rows and found.part.survey is SURVEY
+
+
+def test_nothing_is_loaded_before_the_operator_approved():
+    found = offered(asks=True)
+    effects = found.step(ask.Started(), 0.0)
+    assert only(ask.AwaitApproval, effects) and not only(ask.LoadRows, effects)
+    effects = found.step(ask.Approved(), 0.0)
+    assert only(ask.LoadRows, effects) and found.part.approval == "approved"
+
+
+@pytest.mark.parametrize("refuses", ["offer", "plan"])
+def test_the_policy_is_asked_before_rows_are_loaded(refuses):
+    policy = Policy({refuses})
+    job_ = (
+        offered(policy=policy) if refuses == "offer" else between_rounds(survey=None, policy=policy)
+    )
+    effects = job_.step(ask.Started(), 0.0)
+    assert sent(effects)[-1] == job.SiteUnavailable("job", "a", "policy")
+    assert not only(ask.LoadRows | ask.AwaitApproval, effects) and job_.part.refused is not None
+
+
+def test_rows_that_are_in_enough_jobs_are_not_surveyed():
+    found = offered(policy=Policy({"rows"}))
+    found.step(ask.Started(), 0.0)
+    assert sent(found.step(ask.RowsLoaded(SURVEY), 0.0)) == [
+        job.SiteUnavailable("job", "a", "policy")
+    ]
+    assert found.part.survey is None
+
+
+@pytest.mark.parametrize(("error", "warned"), [(StoreProblem("disk"), 1), (ValueError("row 7"), 0)])
+def test_a_failure_to_load_is_told_by_its_word(error, warned):
+    found = offered()
+    found.step(ask.Started(), 0.0)
+    effects = found.step(ask.LoadFailed(error, "task differs"), 0.0)
+    assert sent(effects) == [job.SiteUnavailable("job", "a", "task differs")]
+    assert len(only(Warn, effects)) == warned, "what else it raised is in the log of this side"
+
+
+def test_a_vector_waits_until_a_new_process_has_loaded_the_rows():
+    found = Round(between_rounds(survey=None), header_of())
+    (load,) = only(ask.LoadRows, found.begin())
+    assert load.plan == PLAN and not only(MakeVector, found.effects)
+    assert [type(each) for each in found.do(ask.RowsLoaded(SURVEY))] == [MakeVector]
+
+
+def test_a_round_is_left_where_its_rows_cannot_be_loaded_and_the_next_one_loads_them_again():
+    found = Round(between_rounds(survey=None), header_of())
+    found.begin()
+    failed = ask.LoadFailed(StoreProblem("the disk"), "unable")
+    effects = found.do(failed)
+    assert [type(each) for each in sent(effects)] == [
+        messages.Leave, job.SiteStatus, job.SiteUnavailable,
+    ]  # fmt: skip
+    assert only(ask.LoadRows, told(found.job, messages.Announce(header_of(2))))
+
+
+def test_a_vector_of_a_round_that_is_over_is_not_made_when_the_rows_are_there():
+    found = Round(between_rounds(survey=None), header_of())
+    found.begin()
+    told(found.job, messages.Announce(header_of(2)))
+    (made,) = only(MakeVector, found.do(ask.RowsLoaded(SURVEY)))
+    assert made.header == header_of(2)
 
 
 # ---------------------------------------------------------------------------- offer and plan
@@ -547,8 +627,8 @@ def test_the_state_is_written_and_the_end_durable_before_the_rest_is_freed():
     found = between_rounds()
     effects = told(found, ENDED, at=1000.5)
     kinds = [type(each) for each in effects]
-    assert kinds == [ask.StopMaking, ask.WriteState, PutValues, ask.Finish, ask.Report, Info]
-    assert effects[2].values["ended_at"] == b"1000" and found.ended == ENDED
+    assert kinds == [ask.StopMaking, ask.WriteState, EndJob, ask.Finish, ask.Report, Info]
+    assert effects[2] == EndJob(ENDED, 1000) and found.ended == ENDED
     assert found.step(ask.Connected(), 0.0) == [], "nothing is said of a job that is over"
 
 
@@ -573,6 +653,15 @@ def test_keys_are_erased_after_the_grace_and_not_before():
     assert list(found.erase_keys(2000.0)) == []
 
 
+def test_a_request_for_erased_keys_is_answered_by_that_word():
+    found = between_rounds()
+    told(found, ENDED, at=0.0)
+    wanted = epoch.GrantRequest(SimpleNamespace(site="b"))
+    assert job.KeysErased("job", "a", "b") not in sent(told(found, wanted)), "it still holds them"
+    list(found.erase_keys(100.0))
+    assert sent(told(found, wanted)) == [job.KeysErased("job", "a", "b")]
+
+
 def test_keys_that_the_disk_did_not_erase_are_not_erased_in_memory():
     """The runner does an effect before it asks for the next one: so it is tried again later."""
     found = between_rounds()
@@ -590,6 +679,9 @@ def test_a_model_is_given_after_the_last_round_where_plan_and_policy_say_so():
     found = between_rounds(last, standing, plan, policy=policy)
     wanted = job.ModelWanted("job", "c" * 64, b"")
     assert told(found, wanted) == [ask.GiveModel("c" * 64, last, b"")]
+    found.part.survey = None  # a new process
+    assert len(only(ask.LoadRows, told(found, wanted))) == 1
+    assert found.step(ask.RowsLoaded(SURVEY), 0.0) == [ask.GiveModel("c" * 64, last, b"")]
     assert told(found, replace(wanted, certificate="d" * 64)) == [], "it stands elsewhere"
     policy.refuses = {"model"}
     assert not only(ask.GiveModel, told(found, wanted))

@@ -10,6 +10,7 @@ from fedcore_clients.trainer import TrainingFailed
 from fedcore_server.config import LimitsSection
 from fedcore_server.operators_api import check_settings
 from support.deployed_jobs import site_job, submitted
+from support.policies import begin
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput
@@ -61,7 +62,7 @@ def survey(folder, needs, budget=BUDGET, fails=False):
         return await load(*args)
 
     found.contributor.load = slow
-    asyncio.run(found.work.load())
+    asyncio.run(begin(found))
     assert all(at in (100.0, found.link.said[0][0]) for at, _ in found.link.doings)
     ((at, message),) = found.link.said
     return at, type(message)
@@ -85,7 +86,7 @@ def test_an_overrun_is_sent_when_ready_with_a_line_in_the_site_s_own_log(tmp_pat
 def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
     """(when the vector is handed to the machine, what) in a round that was announced at time 100."""
     found, clock = deployed(folder, budget)
-    asyncio.run(found.work.load())
+    asyncio.run(begin(found))
     plan = found.job.me.planner.plan(found.offer, found.job.part.survey)
     offer = job_messages.PlanOffer("job", canonical(plan.to_json()))
     asyncio.run(found.handle(MessageReceived(offer)))

@@ -37,9 +37,13 @@ class Info:
 
 @dataclass(frozen=True)
 class EndJob:
-    """Write the end of the job, in one commit with the removal of its round; nothing follows it."""
+    """Write the end of the job, in one commit with the removal of its round; no record follows it.
+
+    at: when a site was told of the end, in whole seconds since 1970; the coordinator keeps no time.
+    """
 
     ended: JobEnded
+    at: int = 0
 
 
 # ---------------------------------------------------------------------------- at the coordinator

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedcore.errors import GuardTripped
 from fedcore.results import SiteRow
 from fedcore.secagg.crypto.sumtag import GroupSecret
-from fedcore.secagg.plan import ModelShape, RoundHeader
+from fedcore.secagg.plan import ModelShape, RoundHeader, RoundPlan
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.moves import Tick
@@ -65,6 +64,9 @@ class Surveyed(Protocol):
     def rows(self) -> str: ...
 
 
+WITHHELD = "it cannot take part"
+"""What other sites read of a failure whose text stays here: it may name rows."""
+
 # ------------------------------------------------------------------------------------------ events
 
 
@@ -84,6 +86,26 @@ class MessageReceived:
 
     message: job_messages.ToSite
     at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Approved:
+    """The operator approved the job."""
+
+
+@dataclass(frozen=True)
+class RowsLoaded:
+    """Task and rows are loaded."""
+
+    found: Surveyed
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """Task and rows could not be loaded. word: of REASONS, for the coordinator."""
+
+    error: Exception
+    word: str
 
 
 @dataclass(frozen=True)
@@ -121,21 +143,19 @@ class SumGone:
 
 @dataclass(frozen=True)
 class WorkFailed:
-    """Background work for a round failed, so this site leaves the round. told: what the other sites read of
-    it, sealed; None: nothing. word: of REASONS, where this site cannot take part any more: it is sent after
-    the notice, which would come too late otherwise."""
+    """Background work failed; where it was for the round under way, this site leaves the round. After a
+    GuardTripped it takes part in no further round of this job, also after a restart (PROTOCOL G).
+
+    header: the digest of the round's header, b"" for other work. told: what the other sites read of it, sealed;
+    None: nothing. word: of REASONS, where this site cannot take part any more: it is sent after the notice,
+    which would come too late otherwise. problem: for this site's log and status.
+    """
 
     header: bytes
     error: Exception
     told: str | None = None
     word: str = ""
-
-
-@dataclass(frozen=True)
-class GuardLeft:
-    """The guard tripped: no further round of this job, also after a restart (PROTOCOL G)."""
-
-    tripped: GuardTripped
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,9 +171,13 @@ class CheckpointReady:
 
 @dataclass(frozen=True)
 class CheckpointLost:
-    """A checkpoint could not be had, or proved nothing: it is offered again."""
+    """A checkpoint could not be downloaded, or proved nothing: the coordinator offers it again.
+
+    problem: for this site's log and status.
+    """
 
     certificate: messages.Certificate
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,8 +196,10 @@ SiteEvent = (
     | MessageReceived
     | Tick
     | epoch.SecretsMade
+    | Approved
+    | RowsLoaded
+    | LoadFailed
     | RoundWork
-    | GuardLeft
     | CheckpointReady
     | CheckpointLost
     | Tracked
@@ -229,8 +255,16 @@ class Report:
 
 
 @dataclass(frozen=True)
+class AwaitApproval:
+    """Wait until the operator approves the job; then `Approved`, or `LoadFailed`."""
+
+
+@dataclass(frozen=True)
 class LoadRows:
-    """Load the task and the rows, unless they are loaded; ask the operator first where that is the rule."""
+    """Load the task and the rows; then `RowsLoaded`, or `LoadFailed`. plan: what this site agreed to, if it did:
+    the same plan must follow from what is loaded."""
+
+    plan: RoundPlan | None
 
 
 @dataclass(frozen=True)
@@ -301,7 +335,9 @@ SiteEffect = (
     | WriteState
     | job_effects.Info
     | job_effects.PutValues
+    | job_effects.EndJob
     | Report
+    | AwaitApproval
     | LoadRows
     | TidySpool
     | StopMaking

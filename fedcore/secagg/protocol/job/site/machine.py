@@ -7,24 +7,29 @@ killed at any instant goes on from what the effects before that instant left on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fedcore.errors import BadInput, PeerRefused, Refused
+from fedcore.errors import BadInput, FedcoreError, GuardTripped, PeerRefused, PolicyRefused, Refused
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.effects import Warn
-from fedcore.secagg.protocol.job.effects import Info, PutValues
+from fedcore.secagg.protocol.job.effects import EndJob, Info, PutValues
 from fedcore.secagg.protocol.job.site.effects import (
+    WITHHELD,
+    Approved,
+    AwaitApproval,
     CheckedSum,
     CheckpointLost,
     CheckpointReady,
     Connected,
     Finish,
-    GuardLeft,
+    GiveModel,
+    LoadFailed,
     LoadRows,
     MessageReceived,
     Report,
+    RowsLoaded,
     SiteEffect,
     SiteEvent,
     Started,
@@ -42,6 +47,7 @@ from fedcore.secagg.protocol.job.site.participation import (
     HeldKeys,
     JobParams,
     Participation,
+    require,
 )
 from fedcore.secagg.protocol.job.site.release import CatchUp, PublicWord
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
@@ -49,7 +55,6 @@ from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.wire_form import encode
 
 ENDING_SECONDS = 5.0
 """How often a site that missed the last release of a job that is over asks for it."""
@@ -102,6 +107,9 @@ class SiteJob:
         self.states = StateKeeper()
         self.parts: Parts | None = None
         self.end = JobEnd()
+        self.loading = False
+        self._need_rows: list[effects.MakeVector | GiveModel] = []
+        """What waits until the rows are loaded."""
 
     def restored(self, kept: Kept) -> None:
         """Go on from what the journal has."""
@@ -151,11 +159,6 @@ class SiteJob:
         left = float(until) - now
         return max(0.0, left)
 
-    def without_keys(self, wanted: epoch.GrantRequest) -> list[SiteEffect]:
-        """The answer to a request for the secret of a job whose keys are erased here."""
-        erased = job_messages.KeysErased(self.id, self.me.id, wanted.key.site)
-        return [effects.Send(COORDINATOR, erased)]
-
     # ----------------------------------------------------------------------------------- steps
 
     def step(self, event: SiteEvent, now: float) -> list[SiteEffect]:
@@ -174,6 +177,22 @@ class SiteJob:
         return found
 
     def _handled(self, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+        """What follows from an event; vectors and models wait until the rows are loaded."""
+        for effect in self._answered(event, now):
+            if isinstance(effect, StopMaking):
+                self._need_rows = [each for each in self._need_rows if isinstance(each, GiveModel)]
+            if isinstance(effect, effects.MakeVector | GiveModel) and self.part.survey is None:
+                self._need_rows.append(effect)
+            else:
+                yield effect
+        if self._need_rows:
+            yield from self._load(now)
+        if self.parts is not None and self.parts.rounds.ended:
+            self.parts.rounds.ended = False
+            if self.end.pending is not None:
+                yield from self._ended(*self.end.pending, now)
+
+    def _answered(self, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
         match event:
             case Started():
                 yield from self._started(now)
@@ -181,12 +200,13 @@ class SiteJob:
                 yield from self._reconnected(now)
             case MessageReceived(message, at):
                 yield from self._received(message, at, now)
+            case Approved() | RowsLoaded() | LoadFailed():
+                if self.ended is None:
+                    yield from self._loaded(event, now)
+            case WorkFailed():
+                yield from self._failed(event, now)
             case _ if self.parts is not None:
                 yield from self._with_plan(self.parts, event, now)
-        if self.parts is not None and self.parts.rounds.ended:
-            self.parts.rounds.ended = False
-            if self.end.pending is not None:
-                yield from self._ended(*self.end.pending, now)
 
     def _with_plan(self, parts: Parts, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
         """What happens once there is a plan."""
@@ -195,29 +215,102 @@ class SiteJob:
                 if self.end.pending is not None:  # the way to the last state was lost somewhere
                     yield from parts.rounds.rest()
                 yield from parts.rounds.step(event, now)
-            case VectorReady() | CheckedSum() | SumGone() | WorkFailed():
+            case VectorReady() | CheckedSum() | SumGone():
                 if parts.rounds.is_round(event.header):
                     yield from parts.rounds.work_done(event, now)
-                if isinstance(event, WorkFailed) and event.word:
-                    yield from self.part.unable(event.word)
-            case GuardLeft(tripped):
-                yield PutValues({"left": str(tripped).encode()})
-                self.part.left = str(tripped)
             case CheckpointReady():
                 yield from parts.catch_up.taken(event, now)
-            case CheckpointLost():
-                parts.catch_up.lost(event)
+            case CheckpointLost(certificate, problem):
+                if problem:
+                    yield from self.part.show(problem)
+                parts.catch_up.lost(certificate)
             case Tracked():
                 yield from parts.word.measured(event)
             case epoch.SecretsMade():
                 yield from parts.epochs.step(event, now)
 
+    def _failed(self, event: WorkFailed, now: float) -> Iterator[SiteEffect]:
+        """Background work failed."""
+        if event.problem:
+            yield from self.part.show(event.problem)
+        if isinstance(event.error, GuardTripped):
+            yield PutValues({"left": str(event.error).encode()})
+            self.part.left = str(event.error)
+        if self.parts is not None and self.parts.rounds.is_round(event.header):
+            yield from self.parts.rounds.work_done(event, now)
+        if event.word:
+            yield from self.part.unable(event.word)
+
+    # --------------------------------------------------------------------------- task and rows
+
+    def _load(self, now: float) -> Iterator[SiteEffect]:
+        """Load task and rows, unless they are loaded or loading: the policy is asked before a row is read, and
+        then the operator, where the policy says so."""
+        if self.part.survey is not None or self.loading:
+            return
+        self.loading = True
+        try:
+            require(self.me.policy.on_offer(self.offer))
+            if self.plan is not None:  # the policy may have changed since
+                require(self.me.policy.on_plan(self.plan))
+        except (BadInput, PolicyRefused) as error:
+            yield from self._loaded(LoadFailed(error, job_messages.UNABLE), now)
+            return
+        for line in self.part.about:
+            yield Info(f"job {self.id}: {line}")
+        if self.part.approval == "waiting":
+            yield AwaitApproval()
+        else:
+            yield Report("loading")
+            yield LoadRows(self.plan)
+
+    def _loaded(
+        self, event: Approved | RowsLoaded | LoadFailed, now: float
+    ) -> Iterator[SiteEffect]:
+        """What became of the approval, or of task and rows."""
+        if isinstance(event, Approved):
+            self.part.approval = "approved"
+            yield Info(f"job {self.id}: approved")
+            yield Report("loading")
+            yield LoadRows(self.plan)
+            return
+        self.loading = False
+        need, self._need_rows = self._need_rows, []
+        if isinstance(event, RowsLoaded):
+            try:
+                self.part.take_rows(event.found)
+            except FedcoreError as error:
+                event = LoadFailed(error, job_messages.UNABLE)
+        if isinstance(event, LoadFailed):
+            yield from self._not_loaded(event, need, now)
+            return
+        if self.parts is None:
+            yield from self.part.say_survey()
+            yield Report("idle")
+        yield from need
+
+    def _not_loaded(
+        self, event: LoadFailed, need: Iterable[SiteEffect], now: float
+    ) -> Iterator[SiteEffect]:
+        """Leave the round that waits for a vector, and tell the coordinator; a model is asked for again.
+
+        Without a plan this is final. With one the rows are loaded again with the next vector or model.
+        """
+        waited = self.parts is None
+        for each in need:
+            if isinstance(each, effects.MakeVector):
+                waited = True
+                yield from self._failed(WorkFailed(each.header.digest, event.error, WITHHELD), now)
+        if isinstance(event.error, FedcoreError) or not waited:
+            yield from self.part.note(event.error)
+        if waited and not isinstance(event.error, PolicyRefused):
+            yield from self.part.unable(event.word)
+
     def _started(self, now: float) -> Iterator[SiteEffect]:
         if self.ended is not None:
             return
         if self.parts is None:
-            if self.part.survey is None:
-                yield LoadRows()
+            yield from self._load(now)
             return
         yield self.parts.rounds.tidy()
         yield from self.parts.rounds.step(Restarted(), now)
@@ -226,7 +319,7 @@ class SiteJob:
             yield from self.part.unable(job_messages.UNABLE)
         else:
             yield from self.parts.epochs.step(epoch.Again(), now)
-            yield LoadRows()
+            yield from self._load(now)
 
     def _reconnected(self, now: float) -> Iterator[SiteEffect]:
         if self.ended is not None:
@@ -266,6 +359,9 @@ class SiteJob:
         match message:
             case job_messages.JobEnded():
                 yield from self._ended(message, at, now)
+            case epoch.GrantRequest() if self.ended is not None and not self.holds_keys:
+                erased = job_messages.KeysErased(self.id, self.me.id, message.key.site)
+                yield effects.Send(COORDINATOR, erased)
             case _ if self.part.left and parts is not None and not parts.rounds.in_round:
                 if isinstance(message, messages.Announce):  # it takes part in no further round
                     yield from parts.rounds.step(site.Declined(message.header), now)
@@ -357,7 +453,7 @@ class SiteJob:
         yield StopMaking()
         if self.states.current is not None:
             yield WriteState(self.states.current)  # synced: nothing rewrites this file later
-        yield PutValues({"ended": encode(ended), "ended_at": str(int(at)).encode()})
+        yield EndJob(ended, int(at))
         self.end = JobEnd(ended, at)
         yield Finish()
         yield Report("idle")

@@ -3,7 +3,7 @@ left."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -102,6 +102,11 @@ class JobParams:
     keep_keys: float
 
 
+def problem_of(error: Exception) -> str:
+    """An error with its notes, in one line."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def require(refusal: PolicyRefused | None) -> None:
     """Raise what the policy says, if it says no."""
     if refusal is not None:
@@ -111,8 +116,10 @@ def require(refusal: PolicyRefused | None) -> None:
 class Participation:
     """Whether this site takes part in one job."""
 
-    def __init__(self, me: JobParams, name: str, *, asks: bool) -> None:
+    def __init__(self, me: JobParams, name: str, *, asks: bool, about: Sequence[str] = ()) -> None:
         self._me, self._job = me, name
+        self.about = about
+        """Lines about the job, for the log before its rows are read."""
         self.approval: Literal["not needed", "waiting", "approved"] = (
             "waiting" if asks else "not needed"
         )
@@ -136,9 +143,13 @@ class Participation:
             yield from self.warn(error)
 
     def warn(self, error: Exception) -> Iterator[SiteEffect]:
-        """Keep an error for people."""
-        self.last_error = str(error)
-        yield Warn("; ".join([str(error), *getattr(error, "__notes__", ())]))
+        """Show an error in the log and in the status."""
+        yield from self.show(problem_of(error), str(error))
+
+    def show(self, problem: str, status: str = "") -> Iterator[SiteEffect]:
+        """Show a problem in the log and, or else `status`, in the status."""
+        self.last_error = status or problem
+        yield Warn(problem)
 
     def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
         """One line here, one word to the coordinator, again at every new session."""

@@ -10,7 +10,6 @@ from fedcore.results import SiteRow
 from fedcore.secagg.protocol import effects, job_messages, public_metrics, schedule
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.effects import (
-    CheckpointLost,
     CheckpointReady,
     GiveModel,
     SealCheckpoint,
@@ -59,15 +58,15 @@ class CatchUp:
         """Whether the state of this release is still to be fetched."""
         return self._taking == certificate.hash and self.rounds.missed(certificate)
 
-    def lost(self, event: CheckpointLost) -> None:
-        """It could not be had: the coordinator offers it again."""
-        if self._taking == event.certificate.hash:
+    def lost(self, certificate: Certificate) -> None:
+        """Its download is over: another offer of it is taken again."""
+        if self._taking == certificate.hash:
             self._taking = ""
 
     def taken(self, event: CheckpointReady, now: float) -> Iterator[SiteEffect]:
         """Catch up, unless a round began meanwhile: then it is offered again."""
         certificate = event.certificate
-        self.lost(CheckpointLost(certificate))
+        self.lost(certificate)
         self._states.hold(site_states.name_of(certificate), event.state, event.data)
         yield from self._states.learn_group(certificate.header.epoch, event.group, installed=False)
         if self.rounds.missed(certificate):
