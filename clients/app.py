@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,11 +37,8 @@ from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.verify import check_certificate
-from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
-from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
-from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.site.effects import State
@@ -50,7 +47,7 @@ from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.types import Contribution, Json, SiteId
+from fedcore.types import Json, SiteId
 from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
 from fedcore.wire.job_records import TO_SITE
 from fedcore.wire.records import unpack_record
@@ -72,51 +69,23 @@ CLOCKS_APART = 60.0
 """Seconds between two clocks from which on somebody should look at them."""
 
 
-class InstalledTasks:
+class InstalledTasks(Training):
     """The training process, asked by the names of the operator's list of tasks."""
 
-    def __init__(self, config: SiteConfig, training: Training, identity: IdentityKey) -> None:
-        self._config, self._training = config, training
+    def __init__(
+        self, config: SiteConfig, identity: IdentityKey, command: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(command)
+        self._config = config
         self._split = config.split.of(identity)
 
     async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
         """Load a job's task, which the policy has allowed by name and hash. Raises TrainingFailed."""
         allowed = self._config.tasks[task]
-        return await self._training.load(
+        return await self.load_task(
             job, task=allowed.task, base=str(self._config.base), digest=digest, settings=settings,
             site=self._config.site, source=allowed.source, split=self._split,
         )  # fmt: skip
-
-    async def contribute(
-        self,
-        job: str,
-        plan: RoundPlan,
-        step: schedule.PlannedRound,
-        state: JobState,
-        record: GuardRecord,
-    ) -> Contribution:
-        """The content of one vector. Raises TrainingFailed and GuardTripped."""
-        return await self._training.contribute(job, plan, step, state, record)
-
-    async def track(
-        self,
-        job: str,
-        plan: RoundPlan,
-        step: schedule.PlannedRound,
-        state: JobState,
-        wides: Mapping[str, Sequence[int]],
-        sites: int,
-    ) -> SiteRow:
-        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
-        return await self._training.track(job, plan, step, state, wides, sites)
-
-    async def export(self, job: str, state: JobState) -> bytes:
-        """The file of a model that is given away. Raises TrainingFailed."""
-        return await self._training.export(job, state)
-
-    async def forget(self, job: str) -> None:
-        """The job is over."""
-        await self._training.forget(job)
 
 
 def waiting_json(found: Waiting | None) -> Json | None:
@@ -415,10 +384,10 @@ async def _run(
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    training = Training(told(choose(config)).command)
+    training = InstalledTasks(config, context.identity, told(choose(config)).command)
     await training.start()
     try:
-        site = Site(config, kit, context, InstalledTasks(config, training, context.identity))
+        site = Site(config, kit, context, training)
         async with contextlib.AsyncExitStack() as opened:
             if health_port is not None:
                 port = await opened.enter_async_context(

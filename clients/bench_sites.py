@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
@@ -29,9 +29,7 @@ from fedcore_clients.trainer import Loaded
 from fedcore.errors import FedcoreError
 from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
-from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
-from fedcore.results import SiteRow
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import purpose_of
@@ -52,18 +50,13 @@ class Drawn:
         self._site, self._parameters = site, parameters
         self._fields: Fields | None = None
 
-    async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:  # noqa: ARG002
+    async def load(self, _job: str, _settings: Json, task: str, digest: str) -> Loaded:
         """A model of so many parameters, all 0, without columns."""
         shape = ModelShape(task, digest, self._parameters, 0, 0, "bench", (ROWS,))
         return Loaded(shape, (), np.zeros(self._parameters, dtype=np.float32), "0" * 64)
 
     async def contribute(
-        self,
-        job: str,  # noqa: ARG002
-        plan: RoundPlan,
-        step: PlannedRound,
-        state: JobState,  # noqa: ARG002
-        record: GuardRecord | None = None,  # noqa: ARG002
+        self, _job: str, plan: RoundPlan, step: PlannedRound, *_: object
     ) -> Contribution:
         """The drawn fields, or the metrics of no model."""
         if not purpose_of(step.purpose).vector(plan, 0).coordinates:
@@ -76,19 +69,10 @@ class Drawn:
         counts = {"weight": [1], "over_range": [0], "over_half_range": [0], EXCEEDS: [0]}
         return self._fields, {**counts, ROWS.name: [1]}
 
-    async def track(
-        self,
-        job: str,  # noqa: ARG002
-        plan: RoundPlan,  # noqa: ARG002
-        step: PlannedRound,  # noqa: ARG002
-        state: JobState,  # noqa: ARG002
-        wides: Mapping[str, Sequence[int]],  # noqa: ARG002
-        sites: int,  # noqa: ARG002
-    ) -> SiteRow | None:
-        """There is nothing to be accurate about."""
-        return None
+    async def track(self, *_: object) -> None:
+        """There is no accuracy to measure."""
 
-    async def export(self, job: str, state: JobState) -> bytes:  # noqa: ARG002
+    async def export(self, _job: str, state: JobState) -> bytes:
         """There is no module: the bare state."""
         return state.to_bytes()
 

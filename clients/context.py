@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +18,9 @@ from fedcore.learning.state import JobState
 from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol.job.site.effects import Track
 from fedcore.secagg.protocol.job_messages import ToCoordinator
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Contribution, Json, SiteId
@@ -72,40 +73,27 @@ class Link(Protocol):
 
 
 class Contributor(Protocol):
-    """Who computes the content of vectors: the training process, or a stand-in of the benchmark."""
+    """What computes the content of vectors: the training process, or a stand-in of the benchmark."""
 
-    async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
+    async def load(self, job: str, settings: Json, task: str, digest: str, /) -> Loaded:
         """Find the task, load the rows, build the model. Raises TrainingFailed."""
         ...
 
     async def contribute(
-        self,
-        job: str,
-        plan: RoundPlan,
-        step: schedule.PlannedRound,
-        state: JobState,
-        record: GuardRecord,
+        self, job: str, plan: RoundPlan, step: PlannedRound, state: JobState, record: GuardRecord, /
     ) -> Contribution:
         """The content of one vector; the guard of `record` judges the state first, and its memory is
         replaced. Raises TrainingFailed and GuardTripped."""
         ...
 
-    async def track(
-        self,
-        job: str,
-        plan: RoundPlan,
-        step: schedule.PlannedRound,
-        state: JobState,
-        wides: Mapping[str, Sequence[int]],
-        sites: int,
-    ) -> SiteRow | None:
-        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
+    async def track(self, job: str, plan: RoundPlan, asked: Track, /) -> SiteRow | None:
+        """The accuracy after a release, None where there is nothing to measure. Raises TrainingFailed."""
         ...
 
-    async def export(self, job: str, state: JobState) -> bytes:
+    async def export(self, job: str, state: JobState, /) -> bytes:
         """The file of a model that is given away: the same bytes at every site. Raises TrainingFailed."""
         ...
 
-    async def forget(self, job: str) -> None:
-        """The job is over."""
+    async def forget(self, job: str, /) -> None:
+        """Free what is held of a job that is over."""
         ...

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from fedcore.secagg.protocol.job.site.effects import (
     RowsLoaded,
     SealCheckpoint,
     SiteEvent,
+    State,
     SumGone,
     TakeCheckpoint,
     Track,
@@ -278,9 +280,8 @@ class JobWork:
                 self.link.doing(self.id, "downloading")
             chunks = await self.fetch("sum", asked.digest, lambda: rounds.awaits_sum(header))
             self.link.doing(self.id, "opening")
-            return await asyncio.to_thread(
-                self._opened, self.round_work(), asked, chunks, rounds.own_marks(asked.header)
-            )
+            marks = rounds.own_marks(asked.header)
+            return await asyncio.to_thread(self._opened, self.round_work(), asked, chunks, marks)
         except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
             return SumGone(header)
         except (StoreProblem, OSError):
@@ -296,13 +297,9 @@ class JobWork:
         marks: Mapping[str, int],
     ) -> CheckedSum:
         found = work.open(asked, chunks, marks)
-        data = self._kept_candidate(found.certificate, found.state)
-        return CheckedSum(
-            asked.header.digest, found.opened, found.certificate, found.state, data, found.wides,
-            len(asked.survivors),
-        )  # fmt: skip
+        return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
-    def _kept_candidate(self, name: str, state: JobState) -> bytes:
+    def _kept_candidate(self, name: str, state: State) -> bytes:
         """A large state goes to disk now, and b"" is returned; a small one goes into the journal, with
         what relies on it."""
         data = state.to_bytes()
@@ -313,12 +310,8 @@ class JobWork:
 
     async def track(self, asked: Track) -> SiteEvent | None:
         """Write down what a release is worth here. No round waits for it."""
-        state, plan = asked.state, self._parts.agreed.plan
-        assert isinstance(state, JobState)
         try:
-            row = await self.contributor.track(
-                self.id, plan, asked.step, state, asked.wides, asked.sites
-            )
+            row = await self.contributor.track(self.id, self._parts.agreed.plan, asked)
         except TrainingFailed as failed:
             LOG.warning("job %s: accuracy not tracked: %s", self.id, failed.reason)
             return None

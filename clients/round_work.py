@@ -15,6 +15,7 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import effects
+from fedcore.secagg.protocol.job.site.effects import CheckedSum
 from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site
@@ -33,16 +34,6 @@ class Protected:
     chunks: list[bytes]
     salt: bytes
     marks: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class FoundSum:
-    """What is in a sum. certificate: hash of the one certificate that can release the state it leads to."""
-
-    opened: site.SumOpened
-    certificate: str
-    state: JobState
-    wides: Mapping[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ class RoundWork:
 
     def open(
         self, asked: effects.OpenSum, chunks: list[bytes], marks: Mapping[str, int]
-    ) -> FoundSum:
-        """Open a sum, check it, and find the state that it leads to. marks: this site's own.
+    ) -> CheckedSum:
+        """Open a sum, check it, and find the state that it leads to, without its bytes. marks: this site's own.
 
         Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites.
         """
@@ -102,4 +93,5 @@ class RoundWork:
             self.secrets.sum_mac(header, total), self.secrets.state_mac(header, state.canonical())
         )
         certificate = led_to(header, asked.survivors, found.sum_mac, found.state_mac)
-        return FoundSum(found, certificate, state, dict(opened.wides))
+        wides, sites = dict(opened.wides), len(asked.survivors)
+        return CheckedSum(header.digest, found, certificate, state, b"", wides, sites)

@@ -25,6 +25,7 @@ from fedcore.learning.state import JobState
 from fedcore.results import SiteRow
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, python
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
+from fedcore.secagg.protocol.job.site.effects import Track
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Contribution, FloatVector, Json
@@ -76,7 +77,7 @@ class Training:
         head, _ = await self._ask({"do": "digest", "task": task, "base": base})
         return str(head["name"]), str(head["digest"])
 
-    async def load(
+    async def load_task(
         self,
         job: str,
         *,
@@ -108,11 +109,8 @@ class Training:
     ) -> Contribution:
         """The content of the site's vector for a step of the job; record: of its guard, which judges the
         state first and whose memory is replaced. Raises TrainingFailed and GuardTripped."""
-        asked = {
-            "do": "contribute", "job": job, "plan": plan.to_json(),
-            "step": [step.purpose, step.training_round],
-            "rules": asdict(record.rules), "memory": record.memory.to_json(),
-        }  # fmt: skip
+        rules, memory = asdict(record.rules), record.memory.to_json()
+        asked = _about("contribute", job, plan, step) | {"rules": rules, "memory": memory}
         head, blobs = await self._ask(asked, [state.to_bytes()], needs=job)
         record.memory = GuardMemory.from_json(head["memory"])
         if "tripped" in head:
@@ -121,22 +119,11 @@ class Training:
             raise GuardTripped((site,), about["round"], about["cause"], found=about["found"])
         return np.frombuffer(blobs[0], dtype="<u8").astype(np.uint64), head["wides"]
 
-    async def track(
-        self,
-        job: str,
-        plan: RoundPlan,
-        step: PlannedRound,
-        state: JobState,
-        wides: Mapping[str, Sequence[int]],
-        sites: int,
-    ) -> SiteRow:
-        """What the site can say of accuracy after a released step. Raises TrainingFailed."""
-        asked = {
-            "do": "track", "job": job, "plan": plan.to_json(),
-            "step": [step.purpose, step.training_round], "sites": sites,
-            "wides": {name: [int(value) for value in values] for name, values in wides.items()},
-        }  # fmt: skip
-        head, _ = await self._ask(asked, [state.to_bytes()], needs=job)
+    async def track(self, job: str, plan: RoundPlan, asked: Track) -> SiteRow:
+        """The accuracy after a release. Raises TrainingFailed."""
+        wides = {name: [int(value) for value in values] for name, values in asked.wides.items()}
+        about = _about("track", job, plan, asked.step) | {"sites": asked.sites, "wides": wides}
+        head, _ = await self._ask(about, [asked.state.to_bytes()], needs=job)
         return SiteRow.from_json(head["row"])
 
     async def export(self, job: str, state: JobState) -> bytes:
@@ -186,6 +173,13 @@ class Training:
         self._closed = True
         self._line.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.child.close)
+
+
+def _about(do: str, job: str, plan: RoundPlan, step: PlannedRound) -> Json:
+    """A request about one step of a job."""
+    return {
+        "do": do, "job": job, "plan": plan.to_json(), "step": [step.purpose, step.training_round]
+    }  # fmt: skip
 
 
 def _told(head: Json, blobs: list[bytes]) -> Frame:

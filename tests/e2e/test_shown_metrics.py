@@ -173,14 +173,16 @@ def public(found, *, hang=()):
         found.start(name)
         contributor = found.sites[name].contributor
 
-        async def track(_, job, plan, step, state, wides, sites):
+        async def track(_, job, plan, asked):
             if name in hang:
                 await asyncio.sleep(3600)
-            before = {ROWS.name: sum(wides[ROWS.name]) / sites / step.training_round}
+            before = {
+                ROWS.name: sum(asked.wides[ROWS.name]) / asked.sites / asked.step.training_round
+            }
             return SiteRow(
-                round=step.training_round,
-                purpose=step.purpose,
-                sites=sites,
+                round=asked.step.training_round,
+                purpose=asked.step.purpose,
+                sites=asked.sites,
                 everywhere_before=before,
             )
 

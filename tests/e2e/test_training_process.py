@@ -22,6 +22,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
 from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.protocol.job.site.effects import Track
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 SETTINGS = {
@@ -46,7 +47,7 @@ async def asked(**changes):
             "task": "heart", "base": "/", "digest": TASK.digest(), "settings": COMPLETE, "split": SPLIT,
             "site": "va", "source": SOURCE, **changes,
         }  # fmt: skip
-        loaded = await training.load("j", **about)
+        loaded = await training.load_task("j", **about)
         plan = plan_of(build_job(COMPLETE), loaded.shape, ("a", "b", "va"), 512)
         state = JobState.initial(plan, loaded.initial)
         one = await training.contribute("j", plan, STATISTICS, state, GuardRecord())
@@ -57,7 +58,7 @@ async def asked(**changes):
         own = Opened(two[0], two[1])
         state = state.after(plan, STATISTICS, own, ("va",), loaded.columns, allow_few_sites=True)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}
-        row = await training.track("j", plan, LAST, state, zeros, 3)
+        row = await training.track("j", plan, Track(LAST, zeros, 3, state, None))
         await training.forget("j")
         return plan, state, one, two, row
     finally:
@@ -124,7 +125,7 @@ class Slow:
         self.pid = self.training.child.pid
 
     def load(self, source, job="j"):
-        load = self.training.load(
+        load = self.training.load_task(
             job, task=str(self.file), base="/", digest=self.digest, settings=COMPLETE,
             site="va", source=source, split=SPLIT,
         )  # fmt: skip

@@ -147,7 +147,7 @@ def test_the_training_process_judges_the_state_and_says_why():
                 "task": "heart", "base": "/", "digest": TASK.digest(), "settings": COMPLETE,
                 "site": "va", "source": SOURCE, "split": SPLIT,
             }  # fmt: skip
-            loaded = await training.load("j", **about)
+            loaded = await training.load_task("j", **about)
             plan = plan_of(build_job(COMPLETE), loaded.shape, ("a", "b", "va"), 512)
             state = JobState.initial(plan, loaded.initial)
             if loaded.shape.features:  # columns that are scaled by statistics

@@ -147,7 +147,7 @@ def attacked(folder, config):
         try:
             with pytest.raises(TrainingFailed):
                 async with asyncio.timeout(PATIENCE):
-                    await training.load(
+                    await training.load_task(
                         "j", task=section.task, base=str(config.base), digest=section.sha256,
                         settings=settings, site="a", source=port, split=FoldSplit().to_json(),
                     )  # fmt: skip

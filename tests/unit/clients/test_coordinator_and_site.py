@@ -104,8 +104,9 @@ def allowed(tmp_path, **tasks):
             "folder": "f", "base": str(tmp_path), "file": str(tmp_path / "site.toml"), "tasks": tasks,
         }
     )  # fmt: skip
-    training = Recording()
-    return InstalledTasks(config, training, IDENTITY), training
+    tasks, training = InstalledTasks(config, IDENTITY), Recording()
+    tasks.load_task = training.load
+    return tasks, training
 
 
 def test_a_task_is_loaded_by_the_name_and_hash_its_operator_wrote(tmp_path):
