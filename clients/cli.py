@@ -1,25 +1,37 @@
-"""fed-site: one institution's process, and what a person there asks it.
+"""fed-site: the process of one institution, and the commands of its operator.
 
-Results go to stdout, everything said on the way to stderr; exit codes are those of every command
+Results go to stdout, progress and hints to stderr; exit codes are those of every command
 (`fedcore/errors.py`). grpc, torch and pydantic are imported inside commands, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedcore.cli.console import application, emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED
 
+if TYPE_CHECKING:  # it imports numpy, which `--help` does without
+    from fedcore.types import Json
+
 app = application("A site of a federation: its process, and what it is at.")
 
 Config = Annotated[Path, typer.Option("--config", help="The site's file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 _HERE = Path("site.toml")
+
+
+def _print(as_json: bool, found: Json, lines: Iterable[str]) -> None:
+    """Print a result on stdout, as one JSON object or in words."""
+    if as_json:
+        emit(found)
+    else:
+        for line in lines:
+            typer.echo(line)
 
 
 @app.command("run")
@@ -69,11 +81,7 @@ def status(config: Config = _HERE, as_json: AsJson = False) -> None:
     from fedcore_clients.status import read_status, status_lines
 
     found = read_status(read_config(config).folder)
-    if as_json:
-        emit(found)
-    else:
-        for line in status_lines(found):
-            typer.echo(line)
+    _print(as_json, found, status_lines(found))
     if not found["running"]:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -85,11 +93,7 @@ def list_jobs(config: Config = _HERE, as_json: AsJson = False) -> None:
     from fedcore_clients.status import jobs_lines, read_status
 
     found = read_status(read_config(config).folder)
-    if as_json:
-        emit({"jobs": found["jobs"]})
-    else:
-        for line in jobs_lines(found):
-            typer.echo(line)
+    _print(as_json, {"jobs": found["jobs"]}, jobs_lines(found))
 
 
 @app.command()
@@ -100,19 +104,13 @@ def approve(
 ) -> None:
     """Let a job begin that waits for approval (`jobs = "ask"` under [policy]); prints what it takes."""
     from fedcore_clients.config import read_config
+    from fedcore_clients.status import about_lines
     from fedcore_clients.status import approve as approve_job
 
     row = approve_job(read_config(config).folder, job)
-    if as_json:
-        emit({key: row[key] for key in ("job", "task", "offer", "label", "leaves")})
-        return
-    typer.echo(
-        f"job {job} approved: task {row['task']}, {row['protection']}, {row['rounds']} rounds"
-    )
-    for line in row["label"]:
-        typer.echo(f"  {line}")
-    for line in row["leaves"]:
-        typer.echo(f"  leaves: {line}")
+    shown = {key: row[key] for key in ("job", "task", "offer", "label", "leaves")}
+    about = f"task {row['task']}, {row['protection']}, {row['rounds']} rounds"
+    _print(as_json, shown, [f"job {job} approved: {about}", *about_lines(row)])
 
 
 @app.command()
@@ -122,11 +120,7 @@ def ledger(config: Config = _HERE, as_json: AsJson = False) -> None:
     from fedcore_clients.ledger import ledger_lines, read_ledger
 
     found = read_ledger(read_config(config).folder)
-    if as_json:
-        emit({"exposures": [each.to_json() for each in found]})
-    else:
-        for line in ledger_lines(found):
-            typer.echo(line)
+    _print(as_json, {"exposures": [each.to_json() for each in found]}, ledger_lines(found))
 
 
 @app.command()
@@ -141,10 +135,8 @@ def model(
     from fedcore_clients.export import export_model
 
     found = export_model(read_config(config), job, out)
-    if as_json:
-        emit(found.to_json())
-    else:
-        typer.echo(f"wrote {out}: after round {found.round}, sha256 {found.model_sha256}")
+    line = f"wrote {out}: after round {found.round}, sha256 {found.model_sha256}"
+    _print(as_json, found.to_json(), [line])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

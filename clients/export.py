@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedcore_clients.app import RECIPE_FILE, job_folder, require_job
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.state_files import StateFiles
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, Refused
@@ -23,30 +24,26 @@ from fedcore.learning.model import single_thread
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
+from fedcore.results import JsonRecord
 from fedcore.secagg.protocol.schedule import released_round
-from fedcore.types import Json, SiteId
+from fedcore.types import SiteId
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(JsonRecord):
     """What was written. round: of training, after which the model was released."""
 
-    path: Path
+    path: str
     round: int
     model_sha256: str
-
-    def to_json(self) -> Json:
-        """For `--json`."""
-        return {"path": str(self.path), "round": self.round, "model_sha256": self.model_sha256}
 
 
 def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
     """Write the last released model of a job. Raises BadInput, UnknownName, Refused, TaskFailed."""
-    states = job_folder(config.folder, "")
-    known = [path.parent.name for path in states.glob(f"*/{RECIPE_FILE}")]
+    known = [path.parent.name for path in job_folder(config.folder, "").glob(f"*/{RECIPE_FILE}")]
     require_job(name, known, "`fed-site jobs` lists the jobs this site was offered")
-    recipe = read_json(job_folder(config.folder, name) / RECIPE_FILE)
-    path = job_folder(config.folder, name) / "current.safetensors"
+    folder = job_folder(config.folder, name)
+    recipe, path = read_json(folder / RECIPE_FILE), StateFiles(folder).current
     state = JobState.from_bytes(path.read_bytes()) if path.is_file() else None
     done = state.done if state else None
     if state is None or done is None or not released_round(done):
@@ -75,4 +72,4 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Exported:
         site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
         data = site.exported(state)
     write_atomic(out, data)
-    return Exported(out, released_round(done), state.model_sha256)
+    return Exported(str(out), released_round(done), state.model_sha256)

@@ -1,14 +1,15 @@
-"""What a site's operator allows: `[policy]` of site.toml, and the one place that says no to a job.
+"""What a site's operator allows: `[policy]` of site.toml, and the only checks that refuse a job by it.
 
-Invariant: no coordinator can ask for more than this table; what it forbids is refused before a row is
-read (but for `jobs_per_month`, which counts by the rows) and before anything leaves. The coordinator gets
-one word for it; the key, what was found and what was expected are in the site's own log.
+Invariant: a job that asks for more than this table allows is refused before a row is read (`jobs_per_month`,
+which counts by the rows, after that) and before anything leaves. The coordinator is told one word of a fixed list;
+the key, what was found and what was expected are in the site's own log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool
@@ -23,7 +24,7 @@ from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.toml import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
-"""The words that the coordinator gets, of protocol/job.py REASONS."""
+"""What the coordinator is told, of REASONS in protocol/job_messages.py."""
 
 Protections = Literal["encrypted", "masked", "layered"]
 Ciphers = Literal["bfv", "keystream"]
@@ -103,7 +104,9 @@ class SitePolicy:
     @property
     def wider(self) -> list[str]:
         """The keys that allow more than the default does."""
-        return [key for key, is_wider in _WIDER.items() if is_wider(self)]
+        least = ["least_threshold"] if self.least_threshold < default_threshold(self.sites) else []
+        rules = self.rules
+        return least + [k for k, wider in _WIDER.items() if wider(getattr(rules, k), _DEFAULT[k])]
 
     @property
     def least_threshold(self) -> int:
@@ -121,12 +124,12 @@ class SitePolicy:
         return self.rules.jobs == "ask"
 
     def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
-        """Task and terms of a job, before anything is read for it. Raises BadInput."""
+        """Why task or terms of a job are refused, before anything is read for it. Raises BadInput."""
         task, digest = offer.task, offer.task_digest
         settings = read_settings(offer.settings)
         try:
             job = build_job(settings)
-        except Refused as refused:  # what no site runs, such as public metrics under `encrypted`
+        except Refused as refused:  # refused by every site, as public metrics under `encrypted`
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
         allowed = self.tasks.get(task)
         if allowed is None:
@@ -146,14 +149,14 @@ class SitePolicy:
             asked = _Asked.of_job(job, self.sites)
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
-        return next(self._refusals(asked), None)
+        return self._refused(asked)
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
-        """The same of a plan, whatever the job said."""
-        return next(self._refusals(_Asked.of_plan(plan)), None)
+        """Why a plan is refused, whatever the job's settings were."""
+        return self._refused(_Asked.of_plan(plan))
 
     def on_release(self, what: Release) -> PolicyRefused | None:
-        """What may leave this site now: the operator may have thought better of it."""
+        """Why something may not leave this site now: the policy may have changed since the job began."""
         if isinstance(what, RowsInSum):
             return self._on_rows(what.job, what.before)
         if what == "model" and self.rules.release != "coordinator":
@@ -163,7 +166,7 @@ class SitePolicy:
         return None
 
     def _on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
-        """How many jobs these rows take part in; one that has begun goes on."""
+        """Refuse a job beyond `jobs_per_month` over the same rows; a job that has begun continues."""
         others, most = set(before) - {job}, self.rules.jobs_per_month
         if self.rules.jobs == "any" or job in before or len(others) < most:
             return None
@@ -172,10 +175,8 @@ class SitePolicy:
             f"{most} or fewer, this one included,", "jobs_per_month",
         )  # fmt: skip
 
-    def _refusals(self, asked: _Asked) -> Iterator[PolicyRefused]:
-        for rule in _RULES:
-            if (found := rule(self, asked)) is not None:
-                yield found
+    def _refused(self, asked: _Asked) -> PolicyRefused | None:
+        return next(filter(None, (rule.refusal(self, asked) for rule in _RULES)), None)
 
 
 def _refusal(setting: str, found: Any, expected: Any, key: str) -> PolicyRefused:
@@ -195,80 +196,82 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) and " " not in value else str(value)
 
 
-Rule = Callable[[SitePolicy, _Asked], PolicyRefused | None]
+@dataclass(frozen=True)
+class _Rule:
+    """One setting of a job, and the key of [policy] that limits it. found: the setting's value; allows: whether
+    the policy takes that value; expected: what it takes."""
 
+    setting: str
+    key: str
+    found: Callable[[_Asked], Any]
+    allows: Callable[[SitePolicy, Any], bool]
+    expected: Callable[[SitePolicy], Any]
 
-def _protection(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-    found, allowed = asked.terms.protection, policy.rules.protections
-    if found in allowed:
-        return None
-    return _refusal("protect.protection", found, " or ".join(allowed), "protections")
-
-
-def _cipher(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-    found, allowed = asked.terms.cipher, policy.rules.ciphers
-    if found in allowed or not asked.terms.layers.encrypts:
-        return None
-    return _refusal("protect.cipher", found, " or ".join(allowed), "ciphers")
-
-
-def _threshold(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-    found, least = asked.terms.threshold, policy.least_threshold
-    if found >= least:
-        return None
-    expected = f"{least} or more of {policy.sites} sites"
-    return _refusal("protect.threshold", found, expected, "least_threshold")
-
-
-def _sites(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-    found, least = asked.terms.count, policy.rules.minimum_sites
-    if found >= least:
-        return None
-    return _refusal("sites", found, f"{least} or more", "minimum_sites")
-
-
-def _at_most(setting: str, key: str, found: Callable[[_Asked], int]) -> Rule:
-    def rule(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-        most: int = getattr(policy.rules, key)
-        if policy.rules.jobs == "any" or found(asked) <= most:
+    def refusal(self, policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
+        """Why the policy does not take what is asked, if it does not."""
+        found = self.found(asked)
+        if self.allows(policy, found):
             return None
-        return _refusal(setting, found(asked), f"{most} or fewer", key)
-
-    return rule
+        return _refusal(self.setting, found, self.expected(policy), self.key)
 
 
-def _batch(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-    least = policy.rules.least_batch
-    if asked.batch >= least:
-        return None
-    return _refusal("train.batch_size", asked.batch, f"{least} or more", "least_batch")
+def _limit(policy: SitePolicy, key: str) -> Any:
+    return policy.least_threshold if key == "least_threshold" else getattr(policy.rules, key)
 
 
-def _only_if_allowed(setting: str, key: str, found: Callable[[_Asked], Any], wide: Any) -> Rule:
-    """`wide` is the value that needs the operator's word."""
-
-    def rule(policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-        allowed = getattr(policy.rules, key)
-        if found(asked) != wide or allowed == wide:
-            return None
-        return _refusal(setting, wide, allowed, key)
-
-    return rule
+def _one_of(setting: str, key: str, found: Callable[[_Asked], str | None]) -> _Rule:
+    """None: the job does not have the setting."""
+    return _Rule(
+        setting, key, found,
+        lambda policy, value: value is None or value in _limit(policy, key),
+        lambda policy: " or ".join(_limit(policy, key)),
+    )  # fmt: skip
 
 
+def _at_least(setting: str, key: str, found: Callable[[_Asked], int], unit: str = "") -> _Rule:
+    return _Rule(
+        setting, key, found,
+        lambda policy, value: value >= _limit(policy, key),
+        lambda policy: f"{_limit(policy, key)} or more{unit.format(policy.sites)}",
+    )  # fmt: skip
+
+
+def _at_most(setting: str, key: str, found: Callable[[_Asked], int]) -> _Rule:
+    return _Rule(
+        setting, key, found,
+        lambda policy, value: policy.rules.jobs == "any" or value <= _limit(policy, key),
+        lambda policy: f"{_limit(policy, key)} or fewer",
+    )  # fmt: skip
+
+
+def _only_if_allowed(setting: str, key: str, found: Callable[[_Asked], Any], wide: Any) -> _Rule:
+    """wide: the value that the operator must allow."""
+    return _Rule(
+        setting, key, found,
+        lambda policy, value: value != wide or _limit(policy, key) == wide,
+        lambda policy: _limit(policy, key),
+    )  # fmt: skip
+
+
+_protection = _one_of("protect.protection", "protections", lambda asked: asked.terms.protection)
 _single_site_features = _only_if_allowed(
     "protect.single_site_features", "single_site_features",
     lambda asked: asked.terms.single_site_features, True,
 )  # fmt: skip
 
-_RULES: tuple[Rule, ...] = (
+_RULES: tuple[_Rule, ...] = (
     _protection,
-    _cipher,
-    _threshold,
-    _sites,
+    _one_of(
+        "protect.cipher", "ciphers",
+        lambda asked: asked.terms.cipher if asked.terms.layers.encrypts else None,
+    ),
+    _at_least(
+        "protect.threshold", "least_threshold", lambda asked: asked.terms.threshold, " of {} sites"
+    ),
+    _at_least("sites", "minimum_sites", lambda asked: asked.terms.count),
     _at_most("round.rounds", "most_rounds", lambda asked: asked.rounds),
     _at_most("train.epochs", "most_epochs", lambda asked: asked.epochs),
-    _batch,
+    _at_least("train.batch_size", "least_batch", lambda asked: asked.batch),
     _only_if_allowed(
         "track.public_metrics", "public_metrics", lambda asked: asked.terms.public_metrics, True
     ),
@@ -279,32 +282,12 @@ _RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-
-def _above(key: str) -> Callable[[SitePolicy], bool]:
-    return lambda policy: getattr(policy.rules, key) > _DEFAULT[key]
-
-
-def _below(key: str) -> Callable[[SitePolicy], bool]:
-    return lambda policy: getattr(policy.rules, key) < _DEFAULT[key]
-
-
-def _other(key: str) -> Callable[[SitePolicy], bool]:
-    return lambda policy: getattr(policy.rules, key) != _DEFAULT[key]
-
-
 _DEFAULT: dict[str, Any] = {key: field.default for key, field in PolicySection.model_fields.items()}
-_WIDER: dict[str, Callable[[SitePolicy], bool]] = {
-    "protections": lambda policy: bool(
-        set(policy.rules.protections) - set(_DEFAULT["protections"])
-    ),
-    "least_threshold": lambda policy: policy.least_threshold < default_threshold(policy.sites),
-    **{key: _above(key) for key in ("most_rounds", "most_epochs", "jobs_per_month")},
-    "least_batch": _below("least_batch"),
-    **{
-        key: _other(key)
-        for key in ("public_metrics", "single_site_features", "statistics", "release")
-    },
-    **{key: _above(key) for key in ("guard_loss_factor", "guard_rounds")},
-    "jobs": lambda policy: policy.rules.jobs == "any",
-}
-"""Of `minimum_sites` and `ciphers` the default is as wide as it can be."""
+_WIDER: dict[str, Callable[[Any, Any], Any]] = {
+    "protections": lambda here, default: set(here) - set(default),
+    "most_rounds": gt, "most_epochs": gt, "jobs_per_month": gt, "least_batch": lt,
+    "public_metrics": ne, "single_site_features": ne, "statistics": ne, "release": ne,
+    "guard_loss_factor": gt, "guard_rounds": gt, "jobs": lambda here, _: here == "any",
+}  # fmt: skip
+"""{key: whether a value allows more than the default}. Of `minimum_sites` and `ciphers` the default is as wide as
+it can be; `least_threshold` is compared with the default for the roster."""

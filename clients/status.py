@@ -1,6 +1,6 @@
-"""`fed-site status`: what the site's process last wrote of itself, and whether it still runs.
+"""`fed-site status`: the last status that the site's process wrote, and whether the process still runs.
 
-Invariant: only status.json is read and nothing locked, so asking never disturbs the process that runs.
+Invariant: only status.json is read and nothing is locked, so these commands never disturb the process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _lives(status: Json) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's process: it is there
+        pass  # another user's process: it runs
     return True
 
 
@@ -124,16 +124,21 @@ def _where(row: Json) -> str:
 def _job_lines(job: Json, now: float) -> Iterator[str]:
     yield f"job {job['job']}: {_where(job)}"
     if job["stage"] != "over":
-        yield from (f"  {line}" for line in job["label"])
-        yield from (f"  leaves: {line}" for line in job["leaves"])
-    if job.get("waiting") and job["stage"] != "over":
-        yield f"  {waiting_text(job['waiting'], now)}"
+        yield from about_lines(job)
+        if job.get("waiting"):
+            yield f"  {waiting_text(job['waiting'], now)}"
     if job["model_sha256"] and job["model_round"]:
         yield f"  last model: after round {job['model_round']}, sha256 {job['model_sha256']}"
     if job.get("tracked"):
         yield from _tracked_lines(SiteRow.from_json(job["tracked"]))
     if job["last_error"]:
         yield f"  last error: {job['last_error']}"
+
+
+def about_lines(job: Json) -> Iterator[str]:
+    """What a job takes: its label, and what leaves the site."""
+    yield from (f"  {line}" for line in job["label"])
+    yield from (f"  leaves: {line}" for line in job["leaves"])
 
 
 def _tracked_lines(row: SiteRow) -> Iterator[str]:
