@@ -1,7 +1,7 @@
-"""`fed-site check`: everything a site needs, one line each, with the next step where it fails.
+"""`fed-site check`: a dry run of everything a site needs, one line each, with a hint where it fails.
 
-Invariant: nothing is changed, here or at the coordinator: the Check call begins no session, no journal
-is made, and a running site is not disturbed. What the checks say of rows stays on this screen.
+Invariant: nothing is changed, here or at the coordinator: the Check call opens no session, no journal is created,
+and a running site is not disturbed. What the checks find out about rows is printed here only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -48,12 +48,13 @@ from fedcore.wire.refusals import told
 if TYPE_CHECKING:
     from fedcore.learning.task import Task
 
+T = TypeVar("T")
 SECONDS = 10.0
 LEAST_FREE = 1 << 30
-"""Bytes on the disk of the site's folder below which somebody should look at it."""
+"""Bytes free on the disk of the site's folder below which the check fails."""
 
 CAP = 1 << 24
-"""Public cap on rows that stands in for a job's while the data is tried."""
+"""Cap on rows in place of a job's, for trying the data."""
 
 
 @dataclass(frozen=True)
@@ -72,56 +73,56 @@ class Check:
         return {key: value for key, value in asdict(self).items() if value or key == "ok"}
 
 
-def _try(name: str, do: Callable[[], str]) -> Check:
+def _try(name: str, do: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]:
+    """The line of one check, and what it found for those after it; None where it failed."""
     try:
-        return Check(name, True, do())
+        text, found = do()
+        return Check(name, True, text), found
     except FedcoreError as error:
-        text = error.user_traceback if isinstance(error, TaskFailed) else ""
-        return Check(name, False, str(error), error.remedy, error.exit_code, text)
+        trace = error.user_traceback if isinstance(error, TaskFailed) else ""
+        return Check(name, False, str(error), error.remedy, error.exit_code, trace), None
+
+
+def _line(name: str, do: Callable[[], str]) -> Check:
+    return _try(name, lambda: (do(), None))[0]
 
 
 def examine(path: Path) -> Iterator[Check]:
-    """Every check, in the order in which a person would ask; what a failed one hides is left out."""
-    kept: dict[str, Any] = {}
-
-    def keep(name: str, value: Any) -> Any:
-        kept[name] = value
-        return value
-
-    def configured() -> str:
-        found: SiteConfig = keep("config", read_config(path))
-        return f"{path}: site {found.site!r}, tasks {', '.join(found.tasks) or 'none'}"
-
-    yield _try("config", configured)
-    if "config" not in kept:
+    """Every check, each after those that it needs; what depends on a failed one is left out."""
+    check, config = _try("config", lambda: _config(path))
+    yield check
+    if config is None:
         return
-    config: SiteConfig = kept["config"]
-    yield _try("keys", lambda: _papers(keep("papers", read_papers(config))))
-    if "papers" in kept:
-        sites = len(kept["papers"].pins)
-        yield _try("policy", lambda: _policy(SitePolicy(config.policy, sites, config.hashes)))
-    yield _try("folder", lambda: _folder(config))
-    yield _try("sandbox", lambda: _sandbox(config))
+    check, papers = _try("keys", lambda: _papers(config))
+    yield check
+    if papers is not None:
+        policy = partial(SitePolicy, config.policy, len(papers.pins), config.hashes)
+        yield _line("policy", lambda: _policy(policy()))
+    yield _line("folder", lambda: _folder(config))
+    yield _line("sandbox", lambda: _sandbox(config))
     if not config.tasks:
         yield Check(
             "tasks", False, f"{path}: found no [tasks.NAME], expected one for each task that may run",
             "write [tasks.heart] with task, sha256 and source", BadInput.exit_code,
         )  # fmt: skip
     for name, section in config.tasks.items():
-        found = _try(f"task {name}", partial(_task, config, name, section, keep))
-        yield found
-        if name in kept:
-            yield _try(f"data {name}", partial(_data, config, kept[name], section))
-    if "papers" in kept:
-        yield from _network(config, kept["papers"])
+        check, task = _try(f"task {name}", partial(_task, config, name, section))
+        yield check
+        if task is not None:
+            yield _line(f"data {name}", partial(_data, config, task, section))
+    if papers is not None:
+        yield from _network(config, papers)
 
 
-def _papers(papers: Papers) -> str:
-    left = papers.kit.peer.ends - datetime.now(UTC)
-    return (
-        f"{papers.kit.peer}, valid for {ago(left.total_seconds())} more; "
-        f"on a roster of {len(papers.pins)} sites"
-    )
+def _config(path: Path) -> tuple[str, SiteConfig]:
+    found = read_config(path)
+    return f"{path}: site {found.site!r}, tasks {', '.join(found.tasks) or 'none'}", found
+
+
+def _papers(config: SiteConfig) -> tuple[str, Papers]:
+    found = read_papers(config)
+    left = ago((found.kit.peer.ends - datetime.now(UTC)).total_seconds())
+    return f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.pins)} sites", found
 
 
 def _policy(policy: SitePolicy) -> str:
@@ -167,7 +168,7 @@ def _sandbox(config: SiteConfig) -> str:
 
 
 def _journal(config: SiteConfig) -> str:
-    """Whether the journal can be opened, if there is one and nobody has it open."""
+    """Whether the journal can be opened, unless it does not exist or the running process holds it."""
     path = config.folder / JOURNAL_FILE
     if not path.exists():
         return ""
@@ -180,13 +181,10 @@ def _journal(config: SiteConfig) -> str:
         raise
 
 
-def _task(
-    config: SiteConfig, name: str, section: TaskSection, keep: Callable[[str, Any], Any]
-) -> str:
+def _task(config: SiteConfig, name: str, section: TaskSection) -> tuple[str, Task]:
     from fedcore.learning.task import load_task
 
     task = load_task(section.task, config.base)
-    keep(name, task)
     digest = task.digest()
     if task.name != name:
         raise BadInput(
@@ -199,7 +197,7 @@ def _task(
             f"{section.sha256}",
             remedy=f'read the task again; if it is meant, write sha256 = "{digest}"',
         )
-    return f"{section.task}: sha256 {digest}"
+    return f"{section.task}: sha256 {digest}", task
 
 
 def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
@@ -227,24 +225,19 @@ def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     through = proxied(config.host, config.through)
     host, port = (through[0], through[1]) if through else (config.host, config.port)
     whose = "proxy" if through else "coordinator"
-    found = _try("dns", lambda: _addresses(host, port, whose))
-    yield found
-    if not found.ok:
-        return
-    found = _try("tcp", lambda: _connects(host, port, whose))
-    yield found
-    if not found.ok:
-        return
-    found = _try("tls", lambda: _handshake(config, papers))
-    yield found
-    if not found.ok:
-        return
-    welcome: list[tuple[frames.Welcome, float]] = []
-    found = _try("admitted", lambda: _admitted(config, papers, welcome))
-    yield found
-    if welcome:
-        yield _try("clock", lambda: clock_text(*welcome[0]))
-        yield _try("version", lambda: version_text(welcome[0][0].software))
+    steps = (
+        ("dns", _addresses), ("tcp", _connects), ("tls", lambda *_: _handshake(config, papers))
+    )  # fmt: skip
+    for name, step in steps:
+        check = _line(name, partial(step, host, port, whose))
+        yield check
+        if not check.ok:
+            return
+    check, welcome = _try("admitted", lambda: _admitted(config, papers))
+    yield check
+    if welcome is not None:
+        yield _line("clock", lambda: clock_text(*welcome))
+        yield _line("version", lambda: version_text(welcome[0].software))
 
 
 def _addresses(host: str, port: int, whose: str) -> str:
@@ -277,16 +270,15 @@ def _handshake(config: SiteConfig, papers: Papers) -> str:
     return f"{found.version}, {found.cipher}; {found.coordinator}"
 
 
-def _admitted(
-    config: SiteConfig, papers: Papers, welcome: list[tuple[frames.Welcome, float]]
-) -> str:
-    hello = hello_of(config, papers.pins)
+def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Welcome, float]]:
+    """With the coordinator's welcome, and when it was sent by the clock here."""
     before = time.time()
-    found = asyncio.run(_ask(config, papers, hello))
-    welcome.append((found, (before + time.time()) / 2))
+    found = asyncio.run(_ask(config, papers, hello_of(config, papers.pins)))
+    sent = (before + time.time()) / 2
     if found.federation != papers.kit.peer.federation:
         raise Refused(f"coordinator: found federation {found.federation!r}")
-    return f"site {config.site!r} of {found.federation!r}: same roster at both ends"
+    text = f"site {config.site!r} of {found.federation!r}: same roster at both ends"
+    return text, (found, sent)
 
 
 async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frames.Welcome:
