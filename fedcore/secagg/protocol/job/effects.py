@@ -1,9 +1,8 @@
-"""What the machine of a whole job asks its runner to do, beside what rounds ask for (`protocol/effects.py`).
+"""The effects of a job's machine, beside those of its rounds (`protocol/effects.py`).
 
-A job's machine answers each event with a list of effects; the runner obeys them in order, each to its end
-before the next, and feeds what comes of them back as events. Invariant (PROTOCOL D): whatever a `Send`
-relies on is in a `PutValues`, an `AppendRecords`, a `CloseRound` or an `EndJob` before it in the list.
-Nothing here names a file, a socket or a clock.
+The machine answers each event with a list of effects; the runner carries them out in order, each to its end before
+the next, and feeds their results back as events. Invariant (PROTOCOL D): what a `Send` relies on is in a
+`PutValues`, an `AppendRecords`, a `CloseRound` or an `EndJob` before it in the list.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class PutValues:
 
 @dataclass(frozen=True)
 class Info:
-    """A line for the log that asks for nothing: `Warn` is what a person should look at."""
+    """A line for the log; `Warn` is one that an operator should read."""
 
     text: str
 

@@ -1,1 +1,1 @@
-"""A whole job as a site sees it: `machine.py` tells the parts what happens, in which order."""
+"""A whole job at a site: `machine.py` passes each event to the parts in the modules beside it."""

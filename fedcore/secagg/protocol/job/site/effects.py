@@ -1,10 +1,10 @@
-"""What a site's job is told, and what it asks its runner to do, in the order in which it must be done.
+"""The events of a site's job, and its effects, in the order in which the runner must carry them out.
 
-The machine of a round says what it needs in `fedcore/secagg/protocol/effects.py`; `MakeVector`, `Upload`, `OpenSum`,
-`Erase`, `Send` and `Warn` pass through unchanged. What both roles of a job ask for is in `job/effects.py`.
+Of the effects of a round (`protocol/effects.py`), `MakeVector`, `Upload`, `OpenSum`, `Erase`, `Send` and `Warn` pass
+through unchanged. Effects of jobs at both roles are in `job/effects.py`.
 
-Invariant (PROTOCOL D): an `AppendEntries`, `PutValues` or `CloseRound` stands before every `Send` or `Upload`
-that relies on it, and the runner does not go on to the next effect before it is on disk.
+Invariant (PROTOCOL D): an `AppendEntries`, `PutValues` or `CloseRound` comes before every `Send` or `Upload`
+that relies on it, and the runner flushes it to disk before the next effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedcore.types import FloatVector, SiteId
 
 
 class State(Protocol):
-    """The state of a job, as far as the machine looks into it."""
+    """The part of a job's state that the machine uses."""
 
     @property
     def done(self) -> PlannedRound | None:
@@ -72,7 +72,7 @@ WITHHELD = "it cannot take part"
 
 @dataclass(frozen=True)
 class Started:
-    """The process is new, or everything was read from disk again."""
+    """The process was started, or everything was read from disk again."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class LoadFailed:
 
 @dataclass(frozen=True)
 class VectorReady:
-    """A vector is made. small: its container, where it travels in the journal; else it is in the spool,
-    synced. marks: what it has in this site's own places. guard: the guard's memory, as JSON."""
+    """A vector is made. small: its container, for the journal, or b"" where it is in the spool, flushed. marks:
+    its integers at this site's own coordinates. guard: the guard's memory, as JSON."""
 
     header: bytes
     made: site.VectorMade
@@ -122,8 +122,9 @@ class VectorReady:
 
 @dataclass(frozen=True)
 class CheckedSum:
-    """A sum is opened and checked. certificate: hash of the one certificate that can release it. data: the
-    bytes of the state it leads to, where they travel in the journal; else they are in a file, synced."""
+    """A sum is opened and checked. certificate: hash of the one certificate that can release it. data: the bytes
+    of the state it leads to, for the journal, or b"" where they are in a file, flushed. wides: {name: sums of its
+    wide fields}; sites: how many are in the sum."""
 
     header: bytes
     opened: site.SumOpened
@@ -136,7 +137,7 @@ class CheckedSum:
 
 @dataclass(frozen=True)
 class SumGone:
-    """A sum can not be downloaded any more: the other sites have certified it meanwhile."""
+    """A sum cannot be downloaded any more: the other sites have certified it."""
 
     header: bytes
 
@@ -218,7 +219,7 @@ class AppendEntries:
 
 @dataclass(frozen=True)
 class Expose:
-    """Enter into the ledger that a sum of these sites may be opened from now on; durable when done."""
+    """Enter into the ledger that a sum of these sites may be opened from now on, and flush it."""
 
     header: RoundHeader
     survivors: tuple[SiteId, ...]
@@ -233,8 +234,8 @@ class EnterRelease:
 
 @dataclass(frozen=True)
 class AdoptState:
-    """Make a candidate the current state's file. data: its bytes, which the journal has; b"": it is in a
-    file of its own under the certificate's name. The other candidates' files go."""
+    """Make a candidate the current state's file, and remove the other candidates. data: its bytes, where the
+    journal has them; b"" where it has a file of its own under the certificate's name."""
 
     certificate: str
     data: bytes
@@ -242,14 +243,14 @@ class AdoptState:
 
 @dataclass(frozen=True)
 class WriteState:
-    """Write the current state's file and sync it."""
+    """Write the current state's file and flush it."""
 
     state: State
 
 
 @dataclass(frozen=True)
 class Report:
-    """Tell people who wait what this site is doing."""
+    """Show operators what this site is doing."""
 
     doing: str
 
@@ -276,12 +277,12 @@ class TidySpool:
 
 @dataclass(frozen=True)
 class StopMaking:
-    """Cancel the vector in the making: training for a round that is over would keep the next one waiting."""
+    """Cancel the vector in the making: training for a round that is over would delay the next round."""
 
 
 @dataclass(frozen=True)
 class Track:
-    """Evaluate a release here, and write the row; then `Tracked`. No round waits for it."""
+    """Evaluate a release on the rows here and write its row; then `Tracked`. No round waits for it."""
 
     step: PlannedRound
     wides: Mapping[str, Sequence[int]]
@@ -292,7 +293,7 @@ class Track:
 
 @dataclass(frozen=True)
 class SealCheckpoint:
-    """Seal the state for sites that missed its release, upload it, and say so. group: G of its key epoch."""
+    """Seal the state for sites that missed its release, upload it, and announce it. group: G of its key epoch."""
 
     certificate: messages.Certificate
     group: GroupSecret
@@ -309,7 +310,7 @@ class TakeCheckpoint:
 
 @dataclass(frozen=True)
 class GiveModel:
-    """Make the file of the model of this release. digest: b"" to name its digest, else to upload it."""
+    """Make the model's file of this release. digest: b"" to send the file's digest, or else to upload the file."""
 
     certificate: str
     state: State
@@ -318,12 +319,12 @@ class GiveModel:
 
 @dataclass(frozen=True)
 class Finish:
-    """The job is over: wait for evaluations that still run, free the spool and the training process."""
+    """The job is over: wait for running evaluations, free the spool and the training process."""
 
 
 @dataclass(frozen=True)
 class EraseKeys:
-    """Remove the secrets of the job's key epochs from the journal for good."""
+    """Remove the secrets of the job's key epochs from the journal, so that no file has them."""
 
 
 SiteEffect = (

@@ -1,7 +1,7 @@
-"""The key epochs of a job at a site: which secrets it holds, and since when (PROTOCOL E).
+"""The key epochs of a job at a site, and the secrets that it holds (PROTOCOL E).
 
-Invariant: the payload of a key epoch is in the journal before its first round; a round of the epoch before is
-left first. Erased keys are in no file afterwards (PROTOCOL V).
+Invariant: the payload of a key epoch is in the journal before its first round, and a round of the previous epoch is
+left before that. Erased keys are in no file afterwards (PROTOCOL V).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EpochDriver:
         return isinstance(self.stage, epoch.Holding)
 
     def step(self, event: epoch.SiteEpochEvent, now: float) -> Iterator[SiteEffect]:
-        """Step the machine of key epochs, and do what it asks for: records first."""
+        """Step the machine of key epochs, and carry out its effects, records first."""
         after, found = epoch.step_site(self._rounds.member, self.stage, event)
         for effect in found:
             if isinstance(effect, Persist):
@@ -46,20 +46,20 @@ class EpochDriver:
                     yield from self._installed(effect, now)
 
     def restored(self, stage: epoch.SiteEpochStage) -> None:
-        """The stage that the journal has."""
+        """Continue from the stage in the journal."""
         self.stage = stage
         if isinstance(stage, epoch.Holding):
             self._keys.use(stage.payload, stage.header.maker)
 
     def install_held(self, now: float) -> Iterator[SiteEffect]:
-        """A process that ended between taking a key epoch and starting it begins it now."""
+        """Start the key epoch that the process held, but had not started, when it ended."""
         held = self.stage
         if isinstance(held, epoch.Holding) and held.epoch > self._rounds.standing.epoch:
             install = epoch.Install(held.epoch, held.held.key_id, held.payload)
             yield from self._installed(install, now)
 
     def _installed(self, install: epoch.Install, now: float) -> Iterator[SiteEffect]:
-        """Begin a key epoch; a round of the one before is over."""
+        """Start a key epoch; a round of the previous one is left."""
         rounds = self._rounds
         newer = install.epoch > rounds.standing.epoch
         if newer and rounds.in_round:

@@ -1,8 +1,8 @@
 """A whole job at a site, from its offer to its end: `step(event, now) -> effects`, without input or output.
 
-The parts are in the modules beside this one; here they are told what happens, in which order. Whatever
-computes, waits, reads or sends is asked for by an effect, and its result comes back as an event. A process
-killed at any instant goes on from what the effects before that instant left on disk, or leaves the round.
+The parts are in the modules beside this one, and only `step` changes them. Computing, waiting, reading and sending
+are effects, and their results come back as events. A process that is killed continues from what the effects
+before that left on disk, or leaves the round.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import site
 
 ENDING_SECONDS = 5.0
-"""How often a site that missed the last release of a job that is over asks for it."""
+"""How often a site asks again for the last release of a job that is over, if it missed it."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the journal has of a job that this site agreed to. stage: after all records of the round."""
+    """What the journal has of a job whose plan this site agreed to. stage: after all records of the round."""
 
     agreed: Agreed
     rows: str
@@ -77,8 +77,8 @@ class Kept:
 
 @dataclass
 class JobEnd:
-    """How a job ended here. at: seconds since 1970. pending: an end that waits for the last release, and
-    when the coordinator said it."""
+    """How a job ended here. at: seconds since 1970. pending: an end that waits for the last release, and when the
+    coordinator announced it."""
 
     ended: job_messages.JobEnded | None = None
     at: float = 0.0
@@ -86,7 +86,7 @@ class JobEnd:
 
 
 class Parts:
-    """The parts of a job that there are once this site agreed to its plan."""
+    """The parts of a job that exist once this site agreed to its plan."""
 
     def __init__(
         self, me: JobParams, name: str, agreed: Agreed, part: Participation, states: StateKeeper
@@ -152,7 +152,7 @@ class SiteJob:
         return self.parts is not None and self.parts.epochs.holds_keys
 
     def deadline(self, now: float) -> float | None:
-        """Seconds until `Tick` has to be told; 0: now, None: not before something else happens."""
+        """Seconds until the next `Tick`; 0: now, None: not before another event."""
         until = getattr(self.stage, "until", None)
         if until is None:
             return None if self.end.pending is None else ENDING_SECONDS
@@ -162,14 +162,14 @@ class SiteJob:
     # ----------------------------------------------------------------------------------- steps
 
     def step(self, event: SiteEvent, now: float) -> list[SiteEffect]:
-        """One event. now: seconds of a clock that never goes back.
+        """The effects of one event. now: seconds of a monotonic clock.
 
-        What is refused is noted, and what was asked for before it stays. Raises what no party could cause.
+        A refused message is logged; the effects before the refusal stay. Raises only faults of this side.
         """
         found: list[SiteEffect] = []
         try:
             for effect in self._handled(event, now):
-                found.append(effect)  # noqa: PERF402 - what was asked for before an error stays
+                found.append(effect)  # noqa: PERF402 - the effects before an error stay
         except (PeerRefused, Refused, BadInput) as error:
             if isinstance(event, Started):
                 raise
@@ -212,7 +212,9 @@ class SiteJob:
         """What happens once there is a plan."""
         match event:
             case Tick():
-                if self.end.pending is not None:  # the way to the last state was lost somewhere
+                if (
+                    self.end.pending is not None
+                ):  # the request for the last state, or its answer, was lost
                     yield from parts.rounds.rest()
                 yield from parts.rounds.step(event, now)
             case VectorReady() | CheckedSum() | SumGone():
@@ -335,7 +337,7 @@ class SiteJob:
             yield from self.part.say_survey()
 
     def _say_again(self, parts: Parts, now: float) -> Iterator[SiteEffect]:
-        """All that the coordinator may not have, or may have lost."""
+        """Resend what the coordinator may not have received, or may have lost."""
         yield self._agreement(parts)
         yield from parts.epochs.step(epoch.Again(), now)
         if isinstance(parts.rounds.stage, site.Idle | site.Halted):
@@ -366,20 +368,20 @@ class SiteJob:
                 if isinstance(message, messages.Announce):  # it takes part in no further round
                     yield from parts.rounds.step(site.Declined(message.header), now)
             case job_messages.JobOffer():
-                pass  # said again after a new session
+                pass  # resent after a new session
             case job_messages.PlanOffer() if parts is None:
                 yield from self._planned(message)
             case _ if parts is not None:
                 yield from self._received_with_plan(parts, message, now)
             case _:
-                pass  # still loading: what is meant for this site is said again when it agreed
+                pass  # still loading: the coordinator resends it after this site agreed to a plan
 
     def _received_with_plan(
         self, parts: Parts, message: job_messages.ToSite, now: float
     ) -> Iterator[SiteEffect]:
         assert not isinstance(message, job_messages.JobEnded | job_messages.JobOffer)
         match message:
-            case job_messages.PlanOffer():  # the coordinator's disk refused something that it was told
+            case job_messages.PlanOffer():  # the coordinator lost what it was told: its disk failed
                 yield from self._say_again(parts, now)
             case job_messages.CheckpointWanted():
                 yield from parts.catch_up.seal(message)
@@ -399,10 +401,10 @@ class SiteJob:
                 yield from parts.rounds.step(site.MessageFromCoordinator(message), now)
 
     def _planned(self, offered: job_messages.PlanOffer) -> Iterator[SiteEffect]:
-        """Make the plan here, and go on only if the offered one is the same."""
+        """Make the plan here, and agree only if the offered one is the same."""
         survey, planner = self.part.survey, self.me.planner
         if survey is None:
-            return  # still loading: the coordinator offers it again
+            return  # still loading: the coordinator resends it
         mine = planner.plan(self.offer, survey)
         if canonical(mine.to_json()) != offered.plan:
             yield Warn(
@@ -433,9 +435,9 @@ class SiteJob:
     # ------------------------------------------------------------------------------------- end
 
     def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> Iterator[SiteEffect]:
-        """No further round: the state stays, everything of the rounds goes.
+        """End the job: the state stays, everything of its rounds is removed.
 
-        A site that missed the last release says where it stands and catches up first.
+        A site that missed the last release sends its status and catches up first.
         """
         self.end.pending = None
         parts = self.parts
@@ -452,7 +454,7 @@ class SiteJob:
                 return
         yield StopMaking()
         if self.states.current is not None:
-            yield WriteState(self.states.current)  # synced: nothing rewrites this file later
+            yield WriteState(self.states.current)  # fsync: nothing rewrites this file later
         yield EndJob(ended, int(at))
         self.end = JobEnd(ended, at)
         yield Finish()
@@ -463,7 +465,7 @@ class SiteJob:
     def erase_keys(self, at: float) -> Iterator[SiteEffect]:
         """Erase the secrets of the key epochs of a job that ended for longer than the site's grace.
 
-        at: seconds since 1970. For good: no file has them afterwards (PROTOCOL V). Before that nothing.
+        at: seconds since 1970. No file has them afterwards (PROTOCOL V). Within the grace nothing is done.
         """
         over = self.ended is not None and at >= self.end.at + self.me.keep_keys
         if over and self.parts is not None:

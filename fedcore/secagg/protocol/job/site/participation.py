@@ -1,5 +1,4 @@
-"""Whether a site takes part in a job: what its operator's policy says, what it told the coordinator, and why it
-left."""
+"""Whether a site takes part in a job: its operator's policy, what it told the coordinator, and why it left."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from fedcore.types import SiteId
 
 @dataclass(frozen=True)
 class RowsInSum:
-    """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over the same
-    rows in the last 30 days."""
+    """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over the same rows
+    in the last 30 days."""
 
     job: str
     before: Collection[str]
@@ -39,8 +38,7 @@ Release = Literal["model", "metrics"] | RowsInSum
 
 
 class Policy(Protocol):
-    """The one place that says no at a site. Each method returns the refusal, or None where nothing speaks
-    against it."""
+    """The only checks of what a site's operator allows. Each method returns the refusal, or None."""
 
     def on_offer(self, offer: job.JobOffer) -> PolicyRefused | None:
         """A job is offered; nothing was read for it. Raises BadInput for settings in another form."""
@@ -56,7 +54,7 @@ class Policy(Protocol):
 
 
 class Exposures(Protocol):
-    """What the ledger knows of sums over this site's rows."""
+    """The sums over this site's rows that the ledger has."""
 
     def has(self, header: str) -> bool: ...
     def rows_key(self, digest: str) -> str: ...
@@ -74,7 +72,7 @@ class EpochScheme(Protocol):
 
 
 class Planner(Protocol):
-    """How this site makes a plan and a first state of an offer, from what it surveyed."""
+    """Makes the plan and the first state that follow from an offer and this site's survey."""
 
     def plan(self, offer: job.JobOffer, survey: Surveyed) -> RoundPlan: ...
     def first_state(self, plan: RoundPlan, survey: Surveyed) -> State: ...
@@ -83,7 +81,7 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class JobParams:
-    """Who this site is and what it insists on, for every job.
+    """This site's identity, and what it requires of every job.
 
     minimum: of a cohort, in sites. patience: seconds it waits at a stage of a round. keep_keys: seconds for
     which the secrets of a job's key epochs outlive the job.
@@ -108,7 +106,7 @@ def problem_of(error: Exception) -> str:
 
 
 def require(refusal: PolicyRefused | None) -> None:
-    """Raise what the policy says, if it says no."""
+    """Raise a refusal of the policy, if there is one."""
     if refusal is not None:
         raise refusal
 
@@ -125,16 +123,16 @@ class Participation:
         )
         """Whether its operator must approve the job, and has."""
         self.refused: PolicyRefused | None = None
-        """Why this site's policy does not allow the job, if it does not."""
+        """The policy's refusal of the job, if there is one."""
         self.left = ""
-        """Why this site left the job for good, if it did: its guard tripped."""
+        """Why this site left the job permanently, if it did: its guard tripped."""
         self.survey: Surveyed | None = None
         self.rows = ""
         """What the ledger calls this site's rows; empty before they were loaded."""
         self.last_error = ""
 
     def note(self, error: Exception) -> Iterator[SiteEffect]:
-        """Keep an error for people; what policy or ledger forbids ends the job here."""
+        """Show an error in log and status; what policy or ledger forbids ends the job here."""
         if isinstance(error, OtherSites):
             error = PolicyRefused(str(error), word="policy", remedy=error.remedy)
         if isinstance(error, PolicyRefused):
@@ -152,7 +150,7 @@ class Participation:
         yield Warn(problem)
 
     def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
-        """One line here, one word to the coordinator, again at every new session."""
+        """Log the refusal once, and send its word to the coordinator, also at every new session."""
         if self.refused is None or str(self.refused) != str(refused):
             yield Warn(f"job {self._job}: refused: {refused}; hint: {refused.remedy}")
         self.refused = refused
@@ -166,7 +164,7 @@ class Participation:
         yield Send(COORDINATOR, job.SiteUnavailable(self._job, self._me.id, reason))
 
     def take_rows(self, found: Surveyed) -> None:
-        """The rows are here; nothing of them has left. Raises PolicyRefused where they are in enough jobs."""
+        """Keep what was loaded. Raises PolicyRefused where these rows are in enough jobs already."""
         self.rows = self._me.ledger.rows_key(found.rows)
         self.check_rows()
         self.survey = found
@@ -177,7 +175,7 @@ class Participation:
         require(self._me.policy.on_release(RowsInSum(self._job, before)))
 
     def say_survey(self) -> Iterator[SiteEffect]:
-        """Tell the coordinator the model's shape."""
+        """Send the model's shape to the coordinator."""
         assert self.survey is not None
         yield Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
 

@@ -1,5 +1,5 @@
-"""What a site gives of a release: its state to sites that missed it, the metrics over all sites and the last
-model to the coordinator, where plan and policy say so (PROTOCOL R, V)."""
+"""What a site passes on of a release: its state to sites that missed it, and to the coordinator the metrics over all
+sites and the last model, where plan and policy allow it (PROTOCOL R, V)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedcore.secagg.protocol.round import site
 
 
 class CatchUp:
-    """Passing the state of a release on to those that missed it, and taking one that this site missed."""
+    """Passing on the state of a release to sites that missed it, and taking one that this site missed."""
 
     def __init__(self, rounds: RoundDriver, states: StateKeeper) -> None:
         self.rounds, self._states = rounds, states
@@ -33,7 +33,7 @@ class CatchUp:
         """Hash of the certificate whose state is being downloaded."""
 
     def seal(self, wanted: job_messages.CheckpointWanted) -> Iterator[SiteEffect]:
-        """Seal this site's state for those that missed its release, if it stands at that release."""
+        """Seal this site's state for sites that missed its release, if its last release is that one."""
         certificate, state = self._states.certificate, self._states.current
         if certificate is None or state is None:
             return
@@ -43,7 +43,7 @@ class CatchUp:
             yield SealCheckpoint(certificate, group, state)
 
     def offered(self, offer: job_messages.CheckpointOffer) -> Iterator[SiteEffect]:
-        """Take the state of a release this site missed; nothing is fetched for a certificate that proves none.
+        """Download the state of a release that this site missed, if the certificate proves that release.
 
         Raises a ProtocolRefused.
         """
@@ -55,16 +55,16 @@ class CatchUp:
         yield TakeCheckpoint(certificate, offer.digest)
 
     def wants(self, certificate: Certificate) -> bool:
-        """Whether the state of this release is still to be fetched."""
+        """Whether the state of this release is still needed."""
         return self._taking == certificate.hash and self.rounds.missed(certificate)
 
     def lost(self, certificate: Certificate) -> None:
-        """Its download is over: another offer of it is taken again."""
+        """Its download ended: take the next offer of it."""
         if self._taking == certificate.hash:
             self._taking = ""
 
     def taken(self, event: CheckpointReady, now: float) -> Iterator[SiteEffect]:
-        """Catch up, unless a round began meanwhile: then it is offered again."""
+        """Catch up, unless a round began meanwhile: then the coordinator offers it again."""
         certificate = event.certificate
         self.lost(certificate)
         self._states.hold(site_states.name_of(certificate), event.state, event.data)
@@ -74,21 +74,21 @@ class CatchUp:
 
 
 class PublicWord:
-    """What the coordinator is told and given of a release."""
+    """The metrics and the model of a release, for the coordinator."""
 
     def __init__(
         self, me: JobParams, agreed: Agreed, rounds: RoundDriver, states: StateKeeper
     ) -> None:
         self._me, self._agreed, self._rounds, self._states = me, agreed, rounds, states
         self.tracked: SiteRow | None = None
-        """The last row of what a release is worth here."""
+        """The row of the last release that was evaluated here."""
         self.said: job_messages.PublicMetrics | None = None
-        """The last public metrics, to be said again after a new connection."""
+        """The last public metrics, resent after a new connection."""
 
     def measured(self, event: Tracked) -> Iterator[SiteEffect]:
-        """Under a plan that makes them public, say the metrics over all sites of a certified release.
+        """Send the metrics over all sites of a certified release, under a plan that makes them public.
 
-        Raises PolicyRefused where the operator allows it no more.
+        Raises PolicyRefused where the policy does not allow it any more.
         """
         self.tracked = event.row
         if self._agreed.plan.public_metrics:
@@ -99,15 +99,15 @@ class PublicWord:
             yield from self.say_again()
 
     def say_again(self) -> Iterator[SiteEffect]:
-        """Whatever was said last may not have arrived."""
+        """Resend the last public metrics: they may not have arrived."""
         if self.said is not None:
             yield effects.Send(COORDINATOR, self.said)
 
     def may_give(self, *, over: bool) -> bool:
-        """Whether plan and policy give the coordinator the model that this site has now.
+        """Whether the coordinator gets the model that this site has now.
 
-        Raises HeaderRefused (fault: coordinator) where the plan gives it none, or not this one, and
-        PolicyRefused where the operator does not.
+        Raises HeaderRefused (fault: coordinator) where the plan gives it no model, or not this one, and
+        PolicyRefused where the policy does not allow it.
         """
         require(self._me.policy.on_release("model"))
         if self._agreed.plan.release != "coordinator":
@@ -126,10 +126,9 @@ class PublicWord:
         return True
 
     def give(self, wanted: job_messages.ModelWanted, *, over: bool) -> Iterator[SiteEffect]:
-        """Say which file the last release leads to, or upload it (PROTOCOL R).
+        """Send the digest of the model's file, or upload the file (PROTOCOL R).
 
-        The state here is that of a release with its certificate: nothing else becomes the state. Where the
-        coordinator stands at another release it asks again.
+        The state here is always of a certified release. A coordinator at another release asks again.
         """
         if self.may_give(over=over) and self._rounds.standing.certificate == wanted.certificate:
             assert self._states.current is not None

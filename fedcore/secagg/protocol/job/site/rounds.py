@@ -1,8 +1,8 @@
-"""The rounds of a job at a site: what its round machine is told, and what of its effects this site does.
+"""The rounds of a job at a site: the events of its round machine, and the effects that follow here.
 
-Invariant (PROTOCOL D): what a step exposes is in the ledger, and what it records in the journal, before
-anything else of that step is done. Records that only work here relies on wait for the next commit: a process
-that ends meanwhile has not heard what they say, and the coordinator says it again.
+Invariant (PROTOCOL D): of each step, what it exposes is in the ledger and what it records in the journal before its
+other effects. Records that nothing sent relies on wait for the next commit: they are of messages that the
+coordinator resends to a process that ended before it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NOWHERE = site.Idle(SiteProgress(0, b""))
 
 
 def gives_way(stage: site.SiteStage) -> bool:
-    """Whether a later announcement ends the round at this stage: not once its sum may be known."""
+    """Whether the announcement of a later round ends this one: not once its sum may be known."""
     return site.waits(stage)
 
 
@@ -83,11 +83,11 @@ class RoundDriver:
         self.announced = 0.0
         """When the round under way was announced, by the clock of `now`."""
         self.marks: tuple[bytes, Mapping[str, int]] = b"", {}
-        """What the last vector made here has in this site's own places, by the header it is for."""
+        """The header of the last vector made here, and its integers at this site's own coordinates."""
         self.early: messages.Certificate | None = None
-        """The certificate of this round, where it came while the sum is still being opened."""
+        """The certificate of this round, if it came while the sum is still being opened."""
         self.ended = False
-        """Whether a round ended since this was set to False."""
+        """A round ended since this was last set to False."""
         self._unwritten: list[site.SiteEntry] = []
         """Records of the round that nothing sent relies on yet."""
         self._vector: VectorReady | None = None
@@ -97,8 +97,8 @@ class RoundDriver:
 
     @property
     def member(self) -> site.SiteParams:
-        """What the round machine insists on, with what the ledger says now: another job may have had a sum
-        of the same rows meanwhile."""
+        """The parameters of the round machine, with the ledger as it is now: another job may have had a sum of the
+        same rows meanwhile."""
         names = self._agreed.names
         if not names:
             return self.base_member
@@ -128,7 +128,7 @@ class RoundDriver:
         return found is not None and found.digest == header
 
     def missed(self, certificate: messages.Certificate) -> bool:
-        """Whether a certificate is of a release that this site has not applied, and may catch up with now."""
+        """Whether a certificate is of a release that this site has not applied, and can catch up with now."""
         number = certificate.header.round
         return isinstance(self.stage, site.Idle) and number > self.standing.released
 
@@ -141,7 +141,7 @@ class RoundDriver:
         return isinstance(self.stage, site.Submitted) and self.is_round(header)
 
     def own_marks(self, header: RoundHeader) -> Mapping[str, int]:
-        """What this site's vector of the round has in its own places, also after a restart."""
+        """The integers of this site's vector at its own coordinates, also after a restart."""
         of, marks = self.marks
         if of != header.digest:
             raise ReleaseRefused(
@@ -153,8 +153,8 @@ class RoundDriver:
     # ----------------------------------------------------------------------- what is announced
 
     def invited(self, announce: messages.Announce, now: float) -> Iterator[SiteEffect]:
-        """A round begins; whatever this site still does of an earlier one is over, unless that one's sum
-        may be known: then no other one follows it here before its release (PROTOCOL H)."""
+        """Join a round, and leave an earlier one. Where the earlier one's sum may be known, no other round is joined
+        before its release (PROTOCOL H)."""
         header, stage = announce.header, self.stage
         under_way = header_of(stage)
         if gives_way(stage) and under_way is not None and header.round > under_way.round:
@@ -184,9 +184,9 @@ class RoundDriver:
         return state_tag(self._keys.secrets.group, header.job, header.round, state)
 
     def certified(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
-        """Apply a release; where this site is not that far, it leaves the round and catches up.
+        """Apply a release, or leave the round and catch up where this site has not opened the sum.
 
-        A sum that is being opened is opened to its end first: its checks may still refuse the release.
+        A sum that is being opened is finished first: its checks may still refuse the release.
         """
         same = self.is_round(certificate.header.digest)
         if same and isinstance(self.stage, site.Opening):
@@ -197,7 +197,8 @@ class RoundDriver:
             yield from self.step(site.MessageFromCoordinator(certificate), now)
 
     def look_for_own(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
-        """A signature of this site under a round that its folder does not know: the folder is an old one."""
+        """Look for a signature of this site under a round that its journal does not have: the folder was put back to
+        an older state."""
         if self.in_round:
             return
         for name, signature in certificate.signatures:
@@ -208,7 +209,7 @@ class RoundDriver:
     def _look_for_other_keys(
         self, before: site.SiteStage, event: site.SiteEvent, now: float
     ) -> Iterator[SiteEffect]:
-        """Keys of this site in a bundle that it did not send: another life of it was in this round."""
+        """Look for keys of this site that it did not send: another process with its identity is in this round."""
         bundle = event.message if isinstance(event, site.MessageFromCoordinator) else None
         if not isinstance(before, site.Advertised) or not isinstance(bundle, messages.KeyBundle):
             return
@@ -238,8 +239,8 @@ class RoundDriver:
                 yield from self.step(site.CheckFailed(error, sealed), now)
 
     def sealed(self, cause: str) -> bytes:
-        """A notice to the other sites, of one length whatever it says, so that the coordinator cannot tell
-        one cause from another. b"": there is no key epoch."""
+        """A sealed notice to the other sites. All notices have one length, so that the coordinator cannot tell the
+        causes apart. b"": there is no key epoch."""
         header = header_of(self.stage)
         if self._keys.secrets is None or header is None:
             return b""
@@ -253,7 +254,7 @@ class RoundDriver:
     def step(
         self, event: site.SiteEvent, now: float, *, refusing: bool = True
     ) -> Iterator[SiteEffect]:
-        """Step the round machine, and do what it asks for, in order. What it refuses makes the site leave."""
+        """Step the round machine, and carry out its effects in order. A refusal makes the site leave the round."""
         before = self.stage
         try:
             after, found = site.step(self.member, before, event, now)
@@ -276,7 +277,7 @@ class RoundDriver:
         for effect in found:
             yield from self._obeyed(effect)
         if ended:
-            self.early = None  # of this round: it would end the next one
+            self.early = None  # or it would end the next round
             self.ended = True
             yield StopMaking()
             yield from self.rest()
@@ -286,7 +287,7 @@ class RoundDriver:
                 yield from self.step(site.MessageFromCoordinator(certificate), now)
 
     def _entries(self, found: Sequence[site.SiteEffect]) -> Iterator[SiteEffect]:
-        """What the ledger gets of a step, before it is in the journal and before anything leaves.
+        """The ledger's entries of a step, before the journal's and before anything leaves.
 
         Raises PolicyRefused where these rows are in enough jobs already.
         """
@@ -301,7 +302,9 @@ class RoundDriver:
                     yield self.exposed(header, survivors_of(aggregate.submissions))
                 case effects.Persist(record=site.VectorSpooled()):
                     assert header is not None
-                    if not header.layers.masks:  # whoever has the key can open it now
+                    if (
+                        not header.layers.masks
+                    ):  # without masks the holders of the key can open it now
                         yield self.exposed(header, ())
                 case effects.Apply(certificate=certificate):
                     if self._me.id in certificate.survivors:
@@ -317,7 +320,7 @@ class RoundDriver:
     def _committed(
         self, found: Sequence[site.SiteEffect], ended: site.SiteStage | None
     ) -> Iterator[SiteEffect]:
-        """What the journal gets of a step. ended: the stage between rounds that it led to, if it did."""
+        """The journal's commit of a step. ended: the stage between rounds, if the step ended the round."""
         put: dict[str, bytes] = {}
         for effect in found:
             match effect:
@@ -333,8 +336,7 @@ class RoundDriver:
             yield AppendEntries(records, put)
 
     def _beside(self, record: site.SiteEntry) -> dict[str, bytes]:
-        """The vector or the state that a record relies on, where it is small; with the vector its marks,
-        and what the guard remembers of the state it was made from."""
+        """The small vector or state that a record relies on; with a vector its marks and the guard's memory."""
         made = self._vector
         if isinstance(record, site.VectorSpooled) and made is not None:
             own = {"header": made.header.hex(), "marks": dict(made.marks)}
@@ -349,7 +351,7 @@ class RoundDriver:
     def keep_stage(
         self, stage: site.SiteStage, put: Mapping[str, bytes] | None = None
     ) -> Iterator[SiteEffect]:
-        """Between rounds one record says all; those of the round, and its secrets, go for good."""
+        """Replace the records of a round, and its secrets, by the stage between rounds."""
         self._unwritten.clear()
         yield CloseRound({**(put or {}), "stage": encode(stage)})
 
@@ -392,12 +394,12 @@ class RoundDriver:
     # ---------------------------------------------------------------------------- between rounds
 
     def tidy(self) -> TidySpool:
-        """Remove the spooled rounds that a crash kept from being removed."""
+        """Remove spooled rounds that a crash left behind."""
         header = header_of(self.stage)
         return TidySpool(b"" if header is None else header.digest)
 
     def rest(self) -> Iterator[SiteEffect]:
-        """Say where this site stands between rounds."""
+        """Send this site's status between rounds."""
         if self._part.left:
             yield Report("idle")
             return
@@ -408,9 +410,9 @@ class RoundDriver:
         yield Report("waiting")
 
     def say_where(self) -> Iterator[SiteEffect]:
-        """Between rounds, say where this site stands, or that it refused a release.
+        """Send this site's status between rounds, or that it refused a release.
 
-        The word of a refusal may have been lost: without it no new key epoch would come.
+        The refusal may have been lost, and without it no new key epoch would come.
         """
         if isinstance(self.stage, site.Halted):
             refusal = messages.Leave(bytes(32), self._me.id, messages.RELEASE_REFUSED)

@@ -1,7 +1,7 @@
-"""A site's state of the job: the current one, those that a release may lead to, and which secret proves them.
+"""A site's states of a job: the current one, those that a release may lead to, and the secret that proves them.
 
-Invariant (PROTOCOL V): a candidate becomes the current state only under the one certificate it is held
-for, and only after its HMAC was computed anew under the G of that certificate's key epoch.
+Invariant (PROTOCOL V): a candidate becomes the current state only under the one certificate it is held for, and
+only after its HMAC was recomputed under the G of that certificate's key epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedcore.types import SiteId
 
 
 def name_of(certificate: Certificate) -> str:
-    """What a state is held under until it is certified: no other certificate can make it the state."""
+    """The name of a candidate: the hash of the only certificate that can make it the current state."""
     return certificate.hash
 
 
@@ -39,35 +39,35 @@ def require_certified(mac: bytes, certificate: Certificate) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """The state that a release may lead to. data: its bytes, where the journal has them with whatever relies
-    on it; b"" where they are in a file."""
+    """A state that a release may lead to. data: its bytes, where they are for the journal; b"" where they are in a
+    file."""
 
     state: State
     data: bytes
 
 
 class StateKeeper:
-    """The states of one job at a site, as plain values: `AdoptState` and `PutValues` say what the disk gets."""
+    """The states of one job at a site, in memory; effects write them to disk."""
 
     def __init__(self) -> None:
         self.current: State | None = None
         self.certificate: Certificate | None = None
-        """Of the release that the current state is of."""
+        """The certificate that released the current state."""
         self.candidates: dict[str, Candidate] = {}
-        """By `name_of` the one certificate that can make it the state; a release drops all of them."""
+        """{name_of(certificate): candidate}; a release drops all of them."""
         self.groups: dict[str, str] = {}
-        """G of every key epoch here, in hex: a certificate is checked under the G of its own epoch."""
+        """{key epoch: its G in hex}: a certificate is checked under the G of its own epoch."""
 
     def learn_group(
         self, epoch: int, group: GroupSecret, *, installed: bool
     ) -> Iterator[SiteEffect]:
-        """Remember the G of a key epoch. installed: it is in use here, so it replaces what a checkpoint said."""
+        """Keep the G of a key epoch. installed: it is in use here, so it replaces one of a checkpoint."""
         if installed or str(epoch) not in self.groups:
             self.groups[str(epoch)] = group.to_bytes().hex()
         yield PutValues({"groups": canonical(self.groups)})
 
     def group_of(self, certificate: Certificate) -> GroupSecret | None:
-        """The G under which this certificate was made; None where it is not known here."""
+        """The G of this certificate's key epoch; None where it is not known here."""
         kept = self.groups.get(str(certificate.header.epoch))
         return None if kept is None else GroupSecret.from_bytes(bytes.fromhex(kept))
 
@@ -76,23 +76,23 @@ class StateKeeper:
         self.candidates[name] = Candidate(state, data)
 
     def beside_statement(self, name: str) -> dict[str, bytes]:
-        """What the journal gets with this site's statement of a sum."""
+        """The journal's values beside this site's statement of a sum."""
         return {"candidate": encode((name, self._candidate(name).data))}
 
     def beside_release(self, certificate: Certificate) -> dict[str, bytes]:
-        """What the journal gets with the record of a release."""
+        """The journal's values beside the record of a release."""
         data = self._candidate(name_of(certificate)).data
         return {"certificate": encode(certificate), "state": data}
 
     def check(self, certificate: Certificate) -> None:
-        """Compute the HMAC of the state that this certificate releases anew. Raises ReleaseRefused."""
+        """Recompute the HMAC of the state that this certificate releases. Raises ReleaseRefused."""
         state, group = self._candidate(name_of(certificate)).state, self.group_of(certificate)
         header = certificate.header.digest
         mac = b"" if group is None else state_mac(group, header, state.canonical())
         require_certified(mac, certificate)
 
     def adopt(self, certificate: Certificate) -> Iterator[SiteEffect]:
-        """The release is proved: its state is the current one."""
+        """Make the state of a proved release the current one."""
         name = name_of(certificate)
         found = self._candidate(name)
         self.current, self.certificate, self.candidates = found.state, certificate, {}
