@@ -1,7 +1,7 @@
-"""The site's process: its journal and spool, its jobs, its training process and its one session.
+"""The site's process: its journal and spool, its jobs, its training process and its session.
 
-Invariant: the training process is started before grpc; a job begins only if the policy of this site
-allows it (`policy.py`); on SIGTERM the session ends with a word and the process within ten seconds.
+Invariant: the training process is started before grpc; a job begins only if the policy of this site allows it
+(`policy.py`); on SIGTERM the coordinator is told, and the process ends within ten seconds.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.verify import check_certificate
 from fedcore.learning.state import JobState
+from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
@@ -63,10 +64,10 @@ DAY = 86_400.0
 """seconds"""
 
 ERASE_SECONDS = 60.0
-"""How often a site looks for keys of ended jobs whose time is over."""
+"""How often keys of ended jobs are erased, once they were kept for long enough."""
 
 CLOCKS_APART = 60.0
-"""Seconds between two clocks from which on somebody should look at them."""
+"""Seconds of difference between two clocks above which a warning is logged."""
 
 
 class InstalledTasks(Training):
@@ -89,14 +90,14 @@ class InstalledTasks(Training):
 
 
 def waiting_json(found: Waiting | None) -> Json | None:
-    """For `fedcore.cli.console.waiting_text`; None where nobody is waited for."""
+    """For `fedcore.cli.console.waiting_text`; None where the job waits for no site."""
     if found is None or not found.sites:
         return None
-    return {
-        "for": dict.fromkeys(each.site for each in found.sites), "of": found.of,
-        "then": found.then, "least": found.least,
-        "until": found.until_ms / 1000 if found.until_ms else None, "in_round": found.in_round,
-    }  # fmt: skip
+    return JobWait(
+        sites=dict.fromkeys(each.site for each in found.sites), of=found.of,
+        until=found.until_ms / 1000 if found.until_ms else None, then=found.then, least=found.least,
+        in_round=found.in_round,
+    ).to_json()  # fmt: skip
 
 
 def model_of(state: State | None) -> str | None:
@@ -168,7 +169,7 @@ class Site:
                     self.jobs[start.job].inline(start.digest, data)
 
     def _offered(self, offer: job.JobOffer) -> None:
-        """A new job: known from now on, whatever becomes of it."""
+        """Keep the offer of a new job, also of one that is refused."""
         known = self.jobs.get(offer.job)
         if known is not None:
             if known.offer != offer:
@@ -223,7 +224,7 @@ class Site:
         }  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set, or the coordinator will not have this site."""
+        """Serve until `stop` is set. Raises Refused where the coordinator does not admit this site."""
         self.restore()
         loop = asyncio.get_running_loop()
         session = loop.create_task(self.session.run())
@@ -252,7 +253,7 @@ class Site:
             self._write_status(running=False)
 
     async def _erase_old_keys(self) -> None:
-        """Jobs that ended long enough ago lose their key epochs' secrets, now and from time to time."""
+        """Erase the key epochs' secrets of jobs that ended long enough ago, now and from time to time."""
         while True:
             for found in list(self.jobs.values()):
                 try:
@@ -282,7 +283,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Papers:
-    """Who a site is, as its files say."""
+    """A site's identity, from its files. pins: {site: public identity key}."""
 
     kit: Kit
     pins: dict[SiteId, bytes]
@@ -318,12 +319,12 @@ def read_papers(config: SiteConfig) -> Papers:
 
 
 def party_of(config: SiteConfig) -> str:
-    """Whose journal it is, as it is written in it."""
+    """The party that the journal is of, as the journal has it."""
     return f"site {config.site}"
 
 
 def hello_of(config: SiteConfig, pins: dict[SiteId, bytes], held: Sequence[Held] = ()) -> Hello:
-    """What a site says first."""
+    """The first message of a session."""
     tasks = tuple(Task(name, task.sha256) for name, task in config.tasks.items())
     return Hello(roster_digest(pins), tasks, tuple(held[-64:]))
 
@@ -334,7 +335,7 @@ def job_folder(folder: Path, name: str) -> Path:
 
 
 def require_job(name: str, known: Collection[str], remedy: str) -> None:
-    """Raise BadInput where this site knows no job at all, UnknownName for one it does not know."""
+    """Raise BadInput where this site has no jobs at all, UnknownName where it does not have this one."""
     if not known:
         raise BadInput(f"job: found {name!r}, and no job at this site yet", remedy=remedy)
     if name not in known:
@@ -342,7 +343,7 @@ def require_job(name: str, known: Collection[str], remedy: str) -> None:
 
 
 def write_recipe(folder: Path, offer: job.JobOffer) -> None:
-    """What `fed-site model` needs beside the state; the journal is the running process's own."""
+    """Write what `fed-site model` needs beside the state: it cannot open the running process's journal."""
     path = job_folder(folder, offer.job) / RECIPE_FILE
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,8 +1,8 @@
-"""The operator's word for a job, where `jobs = "ask"`: one small file for each job that was approved.
+"""The operator's approval of jobs, where `jobs = "ask"`: one small file for each approved job.
 
-`fed-site approve` writes it, the running process looks for it, and neither waits for the other: the
-journal belongs to the process. Invariant: a file approves one offer, by its SHA-256; another offer under
-the same id is not approved by it. Files are whole or not there, and for this user only.
+`fed-site approve` writes it and the running process polls for it, so neither waits for the other. Invariant: a file
+approves one offer, by its SHA-256, and no other offer under the same id. Files are written atomically, for this user
+only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = "approvals"
 
 
 def offer_digest(offer: JobOffer) -> str:
-    """SHA-256 over all that a coordinator offered: id, task, its hash, settings."""
+    """SHA-256 over an offer: id, task, the task's hash, settings."""
     return hashlib.sha256(encode(offer)).hexdigest()
 
 
@@ -29,7 +29,7 @@ def _path(folder: Path, job: str) -> Path:
 
 
 def is_approved(folder: Path, offer: JobOffer) -> bool:
-    """Whether this very offer was approved. Raises BadInput for a file that cannot be read."""
+    """Whether exactly this offer was approved. Raises BadInput for a file that cannot be read."""
     path = _path(folder, offer.job)
     return path.is_file() and read_json(path).get("offer") == offer_digest(offer)
 

@@ -1,7 +1,7 @@
-"""Sites for `fedcore bench engine`: the real site with a stand-in for training, one or many to a process.
+"""Sites for `fedcore bench engine`: the real site with a stand-in for training, one or many in a process.
 
-Everything but the content of a vector is what `fed-site run` does: journal, spool, session, protection.
-Invariant: torch is not imported here, so the memory and seconds of such a process are the engine's.
+Journal, spool, session and protection are those of `fed-site run`; only the content of a vector is not.
+Invariant: torch is not imported here, so memory and seconds of such a process are the engine's.
 """
 
 from __future__ import annotations

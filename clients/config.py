@@ -4,7 +4,7 @@ site = "va"               coordinator = "hub.example.org:7443"        proxy = "n
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
 folder = "state"          sandbox = "auto"                      task_network = false
 
-[split]                   # which rows train and which test: this site's choice, whatever a job asks
+[split]                   # which rows train and which test: this site's choice, not the job's
 method = "hash"           # by a keyed hash of each row; "folds" (seed, fold, folds) for rehearsals
 test = 0.2                # the share to test on
 
@@ -44,7 +44,7 @@ class SplitSection(Section):
     folds: int = Field(default=5, ge=2)
 
     def of(self, identity: IdentityKey) -> Json:
-        """What the training process is told of it (`data/split.py`)."""
+        """The split as the training process gets it (`data/split.py`)."""
         if self.method == "folds":
             return {"method": "folds", "seed": self.seed, "fold": self.fold, "folds": self.folds}
         key = self.key or identity.derive(b"split of rows").hex()

@@ -1,13 +1,13 @@
-"""The first act of a training process in namespaces of its own: hide the site's keys, give up every right.
+"""The start of a training process in namespaces of its own: hide the site's keys, drop all capabilities.
 
     unshare --user --map-root-user --mount ... python -P -m fedcore_clients.confine --hide PATH ... MODULE
 
-It runs before anything of a task is imported, in a user and mount namespace that `unshare` made: puts an
-empty file system over each folder to hide and an empty file over each file, makes what the site's own
-process runs from read-only, drops all capabilities, and runs MODULE in this very process.
+It runs before anything of a task is imported, in a user and mount namespace that `unshare` made: mounts an empty
+file system over each folder to hide and an empty file over each file, makes the code of the site's own process
+read-only, drops all capabilities, and runs MODULE in the same process.
 
-Invariant: when MODULE begins, no capability is left that could take a mount off again, in no namespace;
-what fails raises OSError, and MODULE does not begin. Sources: mount(2), capabilities(7), prctl(2).
+Invariant: when MODULE begins, no capability is left that could unmount them, in any namespace; a failure raises
+OSError before MODULE begins. Sources: mount(2), capabilities(7), prctl(2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEPT = {
     os.ST_NOSUID: _NOSUID, os.ST_NODEV: _NODEV, os.ST_NOEXEC: 8, os.ST_NOATIME: 1024,
     os.ST_NODIRATIME: 2048, os.ST_RELATIME: 1 << 21,
 }  # fmt: skip
-"""Flags of a mount that a user namespace may not take away, as statvfs tells them: as mount takes them."""
+"""{flag of statvfs: flag of mount}, of those that a user namespace may not remove."""
 
 _CAPBSET_DROP, _NO_NEW_PRIVS, _AMBIENT, _AMBIENT_CLEAR = 24, 38, 47, 4
 _CAPABILITIES_3 = 0x20080522
@@ -47,7 +47,7 @@ def _mount(source: str, target: Path, kind: str | None, flags: int, data: str | 
 
 
 def hide(path: Path) -> None:
-    """An empty, read-only folder or file in the place of this one. Raises OSError."""
+    """Mount an empty, read-only folder or file over this one. Raises OSError."""
     if path.is_dir():
         _mount("none", path, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k,mode=0500")
     else:
@@ -55,7 +55,7 @@ def hide(path: Path) -> None:
 
 
 def fix(path: Path) -> None:
-    """The same file or folder, read-only. Raises OSError."""
+    """Make a file or folder read-only. Raises OSError."""
     _mount(str(path), path, None, _BIND | _REC, None)
     now = os.statvfs(path).f_flag
     kept = sum(flag for known, flag in _KEPT.items() if now & known)
@@ -63,7 +63,7 @@ def fix(path: Path) -> None:
 
 
 def give_up_capabilities() -> None:
-    """None is left, none can be got back by starting a program. Raises OSError."""
+    """Drop all capabilities, so that no program that is started gets one back. Raises OSError."""
     libc = _libc()
     for number in range(64):
         libc.prctl(_CAPBSET_DROP, number, 0, 0, 0)  # those that this kernel does not know fail
@@ -75,7 +75,7 @@ def give_up_capabilities() -> None:
 
 
 def readable(path: Path) -> bool:
-    """Whether this process learns anything from a file or folder that is to be hidden."""
+    """Whether this process can read anything of a file or folder."""
     try:
         if path.is_dir():
             return any(path.iterdir())

@@ -1,4 +1,4 @@
-"""What a job at a site needs of its process: who the site is, its disk, its session and its training."""
+"""What a job at a site uses of its process: the site's identity, its disk, its session and its training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fedcore.types import Contribution, Json, SiteId
 
 @dataclass(frozen=True)
 class SiteContext:
-    """Who this site is, for every job. patience: seconds its machine waits at a stage. keep_keys: seconds
-    for which the secrets of a job's key epochs outlive the job. now: seconds since 1970. clock, pause:
-    seconds that never go back, and a way to wait for some."""
+    """This site, for every job. patience: seconds its machine waits at a stage. keep_keys: seconds for which the
+    secrets of a job's key epochs outlive the job. now: seconds since 1970. clock: monotonic seconds; pause: sleeps
+    for some."""
 
     federation: str
     id: SiteId
@@ -49,22 +49,22 @@ class SiteContext:
 
 
 class Offline(Exception):
-    """There is no session now: the step is done again at the next one."""
+    """There is no session now: retry at the next one."""
 
 
 class Link(Protocol):
     """The session as a job sees it."""
 
     def say(self, job: str, message: ToCoordinator) -> None:
-        """Send a record if there is a session; a lost one is asked for again."""
+        """Send a record, if there is a session; the coordinator asks again for a lost one."""
         ...
 
     def doing(self, job: str, what: str) -> None:
-        """Tell people who wait what this site is at."""
+        """Show operators what this site is doing."""
         ...
 
     async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
-        """Send a container whole, going on where it broke off. Raises Offline without a session."""
+        """Send a whole container, resuming where it broke off. Raises Offline without a session."""
         ...
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:

@@ -1,7 +1,7 @@
-"""/healthz and /readyz of a site, in plain HTTP on a loopback address, for whatever supervises it.
+"""/healthz and /readyz of a site, in plain HTTP on a loopback address, for a supervisor.
 
-Invariant: bound to loopback only; it says a word and, where not ready, nothing of the reason: that is
-in `fed-site status` and the log. healthz: this process answers. readyz: it has a session.
+Invariant: bound to loopback only; the answer is one word and gives no reason: that is in `fed-site status` and the
+log. healthz: this process answers. readyz: it has a session.
 """
 
 from __future__ import annotations

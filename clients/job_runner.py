@@ -1,11 +1,11 @@
-"""One job at a site: tells the job's machine what happens, and does the effects it asks for.
+"""One job at a site: feeds events to the job's machine, and carries out its effects.
 
-Events go through one queue and are handled to their end before the next; training, encryption and transfers
-run beside it and come back as events. Invariant (PROTOCOL D): effects are done in order, and a commit is on
-disk before the next one. A process killed at any instant goes on from there, or leaves the round.
+Events go through one queue, each to its end before the next; training, encryption and transfers run in the
+background and come back as events. Invariant (PROTOCOL D): effects are carried out in order, and a commit is flushed
+to disk before the next one. A process that is killed continues from there, or leaves the round.
 
-A vector and a state that are small travel in the journal, in the commit of the record that relies on them,
-and cost no sync of their own; large ones are files, synced before that record.
+Small vectors and states are in the journal, in the commit of the record that relies on them, without a flush of their
+own; large ones are files, flushed before that record.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ ROUND, OF_A_ROUND = "round", ("vector", "candidate", "marks")
 """The journal's stream of a round's records, and the values that go with them when it ends."""
 
 MANY = 50_000
-"""Parameters from which on hashing a state takes longer than handing it to a thread."""
+"""Parameters above which hashing a state takes longer than starting a thread for it."""
 
 
 @dataclass(frozen=True)
 class DiskRefused:
-    """The disk refused background work."""
+    """The disk failed in background work."""
 
     error: Exception
 
@@ -104,7 +104,7 @@ class JobRunner:
     def stored(
         cls, context: SiteContext, link: Link, contributor: Contributor, name: str
     ) -> JobRunner:
-        """A job that this site took part in before its process ended."""
+        """A job of an earlier process, from the journal."""
         kept = context.journal.get(name, "offer")
         assert kept is not None
         found = cls(context, link, contributor, decode(kept, job_messages.JobOffer))
@@ -112,7 +112,7 @@ class JobRunner:
         return found
 
     def restore(self) -> None:
-        """Read everything from disk, as a new process does; the rows stay loaded."""
+        """Read everything from disk, as a restart does; the rows stay loaded."""
         journal, name = self.context.journal, self.id
         self.job = self.work.job = SiteJob(self._params(), self.offer, self.job.part)
         ended = journal.get(name, "ended")
@@ -149,7 +149,7 @@ class JobRunner:
             self._restore_candidate(stage)
 
     def _restored_state(self, stage: site.SiteStage) -> JobState:
-        """The state on disk, and the one that a certificate of the journal has just proved."""
+        """The current state's file, first written or renamed where the process ended before that."""
         files, kept = self.work.files, self.context.journal.get(self.id, "state")
         if kept:
             if not files.current.exists() or files.current.read_bytes() != kept:
@@ -190,17 +190,17 @@ class JobRunner:
         self.mailbox.put(ask.Connected())
 
     async def run(self) -> None:
-        """Handle events until cancelled. A stage's deadline is an event too.
+        """Handle events until cancelled.
 
-        Where the disk refuses, everything is read from it again, as a new process would, and goes on.
-        A fault of this program ends the job here, until this process is started again.
+        After a disk error everything is read from disk again, as after a restart. A fault of this program ends the job
+        here until the process is restarted.
         """
         fault = await keep_serving(
             self._serve, tolerates=self._tolerates, restore=self._read_again,
             retry_seconds=job_work.RETRY_SECONDS,
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
-        if fault is not None:  # so that no site waits for this one
+        if fault is not None:  # so that the other sites do not wait for this one
             self._at_once(ask.WorkFailed(b"", fault, word=job_messages.UNABLE))
 
     async def _serve(self) -> None:
@@ -212,7 +212,7 @@ class JobRunner:
             await self.close()
 
     def _tolerates(self, fault: Exception) -> bool:
-        """Whether what a new process would know is read from disk, after a pause."""
+        """Whether everything is read from disk again, after a pause: for errors of the disk."""
         if not isinstance(fault, StoreProblem | OSError):
             return False
         self._at_once(ask.WorkFailed(b"", fault, problem=problem_of(fault)))
@@ -226,11 +226,11 @@ class JobRunner:
         return self.job.deadline(self.context.clock())
 
     async def close(self) -> None:
-        """Stop what runs beside the queue."""
+        """Cancel background work."""
         await self.mailbox.close()
 
     async def handle(self, event: Event) -> None:
-        """Tell the job what happened, and do what it asks for."""
+        """Step the job, and carry out the effects."""
         if isinstance(event, DiskRefused):
             raise event.error
         if isinstance(event, ask.Connected):
@@ -249,8 +249,8 @@ class JobRunner:
     def _aside(
         self, work: Coroutine[object, object, Event | None], header: bytes = b""
     ) -> asyncio.Task[Event | None]:
-        """Run work in the background. header: of the round whose other sites wait for this work; what
-        the work raises makes this site leave that round, so that nobody waits until a deadline."""
+        """Run work in the background. header: of the round that waits for this work, b"" for none; what the work
+        raises makes this site leave that round at once."""
         return self.mailbox.background(work, partial(self._failed, header))
 
     def _failed(self, header: bytes, error: Exception) -> Event:
@@ -265,11 +265,11 @@ class JobRunner:
     # -------------------------------------------------------------------------------- effects
 
     def _at_once(self, event: ask.SiteEvent) -> None:
-        """Tell the job what happened, past the queue, where only effects without waiting can follow."""
+        """Step the job past the queue, with an event that leads to effects without waiting only."""
         self.perform(self.job.step(event, self.context.clock()))
 
     def perform(self, found: Iterable[ask.SiteEffect]) -> None:
-        """Do effects that need no waiting, in order."""
+        """Carry out effects that do not wait, in order."""
         for effect in found:
             self._do(effect)
 
@@ -352,7 +352,7 @@ class JobRunner:
         await self.handle(epoch.SecretsMade(SecretBytes(payload)))
 
     async def _finish(self) -> None:
-        """The job is over: what still evaluates a release has the site's patience to end."""
+        """Free what the job holds; running evaluations get the site's patience to end."""
         self.context.spool.drop(self.id)
         if self._tracking:
             _, late = await asyncio.wait(self._tracking, timeout=self.context.patience)
@@ -362,7 +362,7 @@ class JobRunner:
         await self.contributor.forget(self.id)
 
     def erase_keys(self) -> None:
-        """Erase the secrets of the key epochs of a job that ended for longer than the site's grace."""
+        """Erase the key epochs' secrets, if the job ended longer ago than the site keeps them."""
         self.perform(self.job.erase_keys(self.context.now()))
 
 
@@ -377,7 +377,7 @@ def _epoch_stage(found: object) -> epoch.SiteEpochStage:
 
 
 def _hashes(event: Event) -> bool:
-    """Whether the job hashes a whole state at this event."""
+    """Whether the machine hashes a whole state at this event."""
     if isinstance(event, ask.MessageReceived):
         return isinstance(event.message, messages.Announce | messages.Certificate)
     return isinstance(event, ask.CheckpointReady)

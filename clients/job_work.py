@@ -1,7 +1,7 @@
-"""A site's background work for one job: whatever takes long, computed, sent or fetched beside its events.
+"""A site's background work for one job: what takes long to compute, send or download.
 
-Each method runs as a task; what it returns is the next event of the job (None: there is none). Work that the
-other sites wait for looks again and again whether it is still wanted, so nothing waits for a lost session.
+Each method runs as a task and returns the next event of the job, or None. Transfers for a round are retried while
+the round still needs them.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ from fedcore.wire.limits import INLINE
 LOG = logging.getLogger("fedcore.site.job")
 
 RETRY_SECONDS = 2.0
-"""Seconds after which what found no session, or no room on the disk, is tried again at the latest."""
+"""Seconds before the retry of what found no session, or no room on the disk."""
 
 APPROVAL_SECONDS = 1.0
-"""How often the approval of a job that waits for it is looked for."""
+"""How often the file of an approval is polled."""
 
 
 class JobWork:
@@ -95,9 +95,9 @@ class JobWork:
         self.files = StateFiles(context.folder / "states" / self.id)
         self.online = asyncio.Event()
         self.inline: dict[bytes, list[bytes]] = {}
-        """A small sum or checkpoint that came inside the session, by its digest."""
+        """{digest: chunks} of a small sum or checkpoint that came inside the session."""
         self._exported: tuple[str, Stored] | None = None
-        """The file of the last model, and the certificate it was made after."""
+        """The certificate of the last model whose file was made, and the file."""
         self._exporting = asyncio.Lock()
 
     @property
@@ -112,7 +112,7 @@ class JobWork:
         return state
 
     def round_work(self) -> RoundWork:
-        """What is computed for a round, from the present state under the present key epoch."""
+        """The computations of a round, from the present state and key epoch."""
         secrets = self._parts.keys.secrets
         assert isinstance(secrets, EpochSecrets)
         protect = read_settings(self.offer.settings).get("protect", {})
@@ -168,8 +168,8 @@ class JobWork:
         return job_of(self.offer).round.submit_seconds
 
     async def _not_before(self, began: float, what: str) -> None:
-        """Wait until the job's budget from `began` on is over, if it gives one: what this site sends then
-        comes at one time, whatever its rows needed (PROTOCOL U). Overrun is a line in its own log."""
+        """Wait for the end of the job's budget from `began` on, if it has one: the time of what this site sends then
+        is independent of its rows (PROTOCOL U). An overrun is logged here."""
         if self._budget is None:
             return
         until = began + self._budget
@@ -201,7 +201,7 @@ class JobWork:
             event = await asyncio.to_thread(self._protected, work, asked, found)
         except GuardTripped as tripped:
             line = f"job {self.id}: {tripped}; hint: {tripped.remedy}"
-            LOG.error("%s", line)  # noqa: TRY400 - it says all, and a trace would not help an operator
+            LOG.error("%s", line)  # noqa: TRY400 - a traceback would not help an operator
             cause = f"guard: it leaves the job after round {tripped.round}: {tripped.cause}"
             event = failed(tripped, cause, job_messages.UNABLE)
         except TrainingFailed as error:
@@ -217,7 +217,7 @@ class JobWork:
     def _protected(
         self, work: RoundWork, asked: effects.MakeVector, found: Contribution
     ) -> VectorReady:
-        """A small vector becomes a container for the journal; a large one is on disk, synced."""
+        """Protect a vector. A small one becomes a container for the journal; a large one is flushed to disk."""
         header, made = asked.header.digest, work.protect(asked, found)
         chunks, size = made.chunks, sum(map(len, made.chunks))
         judged = canonical(self.guard.memory.to_json())
@@ -230,7 +230,7 @@ class JobWork:
         return VectorReady(header, vector, small, made.marks, judged)
 
     async def upload(self, submit: messages.Submit) -> None:
-        """Until it is there whole, or the round has gone on."""
+        """Upload this round's vector, until it is complete or the round does not need it any more."""
         source = await self.finished_vector(submit)
         if source is None:
             raise DataLost(
@@ -246,7 +246,7 @@ class JobWork:
             await self._session_or_pause()
 
     async def finished_vector(self, submit: messages.Submit) -> Path | bytes | None:
-        """Where the vector of this submission is, or the bytes of a small one."""
+        """The file of this submission's vector, or the bytes of a small one."""
         kept = self.context.journal.get(self.id, "vector")
         if kept:  # empty beside a vector on the disk
             return kept
@@ -255,14 +255,14 @@ class JobWork:
         return None if found is None else found.path
 
     async def _session_or_pause(self) -> None:
-        """Wait for a new session; the present one may serve as well a little later."""
+        """Wait for a new session, or a little: the present one may work again."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
                 await self.online.wait()
         await asyncio.sleep(0.05)
 
     async def fetch(self, what: str, digest: bytes, wanted: Callable[[], bool]) -> list[bytes]:
-        """A sum or checkpoint, as long as it is wanted. Raises Offline when it is not any more."""
+        """The chunks of a sum or checkpoint. Raises Offline when it is not wanted any more."""
         while wanted():
             chunks = self.inline.pop(digest, None)
             if chunks is not None:
@@ -273,7 +273,7 @@ class JobWork:
         raise Offline
 
     async def open_sum(self, asked: effects.OpenSum) -> SiteEvent:
-        """Download, open, check, and put a large state it leads to on disk, unused until it is certified."""
+        """Download, open and check a sum, and write a large state that it leads to: unused until certified."""
         rounds, header = self._parts.rounds, asked.header.digest
         try:
             if asked.digest not in self.inline:
@@ -282,11 +282,11 @@ class JobWork:
             self.link.doing(self.id, "opening")
             marks = rounds.own_marks(asked.header)
             return await asyncio.to_thread(self._opened, self.round_work(), asked, chunks, marks)
-        except Offline:  # others have certified a sum that is gone meanwhile: catch up with them
+        except Offline:  # the others certified it, and it was removed: catch up
             return SumGone(header)
         except (StoreProblem, OSError):
-            raise  # this site's disk, and nothing that the sum did
-        except Exception as error:  # noqa: BLE001 - a lying site chooses the integers of a sum
+            raise  # this site's disk, not the sum
+        except Exception as error:  # noqa: BLE001 - a malicious site may choose the integers of a sum
             return WorkFailed(header, error, str(error), problem=problem_of(error))
 
     def _opened(
@@ -300,8 +300,7 @@ class JobWork:
         return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
     def _kept_candidate(self, name: str, state: State) -> bytes:
-        """A large state goes to disk now, and b"" is returned; a small one goes into the journal, with
-        what relies on it."""
+        """The bytes of a small state, for the journal; a large one is flushed to disk, and b"" returned."""
         data = state.to_bytes()
         if len(data) <= INLINE:
             return data
@@ -309,7 +308,7 @@ class JobWork:
         return b""
 
     async def track(self, asked: Track) -> SiteEvent | None:
-        """Write down what a release is worth here. No round waits for it."""
+        """Evaluate a release, and write the row."""
         try:
             row = await self.contributor.track(self.id, self._parts.agreed.plan, asked)
         except TrainingFailed as failed:
@@ -342,15 +341,15 @@ class JobWork:
         spool.remove(self.id, name)
 
     async def catch_up(self, asked: TakeCheckpoint) -> SiteEvent:
-        """Fetch the state of a release this site missed, if its certificate bears it out."""
+        """Download the state of a release that this site missed, and check it against the certificate."""
         certificate, wanted = asked.certificate, self._parts.catch_up.wants
         try:
             chunks = await self.fetch("checkpoint", asked.digest, lambda: wanted(certificate))
             secrets = self._parts.keys.secrets
             assert isinstance(secrets, EpochSecrets)
             data = secrets.open_state(b"".join(chunks), certificate)
-            # The certificate may be of an earlier key epoch: its G comes with the state, and nobody can
-            # find another G and another state that give the certified HMAC.
+            # The certificate may be of an earlier key epoch: its G comes with the state. Another G and state with
+            # the certified HMAC cannot be found.
             group = GroupSecret.from_bytes(data[:GROUP_SECRET_BYTES], sender="checkpoint")
             state = JobState.from_bytes(data[GROUP_SECRET_BYTES:])
             mac = state_mac(group, certificate.header.digest, state.canonical())
@@ -363,7 +362,7 @@ class JobWork:
             return CheckpointLost(certificate, problem_of(error))
 
     async def give_model(self, asked: GiveModel) -> None:
-        """Say which file a release leads to, or upload it."""
+        """Send the digest of the model's file, or upload the file."""
         try:
             stored = await self._model_file(asked)
         except TrainingFailed as failed:

@@ -1,15 +1,14 @@
 """What was released of this site's rows: one entry for each sum that may have been opened (PROTOCOL D, H).
 
-The ledger is a file of JSON lines that only grows: `ledger.jsonl` in the site's folder. It is not in the
-journal, which one process holds, which is never in a backup, and which is written anew after every round.
-Invariant: an entry is on disk before the answer that exposes the sum leaves. A crash between the two
-leaves an entry of a sum that was not exposed, never a sum without an entry. What is only learnt later
-(the survivors under `encrypted`, the certificate) is a line of its own and needs no sync: without it the
-entry says less, and what follows from it is stricter.
+The ledger is an append-only file of JSON lines, `ledger.jsonl` in the site's folder. It is apart from the journal,
+which one process holds open, which is in no backup, and which is rewritten after every round.
+Invariant: an entry is flushed to disk before the answer that exposes the sum is sent. A crash between the two
+leaves an entry of a sum that was not exposed, never a sum without an entry. What is learnt later (the survivors under
+`encrypted`, the certificate) is a line of its own without a flush: if it is lost, the checks are stricter.
 
-Entries go by a digest of the rows: HMAC-SHA256 under a key that is derived from the site's identity, over
-the digest that the training process makes. It does not leave the site; without the key nobody can test
-guesses of rows against it. Query and privacy budgets are counted here.
+Entries are keyed by a digest of the rows: HMAC-SHA256 under a key derived from the site's identity, over the digest
+that the training process computes. It does not leave the site; without the key guesses of rows cannot be tested
+against it. Query and privacy budgets are counted here.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: Path, identity: IdentityKey) -> Self:
-        """Open or make the ledger of a folder. A line that a crash cut off is removed: nothing that relies
-        on it has left. Raises StoreProblem where it cannot be read or written."""
+        """Open or create the ledger of a folder. A line that a crash cut off is removed: nothing that relies on it
+        was sent. Raises StoreProblem where it cannot be read or written."""
         path = folder / LEDGER_FILE
         found = cls(path, identity.derive(b"rows of the ledger"))
         with refusals("ledger", path):
@@ -114,7 +113,7 @@ class Ledger:
         return found
 
     def close(self) -> None:
-        """Give the file back; a second call does nothing."""
+        """Close the file; idempotent."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -128,9 +127,9 @@ class Ledger:
     # -------------------------------------------------------------------------------- writing
 
     def exposed(self, entry: Exposure) -> None:
-        """Record that a sum may be opened from now on: on disk when this returns. Raises StoreProblem.
+        """Record that a sum may be opened from now on, and flush it to disk. Raises StoreProblem.
 
-        Of a round that has an entry only survivors that were not known are added.
+        To the entry of a round only survivors that were not known are added.
         """
         known = self._entries.get(entry.header)
         if known is None:
@@ -172,7 +171,7 @@ class Ledger:
         self._size += len(data)
 
     def _cut(self) -> None:
-        """Nothing stands behind the last whole line."""
+        """Truncate the file after the last whole line."""
         os.ftruncate(self._handle, self._size)
 
     # -------------------------------------------------------------------------------- reading
@@ -182,7 +181,7 @@ class Ledger:
         return header in self._entries
 
     def rows_key(self, digest: str) -> str:
-        """What entries call these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/digest.py`)."""
+        """The key of entries of these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/digest.py`)."""
         return hmac.new(self._key, bytes.fromhex(digest), hashlib.sha256).hexdigest()
 
     def __iter__(self) -> Iterator[Exposure]:

@@ -1,4 +1,4 @@
-"""How a site reads an offer: the job it asks for, the plan that follows from it, and what an operator reads."""
+"""What a site makes of an offer: its job, the plan that follows from it, and the lines that an operator reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedcore.types import SiteId
 
 
 def job_of(offer: JobOffer) -> Job:
-    """The job that an offer asks for. Raises BadInput and Refused."""
+    """The job of an offer. Raises BadInput and Refused."""
     return build_job(read_settings(offer.settings))
 
 
@@ -39,7 +39,7 @@ class PlanMaker:
         return JobState.initial(plan, survey.initial)
 
     def scheme(self, plan: RoundPlan) -> Scheme:
-        """What the plan's protection puts behind its key epochs."""
+        """What the plan's protection needs in its key epochs."""
         return Scheme.of(plan)
 
 
@@ -58,10 +58,10 @@ class About:
 
     @classmethod
     def of(cls, offer: JobOffer, sites: Sequence[SiteId]) -> About:
-        """Label and list of what leaves, from the settings and the roster alone."""
+        """Label and list of what leaves, from settings and roster only."""
         try:
             asked = job_of(offer)
             terms = Terms.of_job(asked, tuple(sites))
-        except FedcoreError:  # it is refused, and the refusal says why
+        except FedcoreError:  # it is refused, with the reason
             return cls()
         return cls(terms.protection, label_of(terms).splitlines(), leaving_of(asked, terms))

@@ -1,6 +1,6 @@
 """What a site computes for one round: its protected vector, and the state that an opened sum leads to.
 
-Nothing is read or written here, so that it can run in a thread: callers move bytes to and from the disk.
+Nothing is read or written here, so that it can run in a thread.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOG = logging.getLogger("fedcore.site.job")
 
 @dataclass(frozen=True)
 class Protected:
-    """A vector as it travels. chunks: its container's; salt: of its keystream, b"" without one; marks: what
-    it has in this site's own places."""
+    """A vector as it is sent. chunks: of its container; salt: of its keystream, b"" without one; marks: its integers
+    at this site's own coordinates."""
 
     chunks: list[bytes]
     salt: bytes
@@ -38,7 +38,7 @@ class Protected:
 
 @dataclass(frozen=True)
 class RoundWork:
-    """One site's computing for the rounds of one job, from one state and under one key epoch.
+    """One site's computations for the rounds of one job, from one state and under one key epoch.
 
     few_sites: whether the job allows statistics of columns that few sites have.
     """
@@ -56,8 +56,8 @@ class RoundWork:
         return Layout(spec, plan.packing, len(plan.sites))
 
     def without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:
-        """Zeros for the metric sums where this cohort, beside an earlier release, would isolate fewer
-        sites than two honest ones (PROTOCOL H). All sites decide alike: state and cohort are theirs."""
+        """Zero the metric sums where this cohort, with an earlier release, would isolate fewer sites than two honest
+        ones (PROTOCOL H). All sites decide alike, since state and cohort are the same."""
         plan = self.agreed.plan
         if not self.state.isolates(header.roster, 2 + collusion(Terms.of_plan(plan)).active):
             return found

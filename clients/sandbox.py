@@ -1,12 +1,12 @@
-"""What keeps the task's code from the site's keys: bubblewrap, Linux namespaces, another user, or nothing.
+"""The sandbox that keeps the task's code from the site's keys: bubblewrap, Linux namespaces, another user, or none.
 
-The training process runs as the site's user, who can read identity.pem, kit/key.pem, the journal and the
-spool. In a sandbox these are not there for it, nor is the network; the code and data of the task are.
-Invariant: a method is used only after a probe with the very command of the training process could read
-none of the hidden files; a method that was named and does not hold here is refused, never left out.
+The training process runs as the site's user, and so could read identity.pem, kit/key.pem, the journal and the spool.
+In a sandbox these and the network are hidden; code and data of the task are not.
+Invariant: a method is used only after a probe with the same command as the training process could read none of the
+hidden files; a method that was named and does not work here is refused, never skipped.
 
-What no method keeps a task from: reading and writing whatever else its user may (use `user:NAME` and
-file rights for that), and unix sockets it may open, as those of a container engine.
+No method prevents reading and writing other files of its user (use `user:NAME` and file rights), or opening unix
+sockets, such as a container engine's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Sandbox:
 
 
 def hidden(config: SiteConfig) -> tuple[Path, ...]:
-    """The files and folders that a task has no business with, those that exist.
+    """The existing files and folders that are hidden from a task.
 
     Raises BadInput where one of them is also the place of a task or its data.
     """
@@ -96,7 +96,7 @@ def _needed(config: SiteConfig) -> set[Path]:
 
 
 def _fixed(config: SiteConfig) -> tuple[Path, ...]:
-    """What the site's own process runs from: a task that could change it would have the keys later."""
+    """The code of the site's own process: a task that could change it would get the keys later."""
     packages = [Path(str(each.__file__)).resolve().parent for each in (fedcore, fedcore_clients)]
     python = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
     found = [config.file, config.roster, *packages, *python]
@@ -165,7 +165,7 @@ def _user(config: SiteConfig, name: str) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 def _method(config: SiteConfig, name: str) -> Sandbox:
-    """A method that holds here. Raises BadInput, Unavailable."""
+    """A method that works here. Raises BadInput, Unavailable."""
     hide = hidden(config)
     if name == "bwrap":
         prefix, confine = _bwrap(config, hide)
@@ -181,8 +181,8 @@ def _method(config: SiteConfig, name: str) -> Sandbox:
 
 
 def _probe(name: str, command: tuple[str, ...]) -> None:
-    """Start a process as the training process will be: it must not read what is hidden, and must be able
-    to read tasks and data. Raises Unavailable."""
+    """Start a process like the training process: it must not be able to read what is hidden, and must be able to read
+    tasks and data. Raises Unavailable."""
     try:
         found = subprocess.run(  # noqa: S603  # this interpreter, behind a program of the system
             command,
@@ -201,9 +201,9 @@ def _probe(name: str, command: tuple[str, ...]) -> None:
 
 
 def choose(config: SiteConfig) -> Sandbox:
-    """The sandbox that site.toml asks for; under "auto" the first that holds here, or none.
+    """The sandbox that site.toml names; under "auto" the first that works here, or none.
 
-    Raises BadInput and Unavailable for one that was named and does not hold.
+    Raises BadInput and Unavailable for one that was named and does not work.
     """
     asked = config.sandbox
     none = Sandbox("none", _python(WORKER), network=True)
@@ -224,7 +224,7 @@ def choose(config: SiteConfig) -> Sandbox:
 
 
 def told(found: Sandbox) -> Sandbox:
-    """The same, after a line in the log."""
+    """The same sandbox, after a line in the log."""
     if found.method == "none":
         LOG.warning("%s; hint: %s", found.text, NONE_HINT)
     else:

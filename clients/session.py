@@ -1,8 +1,8 @@
 """The site's one connection: a session that is pushed to, and the transfers beside it.
 
-Connects, says hello, hands frames on, and connects again with growing, jittered pauses when it breaks.
-Invariant: nothing waits for a session: what is said without one is lost, and whoever said it says it
-again when `connected` is told; a transfer raises Offline and is done again.
+Connects, sends a hello, passes frames on, and reconnects with exponential backoff and jitter.
+Invariant: nothing waits for a session: a message without one is lost, and the jobs resend after `on_connected`; a
+transfer raises Offline and is retried.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-"""seconds between attempts: doubled each time, and drawn between half and all of it."""
+"""Seconds between attempts: doubled each time, and drawn between half and all of that."""
 
 ANSWER_SECONDS = 30.0
-"""How long a coordinator may take for its first word, and for a part of a transfer."""
+"""Timeout of the coordinator's first frame, and of a part of a transfer."""
 
 TELLING_SECONDS = 0.2
-"""How long a site is at something before it says so: a third of a small round's messages are spared."""
+"""How long an activity lasts before it is sent: this saves a third of a small round's messages."""
 
 OPTIONS = (
     *calls.LENGTHS,
@@ -87,7 +87,7 @@ class Address:
 
 @dataclass
 class Status:
-    """What a person asks about the connection. since: of the present session, None without one."""
+    """The connection, for `fed-site status`. since: start of the present session, None without one."""
 
     since: float | None = None
     attempts: int = 0
@@ -122,7 +122,7 @@ class Session:
     # -------------------------------------------------------------------------------- a session
 
     async def run(self) -> None:
-        """Sessions, one after the other; ends only when the coordinator says that none can help."""
+        """Run sessions, one after the other, until the coordinator refuses this site permanently."""
         pause = FIRST_PAUSE
         while self.refused is None:
             started = time.monotonic()
@@ -225,7 +225,7 @@ class Session:
         self._receipts.clear()
 
     async def _explain(self, error: Exception) -> None:
-        """gRPC says little of a failed connection: ask Python's ssl once, and log what changed."""
+        """Log why a connection failed, if that changed: gRPC gives few reasons, so Python's ssl is tried once."""
         text = str(error)
         if isinstance(error, grpc.aio.AioRpcError):
             text = f"{error.code().name.lower()}: {error.details()}"
@@ -260,7 +260,7 @@ class Session:
         self._put(pack_record(job, message, TO_COORDINATOR))
 
     def doing(self, job: str, what: str) -> None:
-        """Tell what this site is at, if there is a session: only what lasts is worth a message."""
+        """Send what this site is doing, if there is a session and if it lasts."""
         before = self._telling.pop(job, None)
         if before is not None:
             before.cancel()
@@ -272,7 +272,7 @@ class Session:
         self._put(Doing(job, what))
 
     async def goodbye(self, text: str) -> None:
-        """The last word of a site that stops in an orderly way."""
+        """Tell the coordinator that this site stops, and flush the queue."""
         out = self._out
         if out is None:
             return
@@ -281,12 +281,12 @@ class Session:
             if out.empty():
                 break
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)  # what was written is on its way, which grpc does not tell
+        await asyncio.sleep(0.05)  # grpc does not tell when the last write was sent
 
     # -------------------------------------------------------------------------------- transfers
 
     async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
-        """A container, whole: inside the session where it is small, else in a call of its own."""
+        """Upload a container: inside the session where it is small, else in a call of its own."""
         if isinstance(source, Path):
             size = (await asyncio.to_thread(source.stat)).st_size
             if size > INLINE:
@@ -311,9 +311,9 @@ class Session:
 
     @contextlib.contextmanager
     def _of_the_session(self, what: str) -> Iterator[None]:
-        """A transfer that ends with the session, or by the coordinator's word, is done again later.
+        """Raise Offline for a transfer that ended with the session or was ended by the coordinator.
 
-        grpc says that it is cancelled where the channel was closed: that is not this task's end.
+        A closed channel shows as a CancelledError, which is not a cancellation of this task.
         """
         try:
             yield
@@ -337,8 +337,7 @@ class Session:
             raise Offline
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or a checkpoint. Broken off, it goes on from where it stood, if this is
-        the download that broke off last."""
+        """The chunks of a sum or a checkpoint. The download that broke off last is resumed."""
         data = self._partial.pop(digest, bytearray())
         try:
             with self._of_the_session("download"):

@@ -1,7 +1,7 @@
 """The files of a job's states at a site: `current.safetensors`, and candidates until one is certified.
 
-A state that is small is in the journal, in the commit of the record that relies on it: its file is then only
-a copy for people, written without a sync, and again from the journal at the next start.
+A small state is in the journal, in the commit of the record that relies on it: its file is then only a copy for
+operators, written without a flush, and rewritten from the journal at the next start.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StateFiles:
         sync_folder(self.folder)
 
     def show(self, data: bytes) -> None:
-        """Copy a state that the journal has."""
+        """Write a copy of a state that the journal has."""
         beside = self.current.with_name(f".{self.current.name}.part")
         beside.write_bytes(data)
         beside.replace(self.current)

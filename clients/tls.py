@@ -1,9 +1,8 @@
-"""A client's end of TLS: the channel to the coordinator, and why there is none.
+"""A client's end of TLS: the channel to the coordinator, and why it was refused.
 
-Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the very name
-it is reached under; there is no plaintext, no override of the name, and no proxy that was not set.
-
-What gRPC does not say of a connection that fails, `fedcore.identity.preflight` finds out.
+Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the name it is reached
+under; there is no plaintext, no override of the name, and no proxy that was not set. `fedcore.identity.preflight`
+finds out why a connection fails where gRPC gives no reason.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def open_channel(
     """A channel to the coordinator; connecting begins with the first call.
 
     proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none: the environment's
-    `https_proxy` is not asked, and a loopback address is never proxied. options: further gRPC ones.
+    `https_proxy` is ignored, and a loopback address is never proxied. options: further gRPC ones.
     Raises BadInput for a malformed host, port or proxy.
     """
     target, together = channel_target(host, port, proxy, options)
@@ -53,7 +52,7 @@ def open_channel(
 
 
 def refusal(error: grpc.aio.AioRpcError) -> CertificateRefused | None:
-    """What the coordinator's gate said of this call, or None where the call failed otherwise."""
+    """The coordinator's refusal of this call's certificate, or None where the call failed otherwise."""
     if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
         return None
     return refusal_from(error.details() or "")

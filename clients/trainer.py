@@ -1,9 +1,9 @@
-"""The site's end of its training process: asks, waits without blocking, starts it again if it died.
+"""The site's end of its training process: sends requests, waits without blocking, restarts it if it died.
 
-Invariant: one request at a time, in a thread of its own; a process that died is a `TrainingFailed` of this
-request only, and the next request finds a new one. A request whose task is cancelled is answered to its end
-and the answer dropped, since a new process would have to import and load everything again; one that has not
-begun is never asked. What failed inside is written to the site's log and nowhere else.
+Invariant: one request at a time, in a thread of its own; a process that died is a `TrainingFailed` of this request
+only, and the next request starts a new process. The answer of a cancelled request is drained, since a new process
+would have to import and load everything again; a request that has not begun is dropped. Failures inside are written
+to the site's log and nowhere else.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fedcore.types import Contribution, FloatVector, Json
 LOG = logging.getLogger("fedcore.site.training")
 
 OVERTAKEN_SECONDS = 60.0
-"""How long a request that nobody waits for may keep the process from the next one: about what a new
-process costs at worst, to import torch and load the rows. A task that hangs is ended then."""
+"""How long a cancelled request may delay the next one: about the longest start of a new process, which imports torch
+and loads the rows. A process that hangs is killed then."""
 
 
 class TrainingFailed(Exception):
@@ -47,8 +47,8 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a site found when it loaded a job's task and rows. rows: SHA-256 of the rows, hex, in whatever
-    order; it stays at the site."""
+    """A job's task and rows. columns: (name, low, high) of each standardised column; initial: (d,) float32; rows:
+    SHA-256 of the rows in any order, hex, which stays at the site."""
 
     shape: ModelShape
     columns: tuple[Column, ...]
@@ -57,7 +57,7 @@ class Loaded:
 
 
 class Training:
-    """One training process, started when it is first asked for."""
+    """One training process, started with the first request."""
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         command = command or python("fedcore_clients.worker")
@@ -65,7 +65,7 @@ class Training:
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
         self._overtaken: Future[Frame] | None = None
-        """The last request that was under way when its task was cancelled."""
+        """The last request that was cancelled while it ran."""
         self._closed = False
 
     async def start(self) -> None:
@@ -127,12 +127,12 @@ class Training:
         return SiteRow.from_json(head["row"])
 
     async def export(self, job: str, state: JobState) -> bytes:
-        """The file of a model that is given away. Raises TrainingFailed."""
+        """The file of a model for the coordinator. Raises TrainingFailed."""
         _, blobs = await self._ask({"do": "export", "job": job}, [state.to_bytes()], needs=job)
         return blobs[0]
 
     async def forget(self, job: str) -> None:
-        """Free what is held of a job; a process that is still at work for nobody is ended."""
+        """Free what is held of a job; a process that still runs a cancelled request is killed."""
         if self._loads.pop(job, None) is None:
             return
         if self._overtaken is not None and not self._overtaken.done():
@@ -169,7 +169,7 @@ class Training:
             raise TrainingFailed(UNABLE) from error
 
     async def close(self) -> None:
-        """End the process, and whatever is asked of it."""
+        """End the process and its requests."""
         self._closed = True
         self._line.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.child.close)

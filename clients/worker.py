@@ -1,10 +1,10 @@
-"""The training process of a site: runs the task's own code, away from the session and from every key.
+"""The training process of a site: runs the task's own code, apart from the session and from all keys.
 
-Started by `training.py` as `python -P -m fedcore_clients.worker`; it imports `fedcore` and the task, has
-no key, no certificate and no connection, and speaks frames over its standard input and output.
+Started by `trainer.py` as `python -P -m fedcore_clients.worker`; it imports `fedcore` and the task, has no key, no
+certificate and no connection, and exchanges frames over its standard input and output.
 
-Invariant: whatever the task prints goes to standard error, so nothing of it can be taken for an answer;
-an exception becomes the one word `unable`, with its message and traceback for the site's own log.
+Invariant: what the task prints goes to standard error, so it cannot be taken for an answer; an exception becomes the
+reason `unable`, with its message and traceback for the site's own log.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """What the process holds: the loaded site of each job."""
+    """The loaded site of each job."""
 
     def __init__(self) -> None:
         self.sites: dict[str, SiteTrainer] = {}
         self.trackers: dict[str, Tracker] = {}
 
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
-        """The answer to a request; whatever the task raises is one."""
+        """The answer to a request; what the task raises becomes an answer."""
         try:
             return self._answer(asked, blobs)
         except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
@@ -82,7 +82,7 @@ class Worker:
         cap = job.protect.max_examples
         if cap is None:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")
-        split = split_from_json(asked["split"])  # this site's, whatever the job asks for
+        split = split_from_json(asked["split"])  # this site's, not the job's
         site = SiteTrainer.load(task, job, SiteId(asked["site"]), asked["source"], cap, split)
         self.sites[asked["job"]] = site
         head = {
