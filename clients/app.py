@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import choose, told
-from fedcore_clients.session import Address, Session
+from fedcore_clients.session import Session
 from fedcore_clients.trainer import Loaded, Training
 
 from fedcore.cli.console import ago
@@ -116,8 +116,7 @@ class Site:
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self.session = Session(
-            kit, Address(config.host, config.port, config.through), self._hello, self._on_frame,
-            self._on_connected,
+            kit, config, self._hello, self._on_frame, self._on_connected,
         )  # fmt: skip
 
     def restore(self) -> None:
@@ -356,23 +355,30 @@ def write_recipe(folder: Path, offer: job.JobOffer) -> None:
         )  # fmt: skip
 
 
-def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None = None) -> None:
-    """Run until SIGTERM or SIGINT. health_port: of /healthz and /readyz. Raises FedcoreError."""
-    papers = read_papers(config)
-    kit = papers.kit
-    close_to_others(config.folder, OWN_FILES)
+@contextlib.contextmanager
+def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
+    """The site with its journal and ledger, open while inside. Raises StoreProblem."""
     with (
         Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
         Ledger.open(config.folder, papers.identity) as ledger,
     ):
-        context = SiteContext(
-            kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
+        yield SiteContext(
+            papers.kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
-            config.patience_seconds,
-            config.keep_secrets_days * DAY,
+            config.patience_seconds, config.keep_secrets_days * DAY,
         )  # fmt: skip
-        asyncio.run(_run(config, kit, context, said, health_port))
+
+
+def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None = None) -> None:
+    """Run until SIGTERM or SIGINT. said: prints a line; health_port: of /healthz and /readyz.
+
+    Raises FedcoreError.
+    """
+    papers = read_papers(config)
+    close_to_others(config.folder, OWN_FILES)
+    with opened(config, papers) as context:
+        asyncio.run(_run(config, papers.kit, context, said, health_port))
 
 
 async def _run(
@@ -389,9 +395,9 @@ async def _run(
     await training.start()
     try:
         site = Site(config, kit, context, training)
-        async with contextlib.AsyncExitStack() as opened:
+        async with contextlib.AsyncExitStack() as stack:
             if health_port is not None:
-                port = await opened.enter_async_context(
+                port = await stack.enter_async_context(
                     health(health_port, lambda: site.session.status.since is not None)
                 )
                 LOG.info("health on http://%s:%d/healthz and /readyz", ADDRESS, port)

@@ -19,11 +19,8 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported
 
 import numpy as np
-from fedcore_clients.app import Site
+from fedcore_clients.app import Papers, Site, opened
 from fedcore_clients.config import SiteConfig, read_config
-from fedcore_clients.context import SiteContext
-from fedcore_clients.ledger import Ledger
-from fedcore_clients.policy import SitePolicy
 from fedcore_clients.trainer import Loaded
 
 from fedcore.errors import FedcoreError
@@ -34,8 +31,6 @@ from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import purpose_of
 from fedcore.seeds import generator
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
 from fedcore.types import Contribution, Fields, Json, SiteId
 
 NO_COORDINATES = np.empty(0, dtype=np.uint64)
@@ -84,24 +79,16 @@ async def _run(configs: Sequence[SiteConfig], parameters: int) -> None:
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    with contextlib.ExitStack() as opened:
-        sites = [_site(config, parameters, opened) for config in configs]
+    with contextlib.ExitStack() as stack:
+        sites = [_site(config, parameters, stack) for config in configs]
         await asyncio.gather(*(site.run(stop) for site in sites))
 
 
-def _site(config: SiteConfig, parameters: int, opened: contextlib.ExitStack) -> Site:
-    kit, name = Kit.load(config.kit), SiteId(config.site)
-    journal = opened.enter_context(
-        Journal.open(config.folder / "journal.sqlite", party=f"site {name}")
-    )
-    pins, identity = read_roster(config.roster), read_identity(config.identity)
-    context = SiteContext(
-        kit.peer.federation, name, identity, pins, journal,
-        Spool(config.folder / "spool"), config.folder,
-        SitePolicy(config.policy, len(pins), config.hashes),
-        opened.enter_context(Ledger.open(config.folder, identity)),
-    )  # fmt: skip
-    return Site(config, kit, context, Drawn(name, parameters))
+def _site(config: SiteConfig, parameters: int, stack: contextlib.ExitStack) -> Site:
+    kit = Kit.load(config.kit)
+    papers = Papers(kit, read_roster(config.roster), read_identity(config.identity))
+    context = stack.enter_context(opened(config, papers))
+    return Site(config, kit, context, Drawn(context.id, parameters))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

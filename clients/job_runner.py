@@ -86,19 +86,15 @@ class JobRunner:
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
-        params = self._params()
-        part = Participation(params, self.id, asks=context.policy.asks, about=self.work.about.lines)
-        self.job = self.work.job = SiteJob(params, offer, part)
-
-    def _params(self) -> JobParams:
-        context = self.context
-        return JobParams(
+        params = JobParams(
             context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
             PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
             context.keep_keys,
         )  # fmt: skip
+        part = Participation(params, self.id, asks=context.policy.asks, about=self.work.about.lines)
+        self.job = self.work.job = SiteJob(params, offer, part)
 
-    # --------------------------------------------------------------------------- coming back
+    # ------------------------------------------------------------------------------- restarting
 
     @classmethod
     def stored(
@@ -114,7 +110,7 @@ class JobRunner:
     def restore(self) -> None:
         """Read everything from disk, as a restart does; the rows stay loaded."""
         journal, name = self.context.journal, self.id
-        self.job = self.work.job = SiteJob(self._params(), self.offer, self.job.part)
+        self.job = self.work.job = SiteJob(self.job.me, self.offer, self.job.part)
         ended = journal.get(name, "ended")
         if ended is not None:
             at = float(journal.get(name, "ended_at") or 0)
@@ -128,18 +124,21 @@ class JobRunner:
         columns = tuple((str(n), float(low), float(high)) for n, low, high in about["columns"])
         agreed = Agreed(RoundPlan.from_json(about["plan"]), about["features"], columns)
         standing = journal.get(name, "stage")
-        first = NOWHERE if standing is None else _stage(decode(standing, object))
+        first = NOWHERE if standing is None else decode(standing, object)
+        assert isinstance(first, site.SiteStage)
         stage = site.replay(first, journal.read(name, ROUND))
         judged = journal.get(name, "guard")
         if judged is not None:
             self.work.guard.memory = GuardMemory.from_json(json.loads(judged))
         certificate, held = journal.get(name, "certificate"), journal.get(name, "epoch")
+        keys = decode(held, object) if held else epoch.NoKey()
+        assert isinstance(keys, epoch.SiteEpochStage)
         marks = json.loads(journal.get(name, "marks") or b"{}")
         self.job.restored(
             Kept(
                 agreed, about["rows"], stage, self._restored_state(stage),
                 decode(certificate, messages.Certificate) if certificate else None,
-                _epoch_stage(decode(held, object)) if held else epoch.NoKey(),
+                keys,
                 json.loads(journal.get(name, "groups") or b"{}"),
                 (bytes.fromhex(marks.get("header", "")), marks.get("marks", {})),
                 (journal.get(name, "left") or b"").decode(),
@@ -207,7 +206,9 @@ class JobRunner:
         try:
             await self.handle(ask.Started())
             while True:
-                await self.mailbox.turn(self.handle, self._wait)
+                await self.mailbox.turn(
+                    self.handle, lambda: self.job.deadline(self.context.clock())
+                )
         finally:
             await self.close()
 
@@ -221,9 +222,6 @@ class JobRunner:
     def _read_again(self) -> None:
         self.restore()
         self.mailbox.put(ask.Connected())
-
-    def _wait(self) -> float | None:
-        return self.job.deadline(self.context.clock())
 
     async def close(self) -> None:
         """Cancel background work."""
@@ -240,7 +238,9 @@ class JobRunner:
         for effect in await asyncio.to_thread(step, event, now) if large else step(event, now):
             match effect:
                 case epoch.MakeSecrets():
-                    await self._make_secrets()
+                    assert self.job.parts is not None
+                    made = await asyncio.to_thread(self.job.parts.keys.scheme.make_payload)
+                    await self.handle(epoch.SecretsMade(SecretBytes(made)))
                 case ask.Finish():
                     await self._finish()
                 case _:
@@ -310,13 +310,6 @@ class JobRunner:
             case ask.TidySpool(keep):
                 for found in set(context.spool.rounds(self.id)) - {keep}:
                     context.spool.discard(self.id, found)
-            case _:
-                self._begin(effect)
-
-    def _begin(self, effect: ask.SiteEffect) -> None:
-        """Start or stop background work."""
-        work = self.work
-        match effect:
             case ask.AwaitApproval():
                 self._aside(work.await_approval())
             case ask.LoadRows():
@@ -327,9 +320,8 @@ class JobRunner:
                 if self._making is not None:
                     self._making.cancel()
                 self._making = None
-            case effects.Upload(
-                submit
-            ):  # two of one vector would end each other at the coordinator
+            case effects.Upload(submit):
+                # Two uploads of one vector would end each other at the coordinator.
                 of, task = self._uploading or (b"", None)
                 if task is None or task.done() or of != submit.header:
                     task = self._aside(work.upload(submit), submit.header)
@@ -346,11 +338,6 @@ class JobRunner:
             case ask.GiveModel():
                 self._aside(work.give_model(effect))
 
-    async def _make_secrets(self) -> None:
-        assert self.job.parts is not None
-        payload = await asyncio.to_thread(self.job.parts.keys.scheme.make_payload)
-        await self.handle(epoch.SecretsMade(SecretBytes(payload)))
-
     async def _finish(self) -> None:
         """Free what the job holds; running evaluations get the site's patience to end."""
         self.context.spool.drop(self.id)
@@ -364,16 +351,6 @@ class JobRunner:
     def erase_keys(self) -> None:
         """Erase the key epochs' secrets, if the job ended longer ago than the site keeps them."""
         self.perform(self.job.erase_keys(self.context.now()))
-
-
-def _stage(found: object) -> site.SiteStage:
-    assert isinstance(found, site.SiteStage)
-    return found
-
-
-def _epoch_stage(found: object) -> epoch.SiteEpochStage:
-    assert isinstance(found, epoch.SiteEpochStage)
-    return found
 
 
 def _hashes(event: Event) -> bool:

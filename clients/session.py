@@ -20,6 +20,7 @@ from typing import Any, TypeVar, assert_never
 
 import grpc
 import grpc.aio
+from fedcore_clients.config import SiteConfig
 from fedcore_clients.context import Offline
 from fedcore_clients.tls import open_channel
 
@@ -76,15 +77,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where the coordinator is. proxy: a CONNECT proxy, or "" for none."""
-
-    host: str
-    port: int
-    proxy: str = ""
-
-
 @dataclass
 class Status:
     """The connection, for `fed-site status`. since: start of the present session, None without one."""
@@ -102,12 +94,12 @@ class Session:
     def __init__(
         self,
         kit: Kit,
-        address: Address,
+        config: SiteConfig,
         hello: Callable[[], Hello],
         on_frame: Callable[[Record | SmallDownload | Waiting], None],
         on_connected: Callable[[], None],
     ) -> None:
-        self._kit, self._address, self._hello = kit, address, hello
+        self._kit, self._config, self._hello = kit, config, hello
         self._on_frame, self._on_connected = on_frame, on_connected
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -115,7 +107,7 @@ class Session:
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
-        self.status = Status(coordinator=f"{address.host}:{address.port}")
+        self.status = Status(coordinator=f"{config.host}:{config.port}")
         self.refused: Goodbye | None = None
         self._was_welcome = False
 
@@ -141,9 +133,9 @@ class Session:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _once(self) -> None:
-        address, self._was_welcome = self._address, False
+        config, self._was_welcome = self._config, False
         channel = open_channel(
-            self._kit, address.host, address.port, proxy=address.proxy, options=OPTIONS
+            self._kit, config.host, config.port, proxy=config.through, options=OPTIONS
         )
         out: asyncio.Queue[bytes] = asyncio.Queue()
         try:
@@ -236,11 +228,9 @@ class Session:
         self.status.last_error = text
 
     def _why(self, otherwise: str) -> str:
-        address = self._address
+        config, now = self._config, datetime.now(UTC)
         try:
-            preflight(
-                self._kit, address.host, address.port, now=datetime.now(UTC), proxy=address.proxy
-            )
+            preflight(self._kit, config.host, config.port, now=now, proxy=config.through)
         except (CertificateRefused, BadInput) as error:
             return f"{error} (hint: {error.remedy})" if error.remedy else str(error)
         except OSError as error:
