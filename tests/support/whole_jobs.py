@@ -238,8 +238,8 @@ class Site(Party):
             plan=lambda *_: world.plan, first_state=lambda *_: History(), scheme=Scheme
         )
         params = JobParams(
-            "clinics", name, world.keys[name], world.pins, policy_of(4), self.ledger, planner,
-            OsEntropy(), 3, 6000.0, 1e9,
+            "clinics", name, world.keys[name], world.pins, policy_of(4, {"t": "0" * 64}), self.ledger,
+            planner, OsEntropy(), 3, 6000.0, 1e9,
         )  # fmt: skip
         part = Participation(params, "job", asks=name == "b")
         self.job = SiteJob(params, world.offer, part)
