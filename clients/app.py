@@ -158,7 +158,7 @@ class Site:
                     self._offered(message)
                 found = self.jobs.get(frame.job)
                 if found is None:
-                    LOG.warning("a message of the unknown job %s", frame.job)
+                    LOG.warning("dropped a message of the unknown job %s", frame.job)
                 else:
                     found.tell(message)
             case Waiting():
@@ -197,7 +197,7 @@ class Site:
             job, part, about = found.job, found.job.part, found.work.about
             header, state = header_of(job.stage), job.state
             done = state.done if state is not None else None
-            word = job.parts.word if job.parts else None
+            word = job.parts.public if job.parts else None
             rows.append(
                 {
                     "job": found.id, "task": found.offer.task, "offer": offer_digest(found.offer),

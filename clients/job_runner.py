@@ -195,7 +195,7 @@ class JobRunner:
         here until the process is restarted.
         """
         fault = await keep_serving(
-            self._serve, tolerates=self._tolerates, restore=self._read_again,
+            self._serve, tolerates=self._tolerates, restore=self._reload_from_disk,
             retry_seconds=job_work.RETRY_SECONDS,
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
@@ -219,7 +219,7 @@ class JobRunner:
         self._at_once(ask.WorkFailed(b"", fault, problem=problem_of(fault)))
         return True
 
-    def _read_again(self) -> None:
+    def _reload_from_disk(self) -> None:
         self.restore()
         self.mailbox.put(ask.Connected())
 
@@ -246,7 +246,7 @@ class JobRunner:
                 case _:
                     self._do(effect)
 
-    def _aside(
+    def _background(
         self, work: Coroutine[object, object, Event | None], header: bytes = b""
     ) -> asyncio.Task[Event | None]:
         """Run work in the background. header: of the round that waits for this work, b"" for none; what the work
@@ -311,11 +311,11 @@ class JobRunner:
                 for found in set(context.spool.rounds(self.id)) - {keep}:
                     context.spool.discard(self.id, found)
             case ask.AwaitApproval():
-                self._aside(work.await_approval())
+                self._background(work.await_approval())
             case ask.LoadRows():
-                self._aside(work.load(effect))
+                self._background(work.load(effect))
             case effects.MakeVector(header):
-                self._making = self._aside(work.make_vector(effect), header.digest)
+                self._making = self._background(work.make_vector(effect), header.digest)
             case ask.StopMaking():
                 if self._making is not None:
                     self._making.cancel()
@@ -324,19 +324,19 @@ class JobRunner:
                 # Two uploads of one vector would end each other at the coordinator.
                 of, task = self._uploading or (b"", None)
                 if task is None or task.done() or of != submit.header:
-                    task = self._aside(work.upload(submit), submit.header)
+                    task = self._background(work.upload(submit), submit.header)
                     self._uploading = submit.header, task
             case effects.OpenSum(header):
-                self._aside(work.open_sum(effect), header.digest)
+                self._background(work.open_sum(effect), header.digest)
             case ask.Track():
                 self._tracking = [task for task in self._tracking if not task.done()]
-                self._tracking.append(self._aside(work.track(effect)))
+                self._tracking.append(self._background(work.track(effect)))
             case ask.SealCheckpoint():
-                self._aside(work.seal(effect))
+                self._background(work.seal(effect))
             case ask.TakeCheckpoint():
-                self._aside(work.catch_up(effect))
+                self._background(work.catch_up(effect))
             case ask.GiveModel():
-                self._aside(work.give_model(effect))
+                self._background(work.give_model(effect))
 
     async def _finish(self) -> None:
         """Free what the job holds; running evaluations get the site's patience to end."""

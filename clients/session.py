@@ -182,7 +182,7 @@ class Session:
 
     def _goodbye(self, frame: Goodbye) -> None:
         self.status.last_error = f"{frame.code}: {frame.text}"
-        LOG.warning("the coordinator says goodbye: %s", self.status.last_error)
+        LOG.warning("the coordinator ended the session: %s", self.status.last_error)
         if not frame.again:
             self.refused = frame
 

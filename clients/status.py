@@ -56,7 +56,7 @@ def status_lines(status: Json) -> Iterator[str]:
     """The status in words."""
     now, name = time.time(), status["site"]
     if not status["running"]:
-        yield f"site {name}: not running (last word {ago(now - status['written'])} ago)"
+        yield f"site {name}: not running (last status {ago(now - status['written'])} ago)"
     elif status["connected_since"]:
         since = ago(now - status["connected_since"])
         yield f"site {name}: connected to {status['coordinator']} for {since} (process {status['process']})"

@@ -27,7 +27,7 @@ from fedcore.learning.task import load_task
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
-from fedcore.secagg.protocol.job.site.release import PublicWord
+from fedcore.secagg.protocol.job.site.release import PublicRelease
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 from fedcore.secagg.purposes import PURPOSES
 
@@ -307,7 +307,7 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
 
     monkeypatch.setattr(SiteLink, "say", heard)
     if control:
-        monkeypatch.setattr(PublicWord, "may_give", lambda *_, **__: True)
+        monkeypatch.setattr(PublicRelease, "may_give", lambda *_, **__: True)
 
     async def play(found):
         giving(found, release="coordinator" if early else "sites")

@@ -330,10 +330,10 @@ def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, monkey
 
 def test_a_model_and_metrics_are_not_given_by_an_operator_who_thinks_better_of_it(tmp_path):
     found = planned(tmp_path)
-    found.job.parts.word.may_give(over=False)
+    found.job.parts.public.may_give(over=False)
     before = len(found.link.said)
     with pytest.raises(PolicyRefused, match=r"protect\.release"):
-        narrowed(found, public_metrics=True).job.parts.word.may_give(over=False)
+        narrowed(found, public_metrics=True).job.parts.public.may_give(over=False)
     narrow = narrowed(found)
     asyncio.run(released(narrow))
     assert "track.public_metrics" in narrow.job.part.last_error

@@ -70,7 +70,7 @@ class EpochDriver:
             yield from self._states.learn_group(install.epoch, secrets.group, installed=True)
             yield from rounds.step(site.NewEpoch(install.epoch, install.key_id), now)
             yield from rounds.keep_stage(rounds.stage)
-        yield from rounds.rest()
+        yield from rounds.send_status()
 
     def erase(self) -> Iterator[SiteEffect]:
         """Erase the secrets of all key epochs here, if there are any."""

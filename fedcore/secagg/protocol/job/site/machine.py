@@ -49,7 +49,7 @@ from fedcore.secagg.protocol.job.site.participation import (
     Participation,
     require,
 )
-from fedcore.secagg.protocol.job.site.release import CatchUp, PublicWord
+from fedcore.secagg.protocol.job.site.release import CatchUp, PublicRelease
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR
@@ -96,7 +96,7 @@ class Parts:
         self.rounds = RoundDriver(me, name, agreed, part, keys, states)
         self.epochs = EpochDriver(name, self.rounds, keys, states)
         self.catch_up = CatchUp(self.rounds, states)
-        self.word = PublicWord(me, agreed, self.rounds, states)
+        self.public = PublicRelease(me, agreed, self.rounds, states)
 
 
 class SiteJob:
@@ -215,7 +215,7 @@ class SiteJob:
                 if (
                     self.end.pending is not None
                 ):  # the request for the last state, or its answer, was lost
-                    yield from parts.rounds.rest()
+                    yield from parts.rounds.send_status()
                 yield from parts.rounds.step(event, now)
             case VectorReady() | CheckedSum() | SumGone():
                 if parts.rounds.is_round(event.header):
@@ -227,7 +227,7 @@ class SiteJob:
                     yield from self.part.show(problem)
                 parts.catch_up.lost(certificate)
             case Tracked():
-                yield from parts.word.measured(event)
+                yield from parts.public.measured(event)
             case epoch.SecretsMade():
                 yield from parts.epochs.step(event, now)
 
@@ -287,7 +287,7 @@ class SiteJob:
             yield from self._not_loaded(event, need, now)
             return
         if self.parts is None:
-            yield from self.part.say_survey()
+            yield from self.part.send_survey()
             yield Report("idle")
         yield from need
 
@@ -332,21 +332,21 @@ class SiteJob:
         elif self.part.left:
             yield from self.part.unable(job_messages.UNABLE)
         elif self.parts is not None:
-            yield from self._say_again(self.parts, now)
+            yield from self._resend(self.parts, now)
         elif self.part.survey is not None:
-            yield from self.part.say_survey()
+            yield from self.part.send_survey()
 
-    def _say_again(self, parts: Parts, now: float) -> Iterator[SiteEffect]:
+    def _resend(self, parts: Parts, now: float) -> Iterator[SiteEffect]:
         """Resend what the coordinator may not have received, or may have lost."""
         yield self._agreement(parts)
         yield from parts.epochs.step(epoch.Again(), now)
         if isinstance(parts.rounds.stage, site.Idle | site.Halted):
-            yield from parts.rounds.say_where()
+            yield from parts.rounds.resend_status()
         else:
             header = parts.rounds.stage.header.digest
             yield effects.Send(COORDINATOR, job_messages.InRound(self.id, self.me.id, header))
             yield from parts.rounds.step(site.SessionRestored(), now)
-        yield from parts.word.say_again()
+        yield from parts.public.resend()
 
     def _agreement(self, parts: Parts) -> effects.Send[job_messages.ToCoordinator]:
         agreed = job_messages.PlanAgreed(self.id, self.me.id, parts.agreed.plan.digest)
@@ -382,16 +382,16 @@ class SiteJob:
         assert not isinstance(message, job_messages.JobEnded | job_messages.JobOffer)
         match message:
             case job_messages.PlanOffer():  # the coordinator lost what it was told: its disk failed
-                yield from self._say_again(parts, now)
+                yield from self._resend(parts, now)
             case job_messages.CheckpointWanted():
                 yield from parts.catch_up.seal(message)
             case job_messages.CheckpointOffer():
-                yield from parts.rounds.look_for_own(message.certificate, now)
+                yield from parts.rounds.check_own_signature(message.certificate, now)
                 yield from parts.catch_up.offered(message)
             case job_messages.ModelWanted():
-                yield from parts.word.give(message, over=self.ended is not None)
+                yield from parts.public.give(message, over=self.ended is not None)
             case messages.Certificate():
-                yield from parts.rounds.look_for_own(message, now)
+                yield from parts.rounds.check_own_signature(message, now)
                 yield from parts.rounds.certified(message, now)
             case epoch.EpochCall() | epoch.EpochKeys() | epoch.Granted() | epoch.GrantRequest():
                 yield from parts.epochs.step(epoch.FromCoordinator(message), now)
@@ -450,7 +450,7 @@ class SiteJob:
                 ended.certificate and behind and not self.part.left
             ):  # it takes no model that it left for
                 self.end.pending = ended, at
-                yield from parts.rounds.rest()
+                yield from parts.rounds.send_status()
                 return
         yield StopMaking()
         if self.states.current is not None:

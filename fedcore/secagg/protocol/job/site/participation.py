@@ -174,7 +174,7 @@ class Participation:
         before = self._me.ledger.jobs_over(self.rows)
         require(self._me.policy.on_release(RowsInSum(self._job, before)))
 
-    def say_survey(self) -> Iterator[SiteEffect]:
+    def send_survey(self) -> Iterator[SiteEffect]:
         """Send the model's shape to the coordinator."""
         assert self.survey is not None
         yield Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))

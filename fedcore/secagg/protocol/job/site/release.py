@@ -73,7 +73,7 @@ class CatchUp:
             yield from self.rounds.step(site.CaughtUp(certificate, event.mac), now)
 
 
-class PublicWord:
+class PublicRelease:
     """The metrics and the model of a release, for the coordinator."""
 
     def __init__(
@@ -96,9 +96,9 @@ class PublicWord:
             self.said = public_metrics.told(
                 self._agreed.plan, event.certificate, self._me.id, event.row.everywhere_before
             )
-            yield from self.say_again()
+            yield from self.resend()
 
-    def say_again(self) -> Iterator[SiteEffect]:
+    def resend(self) -> Iterator[SiteEffect]:
         """Resend the last public metrics: they may not have arrived."""
         if self.said is not None:
             yield effects.Send(COORDINATOR, self.said)

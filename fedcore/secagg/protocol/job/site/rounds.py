@@ -174,7 +174,7 @@ class RoundDriver:
                 yield effects.Send(COORDINATOR, left)
             elif not self.in_round:
                 yield from self.step(site.Declined(header), now)
-                yield from self.rest()
+                yield from self.send_status()
 
     def _tag(self, header: RoundHeader) -> bytes:
         if self._keys.secrets is None:
@@ -196,7 +196,9 @@ class RoundDriver:
         else:
             yield from self.step(site.MessageFromCoordinator(certificate), now)
 
-    def look_for_own(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
+    def check_own_signature(
+        self, certificate: messages.Certificate, now: float
+    ) -> Iterator[SiteEffect]:
         """Look for a signature of this site under a round that its journal does not have: the folder was put back to
         an older state."""
         if self.in_round:
@@ -206,7 +208,7 @@ class RoundDriver:
                 said = certificate.statement(name, signature)
                 yield from self.step(site.OwnSignature(said, certificate.header), now)
 
-    def _look_for_other_keys(
+    def _check_own_keys(
         self, before: site.SiteStage, event: site.SiteEvent, now: float
     ) -> Iterator[SiteEffect]:
         """Look for keys of this site that it did not send: another process with its identity is in this round."""
@@ -267,7 +269,7 @@ class RoundDriver:
                 raise
             yield from self._part.note(error)
             yield from self.step(site.CheckFailed(error, self.sealed(str(error))), now)
-            yield from self._look_for_other_keys(before, event, now)
+            yield from self._check_own_keys(before, event, now)
             return
         left = self.in_round and not isinstance(after, site.IN_ROUND)
         ended = left or (isinstance(event, site.CaughtUp | site.OwnSignature) and bool(found))
@@ -275,12 +277,12 @@ class RoundDriver:
         yield from self._committed(found, after if ended else None)
         self.stage = after
         for effect in found:
-            yield from self._obeyed(effect)
+            yield from self._effect(effect)
         if ended:
             self.early = None  # or it would end the next round
             self.ended = True
             yield StopMaking()
-            yield from self.rest()
+            yield from self.send_status()
         elif isinstance(after, site.Stated) and self.early is not None:
             certificate, self.early = self.early, None
             if self.is_round(certificate.header.digest):
@@ -355,7 +357,7 @@ class RoundDriver:
         self._unwritten.clear()
         yield CloseRound({**(put or {}), "stage": encode(stage)})
 
-    def _obeyed(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
+    def _effect(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
         match effect:
             case effects.ShowNotice(notice=notice):
                 yield from self._shown(notice)
@@ -398,7 +400,7 @@ class RoundDriver:
         header = header_of(self.stage)
         return TidySpool(b"" if header is None else header.digest)
 
-    def rest(self) -> Iterator[SiteEffect]:
+    def send_status(self) -> Iterator[SiteEffect]:
         """Send this site's status between rounds."""
         if self._part.left:
             yield Report("idle")
@@ -409,7 +411,7 @@ class RoundDriver:
             yield effects.Send(COORDINATOR, where)
         yield Report("waiting")
 
-    def say_where(self) -> Iterator[SiteEffect]:
+    def resend_status(self) -> Iterator[SiteEffect]:
         """Send this site's status between rounds, or that it refused a release.
 
         The refusal may have been lost, and without it no new key epoch would come.
@@ -418,4 +420,4 @@ class RoundDriver:
             refusal = messages.Leave(bytes(32), self._me.id, messages.RELEASE_REFUSED)
             yield effects.Send(COORDINATOR, refusal)
         else:
-            yield from self.rest()
+            yield from self.send_status()
