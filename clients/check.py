@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
@@ -33,7 +33,7 @@ from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.status import runs
-from fedcore_clients.tls import open_channel
+from fedcore_clients.tls import call_unary, open_channel
 
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
@@ -282,15 +282,11 @@ def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Wel
 
 
 async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frames.Welcome:
-    call = calls.CHECK
     channel = open_channel(
         papers.kit, config.host, config.port, proxy=config.through, options=calls.LENGTHS
     )
     try:
-        begin: Any = channel.unary_unary(call.path)
-        return call.gives.unpack(
-            await begin(call.takes.pack(hello), timeout=SECONDS), sender="coordinator"
-        )
+        return await call_unary(channel, calls.CHECK, hello, SECONDS)
     except grpc.aio.AioRpcError as error:
         found = told(error.code().name, error.details() or "")
         raise found or Refused(

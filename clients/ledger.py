@@ -19,7 +19,7 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -59,12 +59,7 @@ class Exposure:
 
     @classmethod
     def of(
-        cls,
-        header: RoundHeader,
-        survivors: Iterable[SiteId],
-        *,
-        rows: str,
-        columns: Iterable[str],
+        cls, header: RoundHeader, survivors: Iterable[SiteId], *, rows: str, columns: Iterable[str]
     ) -> Exposure:
         """The exposure of a round, now."""
         named = tuple(columns) if of_columns(header.purpose) else ()
@@ -251,11 +246,11 @@ def read_ledger(folder: Path) -> list[Exposure]:
     return list(_parsed(path, data)[0].values())
 
 
-def ledger_lines(entries: Iterable[Exposure]) -> Iterator[str]:
+def ledger_lines(entries: Sequence[Exposure]) -> Iterator[str]:
     """The entries in words, one line each."""
-    nothing = True
+    if not entries:
+        yield "nothing was released of this site's rows"
     for each in entries:
-        nothing = False
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.at))
         sites = ", ".join(each.survivors) or f"not known, of {', '.join(each.cohort)}"
         end = (
@@ -265,5 +260,3 @@ def ledger_lines(entries: Iterable[Exposure]) -> Iterator[str]:
             f"{when}  {each.purpose} (round {each.training_round})  job {each.job}, number {each.round}, "
             f"plan {each.plan[:16]}  rows {each.rows[:16]}  sites {sites}  {end}"
         )
-    if nothing:
-        yield "nothing was released of this site's rows"

@@ -121,7 +121,7 @@ def _program(name: str) -> str:
     return found
 
 
-def _bwrap(config: SiteConfig, hide: tuple[Path, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _bwrap(config: SiteConfig, hide: tuple[Path, ...]) -> tuple[str, ...]:
     covers: list[str] = []
     for path in _fixed(config):
         covers += ["--ro-bind", str(path), str(path)]
@@ -132,19 +132,18 @@ def _bwrap(config: SiteConfig, hide: tuple[Path, ...]) -> tuple[tuple[str, ...],
         _program("bwrap"), "--dev-bind", "/", "/", "--proc", "/proc", *covers,
         "--unshare-user", "--unshare-pid", "--unshare-ipc", *net,
         "--cap-drop", "ALL", "--die-with-parent", "--",
-    ), ()  # fmt: skip
+    )  # fmt: skip
 
 
-def _unshare(config: SiteConfig, hide: tuple[Path, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _unshare(config: SiteConfig) -> tuple[str, ...]:
     net = () if config.task_network else ("--net",)
-    prefix = (
+    return (
         _program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc",
         "--kill-child", "--ipc", *net, "--",
     )  # fmt: skip
-    return prefix, (*_each("--fix", _fixed(config)), *_each("--hide", hide))
 
 
-def _user(config: SiteConfig, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _user(config: SiteConfig, name: str) -> tuple[str, ...]:
     try:
         found = pwd.getpwnam(name)
     except KeyError:
@@ -161,18 +160,19 @@ def _user(config: SiteConfig, name: str) -> tuple[tuple[str, ...], tuple[str, ..
     return (
         *net, _program("setpriv"), f"--reuid={found.pw_uid}", f"--regid={found.pw_gid}", "--init-groups",
         "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--",
-    ), ()  # fmt: skip
+    )  # fmt: skip
 
 
 def _method(config: SiteConfig, name: str) -> Sandbox:
     """A method that works here. Raises BadInput, Unavailable."""
-    hide = hidden(config)
+    hide, confine = hidden(config), tuple[str, ...]()
     if name == "bwrap":
-        prefix, confine = _bwrap(config, hide)
+        prefix = _bwrap(config, hide)
     elif name == "unshare":
-        prefix, confine = _unshare(config, hide)
+        prefix = _unshare(config)
+        confine = (*_each("--fix", _fixed(config)), *_each("--hide", hide))
     else:
-        prefix, confine = _user(config, name.removeprefix("user:"))
+        prefix = _user(config, name.removeprefix("user:"))
     secret = (config.identity, config.kit / KEY_FILE, config.folder)
     looks = (*_each("--probe", secret), *_each("--need", sorted(_needed(config))))
     _probe(name, (*prefix, *_python(CONFINE, *confine, *looks)))

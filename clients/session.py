@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, assert_never
+from typing import Any, assert_never
 
 import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.context import Offline
-from fedcore_clients.tls import open_channel
+from fedcore_clients.tls import call_unary, open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.identity.kit import Kit
@@ -53,8 +53,6 @@ from fedcore.wire.limits import INLINE
 from fedcore.wire.records import pack_record
 
 LOG = logging.getLogger("fedcore.site.session")
-Q = TypeVar("Q")
-A = TypeVar("A")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """Seconds between attempts: doubled each time, and drawn between half and all of that."""
@@ -289,7 +287,7 @@ class Session:
         with self._of_the_session("upload"):
             while True:
                 channel = self._open()
-                found = await _unary(channel, calls.UPLOAD_OFFSET, start)
+                found = await call_unary(channel, calls.UPLOAD_OFFSET, start)
                 if found.complete:
                     return
                 start = replace(start, offset=found.offset)
@@ -371,9 +369,3 @@ async def _frames(start: UploadStart, path: Path) -> AsyncIterator[bytes]:
         frames = chunks.upload(start, file)
         while (frame := await asyncio.to_thread(next, frames, None)) is not None:
             yield frame
-
-
-async def _unary(channel: grpc.aio.Channel, call: calls.Call[Q, A], asked: Q) -> A:
-    begin: Any = channel.unary_unary(call.path)
-    answer = await begin(call.takes.pack(asked))
-    return call.gives.unpack(answer, sender="coordinator")

@@ -8,7 +8,7 @@ finds out why a connection fails where gRPC gives no reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +18,10 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
 from fedcore.identity.preflight import channel_target
 from fedcore.identity.verify import refusal_from
+from fedcore.wire import calls
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
@@ -56,3 +60,12 @@ def refusal(error: grpc.aio.AioRpcError) -> CertificateRefused | None:
     if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
         return None
     return refusal_from(error.details() or "")
+
+
+async def call_unary(
+    channel: grpc.aio.Channel, call: calls.Call[Q, A], asked: Q, seconds: float | None = None
+) -> A:
+    """The coordinator's answer to one request. Raises AioRpcError and MalformedMessage."""
+    begin: Any = channel.unary_unary(call.path)
+    answer = await begin(call.takes.pack(asked), timeout=seconds)
+    return call.gives.unpack(answer, sender="coordinator")

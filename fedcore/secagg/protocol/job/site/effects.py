@@ -189,7 +189,7 @@ class Tracked:
     row: SiteRow
 
 
-RoundWork = VectorReady | CheckedSum | SumGone | WorkFailed
+RoundResult = VectorReady | CheckedSum | SumGone | WorkFailed
 
 SiteEvent = (
     Started
@@ -200,7 +200,7 @@ SiteEvent = (
     | Approved
     | RowsLoaded
     | LoadFailed
-    | RoundWork
+    | RoundResult
     | CheckpointReady
     | CheckpointLost
     | Tracked

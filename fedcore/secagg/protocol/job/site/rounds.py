@@ -23,7 +23,7 @@ from fedcore.secagg.protocol.job.site.effects import (
     EnterRelease,
     Expose,
     Report,
-    RoundWork,
+    RoundResult,
     SiteEffect,
     StopMaking,
     SumGone,
@@ -221,7 +221,7 @@ class RoundDriver:
 
     # ------------------------------------------------------------------- what background work did
 
-    def work_done(self, done: RoundWork, now: float) -> Iterator[SiteEffect]:
+    def work_done(self, done: RoundResult, now: float) -> Iterator[SiteEffect]:
         """The result of work for the round at hand."""
         match done:
             case VectorReady(header, made, marks=marks):
