@@ -76,7 +76,7 @@ def test_it_computes_what_the_library_computes_and_survives_its_own_death():
     for found in (one, two):
         assert np.array_equal(found[0], fields)
         assert {name: list(map(int, values)) for name, values in wides.items()} == found[1]
-    assert row == expected and row["alone"]["auc"] is not None
+    assert row.to_json() == expected and row.alone["auc"] is not None
 
 
 @pytest.mark.parametrize(
