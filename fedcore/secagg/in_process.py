@@ -11,10 +11,11 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import numpy as np
 
@@ -266,13 +267,15 @@ class CoordinatorDriver:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
-class SumEngine(Protocol):
+class SumEngine(ABC):
     """How the vectors of one step are summed."""
 
+    plan: RoundPlan
+
     @property
+    @abstractmethod
     def sealer(self) -> Sealer:
         """A site's sealer, to see what it can open."""
-        ...
 
     def sum(
         self,
@@ -294,7 +297,13 @@ class SumEngine(Protocol):
         many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
         ChunkRefused otherwise, and what `lead` raises, with nothing of the sum used.
         """
-        ...
+        layout = Layout(spec, self.plan.packing, len(self.plan.sites))
+        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
+        return self._total(current, training_round)
+
+    @abstractmethod
+    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:
+        """`sum`, of a round that is laid out."""
 
 
 def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
@@ -302,32 +311,23 @@ def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
     return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
 
 
-class PlainSum:
+class PlainSum(SumEngine):
     """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
 
     def __init__(self, plan: RoundPlan) -> None:
-        self.plan, self.sealer = plan, PlainSealer(plan.packing)
+        self.plan = plan
 
-    def sum(
-        self,
-        spec: VectorSpec,
-        training_round: int,  # noqa: ARG002 - there is no header that names it
-        contribute: Contribute,
-        state: bytes,
-        watch: Stopwatch,
-        *,
-        lead: Lead | None = None,
-        absences: Absences | None = None,
-        witness: RoundTrace | None = None,
-    ) -> ProtectedTotal:
-        """`SumEngine.sum`."""
-        plan, sealer = self.plan, self.sealer
-        layout = Layout(spec, plan.packing, len(plan.sites))
-        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
+    @property
+    def sealer(self) -> Sealer:
+        """`SumEngine.sealer`."""
+        return PlainSealer(self.plan.packing)
+
+    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:  # noqa: ARG002 - no header
+        plan, sealer, watch, layout = self.plan, self.sealer, current.watch, current.layout
         left = outcome(plan.sites, plan.threshold, current.absences)
         survivors = tuple(map(plan.sites.index, left))
         fold = PlainFold(plan.packing, layout.slots)
-        for index, content in contribute(survivors):
+        for index, content in current.contribute(survivors):
             slots = current.pack(index, content, None)
             with watch("protect"):
                 chunks = list(sealer.protect(slots))
@@ -349,7 +349,7 @@ Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
 """A message on its way: of a site to the coordinator, or to this site."""
 
 
-class InProcessFederation:
+class InProcessFederation(SumEngine):
     """All parties of one job in this process, from their key epoch to the last round.
 
     entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.
@@ -431,24 +431,10 @@ class InProcessFederation:
 
     # ------------------------------------------------------------------------------------ rounds
 
-    def sum(
-        self,
-        spec: VectorSpec,
-        training_round: int,
-        contribute: Contribute,
-        state: bytes,
-        watch: Stopwatch,
-        *,
-        lead: Lead | None = None,
-        absences: Absences | None = None,
-        witness: RoundTrace | None = None,
-    ) -> ProtectedTotal:
-        """`SumEngine.sum`, by one protected round."""
-        layout = Layout(spec, self.plan.packing, len(self.plan.sites))
-        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
-        header = self._header(spec, training_round)
-        with watch("protect"):
-            current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, state)
+    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:
+        header = self._header(current.layout.spec, training_round)
+        with current.watch("protect"):
+            current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, current.state)
         exchange = _Exchange(self, current)
         try:
             exchange.run(header)
