@@ -31,15 +31,12 @@ def read_toml(model: type[S], path: Path, *, paths: Collection[str], **more: Any
     Raises BadInput and UnknownName.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(
-            f"{path}: found no such file", remedy="`fedcore up` writes one to start from"
-        ) from error
-    except OSError as error:
-        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: it cannot be read as TOML ({error})") from error
+        tables = read_tables(path)
+    except BadInput as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        remedy = "`fedcore up` writes one to start from"
+        raise BadInput(f"{path}: found no such file", remedy=remedy) from error
     here = path.resolve().parent
     for key in paths:
         if isinstance(tables.get(key), str):
@@ -51,6 +48,16 @@ def read_toml(model: type[S], path: Path, *, paths: Collection[str], **more: Any
         return model.model_validate({**tables, **more})
     except ValidationError as error:
         raise _refused(model, path, error) from error
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises BadInput if it cannot be read, or not as TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: it cannot be read as TOML ({error})") from error
 
 
 def _refused(model: type[Section], path: Path, error: ValidationError) -> BadInput:

@@ -16,7 +16,6 @@ import base64
 import binascii
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fedcore.files import write_atomic
 from fedcore.identity.kit import key_pem, read_key, write_private
 from fedcore.identity.peer import check_name
 from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
+from fedcore.toml import read_tables
 from fedcore.types import SiteId
 
 IDENTITY_FILE = "identity.pem"
@@ -63,12 +63,7 @@ def write_roster(path: Path, roster: Mapping[SiteId, bytes]) -> None:
 
 def read_roster(path: Path) -> dict[SiteId, bytes]:
     """{site: 32-byte public key}, in the file's order. Raises BadInput that names the entry."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: it cannot be read as TOML ({error})") from error
+    found = read_tables(path)
     sites = found.get("sites")
     if set(found) != {"sites"} or not isinstance(sites, dict):
         raise BadInput(

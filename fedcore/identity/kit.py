@@ -122,12 +122,17 @@ def write_private(path: Path, secret: SecretBytes) -> None:
         raise BadInput(f"{path}: it cannot be written ({error.strerror})") from error
 
 
-def _bytes(path: Path) -> bytes:
+def read_limited(path: Path, expected: str) -> bytes:
+    """A file of at most _LARGEST bytes. expected: what it should be. Raises BadInput."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
     except OSError as error:
         raise BadInput(f"{path}: it cannot be read ({error.strerror})") from error
     if len(data) > _LARGEST:
-        raise BadInput(f"{path}: found more than {_LARGEST} bytes, expected a certificate or a key")
+        raise BadInput(f"{path}: found more than {_LARGEST} bytes, expected {expected}")
     return data
+
+
+def _bytes(path: Path) -> bytes:
+    return read_limited(path, "a certificate or a key")

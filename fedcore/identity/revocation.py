@@ -15,12 +15,12 @@ import re
 from pathlib import Path
 
 from fedcore.errors import BadInput, CertificateRefused
+from fedcore.identity.kit import read_limited
 from fedcore.identity.peer import Peer
 
 EMPTY = b"# serial numbers or SHA-256 fingerprints of withdrawn certificates, one a line\n"
 """A list without entries. An empty file is refused: an editor may be about to write it."""
 
-_LARGEST = 1 << 20
 _FINGERPRINT_DIGITS = 64
 _ENTRY = re.compile(f"[0-9a-f]{{1,40}}|[0-9a-f]{{{_FINGERPRINT_DIGITS}}}")
 """A serial number has at most 20 bytes (RFC 5280 section 4.1.2.2), a fingerprint 32."""
@@ -70,33 +70,31 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _parse(path: Path) -> frozenset[str]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-        text = data.decode()
-    except OSError as error:
-        raise _trouble(path, f"it cannot be read ({error.strerror})") from error
+        text = read_limited(path, "a list of serial numbers").decode()
+    except BadInput as error:
+        raise _trouble(str(error)) from error
     except UnicodeDecodeError:
-        raise _trouble(path, "found bytes that are no text, expected UTF-8") from None
-    if len(data) > _LARGEST:
-        raise _trouble(path, f"found more than {_LARGEST} bytes, expected a list of serial numbers")
+        raise _trouble(f"{path}: found bytes that are no text, expected UTF-8") from None
     if not text.endswith("\n"):
-        raise _trouble(path, "found no end of line at its end, expected a file written to its end")
+        raise _trouble(
+            f"{path}: found no end of line at its end, expected a file written to its end"
+        )
     revoked = set()
     for number, line in enumerate(text.split("\n"), start=1):
         entry = line.partition("#")[0].strip().replace(":", "").lower()
         if not entry:
             continue
         if not _ENTRY.fullmatch(entry):
-            found = f"line {number}: found {line.strip()[:80]!r}"
+            found = f"{path}: line {number}: found {line.strip()[:80]!r}"
             expected = "a serial number or a SHA-256 fingerprint in hexadecimal"
-            raise _trouble(path, f"{found}, expected {expected}")
+            raise _trouble(f"{found}, expected {expected}")
         is_fingerprint = len(entry) == _FINGERPRINT_DIGITS
         revoked.add(entry if is_fingerprint else f"{int(entry, 16):x}")
     return frozenset(revoked)
 
 
-def _trouble(path: Path, found: str) -> BadInput:
+def _trouble(found: str) -> BadInput:
     return BadInput(
-        f"{path}: {found}; the list read before stays in force",
+        f"{found}; the list read before stays in force",
         remedy="write a new file beside it and rename it; a list of nobody is one comment line",
     )

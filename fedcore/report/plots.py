@@ -42,26 +42,21 @@ DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)))
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "axes.unicode_minus": True,
     "font.family": "sans-serif",
     "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["rule"],
-    "axes.labelcolor": COLOURS["muted"],
     "axes.titlesize": 9,
     "axes.titlecolor": COLOURS["ink"],
     "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"],
     "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["rule"],
-    "ytick.color": COLOURS["rule"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
+    **dict.fromkeys(("axes.grid", "axes.axisbelow", "axes.unicode_minus"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(
+        ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), COLOURS["rule"]
+    ),
+    **dict.fromkeys(
+        (f"{axis}.labelcolor" for axis in ("axes", "xtick", "ytick")), COLOURS["muted"]
+    ),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
 }
 
 Finished = tuple[Result, Sequence[RoundRow]]

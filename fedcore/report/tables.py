@@ -212,15 +212,14 @@ def _site_mean(result: Result) -> SiteResult:
     arms = ("local_only", "federated")
     if isinstance(result, RunResult) and result.site_mean:
         return SiteResult(arms={arm: result.site_mean.get(arm, {}) for arm in arms})
-    mean: dict[str, dict[str, float | None]] = {arm: {} for arm in arms}
-    for arm, means in mean.items():
-        for metric in result.metrics:
-            found = [result.site_score(site, arm, metric) for site in result.per_site]
-            known = [value for value in found if value is not None]
-            # A mean over some of the sites would not compare with one over all of them.
-            whole = known and len(known) == len(found)
-            means[metric] = sum(known) / len(known) if whole else None
-    return SiteResult(arms=mean)
+
+    def mean(arm: str, metric: str) -> float | None:
+        found = [result.site_score(site, arm, metric) for site in result.per_site]
+        known = [value for value in found if value is not None]
+        # A mean over some of the sites would not compare with one over all of them.
+        return sum(known) / len(known) if known and len(known) == len(found) else None
+
+    return SiteResult(arms={arm: {m: mean(arm, m) for m in result.metrics} for arm in arms})
 
 
 def sources(results: Sequence[Result]) -> list[Grid]:
