@@ -10,7 +10,6 @@ release that is certified, and its model after the last round (PROTOCOL R).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 from fedcore.secagg.plan import ModelShape, Wide
 from fedcore.secagg.protocol.epoch import CoordinatorEpochMessage, SiteEpochMessage
@@ -39,7 +38,6 @@ OUTCOMES = ("finished", "abandoned", "stopped", "failed")
 
 
 @record("JobOffer")
-@dataclass(frozen=True)
 class JobOffer:
     """Coordinator to sites: a job begins. settings: canonical JSON of the job file's tables."""
 
@@ -50,7 +48,6 @@ class JobOffer:
 
 
 @record("Survey")
-@dataclass(frozen=True)
 class SiteSurvey:
     """A site found the task, loaded its rows and built the model: this is its shape."""
 
@@ -60,7 +57,6 @@ class SiteSurvey:
 
 
 @record("Unable")
-@dataclass(frozen=True)
 class SiteUnavailable:
     """A site cannot take part, or not any more. reason: one of REASONS."""
 
@@ -70,7 +66,6 @@ class SiteUnavailable:
 
 
 @record("PlanOffer")
-@dataclass(frozen=True)
 class PlanOffer:
     """Coordinator to sites: the plan, as canonical JSON. A site compares it with its own."""
 
@@ -79,7 +74,6 @@ class PlanOffer:
 
 
 @record("PlanAgreed")
-@dataclass(frozen=True)
 class PlanAgreed:
     """A site found the same plan itself."""
 
@@ -89,7 +83,6 @@ class PlanAgreed:
 
 
 @record("AtRest")
-@dataclass(frozen=True)
 class SiteStatus:
     """A site is between rounds and stands here: key epoch, hash of its last certificate, last round.
 
@@ -104,7 +97,6 @@ class SiteStatus:
 
 
 @record("InRound")
-@dataclass(frozen=True)
 class InRound:
     """A site with a new connection is in this round still. header: the digest of the round's header.
 
@@ -117,7 +109,6 @@ class InRound:
 
 
 @record("CheckpointWanted")
-@dataclass(frozen=True)
 class CheckpointWanted:
     """Coordinator to a site that has the state of this certificate: seal it for those that missed it."""
 
@@ -126,7 +117,6 @@ class CheckpointWanted:
 
 
 @record("CheckpointSealed")
-@dataclass(frozen=True)
 class CheckpointSealed:
     """A site uploaded the sealed state of this certificate."""
 
@@ -138,7 +128,6 @@ class CheckpointSealed:
 
 
 @record("CheckpointOffer")
-@dataclass(frozen=True)
 class CheckpointOffer:
     """Coordinator to a site that missed a release: its certificate, and the sealed state to download."""
 
@@ -149,7 +138,6 @@ class CheckpointOffer:
 
 
 @record("PublicMetric")
-@dataclass(frozen=True)
 class PublicMetric:
     """One metric over all sites of a release. value: the 8 bytes of a float, or None where the sums
     leave it undefined."""
@@ -159,7 +147,6 @@ class PublicMetric:
 
 
 @record("PublicMetrics")
-@dataclass(frozen=True)
 class PublicMetrics:
     """A site applied the release of this certificate: the metrics that its sums give, in the plan's order.
 
@@ -175,7 +162,6 @@ class PublicMetrics:
 
 
 @record("ModelWanted")
-@dataclass(frozen=True)
 class ModelWanted:
     """Coordinator to a site, after the last round, under a plan that gives it the model: say which file
     the release of this certificate leads to (digest empty), or upload the file of this digest."""
@@ -186,7 +172,6 @@ class ModelWanted:
 
 
 @record("ModelMade")
-@dataclass(frozen=True)
 class ModelMade:
     """The file that the release of this certificate leads to: the same bytes at every site.
 
@@ -200,7 +185,6 @@ class ModelMade:
 
 
 @record("KeysErased")
-@dataclass(frozen=True)
 class KeysErased:
     """A site was asked to pass the key epoch of an ended job on to `wanted`, and has erased it (PROTOCOL V)."""
 
@@ -215,7 +199,6 @@ def model_upload(certificate: str) -> bytes:
 
 
 @record("JobEnded")
-@dataclass(frozen=True)
 class JobEnded:
     """Coordinator to sites: no further round of this job. outcome: one of OUTCOMES.
 

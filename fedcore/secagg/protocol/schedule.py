@@ -8,7 +8,6 @@ stand for the same step, so a site's rows enter each kind of sum once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fedcore.errors import HeaderRefused
 from fedcore.secagg.plan import RoundHeader, RoundPlan
@@ -18,7 +17,6 @@ from fedcore.secagg.purposes import PURPOSES, Purpose, purpose_of, trains
 
 
 @record("Step")
-@dataclass(frozen=True)
 class PlannedRound:
     """One round to come. training_round: 0 before the first, rounds + 1 for the metrics-only one."""
 

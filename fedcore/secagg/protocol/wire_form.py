@@ -19,9 +19,17 @@ import hashlib
 import struct
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -46,21 +54,25 @@ MAX_DEPTH = 12
 R = TypeVar("R")
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(name: str) -> Callable[[type[R]], type[R]]:
-    """Give a frozen dataclass a byte form under a name that no later version changes.
+    """Make a class a frozen dataclass with a byte form under a name that no later version changes.
 
-    The decorator raises TypeError for a name that is taken, and for a class that has one already or is
-    no dataclass. Fields with the metadata `byte_form: False` are left out.
+    A class that is a dataclass already stays as it is. The decorator raises TypeError for a name that is
+    taken, and for a class that has one. Fields with the metadata `byte_form: False` are left out.
     """
 
     def register(cls: type[R]) -> type[R]:
-        if name in _TYPES or cls in _FORMS or not is_dataclass(cls):
-            raise TypeError(f"record {name!r}: expected a dataclass, and a name that is not taken")
+        if name in _TYPES or cls in _FORMS:
+            raise TypeError(f"record {name!r}: expected a name that is not taken, for one class")
+        form: type[Any] = (
+            cls if "__dataclass_fields__" in vars(cls) else dataclass(frozen=True)(cls)
+        )
         label = name.encode()
-        written = tuple(f.name for f in fields(cls) if f.metadata.get("byte_form", True))
-        _FORMS[cls] = _Form(name, b"RS" + _LENGTH(len(label)) + label, written)
-        _TYPES[name] = cls
-        return cls
+        written = tuple(f.name for f in fields(form) if f.metadata.get("byte_form", True))
+        _FORMS[form] = _Form(name, b"RS" + _LENGTH(len(label)) + label, written)
+        _TYPES[name] = form
+        return form
 
     return register
 
