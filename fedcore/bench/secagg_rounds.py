@@ -102,7 +102,7 @@ def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
 
     def tap(to: str, message: messages.RoundMessage) -> None:
         if isinstance(message, messages.SiteMessage):
-            up[messages.site_of(message)] += len(encode(message))
+            up[message.site] += len(encode(message))
         else:
             down[to] += len(encode(message))
 

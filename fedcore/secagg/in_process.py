@@ -641,7 +641,7 @@ class _Exchange:
             self.hub.submits[message.site] = message
             self._uploaded(message.site)
             return
-        self._hub_step(coordinator.MessageFromSite(messages.site_of(message), message))
+        self._hub_step(coordinator.MessageFromSite(message.site, message))
 
     def _uploaded(self, name: SiteId) -> None:
         """Signed submission and chunks are both there."""

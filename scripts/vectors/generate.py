@@ -146,7 +146,7 @@ class _Taped(_Exchange):
         return super()._absent(shell, message)
 
     def _to_hub(self, message: Any) -> None:
-        sender = messages.site_of(message)
+        sender = message.site
         self.tape.append(Sent(sender, messages.COORDINATOR, message, self.hub.stage))
         super()._to_hub(message)
 

@@ -21,8 +21,8 @@ from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.protocol import shared
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
-from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.round.site import releasing, sharing
+from fedcore.secagg.protocol.round import coordinator, masks, site
+from fedcore.secagg.protocol.round.site import releasing
 from fedcore.secagg.protocol.wire_form import encode
 
 
@@ -68,13 +68,13 @@ def without_header(monkeypatch, *names):
         def derive(*args, header, real=real, **rest):
             return real(*args, header=b"", **rest)
 
-        patch_machine(monkeypatch, site, name, derive)
+        monkeypatch.setattr(masks, name, derive)
 
 
 def one_offered_value(monkeypatch):
     """What the offers carried is the same in both rounds: here only the pair's own derivation is asked."""
-    patch_machine(monkeypatch, site, "pair_secret", lambda *_, **__: b"r" * 32)
-    patch_machine(monkeypatch, site, "open_offer", lambda *_, **__: b"r" * 32)
+    monkeypatch.setattr(masks, "pair_secret", lambda *_, **__: b"r" * 32)
+    monkeypatch.setattr(masks, "open_offer", lambda *_, **__: b"r" * 32)
 
 
 def test_masks_of_two_rounds_of_one_snapshot_are_unrelated():
@@ -93,9 +93,9 @@ def test_what_an_offer_carries_is_of_its_round(bound, monkeypatch):
     made = []
     if not bound:
         without_header(monkeypatch, "pair_secret")
-    real = sharing.pair_secret
-    patch_machine(
-        monkeypatch, site, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+    real = masks.pair_secret
+    monkeypatch.setattr(
+        masks, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     first = snapshots(World()).advance("submit")
     second_round(first, "submit")
@@ -230,7 +230,7 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
     )
 
     # The control: with the digests unchecked as well, cat holds bob's shares twice.
-    patch_machine(monkeypatch, site, "share_digest", lambda *_: b"")
+    monkeypatch.setattr(shared, "share_digest", lambda *_: b"")
     patch_machine(monkeypatch, site, "digest", lambda *_: b"")
     unsigned = copied_envelopes(world)
     blank = tuple(

@@ -129,7 +129,7 @@ def test_a_grant_under_another_header(what, monkeypatch):
     assert epochs.refused("s02", lie, StaleEpoch, match="another one") == "s00"
     mixed = epoch.FromCoordinator(replace(lie.message, granter=epochs.stages["s00"].key))
     assert epochs.refused("s02", mixed, StaleEpoch, match="another one") == "s00"
-    patch_machine(monkeypatch, epoch, "same_epoch", lambda *_: None)
+    patch_machine(monkeypatch, epoch, "check_epoch", lambda *_: None)
     assert epochs.refused("s02", lie, EnvelopeRefused, match="does not open") == "s00"
     patch_machine(monkeypatch, epoch, "_context", lambda header, *rest: encode(rest))
     installs(epochs, "s02", lying_grant(epochs, "s00", "s02", header=header))
@@ -226,7 +226,7 @@ def test_one_identity_under_two_names_of_the_roster(monkeypatch):
     epochs.members["s01"] = twice
     assert epochs.refused("s01", call, RosterRefused, match="key of s02") == "s03"
     with monkeypatch.context() as without:
-        patch_machine(without, epoch, "roster_digest", lambda _: epochs.header().pins)
+        patch_machine(without, site, "roster_digest", lambda _: epochs.header().pins)
         stage, _ = epoch.step_site(twice, epochs.stages["s01"], call)
         assert isinstance(stage, epoch.Offered)
     epochs.members["s01"] = honest

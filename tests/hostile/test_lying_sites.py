@@ -154,7 +154,7 @@ def test_keys_and_shares_of_another_round_or_malformed(monkeypatch):
     head = world.signed("ann", world.shares["ann"].head, header=b"o" * 32)
     late = coordinator.MessageFromSite("ann", replace(world.shares["ann"], head=head))
     hub.refuses(late, HeaderRefused, fault="ann")
-    patch_machine(monkeypatch, coordinator, "check_header", lambda *_: None)
+    monkeypatch.setattr(shared, "check_header", lambda *_: None)
     hub.step(late)
 
 
@@ -327,9 +327,9 @@ def test_a_site_whose_shares_rebuild_another_secret(what, monkeypatch):
     assert any(isinstance(e, Warn) and "fault: bob" in e.text for e in found)
     assert not any(isinstance(e, RemoveMasks) for e in found)
     hub.stage = control
-    check = "_self_mask" if what == "self_seed_hash" else "_checked_root"
+    check = "_check_self_seed" if what == "self_seed_hash" else "_checked_root"
     patch_machine(monkeypatch, coordinator, check, lambda *_: (SecretBytes(bytes(32)), 1))
-    patch_machine(monkeypatch, coordinator, "_pairwise", lambda *_: (SecretBytes(bytes(32)), 1))
+    patch_machine(monkeypatch, coordinator, "pair_mask", lambda *_: (SecretBytes(bytes(32)), 1))
     assert any(isinstance(e, RemoveMasks) for e in hub.step(event))
 
 

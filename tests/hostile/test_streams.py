@@ -31,7 +31,7 @@ from fedcore.secagg.plan import (
     VectorSpec,
     Wide,
 )
-from fedcore.secagg.protocol import messages, shared
+from fedcore.secagg.protocol import effects, messages, shared
 from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming
@@ -87,7 +87,7 @@ def believing(monkeypatch):
         def taken(move, _, found):
             move.record(record(getattr(found, "submit", found)))
             if kind is Collecting:
-                move.do(coordinator.FoldUpload(found.submit))
+                move.do(effects.FoldUpload(found.submit))
 
         monkeypatch.setitem(MOVES[kind], message, (taken, MOVES[kind][message][1]))
 

@@ -183,7 +183,7 @@ class Parties:
             if self.stages[HUB] is stage:
                 self.come_back(choose)
         for name in self.sites:
-            if site.waits(self.stages[name]):
+            if isinstance(self.stages[name], site.Waiting):
                 self.now = max(self.now, self.stages[name].until)
                 self.step(name, site.Tick())
             elif isinstance(self.stages[name], site.IN_ROUND):  # it hears that the round is over

@@ -1,7 +1,7 @@
-"""What a machine asks its shell to do, in the order in which it must be done (PROTOCOL D).
+"""The effects of a machine, to be carried out by its driver in this order (PROTOCOL D).
 
-Invariant: a `Persist` stands before every `Send` or `Upload` that relies on it, and the shell does not
-go on to the next effect before the last one is done (for `Persist`: on disk). Secrets are in `Persist`
+Invariant: a `Persist` stands before every `Send` or `Upload` that relies on it, and the driver does not
+start an effect before the last one is done (for `Persist`: on disk). Secrets are in `Persist`
 and in `MakeVector` and `RemoveMasks`, which stay in the process; never in a `Send`.
 """
 
@@ -39,7 +39,7 @@ class Send(Generic[Message_co]):
 
 @dataclass(frozen=True)
 class Warn:
-    """Something a person should know; it stays in the site's own log."""
+    """Write a warning to the local log."""
 
     text: str
 
@@ -49,7 +49,7 @@ class Warn:
 
 @dataclass(frozen=True)
 class MakeVector:
-    """Train, quantise, pack, tag, add the masks, encrypt, spool; then tell `VectorMade`."""
+    """Train, quantise, pack, tag, add the masks, encrypt, spool; the result is `VectorMade`."""
 
     header: RoundHeader
     state_tag: bytes
@@ -65,7 +65,8 @@ class Upload:
 
 @dataclass(frozen=True)
 class OpenSum:
-    """Download, decrypt, check the tag against the survivors, and tell `SumOpened` or `SumRefused`.
+    """Download, decrypt, check the tag against the survivors; the result is `SumOpened` or
+    `CheckFailed`.
 
     salts: of the survivors' keystreams, in their order; each b"" under any other cipher.
     """
@@ -118,7 +119,8 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class RemoveMasks:
-    """Subtract these masks from the running sum (none under `encrypted`), then tell `SumReady`."""
+    """Subtract these masks from the running sum (none under `encrypted`); the result is
+    `SumReady`."""
 
     header: RoundHeader
     survivors: tuple[SiteId, ...]

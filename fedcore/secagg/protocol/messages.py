@@ -1,8 +1,8 @@
-"""What the two roles say to each other in a round, in the order in which they say it.
+"""The messages of a round, in the order in which they are sent.
 
-`header` is h, the digest of the round header, in every message. Signatures are Ed25519 over the
-record's name and the message's byte form without them (PROTOCOL C). Invariant: no field of a message holds a
-secret in clear; bulk vectors are named by size and digest and travel elsewhere.
+`header` is h, the digest of the round header, in every message. Signatures are Ed25519 over the record's
+name and the message's byte form with an empty signature (PROTOCOL C). Invariant: no field holds a secret in
+clear; vectors are named by size and digest, and uploaded apart.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ COORDINATOR = "coordinator"
 # ------------------------------------------------------------------------------------ from a site
 
 
-@record("Keys")
 @dataclass(frozen=True)
-class Keys:
+class FromOneSite:
+    """Sent by `site`. header: the digest of the header of its round, or of its key epoch."""
+
+    header: bytes
+    site: SiteId
+
+
+@record("Keys")
+class Keys(FromOneSite):
     """A site joins: its public keys of this round, and what it starts from.
 
     self_seed_hash: SHA-256 of the self-seed, so that a rebuilt one can be checked.
     state_tag: HMAC under G of the site's own state (PROTOCOL S). key_id: of the key epoch it holds (PROTOCOL E).
     """
 
-    header: bytes
-    site: SiteId
     channel: HybridPublic
     mask: HybridPublic
     self_seed_hash: bytes
@@ -47,9 +52,14 @@ class Keys:
     key_id: bytes
     signature: bytes
 
+    @property
+    def public(self) -> tuple[bytes, ...]:
+        """All public values, which must be distinct over all sites."""
+        channel, mask = self.channel, self.mask
+        return channel.x25519, channel.mlkem, mask.x25519, mask.mlkem, self.self_seed_hash
+
 
 @record("Parcel")
-@dataclass(frozen=True)
 class Parcel:
     """What `sender` has for `recipient`: the envelope with both key shares, and the pair-seed offer.
 
@@ -67,35 +77,33 @@ class Parcel:
 
 
 @record("SharesHead")
-@dataclass(frozen=True)
-class SharesHead:
+class SharesHead(FromOneSite):
     """The signed list of one site's parcels: (recipient, digest of its parcel), in roster order."""
 
-    header: bytes
-    site: SiteId
     parcels: tuple[tuple[SiteId, bytes], ...]
     signature: bytes
 
 
 @record("Shares")
-@dataclass(frozen=True)
 class Shares:
     """A site's key shares for every site of the bundle, sealed, with its signed list."""
 
     head: SharesHead
     parcels: tuple[Parcel, ...]
 
+    @property
+    def site(self) -> SiteId:
+        """The site that sent them."""
+        return self.head.site
+
 
 @record("Submit")
-@dataclass(frozen=True)
-class Submit:
+class Submit(FromOneSite):
     """A site's protected vector: SHA-256 over its chunks' digests, and its size in bytes.
 
     salt: that of its keystream, 32 bytes drawn for this vector (PROTOCOL X); b"" under any other cipher.
     """
 
-    header: bytes
-    site: SiteId
     digest: bytes
     size: int
     state_tag: bytes
@@ -105,16 +113,13 @@ class Submit:
 
 
 @record("Confirm")
-@dataclass(frozen=True)
-class Confirm:
+class Confirm(FromOneSite):
     """The one survivor list a site signs in a round.
 
-    bundle: digest of the signed key bundle; cohort: of U2; survivors: (site, digest of all that its
-    submission says, its vector and salt among it).
+    bundle: digest of the signed key bundle; cohort: of U2; survivors: (site, digest of its whole
+    submission).
     """
 
-    header: bytes
-    site: SiteId
     bundle: bytes
     cohort: bytes
     survivors: tuple[tuple[SiteId, bytes], ...]
@@ -122,7 +127,6 @@ class Confirm:
 
 
 @record("Answer")
-@dataclass(frozen=True)
 class Answer:
     """One key share of site `of`: of its self-seed if it survived, of its mask root if it did not."""
 
@@ -135,22 +139,16 @@ SELF_SEED, MASK_ROOT = "self-seed", "mask root"
 
 
 @record("Unmask")
-@dataclass(frozen=True)
-class Unmask:
+class Unmask(FromOneSite):
     """For every site of U2 exactly one key share."""
 
-    header: bytes
-    site: SiteId
     answers: tuple[Answer, ...]
 
 
 @record("Statement")
-@dataclass(frozen=True)
-class Statement:
+class Statement(FromOneSite):
     """What a site found in the opened sum (PROTOCOL R): keyed digests of the sum and of the state it leads to."""
 
-    header: bytes
-    site: SiteId
     survivors: bytes
     sum_mac: bytes
     state_mac: bytes
@@ -158,8 +156,7 @@ class Statement:
 
 
 @record("Leave")
-@dataclass(frozen=True)
-class Leave:
+class Leave(FromOneSite):
     """A site leaves the round. `code` is LEFT, MATERIAL or RELEASE_REFUSED: nothing more reaches the
     coordinator.
 
@@ -168,8 +165,6 @@ class Leave:
     (`crypto/sealed.py`); empty where nothing was refused.
     """
 
-    header: bytes
-    site: SiteId
     code: str
     sealed: bytes = b""
 
@@ -181,7 +176,6 @@ LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release re
 
 
 @record("Announce")
-@dataclass(frozen=True)
 class Announce:
     """A round begins, for the sites of the header's roster."""
 
@@ -189,7 +183,6 @@ class Announce:
 
 
 @record("KeyBundle")
-@dataclass(frozen=True)
 class KeyBundle:
     """U1: the signed keys of the sites that joined, in roster order."""
 
@@ -198,7 +191,6 @@ class KeyBundle:
 
 
 @record("Delivery")
-@dataclass(frozen=True)
 class Delivery:
     """U2: the signed heads of all sites that shared, and the recipient's parcel of each."""
 
@@ -208,7 +200,6 @@ class Delivery:
 
 
 @record("SurvivorList")
-@dataclass(frozen=True)
 class SurvivorList:
     """U3: the signed submissions that are in the sum, in roster order."""
 
@@ -217,7 +208,6 @@ class SurvivorList:
 
 
 @record("Confirmations")
-@dataclass(frozen=True)
 class Confirmations:
     """The signed survivor lists of at least t survivors, over identical bytes."""
 
@@ -226,7 +216,6 @@ class Confirmations:
 
 
 @record("Aggregate")
-@dataclass(frozen=True)
 class Aggregate:
     """The sum is ready for download: of exactly these submissions."""
 
@@ -237,7 +226,6 @@ class Aggregate:
 
 
 @record("Certificate")
-@dataclass(frozen=True)
 class Certificate:
     """The release certificate (PROTOCOL R): identical statements of at least t listed survivors.
 
@@ -268,12 +256,11 @@ class Certificate:
 
     @property
     def hash(self) -> str:
-        """Hex SHA-256 over what is certified, whoever signed it: what the next header names."""
+        """Hex SHA-256 over what is certified, without the signatures; the next header contains it."""
         return digest((self.header, self.survivors, self.sum_mac, self.state_mac)).hex()
 
 
 @record("Abandon")
-@dataclass(frozen=True)
 class Abandon:
     """The coordinator gives the round up at `stage`."""
 
@@ -282,33 +269,18 @@ class Abandon:
 
 
 @record("Notice")
-@dataclass(frozen=True)
-class Notice:
+class Notice(FromOneSite):
     """Why another site left the round, as it sealed it: for the sites' own logs."""
 
-    header: bytes
-    site: SiteId
     sealed: bytes
 
 
 SiteMessage = Keys | Shares | Submit | Confirm | Unmask | Statement | Leave
 CoordinatorMessage = (
-    Announce
-    | KeyBundle
-    | Delivery
-    | SurvivorList
-    | Confirmations
-    | Aggregate
-    | Certificate
-    | Notice
-    | Abandon
-)
+    Announce | KeyBundle | Delivery | SurvivorList | Confirmations | Aggregate | Certificate |
+    Notice | Abandon
+)  # fmt: skip
 RoundMessage = SiteMessage | CoordinatorMessage
-
-
-def site_of(message: SiteMessage) -> SiteId:
-    """The site that sent it, by its own word."""
-    return message.head.site if isinstance(message, Shares) else message.site
 
 
 class Signed(Protocol):

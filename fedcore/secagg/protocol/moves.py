@@ -1,5 +1,4 @@
-"""What both machines are built from: events that both know, one step in the making, and the table of legal
-moves."""
+"""What all machines are built from: common events, a step in the making, and the table of legal moves."""
 
 from __future__ import annotations
 
@@ -31,6 +30,13 @@ class Tick:
     """Time has passed."""
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A stage with a timeout. until: seconds of the machine's clock; 0 in a journal, which has no clock."""
+
+    until: float = field(default=0.0, compare=False, kw_only=True, metadata={"byte_form": False})
+
+
 @dataclass
 class Move(Generic[Stage, Entry, Effect]):
     """One step of a machine in the making: records move the stage, effects follow in order."""
@@ -47,6 +53,10 @@ class Move(Generic[Stage, Entry, Effect]):
     def do(self, effect: Effect) -> None:
         """Ask for it after what was asked for before."""
         self.effects.append(effect)
+
+
+def ignore(move: object, stage: object, event: object) -> None:
+    """Nothing is due."""
 
 
 def on(

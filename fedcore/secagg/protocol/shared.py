@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 from fedcore.errors import (
     Conflicting,
@@ -13,18 +13,26 @@ from fedcore.errors import (
     ListRefused,
     OutOfOrder,
     RosterRefused,
+    ShareRefused,
+    StaleEpoch,
     StateDiffers,
     ThresholdRefused,
     VectorRefused,
 )
+from fedcore.secagg.crypto.shamir import SHARE_BYTES
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol.messages import (
     COORDINATOR,
+    SELF_SEED,
     Certificate,
     Confirm,
     CoordinatorMessage,
+    FromOneSite,
     Keys,
+    Parcel,
+    Shares,
+    SharesHead,
     SiteMessage,
     Submit,
     check_signature,
@@ -36,7 +44,6 @@ THIS_SITE = "this site"
 
 
 @record("Exchange")
-@dataclass(frozen=True)
 class Exchange:
     """One request that was answered: its record's name, its digest, and the byte form of the answer (or b"").
 
@@ -74,9 +81,8 @@ def answered(history: History, request: object) -> Exchange | None:
 
 
 @record("Standing")
-@dataclass(frozen=True)
 class SiteProgress:
-    """Where a party stands between rounds: what it will insist on in the next header.
+    """The progress of a site between rounds, which the next header must match.
 
     epoch, key_id: the key epoch held. round: the last round number seen, abandoned ones included.
     certificate: hash of the last release certificate, "" before the first; released: its round.
@@ -126,12 +132,9 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) 
         )  # fmt: skip
     if len(roster) < least:
         raise RosterRefused(
-            "roster",
-            found=f"{len(roster)} sites",
-            expected=f"at least {least}",
-            fault=COORDINATOR,
+            "roster", found=f"{len(roster)} sites", expected=f"at least {least}", fault=COORDINATOR,
             remedy="more sites connected at a time, or a lower protect.threshold in the job",
-        )
+        )  # fmt: skip
 
 
 def check_round_threshold(header: RoundHeader, planned: int) -> None:
@@ -143,12 +146,27 @@ def check_round_threshold(header: RoundHeader, planned: int) -> None:
 
 
 def check_protection(protection: str) -> None:
-    """Masks or encryption, whatever a local plan says. Raises HeaderRefused."""
+    """Masks or encryption, whatever the local plan allows. Raises HeaderRefused."""
     if not Protection.of(protection).protects:
         raise HeaderRefused(
             "protection", found=protection, expected="masks or encryption", fault=COORDINATOR,
             remedy="`plain` exists inside one process only",
         )  # fmt: skip
+
+
+def check_equal(*rows: tuple[str, object, object]) -> None:
+    """Each (what, found, expected) agrees. Raises HeaderRefused for the first that does not."""
+    for what, found, expected in rows:
+        if found != expected:
+            raise HeaderRefused(what, found=found, expected=expected, fault=COORDINATOR)
+
+
+def check_grows(
+    what: str, found: int, last: int, error: type[HeaderRefused | StaleEpoch] = HeaderRefused
+) -> None:
+    """A number is used once: the next one is above the last. Raises `error`."""
+    if found <= last:
+        raise error(what, found=found, expected=f"more than {last}", fault=COORDINATOR)
 
 
 def check_header(found: bytes, header: RoundHeader, fault: str) -> None:
@@ -158,6 +176,14 @@ def check_header(found: bytes, header: RoundHeader, fault: str) -> None:
             "message", found="one of another round or plan",
             expected=f"round {header.round} ({header.purpose}) of job {header.job}", fault=fault,
         )  # fmt: skip
+
+
+def check_sender(named: object, sender: SiteId) -> None:
+    """A message names the site that sent it. Raises RosterRefused."""
+    if named != sender:
+        raise RosterRefused(
+            "message", found=f"one of {named!r} from {sender!r}", expected="its own", fault=sender
+        )
 
 
 def check_members(
@@ -194,31 +220,19 @@ def check_keys(keys: Keys, header: RoundHeader, pins: Mapping[SiteId, bytes]) ->
     keys.channel.check(keys.site)
     keys.mask.check(keys.site)
     if len(keys.self_seed_hash) != 32:
-        raise KeyRefused(
-            "self-seed hash",
-            found=f"{len(keys.self_seed_hash)} bytes",
-            expected=32,
-            fault=keys.site,
-        )
+        found = f"{len(keys.self_seed_hash)} bytes"
+        raise KeyRefused("self-seed hash", found=found, expected=32, fault=keys.site)
 
 
-def check_distinct(bundle: Iterable[Keys]) -> None:
-    """No public key appears twice in a bundle, not even as a channel and a mask key of one site."""
+def check_distinct(keys: Iterable[tuple[SiteId, bytes]], what: str) -> None:
+    """No public key appears twice in a bundle, not even as two keys of one site. Raises KeyRefused."""
     seen: dict[bytes, SiteId] = {}
-    for keys in bundle:
-        for public in (
-            keys.channel.x25519,
-            keys.channel.mlkem,
-            keys.mask.x25519,
-            keys.mask.mlkem,
-            keys.self_seed_hash,
-        ):
-            if public in seen:
-                raise KeyRefused(
-                    "key bundle", found=f"a key of {seen[public]!r} again", expected="distinct keys",
-                    fault=keys.site,
-                )  # fmt: skip
-            seen[public] = keys.site
+    for site, public in keys:
+        if public in seen:
+            raise KeyRefused(
+                what, found=f"a key of {seen[public]!r} again", expected="distinct keys", fault=site
+            )
+        seen[public] = site
 
 
 def check_same_state(items: Iterable[Keys | Submit], state_tag: bytes, key_id: bytes) -> None:
@@ -255,22 +269,54 @@ def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: by
     return digest((header, of, holder, kind, share))
 
 
+def check_share(header: bytes, parcel: Parcel, kind: str, share: bytes, fault: str) -> None:
+    """A key share is the one that the sender of its parcel signed. Raises ShareRefused."""
+    signed = parcel.self_share_digest if kind == SELF_SEED else parcel.root_share_digest
+    found = share_digest(header, parcel.sender, parcel.recipient, kind, share)
+    if len(share) != SHARE_BYTES or found != signed:
+        raise ShareRefused(
+            f"{kind} share of {parcel.sender!r}", found="one that differs from its signed digest",
+            expected="the share its sender signed", fault=fault,
+        )  # fmt: skip
+
+
+def check_head(
+    head: SharesHead, header: RoundHeader, pins: Mapping[SiteId, bytes], joined: Sequence[SiteId]
+) -> None:
+    """A signed list of parcels of this round: one for each site of U1. Raises ShareRefused."""
+    check_header(head.header, header, head.site)
+    check_signature(head, pins)
+    if [recipient for recipient, _ in head.parcels] != list(joined):
+        raise ShareRefused(
+            "shares", found=f"parcels for {len(head.parcels)} sites",
+            expected=f"one for each of the {len(joined)} that joined", fault=head.site,
+        )  # fmt: skip
+
+
+S = TypeVar("S", bound=FromOneSite | Shares)
+
+
+def in_order(roster: Sequence[SiteId], items: Iterable[S]) -> tuple[S, ...]:
+    """Sorted by the place of the site in the roster."""
+    places = {site: place for place, site in enumerate(roster)}
+    return tuple(sorted(items, key=lambda item: places[item.site]))
+
+
 def survivors_of(submissions: Iterable[Submit]) -> tuple[SiteId, ...]:
     """U3 by name."""
     return tuple(submit.site for submit in submissions)
 
 
 def listed(submissions: Iterable[Submit]) -> tuple[tuple[SiteId, bytes], ...]:
-    """U3 as a confirmation signs it: of each submission all it says, so that a site cannot have signed
-    two of one vector with different salts."""
+    """U3 as a confirmation signs it: (site, digest of its whole submission). The digest covers the salt, so
+    a site cannot have two valid submissions of one vector with different salts."""
     return tuple((submit.site, hashlib.sha256(unsigned(submit)).digest()) for submit in submissions)
 
 
 def check_confirm(confirm: Confirm, own: Confirm, pins: Mapping[SiteId, bytes]) -> None:
-    """Another site signed the very bytes that this one signed."""
+    """Another site signed the very bytes that this one signed. Raises ListRefused."""
     check_signature(confirm, pins)
-    same = ("header", "bundle", "cohort", "survivors")
-    for name in same:
+    for name in ("header", "bundle", "cohort", "survivors"):
         if getattr(confirm, name) != getattr(own, name):
             raise ListRefused(
                 "confirmation", found=f"another {name} signed by {confirm.site!r}",

@@ -296,7 +296,7 @@ def test_a_site_waits_at_no_stage_before_exposure_for_ever(kind):
 @pytest.mark.parametrize("kind", site.EXPOSED, ids=lambda kind: kind.__name__)
 def test_an_exposed_site_waits_for_the_release_and_for_nothing_else(kind):
     member, stage = PARTIES.members["s00"], SAMPLES["site"][0][kind]
-    assert stage.standing.exposed == stage.header.digest and not site.waits(stage)
+    assert stage.standing.exposed == stage.header.digest and not isinstance(stage, site.Waiting)
     assert site.step(member, stage, site.Tick(), 1e12) == (stage, ())
     same, found = site.step(member, stage, site.Restarted(), 0.0)
     assert same is stage and found, "a new process says again what it said"
@@ -316,7 +316,7 @@ def test_every_stage_of_real_rounds_has_its_own_deadline():
     parties.now = 1000.0
     parties.play()
     for step in parties.log:
-        if site.waits(step.after):
+        if isinstance(step.after, site.Waiting):
             assert step.after.until == 1000.0 + parties.members["s00"].patience
         if isinstance(step.after, coordinator.Waiting):
             assert step.after.until == 1000.0 + parties.hub.patience

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from fedcore.errors import (
-    Conflicting,
-    KeyRefused,
-    OutOfOrder,
-    RosterRefused,
-    StaleEpoch,
-    ThresholdRefused,
-)
+from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.epoch.records import (
-    CoordinatorEpochMessage,
-    EpochCall,
-    EpochHeader,
-    EpochKey,
-    EpochKeys,
-    Grant,
-    Granted,
-    GrantRequest,
-    Grants,
-    KeyHeld,
-    SiteEpochMessage,
-    check_epoch_key,
-    same_epoch,
-)
+from fedcore.secagg.protocol.epoch import records
+from fedcore.secagg.protocol.epoch.records import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
+from fedcore.secagg.protocol.moves import Timed
+from fedcore.secagg.protocol.shared import check_grows, check_sender, in_order
 from fedcore.secagg.protocol.wire_form import digest, record, type_name
 from fedcore.types import SiteId
 
 
 @record("NoEpoch")
-@dataclass(frozen=True)
 class NoEpoch:
     """No epoch yet. epoch: the last number used."""
 
@@ -43,50 +24,27 @@ class NoEpoch:
 
 
 @record("Calling")
-@dataclass(frozen=True)
-class Calling:
-    """Waiting for epoch keys. awaited: of these sites; more are welcome."""
+class Calling(records.InEpoch, Timed):
+    """Waiting for epoch keys of the sites `awaited`; those of other sites are taken too."""
 
-    header: EpochHeader
-    keys: tuple[EpochKey, ...] = ()
+    keys: tuple[records.EpochKey, ...] = ()
     awaited: tuple[SiteId, ...] = ()
-    until: float = field(default=0.0, compare=False, metadata={"byte_form": False})
-
-    @property
-    def epoch(self) -> int:
-        """Its number."""
-        return self.header.epoch
 
 
 @record("Granting")
-@dataclass(frozen=True)
-class Granting:
+class Granting(records.InEpoch, Timed):
     """Waiting for the maker's grants."""
 
-    header: EpochHeader
-    keys: tuple[EpochKey, ...]
-    until: float = field(default=0.0, compare=False, metadata={"byte_form": False})
-
-    @property
-    def epoch(self) -> int:
-        """Its number."""
-        return self.header.epoch
+    keys: tuple[records.EpochKey, ...]
 
 
 @record("Spreading")
-@dataclass(frozen=True)
-class Spreading:
+class Spreading(records.InEpoch):
     """The payload is with its maker and on its way; complete when every key holder signed its id."""
 
-    header: EpochHeader
-    keys: tuple[EpochKey, ...]
-    grants: tuple[Grant, ...]
-    held: tuple[KeyHeld, ...] = ()
-
-    @property
-    def epoch(self) -> int:
-        """Its number."""
-        return self.header.epoch
+    keys: tuple[records.EpochKey, ...]
+    grants: tuple[records.Grant, ...]
+    held: tuple[records.KeyHeld, ...] = ()
 
     @property
     def holders(self) -> tuple[SiteId, ...]:
@@ -104,7 +62,7 @@ class StartEpoch:
     present: the sites whose keys are waited for, all of the roster if none is named; others join late.
     """
 
-    header: EpochHeader
+    header: records.EpochHeader
     present: tuple[SiteId, ...] = ()
 
 
@@ -113,7 +71,7 @@ class FromSite:
     """A message of an authenticated site."""
 
     sender: SiteId
-    message: SiteEpochMessage
+    message: records.SiteEpochMessage
 
 
 @dataclass(frozen=True)
@@ -130,21 +88,21 @@ class SiteReturned:
 
 CoordinatorEpochEvent = StartEpoch | FromSite | EpochTick | SiteReturned
 
-CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[CoordinatorEpochMessage]
+CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[records.CoordinatorEpochMessage]
 
 CoordinatorEpochStep = tuple[CoordinatorEpochStage, tuple[CoordinatorEpochEffect, ...]]
 
 
 @dataclass(frozen=True)
 class EpochParams:
-    """What the coordinator knows. patience: seconds it waits for keys, and then for the maker."""
+    """pins: {site: Ed25519 public key}. patience: seconds it waits for keys, and then for the maker."""
 
     pins: Mapping[SiteId, bytes]
     patience: float = 600.0
 
 
 def awaited_in(stage: CoordinatorEpochStage) -> tuple[SiteId, ...]:
-    """The sites an epoch's coordinator waits for now: what a person waits for."""
+    """The sites whose message this stage waits for."""
     match stage:
         case Calling(keys=keys, awaited=awaited):
             came = {key.site for key in keys}
@@ -163,42 +121,34 @@ def step_hub(
     hub: EpochParams, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
 ) -> CoordinatorEpochStep:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
-    named = getattr(event.message, "site", None) if isinstance(event, FromSite) else None
-    if isinstance(event, FromSite) and named != event.sender:
-        raise RosterRefused(
-            "message", found=f"one of {named!r} from {event.sender!r}",
-            expected="its own", fault=event.sender,
-        )  # fmt: skip
+    if isinstance(event, FromSite):
+        check_sender(getattr(event.message, "site", None), event.sender)
     message = event.message if isinstance(event, FromSite) else event
     match stage, message:
         case _, StartEpoch(header, present):
-            if header.epoch <= stage.epoch:
-                raise StaleEpoch(
-                    "key epoch", found=header.epoch, expected=f"more than {stage.epoch}",
-                    fault=COORDINATOR,
-                )  # fmt: skip
-            calling = Calling(header, (), present or header.roster, now + hub.patience)
-            calls = tuple(Send(site, EpochCall(header)) for site in header.roster)
+            check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
+            calling = Calling(header, (), present or header.roster, until=now + hub.patience)
+            calls = tuple(Send(site, records.EpochCall(header)) for site in header.roster)
             return calling, (Persist(calling), *calls)
-        case Calling(), EpochKey():
+        case Calling(), records.EpochKey():
             return _take_key(hub, stage, message, now)
         case ((Calling() | Granting()), EpochTick()):
             return _late(hub, stage, now)
         case _, SiteReturned(site):
             return stage, _pending(stage, site)
-        case ((Granting() | Spreading()), EpochKey()) if message in stage.keys:
+        case ((Granting() | Spreading()), records.EpochKey()) if message in stage.keys:
             return stage, _pending(stage, message.site)
-        case Granting(), KeyHeld():
+        case Granting(), records.KeyHeld():
             return stage, ()  # the maker's, whose grants were lost: it is asked for them again
-        case Granting(), Grants():
+        case Granting(), records.Grants():
             return _take_grants(hub, stage, message)
-        case Spreading(), Grants() if message.site == stage.header.maker:
-            return stage, ()  # said twice after a new connection; the first ones count
-        case Spreading(), KeyHeld():
+        case Spreading(), records.Grants() if message.site == stage.header.maker:
+            return stage, ()  # sent again after a new connection; the first ones count
+        case Spreading(), records.KeyHeld():
             return _take_held(hub, stage, message)
-        case Spreading(), EpochKey():
+        case Spreading(), records.EpochKey():
             return _late_joiner(hub, stage, message)
-        case Spreading(), Grant():
+        case Spreading(), records.Grant():
             return _take_grant(hub, stage, message)
         case _, EpochTick():
             return stage, ()
@@ -208,17 +158,17 @@ def step_hub(
     )  # fmt: skip
 
 
-def _take_key(hub: EpochParams, stage: Calling, key: EpochKey, now: float) -> CoordinatorEpochStep:
+def _take_key(
+    hub: EpochParams, stage: Calling, key: records.EpochKey, now: float
+) -> CoordinatorEpochStep:
     check_epoch_key(key, stage.header, hub.pins)
-    for past in stage.keys:
-        if past.site == key.site:
-            if past != key:
-                raise Conflicting(
-                    "second EpochKey", found="another key", expected="one an epoch", fault=key.site
-                )
-            return stage, ()
-    place = stage.header.roster.index
-    keys = tuple(sorted((*stage.keys, key), key=lambda each: place(each.site)))
+    if key in stage.keys:
+        return stage, ()
+    if key.site in {past.site for past in stage.keys}:
+        raise Conflicting(
+            "second EpochKey", found="another key", expected="one an epoch", fault=key.site
+        )
+    keys = in_order(stage.header.roster, (*stage.keys, key))
     stage = replace(stage, keys=keys)
     came = {each.site for each in keys}
     if not {*stage.awaited, stage.header.maker} <= came or len(came) < stage.header.threshold:
@@ -227,23 +177,21 @@ def _take_key(hub: EpochParams, stage: Calling, key: EpochKey, now: float) -> Co
 
 
 def _ask_maker(hub: EpochParams, stage: Calling, now: float) -> CoordinatorEpochStep:
-    header = stage.header
-    granting = Granting(header, stage.keys, now + hub.patience)
-    request = EpochKeys(header.digest, stage.keys)
-    return granting, (Persist(granting), Send(header.maker, request))
+    granting = Granting(stage.header, stage.keys, until=now + hub.patience)
+    return granting, (Persist(granting), *_pending(granting, stage.header.maker))
 
 
 def _pending(stage: CoordinatorEpochStage, site: SiteId) -> tuple[CoordinatorEpochEffect, ...]:
     """What a site may have missed."""
     match stage:
         case Calling() if site not in [key.site for key in stage.keys]:
-            return (Send(site, EpochCall(stage.header)),)
+            return (Send(site, records.EpochCall(stage.header)),)
         case Granting() if site == stage.header.maker:
-            return (Send(site, EpochKeys(stage.header.digest, stage.keys)),)
+            return (Send(site, records.EpochKeys(stage.header.digest, stage.keys)),)
         case Spreading() if site not in stage.holders:
             key = next((each for each in stage.keys if each.site == site), None)
             if key is None:
-                return (Send(site, EpochCall(stage.header)),)
+                return (Send(site, records.EpochCall(stage.header)),)
             grants = {grant.recipient_key: grant for grant in stage.grants}
             if digest(key.key) in grants:
                 return (Send(site, _granted(stage, grants[digest(key.key)])),)
@@ -251,9 +199,9 @@ def _pending(stage: CoordinatorEpochStage, site: SiteId) -> tuple[CoordinatorEpo
     return ()
 
 
-def _ask_a_holder(stage: Spreading, key: EpochKey) -> tuple[CoordinatorEpochEffect, ...]:
+def _ask_a_holder(stage: Spreading, key: records.EpochKey) -> tuple[CoordinatorEpochEffect, ...]:
     holders = [site for site in stage.holders if site != key.site]
-    return (Send(holders[0], GrantRequest(key)),) if holders else ()
+    return (Send(holders[0], records.GrantRequest(key)),) if holders else ()
 
 
 def _late(hub: EpochParams, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
@@ -276,9 +224,11 @@ def _late(hub: EpochParams, stage: Calling | Granting, now: float) -> Coordinato
     return step_hub(hub, stage, new, now)
 
 
-def _take_grants(hub: EpochParams, stage: Granting, message: Grants) -> CoordinatorEpochStep:
+def _take_grants(
+    hub: EpochParams, stage: Granting, message: records.Grants
+) -> CoordinatorEpochStep:
     header = stage.header
-    same_epoch(message.header, header, message.site)
+    check_epoch(message.header, header, message.site)
     expected = [key.site for key in stage.keys if key.site != header.maker]
     if message.site != header.maker or [g.recipient for g in message.grants] != expected:
         raise KeyRefused(
@@ -292,10 +242,9 @@ def _take_grants(hub: EpochParams, stage: Granting, message: Grants) -> Coordina
     return spreading, (Persist(spreading), *sends)
 
 
-def _take_grant(hub: EpochParams, stage: Spreading, grant: Grant) -> CoordinatorEpochStep:
+def _take_grant(hub: EpochParams, stage: Spreading, grant: records.Grant) -> CoordinatorEpochStep:
     """A holder's grant for a late joiner: both have signed a key of this epoch."""
-    same_epoch(grant.header, stage.header, grant.site)
-    check_signature(grant, hub.pins)
+    check_signed(grant, stage.header, hub.pins)
     if not {grant.site, grant.recipient} <= {key.site for key in stage.keys}:
         raise KeyRefused(
             "grant", found=f"one by {grant.site!r} for {grant.recipient!r}",
@@ -304,33 +253,27 @@ def _take_grant(hub: EpochParams, stage: Spreading, grant: Grant) -> Coordinator
     return stage, (Send(grant.recipient, _granted(stage, grant)),)
 
 
-def _granted(stage: Spreading, grant: Grant) -> Granted:
+def _granted(stage: Spreading, grant: records.Grant) -> records.Granted:
     granter = next(key for key in stage.keys if key.site == grant.site)
     proved = len(stage.held) >= stage.header.threshold
     from_maker = grant.site == stage.header.maker
-    return Granted(grant, granter, stage.held if proved or not from_maker else ())
+    return records.Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
-def _take_held(hub: EpochParams, stage: Spreading, held: KeyHeld) -> CoordinatorEpochStep:
-    same_epoch(held.header, stage.header, held.site)
-    check_signature(held, hub.pins)
+def _take_held(hub: EpochParams, stage: Spreading, held: records.KeyHeld) -> CoordinatorEpochStep:
+    check_signed(held, stage.header, hub.pins)
     if held.site in stage.holders:
         return stage, ()
-    place = stage.header.roster.index
-    everyone = tuple(sorted((*stage.held, held), key=lambda each: place(each.site)))
-    stage = replace(stage, held=everyone)
+    stage = replace(stage, held=in_order(stage.header.roster, (*stage.held, held)))
     return stage, (Persist(stage),)
 
 
-def _late_joiner(hub: EpochParams, stage: Spreading, key: EpochKey) -> CoordinatorEpochStep:
+def _late_joiner(hub: EpochParams, stage: Spreading, key: records.EpochKey) -> CoordinatorEpochStep:
     """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
     check_epoch_key(key, stage.header, hub.pins)
     rest = tuple(each for each in stage.keys if each.site != key.site)
-    place = stage.header.roster.index
-    stage = replace(
-        stage, keys=tuple(sorted((*rest, key), key=lambda each: place(each.site))),
-        held=tuple(each for each in stage.held if each.site != key.site),
-    )  # fmt: skip
+    held = tuple(each for each in stage.held if each.site != key.site)
+    stage = replace(stage, keys=in_order(stage.header.roster, (*rest, key)), held=held)
     asked = _ask_a_holder(stage, key)
     if not asked:
         raise ThresholdRefused(

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedcore.errors import (
-    StaleEpoch,
-)
+from fedcore.errors import StaleEpoch
 from fedcore.secagg.crypto.hybrid import HybridPublic
 from fedcore.secagg.plan import PLAN_VERSION
-from fedcore.secagg.protocol.messages import check_signature
+from fedcore.secagg.protocol.messages import FromOneSite, Signed, check_signature
 from fedcore.secagg.protocol.wire_form import digest, record
 from fedcore.types import SiteId
 
 
 @record("EpochHeader")
-@dataclass(frozen=True)
 class EpochHeader:
     """What a key epoch belongs to. roster: every pinned site; threshold: signed key ids a late joiner
     asks for; maker: the site whose payload it will be."""
@@ -37,8 +34,19 @@ class EpochHeader:
         return digest(self)
 
 
-@record("EpochCall")
 @dataclass(frozen=True)
+class InEpoch:
+    """A stage of a key epoch, whose number is used up."""
+
+    header: EpochHeader
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.header.epoch
+
+
+@record("EpochCall")
 class EpochCall:
     """Coordinator to sites: sign fresh keys for this epoch."""
 
@@ -46,32 +54,25 @@ class EpochCall:
 
 
 @record("EpochKey")
-@dataclass(frozen=True)
-class EpochKey:
+class EpochKey(FromOneSite):
     """A site's fresh public keys for one epoch."""
 
-    header: bytes
-    site: SiteId
     key: HybridPublic
     signature: bytes
 
 
 @record("EpochKeys")
-@dataclass(frozen=True)
 class EpochKeys:
-    """Coordinator to the maker: everybody's signed epoch keys."""
+    """Coordinator to the maker: the signed epoch keys of all sites."""
 
     header: bytes
     keys: tuple[EpochKey, ...]
 
 
 @record("Grant")
-@dataclass(frozen=True)
-class Grant:
+class Grant(FromOneSite):
     """The payload, sealed by `site` for one recipient's epoch key."""
 
-    header: bytes
-    site: SiteId
     recipient: SiteId
     recipient_key: bytes
     key_id: bytes
@@ -80,17 +81,13 @@ class Grant:
 
 
 @record("Grants")
-@dataclass(frozen=True)
-class Grants:
+class Grants(FromOneSite):
     """The maker to the coordinator: one grant for each other site."""
 
-    header: bytes
-    site: SiteId
     grants: tuple[Grant, ...]
 
 
 @record("Granted")
-@dataclass(frozen=True)
 class Granted:
     """Coordinator to a site: its grant, the granter's signed epoch key, and who signed the key id.
 
@@ -103,7 +100,6 @@ class Granted:
 
 
 @record("GrantRequest")
-@dataclass(frozen=True)
 class GrantRequest:
     """Coordinator to a holder: seal the payload for a late joiner."""
 
@@ -111,12 +107,9 @@ class GrantRequest:
 
 
 @record("KeyHeld")
-@dataclass(frozen=True)
-class KeyHeld:
+class KeyHeld(FromOneSite):
     """A site signs which payload it holds."""
 
-    header: bytes
-    site: SiteId
     key_id: bytes
     signature: bytes
 
@@ -126,17 +119,22 @@ SiteEpochMessage = EpochKey | Grants | Grant | KeyHeld
 CoordinatorEpochMessage = EpochCall | EpochKeys | Granted | GrantRequest
 
 
-def check_epoch_key(key: EpochKey, header: EpochHeader, pins: Mapping[SiteId, bytes]) -> None:
-    """One signed epoch key of this epoch, well formed."""
-    same_epoch(key.header, header, key.site)
-    check_signature(key, pins)
-    key.key.check(key.site)
-
-
-def same_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
+def check_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
     """A message belongs to the epoch at hand. Raises StaleEpoch."""
     if found != header.digest:
         raise StaleEpoch(
             "key epoch", found="a message of another one",
             expected=f"epoch {header.epoch} of job {header.job}", fault=fault,
         )  # fmt: skip
+
+
+def check_signed(message: Signed, header: EpochHeader, pins: Mapping[SiteId, bytes]) -> None:
+    """A message of this epoch, signed by the site it names. Raises StaleEpoch or SignatureRefused."""
+    check_epoch(message.header, header, message.site)
+    check_signature(message, pins)
+
+
+def check_epoch_key(key: EpochKey, header: EpochHeader, pins: Mapping[SiteId, bytes]) -> None:
+    """One signed epoch key of this epoch, well formed. Raises KeyRefused too."""
+    check_signed(key, header, pins)
+    key.key.check(key.site)

@@ -4,95 +4,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedcore.errors import (
-    HeaderRefused,
-    KeyRefused,
-    OutOfOrder,
-    RosterRefused,
-    StaleEpoch,
-)
+from fedcore.errors import KeyRefused, OutOfOrder, RosterRefused, StaleEpoch
 from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope, seal_envelope
-from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import PLAN_VERSION
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.epoch.records import (
-    CoordinatorEpochMessage,
-    EpochCall,
-    EpochHeader,
-    EpochKey,
-    EpochKeys,
-    Grant,
-    Granted,
-    GrantRequest,
-    Grants,
-    KeyHeld,
-    SiteEpochMessage,
-    check_epoch_key,
-    same_epoch,
-)
-from fedcore.secagg.protocol.messages import COORDINATOR, check_signature, sign
+from fedcore.secagg.protocol.epoch import records
+from fedcore.secagg.protocol.epoch.records import check_epoch, check_epoch_key, check_signed
+from fedcore.secagg.protocol.messages import COORDINATOR, sign
 from fedcore.secagg.protocol.round.site import SiteParams
-from fedcore.secagg.protocol.shared import check_members, check_protection
+from fedcore.secagg.protocol.shared import (
+    check_distinct,
+    check_equal,
+    check_grows,
+    check_members,
+    check_protection,
+)
 from fedcore.secagg.protocol.wire_form import digest, encode, record, type_name
 from fedcore.types import SiteId
 
 
 @record("NoKey")
-@dataclass(frozen=True)
 class NoKey:
     """No payload of the present job. epoch: the last one seen."""
 
     epoch: int = 0
 
 
-@record("Offered")
 @dataclass(frozen=True)
-class Offered:
-    """This site's epoch key is signed; the payload is awaited."""
+class _KeySigned(records.InEpoch):
+    """This site signed a fresh key for the epoch. secret: the private half."""
 
-    header: EpochHeader
     secret: SecretBytes
-    key: EpochKey
+    key: records.EpochKey
 
-    @property
-    def epoch(self) -> int:
-        """Its number, used up."""
-        return self.header.epoch
+
+@record("Offered")
+class Offered(_KeySigned):
+    """This site's epoch key is signed; the payload is awaited."""
 
 
 @record("Making")
-@dataclass(frozen=True)
-class Making:
-    """This site is the maker, and its shell makes the payload."""
+class Making(_KeySigned):
+    """This site is the maker, and its driver makes the payload."""
 
-    header: EpochHeader
-    secret: SecretBytes
-    key: EpochKey
-    keys: tuple[EpochKey, ...]
-
-    @property
-    def epoch(self) -> int:
-        """Its number, used up."""
-        return self.header.epoch
+    keys: tuple[records.EpochKey, ...]
 
 
 @record("Holding")
-@dataclass(frozen=True)
-class Holding:
-    """The payload is installed. sent: what was said last, to be said again after a new connection."""
+class Holding(_KeySigned):
+    """The payload is installed. held: the signed key id, sent again after a new connection."""
 
-    header: EpochHeader
-    secret: SecretBytes
-    key: EpochKey
     payload: SecretBytes
-    held: KeyHeld
-
-    @property
-    def epoch(self) -> int:
-        """Its number."""
-        return self.header.epoch
+    held: records.KeyHeld
 
 
 SiteEpochStage = NoKey | Offered | Making | Holding
@@ -102,31 +67,31 @@ SiteEpochStage = NoKey | Offered | Making | Holding
 class FromCoordinator:
     """A message of the coordinator."""
 
-    message: CoordinatorEpochMessage
+    message: records.CoordinatorEpochMessage
 
 
 @dataclass(frozen=True)
 class Again:
-    """The connection or the process is new: what was said last may not have arrived."""
+    """The connection or the process is new: the last message may be lost."""
 
 
 @dataclass(frozen=True)
 class SecretsMade:
-    """The maker's shell made the payload."""
+    """The maker's driver made the payload."""
 
     payload: SecretBytes
 
 
 @dataclass(frozen=True)
 class MakeSecrets:
-    """Effect: make a new random payload, then tell `SecretsMade`. Never derived from an old one."""
+    """Effect: make a new random payload, never derived from an old one; the result is `SecretsMade`."""
 
-    header: EpochHeader
+    header: records.EpochHeader
 
 
 @dataclass(frozen=True)
 class Install:
-    """Effect: use this payload from now on; the round machine hears `NewEpoch(epoch, key_id)`."""
+    """Effect: use this payload from now on; the round machine gets `NewEpoch(epoch, key_id)`."""
 
     epoch: int
     key_id: bytes
@@ -135,7 +100,7 @@ class Install:
 
 SiteEpochEvent = FromCoordinator | Again | SecretsMade
 
-SiteEpochEffect = Persist[SiteEpochStage] | Send[SiteEpochMessage] | MakeSecrets | Install
+SiteEpochEffect = Persist[SiteEpochStage] | Send[records.SiteEpochMessage] | MakeSecrets | Install
 
 SiteEpochStep = tuple[SiteEpochStage, tuple[SiteEpochEffect, ...]]
 """The next stage, and what to do."""
@@ -146,25 +111,30 @@ def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) 
     nothing where the event is not legal."""
     message = event.message if isinstance(event, FromCoordinator) else event
     match stage, message:
-        case _, EpochCall(header):
+        case _, records.EpochCall(header):
             return _offer(member, stage, header)
-        case Offered(), EpochKeys():
+        case Offered(), records.EpochKeys():
             return _begin_making(member, stage, message)
         case Making(), SecretsMade(payload):
-            return _grant_all(member, stage, payload)
-        case Offered(), Granted():
+            return _hold(member, stage, payload, key_id(payload.reveal()))
+        case Offered(), records.Granted():
             return _accept(member, stage, message)
-        case Holding(), GrantRequest(key):
+        case Holding(), records.GrantRequest(key):
             grant = seal_grant(member, stage, key, stage.payload, stage.held.key_id)
             return stage, (Send(COORDINATOR, grant),)
-        case Holding(), Granted(grant) if grant.key_id == stage.held.key_id:
-            return stage, (Send(COORDINATOR, stage.held),)
-        case Making(), EpochKeys() if message.keys == stage.keys:
+        case Making(), records.EpochKeys() if message.keys == stage.keys:
             return stage, (MakeSecrets(stage.header),)  # nothing of an earlier payload has left
-        case Holding(), EpochKeys() if message.header == stage.header.digest:
-            return stage, (Send(COORDINATOR, _grants(member, stage, message.keys)), _told(stage))
-        case ((Offered() | Making() | Holding()), Again()):
-            return stage, _say_again(stage)
+        case Holding(), records.EpochKeys() if message.header == stage.header.digest:
+            grants = _grants(member, stage, message.keys)
+            return stage, (Send(COORDINATOR, grants), Send(COORDINATOR, stage.held))
+        case Holding(), records.Granted(grant) if grant.key_id == stage.held.key_id:
+            return stage, (Send(COORDINATOR, stage.held),)
+        case Holding(), Again():
+            return stage, (Send(COORDINATOR, stage.held),)
+        case Making(), Again():
+            return stage, (MakeSecrets(stage.header),)
+        case Offered(), Again():
+            return stage, (Send(COORDINATOR, stage.key),)
         case NoKey(), Again():
             return stage, ()
     raise OutOfOrder(
@@ -173,33 +143,24 @@ def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) 
     )  # fmt: skip
 
 
-def _offer(member: SiteParams, stage: SiteEpochStage, header: EpochHeader) -> SiteEpochStep:
+def _offer(member: SiteParams, stage: SiteEpochStage, header: records.EpochHeader) -> SiteEpochStep:
     if isinstance(stage, Offered | Making | Holding) and stage.header == header:
         return stage, (Send(COORDINATOR, stage.key),)
-    if header.epoch <= stage.epoch:
-        raise StaleEpoch(
-            "key epoch", found=header.epoch, expected=f"more than {stage.epoch}", fault=COORDINATOR
-        )
+    check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
     _check_header(member, header)
     secret = HybridKey.draw(member.entropy)
-    key = sign(EpochKey(header.digest, member.id, secret.public, b""), member.identity)
+    key = sign(records.EpochKey(header.digest, member.id, secret.public, b""), member.identity)
     offered = Offered(header, SecretBytes(secret.to_bytes()), key)
     return offered, (Persist(offered), Send(COORDINATOR, key))
 
 
-def _check_header(member: SiteParams, header: EpochHeader) -> None:
-    expected: dict[str, tuple[object, object]] = {
-        "federation": (header.federation, member.federation),
-        "job": (header.job, member.job),
-        "protocol version": (header.version, PLAN_VERSION),
-        "roster": (header.roster, tuple(member.pins)),
-        "pinned keys": (header.pins, roster_digest(member.pins)),
-        "plan digest": (header.plan_digest, member.plan.digest),
-        "threshold": (header.threshold, member.plan.threshold),
-    }
-    for what, (found, wanted) in expected.items():
-        if found != wanted:
-            raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+def _check_header(member: SiteParams, header: records.EpochHeader) -> None:
+    check_equal(
+        ("protocol version", header.version, PLAN_VERSION),
+        *member.same_job(header),
+        ("roster", header.roster, tuple(member.pins)),
+        ("threshold", header.threshold, member.plan.threshold),
+    )
     check_protection(member.plan.protection)
     if header.maker not in member.pins:
         raise RosterRefused(
@@ -207,39 +168,43 @@ def _check_header(member: SiteParams, header: EpochHeader) -> None:
         )
 
 
-def _begin_making(member: SiteParams, stage: Offered, request: EpochKeys) -> SiteEpochStep:
+def _begin_making(member: SiteParams, stage: Offered, request: records.EpochKeys) -> SiteEpochStep:
     header = stage.header
-    same_epoch(request.header, header, COORDINATOR)
+    check_epoch(request.header, header, COORDINATOR)
+    _must_make(member, header)
+    names = [key.site for key in request.keys]
+    check_members(names, header.roster, header.threshold, "epoch keys")
+    for key in request.keys:
+        check_epoch_key(key, header, member.pins)
+    check_distinct(
+        ((k.site, public) for k in request.keys for public in (k.key.x25519, k.key.mlkem)),
+        "epoch keys",
+    )
+    making = Making(header, stage.secret, stage.key, request.keys)
+    return making, (Persist(making), MakeSecrets(header))
+
+
+def _must_make(member: SiteParams, header: records.EpochHeader) -> None:
     if header.maker != member.id:
         raise OutOfOrder(
             "key epoch", found=f"a request to {member.id!r} to make it", expected=header.maker,
             fault=COORDINATOR,
         )  # fmt: skip
-    names = [key.site for key in request.keys]
-    check_members(names, header.roster, header.threshold, "epoch keys")
-    seen: dict[bytes, SiteId] = {}
-    for key in request.keys:
-        check_epoch_key(key, header, member.pins)
-        for public in (key.key.x25519, key.key.mlkem):
-            if public in seen:
-                raise KeyRefused(
-                    "epoch keys", found=f"a key of {seen[public]!r} again",
-                    expected="distinct keys", fault=key.site,
-                )  # fmt: skip
-            seen[public] = key.site
-    making = Making(header, stage.secret, stage.key, request.keys)
-    return making, (Persist(making), MakeSecrets(header))
 
 
 def _context(
-    header: EpochHeader, sender: SiteId, recipient: SiteId, recipient_key: bytes, name: bytes
+    header: records.EpochHeader,
+    sender: SiteId,
+    recipient: SiteId,
+    recipient_key: bytes,
+    name: bytes,
 ) -> bytes:
     return encode(("fedcore/1 key epoch", header.digest, sender, recipient, recipient_key, name))
 
 
 def seal_grant(
-    member: SiteParams, stage: Holding, to: EpochKey, payload: SecretBytes, name: bytes
-) -> Grant:
+    member: SiteParams, stage: Holding, to: records.EpochKey, payload: SecretBytes, name: bytes
+) -> records.Grant:
     """The payload for one recipient: sealed to its epoch key, bound to everything, signed."""
     header = stage.header
     check_epoch_key(to, header, member.pins)
@@ -249,56 +214,35 @@ def seal_grant(
         context=_context(header, member.id, to.site, recipient_key, name), recipient=to.site,
         entropy=member.entropy,
     )  # fmt: skip
-    grant = Grant(header.digest, member.id, to.site, recipient_key, name, envelope, b"")
+    grant = records.Grant(header.digest, member.id, to.site, recipient_key, name, envelope, b"")
     return sign(grant, member.identity)
 
 
-def _grant_all(member: SiteParams, stage: Making, payload: SecretBytes) -> SiteEpochStep:
-    holding, installed = _hold(member, stage, payload, key_id(payload.reveal()))
-    sent = Send(COORDINATOR, _grants(member, holding, stage.keys))
-    return holding, (*installed, sent, _told(holding))
-
-
-def _grants(member: SiteParams, stage: Holding, keys: tuple[EpochKey, ...]) -> Grants:
+def _grants(
+    member: SiteParams, stage: Holding, keys: tuple[records.EpochKey, ...]
+) -> records.Grants:
     """The maker's grants; asked again it makes new envelopes of the same payload."""
-    if stage.header.maker != member.id:
-        raise OutOfOrder(
-            "key epoch", found=f"a request to {member.id!r} to make it", expected=stage.header.maker,
-            fault=COORDINATOR,
-        )  # fmt: skip
+    _must_make(member, stage.header)
     others = [key for key in keys if key.site != member.id]
     grants = [seal_grant(member, stage, key, stage.payload, stage.held.key_id) for key in others]
-    return Grants(stage.header.digest, member.id, tuple(grants))
-
-
-def _told(stage: Holding) -> Send[KeyHeld]:
-    return Send(COORDINATOR, stage.held)
-
-
-def _say_again(stage: Offered | Making | Holding) -> tuple[SiteEpochEffect, ...]:
-    match stage:
-        case Offered():
-            return (Send(COORDINATOR, stage.key),)
-        case Making():
-            return (MakeSecrets(stage.header),)
-        case Holding():
-            return (_told(stage),)
+    return records.Grants(stage.header.digest, member.id, tuple(grants))
 
 
 def _hold(
     member: SiteParams, stage: Offered | Making, payload: SecretBytes, name: bytes
-) -> tuple[Holding, tuple[SiteEpochEffect, ...]]:
-    """The payload is this site's from here on: on disk, then in use. It is told last, by the caller."""
-    held = sign(KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
+) -> SiteEpochStep:
+    """The payload is on disk, then in use; the maker grants it to the others, and its id is signed last."""
+    held = sign(records.KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
     holding = Holding(stage.header, stage.secret, stage.key, payload, held)
-    install = Install(stage.header.epoch, name, payload)
-    return holding, (Persist(holding), install)
+    effects: list[SiteEpochEffect] = [Persist(holding), Install(holding.epoch, name, payload)]
+    if isinstance(stage, Making):
+        effects.append(Send(COORDINATOR, _grants(member, holding, stage.keys)))
+    return holding, (*effects, Send(COORDINATOR, held))
 
 
-def _accept(member: SiteParams, stage: Offered, granted: Granted) -> SiteEpochStep:
+def _accept(member: SiteParams, stage: Offered, granted: records.Granted) -> SiteEpochStep:
     header, grant, granter = stage.header, granted.grant, granted.granter
-    same_epoch(grant.header, header, grant.site)
-    check_signature(grant, member.pins)
+    check_signed(grant, header, member.pins)
     check_epoch_key(granter, header, member.pins)
     mine = digest(stage.key.key)
     if (grant.recipient, grant.recipient_key) != (member.id, mine) or granter.site != grant.site:
@@ -316,18 +260,16 @@ def _accept(member: SiteParams, stage: Offered, granted: Granted) -> SiteEpochSt
         raise KeyRefused(
             "key id", found="another payload", expected="the one that was signed", fault=grant.site
         )
-    holding, installed = _hold(member, stage, SecretBytes(payload), grant.key_id)
-    return holding, (*installed, _told(holding))
+    return _hold(member, stage, SecretBytes(payload), grant.key_id)
 
 
 def _check_held(
-    member: SiteParams, header: EpochHeader, name: bytes, held: tuple[KeyHeld, ...]
+    member: SiteParams, header: records.EpochHeader, name: bytes, held: tuple[records.KeyHeld, ...]
 ) -> None:
     """At least t sites of the roster signed this very key id."""
     check_members([each.site for each in held], header.roster, header.threshold, "holders")
     for each in held:
-        same_epoch(each.header, header, each.site)
-        check_signature(each, member.pins)
+        check_signed(each, header, member.pins)
         if each.key_id != name:
             raise KeyRefused(
                 "key id", found=f"another one at {each.site!r}", expected="that of the grant",

@@ -53,7 +53,7 @@ NOWHERE = site.Idle(SiteProgress(0, b""))
 
 def gives_way(stage: site.SiteStage) -> bool:
     """Whether the announcement of a later round ends this one: not once its sum may be known."""
-    return site.waits(stage)
+    return isinstance(stage, site.Waiting)
 
 
 def header_of(stage: site.SiteStage) -> RoundHeader | None:

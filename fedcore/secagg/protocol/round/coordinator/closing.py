@@ -7,203 +7,100 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, assert_never
 
-from fedcore.errors import (
-    PeerRefused,
-)
-from fedcore.secagg.protocol.effects import (
-    Discard,
-    Rebuild,
-    RemoveMasks,
-    Warn,
-)
-from fedcore.secagg.protocol.messages import (
-    Abandon,
-    Aggregate,
-    Certificate,
-    Confirmations,
-    Delivery,
-    KeyBundle,
-    Keys,
-    SharesHead,
-    Submit,
-    SurvivorList,
-)
+from fedcore.errors import PeerRefused
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.round.coordinator import journal, sites, stages
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
-from fedcore.secagg.protocol.round.coordinator.journal import (
-    LOST,
-    BundleFixed,
-    CohortFixed,
-    ConfirmsFixed,
-    CoordinatorMove,
-    ListFixed,
-    MasksRebuilt,
-    RoundGivenUp,
-    RoundReleased,
-    SiteGone,
-    SumSpooled,
-)
-from fedcore.secagg.protocol.round.coordinator.stages import (
-    STAGE_NAMES,
-    Advertising,
-    Collecting,
-    Confirming,
-    Exposed,
-    Failed,
-    InRound,
-    Released,
-    Releasing,
-    Sharing,
-    Summing,
-    Unmasking,
-    Waiting,
-    counted,
-    exposed_sites,
-    found_in,
-    in_sight,
-    is_out,
-    members_of,
-    waiting_for,
-)
+from fedcore.secagg.protocol.round.coordinator.journal import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.taking import started_from
 from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks
-from fedcore.secagg.protocol.shared import (
-    survivors_of,
-)
+from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.types import SiteId
 
-Joining = TypeVar("Joining", Keys, Submit)
+Joining = TypeVar("Joining", messages.Keys, messages.Submit)
 
 
-def _common(messages: Sequence[Joining]) -> tuple[tuple[Joining, ...], tuple[SiteId, ...]]:
+def ask(move: CoordinatorMove, only: Sequence[SiteId] | None = None) -> None:
+    """Send the message of the stage to all sites it is for, or again to those of them in `only`."""
+    for site in sites.asked(move.stage):
+        if only is None or site in only:
+            message = sites.request_for(move.stage, site)
+            if message is not None:
+                move.send(site, message)
+
+
+def _common(items: Sequence[Joining]) -> tuple[tuple[Joining, ...], tuple[SiteId, ...]]:
     """The largest group with one state and one key epoch, and the sites that are not in it.
 
-    A site that starts from another state would only make the others leave; it catches up instead.
+    A site with another state would make all others leave the round; it catches up instead.
     """
-    start = Counter(map(started_from, messages)).most_common(1)[0][0]
-    same = tuple(each for each in messages if started_from(each) == start)
-    return same, tuple(each.site for each in messages if each not in same)
+    start = Counter(map(started_from, items)).most_common(1)[0][0]
+    same = tuple(each for each in items if started_from(each) == start)
+    return same, tuple(each.site for each in items if each not in same)
 
 
-def _close_keys(move: CoordinatorMove, stage: Advertising) -> None:
-    """Fix U1."""
-    bundle, late = _common(stage.keys)
-    if len(bundle) < stage.header.threshold:
-        _give_up(move, stage, len(bundle))
-        return
-    move.record(BundleFixed(bundle, late))
-    for site in members_of(move.stage):
-        move.send(site, KeyBundle(stage.header.digest, bundle))
-
-
-def _close_shares(move: CoordinatorMove) -> None:
-    move.record(CohortFixed())
-    stage = move.stage
-    assert isinstance(stage, Collecting)
-    for site in members_of(stage):
-        move.send(site, delivery_for(stage, site))
-
-
-def delivery_for(stage: Collecting, to: SiteId) -> Delivery:
-    """What U2 has for one site: all signed heads, and its own parcels."""
-    heads: tuple[SharesHead, ...] = tuple(shares.head for shares in stage.shares)
-    parcels = tuple(p for shares in stage.shares for p in shares.parcels if p.recipient == to)
-    return Delivery(stage.header.digest, heads, parcels)
-
-
-def _close_vectors(move: CoordinatorMove, stage: Collecting) -> None:
-    submissions, late = _common(stage.submissions)
-    if len(submissions) < stage.header.threshold:
-        _give_up(move, stage, len(submissions))
-        return
-    move.record(ListFixed(submissions, late))
-    if late:  # only under `encrypted`: under masks a vector has the state of its site's keys
-        move.do(Rebuild(submissions))
-    survivors = survivors_of(submissions)
-    if isinstance(move.stage, Summing):  # `encrypted`: no mask to remove
-        move.do(RemoveMasks(stage.header, survivors, ()))
-        return
-    for site in survivors:
-        move.send(site, SurvivorList(stage.header.digest, submissions))
-
-
-def _close_confirms(move: CoordinatorMove) -> None:
-    move.record(ConfirmsFixed())
-    stage = move.stage
-    assert isinstance(stage, Unmasking)
-    for confirm in stage.confirms:
-        if not is_out(stage, confirm.site):
-            move.send(confirm.site, Confirmations(stage.header.digest, stage.confirms))
-
-
-def _close_answers(move: CoordinatorMove, stage: Unmasking) -> None:
-    try:
-        masks = rebuild_masks(stage)
-    except PeerRefused as error:  # a lying site can spoil a round, and is named
-        move.do(Warn(str(error)))
-        _give_up(move, stage, len(stage.answers))
-        return
-    move.record(MasksRebuilt(masks))
-    move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
-
-
-def _close_statements(move: CoordinatorMove, stage: Releasing) -> None:
-    macs = Counter(map(found_in, stage.statements)).most_common(1)[0][0]
-    signatures = tuple((s.site, s.signature) for s in stage.statements if found_in(s) == macs)
-    certificate = Certificate(stage.header, survivors_of(stage.submissions), *macs, signatures)
-    move.record(RoundReleased(certificate))
-    survivors = certificate.survivors
-    for site in (*survivors, *(site for site in stage.header.roster if site not in survivors)):
-        tell_end(move, site)
-
-
-def tell_end(move: CoordinatorMove, site: SiteId) -> None:
-    """How the round ended, to one site of its roster: whoever is not in the sum leaves it now."""
-    stage = move.stage
-    if isinstance(stage, Released) and site in stage.certificate.survivors:
-        move.send(site, stage.certificate)
-    elif isinstance(stage, Released):
-        move.send(site, Abandon(stage.header.digest, STAGE_NAMES[Collecting]))
-    elif isinstance(stage, Failed):
-        move.send(site, Abandon(stage.header.digest, stage.stage))
-
-
-def _close(move: CoordinatorMove, stage: Waiting) -> None:
+def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
+    """Record the end of a stage with what counts of it, and ask for what the next one waits for."""
     match stage:
-        case Advertising():
-            _close_keys(move, stage)
-        case Sharing():
-            _close_shares(move)
-        case Collecting():
-            _close_vectors(move, stage)
-        case Confirming():
-            _close_confirms(move)
-        case Unmasking():
-            _close_answers(move, stage)
-        case Releasing():
-            _close_statements(move, stage)
+        case stages.Advertising(keys=keys):
+            bundle, late = _common(keys)
+            if len(bundle) < stage.header.threshold:
+                return _give_up(move, stage, len(bundle))
+            move.record(journal.BundleFixed(bundle, late))
+        case stages.Sharing():
+            move.record(journal.CohortFixed())
+        case stages.Collecting():
+            submissions, late = _common(stage.submissions)
+            if len(submissions) < stage.header.threshold:
+                return _give_up(move, stage, len(submissions))
+            move.record(journal.ListFixed(submissions, late))
+            if (
+                late
+            ):  # only under `encrypted`: under masks a vector has the state of its site's keys
+                move.do(effects.Rebuild(submissions))
+            if isinstance(move.stage, stages.Summing):  # `encrypted`: no mask to remove
+                move.do(effects.RemoveMasks(stage.header, survivors_of(submissions), ()))
+        case stages.Confirming():
+            move.record(journal.ConfirmsFixed())
+        case stages.Unmasking():
+            try:
+                masks = rebuild_masks(stage)
+            except PeerRefused as error:  # one dishonest site can end a round; the log names it
+                move.do(effects.Warn(str(error)))
+                return _give_up(move, stage, len(stage.answers))
+            move.record(journal.MasksRebuilt(masks))
+            move.do(effects.RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
+        case stages.Releasing():
+            move.record(journal.RoundReleased(_certificate(stage)))
         case _:
             assert_never(stage)
+    return ask(move)
 
 
-def _give_up(move: CoordinatorMove, stage: InRound, left: int) -> None:
-    name = STAGE_NAMES[type(stage)]
-    if isinstance(stage, Summing) and not stage.header.layers.masks:
+def _certificate(stage: stages.Releasing) -> messages.Certificate:
+    macs = Counter(map(sites.found_in, stage.statements)).most_common(1)[0][0]
+    signed = tuple((s.site, s.signature) for s in stage.statements if sites.found_in(s) == macs)
+    return messages.Certificate(stage.header, survivors_of(stage.submissions), *macs, signed)
+
+
+def _give_up(move: CoordinatorMove, stage: stages.InRound, left: int) -> None:
+    name = stages.STAGE_NAMES[type(stage)]
+    if isinstance(stage, stages.Summing) and not stage.header.layers.masks:
         name = "confirm"  # before the sum is announced
-    if exposed_sites(stage):
+    if sites.exposed_sites(stage):
         text = f"round {stage.header.round} cannot be released, and its sum may be known"
-        move.do(Warn(f"{text}: no other round may follow it from the same state"))
-    move.record(RoundGivenUp(name, left))
-    for site in stage.header.roster:
-        tell_end(move, site)
-    move.do(Discard(stage.header))
+        move.do(effects.Warn(f"{text}: no other round may follow it from the same state"))
+    move.record(journal.RoundGivenUp(name, left))
+    ask(move)
+    move.do(effects.Discard(stage.header))
 
 
 def settle(move: CoordinatorMove, now: float) -> None:
-    """End the stage, and any that follows, if nobody is waited for any more, or at its deadline.
+    """End the stage, and any that follows, if no site is waited for any more, or at its deadline.
 
     A stage that begins with too few sites, because some left while they were not waited for, ends too.
     """
-    while isinstance(before := move.stage, Waiting):
+    while isinstance(before := move.stage, stages.Waiting):
         _settle_one(move, before, now)
         if type(move.stage) is type(before):
             return
@@ -212,36 +109,34 @@ def settle(move: CoordinatorMove, now: float) -> None:
 
 def give_time(move: CoordinatorMove, now: float) -> None:
     """The stage that begins now has its own patience."""
-    if isinstance(move.stage, Waiting):
+    if isinstance(move.stage, stages.Waiting):
         move.stage = replace(move.stage, until=now + move.hub.patience)
 
 
-def _settle_one(move: CoordinatorMove, stage: Waiting, now: float) -> None:
-    needed, came, hoped = stage.header.threshold, counted(stage), in_sight(stage)
+def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> None:
+    needed, came, hoped = stage.header.threshold, sites.counted(stage), sites.in_sight(stage)
+    late = now >= stage.until
+    enough = isinstance(stage, stages.Collecting) and 0 < move.hub.enough <= came
     if hoped < needed:
         _give_up(move, stage, hoped)
-    elif hoped == came:
+    elif hoped == came or (enough and came >= needed):  # a later vector waits for the next round
         _close(move, stage)
-    elif isinstance(stage, Collecting) and 0 < move.hub.enough <= came >= needed:
-        _close(move, stage)  # who comes later has an answer in the next round
-    elif now >= stage.until and came >= needed:
-        for site in waiting_for(stage):
-            move.record(SiteGone(site, LOST))
-        assert isinstance(move.stage, Waiting)
+    elif late and came >= needed:
+        for site in sites.waiting_for(stage):
+            move.record(journal.SiteGone(site, journal.LOST))
+        assert isinstance(move.stage, stages.Waiting)
         _close(move, move.stage)
-    elif now >= stage.until and not isinstance(stage, Exposed):
+    elif late and not isinstance(stage, stages.Exposed):
         _give_up(move, stage, came)
 
 
-def publish(move: CoordinatorMove, stage: Summing, event: SumReady) -> None:
-    """Announce the sum. Without masks nothing is known of it before: with too few sites left to open it
+def publish(move: CoordinatorMove, stage: stages.Summing, event: SumReady) -> None:
+    """Announce the sum. Without masks no site had a part of it before: with too few sites left to open it
     the round is abandoned like one with too few confirmations."""
-    there = [site for site in members_of(stage) if site not in stage.gone]
+    there = [site for site in sites.members_of(stage) if site not in stage.gone]
     if not stage.header.layers.masks and len(there) < stage.header.threshold:
         _give_up(move, stage, len(there))
         return
-    aggregate = Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
-    move.record(SumSpooled(aggregate))
-    for site in survivors_of(stage.submissions):
-        if site not in stage.left:
-            move.send(site, aggregate)
+    aggregate = messages.Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
+    move.record(journal.SumSpooled(aggregate))
+    ask(move)

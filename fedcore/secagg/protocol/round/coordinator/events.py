@@ -1,4 +1,4 @@
-"""What the coordinator's machine of a round is given: its parameters, and the events it is stepped with."""
+"""The parameters and the events of the coordinator's machine of a round."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol.messages import (
-    SiteMessage,
-    Submit,
-)
+from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.types import SiteId
 
@@ -42,7 +39,7 @@ class MessageFromSite:
     """A message of an authenticated site."""
 
     sender: SiteId
-    message: SiteMessage
+    message: messages.SiteMessage
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Uploaded:
     """A vector arrived whole: what the site signed, and what its chunks really hash to."""
 
     sender: SiteId
-    submit: Submit
+    submit: messages.Submit
     digest: bytes
     size: int
 

@@ -1,63 +1,25 @@
-"""What the coordinator records of a round, the stage that follows from each record, and a step in the making."""
+"""The coordinator's journal of a round: its records, and the stage that follows from each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
-from fedcore.errors import (
-    OutOfOrder,
-)
+from fedcore.errors import OutOfOrder
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol.effects import (
-    Discard,
-    FoldUpload,
-    Persist,
-    Rebuild,
-    RemoveMasks,
-    Send,
-    Warn,
-)
-from fedcore.secagg.protocol.messages import (
-    COORDINATOR,
-    Aggregate,
-    Certificate,
-    Confirm,
-    CoordinatorMessage,
-    Keys,
-    Shares,
-    Statement,
-    Submit,
-    Unmask,
-)
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.effects import Persist, Send
+from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Move
+from fedcore.secagg.protocol.round.coordinator import sites, stages
 from fedcore.secagg.protocol.round.coordinator.events import CoordinatorParams
-from fedcore.secagg.protocol.round.coordinator.stages import (
-    Advertising,
-    Between,
-    Collecting,
-    Confirming,
-    CoordinatorStage,
-    Failed,
-    InRound,
-    Released,
-    Releasing,
-    Sharing,
-    Summing,
-    Unmasking,
-    exposed_sites,
-)
-from fedcore.secagg.protocol.shared import (
-    survivors_of,
-)
+from fedcore.secagg.protocol.shared import in_order, survivors_of
 from fedcore.secagg.protocol.wire_form import record, type_name
 from fedcore.types import SiteId
 
 
 @record("RoundStarted")
-@dataclass(frozen=True)
 class RoundStarted:
     """A round number is used up."""
 
@@ -67,77 +29,67 @@ class RoundStarted:
 
 
 @record("KeysTaken")
-@dataclass(frozen=True)
 class KeysTaken:
     """One site's keys."""
 
-    keys: Keys
+    keys: messages.Keys
 
 
 @record("BundleFixed")
-@dataclass(frozen=True)
 class BundleFixed:
     """U1; gone: sites that sent keys and are not in it."""
 
-    bundle: tuple[Keys, ...]
+    bundle: tuple[messages.Keys, ...]
     gone: tuple[SiteId, ...]
 
 
 @record("SharesTaken")
-@dataclass(frozen=True)
 class SharesTaken:
     """One site's shares."""
 
-    shares: Shares
+    shares: messages.Shares
 
 
 @record("CohortFixed")
-@dataclass(frozen=True)
 class CohortFixed:
     """U2."""
 
 
 @record("SubmissionTaken")
-@dataclass(frozen=True)
 class SubmissionTaken:
     """One site's vector, complete and verified; it is folded from here on."""
 
-    submit: Submit
+    submit: messages.Submit
 
 
 @record("ListFixed")
-@dataclass(frozen=True)
 class ListFixed:
-    """U3, before anybody hears of it; gone: sites whose vectors started from another state."""
+    """U3, on disk before it is sent. gone: sites whose vectors started from another state."""
 
-    submissions: tuple[Submit, ...]
+    submissions: tuple[messages.Submit, ...]
     gone: tuple[SiteId, ...]
 
 
 @record("ConfirmTaken")
-@dataclass(frozen=True)
 class ConfirmTaken:
     """One site's signature under U3."""
 
-    confirm: Confirm
+    confirm: messages.Confirm
 
 
 @record("ConfirmsFixed")
-@dataclass(frozen=True)
 class ConfirmsFixed:
     """Enough signatures; unmask is asked for from here on."""
 
 
 @record("AnswerTaken")
-@dataclass(frozen=True)
 class AnswerTaken:
     """One site's key shares, each checked against its sender's signed digest."""
 
-    unmask: Unmask
+    unmask: messages.Unmask
 
 
 @record("MasksRebuilt")
-@dataclass(frozen=True)
 class MasksRebuilt:
     """What is to be subtracted from the sum."""
 
@@ -145,25 +97,22 @@ class MasksRebuilt:
 
 
 @record("SumSpooled")
-@dataclass(frozen=True)
 class SumSpooled:
     """The sum without masks."""
 
-    aggregate: Aggregate
+    aggregate: messages.Aggregate
 
 
 @record("StatementTaken")
-@dataclass(frozen=True)
 class StatementTaken:
     """What one site found in the sum."""
 
-    statement: Statement
+    statement: messages.Statement
 
 
 @record("SiteGone")
-@dataclass(frozen=True)
 class SiteGone:
-    """A site is gone. how: LOST (its connection), LEFT (it said so) or REFUSED (the release)."""
+    """A site is gone. how: LOST (its connection), LEFT (by its own message) or REFUSED (the release)."""
 
     site: SiteId
     how: int
@@ -173,15 +122,13 @@ LOST, LEFT, REFUSED = range(3)
 
 
 @record("RoundReleased")
-@dataclass(frozen=True)
 class RoundReleased:
     """The certificate."""
 
-    certificate: Certificate
+    certificate: messages.Certificate
 
 
 @record("RoundGivenUp")
-@dataclass(frozen=True)
 class RoundGivenUp:
     """Too few sites."""
 
@@ -190,113 +137,92 @@ class RoundGivenUp:
 
 
 CoordinatorEntry = (
-    RoundStarted
-    | KeysTaken
-    | BundleFixed
-    | SharesTaken
-    | CohortFixed
-    | SubmissionTaken
-    | ListFixed
-    | ConfirmTaken
-    | ConfirmsFixed
-    | AnswerTaken
-    | MasksRebuilt
-    | SumSpooled
-    | StatementTaken
-    | SiteGone
-    | RoundReleased
-    | RoundGivenUp
-)
+    RoundStarted | KeysTaken | BundleFixed | SharesTaken | CohortFixed | SubmissionTaken |
+    ListFixed | ConfirmTaken | ConfirmsFixed | AnswerTaken | MasksRebuilt | SumSpooled |
+    StatementTaken | SiteGone | RoundReleased | RoundGivenUp
+)  # fmt: skip
 
 CoordinatorEffect = (
-    Persist[CoordinatorEntry]
-    | Send[CoordinatorMessage]
-    | Warn
-    | FoldUpload
-    | Rebuild
-    | RemoveMasks
-    | Discard
-)
+    Persist[CoordinatorEntry] | Send[messages.CoordinatorMessage] | effects.Warn |
+    effects.FoldUpload | effects.Rebuild | effects.RemoveMasks | effects.Discard
+)  # fmt: skip
 
 
-def evolve(stage: CoordinatorStage, entry: CoordinatorEntry) -> CoordinatorStage:
-    """The stage after a journal record."""
+def evolve(stage: stages.CoordinatorStage, entry: CoordinatorEntry) -> stages.CoordinatorStage:
+    """The stage after a journal record. Raises OutOfOrder for a record that it cannot have written."""
     match entry:
-        case RoundStarted(header, size, salt) if isinstance(stage, Between):
+        case RoundStarted(header, size, salt) if isinstance(stage, stages.Between):
             if header.layers.masks:
-                return Advertising(header, size, salt)
-            return Collecting(header, size, salt, (), ())
-        case KeysTaken(keys) if isinstance(stage, Advertising):
-            return replace(stage, keys=_in_order(stage.header, (*stage.keys, keys)))
-        case BundleFixed(bundle, gone) if isinstance(stage, Advertising):
+                return stages.Advertising(header, size, salt)
+            return stages.Collecting(header, size, salt, (), ())
+        case KeysTaken(keys) if isinstance(stage, stages.Advertising):
+            return replace(stage, keys=in_order(stage.header.roster, (*stage.keys, keys)))
+        case BundleFixed(bundle, gone) if isinstance(stage, stages.Advertising):
             gone = _merged(stage.gone, gone)
-            return Sharing(stage.header, stage.size, stage.salt, bundle, (), gone)
-        case SharesTaken(shares) if isinstance(stage, Sharing):
-            place = stage.header.place
-            sent = sorted((*stage.shares, shares), key=lambda each: place(each.head.site))
-            return replace(stage, shares=tuple(sent))
-        case CohortFixed() if isinstance(stage, Sharing):
-            return Collecting(
+            return stages.Sharing(stage.header, stage.size, stage.salt, bundle, (), gone)
+        case SharesTaken(shares) if isinstance(stage, stages.Sharing):
+            return replace(stage, shares=in_order(stage.header.roster, (*stage.shares, shares)))
+        case CohortFixed() if isinstance(stage, stages.Sharing):
+            return stages.Collecting(
                 stage.header, stage.size, stage.salt, stage.bundle, stage.shares, (), stage.gone
             )
-        case SubmissionTaken(submit) if isinstance(stage, Collecting):
-            found = _in_order(stage.header, (*stage.submissions, submit))
+        case SubmissionTaken(submit) if isinstance(stage, stages.Collecting):
+            found = in_order(stage.header.roster, (*stage.submissions, submit))
             return replace(stage, submissions=found)
-        case ListFixed(submissions, late) if isinstance(stage, Collecting):
+        case ListFixed(submissions, late) if isinstance(stage, stages.Collecting):
             gone, left = _merged(stage.gone, late), _merged(stage.left, late)
             if not stage.header.layers.masks:
-                return Summing(stage.header, submissions, (), gone, left)
-            return Confirming(stage.header, stage.bundle, stage.shares, submissions, (), gone, left)
-        case ConfirmTaken(confirm) if isinstance(stage, Confirming):
-            return replace(stage, confirms=_in_order(stage.header, (*stage.confirms, confirm)))
-        case ConfirmsFixed() if isinstance(stage, Confirming):
+                return stages.Summing(stage.header, submissions, (), gone, left)
+            return stages.Confirming(
+                stage.header, stage.bundle, stage.shares, submissions, (), gone, left
+            )
+        case ConfirmTaken(confirm) if isinstance(stage, stages.Confirming):
+            return replace(
+                stage, confirms=in_order(stage.header.roster, (*stage.confirms, confirm))
+            )
+        case ConfirmsFixed() if isinstance(stage, stages.Confirming):
             signed = {confirm.site for confirm in stage.confirms}
             others = [site for site in survivors_of(stage.submissions) if site not in signed]
-            return Unmasking(
+            return stages.Unmasking(
                 stage.header, stage.bundle, stage.shares, stage.submissions, stage.confirms, (),
                 stage.gone, _merged(stage.left, others),
             )  # fmt: skip
-        case AnswerTaken(unmask) if isinstance(stage, Unmasking):
-            return replace(stage, answers=_in_order(stage.header, (*stage.answers, unmask)))
-        case MasksRebuilt(masks) if isinstance(stage, Unmasking):
-            return Summing(stage.header, stage.submissions, masks, stage.gone, stage.left)
-        case SumSpooled(aggregate) if isinstance(stage, Summing):
+        case AnswerTaken(unmask) if isinstance(stage, stages.Unmasking):
+            return replace(stage, answers=in_order(stage.header.roster, (*stage.answers, unmask)))
+        case MasksRebuilt(masks) if isinstance(stage, stages.Unmasking):
+            return stages.Summing(stage.header, stage.submissions, masks, stage.gone, stage.left)
+        case SumSpooled(aggregate) if isinstance(stage, stages.Summing):
             gone, left = stage.gone, stage.left
-            return Releasing(stage.header, stage.submissions, aggregate, (), gone, left)
-        case StatementTaken(statement) if isinstance(stage, Releasing):
+            return stages.Releasing(stage.header, stage.submissions, aggregate, (), gone, left)
+        case StatementTaken(statement) if isinstance(stage, stages.Releasing):
             return replace(
-                stage, statements=_in_order(stage.header, (*stage.statements, statement))
+                stage, statements=in_order(stage.header.roster, (*stage.statements, statement))
             )
-        case SiteGone(site, how) if isinstance(stage, InRound):
+        case SiteGone(site, how) if isinstance(stage, stages.InRound):
             stage = replace(stage, gone=_merged(stage.gone, (site,)))
-            if how != LOST and not isinstance(stage, Advertising | Sharing):
+            if how != LOST and not isinstance(stage, stages.Advertising | stages.Sharing):
                 stage = replace(stage, left=_merged(stage.left, (site,)))
-            if how == REFUSED and isinstance(stage, Releasing):
+            if how == REFUSED and isinstance(stage, stages.Releasing):
                 stage = replace(stage, refused=_merged(stage.refused, (site,)))
             return stage
-        case RoundReleased(certificate) if isinstance(stage, Releasing):
-            return Released(stage.header, certificate, stage.refused)
-        case RoundGivenUp(name, left) if isinstance(stage, InRound):
-            refused = stage.refused if isinstance(stage, Releasing) else ()
-            return Failed(stage.header, name, left, exposed_sites(stage), refused)
+        case RoundReleased(certificate) if isinstance(stage, stages.Releasing):
+            return stages.Released(stage.header, certificate, stage.refused)
+        case RoundGivenUp(name, left) if isinstance(stage, stages.InRound):
+            refused = stage.refused if isinstance(stage, stages.Releasing) else ()
+            return stages.Failed(stage.header, name, left, sites.exposed_sites(stage), refused)
     raise OutOfOrder(
         "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
         expected="a record this stage can have written", fault=COORDINATOR,
     )  # fmt: skip
 
 
-OfSite = TypeVar("OfSite", bound=Keys | Submit | Confirm | Unmask | Statement)
-
-
-def _in_order(header: RoundHeader, items: Iterable[OfSite]) -> tuple[OfSite, ...]:
-    return tuple(sorted(items, key=lambda item: header.place(item.site)))
-
-
 def _merged(old: tuple[SiteId, ...], new: Iterable[SiteId]) -> tuple[SiteId, ...]:
     return tuple(dict.fromkeys((*old, *new)))
 
 
-def replay(start: CoordinatorStage, journal: Iterable[CoordinatorEntry]) -> CoordinatorStage:
+def replay(
+    start: stages.CoordinatorStage, journal: Iterable[CoordinatorEntry]
+) -> stages.CoordinatorStage:
     """The stage that the records of a journal lead to."""
     for entry in journal:
         start = evolve(start, entry)
@@ -304,10 +230,10 @@ def replay(start: CoordinatorStage, journal: Iterable[CoordinatorEntry]) -> Coor
 
 
 @dataclass
-class CoordinatorMove(Move[CoordinatorStage, CoordinatorEntry, CoordinatorEffect]):
+class CoordinatorMove(Move[stages.CoordinatorStage, CoordinatorEntry, CoordinatorEffect]):
     """A step of this role."""
 
     hub: CoordinatorParams = field(kw_only=True)
 
-    def send(self, site: SiteId, message: CoordinatorMessage) -> None:
+    def send(self, site: SiteId, message: messages.CoordinatorMessage) -> None:
         self.effects.append(Send(site, message))

@@ -2,179 +2,96 @@
 
 from __future__ import annotations
 
-from fedcore.errors import (
-    HeaderRefused,
-    RosterRefused,
-    SecondSum,
+from fedcore.errors import SecondSum
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, on, table
+from fedcore.secagg.protocol.round.coordinator import (
+    closing,
+    events,
+    journal,
+    sites,
+    stages,
+    taking,
 )
-from fedcore.secagg.protocol.effects import (
-    Rebuild,
-    RemoveMasks,
-)
-from fedcore.secagg.protocol.messages import (
-    COORDINATOR,
-    Announce,
-    Confirm,
-    Confirmations,
-    KeyBundle,
-    Keys,
-    Leave,
-    Shares,
-    Statement,
-    SurvivorList,
-    Unmask,
-)
-from fedcore.secagg.protocol.moves import Restarted, Tick, on, table
-from fedcore.secagg.protocol.round.coordinator import closing, taking
-from fedcore.secagg.protocol.round.coordinator.events import (
-    CoordinatorEvent,
-    CoordinatorParams,
-    Gone,
-    MessageFromSite,
-    SiteReconnected,
-    Start,
-    SumReady,
-    Uploaded,
-)
-from fedcore.secagg.protocol.round.coordinator.journal import (
-    CoordinatorEffect,
-    CoordinatorMove,
-    RoundStarted,
-    evolve,
-)
-from fedcore.secagg.protocol.round.coordinator.stages import (
-    ALL,
-    BETWEEN,
-    IN_ROUND,
-    Advertising,
-    Between,
-    Collecting,
-    Confirming,
-    CoordinatorStage,
-    Ended,
-    Exposed,
-    Failed,
-    InRound,
-    Ready,
-    Released,
-    Releasing,
-    Sharing,
-    Summing,
-    Unmasking,
-    is_out,
-    members_of,
-    waiting_for,
-)
-from fedcore.secagg.protocol.shared import (
-    not_legal,
-    survivors_of,
-)
+from fedcore.secagg.protocol.round.coordinator.journal import CoordinatorMove, evolve
+from fedcore.secagg.protocol.shared import check_grows, check_roster, not_legal, survivors_of
 
 
-def _start(move: CoordinatorMove, stage: Between, event: Start) -> None:
+def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) -> None:
     header = event.header
-    if isinstance(stage, Failed) and stage.exposed:
+    if isinstance(stage, stages.Failed) and stage.exposed:
         raise SecondSum(
             "round", found=f"one after round {stage.round}, whose sum may be known",
             expected="that round's release", fault=COORDINATOR,
         )  # fmt: skip
-    if header.round <= stage.round:
-        raise HeaderRefused(
-            "round", found=header.round, expected=f"more than {stage.round}", fault=COORDINATOR
-        )
-    unknown = sorted(set(header.roster) - set(move.hub.pins))
-    if unknown or len(set(header.roster)) != len(header.roster):
-        raise RosterRefused(
-            "roster", found=unknown[0] if unknown else "a site twice",
-            expected="distinct pinned sites", fault=COORDINATOR,
-        )  # fmt: skip
-    if len(header.roster) < header.threshold:
-        raise RosterRefused(
-            "roster", found=f"{len(header.roster)} sites", expected=f"at least {header.threshold}",
-            fault=COORDINATOR,
-        )  # fmt: skip
-    move.record(RoundStarted(header, event.size, event.salt))
-    for site in header.roster:
-        move.send(site, Announce(header))
+    check_grows("round", header.round, stage.round)
+    check_roster(header, move.hub.pins, header.threshold)
+    move.record(journal.RoundStarted(header, event.size, event.salt))
+    closing.ask(move)
 
 
-def _stay(move: CoordinatorMove, stage: CoordinatorStage, _: Tick) -> None:
-    """What is due by the clock follows every event."""
+def _restart(move: CoordinatorMove, stage: stages.CoordinatorStage, _: Restarted) -> None:
+    """Send again what this stage has for the sites; make an unfinished sum from the spool."""
+    if isinstance(stage, stages.Collecting | stages.Confirming | stages.Unmasking | stages.Summing):
+        move.do(effects.Rebuild(stage.submissions))
+    if isinstance(stage, stages.Summing):
+        move.do(effects.RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
+    ended = isinstance(stage, stages.Ended)  # the crash may have come before any site was told
+    closing.ask(move, None if ended else sites.waiting_for(stage))
 
 
-def _restart(move: CoordinatorMove, stage: CoordinatorStage, _: Restarted) -> None:
-    """Everybody gets again what this stage has for them; an unfinished sum is made from the spool."""
-    if isinstance(stage, Collecting | Confirming | Unmasking | Summing):
-        move.do(Rebuild(stage.submissions))
-    if isinstance(stage, Summing):
-        move.do(RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
-    if isinstance(stage, Ended):  # the crash may have come before anybody was told
-        for site in stage.header.roster:
-            closing.tell_end(move, site)
-    for site in waiting_for(stage):
-        _repeat(move, stage, SiteReconnected(site))
-
-
-def _repeat(move: CoordinatorMove, stage: CoordinatorStage, event: SiteReconnected) -> None:
-    site = event.site
-    if isinstance(stage, Ended) and site in stage.header.roster:
-        closing.tell_end(move, site)
-    if isinstance(stage, Between) or site not in members_of(stage):
-        return
-    if isinstance(stage, Exposed) and is_out(stage, site):
-        return
-    match stage:
-        case Advertising():
-            move.send(site, Announce(stage.header))
-        case Sharing():
-            move.send(site, KeyBundle(stage.header.digest, stage.bundle))
-        case Collecting() if stage.header.layers.masks:
-            move.send(site, closing.delivery_for(stage, site))
-        case Collecting():
-            move.send(site, Announce(stage.header))
-        case Confirming():
-            move.send(site, SurvivorList(stage.header.digest, stage.submissions))
-        case Unmasking():
-            move.send(site, Confirmations(stage.header.digest, stage.confirms))
-        case Releasing():
-            move.send(site, stage.aggregate)
+def _repeat(
+    move: CoordinatorMove, _: stages.CoordinatorStage, event: events.SiteReconnected
+) -> None:
+    closing.ask(move, (event.site,))
 
 
 MOVES = table(
-    on(Ready, Start, _start, Advertising, Collecting),
-    on(Advertising, Keys, taking.take_keys, Sharing, Failed),
-    on(Sharing, Shares, taking.take_shares, Collecting, Failed),
-    on(Collecting, Uploaded, taking.take_vector, Confirming, Summing, Failed),
-    on(Confirming, Confirm, taking.take_confirm, Unmasking, Failed),
-    on(Unmasking, Unmask, taking.take_answer, Summing, Failed),
-    on(Summing, SumReady, closing.publish, Releasing, Failed),
-    on(Releasing, Statement, taking.take_statement, Released, Failed),
-    on(Released, Start, _start, Advertising, Collecting),
-    on(Failed, Start, _start, Advertising, Collecting),
-    on(IN_ROUND, Leave, taking.take_leave, Failed),
-    on(IN_ROUND, Gone, taking.take_gone, Failed),
-    on(IN_ROUND, Tick, _stay, Failed),
-    on(BETWEEN, Tick, _stay),
-    on(ALL, Restarted, _restart),
-    on(ALL, SiteReconnected, _repeat),
+    on(stages.Ready, events.Start, _start, stages.Advertising, stages.Collecting),
+    on(stages.Advertising, messages.Keys, taking.take_keys, stages.Sharing, stages.Failed),
+    on(stages.Sharing, messages.Shares, taking.take_shares, stages.Collecting, stages.Failed),
+    on(
+        stages.Collecting,
+        events.Uploaded,
+        taking.take_vector,
+        stages.Confirming,
+        stages.Summing,
+        stages.Failed,
+    ),
+    on(stages.Confirming, messages.Confirm, taking.take_confirm, stages.Unmasking, stages.Failed),
+    on(stages.Unmasking, messages.Unmask, taking.take_answer, stages.Summing, stages.Failed),
+    on(stages.Summing, events.SumReady, closing.publish, stages.Releasing, stages.Failed),
+    on(stages.Releasing, messages.Statement, taking.take_statement, stages.Released, stages.Failed),
+    on(stages.Released, events.Start, _start, stages.Advertising, stages.Collecting),
+    on(stages.Failed, events.Start, _start, stages.Advertising, stages.Collecting),
+    on(stages.IN_ROUND, messages.Leave, taking.take_leave, stages.Failed),
+    on(stages.IN_ROUND, events.Gone, taking.take_gone, stages.Failed),
+    on(stages.IN_ROUND, Tick, ignore, stages.Failed),  # `settle` follows every event
+    on(stages.BETWEEN, Tick, ignore),
+    on(stages.ALL, Restarted, _restart),
+    on(stages.ALL, events.SiteReconnected, _repeat),
 )
 """A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
 
 
 def step(
-    hub: CoordinatorParams, stage: CoordinatorStage, event: CoordinatorEvent, now: float
-) -> tuple[CoordinatorStage, tuple[CoordinatorEffect, ...]]:
+    hub: events.CoordinatorParams,
+    stage: stages.CoordinatorStage,
+    event: events.CoordinatorEvent,
+    now: float,
+) -> tuple[stages.CoordinatorStage, tuple[journal.CoordinatorEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back.
     """
-    found = event.message if isinstance(event, MessageFromSite) else event
+    found = event.message if isinstance(event, events.MessageFromSite) else event
     kind, legal = type(found), MOVES[type(stage)]
-    sender = event.sender if isinstance(event, MessageFromSite | Uploaded) else None
+    sender = event.sender if isinstance(event, events.MessageFromSite | events.Uploaded) else None
     if kind not in legal:
         raise not_legal(kind, legal, message=bool(sender), fault=sender or COORDINATOR)
-    if isinstance(event, MessageFromSite | Uploaded):
-        assert isinstance(stage, InRound)  # no message is legal between rounds
+    if isinstance(event, events.MessageFromSite | events.Uploaded):
+        assert isinstance(stage, stages.InRound)  # no message is legal between rounds
         if taking.seen_before(stage, event):
             return stage, ()
     move = CoordinatorMove(stage, evolve, hub=hub)
@@ -182,6 +99,6 @@ def step(
     handle(move, stage, found)
     if type(move.stage) is not type(stage) or kind is Restarted:
         closing.give_time(move, now)
-    if kind is not SiteReconnected:
+    if kind is not events.SiteReconnected:
         closing.settle(move, now)
     return move.stage, tuple(move.effects)

@@ -1,32 +1,31 @@
-"""What a site's machine of a round is given: its parameters, and the events it is stepped with."""
+"""The parameters and the events of a site's machine of a round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fedcore.secagg.crypto.entropy import Entropy
-from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.plan import RoundHeader, RoundPlan
-from fedcore.secagg.protocol.messages import (
-    Announce,
-    Certificate,
-    CoordinatorMessage,
-    Signed,
-)
+from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.secagg.protocol.epoch.records import EpochHeader
 
 
 @dataclass(frozen=True)
 class SiteParams:
-    """Who this site is and what it insists on; the same for a whole job.
+    """A site's identity and its conditions, for a whole job.
 
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
-    minimum: the smallest cohort it takes part in, where the plan's threshold is lower. patience: seconds
-    it waits at any stage; well above the coordinator's, which alone decides who is late: a site that
-    gives up first leaves a good round. only_with: {purpose: sites}; a sum of this purpose is given with
-    exactly these, because the ledger of this site has one over the same rows (PROTOCOL H, across jobs).
+    minimum: the smallest cohort it takes part in, if the plan's threshold is lower. patience: its timeout
+    at any stage, in seconds; well above the coordinator's, or the site leaves a round that is still good.
+    only_with: {purpose: sites}; a sum of this purpose is given with exactly these, because the ledger of
+    this site has one over the same rows (PROTOCOL H, across jobs).
     """
 
     id: SiteId
@@ -45,12 +44,21 @@ class SiteParams:
         """The smallest cohort this site takes part in."""
         return max(self.minimum, self.plan.threshold)
 
+    def same_job(self, header: RoundHeader | EpochHeader) -> tuple[tuple[str, object, object], ...]:
+        """(what, found, expected) of all that binds a header to this federation and job (PROTOCOL J)."""
+        return (
+            ("federation", header.federation, self.federation),
+            ("job", header.job, self.job),
+            ("plan digest", header.plan_digest, self.plan.digest),
+            ("pinned keys", header.pins, roster_digest(self.pins)),
+        )
+
 
 @dataclass(frozen=True)
 class Invited:
     """A round was announced. state_tag: HMAC under G of this site's own state for it (PROTOCOL S)."""
 
-    announce: Announce
+    announce: messages.Announce
     state_tag: bytes
 
 
@@ -58,7 +66,7 @@ class Invited:
 class MessageFromCoordinator:
     """Any other message of the coordinator."""
 
-    message: CoordinatorMessage
+    message: messages.CoordinatorMessage
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,9 @@ class SumOpened:
 
 @dataclass(frozen=True)
 class CheckFailed:
-    """A step of this round raised, the tag did not hold, or somebody here said no: leave it.
+    """A step of this round raised, the tag was wrong, or the site's policy refused it: leave the round.
 
-    sealed: the cause under G for the other sites; all have one length.
+    sealed: the cause under G for the other sites, of one length whatever the cause.
     """
 
     error: Exception
@@ -91,12 +99,12 @@ class CheckFailed:
 
 @dataclass(frozen=True)
 class Superseded:
-    """A later round was announced while this one is open: the word that ended it was lost."""
+    """A later round was announced while this one is open: the message that ended it was lost."""
 
 
 @dataclass(frozen=True)
 class Declined:
-    """An invitation raised: the coordinator need not wait for this site."""
+    """A check of the invitation failed: the coordinator need not wait for this site."""
 
     header: RoundHeader
 
@@ -110,18 +118,18 @@ class SessionRestored:
 class CaughtUp:
     """A certificate for a release this site missed; its state was unsealed and matches state_mac."""
 
-    certificate: Certificate
+    certificate: messages.Certificate
     state_mac: bytes
 
 
 @dataclass(frozen=True)
 class OwnSignature:
-    """The coordinator showed this site something (`said`) that it signed itself, of this round.
+    """The coordinator sent back a message (`said`) of this round that this site signed.
 
-    other: it said something else itself in this very round.
+    other: it differs from the one that this site has a record of.
     """
 
-    said: Signed
+    said: messages.Signed
     header: RoundHeader
     other: bool = False
 
@@ -135,17 +143,6 @@ class NewEpoch:
 
 
 SiteEvent = (
-    Invited
-    | MessageFromCoordinator
-    | VectorMade
-    | SumOpened
-    | CheckFailed
-    | Superseded
-    | Declined
-    | SessionRestored
-    | Restarted
-    | Tick
-    | CaughtUp
-    | OwnSignature
-    | NewEpoch
-)
+    Invited | MessageFromCoordinator | VectorMade | SumOpened | CheckFailed | Superseded |
+    Declined | SessionRestored | Restarted | Tick | CaughtUp | OwnSignature | NewEpoch
+)  # fmt: skip

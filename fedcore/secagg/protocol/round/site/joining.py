@@ -5,38 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from fedcore.errors import (
-    HeaderRefused,
-    OldFolder,
-    OtherSites,
-    SecondSum,
-    StaleEpoch,
-)
+from fedcore.errors import HeaderRefused, OldFolder, OtherSites, SecondSum, StaleEpoch
 from fedcore.secagg.crypto.hybrid import HybridKey
-from fedcore.secagg.crypto.identity_key import roster_digest
-from fedcore.secagg.crypto.pairwise import (
-    MaskRoot,
-)
+from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
-from fedcore.secagg.protocol.effects import (
-    MakeVector,
-)
-from fedcore.secagg.protocol.messages import (
-    COORDINATOR,
-    Keys,
-    sign,
-)
-from fedcore.secagg.protocol.round.site.events import Invited, SiteParams
-from fedcore.secagg.protocol.round.site.journal import (
-    Joined,
-    JoinedUnmasked,
-    SiteMove,
-    purpose_and_round,
-)
-from fedcore.secagg.protocol.round.site.stages import Idle, Secrets
+from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.messages import COORDINATOR, Keys, sign
+from fedcore.secagg.protocol.round.site import events, journal, stages
+from fedcore.secagg.protocol.round.site.journal import SiteMove
 from fedcore.secagg.protocol.shared import (
     SiteProgress,
+    check_equal,
+    check_grows,
     check_protection,
     check_roster,
     check_round_threshold,
@@ -46,13 +27,13 @@ from fedcore.secagg.protocol.shared import (
 from fedcore.types import SiteId
 
 
-def join_round(move: SiteMove, stage: Idle, event: Invited) -> None:
+def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> None:
     """Use up the round number and send keys, or under `encrypted` begin with the vector."""
     member, standing, header = move.member, stage.standing, event.announce.header
     _check_invitation(member, standing, header)
     check_company(member, header, header.roster, "cohort")
     if not header.layers.masks:
-        move.record(JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
+        move.record(journal.JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
         move.do(MakeVector(header, event.state_tag, ()))
         return
     root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
@@ -64,27 +45,26 @@ def join_round(move: SiteMove, stage: Idle, event: Invited) -> None:
         ),
         member.identity,
     )  # fmt: skip
-    secrets = Secrets(SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes()))
-    move.record(Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys)))
+    secrets = stages.Secrets(
+        SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes())
+    )
+    move.record(
+        journal.Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys))
+    )
     move.send(keys)
 
 
-def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundHeader) -> None:
+def _check_invitation(
+    member: events.SiteParams, standing: SiteProgress, header: RoundHeader
+) -> None:
     check_roster(header, member.pins, member.least)
-    if member.id not in header.roster:
-        refuse_missing(member.id, header.roster, "roster")
+    refuse_missing(member.id, header.roster, "roster")
     check_round_threshold(header, member.plan.threshold)
-    expected: dict[str, tuple[object, object]] = {
-        "federation": (header.federation, member.federation),
-        "job": (header.job, member.job),
-        "protocol version": (header.version, PLAN_VERSION),
-        "protection": (header.protection, member.plan.protection),
-        "plan digest": (header.plan_digest, member.plan.digest),
-        "pinned keys": (header.pins, roster_digest(member.pins)),
-    }
-    for what, (found, wanted) in expected.items():
-        if found != wanted:
-            raise HeaderRefused(what, found=found, expected=wanted, fault=COORDINATOR)
+    check_equal(
+        ("protocol version", header.version, PLAN_VERSION),
+        ("protection", header.protection, member.plan.protection),
+        *member.same_job(header),
+    )
     check_protection(header.protection)
     if header.epoch != standing.epoch:
         raise StaleEpoch(
@@ -92,10 +72,7 @@ def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundH
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
     _check_one_sum(standing, header)
-    if header.round <= standing.round:
-        raise HeaderRefused(
-            "round", found=header.round, expected=f"more than {standing.round}", fault=COORDINATOR
-        )
+    check_grows("round", header.round, standing.round)
     if standing.proved > standing.released:
         raise OldFolder(
             "round", found=f"an invitation to round {header.round}",
@@ -112,9 +89,9 @@ def _check_invitation(member: SiteParams, standing: SiteProgress, header: RoundH
 
 
 def check_company(
-    member: SiteParams, header: RoundHeader, sites: Iterable[SiteId], what: str
+    member: events.SiteParams, header: RoundHeader, sites: Iterable[SiteId], what: str
 ) -> None:
-    """These rows meet the same sites again, or none (PROTOCOL H, across jobs). Raises OtherSites."""
+    """Sums over the same rows have the same sites, also across jobs (PROTOCOL H). Raises OtherSites."""
     wanted = member.only_with.get(header.purpose)
     if wanted is not None and set(sites) != set(wanted):
         raise OtherSites(
@@ -135,7 +112,7 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
             expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
             fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
-    if not header.layers.masks and purpose_and_round(header) in standing.submitted:
+    if not header.layers.masks and journal.purpose_and_round(header) in standing.submitted:
         raise SecondSum(
             "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
             expected="one vector for each step and state", fault=COORDINATOR,

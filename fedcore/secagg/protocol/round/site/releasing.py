@@ -2,57 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from fedcore.errors import (
-    ListRefused,
-    OutOfOrder,
-    ReleaseRefused,
-    VectorRefused,
-)
-from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol.effects import (
-    Apply,
-    Erase,
-    OpenSum,
-    Upload,
-)
-from fedcore.secagg.protocol.messages import (
-    COORDINATOR,
-    MASK_ROOT,
-    SELF_SEED,
-    Aggregate,
-    Answer,
-    Certificate,
-    Confirm,
-    Confirmations,
-    CoordinatorMessage,
-    Statement,
-    Submit,
-    SurvivorList,
-    Unmask,
-    sign,
-)
-from fedcore.secagg.protocol.round.site.events import SiteParams, SumOpened, VectorMade
+from fedcore.errors import ListRefused, OutOfOrder, ReleaseRefused, VectorRefused
+from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.messages import COORDINATOR, sign
+from fedcore.secagg.protocol.round.site import events, journal, stages
 from fedcore.secagg.protocol.round.site.joining import check_company
-from fedcore.secagg.protocol.round.site.journal import (
-    Certified,
-    ListSigned,
-    SiteMove,
-    SumAnnounced,
-    SumStated,
-    UnmaskAnswered,
-    VectorSpooled,
-)
-from fedcore.secagg.protocol.round.site.stages import (
-    Answered,
-    Confirmed,
-    HeldShares,
-    Masking,
-    Opening,
-    Stated,
-    Submitted,
-)
+from fedcore.secagg.protocol.round.site.journal import SiteMove
 from fedcore.secagg.protocol.shared import (
     check_certificate,
     check_confirm,
@@ -65,42 +20,38 @@ from fedcore.secagg.protocol.shared import (
     refuse_missing,
     survivors_of,
 )
-from fedcore.secagg.protocol.wire_form import digest, type_name
-from fedcore.types import SiteId
+from fedcore.secagg.protocol.wire_form import digest
 
 
-def submit_vector(move: SiteMove, stage: Masking, made: VectorMade) -> None:
+def submit_vector(move: SiteMove, stage: stages.Masking, made: events.VectorMade) -> None:
     """Sign and send the one vector of this round."""
-    member = move.member
-    check_company(member, stage.header, stage.header.roster, "cohort")
-    submit = sign(
-        Submit(
-            stage.header.digest, member.id, made.digest, made.size, stage.state_tag,
-            stage.standing.key_id, made.salt, b"",
-        ),
-        member.identity,
-    )  # fmt: skip
-    move.record(VectorSpooled(submit))
+    member, (standing, header, state_tag) = move.member, stage.begun
+    check_company(member, header, header.roster, "cohort")
+    vector = made.digest, made.size, state_tag, standing.key_id, made.salt
+    submit = sign(messages.Submit(header.digest, member.id, *vector, b""), member.identity)
+    move.record(journal.VectorSpooled(submit))
     move.send(submit)
-    move.do(Upload(submit))
+    move.do(effects.Upload(submit))
 
 
 def _check_list(
-    member: SiteParams, stage: Submitted, header: bytes, submissions: tuple[Submit, ...],
-    cohort: Iterable[SiteId],
-) -> None:  # fmt: skip
+    member: events.SiteParams,
+    stage: stages.Submitted,
+    request: messages.SurvivorList | messages.Aggregate,
+) -> None:
     """U3: a subset of U2, at least t, with this site's own submission, each signed by its site."""
-    check_header(header, stage.header, COORDINATOR)
-    names = survivors_of(submissions)
-    check_members(names, list(cohort), stage.header.threshold, "survivor list")
+    check_header(request.header, stage.header, COORDINATOR)
+    names = survivors_of(request.submissions)
+    check_members(names, stage.cohort, stage.header.threshold, "survivor list")
     refuse_missing(member.id, names, "survivor list")
     check_company(member, stage.header, names, "survivor list")
-    for submit in submissions:
+    for submit in request.submissions:
         check_submission(submit, stage.header, member.pins, member.plan.salt_bytes)
-    check_same_state(submissions, stage.state_tag, stage.standing.key_id)
+    check_same_state(request.submissions, stage.state_tag, stage.standing.key_id)
+    _check_own_submission(request.submissions, stage.submit)
 
 
-def _check_own_submission(submissions: tuple[Submit, ...], own: Submit) -> None:
+def _check_own_submission(submissions: tuple[messages.Submit, ...], own: messages.Submit) -> None:
     if own not in submissions:
         raise VectorRefused(
             "survivor list", found="another submission of this site", expected="the one it sent",
@@ -108,32 +59,21 @@ def _check_own_submission(submissions: tuple[Submit, ...], own: Submit) -> None:
         )  # fmt: skip
 
 
-def confirm_list(move: SiteMove, stage: Submitted, request: SurvivorList) -> None:
+def confirm_list(move: SiteMove, stage: stages.Submitted, request: messages.SurvivorList) -> None:
     """Sign the one survivor list of this round. Raises ListRefused, VectorRefused or StateDiffers."""
-    member = move.member
-    _must_mask(stage.header, request)
-    _check_list(member, stage, request.header, request.submissions, stage.cohort)
-    _check_own_submission(request.submissions, stage.submit)
-    confirm = sign(
-        Confirm(
-            stage.header.digest, member.id, stage.bundle, digest(stage.cohort),
-            listed(request.submissions), b"",
-        ),
-        member.identity,
-    )  # fmt: skip
-    move.record(ListSigned(request.submissions, confirm, exchange(request, confirm)))
+    member, h = move.member, stage.header.digest
+    if not stage.header.layers.masks:
+        raise OutOfOrder(
+            "message", found="SurvivorList", expected="none under `encrypted`", fault=COORDINATOR
+        )
+    _check_list(member, stage, request)
+    lists = stage.bundle, digest(stage.cohort), listed(request.submissions)
+    confirm = sign(messages.Confirm(h, member.id, *lists, b""), member.identity)
+    move.record(journal.ListSigned(request.submissions, confirm, exchange(request, confirm)))
     move.send(confirm)
 
 
-def _must_mask(header: RoundHeader, request: CoordinatorMessage) -> None:
-    if not header.layers.masks:
-        raise OutOfOrder(
-            "message", found=type_name(type(request)), expected="none under `encrypted`",
-            fault=COORDINATOR,
-        )  # fmt: skip
-
-
-def answer_unmask(move: SiteMove, stage: Confirmed, request: Confirmations) -> None:
+def answer_unmask(move: SiteMove, stage: stages.Confirmed, request: messages.Confirmations) -> None:
     """Give one key share of each site of U2, once t survivors signed the same list."""
     member = move.member
     check_header(request.header, stage.header, COORDINATOR)
@@ -146,30 +86,31 @@ def answer_unmask(move: SiteMove, stage: Confirmed, request: Confirmations) -> N
         check_confirm(confirm, stage.confirm, member.pins)
     held = {each.of: each for each in stage.held}
     answers = tuple(_one_share(held[of], of in survivors) for of in stage.cohort)
-    unmask = Unmask(stage.header.digest, member.id, answers)
-    move.record(UnmaskAnswered(exchange(request, unmask)))
+    unmask = messages.Unmask(stage.header.digest, member.id, answers)
+    move.record(journal.UnmaskAnswered(exchange(request, unmask)))
     move.send(unmask)
 
 
-def _one_share(held: HeldShares, survived: bool) -> Answer:
+def _one_share(held: stages.HeldShares, survived: bool) -> messages.Answer:
     """Exactly one of the two: both would open the update of a site."""
     if survived:
-        return Answer(held.of, SELF_SEED, held.self_share.reveal())
-    return Answer(held.of, MASK_ROOT, held.root_share.reveal())
+        return messages.Answer(held.of, messages.SELF_SEED, held.self_share.reveal())
+    return messages.Answer(held.of, messages.MASK_ROOT, held.root_share.reveal())
 
 
 def begin_opening(
-    move: SiteMove, stage: Submitted | Confirmed | Answered, request: Aggregate
+    move: SiteMove,
+    stage: stages.Submitted | stages.Confirmed | stages.Answered,
+    request: messages.Aggregate,
 ) -> None:
     """Open the announced sum, of exactly the survivors that this site agreed to."""
     member, header = move.member, stage.header
-    if isinstance(stage, Submitted):
+    if isinstance(stage, stages.Submitted):
         if header.layers.masks:
             raise OutOfOrder(
                 "message", found="Aggregate", expected="SurvivorList first", fault=COORDINATOR
             )
-        _check_list(member, stage, request.header, request.submissions, stage.cohort)
-        _check_own_submission(request.submissions, stage.submit)
+        _check_list(member, stage, request)
     else:
         check_header(request.header, header, COORDINATOR)
         if request.submissions != stage.submissions:
@@ -177,33 +118,35 @@ def begin_opening(
                 "sum", found="another survivor list", expected="the one this site signed",
                 fault=COORDINATOR,
             )  # fmt: skip
-        if isinstance(stage, Confirmed):  # it has not helped yet, and this would be its help
+        if isinstance(stage, stages.Confirmed):  # opening the sum is its first help
             check_company(member, header, survivors_of(stage.submissions), "survivor list")
-    move.record(SumAnnounced(request, exchange(request)))
-    assert isinstance(move.stage, Opening)
+    move.record(journal.SumAnnounced(request, exchange(request)))
+    assert isinstance(move.stage, stages.Opening)
     move.do(open_sum(move.stage))
 
 
-def open_sum(stage: Opening) -> OpenSum:
+def open_sum(stage: stages.Opening) -> effects.OpenSum:
     """The effect that opens the sum of this stage."""
     names, found = survivors_of(stage.submissions), stage.aggregate
     salts = tuple(submit.salt for submit in stage.submissions)
-    return OpenSum(stage.header, names, salts, stage.state_tag, found.digest, found.size)
+    return effects.OpenSum(stage.header, names, salts, stage.state_tag, found.digest, found.size)
 
 
-def state_sum(move: SiteMove, stage: Opening, opened: SumOpened) -> None:
+def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -> None:
     """Sign what was found in the sum."""
     member = move.member
     survivors = digest(survivors_of(stage.submissions))
     statement = sign(
-        Statement(stage.header.digest, member.id, survivors, opened.sum_mac, opened.state_mac, b""),
+        messages.Statement(
+            stage.header.digest, member.id, survivors, opened.sum_mac, opened.state_mac, b""
+        ),
         member.identity,
     )
-    move.record(SumStated(statement))
+    move.record(journal.SumStated(statement))
     move.send(statement)
 
 
-def release(move: SiteMove, stage: Stated, certificate: Certificate) -> None:
+def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certificate) -> None:
     """Apply the new state, once t survivors certified it. Raises ReleaseRefused."""
     member = move.member
     check_certificate(certificate, stage.header, member.pins)
@@ -213,6 +156,6 @@ def release(move: SiteMove, stage: Stated, certificate: Certificate) -> None:
             "certificate", found="another sum, state or survivor list",
             expected="what this site found in the sum", fault=COORDINATOR,
         )  # fmt: skip
-    move.record(Certified(certificate))
-    move.do(Apply(certificate))
-    move.do(Erase(stage.header))
+    move.record(journal.Certified(certificate))
+    move.do(effects.Apply(certificate))
+    move.do(effects.Erase(stage.header))

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import get_args
 
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol.messages import (
-    Aggregate,
-    Confirm,
-    Keys,
-    Shares,
-    Statement,
-    Submit,
-)
-from fedcore.secagg.protocol.shared import (
-    History,
-    SiteProgress,
-)
+from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.moves import Timed
+from fedcore.secagg.protocol.shared import History, SiteProgress
 from fedcore.secagg.protocol.wire_form import record
 from fedcore.types import SiteId
 
 
-def _until() -> float:
-    return field(default=0.0, compare=False, metadata={"byte_form": False})
-
-
 @record("Secrets")
-@dataclass(frozen=True)
 class Secrets:
     """The round's own secrets: mask root, self-seed, and the channel key of the envelopes."""
 
@@ -38,7 +24,6 @@ class Secrets:
 
 
 @record("Held")
-@dataclass(frozen=True)
 class HeldShares:
     """Two key shares of one site, kept until unmask asks for exactly one of them."""
 
@@ -48,7 +33,6 @@ class HeldShares:
 
 
 @record("Idle")
-@dataclass(frozen=True)
 class Idle:
     """Between rounds."""
 
@@ -56,125 +40,104 @@ class Idle:
 
 
 @record("Halted")
-@dataclass(frozen=True)
 class Halted:
     """A release was refused: no further round under this key epoch (PROTOCOL R)."""
 
     standing: SiteProgress
 
 
-@record("Advertised")
 @dataclass(frozen=True)
-class Advertised:
-    """Keys are sent; the bundle is awaited."""
+class _Begun:
+    """A round has begun here. state_tag: HMAC under G of the state that this site starts from."""
 
     standing: SiteProgress
     header: RoundHeader
     state_tag: bytes
+
+    @property
+    def begun(self) -> tuple[SiteProgress, RoundHeader, bytes]:
+        """The three, which the next stage begins with."""
+        return self.standing, self.header, self.state_tag
+
+
+@record("Advertised")
+class Advertised(_Begun, Timed):
+    """Keys are sent; the bundle is awaited."""
+
     secrets: Secrets
-    keys: Keys
+    keys: messages.Keys
     history: History
-    until: float = _until()
 
 
 @record("Shared")
-@dataclass(frozen=True)
-class Shared:
+class Shared(_Begun, Timed):
     """Shares are sent; the others' are awaited. own: the shares kept of this site's own secrets."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
     secrets: Secrets
-    bundle: tuple[Keys, ...]
+    bundle: tuple[messages.Keys, ...]
     own: HeldShares
-    shares: Shares
+    shares: messages.Shares
     history: History
-    until: float = _until()
 
 
 @record("Masking")
-@dataclass(frozen=True)
-class Masking:
+class Masking(_Begun, Timed):
     """The vector is being made. masks: (seed, sign) of each; mask root and self-seed are gone."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
     bundle: bytes
     cohort: tuple[SiteId, ...]
     held: tuple[HeldShares, ...]
     masks: tuple[tuple[SecretBytes, int], ...]
     history: History
-    until: float = _until()
 
 
 @record("Submitted")
-@dataclass(frozen=True)
-class Submitted:
+class Submitted(_Begun, Timed):
     """The vector is on its way; the survivor list is awaited. The masks are gone."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
     bundle: bytes
     cohort: tuple[SiteId, ...]
     held: tuple[HeldShares, ...]
-    submit: Submit
+    submit: messages.Submit
     history: History
-    until: float = _until()
 
 
 @record("Confirmed")
-@dataclass(frozen=True)
-class Confirmed:
+class Confirmed(_Begun, Timed):
     """One survivor list is signed; the others' signatures are awaited."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
     cohort: tuple[SiteId, ...]
     held: tuple[HeldShares, ...]
-    submissions: tuple[Submit, ...]
-    confirm: Confirm
+    submissions: tuple[messages.Submit, ...]
+    confirm: messages.Confirm
     history: History
-    until: float = _until()
 
 
 @record("Answered")
-@dataclass(frozen=True)
-class Answered:
+class Answered(_Begun):
     """Unmask is answered, so the round counts as released; the sum is awaited. The shares are gone."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
-    submissions: tuple[Submit, ...]
+    submissions: tuple[messages.Submit, ...]
     history: History
 
 
 @record("Opening")
-@dataclass(frozen=True)
-class Opening:
+class Opening(_Begun):
     """The sum is being opened and its tag checked."""
 
-    standing: SiteProgress
-    header: RoundHeader
-    state_tag: bytes
-    submissions: tuple[Submit, ...]
-    aggregate: Aggregate
+    submissions: tuple[messages.Submit, ...]
+    aggregate: messages.Aggregate
     history: History
 
 
 @record("Stated")
-@dataclass(frozen=True)
 class Stated:
     """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
 
     standing: SiteProgress
     header: RoundHeader
-    submissions: tuple[Submit, ...]
-    statement: Statement
+    submissions: tuple[messages.Submit, ...]
+    statement: messages.Statement
     history: History
 
 
@@ -183,19 +146,16 @@ Waiting = Advertised | Shared | Masking | Submitted | Confirmed
 
 Exposed = Answered | Opening | Stated
 """Stages after unmask was answered: the coordinator may hold this round's sum. They have no timeout:
-leaving such a round helps nobody, because no other round may follow it from the same state."""
+no other round may follow from the same state, so leaving would gain nothing."""
+
+Between = Idle | Halted
 
 InRound = Waiting | Exposed
 
-SiteStage = Idle | Halted | InRound
+SiteStage = Between | InRound
 
-BETWEEN: tuple[type[Idle | Halted], ...] = (Idle, Halted)
+BETWEEN: tuple[type[Between], ...] = get_args(Between)
 
 IN_ROUND: tuple[type[InRound], ...] = get_args(InRound)
 
 EXPOSED: tuple[type[Exposed], ...] = get_args(Exposed)
-
-
-def waits(stage: SiteStage) -> bool:
-    """Whether a stage ends by itself, after the site's patience."""
-    return isinstance(stage, Waiting)
