@@ -242,7 +242,7 @@ class CoordinatorDriver:
 
     def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
         self.hub, self.scheme = coordinator.CoordinatorParams(pins), scheme
-        self.epoch_hub = epoch.EpochParams(pins)
+        self.epoch_hub = coordinator.CoordinatorParams(pins)
         self.epoch: epoch.CoordinatorEpochStage = epoch.NoEpoch()
         self.stage: coordinator.CoordinatorStage = coordinator.Ready()
         self.journal: list[coordinator.CoordinatorEntry] = []

@@ -34,7 +34,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.protocol import effects, epoch, messages, shared
 from fedcore.secagg.protocol.messages import sign
-from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.wire_form import encode
 
 LIE = SecretBytes(b"a payload that the coordinator knows")
@@ -269,7 +269,7 @@ def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
     epochs.silent = {"s03"}
     epochs.begin(2, "s01").pump()
     epochs.now += 100.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     epochs.pump()
     epochs.silent = set()
     epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header(2, "s01"))))
@@ -291,7 +291,7 @@ def in_two_epochs():
     epochs.payload, epochs.silent = LIE, {"s03"}
     epochs.begin(2).pump()
     epochs.now = 100.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     epochs.pump()
     parties = epochs.parties
     for name in epochs.sites:
@@ -393,7 +393,7 @@ class Mortal(Epochs):
         self.stages[who] = self.disk[who]
         for name in self.sites if who == HUB else [who]:
             self.step(name, epoch.Again())
-            self.step(HUB, epoch.SiteReturned(name))
+            self.step(HUB, coordinator.SiteReconnected(name))
         if isinstance(self.stages[HUB], epoch.NoEpoch):
             self.begin()
 

@@ -369,7 +369,7 @@ class Epochs:
     def __init__(self, n=4):
         self.parties = Parties(n)
         self.sites, self.members = self.parties.sites, self.parties.members
-        self.hub = epoch.EpochParams(self.parties.pins, patience=100.0)
+        self.hub = coordinator.CoordinatorParams(self.parties.pins, patience=100.0)
         self.stages = {name: epoch.NoKey() for name in self.sites}
         self.stages[HUB] = epoch.NoEpoch()
         self.queue, self.log, self.silent = deque(), [], set()
@@ -446,7 +446,7 @@ def with_late_joiner():
     epochs.silent = {"s03"}
     epochs.begin().pump()
     epochs.now = 100.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     epochs.pump()
     assert epochs.stages[HUB].holders == ("s00", "s01", "s02")
     epochs.silent = set()

@@ -190,7 +190,7 @@ def test_an_epoch_that_too_few_join_says_so_and_waits():
     facts = facts_of(PLAN)
     found = EpochDriver(facts)
     found.call(SITES, at())
-    assert found.take(epoch.EpochTick(), at(LIMITS.gather)) == []
+    assert found.take(coordinator.Tick(), at(LIMITS.gather)) == []
     assert "epoch keys: found 0 sites" in facts.progress.text
     with pytest.raises(PeerRefused):
         found.take(epoch.FromSite("a", epoch.KeyHeld(b"", "a", b"", b"")), at())

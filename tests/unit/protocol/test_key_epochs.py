@@ -28,7 +28,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.protocol import epoch, messages
 from fedcore.secagg.protocol.messages import sign
-from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.wire_form import decode, encode
 
 
@@ -197,9 +197,9 @@ def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
     epochs.begin().pump()
     assert isinstance(epochs.stages[HUB], epoch.Calling)
     epochs.now = 99.0
-    assert epochs.step(HUB, epoch.EpochTick()) == ()
+    assert epochs.step(HUB, coordinator.Tick()) == ()
     epochs.now = 100.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     header = epochs.stages[HUB].header
     assert (header.epoch, header.maker) == (2, "s01")
     epochs.silent = {"s00", "s01"}  # now the next one is asked, and falls silent as well
@@ -210,7 +210,7 @@ def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
     epochs.pump()
     assert isinstance(epochs.stages[HUB], epoch.Granting), "s00 is not waited for a second time"
     epochs.now = 200.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     header = epochs.stages[HUB].header
     assert (header.epoch, header.maker) == (3, "s02")
     epochs.silent = set()
@@ -233,7 +233,7 @@ def test_who_is_not_there_is_not_waited_for_and_joins_late():
     epochs.pump()
     assert epochs.stages[HUB].holders == present and epoch.awaited_in(epochs.stages[HUB]) == ()
     epochs.silent = set()
-    epochs.step(HUB, epoch.SiteReturned("s02"))
+    epochs.step(HUB, coordinator.SiteReconnected("s02"))
     epochs.pump()
     assert epochs.stages[HUB].holders == epochs.sites
 
@@ -254,7 +254,7 @@ def test_too_few_sites_make_no_epoch():
     epochs.silent = {"s01", "s02"}
     epochs.begin().pump()
     epochs.now = 100.0
-    epochs.refused(HUB, epoch.EpochTick(), ThresholdRefused, match="found 2 sites")
+    epochs.refused(HUB, coordinator.Tick(), ThresholdRefused, match="found 2 sites")
 
 
 # ------------------------------------------------------------------------------- the grants

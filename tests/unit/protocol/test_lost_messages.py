@@ -173,7 +173,7 @@ def test_a_departure_for_any_other_reason_carries_nothing():
 def connect_anew(epochs):
     """Every connection is new: both ends say again what may not have arrived."""
     for name in epochs.sites:
-        epochs.step(HUB, epoch.SiteReturned(name))
+        epochs.step(HUB, coordinator.SiteReconnected(name))
         epochs.step(name, epoch.Again())
     epochs.pump()
 
@@ -227,7 +227,7 @@ def test_a_late_joiner_whose_request_or_grant_was_lost_is_served_at_its_next_con
     epochs = with_late_joiner()
     epochs.pump(lambda to, message: isinstance(message, epoch.GrantRequest))
     epochs.queue.clear()
-    epochs.step(HUB, epoch.SiteReturned("s03"))
+    epochs.step(HUB, coordinator.SiteReconnected("s03"))
     assert isinstance(epochs.queue[0][2], epoch.GrantRequest)
     epochs.pump()
     assert epochs.stages[HUB].holders == epochs.sites

@@ -13,7 +13,7 @@ from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol import effects, epoch, wire_form
 from fedcore.secagg.protocol.messages import Announce, Keys, Leave
-from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire.frames import FROM_SITE, TO_SITE, Record
@@ -53,7 +53,7 @@ def said():
     epochs.silent = {"s03"}
     epochs.begin().pump()
     epochs.now = 100.0
-    epochs.step(HUB, epoch.EpochTick())
+    epochs.step(HUB, coordinator.Tick())
     epochs.pump()
     epochs.silent = set()
     epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header())))

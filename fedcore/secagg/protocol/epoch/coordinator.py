@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused
@@ -10,7 +9,8 @@ from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.epoch import records
 from fedcore.secagg.protocol.epoch.records import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
-from fedcore.secagg.protocol.moves import Timed
+from fedcore.secagg.protocol.moves import Tick, Timed
+from fedcore.secagg.protocol.round.coordinator import CoordinatorParams, SiteReconnected
 from fedcore.secagg.protocol.shared import check_grows, check_sender, in_order
 from fedcore.secagg.protocol.wire_form import digest, record, type_name
 from fedcore.types import SiteId
@@ -74,31 +74,11 @@ class FromSite:
     message: records.SiteEpochMessage
 
 
-@dataclass(frozen=True)
-class EpochTick:
-    """Time has passed."""
-
-
-@dataclass(frozen=True)
-class SiteReturned:
-    """A site is back, or the coordinator is: the site gets again what this stage has for it."""
-
-    site: SiteId
-
-
-CoordinatorEpochEvent = StartEpoch | FromSite | EpochTick | SiteReturned
+CoordinatorEpochEvent = StartEpoch | FromSite | Tick | SiteReconnected
 
 CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[records.CoordinatorEpochMessage]
 
 CoordinatorEpochStep = tuple[CoordinatorEpochStage, tuple[CoordinatorEpochEffect, ...]]
-
-
-@dataclass(frozen=True)
-class EpochParams:
-    """pins: {site: Ed25519 public key}. patience: seconds it waits for keys, and then for the maker."""
-
-    pins: Mapping[SiteId, bytes]
-    patience: float = 600.0
 
 
 def awaited_in(stage: CoordinatorEpochStage) -> tuple[SiteId, ...]:
@@ -118,7 +98,7 @@ def first_maker(roster: tuple[SiteId, ...], present: tuple[SiteId, ...]) -> Site
 
 
 def step_hub(
-    hub: EpochParams, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
+    hub: CoordinatorParams, stage: CoordinatorEpochStage, event: CoordinatorEpochEvent, now: float
 ) -> CoordinatorEpochStep:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
     if isinstance(event, FromSite):
@@ -132,9 +112,9 @@ def step_hub(
             return calling, (Persist(calling), *calls)
         case Calling(), records.EpochKey():
             return _take_key(hub, stage, message, now)
-        case ((Calling() | Granting()), EpochTick()):
+        case ((Calling() | Granting()), Tick()):
             return _late(hub, stage, now)
-        case _, SiteReturned(site):
+        case _, SiteReconnected(site):
             return stage, _pending(stage, site)
         case ((Granting() | Spreading()), records.EpochKey()) if message in stage.keys:
             return stage, _pending(stage, message.site)
@@ -150,7 +130,7 @@ def step_hub(
             return _late_joiner(hub, stage, message)
         case Spreading(), records.Grant():
             return _take_grant(hub, stage, message)
-        case _, EpochTick():
+        case _, Tick():
             return stage, ()
     raise OutOfOrder(
         "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
@@ -159,7 +139,7 @@ def step_hub(
 
 
 def _take_key(
-    hub: EpochParams, stage: Calling, key: records.EpochKey, now: float
+    hub: CoordinatorParams, stage: Calling, key: records.EpochKey, now: float
 ) -> CoordinatorEpochStep:
     check_epoch_key(key, stage.header, hub.pins)
     if key in stage.keys:
@@ -176,7 +156,7 @@ def _take_key(
     return _ask_maker(hub, stage, now)
 
 
-def _ask_maker(hub: EpochParams, stage: Calling, now: float) -> CoordinatorEpochStep:
+def _ask_maker(hub: CoordinatorParams, stage: Calling, now: float) -> CoordinatorEpochStep:
     granting = Granting(stage.header, stage.keys, until=now + hub.patience)
     return granting, (Persist(granting), *_pending(granting, stage.header.maker))
 
@@ -204,7 +184,7 @@ def _ask_a_holder(stage: Spreading, key: records.EpochKey) -> tuple[CoordinatorE
     return (Send(holders[0], records.GrantRequest(key)),) if holders else ()
 
 
-def _late(hub: EpochParams, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
+def _late(hub: CoordinatorParams, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
     """At the deadline: go on without silent sites, or call a new epoch under the next maker."""
     if now < stage.until:
         return stage, ()
@@ -225,7 +205,7 @@ def _late(hub: EpochParams, stage: Calling | Granting, now: float) -> Coordinato
 
 
 def _take_grants(
-    hub: EpochParams, stage: Granting, message: records.Grants
+    hub: CoordinatorParams, stage: Granting, message: records.Grants
 ) -> CoordinatorEpochStep:
     header = stage.header
     check_epoch(message.header, header, message.site)
@@ -242,7 +222,9 @@ def _take_grants(
     return spreading, (Persist(spreading), *sends)
 
 
-def _take_grant(hub: EpochParams, stage: Spreading, grant: records.Grant) -> CoordinatorEpochStep:
+def _take_grant(
+    hub: CoordinatorParams, stage: Spreading, grant: records.Grant
+) -> CoordinatorEpochStep:
     """A holder's grant for a late joiner: both have signed a key of this epoch."""
     check_signed(grant, stage.header, hub.pins)
     if not {grant.site, grant.recipient} <= {key.site for key in stage.keys}:
@@ -260,7 +242,9 @@ def _granted(stage: Spreading, grant: records.Grant) -> records.Granted:
     return records.Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
-def _take_held(hub: EpochParams, stage: Spreading, held: records.KeyHeld) -> CoordinatorEpochStep:
+def _take_held(
+    hub: CoordinatorParams, stage: Spreading, held: records.KeyHeld
+) -> CoordinatorEpochStep:
     check_signed(held, stage.header, hub.pins)
     if held.site in stage.holders:
         return stage, ()
@@ -268,7 +252,9 @@ def _take_held(hub: EpochParams, stage: Spreading, held: records.KeyHeld) -> Coo
     return stage, (Persist(stage),)
 
 
-def _late_joiner(hub: EpochParams, stage: Spreading, key: records.EpochKey) -> CoordinatorEpochStep:
+def _late_joiner(
+    hub: CoordinatorParams, stage: Spreading, key: records.EpochKey
+) -> CoordinatorEpochStep:
     """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
     check_epoch_key(key, stage.header, hub.pins)
     rest = tuple(each for each in stage.keys if each.site != key.site)

@@ -14,6 +14,7 @@ from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, PutValues
+from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -29,7 +30,7 @@ class EpochDriver:
 
     def __init__(self, facts: JobFacts) -> None:
         self._facts = facts
-        self._hub = epoch.EpochParams(dict(facts.pins), facts.limits.gather)
+        self._hub = coordinator.CoordinatorParams(dict(facts.pins), facts.limits.gather)
         self._refused = False
         """A site refused the release of a round that is over, under the present key epoch."""
         self._erased: set[SiteId] = set()
@@ -47,7 +48,7 @@ class EpochDriver:
         try:
             facts.epoch, found = epoch.step_hub(self._hub, facts.epoch, event, at.now)
         except PeerRefused as error:
-            if not isinstance(event, epoch.EpochTick):
+            if not isinstance(event, Tick):
                 raise
             facts.progress.text = str(error)
             return []
@@ -81,7 +82,7 @@ class EpochDriver:
 
     def back(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
         """Resend a site the messages of the present epoch."""
-        return self.take(epoch.SiteReturned(name), at)
+        return self.take(coordinator.SiteReconnected(name), at)
 
     def agreed(self, name: SiteId) -> list[CoordinatorJobEffect]:
         """A site agreed to the plan; one that lost its journal signs a new key of the present epoch."""

@@ -197,7 +197,7 @@ class JobMachine:
             return
         self.round_step(Tick())
         self.do(self.rounds.flush())
-        self.epoch_step(epoch.EpochTick())
+        self.epoch_step(Tick())
         for name in self.gathering.lost(at):
             self._gone(name)
         if at.now - self._nudged_at >= RETRY_SECONDS:
@@ -209,7 +209,7 @@ class JobMachine:
         if self.facts.plan is None:
             return
         for name in self.epochs.lacking(self._at):
-            self.epoch_step(epoch.SiteReturned(name))
+            self.epoch_step(coordinator.SiteReconnected(name))
         for name in self._at.here:
             self.do(self.catch_up.check(name, self._at))
 
@@ -301,7 +301,7 @@ class JobMachine:
         self.do(self.epochs.agreed(name))
         # The round first: a site takes no new epoch inside one.
         self.round_step(coordinator.SiteReconnected(name))
-        self.epoch_step(epoch.SiteReturned(name))
+        self.epoch_step(coordinator.SiteReconnected(name))
 
     def _at_rest(self, name: SiteId, rest: job_messages.SiteStatus) -> None:
         facts, stage = self.facts, self.facts.stage
