@@ -107,8 +107,8 @@ def _silent(open_sum):
 
 RULES = {
     SETTINGS: [("fedcore.config", "settings_digest", lambda _: lambda *_: "0" * 64)],
-    SPLIT: [("fedcore_clients.trainer", "Training.load", _split_of_the_job)],
-    CAP: [("fedcore_clients.trainer", "Training.load", _too_many_rows)],
+    SPLIT: [("fedcore_clients.trainer", "Training.load_task", _split_of_the_job)],
+    CAP: [("fedcore_clients.trainer", "Training.load_task", _too_many_rows)],
     GUARD: [("fedcore_clients.trainer", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
