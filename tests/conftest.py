@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 # A suite that a script starts in its background ignores Ctrl-C, and so would every command it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -36,6 +37,32 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("desk"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without(owner, "check_a", ...): these functions of a module or class do nothing for the rest of the
+    test, its positive control.
+
+    Of a machine's package every module that uses the function is patched (support/machines.py). The test
+    fails if a function of that name is never called after that: a control that does not get as far as the
+    check shows nothing.
+    """
+    from support.machines import patch_machine
+
+    uncalled = set()
+
+    def switch_off(owner, *names):
+        patch = (
+            monkeypatch.setattr if isinstance(owner, type) else partial(patch_machine, monkeypatch)
+        )
+        for name in names:
+            uncalled.add(name)
+            patch(owner, name, lambda *_, name=name, **__: uncalled.discard(name))
+
+    yield switch_off
+    assert not uncalled, f"switched off, and never called: {sorted(uncalled)}"
+
 
 LONGEST = (
     "test_contract.py", "test_crash_points.py", "test_readme.py", "test_chaos.py", "test_up.py",

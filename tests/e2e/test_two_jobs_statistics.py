@@ -13,7 +13,6 @@ import shutil
 import numpy as np
 import pytest
 from fedcore_clients.ledger import LEDGER_FILE, read_ledger
-from support.machines import patch_machine
 from test_cohorts import surveyed
 from town import AWAY, SITES, scene
 
@@ -76,13 +75,13 @@ def flat(sums):
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["attack", "control"])
-def test_the_difference_of_two_jobs_statistics(tmp_path, pool, monkeypatch, control):
+def test_the_difference_of_two_jobs_statistics(tmp_path, pool, without, control):
     first = ran(tmp_path / "1", pool, THREE)
     assert first["rows"][0]["survivors"] == list(THREE)
     (entry,) = [e for e in read_ledger(tmp_path / "1" / "a") if e.purpose == "statistics"]
     assert (entry.survivors, bool(entry.certificate)) == (THREE, True)
     if control:
-        patch_machine(monkeypatch, site, "check_company", lambda *_: None)
+        without(site, "check_company")
     second = ran(tmp_path / "2", pool, SITES, before=(tmp_path / "1", first["keys"]))
     if not control:
         assert second["sums"] is None, "no second sum was opened"

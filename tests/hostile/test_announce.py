@@ -152,33 +152,33 @@ def cohort(world, *names, threshold=None):
     return replace(world.round_header, roster=names, threshold=threshold or world.t)
 
 
-def test_a_roster_with_an_unpinned_site(monkeypatch):
+def test_a_roster_with_an_unpinned_site(without):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", "mallory")
     invitation = world.invitation("ann", header)
     refuses(world, "ann", invitation, RosterRefused, found="mallory", expected="pinned")
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    without(site, "check_roster")
     joins(world, "ann", header)
 
 
-def test_a_roster_that_names_one_site_twice(monkeypatch):
+def test_a_roster_that_names_one_site_twice(without):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", "dan")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="twice")
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    without(site, "check_roster")
     joins(world, "ann", header)
 
 
-def test_a_roster_in_another_order_than_that_of_the_pins(monkeypatch):
+def test_a_roster_in_another_order_than_that_of_the_pins(without):
     """One cohort has one header: the place in it decides signs of masks and which key share is whose."""
     world = world_at("idle")
     header = cohort(world, "bob", "ann", "cat", "dan", "eve")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="another order")
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    without(site, "check_roster")
     joins(world, "ann", header)
 
 
-def test_a_cohort_below_the_sites_minimum(monkeypatch):
+def test_a_cohort_below_the_sites_minimum(without):
     """n = 2 protects nothing: each of the two subtracts its own update."""
     world = world_at("idle", threshold=3)
     header = cohort(world, "ann", "bob")
@@ -190,7 +190,7 @@ def test_a_cohort_below_the_sites_minimum(monkeypatch):
         world, "bob", world.invitation("bob", four), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    without(site, "check_roster")
     joins(world, "ann", header)
     joins(world, "bob", four)
 
@@ -208,11 +208,11 @@ def test_more_than_64_sites_are_refused_until_block_K_is_built():
         replace(plan, sites=tuple(f"s{i}" for i in range(65)), threshold=0)
 
 
-def test_a_round_for_a_roster_without_this_site(monkeypatch):
+def test_a_round_for_a_roster_without_this_site(without):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan")
     refuses(world, "eve", world.invitation("eve", header), ListRefused, found="left out")
-    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
+    without(site, "refuse_missing")
     joins(world, "eve", header)
 
 
@@ -231,7 +231,7 @@ def test_two_sites_with_one_identity(monkeypatch):
 
 
 @pytest.mark.parametrize("threshold", [-1, 0, 1, 2, 3, 5, 6])
-def test_a_threshold_other_than_the_plans(threshold, monkeypatch):
+def test_a_threshold_other_than_the_plans(threshold, without):
     """Of five sites t = 4; 2 and less lies outside (n/2, n], 6 above it."""
     world = world_at("idle")
     header = replace(world.round_header, threshold=threshold)
@@ -239,12 +239,12 @@ def test_a_threshold_other_than_the_plans(threshold, monkeypatch):
         world, "ann", world.invitation("ann", header), ThresholdRefused,
         found=str(threshold), expected="4",
     )  # fmt: skip
-    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
+    without(site, "check_round_threshold")
     joins(world, "ann", header)
 
 
 @pytest.mark.parametrize("threshold", [1, 2, 3, 5])
-def test_a_smaller_cohort_has_the_plans_threshold(threshold, monkeypatch):
+def test_a_smaller_cohort_has_the_plans_threshold(threshold, without):
     """Four of five sites: t = 4 as for all five, though 3 is what four sites alone would have."""
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", threshold=threshold)
@@ -253,12 +253,12 @@ def test_a_smaller_cohort_has_the_plans_threshold(threshold, monkeypatch):
         found=str(threshold), expected="4",
     )  # fmt: skip
     joins(world.copy(), "ann", replace(header, threshold=4))
-    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
+    without(site, "check_round_threshold")
     joins(world, "ann", header)
 
 
 @pytest.mark.parametrize("minimum", [3, 4])
-def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, monkeypatch):
+def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, without):
     """The label promises what t = 5 of 5 withstands; four sites would withstand less."""
     world = world_at("idle", threshold=5)
     world.members["ann"] = replace(world.members["ann"], minimum=minimum)
@@ -267,7 +267,7 @@ def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, monkey
         world, "ann", world.invitation("ann", header), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
+    without(site, "check_roster")
     joins(world, "ann", header)
 
 

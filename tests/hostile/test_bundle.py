@@ -40,14 +40,14 @@ def shares_go_out(world, name, bundle):
     return shares
 
 
-def test_a_swapped_channel_key(monkeypatch):
+def test_a_swapped_channel_key(without):
     world, mine = world_at("keys"), HybridKey.draw(OsEntropy())
     swapped = replace(world.keys["bob"], channel=mine.public)
     bundle = world.bundle(keys={"bob": swapped})
     stage = world.stages["ann"]
     refuses(world, "ann", bundle, SignatureRefused, fault="bob", found="does not verify")
 
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     shares = shares_go_out(world, "ann", bundle)
     parcel = next(p for p in shares.parcels if p.recipient == "bob")
     plain = open_envelope(
@@ -68,14 +68,14 @@ def _same_key(world, key, name):
     return {name: replace(world.keys[name], channel=key.public)}
 
 
-def test_keys_swapped_for_every_other_site_give_the_coordinator_root_and_self_seed(monkeypatch):
+def test_keys_swapped_for_every_other_site_give_the_coordinator_root_and_self_seed(without):
     world = world_at("keys")
     own = {name: HybridKey.draw(OsEntropy()) for name in world.roster[1:]}
     lies = {name: replace(world.keys[name], channel=k.public) for name, k in own.items()}
     bundle, secrets = world.bundle(keys=lies), world.stages["ann"].secrets
     refuses(world, "ann", bundle, SignatureRefused, fault="bob")
 
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     read = {}
     for parcel in shares_go_out(world, "ann", bundle).parcels[1:]:
         to = parcel.recipient
@@ -91,11 +91,11 @@ def test_keys_swapped_for_every_other_site_give_the_coordinator_root_and_self_se
     assert rebuilt == [secrets.self_seed.reveal(), secrets.root.reveal()]
 
 
-def test_a_swapped_mask_key(monkeypatch):
+def test_a_swapped_mask_key(without):
     world, root = world_at("keys"), MaskRoot(bytes(range(32)))
     bundle = world.bundle(keys={"bob": replace(world.keys["bob"], mask=root.keys.public)})
     refuses(world, "ann", bundle, SignatureRefused, fault="bob", found="does not verify")
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     parcel = next(p for p in shares_go_out(world, "ann", bundle).parcels if p.recipient == "bob")
     offered = open_offer(root, parcel.offer, sender="ann", recipient="bob", header=world.h)
     assert len(offered) == 32, "the coordinator agrees on ann's mask in bob's place"
@@ -104,7 +104,7 @@ def test_a_swapped_mask_key(monkeypatch):
 @pytest.mark.parametrize(
     "field", ["self_seed_hash", "state_tag", "key_id", "header", "signature", "site"]
 )
-def test_every_other_field_of_keys_is_signed(field, monkeypatch):
+def test_every_other_field_of_keys_is_signed(field, without):
     world = world_at("keys")
     keys = world.keys["bob"]
     lie = {"site": "cat", "signature": bytes(64), "header": World().h}.get(field, bytes(32))
@@ -121,7 +121,7 @@ def test_every_other_field_of_keys_is_signed(field, monkeypatch):
         (shared, "check_header"),
         (site, "check_same_state"),
     ):
-        patch_machine(monkeypatch, module, name, lambda *_: None)
+        without(module, name)
     shares_go_out(world, "ann", bundle)
 
 
@@ -139,13 +139,13 @@ def test_a_lying_site_that_copies_anothers_keys(monkeypatch):
             shares_go_out(world, "ann", bundle)
 
 
-def test_one_key_of_a_site_for_channel_and_mask(monkeypatch):
+def test_one_key_of_a_site_for_channel_and_mask(without):
     """A mask key may be rebuilt by the coordinator; a channel key must not be (PROTOCOL P)."""
     world = world_at("keys")
     twice = world.signed("bob", world.keys["bob"], channel=world.keys["bob"].mask)
     bundle = world.bundle(keys={"bob": twice})
     refuses(world, "ann", bundle, KeyRefused, fault="bob", found="a key of 'bob' again")
-    patch_machine(monkeypatch, site, "check_distinct", lambda *_: None)
+    without(site, "check_distinct")
     shares_go_out(world, "ann", bundle)
 
 
@@ -171,7 +171,7 @@ def test_a_point_of_low_order(which, point, monkeypatch):
 
 @pytest.mark.parametrize("which", ["channel", "mask"])
 @pytest.mark.parametrize("kind", ["not reduced", "short", "empty"])
-def test_a_malformed_mlkem_key(which, kind, monkeypatch):
+def test_a_malformed_mlkem_key(which, kind, monkeypatch, without):
     world = world_at("keys")
     good = getattr(world.keys["cat"], which)
     bad = {"not reduced": b"\xff" * 1184, "short": good.mlkem[:-1], "empty": b""}[kind]
@@ -180,43 +180,43 @@ def test_a_malformed_mlkem_key(which, kind, monkeypatch):
     found = "not reduced" if kind == "not reduced" else f"{len(bad)} bytes"
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found=found)
     # Control: nothing else stands in the way of such a key.
-    monkeypatch.setattr(hybrid, "_mlkem_key", lambda *_: None)
+    without(hybrid, "_mlkem_key")
     monkeypatch.setattr(OsEntropy, "encapsulate", lambda *_: (bytes(32), bytes(1088)))
     shares_go_out(world, "ann", bundle)
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
-def test_a_self_seed_hash_of_another_length(length, monkeypatch):
+def test_a_self_seed_hash_of_another_length(length, without):
     world = world_at("keys")
     lie = world.signed("cat", world.keys["cat"], self_seed_hash=b"x" * length)
     bundle = world.bundle(keys={"cat": lie})
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found=str(length), expected="32")
-    patch_machine(monkeypatch, site, "check_keys", lambda *_: None)
+    without(site, "check_keys")
     shares_go_out(world, "ann", bundle)
 
 
-def test_other_keys_in_this_sites_own_name(monkeypatch):
+def test_other_keys_in_this_sites_own_name(without):
     """Even signed by itself: a site that ran twice, or whose identity key leaked, is not outvoted."""
     world = world_at("keys")
     lie = world.signed("ann", world.keys["ann"], self_seed_hash=b"x" * 32)
     bundle = world.bundle(keys={"ann": lie})
     refuses(world, "ann", bundle, KeyRefused, found="other keys for this site")
-    patch_machine(monkeypatch, site, "_check_bundle", lambda *_: None)
+    without(site, "_check_bundle")
     shares_go_out(world, "ann", bundle)
 
 
-def test_a_thinned_key_bundle(monkeypatch):
+def test_a_thinned_key_bundle(without):
     """With fewer than t sites in the bundle an update hides behind almost nobody."""
     world = world_at("keys")
     bundle = world.bundle(["ann", "bob", "cat"])
     refuses(world, "ann", bundle, ThresholdRefused, found="3 sites", expected="at least 4")
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    without(site, "check_members")
     assert len(shares_go_out(world, "ann", bundle).parcels) == 3
     shares_go_out(world_at("keys"), "bob", world.bundle(["ann", "bob", "cat", "dan"]))
 
 
 @pytest.mark.parametrize("problem", ["unknown", "twice", "order", "without me"])
-def test_a_bundle_of_the_wrong_sites(problem, monkeypatch):
+def test_a_bundle_of_the_wrong_sites(problem, without):
     world = world_at("keys", n=6)
     stranger = World(7)
     stranger.advance("keys", ["gus"])
@@ -236,8 +236,7 @@ def test_a_bundle_of_the_wrong_sites(problem, monkeypatch):
     bundle = replace(world.bundle(), keys=items[problem])
     refuses(world, "ann", bundle, ListRefused, found=found[problem])
     if problem in {"order", "without me"}:
-        patch_machine(monkeypatch, site, "check_members", lambda *_: None)
-        patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
+        without(site, "check_members", "refuse_missing")
         if problem == "order":
             shares_go_out(world, "ann", bundle)
         else:
@@ -258,7 +257,7 @@ def test_keys_of_a_site_that_is_pinned_but_not_of_this_cohort():
     refuses(world, "ann", bundle, ListRefused, found="'fay'")
 
 
-def test_keys_of_an_earlier_round(monkeypatch):
+def test_keys_of_an_earlier_round(without):
     """The signature is good; it speaks for another round."""
     world = world_at("keys")
     old = World()
@@ -269,28 +268,28 @@ def test_keys_of_an_earlier_round(monkeypatch):
     bundle = world.bundle(keys={"bob": old.keys["bob"]})
     refuses(world, "ann", bundle, HeaderRefused, fault="bob", expected="round 1")
     refuses(world, "ann", replace(world.bundle(), header=old.h), HeaderRefused, expected="round 1")
-    monkeypatch.setattr(shared, "check_header", lambda *_: None)
-    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
+    without(shared, "check_header")
+    without(site, "check_same_state")
     shares_go_out(world, "ann", bundle)
 
 
-def test_a_site_under_another_key_id(monkeypatch):
+def test_a_site_under_another_key_id(without):
     world = world_at("keys")
     lie = world.signed("dan", world.keys["dan"], key_id=b"k" * 32)
     bundle = world.bundle(keys={"dan": lie})
     refuses(world, "ann", bundle, StateDiffers, fault="dan", found="another one at 'dan'")
-    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
+    without(site, "check_same_state")
     shares_go_out(world, "ann", bundle)
 
 
-def test_a_second_and_different_key_bundle(monkeypatch):
+def test_a_second_and_different_key_bundle(monkeypatch, without):
     """U1 is asked for once: the shares of another bundle would be a second set of the same secrets."""
     world = world_at("shares")
     first = world.step("ann", site.MessageFromCoordinator(world.bundle()))
     assert first == (Send("coordinator", world.shares["ann"]),), "the same request, the same bytes"
     other = world.bundle(["ann", "bob", "cat", "dan"])
     refuses(world, "ann", other, Conflicting, found="other bytes")
-    patch_machine(monkeypatch, site, "answered", lambda *_: None)
+    without(site, "answered")
     monkeypatch.setitem(
         site.MOVES[site.Shared], type(other), (sharing.share_secrets, (site.Shared,))
     )

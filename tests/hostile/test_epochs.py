@@ -84,7 +84,7 @@ def test_a_payload_by_another_site_than_the_maker(monkeypatch):
     installs(epochs, "s02", epoch.FromCoordinator(granted), PAYLOAD)
 
 
-def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
+def test_a_grant_by_the_coordinator_in_the_makers_name(without):
     """Its own epoch key and envelope, all in order but for the two signatures."""
 
     def forged(epochs):
@@ -102,7 +102,7 @@ def test_a_grant_by_the_coordinator_in_the_makers_name(monkeypatch):
     assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
     unsigned = replace(granted, granter=replace(granted.granter, signature=bytes(64)))
     assert epochs.refused("s02", epoch.FromCoordinator(unsigned), SignatureRefused) == "s00"
-    patch_machine(monkeypatch, epoch, "check_signature", lambda *_: None)
+    without(epoch, "check_signature")
     installs(epochs, "s02", forged(epochs))
 
 
@@ -121,7 +121,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("what", HEADERS)
-def test_a_grant_under_another_header(what, monkeypatch):
+def test_a_grant_under_another_header(what, monkeypatch, without):
     """All of E is in the header's digest: signed, and in the envelope's context, so neither alone."""
     epochs, _ = at_grant()
     header = epochs.header(**HEADERS[what])
@@ -129,7 +129,7 @@ def test_a_grant_under_another_header(what, monkeypatch):
     assert epochs.refused("s02", lie, StaleEpoch, match="another one") == "s00"
     mixed = epoch.FromCoordinator(replace(lie.message, granter=epochs.stages["s00"].key))
     assert epochs.refused("s02", mixed, StaleEpoch, match="another one") == "s00"
-    patch_machine(monkeypatch, epoch, "check_epoch", lambda *_: None)
+    without(epoch, "check_epoch")
     assert epochs.refused("s02", lie, EnvelopeRefused, match="does not open") == "s00"
     patch_machine(monkeypatch, epoch, "_context", lambda header, *rest: encode(rest))
     installs(epochs, "s02", lying_grant(epochs, "s00", "s02", header=header))
@@ -176,7 +176,7 @@ def bad_key(epochs, name, what):
 
 
 @pytest.mark.parametrize("what", BAD_KEYS)
-def test_a_lying_sites_malformed_epoch_key(what, monkeypatch):
+def test_a_lying_sites_malformed_epoch_key(what, without):
     """At the coordinator, the maker, a holder and a recipient; before a payload is even made."""
     epochs = Epochs().begin()
     request = epochs.until(epoch.EpochKeys, "s00")
@@ -197,7 +197,7 @@ def test_a_lying_sites_malformed_epoch_key(what, monkeypatch):
     weak = replace(granted, granter=bad_key(late, "s01", what))
     assert late.refused("s03", epoch.FromCoordinator(weak), KeyRefused) == "s01"
 
-    monkeypatch.setattr(hybrid.HybridPublic, "check", lambda *_: None)
+    without(hybrid.HybridPublic, "check")
     stage, found = epoch.step_site(epochs.members["s00"], epochs.stages["s00"], asked)
     assert isinstance(stage, epoch.Making) and isinstance(found[-1], epoch.MakeSecrets)
 
@@ -236,7 +236,7 @@ def test_one_identity_under_two_names_of_the_roster(monkeypatch):
 # ------------------------------------------------------------------------------ the late joiner
 
 
-def test_holders_that_are_strangers_or_not_enough(monkeypatch):
+def test_holders_that_are_strangers_or_not_enough(without):
     """A colluding holder and its own payload: it would need t signatures, and has one."""
     epochs = with_late_joiner()
     granted = granted_by(epochs, "s01")
@@ -256,11 +256,11 @@ def test_holders_that_are_strangers_or_not_enough(monkeypatch):
         wrong = epoch.FromCoordinator(replace(granted, grant=lie, held=held))
         epochs.refused("s03", wrong, error)
     assert "s03" not in epochs.installed
-    patch_machine(monkeypatch, epoch, "_check_held", lambda *_: None)
+    without(epoch, "_check_held")
     installs(epochs, "s03", epoch.FromCoordinator(replace(granted, grant=lie, held=(own,))))
 
 
-def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
+def test_a_holders_signature_from_an_earlier_epoch(without):
     """The sites did sign that key id, an epoch ago, before it was revoked."""
     epochs = with_late_joiner()
     old = granted_by(epochs, "s01")
@@ -277,7 +277,7 @@ def test_a_holders_signature_from_an_earlier_epoch(monkeypatch):
     revoked = epoch.seal_grant(epochs.members["s02"], epochs.stages["s02"], to, PAYLOAD, name)
     wrong = epoch.FromCoordinator(epoch.Granted(revoked, epochs.stages["s02"].key, old.held))
     assert epochs.refused("s03", wrong, StaleEpoch) == "s00"
-    patch_machine(monkeypatch, epoch, "_check_held", lambda *_: None)
+    without(epoch, "_check_held")
     installs(epochs, "s03", wrong, PAYLOAD)
 
 
@@ -312,7 +312,7 @@ def joined(parties, headers):
     return found
 
 
-def test_sites_in_different_epochs_never_come_into_one_round(monkeypatch):
+def test_sites_in_different_epochs_never_come_into_one_round(without):
     """By the epoch's number, by the header, and at last by the key ids: each refusal without the one
     before it. The control: without all three they share keys, and no sum would have one key."""
     parties = in_two_epochs()
@@ -325,11 +325,11 @@ def test_sites_in_different_epochs_never_come_into_one_round(monkeypatch):
     with pytest.raises(HeaderRefused) as refused:
         parties.step("s00", bundle)
     assert refused.value.fault == "s03"
-    monkeypatch.setattr(shared, "check_header", lambda *_: None)
+    without(shared, "check_header")
     with pytest.raises(StateDiffers, match="key id") as refused:
         parties.step("s00", bundle)
     assert refused.value.fault == "s03" and parties.stages["s00"] is stage
-    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
+    without(site, "check_same_state")
     parties.step("s00", bundle)
     assert isinstance(parties.stages["s00"], site.Shared)
 

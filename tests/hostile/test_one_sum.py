@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
-from support.machines import patch_machine
 from support.parties import HUB, Parties, leaves_when_restarted
 
 from fedcore.errors import (
@@ -61,7 +60,7 @@ def next_round(world, **changes):
     ids=str,
 )
 def test_whoever_helped_to_open_a_sum_joins_no_other_round_from_that_state(
-    protection, stage, how, other, monkeypatch
+    protection, stage, how, other, without
 ):
     world = left_from(stage, how, protection)
     assert world.stages["ann"].standing.exposed == world.h
@@ -69,7 +68,7 @@ def test_whoever_helped_to_open_a_sum_joins_no_other_round_from_that_state(
         other = {"roster": world.roster[:4]}
     header = next_round(world, **other)
     refuses(world, "ann", world.invitation("ann", header), SecondSum, found="round 2")
-    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
+    without(site, "_check_one_sum")
     world.step("ann", world.invitation("ann", header))
     assert isinstance(world.stages["ann"], site.IN_ROUND)
 
@@ -98,7 +97,7 @@ def opened(world, names):
     return world.minus(names, masks)
 
 
-def test_leaving_a_site_out_after_unmask_shows_its_update(monkeypatch):
+def test_leaving_a_site_out_after_unmask_shows_its_update(without):
     """Point 2: the difference of two sums from one state is the update of the site that was left out."""
     world = world_at("unmask")
     four = world.roster[:4]
@@ -108,7 +107,7 @@ def test_leaving_a_site_out_after_unmask_shows_its_update(monkeypatch):
     _, joined = second_round(world, four)
     assert joined == (), "nothing follows a sum that may be known"
 
-    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
+    without(site, "_check_one_sum")
     again, joined = second_round(world, four)
     assert joined == four
     again.advance("unmask", four, after="keys")
@@ -119,7 +118,7 @@ def test_leaving_a_site_out_after_unmask_shows_its_update(monkeypatch):
     assert np.array_equal(difference, update), "control: eve, alone"
 
 
-def test_under_encrypted_a_step_gets_one_vector_though_no_sum_was_opened(monkeypatch):
+def test_under_encrypted_a_step_gets_one_vector_though_no_sum_was_opened(without):
     """The coordinator has the ciphertext of the first, and whoever holds the key opens both."""
     world = world_at("submit", protection="encrypted")
     world.receive("ann", Abandon(world.h, "submit"))
@@ -134,7 +133,7 @@ def test_under_encrypted_a_step_gets_one_vector_though_no_sum_was_opened(monkeyp
     later = world.copy()
     later.step("ann", world.invitation("ann", next_round(world, training_round=2)))
     assert isinstance(later.stages["ann"], site.Masking), "the next step has a vector of its own"
-    patch_machine(monkeypatch, site, "_check_one_sum", lambda *_: None)
+    without(site, "_check_one_sum")
     world.step("ann", again)
     assert isinstance(world.stages["ann"], site.Masking)
 

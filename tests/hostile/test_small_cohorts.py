@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import NAMES, World, refuses, world_at
-from support.machines import patch_machine
 
 from fedcore.errors import RosterRefused, ThresholdRefused
 from fedcore.secagg.label import Collusion, Terms, collusion
@@ -30,7 +29,7 @@ def invited(names, threshold):
     return world
 
 
-def test_a_cohort_of_three_is_not_opened_by_two_colluders_where_eleven_are_needed(monkeypatch):
+def test_a_cohort_of_three_is_not_opened_by_two_colluders_where_eleven_are_needed(without):
     """Refused by each of the three. Control: with t that of the cohort, two read the third."""
     three = NAMES[:3]
     promised = collusion(Terms("masked", SITES, PLANNED))
@@ -43,8 +42,7 @@ def test_a_cohort_of_three_is_not_opened_by_two_colluders_where_eleven_are_neede
                 found="3 sites", expected="at least 11",
             )  # fmt: skip
 
-    patch_machine(monkeypatch, site, "check_roster", lambda *_: None)
-    patch_machine(monkeypatch, site, "check_round_threshold", lambda *_: None)
+    without(site, "check_roster", "check_round_threshold")
     world = invited(three, default_threshold(3)).advance("unmask", three)
     secrets = world.rebuilt(world.shares_held(world.answers.values()))
     opened = world.open_sum_of(three, secrets)

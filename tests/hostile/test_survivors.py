@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kit import World, refuses, world_at
-from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -66,17 +65,15 @@ def answers(world, name, request):
         (("ann", "cat", "dan", "eve"), ListRefused, "left out"),
     ],
 )
-def test_a_list_that_is_short_repeats_or_leaves_this_site_out(names, error, found, monkeypatch):
+def test_a_list_that_is_short_repeats_or_leaves_this_site_out(names, error, found, without):
     world = world_at("submit")
     request = world.survivor_list(names)
     refuses(world, "bob", request, error, found=found)
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
-    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
-    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
+    without(site, "check_members", "refuse_missing", "_check_own_submission")
     signs(world, "bob", request)
 
 
-def test_a_survivor_that_never_shared(monkeypatch):
+def test_a_survivor_that_never_shared(without):
     """U3 must lie within U2: for a site outside it nobody holds a share."""
     world = world_at("keys")
     world.shares = {n: world.receive(n, world.bundle()) for n in world.roster}
@@ -88,27 +85,27 @@ def test_a_survivor_that_never_shared(monkeypatch):
     stranger = world.signed("eve", world.submits["ann"], site="eve")
     request = world.survivor_list((*four, "eve"), {"eve": stranger})
     refuses(world, "ann", request, ListRefused, found="'eve'", expected="a subset of 4 sites")
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    without(site, "check_members")
     signs(world, "ann", request)
 
 
-def test_an_unknown_survivor(monkeypatch):
+def test_an_unknown_survivor(without):
     world = world_at("submit")
     stranger = replace(world.submits["eve"], site="mallory")
     request = replace(
         world.survivor_list(), submissions=(*world.survivor_list().submissions, stranger)
     )
     refuses(world, "ann", request, ListRefused, found="'mallory'")
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    without(site, "check_members")
     refuses(
         world, "ann", request, SignatureRefused, found="mallory", expected="a site of the roster"
     )
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     signs(world, "ann", request)
 
 
 @pytest.mark.parametrize("field", ["digest", "size", "signature"])
-def test_a_submission_swapped_under_anothers_name(field, monkeypatch):
+def test_a_submission_swapped_under_anothers_name(field, without):
     world = world_at("submit")
     value = getattr(world.submits["bob"], field)
     lie = replace(
@@ -116,11 +113,11 @@ def test_a_submission_swapped_under_anothers_name(field, monkeypatch):
     )
     request = world.survivor_list(submits={"bob": lie})
     refuses(world, "ann", request, SignatureRefused, fault="bob")
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     signs(world, "ann", request)
 
 
-def test_another_submission_of_this_very_site(monkeypatch):
+def test_another_submission_of_this_very_site(without):
     """Even with its own good signature (its identity key leaked, or it ran twice)."""
     world = world_at("submit")
     other = world.signed("ann", world.submits["ann"], digest=b"o" * 32)
@@ -128,11 +125,11 @@ def test_another_submission_of_this_very_site(monkeypatch):
     refuses(
         world, "ann", request, VectorRefused, found="another submission", expected="the one it sent"
     )
-    patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
+    without(site, "_check_own_submission")
     signs(world, "ann", request)
 
 
-def test_a_submission_of_another_round(monkeypatch):
+def test_a_submission_of_another_round(without):
     world = world_at("submit")
     other = replace(world.round_header, round=2).digest
     lie = world.signed("bob", world.submits["bob"], header=other)
@@ -144,17 +141,17 @@ def test_a_submission_of_another_round(monkeypatch):
         HeaderRefused,
         expected="round 1",
     )
-    monkeypatch.setattr(shared, "check_header", lambda *_: None)
+    without(shared, "check_header")
     signs(world, "ann", world.survivor_list(submits={"bob": lie}))
 
 
 @pytest.mark.parametrize("field", ["state_tag", "key_id"])
-def test_a_survivor_that_started_from_another_state(field, monkeypatch):
+def test_a_survivor_that_started_from_another_state(field, without):
     world = world_at("submit")
     lie = world.signed("bob", world.submits["bob"], **{field: b"x" * 32})
     request = world.survivor_list(submits={"bob": lie})
     refuses(world, "ann", request, StateDiffers, fault="bob", found="another one at 'bob'")
-    patch_machine(monkeypatch, site, "check_same_state", lambda *_: None)
+    without(site, "check_same_state")
     signs(world, "ann", request)
 
 
@@ -210,7 +207,7 @@ def tell(world, lists):
         world.confirms[name] = signs(world, name, world.survivor_list(names))
 
 
-def test_split_survivor_lists(monkeypatch):
+def test_split_survivor_lists(without):
     """Nine lists' worth of attack 7: seven sites, t = 4, every site told of another list.
 
     Without the comparison of what was signed, five sites' mask roots and the others' self-seeds come
@@ -236,7 +233,7 @@ def test_split_survivor_lists(monkeypatch):
             same = [n for n in names if lists[n] == names]
             refuses(world, name, world.confirmations(same), ThresholdRefused)
 
-    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
+    without(site, "check_confirm")
     collected = [answers(world, name, world.confirmations(names)) for name, names in lists.items()]
     secrets = world.rebuilt(world.shares_held(collected))
     assert {(name, MASK_ROOT) for name in others} <= set(secrets)
@@ -247,14 +244,14 @@ def test_split_survivor_lists(monkeypatch):
     assert np.array_equal(world.ring(opened - world.plain["bob"]), world.plain["ann"])
 
 
-def test_two_sites_told_two_lists_do_not_unmask(monkeypatch):
+def test_two_sites_told_two_lists_do_not_unmask(without):
     world = split_world(5, 0)
     lists = dict.fromkeys(world.roster, world.roster)
     lists["ann"] = lists["bob"] = ("ann", "bob", "cat", "dan")
     tell(world, lists)
     refuses(world, "ann", world.confirmations(lists["ann"]), ListRefused, found="'cat'")
     refuses(world, "cat", world.confirmations(), ListRefused, found="'ann'")
-    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
+    without(site, "check_confirm")
     kinds = Counter()
     for name in ("ann", "cat"):
         kinds.update(
@@ -266,13 +263,13 @@ def test_two_sites_told_two_lists_do_not_unmask(monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["bundle", "cohort", "header"])
-def test_confirmations_over_another_bundle_or_cohort(field, monkeypatch):
+def test_confirmations_over_another_bundle_or_cohort(field, without):
     """Split views earlier in the round show here: all was signed together."""
     world = world_at("confirm")
     lie = world.signed("bob", world.confirms["bob"], **{field: b"x" * 32})
     request = world.confirmations(confirms={"bob": lie})
     refuses(world, "ann", request, ListRefused, found=f"another {field} signed by 'bob'")
-    patch_machine(monkeypatch, site, "check_confirm", lambda *_: None)
+    without(site, "check_confirm")
     answers(world, "ann", request)
 
 
@@ -285,40 +282,39 @@ def test_confirmations_over_another_bundle_or_cohort(field, monkeypatch):
         (("ann", "cat", "bob", "dan"), ListRefused, "another order"),
     ],
 )
-def test_too_few_or_repeated_signatures(names, error, found, monkeypatch):
+def test_too_few_or_repeated_signatures(names, error, found, without):
     world = world_at("confirm")
     request = world.confirmations(names)
     refuses(world, "ann", request, error, found=found)
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
-    patch_machine(monkeypatch, site, "refuse_missing", lambda *_: None)
+    without(site, "check_members", "refuse_missing")
     answers(world, "ann", request)
 
 
-def test_a_forged_confirmation(monkeypatch):
+def test_a_forged_confirmation(without):
     world = world_at("confirm")
     forged = replace(world.confirms["ann"], site="bob")
     request = world.confirmations(confirms={"bob": forged})
     refuses(world, "ann", request, SignatureRefused, fault="bob")
-    monkeypatch.setattr(shared, "check_signature", lambda *_: None)
+    without(shared, "check_signature")
     answers(world, "ann", request)
 
 
-def test_a_confirmation_by_a_site_that_is_not_a_survivor(monkeypatch):
+def test_a_confirmation_by_a_site_that_is_not_a_survivor(without):
     world = world_at("submit")
     four = world.roster[:4]
     tell(world, dict.fromkeys(four, four))
     eve = world.signed("eve", world.confirms["dan"], site="eve")
     request = replace(world.confirmations(), confirms=(*world.confirmations().confirms, eve))
     refuses(world, "ann", request, ListRefused, found="'eve'")
-    patch_machine(monkeypatch, site, "check_members", lambda *_: None)
+    without(site, "check_members")
     answers(world, "ann", request)
 
 
-def test_confirmations_of_another_round(monkeypatch):
+def test_confirmations_of_another_round(without):
     world = world_at("confirm")
     request = Confirmations(b"o" * 32, world.confirmations().confirms)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
-    patch_machine(monkeypatch, site, "check_header", lambda *_: None)
+    without(site, "check_header")
     answers(world, "ann", request)
 
 

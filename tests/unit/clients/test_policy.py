@@ -301,24 +301,24 @@ def narrowed(found, **rules):
     return JobRunner.stored(context, found.link, found.contributor, "job")
 
 
-def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, monkeypatch):
+def test_a_plan_that_the_policy_forbids_is_not_agreed_to(tmp_path, without):
     """Whatever the offer said. Control: the same with a policy that allows it."""
     fine = planned(tmp_path / "1")
     assert isinstance(fine.link.said[-1], job.PlanAgreed)
-    monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
+    without(SitePolicy, "on_offer")
     found = planned(tmp_path / "2", release="sites")
     assert (
         found.link.said[-1] == job.SiteUnavailable("job", "a", "policy") and found.job.plan is None
     )
 
 
-def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, monkeypatch):
+def test_a_job_that_began_is_asked_about_again_by_a_new_process(tmp_path, without):
     found = planned(tmp_path)
     loaded_before = found.contributor.loaded
     again = narrowed(found, public_metrics=True)
     asyncio.run(begin(again))
     assert "protect.release" in str(again.job.part.refused)
-    monkeypatch.setattr(SitePolicy, "on_offer", lambda *_: None)
+    without(SitePolicy, "on_offer")
     again = narrowed(found, public_metrics=True)
     asyncio.run(begin(again))
     assert "protect.release" in str(again.job.part.refused), "its plan is asked about as well"

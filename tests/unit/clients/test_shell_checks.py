@@ -98,7 +98,7 @@ UPDATE_1, UPDATE_2 = schedule.PlannedRound("update", 1), schedule.PlannedRound("
     ],
 )
 def test_a_round_out_of_the_jobs_course_is_not_joined(
-    done, purpose, training_round, tmp_path, monkeypatch
+    done, purpose, training_round, tmp_path, without
 ):
     """Its rows would enter a sum twice, or one that the plan does not have."""
     found = in_epoch(tmp_path / "1", "masked", done)
@@ -107,7 +107,7 @@ def test_a_round_out_of_the_jobs_course_is_not_joined(
     assert isinstance(found.job.stage, site.Idle) and found.job.stage.standing.round == 0
     assert found.job.part.last_error.startswith("step: found ")
     control = in_epoch(tmp_path / "2", "masked", done)
-    monkeypatch.setattr(schedule, "check_step", lambda *_: None)
+    without(schedule, "check_step")
     (keys,) = invited(control, header_of(control, purpose, training_round))
     assert isinstance(keys, messages.Keys)
 
@@ -200,7 +200,7 @@ def summed(work, scheme, header, tag, slots):
     return [bytes(chunk) for chunk in fold.total()]
 
 
-def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_path, monkeypatch):
+def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_path, without):
     """Two ciphertexts of one sum: the second is not the one whose digest every site was told. Nor is a sum
     taken whose mark in this site's place, 0, is not the one that the site has kept, 1."""
     found = in_epoch(tmp_path, "layered")
@@ -220,7 +220,7 @@ def test_other_bytes_than_announced_are_not_opened_even_where_the_tag_holds(tmp_
         work.open(asked, other, marks)
     with pytest.raises(TagRefused, match="in this site's place that it did not put"):
         work.open(asked, told, dict.fromkeys(marks, 1))
-    monkeypatch.setattr(fedcore_clients.round_work, "check_announced", lambda *_: None)
+    without(fedcore_clients.round_work, "check_announced")
     assert work.open(asked, other, marks).opened == opened, "control"
 
 

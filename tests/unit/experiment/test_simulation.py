@@ -179,7 +179,7 @@ def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_
     assert not list(tmp_path.glob("runs/t-*"))
 
 
-def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
+def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch, without):
     """The zero of gap.protection is measured: shift what `plain` opens, and it is zero no more.
 
     No site's guard looks here: it would leave the model that the wrong sum leads to.
@@ -195,7 +195,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch):
         return total
 
     monkeypatch.setattr(PlainSealer, "open", shifted)
-    monkeypatch.setattr(simulation, "judge_all", lambda *_: None)
+    without(simulation, "judge_all")
     result = run(protection="plain", range=8.0, adaptive_range=False).result
     assert result["unequal_rounds"] == 3
     assert any("NOT the plain integer sum" in line for line in result["warnings"])
