@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from fedcore_clients import job_work
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig, SplitSection
 from fedcore_server import grpc_service, sessions, site_api
@@ -22,6 +23,7 @@ from fedcore_server.operators_api import OperatorsApi, check_settings
 from fedcore_server.sessions import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
+from support.deployed_jobs import site_job, submitted
 
 from fedcore.api import prepare_layers
 from fedcore.config import read_settings
@@ -123,6 +125,32 @@ def test_the_rows_are_split_as_site_toml_says_whatever_the_job_asks(tmp_path):
     for settings in ({}, {"seed": 3, "fold": 1, "split": {"method": "folds", "seed": 3}}):
         asyncio.run(tasks.load("job", settings, "heart", "a" * 64))
     assert [asked["split"] for _, asked in training.asked] == [SplitSection().of(IDENTITY)] * 2
+
+
+def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
+    tmp_path, monkeypatch
+):
+    """As a new process would: the work may be lost, and nothing else would ask for it again."""
+    monkeypatch.setattr(job_work, "RETRY_SECONDS", 0.0)
+    found = site_job(tmp_path, submitted())
+
+    async def refused(*_):
+        raise OSError(5, "Input/output error")
+
+    async def play():
+        restored = asyncio.Event()
+        monkeypatch.setattr(found.work, "load", refused)
+        monkeypatch.setattr(found, "restore", restored.set)
+        running = asyncio.get_running_loop().create_task(found.run())
+        try:
+            async with asyncio.timeout(20):
+                await restored.wait()
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    asyncio.run(play())
+    assert "Input/output error" in found.job.part.last_error
 
 
 # --------------------------------------------------------------------------------- what is submitted

@@ -141,6 +141,7 @@ def test_a_site_with_the_state_is_asked_to_seal_it_and_another_after_a_while():
     assert found.check("d", at(LIMITS.gather)) == [Send("b", wanted)]
     assert found.check("d", at(LIMITS.gather + 1, "acd")) == [Send("a", wanted)], "b is away"
     assert found.check("a", at(100.0)) == [], "it missed nothing"
+    assert found.check("d", at(200.0, "d")) == [], "no site seals what it missed itself"
 
 
 def test_a_checkpoint_is_kept_under_its_epoch_and_offered_once_a_session():
@@ -629,6 +630,18 @@ def test_no_round_follows_one_whose_sum_may_be_known():
     (ended, *_) = effects = found.step(events.Advance(), at())
     assert ended.ended.outcome == "abandoned" and "its sum may be known" in ended.ended.text
     assert sent(effects, messages.Announce) == []
+
+
+def test_public_metrics_are_taken_once_their_round_is_released_and_not_before():
+    found = between(coordinator.Ready())
+    found.facts.plan = plan_for(public_metrics=True)
+    found.metrics.released()
+    (refused,) = found.step(heard("a", word("a")), at())
+    assert isinstance(refused, Warn) and "not certified here" in refused.text
+    found.facts.stage = coordinator.Released(CERTIFICATE.header, CERTIFICATE)
+    found.close_round([])
+    kept = [e for n in "abc" for e in found.step(heard(n, word(n)), at())]
+    assert [type(each) for each in kept] == [KeepMetrics]
 
 
 def test_a_round_that_cannot_be_released_ends_the_job_when_sites_were_waited_for_long_enough():

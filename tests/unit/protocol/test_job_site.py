@@ -571,6 +571,16 @@ def test_a_missed_release_is_taken_once_and_applied_under_its_certificate():
     assert durable == [PutValues, CloseRound] and only(ask.AdoptState, effects)[0].data == b"file"
 
 
+def test_a_release_that_was_missed_is_not_measured_by_a_sum_that_was_opened_before():
+    found, missed = played(State("after")).job, State("missed", PlannedRound("update", 2))
+    told(found, messages.Abandon(header_of().digest, "release"))
+    certificate = certified(header_of(2), missed, OTHERS)
+    told(found, job.CheckpointOffer("job", certificate, b"d" * 32, 9))
+    ready = ask.CheckpointReady(certificate, GROUP, certificate.state_mac, missed, b"file")
+    effects = found.step(ready, 0.0)
+    assert found.state is missed and not only(ask.Track, effects)
+
+
 def test_a_checkpoint_that_was_lost_is_taken_again():
     found = between_rounds()
     certificate = certified(header_of(), State("missed"), OTHERS)
@@ -609,6 +619,20 @@ def test_a_state_under_another_secret_is_not_the_certified_one():
         keeper.check(certificate)  # what is known already is not replaced by a checkpoint's
     list(keeper.learn_group(1, GROUP, installed=True))
     keeper.check(certificate)
+
+
+def test_a_state_is_checked_under_the_secret_of_its_certificates_key_epoch():
+    keeper, state = StateKeeper(), State("after")
+    list(keeper.learn_group(1, GROUP, installed=True))
+    list(keeper.learn_group(2, GroupSecret(), installed=True))
+    for number in (1, 2):
+        certificate = certified(header_of(epoch=number), state)  # under GROUP, whatever its epoch
+        keeper.hold(certificate.hash, state, b"")
+        if number == 1:
+            keeper.check(certificate)
+        else:
+            with pytest.raises(ReleaseRefused, match="HMAC"):
+                keeper.check(certificate)
 
 
 def test_a_release_whose_state_is_gone_is_a_fault_of_the_disk():
