@@ -91,7 +91,11 @@ def resume(
     """
     path = Path(directory)
     if (path / RESULT_FILE).is_file():
-        return _finished(path, task)
+        if (path / report.PAGE).is_file():
+            found = f"--resume: found {path}, which is finished"
+            raise BadInput(found, remedy=f"`fedcore report {path}`")
+        report.write(path)  # it was interrupted while this was drawn
+        return Run(path, task)
     stored = stored_job(path, task)
     if stored.pop("kind") != "run":
         raise BadInput(
@@ -103,21 +107,10 @@ def resume(
             f"--resume: found {path}, of which every round was abandoned, expected an interrupted run",
             remedy="a new run with fewer absences: the same settings would end the same way",
         )
-    found, complete = job_for(task, stored)
-    prepared = prepare(found, complete, say)
+    prepared = prepare(*job_for(task, stored), say)
     if on_ready is not None:
         on_ready(prepared, path)
     return _run(prepared, RunWriter(path, prepared), on_round, resume=True)
-
-
-def _finished(path: Path, task: Task | None) -> Run:
-    """A run interrupted while its report was drawn gets it now; any other is refused."""
-    if (path / report.PAGE).is_file():
-        raise BadInput(
-            f"--resume: found {path}, which is finished", remedy=f"`fedcore report {path}`"
-        )
-    report.write(path)
-    return Run(path, task)
 
 
 def _job(

@@ -12,11 +12,9 @@ empty one. Frames from it: one per chunk of the sum, then the measurements.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.console import RenderableType
@@ -65,7 +63,7 @@ def run(
 def _measure(layout: Layout, secret: SecretContext, sites: int, seed: int) -> Json:
     sealer = EncryptedSealer(secret)
     expected = np.zeros(layout.slots, dtype=np.uint64)
-    child = _child()
+    child = Child("bench fold: the folding process", python("fedcore.bench.fold", _CHILD))
     try:
         child.start()
         child.send({"slots": layout.slots}, [secret.public.to_bytes()])
@@ -95,14 +93,6 @@ def _vector(layout: Layout, site: int, seed: int) -> Slots:
     fields = rng.integers(1, largest, layout.spec.coordinates, dtype=np.uint64)
     fields[0] = largest - 1
     return layout.pack(fields, {}, site)
-
-
-def _child() -> Child:
-    """A bare interpreter on this module, which need not be installed."""
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = python("fedcore.bench.fold", _CHILD)
-    return Child("bench fold: the folding process", command, {"PYTHONPATH": os.pathsep.join(paths)})
 
 
 def _chunks(receive: Callable[[], Frame]) -> Iterator[tuple[Json, bytes]]:
