@@ -16,8 +16,9 @@ import grpc
 import grpc.aio
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators_api import OperatorsApi
-from fedcore_server.sessions import Context, Sessions
+from fedcore_server.sessions import Sessions
 from fedcore_server.site_api import SiteApi
+from fedcore_server.tls import ServicerContext
 from fedcore_server.transfers import Transfers
 
 from fedcore.errors import FedcoreError
@@ -40,12 +41,14 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
     transfers, operators = Transfers(hub), OperatorsApi(hub)
     sites, door = SiteApi(hub, transfers), _Door(hub.sessions)
 
-    async def session(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+    async def session(
+        requests: AsyncIterator[bytes], context: ServicerContext
+    ) -> AsyncIterator[bytes]:
         async with door.open(calls.SESSION, context) as peer:
             async for data in sites.session(peer, requests):
                 yield data
 
-    async def upload(requests: AsyncIterator[bytes], context: Context) -> bytes:
+    async def upload(requests: AsyncIterator[bytes], context: ServicerContext) -> bytes:
         async with door.open(calls.UPLOAD, context) as peer:
             return calls.UPLOAD.gives.pack(await transfers.upload(peer, requests))
 
@@ -74,7 +77,7 @@ class _Door:
         self._busy: Counter[bytes] = Counter()
 
     @contextlib.asynccontextmanager
-    async def open(self, call: Call[Any, Any], context: Context) -> AsyncIterator[Peer]:
+    async def open(self, call: Call[Any, Any], context: ServicerContext) -> AsyncIterator[Peer]:
         """One open call of an admitted peer."""
         async with open_call(self._busy, context):
             yield await self._sessions.admit(context, call)
@@ -82,7 +85,7 @@ class _Door:
     def unary(self, call: Call[Q, A], answer: Callable[[Peer, Q], Awaitable[A]]) -> _Named:
         """A call with one request and one answer."""
 
-        async def run(data: bytes, context: Context) -> bytes:
+        async def run(data: bytes, context: ServicerContext) -> bytes:
             async with self.open(call, context) as peer:
                 asked = call.takes.unpack(data, sender=peer.name)
                 return call.gives.pack(await answer(peer, asked))
@@ -92,7 +95,7 @@ class _Door:
     def stream(self, call: Call[Q, A], answer: Callable[[Peer, Q], AsyncIterator[bytes]]) -> _Named:
         """A call with one request and a stream of serialised answers."""
 
-        async def run(data: bytes, context: Context) -> AsyncIterator[bytes]:
+        async def run(data: bytes, context: ServicerContext) -> AsyncIterator[bytes]:
             async with self.open(call, context) as peer:
                 async for each in answer(peer, call.takes.unpack(data, sender=peer.name)):
                     yield each
@@ -101,7 +104,7 @@ class _Door:
 
 
 @contextlib.asynccontextmanager
-async def open_call(busy: Counter[bytes], context: Context) -> AsyncIterator[None]:
+async def open_call(busy: Counter[bytes], context: ServicerContext) -> AsyncIterator[None]:
     """Count one open call of a certificate; an error inside ends it with the status of the error."""
     certificate = b"".join(context.auth_context().get("x509_pem_cert", ()))
     if busy[certificate] >= MOST_CALLS:
@@ -127,7 +130,7 @@ async def open_call(busy: Counter[bytes], context: Context) -> AsyncIterator[Non
             del busy[certificate]
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: ServicerContext, error: Exception) -> None:
     code, details = refusals.status_of(error)
     LOG.info("%s", error)
     await context.abort(getattr(grpc.StatusCode, code), details)

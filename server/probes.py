@@ -7,11 +7,10 @@ job. Health has Check and no Watch, so that no call outlives its admission.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-import grpc.aio
-from fedcore_server.tls import Gate, refuse
+from fedcore_server.tls import Gate, ServicerContext, refuse
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -19,8 +18,6 @@ from fedcore.errors import CertificateRefused
 from fedcore.identity.peer import CLIENT_ROLES
 from fedcore.wire import calls
 from fedcore.wire._generated import federation_pb2
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Probes:
@@ -42,17 +39,19 @@ class Probes:
         """Report every service as not serving from now on."""
         await self._health.enter_graceful_shutdown()
 
-    async def _check(self, request: Any, context: Context) -> Any:
+    async def _check(self, request: Any, context: ServicerContext) -> Any:
         await self._admit(context)
         return await self._health.Check(request, context)
 
-    async def _reflect(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    async def _reflect(
+        self, requests: AsyncIterator[Any], context: ServicerContext
+    ) -> AsyncIterator[Any]:
         await self._admit(context)
         answers: Any = self._reflection.ServerReflectionInfo(requests, context)
         async for answer in answers:
             yield answer
 
-    async def _admit(self, context: Context) -> None:
+    async def _admit(self, context: ServicerContext) -> None:
         try:
             self._gate.admit(context, CLIENT_ROLES)
         except CertificateRefused as error:

@@ -13,12 +13,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-import grpc.aio
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.prometheus import Counts
-from fedcore_server.tls import Gate, refuse
+from fedcore_server.tls import Gate, ServicerContext, refuse
 
 from fedcore.errors import CertificateRefused
 from fedcore.identity.peer import Peer
@@ -31,8 +30,6 @@ from fedcore.wire.limits import INLINE
 from fedcore.wire.records import pack_record
 
 LOG = logging.getLogger("fedcore.coordinator")
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
 """Limits of the queue of a site that does not read; beyond them its session ends, and it reconnects."""
@@ -107,7 +104,7 @@ class Sessions:
         self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
         """The last job, message and serialised frame: the same message usually goes to all sites."""
 
-    async def admit(self, context: Context, call: calls.Call[Any, Any]) -> Peer:
+    async def admit(self, context: ServicerContext, call: calls.Call[Any, Any]) -> Peer:
         """The peer that makes this call; ends the call with a refusal if it may not."""
         try:
             peer = self.gate.admit(context, call.roles)
@@ -127,9 +124,11 @@ class Sessions:
         """Evict a site or admit it again, in the journal first. Raises StoreProblem."""
         evicted = self.evicted - {site} if undo else self.evicted | {site}
         self.context.journal.put("coordinator", "evicted", json.dumps(sorted(evicted)).encode())
-        self.evicted.symmetric_difference_update(self.evicted ^ evicted)
-        session = self.open.get(SiteId(site))
-        if session is not None and not undo:
+        if undo:
+            self.evicted.remove(site)
+            return
+        self.evicted.add(site)
+        if (session := self.open.get(SiteId(site))) is not None:
             session.end(EVICTED_GOODBYE)
 
     def begin(self, name: SiteId, session: SiteSession) -> None:
