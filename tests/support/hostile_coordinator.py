@@ -126,7 +126,7 @@ class Offers:
         from fedcore.config import build_job, plan_of
 
         job, complete = self._job, build_job(self.settings(site))
-        shape, cap = job.sites[site].shape, complete.protect.max_examples
+        shape, cap = job.facts.sites[site].shape, complete.protect.max_examples
         return plan_of(complete, shape, tuple(job.context.pins), cap)
 
 
@@ -244,8 +244,8 @@ def install(folder):
     class HostileJob(job_runner.JobRunner):
         """What it does with what it has."""
 
-        def __init__(self, context, links, offer):
-            super().__init__(context, Offers(self, links), offer)
+        def __init__(self, context, links, offer, submitter=""):
+            super().__init__(context, Offers(self, links), offer, submitter)
             self.forged, self.late, self.stated = None, asyncio.Event(), []
 
         @property
