@@ -26,7 +26,7 @@ from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.policy import SitePolicy
-from fedcore_clients.sandbox import choose, told
+from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import Loaded, Training
 
@@ -370,28 +370,28 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
         )  # fmt: skip
 
 
-def run(config: SiteConfig, said: Callable[[str], None], health_port: int | None = None) -> None:
-    """Run until SIGTERM or SIGINT. said: prints a line; health_port: of /healthz and /readyz.
+def run(config: SiteConfig, show: Callable[[str], None], health_port: int | None = None) -> None:
+    """Run until SIGTERM or SIGINT. show: prints a line; health_port: of /healthz and /readyz.
 
     Raises FedcoreError.
     """
     papers = read_papers(config)
     close_to_others(config.folder, OWN_FILES)
     with opened(config, papers) as context:
-        asyncio.run(_run(config, papers.kit, context, said, health_port))
+        asyncio.run(_run(config, papers.kit, context, show, health_port))
 
 
 async def _run(
     config: SiteConfig,
     kit: Kit,
     context: SiteContext,
-    said: Callable[[str], None],
+    show: Callable[[str], None],
     health_port: int | None,
 ) -> None:
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    training = InstalledTasks(config, context.identity, told(choose(config)).command)
+    training = InstalledTasks(config, context.identity, logged(choose(config)).command)
     await training.start()
     try:
         site = Site(config, kit, context, training)
@@ -401,7 +401,7 @@ async def _run(
                     health(health_port, lambda: site.session.status.since is not None)
                 )
                 LOG.info("health on http://%s:%d/healthz and /readyz", ADDRESS, port)
-            said(f"site {config.site}: coordinator {config.coordinator}")
+            show(f"site {config.site}: coordinator {config.coordinator}")
             await site.run(stop)
     finally:
         await training.close()

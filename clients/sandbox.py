@@ -223,7 +223,7 @@ def choose(config: SiteConfig) -> Sandbox:
     return Sandbox("none", none.command, network=True, why="; ".join(dict.fromkeys(reasons)))
 
 
-def told(found: Sandbox) -> Sandbox:
+def logged(found: Sandbox) -> Sandbox:
     """The same sandbox, after a line in the log."""
     if found.method == "none":
         LOG.warning("%s; hint: %s", found.text, NONE_HINT)

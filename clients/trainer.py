@@ -161,8 +161,8 @@ class Training:
             if not self.child.alive:
                 self.child.start()
                 if needs:  # a new process: what the job needs is loaded again
-                    _told(*self.child.call(self._loads[needs]))
-            return _told(*self.child.call(asked, blobs))
+                    _answer_of(*self.child.call(self._loads[needs]))
+            return _answer_of(*self.child.call(asked, blobs))
         except (ChildEnded, OSError) as error:
             if not self._closed:
                 LOG.warning("%s; it was asked to %s", error, asked["do"])
@@ -182,7 +182,7 @@ def _about(do: str, job: str, plan: RoundPlan, step: PlannedRound) -> Json:
     }  # fmt: skip
 
 
-def _told(head: Json, blobs: list[bytes]) -> Frame:
+def _answer_of(head: Json, blobs: list[bytes]) -> Frame:
     if "failed" in head:
         LOG.error("%s: %s", head["failed"], head["text"])
         raise TrainingFailed(str(head["failed"]))

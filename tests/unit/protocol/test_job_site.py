@@ -441,6 +441,12 @@ def test_a_vector_waits_until_a_new_process_has_loaded_the_rows():
     assert [type(each) for each in found.do(ask.RowsLoaded(SURVEY))] == [MakeVector]
 
 
+def test_a_new_process_between_rounds_loads_the_rows_and_waits():
+    found = between_rounds(survey=None)
+    assert only(ask.LoadRows, found.step(ask.Started(), 0.0))
+    assert found.step(ask.RowsLoaded(SURVEY), 0.0) == [ask.Report("waiting")]
+
+
 def test_a_round_is_left_where_its_rows_cannot_be_loaded_and_the_next_one_loads_them_again():
     found = Round(between_rounds(survey=None), header_of())
     found.begin()

@@ -288,7 +288,8 @@ class SiteJob:
             return
         if self.parts is None:
             yield from self.part.send_survey()
-            yield Report("idle")
+        if not need:
+            yield Report("idle" if self.parts is None else "waiting")
         yield from need
 
     def _not_loaded(
