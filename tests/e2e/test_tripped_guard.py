@@ -18,6 +18,7 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.protocol import job_messages, messages
+from fedcore.secagg.protocol.job.coordinator.events import MessageReceived
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.schedule import PlannedRound
 
@@ -27,13 +28,14 @@ TRIPPED = GuardTripped(("b",), 1, CAUSE, found="0.91, above 0.87; best 0.58")
 
 def heard(found):
     """Everything that the sites say to the coordinator from now on, as (site, message)."""
-    said, tell = [], found.hub.tell
+    said, put = [], found.hub.put
 
-    def listening(name, message):
-        said.append((name, message))
-        tell(name, message)
+    def listening(event):
+        if isinstance(event, MessageReceived):
+            said.append((event.site, event.message))
+        put(event)
 
-    found.hub.tell = listening
+    found.hub.put = listening
     return said
 
 
