@@ -31,6 +31,7 @@ from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
+from fedcore.secagg.protocol.job.site.effects import EraseKeys
 from fedcore.store import container
 from fedcore.wire import calls, frames
 
@@ -151,6 +152,19 @@ def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
 
     asyncio.run(play())
     assert "Input/output error" in found.job.part.last_error
+
+
+def test_the_secrets_of_all_key_epochs_of_a_job_are_erased_together(tmp_path):
+    found = site_job(tmp_path, submitted())
+    journal = found.context.journal
+    for key in ("epoch", "groups", "state"):
+        journal.put(found.id, key, b"kept")
+    found.perform([EraseKeys()])
+    assert [journal.get(found.id, key) for key in ("epoch", "groups", "state")] == [
+        None,
+        None,
+        b"kept",
+    ]
 
 
 # --------------------------------------------------------------------------------- what is submitted

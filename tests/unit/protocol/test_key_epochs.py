@@ -188,6 +188,11 @@ def test_only_the_maker_makes():
     epochs, request = at_maker()
     epochs.refused("s01", epoch.FromCoordinator(request), OutOfOrder, match="s00")
     assert "s01" not in epochs.installed
+    whole = Epochs()
+    whole.begin().pump()
+    stage = whole.stages["s01"]
+    again = epoch.EpochKeys(stage.header.digest, whole.stages[HUB].keys)
+    whole.refused("s01", epoch.FromCoordinator(again), OutOfOrder, match="s00")
 
 
 def test_a_silent_maker_is_followed_by_the_next_under_a_new_number():
