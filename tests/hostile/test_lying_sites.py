@@ -353,6 +353,16 @@ def test_a_statement_about_other_survivors():
     hub.refuses(coordinator.MessageFromSite("ann", lie), ListRefused, fault="ann")
 
 
+@pytest.mark.parametrize("stage", ["confirm", "release"])
+def test_a_confirmation_and_a_statement_of_another_round(stage):
+    """Its signature holds, over another header: every site would refuse a certificate with it."""
+    world, hub = hub_at(stage)
+    honest = (world.confirms if stage == "confirm" else world.statements)["ann"]
+    lie = world.signed("ann", honest, header=b"o" * 32)
+    hub.refuses(coordinator.MessageFromSite("ann", lie), HeaderRefused, fault="ann")
+    hub.step(coordinator.MessageFromSite("ann", honest))
+
+
 def test_an_unknown_site_and_a_round_for_one():
     world, hub = hub_at("keys")
     stranger = replace(world.keys["ann"], site="mallory")
