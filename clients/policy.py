@@ -197,7 +197,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _PolicyRule:
     """One setting of a job, and the key of [policy] that limits it. found: the setting's value; allows: whether
     the policy takes that value; expected: what it takes."""
 
@@ -219,34 +219,38 @@ def _limit(policy: SitePolicy, key: str) -> Any:
     return policy.least_threshold if key == "least_threshold" else getattr(policy.rules, key)
 
 
-def _one_of(setting: str, key: str, found: Callable[[_Asked], str | None]) -> _Rule:
+def _one_of(setting: str, key: str, found: Callable[[_Asked], str | None]) -> _PolicyRule:
     """None: the job does not have the setting."""
-    return _Rule(
+    return _PolicyRule(
         setting, key, found,
         lambda policy, value: value is None or value in _limit(policy, key),
         lambda policy: " or ".join(_limit(policy, key)),
     )  # fmt: skip
 
 
-def _at_least(setting: str, key: str, found: Callable[[_Asked], int], unit: str = "") -> _Rule:
-    return _Rule(
+def _at_least(
+    setting: str, key: str, found: Callable[[_Asked], int], unit: str = ""
+) -> _PolicyRule:
+    return _PolicyRule(
         setting, key, found,
         lambda policy, value: value >= _limit(policy, key),
         lambda policy: f"{_limit(policy, key)} or more{unit.format(policy.sites)}",
     )  # fmt: skip
 
 
-def _at_most(setting: str, key: str, found: Callable[[_Asked], int]) -> _Rule:
-    return _Rule(
+def _at_most(setting: str, key: str, found: Callable[[_Asked], int]) -> _PolicyRule:
+    return _PolicyRule(
         setting, key, found,
         lambda policy, value: policy.rules.jobs == "any" or value <= _limit(policy, key),
         lambda policy: f"{_limit(policy, key)} or fewer",
     )  # fmt: skip
 
 
-def _only_if_allowed(setting: str, key: str, found: Callable[[_Asked], Any], wide: Any) -> _Rule:
+def _only_if_allowed(
+    setting: str, key: str, found: Callable[[_Asked], Any], wide: Any
+) -> _PolicyRule:
     """wide: the value that the operator must allow."""
-    return _Rule(
+    return _PolicyRule(
         setting, key, found,
         lambda policy, value: value != wide or _limit(policy, key) == wide,
         lambda policy: _limit(policy, key),
@@ -259,7 +263,7 @@ _single_site_features = _only_if_allowed(
     lambda asked: asked.terms.single_site_features, True,
 )  # fmt: skip
 
-_RULES: tuple[_Rule, ...] = (
+_RULES: tuple[_PolicyRule, ...] = (
     _protection,
     _one_of(
         "protect.cipher", "ciphers",

@@ -25,7 +25,7 @@ from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.machine import SHAPE_DIFFERS, JobMachine
-from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
+from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
 from fedcore.secagg.protocol.job.coordinator.rounds import MOST_TRIES, RoundDriver
 from fedcore.secagg.protocol.job.effects import (
     AppendRecords,

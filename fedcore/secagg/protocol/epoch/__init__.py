@@ -10,5 +10,5 @@ for this site's own key of this epoch, roster and plan, and its key id is SHA-25
 """
 
 from fedcore.secagg.protocol.epoch.coordinator import *
-from fedcore.secagg.protocol.epoch.records import *
+from fedcore.secagg.protocol.epoch.messages import *
 from fedcore.secagg.protocol.epoch.site import *

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.epoch import records
-from fedcore.secagg.protocol.epoch.records import check_epoch, check_epoch_key, check_signed
+from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
 from fedcore.secagg.protocol.moves import Tick, Timed
 from fedcore.secagg.protocol.round.coordinator import CoordinatorParams, SiteReconnected

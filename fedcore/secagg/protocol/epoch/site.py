@@ -11,7 +11,7 @@ from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import PLAN_VERSION
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.epoch import records
-from fedcore.secagg.protocol.epoch.records import check_epoch, check_epoch_key, check_signed
+from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, sign
 from fedcore.secagg.protocol.round.site import SiteParams
 from fedcore.secagg.protocol.shared import (

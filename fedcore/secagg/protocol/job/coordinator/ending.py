@@ -11,7 +11,7 @@ from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
 from fedcore.secagg.protocol.job.coordinator.events import Event, MessageReceived, SiteConnected
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
-from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
+from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, EndJob
 from fedcore.secagg.purposes import trains
 from fedcore.types import SiteId

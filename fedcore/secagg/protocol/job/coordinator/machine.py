@@ -19,7 +19,7 @@ from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Limits, Moment
 from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
-from fedcore.secagg.protocol.job.coordinator.metrics import Metrics
+from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
 from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
 from fedcore.secagg.protocol.job.effects import (
     CoordinatorJobEffect,

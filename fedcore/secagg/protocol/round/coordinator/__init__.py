@@ -14,8 +14,8 @@ Bonawitz et al. 2017 (ePrint 2017/281), figure 4.
 """
 
 from fedcore.secagg.protocol.round.coordinator.events import *
-from fedcore.secagg.protocol.round.coordinator.journal import *
 from fedcore.secagg.protocol.round.coordinator.machine import *
+from fedcore.secagg.protocol.round.coordinator.replay import *
 from fedcore.secagg.protocol.round.coordinator.sites import *
 from fedcore.secagg.protocol.round.coordinator.stages import *
 from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks as rebuild_masks

@@ -11,7 +11,7 @@ from fedcore.errors import PeerRefused
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.round.coordinator import journal, sites, stages
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
-from fedcore.secagg.protocol.round.coordinator.journal import CoordinatorMove
+from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.taking import started_from
 from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks
 from fedcore.secagg.protocol.shared import survivors_of

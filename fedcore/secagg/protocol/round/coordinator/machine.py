@@ -14,7 +14,7 @@ from fedcore.secagg.protocol.round.coordinator import (
     stages,
     taking,
 )
-from fedcore.secagg.protocol.round.coordinator.journal import CoordinatorMove, evolve
+from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove, evolve
 from fedcore.secagg.protocol.shared import check_grows, check_roster, not_legal, survivors_of
 
 

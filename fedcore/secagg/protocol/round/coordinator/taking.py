@@ -9,7 +9,7 @@ from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import MASK_ROOT, RELEASE_REFUSED, SELF_SEED, check_signature
 from fedcore.secagg.protocol.round.coordinator import events, journal, sites, stages
-from fedcore.secagg.protocol.round.coordinator.journal import CoordinatorMove
+from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove
 from fedcore.secagg.protocol.shared import (
     check_head,
     check_header,

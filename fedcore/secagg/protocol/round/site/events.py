@@ -14,7 +14,7 @@ from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.types import SiteId
 
 if TYPE_CHECKING:
-    from fedcore.secagg.protocol.epoch.records import EpochHeader
+    from fedcore.secagg.protocol.epoch.messages import EpochHeader
 
 
 @dataclass(frozen=True)
