@@ -21,7 +21,7 @@ from fedcore.bench import document, progress, protection_of, require_at_least, t
 from fedcore.errors import BadInput
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
@@ -34,6 +34,7 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protections import Protection, masking, refuse_cipher
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.wire_form import encode
+from fedcore.secagg.summing import one_by_one
 from fedcore.seeds import generator
 from fedcore.types import Contribution, Json, SiteId
 

@@ -32,9 +32,9 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import Task
 from fedcore.learning.training import TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
-from fedcore.secagg.in_process import sites_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.summing import sites_of
 from fedcore.types import FloatVector
 
 

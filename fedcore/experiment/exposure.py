@@ -27,9 +27,9 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.plain import PlainSealer
 from fedcore.secagg.encode.bitpack import packed_size, unpack_words
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import RoundTrace
 from fedcore.secagg.plan import Packing, RoundPlan
 from fedcore.secagg.scheme import Masks
+from fedcore.secagg.summing import RoundTrace
 from fedcore.types import SiteId, Slots
 
 COORDINATOR, SITE, BOTH = PARTIES = ("coordinator", "another site", "both together")

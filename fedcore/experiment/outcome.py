@@ -44,8 +44,8 @@ from fedcore.results import (
     SumFacts,
 )
 from fedcore.secagg.encode.pack import Layout as VectorLayout
-from fedcore.secagg.in_process import sites_of
 from fedcore.secagg.label import Terms, label_warnings
+from fedcore.secagg.summing import sites_of
 
 R = TypeVar("R", RunResult, ComparisonResult)
 

@@ -23,11 +23,11 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.training import TrainReport
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.in_process import RoundTrace, SumEngine, sites_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, released_round, step_after
 from fedcore.secagg.purposes import Purpose, purpose_of
+from fedcore.secagg.summing import RoundTrace, SumEngine, sites_of
 from fedcore.seeds import generator
 from fedcore.types import Contribution, FloatVector, SiteId
 

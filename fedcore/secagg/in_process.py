@@ -11,158 +11,32 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-import numpy as np
-
 from fedcore.errors import PeerRefused, RoundAbandoned
-from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto import Sealer, UnmaskableFold
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.masking import mask_sum
-from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
-from fedcore.secagg.protocol.absences import ABANDONED_AT, Absences, outcome
+from fedcore.secagg.protocol.absences import ABANDONED_AT
 from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
-from fedcore.secagg.scheme import EpochSecrets, Masks, Scheme, check_announced, revealed
+from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, revealed
+from fedcore.secagg.summing import (
+    PlainSum,
+    ProtectedTotal,
+    RoundSum,
+    SumEngine,
+)
 from fedcore.store.container import vector_digest
-from fedcore.types import Contribution, SiteId, Slots
-
-Contribute = Callable[[Sequence[int]], Iterable[tuple[int, Contribution]]]
-"""What the sites with these roster indices put into their vectors, in any order; asked once for each site that
-submits."""
-
-Lead = Callable[[Opened, Sequence[SiteId]], bytes]
-"""The canonical bytes of the state that an opened sum of these sites leads to."""
-
-
-def one_by_one(contribute: Callable[[int], Contribution]) -> Contribute:
-    """`Contribute` of a function of one roster index."""
-    return lambda indices: ((index, contribute(index)) for index in indices)
-
-
-@dataclass
-class RoundTrace:
-    """What somebody who looks at one round holds of ONE site: filled while the round runs.
-
-    target, other: roster indices of the named site and of the site that looks on.
-    slots, other_slots: their packed vectors before any protection. upload: the target's chunks as the
-    coordinator gets them. total: the opened sum. masks, other_masks: of their vectors; rebuilt_masks:
-    those the coordinator took off the sum; all empty without masks. stream: the target's keystream,
-    which every site can make; empty under another cipher.
-    """
-
-    target: int
-    other: int
-    layout: Layout | None = None
-    slots: Slots | None = None
-    other_slots: Slots | None = None
-    upload: list[bytes] = field(default_factory=list)
-    total: Slots | None = None
-    survivors: tuple[int, ...] = ()
-    masks: Masks = ()
-    other_masks: Masks = ()
-    rebuilt_masks: Masks = ()
-    stream: Masks = ()
-
-    def masks_among(self, *known: Masks) -> Masks:
-        """The target's masks whose seeds are among these, with the sign they have in its vector."""
-        seeds = {seed for masks in known for seed, _ in masks}
-        return tuple((seed, sign) for seed, sign in self.masks if seed in seeds)
-
-
-@dataclass(frozen=True)
-class ProtectedTotal:
-    """One opened sum. twin is the plain integer sum of the same fields; bytes are per site.
-
-    survivors: roster indices of the sites in the sum, ascending.
-    """
-
-    opened: Opened
-    twin: Opened
-    survivors: tuple[int, ...]
-    bytes_up: int
-    bytes_down: int
-
-
-@dataclass
-class _Round:
-    """What one round needs besides the machines: the vectors' layout and content, and what they gave."""
-
-    layout: Layout
-    contribute: Contribute
-    state: bytes
-    lead: Lead | None
-    watch: Stopwatch
-    absences: Absences
-    witness: RoundTrace | None
-    twin: Slots = field(init=False)
-    tag: bytes = b""
-    opened: Opened | None = None
-    total: Slots | None = None
-    led_to: bytes = b""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    failure: Exception | None = None
-    marks: dict[int, dict[str, int]] = field(default_factory=dict)
-    """{place: {mark: value}} of what each site put into its own places."""
-
-    def __post_init__(self) -> None:
-        self.twin = np.zeros(self.layout.slots, dtype=np.uint64)
-
-    def open(self, total: Slots, opened: Opened, survivors: Sequence[SiteId]) -> None:
-        """Keep an opened sum, once `lead` has taken it: where that raises, the next site finds it out too."""
-        self.led_to = self.state if self.lead is None else self.lead(opened, survivors)
-        self.total, self.opened = total, opened
-
-    def pack(
-        self, index: int, content: Contribution, put_tag: Callable[[Slots], None] | None
-    ) -> Slots:
-        """One site's slots with their tag; its plain slots go into the twin."""
-        coordinates, wides = content
-        self.marks[index] = self.layout.own_marks(wides)
-        with self.watch("encode"):
-            slots = self.layout.pack(coordinates, wides, index)
-            self.twin += slots
-        if put_tag is not None:
-            with self.watch("protect"):
-                put_tag(slots)
-        if self.witness is not None:
-            if index == self.witness.target:
-                self.witness.layout, self.witness.slots = self.layout, slots.copy()
-            if index == self.witness.other:
-                self.witness.other_slots = slots.copy()
-        return slots
-
-    def show(self, index: int, chunks: list[bytes], masks: Masks = (), stream: Masks = ()) -> None:
-        """Count the bytes of one site's upload; keep chunks and masks of the two sites for a witness."""
-        self.bytes_up, trace = sum(map(len, chunks)), self.witness
-        if trace is not None and index == trace.target:
-            trace.upload, trace.masks, trace.stream = chunks, masks, stream
-        if trace is not None and index == trace.other:
-            trace.other_masks = masks
-
-    def finish(self, survivors: tuple[int, ...]) -> ProtectedTotal:
-        """The result, with the twin beside it."""
-        assert self.opened is not None
-        assert self.total is not None
-        if self.witness is not None:
-            self.witness.total, self.witness.survivors = self.total, survivors
-        tagged = self.layout.tagged_slots
-        same = np.array_equal(self.total[:tagged], self.twin[:tagged])
-        twin = self.opened if same else self.layout.unpack(self.twin, survivors)
-        return ProtectedTotal(self.opened, twin, survivors, self.bytes_up, self.bytes_down)
+from fedcore.types import Contribution, SiteId
 
 
 class SiteDriver:
@@ -191,7 +65,7 @@ class SiteDriver:
         return self.held
 
     def make_vector(
-        self, asked: effects.MakeVector, content: Contribution, current: _Round
+        self, asked: effects.MakeVector, content: Contribution, current: RoundSum
     ) -> site.VectorMade:
         """Pack, tag, mask, encrypt, spool."""
         place, me = asked.header.place(self.member.id), self.member.id
@@ -207,7 +81,7 @@ class SiteDriver:
         return site.VectorMade(vector_digest(self.spool), sum(map(len, self.spool)), salt)
 
     def open_sum(
-        self, asked: effects.OpenSum, current: _Round, chunks: Sequence[bytes]
+        self, asked: effects.OpenSum, current: RoundSum, chunks: Sequence[bytes]
     ) -> site.SumOpened:
         """Decrypt, check the tag, and find the state the sum leads to.
 
@@ -251,7 +125,7 @@ class CoordinatorDriver:
         self.fold: UnmaskableFold | None = None
         self.released: list[bytes] = []
 
-    def remove_masks(self, asked: effects.RemoveMasks, current: _Round) -> coordinator.SumReady:
+    def remove_masks(self, asked: effects.RemoveMasks, current: RoundSum) -> coordinator.SumReady:
         """One subtraction for all masks, then the chunks of the sum."""
         fold = self.fold
         assert fold is not None
@@ -267,81 +141,9 @@ class CoordinatorDriver:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
-class SumEngine(ABC):
-    """How the vectors of one step are summed."""
-
-    plan: RoundPlan
-
-    @property
-    @abstractmethod
-    def sealer(self) -> Sealer:
-        """A site's sealer, to see what it can open."""
-
-    def sum(
-        self,
-        spec: VectorSpec,
-        training_round: int,
-        contribute: Contribute,
-        state: bytes,
-        watch: Stopwatch,
-        *,
-        lead: Lead | None = None,
-        absences: Absences | None = None,
-        witness: RoundTrace | None = None,
-    ) -> ProtectedTotal:
-        """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
-
-        state: canonical bytes of what the vectors started from; it is bound into tag and masks.
-        lead: the state that the sum leads to (None: the same one).
-        absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
-        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
-        ChunkRefused otherwise, and what `lead` raises, with nothing of the sum used.
-        """
-        layout = Layout(spec, self.plan.packing, len(self.plan.sites))
-        current = _Round(layout, contribute, state, lead, watch, absences or {}, witness)
-        return self._total(current, training_round)
-
-    @abstractmethod
-    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:
-        """`sum`, of a round that is laid out."""
-
-
 def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
     """The engine of a plan's protection. job: its name in the headers of rounds."""
     return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
-
-
-class PlainSum(SumEngine):
-    """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
-
-    def __init__(self, plan: RoundPlan) -> None:
-        self.plan = plan
-
-    @property
-    def sealer(self) -> Sealer:
-        """`SumEngine.sealer`."""
-        return PlainSealer(self.plan.packing)
-
-    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:  # noqa: ARG002 - no header
-        plan, sealer, watch, layout = self.plan, self.sealer, current.watch, current.layout
-        left = outcome(plan.sites, plan.threshold, current.absences)
-        survivors = tuple(map(plan.sites.index, left))
-        fold = PlainFold(plan.packing, layout.slots)
-        for index, content in current.contribute(survivors):
-            slots = current.pack(index, content, None)
-            with watch("protect"):
-                chunks = list(sealer.protect(slots))
-            with watch("fold"):
-                for place, chunk in enumerate(chunks):
-                    fold.add(place, chunk)
-            current.show(index, chunks)
-        with watch("fold"):
-            released = list(fold.total())
-        with watch("unprotect"):
-            total = sealer.open(released, layout.slots)
-            current.open(total, layout.unpack(total, survivors), left)
-        current.bytes_down = sum(map(len, released))
-        return current.finish(survivors)
 
 
 EpochMail = epoch.FromSite | tuple[SiteDriver, epoch.FromCoordinator]
@@ -431,7 +233,7 @@ class InProcessFederation(SumEngine):
 
     # ------------------------------------------------------------------------------------ rounds
 
-    def _total(self, current: _Round, training_round: int) -> ProtectedTotal:
+    def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:
         header = self._header(current.layout.spec, training_round)
         with current.watch("protect"):
             current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, current.state)
@@ -458,7 +260,7 @@ class InProcessFederation(SumEngine):
             plan.digest, self.certificate.hash if self.certificate else "",
         )  # fmt: skip
 
-    def _catch_up(self, current: _Round, certificate: messages.Certificate) -> None:
+    def _catch_up(self, current: RoundSum, certificate: messages.Certificate) -> None:
         """Sites that missed the release take the state that a survivor seals, if the certificate bears it out."""
         self.certificate = certificate
         shells = self.shells.values()
@@ -496,7 +298,7 @@ _ANSWERED_AT = {
 class _Exchange:
     """One round's messages between the shells, until the coordinator's machine has ended it."""
 
-    def __init__(self, parties: InProcessFederation, current: _Round) -> None:
+    def __init__(self, parties: InProcessFederation, current: RoundSum) -> None:
         self.parties, self.current, self.hub = parties, current, parties.hub
         self.queue: deque[Mail] = deque()
         self.making: dict[int, tuple[SiteDriver, effects.MakeVector]] = {}
@@ -710,8 +512,3 @@ class _Exchange:
                 )
             shell.spool = []
         hub.fold, hub.released, hub.arrived = None, [], {}
-
-
-def sites_of(roster: Sequence[SiteId], survivors: Sequence[int]) -> list[SiteId]:
-    """Roster indices to site ids."""
-    return [roster[index] for index in survivors]

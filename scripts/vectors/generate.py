@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import SignatureRefused
+from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process
 from fedcore.secagg.crypto import shamir
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
@@ -34,7 +35,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.pairwise import MaskRoot, pair_secret
 from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import _Exchange, _Round
+from fedcore.secagg.in_process import _Exchange
 from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
@@ -51,6 +52,7 @@ from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import digest, encode, type_name
 from fedcore.secagg.scheme import EpochSecrets, Scheme
+from fedcore.secagg.summing import RoundSum, one_by_one
 from fedcore.types import Json, SiteId
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "vectors"
@@ -220,9 +222,9 @@ def play(
         return np.frombuffer(from64(found["coordinates"]), "<u2").astype(np.uint64), found["wides"]
 
     layout = Layout(plan.update_vector, plan.packing, len(ROSTER))
-    current = _Round(
-        layout, in_process.one_by_one(contribute), STATE, lambda opened, sites: NEXT_STATE,
-        in_process.Stopwatch(), {DROPPED: "submit"}, None,
+    current = RoundSum(
+        layout, one_by_one(contribute), STATE, lambda opened, sites: NEXT_STATE,
+        Stopwatch(), {DROPPED: "submit"}, None,
     )  # fmt: skip
     current.tag = state_tag(GroupSecret(group), header.job, header.round, STATE)
     exchange = _Taped(parties, current)

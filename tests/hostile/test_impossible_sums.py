@@ -22,7 +22,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     EXCEEDS,
     RangePlan,
@@ -33,6 +33,7 @@ from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.job.site.effects import WorkFailed
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.summing import one_by_one
 
 SITES = ("a", "b", "c", "d", "e")
 LIAR, D, CAP = 4, 6, 1024

@@ -16,7 +16,7 @@ from fedcore.errors import OutOfOrder, SecondSum, TagRefused
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
-from fedcore.secagg.in_process import InProcessFederation, RoundTrace, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     VectorSpec,
     Wide,
@@ -24,6 +24,7 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
+from fedcore.secagg.summing import RoundTrace, one_by_one
 
 pytest.importorskip("tenseal.sealapi")
 

@@ -26,7 +26,7 @@ from fedcore.secagg.crypto.masked import MaskedFold
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, RoundTrace, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     VectorSpec,
     Wide,
@@ -35,6 +35,7 @@ from fedcore.secagg.protocol import effects, messages, shared
 from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming
+from fedcore.secagg.summing import RoundTrace, one_by_one
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 5000, (Wide("weight", 1, 20),))

@@ -17,9 +17,10 @@ from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.scoring import Scored
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.training import local_train
-from fedcore.secagg.in_process import InProcessFederation, PlainSum, one_by_one, sites_of
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import VectorSpec, Wide, canonical
 from fedcore.secagg.protections import SCHEMES
+from fedcore.secagg.summing import PlainSum, one_by_one, sites_of
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -392,7 +393,7 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
 
 def test_equal_contributions_of_two_sites_travel_as_different_bytes():
     """What `plain` cannot say: there equal vectors are equal but for the mark of the site."""
-    from fedcore.secagg.in_process import RoundTrace
+    from fedcore.secagg.summing import RoundTrace
 
     spec = VectorSpec("update", 6, (Wide("weight", 1, 20),))
     fields = np.full(6, 7, dtype=np.uint64)

@@ -61,7 +61,7 @@ TREE = {
     "server/job_runner.py": "from fedcore_server.job_log import Rows\nimport fedcore\nclass _Row: ...",
     "server/rows.py": "class Rows: ...\nclass Runner: ...",  # one Runner at each role: one meaning
     "clients/jobs.py": "from fedcore.report.page import Plan",
-    "clients/page.py": "class Runner: ...",
+    "clients/page.py": "class Runner: ...\nclass Keys(TypedDict):\n    a: int; b: int; c: int; d: int; e: int",
     "pyproject.toml": """
         [[tool.importlinter.contracts]]
         type = "layers"
@@ -83,7 +83,7 @@ FIGURES = {
     "import_cycles": 1,
     "any_stages": 2,
     "double_names": 3,
-    "lines": 52,
+    "lines": 54,
 }
 
 

@@ -15,12 +15,13 @@ from support.parties import Parties, net, plan_of, recoded
 from fedcore.errors import RoundAbandoned
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process
-from fedcore.secagg.in_process import InProcessFederation, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import VectorSpec, Wide
 from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, STAGES, outcome
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.summing import one_by_one
 
 SPEC = VectorSpec("update", 6, (Wide("weight", 1, 20),))
 NEEDS_BFV = pytest.mark.skipif(not find_spec("tenseal"), reason="needs tenseal")

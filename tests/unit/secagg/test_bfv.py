@@ -746,6 +746,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         from dataclasses import replace
         import numpy as np
         from fedcore.secagg import in_process as loopback
+        from fedcore.secagg.summing import one_by_one
         from fedcore.learning.stopwatch import Stopwatch
         from fedcore.errors import Unavailable
         from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
@@ -758,7 +759,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         wides = {"weight": [1], "over_range": [0], "over_half_range": [0], "exceeds": [0]}
         site = lambda i: (np.array([i, 1, 2], dtype=np.uint64), wides)
         epoch = loopback.sum_engine("job", plan)
-        total = epoch.sum(plan.update_vector, 1, loopback.one_by_one(site), b"", Stopwatch())
+        total = epoch.sum(plan.update_vector, 1, one_by_one(site), b"", Stopwatch())
         assert total.opened.coordinates.tolist() == [3, 3, 6]
 
         packing = solve_packing(16, 3, "masked")
@@ -774,7 +775,7 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
                 packing=solve_packing(16, 3, protection, cipher="keystream"),
             )
             epoch = loopback.InProcessFederation("job", stream)
-            total = epoch.sum(plan.update_vector, 1, loopback.one_by_one(site), b"", Stopwatch())
+            total = epoch.sum(plan.update_vector, 1, one_by_one(site), b"", Stopwatch())
             assert total.opened.coordinates.tolist() == [3, 3, 6]
         assert "tenseal" not in sys.modules
 

@@ -21,7 +21,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     RoundHeader,
     VectorSpec,
@@ -30,6 +30,7 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.scheme import Scheme
+from fedcore.secagg.summing import one_by_one
 
 ROSTER = ("ann", "bob", "cat", "dan")
 SPEC = VectorSpec("update", 9000, (Wide("weight", 1, 20),))

@@ -23,13 +23,14 @@ from fedcore.secagg import in_process
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.in_process import InProcessFederation, one_by_one
+from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import (
     VectorSpec,
     Wide,
 )
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages
+from fedcore.secagg.summing import one_by_one
 
 pytest.importorskip("tenseal.sealapi")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.epoch import records
+from fedcore.secagg.protocol.epoch import messages
 from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
 from fedcore.secagg.protocol.moves import Tick, Timed
@@ -24,27 +24,27 @@ class NoEpoch:
 
 
 @record("Calling")
-class Calling(records.InEpoch, Timed):
+class Calling(messages.InEpoch, Timed):
     """Waiting for epoch keys of the sites `awaited`; those of other sites are taken too."""
 
-    keys: tuple[records.EpochKey, ...] = ()
+    keys: tuple[messages.EpochKey, ...] = ()
     awaited: tuple[SiteId, ...] = ()
 
 
 @record("Granting")
-class Granting(records.InEpoch, Timed):
+class Granting(messages.InEpoch, Timed):
     """Waiting for the maker's grants."""
 
-    keys: tuple[records.EpochKey, ...]
+    keys: tuple[messages.EpochKey, ...]
 
 
 @record("Spreading")
-class Spreading(records.InEpoch):
+class Spreading(messages.InEpoch):
     """The payload is with its maker and on its way; complete when every key holder signed its id."""
 
-    keys: tuple[records.EpochKey, ...]
-    grants: tuple[records.Grant, ...]
-    held: tuple[records.KeyHeld, ...] = ()
+    keys: tuple[messages.EpochKey, ...]
+    grants: tuple[messages.Grant, ...]
+    held: tuple[messages.KeyHeld, ...] = ()
 
     @property
     def holders(self) -> tuple[SiteId, ...]:
@@ -62,7 +62,7 @@ class StartEpoch:
     present: the sites whose keys are waited for, all of the roster if none is named; others join late.
     """
 
-    header: records.EpochHeader
+    header: messages.EpochHeader
     present: tuple[SiteId, ...] = ()
 
 
@@ -71,12 +71,12 @@ class FromSite:
     """A message of an authenticated site."""
 
     sender: SiteId
-    message: records.SiteEpochMessage
+    message: messages.SiteEpochMessage
 
 
 CoordinatorEpochEvent = StartEpoch | FromSite | Tick | SiteReconnected
 
-CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[records.CoordinatorEpochMessage]
+CoordinatorEpochEffect = Persist[CoordinatorEpochStage] | Send[messages.CoordinatorEpochMessage]
 
 CoordinatorEpochStep = tuple[CoordinatorEpochStage, tuple[CoordinatorEpochEffect, ...]]
 
@@ -108,27 +108,27 @@ def step_hub(
         case _, StartEpoch(header, present):
             check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
             calling = Calling(header, (), present or header.roster, until=now + hub.patience)
-            calls = tuple(Send(site, records.EpochCall(header)) for site in header.roster)
+            calls = tuple(Send(site, messages.EpochCall(header)) for site in header.roster)
             return calling, (Persist(calling), *calls)
-        case Calling(), records.EpochKey():
+        case Calling(), messages.EpochKey():
             return _take_key(hub, stage, message, now)
         case ((Calling() | Granting()), Tick()):
             return _late(hub, stage, now)
         case _, SiteReconnected(site):
             return stage, _pending(stage, site)
-        case ((Granting() | Spreading()), records.EpochKey()) if message in stage.keys:
+        case ((Granting() | Spreading()), messages.EpochKey()) if message in stage.keys:
             return stage, _pending(stage, message.site)
-        case Granting(), records.KeyHeld():
+        case Granting(), messages.KeyHeld():
             return stage, ()  # the maker's, whose grants were lost: it is asked for them again
-        case Granting(), records.Grants():
+        case Granting(), messages.Grants():
             return _take_grants(hub, stage, message)
-        case Spreading(), records.Grants() if message.site == stage.header.maker:
+        case Spreading(), messages.Grants() if message.site == stage.header.maker:
             return stage, ()  # sent again after a new connection; the first ones count
-        case Spreading(), records.KeyHeld():
+        case Spreading(), messages.KeyHeld():
             return _take_held(hub, stage, message)
-        case Spreading(), records.EpochKey():
+        case Spreading(), messages.EpochKey():
             return _late_joiner(hub, stage, message)
-        case Spreading(), records.Grant():
+        case Spreading(), messages.Grant():
             return _take_grant(hub, stage, message)
         case _, Tick():
             return stage, ()
@@ -139,7 +139,7 @@ def step_hub(
 
 
 def _take_key(
-    hub: CoordinatorParams, stage: Calling, key: records.EpochKey, now: float
+    hub: CoordinatorParams, stage: Calling, key: messages.EpochKey, now: float
 ) -> CoordinatorEpochStep:
     check_epoch_key(key, stage.header, hub.pins)
     if key in stage.keys:
@@ -165,13 +165,13 @@ def _pending(stage: CoordinatorEpochStage, site: SiteId) -> tuple[CoordinatorEpo
     """What a site may have missed."""
     match stage:
         case Calling() if site not in [key.site for key in stage.keys]:
-            return (Send(site, records.EpochCall(stage.header)),)
+            return (Send(site, messages.EpochCall(stage.header)),)
         case Granting() if site == stage.header.maker:
-            return (Send(site, records.EpochKeys(stage.header.digest, stage.keys)),)
+            return (Send(site, messages.EpochKeys(stage.header.digest, stage.keys)),)
         case Spreading() if site not in stage.holders:
             key = next((each for each in stage.keys if each.site == site), None)
             if key is None:
-                return (Send(site, records.EpochCall(stage.header)),)
+                return (Send(site, messages.EpochCall(stage.header)),)
             grants = {grant.recipient_key: grant for grant in stage.grants}
             if digest(key.key) in grants:
                 return (Send(site, _granted(stage, grants[digest(key.key)])),)
@@ -179,9 +179,9 @@ def _pending(stage: CoordinatorEpochStage, site: SiteId) -> tuple[CoordinatorEpo
     return ()
 
 
-def _ask_a_holder(stage: Spreading, key: records.EpochKey) -> tuple[CoordinatorEpochEffect, ...]:
+def _ask_a_holder(stage: Spreading, key: messages.EpochKey) -> tuple[CoordinatorEpochEffect, ...]:
     holders = [site for site in stage.holders if site != key.site]
-    return (Send(holders[0], records.GrantRequest(key)),) if holders else ()
+    return (Send(holders[0], messages.GrantRequest(key)),) if holders else ()
 
 
 def _late(hub: CoordinatorParams, stage: Calling | Granting, now: float) -> CoordinatorEpochStep:
@@ -205,7 +205,7 @@ def _late(hub: CoordinatorParams, stage: Calling | Granting, now: float) -> Coor
 
 
 def _take_grants(
-    hub: CoordinatorParams, stage: Granting, message: records.Grants
+    hub: CoordinatorParams, stage: Granting, message: messages.Grants
 ) -> CoordinatorEpochStep:
     header = stage.header
     check_epoch(message.header, header, message.site)
@@ -223,7 +223,7 @@ def _take_grants(
 
 
 def _take_grant(
-    hub: CoordinatorParams, stage: Spreading, grant: records.Grant
+    hub: CoordinatorParams, stage: Spreading, grant: messages.Grant
 ) -> CoordinatorEpochStep:
     """A holder's grant for a late joiner: both have signed a key of this epoch."""
     check_signed(grant, stage.header, hub.pins)
@@ -235,15 +235,15 @@ def _take_grant(
     return stage, (Send(grant.recipient, _granted(stage, grant)),)
 
 
-def _granted(stage: Spreading, grant: records.Grant) -> records.Granted:
+def _granted(stage: Spreading, grant: messages.Grant) -> messages.Granted:
     granter = next(key for key in stage.keys if key.site == grant.site)
     proved = len(stage.held) >= stage.header.threshold
     from_maker = grant.site == stage.header.maker
-    return records.Granted(grant, granter, stage.held if proved or not from_maker else ())
+    return messages.Granted(grant, granter, stage.held if proved or not from_maker else ())
 
 
 def _take_held(
-    hub: CoordinatorParams, stage: Spreading, held: records.KeyHeld
+    hub: CoordinatorParams, stage: Spreading, held: messages.KeyHeld
 ) -> CoordinatorEpochStep:
     check_signed(held, stage.header, hub.pins)
     if held.site in stage.holders:
@@ -253,7 +253,7 @@ def _take_held(
 
 
 def _late_joiner(
-    hub: CoordinatorParams, stage: Spreading, key: records.EpochKey
+    hub: CoordinatorParams, stage: Spreading, key: messages.EpochKey
 ) -> CoordinatorEpochStep:
     """Ask a holder to grant; the newest key of a site counts, for it may have lost the older one."""
     check_epoch_key(key, stage.header, hub.pins)

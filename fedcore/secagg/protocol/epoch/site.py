@@ -10,7 +10,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import PLAN_VERSION
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.epoch import records
+from fedcore.secagg.protocol.epoch import messages
 from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, sign
 from fedcore.secagg.protocol.round.site import SiteParams
@@ -33,11 +33,11 @@ class NoKey:
 
 
 @dataclass(frozen=True)
-class _KeySigned(records.InEpoch):
+class _KeySigned(messages.InEpoch):
     """This site signed a fresh key for the epoch. secret: the private half."""
 
     secret: SecretBytes
-    key: records.EpochKey
+    key: messages.EpochKey
 
 
 @record("Offered")
@@ -49,7 +49,7 @@ class Offered(_KeySigned):
 class Making(_KeySigned):
     """This site is the maker, and its driver makes the payload."""
 
-    keys: tuple[records.EpochKey, ...]
+    keys: tuple[messages.EpochKey, ...]
 
 
 @record("Holding")
@@ -57,7 +57,7 @@ class Holding(_KeySigned):
     """The payload is installed. held: the signed key id, sent again after a new connection."""
 
     payload: SecretBytes
-    held: records.KeyHeld
+    held: messages.KeyHeld
 
 
 SiteEpochStage = NoKey | Offered | Making | Holding
@@ -67,7 +67,7 @@ SiteEpochStage = NoKey | Offered | Making | Holding
 class FromCoordinator:
     """A message of the coordinator."""
 
-    message: records.CoordinatorEpochMessage
+    message: messages.CoordinatorEpochMessage
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SecretsMade:
 class MakeSecrets:
     """Effect: make a new random payload, never derived from an old one; the result is `SecretsMade`."""
 
-    header: records.EpochHeader
+    header: messages.EpochHeader
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Install:
 
 SiteEpochEvent = FromCoordinator | Again | SecretsMade
 
-SiteEpochEffect = Persist[SiteEpochStage] | Send[records.SiteEpochMessage] | MakeSecrets | Install
+SiteEpochEffect = Persist[SiteEpochStage] | Send[messages.SiteEpochMessage] | MakeSecrets | Install
 
 SiteEpochStep = tuple[SiteEpochStage, tuple[SiteEpochEffect, ...]]
 """The next stage, and what to do."""
@@ -111,23 +111,23 @@ def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) 
     nothing where the event is not legal."""
     message = event.message if isinstance(event, FromCoordinator) else event
     match stage, message:
-        case _, records.EpochCall(header):
+        case _, messages.EpochCall(header):
             return _offer(member, stage, header)
-        case Offered(), records.EpochKeys():
+        case Offered(), messages.EpochKeys():
             return _begin_making(member, stage, message)
         case Making(), SecretsMade(payload):
             return _hold(member, stage, payload, key_id(payload.reveal()))
-        case Offered(), records.Granted():
+        case Offered(), messages.Granted():
             return _accept(member, stage, message)
-        case Holding(), records.GrantRequest(key):
+        case Holding(), messages.GrantRequest(key):
             grant = seal_grant(member, stage, key, stage.payload, stage.held.key_id)
             return stage, (Send(COORDINATOR, grant),)
-        case Making(), records.EpochKeys() if message.keys == stage.keys:
+        case Making(), messages.EpochKeys() if message.keys == stage.keys:
             return stage, (MakeSecrets(stage.header),)  # nothing of an earlier payload has left
-        case Holding(), records.EpochKeys() if message.header == stage.header.digest:
+        case Holding(), messages.EpochKeys() if message.header == stage.header.digest:
             grants = _grants(member, stage, message.keys)
             return stage, (Send(COORDINATOR, grants), Send(COORDINATOR, stage.held))
-        case Holding(), records.Granted(grant) if grant.key_id == stage.held.key_id:
+        case Holding(), messages.Granted(grant) if grant.key_id == stage.held.key_id:
             return stage, (Send(COORDINATOR, stage.held),)
         case Holding(), Again():
             return stage, (Send(COORDINATOR, stage.held),)
@@ -143,18 +143,20 @@ def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) 
     )  # fmt: skip
 
 
-def _offer(member: SiteParams, stage: SiteEpochStage, header: records.EpochHeader) -> SiteEpochStep:
+def _offer(
+    member: SiteParams, stage: SiteEpochStage, header: messages.EpochHeader
+) -> SiteEpochStep:
     if isinstance(stage, Offered | Making | Holding) and stage.header == header:
         return stage, (Send(COORDINATOR, stage.key),)
     check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
     _check_header(member, header)
     secret = HybridKey.draw(member.entropy)
-    key = sign(records.EpochKey(header.digest, member.id, secret.public, b""), member.identity)
+    key = sign(messages.EpochKey(header.digest, member.id, secret.public, b""), member.identity)
     offered = Offered(header, SecretBytes(secret.to_bytes()), key)
     return offered, (Persist(offered), Send(COORDINATOR, key))
 
 
-def _check_header(member: SiteParams, header: records.EpochHeader) -> None:
+def _check_header(member: SiteParams, header: messages.EpochHeader) -> None:
     check_equal(
         ("protocol version", header.version, PLAN_VERSION),
         *member.same_job(header),
@@ -168,7 +170,7 @@ def _check_header(member: SiteParams, header: records.EpochHeader) -> None:
         )
 
 
-def _begin_making(member: SiteParams, stage: Offered, request: records.EpochKeys) -> SiteEpochStep:
+def _begin_making(member: SiteParams, stage: Offered, request: messages.EpochKeys) -> SiteEpochStep:
     header = stage.header
     check_epoch(request.header, header, COORDINATOR)
     _must_make(member, header)
@@ -184,7 +186,7 @@ def _begin_making(member: SiteParams, stage: Offered, request: records.EpochKeys
     return making, (Persist(making), MakeSecrets(header))
 
 
-def _must_make(member: SiteParams, header: records.EpochHeader) -> None:
+def _must_make(member: SiteParams, header: messages.EpochHeader) -> None:
     if header.maker != member.id:
         raise OutOfOrder(
             "key epoch", found=f"a request to {member.id!r} to make it", expected=header.maker,
@@ -193,7 +195,7 @@ def _must_make(member: SiteParams, header: records.EpochHeader) -> None:
 
 
 def _context(
-    header: records.EpochHeader,
+    header: messages.EpochHeader,
     sender: SiteId,
     recipient: SiteId,
     recipient_key: bytes,
@@ -203,8 +205,8 @@ def _context(
 
 
 def seal_grant(
-    member: SiteParams, stage: Holding, to: records.EpochKey, payload: SecretBytes, name: bytes
-) -> records.Grant:
+    member: SiteParams, stage: Holding, to: messages.EpochKey, payload: SecretBytes, name: bytes
+) -> messages.Grant:
     """The payload for one recipient: sealed to its epoch key, bound to everything, signed."""
     header = stage.header
     check_epoch_key(to, header, member.pins)
@@ -214,25 +216,25 @@ def seal_grant(
         context=_context(header, member.id, to.site, recipient_key, name), recipient=to.site,
         entropy=member.entropy,
     )  # fmt: skip
-    grant = records.Grant(header.digest, member.id, to.site, recipient_key, name, envelope, b"")
+    grant = messages.Grant(header.digest, member.id, to.site, recipient_key, name, envelope, b"")
     return sign(grant, member.identity)
 
 
 def _grants(
-    member: SiteParams, stage: Holding, keys: tuple[records.EpochKey, ...]
-) -> records.Grants:
+    member: SiteParams, stage: Holding, keys: tuple[messages.EpochKey, ...]
+) -> messages.Grants:
     """The maker's grants; asked again it makes new envelopes of the same payload."""
     _must_make(member, stage.header)
     others = [key for key in keys if key.site != member.id]
     grants = [seal_grant(member, stage, key, stage.payload, stage.held.key_id) for key in others]
-    return records.Grants(stage.header.digest, member.id, tuple(grants))
+    return messages.Grants(stage.header.digest, member.id, tuple(grants))
 
 
 def _hold(
     member: SiteParams, stage: Offered | Making, payload: SecretBytes, name: bytes
 ) -> SiteEpochStep:
     """The payload is on disk, then in use; the maker grants it to the others, and its id is signed last."""
-    held = sign(records.KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
+    held = sign(messages.KeyHeld(stage.header.digest, member.id, name, b""), member.identity)
     holding = Holding(stage.header, stage.secret, stage.key, payload, held)
     effects: list[SiteEpochEffect] = [Persist(holding), Install(holding.epoch, name, payload)]
     if isinstance(stage, Making):
@@ -240,7 +242,7 @@ def _hold(
     return holding, (*effects, Send(COORDINATOR, held))
 
 
-def _accept(member: SiteParams, stage: Offered, granted: records.Granted) -> SiteEpochStep:
+def _accept(member: SiteParams, stage: Offered, granted: messages.Granted) -> SiteEpochStep:
     header, grant, granter = stage.header, granted.grant, granted.granter
     check_signed(grant, header, member.pins)
     check_epoch_key(granter, header, member.pins)
@@ -264,7 +266,10 @@ def _accept(member: SiteParams, stage: Offered, granted: records.Granted) -> Sit
 
 
 def _check_held(
-    member: SiteParams, header: records.EpochHeader, name: bytes, held: tuple[records.KeyHeld, ...]
+    member: SiteParams,
+    header: messages.EpochHeader,
+    name: bytes,
+    held: tuple[messages.KeyHeld, ...],
 ) -> None:
     """At least t sites of the roster signed this very key id."""
     check_members([each.site for each in held], header.roster, header.threshold, "holders")

@@ -6,14 +6,7 @@ from fedcore.errors import SecondSum
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, on, table
-from fedcore.secagg.protocol.round.coordinator import (
-    closing,
-    events,
-    journal,
-    sites,
-    stages,
-    taking,
-)
+from fedcore.secagg.protocol.round.coordinator import closing, events, replay, sites, stages, taking
 from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove, evolve
 from fedcore.secagg.protocol.shared import check_grows, check_roster, not_legal, survivors_of
 
@@ -27,7 +20,7 @@ def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) ->
         )  # fmt: skip
     check_grows("round", header.round, stage.round)
     check_roster(header, move.hub.pins, header.threshold)
-    move.record(journal.RoundStarted(header, event.size, event.salt))
+    move.record(replay.RoundStarted(header, event.size, event.salt))
     closing.ask(move)
 
 
@@ -80,7 +73,7 @@ def step(
     stage: stages.CoordinatorStage,
     event: events.CoordinatorEvent,
     now: float,
-) -> tuple[stages.CoordinatorStage, tuple[journal.CoordinatorEffect, ...]]:
+) -> tuple[stages.CoordinatorStage, tuple[replay.CoordinatorEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back.
