@@ -20,6 +20,9 @@ from fedcore.learning.site import SiteRows
 from fedcore.results import Columns, RoundRow
 from fedcore.types import ARMS, Json
 
+CHECKPOINT_FORM = 2
+"""Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
+
 
 class Experiment:
     """The arms of one run, advanced round by round."""
@@ -105,6 +108,7 @@ class Experiment:
     def save(self) -> Any:
         """All that a resumed run needs."""
         return {
+            "form": CHECKPOINT_FORM,
             "round": self.round,
             "arms": {name: arm.save() for name, arm in self.arms.items()},
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
@@ -124,7 +128,13 @@ class Experiment:
         }
 
     def restore(self, saved: Any) -> None:
-        """Continue after the saved round. Raises BadInput if the task or its data have changed."""
+        """Continue after the saved round. Raises BadInput if the task or its data have changed, and for a
+        checkpoint of another version of Fedcore."""
+        if saved.get("form") != CHECKPOINT_FORM:
+            raise BadInput(
+                f"--resume: found a checkpoint of form {saved.get('form', 1)}, expected {CHECKPOINT_FORM}",
+                remedy="start a new run, or resume with the version of Fedcore that began it",
+            )
         for name, value in self._inputs().items():
             if saved["inputs"][name] != value:
                 raise BadInput(

@@ -16,6 +16,7 @@ from fedcore.cli.reproduce import reproduce
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.experiment.run import list_runs
 from fedcore.files import read_json, write_atomic
+from fedcore.learning import checkpoint
 from fedcore.secagg.protections import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -124,6 +125,19 @@ def test_an_interrupted_run_resumes_to_the_same_bits(protection, round_, arm):
         for r in (found, whole)
     ]
     assert rows[0] == rows[1]
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_form():
+    with pytest.raises(KeyboardInterrupt):
+        heart(rounds=3, on_round=interrupt_after(2), out="broken")
+    path = Path("broken") / "checkpoint.pt"
+    saved = checkpoint.from_bytes(path.read_bytes())
+    del saved["form"]
+    path.write_bytes(checkpoint.to_bytes(saved))
+    with pytest.raises(BadInput, match="found a checkpoint of form 1, expected 2") as refused:
+        api.resume("broken")
+    assert "new run" in refused.value.remedy
+    assert path.is_file(), "it is left as it was"
 
 
 def test_a_finished_run_is_not_resumed():
