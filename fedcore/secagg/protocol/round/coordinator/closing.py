@@ -9,9 +9,9 @@ from typing import TypeVar, assert_never
 
 from fedcore.errors import PeerRefused
 from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.round.coordinator import replay, sites, stages
+from fedcore.secagg.protocol.round.coordinator import entries, sites, stages
+from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
-from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.taking import started_from
 from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks
 from fedcore.secagg.protocol.shared import survivors_of
@@ -46,14 +46,14 @@ def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
             bundle, late = _common(keys)
             if len(bundle) < stage.header.threshold:
                 return _give_up(move, stage, len(bundle))
-            move.record(replay.BundleFixed(bundle, late))
+            move.record(entries.BundleFixed(bundle, late))
         case stages.Sharing():
-            move.record(replay.CohortFixed())
+            move.record(entries.CohortFixed())
         case stages.Collecting():
             submissions, late = _common(stage.submissions)
             if len(submissions) < stage.header.threshold:
                 return _give_up(move, stage, len(submissions))
-            move.record(replay.ListFixed(submissions, late))
+            move.record(entries.ListFixed(submissions, late))
             if (
                 late
             ):  # only under `encrypted`: under masks a vector has the state of its site's keys
@@ -61,17 +61,17 @@ def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
             if isinstance(move.stage, stages.Summing):  # `encrypted`: no mask to remove
                 move.do(effects.RemoveMasks(stage.header, survivors_of(submissions), ()))
         case stages.Confirming():
-            move.record(replay.ConfirmsFixed())
+            move.record(entries.ConfirmsFixed())
         case stages.Unmasking():
             try:
                 masks = rebuild_masks(stage)
             except PeerRefused as error:  # one dishonest site can end a round; the log names it
                 move.do(effects.Warn(str(error)))
                 return _give_up(move, stage, len(stage.answers))
-            move.record(replay.MasksRebuilt(masks))
+            move.record(entries.MasksRebuilt(masks))
             move.do(effects.RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
         case stages.Releasing():
-            move.record(replay.RoundReleased(_certificate(stage)))
+            move.record(entries.RoundReleased(_certificate(stage)))
         case _:
             assert_never(stage)
     return ask(move)
@@ -90,7 +90,7 @@ def _give_up(move: CoordinatorMove, stage: stages.InRound, left: int) -> None:
     if sites.exposed_sites(stage):
         text = f"round {stage.header.round} cannot be released, and its sum may be known"
         move.do(effects.Warn(f"{text}: no other round may follow it from the same state"))
-    move.record(replay.RoundGivenUp(name, left))
+    move.record(entries.RoundGivenUp(name, left))
     ask(move)
     move.do(effects.Discard(stage.header))
 
@@ -123,7 +123,7 @@ def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> Non
         _close(move, stage)
     elif late and came >= needed:
         for site in sites.waiting_for(stage):
-            move.record(replay.SiteGone(site, replay.LOST))
+            move.record(entries.SiteGone(site, entries.LOST))
         assert isinstance(move.stage, stages.Waiting)
         _close(move, move.stage)
     elif late and not isinstance(stage, stages.Exposed):
@@ -138,5 +138,5 @@ def publish(move: CoordinatorMove, stage: stages.Summing, event: SumReady) -> No
         _give_up(move, stage, len(there))
         return
     aggregate = messages.Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
-    move.record(replay.SumSpooled(aggregate))
+    move.record(entries.SumSpooled(aggregate))
     ask(move)

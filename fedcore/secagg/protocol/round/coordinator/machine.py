@@ -6,8 +6,15 @@ from fedcore.errors import SecondSum
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, on, table
-from fedcore.secagg.protocol.round.coordinator import closing, events, replay, sites, stages, taking
-from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove, evolve
+from fedcore.secagg.protocol.round.coordinator import (
+    closing,
+    entries,
+    events,
+    sites,
+    stages,
+    taking,
+)
+from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove, evolve
 from fedcore.secagg.protocol.shared import check_grows, check_roster, not_legal, survivors_of
 
 
@@ -20,7 +27,7 @@ def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) ->
         )  # fmt: skip
     check_grows("round", header.round, stage.round)
     check_roster(header, move.hub.pins, header.threshold)
-    move.record(replay.RoundStarted(header, event.size, event.salt))
+    move.record(entries.RoundStarted(header, event.size, event.salt))
     closing.ask(move)
 
 
@@ -73,7 +80,7 @@ def step(
     stage: stages.CoordinatorStage,
     event: events.CoordinatorEvent,
     now: float,
-) -> tuple[stages.CoordinatorStage, tuple[replay.CoordinatorEffect, ...]]:
+) -> tuple[stages.CoordinatorStage, tuple[entries.CoordinatorEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
     now: seconds of a clock that never goes back.

@@ -8,8 +8,8 @@ from fedcore.errors import Conflicting, ListRefused, RosterRefused, ShareRefused
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import MASK_ROOT, RELEASE_REFUSED, SELF_SEED, check_signature
-from fedcore.secagg.protocol.round.coordinator import events, replay, sites, stages
-from fedcore.secagg.protocol.round.coordinator.replay import CoordinatorMove
+from fedcore.secagg.protocol.round.coordinator import entries, events, sites, stages
+from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.shared import (
     check_head,
     check_header,
@@ -27,7 +27,7 @@ from fedcore.types import SiteId
 def take_keys(move: CoordinatorMove, stage: stages.Advertising, keys: messages.Keys) -> None:
     """One site's keys. Raises a ProtocolRefused."""
     check_keys(keys, stage.header, move.hub.pins)
-    move.record(replay.KeysTaken(keys))
+    move.record(entries.KeysTaken(keys))
 
 
 def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.Shares) -> None:
@@ -40,7 +40,7 @@ def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.S
             "shares", found="parcels that differ from the signed list", expected="the signed ones",
             fault=head.site,
         )  # fmt: skip
-    move.record(replay.SharesTaken(shares))
+    move.record(entries.SharesTaken(shares))
 
 
 def take_vector(move: CoordinatorMove, stage: stages.Collecting, event: events.Uploaded) -> None:
@@ -62,7 +62,7 @@ def take_vector(move: CoordinatorMove, stage: stages.Collecting, event: events.U
             "vector", found="other bytes than were signed", expected="the signed digest",
             fault=submit.site,
         )  # fmt: skip
-    move.record(replay.SubmissionTaken(submit))
+    move.record(entries.SubmissionTaken(submit))
     move.do(effects.FoldUpload(submit))
 
 
@@ -79,7 +79,7 @@ def take_confirm(
             "confirmation", found="another list", expected="the survivor list that was sent",
             fault=confirm.site,
         )  # fmt: skip
-    move.record(replay.ConfirmTaken(confirm))
+    move.record(entries.ConfirmTaken(confirm))
 
 
 def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages.Unmask) -> None:
@@ -97,7 +97,7 @@ def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages
     parcels = parcels_of(stage.shares)
     for answer in unmask.answers:
         check_share(header.digest, parcels[answer.of, site], answer.kind, answer.share, site)
-    move.record(replay.AnswerTaken(unmask))
+    move.record(entries.AnswerTaken(unmask))
 
 
 def parcels_of(shares: Iterable[messages.Shares]) -> dict[tuple[SiteId, SiteId], messages.Parcel]:
@@ -116,15 +116,15 @@ def take_statement(
             "statement", found="another survivor list", expected="that of the sum",
             fault=statement.site,
         )  # fmt: skip
-    move.record(replay.StatementTaken(statement))
+    move.record(entries.StatementTaken(statement))
 
 
 def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Leave) -> None:
     """A site leaves; its sealed reason goes to the other sites."""
     check_header(leave.header, stage.header, leave.site)
     move.record(
-        replay.SiteGone(
-            leave.site, replay.REFUSED if leave.code == RELEASE_REFUSED else replay.LEFT
+        entries.SiteGone(
+            leave.site, entries.REFUSED if leave.code == RELEASE_REFUSED else entries.LEFT
         )
     )
     if leave.code == messages.MATERIAL:
@@ -144,7 +144,7 @@ def take_gone(move: CoordinatorMove, stage: stages.InRound, event: events.Gone) 
     """A connection is lost, or a site left without a message."""
     known = sites.sites_left(stage) if event.for_good else stage.gone
     if event.site in stage.header.roster and event.site not in known:
-        move.record(replay.SiteGone(event.site, replay.LEFT if event.for_good else replay.LOST))
+        move.record(entries.SiteGone(event.site, entries.LEFT if event.for_good else entries.LOST))
 
 
 def started_from(message: messages.Keys | messages.Submit) -> tuple[bytes, bytes]:

@@ -14,7 +14,7 @@ Bonawitz et al. 2017 (ePrint 2017/281), figure 4, the variant against an active 
 """
 
 from fedcore.secagg.protocol.round.site.between import check_missed as check_missed
+from fedcore.secagg.protocol.round.site.entries import *
 from fedcore.secagg.protocol.round.site.events import *
 from fedcore.secagg.protocol.round.site.machine import *
-from fedcore.secagg.protocol.round.site.replay import *
 from fedcore.secagg.protocol.round.site.stages import *

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fedcore.errors import HeaderRefused, OutOfOrder, ReleaseRefused, StaleEpoch
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
-from fedcore.secagg.protocol.round.site import events, replay, stages
-from fedcore.secagg.protocol.round.site.replay import SiteMove
+from fedcore.secagg.protocol.round.site import entries, events, stages
+from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.shared import (
     SiteProgress,
     check_certificate,
@@ -35,7 +35,7 @@ def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certi
 def install_epoch(move: SiteMove, stage: stages.Between, event: events.NewEpoch) -> None:
     """Epochs only grow. Raises StaleEpoch."""
     check_grows("key epoch", event.epoch, stage.standing.epoch, StaleEpoch)
-    move.record(replay.EpochInstalled(event.epoch, event.key_id))
+    move.record(entries.EpochInstalled(event.epoch, event.key_id))
 
 
 def catch_up(move: SiteMove, stage: stages.Idle, event: events.CaughtUp) -> None:
@@ -46,7 +46,7 @@ def catch_up(move: SiteMove, stage: stages.Idle, event: events.CaughtUp) -> None
         raise ReleaseRefused(
             "checkpoint", found="another state", expected="the certified one", fault=COORDINATOR
         )
-    move.record(replay.CheckpointTaken(found))
+    move.record(entries.CheckpointTaken(found))
     move.do(effects.Apply(found))
 
 
@@ -79,7 +79,7 @@ def look_at_own_signature(
         return
     check_header(event.said.header, event.header, COORDINATOR)
     check_signature(event.said, {member.id: member.pins[member.id]})
-    move.record(replay.FolderFoundOld(number))
+    move.record(entries.FolderFoundOld(number))
     move.do(
         effects.Warn(
             f"this site signed in round {number} of job {member.job}, and its folder ends at round "

@@ -12,8 +12,8 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
 from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.messages import COORDINATOR, Keys, sign
-from fedcore.secagg.protocol.round.site import events, replay, stages
-from fedcore.secagg.protocol.round.site.replay import SiteMove
+from fedcore.secagg.protocol.round.site import entries, events, stages
+from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.shared import (
     SiteProgress,
     check_equal,
@@ -33,7 +33,7 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
     _check_invitation(member, standing, header)
     check_company(member, header, header.roster, "cohort")
     if not header.layers.masks:
-        move.record(replay.JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
+        move.record(entries.JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
         move.do(MakeVector(header, event.state_tag, ()))
         return
     root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
@@ -49,7 +49,7 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
         SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes())
     )
     move.record(
-        replay.Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys))
+        entries.Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys))
     )
     move.send(keys)
 
@@ -112,7 +112,7 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
             expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
             fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
-    if not header.layers.masks and replay.purpose_and_round(header) in standing.submitted:
+    if not header.layers.masks and entries.purpose_and_round(header) in standing.submitted:
         raise SecondSum(
             "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
             expected="one vector for each step and state", fault=COORDINATOR,

@@ -6,9 +6,9 @@ from fedcore.errors import EnvelopeRefused, ShareRefused
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted
-from fedcore.secagg.protocol.round.site import events, replay, stages
+from fedcore.secagg.protocol.round.site import entries, events, stages
+from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.releasing import open_sum
-from fedcore.secagg.protocol.round.site.replay import SiteMove
 from fedcore.secagg.protocol.shared import check_header
 from fedcore.secagg.protocol.wire_form import type_name
 
@@ -35,14 +35,14 @@ def depart(move: SiteMove, stage: stages.InRound, _: object = None) -> None:
                 "before it has the state of a later release."
             )
         )
-    move.record(replay.Departed(type_name(type(stage))))
+    move.record(entries.Departed(type_name(type(stage))))
     move.do(effects.Erase(stage.header))
 
 
 def refuse(move: SiteMove, stage: stages.InRound, event: events.CheckFailed) -> None:
     """One uniform refusal in the release, a plain departure before it (PROTOCOL R)."""
     if isinstance(stage, stages.Opening | stages.Stated):
-        move.record(replay.ReleaseRefusedHere(type_name(type(stage))))
+        move.record(entries.ReleaseRefusedHere(type_name(type(stage))))
         move.leave(stage.header, messages.RELEASE_REFUSED, event.sealed)
         move.do(effects.Erase(stage.header))
         return

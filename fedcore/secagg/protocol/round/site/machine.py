@@ -16,7 +16,7 @@ from fedcore.secagg.protocol.round.site import (
     sharing,
     stages,
 )
-from fedcore.secagg.protocol.round.site.replay import SiteEffect, SiteMove, evolve
+from fedcore.secagg.protocol.round.site.entries import SiteEffect, SiteMove, evolve
 from fedcore.secagg.protocol.shared import THIS_SITE, answered, not_legal
 from fedcore.secagg.protocol.wire_form import type_name
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fedcore.errors import ListRefused, OutOfOrder, ReleaseRefused, VectorRefused
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, sign
-from fedcore.secagg.protocol.round.site import events, replay, stages
+from fedcore.secagg.protocol.round.site import entries, events, stages
+from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.joining import check_company
-from fedcore.secagg.protocol.round.site.replay import SiteMove
 from fedcore.secagg.protocol.shared import (
     check_certificate,
     check_confirm,
@@ -29,7 +29,7 @@ def submit_vector(move: SiteMove, stage: stages.Masking, made: events.VectorMade
     check_company(member, header, header.roster, "cohort")
     vector = made.digest, made.size, state_tag, standing.key_id, made.salt
     submit = sign(messages.Submit(header.digest, member.id, *vector, b""), member.identity)
-    move.record(replay.VectorSpooled(submit))
+    move.record(entries.VectorSpooled(submit))
     move.send(submit)
     move.do(effects.Upload(submit))
 
@@ -69,7 +69,7 @@ def confirm_list(move: SiteMove, stage: stages.Submitted, request: messages.Surv
     _check_list(member, stage, request)
     lists = stage.bundle, digest(stage.cohort), listed(request.submissions)
     confirm = sign(messages.Confirm(h, member.id, *lists, b""), member.identity)
-    move.record(replay.ListSigned(request.submissions, confirm, exchange(request, confirm)))
+    move.record(entries.ListSigned(request.submissions, confirm, exchange(request, confirm)))
     move.send(confirm)
 
 
@@ -87,7 +87,7 @@ def answer_unmask(move: SiteMove, stage: stages.Confirmed, request: messages.Con
     held = {each.of: each for each in stage.held}
     answers = tuple(_one_share(held[of], of in survivors) for of in stage.cohort)
     unmask = messages.Unmask(stage.header.digest, member.id, answers)
-    move.record(replay.UnmaskAnswered(exchange(request, unmask)))
+    move.record(entries.UnmaskAnswered(exchange(request, unmask)))
     move.send(unmask)
 
 
@@ -120,7 +120,7 @@ def begin_opening(
             )  # fmt: skip
         if isinstance(stage, stages.Confirmed):  # opening the sum is its first help
             check_company(member, header, survivors_of(stage.submissions), "survivor list")
-    move.record(replay.SumAnnounced(request, exchange(request)))
+    move.record(entries.SumAnnounced(request, exchange(request)))
     assert isinstance(move.stage, stages.Opening)
     move.do(open_sum(move.stage))
 
@@ -142,7 +142,7 @@ def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -
         ),
         member.identity,
     )
-    move.record(replay.SumStated(statement))
+    move.record(entries.SumStated(statement))
     move.send(statement)
 
 
@@ -156,6 +156,6 @@ def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certific
             "certificate", found="another sum, state or survivor list",
             expected="what this site found in the sum", fault=COORDINATOR,
         )  # fmt: skip
-    move.record(replay.Certified(certificate))
+    move.record(entries.Certified(certificate))
     move.do(effects.Apply(certificate))
     move.do(effects.Erase(stage.header))

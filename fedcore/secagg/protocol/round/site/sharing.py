@@ -14,9 +14,9 @@ from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.effects import MakeVector, Mask
 from fedcore.secagg.protocol.messages import COORDINATOR, MASK_ROOT, SELF_SEED, sign
 from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
-from fedcore.secagg.protocol.round.site import replay, stages
+from fedcore.secagg.protocol.round.site import entries, stages
+from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.events import SiteParams
-from fedcore.secagg.protocol.round.site.replay import SiteMove
 from fedcore.secagg.protocol.shared import (
     check_distinct,
     check_head,
@@ -52,7 +52,7 @@ def share_secrets(move: SiteMove, stage: stages.Advertised, bundle: messages.Key
     head = sign(messages.SharesHead(header.digest, member.id, listed, b""), member.identity)
     shares = messages.Shares(head, parcels)
     own = stages.HeldShares(member.id, *map(SecretBytes, pairs[header.place(member.id)]))
-    move.record(replay.SharesMade(bundle.keys, own, shares, exchange(bundle, shares)))
+    move.record(entries.SharesMade(bundle.keys, own, shares, exchange(bundle, shares)))
     move.send(shares)
 
 
@@ -135,7 +135,7 @@ def open_shares(move: SiteMove, stage: stages.Shared, delivery: messages.Deliver
         if head.site != member.id:
             held.append(_open_parcel(member, stage, parcel, channel))
             masks.append(_pairwise_mask(member, stage, parcel, root))
-    move.record(replay.DeliveryOpened(cohort, tuple(held), tuple(masks), exchange(delivery)))
+    move.record(entries.DeliveryOpened(cohort, tuple(held), tuple(masks), exchange(delivery)))
     move.do(MakeVector(header, stage.state_tag, tuple(masks)))
 
 
