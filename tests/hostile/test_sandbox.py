@@ -29,6 +29,7 @@ PATIENCE = 120.0
 """Seconds: a task that waits for its standard input would wait for ever."""
 
 METHODS = ("unshare", "bwrap")
+IPC = Path("/proc/self/ns/ipc")
 
 HOSTILE = """
 import ctypes, json, os, socket, subprocess, sys, tempfile
@@ -98,7 +99,7 @@ def data(source):
         "rows": (HERE / "rows.txt").read_text(),
         "direct": all_of(""), "processes": processes(), "connects": connects(source),
         "config": writes(HERE / "site.toml"), "package": writes(fedcore.__file__) if {package} else False,
-        "uncovered": uncovered(),
+        "uncovered": uncovered(), "pid": os.getpid(), "ipc": os.readlink("/proc/self/ns/ipc"),
     }}
     (HERE / "found.json").write_text(json.dumps(found))
     raise ValueError("enough")
@@ -181,6 +182,7 @@ def test_control_without_a_sandbox_a_task_reads_every_key(tmp_path):
     assert found["connects"]
     assert found["config"]
     assert found["stdin"] == ""
+    assert found["pid"] > 9 and found["ipc"] == str(IPC.readlink())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,6 +190,8 @@ def test_in_a_sandbox_a_task_reads_no_key_and_finds_no_network(tmp_path, method)
     config = install(tmp_path, sandbox=method)
     usable(config)
     found = attacked(tmp_path, config)
+    assert found.pop("pid") < 10, "processes of its own only"
+    assert found.pop("ipc") != str(IPC.readlink()), "shared memory of its own only"
     assert found == {
         "stdin": "", "rows": "a row", "direct": [], "processes": [], "connects": False,
         "config": False, "package": False, "uncovered": [],
