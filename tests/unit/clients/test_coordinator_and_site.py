@@ -23,7 +23,7 @@ from fedcore_server.operators_api import OperatorsApi, check_settings
 from fedcore_server.sessions import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
-from support.deployed_jobs import site_job, submitted
+from support.deployed_jobs import coordinated, plan_for, site_job, submitted
 
 from fedcore.api import prepare_layers
 from fedcore.config import read_settings
@@ -152,6 +152,23 @@ def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
 
     asyncio.run(play())
     assert "Input/output error" in found.job.part.last_error
+
+
+def test_a_coordinator_whose_disk_refused_a_step_goes_on_from_what_the_disk_has(
+    tmp_path, monkeypatch
+):
+    found = coordinated(tmp_path, plan_for("encrypted"))
+    found.facts.withdrawn = frozenset({"a"})  # its commit was refused
+    seen = []
+
+    async def handle(event):
+        seen.append(found.facts.withdrawn)
+        raise OSError(28, "No space left") if len(seen) == 1 else ValueError("enough")
+
+    monkeypatch.setattr(found, "handle", handle)
+    asyncio.run(found.run())
+    assert seen == [{"a"}, frozenset()]
+    assert found.facts.outcome.outcome == "failed", "control: any other fault ends the job"
 
 
 def test_the_secrets_of_all_key_epochs_of_a_job_are_erased_together(tmp_path):
