@@ -283,7 +283,7 @@ class Town:
         if isinstance(found, SiteRunner):
             self.died_in.append(found.job.stage.standing.round)
         else:
-            header = getattr(getattr(found, "stage", None), "header", None)
+            header = None if found is None else getattr(found.facts.stage, "header", None)
             self.died_in.append(0 if header is None else header.round)
         self.births[name] += 1
         self._cut_power(name)

@@ -5,17 +5,26 @@ A coordinator that folds these sees every update; `fedcore_server` never constru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from fedcore.secagg.crypto import words
-from fedcore.secagg.crypto.masked import MaskedSealer
 from fedcore.secagg.plan import Packing
+from fedcore.types import Slots
 
 
-class PlainSealer(MaskedSealer):
-    """The site's side of `plain`: the words of `masked`, of slots without masks."""
+class PlainSealer:
+    """The site's side of `plain`. No class of it is one of `masked`, which a coordinator may make."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._bits = packing.slot_bits
+
+    def protect(self, slots: Slots) -> Iterator[bytes]:
+        return words.write(slots, self._bits)
+
+    def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
+        return words.read(chunks, slots, self._bits)
 
 
 class PlainFold:
