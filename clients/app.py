@@ -4,8 +4,6 @@ Invariant: the training process is started before grpc; a job begins only if the
 (`policy.py`); on SIGTERM the coordinator is told, and the process ends within ten seconds.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

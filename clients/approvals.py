@@ -5,8 +5,6 @@ approves one offer, by its SHA-256, and no other offer under the same id. Files 
 only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from pathlib import Path

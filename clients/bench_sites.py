@@ -4,8 +4,6 @@ Journal, spool, session and protection are those of `fed-site run`; only the con
 Invariant: torch is not imported here, so memory and seconds of such a process are the engine's.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -17,8 +17,6 @@ sha256 = "..."            # `fed-site check` prints it
 source = "va.csv"         # given to the task's `data`; written like a path, it counts from here
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -10,8 +10,6 @@ Invariant: when MODULE begins, no capability is left that could unmount them, in
 OSError before MODULE begins. Sources: mount(2), capabilities(7), prctl(2).
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import os

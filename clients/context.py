@@ -1,7 +1,5 @@
 """What a job at a site uses of its process: the site's identity, its disk, its session and its training."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping

@@ -6,8 +6,6 @@ safetensors, with the statistics and columns that raw rows go through first (`le
 Invariant: only a certified state is exported, the one the site trains from; it is read, never changed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

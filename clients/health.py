@@ -4,8 +4,6 @@ Invariant: bound to loopback only; the answer is one word and gives no reason: t
 log. healthz: this process answers. readyz: it has a session.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

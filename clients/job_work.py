@@ -4,8 +4,6 @@ Each method runs as a task and returns the next event of the job, or None. Trans
 the round still needs them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 Nothing is read or written here, so that it can run in a thread.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

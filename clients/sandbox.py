@@ -9,8 +9,6 @@ No method prevents reading and writing other files of its user (use `user:NAME` 
 sockets, such as a container engine's.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pwd

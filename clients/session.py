@@ -5,8 +5,6 @@ Invariant: nothing waits for a session: a message without one is lost, and the j
 transfer raises Offline and is retried.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -4,8 +4,6 @@ A small state is in the journal, in the commit of the record that relies on it: 
 operators, written without a flush, and rewritten from the journal at the next start.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedcore.files import write_atomic

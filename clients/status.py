@@ -3,8 +3,6 @@
 Invariant: only status.json is read and nothing is locked, so these commands never disturb the process.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

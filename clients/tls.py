@@ -5,8 +5,6 @@ under; there is no plaintext, no override of the name, and no proxy that was not
 finds out why a connection fails where gRPC gives no reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

@@ -6,8 +6,6 @@ would have to import and load everything again; a request that has not begun is 
 to the site's log and nowhere else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -7,8 +7,6 @@ Invariant: what the task prints goes to standard error, so it cannot be taken fo
 reason `unable`, with its message and traceback for the site's own log.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Sequence

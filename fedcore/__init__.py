@@ -4,8 +4,6 @@ The public names are below; everything is loaded when it is first used, so `impo
 `fedcore --help` stay fast. A module of ours never has the name of a public function.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

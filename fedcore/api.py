@@ -4,8 +4,6 @@ Both take a task (object, name or path), sites, and any setting by its keyword; 
 without a `__main__` guard, in a notebook and with lambdas, since nothing leaves this process.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,6 @@ Invariant: a `Job` is complete and valid; everything after this file reads plain
 the key with its path, what was found and what was expected, and the nearest key for an unknown one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tomllib

@@ -46,8 +46,6 @@ Invariant: a message says what, found and expected, and never contains a key, a 
 value. `remedy` is the sentence the command line prints behind `hint:`.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

@@ -8,8 +8,6 @@ Invariant: after `running`, no process of it is alive and no port is open: SIGTE
 whole process group after ten seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ Invariant: the same four words always give the same numbers, whatever ran before
 process. Only training, rounding and splits draw from here: nothing under `secagg/crypto/` may (PROTOCOL Z).
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

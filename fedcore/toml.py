@@ -4,8 +4,6 @@ Invariant: an error names the file, the key with its path, what was found and wh
 an unknown key the nearest one. A value that may be a secret has no place in such a file: keys are files.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Collection
 from pathlib import Path

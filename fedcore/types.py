@@ -6,8 +6,6 @@
 - A **slot** is one uint64 below 2^60 holding k fields; a **chunk** is the bytes of one transport unit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NewType
 

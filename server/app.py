@@ -4,8 +4,6 @@ Order matters: fold workers are started before grpc (a process started under grp
 the journal is read before the port is bound, so no call meets a coordinator without its jobs.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -10,8 +10,6 @@ operator.toml: the coordinator of an operator's commands.
 coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What all jobs of one coordinator share, and the interface of the sessions for a job."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What a job decides is in its machine; what sites and operators call is in `site_
 `operators_api.py`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -4,8 +4,6 @@ A request names an operation and a job; the seeds of masks are its blob. A Fedco
 coordinator raises again; any other exception ends the process, and the sums with it.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Invariant: a call is admitted before a frame of it is read, a certificate has a 
 and the text of an internal error stays in the log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections import Counter

@@ -5,8 +5,6 @@ commit, and so without an fsync of their own (decision 0012). After a power cut 
 again. Every error of the disk is raised as StoreProblem or OSError, and the caller's state is unchanged.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """What follows from a job's settings: its threshold, its plan, and the sizes of its vectors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The running sum of a job's round under way: uploads are folded as they arrive, masks removed at the end."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable

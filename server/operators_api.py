@@ -1,7 +1,5 @@
 """The calls of operators: submit, jobs, watch, stop, evict, result."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

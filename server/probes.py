@@ -4,8 +4,6 @@ Invariant: a call needs a certificate of the federation that the gate admits; no
 job. Health has Check and no Watch, so that no call outlives its admission.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any
 

@@ -4,8 +4,6 @@ Invariant: only counts, bytes and states: nothing of a model, metric, key or sha
 Everything is read at the time of a scrape.
 """
 
-from __future__ import annotations
-
 import errno
 from collections import Counter
 from collections.abc import Callable, Iterator

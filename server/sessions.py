@@ -4,8 +4,6 @@ Invariant: a call is admitted by its certificate before a frame of it is read, a
 session is checked again every second; a site has one session, the newest; the queue of a session is bounded.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

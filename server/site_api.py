@@ -1,7 +1,5 @@
 """The calls of sites beside transfers: a session, and the check of a Hello without one."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

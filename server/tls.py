@@ -10,8 +10,6 @@ computer; `tests/unit/wire/test_tls.py` reads both from a call. A gRPC server th
 connection without a reason: `identity/preflight.py` finds it.
 """
 
-from __future__ import annotations
-
 import errno
 import ipaddress
 import socket

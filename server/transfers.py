@@ -1,7 +1,5 @@
 """Uploads of sites, whole or resumed, and downloads of sums and checkpoints."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

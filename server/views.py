@@ -1,7 +1,5 @@
 """What operators and sites are shown of a job: its state, its sites, and the sites that it waits for."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

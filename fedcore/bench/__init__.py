@@ -3,8 +3,6 @@
 Each returns raw JSON with its configuration and machine, and checks no threshold.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Abandoned rounds are counted and not timed. The peak memory is that of whole pro
 cost for each side, independent of the load of the machine.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

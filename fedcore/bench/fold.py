@@ -9,8 +9,6 @@ Frames to the child: the public context and the number of slots, one per chunk w
 empty one. Frames from it: one per chunk of the sum, then the measurements.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -7,8 +7,6 @@ are equal. Seconds are CPU time of one thread: of one site (the mean over sites;
 the sum, here it is opened once), and of the coordinator. Sending takes no time here.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Sequence

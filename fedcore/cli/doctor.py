@@ -1,7 +1,5 @@
 """`fedcore doctor`: versions, the SEAL self-test, name clashes."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import distributions

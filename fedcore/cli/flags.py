@@ -5,8 +5,6 @@ A command names the settings that have a flag with a help text; every other key 
 compares the names and types below with the keys of a job.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps

@@ -1,7 +1,5 @@
 """The output of `fedcore plan` and `fedcore check`: a plan as text, and a task tested on every site."""
 
-from __future__ import annotations
-
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text

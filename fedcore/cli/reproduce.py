@@ -1,7 +1,5 @@
 """`fedcore reproduce`: repeat a finished run and compare, row by row, whether the bits are the same."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Invariant: the directory is written atomically, and no file is overwritten witho
 computed by the formula below, so every run of them is the same.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

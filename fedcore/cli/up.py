@@ -8,8 +8,6 @@ Invariant: the two models are compared by their hash, and the result states whet
 model is that of the sites.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ Invariant: every arm sees the same split, the same initial model and the same nu
 `restore(save())` between two rounds goes on to the same bits.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ Absences are of a federation: both federated arms have the same survivors in eve
 moves in one that was abandoned; centralised and local-only training goes on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace

@@ -1,7 +1,5 @@
 """The machine and the versions that a result was computed with."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

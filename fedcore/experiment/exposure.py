@@ -11,8 +11,6 @@ A measurement and no proof: these readings fail, that every other fails is the p
 what a coordinator that breaks the protocol can do stands in the label (PROTOCOL L).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace

@@ -15,8 +15,6 @@ have changed, not what other training rows would have. Several splits: Nadeau an
 differences are correlated and the ordinary t interval is far too narrow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -3,8 +3,6 @@
 Invariant: after every whole round a checkpoint is on disk, from which the run goes on to the same bits.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """From a finished experiment to `result.json`: every number of a run, and of a comparison over its splits."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

@@ -3,8 +3,6 @@
 Invariant: nothing is chosen on test rows, and what the plan refuses is refused before a row is loaded.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ A round counts its survivors only: who is not in the sum is in no mean, no range
 Nothing here depends on the other arms; `experiment/arms.py` runs them as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

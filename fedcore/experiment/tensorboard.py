@@ -3,8 +3,6 @@
 Nothing happens where tensorboard cannot be imported: rounds.jsonl holds the same numbers.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ Invariant: the order of the file is the order of the roster, which its digest co
 no key is in it twice. The plan decides how many sites a round needs.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import os

@@ -5,8 +5,6 @@ TLS verifies the issuer before anything here is called.
 The URI is a subject alternative name (RFC 5280, section 4.2.1.6).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The errors of gRPC have no details (`Socket closed`). `preflight` makes the same
 Invariant: it decides nothing; the channel makes every check itself. Only the handshake is sent.
 """
 
-from __future__ import annotations
-
 import base64
 import ipaddress
 import socket

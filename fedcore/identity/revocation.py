@@ -9,8 +9,6 @@ Invariant: an unreadable or malformed file never removes an entry: the last vali
 problem is reported once for each change of the file.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

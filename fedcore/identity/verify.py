@@ -7,8 +7,6 @@ Invariant: nothing here accepts a connection. It is called before a connection i
 one. Text from the other side is shortened and made printable.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from datetime import datetime
 

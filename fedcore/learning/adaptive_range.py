@@ -5,8 +5,6 @@ Invariant: R is a power of two times its start R_0, moves by one step a round at
 least two sites exceed it, so one lying site cannot widen what it may then fill.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fractions import Fraction
 

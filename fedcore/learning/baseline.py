@@ -1,7 +1,5 @@
 """A model that one party trains alone, with an optimiser that is kept from round to round."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

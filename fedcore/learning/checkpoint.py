@@ -1,7 +1,5 @@
 """The state of an unfinished run as bytes, and back. It has values only; reading it executes no code."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

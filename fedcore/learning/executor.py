@@ -1,7 +1,5 @@
 """How the vectors of many sites are computed: where they can be batched, or spread over processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 

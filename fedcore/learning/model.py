@@ -7,8 +7,6 @@ parameters; `initial`: they keep their initial values from the seed. Integer buf
 keep their initial values, which every site makes from the same seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache

@@ -7,8 +7,6 @@ FedAvg: McMahan et al. 2017, algorithm 1. FedAvgM: Hsu et al. 2019 (arXiv 1909.0
 FedAdam, FedYogi: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, with Adam's bias correction.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Callable, Mapping

@@ -7,8 +7,6 @@ that an impossible sum is one uniform refusal at every site instead of NaN, a cr
 Invariant: a function of the plan and the integers alone, so all sites refuse the same sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

@@ -4,8 +4,6 @@ Invariant: a function of the plan, the state before and the integers alone, in f
 round alike everywhere (PROTOCOL F), so that all sites sign the same next state (PROTOCOL R).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

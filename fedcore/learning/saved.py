@@ -5,8 +5,6 @@ statistics and the column order. The file contains no code, so the architecture 
 loaded from the run's own location, never from the current folder.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

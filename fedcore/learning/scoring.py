@@ -4,8 +4,6 @@ Only sums leave a site; per-row outputs are used in simulations only.
 Invariant: what `score` returns is finite, except for a mean loss that overflowed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

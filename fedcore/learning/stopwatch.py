@@ -1,7 +1,5 @@
 """Seconds spent at each stage of a simulated round."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Invariant: a user's file is loaded under a private module name, so that it and a
 `clients/` in its folder cannot shadow each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -10,8 +10,6 @@ metrics public, `everywhere_before` is told to the coordinator (`protocol/public
 sums over all sites, which every site opened anyway; `here`, `alone` and `gained` are this site's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

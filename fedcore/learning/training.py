@@ -4,8 +4,6 @@ Invariant: the result is a function of (model, rows, fit settings, seed, round, 
 every random draw derives from these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass

@@ -7,8 +7,6 @@ phrases: numbers and names as text.  sentences, methods, readings: the claims, h
 party could read.  tables: cells.  plots: SVG.  page, markdown, latex, terminal: the layouts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

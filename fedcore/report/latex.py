@@ -3,8 +3,6 @@
 Invariant: text from a result is escaped; no name can start a command, a comment or mathematics.
 """
 
-from __future__ import annotations
-
 import re
 
 from fedcore.report import phrases, tables

@@ -4,8 +4,6 @@ Invariant: text from a result is escaped, so that no name can open a tag, a link
 emphasis (CommonMark and GitHub tables).
 """
 
-from __future__ import annotations
-
 import html
 import re
 from dataclasses import replace

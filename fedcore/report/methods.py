@@ -3,8 +3,6 @@
 Invariant: a clause whose facts a result does not hold is left out rather than guessed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ itself forbids a browser to load anything, whatever a task is called.
 Sentences and tables come from `sentences` and `tables`; the template only lays them out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial

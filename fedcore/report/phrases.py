@@ -5,8 +5,6 @@ fraction and keeps its own unit. A number that does not exist is `DASH`. Everyth
 free of control characters; escaping for HTML, Markdown, LaTeX or a terminal belongs to the module that draws it.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections.abc import Iterable

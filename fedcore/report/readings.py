@@ -6,8 +6,6 @@ is never called nothing: it is stated with its correlation.
 The numbers are `result.seen` (fedcore.experiment.exposure); a result without them has no section.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ interval is narrow enough to show it (`NEGLIGIBLE`). Positive always means lost 
 Everything returned is plain text (`phrases.plain`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -5,8 +5,6 @@ the reason of a dash). One run gives metrics as columns; several runs stand side
 in one table per metric.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context

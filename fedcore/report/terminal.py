@@ -6,8 +6,6 @@ screen a table is laid out in another way (`Fitting`). Print with `show`, which 
 a hash on one line of output when it is wider than the terminal or the pipe.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

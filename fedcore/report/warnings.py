@@ -1,7 +1,5 @@
 """The warnings of a run and of a comparison, which a report shows above all numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedcore.report.phrases import metric_name

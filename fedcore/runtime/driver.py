@@ -4,8 +4,6 @@ A step persists before it sends (PROTOCOL D), so a step that failed halfway has 
 disk: reloading everything, as a new process would, is always right.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 

@@ -8,8 +8,6 @@ that has ended.
 The meaning of events and the reaction to faults belong to the caller.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial

@@ -9,8 +9,6 @@ Invariant: the opened sum is compared with the plain integer sum of the survivor
 in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is measured and never assumed.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never

@@ -4,8 +4,6 @@ Invariant: the opened sum is compared with the plain integer sum of the survivor
 in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is measured and never assumed.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ Invariant: `check` accepts exactly the files that `write` can make: no trailing 
 A vector's size is that of its chunks, which a site signs; the container is `overhead(count)` bytes longer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import struct

@@ -4,8 +4,6 @@ Invariant: every `OSError` is raised as a StoreProblem with one line and a hint;
 StoreFull, so that a caller can wait for space without parsing the text.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

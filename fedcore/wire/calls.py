@@ -5,8 +5,6 @@ There are no generated stubs: a server registers a handler per call and a client
 unpack. Invariant: the list is that of `federation.proto` (a test compares them).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

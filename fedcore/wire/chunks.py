@@ -8,8 +8,6 @@ start at another offset than its spool's ends the call at once, with a receipt t
 Invariant: memory use is one part, however long the vector.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import BinaryIO
 

@@ -8,8 +8,6 @@ Invariant: one frame has one byte form. What protobuf would accept otherwise (un
 a long form of a number, another field order) is refused, because the frame's own bytes would differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints

@@ -7,8 +7,6 @@ Invariant: a frame beyond its limits is neither sent nor accepted. No field carr
 the coordinator: an activity is one of `DOING`, and `Goodbye.text` is a fixed sentence of this program.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, cast

@@ -1,7 +1,5 @@
 """The records that travel in each direction between a coordinator and its sites: rounds, key epochs, jobs."""
 
-from __future__ import annotations
-
 from types import MappingProxyType
 from typing import get_args
 

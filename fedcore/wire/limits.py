@@ -4,8 +4,6 @@ Invariant: `found` describes a refused value by its type and length and never qu
 cannot write into a log through an error message.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

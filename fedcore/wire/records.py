@@ -5,8 +5,6 @@ refused by its name before it is decoded. Invariant: no type of a table has a fi
 hold a secret; `travelling` raises TypeError for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType

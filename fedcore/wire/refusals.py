@@ -4,8 +4,6 @@ Invariant: only the text of errors of `fedcore.errors` is sent, because only tho
 a value; any other exception is sent as "the coordinator failed", and its text stays in the log there.
 """
 
-from __future__ import annotations
-
 import json
 
 from fedcore import errors

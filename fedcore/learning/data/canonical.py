@@ -4,8 +4,6 @@ Invariant: equal rows have equal bytes on every machine; every part is framed by
 two different rows never have the same bytes. 0.0 and -0.0 are one value, and so is every NaN.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from typing import Any

@@ -6,8 +6,6 @@ added or removed row gives another digest. Rows can be guessed by comparing dige
 and the ledger stores a keyed form (`clients/ledger.py`).
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

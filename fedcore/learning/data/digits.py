@@ -4,8 +4,6 @@ Invariant: the partition is a function of (n, by, alpha, seed); pixels are scale
 maximum 16, so no statistics need to travel.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -8,8 +8,6 @@ Invariant: the file is the one whose SHA-256 stands below, and `table` is declar
 any site's rows: public ranges are physiological, categories come from the data set's description.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -4,8 +4,6 @@ Invariant: libraries that a task may not use (pandas, Hugging Face datasets) are
 name of a module, never imported for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ nothing but time, and an input that is 0 in all training rows (a category withou
 parameter of exactly 0 instead of a random one.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Source: label-skewed splits by a Dirichlet distribution, Hsu et al. 2019 (arXiv:
 shards of sorted labels, McMahan et al. 2017 (arXiv:1602.05629) s3.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Callable

@@ -8,8 +8,6 @@ Invariant: nothing here depends on a job but the public cap on rows, and two cap
 so their difference is of many rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections import defaultdict

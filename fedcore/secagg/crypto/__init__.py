@@ -7,8 +7,6 @@ folding.
 Nothing here takes a run's seed: keys, masks and encryption draw from the operating system (PROTOCOL Z).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 

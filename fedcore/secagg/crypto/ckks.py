@@ -12,8 +12,6 @@ context of NVFlare's HEBuilder), one thread. `protect` makes one CKKSVector of t
 others do with a layer; `protect_blocks` one per ciphertext, the fastest way found (a sixth faster).
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ Invariant: outside the tests there is one implementation, and it is the operatin
 It is an argument so that a round can be replayed in a test, never so that a run can be repeated.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Protocol
 

@@ -4,8 +4,6 @@ Invariant: a signature is over one label and one message; its bytes under anothe
 `protocol/` decides what the message contains, h first. Ed25519: RFC 8032.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Mapping

@@ -11,8 +11,6 @@ A stream gives no integrity: what is added to a vector is added to the sum, and 
 detects it. Streams are added and subtracted with the masks, in one pass (`masking.py`).
 """
 
-from __future__ import annotations
-
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.crypto.symmetric import Label

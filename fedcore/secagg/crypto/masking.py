@@ -8,8 +8,6 @@ of a million parameters, addition included, where ChaCha20 takes 0.77 (x86 with 
 seed is used for one vector only; the KDFs of `pairwise` ensure it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

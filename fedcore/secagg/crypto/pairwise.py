@@ -9,8 +9,6 @@ X25519 alone would fall to a later quantum computer; r alone rests on ML-KEM. Do
 2017 (ePrint 2017/281), section 4. `protocol/` decides which roots may be rebuilt, and when.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 
 from fedcore.errors import BadInput, EnvelopeRefused

@@ -3,8 +3,6 @@
 A coordinator that folds these sees every update; `fedcore_server` never constructs one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

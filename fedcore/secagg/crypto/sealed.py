@@ -6,8 +6,6 @@ opens it still compares the state with the certificate, which at least t sites s
 same length, so the coordinator learns only that it was sent.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 from fedcore.secagg.crypto.entropy import Entropy

@@ -1,7 +1,5 @@
 """The base of all secret types: redacted, not comparable, not hashable, not picklable."""
 
-from __future__ import annotations
-
 
 class Secret:
     """Prints redacted; comparing with ==, hashing and pickling raise TypeError."""

@@ -10,8 +10,6 @@ Plain integer arithmetic, not in constant time: `split` runs at the secret's own
 secret becomes known anyway.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce

@@ -7,8 +7,6 @@ HKDF-SHA256: RFC 5869; ChaCha20-Poly1305: RFC 8439; AES-256 in counter mode: NIS
 The secrets and contexts are chosen in `hybrid`, `pairwise` and `masking`.
 """
 
-from __future__ import annotations
-
 from enum import StrEnum, unique
 
 from cryptography.exceptions import InvalidTag

@@ -6,8 +6,6 @@ used; sums are kept in uint64, where a wrap does not change the residue in Z_{2^
 they are written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

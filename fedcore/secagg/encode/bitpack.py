@@ -6,8 +6,6 @@ equal runs, one word of each run makes a group, and lane l holds bits 64 l .. 64
 all work is a few shifts over contiguous memory (54 bits: four words in 27 bytes).
 """
 
-from __future__ import annotations
-
 from math import gcd
 
 import numpy as np

@@ -4,8 +4,6 @@ Invariant: a limb is below 2^b, so a sum of n fits a field; recombining the summ
 of the integers, because `sum_i sum_j 2^(b j) limb_ij = sum_j 2^(b j) sum_i limb_ij`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import index as index_of
 

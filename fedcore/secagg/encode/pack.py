@@ -14,8 +14,6 @@ Invariant: every field of a sum is below 2^w, so rows never overflow into each o
 Both detect accidents. The sum tag is the proof against a dishonest coordinator (`crypto/sumtag.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

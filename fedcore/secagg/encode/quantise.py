@@ -6,8 +6,6 @@ coordinate. Clipped coordinates are counted (PROTOCOL Q).
 Stochastic rounding: Gupta et al. 2015 (arXiv 1502.02551), section 3.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

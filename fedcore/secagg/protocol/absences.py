@@ -7,8 +7,6 @@ Invariant: a site that leaves before `unmask` sends nothing of that stage or a l
 left only become fewer, and the survivors of a sum are those that were still there when vectors were sent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ start an effect before the last one is done (for `Persist`: on disk). Secrets ar
 and in `MakeVector` and `RemoveMasks`, which stay in the process; never in a `Send`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 

@@ -7,8 +7,6 @@ shape of the model, the columns' declaration and, where the plan says so, the me
 release that is certified, and its model after the last round (PROTOCOL R).
 """
 
-from __future__ import annotations
-
 import hashlib
 
 from fedcore.secagg.plan import ModelShape, Wide

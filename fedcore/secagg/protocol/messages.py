@@ -5,8 +5,6 @@ name and the message's byte form with an empty signature (PROTOCOL C). Invariant
 clear; vectors are named by size and digest, and uploaded apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What all machines are built from: common events, a step in the making, and the table of legal moves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar

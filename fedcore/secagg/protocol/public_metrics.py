@@ -8,8 +8,6 @@ can be believed, and one that nobody but liars says never is while they are fewe
 Nothing of a single site is in it. Sending, storing and showing are left to the shells.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections import Counter

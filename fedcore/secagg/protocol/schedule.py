@@ -5,8 +5,6 @@ order, repeats a purpose that was released, or goes back. Invariant: no two rele
 stand for the same step, so a site's rows enter each kind of sum once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fedcore.errors import HeaderRefused

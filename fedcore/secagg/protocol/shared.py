@@ -1,7 +1,5 @@
 """Checks that both roles make in the same way, and what both machines are built from."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar

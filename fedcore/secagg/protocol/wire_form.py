@@ -13,8 +13,6 @@ and integers has a form, so a message cannot bring code along; a message type ha
 secret, so it cannot carry one out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import types

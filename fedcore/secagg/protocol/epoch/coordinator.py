@@ -1,7 +1,5 @@
 """The coordinator in a key epoch: it carries keys and sealed grants between the sites."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused

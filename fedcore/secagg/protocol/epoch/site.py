@@ -1,7 +1,5 @@
 """A site in a key epoch: it signs a fresh key, makes or receives the payload, and grants it to others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from fedcore.errors import KeyRefused, OutOfOrder, RosterRefused, StaleEpoch

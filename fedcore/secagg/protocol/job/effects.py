@@ -5,8 +5,6 @@ the next, and feeds their results back as events. Invariant (PROTOCOL D): what a
 `PutValues`, an `AppendRecords`, a `CloseRound` or an `EndJob` before it in the list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

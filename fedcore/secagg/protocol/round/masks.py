@@ -1,7 +1,5 @@
 """The masks of a vector, as its site adds them and as the coordinator rebuilds those of a dropout (PROTOCOL P)."""
 
-from __future__ import annotations
-
 from fedcore.secagg.crypto.pairwise import (
     MaskRoot,
     open_offer,

@@ -1,7 +1,5 @@
 """Catching up: a site that missed a release downloads the state that another one sealed (decision 0011)."""
 
-from __future__ import annotations
-
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import Send
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment

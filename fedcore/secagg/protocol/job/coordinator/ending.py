@@ -1,7 +1,5 @@
 """The end of one job: when it may end, what the sites are sent then, and what late sites still receive."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fedcore.secagg.protocol import epoch, job_messages, messages

@@ -3,8 +3,6 @@
 The rules of one epoch are in `protocol/epoch/`; this part decides between epochs, and which holder is asked.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The events of a job at the coordinator, which its runner passes to the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Each part reads all of it; each field is changed by one part only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The sites that a round waits for before it begins, and how long it waits for a site that left during it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment

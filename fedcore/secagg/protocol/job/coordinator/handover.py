@@ -6,8 +6,6 @@ many sites as the last release needed report the same digest, so it is the hones
 that lie. Before the last round no site is asked, and no honest site would answer.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Collection

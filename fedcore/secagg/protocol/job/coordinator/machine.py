@@ -4,8 +4,6 @@ It connects the parts: each event goes to the part that handles it, and what fol
 here. No input, no output, no clock: the runner has these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from fedcore.errors import OutOfOrder, PeerRefused

@@ -1,7 +1,5 @@
 """Public metrics: the reports of sites on a release, and the row that is kept once enough reports agree."""
 
-from __future__ import annotations
-
 from fedcore.errors import PeerRefused
 from fedcore.results import MetricsRow
 from fedcore.secagg.protocol import public_metrics

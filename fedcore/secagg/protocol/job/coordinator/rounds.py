@@ -5,8 +5,6 @@ go to disk. Records that nothing relies on yet are batched until the next ones o
 ends meanwhile loses only messages that their senders resend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, field
 

@@ -7,8 +7,6 @@ Invariant (PROTOCOL D): an `AppendEntries`, `PutValues` or `CloseRound` comes be
 that relies on it, and the runner flushes it to disk before the next effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol

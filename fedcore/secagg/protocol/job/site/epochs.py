@@ -4,8 +4,6 @@ Invariant: the payload of a key epoch is in the journal before its first round, 
 left before that. Erased keys are in no file afterwards (PROTOCOL V).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from fedcore.secagg.protocol import epoch

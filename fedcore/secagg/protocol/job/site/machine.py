@@ -5,8 +5,6 @@ are effects, and their results come back as events. A process that is killed con
 before that left on disk, or leaves the round.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

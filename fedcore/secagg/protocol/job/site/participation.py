@@ -1,7 +1,5 @@
 """Whether a site takes part in a job: its operator's policy, what it told the coordinator, and why it left."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol

@@ -1,8 +1,6 @@
 """What a site passes on of a release: its state to sites that missed it, and to the coordinator the metrics over all
 sites and the last model, where plan and policy allow it (PROTOCOL R, V)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from fedcore.errors import HeaderRefused

@@ -5,8 +5,6 @@ other effects. Records that nothing sent relies on wait for the next commit: the
 coordinator resends to a process that ended before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Invariant (PROTOCOL V): a candidate becomes the current state only under the one
 only after its HMAC was recomputed under the G of that certificate's key epoch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

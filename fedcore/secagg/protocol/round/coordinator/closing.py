@@ -1,7 +1,5 @@
 """The end of a stage: with enough answers, at its deadline, or with too few sites."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

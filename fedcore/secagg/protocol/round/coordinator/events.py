@@ -1,7 +1,5 @@
 """The parameters and the events of the coordinator's machine of a round."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The table of the coordinator's legal moves, and `step`."""
 
-from __future__ import annotations
-
 from fedcore.errors import SecondSum
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR

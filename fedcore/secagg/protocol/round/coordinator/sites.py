@@ -1,7 +1,5 @@
 """The sites at each stage of a round: which it takes messages of, waits for, and sends its own message to."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from fedcore.secagg.protocol import messages

@@ -1,7 +1,5 @@
 """The stages of a round at the coordinator: each holds only what is true in it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import get_args
 

@@ -1,7 +1,5 @@
 """The messages of the sites, and the checks that each must pass before it counts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from fedcore.errors import Conflicting, ListRefused, RosterRefused, ShareRefused, VectorRefused

@@ -1,7 +1,5 @@
 """The masks that are still in a sum, rebuilt from the survivors' key shares (PROTOCOL P)."""
 
-from __future__ import annotations
-
 import hashlib
 
 from fedcore.errors import ShareRefused

@@ -1,7 +1,5 @@
 """Between rounds: key epochs, releases that were missed, and folders put back to an earlier time."""
 
-from __future__ import annotations
-
 from fedcore.errors import HeaderRefused, OutOfOrder, ReleaseRefused, StaleEpoch
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature

@@ -1,7 +1,5 @@
 """A site's journal of a round: its records, and the stage that follows from each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 

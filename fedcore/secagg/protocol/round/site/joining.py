@@ -1,7 +1,5 @@
 """A site is invited to a round: what it checks before its number is used up."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A site leaves a round, refuses it, or sends again what may be lost (PROTOCOL D, R)."""
 
-from __future__ import annotations
-
 from fedcore.errors import EnvelopeRefused, ShareRefused
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR

@@ -1,7 +1,5 @@
 """The table of a site's legal moves, and `step`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fedcore.secagg.protocol import messages

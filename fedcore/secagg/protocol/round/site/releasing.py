@@ -1,7 +1,5 @@
 """From the protected vector to the release: one vector, one survivor list, one answer, one sum (PROTOCOL R)."""
 
-from __future__ import annotations
-
 from fedcore.errors import ListRefused, OutOfOrder, ReleaseRefused, VectorRefused
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, sign

@@ -1,7 +1,5 @@
 """Keys and shares: a site shares its secrets of the round and agrees on its masks (PROTOCOL P, C)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fedcore.errors import KeyRefused, ShareRefused

@@ -1,7 +1,5 @@
 """The stages of a site in a round: each holds only what is true in it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import get_args
 
