@@ -16,11 +16,13 @@ secret, so it cannot carry one out.
 import hashlib
 import struct
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import repeat
 from typing import (
     Any,
+    NamedTuple,
     TypeVar,
     Union,
     dataclass_transform,
@@ -44,7 +46,6 @@ class _Form:
 
 _FORMS: dict[type[Any], _Form] = {}
 _TYPES: dict[str, type[Any]] = {}
-_FIELDS: dict[type[Any], tuple[tuple[str, Any], ...]] = {}
 
 MAX_DEPTH = 12
 """Nesting of real messages stays below 8."""
@@ -159,10 +160,22 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Whose bytes are read, and how many items a list of them may have. most: None for any number."""
+    """The bytes that are read, their sender, and how many items a list may have. most: None for any number."""
 
+    data: bytes
     sender: str
     most: int | None
+
+
+class _Place(NamedTuple):
+    """What one place of a message takes. readers: by first byte; items: the types of a tuple's items;
+    classes: the records; where: words for a refusal."""
+
+    hint: Any
+    where: str
+    readers: Mapping[bytes, Callable[..., tuple[Any, int]]]
+    items: tuple[Any, ...]
+    classes: tuple[type[Any], ...]
 
 
 def decode(
@@ -173,15 +186,9 @@ def decode(
     Reading stops at the first item of another type than its field has, and at a list of more than
     `most_items`, so that what it costs does not grow with a lying length.
     """
-    source = _Source(sender, most_items)
-    if data[:1] != b"R":  # a record is told by its name, once it is read
-        _check_kind(data, 0, expected, "", source)
-    value, end = _read(data, 0, source, 0, expected)
+    value, end = _read(_Source(data, sender, most_items), 0, 0, _place(expected, ""))
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
-    kind: Any = expected
-    if not _checker(kind)(value):
-        raise _malformed(type_name(type(value)), type_name(expected), sender)
     return value  # type: ignore[no-any-return]
 
 
@@ -189,58 +196,83 @@ def _malformed(found: object, expected: object, sender: str) -> MalformedMessage
     return MalformedMessage("message", found=found, expected=expected, fault=sender)
 
 
-def _read(data: bytes, at: int, source: _Source, depth: int, hint: Any) -> tuple[Any, int]:
-    sender = source.sender
+def _mistyped(found: str, place: _Place, source: _Source) -> MalformedMessage:
+    return _malformed(f"{found}{place.where}", type_name(place.hint), source.sender)
+
+
+def _read(source: _Source, at: int, depth: int, place: _Place) -> tuple[Any, int]:
+    """The value at a position, and its end. One of another type is refused before any of it is read."""
     if depth > MAX_DEPTH:
-        raise _malformed("deeper nesting", f"at most {MAX_DEPTH} levels", sender)
-    kind, at = data[at : at + 1], at + 1
-    if kind == b"N":
-        return None, at
-    if kind == b"I":
-        body = _take(data, at, 8, sender)
-        return struct.unpack(">q", body)[0], at + 8
-    if kind in {b"B", b"S", b"L", b"X"}:
-        size = struct.unpack(">I", _take(data, at, 4, sender))[0]
-        at += 4
-        if kind == b"L":
-            return _read_items(data, at, source, depth, hint, size)
-        body = _take(data, at, size, sender)
-        return _LEAVES[kind](body, sender), at + size
-    if kind == b"R":
-        return _read_record(data, at, source, depth)
-    raise _malformed(f"the kind {kind!r}", "one of N I B S L R", sender)
+        raise _malformed("deeper nesting", f"at most {MAX_DEPTH} levels", source.sender)
+    kind = source.data[at : at + 1]
+    reader = place.readers.get(kind)
+    if reader is not None:
+        return reader(source, at + 1, depth, place)
+    if kind in _KINDS:
+        raise _mistyped(_KINDS[kind], place, source)
+    raise _malformed(f"the kind {kind!r}", "one of N I B S L R", source.sender)
 
 
-def _read_items(
-    data: bytes, at: int, source: _Source, depth: int, hint: Any, size: int
-) -> tuple[tuple[Any, ...], int]:
+def _take(source: _Source, at: int, size: int) -> bytes:
+    part = source.data[at : at + size]
+    if len(part) != size:
+        raise _malformed(f"{len(part)} bytes", f"{size}", source.sender)
+    return part
+
+
+def _read_none(_source: _Source, at: int, *_: object) -> tuple[None, int]:
+    return None, at
+
+
+def _read_integer(source: _Source, at: int, *_: object) -> tuple[int, int]:
+    return int.from_bytes(_take(source, at, 8), "big", signed=True), at + 8
+
+
+def _read_bytes(source: _Source, at: int, *_: object) -> tuple[bytes, int]:
+    size = int.from_bytes(_take(source, at, 4), "big")
+    return _take(source, at + 4, size), at + 4 + size
+
+
+def _read_secret(source: _Source, at: int, *_: object) -> tuple[SecretBytes, int]:
+    body, end = _read_bytes(source, at)
+    return SecretBytes(body), end
+
+
+def _read_text(source: _Source, at: int, *_: object) -> tuple[str, int]:
+    body, end = _read_bytes(source, at)
+    try:
+        return body.decode(), end
+    except UnicodeDecodeError as error:
+        raise _malformed("bytes that are not UTF-8", "text", source.sender) from error
+
+
+def _read_items(source: _Source, at: int, depth: int, place: _Place) -> tuple[tuple[Any, ...], int]:
+    size, at = int.from_bytes(_take(source, at, 4), "big"), at + 4
     if source.most is not None and size > source.most:
         raise _malformed(f"a list of {size}", f"at most {source.most} items", source.sender)
-    each, items = _item_hint(hint), []
-    check = _checker(each) if each is not Any else None
-    for _ in range(size):  # a lying count ends at the first missing item
-        _check_kind(data, at, each, " in a list", source)
-        item, at = _read(data, at, source, depth + 1, each)
-        if check is not None and not check(item):
-            found = f"{type_name(type(item))} in a list"
-            raise _malformed(found, type_name(each), source.sender)
+    if place.items[1:] == (Ellipsis,):
+        each: Iterable[_Place] = repeat(_place(place.items[0], " in a list"), size)
+    elif len(place.items) == size:
+        each = [_place(hint, " in a list") for hint in place.items]
+    else:
+        raise _mistyped("tuple", place, source)
+    items = []
+    for one in each:  # a lying count ends at the first missing item
+        item, at = _read(source, at, depth + 1, one)
         items.append(item)
     return tuple(items), at
 
 
-def _read_record(data: bytes, at: int, source: _Source, depth: int) -> tuple[Any, int]:
-    sender = source.sender
-    name, at = _read(data, at, source, depth + 1, Any)
-    cls = _TYPES.get(name) if isinstance(name, str) else None
+def _read_record(source: _Source, at: int, depth: int, place: _Place) -> tuple[Any, int]:
+    name, at = _read(source, at, depth + 1, _place(str, " for a record's name"))
+    cls = _TYPES.get(name)
     if cls is None:
-        raise _malformed("an unknown record", "a record of this version", sender)
+        raise _malformed("an unknown record", "a record of this version", source.sender)
+    if not issubclass(cls, place.classes):
+        raise _mistyped(name, place, source)
     values = []
-    for field_name, hint in fields_of(cls):
-        _check_kind(data, at, hint, f" in {name}.{field_name}", source)
-        value, at = _read(data, at, source, depth + 1, hint)
-        if not _checker(hint)(value):
-            found = f"{type_name(type(value))} in {name}.{field_name}"
-            raise _malformed(found, type_name(hint), sender)
+    for each in _fields(cls):
+        value, at = _read(source, at, depth + 1, each)
         values.append(value)
     return cls(*values), at
 
@@ -250,90 +282,46 @@ _KINDS = {
     b"R": "record",
 }  # fmt: skip
 _PLAIN: dict[Any, bytes] = {
-    None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X",
+    None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X", tuple: b"L",
+}  # fmt: skip
+_READERS = {
+    b"N": _read_none, b"I": _read_integer, b"B": _read_bytes, b"S": _read_text, b"L": _read_items,
+    b"X": _read_secret, b"R": _read_record,
 }  # fmt: skip
 
 
-def _check_kind(data: bytes, at: int, hint: Any, where: str, source: _Source) -> None:
-    """Refuse a value of another kind than its field's, before any of it is read."""
-    kind = data[at : at + 1]
-    if kind in _KINDS and kind not in _kinds(hint):
-        raise _malformed(f"{_KINDS[kind]}{where}", type_name(hint), source.sender)
-
-
 @cache
-def _kinds(hint: Any) -> frozenset[bytes]:
-    """The first bytes that a value of an annotated type may have."""
-    hint = getattr(hint, "__supertype__", hint)  # NewType
-    origin = get_origin(hint)
-    if origin in {Union, types.UnionType}:
-        return frozenset().union(*map(_kinds, get_args(hint)))
-    if hint in _PLAIN:
-        return frozenset({_PLAIN[hint]})
-    if origin is tuple or hint is tuple:
-        return frozenset({b"L"})
-    if hint is Any or hint is object:
-        return frozenset(_KINDS)
-    return frozenset({b"R"})
-
-
-@cache
-def _item_hint(hint: Any) -> Any:
-    """The type of every item of a tuple that may be of any length, else Any."""
-    hint = getattr(hint, "__supertype__", hint)
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        return arguments[0]
-    return Any
-
-
-def _take(data: bytes, at: int, size: int, sender: str) -> bytes:
-    part = data[at : at + size]
-    if len(part) != size:
-        raise _malformed(f"{len(part)} bytes", f"{size}", sender)
-    return part
-
-
-def _text(body: bytes, sender: str) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError as error:
-        raise _malformed("bytes that are not UTF-8", "text", sender) from error
-
-
-_LEAVES: dict[bytes, Callable[[bytes, str], Any]] = {
-    b"B": lambda body, _: body,
-    b"S": _text,
-    b"X": lambda body, _: SecretBytes(body),
-}
+def _fields(cls: type[Any]) -> tuple[_Place, ...]:
+    label = _FORMS[cls].name
+    return tuple(_place(hint, f" in {label}.{name}") for name, hint in fields_of(cls))
 
 
 def fields_of(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
     """(field, type) of a record, in order, without the fields that have no byte form."""
-    if cls not in _FIELDS:  # not before first use: annotations may name later classes
-        hints = get_type_hints(cls)
-        _FIELDS[cls] = tuple((name, hints[name]) for name in _FORMS[cls].fields)
-    return _FIELDS[cls]
+    hints = get_type_hints(cls)  # not before first use: annotations may name later classes
+    return tuple((name, hints[name]) for name in _FORMS[cls].fields)
 
 
 @cache
-def _checker(hint: Any) -> Callable[[Any], bool]:
-    """Whether a decoded value is of an annotated type; the annotation is read once."""
+def _place(hint: Any, where: str) -> _Place:
+    kinds, items, classes = (
+        {b"R"},
+        (Any, ...),
+        (),
+    )  # every place reads a record's name, to refuse it by name
+    for each in _members(hint):
+        if each is Any or each is object:
+            kinds, classes = set(_KINDS), (object,)
+            continue
+        kind = _PLAIN.get(get_origin(each) or each, b"R")
+        kinds.add(kind)
+        items = (kind == b"L" and get_args(each)) or items
+        classes += (each,) if kind == b"R" and isinstance(each, type) else ()
+    return _Place(hint, where, {kind: _READERS[kind] for kind in kinds}, items, classes)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
     hint = getattr(hint, "__supertype__", hint)  # NewType
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in {Union, types.UnionType}:
-        some = tuple(map(_checker, arguments))
-        return lambda value: any(each(value) for each in some)
-    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        item = _checker(arguments[0])
-        return lambda value: isinstance(value, tuple) and all(map(item, value))
-    if origin is tuple:
-        parts = tuple(map(_checker, arguments))
-        return lambda value: (
-            isinstance(value, tuple)
-            and len(value) == len(parts)
-            and all(check(each) for check, each in zip(parts, value, strict=True))
-        )
-    if hint is None or hint is type(None):
-        return lambda value: value is None
-    return lambda value: isinstance(hint, type) and isinstance(value, hint)
+    if get_origin(hint) in {Union, types.UnionType}:
+        return tuple(each for part in get_args(hint) for each in _members(part))
+    return (hint,)
