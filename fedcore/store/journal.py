@@ -3,7 +3,7 @@
 A record belongs to a job and a stream ("round", "epoch"); a stream is read in the order of writing. Small
 values (a state, a payload) have a key each and may be written in the same commit.
 Invariants: `append` returns when the records would survive a power cut, and keeps all of them or none.
-After `compact`, `drop` and `forget` no file of the folder contains the removed data; after `trim` free pages
+After `compact` and `forget` no file of the folder contains the removed data; after `trim` free pages
 may contain it, until one of these or the next `open`. Only one process at a time can open a journal.
 
 Records of a site hold the round's secrets. A DELETE does not erase them, and SQLite's secure_delete is not
@@ -25,8 +25,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -88,16 +87,6 @@ _META = Table(
 
 _PAGE = 64
 """Records fetched at a time, so that no cursor stays open between two `next` calls of a reader."""
-
-
-@dataclass(frozen=True)
-class JournalEntry:
-    """Records of one stream, and values by key that are written in the same commit."""
-
-    job: str
-    stream: str
-    records: Sequence[Any] = ()
-    put: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
 class Journal:
@@ -178,8 +167,6 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -------------------------------------------------------------------------------- writing
-
     def append(
         self,
         job: str,
@@ -190,27 +177,24 @@ class Journal:
     ) -> None:
         """Append records to a stream, in order, with values by key, in one commit that is durable on return.
         Raises StoreProblem or StoreFull; then nothing of it is kept."""
-        self.write([JournalEntry(job, stream, records, put or {})])
-
-    def write(self, entries: Iterable[JournalEntry]) -> None:
-        """Records of several streams in one commit: the events of one iteration of an event loop."""
         with self._told("append"), self._connection.begin():
-            for entry in entries:
-                self._insert(entry)
+            self._insert(job, stream, records, put or {})
 
-    def _insert(self, entry: JournalEntry) -> None:
+    def _insert(
+        self, job: str, stream: str, records: Sequence[Any], put: Mapping[str, bytes]
+    ) -> None:
         now = time.time()  # informative only
         rows = [
             {
-                "job": entry.job, "stream": entry.stream, "kind": type_name(type(record)),
+                "job": job, "stream": stream, "kind": type_name(type(record)),
                 "body": encode(record), "created_at": now,
             }
-            for record in entry.records
+            for record in records
         ]  # fmt: skip
         if rows:
             self._add.run(self._connection, *rows)
-        for key, value in entry.put.items():
-            row = {"of": entry.job, "named": key, "value": value}
+        for key, value in put.items():
+            row = {"of": job, "named": key, "value": value}
             if not self._change.run(self._connection, row).rowcount:
                 self._new.run(self._connection, row)
 
@@ -225,7 +209,7 @@ class Journal:
     ) -> None:
         """Replace all records of a stream by those to keep and erase the removed ones and the named values."""
         with self._told("compact"), self._erasing():
-            self._replace(JournalEntry(job, stream, keep, put or {}), forget)
+            self._replace(job, stream, keep, put, forget)
 
     def trim(
         self,
@@ -237,23 +221,24 @@ class Journal:
     ) -> None:
         """Remove all records of a stream and the named values in one commit, without erasing: not for secrets."""
         with self._told("trim"), self._connection.begin():
-            self._replace(JournalEntry(job, stream, (), put or {}), forget)
+            self._replace(job, stream, (), put, forget)
 
     def forget(self, job: str, *keys: str) -> None:
         """Erase values. Keys without a value are ignored."""
         with self._told("forget"), self._erasing():
             self._forget(job, keys)
 
-    def drop(self, job: str) -> None:
-        """Erase everything of a job."""
-        with self._told("drop"), self._erasing():
-            for table in (_RECORDS, _VALUES):
-                self._connection.execute(delete(table).where(table.c.job == job))
-
-    def _replace(self, entry: JournalEntry, forget: Sequence[str]) -> None:
-        self._clear.run(self._connection, {"of": entry.job, "named": entry.stream})
-        self._insert(entry)
-        self._forget(entry.job, forget)
+    def _replace(
+        self,
+        job: str,
+        stream: str,
+        keep: Sequence[Any],
+        put: Mapping[str, bytes] | None,
+        forget: Sequence[str],
+    ) -> None:
+        self._clear.run(self._connection, {"of": job, "named": stream})
+        self._insert(job, stream, keep, put or {})
+        self._forget(job, forget)
 
     def _forget(self, job: str, keys: Sequence[str]) -> None:
         if keys:
@@ -270,8 +255,6 @@ class Journal:
     def put(self, job: str, key: str, value: bytes) -> None:
         """Store a value under a key. The value that it replaces is erased only by `forget` or `compact`."""
         self.append(job, "", (), put={key: value})
-
-    # -------------------------------------------------------------------------------- reading
 
     def read(self, job: str, stream: str) -> Iterator[Any]:
         """The records of a stream, oldest first. Raises StoreProblem for one that cannot be read."""
@@ -332,8 +315,6 @@ class Journal:
                 f"journal {self._path}: found it damaged ({fault}), expected it whole"
             )
         return sum(1 for job, stream in self.streams() for _ in self.read(job, stream))
-
-    # -------------------------------------------------------------------------------- refusals
 
     @contextlib.contextmanager
     def _told(self, doing: str) -> Iterator[None]:

@@ -91,20 +91,20 @@ class Watched(Journal):
     signed = None
     """Called with the records of every commit that is on disk."""
 
-    def write(self, entries):
-        entries, before = list(entries), self.writes
+    def append(self, job, stream, records, *, put=None):
+        before = self.writes
         try:
-            self._commit(lambda: Journal.write(self, entries))
+            self._commit(lambda: Journal.append(self, job, stream, records, put=put))
         except Killed:
             if not self.late or self.writes == before:
                 raise
-            self._trace(entries)
+            self._trace(records)
             raise
-        self._trace(entries)
+        self._trace(records)
 
-    def _trace(self, entries):
+    def _trace(self, records):
         if self.signed is not None:
-            self.signed([record for entry in entries for record in entry.records])
+            self.signed(records)
 
     def compact(self, *args, **kwargs):
         self._commit(lambda: Journal.compact(self, *args, **kwargs))
