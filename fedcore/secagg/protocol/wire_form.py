@@ -186,7 +186,8 @@ def decode(
     Reading stops at the first item of another type than its field has, and at a list of more than
     `most_items`, so that what it costs does not grow with a lying length.
     """
-    value, end = _read(_Source(data, sender, most_items), 0, 0, _place(expected, ""))
+    hint: Any = expected
+    value, end = _read(_Source(data, sender, most_items), 0, 0, _place(hint, ""))
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
     return value  # type: ignore[no-any-return]
@@ -265,7 +266,7 @@ def _read_items(source: _Source, at: int, depth: int, place: _Place) -> tuple[tu
 
 def _read_record(source: _Source, at: int, depth: int, place: _Place) -> tuple[Any, int]:
     name, at = _read(source, at, depth + 1, _place(str, " for a record's name"))
-    cls = _TYPES.get(name)
+    cls: Any = _TYPES.get(name)
     if cls is None:
         raise _malformed("an unknown record", "a record of this version", source.sender)
     if not issubclass(cls, place.classes):
@@ -284,7 +285,7 @@ _KINDS = {
 _PLAIN: dict[Any, bytes] = {
     None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X", tuple: b"L",
 }  # fmt: skip
-_READERS = {
+_READERS: dict[bytes, Callable[..., tuple[Any, int]]] = {
     b"N": _read_none, b"I": _read_integer, b"B": _read_bytes, b"S": _read_text, b"L": _read_items,
     b"X": _read_secret, b"R": _read_record,
 }  # fmt: skip
@@ -304,11 +305,9 @@ def fields_of(cls: type[Any]) -> tuple[tuple[str, Any], ...]:
 
 @cache
 def _place(hint: Any, where: str) -> _Place:
-    kinds, items, classes = (
-        {b"R"},
-        (Any, ...),
-        (),
-    )  # every place reads a record's name, to refuse it by name
+    kinds = {b"R"}  # every place reads a record's name, to refuse it by name
+    items: tuple[Any, ...] = (Any, ...)
+    classes: tuple[type[Any], ...] = ()
     for each in _members(hint):
         if each is Any or each is object:
             kinds, classes = set(_KINDS), (object,)
