@@ -48,8 +48,7 @@ from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId
 from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
-from fedcore.wire.job_records import TO_SITE
-from fedcore.wire.records import unpack_record
+from fedcore.wire.records import TO_SITE, unpack_record
 
 LOG = logging.getLogger("fedcore.site")
 

@@ -46,9 +46,8 @@ from fedcore.wire.frames import (
     Waiting,
     Welcome,
 )
-from fedcore.wire.job_records import TO_COORDINATOR
 from fedcore.wire.limits import INLINE
-from fedcore.wire.records import pack_record
+from fedcore.wire.records import TO_COORDINATOR, pack_record
 
 LOG = logging.getLogger("fedcore.site.session")
 

@@ -19,13 +19,13 @@ from fedcore_server.tls import Gate, ServicerContext, refuse
 
 from fedcore.errors import CertificateRefused
 from fedcore.identity.peer import Peer
+from fedcore.identity.verify import printable
 from fedcore.secagg.protocol.job_messages import ToSite
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
 from fedcore.wire import calls, frames
-from fedcore.wire.job_records import TO_SITE
 from fedcore.wire.limits import INLINE
-from fedcore.wire.records import pack_record
+from fedcore.wire.records import TO_SITE, pack_record
 
 LOG = logging.getLogger("fedcore.coordinator")
 
@@ -146,7 +146,7 @@ class Sessions:
             except CertificateRefused as error:
                 LOG.warning("%s", error)
                 code = "revoked" if error.check == "revoked" else "roster"
-                session.end(frames.Goodbye(code, one_line(str(error))))
+                session.end(goodbye(code, error))
             else:
                 if ping is not None:
                     session.put(ping)
@@ -208,9 +208,9 @@ def welcome(federation: str) -> frames.Welcome:
     return frames.Welcome(federation, int(time.time() * 1000))
 
 
-def one_line(text: str) -> str:
-    """Printable, at most 200 characters: the text of a Goodbye."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
+def goodbye(code: str, error: Exception) -> frames.Goodbye:
+    """The end of a session for an error, in one line of at most 200 characters."""
+    return frames.Goodbye(code, printable(str(error), 200))
 
 
 async def with_timeouts(

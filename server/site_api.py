@@ -13,7 +13,7 @@ from fedcore_server.sessions import (
     EVICTED_GOODBYE,
     FIRST_FRAME_SECONDS,
     SiteSession,
-    one_line,
+    goodbye,
     welcome,
     with_timeouts,
 )
@@ -25,8 +25,7 @@ from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected, SiteLeft
 from fedcore.types import SiteId
 from fedcore.wire import calls, frames
-from fedcore.wire.job_records import FROM_ANY_SITE, TO_COORDINATOR
-from fedcore.wire.records import unpack_record
+from fedcore.wire.records import FROM_ANY_SITE, TO_COORDINATOR, unpack_record
 
 LOG = logging.getLogger("fedcore.coordinator")
 
@@ -91,10 +90,10 @@ class SiteApi:
         except TimeoutError:
             LOG.info("site %s: session without a first frame, ended", name)
         except VersionRefused as error:
-            session.end(frames.Goodbye("version", one_line(str(error))))
+            session.end(goodbye("version", error))
         except PeerRefused as error:
             LOG.warning("site %s: %s", name, error)
-            session.end(frames.Goodbye("malformed", one_line(str(error))))
+            session.end(goodbye("malformed", error))
         except Exception:
             LOG.exception("site %s: session ended by an internal error", name)
         finally:

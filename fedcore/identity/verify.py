@@ -79,10 +79,10 @@ def refusal_from(text: str) -> CertificateRefused:
     )
 
 
-def printable(text: str) -> str:
-    """One line of printable characters, without control sequences, of at most 400 characters."""
+def printable(text: str, most: int = _LONGEST) -> str:
+    """One line of printable characters, without control sequences, of at most so many characters."""
     line = "".join(character if character.isprintable() else " " for character in text)
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def fingerprint(certificate_pem: bytes) -> str:

@@ -5,13 +5,12 @@ There are no generated stubs: a server registers a handler per call and a client
 unpack. Invariant: the list is that of `federation.proto` (a test compares them).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from fedcore.wire import frames
 from fedcore.wire.codec import Codec
+from fedcore.wire.frames import alone
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -47,42 +46,34 @@ COORDINATOR = "fedcore.v1.Coordinator"
 OPERATORS = "fedcore.v1.Operator"
 
 SESSION = Call(
-    COORDINATOR,
-    "Session",
-    frames.FROM_SITE,
-    frames.TO_SITE,
-    _SITES,
-    takes_stream=True,
-    gives_stream=True,
-)
-CHECK = Call(COORDINATOR, "Check", frames.HELLO, frames.WELCOME, _SITES)
+    COORDINATOR, "Session", frames.FROM_SITE, frames.TO_SITE, _SITES,
+    takes_stream=True, gives_stream=True,
+)  # fmt: skip
+CHECK = Call(COORDINATOR, "Check", alone(frames.Hello), alone(frames.Welcome), _SITES)
 UPLOAD = Call(
-    COORDINATOR, "Upload", frames.UPLOAD, frames.UPLOAD_RECEIPT, _SITES, takes_stream=True
+    COORDINATOR, "Upload", frames.UPLOAD, alone(frames.UploadReceipt), _SITES, takes_stream=True
 )
 UPLOAD_OFFSET = Call(
-    COORDINATOR, "UploadOffset", frames.UPLOAD_START, frames.UPLOAD_RECEIPT, _SITES
+    COORDINATOR, "UploadOffset", alone(frames.UploadStart), alone(frames.UploadReceipt), _SITES
 )
 DOWNLOAD = Call(
-    COORDINATOR, "Download", frames.DOWNLOAD_START, frames.DOWNLOAD, _SITES, gives_stream=True
+    COORDINATOR, "Download", alone(frames.DownloadStart), frames.DOWNLOAD, _SITES, gives_stream=True
 )
 
-SUBMIT = Call(OPERATORS, "Submit", frames.SUBMIT_REQUEST, frames.SUBMIT_REPLY, _OPERATORS)
-JOBS = Call(OPERATORS, "Jobs", frames.JOBS_REQUEST, frames.JOBS_REPLY, _READERS)
+SUBMIT = Call(
+    OPERATORS, "Submit", alone(frames.SubmitRequest), alone(frames.SubmitReply), _OPERATORS
+)
+JOBS = Call(OPERATORS, "Jobs", alone(frames.JobsRequest), alone(frames.JobsReply), _READERS)
 WATCH = Call(
-    OPERATORS, "Watch", frames.WATCH_REQUEST, frames.WATCH_EVENT, _READERS, gives_stream=True
-)
-STOP = Call(OPERATORS, "Stop", frames.JOB_REQUEST, frames.REPLY, _OPERATORS)
-EVICT = Call(OPERATORS, "Evict", frames.SITE_REQUEST, frames.REPLY, _OPERATORS)
-RESULT = Call(
-    OPERATORS, "Result", frames.JOB_REQUEST, frames.FILE_PART, _READERS, gives_stream=True
-)
-
-_ALL: tuple[Call[Any, Any], ...] = (
-    SESSION, CHECK, UPLOAD, UPLOAD_OFFSET, DOWNLOAD,
-    SUBMIT, JOBS, WATCH, STOP, EVICT, RESULT,
+    OPERATORS, "Watch", alone(frames.WatchRequest), alone(frames.WatchEvent), _READERS,
+    gives_stream=True,
 )  # fmt: skip
-CALLS: Mapping[str, Call[Any, Any]] = MappingProxyType({call.path: call for call in _ALL})
-"""{path: call}, as an interceptor looks them up."""
+STOP = Call(OPERATORS, "Stop", alone(frames.JobRequest), alone(frames.Reply), _OPERATORS)
+EVICT = Call(OPERATORS, "Evict", alone(frames.SiteRequest), alone(frames.Reply), _OPERATORS)
+RESULT = Call(
+    OPERATORS, "Result", alone(frames.JobRequest), alone(frames.FilePart), _READERS,
+    gives_stream=True,
+)  # fmt: skip
 
 LENGTHS = (
     ("grpc.max_receive_message_length", frames.MAX_FRAME),

@@ -12,39 +12,30 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from fedcore.errors import MalformedMessage, VectorRefused
-from fedcore.wire.frames import (
-    DOWNLOAD,
-    UPLOAD,
-    DownloadHead,
-    DownloadPart,
-    FilePart,
-    Part,
-    UploadPart,
-    UploadStart,
-)
+from fedcore.wire import frames
 from fedcore.wire.limits import PART
 
 
-def upload(start: UploadStart, source: BinaryIO) -> Iterator[bytes]:
+def upload(start: frames.UploadStart, source: BinaryIO) -> Iterator[bytes]:
     """The packed frames of an upload, from `start.offset` of the source on."""
-    yield UPLOAD.pack(start)
-    yield from map(UPLOAD.pack, _parts(source, start.offset, start.size))
+    yield frames.UPLOAD.pack(start)
+    yield from map(frames.UPLOAD.pack, _parts(source, start.offset, start.size))
 
 
-def download(head: DownloadHead, source: BinaryIO) -> Iterator[bytes]:
+def download(head: frames.DownloadHead, source: BinaryIO) -> Iterator[bytes]:
     """The packed frames of a download, from `head.offset` of the source on."""
-    yield DOWNLOAD.pack(head)
-    yield from map(DOWNLOAD.pack, _parts(source, head.offset, head.size))
+    yield frames.DOWNLOAD.pack(head)
+    yield from map(frames.DOWNLOAD.pack, _parts(source, head.offset, head.size))
 
 
-def _parts(source: BinaryIO, offset: int, size: int) -> Iterator[Part]:
+def _parts(source: BinaryIO, offset: int, size: int) -> Iterator[frames.Part]:
     """Bytes [offset, size) of the source. Raises VectorRefused where it ends early."""
     source.seek(offset)
     while offset < size:
         data = source.read(min(PART, size - offset))
         if not data:
             raise VectorRefused("file", f"{offset} bytes", f"{size}", "this site")
-        yield Part(data)
+        yield frames.Part(data)
         offset += len(data)
 
 
@@ -58,14 +49,14 @@ class Incoming:
     size: bytes in all. offset: of the next part; after a lost connection the transfer resumes there.
     """
 
-    def __init__(self, start: UploadStart | DownloadHead, *, sender: str) -> None:
+    def __init__(self, start: frames.UploadStart | frames.DownloadHead, *, sender: str) -> None:
         self.size, self.offset, self.sender = start.size, start.offset, sender
         if self.offset > self.size:
             raise MalformedMessage("offset", f"{self.offset}", f"at most {self.size}", sender)
 
-    def take(self, frame: UploadPart | DownloadPart) -> bytes:
+    def take(self, frame: frames.UploadPart | frames.DownloadPart) -> bytes:
         """The bytes of the next part. Raises MalformedMessage, and VectorRefused beyond the size."""
-        if not isinstance(frame, Part):
+        if not isinstance(frame, frames.Part):
             raise MalformedMessage(
                 "frame", f"a second {type(frame).__name__}", "a part", self.sender
             )
@@ -83,12 +74,12 @@ class Incoming:
         return self.offset == self.size
 
 
-def file_parts(name: str, source: BinaryIO) -> Iterator[FilePart]:
+def file_parts(name: str, source: BinaryIO) -> Iterator[frames.FilePart]:
     """All parts of one file of a result; an empty file is one empty part."""
     offset, data = 0, source.read(PART)
     while True:
         following = source.read(PART)
-        yield FilePart(name, offset, data, not following)
+        yield frames.FilePart(name, offset, data, not following)
         if not following:
             return
         offset, data = offset + len(data), following
@@ -103,7 +94,7 @@ class Files:
         self._open: str | None = None
         self._offset = 0
 
-    def take(self, part: FilePart) -> FilePart:
+    def take(self, part: frames.FilePart) -> frames.FilePart:
         """Check that the part continues its file and return it. Raises MalformedMessage."""
         if self._open is None and part.name not in self.done:
             self._open, self._offset = part.name, 0

@@ -7,6 +7,7 @@ Invariant: a frame beyond its limits is neither sent nor accepted. No field carr
 the coordinator: an activity is one of `DOING`, and `Goodbye.text` is a fixed sentence of this program.
 """
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, cast
@@ -14,30 +15,10 @@ from typing import Annotated, TypeVar, cast
 from fedcore import __version__
 from fedcore.errors import MalformedMessage
 from fedcore.types import Json
+from fedcore.wire import limits
 from fedcore.wire._generated import federation_pb2
 from fedcore.wire.codec import WIRE_VERSION, Codec, Form
-from fedcore.wire.limits import (
-    INLINE,
-    KIB,
-    MAX_JSON,
-    MAX_RECORD,
-    MAX_TOML,
-    PART,
-    SMALL,
-    Digest,
-    FileName,
-    Hex,
-    HexOrNone,
-    Id,
-    Line,
-    Number,
-    Offset,
-    Size,
-    length,
-    one_of,
-    text,
-    within,
-)
+from fedcore.wire.limits import INLINE, KIB, MAX_JSON, MAX_RECORD, MAX_TOML, PART, SMALL
 
 DOING = (
     "idle", "loading", "training", "evaluating", "protecting", "uploading", "downloading", "opening",
@@ -60,39 +41,36 @@ GOODBYES = {
 WHAT = ("sum", "checkpoint")
 """What a site may download."""
 
-Version = Annotated[int, within(WIRE_VERSION, WIRE_VERSION)]
-Software = Annotated[str, text(1, 64)]
+Version = Annotated[int, limits.within(WIRE_VERSION, WIRE_VERSION)]
+Software = Annotated[str, limits.text(1, 64)]
 SOFTWARE = f"fedcore {__version__}"
-
-
-# ------------------------------------------------------------------------------------ session
 
 
 @dataclass(frozen=True)
 class Task:
     """A task that a site allows, by name and by the hash of its code."""
 
-    name: Id
-    sha256: Hex
+    name: limits.Id
+    sha256: limits.Hex
 
 
 @dataclass(frozen=True)
 class Held:
     """A site's position in one job: hash of its last release certificate, key epoch, last round."""
 
-    job: Id
-    certificate: HexOrNone
-    epoch: Number
-    round: Number
+    job: limits.Id
+    certificate: limits.HexOrNone
+    epoch: limits.Number
+    round: limits.Number
 
 
 @dataclass(frozen=True)
 class Hello:
     """The first frame of a site. pins: `roster_digest` of the identity keys it has pinned, hex."""
 
-    pins: Hex
-    tasks: Annotated[tuple[Task, ...], length(0, 64)] = ()
-    held: Annotated[tuple[Held, ...], length(0, 64)] = ()
+    pins: limits.Hex
+    tasks: Annotated[tuple[Task, ...], limits.length(0, 64)] = ()
+    held: Annotated[tuple[Held, ...], limits.length(0, 64)] = ()
     software: Software = SOFTWARE
     version: Version = WIRE_VERSION
 
@@ -101,8 +79,8 @@ class Hello:
 class Welcome:
     """The coordinator's answer. time_ms: its clock, milliseconds since 1970 UTC."""
 
-    federation: Id
-    time_ms: Number
+    federation: limits.Id
+    time_ms: limits.Number
     software: Software = SOFTWARE
     version: Version = WIRE_VERSION
 
@@ -111,38 +89,38 @@ class Welcome:
 class Record:
     """A message of the protocol in its canonical bytes; `records.py` makes and reads it."""
 
-    job: Id
-    body: Annotated[bytes, length(1, MAX_RECORD)] = field(repr=False)
+    job: limits.Id
+    body: Annotated[bytes, limits.length(1, MAX_RECORD)] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Doing:
     """The site's activity. percent: of this piece of work, 0 where unknown; never a count of rows."""
 
-    job: Id
-    what: Annotated[str, one_of(DOING)]
-    percent: Annotated[int, within(0, 100)] = 0
+    job: limits.Id
+    what: Annotated[str, limits.one_of(DOING)]
+    percent: Annotated[int, limits.within(0, 100)] = 0
 
 
 @dataclass(frozen=True)
 class Ping:
     """A heartbeat: the session answers at once with a Pong of the same number, also while training runs."""
 
-    number: Number
+    number: limits.Number
 
 
 @dataclass(frozen=True)
 class Pong:
     """The answer to a Ping."""
 
-    number: Number
+    number: limits.Number
 
 
 @dataclass(frozen=True)
 class Awaited:
     """One site that a job waits for."""
 
-    site: Id
+    site: limits.Id
 
 
 @dataclass(frozen=True)
@@ -153,12 +131,12 @@ class Waiting:
     then: with how many sites the job continues, 0 if it cannot; least: how many it needs.
     """
 
-    job: Id
-    sites: Annotated[tuple[Awaited, ...], length(0, 64)] = ()
-    of: Annotated[int, within(0, 1 << 20)] = 0
-    until_ms: Number = 0
-    then: Annotated[int, within(0, 1 << 20)] = 0
-    least: Annotated[int, within(0, 1 << 20)] = 0
+    job: limits.Id
+    sites: Annotated[tuple[Awaited, ...], limits.length(0, 64)] = ()
+    of: Annotated[int, limits.within(0, 1 << 20)] = 0
+    until_ms: limits.Number = 0
+    then: Annotated[int, limits.within(0, 1 << 20)] = 0
+    least: Annotated[int, limits.within(0, 1 << 20)] = 0
     in_round: bool = False
 
 
@@ -166,16 +144,13 @@ class Waiting:
 class Goodbye:
     """The last frame of either side. text: one line for the operator, of this program's own."""
 
-    code: Annotated[str, one_of(GOODBYES)]
-    text: Line = ""
+    code: Annotated[str, limits.one_of(GOODBYES)]
+    text: limits.Line = ""
 
     @property
     def again(self) -> bool:
         """Whether a later reconnect can succeed."""
         return GOODBYES[self.code]
-
-
-# ------------------------------------------------------------------------------------ vectors
 
 
 @dataclass(frozen=True)
@@ -185,18 +160,18 @@ class UploadStart:
     size: bytes of the whole container; offset: of the first part, from an UploadReceipt.
     """
 
-    job: Id
-    header: Digest
-    digest: Digest
-    size: Size
-    offset: Offset = 0
+    job: limits.Id
+    header: limits.Digest
+    digest: limits.Digest
+    size: limits.Size
+    offset: limits.Offset = 0
 
 
 @dataclass(frozen=True)
 class Part:
     """The next bytes of a vector: PART of them, fewer only in the last."""
 
-    data: Annotated[bytes, length(1, PART)] = field(repr=False)
+    data: Annotated[bytes, limits.length(1, PART)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -207,8 +182,8 @@ class UploadReceipt:
     `offset` in a new call.
     """
 
-    digest: Digest
-    offset: Offset
+    digest: limits.Digest
+    offset: limits.Offset
     complete: bool = False
 
 
@@ -216,19 +191,19 @@ class UploadReceipt:
 class DownloadStart:
     """A site asks for the sum or checkpoint with this digest, from `offset` on."""
 
-    job: Id
-    what: Annotated[str, one_of(WHAT)]
-    digest: Digest
-    offset: Offset = 0
+    job: limits.Id
+    what: Annotated[str, limits.one_of(WHAT)]
+    digest: limits.Digest
+    offset: limits.Offset = 0
 
 
 @dataclass(frozen=True)
 class DownloadHead:
     """The first frame of a download. size: bytes in all; offset: of the first part."""
 
-    digest: Digest
-    size: Size
-    offset: Offset
+    digest: limits.Digest
+    size: limits.Size
+    offset: limits.Offset
 
 
 @dataclass(frozen=True)
@@ -236,7 +211,7 @@ class SmallUpload:
     """A whole vector in one frame; answered with an UploadReceipt in the session."""
 
     start: UploadStart
-    data: Annotated[bytes, length(1, INLINE)] = field(repr=False)
+    data: Annotated[bytes, limits.length(1, INLINE)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -244,10 +219,7 @@ class SmallDownload:
     """A whole sum or checkpoint in one frame, sent with the record that announces it, without a request."""
 
     start: DownloadStart
-    data: Annotated[bytes, length(1, INLINE)] = field(repr=False)
-
-
-# ------------------------------------------------------------------------------------ operators
+    data: Annotated[bytes, limits.length(1, INLINE)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -257,10 +229,10 @@ class SubmitRequest:
     about: JSON with that machine's findings about the task, empty if none are needed.
     """
 
-    toml: Annotated[bytes, length(1, MAX_TOML)]
-    task: Id
-    task_sha256: Hex
-    about: Annotated[bytes, length(0, MAX_JSON)] = b""
+    toml: Annotated[bytes, limits.length(1, MAX_TOML)]
+    task: limits.Id
+    task_sha256: limits.Hex
+    about: Annotated[bytes, limits.length(0, MAX_JSON)] = b""
     version: Version = WIRE_VERSION
 
 
@@ -268,7 +240,7 @@ class SubmitRequest:
 class SubmitReply:
     """The job's id."""
 
-    job: Id
+    job: limits.Id
 
 
 @dataclass(frozen=True)
@@ -282,14 +254,14 @@ class JobsRequest:
 class JobsReply:
     """A JSON object; `json_value` reads it."""
 
-    json: Annotated[bytes, length(2, MAX_JSON)]
+    json: Annotated[bytes, limits.length(2, MAX_JSON)]
 
 
 @dataclass(frozen=True)
 class WatchRequest:
     """Asks for the events of a job; "" is the running one, or else the last."""
 
-    job: Annotated[str, text(0, 64)] = ""
+    job: Annotated[str, limits.text(0, 64)] = ""
     version: Version = WIRE_VERSION
 
 
@@ -297,14 +269,14 @@ class WatchRequest:
 class WatchEvent:
     """A JSON object; `json_value` reads it."""
 
-    json: Annotated[bytes, length(2, MAX_JSON)]
+    json: Annotated[bytes, limits.length(2, MAX_JSON)]
 
 
 @dataclass(frozen=True)
 class JobRequest:
     """Names the job of `Stop` and `Result`."""
 
-    job: Id
+    job: limits.Id
     version: Version = WIRE_VERSION
 
 
@@ -312,7 +284,7 @@ class JobRequest:
 class SiteRequest:
     """Names the site of `Evict`. undo: revokes an earlier eviction."""
 
-    site: Id
+    site: limits.Id
     undo: bool = False
     version: Version = WIRE_VERSION
 
@@ -321,16 +293,16 @@ class SiteRequest:
 class Reply:
     """The answer of a finished request, one line for the operator."""
 
-    text: Line = ""
+    text: limits.Line = ""
 
 
 @dataclass(frozen=True)
 class FilePart:
     """The next bytes of a file of a result; a file ends with `last`, an empty one is one empty part."""
 
-    name: FileName
-    offset: Offset
-    data: Annotated[bytes, length(0, PART)] = field(repr=False)
+    name: limits.FileName
+    offset: limits.Offset
+    data: Annotated[bytes, limits.length(0, PART)] = field(repr=False)
     last: bool
 
 
@@ -354,8 +326,6 @@ def _no_such_number(name: str) -> None:
     raise ValueError(name)
 
 
-# ------------------------------------------------------------------------------------ codecs
-
 F = TypeVar("F")
 
 FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye
@@ -364,21 +334,27 @@ UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
 
 
-def _form(frame: type[F], number: int = 0, most: int = SMALL) -> Form[F]:
+_MOST: dict[type[object], int] = {
+    Record: MAX_RECORD + KIB, Part: PART, FilePart: PART + KIB, JobsReply: MAX_JSON + KIB,
+    WatchEvent: MAX_JSON + KIB, SubmitRequest: MAX_TOML + MAX_JSON + KIB,
+}  # fmt: skip
+"""{frame: bytes of its largest form}; SMALL for all others."""
+
+
+def _form(frame: type[F], number: int = 0) -> Form[F]:
     """The wire form of a frame; its protobuf class has the same name, and a Part is bare bytes."""
     message = None if frame is Part else getattr(federation_pb2, frame.__name__)
-    return Form(frame, message, most, number)
+    return Form(frame, message, _MOST.get(frame, SMALL), number)
 
 
 def _oneof(name: str, *frames: type[F]) -> Codec[F]:
     """The frames of a `oneof`, numbered from 1."""
-    most: dict[type[object], int] = {Record: MAX_RECORD + KIB, Part: PART}
-    forms = (_form(each, at, most.get(each, SMALL)) for at, each in enumerate(frames, start=1))
-    return Codec(name, *forms)
+    return Codec(name, *map(_form, frames, itertools.count(1)))
 
 
-def _alone(frame: type[F], most: int = SMALL) -> Codec[F]:
-    return Codec(frame.__name__, _form(frame, most=most))
+def alone(frame: type[F]) -> Codec[F]:
+    """The codec of a call that carries one type of frame."""
+    return Codec(frame.__name__, _form(frame))
 
 
 FROM_SITE: Codec[FromSite] = _oneof("FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye)
@@ -387,22 +363,6 @@ TO_SITE: Codec[ToSite] = _oneof(
 )
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)
-
-HELLO = _alone(Hello)
-WELCOME = _alone(Welcome)
-UPLOAD_START = _alone(UploadStart)
-UPLOAD_RECEIPT = _alone(UploadReceipt)
-DOWNLOAD_START = _alone(DownloadStart)
-SUBMIT_REQUEST = _alone(SubmitRequest, MAX_TOML + MAX_JSON + KIB)
-SUBMIT_REPLY = _alone(SubmitReply)
-JOBS_REQUEST = _alone(JobsRequest)
-JOBS_REPLY = _alone(JobsReply, MAX_JSON + KIB)
-WATCH_REQUEST = _alone(WatchRequest)
-WATCH_EVENT = _alone(WatchEvent, MAX_JSON + KIB)
-JOB_REQUEST = _alone(JobRequest)
-SITE_REQUEST = _alone(SiteRequest)
-REPLY = _alone(Reply)
-FILE_PART = _alone(FilePart, PART + KIB)
 
 MAX_FRAME = MAX_RECORD + 2 * KIB
 """Bytes that grpc must accept (its default is 4 MiB): above the limit of every form."""

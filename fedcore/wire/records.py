@@ -12,10 +12,13 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import Secret
-from fedcore.secagg.protocol import epoch, messages
+from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.wire.frames import Record
-from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
+from fedcore.wire.limits import GRANT, KIB, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
+
+METRICS_RECORD = 32 * KIB
+"""Bytes of a site's public metrics: 64 of them, with names of 64 characters of four bytes, are 20 KiB."""
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -40,7 +43,7 @@ class Entry(Generic[T_co]):
 
 T = TypeVar("T")
 Table = Mapping[str, Entry[T]]
-"""{record name: entry}; tables of one direction are merged like mappings: `{**FROM_SITES, **more}`."""
+"""{record name: entry}"""
 
 
 def travelling(*types: type[T], most: int, each: int = 0) -> Table[T]:
@@ -74,7 +77,22 @@ FROM_COORDINATOR: Table[messages.CoordinatorMessage | epoch.CoordinatorEpochMess
     *get_args(epoch.CoordinatorEpochMessage),
     most=MAX_RECORD,
 )
-"""The records of rounds and key epochs; `job_records.py` adds those of jobs."""
+"""The records of rounds and key epochs, without those of jobs."""
+
+TO_COORDINATOR: Table[job_messages.ToCoordinator] = {
+    **FROM_SITES,
+    **travelling(*get_args(job_messages.SiteJobMessage), most=SITE_RECORD),
+    **travelling(job_messages.PublicMetrics, most=METRICS_RECORD),
+}
+FROM_ANY_SITE: Table[job_messages.ToCoordinator] = {
+    name: entry for name, entry in TO_COORDINATOR.items() if entry.kind is not epoch.Grants
+}
+"""Without `Grants`, which only an epoch's maker sends: the one record of a site that may be long."""
+
+TO_SITE: Table[job_messages.ToSite] = {
+    **FROM_COORDINATOR,
+    **travelling(*get_args(job_messages.CoordinatorJobMessage), most=MAX_RECORD),
+}
 
 
 def pack_record(job: str, message: object, allowed: Table[object]) -> Record:

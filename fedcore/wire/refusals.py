@@ -8,7 +8,7 @@ import json
 
 from fedcore import errors
 from fedcore.errors import Abandoned, BadInput, FedcoreError, MalformedMessage, Refused
-from fedcore.identity.verify import refusal_from
+from fedcore.identity.verify import printable, refusal_from
 
 MOST = 600
 """Characters of one text: the details are a header, and all headers together have 8 KiB."""
@@ -32,7 +32,7 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 def _details(line: str, hint: str, code: int) -> str:
-    return json.dumps({"error": _short(line), "hint": _short(hint), "exit": code})
+    return json.dumps({"error": printable(line, MOST), "hint": printable(hint, MOST), "exit": code})
 
 
 def error_of(details: str) -> FedcoreError | None:
@@ -45,7 +45,7 @@ def error_of(details: str) -> FedcoreError | None:
         return None
     if not isinstance(line, str) or not isinstance(hint, str) or not isinstance(code, int):
         return None
-    return _CLASSES.get(code, Refused)(_short(line), remedy=_short(hint))
+    return _CLASSES.get(code, Refused)(printable(line, MOST), remedy=printable(hint, MOST))
 
 
 def told(status: str, details: str) -> FedcoreError | None:
@@ -53,9 +53,3 @@ def told(status: str, details: str) -> FedcoreError | None:
     if status == "PERMISSION_DENIED":
         return refusal_from(details)
     return error_of(details)
-
-
-def _short(text: str) -> str:
-    """One printable line of at most MOST characters, for text of any origin."""
-    line = "".join(each if each.isprintable() else " " for each in text)
-    return line if len(line) <= MOST else f"{line[: MOST - 3]}..."

@@ -27,8 +27,8 @@ from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire import calls, frames, refusals
 from fedcore.wire._generated import federation_pb2
 from fedcore.wire.codec import WIRE_VERSION
-from fedcore.wire.job_records import TO_COORDINATOR
 from fedcore.wire.limits import INLINE, MAX_RECORD, PART, SITE_RECORD
+from fedcore.wire.records import TO_COORDINATOR
 
 MIB = 1 << 20
 GROWTH = 160 * MIB

@@ -38,7 +38,7 @@ from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.store import container
 from fedcore.wire import frames
-from fedcore.wire.job_records import TO_COORDINATOR
+from fedcore.wire.records import TO_COORDINATOR
 
 # ------------------------------------------------------------ a round out of the job's course
 

@@ -61,8 +61,7 @@ from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.wire import calls, frames
-from fedcore.wire.job_records import FROM_ANY_SITE, METRICS_RECORD, TO_SITE
-from fedcore.wire.records import pack_record, unpack_record
+from fedcore.wire.records import FROM_ANY_SITE, METRICS_RECORD, TO_SITE, pack_record, unpack_record
 
 
 def hearing(*releases, plan=PUBLIC):

@@ -15,7 +15,7 @@ from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.wire_form import decode, encode, record, records
 from fedcore.store.journal import Journal
-from fedcore.wire.job_records import TO_COORDINATOR, TO_SITE
+from fedcore.wire.records import TO_COORDINATOR, TO_SITE
 
 generate, script = load_script("vectors/generate.py"), load_script("vectors/records.py")
 FOUND = script.registered()

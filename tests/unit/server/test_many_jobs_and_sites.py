@@ -24,9 +24,8 @@ from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
-from fedcore.wire.job_records import TO_SITE
 from fedcore.wire.limits import MAX_JSON
-from fedcore.wire.records import unpack_record
+from fedcore.wire.records import TO_SITE, unpack_record
 
 SITES = [f"{number:03d}-{'x' * 60}" for number in range(500)]
 """As many as one coordinator was tried with, under the longest names there are."""

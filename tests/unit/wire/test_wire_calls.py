@@ -28,6 +28,7 @@ from fedcore.wire import calls, chunks, frames, records, refusals
 from fedcore.wire._generated import federation_pb2 as pb
 from fedcore.wire.limits import PART
 
+CALLS = [each for each in vars(calls).values() if isinstance(each, calls.Call)]
 ROLES = {"site", "operator", "observer"}
 
 
@@ -40,15 +41,15 @@ def test_the_calls_are_those_of_the_proto():
                 method.input_type.name, method.output_type.name, *shape,
             )  # fmt: skip
     ours = {
-        path: (call.takes.envelope, call.gives.envelope, call.takes_stream, call.gives_stream)
-        for path, call in calls.CALLS.items()
+        call.path: (call.takes.envelope, call.gives.envelope, call.takes_stream, call.gives_stream)
+        for call in CALLS
     }
     assert ours == described
 
 
 def test_every_call_has_its_roles():
-    for path, call in calls.CALLS.items():
-        assert call.roles and call.roles <= ROLES, path
+    for call in CALLS:
+        assert call.roles and call.roles <= ROLES, call.path
         assert ("site" in call.roles) == (call.service == calls.COORDINATOR)
         reads = call.name in {"Jobs", "Watch", "Result"}
         assert ("observer" in call.roles) == reads, "an observer changes nothing"
@@ -126,9 +127,7 @@ class Service:
 
     def receipt(self):
         complete = hashlib.sha256(self.disk).digest() == START.digest
-        return frames.UPLOAD_RECEIPT.pack(
-            frames.UploadReceipt(START.digest, len(self.disk), complete)
-        )
+        return calls.UPLOAD.gives.pack(frames.UploadReceipt(START.digest, len(self.disk), complete))
 
     async def upload(self, requests, context):
         incoming = None
@@ -142,11 +141,11 @@ class Service:
         return self.receipt()
 
     async def upload_offset(self, request, context):
-        assert frames.UPLOAD_START.unpack(request, sender="va").digest == START.digest
+        assert calls.UPLOAD_OFFSET.takes.unpack(request, sender="va").digest == START.digest
         return self.receipt()
 
     async def download(self, request, context):
-        want = frames.DOWNLOAD_START.unpack(request, sender="va")
+        want = calls.DOWNLOAD.takes.unpack(request, sender="va")
         head = frames.DownloadHead(want.digest, len(DATA), want.offset)
         for data in chunks.download(head, io.BytesIO(DATA)):
             yield data
@@ -225,13 +224,13 @@ async def conversation(channel):
         start = frames.UploadStart("job", START.header, START.digest, START.size, offset)
         sent = list(chunks.upload(start, io.BytesIO(DATA)))[:many]
         await channel.stream_unary(calls.UPLOAD.path)(iter(sent))
-        request = frames.UPLOAD_START.pack(START)
+        request = calls.UPLOAD_OFFSET.takes.pack(START)
         answer = await channel.unary_unary(calls.UPLOAD_OFFSET.path)(request)
-        receipt = frames.UPLOAD_RECEIPT.unpack(answer, sender="coordinator")
+        receipt = calls.UPLOAD.gives.unpack(answer, sender="coordinator")
         told["receipts"].append([receipt.offset, receipt.complete])
         offset = receipt.offset
 
-    want = frames.DOWNLOAD_START.pack(frames.DownloadStart("job", "sum", START.digest, PART + 7))
+    want = calls.DOWNLOAD.takes.pack(frames.DownloadStart("job", "sum", START.digest, PART + 7))
     incoming, got = None, b""
     async for data in channel.unary_stream(calls.DOWNLOAD.path)(want):
         frame = frames.DOWNLOAD.unpack(data, sender="coordinator")
@@ -242,7 +241,7 @@ async def conversation(channel):
     told["download"] = got == DATA[PART + 7 :] and incoming.complete
 
     try:
-        request = frames.JOB_REQUEST.pack(frames.JobRequest("job"))
+        request = calls.STOP.takes.pack(frames.JobRequest("job"))
         await channel.unary_unary(calls.STOP.path)(request)
     except grpc.aio.AioRpcError as error:
         back = refusals.error_of(error.details())

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from fedcore.errors import MalformedMessage, VersionRefused
 from fedcore.wire import calls, frames
 from fedcore.wire._generated import federation_pb2 as pb
-from fedcore.wire.codec import WIRE_VERSION, Codec, Form
-from fedcore.wire.frames import FROM_SITE, TO_SITE, UPLOAD
+from fedcore.wire.codec import WIRE_VERSION, Form
+from fedcore.wire.frames import FROM_SITE, TO_SITE, UPLOAD, alone
 from fedcore.wire.limits import INLINE, MAX_RECORD, PART, SMALL
 
 ROOT = Path(__file__).resolve().parents[3]
-CODECS = {name: each for name, each in vars(frames).items() if isinstance(each, Codec)}
+CALLS = [each for each in vars(calls).values() if isinstance(each, calls.Call)]
+CODECS = {each.envelope: each for call in CALLS for each in (call.takes, call.gives)}
 HEX, H = "0f" * 32, b"h" * 32
 START = frames.UploadStart("job", H, H, 3 << 20)
 WANT = frames.DownloadStart("job", "sum", H)
@@ -105,7 +106,7 @@ def test_damaged_bytes_give_malformed_or_the_frame_of_exactly_these_bytes(name):
 
     check()
     assert seen["refused"] > 100, seen
-    if name != "JOBS_REQUEST":  # which is its version alone
+    if name != "JobsRequest":  # which is its version alone
         assert seen["taken"] > 10, seen  # a flipped bit inside a value gives another good frame
 
 
@@ -257,10 +258,10 @@ GOOD = {
         frames.Waiting("job", (frames.Awaited("va"),), 4, 7, 3, 3, in_round=True),
     ],
     frames.UPLOAD: [START, frames.Part(b"x")],
-    frames.DOWNLOAD_START: [WANT],
-    frames.SUBMIT_REQUEST: [frames.SubmitRequest(b"x", "heart", HEX)],
-    frames.WATCH_EVENT: [frames.WatchEvent(b"{}")],
-    frames.FILE_PART: [frames.FilePart("model.safetensors", 0, b"x", last=True)],
+    alone(frames.DownloadStart): [WANT],
+    alone(frames.SubmitRequest): [frames.SubmitRequest(b"x", "heart", HEX)],
+    alone(frames.WatchEvent): [frames.WatchEvent(b"{}")],
+    alone(frames.FilePart): [frames.FilePart("model.safetensors", 0, b"x", last=True)],
 }  # fmt: skip
 BEYOND = [
     ("Hello", {"pins": HEX[1:]}),
@@ -385,11 +386,11 @@ def test_the_largest_of_each_is_taken():
         (TO_SITE, frames.SmallDownload(WANT, b"x" * INLINE)),
         (UPLOAD, frames.Part(b"x" * PART)),
         (
-            frames.SUBMIT_REQUEST,
+            alone(frames.SubmitRequest),
             frames.SubmitRequest(b"x" * (256 << 10), job, HEX, b"x" * (1 << 20)),
         ),
-        (frames.JOBS_REPLY, frames.JobsReply(b"x" * (1 << 20))),
-        (frames.FILE_PART, frames.FilePart("f" * 128, 1 << 40, b"x" * PART, last=True)),
+        (alone(frames.JobsReply), frames.JobsReply(b"x" * (1 << 20))),
+        (alone(frames.FilePart), frames.FilePart("f" * 128, 1 << 40, b"x" * PART, last=True)),
     ]
     for codec, frame in largest:
         data = codec.pack(frame)
