@@ -91,7 +91,8 @@ class JobRunner:
             PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
             context.keep_keys,
         )  # fmt: skip
-        part = Participation(params, self.id, asks=context.policy.asks, about=self.work.about.lines)
+        asks = context.policy.rules.jobs == "ask"
+        part = Participation(params, self.id, asks=asks, about=self.work.about.lines)
         self.job = self.work.job = SiteJob(params, offer, part)
 
     # ------------------------------------------------------------------------------- restarting

@@ -29,7 +29,7 @@ from fedcore.errors import (
     StoreProblem,
 )
 from fedcore.files import append_row
-from fedcore.learning.guard import GuardRecord
+from fedcore.learning.guard import GuardRecord, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret, state_mac
@@ -89,7 +89,8 @@ class JobWork:
         self.id = offer.job
         self.job: SiteJob
         self.about = About.of(offer, tuple(context.pins))
-        self.guard = GuardRecord(context.policy.guard)
+        rules = context.policy.rules
+        self.guard = GuardRecord(GuardRules(rules.guard_loss_factor, rules.guard_rounds))
         self.files = StateFiles(context.folder / "states" / self.id)
         self.online = asyncio.Event()
         self.inline: dict[bytes, list[bytes]] = {}

@@ -16,7 +16,6 @@ from pydantic import Field, StrictBool
 
 from fedcore.config import Job, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
-from fedcore.learning.guard import GuardRules
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, default_threshold
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
@@ -113,16 +112,6 @@ class SitePolicy:
         """The smallest t of a plan that this site takes part in."""
         return self.rules.least_threshold or default_threshold(self.sites)
 
-    @property
-    def guard(self) -> GuardRules:
-        """When this site leaves a job whose model gets worse on its own rows (PROTOCOL G)."""
-        return GuardRules(self.rules.guard_loss_factor, self.rules.guard_rounds)
-
-    @property
-    def asks(self) -> bool:
-        """Whether every job waits for `fed-site approve`."""
-        return self.rules.jobs == "ask"
-
     def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
         """Why task or terms of a job are refused, before anything is read for it. Raises BadInput."""
         task, digest = offer.task, offer.task_digest
@@ -176,7 +165,8 @@ class SitePolicy:
         )  # fmt: skip
 
     def _refused(self, asked: _Asked) -> PolicyRefused | None:
-        return next(filter(None, (rule.refusal(self, asked) for rule in _RULES)), None)
+        found = (rule.refusal(self, key, asked) for key, rule in _RULES.items())
+        return next(filter(None, found), None)
 
 
 def _refusal(setting: str, found: Any, expected: Any, key: str) -> PolicyRefused:
@@ -198,93 +188,57 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _PolicyRule:
-    """One setting of a job, and the key of [policy] that limits it. found: the setting's value; allows: whether
-    the policy takes that value; expected: what it takes."""
+    """One setting of a job. found: its value, None where the job does not have it; limit: how the policy limits it."""
 
     setting: str
-    key: str
+    limit: Literal["one of", "at least", "at most", "default or allowed"]
     found: Callable[[_Asked], Any]
-    allows: Callable[[SitePolicy, Any], bool]
-    expected: Callable[[SitePolicy], Any]
 
-    def refusal(self, policy: SitePolicy, asked: _Asked) -> PolicyRefused | None:
-        """Why the policy does not take what is asked, if it does not."""
-        found = self.found(asked)
-        if self.allows(policy, found):
-            return None
-        return _refusal(self.setting, found, self.expected(policy), self.key)
-
-
-def _limit(policy: SitePolicy, key: str) -> Any:
-    return policy.least_threshold if key == "least_threshold" else getattr(policy.rules, key)
-
-
-def _one_of(setting: str, key: str, found: Callable[[_Asked], str | None]) -> _PolicyRule:
-    """None: the job does not have the setting."""
-    return _PolicyRule(
-        setting, key, found,
-        lambda policy, value: value is None or value in _limit(policy, key),
-        lambda policy: " or ".join(_limit(policy, key)),
-    )  # fmt: skip
+    def refusal(self, policy: SitePolicy, key: str, asked: _Asked) -> PolicyRefused | None:
+        """Why policy.KEY does not take what is asked, if it does not."""
+        found, here = self.found(asked), getattr(policy.rules, key)
+        match self.limit:
+            case "one of":
+                allowed, expected = found is None or found in here, " or ".join(here)
+            case "at least":
+                of = ""
+                if key == "least_threshold":
+                    here, of = policy.least_threshold, f" of {policy.sites} sites"
+                allowed, expected = found >= here, f"{here} or more{of}"
+            case "at most":
+                allowed = policy.rules.jobs == "any" or found <= here
+                expected = f"{here} or fewer"
+            case "default or allowed":
+                allowed, expected = found in {_DEFAULT[key], here}, here
+        return None if allowed else _refusal(self.setting, found, expected, key)
 
 
-def _at_least(
-    setting: str, key: str, found: Callable[[_Asked], int], unit: str = ""
-) -> _PolicyRule:
-    return _PolicyRule(
-        setting, key, found,
-        lambda policy, value: value >= _limit(policy, key),
-        lambda policy: f"{_limit(policy, key)} or more{unit.format(policy.sites)}",
-    )  # fmt: skip
-
-
-def _at_most(setting: str, key: str, found: Callable[[_Asked], int]) -> _PolicyRule:
-    return _PolicyRule(
-        setting, key, found,
-        lambda policy, value: policy.rules.jobs == "any" or value <= _limit(policy, key),
-        lambda policy: f"{_limit(policy, key)} or fewer",
-    )  # fmt: skip
-
-
-def _only_if_allowed(
-    setting: str, key: str, found: Callable[[_Asked], Any], wide: Any
-) -> _PolicyRule:
-    """wide: the value that the operator must allow."""
-    return _PolicyRule(
-        setting, key, found,
-        lambda policy, value: value != wide or _limit(policy, key) == wide,
-        lambda policy: _limit(policy, key),
-    )  # fmt: skip
-
-
-_protection = _one_of("protect.protection", "protections", lambda asked: asked.terms.protection)
-_single_site_features = _only_if_allowed(
-    "protect.single_site_features", "single_site_features",
-    lambda asked: asked.terms.single_site_features, True,
-)  # fmt: skip
-
-_RULES: tuple[_PolicyRule, ...] = (
-    _protection,
-    _one_of(
-        "protect.cipher", "ciphers",
+_RULES: Mapping[str, _PolicyRule] = {
+    "protections": _PolicyRule("protect.protection", "one of", lambda asked: asked.terms.protection),
+    "ciphers": _PolicyRule(
+        "protect.cipher", "one of",
         lambda asked: asked.terms.cipher if asked.terms.layers.encrypts else None,
     ),
-    _at_least(
-        "protect.threshold", "least_threshold", lambda asked: asked.terms.threshold, " of {} sites"
+    "least_threshold": _PolicyRule("protect.threshold", "at least", lambda asked: asked.terms.threshold),
+    "minimum_sites": _PolicyRule("sites", "at least", lambda asked: asked.terms.count),
+    "most_rounds": _PolicyRule("round.rounds", "at most", lambda asked: asked.rounds),
+    "most_epochs": _PolicyRule("train.epochs", "at most", lambda asked: asked.epochs),
+    "least_batch": _PolicyRule("train.batch_size", "at least", lambda asked: asked.batch),
+    "public_metrics": _PolicyRule(
+        "track.public_metrics", "default or allowed", lambda asked: asked.terms.public_metrics
     ),
-    _at_least("sites", "minimum_sites", lambda asked: asked.terms.count),
-    _at_most("round.rounds", "most_rounds", lambda asked: asked.rounds),
-    _at_most("train.epochs", "most_epochs", lambda asked: asked.epochs),
-    _at_least("train.batch_size", "least_batch", lambda asked: asked.batch),
-    _only_if_allowed(
-        "track.public_metrics", "public_metrics", lambda asked: asked.terms.public_metrics, True
+    "single_site_features": _PolicyRule(
+        "protect.single_site_features", "default or allowed",
+        lambda asked: asked.terms.single_site_features,
     ),
-    _single_site_features,
-    _only_if_allowed("train.standardise", "statistics", lambda asked: asked.terms.statistics, "federated"),
-    _only_if_allowed(
-        "protect.release", "release", lambda asked: asked.terms.release, "coordinator"
+    "statistics": _PolicyRule(
+        "train.standardise", "default or allowed", lambda asked: asked.terms.statistics
     ),
-)  # fmt: skip
+    "release": _PolicyRule(
+        "protect.release", "default or allowed", lambda asked: asked.terms.release
+    ),
+}  # fmt: skip
+"""{key of [policy]: the setting that it limits}, in the order in which they are checked."""
 
 _DEFAULT: dict[str, Any] = {key: field.default for key, field in PolicySection.model_fields.items()}
 _WIDER: dict[str, Callable[[Any, Any], Any]] = {

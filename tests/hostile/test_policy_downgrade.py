@@ -31,10 +31,8 @@ def offered(folder, asked, **rules):
     return found
 
 
-def without_rule(monkeypatch, *rules):
-    kept = tuple(rule for rule in policy._RULES if rule not in rules)
-    assert len(kept) == len(policy._RULES) - len(rules)
-    monkeypatch.setattr(policy, "_RULES", kept)
+def without_rule(monkeypatch, key):
+    monkeypatch.delitem(policy._RULES, key)
 
 
 def refused(found, setting, caplog):
@@ -54,7 +52,7 @@ def taken(found):
 def test_a_job_with_less_protection_than_the_operator_allows(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     refused(offered(tmp_path / "1", ENCRYPTED), "protect.protection: found 'encrypted'", caplog)
-    without_rule(monkeypatch, policy._protection)
+    without_rule(monkeypatch, "protections")
     found = offered(tmp_path / "2", {"protection": "encrypted"})
     taken(found)
 
@@ -67,7 +65,7 @@ def test_statistics_of_single_sites_under_a_protection_that_is_allowed(
     found = offered(tmp_path / "1", ENCRYPTED, protections=("encrypted",))
     refused(found, "protect.single_site_features: found true", caplog)
     taken(offered(tmp_path / "2", ENCRYPTED, protections=("encrypted",), single_site_features=True))
-    without_rule(monkeypatch, policy._single_site_features)
+    without_rule(monkeypatch, "single_site_features")
     taken(offered(tmp_path / "3", ENCRYPTED, protections=("encrypted",)))
 
 
@@ -77,7 +75,7 @@ def test_a_plain_job_whatever_the_operator_allows(tmp_path, monkeypatch, caplog)
     everything = ("layered", "masked", "encrypted")
     found = offered(tmp_path / "1", {"protection": "plain"}, protections=everything)
     refused(found, "protect.protection: found 'plain'", caplog)
-    without_rule(monkeypatch, policy._protection)
+    without_rule(monkeypatch, "protections")
     taken(offered(tmp_path / "2", {"protection": "plain"}, protections=everything))
 
 
