@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedcore_clients.approvals import FOLDER as APPROVALS
-from fedcore_clients.approvals import offer_digest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
+from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import Session

@@ -223,9 +223,6 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------- the network
-
-
 def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     through = proxied(config.host, config.through)
     host, port = (through[0], through[1]) if through else (config.host, config.port)

@@ -132,11 +132,11 @@ def model(
 ) -> None:
     """Write the model that this site was released, with its statistics, as `fedcore simulate` does."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.export import export_model
+    from fedcore_clients.status import export_model
 
     found = export_model(read_config(config), job, out)
-    line = f"wrote {out}: after round {found.round}, sha256 {found.model_sha256}"
-    _print(as_json, found.to_json(), [line])
+    line = f"wrote {out}: after round {found['round']}, sha256 {found['model_sha256']}"
+    _print(as_json, found, [line])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
-from fedcore.identity.preflight import endpoint
+from fedcore.identity.preflight import CoordinatorAddress, endpoint
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.toml import Section, read_toml
 from fedcore.types import Json
@@ -57,12 +57,11 @@ class TaskSection(Section):
     source: Any = None
 
 
-class SiteConfig(Section):
+class SiteConfig(CoordinatorAddress):
     """A site as its operator runs it; paths are absolute. base: the file's folder. keep_secrets_days: how
     long the secrets of a job's key epochs stay after its end, for sites that missed its last release."""
 
     site: str
-    coordinator: str
     kit: Path
     identity: Path
     roster: Path
@@ -73,7 +72,6 @@ class SiteConfig(Section):
         default="auto", pattern="^(auto|none|bwrap|unshare|user:[A-Za-z_][A-Za-z0-9_.-]*)$"
     )
     task_network: bool = False
-    proxy: str = "none"
     patience_seconds: float = Field(default=1800.0, gt=0)
     keep_secrets_days: float = Field(default=7.0, ge=0)
     spool_bytes: int | None = Field(default=None, ge=1 << 20)
@@ -85,21 +83,6 @@ class SiteConfig(Section):
     def hashes(self) -> dict[str, str]:
         """{name: SHA-256} of the tasks that may run here."""
         return {name: task.sha256 for name, task in self.tasks.items()}
-
-    @property
-    def host(self) -> str:
-        """Name or address of the coordinator."""
-        return endpoint(self.coordinator)[0]
-
-    @property
-    def port(self) -> int:
-        """Its port."""
-        return endpoint(self.coordinator)[1]
-
-    @property
-    def through(self) -> str:
-        """The proxy's URL, or "" for none."""
-        return "" if self.proxy == "none" else self.proxy
 
 
 def read_config(path: Path) -> SiteConfig:

@@ -21,7 +21,7 @@ from fedcore_clients import job_work
 from fedcore_clients.context import Contributor, Link, SiteContext
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.ledger import Exposure
-from fedcore_clients.planning import PlanMaker
+from fedcore_clients.offers import PlanMaker
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.errors import FedcoreError, StoreProblem
@@ -35,13 +35,8 @@ from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.job.site import effects as ask
+from fedcore.secagg.protocol.job.site import participation
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
-from fedcore.secagg.protocol.job.site.participation import (
-    Agreed,
-    JobParams,
-    Participation,
-    problem_of,
-)
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.moves import Tick
@@ -49,7 +44,6 @@ from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
-from fedcore.types import Json
 
 LOG = logging.getLogger("fedcore.site.job")
 ROUND, OF_A_ROUND = "round", ("vector", "candidate", "marks")
@@ -86,16 +80,14 @@ class JobRunner:
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
-        params = JobParams(
+        params = participation.JobParams(
             context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
             PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
             context.keep_keys,
         )  # fmt: skip
         asks = context.policy.rules.jobs == "ask"
-        part = Participation(params, self.id, asks=asks, about=self.work.about.lines)
+        part = participation.Participation(params, self.id, asks=asks, about=self.work.about.lines)
         self.job = self.work.job = SiteJob(params, offer, part)
-
-    # ------------------------------------------------------------------------------- restarting
 
     @classmethod
     def stored(
@@ -110,41 +102,33 @@ class JobRunner:
 
     def restore(self) -> None:
         """Read everything from disk, as a restart does; the rows stay loaded."""
-        journal, name = self.context.journal, self.id
+        get = partial(self.context.journal.get, self.id)
         self.job = self.work.job = SiteJob(self.job.me, self.offer, self.job.part)
-        ended = journal.get(name, "ended")
+        ended, agreed = get("ended"), get("plan")
         if ended is not None:
-            at = float(journal.get(name, "ended_at") or 0)
+            at = float(get("ended_at") or 0)
             self.job.end = JobEnd(decode(ended, job_messages.JobEnded), at)
-        about = journal.get(name, "plan")
-        if about is not None:
-            self._restore_course(json.loads(about))
-
-    def _restore_course(self, about: Json) -> None:
-        journal, name = self.context.journal, self.id
+        if agreed is None:
+            return
+        about, marks = json.loads(agreed), json.loads(get("marks") or b"{}")
         columns = tuple((str(n), float(low), float(high)) for n, low, high in about["columns"])
-        agreed = Agreed(RoundPlan.from_json(about["plan"]), about["features"], columns)
-        standing = journal.get(name, "stage")
+        standing, certificate, held = get("stage"), get("certificate"), get("epoch")
         first = NOWHERE if standing is None else decode(standing, object)
-        assert isinstance(first, site.SiteStage)
-        stage = site.replay(first, journal.read(name, ROUND))
-        judged = journal.get(name, "guard")
-        if judged is not None:
-            self.work.guard.memory = GuardMemory.from_json(json.loads(judged))
-        certificate, held = journal.get(name, "certificate"), journal.get(name, "epoch")
         keys = decode(held, object) if held else epoch.NoKey()
+        assert isinstance(first, site.SiteStage)
         assert isinstance(keys, epoch.SiteEpochStage)
-        marks = json.loads(journal.get(name, "marks") or b"{}")
-        self.job.restored(
-            Kept(
-                agreed, about["rows"], stage, self._restored_state(stage),
-                decode(certificate, messages.Certificate) if certificate else None,
-                keys,
-                json.loads(journal.get(name, "groups") or b"{}"),
-                (bytes.fromhex(marks.get("header", "")), marks.get("marks", {})),
-                (journal.get(name, "left") or b"").decode(),
-            )
+        stage = site.replay(first, self.context.journal.read(self.id, ROUND))
+        if (judged := get("guard")) is not None:
+            self.work.guard.memory = GuardMemory.from_json(json.loads(judged))
+        kept = Kept(
+            participation.Agreed(RoundPlan.from_json(about["plan"]), about["features"], columns),
+            about["rows"], stage, self._restored_state(stage),
+            decode(certificate, messages.Certificate) if certificate else None, keys,
+            json.loads(get("groups") or b"{}"),
+            (bytes.fromhex(marks.get("header", "")), marks.get("marks", {})),
+            (get("left") or b"").decode(),
         )  # fmt: skip
+        self.job.restored(kept)
         if isinstance(stage, site.Stated):
             self._restore_candidate(stage)
 
@@ -168,8 +152,6 @@ class JobRunner:
         of, data = ("", b"") if kept is None else decode(kept, tuple)
         whole = data if of == name and data else self.work.files.candidate(name).read_bytes()
         self.job.states.hold(name, JobState.from_bytes(whole), data)
-
-    # ----------------------------------------------------------------------------- the queue
 
     def tell(self, message: job_messages.ToSite) -> None:
         """A record of the coordinator for this job."""
@@ -217,7 +199,7 @@ class JobRunner:
         """Whether everything is read from disk again, after a pause: for errors of the disk."""
         if not isinstance(fault, StoreProblem | OSError):
             return False
-        self._at_once(ask.WorkFailed(b"", fault, problem=problem_of(fault)))
+        self._at_once(ask.WorkFailed(b"", fault, problem=participation.problem_of(fault)))
         return True
 
     def _reload_from_disk(self) -> None:
@@ -257,13 +239,11 @@ class JobRunner:
     def _failed(self, header: bytes, error: Exception) -> Event:
         if isinstance(error, StoreProblem | OSError):
             return DiskRefused(error)
-        problem = problem_of(error)
+        problem = participation.problem_of(error)
         if not isinstance(error, FedcoreError | TrainingFailed):
             LOG.error("job %s: a fault of this side", self.id, exc_info=error)
             problem = f"job {self.id}: {type(error).__name__}"
         return ask.WorkFailed(header, error, problem=problem)
-
-    # -------------------------------------------------------------------------------- effects
 
     def _at_once(self, event: ask.SiteEvent) -> None:
         """Step the job past the queue, with an event that leads to effects without waiting only."""

@@ -119,8 +119,6 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -------------------------------------------------------------------------------- writing
-
     def exposed(self, entry: Exposure) -> None:
         """Record that a sum may be opened from now on, and flush it to disk. Raises StoreProblem.
 
@@ -168,8 +166,6 @@ class Ledger:
     def _cut(self) -> None:
         """Truncate the file after the last whole line."""
         os.ftruncate(self._handle, self._size)
-
-    # -------------------------------------------------------------------------------- reading
 
     def has(self, header: str) -> bool:
         """Whether a round, by its header, has an entry."""

@@ -18,7 +18,7 @@ from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.secagg.scheme import EpochSecrets, check_announced, vector_of
+from fedcore.secagg.scheme import EpochSecrets, check_announced, layout_of
 from fedcore.types import Contribution, SiteId
 
 LOG = logging.getLogger("fedcore.site.job")
@@ -49,9 +49,7 @@ class RoundWork:
 
     def layout(self, header: RoundHeader) -> Layout:
         """How the vectors of a round are laid out."""
-        plan = self.agreed.plan
-        spec = vector_of(plan, self.agreed.features, header.purpose)
-        return Layout(spec, plan.packing, len(plan.sites))
+        return layout_of(self.agreed.plan, self.agreed.features, header.purpose)
 
     def without_isolating_metrics(self, found: Contribution, header: RoundHeader) -> Contribution:
         """Zero the metric sums where this cohort, with an earlier release, would isolate fewer sites than two honest

@@ -101,9 +101,6 @@ def _fixed(config: SiteConfig) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for path in found if path.exists()))
 
 
-# ----------------------------------------------------------------------------------- the methods
-
-
 def _python(*args: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", *args)
 

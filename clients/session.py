@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, assert_never
@@ -27,25 +27,7 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.preflight import preflight
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.store import container
-from fedcore.wire import calls, chunks
-from fedcore.wire.frames import (
-    Doing,
-    DownloadHead,
-    DownloadStart,
-    FromSite,
-    Goodbye,
-    Hello,
-    Ping,
-    Pong,
-    Record,
-    SmallDownload,
-    SmallUpload,
-    ToSite,
-    UploadReceipt,
-    UploadStart,
-    Waiting,
-    Welcome,
-)
+from fedcore.wire import calls, chunks, frames
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import TO_COORDINATOR, pack_record
 
@@ -77,10 +59,9 @@ class Status:
     """The connection, for `fed-site status`. since: start of the present session, None without one."""
 
     since: float | None = None
-    attempts: int = 0
     last_error: str = ""
-    welcome: Welcome | None = None
-    coordinator: str = field(default="")
+    welcome: frames.Welcome | None = None
+    coordinator: str = ""
 
 
 class Session:
@@ -90,23 +71,21 @@ class Session:
         self,
         kit: Kit,
         config: SiteConfig,
-        hello: Callable[[], Hello],
-        on_frame: Callable[[Record | SmallDownload | Waiting], None],
+        hello: Callable[[], frames.Hello],
+        on_frame: Callable[[frames.Record | frames.SmallDownload | frames.Waiting], None],
         on_connected: Callable[[], None],
     ) -> None:
         self._kit, self._config, self._hello = kit, config, hello
         self._on_frame, self._on_connected = on_frame, on_connected
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
-        self._receipts: dict[bytes, asyncio.Future[UploadReceipt]] = {}
+        self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
         self.status = Status(coordinator=f"{config.host}:{config.port}")
-        self.refused: Goodbye | None = None
+        self.refused: frames.Goodbye | None = None
         self._was_welcome = False
-
-    # -------------------------------------------------------------------------------- a session
 
     async def run(self) -> None:
         """Run sessions, one after the other, until the coordinator refuses this site permanently."""
@@ -123,7 +102,6 @@ class Session:
                 self.status.last_error = type(error).__name__
             if self._was_welcome and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
-            self.status.attempts += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -162,40 +140,40 @@ class Session:
             self._lost()
             await channel.close()
 
-    def _welcomed(self, frame: ToSite) -> None:
-        if isinstance(frame, Goodbye):
+    def _welcomed(self, frame: frames.ToSite) -> None:
+        if isinstance(frame, frames.Goodbye):
             self._goodbye(frame)
             return
-        if not isinstance(frame, Welcome) or frame.federation != self._kit.peer.federation:
+        if not isinstance(frame, frames.Welcome) or frame.federation != self._kit.peer.federation:
             raise MalformedMessage(
                 "session", found="another first frame or federation", expected="a welcome",
                 fault="coordinator",
             )  # fmt: skip
         self.status.welcome, self.status.since, self.status.last_error = frame, time.time(), ""
-        self.status.attempts, self._was_welcome = 0, True
+        self._was_welcome = True
         LOG.info("connected to %s (%s)", self.status.coordinator, frame.software)
 
-    def _goodbye(self, frame: Goodbye) -> None:
+    def _goodbye(self, frame: frames.Goodbye) -> None:
         self.status.last_error = f"{frame.code}: {frame.text}"
         LOG.warning("the coordinator ended the session: %s", self.status.last_error)
         if not frame.again:
             self.refused = frame
 
-    def _take(self, frame: ToSite) -> bool:
+    def _take(self, frame: frames.ToSite) -> bool:
         """Whether the session ends with this frame."""
         match frame:
-            case Ping(number):
-                self._put(Pong(number))
-            case UploadReceipt(digest=digest):
+            case frames.Ping(number):
+                self._put(frames.Pong(number))
+            case frames.UploadReceipt(digest=digest):
                 waiting = self._receipts.pop(digest, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(frame)
-            case Goodbye():
+            case frames.Goodbye():
                 self._goodbye(frame)
                 return True
-            case Record() | SmallDownload() | Waiting():
+            case frames.Record() | frames.SmallDownload() | frames.Waiting():
                 self._on_frame(frame)
-            case Welcome():
+            case frames.Welcome():
                 pass
             case _:
                 assert_never(frame)
@@ -232,9 +210,7 @@ class Session:
             return str(error)
         return otherwise
 
-    # ----------------------------------------------------------------------------------- saying
-
-    def _put(self, frame: FromSite) -> bool:
+    def _put(self, frame: frames.FromSite) -> bool:
         if self._out is None:
             return False
         self._out.put_nowait(calls.SESSION.takes.pack(frame))
@@ -254,33 +230,33 @@ class Session:
 
     def _tell(self, job: str, what: str) -> None:
         self._telling.pop(job, None)
-        self._put(Doing(job, what))
+        self._put(frames.Doing(job, what))
 
     async def goodbye(self, text: str) -> None:
         """Tell the coordinator that this site stops, and flush the queue."""
         out = self._out
         if out is None:
             return
-        self._put(Goodbye("stopping", text))
+        self._put(frames.Goodbye("stopping", text))
         for _ in range(100):
             if out.empty():
                 break
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)  # grpc does not tell when the last write was sent
 
-    # -------------------------------------------------------------------------------- transfers
-
     async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
         """Upload a container: inside the session where it is small, else in a call of its own."""
         if isinstance(source, Path):
             size = (await asyncio.to_thread(source.stat)).st_size
             if size > INLINE:
-                await self._upload(UploadStart(job, header, digest, size), source)
+                await self._upload(frames.UploadStart(job, header, digest, size), source)
                 return
             source = await asyncio.to_thread(source.read_bytes)
-        await self._inline(SmallUpload(UploadStart(job, header, digest, len(source)), source))
+        await self._inline(
+            frames.SmallUpload(frames.UploadStart(job, header, digest, len(source)), source)
+        )
 
-    async def _upload(self, start: UploadStart, source: Path) -> None:
+    async def _upload(self, start: frames.UploadStart, source: Path) -> None:
         with self._of_the_session("upload"):
             while True:
                 channel = self._open()
@@ -311,7 +287,7 @@ class Session:
                 raise
             raise Offline from error
 
-    async def _inline(self, frame: SmallUpload) -> None:
+    async def _inline(self, frame: frames.SmallUpload) -> None:
         waiting = asyncio.get_running_loop().create_future()
         self._receipts[frame.start.digest] = waiting
         if not self._put(frame):
@@ -326,13 +302,13 @@ class Session:
         data = self._partial.pop(digest, bytearray())
         try:
             with self._of_the_session("download"):
-                await self._download(DownloadStart(job, what, digest, len(data)), data)
+                await self._download(frames.DownloadStart(job, what, digest, len(data)), data)
         except Offline:
             self._partial = {digest: data}
             raise
         return await asyncio.to_thread(container.from_bytes, bytes(data))
 
-    async def _download(self, start: DownloadStart, into: bytearray) -> None:
+    async def _download(self, start: frames.DownloadStart, into: bytearray) -> None:
         call = calls.DOWNLOAD
         begin: Any = self._open().unary_stream(call.path)
         stream = begin(call.takes.pack(start))
@@ -340,7 +316,7 @@ class Session:
         async for raw in stream:
             frame = call.gives.unpack(raw, sender="coordinator")
             if incoming is None:
-                if not isinstance(frame, DownloadHead) or frame.offset != start.offset:
+                if not isinstance(frame, frames.DownloadHead) or frame.offset != start.offset:
                     raise MalformedMessage(
                         "download", found="another first frame", expected="its head",
                         fault="coordinator",
@@ -360,9 +336,9 @@ async def _write(stream: Any, out: asyncio.Queue[bytes]) -> None:
         await stream.write(await out.get())
 
 
-async def _frames(start: UploadStart, path: Path) -> AsyncIterator[bytes]:
+async def _frames(start: frames.UploadStart, path: Path) -> AsyncIterator[bytes]:
     """The upload's frames, read from disk in a thread one at a time."""
     with path.open("rb") as file:
-        frames = chunks.upload(start, file)
-        while (frame := await asyncio.to_thread(next, frames, None)) is not None:
+        parts = chunks.upload(start, file)
+        while (frame := await asyncio.to_thread(next, parts, None)) is not None:
             yield frame

@@ -1,6 +1,6 @@
-"""`fed-site status`: the last status that the site's process wrote, and whether the process still runs.
+"""What the commands of a site's operator read from its folder: status, jobs, and the released model.
 
-Invariant: only status.json is read and nothing is locked, so these commands never disturb the process.
+Invariant: nothing is locked and nothing that the site's process has is changed, so these commands never disturb it.
 """
 
 import os
@@ -8,14 +8,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcore_clients.app import STATUS_FILE, require_job
-from fedcore_clients.approvals import approve_offer
+from fedcore_clients.app import RECIPE_FILE, STATUS_FILE, job_folder, require_job
+from fedcore_clients.config import SiteConfig
+from fedcore_clients.offers import approve_offer
+from fedcore_clients.state_files import StateFiles
 
 from fedcore.cli.console import ago, waiting_text
 from fedcore.errors import BadInput, Refused
-from fedcore.files import read_json
+from fedcore.files import read_json, write_atomic
+from fedcore.identity.identities import read_identity
 from fedcore.results import SiteRow
-from fedcore.types import Json
+from fedcore.secagg.protocol.schedule import released_round
+from fedcore.types import Json, SiteId
 
 STALE_SECONDS = 15.0
 """A process writes its status every second; older than this, it hangs or is gone."""
@@ -48,6 +52,54 @@ def _lives(status: Json) -> bool:
     except OSError:
         pass  # another user's process: it runs
     return True
+
+
+def export_model(config: SiteConfig, name: str, out: Path) -> Json:
+    """Write the last released model of a job, as the file that `fedcore simulate` writes: it predicts on raw rows.
+
+    Only a certified state is exported. The path, the round of training after which it was released, and its hash.
+    Raises BadInput, UnknownName, Refused, TaskFailed.
+    """
+    from fedcore.config import build_job
+    from fedcore.learning.data.split import split_from_json
+    from fedcore.learning.model import single_thread
+    from fedcore.learning.site import SiteTrainer
+    from fedcore.learning.state import JobState
+    from fedcore.learning.task import load_task
+
+    known = [path.parent.name for path in job_folder(config.folder, "").glob(f"*/{RECIPE_FILE}")]
+    require_job(name, known, "`fed-site jobs` lists the jobs this site was offered")
+    folder = job_folder(config.folder, name)
+    recipe, path = read_json(folder / RECIPE_FILE), StateFiles(folder).current
+    state = JobState.from_bytes(path.read_bytes()) if path.is_file() else None
+    done = state.done if state else None
+    if state is None or done is None or not released_round(done):
+        raise BadInput(
+            f"job {name}: found no released model at this site, expected one round to be over",
+            remedy="`fed-site status` shows how far it is",
+        )
+    allowed = config.tasks.get(recipe["task"])
+    if allowed is None:
+        raise Refused(
+            f"job {name}: found its task {recipe['task']!r} not in site.toml, expected [tasks.{recipe['task']}]",
+            remedy="the architecture comes from the task: allow it again",
+        )
+    task = load_task(allowed.task, config.base)
+    if task.digest() != recipe["task_sha256"]:
+        raise Refused(
+            f"job {name}: found {allowed.task} changed since it trained, expected sha256 "
+            f"{recipe['task_sha256']}",
+            remedy="install the version of the task that trained this model; `fed-site check` prints hashes",
+        )
+    job = build_job(recipe["settings"])
+    cap = job.protect.max_examples
+    assert cap is not None
+    split = split_from_json(config.split.of(read_identity(config.identity)))
+    with single_thread():
+        site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
+        data = site.exported(state)
+    write_atomic(out, data)
+    return {"path": str(out), "round": released_round(done), "model_sha256": state.model_sha256}
 
 
 def status_lines(status: Json) -> Iterator[str]:

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from fedcore.errors import CertificateRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
 from fedcore.identity.preflight import channel_target
-from fedcore.identity.verify import refusal_from
 from fedcore.wire import calls
 
 Q = TypeVar("Q")
@@ -36,12 +34,7 @@ def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
 
 
 def open_channel(
-    kit: Kit,
-    host: str,
-    port: int,
-    *,
-    proxy: str = "",
-    options: Sequence[tuple[str, Any]] = (),
+    kit: Kit, host: str, port: int, *, proxy: str = "", options: Sequence[tuple[str, Any]] = ()
 ) -> grpc.aio.Channel:
     """A channel to the coordinator; connecting begins with the first call.
 
@@ -51,13 +44,6 @@ def open_channel(
     """
     target, together = channel_target(host, port, proxy, options)
     return grpc.aio.secure_channel(target, channel_credentials(kit), options=together)
-
-
-def refusal(error: grpc.aio.AioRpcError) -> CertificateRefused | None:
-    """The coordinator's refusal of this call's certificate, or None where the call failed otherwise."""
-    if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
-        return None
-    return refusal_from(error.details() or "")
 
 
 async def call_unary(

@@ -10,14 +10,19 @@ reason `unable`, with its message and traceback for the site's own log.
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedcore.errors import BadInput, GuardTripped
+from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
+from fedcore.learning.state import JobState
 from fedcore.runtime.pipes import Parent
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job_messages import UNABLE
+from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Json, SiteId
 
 if TYPE_CHECKING:
@@ -55,8 +60,6 @@ class Worker:
             case "track":
                 return self._track(asked, blobs[0])
             case "export":
-                from fedcore.learning.state import JobState
-
                 site = self.sites[asked["job"]]
                 return {}, [site.exported(JobState.from_bytes(blobs[0]), public=True)]
             case "forget":
@@ -66,8 +69,6 @@ class Worker:
         raise BadInput(f"worker: found the request {asked['do']!r}")
 
     def _load(self, asked: Json) -> tuple[Json, list[bytes]]:
-        from dataclasses import asdict
-
         from fedcore.config import build_job
         from fedcore.learning.data.split import split_from_json
         from fedcore.learning.site import SiteTrainer
@@ -90,10 +91,7 @@ class Worker:
         return head, [site.initial.astype("<f4").tobytes()]
 
     def _track(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
-        from fedcore.learning.state import JobState
         from fedcore.learning.tracking import Tracker
-        from fedcore.secagg.plan import RoundPlan
-        from fedcore.secagg.protocol.schedule import PlannedRound
 
         name = asked["job"]
         if name not in self.trackers:
@@ -105,11 +103,6 @@ class Worker:
         return {"row": found}, []
 
     def _contribute(self, asked: Json, state: bytes) -> tuple[Json, list[bytes]]:
-        from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
-        from fedcore.learning.state import JobState
-        from fedcore.secagg.plan import RoundPlan
-        from fedcore.secagg.protocol.schedule import PlannedRound
-
         site = self.sites[asked["job"]]
         step = PlannedRound(asked["step"][0], asked["step"][1])
         plan = RoundPlan.from_json(asked["plan"])

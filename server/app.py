@@ -18,8 +18,7 @@ from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
-from fedcore_server.probes import Probes
-from fedcore_server.prometheus import ADDRESS, serve_metrics
+from fedcore_server.probes import ADDRESS, Probes, serve_metrics
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput

@@ -11,13 +11,12 @@ coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
 from fedcore.errors import BadInput
-from fedcore.identity.preflight import endpoint
+from fedcore.identity.preflight import CoordinatorAddress, endpoint
 from fedcore.toml import Section, read_toml
 
 OPERATOR_FILE = "operator.toml"
@@ -68,25 +67,13 @@ def read_config(path: Path) -> FederationConfig:
     return read_toml(FederationConfig, path, paths=("roster", "kit", "folder", "revoked"))
 
 
-class OperatorConfig(Section):
-    """operator.toml; `kit` is absolute."""
+class OperatorConfig(CoordinatorAddress):
+    """The coordinator that an operator calls, and the folder of the certificate."""
 
-    coordinator: str
     kit: Path
-    proxy: str = "none"
 
 
-@dataclass(frozen=True)
-class Place:
-    """The coordinator that an operator calls, and the folder of the certificate. proxy: "" for none."""
-
-    host: str
-    port: int
-    kit: Path
-    proxy: str = ""
-
-
-def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> Place:
+def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> OperatorConfig:
     """From options, else from operator.toml: `--operator`, $FEDCORE_OPERATOR, or in this folder.
 
     Raises BadInput where something is missing.
@@ -105,5 +92,5 @@ def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> 
             remedy=f"write `coordinator` and `kit` into {OPERATOR_FILE} in this folder, or name the file "
             f"with --operator or ${OPERATOR_VARIABLE}",
         )
-    host, port = endpoint(coordinator)
-    return Place(host, port, kit, "" if proxy == "none" else proxy)
+    endpoint(coordinator)
+    return OperatorConfig(coordinator=coordinator, kit=kit, proxy=proxy)

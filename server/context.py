@@ -21,15 +21,12 @@ class Links(Protocol):
 
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order."""
-        ...
 
     def say(self, site: SiteId, job: str, message: ToSite) -> None:
         """Send a record if the site has a session."""
-        ...
 
     def push(self, site: SiteId, job: str, what: str, stored: Stored) -> None:
         """Send a small file beside the record that announces it."""
-        ...
 
 
 @dataclass(frozen=True)

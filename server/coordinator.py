@@ -13,7 +13,7 @@ from collections import Counter
 
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner
-from fedcore_server.prometheus import Seen
+from fedcore_server.probes import Seen
 from fedcore_server.sessions import EVICTED, Sessions
 from fedcore_server.tls import Gate
 from fedcore_server.views import Views

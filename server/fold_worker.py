@@ -9,15 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-from fedcore.errors import (
-    BadInput,
-    ChunkRefused,
-    FedcoreError,
-    PlanRefused,
-    StoreFull,
-    StoreProblem,
-    Unavailable,
-)
+from fedcore import errors
+from fedcore.errors import ChunkRefused, FedcoreError
 from fedcore.runtime.pipes import Parent
 from fedcore.secagg.crypto import UnmaskableFold, words
 from fedcore.secagg.crypto.masking import mask_sum
@@ -29,7 +22,14 @@ from fedcore.types import Json
 _SEED_BYTES = 32
 ERRORS = {
     kind.__name__: kind
-    for kind in (BadInput, ChunkRefused, PlanRefused, StoreFull, StoreProblem, Unavailable)
+    for kind in (
+        errors.BadInput,
+        ChunkRefused,
+        errors.PlanRefused,
+        errors.StoreFull,
+        errors.StoreProblem,
+        errors.Unavailable,
+    )
 }
 """Errors of a worker that the coordinator raises again, by name."""
 

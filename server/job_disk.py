@@ -111,8 +111,6 @@ class JobDisk:
         """Header of that round."""
         self.checkpoint: Stored | None = None
 
-    # ------------------------------------------------------------------------------- reading
-
     def load(self) -> bool:
         """Read the journal into the facts, and bring spool and files in line with them.
 
@@ -180,8 +178,6 @@ class JobDisk:
         """The `sum` or the `checkpoint`."""
         return self.sum if what == "sum" else self.checkpoint
 
-    # ------------------------------------------------------------------------- the journal
-
     def put(self, values: Mapping[str, bytes]) -> None:
         """Write values: one commit."""
         self._journal.append(self._job, ROUND, (), put=values)
@@ -222,8 +218,6 @@ class JobDisk:
     def show_round(self) -> None:
         """Append the last row of a round to its file: the journal has it."""
         self._rounds.show()
-
-    # --------------------------------------------------------------------------- the spool
 
     def keep_sum(self, header: bytes, chunks: Iterable[bytes]) -> Stored:
         """Write the sum of a round."""

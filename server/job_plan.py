@@ -8,13 +8,12 @@ from functools import cached_property
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError
 from fedcore.results import MetricsRow, ReferenceGap
-from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import ModelShape, RoundPlan
 from fedcore.secagg.protocol.job.coordinator.events import PlanMade, StopRequested
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.purposes import PURPOSES
-from fedcore.secagg.scheme import Scheme, vector_of
+from fedcore.secagg.scheme import Scheme, layout_of
 from fedcore.types import SiteId
 
 
@@ -49,11 +48,6 @@ class JobPlan:
         if reference is None:
             return row
         return replace(row, reference=ReferenceGap(**reference.against(row.metrics)))
-
-
-def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
-    """How the vectors of a round with this purpose are packed."""
-    return Layout(vector_of(plan, features, purpose), plan.packing, len(plan.sites))
 
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from fedcore_server.context import CoordinatorContext, Links
 from fedcore_server.job_disk import JobDisk
-from fedcore_server.job_plan import JobPlan, layout_of
+from fedcore_server.job_plan import JobPlan
 from fedcore_server.job_sum import JobSum
 
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
@@ -29,15 +29,12 @@ from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
-from fedcore.secagg.protocol.job.coordinator.facts import (
-    RUNNING,
-    KeptFile,
-    Moment,
-)
+from fedcore.secagg.protocol.job.coordinator.facts import RUNNING, KeptFile, Moment
 from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import decode
+from fedcore.secagg.scheme import layout_of
 from fedcore.store import container
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
@@ -106,8 +103,6 @@ class JobRunner:
             _kept(disk.checkpoint), _kept(disk.sum), self.moment(),
             model=disk.has_model, restarted=restarted,
         )  # fmt: skip
-
-    # ----------------------------------------------------------------------------- the queue
 
     def put(self, event: events.SiteEvent) -> None:
         """Queue an event of a site; a job that is over handles it at once."""
@@ -222,8 +217,6 @@ class JobRunner:
                 self.facts.progress.text = text
                 self.on_change()
                 await asyncio.sleep(self.context.retry_seconds)
-
-    # --------------------------------------------------------------------------- the effects
 
     def moment(self) -> Moment:
         """Now: clock, time of day, connected sites."""

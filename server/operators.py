@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
-from fedcore_server.config import METRICS_FILE, Place
+from fedcore_server.config import METRICS_FILE, OperatorConfig
 
 from fedcore.cli.console import ago, waiting_text
 from fedcore.config import build_job, wire_settings
@@ -49,45 +49,44 @@ Row = TypeVar("Row", JobRow, MetricsRow)
 class Operator:
     """Calls with an operator's or observer's certificate."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: OperatorConfig) -> None:
         """Raises BadInput and CertificateRefused for the kit."""
         self._place, self._kit = place, Kit.load(place.kit)
         require_role(self._kit.peer, [calls.OPERATOR, calls.OBSERVER])
         self.where = authority_of(place.host, place.port)
 
     @contextmanager
-    def _channel(self) -> Iterator[grpc.Channel]:
+    def _channel(self, call: calls.Call[Any, Any]) -> Iterator[grpc.Channel]:
+        """A channel for one call. Raises FedcoreError for what grpc raises inside."""
         place, kit = self._place, self._kit
         ours = (*calls.LENGTHS, ("grpc.use_local_subchannel_pool", 1))
-        target, options = channel_target(place.host, place.port, place.proxy, ours)
+        target, options = channel_target(place.host, place.port, place.through, ours)
         credentials = grpc.ssl_channel_credentials(
             kit.authority_pem, kit.key_pem.reveal(), kit.certificate_pem
         )
         with grpc.secure_channel(target, credentials, options=options) as channel:
-            yield channel
+            try:
+                yield channel
+            except grpc.RpcError as error:
+                raise self._error(call, error) from None
 
     def ask(self, call: calls.Call[Q, R], request: Q) -> R:
         """The answer to a call. Raises FedcoreError."""
-        with self._channel() as channel:
-            try:
-                begin: Any = channel.unary_unary(call.path)
-                data = begin(call.takes.pack(request), timeout=CALL_SECONDS)
-            except grpc.RpcError as error:
-                raise self._error(call, error) from None
+        with self._channel(call) as channel:
+            begin: Any = channel.unary_unary(call.path)
+            data = begin(call.takes.pack(request), timeout=CALL_SECONDS)
         return call.gives.unpack(data, sender="coordinator")
 
     def stream(
         self, call: calls.Call[Q, R], request: Q, seconds: float | None = None
     ) -> Iterator[R]:
         """The answers to a call, in order. seconds: timeout. Raises FedcoreError."""
-        with self._channel() as channel:
+        with self._channel(call) as channel:
             begin: Any = channel.unary_stream(call.path)
             stream = begin(call.takes.pack(request), timeout=seconds)
             try:
                 for data in stream:
                     yield call.gives.unpack(data, sender="coordinator")
-            except grpc.RpcError as error:
-                raise self._error(call, error) from None
             finally:
                 stream.cancel()
 
@@ -132,7 +131,7 @@ class Operator:
         """Why there is no connection, which gRPC does not report."""
         place = self._place
         try:
-            preflight(self._kit, place.host, place.port, now=datetime.now(UTC), proxy=place.proxy)
+            preflight(self._kit, place.host, place.port, now=datetime.now(UTC), proxy=place.through)
         except BadInput as error:
             return _Away(str(error), remedy=error.remedy)
         except FedcoreError as error:
@@ -142,9 +141,6 @@ class Operator:
 
 class _Away(BadInput):
     """The coordinator cannot be reached now."""
-
-
-# --------------------------------------------------------------------------------- submitting
 
 
 def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.SubmitRequest:
@@ -158,9 +154,6 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     complete = wire_settings(build_job(task.defaults, tables, settings))
     about = frames.json_bytes({"settings": complete})
     return frames.SubmitRequest(toml, task.name, task.digest(), about)
-
-
-# --------------------------------------------------------------------------------- results
 
 
 def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
@@ -205,9 +198,6 @@ def _rows(path: Path, kind: type[Row]) -> list[Row]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return [kind.from_json(json.loads(line)) for line in lines]
-
-
-# --------------------------------------------------------------------------------- text
 
 
 def round_text(row: JobRow, rounds: int) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedcore_server.context import CoordinatorContext
-from fedcore_server.prometheus import Counts
+from fedcore_server.probes import Counts
 from fedcore_server.tls import Gate, ServicerContext, refuse
 
 from fedcore.errors import CertificateRefused
@@ -174,8 +174,6 @@ class Sessions:
         data = calls.SESSION.gives.pack(frame)
         for session in list(self.open.values()):
             session.put_packed(data)
-
-    # ------------------------------------------------------------------------------ for the jobs
 
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order; membership tests are constant time."""

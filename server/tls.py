@@ -37,10 +37,6 @@ from fedcore.identity.verify import printable, refusal_text
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 """Otherwise a second coordinator could bind the same port and take half of the sites."""
 
-LOOPBACK = ("127.0.0.1", "::1")
-EVERYWHERE = ("::",)
-"""IPv6 and IPv4; gRPC falls back to IPv4 where a machine has no IPv6."""
-
 TLS_VERSION = "TLSv1.3"
 
 ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -63,13 +59,14 @@ def bind(
     server: grpc.aio.Server,
     credentials: grpc.ServerCredentials,
     *,
-    hosts: Sequence[str] = EVERYWHERE,
+    hosts: Sequence[str] = ("::",),
     port: int = 0,
 ) -> tuple[int, tuple[str, ...]]:
     """Bind every address to one port (0: a free one); the port, and the addresses it is bound to.
 
-    hosts: IP addresses. `::1` is left out on a machine without IPv6 if another address is bound; any other failure
-    raises BadInput. `server` must have been made with SERVER_OPTIONS.
+    hosts: IP addresses; `::` is IPv6 and IPv4, or IPv4 alone on a machine without IPv6. `::1` is left out on such a
+    machine if another address is bound; any other failure raises BadInput. `server` must have been made with
+    SERVER_OPTIONS.
     """
     bound: list[str] = []
     for host in hosts:

@@ -24,15 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedcore.errors import BadInput
 from fedcore.files import write_atomic
-from fedcore.identity.kit import (
-    AUTHORITY_FILE,
-    CERTIFICATE_FILE,
-    KEY_FILE,
-    Kit,
-    key_pem,
-    read_key,
-    write_private,
-)
+from fedcore.identity import kit
 from fedcore.identity.peer import check_name, identity_uri, read_certificate
 from fedcore.secagg.crypto.secret import SecretBytes
 
@@ -54,16 +46,16 @@ class Issued:
     authority_pem: bytes
     key_pem: SecretBytes
 
-    def save(self, folder: Path) -> Kit:
+    def save(self, folder: Path) -> kit.Kit:
         """Write the three files of a kit; the key is readable by its owner only.
 
         Raises AlreadyExists if the folder has a key, BadInput if it cannot be written.
         """
         _make(folder)
-        write_private(folder / KEY_FILE, self.key_pem)  # first: it refuses an existing key
-        write_atomic(folder / CERTIFICATE_FILE, self.certificate_pem)
-        write_atomic(folder / AUTHORITY_FILE, self.authority_pem)
-        return Kit.load(folder)
+        kit.write_private(folder / kit.KEY_FILE, self.key_pem)  # first: it refuses an existing key
+        write_atomic(folder / kit.CERTIFICATE_FILE, self.certificate_pem)
+        write_atomic(folder / kit.AUTHORITY_FILE, self.authority_pem)
+        return kit.Kit.load(folder)
 
 
 @dataclass(frozen=True)
@@ -133,22 +125,22 @@ class Authority:
         ):
             builder = builder.add_extension(extension, critical=False)
         certificate = builder.sign(self.key, hashes.SHA256())
-        return Issued(_pem(certificate), self.certificate_pem, key_pem(key))
+        return Issued(_pem(certificate), self.certificate_pem, kit.key_pem(key))
 
     def save(self, folder: Path) -> None:
         """Write `authority.pem` and `key.pem`. Raises AlreadyExists, BadInput."""
         _make(folder)
-        write_private(folder / KEY_FILE, key_pem(self.key))
-        write_atomic(folder / AUTHORITY_FILE, self.certificate_pem)
+        kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key))
+        write_atomic(folder / kit.AUTHORITY_FILE, self.certificate_pem)
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
         """Read what `save` wrote. Raises BadInput, CertificateRefused."""
-        key = read_key(folder / KEY_FILE)
+        key = kit.read_key(folder / kit.KEY_FILE)
         try:
-            certificate = read_certificate((folder / AUTHORITY_FILE).read_bytes())
+            certificate = read_certificate((folder / kit.AUTHORITY_FILE).read_bytes())
         except OSError as error:
-            raise BadInput(f"{folder / AUTHORITY_FILE}: {error.strerror}") from error
+            raise BadInput(f"{folder / kit.AUTHORITY_FILE}: {error.strerror}") from error
         names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or (
             key.public_key() != certificate.public_key()

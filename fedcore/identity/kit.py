@@ -44,15 +44,9 @@ class Kit:
 
     @classmethod
     def load(cls, folder: Path) -> Kit:
-        """A kit under the file names that `Issued.save` gives. Raises BadInput, CertificateRefused."""
-        certificate = folder / CERTIFICATE_FILE
-        return cls.read(
-            authority=folder / AUTHORITY_FILE, certificate=certificate, key=folder / KEY_FILE
-        )
-
-    @classmethod
-    def read(cls, *, authority: Path, certificate: Path, key: Path) -> Kit:
-        """A kit from three files. Raises BadInput, CertificateRefused, each naming the file."""
+        """The kit in a folder. Raises BadInput, CertificateRefused, each naming the file."""
+        authority, certificate = folder / AUTHORITY_FILE, folder / CERTIFICATE_FILE
+        key = folder / KEY_FILE
         private = read_key(key)
         authority_pem, certificate_pem = _bytes(authority), _bytes(certificate)
         for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):

@@ -20,6 +20,7 @@ from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, Peer, require_role
 from fedcore.identity.verify import check_certificate, fingerprint
+from fedcore.toml import Section
 
 TIMEOUT = 5.0
 """Seconds for each step of `preflight`."""
@@ -117,6 +118,28 @@ def endpoint(text: str, what: str = "coordinator") -> tuple[str, int]:
         )
     authority_of(bare, int(port))
     return bare, int(port)
+
+
+class CoordinatorAddress(Section):
+    """How a file names the coordinator. proxy: a URL, or "none"."""
+
+    coordinator: str
+    proxy: str = "none"
+
+    @property
+    def host(self) -> str:
+        """Name or address of the coordinator."""
+        return endpoint(self.coordinator)[0]
+
+    @property
+    def port(self) -> int:
+        """Its port."""
+        return endpoint(self.coordinator)[1]
+
+    @property
+    def through(self) -> str:
+        """The proxy's URL, or "" for none."""
+        return "" if self.proxy == "none" else self.proxy
 
 
 def authority_of(host: str, port: int) -> str:

@@ -29,7 +29,7 @@ from fedcore.secagg.crypto.sealed import open_checkpoint, open_notice, seal_chec
 from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_mac, state_tag
 from fedcore.secagg.encode.bitpack import packed_size
 from fedcore.secagg.encode.pack import Layout, Opened
-from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
+from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.purposes import purpose_of
 from fedcore.store.container import vector_digest
@@ -145,9 +145,9 @@ def revealed(masks: Iterable[effects.Mask]) -> Masks:
     return tuple((seed.reveal(), sign) for seed, sign in masks)
 
 
-def vector_of(plan: RoundPlan, features: int, purpose: str) -> VectorSpec:
-    """What the vectors of a round hold, by the round's purpose."""
-    return purpose_of(purpose).vector(plan, features)
+def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
+    """How the vectors of a round are packed, by the round's purpose."""
+    return Layout(purpose_of(purpose).vector(plan, features), plan.packing, len(plan.sites))
 
 
 def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:

@@ -90,9 +90,6 @@ def _names(codec: Codec[Any]) -> str:
     return " or ".join(form.frame.__name__ for form in codec.forms.values())
 
 
-# ------------------------------------------------------------------------------------ one frame
-
-
 def _write(frame: Any, form: Form[Any]) -> bytes:
     if form.message is None:
         (only,) = _rules(form.frame)
@@ -161,9 +158,6 @@ def _check_version(message: Any, cls: type[Any], sender: str) -> None:
         sender,
         remedy="install the same version of Fedcore on both sides",
     )
-
-
-# ------------------------------------------------------------------------------------ one field
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from deployment import HUB, deployment, small_task
 from fedcore_clients.config import read_config
-from fedcore_clients.export import export_model
 from fedcore_clients.job_work import JobWork
+from fedcore_clients.status import export_model
 from fedcore_clients.trainer import TrainingFailed
 from fedcore_server.job_disk import MODEL_FILE, JobDisk
 from fedcore_server.operators import write_report

@@ -147,7 +147,7 @@ def install(folder):
     from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
     from fedcore.secagg.protocol.round import coordinator
     from fedcore.secagg.protocol.schedule import PlannedRound
-    from fedcore.secagg.scheme import Scheme, vector_of
+    from fedcore.secagg.scheme import Scheme, layout_of
 
     folder = Path(folder)
     switches(folder, [SETTINGS])  # its plan is the one that its sites find
@@ -274,13 +274,11 @@ def install(folder):
         def write_down(self):
             """The sum, if it can be opened here."""
             from fedcore.secagg.crypto.masked import MaskedSealer
-            from fedcore.secagg.encode.pack import Layout
             from fedcore.store import container
 
             header, plan = self.facts.stage.header, self.facts.plan
             chunks = list(container.read(self.disk.sum.path))
-            spec = vector_of(plan, self.facts.features, header.purpose)
-            layout = Layout(spec, plan.packing, len(plan.sites))
+            layout = layout_of(plan, self.facts.features, header.purpose)
             if plan.protection == "masked":
                 sealer = MaskedSealer(plan.packing)
             elif self.attack.key:

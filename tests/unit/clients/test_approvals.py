@@ -8,8 +8,7 @@ import stat
 from dataclasses import replace
 
 import pytest
-from fedcore_clients import approvals
-from fedcore_clients.approvals import approve_offer, is_approved, offer_digest
+from fedcore_clients.offers import APPROVALS, approve_offer, is_approved, offer_digest
 from fedcore_clients.status import approve, jobs_lines, status_lines
 from support.deployed_jobs import loaded, site_job, submitted
 from support.policies import begin
@@ -74,7 +73,7 @@ def test_it_is_of_one_offer_and_not_of_another_under_its_id(tmp_path):
 
 
 def test_its_file_is_for_this_user_only(tmp_path):
-    path = tmp_path / approvals.FOLDER / "job.json"
+    path = tmp_path / APPROVALS / "job.json"
     approve_offer(tmp_path, "job", "0" * 64)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -122,7 +121,7 @@ def written(folder, *rows):
 def test_a_job_is_approved_while_no_process_runs(tmp_path):
     written(tmp_path, row(), row("j2"))
     assert approve(tmp_path, "j1")["leaves"] == ["update: y"]
-    assert [path.name for path in (tmp_path / approvals.FOLDER).iterdir()] == ["j1.json"]
+    assert [path.name for path in (tmp_path / APPROVALS).iterdir()] == ["j1.json"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_what_cannot_be_approved_says_why_and_what_to_do(tmp_path, rows, error, 
     with pytest.raises(error) as caught:
         approve(tmp_path, "j1")
     assert said in f"{caught.value} {caught.value.remedy}" and caught.value.remedy
-    assert not (tmp_path / approvals.FOLDER).exists()
+    assert not (tmp_path / APPROVALS).exists()
 
 
 def test_jobs_and_status_show_every_state(tmp_path):

@@ -93,13 +93,18 @@ def test_where_an_operator_s_calls_go(written, monkeypatch, tmp_path):
         hub.find_place("h:1", None, None)
     path = written("op.toml", 'coordinator = "hub:7443"\nkit = "mine"\nproxy = "http://p:3128"\n')
     named = hub.find_place(None, None, path)
-    assert named == hub.Place("hub", 7443, path.parent / "mine", "http://p:3128")
+    assert named == hub.OperatorConfig(
+        coordinator="hub:7443", kit=path.parent / "mine", proxy="http://p:3128"
+    )
+    assert (named.host, named.port, named.through) == ("hub", 7443, "http://p:3128")
     assert hub.find_place("other:1", None, path).host == "other"
     monkeypatch.setenv(hub.OPERATOR_VARIABLE, str(path))
     assert hub.find_place(None, None, None) == named
     monkeypatch.delenv(hub.OPERATOR_VARIABLE)
     (tmp_path / "operator.toml").write_text('coordinator = "here:1"\nkit = "k"\n')
-    assert hub.find_place(None, None, None) == hub.Place("here", 1, tmp_path / "k")
+    assert hub.find_place(None, None, None) == hub.OperatorConfig(
+        coordinator="here:1", kit=tmp_path / "k"
+    )
 
 
 def test_clocks_and_versions_at_both_ends():

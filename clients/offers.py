@@ -1,19 +1,32 @@
-"""What a site makes of an offer: its job, the plan that follows from it, and the lines that an operator reads."""
+"""What a site makes of an offer: its job, its plan, the lines that an operator reads, and the operator's approval.
 
-from __future__ import annotations
+Where `jobs = "ask"`, `fed-site approve` writes one small file for each approved job and the running process polls
+for it, so neither waits for the other. Invariant: a file approves one offer, by its SHA-256, and no other offer under
+the same id. Files are written atomically, for this user only.
+"""
 
+import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 from fedcore.config import Job, build_job, plan_of, read_settings
 from fedcore.errors import FedcoreError
+from fedcore.files import read_json, write_json
 from fedcore.learning.state import JobState
 from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job.site.effects import Surveyed
 from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.protocol.wire_form import encode
 from fedcore.secagg.scheme import Scheme
+from fedcore.store.disk import close_to_others, make_folder, sync_folder
 from fedcore.types import SiteId
+
+APPROVALS = "approvals"
+"""The folder of approvals in a site's folder."""
 
 
 def job_of(offer: JobOffer) -> Job:
@@ -57,7 +70,7 @@ class About:
         return [f"label: {line}" for line in self.label] + [f"leaves: {x}" for x in self.leaves]
 
     @classmethod
-    def of(cls, offer: JobOffer, sites: Sequence[SiteId]) -> About:
+    def of(cls, offer: JobOffer, sites: Sequence[SiteId]) -> Self:
         """Label and list of what leaves, from settings and roster only."""
         try:
             asked = job_of(offer)
@@ -65,3 +78,27 @@ class About:
         except FedcoreError:  # it is refused, with the reason
             return cls()
         return cls(terms.protection, label_of(terms).splitlines(), leaving_of(asked, terms))
+
+
+def offer_digest(offer: JobOffer) -> str:
+    """SHA-256 over an offer: id, task, the task's hash, settings."""
+    return hashlib.sha256(encode(offer)).hexdigest()
+
+
+def _path(folder: Path, job: str) -> Path:
+    return folder / APPROVALS / f"{job}.json"
+
+
+def is_approved(folder: Path, offer: JobOffer) -> bool:
+    """Whether exactly this offer was approved. Raises BadInput for a file that cannot be read."""
+    path = _path(folder, offer.job)
+    return path.is_file() and read_json(path).get("offer") == offer_digest(offer)
+
+
+def approve_offer(folder: Path, job: str, digest: str) -> None:
+    """Approve the offer of this id and digest; durable on return. Raises StoreProblem."""
+    path = _path(folder, job)
+    make_folder(path.parent)
+    close_to_others(folder, (APPROVALS,))
+    write_json(path, {"job": job, "offer": digest, "approved": time.time()})
+    sync_folder(path.parent)
