@@ -64,6 +64,7 @@ class Link(Protocol):
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
         """The chunks of a sum or checkpoint. Raises Offline without a session."""
+        ...
 
 
 class Contributor(Protocol):
@@ -71,18 +72,22 @@ class Contributor(Protocol):
 
     async def load(self, job: str, settings: Json, task: str, digest: str, /) -> Loaded:
         """Find the task, load the rows, build the model. Raises TrainingFailed."""
+        ...
 
     async def contribute(
         self, job: str, plan: RoundPlan, step: PlannedRound, state: JobState, record: GuardRecord, /
     ) -> Contribution:
         """The content of one vector; the guard of `record` judges the state first, and its memory is
         replaced. Raises TrainingFailed and GuardTripped."""
+        ...
 
     async def track(self, job: str, plan: RoundPlan, asked: Track, /) -> SiteRow | None:
         """The accuracy after a release, None where there is nothing to measure. Raises TrainingFailed."""
+        ...
 
     async def export(self, job: str, state: JobState, /) -> bytes:
         """The file of a model that is given away: the same bytes at every site. Raises TrainingFailed."""
+        ...
 
     async def forget(self, job: str, /) -> None:
         """Free what is held of a job that is over."""

@@ -21,6 +21,7 @@ class Links(Protocol):
 
     def connected(self) -> Collection[SiteId]:
         """Sites with a session now, in roster order."""
+        ...
 
     def say(self, site: SiteId, job: str, message: ToSite) -> None:
         """Send a record if the site has a session."""
