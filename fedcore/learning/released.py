@@ -2,85 +2,96 @@
 
 Invariant: a function of the plan, the state before and the integers alone, in float64 operations that
 round alike everywhere (PROTOCOL F), so that all sites sign the same next state (PROTOCOL R).
+
+What no honest vectors can add up to is refused first (PROTOCOL U): a dishonest site can put any integers into
+its fields, and the sum tag holds for them, since it proves whose vectors were added and not what was in them.
+The opened integers are compared with public caps, so that an impossible sum is one uniform refusal at every
+site instead of NaN, a crash or a hang at some.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedcore.errors import ImpossibleSum
 from fedcore.learning.adaptive_range import MOST_GROWTH, calibrated_bound, next_bound
-from fedcore.learning.data.statistics import (
-    Column,
-    Statistics,
-    finish_statistics,
-    statistics_vector,
-)
-from fedcore.learning.optimisers import ServerState, apply_update, largest_step
-from fedcore.learning.possible import (
-    check_counts,
-    check_finite,
-    check_possible,
-    check_powers,
-    check_statistics,
-)
+from fedcore.learning.data import statistics
+from fedcore.learning.optimisers import apply_update, largest_step
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.encode.quantise import dequantise
-from fedcore.secagg.plan import EXCEEDS, RoundPlan
+from fedcore.secagg.plan import EXCEEDS, RoundPlan, VectorSpec
+from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.learning.state import JobState
 
 
-def finished(
-    plan: RoundPlan,
-    columns: Sequence[Column],
-    opened: Opened,
-    contributors: int,
-    *,
-    allow_few_sites: bool,
-) -> Statistics:
-    """Means and spreads, from the sums of a `statistics` vector. contributors: sites in the sum.
+@dataclass(frozen=True)
+class OpenedSum:
+    """An opened sum, and what it takes to make a state of it.
+
+    survivors: the sites in the sum. columns: those of federated statistics. allow_few_sites: whether a
+    column that fewer than 3 sites have is taken.
+    """
+
+    opened: Opened
+    survivors: Sequence[SiteId]
+    columns: Sequence[statistics.Column] = ()
+    allow_few_sites: bool = False
+
+
+def standardised(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    """The state with means and spreads, from the sums of a `statistics` vector.
 
     Raises ImpossibleSum, and Refused for a column of too few sites unless they are allowed.
     """
-    names, ranges = [each[0] for each in columns], [(each[1], each[2]) for each in columns]
-    spec = statistics_vector(len(names), plan.max_examples)
-    check_possible(plan, spec, opened, contributors, check_statistics)
-    return finish_statistics(names, ranges, opened.wides, allow_few_sites=allow_few_sites)
+    spec = statistics.statistics_vector(len(found.columns), plan.max_examples)
+    check_possible(plan, spec, found, _check_statistics)
+    names, ranges = [name for name, *_ in found.columns], [(a, b) for _, a, b in found.columns]
+    made = statistics.finish_statistics(
+        names, ranges, found.opened.wides, allow_few_sites=found.allow_few_sites
+    )
+    return replace(state, statistics=made)
 
 
-def calibrated(
-    plan: RoundPlan, state: ServerState, opened: Opened, contributors: int
-) -> ServerState:
-    """The state with R_0, from the sums of a `range` vector. contributors: sites in the sum.
-
-    Raises ImpossibleSum.
-    """
-    check_possible(plan, plan.range_vector, opened, contributors, check_powers)
-    values = contributors * plan.coordinates
-    found = calibrated_bound(opened.wides["exceeding"], values, plan.range)
-    return replace(state, bound=found, first_bound=found)
+def calibrated(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    """The state with R_0, from the sums of a `range` vector. Raises ImpossibleSum."""
+    check_possible(plan, plan.range_vector, found, _check_powers)
+    values = len(found.survivors) * plan.coordinates
+    bound = calibrated_bound(found.opened.wides["exceeding"], values, plan.range)
+    return replace(state, server=replace(state.server, bound=bound, first_bound=bound))
 
 
-def applied(plan: RoundPlan, state: ServerState, opened: Opened, contributors: int) -> ServerState:
-    """The state after an `update` vector: dequantise, weighted mean, server step, range.
-
-    contributors: sites in the sum. Raises ImpossibleSum.
-    """
-    check_possible(plan, plan.update_vector, opened, contributors, check_counts)
-    sums = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
+def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    """The state after an `update` vector: dequantise, weighted mean, server step, range. Raises ImpossibleSum."""
+    check_possible(plan, plan.update_vector, found, _check_counts)
+    server, opened, contributors = state.server, found.opened, len(found.survivors)
+    sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
-    moved = apply_update(state, mean, plan.parameters, plan.server)
+    moved = apply_update(server, mean, plan.parameters, plan.server)
     bound = next_bound(
-        state.bound,
+        server.bound,
         opened.wides["over_range"][0],
         opened.wides["over_half_range"][0],
         contributors * plan.coordinates,
         plan.range,
-        first=state.first_bound,
+        first=server.first_bound,
         sites=sum(opened.wides[EXCEEDS]),
     )
     with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
         check_finite([moved.model, *moved.moments.values()])
-    return replace(moved, bound=bound)
+    return replace(state, server=replace(moved, bound=bound))
+
+
+def measured(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
+    """The same state, after the sums of a `metrics` vector. Raises ImpossibleSum."""
+    check_possible(plan, plan.metrics_vector, found)
+    return state
 
 
 def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
@@ -94,3 +105,90 @@ def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
     )
     mean = bound * plan.max_examples / plan.weight_step
     return largest_step(plan.server, mean), mean
+
+
+# --------------------------------------------------------------------- what a sum can be
+
+
+def check_possible(
+    plan: RoundPlan,
+    spec: VectorSpec,
+    found: OpenedSum,
+    then: Callable[[Opened], None] = lambda _: None,
+) -> None:
+    """Raise ImpossibleSum where no vectors of so many honest sites have this sum.
+
+    spec: what the vectors hold. Checked: every coordinate within sites * R; every wide integer within sites
+    times its cap; and what `then` checks of this kind of vector.
+    """
+    opened, contributors = found.opened, len(found.survivors)
+    coordinates, top = opened.coordinates, (1 << plan.packing.bits) - 1
+    if len(coordinates):
+        low, high = int(coordinates.min()), int(coordinates.max())
+        if low < contributors or high > contributors * top:
+            expected = f"{contributors} to {contributors * top}"
+            raise _impossible("coordinates", f"one from {low} to {high}", expected)
+    for wide in spec.wides:
+        most = contributors * _cap(plan, wide.name, wide.bits)
+        largest = max(opened.wides[wide.name], default=0)
+        if largest > most:
+            raise _impossible(wide.name, largest, f"at most {most}")
+    then(opened)
+
+
+def _cap(plan: RoundPlan, name: str, bits: int) -> int:
+    """The largest honest value of one site: the public cap that its bits were made of, where it is known."""
+    if bits == plan.weight_bits:
+        return plan.max_examples
+    if name in {"over_range", "over_half_range", "exceeding"}:
+        return plan.coordinates
+    return (1 << bits) - 1
+
+
+def _check_counts(opened: Opened) -> None:
+    """Of an update: the weight at least 1, and not more coordinates over R than over R / 2."""
+    wides = opened.wides
+    if wides["weight"][0] < 1:
+        raise _impossible("weight", wides["weight"][0], "at least 1")
+    over, over_half = wides["over_range"][0], wides["over_half_range"][0]
+    if over > over_half:
+        raise _impossible("over_range", over, f"at most over_half_range, {over_half}")
+
+
+def _check_powers(opened: Opened) -> None:
+    """Of a calibration: counts that decrease over the powers of two."""
+    counts = opened.wides["exceeding"]
+    if any(later > earlier for earlier, later in pairwise(counts)):
+        raise _impossible("exceeding", "a count that grows", "fewer beyond larger powers of two")
+
+
+def _check_statistics(opened: Opened) -> None:
+    """Of statistics, v in [0, top] for each observed row: S1 <= n top, S2 <= top S1, and Cauchy-Schwarz."""
+    top, wides = (1 << statistics.FIXED_POINT_BITS) - 1, opened.wides
+    for count, total, squares, sites, clipped in zip(
+        *(wides[n] for n in statistics.SUMS), strict=True
+    ):
+        for holds, found, expected in (
+            (
+                count >= statistics.MIN_OBSERVED * sites,
+                f"{count} rows",
+                f"{statistics.MIN_OBSERVED} a site",
+            ),
+            (sites or not count, f"{count} rows of no site", "none"),
+            (total <= count * top, f"S1 = {total}", f"at most {count * top}"),
+            (squares <= total * top, f"S2 = {squares}", f"at most {total * top}"),
+            (count * squares >= total * total, "n S2 < S1^2", "n S2 >= S1^2"),
+            (clipped <= count, f"{clipped} clipped", f"at most {count}"),
+        ):
+            if not holds:
+                raise _impossible("statistics", found, expected)
+
+
+def check_finite(vectors: Sequence[np.ndarray[tuple[int], np.dtype[np.floating]]]) -> None:
+    """Raise ImpossibleSum for a state with NaN or infinity."""
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise _impossible("state", "NaN or infinity", "finite numbers")
+
+
+def _impossible(what: str, found: object, expected: object) -> ImpossibleSum:
+    return ImpossibleSum(f"sum: {what}", found=found, expected=expected, fault="a site in the sum")

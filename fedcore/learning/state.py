@@ -19,10 +19,11 @@ from safetensors.numpy import load, save
 from fedcore.errors import BadInput
 from fedcore.learning.data.statistics import Column, Statistics
 from fedcore.learning.optimisers import ServerState, init_state
+from fedcore.learning.released import OpenedSum
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.secagg.purposes import OpenedSum, purpose_of
+from fedcore.secagg.purposes import purpose_of
 from fedcore.types import FloatVector, SiteId
 
 _META = "fedcore"
@@ -99,8 +100,8 @@ class JobState:
         """The state that the sum of a step's vectors leads to; the arguments are those of `OpenedSum`. Raises
         ImpossibleSum, and Refused for statistics of too few sites."""
         purpose = purpose_of(step.purpose)
-        found = OpenedSum(opened, survivors, columns, allow_few_sites)
-        moved = replace(purpose.apply(plan, self, found), done=step)
+        found = purpose.apply(plan, self, OpenedSum(opened, survivors, columns, allow_few_sites))
+        moved = replace(found, done=step)
         return moved.showing(plan, opened, survivors) if purpose.measures else moved
 
     def to_bytes(self) -> bytes:

@@ -8,16 +8,13 @@ writes: a purpose asks the site for what it computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedcore.errors import UnknownName
-from fedcore.learning.data.statistics import Column, statistics_vector
-from fedcore.learning.possible import check_possible
-from fedcore.learning.released import applied, calibrated, finished
-from fedcore.secagg.encode.pack import Opened
+from fedcore.learning.data.statistics import statistics_vector
+from fedcore.learning.released import OpenedSum, applied, calibrated, measured, standardised
 from fedcore.secagg.plan import RoundPlan, VectorSpec
-from fedcore.types import SiteId
 
 if TYPE_CHECKING:
     from fedcore.config import Job
@@ -26,20 +23,6 @@ if TYPE_CHECKING:
     from fedcore.secagg.label import Terms
     from fedcore.secagg.protocol.schedule import PlannedRound
     from fedcore.types import Contribution
-
-
-@dataclass(frozen=True)
-class OpenedSum:
-    """An opened sum, and what it takes to make a state of it.
-
-    survivors: the sites in the sum. columns: those of federated statistics. allow_few_sites: whether a
-    column that fewer than 3 sites have is taken.
-    """
-
-    opened: Opened
-    survivors: Sequence[SiteId]
-    columns: Sequence[Column] = ()
-    allow_few_sites: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,32 +57,6 @@ class Purpose:
 _TEST = "the sums of this site's metrics on its test rows"
 
 
-def _standardise(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
-    made = finished(
-        plan,
-        found.columns,
-        found.opened,
-        len(found.survivors),
-        allow_few_sites=found.allow_few_sites,
-    )
-    return replace(state, statistics=made)
-
-
-def _calibrate(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
-    server = calibrated(plan, state.server, found.opened, len(found.survivors))
-    return replace(state, server=server)
-
-
-def _update(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
-    server = applied(plan, state.server, found.opened, len(found.survivors))
-    return replace(state, server=server)
-
-
-def _measure(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
-    check_possible(plan, plan.metrics_vector, found.opened, len(found.survivors))
-    return state
-
-
 def _times(rounds: int) -> str:
     return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
 
@@ -112,7 +69,7 @@ PURPOSES = {
             rounds=lambda plan, columns: range(1 if columns else 0),
             vector=lambda plan, columns: statistics_vector(columns, plan.max_examples),
             contribute=lambda site, plan, step, state: site.statistics(),
-            apply=_standardise,
+            apply=standardised,
             leaving=lambda job, terms: (
                 "statistics (one sum): for each column of the task the count, sum and sum of squares of "
                 "this site's training rows, and of how many sites they are"
@@ -127,7 +84,7 @@ PURPOSES = {
             rounds=lambda plan, columns: range(1 if plan.range.start is None else 0),
             vector=lambda plan, columns: plan.range_vector,
             contribute=lambda site, plan, step, state: site.exceeding(plan, state),
-            apply=_calibrate,
+            apply=calibrated,
             leaving=lambda job, terms: (
                 "range (one sum): how many coordinates of this site's first update exceed each of 24 "
                 "powers of two"
@@ -141,7 +98,7 @@ PURPOSES = {
             rounds=lambda plan, columns: range(1, plan.rounds + 1),
             vector=lambda plan, columns: plan.update_vector,
             contribute=lambda site, plan, step, state: site.update(plan, step, state),
-            apply=_update,
+            apply=applied,
             leaving=lambda job, terms: (
                 f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
                 "model, the number of training rows, how many coordinates exceed the range, and "
@@ -155,7 +112,7 @@ PURPOSES = {
             rounds=lambda plan, columns: range(plan.rounds + 1, plan.rounds + 2),
             vector=lambda plan, columns: plan.metrics_vector,
             contribute=lambda site, plan, step, state: site.metrics(step, state),
-            apply=_measure,
+            apply=measured,
             leaving=lambda job, terms: f"metrics (one sum, after the last round): {_TEST}",
             measures=True,
         ),

@@ -9,7 +9,7 @@ from town import SITES, scene
 from fedcore.config import build_job, plan_of
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.model import single_thread
-from fedcore.learning.possible import check_possible
+from fedcore.learning.released import check_possible
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
@@ -27,7 +27,7 @@ def vector(plan, columns=0):
 
 
 def keep(plan, state, found):
-    check_possible(plan, vector(plan), found.opened, len(found.survivors))
+    check_possible(plan, vector(plan), found)
     seen.append(found.opened.wides)
     return state
 

@@ -8,7 +8,7 @@ it is one patient. Everything but the lying sites is the real simulation with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +19,9 @@ from fedcore.experiment.advance import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data import heart
 from fedcore.learning.site import SiteTrainer
-from fedcore.secagg import purposes
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.encode.quantise import dequantise
+from fedcore.secagg.purposes import PURPOSES
 
 OLDEST = 77
 """Years of the oldest patient of the four hospitals; every age from 28 on occurs."""
@@ -82,12 +82,15 @@ def steer(
         _LyingSite(attack, site) if index in asked.liars else site
         for index, site in enumerate(federation.sites)
     ]
-    real_applied = purposes.applied
+    update = PURPOSES["update"]
 
-    def applied(plan_: Any, state: Any, opened: Any, contributors: int) -> Any:
-        attack.total = dequantise(opened.coordinates, plan.packing.bits, state.bound, contributors)
+    def applied(plan_: Any, state: Any, found: Any) -> Any:
+        opened, bound = found.opened, state.server.bound
+        attack.total = dequantise(
+            opened.coordinates, plan.packing.bits, bound, len(found.survivors)
+        )
         attack.weight = opened.wides["weight"][0]
-        return real_applied(plan_, state, opened, contributors)
+        return update.apply(plan_, state, found)
 
     real_join = Layout._join
 
@@ -103,7 +106,7 @@ def steer(
         return data
 
     monkeypatch.setattr(Layout, "_join", join)
-    monkeypatch.setattr(purposes, "applied", applied)
+    monkeypatch.setitem(PURPOSES, "update", replace(update, apply=applied))
     while not federation.purpose.trains:
         federation.advance()
     for round_ in range(1, asked.rounds + 1):
@@ -132,7 +135,7 @@ class _Attack:
     def __init__(self, asked: Steering, prepared: Any) -> None:
         self.asked, self.prepared, self.plan = asked, prepared, prepared.plan
         self.size = self.plan.parameters
-        names = list(prepared.layout.columns)
+        names = list(prepared.federation.sites[0].layout.columns)
         self.age = names.index("age")
         ages = np.unique(np.concatenate([s.train.x[:, self.age].numpy() for s in prepared.sites]))
         self.year = float(np.diff(ages.astype(np.float64)).min())

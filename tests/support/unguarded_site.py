@@ -128,10 +128,7 @@ RULES = {
             lambda _: lambda found: f"round {found.header.round}",
         ),
     ],
-    IMPOSSIBLE: [
-        (f"fedcore.{module}", "check_possible", _nothing)
-        for module in ("learning.released", "secagg.purposes")
-    ],
+    IMPOSSIBLE: [("fedcore.learning.released", "check_possible", _nothing)],
     UNIFORM: [("fedcore_clients.job_work", "JobWork.open_sum", _silent)],
 }
 """Name -> the functions that hold the rule, as (module, attribute, what makes another one of each)."""

@@ -15,7 +15,8 @@ from fedcore.learning.adaptive_range import (
 )
 from fedcore.learning.adaptive_range import next_bound as rule
 from fedcore.learning.optimisers import init_state
-from fedcore.learning.released import applied
+from fedcore.learning.released import OpenedSum, applied
+from fedcore.learning.state import JobState
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import (
     EXCEEDS,
@@ -147,8 +148,8 @@ def test_a_release_widens_the_range_where_two_sites_put_the_mark_and_not_for_one
         "t", "0" * 64, ("a", "b", "c", "d"), "masked", solve_packing(8, 4, "masked"), 5, 0, 64, 3,
         TrainPlan(), ServerPlan(), RangePlan(start=0.5),
     )  # fmt: skip
-    state = init_state(np.zeros(5, dtype=np.float32), 5, plan.server, 0.5)
+    state = JobState(init_state(np.zeros(5, dtype=np.float32), 5, plan.server, 0.5))
     wides = {"weight": [4 * 64], "over_range": [8], "over_half_range": [8]}
     for marks, bound in (([1, 0, 0, 0], 0.5), ([1, 1, 0, 0], 1.0)):
         opened = Opened(np.full(5, 4 * 128, dtype=np.uint64), wides | {EXCEEDS: marks})
-        assert applied(plan, state, opened, 4).bound == bound
+        assert applied(plan, state, OpenedSum(opened, plan.sites)).server.bound == bound
