@@ -172,7 +172,7 @@ class Ledger:
         return header in self._entries
 
     def rows_key(self, digest: str) -> str:
-        """The key of entries of these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/digest.py`)."""
+        """The key of entries of these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/rows.py`)."""
         return hmac.new(self._key, bytes.fromhex(digest), hashlib.sha256).hexdigest()
 
     def __iter__(self) -> Iterator[Exposure]:

@@ -18,7 +18,7 @@ def check_task(prepared: Prepared) -> Json:
     sites: Json = {}
     initial, train = prepared.flat.read(), prepared.plan.train
     with single_thread():
-        for site in prepared.sites:
+        for site, loaded in zip(prepared.sites, prepared.loaded, strict=True):
             prepared.flat.write(initial)
             batch = np.arange(min(train.batch_size, len(site.train)), dtype=np.int64)
             report = local_train(
@@ -28,7 +28,7 @@ def check_task(prepared: Prepared) -> Json:
             sites[site.id] = {
                 "train_rows": len(site.train),
                 "test_rows": len(site.test),
-                "class_counts": prepared.loaded.class_counts[site.id],
+                "class_counts": loaded.class_counts,
                 "loss_of_first_step": report.loss,
             }
     return {

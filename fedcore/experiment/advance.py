@@ -5,16 +5,13 @@ Invariant: every arm sees the same split, the same initial model and the same nu
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedcore.errors import Abandoned, BadInput
-from fedcore.experiment.arms import Alone, Arm, Bench, Evaluation, Federated, FederatedFloat
+from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.prepare import Prepared
-from fedcore.learning import metrics as metric_list
-from fedcore.learning.data.rows import pool
-from fedcore.learning.site import SiteRows
 from fedcore.results import Columns, RoundRow
 from fedcore.types import ARMS, Json
 
@@ -27,22 +24,16 @@ class Experiment:
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.federation = prepared, prepared.federation
-        job, plan, federation = prepared.job, prepared.plan, prepared.federation
-        start, trainers = federation.state, federation.sites
-        federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
-        bench = Bench(
-            prepared.task, plan, prepared.flat, prepared.sites, job.run.seed, trainers[0].initial
-        )
-        self.federated = Federated(bench, federation)
+        plan, trainers, start = prepared.plan, self.federation.sites, self.federation.state
+        self.federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
+        self.federated = Federated(prepared)
         makers: dict[str, Callable[[], Arm]] = {
-            "centralised": lambda: Alone(
-                bench, "centralised", {"": pool([s.train for s in prepared.sites])}, prepared.sites
-            ),
-            "local_only": lambda: _local_only(bench, [each.rows_alone() for each in trainers]),
-            "federated_float": lambda: FederatedFloat(bench, self.federated, start),
+            "centralised": lambda: Alone(prepared, prepared.sites, pooled=True),
+            "local_only": lambda: Alone(prepared, [t.rows_alone() for t in trainers], pooled=False),
+            "federated_float": lambda: FederatedFloat(prepared, self.federated),
             "federated": lambda: self.federated,
         }
-        wanted = [arm for arm in ARMS if arm in job.track.arms or arm == "federated"]
+        wanted = [arm for arm in ARMS if arm in prepared.job.track.arms or arm == "federated"]
         self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
         self.round = 0
         self.stopped: str | None = None
@@ -65,25 +56,15 @@ class Experiment:
                 yield self._row(name, arm, current, columns[name])
 
     def _row(self, name: str, arm: Arm, round_: int, columns: Columns) -> RoundRow:
-        evaluation = arm.evaluate(round_)
-        row: Columns = {"arm": name, "round": round_, **self.values(evaluation)}
-        row |= {"loss": evaluation.loss(), **columns}
+        scoring, transport = arm.evaluate(round_), self.prepared.transport
+        row: Columns = {"arm": name, "round": round_, **transport.values(scoring)}
+        row |= {"loss": loss_of(scoring), **columns}
         release = self.federated.release
         if name == "federated" and release is not None:
-            before = self.prepared.transport.finish(release.wides, len(release.survivors))
+            before = transport.finish(release.wides, len(release.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
-
-    def values(self, evaluation: Evaluation) -> dict[str, float | None]:
-        """{metric: value} over the union of test rows."""
-        transport = self.prepared.transport
-        scores = evaluation.scores()
-        if scores is not None:
-            return metric_list.evaluate_scores(scores, transport.metrics)
-        if transport.own:
-            return {name: _own_value(evaluation.parts, name) for name in transport.own}
-        return dict.fromkeys(self.prepared.task.metrics)  # no site has a test row
 
     def absences(self) -> int:
         """How often a site left a round before its end, the metrics-only round included."""
@@ -143,13 +124,3 @@ class Experiment:
         for name, arm in self.arms.items():
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
-
-
-def _local_only(bench: Bench, sites: Sequence[SiteRows]) -> Alone:
-    return Alone(bench, "local_only", {site.id: site.train for site in sites}, sites)
-
-
-def _own_value(parts: Sequence[Any], name: str) -> float | None:
-    pairs = [part.own[name] for part in parts if part is not None]
-    count = sum(c for _, c in pairs)
-    return sum(t for t, _ in pairs) / count if count else None

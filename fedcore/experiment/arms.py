@@ -9,36 +9,46 @@ moves in one that was abandoned; centralised and local-only training goes on.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.exposure import observe, watch_one
-from fedcore.experiment.simulation import Federation, Release
-from fedcore.learning.baseline import OwnModel
-from fedcore.learning.data.rows import Rows
+from fedcore.experiment.prepare import Prepared
+from fedcore.experiment.simulation import Release
+from fedcore.learning.data.rows import pool
 from fedcore.learning.guard import GuardMemory
-from fedcore.learning.metrics import Scores
-from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import apply_update
-from fedcore.learning.scoring import Scored, score
+from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteRows
 from fedcore.learning.state import JobState
-from fedcore.learning.task import Task
-from fedcore.learning.training import TrainReport
+from fedcore.learning.training import OwnModel, TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
-from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.summing import sites_of
-from fedcore.types import FloatVector
+from fedcore.types import FloatVector, SiteId
+
+Scoring = Sequence[Scored | None]
+"""An arm's scores: one for each site, None for a site without test rows."""
 
 
-def finite(value: float | None) -> float | None:
-    """A diverged arm's loss may be NaN or infinite, which JSON has no word for: None then."""
-    return value if value is not None and math.isfinite(value) else None
+def mean_of(pairs: Iterable[tuple[float | None, int]]) -> float | None:
+    """The mean of losses, each weighted by its rows; None without any, and where it is NaN or infinite, which
+    JSON has no word for."""
+    known = [(loss, rows) for loss, rows in pairs if loss is not None and rows]
+    if not known:
+        return None
+    mean = sum(loss * rows for loss, rows in known) / sum(rows for _, rows in known)
+    return mean if math.isfinite(mean) else None
+
+
+def loss_of(scoring: Scoring) -> float | None:
+    """Mean loss over all test rows."""
+    return mean_of((each.loss, len(each.targets)) for each in scoring if each is not None)
 
 
 @dataclass
@@ -52,46 +62,19 @@ class Budget:
         """Count the reports; returns their mean loss weighted by examples."""
         self.steps += sum(r.steps for r in reports)
         self.examples += sum(r.examples for r in reports)
-        losses = [(r.loss, r.examples) for r in reports if r.loss is not None and r.examples]
-        total = sum(n for _, n in losses)
-        return finite(sum(loss * n for loss, n in losses) / total) if total else None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An arm's scores: one `Scored` per site, None for a site without test rows."""
-
-    parts: tuple[Scored | None, ...]
-
-    def scores(self) -> Scores | None:
-        """Pooled per-row outputs, aligned across arms; None where the task evaluates itself."""
-        found = [
-            Scores(s.outputs, s.targets, np.full(len(s.targets), index, dtype=np.int64))
-            for index, s in enumerate(self.parts)
-            if s is not None and s.own is None
-        ]
-        return Scores.concatenate(found) if found else None
-
-    def loss(self) -> float | None:
-        """Mean loss over all test rows."""
-        parts = [
-            (s.loss, len(s.targets)) for s in self.parts if s is not None and s.loss is not None
-        ]
-        total = sum(n for _, n in parts)
-        return finite(sum(loss * n for loss, n in parts) / total) if total else None
+        return mean_of((r.loss, r.examples) for r in reports)
 
 
 class Arm(Protocol):
     """One run that is advanced a round at a time."""
 
-    name: str
     budget: Budget
 
     def step(self, round_: int) -> Columns:
         """Advance one round; returns the arm's own columns of its row."""
         ...
 
-    def evaluate(self, round_: int) -> Evaluation:
+    def evaluate(self, round_: int) -> Scoring:
         """Score the present model on every site's test rows."""
         ...
 
@@ -104,65 +87,41 @@ class Arm(Protocol):
         ...
 
 
-@dataclass
-class Bench:
-    """What all arms share: the task, the plan, one resident module, the sites' rows, the seed."""
-
-    task: Task
-    plan: RoundPlan
-    flat: FlatModel
-    sites: Sequence[SiteRows]
-    seed: int
-    initial: FloatVector
-
-    def evaluate(self, models: Sequence[Any], sites: Sequence[SiteRows], round_: int) -> Evaluation:
-        """models: one module per site."""
-        parts: list[Scored | None] = []
-        for module, site in zip(models, sites, strict=True):
-            rows = site.test
-            found = None
-            if len(rows):
-                found = score(self.task, module, rows, seed=self.seed, round_=round_, site=site.id)
-            parts.append(found)
-        return Evaluation(tuple(parts))
-
-    def own_model(self) -> OwnModel:
-        """A model of one party's own, at the common start."""
-        return OwnModel(self.task, self.flat, self.initial, self.plan.train)
-
-    def evaluate_vector(self, model: FloatVector, round_: int) -> Evaluation:
-        """Score one shared model, given flat."""
-        self.flat.write(model)
-        return self.evaluate([self.flat.module] * len(self.sites), self.sites, round_)
+def score_shared(prepared: Prepared, model: FloatVector, round_: int) -> Scoring:
+    """The scores of one model, given flat, on every site's test rows."""
+    task, flat, seed = prepared.task, prepared.flat, prepared.job.run.seed
+    flat.write(model)
+    return [site.scored(task, flat.module, seed, round_) for site in prepared.sites]
 
 
 class Alone:
     """Parties that train alone, each with an optimiser that it keeps.
 
-    `centralised` is one party with all rows, which scores on every site's: what pooling would give.
-    `local_only` is every site on its own rows and its own statistics: what not joining would give.
-
-    parties: {name: training rows}; tested: the sites' test rows, by the model of the one party or of each.
+    pooled: one party with all rows, which scores on every site's (`centralised`): what pooling would give.
+    Otherwise every site on its own rows (`local_only`): what not joining would give.
     """
 
-    def __init__(
-        self, bench: Bench, name: str, parties: Mapping[str, Rows], tested: Sequence[SiteRows]
-    ) -> None:
-        self.name, self.budget = name, Budget()
-        self._bench, self._parties, self._tested = bench, parties, tested
-        self._own = [bench.own_model() for _ in parties]
+    def __init__(self, prepared: Prepared, sites: Sequence[SiteRows], *, pooled: bool) -> None:
+        self.budget, self._sites = Budget(), sites
+        self._task, self._seed = prepared.task, prepared.job.run.seed
+        self._parties = {site.id: site.train for site in sites}
+        if pooled:
+            self._parties = {SiteId(""): pool([site.train for site in sites])}
+        initial, train = prepared.federation.sites[0].initial, prepared.plan.train
+        self._own = [OwnModel(self._task, prepared.flat, initial, train) for _ in self._parties]
 
     def step(self, round_: int) -> Columns:
         reports = [
-            own.train(rows, seed=self._bench.seed, round_=round_, site=name)
+            own.train(rows, seed=self._seed, round_=round_, site=name)
             for own, (name, rows) in zip(self._own, self._parties.items(), strict=True)
         ]
         return {"train_loss": self.budget.add(reports)}
 
-    def evaluate(self, round_: int) -> Evaluation:
-        each = len(self._tested) // len(self._own)
-        modules = [own.module for own in self._own] * each
-        return self._bench.evaluate(modules, self._tested, round_)
+    def evaluate(self, round_: int) -> Scoring:
+        return [
+            site.scored(self._task, own.module, self._seed, round_)
+            for site, own in zip(self._sites, cycle(self._own), strict=False)
+        ]
 
     def save(self) -> Any:
         return [own.save() for own in self._own]
@@ -182,16 +141,14 @@ class Federated:
     seen: what each party held of one site's update in the first round that can show it (`exposure.py`).
     """
 
-    name = "federated"
-
-    def __init__(self, bench: Bench, federation: Federation) -> None:
-        self._bench, self.federation = bench, federation
-        self.twin = federation.state
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared, self.federation = prepared, prepared.federation
+        self.twin = self.federation.state
         self.budget = Budget()
         self.clipped = self.contributions = self.unequal_rounds = 0
         self.bytes_up = self.bytes_down = 0
         self.survivors: tuple[int, ...] = ()
-        self.summed = dict.fromkeys(bench.plan.sites, 0)
+        self.summed = dict.fromkeys(prepared.plan.sites, 0)
         self.abandoned: list[AbandonedRound] = []
         self.seen: UpdateExposure | None = None
         self.release: Release | None = None
@@ -204,11 +161,11 @@ class Federated:
     @property
     def clipped_fraction(self) -> float:
         """Coordinates beyond the range, over all survivors of all rounds."""
-        values = self.contributions * self._bench.plan.coordinates
+        values = self.contributions * self._prepared.plan.coordinates
         return self.clipped / values if values else 0.0
 
     def step(self, round_: int) -> Columns:
-        federation, plan, bound = self.federation, self._bench.plan, self.state.server.bound
+        federation, plan, bound = self.federation, self._prepared.plan, self.state.server.bound
         assert federation.step is not None
         assert federation.step.training_round == round_
         before = dict(federation.watch.seconds)
@@ -229,7 +186,7 @@ class Federated:
         return columns | {"range": bound} | spent
 
     def _released(self, release: Release) -> Columns:
-        plan, clipped = self._bench.plan, release.wides["over_range"][0]
+        plan, clipped = self._prepared.plan, release.wides["over_range"][0]
         self.twin, self.survivors = release.twin, release.survivors
         self.unequal_rounds += release.twin is not release.state
         self.clipped += clipped
@@ -251,7 +208,7 @@ class Federated:
         stage, left = abandoned.stage, abandoned.left
         self.survivors = ()
         self.abandoned.append(AbandonedRound(round=round_, stage=stage, left=left))
-        sites, needed = len(self._bench.plan.sites), abandoned.threshold
+        sites, needed = len(self._prepared.plan.sites), abandoned.threshold
         unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
         return {
             **dict.fromkeys(unmeasured),
@@ -259,16 +216,15 @@ class Federated:
             "abandoned": f"at {stage}: {left} of {sites} sites stayed, {needed} needed",
         }
 
-    def evaluate(self, round_: int) -> Evaluation:
+    def evaluate(self, round_: int) -> Scoring:
         # What the sites computed for their vectors is used again (`SiteTrainer.scored`).
-        sites = self.federation.sites
-        return Evaluation(tuple(site.scored(self.state, round_) for site in sites))
+        return [site.scored(self.state, round_) for site in self.federation.sites]
 
-    def evaluate_twin(self, round_: int) -> Evaluation:
+    def evaluate_twin(self, round_: int) -> Scoring:
         """Scores of the plain-integer twin: those of `evaluate` only if the sums were identical."""
         if self.twin is self.state:
             return self.evaluate(round_)
-        return self._bench.evaluate_vector(self.twin.server.model, round_)
+        return score_shared(self._prepared, self.twin.server.model, round_)
 
     def save(self) -> Any:
         return {
@@ -306,14 +262,12 @@ class FederatedFloat:
     beside: the protected federation, whose survivors of each round it averages; it steps first.
     """
 
-    name = "federated_float"
-
-    def __init__(self, bench: Bench, beside: Federated, state: JobState) -> None:
-        self._bench, self._beside = bench, beside
-        self.state, self.budget = state, Budget()
+    def __init__(self, prepared: Prepared, beside: Federated) -> None:
+        self._prepared, self._beside = prepared, beside
+        self.state, self.budget = beside.state, Budget()
 
     def step(self, round_: int) -> Columns:
-        plan, sites = self._bench.plan, self._beside.federation.sites
+        plan, sites = self._prepared.plan, self._prepared.federation.sites
         total, weight, reports = np.zeros(plan.coordinates), 0, []
         for site in (sites[index] for index in self._beside.survivors):
             update = site.train(plan, self.state, round_)
@@ -326,8 +280,8 @@ class FederatedFloat:
             self.state = replace(self.state, server=server)
         return {"train_loss": self.budget.add([each for each in reports if each is not None])}
 
-    def evaluate(self, round_: int) -> Evaluation:
-        return self._bench.evaluate_vector(self.state.server.model, round_)
+    def evaluate(self, round_: int) -> Scoring:
+        return score_shared(self._prepared, self.state.server.model, round_)
 
     def save(self) -> Any:
         return self.state.to_bytes()

@@ -16,7 +16,6 @@ differences are correlated and the ordinary t interval is far too narrow.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -71,7 +70,8 @@ def bootstrap_gap(
     gaps: dict[str, dict[str, Interval]] = {part: {} for part in parts}
     for part, (better, worse) in wanted.items():
         for metric in metrics:
-            lost = _lost(metric, values[better][metric.name], values[worse][metric.name])
+            one, other = (values[arm][metric.name] for arm in (better, worse))
+            lost = one - other if metric.higher_is_better else other - one
             low, high = _percentiles(lost[1:])
             mean = None if np.isnan(lost[0]) else float(lost[0])
             gaps[part][metric.name] = Interval(mean, low, high, method, rows)
@@ -125,12 +125,6 @@ def _row_counts(rows: int, resamples: int, rng: np.random.Generator) -> Iterable
         drawn = rng.integers(0, rows, size=(size, rows)) + rows * np.arange(size)[:, None]
         counts = np.bincount(drawn.reshape(-1), minlength=size * rows)
         yield counts.reshape(size, rows).astype(np.int64)
-
-
-def _lost(
-    metric: Metric, better: NDArray[np.float64], worse: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    return better - worse if metric.higher_is_better else worse - better
 
 
 def _percentiles(lost: NDArray[np.float64]) -> tuple[float | None, float | None]:
@@ -190,44 +184,40 @@ def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> I
     mean = float(values[0] if constant else values.mean())
     if splits == 1:
         return Interval(mean, None, None, method, 1)
-    from scipy.stats import t  # 0.5 s to import, and only comparisons need it
+    from scipy.special import (
+        stdtrit,  # of scipy.stats, which takes a second to import, it is `t.ppf`
+    )
 
     variance = 0.0 if constant else float(values.var(ddof=1))
     error = float(np.sqrt(variance * (1 / splits + test_fraction_ratio)))
-    reach = float(t.ppf((1 + _CONFIDENCE) / 2, splits - 1)) * error
+    reach = float(stdtrit(splits - 1, (1 + _CONFIDENCE) / 2)) * error
     return Interval(mean, mean - reach, mean + reach, method, splits)
 
 
-@dataclass(frozen=True)
-class OverSplits:
-    """A comparison over all its splits; per site only means, since sites have few rows.
+def over_splits(
+    cells: Sequence[SplitResult], test_fraction_ratio: float
+) -> tuple[dict[str, dict[str, Spread]], dict[str, dict[str, Interval]], dict[str, SiteResult]]:
+    """(arms, gap, per site) of all splits: means with corrected intervals (`nadeau_bengio`), and the standard
+    deviation of the arms; per site only means, since sites have few rows.
 
     A value of None is left out of its own summary, whose `n` is the number of splits in it.
     """
-
-    arms: Mapping[str, Mapping[str, Spread]]
-    gap: Mapping[str, Mapping[str, Interval]]
-    per_site: Mapping[str, SiteResult]
-
-
-def over_splits(cells: Sequence[SplitResult], test_fraction_ratio: float) -> OverSplits:
-    """Means with corrected intervals (`nadeau_bengio`), and the standard deviation of the arms."""
 
     def interval(values: Sequence[float]) -> Interval:
         return nadeau_bengio(values, test_fraction_ratio)
 
     def spread(values: Sequence[float]) -> Spread:
-        return Spread(**vars(interval(values)), sd=_sd(values))
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return Spread(**vars(interval(values)), sd=sd)
 
-    sites = dict.fromkeys(name for cell in cells for name in cell.per_site)
-    by_site = {
-        site: _collect((c.per_site[site] for c in cells if site in c.per_site), _mean)
-        for site in sites
-    }
-    return OverSplits(
-        arms=_collect((cell.arms for cell in cells), spread),
-        gap=_collect((cell.gap for cell in cells), interval),
-        per_site={site: SiteResult(arms=arms) for site, arms in by_site.items()},
+    def of_site(name: str) -> SiteResult:
+        found = (cell.per_site[name] for cell in cells if name in cell.per_site)
+        return SiteResult(arms=_collect(found, lambda v: float(np.mean(v)) if v else None))
+
+    return (
+        _collect((cell.arms for cell in cells), spread),
+        _collect((cell.gap for cell in cells), interval),
+        {name: of_site(name) for name in dict.fromkeys(n for c in cells for n in c.per_site)},
     )
 
 
@@ -246,11 +236,3 @@ def _collect(
         name: {metric: summary(values) for metric, values in by_metric.items()}
         for name, by_metric in found.items()
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _sd(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None

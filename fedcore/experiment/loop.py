@@ -25,7 +25,7 @@ from fedcore.files import (
 )
 from fedcore.learning import checkpoint
 from fedcore.learning.model import single_thread
-from fedcore.learning.saved import save_model
+from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.results import RoundRow, RunResult
 
 STOP = object()
@@ -75,18 +75,11 @@ class RunWriter:
         write_atomic(self.directory / ROUNDS_FILE, text.encode())
 
     def finish(self, experiment: Experiment, result: RunResult) -> None:
-        """The model, the result and the report; the checkpoint goes."""
-        prepared = experiment.prepared
-        prepared.flat.write(experiment.federated.state.server.model)
-        save_model(
-            self.directory,
-            prepared.flat.module,
-            prepared.task,
-            prepared.statistics,
-            prepared.layout,
-        )
+        """The model and the result; the checkpoint goes."""
+        model = experiment.federation.sites[0].exported(experiment.federated.state)
+        write_atomic(self.directory / MODEL_FILE, model)
         write_json(self.directory / RESULT_FILE, result.to_json())
-        (self.directory / "checkpoint.pt").unlink(missing_ok=True)
+        self.forget()
 
 
 def run_experiment(
@@ -107,7 +100,14 @@ def run_experiment(
             experiment = Experiment(prepared)
             if writer is not None and resume:
                 writer.resume(experiment)
-            _run_rounds(experiment, writer, on_round)
+            last = list(experiment.arms)[-1]
+            for row in experiment.rounds():
+                if writer is not None:
+                    writer.row(row)
+                if on_round is not None and on_round(row) is STOP:
+                    experiment.stopped = f"on_round returned STOP in round {row.round}"
+                if row.arm == last and writer is not None:
+                    writer.checkpoint(experiment)
         experiment.require_a_release()
         result = build_result(experiment, started, time.perf_counter() - clock)
     except (Abandoned, GuardTripped):
@@ -115,14 +115,3 @@ def run_experiment(
             writer.forget()
         raise
     return experiment, result
-
-
-def _run_rounds(experiment: Experiment, writer: RunWriter | None, on_round: OnRound | None) -> None:
-    last = list(experiment.arms)[-1]
-    for row in experiment.rounds():
-        if writer is not None:
-            writer.row(row)
-        if on_round is not None and on_round(row) is STOP:
-            experiment.stopped = f"on_round returned STOP in round {row.round}"
-        if row.arm == last and writer is not None:
-            writer.checkpoint(experiment)

@@ -1,6 +1,7 @@
 """From a finished experiment to `result.json`: every number of a run, and of a comparison over its splits."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.advance import Experiment
-from fedcore.experiment.arms import Evaluation
+from fedcore.experiment.arms import Scoring, loss_of
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
@@ -19,16 +20,15 @@ from fedcore.experiment.gap import (
     over_splits,
     plain_gaps,
 )
-from fedcore.learning import metrics as metric_list
+from fedcore.learning.metrics import site_mean
 from fedcore.learning.model import model_summary, single_thread
-from fedcore.learning.site import SiteRows
+from fedcore.learning.scoring import pooled
 from fedcore.learning.state import model_digest
 from fedcore.report import warnings
 from fedcore.results import (
     AbandonedRound,
     Absences,
     ArmResult,
-    ByMetric,
     ComparisonResult,
     Cost,
     Interval,
@@ -59,13 +59,11 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     prepared, job = experiment.prepared, experiment.prepared.job
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
-        evaluations = {
-            name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()
-        }
+        scorings = {name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()}
         twin = federated.evaluate_twin(experiment.round)
         protected = _protected_metrics(experiment)
     layout = VectorLayout(plan.update_vector, plan.packing, len(plan.sites))
-    per_site = _per_site(experiment, evaluations)
+    per_site = _per_site(experiment, scorings)
     result = RunResult(
         task=prepared.task.name,
         protection=plan.protection,
@@ -83,18 +81,17 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         model_sha256=model_digest(federated.state.server.model),
         arms={
             name: ArmResult(
-                experiment.values(evaluations[name]),
-                evaluations[name].loss(),
+                prepared.transport.values(scorings[name]),
+                loss_of(scorings[name]),
                 arm.budget.steps,
                 arm.budget.examples,
             )
             for name, arm in experiment.arms.items()
         },
         site_mean={
-            name: metric_list.site_mean(site.arms[name] for site in per_site.values())
-            for name in evaluations
+            name: site_mean([site.arms[name] for site in per_site.values()]) for name in scorings
         },
-        gap=_gaps(experiment, evaluations, twin),
+        gap=_gaps(experiment, scorings, twin),
         per_site=per_site,
         lower_is_better=tuple(lower_is_better(prepared.task)),
         cost=Cost(
@@ -122,9 +119,10 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         protected=protected,
     )
-    of_plan = (*prepared.loaded.notes, *label_warnings(Terms.of_plan(plan)))
-    of_rows = warnings.notes_on_rows(result, prepared.loaded.unknown_categories)
-    result = replace(result, notes=(*of_plan, *of_rows))
+    capped = [one.note for one in prepared.loaded if one.note]
+    unknown: Counter[str] = sum((Counter(one.unknown) for one in prepared.loaded), Counter())
+    of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
+    result = replace(result, notes=(*capped, *of_plan, *of_rows))
     return replace(result, warnings=warnings.of_run(result))
 
 
@@ -141,40 +139,31 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     return ProtectedMetrics(metrics, transport.bounds(sums), transport.clipped(sums), tuple(sites))
 
 
-def _per_site(
-    experiment: Experiment, evaluations: Mapping[str, Evaluation]
-) -> dict[str, SiteResult]:
-    prepared = experiment.prepared
-    undefined = dict.fromkeys(prepared.task.metrics)
-
-    def score(evaluation: Evaluation, site: SiteRows) -> ByMetric:
-        part = evaluation.parts[site.index]
-        return undefined if part is None else experiment.values(Evaluation((part,)))
-
+def _per_site(experiment: Experiment, scorings: Mapping[str, Scoring]) -> dict[str, SiteResult]:
+    prepared, values = experiment.prepared, experiment.prepared.transport.values
     return {
         site.id: SiteResult(
             rows=len(site.train) + len(site.test),
             train_rows=len(site.train),
             test_rows=len(site.test),
-            class_counts=prepared.loaded.class_counts[site.id],
+            class_counts=loaded.class_counts,
             rounds_in_sum=experiment.federated.summed[site.id],
-            arms={name: score(each, site) for name, each in evaluations.items()},
+            arms={name: values([each[site.index]]) for name, each in scorings.items()},
         )
-        for site in prepared.sites
+        for site, loaded in zip(prepared.sites, prepared.loaded, strict=True)
     }
 
 
 def _gaps(
-    experiment: Experiment, evaluations: Mapping[str, Evaluation], twin: Evaluation
+    experiment: Experiment, scorings: Mapping[str, Scoring], twin: Scoring
 ) -> dict[str, dict[str, Interval]]:
     transport, job = experiment.prepared.transport, experiment.prepared.job
-    everything = {**evaluations, "federated_integer": twin}
-    scores = {name: evaluation.scores() for name, evaluation in everything.items()}
-    pooled = {name: found for name, found in scores.items() if found is not None}
+    everything = {**scorings, "federated_integer": twin}
+    scores = {n: found for n, each in everything.items() if (found := pooled(each)) is not None}
     pairs = PARTS | BESIDE
-    if pooled:
-        return bootstrap_gap(pooled, transport.metrics, job.track.resamples, job.run.seed, pairs)
-    values = {name: experiment.values(evaluation) for name, evaluation in everything.items()}
+    if scores:
+        return bootstrap_gap(scores, transport.metrics, job.track.resamples, job.run.seed, pairs)
+    values = {name: transport.values(each) for name, each in everything.items()}
     errors = lower_is_better(experiment.prepared.task)
     return {part: plain_gaps(values, *pair, transport.own, errors) for part, pair in pairs.items()}
 
@@ -204,7 +193,8 @@ def comparison_result(
 ) -> ComparisonResult:
     """All splits together, without a folder. cells: the results as splits, in their order."""
     first, rows = results[0], [r.rows for r in results if r.rows is not None]
-    found = over_splits(cells, sum(r.test for r in rows) / max(1, sum(r.train for r in rows)))
+    ratio = sum(r.test for r in rows) / max(1, sum(r.train for r in rows))
+    arms, gap, per_site = over_splits(cells, ratio)
     abandoned = tuple(
         replace(each, seed=r.seed, fold=r.fold) for r in results for each in r.absences.abandoned
     )
@@ -218,9 +208,9 @@ def comparison_result(
         seeds=seeds,
         folds=folds,
         cells=tuple(cells),
-        arms=found.arms,
-        gap=found.gap,
-        per_site=found.per_site,
+        arms=arms,
+        gap=gap,
+        per_site=per_site,
         model=first.model,
         cost=replace(first.cost, bytes_per_parameter=None, seconds=None, peak_memory_mb=None),
         sums=SumFacts(

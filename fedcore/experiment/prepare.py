@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
-from fedcore.learning.data.rows import RowLayout, Rows
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel
-from fedcore.learning.site import SiteRows, SiteTrainer, load_site, model_of, sample_of
+from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
@@ -64,24 +61,8 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
 
 
 @dataclass
-class LoadedSites:
-    """The sites' rows, split, and what was seen on the way.
-
-    largest: rows of the largest site; own_test_rows: every site brought its own test part. notes: of
-    sites with more rows than the cap.
-    """
-
-    sites: list[SiteRows]
-    largest: int
-    own_test_rows: bool
-    class_counts: dict[SiteId, dict[str, int]]
-    unknown_categories: dict[str, int]
-    notes: list[str]
-
-
-@dataclass
 class Prepared:
-    """Everything of a run before its first training. sites: their rows as inputs."""
+    """Everything of a run before its first training. loaded: the sites' rows as they are; sites: as inputs."""
 
     job: Job
     task: Task
@@ -90,17 +71,12 @@ class Prepared:
     flat: FlatModel
     federation: Federation
     transport: MetricTransport
-    loaded: LoadedSites
+    loaded: Sequence[LoadedSite]
 
     @property
     def statistics(self) -> Statistics | None:
         """The scale of all sites' rows; None for rows without columns."""
         return self.federation.state.statistics or self.federation.sites[0].public
-
-    @property
-    def layout(self) -> RowLayout | None:
-        """How a table's raw columns become inputs."""
-        return getattr(self.federation.sites[0].site.train, "layout", None)
 
     @property
     def label(self) -> str:
@@ -114,7 +90,7 @@ class Prepared:
     @property
     def own_test_rows(self) -> bool:
         """Whether every site brings its own test part, so that folds do nothing."""
-        return self.loaded.own_test_rows
+        return all(one.test is not None for one in self.loaded)
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
@@ -178,21 +154,26 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     packing = packing_of(job, len(sources))  # refused before any site is loaded
     if job.protect.threshold is not None:
         check_threshold(job.protect.threshold, len(sources))
-    leaving = _leaving(job, list(sources))
+    named = tuple(parse_absence(text, list(sources), job.round.rounds) for text in job.round.drop)
     if packing.ring is not None:
         from fedcore.secagg.crypto.bfv import load_seal
 
         load_seal()
-    loaded = _load_sites(task, job, sources, say)
-    sites, watch = loaded.sites, Stopwatch()
-    max_examples = job.protect.max_examples or 1 << max(4, (loaded.largest - 1).bit_length())
+    loaded, split = [], FoldSplit(job.run.seed, job.run.fold, job.run.folds)
+    for index, (name, source) in enumerate(sources.items()):
+        say(f"loading site {name}")
+        loaded.append(load_site(task, split, name, index, source, job.protect.max_examples))
+    sites, watch = [one.rows for one in loaded], Stopwatch()
+    largest = max(len(site.train) + len(site.test) for site in sites)
+    max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
     flat = _build(task, job, sites)
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
     trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
     plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
     federation = Federation(
-        plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial, leaving, watch,
+        plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial,
+        Leaving(named, job.round.dropout, job.run.seed), watch,
         # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
         allow_few_sites=not plan.layers.protects or job.protect.single_site_features,
     )  # fmt: skip
@@ -201,41 +182,6 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
     return Prepared(job, task, plan, inputs, flat, federation, transport, loaded)
-
-
-def _leaving(job: Job, sites: Sequence[SiteId]) -> Leaving:
-    """The job's absences, against its sites and rounds. Raises BadInput and UnknownName."""
-    named = tuple(parse_absence(text, sites, job.round.rounds) for text in job.round.drop)
-    return Leaving(named, job.round.dropout, job.run.seed)
-
-
-def _load_sites(
-    task: Task, job: Job, sources: Mapping[SiteId, Any], say: Callable[[str], None]
-) -> LoadedSites:
-    loaded = LoadedSites([], 0, True, {}, {}, [])
-    for index, (name, source) in enumerate(sources.items()):
-        say(f"loading site {name}")
-        split = FoldSplit(job.run.seed, job.run.fold, job.run.folds)
-        one = load_site(task, split, name, index, source, job.protect.max_examples)
-        everything, test = one.everything, one.test
-        loaded.class_counts[name] = _class_counts(everything, test)
-        for column, count in getattr(everything, "unknown", {}).items():
-            before = loaded.unknown_categories.get(column, 0)
-            loaded.unknown_categories[column] = before + count
-        loaded.own_test_rows &= test is not None
-        loaded.largest = max(loaded.largest, len(everything) + len(test or ()))
-        loaded.sites.append(one.rows)
-        loaded.notes += [one.note] if one.note else []
-    return loaded
-
-
-def _class_counts(everything: Rows, test: Rows | None) -> dict[str, int]:
-    parts = [rows.labels() for rows in (everything, test) if rows is not None]
-    known = [part for part in parts if part is not None]
-    if not known:
-        return {}
-    values, counts = np.unique(np.concatenate(known), return_counts=True)
-    return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
 
 
 def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:

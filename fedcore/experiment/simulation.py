@@ -44,16 +44,12 @@ class Leaving:
     def of(self, training_round: int, sites: Sequence[SiteId], rounds: int) -> Absences:
         """{site: the stage from which it sends nothing}. The metrics-only round, `rounds` + 1, has
         named ones only."""
-        drawn = self._drawn(training_round, sites) if training_round <= rounds else []
-        return earliest([*self.named, *drawn], training_round)
-
-    def _drawn(self, training_round: int, sites: Sequence[SiteId]) -> list[Absence]:
-        found = []
-        for site in sites:
+        found = list(self.named)
+        for site in sites if training_round <= rounds else ():
             chance = generator(self.seed, training_round, site, "dropout")
             if chance.random() < self.chance:
                 found.append(Absence(training_round, STAGES[chance.integers(len(STAGES))], site))
-        return found
+        return earliest(found, training_round)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.learning.metrics import Metric, auc_error_bound, clipped_rows, get
-from fedcore.learning.scoring import Scored
+from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
 from fedcore.secagg.plan import METRIC, Wide
 
@@ -63,6 +63,18 @@ class MetricTransport:
             total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
             out[METRIC + name] = [_to_fixed(name, total), _to_fixed(name, count)]
         return out
+
+    def values(self, parts: Sequence[Scored | None]) -> dict[str, float | None]:
+        """{metric: value} over the scored rows of several sites together; None where it is undefined."""
+        scores = pooled(parts)
+        found: dict[str, float | None] = dict.fromkeys(metric.name for metric in self.metrics)
+        if scores is not None:
+            found = {m.name: m.exact(scores.outputs, scores.targets) for m in self.metrics}
+        sums = [part.own for part in parts if part is not None and part.own is not None]
+        for name in self.own:
+            count = sum(each[name][1] for each in sums)
+            found[name] = sum(each[name][0] for each in sums) / count if count else None
+        return found
 
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
         """{metric: bound on the error of its value from sums}, for metrics with such a bound."""

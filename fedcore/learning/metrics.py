@@ -407,43 +407,11 @@ class Scores:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def per_site(self) -> dict[int, Scores]:
-        """{site index: that site's rows, in order}, only for sites that have rows here."""
-        return {
-            int(site): Scores(self.outputs[rows], self.targets[rows], self.sites[rows])
-            for site in np.unique(self.sites)
-            for rows in (self.sites == site,)
-        }
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
-        """All rows of all parts, in order. Raises BadInput when there is none, or shapes differ."""
-        shapes = {part.outputs.shape[1:] for part in parts}
-        if len(shapes) != 1:
-            raise BadInput(
-                f"scores: found outputs of {len(shapes)} different shapes, expected the same "
-                "model outputs at every site"
-            )
-        return cls(
-            np.concatenate([part.outputs for part in parts]),
-            np.concatenate([part.targets for part in parts]),
-            np.concatenate([part.sites for part in parts]),
-        )
-
-
-def evaluate_scores(scores: Scores, metrics: Sequence[Metric]) -> dict[str, float | None]:
-    """{metric: exact value over all rows}; None where undefined (no rows, AUC of one class)."""
-    return {metric.name: metric.exact(scores.outputs, scores.targets) for metric in metrics}
-
-
-def site_mean(values: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+def site_mean(sites: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Unweighted mean over sites of each metric, over the sites where it is defined; else None."""
-    of_metric: dict[str, list[float | None]] = {}
-    for site in values:
-        for name, value in site.items():
-            of_metric.setdefault(name, []).append(value)
     means: dict[str, float | None] = {}
-    for name, found in of_metric.items():
-        defined = [value for value in found if value is not None]
+    for name in sites[0] if sites else ():
+        defined = [value for site in sites if (value := site[name]) is not None]
         means[name] = sum(defined) / len(defined) if defined else None
     return means

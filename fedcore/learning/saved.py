@@ -1,6 +1,6 @@
 """A finished model on disk: safetensors, with the statistics and columns that raw rows need.
 
-Invariant: `load_model(save_model(...))` predicts the same bits. The metadata names the task, the
+Invariant: what `load_model` reads of `model_bytes` predicts the same bits. The metadata names the task, the
 statistics and the column order. The file contains no code, so the architecture comes from the task, which is
 loaded from the run's own location, never from the current folder.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput
-from fedcore.files import read_json, write_atomic
+from fedcore.files import read_json
 from fedcore.learning.data.rows import RowLayout, array_features, array_inputs, array_layout
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
@@ -31,17 +31,6 @@ Module = nn.Module
 """The type of a model, for modules that do not import torch."""
 
 _CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
-
-
-def save_model(
-    directory: Path,
-    module: nn.Module,
-    task: Task,
-    statistics: Statistics | None,
-    layout: RowLayout | None,
-) -> None:
-    """Write model.safetensors atomically."""
-    write_atomic(directory / FILE, model_bytes(module, task, statistics, layout))
 
 
 def model_bytes(

@@ -5,7 +5,7 @@ Invariant: what `score` returns is finite, except for a mean loss that overflowe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.learning.data.kinds import Indices, kind_of
 from fedcore.learning.data.rows import Rows
+from fedcore.learning.metrics import Scores
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
 from fedcore.learning.training import (
@@ -104,6 +105,25 @@ def probe(
     count = sum(n for _, n in losses)
     mean_loss = sum(value * n for value, n in losses) / count if count else None
     return Scored(stacked, flat_targets[:, 0], mean_loss)
+
+
+def pooled(parts: Sequence[Scored | None]) -> Scores | None:
+    """The outputs of several sites together, each None where it has no test row; None without any, and where
+    the task evaluates itself. Raises BadInput where the sites' outputs have different shapes."""
+    found = {k: part for k, part in enumerate(parts) if part is not None and part.own is None}
+    shapes = {part.outputs.shape[1:] for part in found.values()}
+    if len(shapes) > 1:
+        raise BadInput(
+            f"scores: found outputs of {len(shapes)} different shapes, expected the same "
+            "model outputs at every site"
+        )
+    if not found:
+        return None
+    return Scores(
+        np.concatenate([part.outputs for part in found.values()]),
+        np.concatenate([part.targets for part in found.values()]),
+        np.repeat(list(found), [len(part.targets) for part in found.values()]),
+    )
 
 
 def _own_sums(task: Task, found: Any, where: str) -> dict[str, tuple[float, float]]:

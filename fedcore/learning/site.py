@@ -19,14 +19,13 @@ import numpy as np
 from fedcore.config import Job
 from fedcore.errors import BadInput
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
-from fedcore.learning.data.digest import rows_digest
-from fedcore.learning.data.rows import RowLayout, Rows, load_rows
+from fedcore.learning.data.rows import RowLayout, Rows, TableRows, load_rows, rows_digest
 from fedcore.learning.data.split import Split, subsample
-from fedcore.learning.data.statistics import Statistics, finish_statistics, site_sums
+from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model
-from fedcore.learning.saved import model_bytes
+from fedcore.learning.saved import Module, model_bytes
 from fedcore.learning.scoring import Scored, probe, score
 from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
@@ -51,25 +50,11 @@ class SiteRows:
     train: Rows
     test: Rows
 
-
-@dataclass(frozen=True)
-class Unit:
-    """Neutral statistics: mean 0, spread 1. They decide shapes only."""
-
-    mean: Any
-    std: Any
-
-    @classmethod
-    def of(cls, rows: Any) -> Unit:
-        """For the columns of these rows."""
-        size = len(rows.names)
-        return cls(np.zeros(size), np.ones(size))
-
-
-def standardised(rows: Any, scale: Any) -> Rows:
-    """Rows as inputs, scaled by statistics or by `Unit`."""
-    found: Rows = rows.standardise(scale)
-    return found
+    def scored(self, task: Task, module: Module, seed: int, round_: int) -> Scored | None:
+        """A model on the test rows; None where there are none. Raises TaskFailed and BadInput."""
+        if not len(self.test):
+            return None
+        return score(task, module, self.test, seed=seed, round_=round_, site=self.id)
 
 
 def load_site(
@@ -99,26 +84,39 @@ class LoadedSite:
     whole: tuple[Rows, Rows | None]
 
     @property
-    def found(self) -> int:
-        """All rows, also where there are more than the public cap."""
-        return sum(len(part) for part in self.whole if part is not None)
-
-    @property
     def note(self) -> str:
         """One line for the site's own log, or ""; never sent to the coordinator (PROTOCOL U)."""
         kept = len(self.rows.train) + len(self.rows.test)
-        if kept == self.found:
+        found = sum(len(part) for part in self.whole if part is not None)
+        if kept == found:
             return ""
         return (
-            f"Site {self.rows.id} has {self.found} rows, more than protect.max_examples = {kept}: it trains "
+            f"Site {self.rows.id} has {found} rows, more than protect.max_examples = {kept}: it trains "
             f"and tests on a fixed choice of {kept} of them (hint: a larger cap in the job takes them all)."
         )
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """{class: rows}, over all that take part; empty where targets are no classes."""
+        parts = [rows.labels() for rows in (self.everything, self.test) if rows is not None]
+        known = [part for part in parts if part is not None]
+        if not known:
+            return {}
+        values, counts = np.unique(np.concatenate(known), return_counts=True)
+        return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """Rows per column of a table whose category was not declared (only where > 0)."""
+        return self.everything.unknown if isinstance(self.everything, TableRows) else {}
 
 
 def first_rows(site: SiteRows) -> Rows:
     """Up to two rows, which fix shapes."""
-    rows: Any = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
-    return rows if rows.features is None else standardised(rows, Unit.of(rows))
+    rows = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
+    if not isinstance(rows, TableRows):
+        return rows
+    return rows.standardise(Statistics.of_ranges(rows.layout.names, rows.layout.ranges))
 
 
 def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
@@ -137,15 +135,6 @@ def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
     """One scored batch, which fixes the number of outputs."""
     rows, seed = first_rows(site), job.run.seed
     return probe(task, flat.module, rows, seed=seed, round_=0, site=site.id)
-
-
-def _inputs_digest(rows: Any) -> str:
-    """SHA-256 over how a table's raw columns become inputs; "" for rows that need no statistics.
-
-    It is part of the plan, so sites that declare other ranges or categories do not share a sum.
-    """
-    layout: RowLayout | None = getattr(rows, "layout", None)
-    return hashlib.sha256(canonical(asdict(layout))).hexdigest() if layout else ""
 
 
 @dataclass
@@ -169,11 +158,10 @@ class SiteTrainer:
     report: TrainReport | None = None
 
     def __post_init__(self) -> None:
-        raw: Any = self.site.train
         self.public: Statistics | None = None
         """The scale of the rows' declared ranges, where the job goes by these."""
-        if raw.features is not None and self.job.train.standardise == "ranges":
-            self.public = Statistics.of_ranges(raw.names, raw.ranges)
+        if self.layout is not None and self.job.train.standardise == "ranges":
+            self.public = Statistics.of_ranges(self.layout.names, self.layout.ranges)
         self._inputs: tuple[Statistics, SiteRows] | None = None
         self._scored: tuple[tuple[object, int], Scored | None] | None = None
         self._guard: Guard | None = None
@@ -192,19 +180,26 @@ class SiteTrainer:
         )  # fmt: skip
 
     @property
-    def columns(self) -> tuple[tuple[str, float, float], ...]:
+    def layout(self) -> RowLayout | None:
+        """How a table's raw columns become inputs; None for rows that need no statistics."""
+        return self.site.train.layout if isinstance(self.site.train, TableRows) else None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
         """(name, low, high) of each column that federated statistics are made of."""
-        rows: Any = self.site.train
-        if rows.features is None or self.public is not None:
+        if self.layout is None or self.public is not None:
             return ()
-        return tuple((name, *bounds) for name, bounds in zip(rows.names, rows.ranges, strict=True))
+        pairs = zip(self.layout.names, self.layout.ranges, strict=True)
+        return tuple((name, *bounds) for name, bounds in pairs)
 
     @property
     def shape(self) -> ModelShape:
-        """The part of the plan that follows from a site's task and rows."""
+        """The part of the plan that follows from a site's task and rows; its `inputs` are SHA-256, so that
+        sites that declare other ranges or categories do not share a sum."""
+        layout = canonical(asdict(self.layout)) if self.layout is not None else None
         return ModelShape(
             self.task.name, self.task.digest(), self.flat.parameters, self.flat.buffer_coordinates,
-            len(self.columns), _inputs_digest(self.site.train), self.transport.wides,
+            len(self.columns), hashlib.sha256(layout).hexdigest() if layout else "", self.transport.wides,
         )  # fmt: skip
 
     # ------------------------------------------------------------------- rows, model and guard
@@ -223,19 +218,25 @@ class SiteTrainer:
 
     def rows_alone(self) -> SiteRows:
         """The rows as the arm `local_only` has them: by the public scale of all arms, or the site's own."""
-        raw: Any = self.site.train
-        if raw.features is None:
+        if (layout := self.layout) is None:
             return self.site
-        return self._scaled(
-            self.public
-            or finish_statistics(
-                raw.names, raw.ranges, site_sums(raw.features, raw.ranges), allow_few_sites=True
-            )
+        own = self.public or finish_statistics(
+            layout.names, layout.ranges, self._sums(), allow_few_sites=True
         )
+        return self._scaled(own)
 
     def _scaled(self, statistics: Statistics) -> SiteRows:
-        train, test = (standardised(r, statistics) for r in (self.site.train, self.site.test))
-        return replace(self.site, train=train, test=test)
+        train, test = self.site.train, self.site.test
+        assert isinstance(train, TableRows)
+        assert isinstance(test, TableRows)
+        return replace(
+            self.site, train=train.standardise(statistics), test=test.standardise(statistics)
+        )
+
+    def _sums(self) -> dict[str, list[int]]:
+        """Counts, sums and sums of squares of each column of the rows as they are (PROTOCOL W)."""
+        assert isinstance(self.site.train, TableRows)
+        return site_sums(self.site.train.features, self.site.train.layout.ranges)
 
     def scored(self, state: JobState, round_: int) -> Scored | None:
         """The state's model on this site's test rows; None where it has none. The last answer is kept."""
@@ -245,14 +246,10 @@ class SiteTrainer:
             or self._scored[0][0] is not asked[0]
             or self._scored[0][1] != round_
         ):
-            rows, found = self.standard_rows(state).test, None
+            rows, module = self.standard_rows(state), self.flat.module
             with self.watch("evaluate"):
                 self.flat.write(state.server.model)
-                if len(rows):
-                    found = score(
-                        self.task, self.flat.module, rows, seed=self.job.run.seed, round_=round_,
-                        site=self.site.id,
-                    )  # fmt: skip
+                found = rows.scored(self.task, module, self.job.run.seed, round_)
             self._scored = asked, found
         return self._scored[1]
 
@@ -274,8 +271,7 @@ class SiteTrainer:
         hidden = public and self.task.origin not in BUILT_IN
         task = replace(self.task, origin="") if hidden else self.task
         self.flat.write(state.server.model)  # also resets what training counted
-        layout = getattr(self.site.train, "layout", None)
-        return model_bytes(self.flat.module, task, state.statistics or self.public, layout)
+        return model_bytes(self.flat.module, task, state.statistics or self.public, self.layout)
 
     # --------------------------------------------------------------------- vectors, by purpose
 
@@ -302,10 +298,9 @@ class SiteTrainer:
         return purpose.contribute(self, plan, step, state)
 
     def statistics(self) -> Contribution:
-        """Counts, sums and sums of squares of each column of the rows as they are (PROTOCOL W)."""
-        rows: Any = self.site.train
+        """The sums of each column."""
         with self.watch("encode"):
-            return NO_COORDINATES, site_sums(rows.features, rows.ranges)
+            return NO_COORDINATES, self._sums()
 
     def exceeding(self, plan: RoundPlan, state: JobState) -> Contribution:
         """Round 1 is trained, and how far its update reaches is counted."""

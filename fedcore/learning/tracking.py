@@ -12,14 +12,10 @@ sums over all sites, which every site opened anyway; `here`, `alone` and `gained
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from fedcore.learning.baseline import OwnModel
-from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.metrics import Scores, evaluate_scores
-from fedcore.learning.scoring import Scored, score
+from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
+from fedcore.learning.training import OwnModel
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Json
@@ -46,8 +42,8 @@ class Tracker:
         local, transport = self._local, self._local.transport
         rounds = min(step.training_round, self._plan.rounds)
         self._train_alone(rounds)
-        shared = local.scored(state, rounds)
-        here, alone = values_of(transport, shared), values_of(transport, self._scored_alone(rounds))
+        here = transport.values([local.scored(state, rounds)])
+        alone = transport.values([self._scored_alone(rounds)])
         everywhere = transport.finish(wides, sites)
         row: Json = {
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
@@ -69,25 +65,10 @@ class Tracker:
             )
 
     def _scored_alone(self, rounds: int) -> Scored | None:
-        site = self._alone_rows
-        if self._alone is None or not len(site.test):
+        local = self._local
+        if self._alone is None:
             return None
-        return score(
-            self._local.task, self._alone.module, site.test, seed=self._local.job.run.seed,
-            round_=rounds, site=site.id,
-        )  # fmt: skip
-
-
-def values_of(transport: MetricTransport, scored: Scored | None) -> dict[str, float | None]:
-    """{metric: value} of one site's scored rows; None where it is undefined."""
-    names = [metric.name for metric in transport.metrics] + list(transport.own)
-    if scored is None:
-        return dict.fromkeys(names)
-    if scored.own is not None:
-        pairs = ((name, scored.own[name]) for name in transport.own)
-        return {name: total / count if count else None for name, (total, count) in pairs}
-    rows = Scores(scored.outputs, scored.targets, np.zeros(len(scored.targets), dtype=np.int64))
-    return evaluate_scores(rows, transport.metrics)
+        return self._alone_rows.scored(local.task, self._alone.module, local.job.run.seed, rounds)
 
 
 def _difference(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> Json:

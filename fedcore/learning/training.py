@@ -4,6 +4,7 @@ Invariant: the result is a function of (model, rows, fit settings, seed, round, 
 every random draw derives from these.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -16,10 +17,11 @@ from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.rows import Rows
-from fedcore.learning.model import seeded
+from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
 from fedcore.seeds import generator
+from fedcore.types import FloatVector
 
 
 class Optimiser(Protocol):
@@ -219,3 +221,30 @@ def _own_loop(
             total += float(loss.detach())
         seen += len(order)
     return TrainReport(steps, seen, total / steps if steps else None)
+
+
+class OwnModel:
+    """A model that one party trains alone, with an optimiser that it keeps from round to round: a copy of the
+    resident module, started from `initial`."""
+
+    def __init__(self, task: Task, flat: FlatModel, initial: FloatVector, plan: TrainPlan) -> None:
+        flat.write(initial)
+        self._task, self._plan = task, plan
+        self.module = copy.deepcopy(flat.module)
+        self._optimiser = make_optimiser(self.module, plan)
+
+    def train(self, rows: Rows, *, seed: int, round_: int, site: str) -> TrainReport:
+        """One round's epochs over `rows`, with the same optimiser as before. Raises TaskFailed, BadInput."""
+        return local_train(
+            self._task, self.module, rows, self._plan,
+            seed=seed, round_=round_, site=site, optimiser=self._optimiser,
+        )  # fmt: skip
+
+    def save(self) -> Any:
+        """Parameters, buffers and the optimiser's state."""
+        return {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()}
+
+    def restore(self, saved: Any) -> None:
+        """The inverse of `save`."""
+        self.module.load_state_dict(saved["module"])
+        self._optimiser.load_state_dict(saved["optimiser"])

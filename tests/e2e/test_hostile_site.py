@@ -66,7 +66,7 @@ def test_two_jobs_that_differ_in_a_fold(town):
 def steer(town):
     """A job in which one site steers: its last event, and what two of its answers isolate (None without)."""
     prepared = town.trial
-    columns, statistics = list(prepared.layout.columns), prepared.statistics
+    columns, statistics = list(prepared.federation.sites[0].layout.columns), prepared.statistics
     age, at = columns.index("age"), statistics.names.index("age")
     own = next(each for each in prepared.sites if each.id == LIAR)
     center, scale = float(statistics.mean[at]), float(statistics.std[at])
@@ -97,7 +97,7 @@ def steer(town):
 
 def oldest(town):
     """(inputs,) the patient of the other three hospitals who is between the two ages."""
-    columns, statistics = list(town.trial.layout.columns), town.trial.statistics
+    columns, statistics = list(town.trial.federation.sites[0].layout.columns), town.trial.statistics
     at = statistics.names.index("age")
     rows = np.concatenate([e.train.x.numpy() for e in town.trial.sites if e.id != LIAR])
     years = rows[:, columns.index("age")] * statistics.std[at] + statistics.mean[at]

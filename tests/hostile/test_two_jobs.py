@@ -103,7 +103,7 @@ def as_asked(fold):
 @cache
 def rows_of_hospital():
     """Each patient's numbers as the statistics carry them, NaN where not observed."""
-    features, ranges = data(HOSPITAL).features, np.array(data(HOSPITAL).ranges)
+    features, ranges = data(HOSPITAL).features, np.array(data(HOSPITAL).layout.ranges)
     top = (1 << FIXED_POINT_BITS) - 1
     low, high = ranges.T
     return np.rint((np.clip(features, low, high) - low) / (high - low) * top)

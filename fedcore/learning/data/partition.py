@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.kinds import (
@@ -138,7 +138,13 @@ def _opened(
     taker: Callable[[Indices], Any]
     if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
         x, y = dataset
-        _check_pair(x, y)
+        for name, value in (("X", x), ("y", y)):
+            if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim == 0:
+                raise BadInput(
+                    f"split: found {type(value).__name__} for {name}, expected an array or a tensor"
+                )
+        if len(x) != len(y):
+            raise BadInput(f"split: found {len(x)} rows in X and {len(y)} in y, expected as many")
         labels = class_indices(torch.as_tensor(y)) if wanted else None
         return len(x), labels, lambda part: (x[part], y[part])
     if isinstance(dataset, DataLoader):
@@ -164,7 +170,7 @@ def _opened(
         taker = dataset.take
     elif is_hugging_face(dataset):
         rows, taker = DatasetRows(dataset), lambda part: dataset.select(part.tolist())
-    elif isinstance(dataset, Dataset) or is_dataset(dataset):
+    elif is_dataset(dataset):
         if not hasattr(dataset, "__len__"):
             raise BadInput("split: found an iterable dataset, expected a map-style one")
         rows, taker = (
@@ -176,16 +182,6 @@ def _opened(
             f"split: found {type(dataset).__name__}, expected (X, y), a Dataset or a DataFrame"
         )
     return len(dataset), rows.labels() if wanted else None, taker
-
-
-def _check_pair(x: Any, y: Any) -> None:
-    for name, value in (("X", x), ("y", y)):
-        if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim == 0:
-            raise BadInput(
-                f"split: found {type(value).__name__} for {name}, expected an array or a tensor"
-            )
-    if len(x) != len(y):
-        raise BadInput(f"split: found {len(x)} rows in X and {len(y)} in y, expected as many")
 
 
 def _dirichlet(

@@ -11,11 +11,12 @@ Left to others: the federated statistics (data/statistics.py), reading tables (d
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fedcore.errors import BadInput, FedcoreError, TaskFailed
+from fedcore.errors import BadInput, FedcoreError
 from fedcore.learning.data.canonical import digests_of, item_digest, unstable_items
 from fedcore.learning.data.kinds import (
     Indices,
@@ -45,16 +46,12 @@ from fedcore.learning.data.kinds import (
     kind_of,
 )
 from fedcore.learning.data.statistics import Statistics
-from fedcore.learning.task import Task, brief, user_code, user_traceback
+from fedcore.learning.task import Task, user_code
 from fedcore.seeds import generator
 
 
 class Rows(Protocol):
     """The rows of one site, or of one fold of it."""
-
-    @property
-    def features(self) -> NDArray[np.float64] | None:
-        """(rows, p) float64, NaN = missing, while federated statistics are wanted; else None."""
 
     def __len__(self) -> int: ...
 
@@ -79,8 +76,6 @@ class ArrayRows:
 
     x: torch.Tensor
     y: torch.Tensor
-
-    features: ClassVar[None] = None  # they need no federated statistics
 
     def __len__(self) -> int:
         return len(self.x)
@@ -154,7 +149,7 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class TableRows:
-    """Raw rows of one site, before the federated statistics are known; names and ranges as in RowLayout.
+    """Raw rows of one site, before the federated statistics are known.
 
     features: (rows, p) float64 numeric features, NaN = missing.
     fixed: (rows, q) float32 one-hot columns, complete already.
@@ -165,18 +160,6 @@ class TableRows:
     fixed: NDArray[np.float32]
     y: torch.Tensor
     layout: RowLayout
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.layout.names
-
-    @property
-    def ranges(self) -> list[tuple[float, float]]:
-        return list(self.layout.ranges)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.layout.columns
 
     @property
     def unknown(self) -> dict[str, int]:
@@ -222,8 +205,6 @@ class DatasetRows:
     A Hugging Face dataset without a format of its own is read as torch tensors, so that the default
     collate function stacks its columns into a dict of tensors.
     """
-
-    features: ClassVar[None] = None  # they need no federated statistics
 
     def __init__(
         self,
@@ -293,15 +274,12 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
     what it returned is empty, not finite, or of no kind listed in docs/tasks.md.
     """
     where = f"site {site}"
-    try:
-        found = task.data(source)
-    except FedcoreError as error:
-        # An error of our own reader; only the site's name is added.
-        raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
-    except Exception as error:
-        raise TaskFailed(
-            f"{where}: task.data raised {brief(error)}", user_traceback=user_traceback(error)
-        ) from error
+    with user_code(f"{where}: task.data"):
+        try:
+            found = task.data(source)
+        except FedcoreError as error:
+            # An error of our own reader; only the site's name is added.
+            raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
     if isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_whole(v) for v in found):
         train = _recognise(found[0], task, f"{where} (train part)")
         return train, _recognise(found[1], task, f"{where} (test part)")
@@ -388,6 +366,25 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
     return DatasetRows(
         union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels]
     )
+
+
+def rows_digest(*parts: Rows | None) -> str:
+    """SHA-256 over the sorted SHA-256 of all rows of all parts, hex: the same for the same rows in any order.
+
+    It depends on no split, fold, cap or job. Rows can be guessed by comparing digests, so it stays at the site,
+    and the ledger stores a keyed form (`clients/ledger.py`). A dataset whose items have no content that stays
+    goes by the number of its rows and their labels.
+    """
+    every = sorted(digest for part in parts if part is not None for digest in _content_of(part))
+    return hashlib.sha256(b"fedcore rows " + b"".join(every)).hexdigest()
+
+
+def _content_of(rows: Rows) -> list[bytes]:
+    try:
+        return rows.digests()
+    except BadInput:  # items without a content that stays
+        labels = rows.labels()
+        return digests_of(np.zeros(len(rows), dtype=np.int64) if labels is None else labels)
 
 
 # ---------------------------------------------------------------- recognising what a task returned

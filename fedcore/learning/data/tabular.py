@@ -143,10 +143,6 @@ class Table:
         numeric, fixed = self._encode(where, raw)
         return TableRows(numeric, fixed, self._targets(where, raw[self.target]), self.layout)
 
-    def features(self, source: Any) -> NDArray[np.float64]:
-        """The raw numeric features, (rows, p) float64 with NaN = missing. Needs no target column."""
-        return self._encode(*_read(source, [name for name, _ in self.specs]))[0]
-
     def inputs(self, source: Any, statistics: Statistics) -> NDArray[np.float32]:
         """What a trained model takes for these raw rows, (rows, len(columns)) float32. Needs no target
         column; `statistics` are those of the run."""
@@ -155,23 +151,12 @@ class Table:
 
     def to_json(self) -> Json:
         """A JSON description from which `from_json` rebuilds an equal reader."""
-        columns: list[Json] = []
-        for name, spec in self.specs:
-            entry: Json = {"name": name, "may_be_missing": spec.may_be_missing}
-            if isinstance(spec, Number):
-                entry |= {"kind": "number", "low": spec.low, "high": spec.high}
-                entry["missing"] = list(spec.missing)
-            else:
-                entry |= {"kind": "category", "values": list(spec.values)}
-            columns.append(entry)
-        return {
-            "schema": 1,
-            "target": self.target,
-            "columns": columns,
-            "classes": None if self.classes is None else list(self.classes),
-            "above": self.above,
-            "regression": self.regression,
-        }
+        about = {name: value for name, value in vars(self).items() if name != "specs"}
+        columns = [
+            {"name": name, "kind": type(spec).__name__.lower(), **vars(spec)}
+            for name, spec in self.specs
+        ]
+        return about | {"schema": 1, "columns": columns}
 
     @classmethod
     def from_json(cls, description: Json | str) -> Table:
@@ -179,7 +164,7 @@ class Table:
         try:
             found = json.loads(description) if isinstance(description, str) else description
             {1: None}[found["schema"]]  # a KeyError for any other
-            columns = {entry["name"]: _column_from_json(entry) for entry in found["columns"]}
+            columns = {entry["name"]: _column(**entry) for entry in found["columns"]}
             return table(
                 columns=columns,
                 **{key: found[key] for key in ("target", "classes", "above", "regression")},
@@ -235,13 +220,8 @@ class Table:
         return torch.from_numpy(numbers.astype(np.int64))
 
 
-def _column_from_json(entry: Json) -> Number | Category:
-    optional = entry["may_be_missing"]
-    if entry["kind"] == "number":
-        return number(
-            entry["low"], entry["high"], may_be_missing=optional, missing=entry["missing"]
-        )
-    return category(*entry["values"], may_be_missing=optional)
+def _column(name: str, kind: str, **about: Any) -> Number | Category:  # noqa: ARG001 - as in JSON
+    return number(**about) if kind == "number" else category(*about.pop("values"), **about)
 
 
 def table(

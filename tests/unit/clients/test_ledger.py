@@ -19,8 +19,7 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import build_job
 from fedcore.errors import PolicyRefused, StoreFull, StoreProblem
-from fedcore.learning.data.digest import rows_digest
-from fedcore.learning.data.rows import ArrayRows, DatasetRows
+from fedcore.learning.data.rows import ArrayRows, DatasetRows, rows_digest
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.task import load_task

@@ -69,14 +69,14 @@ def test_four_hospitals(site, counts):
     assert test is None
     assert tuple(np.bincount(rows.labels())) == counts
     assert rows.unknown == {}
-    for i, (low, high) in enumerate(rows.ranges):
+    for i, (low, high) in enumerate(rows.layout.ranges):
         seen = rows.features[:, i][~np.isnan(rows.features[:, i])]
         assert ((seen >= low) & (seen <= high)).all()
 
 
 def test_zero_means_not_measured():
     switzerland, va = heart.data("switzerland"), heart.data("va")
-    chol, pressure = (va.names.index(name) for name in ("chol", "trestbps"))
+    chol, pressure = (va.layout.names.index(name) for name in ("chol", "trestbps"))
     assert np.isnan(switzerland.features[:, chol]).all()
     assert np.nanmin(va.features[:, chol]) > 0 and np.nanmin(va.features[:, pressure]) > 0
 

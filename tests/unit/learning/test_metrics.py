@@ -7,6 +7,8 @@ import pytest
 
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.learning import metrics as m
+from fedcore.learning.metric_sums import MetricTransport
+from fedcore.learning.scoring import Scored, pooled
 
 CLASSIFICATION = ("accuracy", "auc", "balanced_accuracy")
 REGRESSION = ("mse", "mae")
@@ -143,14 +145,17 @@ def test_unknown_metrics_name_the_nearest() -> None:
 
 
 def test_scores_are_pooled_and_taken_apart_by_site() -> None:
-    a = m.Scores(np.array([1.0, -1.0]), np.array([1, 0]), np.array([0, 0]))
-    b = m.Scores(np.array([1.0]), np.array([0]), np.array([2]))
-    pooled = m.Scores.concatenate([a, b])
-    metrics = m.get(("accuracy", "auc"))
-    assert m.evaluate_scores(pooled, metrics) == {"accuracy": 2 / 3, "auc": 0.75}
-    by_site = {site: m.evaluate_scores(part, metrics) for site, part in pooled.per_site().items()}
-    assert by_site == {0: {"accuracy": 1.0, "auc": 1.0}, 2: {"accuracy": 0.0, "auc": None}}
-    assert m.site_mean(by_site.values()) == {"accuracy": 0.5, "auc": 1.0}
+    a = Scored(np.array([1.0, -1.0]), np.array([1, 0]), None)
+    b = Scored(np.array([1.0]), np.array([0]), None)
+    transport = MetricTransport(m.get(("accuracy", "auc")), (), 1, 3)
+    assert transport.values([a, None, b]) == {"accuracy": 2 / 3, "auc": 0.75}
+    found = pooled([a, None, b])
+    assert found is not None
+    assert found.sites.tolist() == [0, 0, 2]
+    by_site = [transport.values([each]) for each in (a, None, b)]
+    undefined = {"accuracy": None, "auc": None}
+    assert by_site == [{"accuracy": 1.0, "auc": 1.0}, undefined, {"accuracy": 0.0, "auc": None}]
+    assert m.site_mean(by_site) == {"accuracy": 0.5, "auc": 1.0}
     assert m.site_mean([{"auc": None}]) == {"auc": None}
     assert m.site_mean([]) == {}
 
@@ -160,8 +165,5 @@ def test_scores_of_unequal_lengths_or_shapes_are_refused() -> None:
     with pytest.raises(BadInput, match="found 2 outputs, 1 targets"):
         m.Scores(np.zeros(2), one, one)
     with pytest.raises(BadInput, match="2 different shapes"):
-        m.Scores.concatenate(
-            [m.Scores(np.zeros(1), one, one), m.Scores(np.zeros((1, 3)), one, one)]
-        )
-    with pytest.raises(BadInput):
-        m.Scores.concatenate([])
+        pooled([Scored(np.zeros(1), one, None), Scored(np.zeros((1, 3)), one, None)])
+    assert pooled([]) is None

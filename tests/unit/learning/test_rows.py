@@ -80,7 +80,7 @@ class Endless(IterableDataset):
 )
 def test_inputs_are_float32_but_integer_tensors_stay(raw, dtype):
     rows, test = load((raw, Y))
-    assert isinstance(rows, ArrayRows) and test is None and rows.features is None
+    assert isinstance(rows, ArrayRows) and test is None
     assert rows.x.dtype == dtype and rows.x.shape == (6, 2)
 
 
@@ -185,8 +185,8 @@ def test_array_with_declared_ranges_keeps_its_gaps():
     x[0, 0] = np.nan
     rows, _ = load((x, Y), statistics=((0, 10), number(0, 11, may_be_missing=True)))
     assert isinstance(rows, TableRows)
-    assert rows.names == ("x0", "x1") and rows.ranges == [(0.0, 10.0), (0.0, 11.0)]
-    assert rows.columns == ("x0", "x1", "x1_missing")
+    assert rows.layout.names == ("x0", "x1") and rows.layout.ranges == ((0.0, 10.0), (0.0, 11.0))
+    assert rows.layout.columns == ("x0", "x1", "x1_missing")
     assert np.isnan(rows.features[0, 0])
     scale = SimpleNamespace(mean=np.array([6.0, 6.0]), std=np.array([2.0, 4.0]))
     done = rows.standardise(scale)

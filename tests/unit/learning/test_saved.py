@@ -11,7 +11,7 @@ import fedcore
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import array_layout, load_rows
 from fedcore.learning.data.statistics import Statistics
-from fedcore.learning.saved import load_model, save_model
+from fedcore.learning.saved import FILE, load_model, model_bytes
 from fedcore.learning.task import Task
 
 TASK_FILE = """
@@ -39,7 +39,7 @@ def make_task(**changes):
 def saved(folder, task, statistics=None, layout=None):
     torch.manual_seed(0)
     module = task.model().eval()
-    save_model(folder, module, task, statistics, layout)
+    (folder / FILE).write_bytes(model_bytes(module, task, statistics, layout))
     return module, load_model(folder, task)
 
 

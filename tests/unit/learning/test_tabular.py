@@ -41,8 +41,8 @@ SCALE = SimpleNamespace(mean=np.array([50.0, 200.0]), std=np.array([10.0, 50.0])
 
 def test_columns_follow_the_declaration():
     rows = READ(FRAME)
-    assert READ.columns == rows.columns == COLUMNS
-    assert rows.names == ("age", "chol") and rows.ranges == [(0, 120), (50, 700)]
+    assert READ.columns == rows.layout.columns == COLUMNS
+    assert rows.layout.names == ("age", "chol") and rows.layout.ranges == ((0, 120), (50, 700))
     assert rows.labels().tolist() == [0, 1, 1]
     assert rows.unknown == {"smoker": 1, "sex": 1}
     assert rows.take(np.array([0, 1])).unknown == {}
@@ -78,7 +78,6 @@ def test_csv_parquet_dict_and_frame_agree(tmp_path):
 
 def test_raw_rows_without_the_target_column():
     bare = FRAME.drop(columns="ill")
-    np.testing.assert_array_equal(READ.features(bare), READ(FRAME).features)
     np.testing.assert_array_equal(
         READ.inputs(bare, SCALE), READ(FRAME).standardise(SCALE).x.numpy()
     )
