@@ -307,8 +307,7 @@ def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
     """Verify a signed message under the pinned key of the site it names. Raises SignatureRefused."""
     if message.site not in pins:
         raise SignatureRefused(
-            "signature", found=f"one by {message.site!r}", expected="a site of the roster",
-            fault=COORDINATOR,
-        )  # fmt: skip
+            "signature", f"one by {message.site!r}", "a site of the roster", COORDINATOR
+        )
     label = type_name(type(message)).encode()
     verify(pins[message.site], label, unsigned(message), message.signature, signer=message.site)

@@ -62,18 +62,16 @@ def values_of(plan: RoundPlan, message: PublicMetrics, fault: str) -> dict[str, 
     """The values of a record, by name. Raises MalformedMessage (fault: `fault`)."""
     if tuple(each.name for each in message.values) != plan.metrics:
         raise MalformedMessage(
-            "public metrics", found="other names", expected="those of the plan, in its order", fault=fault
-        )  # fmt: skip
+            "public metrics", "other names", "those of the plan, in its order", fault
+        )
     found: dict[str, float | None] = {}
     for each in message.values:
         if each.value is not None and len(each.value) != _FLOAT.size:
             size = f"{len(each.value)} bytes"
-            raise MalformedMessage("public metric", found=size, expected="8 or none", fault=fault)
+            raise MalformedMessage("public metric", size, "8 or none", fault)
         value = None if each.value is None else float(_FLOAT.unpack(each.value)[0])
         if value is not None and not math.isfinite(value):
-            raise MalformedMessage(
-                "public metric", found="one that is not finite", expected="a number", fault=fault
-            )
+            raise MalformedMessage("public metric", "one that is not finite", "a number", fault)
         found[each.name] = value
     return found
 
@@ -128,9 +126,7 @@ class Hearing:
         values = values_of(self._plan, message, site)
         before = release.said.get(site)
         if before is not None and before != message.values:
-            raise Conflicting(
-                "public metrics", found="other values than before", expected="the same", fault=site
-            )
+            raise Conflicting("public metrics", "other values than before", "the same", site)
         if before is not None:
             return None, ""  # said again after a new session
         release.said[site] = message.values
@@ -142,31 +138,28 @@ class Hearing:
     def _release(self, site: SiteId, message: PublicMetrics) -> _Release:
         if not self._plan.public_metrics:
             raise HeaderRefused(
-                "public metrics", found="them said", expected="nothing: the plan keeps them at the sites",
-                fault=site,
-            )  # fmt: skip
+                "public metrics", "them said", "nothing: the plan keeps them at the sites", site
+            )
         if (message.job, message.site) != (self._job, site):
             raise HeaderRefused(
-                "public metrics", found="those of another job or site", expected="the sender's own word",
-                fault=site,
-            )  # fmt: skip
+                "public metrics", "those of another job or site", "the sender's own word", site
+            )
         release = self._releases.get(message.certificate)
         if release is None or release.header.round != message.round:
             known = [each.header.round for each in self._releases.values()]
             if release is None and message.round < min(known, default=0):
                 raise OutOfOrder(
-                    "public metrics", found=f"those of round {message.round}",
-                    expected=f"of round {min(known)} or later", fault=site,
+                    "public metrics", f"those of round {message.round}",
+                    f"of round {min(known)} or later", site,
                 )  # fmt: skip
             raise HeaderRefused(
-                "public metrics", found="a release that is not certified here",
-                expected="one with a certificate", fault=site,
+                "public metrics", "a release that is not certified here", "one with a certificate",
+                site,
             )  # fmt: skip
         if site not in release.survivors:
             raise ListRefused(
-                "public metrics", found="a site that is not in the sum", expected="one of its survivors",
-                fault=site,
-            )  # fmt: skip
+                "public metrics", "a site that is not in the sum", "one of its survivors", site
+            )
         return release
 
     def awaited(self, certificate: Certificate, here: Collection[SiteId]) -> Sequence[SiteId]:

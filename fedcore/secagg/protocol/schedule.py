@@ -75,15 +75,13 @@ def check_step(
     found = PlannedRound(header.purpose, header.training_round)
     expected = step_after(plan, columns, done, released=True) if done else first_step(plan, columns)
     if expected is None:
-        raise HeaderRefused(
-            "step", found=_name(found), expected="none: the job is done", fault=COORDINATOR
-        )
+        raise HeaderRefused("step", _name(found), "none: the job is done", COORDINATOR)
     step: PlannedRound | None = expected
     while step is not None and step != found:
         needed = purpose_of(step.purpose).needed
         step = None if needed else step_after(plan, columns, step, released=False)
     if step is None:
-        raise HeaderRefused("step", found=_name(found), expected=_name(expected), fault=COORDINATOR)
+        raise HeaderRefused("step", _name(found), _name(expected), COORDINATOR)
 
 
 def _name(step: PlannedRound) -> str:

@@ -71,9 +71,8 @@ def answered(history: History, request: object) -> Exchange | None:
         if past.kind == kind:
             if past.request != digest(request):
                 raise Conflicting(
-                    f"second {kind}", found="other bytes than the first", expected="the same request",
-                    fault=COORDINATOR,
-                )  # fmt: skip
+                    f"second {kind}", "other bytes than the first", "the same request", COORDINATOR
+                )
             return past
     return None
 
@@ -116,21 +115,18 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) 
     """The cohort has at least `least` sites, all pinned, each once, in their order. Raises RosterRefused."""
     roster = header.roster
     if len(set(roster)) != len(roster):
-        raise RosterRefused("roster", found="a site twice", expected="each once", fault=COORDINATOR)
+        raise RosterRefused("roster", "a site twice", "each once", COORDINATOR)
     unknown = sorted(set(roster) - set(pins))
     if unknown:
         raise RosterRefused(
-            "roster", found=f"the unpinned site {unknown[0]!r}", expected="pinned sites only",
-            fault=COORDINATOR, remedy="a site joins with a roster that this site's operator approved",
+            "roster", f"the unpinned site {unknown[0]!r}", "pinned sites only", COORDINATOR,
+            remedy="a site joins with a roster that this site's operator approved",
         )  # fmt: skip
     if list(roster) != [site for site in pins if site in roster]:
-        raise RosterRefused(
-            "roster", found="another order", expected="the order of the pinned sites",
-            fault=COORDINATOR,
-        )  # fmt: skip
+        raise RosterRefused("roster", "another order", "the order of the pinned sites", COORDINATOR)
     if len(roster) < least:
         raise RosterRefused(
-            "roster", found=f"{len(roster)} sites", expected=f"at least {least}", fault=COORDINATOR,
+            "roster", f"{len(roster)} sites", f"at least {least}", COORDINATOR,
             remedy="more sites connected at a time, or a lower protect.threshold in the job",
         )  # fmt: skip
 
@@ -138,16 +134,14 @@ def check_roster(header: RoundHeader, pins: Mapping[SiteId, bytes], least: int) 
 def check_round_threshold(header: RoundHeader, planned: int) -> None:
     """t of a round is the plan's, however few sites are invited (PROTOCOL N). Raises ThresholdRefused."""
     if header.threshold != planned:
-        raise ThresholdRefused(
-            "threshold", found=header.threshold, expected=planned, fault=COORDINATOR
-        )
+        raise ThresholdRefused("threshold", header.threshold, planned, COORDINATOR)
 
 
 def check_protection(protection: str) -> None:
     """Masks or encryption, whatever the local plan allows. Raises HeaderRefused."""
     if not Protection.of(protection).protects:
         raise HeaderRefused(
-            "protection", found=protection, expected="masks or encryption", fault=COORDINATOR,
+            "protection", protection, "masks or encryption", COORDINATOR,
             remedy="`plain` exists inside one process only",
         )  # fmt: skip
 
@@ -156,7 +150,7 @@ def check_equal(*rows: tuple[str, object, object]) -> None:
     """Each (what, found, expected) agrees. Raises HeaderRefused for the first that does not."""
     for what, found, expected in rows:
         if found != expected:
-            raise HeaderRefused(what, found=found, expected=expected, fault=COORDINATOR)
+            raise HeaderRefused(what, found, expected, COORDINATOR)
 
 
 def check_grows(
@@ -164,24 +158,22 @@ def check_grows(
 ) -> None:
     """A number is used once: the next one is above the last. Raises `error`."""
     if found <= last:
-        raise error(what, found=found, expected=f"more than {last}", fault=COORDINATOR)
+        raise error(what, found, f"more than {last}", COORDINATOR)
 
 
 def check_header(found: bytes, header: RoundHeader, fault: str) -> None:
     """A message belongs to the round at hand. Raises HeaderRefused."""
     if found != header.digest:
         raise HeaderRefused(
-            "message", found="one of another round or plan",
-            expected=f"round {header.round} ({header.purpose}) of job {header.job}", fault=fault,
+            "message", "one of another round or plan",
+            f"round {header.round} ({header.purpose}) of job {header.job}", fault,
         )  # fmt: skip
 
 
 def check_sender(named: object, sender: SiteId) -> None:
     """A message names the site that sent it. Raises RosterRefused."""
     if named != sender:
-        raise RosterRefused(
-            "message", found=f"one of {named!r} from {sender!r}", expected="its own", fault=sender
-        )
+        raise RosterRefused("message", f"one of {named!r} from {sender!r}", "its own", sender)
 
 
 def check_members(
@@ -192,34 +184,29 @@ def check_members(
     Raises ListRefused or ThresholdRefused, both the coordinator's fault.
     """
     if len(set(found)) != len(found):
-        raise ListRefused(what, found="a site twice", expected="each once", fault=COORDINATOR)
+        raise ListRefused(what, "a site twice", "each once", COORDINATOR)
     strange = sorted(set(found) - set(allowed))
     if strange:
         raise ListRefused(
-            what, found=f"site {strange[0]!r}", expected=f"a subset of {len(allowed)} sites",
-            fault=COORDINATOR,
-        )  # fmt: skip
-    if list(found) != [site for site in allowed if site in set(found)]:
-        raise ListRefused(what, found="another order", expected="roster order", fault=COORDINATOR)
-    if len(found) < threshold:
-        raise ThresholdRefused(
-            what, found=f"{len(found)} sites", expected=f"at least {threshold}", fault=COORDINATOR
+            what, f"site {strange[0]!r}", f"a subset of {len(allowed)} sites", COORDINATOR
         )
+    if list(found) != [site for site in allowed if site in set(found)]:
+        raise ListRefused(what, "another order", "roster order", COORDINATOR)
+    if len(found) < threshold:
+        raise ThresholdRefused(what, f"{len(found)} sites", f"at least {threshold}", COORDINATOR)
 
 
 def check_keys(keys: Keys, header: RoundHeader, pins: Mapping[SiteId, bytes]) -> None:
     """One site's signed keys: of this round, well formed, of no small order."""
     check_header(keys.header, header, keys.site)
     if keys.site not in header.roster:
-        raise RosterRefused(
-            "keys", found=f"of {keys.site!r}", expected="a site of the roster", fault=COORDINATOR
-        )
+        raise RosterRefused("keys", f"of {keys.site!r}", "a site of the roster", COORDINATOR)
     check_signature(keys, pins)
     keys.channel.check(keys.site)
     keys.mask.check(keys.site)
     if len(keys.self_seed_hash) != 32:
         found = f"{len(keys.self_seed_hash)} bytes"
-        raise KeyRefused("self-seed hash", found=found, expected=32, fault=keys.site)
+        raise KeyRefused("self-seed hash", found, 32, keys.site)
 
 
 def check_distinct(keys: Iterable[tuple[SiteId, bytes]], what: str) -> None:
@@ -227,9 +214,7 @@ def check_distinct(keys: Iterable[tuple[SiteId, bytes]], what: str) -> None:
     seen: dict[bytes, SiteId] = {}
     for site, public in keys:
         if public in seen:
-            raise KeyRefused(
-                what, found=f"a key of {seen[public]!r} again", expected="distinct keys", fault=site
-            )
+            raise KeyRefused(what, f"a key of {seen[public]!r} again", "distinct keys", site)
         seen[public] = site
 
 
@@ -238,14 +223,13 @@ def check_same_state(items: Iterable[Keys | Submit], state_tag: bytes, key_id: b
     for item in items:
         if item.state_tag != state_tag:
             raise StateDiffers(
-                "state tag", found=f"another one at {item.site!r}", expected="that of this site",
-                fault=item.site,
+                "state tag", f"another one at {item.site!r}", "that of this site", item.site,
                 remedy="whoever missed a release catches up from the sealed checkpoint",
             )  # fmt: skip
         if item.key_id != key_id:
             raise StateDiffers(
-                "key id", found=f"another one at {item.site!r}", expected="that of this site",
-                fault=item.site, remedy="a new key epoch",
+                "key id", f"another one at {item.site!r}", "that of this site", item.site,
+                remedy="a new key epoch",
             )  # fmt: skip
 
 
@@ -257,8 +241,8 @@ def check_submission(
     check_signature(submit, pins)
     if len(submit.salt) != salt_bytes:
         raise VectorRefused(
-            "vector", found=f"a salt of {len(submit.salt)} bytes", expected=f"{salt_bytes} bytes",
-            fault=submit.site, remedy="the plan's cipher decides: 32 under 'keystream', else none",
+            "vector", f"a salt of {len(submit.salt)} bytes", f"{salt_bytes} bytes", submit.site,
+            remedy="the plan's cipher decides: 32 under 'keystream', else none",
         )  # fmt: skip
 
 
@@ -273,8 +257,8 @@ def check_share(header: bytes, parcel: Parcel, kind: str, share: bytes, fault: s
     found = share_digest(header, parcel.sender, parcel.recipient, kind, share)
     if len(share) != SHARE_BYTES or found != signed:
         raise ShareRefused(
-            f"{kind} share of {parcel.sender!r}", found="one that differs from its signed digest",
-            expected="the share its sender signed", fault=fault,
+            f"{kind} share of {parcel.sender!r}", "one that differs from its signed digest",
+            "the share its sender signed", fault,
         )  # fmt: skip
 
 
@@ -286,8 +270,8 @@ def check_head(
     check_signature(head, pins)
     if [recipient for recipient, _ in head.parcels] != list(joined):
         raise ShareRefused(
-            "shares", found=f"parcels for {len(head.parcels)} sites",
-            expected=f"one for each of the {len(joined)} that joined", fault=head.site,
+            "shares", f"parcels for {len(head.parcels)} sites",
+            f"one for each of the {len(joined)} that joined", head.site,
         )  # fmt: skip
 
 
@@ -317,8 +301,8 @@ def check_confirm(confirm: Confirm, own: Confirm, pins: Mapping[SiteId, bytes]) 
     for name in ("header", "bundle", "cohort", "survivors"):
         if getattr(confirm, name) != getattr(own, name):
             raise ListRefused(
-                "confirmation", found=f"another {name} signed by {confirm.site!r}",
-                expected="the list this site signed", fault=COORDINATOR,
+                "confirmation", f"another {name} signed by {confirm.site!r}",
+                "the list this site signed", COORDINATOR,
             )  # fmt: skip
 
 
@@ -337,6 +321,4 @@ def check_certificate(
 def refuse_missing(site: SiteId, members: Sequence[SiteId], what: str) -> None:
     """This site must be among the members itself. Raises ListRefused."""
     if site not in members:
-        raise ListRefused(
-            what, found="this site left out", expected="this site in it", fault=COORDINATOR
-        )
+        raise ListRefused(what, "this site left out", "this site in it", COORDINATOR)

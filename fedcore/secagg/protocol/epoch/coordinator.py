@@ -131,8 +131,8 @@ def step_hub(
         case _, Tick():
             return stage, ()
     raise OutOfOrder(
-        "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
-        fault=event.sender if isinstance(event, FromSite) else COORDINATOR,
+        "key epoch", type_name(type(message)), f"what {type_name(type(stage))} takes",
+        event.sender if isinstance(event, FromSite) else COORDINATOR,
     )  # fmt: skip
 
 
@@ -143,9 +143,7 @@ def _take_key(
     if key in stage.keys:
         return stage, ()
     if key.site in {past.site for past in stage.keys}:
-        raise Conflicting(
-            "second EpochKey", found="another key", expected="one an epoch", fault=key.site
-        )
+        raise Conflicting("second EpochKey", "another key", "one an epoch", key.site)
     keys = in_order(stage.header.roster, (*stage.keys, key))
     stage = replace(stage, keys=keys)
     came = {each.site for each in keys}
@@ -190,8 +188,8 @@ def _late(hub: CoordinatorParams, stage: Calling | Granting, now: float) -> Coor
     present = tuple(key.site for key in stage.keys)
     if len(present) < header.threshold:
         raise ThresholdRefused(
-            "epoch keys", found=f"{len(present)} sites", expected=f"at least {header.threshold}",
-            fault=COORDINATOR, remedy="a key epoch starts again when enough sites are connected",
+            "epoch keys", f"{len(present)} sites", f"at least {header.threshold}", COORDINATOR,
+            remedy="a key epoch starts again when enough sites are connected",
         )  # fmt: skip
     if isinstance(stage, Calling) and header.maker in present:
         return _ask_maker(hub, stage, now)
@@ -210,8 +208,8 @@ def _take_grants(
     expected = [key.site for key in stage.keys if key.site != header.maker]
     if message.site != header.maker or [g.recipient for g in message.grants] != expected:
         raise KeyRefused(
-            "grants", found=f"{len(message.grants)} by {message.site!r}",
-            expected=f"one by the maker for each of {len(expected)} sites", fault=message.site,
+            "grants", f"{len(message.grants)} by {message.site!r}",
+            f"one by the maker for each of {len(expected)} sites", message.site,
         )  # fmt: skip
     for grant in message.grants:
         check_signature(grant, hub.pins)
@@ -227,8 +225,8 @@ def _take_grant(
     check_signed(grant, stage.header, hub.pins)
     if not {grant.site, grant.recipient} <= {key.site for key in stage.keys}:
         raise KeyRefused(
-            "grant", found=f"one by {grant.site!r} for {grant.recipient!r}",
-            expected="two sites with a key of this epoch", fault=grant.site,
+            "grant", f"one by {grant.site!r} for {grant.recipient!r}",
+            "two sites with a key of this epoch", grant.site,
         )  # fmt: skip
     return stage, (Send(grant.recipient, _granted(stage, grant)),)
 
@@ -260,7 +258,5 @@ def _late_joiner(
     stage = replace(stage, keys=in_order(stage.header.roster, (*rest, key)), held=held)
     asked = _ask_a_holder(stage, key)
     if not asked:
-        raise ThresholdRefused(
-            "late joiner", found="no holder of the key", expected="at least one", fault=COORDINATOR
-        )
+        raise ThresholdRefused("late joiner", "no holder of the key", "at least one", COORDINATOR)
     return stage, (Persist(stage), *asked)

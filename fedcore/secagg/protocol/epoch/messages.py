@@ -123,8 +123,8 @@ def check_epoch(found: bytes, header: EpochHeader, fault: str) -> None:
     """A message belongs to the epoch at hand. Raises StaleEpoch."""
     if found != header.digest:
         raise StaleEpoch(
-            "key epoch", found="a message of another one",
-            expected=f"epoch {header.epoch} of job {header.job}", fault=fault,
+            "key epoch", "a message of another one", f"epoch {header.epoch} of job {header.job}",
+            fault,
         )  # fmt: skip
 
 

@@ -136,9 +136,8 @@ def step_site(member: SiteParams, stage: SiteEpochStage, event: SiteEpochEvent) 
         case NoKey(), Again():
             return stage, ()
     raise OutOfOrder(
-        "key epoch", found=type_name(type(message)), expected=f"what {type_name(type(stage))} takes",
-        fault=COORDINATOR,
-    )  # fmt: skip
+        "key epoch", type_name(type(message)), f"what {type_name(type(stage))} takes", COORDINATOR
+    )
 
 
 def _offer(
@@ -163,9 +162,7 @@ def _check_header(member: SiteParams, header: messages.EpochHeader) -> None:
     )
     check_protection(member.plan.protection)
     if header.maker not in member.pins:
-        raise RosterRefused(
-            "maker", found=header.maker, expected="a pinned site", fault=COORDINATOR
-        )
+        raise RosterRefused("maker", header.maker, "a pinned site", COORDINATOR)
 
 
 def _begin_making(member: SiteParams, stage: Offered, request: messages.EpochKeys) -> SiteEpochStep:
@@ -187,9 +184,8 @@ def _begin_making(member: SiteParams, stage: Offered, request: messages.EpochKey
 def _must_make(member: SiteParams, header: messages.EpochHeader) -> None:
     if header.maker != member.id:
         raise OutOfOrder(
-            "key epoch", found=f"a request to {member.id!r} to make it", expected=header.maker,
-            fault=COORDINATOR,
-        )  # fmt: skip
+            "key epoch", f"a request to {member.id!r} to make it", header.maker, COORDINATOR
+        )
 
 
 def _context(
@@ -247,9 +243,8 @@ def _accept(member: SiteParams, stage: Offered, granted: messages.Granted) -> Si
     mine = digest(stage.key.key)
     if (grant.recipient, grant.recipient_key) != (member.id, mine) or granter.site != grant.site:
         raise KeyRefused(
-            "grant", found="one for another recipient or key", expected="this site's epoch key",
-            fault=grant.site,
-        )  # fmt: skip
+            "grant", "one for another recipient or key", "this site's epoch key", grant.site
+        )
     if grant.site != header.maker or granted.held:
         _check_held(member, header, grant.key_id, granted.held)
     payload = open_envelope(
@@ -257,9 +252,7 @@ def _accept(member: SiteParams, stage: Offered, granted: messages.Granted) -> Si
         context=_context(header, grant.site, member.id, mine, grant.key_id), sender=grant.site,
     )  # fmt: skip
     if key_id(payload) != grant.key_id:
-        raise KeyRefused(
-            "key id", found="another payload", expected="the one that was signed", fault=grant.site
-        )
+        raise KeyRefused("key id", "another payload", "the one that was signed", grant.site)
     return _hold(member, stage, SecretBytes(payload), grant.key_id)
 
 
@@ -275,6 +268,5 @@ def _check_held(
         check_signed(each, header, member.pins)
         if each.key_id != name:
             raise KeyRefused(
-                "key id", found=f"another one at {each.site!r}", expected="that of the grant",
-                fault=COORDINATOR,
-            )  # fmt: skip
+                "key id", f"another one at {each.site!r}", "that of the grant", COORDINATOR
+            )

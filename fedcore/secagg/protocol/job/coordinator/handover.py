@@ -119,19 +119,13 @@ class ModelHandover:
                 f"model: found a digest of {site}, expected none: the plan gives no model"
             )
         if site not in self._asked:
-            raise HeaderRefused(
-                "model", found="one that was not asked for", expected="none", fault=site
-            )
+            raise HeaderRefused("model", "one that was not asked for", "none", site)
         certificate = self._facts.certificate
         if certificate is None or made.certificate != certificate.hash:
-            raise OutOfOrder(
-                "model", found="that of another release", expected="that of the last", fault=site
-            )
+            raise OutOfOrder("model", "that of another release", "that of the last", site)
         before = self.reported.setdefault(site, made.digest)
         if before != made.digest:
-            raise Conflicting(
-                "model", found="another one than before", expected="the same", fault=site
-            )
+            raise Conflicting("model", "another one than before", "the same", site)
         groups = differing(self.reported)
         if not groups:
             return []

@@ -268,9 +268,7 @@ class JobMachine:
                 self.rounds.submitted(name, message)
                 self.take_upload(name)
             case job_messages.KeysErased():
-                raise OutOfOrder(
-                    "keys", found="them erased", expected="them held until the job ends", fault=name
-                )
+                raise OutOfOrder("keys", "them erased", "them held until the job ends", name)
             case messages.Leave(code=messages.RELEASE_REFUSED, header=header) if (
                 facts.round is None or facts.round.header.digest != header
             ):

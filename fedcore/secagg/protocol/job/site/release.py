@@ -110,17 +110,15 @@ class PublicRelease:
         require(self._me.policy.on_release("model"))
         if self._agreed.plan.release != "coordinator":
             raise HeaderRefused(
-                "model", found="it asked for", expected="nothing: it stays at the sites",
-                fault=COORDINATOR,
-            )  # fmt: skip
+                "model", "it asked for", "nothing: it stays at the sites", COORDINATOR
+            )
         done = self._states.current.done if self._states.current is not None else None
         if done is None or over or not isinstance(self._rounds.stage, site.Idle):
             return False
         if not schedule.is_last_model(self._agreed.plan, done):
             raise HeaderRefused(
-                "model", found="it asked for before the last round", expected="it after that",
-                fault=COORDINATOR,
-            )  # fmt: skip
+                "model", "it asked for before the last round", "it after that", COORDINATOR
+            )
         return True
 
     def give(self, wanted: job_messages.ModelWanted, *, over: bool) -> Iterator[SiteEffect]:

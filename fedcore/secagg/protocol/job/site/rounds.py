@@ -143,9 +143,8 @@ class RoundDriver:
         of, marks = self.marks
         if of != header.digest:
             raise ReleaseRefused(
-                "sum", found="no record of this site's own marks", expected="those it was sent with",
-                fault=THIS_SITE,
-            )  # fmt: skip
+                "sum", "no record of this site's own marks", "those it was sent with", THIS_SITE
+            )
         return marks
 
     # ----------------------------------------------------------------------- what is announced

@@ -30,9 +30,7 @@ def led_to(header: RoundHeader, survivors: tuple[SiteId, ...], sum_mac: bytes, m
 def require_certified(mac: bytes, certificate: Certificate) -> None:
     """Raise ReleaseRefused for a state of another HMAC than the certificate's."""
     if mac != certificate.state_mac:
-        raise ReleaseRefused(
-            "state", found="one of another HMAC", expected="the certified one", fault=COORDINATOR
-        )
+        raise ReleaseRefused("state", "one of another HMAC", "the certified one", COORDINATOR)
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,8 @@ def evolve(stage: stages.CoordinatorStage, entry: CoordinatorEntry) -> stages.Co
             refused = stage.refused if isinstance(stage, stages.Releasing) else ()
             return stages.Failed(stage.header, name, left, sites.exposed_sites(stage), refused)
     raise OutOfOrder(
-        "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
-        expected="a record this stage can have written", fault=COORDINATOR,
+        "journal", f"{type_name(type(entry))} after {type_name(type(stage))}",
+        "a record this stage can have written", COORDINATOR,
     )  # fmt: skip
 
 

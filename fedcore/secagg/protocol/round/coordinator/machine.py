@@ -20,8 +20,8 @@ def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) ->
     header = event.header
     if isinstance(stage, stages.Failed) and stage.exposed:
         raise SecondSum(
-            "round", found=f"one after round {stage.round}, whose sum may be known",
-            expected="that round's release", fault=COORDINATOR,
+            "round", f"one after round {stage.round}, whose sum may be known", "that round's release",
+            COORDINATOR,
         )  # fmt: skip
     check_grows("round", header.round, stage.round)
     check_roster(header, move.hub.pins, header.threshold)

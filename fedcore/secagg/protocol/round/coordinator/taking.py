@@ -35,9 +35,8 @@ def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.S
     own = all(parcel.sender == head.site for parcel in shares.parcels)
     if not own or tuple((p.recipient, digest(p)) for p in shares.parcels) != head.parcels:
         raise ShareRefused(
-            "shares", found="parcels that differ from the signed list", expected="the signed ones",
-            fault=head.site,
-        )  # fmt: skip
+            "shares", "parcels that differ from the signed list", "the signed ones", head.site
+        )
     move.record(entries.SharesTaken(shares))
 
 
@@ -48,18 +47,15 @@ def take_vector(move: CoordinatorMove, stage: stages.Collecting, event: events.U
     for keys in stage.bundle:
         if keys.site == submit.site and started_from(keys) != started_from(submit):
             raise VectorRefused(
-                "vector", found="another state tag or key id than in its keys",
-                expected="what the site joined with", fault=submit.site,
+                "vector", "another state tag or key id than in its keys", "what the site joined with",
+                submit.site,
             )  # fmt: skip
     if submit.size != stage.size or event.size != stage.size:
-        raise VectorRefused(
-            "vector", found=f"{event.size} bytes", expected=f"{stage.size} bytes", fault=submit.site
-        )
+        raise VectorRefused("vector", f"{event.size} bytes", f"{stage.size} bytes", submit.site)
     if event.digest != submit.digest:
         raise VectorRefused(
-            "vector", found="other bytes than were signed", expected="the signed digest",
-            fault=submit.site,
-        )  # fmt: skip
+            "vector", "other bytes than were signed", "the signed digest", submit.site
+        )
     move.record(entries.SubmissionTaken(submit))
     move.do(effects.FoldUpload(submit))
 
@@ -74,9 +70,8 @@ def take_confirm(
     expected = (digest(stage.bundle), digest(cohort), listed(stage.submissions))
     if (confirm.bundle, confirm.cohort, confirm.survivors) != expected:
         raise ListRefused(
-            "confirmation", found="another list", expected="the survivor list that was sent",
-            fault=confirm.site,
-        )  # fmt: skip
+            "confirmation", "another list", "the survivor list that was sent", confirm.site
+        )
     move.record(entries.ConfirmTaken(confirm))
 
 
@@ -89,9 +84,8 @@ def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages
     expected = [(of, SELF_SEED if of in survivors else MASK_ROOT) for of in cohort]
     if [(answer.of, answer.kind) for answer in unmask.answers] != expected:
         raise ShareRefused(
-            "unmask", found="shares of other sites or kinds", expected="exactly one of each site",
-            fault=site,
-        )  # fmt: skip
+            "unmask", "shares of other sites or kinds", "exactly one of each site", site
+        )
     parcels = parcels_of(stage.shares)
     for answer in unmask.answers:
         check_share(header.digest, parcels[answer.of, site], answer.kind, answer.share, site)
@@ -110,10 +104,7 @@ def take_statement(
     check_header(statement.header, stage.header, statement.site)
     check_signature(statement, move.hub.pins)
     if statement.survivors != digest(survivors_of(stage.submissions)):
-        raise ListRefused(
-            "statement", found="another survivor list", expected="that of the sum",
-            fault=statement.site,
-        )  # fmt: skip
+        raise ListRefused("statement", "another survivor list", "that of the sum", statement.site)
     move.record(entries.StatementTaken(statement))
 
 
@@ -162,13 +153,12 @@ def seen_before(stage: stages.InRound, event: events.MessageFromSite | events.Up
         return sender in sites.sites_left(stage) or sender not in stage.header.roster
     if sender not in sites.members_of(stage) or sites.is_out(stage, sender):
         raise RosterRefused(
-            "message", found=f"{type_name(type(message))} of a site not waited for",
-            expected=f"one of {len(sites.members_of(stage))} sites", fault=sender,
+            "message", f"{type_name(type(message))} of a site not waited for",
+            f"one of {len(sites.members_of(stage))} sites", sender,
         )  # fmt: skip
     earlier = next((past for past in sites.received_in(stage) if past.site == sender), None)
     if earlier not in (None, message):
         raise Conflicting(
-            f"second {type_name(type(message))}", found="other bytes than the first",
-            expected="one a round", fault=sender,
+            f"second {type_name(type(message))}", "other bytes than the first", "one a round", sender,
         )  # fmt: skip
     return earlier is not None

@@ -46,16 +46,14 @@ def rebuild_masks(stage: Unmasking) -> tuple[Mask, ...]:
 def _check_self_seed(secret: bytes, keys: Keys) -> None:
     if hashlib.sha256(secret).digest() != keys.self_seed_hash:
         raise ShareRefused(
-            "rebuilt self-seed", found="another one", expected="the one its site committed to",
-            fault=keys.site,
-        )  # fmt: skip
+            "rebuilt self-seed", "another one", "the one its site committed to", keys.site
+        )
 
 
 def _checked_root(secret: bytes, keys: Keys) -> MaskRoot:
     root = MaskRoot(secret)
     if root.keys.public != keys.mask:
         raise ShareRefused(
-            "rebuilt mask root", found="one of other keys", expected="the advertised mask keys",
-            fault=keys.site,
-        )  # fmt: skip
+            "rebuilt mask root", "one of other keys", "the advertised mask keys", keys.site
+        )
     return root

@@ -25,8 +25,8 @@ def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certi
     """The certificate of the last release, sent again. Raises OutOfOrder for any other."""
     if certificate.hash != stage.standing.certificate:
         raise OutOfOrder(
-            "message", found="Certificate of a round this site is not in", expected="none",
-            fault=COORDINATOR, remedy="a site that missed a release catches up from the checkpoint",
+            "message", "Certificate of a round this site is not in", "none", COORDINATOR,
+            remedy="a site that missed a release catches up from the checkpoint",
         )  # fmt: skip
 
 
@@ -41,9 +41,7 @@ def catch_up(move: SiteMove, stage: stages.Idle, event: events.CaughtUp) -> None
     found = event.certificate
     check_missed(move.member, stage.standing, found)
     if event.state_mac != found.state_mac:
-        raise ReleaseRefused(
-            "checkpoint", found="another state", expected="the certified one", fault=COORDINATOR
-        )
+        raise ReleaseRefused("checkpoint", "another state", "the certified one", COORDINATOR)
     move.record(entries.CheckpointTaken(found))
     move.do(effects.Apply(found))
 
@@ -58,8 +56,7 @@ def check_missed(
     check_equal(*member.same_job(found.header))
     if found.header.round <= standing.released:
         raise HeaderRefused(
-            "checkpoint", found=f"round {found.header.round}",
-            expected=f"one after {standing.released}", fault=COORDINATOR,
+            "checkpoint", f"round {found.header.round}", f"one after {standing.released}", COORDINATOR,
         )  # fmt: skip
     check_roster(found.header, member.pins, member.least)
     check_round_threshold(found.header, member.plan.threshold)

@@ -208,8 +208,8 @@ def evolve(stage: stages.SiteStage, entry: SiteEntry) -> stages.SiteStage:
             proved, last_seen = max(at.proved, number), max(at.round, number)
             return replace(stage, standing=replace(at, proved=proved, round=last_seen))
     raise OutOfOrder(
-        "journal", found=f"{type_name(type(entry))} after {type_name(type(stage))}",
-        expected="a record this stage can have written", fault=THIS_SITE,
+        "journal", f"{type_name(type(entry))} after {type_name(type(stage))}",
+        "a record this stage can have written", THIS_SITE,
     )  # fmt: skip
 
 

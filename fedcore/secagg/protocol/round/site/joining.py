@@ -66,22 +66,21 @@ def _check_invitation(
     check_protection(header.protection)
     if header.epoch != standing.epoch:
         raise StaleEpoch(
-            "key epoch", found=header.epoch, expected=standing.epoch, fault=COORDINATOR,
+            "key epoch", header.epoch, standing.epoch, COORDINATOR,
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
     _check_one_sum(standing, header)
     check_grows("round", header.round, standing.round)
     if standing.proved > standing.released:
         raise OldFolder(
-            "round", found=f"an invitation to round {header.round}",
-            expected=f"the state of round {standing.proved} or of a later one first",
-            fault=COORDINATOR,
+            "round", f"an invitation to round {header.round}",
+            f"the state of round {standing.proved} or of a later one first", COORDINATOR,
             remedy="this site's folder was put back to an earlier time: it catches up, then takes part",
         )  # fmt: skip
     if header.certificate != standing.certificate:
         raise HeaderRefused(
-            "release certificate", found=header.certificate[:16] or "none",
-            expected=standing.certificate[:16] or "none", fault=COORDINATOR,
+            "release certificate", header.certificate[:16] or "none",
+            standing.certificate[:16] or "none", COORDINATOR,
             remedy="a site that missed a release catches up from the sealed checkpoint",
         )  # fmt: skip
 
@@ -93,10 +92,10 @@ def check_company(
     wanted = member.only_with.get(header.purpose)
     if wanted is not None and set(sites) != set(wanted):
         raise OtherSites(
-            f"{what} ({header.purpose})", found=", ".join(sorted(sites)),
-            expected=f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
+            f"{what} ({header.purpose})", ", ".join(sorted(sites)),
+            f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
             "same rows was given before, and two that differ by a site show that site's part",
-            fault=COORDINATOR,
+            COORDINATOR,
             remedy="`fed-site ledger` shows the earlier sums; evict the other sites for this job, or "
             "scale by declared ranges, which takes no sum",
         )  # fmt: skip
@@ -106,12 +105,12 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
     """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
     if standing.exposed:
         raise SecondSum(
-            "round", found=f"an invitation to round {header.round} ({header.purpose})",
-            expected=f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
-            fault=COORDINATOR, remedy="the job goes on after that release, or it ends",
+            "round", f"an invitation to round {header.round} ({header.purpose})",
+            f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
+            COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
     if not header.layers.masks and entries.purpose_and_round(header) in standing.submitted:
         raise SecondSum(
-            "round", found=f"a second sum for {header.purpose} of round {header.training_round}",
-            expected="one vector for each step and state", fault=COORDINATOR,
+            "round", f"a second sum for {header.purpose} of round {header.training_round}",
+            "one vector for each step and state", COORDINATOR,
         )  # fmt: skip

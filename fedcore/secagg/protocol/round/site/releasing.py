@@ -52,18 +52,15 @@ def _check_list(
 def _check_own_submission(submissions: tuple[messages.Submit, ...], own: messages.Submit) -> None:
     if own not in submissions:
         raise VectorRefused(
-            "survivor list", found="another submission of this site", expected="the one it sent",
-            fault=COORDINATOR,
-        )  # fmt: skip
+            "survivor list", "another submission of this site", "the one it sent", COORDINATOR
+        )
 
 
 def confirm_list(move: SiteMove, stage: stages.Submitted, request: messages.SurvivorList) -> None:
     """Sign the one survivor list of this round. Raises ListRefused, VectorRefused or StateDiffers."""
     member, h = move.member, stage.header.digest
     if not stage.header.layers.masks:
-        raise OutOfOrder(
-            "message", found="SurvivorList", expected="none under `encrypted`", fault=COORDINATOR
-        )
+        raise OutOfOrder("message", "SurvivorList", "none under `encrypted`", COORDINATOR)
     _check_list(member, stage, request)
     lists = stage.bundle, digest(stage.cohort), listed(request.submissions)
     confirm = sign(messages.Confirm(h, member.id, *lists, b""), member.identity)
@@ -105,17 +102,14 @@ def begin_opening(
     member, header = move.member, stage.header
     if isinstance(stage, stages.Submitted):
         if header.layers.masks:
-            raise OutOfOrder(
-                "message", found="Aggregate", expected="SurvivorList first", fault=COORDINATOR
-            )
+            raise OutOfOrder("message", "Aggregate", "SurvivorList first", COORDINATOR)
         _check_list(member, stage, request)
     else:
         check_header(request.header, header, COORDINATOR)
         if request.submissions != stage.submissions:
             raise ListRefused(
-                "sum", found="another survivor list", expected="the one this site signed",
-                fault=COORDINATOR,
-            )  # fmt: skip
+                "sum", "another survivor list", "the one this site signed", COORDINATOR
+            )
         if isinstance(stage, stages.Confirmed):  # opening the sum is its first help
             check_company(member, header, survivors_of(stage.submissions), "survivor list")
     move.record(entries.SumAnnounced(request, exchange(request)))
@@ -151,8 +145,8 @@ def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certific
     own = stage.statement
     if certificate.statement(member.id, own.signature) != own:
         raise ReleaseRefused(
-            "certificate", found="another sum, state or survivor list",
-            expected="what this site found in the sum", fault=COORDINATOR,
+            "certificate", "another sum, state or survivor list", "what this site found in the sum",
+            COORDINATOR,
         )  # fmt: skip
     move.record(entries.Certified(certificate))
     move.do(effects.Apply(certificate))

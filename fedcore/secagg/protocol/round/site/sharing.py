@@ -64,10 +64,7 @@ def _check_bundle(member: SiteParams, stage: stages.Advertised, bundle: messages
         if keys.site != member.id:
             check_keys(keys, header, member.pins)
         elif keys != stage.keys:
-            raise KeyRefused(
-                "key bundle", found="other keys for this site", expected="those it sent",
-                fault=COORDINATOR,
-            )  # fmt: skip
+            raise KeyRefused("key bundle", "other keys for this site", "those it sent", COORDINATOR)
     public = [(keys.site, each) for keys in bundle.keys for each in keys.public]
     check_distinct(public, "key bundle")
     check_same_state(bundle.keys, stage.state_tag, stage.standing.key_id)
@@ -122,8 +119,8 @@ def open_shares(move: SiteMove, stage: stages.Shared, delivery: messages.Deliver
     refuse_missing(member.id, cohort, "shares")
     if [parcel.sender for parcel in delivery.parcels] != list(cohort):
         raise ShareRefused(
-            "parcels", found=f"{len(delivery.parcels)} that do not match the heads",
-            expected=f"one of each of {len(cohort)} sites", fault=COORDINATOR,
+            "parcels", f"{len(delivery.parcels)} that do not match the heads",
+            f"one of each of {len(cohort)} sites", COORDINATOR,
         )  # fmt: skip
     channel, root = _own_keys(stage)
     self_seed = stage.secrets.self_seed.reveal()
@@ -147,9 +144,8 @@ def _check_parcel(
     check_head(head, stage.header, member.pins, joined)
     if parcel.recipient != member.id or digest(parcel) != dict(head.parcels)[member.id]:
         raise ShareRefused(
-            "parcel", found="other bytes than its sender signed", expected="the signed parcel",
-            fault=COORDINATOR,
-        )  # fmt: skip
+            "parcel", "other bytes than its sender signed", "the signed parcel", COORDINATOR
+        )
 
 
 def _keys_of(stage: stages.Shared, site: SiteId) -> messages.Keys:
@@ -178,8 +174,8 @@ def _pairwise_mask(
     header, peer = stage.header, parcel.sender
     if bool(parcel.offer) == (header.place(member.id) < header.place(peer)):
         raise ShareRefused(
-            "pair-seed offer", found="one" if parcel.offer else "none",
-            expected="one from the first of the pair only", fault=peer,
+            "pair-seed offer", "one" if parcel.offer else "none",
+            "one from the first of the pair only", peer,
         )  # fmt: skip
     keys = _keys_of(stage, peer)
     return pair_mask(root, member.id, keys, parcel.offer, header, stage.state_tag)
