@@ -211,16 +211,9 @@ class JobEnded:
 
 
 SiteJobMessage = (
-    SiteSurvey
-    | SiteUnavailable
-    | PlanAgreed
-    | SiteStatus
-    | InRound
-    | KeysErased
-    | CheckpointSealed
-    | ModelMade
-    | PublicMetrics
-)
+    SiteSurvey | SiteUnavailable | PlanAgreed | SiteStatus | InRound | KeysErased |
+    CheckpointSealed | ModelMade | PublicMetrics
+)  # fmt: skip
 CoordinatorJobMessage = (
     JobOffer | PlanOffer | CheckpointWanted | CheckpointOffer | ModelWanted | JobEnded
 )

@@ -157,24 +157,8 @@ class ShowRound:
 
 
 CoordinatorJobEffect = (
-    Send[ToSite]
-    | Warn
-    | RemoveMasks
-    | PutValues
-    | Info
-    | EndJob
-    | AppendRecords
-    | CloseRound
-    | Push
-    | OpenFold
-    | StartFold
-    | FailSum
-    | DiscardUploads
-    | MakePlan
-    | KeepCheckpoint
-    | DropCheckpoint
-    | KeepModel
-    | KeepMetrics
-    | ShowRound
-)
+    Send[ToSite] | Warn | RemoveMasks | PutValues | Info | EndJob | AppendRecords | CloseRound |
+    Push | OpenFold | StartFold | FailSum | DiscardUploads | MakePlan | KeepCheckpoint |
+    DropCheckpoint | KeepModel | KeepMetrics | ShowRound
+)  # fmt: skip
 """Everything that the coordinator's side of a job may ask for."""

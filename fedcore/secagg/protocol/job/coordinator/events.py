@@ -107,14 +107,6 @@ class ModelKept:
 
 SiteEvent = MessageReceived | UploadArrived | SiteConnected | SiteLeft
 Event = (
-    SiteEvent
-    | StopRequested
-    | TimePassed
-    | Resumed
-    | Advance
-    | PlanMade
-    | Folded
-    | SumMade
-    | CheckpointKept
-    | ModelKept
-)
+    SiteEvent | StopRequested | TimePassed | Resumed | Advance | PlanMade | Folded | SumMade |
+    CheckpointKept | ModelKept
+)  # fmt: skip

@@ -190,19 +190,9 @@ class Tracked:
 RoundResult = VectorReady | CheckedSum | SumGone | WorkFailed
 
 SiteEvent = (
-    Started
-    | Connected
-    | MessageReceived
-    | Tick
-    | epoch.SecretsMade
-    | Approved
-    | RowsLoaded
-    | LoadFailed
-    | RoundResult
-    | CheckpointReady
-    | CheckpointLost
-    | Tracked
-)
+    Started | Connected | MessageReceived | Tick | epoch.SecretsMade | Approved | RowsLoaded |
+    LoadFailed | RoundResult | CheckpointReady | CheckpointLost | Tracked
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------- effects
 
@@ -326,31 +316,9 @@ class EraseKeys:
 
 
 SiteEffect = (
-    AppendEntries
-    | job_effects.CloseRound
-    | Expose
-    | EnterRelease
-    | AdoptState
-    | WriteState
-    | job_effects.Info
-    | job_effects.PutValues
-    | job_effects.EndJob
-    | Report
-    | AwaitApproval
-    | LoadRows
-    | TidySpool
-    | StopMaking
-    | Track
-    | SealCheckpoint
-    | TakeCheckpoint
-    | GiveModel
-    | Finish
-    | EraseKeys
-    | epoch.MakeSecrets
-    | effects.Send[job_messages.ToCoordinator]
-    | effects.Warn
-    | effects.MakeVector
-    | effects.Upload
-    | effects.OpenSum
-    | effects.Erase
-)
+    AppendEntries | job_effects.CloseRound | Expose | EnterRelease | AdoptState | WriteState |
+    job_effects.Info | job_effects.PutValues | job_effects.EndJob | Report | AwaitApproval |
+    LoadRows | TidySpool | StopMaking | Track | SealCheckpoint | TakeCheckpoint | GiveModel |
+    Finish | EraseKeys | epoch.MakeSecrets | effects.Send[job_messages.ToCoordinator] |
+    effects.Warn | effects.MakeVector | effects.Upload | effects.OpenSum | effects.Erase
+)  # fmt: skip
