@@ -39,7 +39,6 @@ from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
-from fedcore.secagg.protocol.job.site.effects import State
 from fedcore.secagg.protocol.job.site.rounds import header_of
 from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
@@ -96,9 +95,9 @@ def waiting_json(found: Waiting | None) -> Json | None:
     ).to_json()  # fmt: skip
 
 
-def model_of(state: State | None) -> str | None:
+def model_of(state: JobState | None) -> str | None:
     """`model_sha256` of a state that a release led to."""
-    return state.model_sha256 if isinstance(state, JobState) and state.done else None
+    return state.model_sha256 if state is not None and state.done else None
 
 
 class Site:

@@ -16,7 +16,7 @@ from fedcore.learning.state import JobState
 from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol.job.site.effects import Track
+from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal

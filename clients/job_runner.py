@@ -32,10 +32,9 @@ from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol import effects, epoch, job_messages, messages
-from fedcore.secagg.protocol.job import effects as job_effects
-from fedcore.secagg.protocol.job.site import effects as ask
-from fedcore.secagg.protocol.job.site import participation
+from fedcore.secagg.protocol import epoch, job_messages, messages
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.site import events, participation
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
@@ -60,7 +59,7 @@ class DiskRefused:
     error: Exception
 
 
-Event = ask.SiteEvent | DiskRefused
+Event = events.SiteEvent | DiskRefused
 
 
 class JobRunner:
@@ -156,7 +155,7 @@ class JobRunner:
     def tell(self, message: job_messages.ToSite) -> None:
         """A record of the coordinator for this job."""
         over = self.job.ended is not None and not self.job.holds_keys
-        event = ask.MessageReceived(message, self.context.now())
+        event = events.MessageReceived(message, self.context.now())
         if over and isinstance(message, epoch.GrantRequest):
             self._at_once(event)  # nothing takes events from the queue any more
         else:
@@ -169,7 +168,7 @@ class JobRunner:
     def connected(self) -> None:
         """There is a new session."""
         self.work.online.set()
-        self.mailbox.put(ask.Connected())
+        self.mailbox.put(events.Connected())
 
     async def run(self) -> None:
         """Handle events until cancelled.
@@ -183,11 +182,11 @@ class JobRunner:
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
         if fault is not None:  # so that the other sites do not wait for this one
-            self._at_once(ask.WorkFailed(b"", fault, word=job_messages.UNABLE))
+            self._at_once(events.WorkFailed(b"", fault, word=job_messages.UNABLE))
 
     async def _serve(self) -> None:
         try:
-            await self.handle(ask.Started())
+            await self.handle(events.Started())
             while True:
                 await self.mailbox.turn(
                     self.handle, lambda: self.job.deadline(self.context.clock())
@@ -199,12 +198,12 @@ class JobRunner:
         """Whether everything is read from disk again, after a pause: for errors of the disk."""
         if not isinstance(fault, StoreProblem | OSError):
             return False
-        self._at_once(ask.WorkFailed(b"", fault, problem=participation.problem_of(fault)))
+        self._at_once(events.WorkFailed(b"", fault, problem=participation.problem_of(fault)))
         return True
 
     def _reload_from_disk(self) -> None:
         self.restore()
-        self.mailbox.put(ask.Connected())
+        self.mailbox.put(events.Connected())
 
     async def close(self) -> None:
         """Cancel background work."""
@@ -214,7 +213,7 @@ class JobRunner:
         """Step the job, and carry out the effects."""
         if isinstance(event, DiskRefused):
             raise event.error
-        if isinstance(event, ask.Connected):
+        if isinstance(event, events.Connected):
             self.work.online.clear()
         step, now, plan = self.job.step, self.context.clock(), self.job.plan
         large = plan is not None and plan.parameters > MANY and _hashes(event)
@@ -224,7 +223,7 @@ class JobRunner:
                     assert self.job.parts is not None
                     made = await asyncio.to_thread(self.job.parts.keys.scheme.make_payload)
                     await self.handle(epoch.SecretsMade(SecretBytes(made)))
-                case ask.Finish():
+                case effects.Finish():
                     await self._finish()
                 case _:
                     self._do(effect)
@@ -243,61 +242,61 @@ class JobRunner:
         if not isinstance(error, FedcoreError | TrainingFailed):
             LOG.error("job %s: a fault of this side", self.id, exc_info=error)
             problem = f"job {self.id}: {type(error).__name__}"
-        return ask.WorkFailed(header, error, problem=problem)
+        return events.WorkFailed(header, error, problem=problem)
 
-    def _at_once(self, event: ask.SiteEvent) -> None:
+    def _at_once(self, event: events.SiteEvent) -> None:
         """Step the job past the queue, with an event that leads to effects without waiting only."""
         self.perform(self.job.step(event, self.context.clock()))
 
-    def perform(self, found: Iterable[ask.SiteEffect]) -> None:
+    def perform(self, found: Iterable[effects.SiteEffect]) -> None:
         """Carry out effects that do not wait, in order."""
         for effect in found:
             self._do(effect)
 
-    def _do(self, effect: ask.SiteEffect) -> None:
+    def _do(self, effect: effects.SiteEffect) -> None:
         context, work = self.context, self.work
         match effect:
             case effects.Send(message=message):
                 self.link.say(self.id, message)
-            case ask.Report(doing):
+            case effects.Report(doing):
                 self.link.doing(self.id, doing)
-            case job_effects.Info(text):
+            case effects.Info(text):
                 LOG.info("%s", text)
             case effects.Warn(text):
                 LOG.warning("%s", text)
-            case ask.AppendEntries(records, values):
+            case effects.AppendEntries(records, values):
                 context.journal.append(self.id, ROUND, records, put=values)
-            case job_effects.PutValues(values):
+            case effects.PutValues(values):
                 context.journal.append(self.id, ROUND, (), put=values)
-            case job_effects.EndJob(ended, at):
+            case effects.EndJob(ended, at):
                 values = {"ended": encode(ended), "ended_at": str(at).encode()}
                 context.journal.append(self.id, ROUND, (), put=values)
-            case job_effects.CloseRound(values):
+            case effects.CloseRound(values):
                 context.journal.compact(self.id, ROUND, put=values, forget=OF_A_ROUND)
-            case ask.EraseKeys():
+            case effects.EraseKeys():
                 context.journal.forget(self.id, "epoch", "groups")
-            case ask.Expose(header, survivors):
+            case effects.Expose(header, survivors):
                 assert self.job.parts is not None
                 rows, names = self.job.part.rows, self.job.parts.agreed.names
                 context.ledger.exposed(Exposure.of(header, survivors, rows=rows, columns=names))
-            case ask.EnterRelease(certificate):
+            case effects.EnterRelease(certificate):
                 context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
-            case ask.AdoptState(name, data):
+            case effects.AdoptState(name, data):
                 work.files.adopt(name, data)
-            case ask.WriteState(state):
+            case effects.WriteState(state):
                 work.files.write_current(state.to_bytes())
             case effects.Erase(header):
                 context.spool.discard(self.id, header.digest)
-            case ask.TidySpool(keep):
+            case effects.TidySpool(keep):
                 for found in set(context.spool.rounds(self.id)) - {keep}:
                     context.spool.discard(self.id, found)
-            case ask.AwaitApproval():
+            case effects.AwaitApproval():
                 self._background(work.await_approval())
-            case ask.LoadRows():
+            case effects.LoadRows():
                 self._background(work.load(effect))
             case effects.MakeVector(header):
                 self._making = self._background(work.make_vector(effect), header.digest)
-            case ask.StopMaking():
+            case effects.StopMaking():
                 if self._making is not None:
                     self._making.cancel()
                 self._making = None
@@ -309,14 +308,14 @@ class JobRunner:
                     self._uploading = submit.header, task
             case effects.OpenSum(header):
                 self._background(work.open_sum(effect), header.digest)
-            case ask.Track():
+            case effects.Track():
                 self._tracking = [task for task in self._tracking if not task.done()]
                 self._tracking.append(self._background(work.track(effect)))
-            case ask.SealCheckpoint():
+            case effects.SealCheckpoint():
                 self._background(work.seal(effect))
-            case ask.TakeCheckpoint():
+            case effects.TakeCheckpoint():
                 self._background(work.catch_up(effect))
-            case ask.GiveModel():
+            case effects.GiveModel():
                 self._background(work.give_model(effect))
 
     async def _finish(self) -> None:
@@ -336,6 +335,6 @@ class JobRunner:
 
 def _hashes(event: Event) -> bool:
     """Whether the machine hashes a whole state at this event."""
-    if isinstance(event, ask.MessageReceived):
+    if isinstance(event, events.MessageReceived):
         return isinstance(event.message, messages.Announce | messages.Certificate)
-    return isinstance(event, ask.CheckpointReady)
+    return isinstance(event, events.CheckpointReady)

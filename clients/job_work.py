@@ -26,8 +26,9 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret, state_mac
 from fedcore.secagg.plan import canonical
-from fedcore.secagg.protocol import effects, job_messages, messages, schedule
-from fedcore.secagg.protocol.job.site import effects as ask
+from fedcore.secagg.protocol import job_messages, messages, schedule
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.machine import Parts, SiteJob
 from fedcore.secagg.protocol.job.site.participation import problem_of
@@ -91,7 +92,7 @@ class JobWork:
         few_sites = bool(protect.get("single_site_features"))
         return RoundWork(self.context.id, self._parts.agreed, secrets, self._state, few_sites)
 
-    async def await_approval(self) -> ask.SiteEvent | None:
+    async def await_approval(self) -> events.SiteEvent | None:
         """Wait for the operator's approval of the offer, or until the job has ended."""
         folder = self.context.folder
         try:
@@ -103,32 +104,32 @@ class JobWork:
                     return None
                 await asyncio.sleep(APPROVAL_SECONDS)
         except FedcoreError as error:
-            return ask.LoadFailed(error, job_messages.UNABLE)
-        return ask.Approved()
+            return events.LoadFailed(error, job_messages.UNABLE)
+        return events.Approved()
 
-    async def load(self, asked: ask.LoadRows) -> ask.SiteEvent:
+    async def load(self, asked: effects.LoadRows) -> events.SiteEvent:
         """Load task and rows, and make the plan again where this site agreed to one.
 
         Where the job gives a budget of seconds, no answer comes before it is over; only for a success under a
         plan it is not waited for, since the coordinator is told nothing of it.
         """
         began, offer = self.context.clock(), self.offer
-        event: ask.SiteEvent
+        event: events.SiteEvent
         try:
             found = await self.contributor.load(
                 self.id, read_settings(offer.settings), offer.task, offer.task_digest
             )
             if asked.plan and self.job.me.planner.plan(offer, found).digest != asked.plan.digest:
                 raise TrainingFailed(job_messages.UNABLE)
-            event = ask.RowsLoaded(found)
+            event = events.RowsLoaded(found)
         except TrainingFailed as failed:
-            event = ask.LoadFailed(failed, failed.reason)
+            event = events.LoadFailed(failed, failed.reason)
         except FedcoreError as error:
-            event = ask.LoadFailed(error, job_messages.UNABLE)
+            event = events.LoadFailed(error, job_messages.UNABLE)
         except Exception as error:  # the others would wait for this site's survey
             LOG.exception("job %s: a fault of this side while loading", self.id)
-            event = ask.LoadFailed(error, job_messages.UNABLE)
-        if asked.plan is None or isinstance(event, ask.LoadFailed):
+            event = events.LoadFailed(error, job_messages.UNABLE)
+        if asked.plan is None or isinstance(event, events.LoadFailed):
             await self._not_before(began, "loading")
         return event
 
@@ -151,11 +152,11 @@ class JobWork:
         while (left := until - self.context.clock()) > 0:
             await self.context.pause(left)
 
-    async def make_vector(self, asked: effects.MakeVector) -> ask.SiteEvent:
+    async def make_vector(self, asked: effects.MakeVector) -> events.SiteEvent:
         """Train or evaluate, protect, and store the vector where the journal does not have it."""
         header, began = asked.header, self._parts.rounds.announced
-        failed = partial(ask.WorkFailed, header.digest)
-        event: ask.SiteEvent
+        failed = partial(events.WorkFailed, header.digest)
+        event: events.SiteEvent
         try:
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
@@ -173,18 +174,18 @@ class JobWork:
             cause = f"guard: it leaves the job after round {tripped.round}: {tripped.cause}"
             event = failed(tripped, cause, job_messages.UNABLE)
         except TrainingFailed as error:
-            event = failed(error, ask.WITHHELD, error.reason)
+            event = failed(error, events.WITHHELD, error.reason)
         except FedcoreError as error:
-            event = failed(error, ask.WITHHELD, job_messages.UNABLE, problem_of(error))
+            event = failed(error, events.WITHHELD, job_messages.UNABLE, problem_of(error))
         except Exception as error:
             LOG.exception("job %s: a fault of this side", self.id)
-            event = failed(error, ask.WITHHELD, job_messages.UNABLE)
+            event = failed(error, events.WITHHELD, job_messages.UNABLE)
         await self._not_before(began, "making a vector")
         return event
 
     def _protected(
         self, work: RoundWork, asked: effects.MakeVector, found: Contribution
-    ) -> ask.VectorReady:
+    ) -> events.VectorReady:
         """Protect a vector. A small one becomes a container for the journal; a large one is flushed to disk."""
         header, made = asked.header.digest, work.protect(asked, found)
         chunks, size = made.chunks, sum(map(len, made.chunks))
@@ -195,7 +196,7 @@ class JobWork:
         else:
             small, stored = b"", self.context.spool.put(self.id, "vector", chunks, header=header)
             vector = site.VectorMade(stored.digest, stored.size, made.salt)
-        return ask.VectorReady(header, vector, small, made.marks, judged)
+        return events.VectorReady(header, vector, small, made.marks, judged)
 
     async def upload(self, submit: messages.Submit) -> None:
         """Upload this round's vector, until it is complete or the round does not need it any more."""
@@ -240,7 +241,7 @@ class JobWork:
             await self._session_or_pause()
         raise Offline
 
-    async def open_sum(self, asked: effects.OpenSum) -> ask.SiteEvent:
+    async def open_sum(self, asked: effects.OpenSum) -> events.SiteEvent:
         """Download, open and check a sum, and write a large state that it leads to: unused until certified."""
         rounds, header = self._parts.rounds, asked.header.digest
         try:
@@ -251,11 +252,11 @@ class JobWork:
             marks = rounds.own_marks(asked.header)
             return await asyncio.to_thread(self._opened, self.round_work(), asked, chunks, marks)
         except Offline:  # the others certified it, and it was removed: catch up
-            return ask.SumGone(header)
+            return events.SumGone(header)
         except (StoreProblem, OSError):
             raise  # this site's disk, not the sum
         except Exception as error:  # noqa: BLE001 - a malicious site may choose the integers of a sum
-            return ask.WorkFailed(header, error, str(error), problem=problem_of(error))
+            return events.WorkFailed(header, error, str(error), problem=problem_of(error))
 
     def _opened(
         self,
@@ -263,11 +264,11 @@ class JobWork:
         asked: effects.OpenSum,
         chunks: list[bytes],
         marks: Mapping[str, int],
-    ) -> ask.CheckedSum:
+    ) -> events.CheckedSum:
         found = work.open(asked, chunks, marks)
         return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
-    def _kept_candidate(self, name: str, state: ask.State) -> bytes:
+    def _kept_candidate(self, name: str, state: JobState) -> bytes:
         """The bytes of a small state, for the journal; a large one is flushed to disk, and b"" returned."""
         data = state.to_bytes()
         if len(data) <= INLINE:
@@ -275,7 +276,7 @@ class JobWork:
         self.files.write_candidate(name, data)
         return b""
 
-    async def track(self, asked: ask.Track) -> ask.SiteEvent | None:
+    async def track(self, asked: effects.Track) -> events.SiteEvent | None:
         """Evaluate a release, and write the row."""
         try:
             row = await self.contributor.track(self.id, self._parts.agreed.plan, asked)
@@ -287,9 +288,9 @@ class JobWork:
         folder = self.context.folder / "jobs" / self.id
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
         append_row(folder, row)
-        return ask.Tracked(asked.certificate, row)
+        return events.Tracked(asked.certificate, row)
 
-    async def seal(self, asked: ask.SealCheckpoint) -> None:
+    async def seal(self, asked: effects.SealCheckpoint) -> None:
         """Seal this site's state for those that missed its release."""
         certificate, secrets = asked.certificate, self._parts.keys.secrets
         if not isinstance(secrets, EpochSecrets):
@@ -306,7 +307,7 @@ class JobWork:
             self.link.say(self.id, job_messages.CheckpointSealed(*about))
         spool.remove(self.id, name)
 
-    async def catch_up(self, asked: ask.TakeCheckpoint) -> ask.SiteEvent:
+    async def catch_up(self, asked: effects.TakeCheckpoint) -> events.SiteEvent:
         """Download the state of a release that this site missed, and check it against the certificate."""
         certificate, wanted = asked.certificate, self._parts.catch_up.wants
         try:
@@ -321,13 +322,13 @@ class JobWork:
             mac = state_mac(group, certificate.header.digest, state.canonical())
             site_states.require_certified(mac, certificate)
             kept = self._kept_candidate(site_states.name_of(certificate), state)
-            return ask.CheckpointReady(certificate, group, mac, state, kept)
+            return events.CheckpointReady(certificate, group, mac, state, kept)
         except Offline:
-            return ask.CheckpointLost(certificate)
+            return events.CheckpointLost(certificate)
         except (PeerRefused, BadInput) as error:
-            return ask.CheckpointLost(certificate, problem_of(error))
+            return events.CheckpointLost(certificate, problem_of(error))
 
-    async def give_model(self, asked: ask.GiveModel) -> None:
+    async def give_model(self, asked: effects.GiveModel) -> None:
         """Send the digest of the model's file, or upload the file."""
         try:
             stored = await self._model_file(asked)
@@ -344,11 +345,10 @@ class JobWork:
             header = job_messages.model_upload(asked.certificate)
             await self.link.upload(self.id, header, stored.digest, stored.path)
 
-    async def _model_file(self, asked: ask.GiveModel) -> Stored:
+    async def _model_file(self, asked: effects.GiveModel) -> Stored:
         """The file of the model here, made once. Raises TrainingFailed."""
         async with self._exporting:
             if self._exported is None or self._exported[0] != asked.certificate:
-                assert isinstance(asked.state, JobState)
                 data = await self.contributor.export(self.id, asked.state)
                 put = self.context.spool.put
                 stored = await asyncio.to_thread(put, self.id, "model", _pieces(data))

@@ -18,7 +18,7 @@ from fedcore.files import read_json, write_json
 from fedcore.learning.state import JobState
 from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol.job.site.effects import Surveyed
+from fedcore.secagg.protocol.job.site.events import Surveyed
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.secagg.scheme import Scheme

@@ -13,7 +13,7 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import effects
-from fedcore.secagg.protocol.job.site.effects import CheckedSum
+from fedcore.secagg.protocol.job.site.events import CheckedSum
 from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site

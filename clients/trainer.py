@@ -23,7 +23,7 @@ from fedcore.learning.state import JobState
 from fedcore.results import SiteRow
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, python
 from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
-from fedcore.secagg.protocol.job.site.effects import Track
+from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.types import Contribution, FloatVector, Json

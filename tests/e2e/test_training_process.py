@@ -22,7 +22,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.protocol.job.site.effects import Track
+from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 SETTINGS = {

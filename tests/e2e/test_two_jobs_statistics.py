@@ -18,7 +18,7 @@ from town import AWAY, SITES, scene
 
 from fedcore.learning.data.statistics import site_sums
 from fedcore.secagg.protocol import job_messages as words
-from fedcore.secagg.protocol.job.site.effects import CheckedSum
+from fedcore.secagg.protocol.job.site.events import CheckedSum
 from fedcore.secagg.protocol.round import site
 
 THREE = ("a", "b", "c")

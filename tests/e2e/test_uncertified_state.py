@@ -18,7 +18,7 @@ from town import SITES, scene
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.site import states as site_states
-from fedcore.secagg.protocol.job.site.effects import MessageReceived
+from fedcore.secagg.protocol.job.site.events import MessageReceived
 from fedcore.secagg.protocol.messages import Announce, Certificate
 from fedcore.secagg.protocol.round import site as site_machine
 

@@ -29,7 +29,7 @@ from fedcore.secagg.plan import (
     field_width,
 )
 from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.job.site.effects import WorkFailed
+from fedcore.secagg.protocol.job.site.events import WorkFailed
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.summing import one_by_one

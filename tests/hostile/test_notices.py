@@ -20,7 +20,7 @@ from fedcore.secagg.crypto.sealed import NOTICE_LENGTH, seal_notice
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.protocol import effects, epoch
 from fedcore.secagg.protocol import job_messages as job
-from fedcore.secagg.protocol.job.site.effects import MessageReceived
+from fedcore.secagg.protocol.job.site.events import MessageReceived
 from fedcore.secagg.protocol.job.site.machine import Kept
 from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.messages import LEFT, MATERIAL, Leave, Notice

@@ -26,7 +26,8 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
-from fedcore.secagg.protocol.job.site.effects import MessageReceived, Track
+from fedcore.secagg.protocol.job.effects import Track
+from fedcore.secagg.protocol.job.site.events import MessageReceived
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.protocol.public_metrics import told
 from fedcore.secagg.protocol.schedule import PlannedRound

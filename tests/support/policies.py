@@ -14,7 +14,7 @@ from fedcore_clients.policy import PolicySection, SitePolicy
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.job.site.effects import Started
+from fedcore.secagg.protocol.job.site.events import Started
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 

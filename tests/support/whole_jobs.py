@@ -28,13 +28,13 @@ from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import state_mac
 from fedcore.secagg.plan import ModelShape, canonical
-from fedcore.secagg.protocol import effects, epoch, messages, schedule
+from fedcore.secagg.protocol import epoch, messages, schedule
 from fedcore.secagg.protocol import job_messages as job
-from fedcore.secagg.protocol.job import effects as ask
+from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile, Limits, Moment
 from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
-from fedcore.secagg.protocol.job.site import effects as site_ask
+from fedcore.secagg.protocol.job.site import events as site_events
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
@@ -156,44 +156,44 @@ class Hub(Party):
     def obey(self, effect):
         machine = self.machine
         match effect:
-            case ask.PutValues(values):
+            case effects.PutValues(values):
                 self.write(values=values)
-            case ask.AppendRecords(records):
+            case effects.AppendRecords(records):
                 self.write(records)
-            case ask.CloseRound(values):
+            case effects.CloseRound(values):
                 self.write(values=values)
                 self.records.clear()
-            case ask.EndJob(ended):
+            case effects.EndJob(ended):
                 self.write(values={"ended": encode(ended)})
                 self.records.clear()
                 machine.ended(ended)
             case effects.Send(to=to, message=message):
                 assert self.backed(message), f"sent before it is on disk: {message}"
                 self.world.say(HUB, to, message)
-            case ask.StartFold(name, _):
+            case effects.StartFold(name, _):
                 self.tell(events.Folded(name))
             case effects.RemoveMasks(header, survivors):
                 assert set(survivors) <= set(self.spool[header.digest])
                 made = digest_of("sum", header.round, survivors)
                 self.work.append(events.SumMade(header.digest, KeptFile(made, 640)))
-            case ask.MakePlan():
+            case effects.MakePlan():
                 self.tell(events.PlanMade(self.world.plan, 0, self.world.sizes))
-            case ask.KeepCheckpoint(name, header, found, file):
+            case effects.KeepCheckpoint(name, header, found, file):
                 if self.spool.get(header, {}).pop(name, None) is not None:
                     self.checkpoints[file] = KeptFile(found, 640)
                     self.tell(events.CheckpointKept(KeptFile(found, 640)))
-            case ask.DropCheckpoint(file):
+            case effects.DropCheckpoint(file):
                 self.checkpoints.pop(file, None)
-            case ask.DiscardUploads(None):
+            case effects.DiscardUploads(None):
                 self.spool.clear()
-            case ask.DiscardUploads(header):
+            case effects.DiscardUploads(header):
                 self.spool.pop(header, None)
             case effects.Warn(text):
                 self.world.warnings.append(text)
             case _:
-                assert isinstance(effect, ask.Push | ask.OpenFold | ask.ShowRound | ask.Info), (
-                    effect
-                )
+                assert isinstance(
+                    effect, effects.Push | effects.OpenFold | effects.ShowRound | effects.Info
+                ), effect
 
     def stage(self):
         """Of the round, as a new process would find it."""
@@ -281,20 +281,20 @@ class Site(Party):
 
     def obey(self, effect):
         match effect:
-            case site_ask.AppendEntries(records, values):
+            case effects.AppendEntries(records, values):
                 self.write(records, values)
-            case ask.PutValues(values):
+            case effects.PutValues(values):
                 self.write(values=values)
-            case ask.EndJob(ended):
+            case effects.EndJob(ended):
                 self.write(values={"ended": encode(ended)})
-            case ask.CloseRound(values):
+            case effects.CloseRound(values):
                 self.write(values=values)
                 self.records.clear()
                 for key in OF_A_ROUND:
                     self.values.pop(key, None)
-            case site_ask.Expose(header):
+            case effects.Expose(header):
                 self.ledger.add(header.digest.hex())
-            case site_ask.WriteState(state):
+            case effects.WriteState(state):
                 self.file = state
             case effects.Send(message=message):
                 assert self.backed(message), f"sent before it is on disk: {message}"
@@ -302,13 +302,13 @@ class Site(Party):
             case epoch.MakeSecrets():
                 payload = self.job.parts.keys.scheme.make_payload()
                 self.tell(epoch.SecretsMade(SecretBytes(payload)))
-            case site_ask.StopMaking():
+            case effects.StopMaking():
                 self.work = [each for each in self.work if not isinstance(each, effects.MakeVector)]
             case effects.Warn(text):
                 self.world.warnings.append(f"{self.name}: {text}")
             case (
-                site_ask.AwaitApproval() | site_ask.LoadRows() | effects.MakeVector()
-                | effects.Upload() | effects.OpenSum() | site_ask.SealCheckpoint() | site_ask.TakeCheckpoint()
+                effects.AwaitApproval() | effects.LoadRows() | effects.MakeVector()
+                | effects.Upload() | effects.OpenSum() | effects.SealCheckpoint() | effects.TakeCheckpoint()
             ):  # fmt: skip
                 self.work.append(effect)
 
@@ -330,32 +330,34 @@ class Site(Party):
         """Background work; False where it has to wait for the coordinator."""
         hub, parts = self.world.parties[HUB], self.job.parts
         match work:
-            case site_ask.AwaitApproval():
-                self.tell(site_ask.Approved())
-            case site_ask.LoadRows():
-                self.tell(site_ask.RowsLoaded(self.world.survey))
+            case effects.AwaitApproval():
+                self.tell(site_events.Approved())
+            case effects.LoadRows():
+                self.tell(site_events.RowsLoaded(self.world.survey))
             case effects.MakeVector(header):
                 life = digest_of(self.name, header.round, self.world.obeyed)
                 made = site.VectorMade(life, self.world.sizes[header.purpose])
                 self.world.made.append((self.name, header.round))
-                self.tell(site_ask.VectorReady(header.digest, made, b"small", {}, b"{}"))
+                self.tell(site_events.VectorReady(header.digest, made, b"small", {}, b"{}"))
             case effects.Upload(submit) if parts.rounds.awaits_upload(submit.header):
                 return hub.upload(self.name, submit.header, submit.digest, submit.size)
             case effects.OpenSum(header, survivors) if parts.rounds.awaits_sum(header.digest):
                 self.open(header, survivors)
             case effects.OpenSum(header):
-                self.tell(site_ask.SumGone(header.digest))
-            case site_ask.SealCheckpoint(certificate, group, state):
+                self.tell(site_events.SumGone(header.digest))
+            case effects.SealCheckpoint(certificate, group, state):
                 found = digest_of("checkpoint", certificate.hash, self.name)
                 self.world.sealed[found] = group, state
                 header = certificate.header.digest
                 if hub.upload(self.name, header, found, 640):
                     sealed = job.CheckpointSealed("job", self.name, certificate.hash, found, 640)
                     self.world.say(self.name, HUB, sealed)
-            case site_ask.TakeCheckpoint(certificate, found):
+            case effects.TakeCheckpoint(certificate, found):
                 group, state = self.world.sealed[found]
                 mac = state_mac(group, certificate.header.digest, state.canonical())
-                ready = site_ask.CheckpointReady(certificate, group, mac, state, state.to_bytes())
+                ready = site_events.CheckpointReady(
+                    certificate, group, mac, state, state.to_bytes()
+                )
                 self.tell(ready)
         return True
 
@@ -370,7 +372,9 @@ class Site(Party):
         name = led_to(header, survivors, *macs)
         opened = site.SumOpened(*macs)
         data = state.to_bytes()
-        self.tell(site_ask.CheckedSum(header.digest, opened, name, state, data, {}, len(survivors)))
+        self.tell(
+            site_events.CheckedSum(header.digest, opened, name, state, data, {}, len(survivors))
+        )
 
 
 class Jobs:
@@ -408,7 +412,7 @@ class Jobs:
                 queue.pop()
         self.here = {each: None for each in SITES if each in self.here or each == name}
         self.to_hub(events.SiteConnected(name))
-        self.safely(name, lambda: self.parties[name].tell(site_ask.Connected()))
+        self.safely(name, lambda: self.parties[name].tell(site_events.Connected()))
 
     def to_hub(self, event):
         self.safely(HUB, lambda: self.parties[HUB].tell(event))
@@ -426,7 +430,7 @@ class Jobs:
                 self.here.pop(each, None)
                 self.channels.pop((HUB, each) if dead.name == each else (each, HUB), None)
             dead.start()
-            dead.tell(events.Resumed() if dead.name == HUB else site_ask.Started())
+            dead.tell(events.Resumed() if dead.name == HUB else site_events.Started())
             for each in names:
                 self.connect(each)
 
@@ -436,7 +440,7 @@ class Jobs:
             self.parties[die[0]].fuse = die[1]
         self.to_hub(events.Resumed())
         for name in SITES:
-            self.safely(name, lambda name=name: self.parties[name].tell(site_ask.Started()))
+            self.safely(name, lambda name=name: self.parties[name].tell(site_events.Started()))
             self.connect(name)
         for _ in range(20_000):
             if self.parties[HUB].outcome and all(self.parties[n].job.ended for n in SITES):
@@ -462,7 +466,7 @@ class Jobs:
         if to == HUB:
             self.to_hub(events.MessageReceived(sender, message))
         else:
-            self.safely(to, lambda: self.parties[to].tell(site_ask.MessageReceived(message)))
+            self.safely(to, lambda: self.parties[to].tell(site_events.MessageReceived(message)))
 
     def labour(self, name):
         party = self.parties[name]

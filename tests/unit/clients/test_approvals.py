@@ -18,7 +18,7 @@ from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import write_json
 from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.job.site.effects import MessageReceived
+from fedcore.secagg.protocol.job.site.events import MessageReceived
 
 
 async def until(condition):

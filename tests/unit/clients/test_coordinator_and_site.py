@@ -31,7 +31,7 @@ from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
-from fedcore.secagg.protocol.job.site.effects import EraseKeys
+from fedcore.secagg.protocol.job.effects import EraseKeys
 from fedcore.store import container
 from fedcore.wire import calls, frames
 

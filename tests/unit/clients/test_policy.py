@@ -20,7 +20,7 @@ from fedcore.errors import BadInput, PolicyRefused, UnknownName
 from fedcore.local_deployment import to_toml
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages as job
-from fedcore.secagg.protocol.job.site.effects import Connected
+from fedcore.secagg.protocol.job.site.events import Connected
 from fedcore.secagg.protocol.wire_form import encode
 
 SITES = 4

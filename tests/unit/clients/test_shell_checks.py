@@ -33,7 +33,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
-from fedcore.secagg.protocol.job.site.effects import MessageReceived
+from fedcore.secagg.protocol.job.site.events import MessageReceived
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.store import container

@@ -30,8 +30,9 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protocol import epoch, messages
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Erase, MakeVector, OpenSum, Send, Upload, Warn
+from fedcore.secagg.protocol.job import effects as ask
 from fedcore.secagg.protocol.job.effects import CloseRound, EndJob, Info, PutValues
-from fedcore.secagg.protocol.job.site import effects as ask
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site.machine import Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
@@ -165,7 +166,7 @@ def header_of(number=1, **changes):
 
 
 def told(found, message, now=0.0, at=0.0):
-    return found.step(ask.MessageReceived(message, at), now)
+    return found.step(events.MessageReceived(message, at), now)
 
 
 def only(kind, effects):
@@ -199,11 +200,11 @@ class Round:
         return found
 
     def begin(self):
-        return self.do(ask.MessageReceived(messages.Announce(self.header)))
+        return self.do(events.MessageReceived(messages.Announce(self.header)))
 
     def vector(self):
         made = site.VectorMade(b"d" * 32, 9)
-        return self.do(ask.VectorReady(self.header.digest, made, b"small", {"m": 1}, b"{}"))
+        return self.do(events.VectorReady(self.header.digest, made, b"small", {"m": 1}, b"{}"))
 
     def aggregate(self):
         stage = self.job.stage
@@ -211,19 +212,19 @@ class Round:
             sign(replace(stage.submit, site=name, signature=b""), KEYS[name]) for name in SITES
         )
         sum_ = messages.Aggregate(self.header.digest, others, b"e" * 32, 9)
-        return self.do(ask.MessageReceived(sum_))
+        return self.do(events.MessageReceived(sum_))
 
     def opened(self, state):
         mac = state_mac(GROUP, self.header.digest, state.canonical())
         opened = site.SumOpened(b"m" * 32, mac)
         name = led_to(self.header, SITES, opened.sum_mac, mac)
-        event = ask.CheckedSum(
+        event = events.CheckedSum(
             self.header.digest, opened, name, state, state.to_bytes(), {"weight": [1]}, 4
         )
         return self.do(event)
 
     def certificate(self, state):
-        return self.do(ask.MessageReceived(certified(self.header, state)))
+        return self.do(events.MessageReceived(certified(self.header, state)))
 
 
 def played(after, **changes):
@@ -344,7 +345,7 @@ def test_a_state_that_changed_since_it_was_found_is_not_adopted():
 def test_a_failure_is_told_by_its_word_after_the_round_is_left():
     found = Round(between_rounds(), header_of())
     found.begin()
-    failed = ask.WorkFailed(
+    failed = events.WorkFailed(
         found.header.digest, ValueError("row 7"), "it cannot take part", "unable"
     )
     words = [type(each) for each in sent(found.do(failed))]
@@ -357,7 +358,7 @@ def test_a_tripped_guard_is_durable_and_keeps_the_site_out_of_later_rounds():
     found = Round(between_rounds(), header_of())
     found.begin()
     tripped = GuardTripped(("a",), 1, "a loss", found="0.9")
-    effects = found.do(ask.WorkFailed(found.header.digest, tripped, "guard", job.UNABLE))
+    effects = found.do(events.WorkFailed(found.header.digest, tripped, "guard", job.UNABLE))
     assert effects[0] == PutValues({"left": str(tripped).encode()}), "before the round is left"
     assert [type(each) for each in sent(effects)] == [messages.Leave, job.SiteUnavailable]
     effects = told(found.job, messages.Announce(header_of(2)))
@@ -368,7 +369,7 @@ def test_a_tripped_guard_is_durable_and_keeps_the_site_out_of_later_rounds():
 def test_a_stage_has_a_deadline_and_a_job_between_rounds_none():
     found = between_rounds()
     assert found.deadline(5.0) is None
-    found.step(ask.MessageReceived(messages.Announce(header_of())), 5.0)
+    found.step(events.MessageReceived(messages.Announce(header_of())), 5.0)
     assert found.deadline(5.0) == 100.0 and found.deadline(300.0) == 0.0
     effects = found.step(site.Tick(), 300.0)
     assert isinstance(found.stage, site.Idle) and only(messages.Leave, sent(effects))
@@ -389,19 +390,19 @@ def test_what_was_asked_for_before_an_error_stays_asked_for():
 
 def test_task_and_rows_are_loaded_once_and_the_survey_is_sent():
     found = offered()
-    effects = found.step(ask.Started(), 0.0)
+    effects = found.step(events.Started(), 0.0)
     assert effects == [Info("job job: leaves: sums"), ask.Report("loading"), ask.LoadRows(None)]
-    assert found.step(ask.Started(), 0.0) == [], "they are being loaded"
-    effects = found.step(ask.RowsLoaded(SURVEY), 0.0)
+    assert found.step(events.Started(), 0.0) == [], "they are being loaded"
+    effects = found.step(events.RowsLoaded(SURVEY), 0.0)
     assert sent(effects) == [job.SiteSurvey("job", "a", SURVEY.shape)]
     assert found.part.rows == "rows " + SURVEY.rows and found.part.survey is SURVEY
 
 
 def test_nothing_is_loaded_before_the_operator_approved():
     found = offered(asks=True)
-    effects = found.step(ask.Started(), 0.0)
+    effects = found.step(events.Started(), 0.0)
     assert only(ask.AwaitApproval, effects) and not only(ask.LoadRows, effects)
-    effects = found.step(ask.Approved(), 0.0)
+    effects = found.step(events.Approved(), 0.0)
     assert only(ask.LoadRows, effects) and found.part.approval == "approved"
 
 
@@ -411,15 +412,15 @@ def test_the_policy_is_asked_before_rows_are_loaded(refuses):
     job_ = (
         offered(policy=policy) if refuses == "offer" else between_rounds(survey=None, policy=policy)
     )
-    effects = job_.step(ask.Started(), 0.0)
+    effects = job_.step(events.Started(), 0.0)
     assert sent(effects)[-1] == job.SiteUnavailable("job", "a", "policy")
     assert not only(ask.LoadRows | ask.AwaitApproval, effects) and job_.part.refused is not None
 
 
 def test_rows_that_are_in_enough_jobs_are_not_surveyed():
     found = offered(policy=Policy({"rows"}))
-    found.step(ask.Started(), 0.0)
-    assert sent(found.step(ask.RowsLoaded(SURVEY), 0.0)) == [
+    found.step(events.Started(), 0.0)
+    assert sent(found.step(events.RowsLoaded(SURVEY), 0.0)) == [
         job.SiteUnavailable("job", "a", "policy")
     ]
     assert found.part.survey is None
@@ -428,8 +429,8 @@ def test_rows_that_are_in_enough_jobs_are_not_surveyed():
 @pytest.mark.parametrize(("error", "warned"), [(StoreProblem("disk"), 1), (ValueError("row 7"), 0)])
 def test_a_failure_to_load_is_told_by_its_word(error, warned):
     found = offered()
-    found.step(ask.Started(), 0.0)
-    effects = found.step(ask.LoadFailed(error, "task differs"), 0.0)
+    found.step(events.Started(), 0.0)
+    effects = found.step(events.LoadFailed(error, "task differs"), 0.0)
     assert sent(effects) == [job.SiteUnavailable("job", "a", "task differs")]
     assert len(only(Warn, effects)) == warned, "what else it raised is in the log of this side"
 
@@ -438,19 +439,19 @@ def test_a_vector_waits_until_a_new_process_has_loaded_the_rows():
     found = Round(between_rounds(survey=None), header_of())
     (load,) = only(ask.LoadRows, found.begin())
     assert load.plan == PLAN and not only(MakeVector, found.effects)
-    assert [type(each) for each in found.do(ask.RowsLoaded(SURVEY))] == [MakeVector]
+    assert [type(each) for each in found.do(events.RowsLoaded(SURVEY))] == [MakeVector]
 
 
 def test_a_new_process_between_rounds_loads_the_rows_and_waits():
     found = between_rounds(survey=None)
-    assert only(ask.LoadRows, found.step(ask.Started(), 0.0))
-    assert found.step(ask.RowsLoaded(SURVEY), 0.0) == [ask.Report("waiting")]
+    assert only(ask.LoadRows, found.step(events.Started(), 0.0))
+    assert found.step(events.RowsLoaded(SURVEY), 0.0) == [ask.Report("waiting")]
 
 
 def test_a_round_is_left_where_its_rows_cannot_be_loaded_and_the_next_one_loads_them_again():
     found = Round(between_rounds(survey=None), header_of())
     found.begin()
-    failed = ask.LoadFailed(StoreProblem("the disk"), "unable")
+    failed = events.LoadFailed(StoreProblem("the disk"), "unable")
     effects = found.do(failed)
     assert [type(each) for each in sent(effects)] == [
         messages.Leave, job.SiteStatus, job.SiteUnavailable,
@@ -462,7 +463,7 @@ def test_a_vector_of_a_round_that_is_over_is_not_made_when_the_rows_are_there():
     found = Round(between_rounds(survey=None), header_of())
     found.begin()
     told(found.job, messages.Announce(header_of(2)))
-    (made,) = only(MakeVector, found.do(ask.RowsLoaded(SURVEY)))
+    (made,) = only(MakeVector, found.do(events.RowsLoaded(SURVEY)))
     assert made.header == header_of(2)
 
 
@@ -496,7 +497,7 @@ def test_a_refusal_is_logged_once_and_its_word_is_said_at_every_session():
     refused = PolicyRefused("epochs: found 3", word="policy", remedy="change it")
     effects = [*found.part.refuse(refused), *found.part.refuse(refused)]
     assert len(only(Warn, effects)) == 1
-    assert sent(found.step(ask.Connected(), 0.0)) == [job.SiteUnavailable("job", "a", "policy")]
+    assert sent(found.step(events.Connected(), 0.0)) == [job.SiteUnavailable("job", "a", "policy")]
     assert found.part.last_error == "epochs: found 3"
 
 
@@ -547,7 +548,7 @@ def test_a_new_process_leaves_a_round_in_which_it_signed_something():
     before, after = between_rounds(plan=plan), between_rounds(plan=plan)
     told(before, messages.Announce(header))
     after.parts.rounds.stage = before.stage
-    effects = after.step(ask.Started(), 0.0)
+    effects = after.step(events.Started(), 0.0)
     assert isinstance(after.stage, site.Idle) and only(CloseRound, effects)
     assert [each.code for each in only(messages.Leave, sent(effects))] == [messages.LEFT]
 
@@ -571,7 +572,7 @@ def test_a_missed_release_is_taken_once_and_applied_under_its_certificate():
     assert isinstance(take, ask.TakeCheckpoint) and found.parts.catch_up.wants(certificate)
     assert told(found, offer) == [], "it is on its way"
     mac = certificate.state_mac
-    effects = found.step(ask.CheckpointReady(certificate, GROUP, mac, missed, b"file"), 0.0)
+    effects = found.step(events.CheckpointReady(certificate, GROUP, mac, missed, b"file"), 0.0)
     assert found.state is missed and found.stage.standing.certificate == certificate.hash
     durable = [type(each) for each in only(DURABLE, effects)]
     assert durable == [PutValues, CloseRound] and only(ask.AdoptState, effects)[0].data == b"file"
@@ -582,7 +583,7 @@ def test_a_release_that_was_missed_is_not_measured_by_a_sum_that_was_opened_befo
     told(found, messages.Abandon(header_of().digest, "release"))
     certificate = certified(header_of(2), missed, OTHERS)
     told(found, job.CheckpointOffer("job", certificate, b"d" * 32, 9))
-    ready = ask.CheckpointReady(certificate, GROUP, certificate.state_mac, missed, b"file")
+    ready = events.CheckpointReady(certificate, GROUP, certificate.state_mac, missed, b"file")
     effects = found.step(ready, 0.0)
     assert found.state is missed and not only(ask.Track, effects)
 
@@ -592,7 +593,7 @@ def test_a_checkpoint_that_was_lost_is_taken_again():
     certificate = certified(header_of(), State("missed"), OTHERS)
     offer = job.CheckpointOffer("job", certificate, b"d" * 32, 9)
     told(found, offer)
-    found.step(ask.CheckpointLost(certificate), 0.0)
+    found.step(events.CheckpointLost(certificate), 0.0)
     assert not found.parts.catch_up.wants(certificate)
     assert len(only(ask.TakeCheckpoint, told(found, offer))) == 1
 
@@ -659,7 +660,7 @@ def test_the_state_is_written_and_the_end_durable_before_the_rest_is_freed():
     kinds = [type(each) for each in effects]
     assert kinds == [ask.StopMaking, ask.WriteState, EndJob, ask.Finish, ask.Report, Info]
     assert effects[2] == EndJob(ENDED, 1000) and found.ended == ENDED
-    assert found.step(ask.Connected(), 0.0) == [], "nothing is said of a job that is over"
+    assert found.step(events.Connected(), 0.0) == [], "nothing is said of a job that is over"
 
 
 def test_a_site_that_missed_the_last_release_takes_it_first():
@@ -669,7 +670,7 @@ def test_a_site_that_missed_the_last_release_takes_it_first():
     assert found.ended is None and [type(each) for each in sent(effects)] == [job.SiteStatus]
     assert found.deadline(0.0) is not None, "it asks again, should the answer be lost"
     assert [type(each) for each in sent(found.step(site.Tick(), 9.0))] == [job.SiteStatus]
-    ready = ask.CheckpointReady(certificate, GROUP, certificate.state_mac, last, b"file")
+    ready = events.CheckpointReady(certificate, GROUP, certificate.state_mac, last, b"file")
     effects = found.step(ready, 0.0)
     assert found.ended is not None and found.state is last and only(ask.Finish, effects)
 
@@ -710,7 +711,7 @@ def test_a_model_is_given_after_the_last_round_where_plan_and_policy_say_so():
     assert told(found, wanted) == [ask.GiveModel("c" * 64, last, b"")]
     found.part.survey = None  # a new process
     assert len(only(ask.LoadRows, told(found, wanted))) == 1
-    assert found.step(ask.RowsLoaded(SURVEY), 0.0) == [ask.GiveModel("c" * 64, last, b"")]
+    assert found.step(events.RowsLoaded(SURVEY), 0.0) == [ask.GiveModel("c" * 64, last, b"")]
     assert told(found, replace(wanted, certificate="d" * 64)) == [], "it stands elsewhere"
     policy.refuses = {"model"}
     assert not only(ask.GiveModel, told(found, wanted))

@@ -19,7 +19,7 @@ from fedcore import errors
 from fedcore.secagg.protocol import effects, epoch, job_messages, messages, shared
 from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.job.coordinator import machine as coordinator_job
-from fedcore.secagg.protocol.job.site import effects as site_effects
+from fedcore.secagg.protocol.job.site import events as site_events
 from fedcore.secagg.protocol.job.site import machine as site_job
 from fedcore.secagg.protocol.round import coordinator, site
 
@@ -111,7 +111,7 @@ def test_every_part_of_a_job_is_on_the_page(job):
 
 def test_every_name_on_the_page_is_one_of_the_code():
     modules = (
-        site, coordinator, epoch, messages, effects, shared, errors, job_messages, job_effects, site_effects,
+        site, coordinator, epoch, messages, effects, shared, errors, job_messages, job_effects, site_events,
         coordinator_job, site_job,
     )  # fmt: skip
     names = set(re.findall(r"`([A-Z][a-z]\w+|MOVES)`", PAGE.read_text()))

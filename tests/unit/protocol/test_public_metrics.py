@@ -56,7 +56,7 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator import events
-from fedcore.secagg.protocol.job.site.effects import Connected
+from fedcore.secagg.protocol.job.site.events import Connected
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
 from fedcore.secagg.protocol.wire_form import decode, encode

@@ -17,7 +17,7 @@ from fedcore.errors import BadInput
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import MakeVector
-from fedcore.secagg.protocol.job.site.effects import MessageReceived, VectorReady, WorkFailed
+from fedcore.secagg.protocol.job.site.events import MessageReceived, VectorReady, WorkFailed
 
 BUDGET = 30.0
 

@@ -1,14 +1,9 @@
 """Catching up: a site that missed a release downloads the state that another one sealed (decision 0011)."""
 
 from fedcore.secagg.protocol import job_messages
-from fedcore.secagg.protocol.effects import Send
+from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
-from fedcore.secagg.protocol.job.effects import (
-    CoordinatorJobEffect,
-    DropCheckpoint,
-    KeepCheckpoint,
-    Push,
-)
+from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.types import SiteId
 
 _BYTES_A_PARAMETER, _MOST_REST = 64, 1 << 24
@@ -64,7 +59,7 @@ class CatchUp:
             return []
         others = [name for name in able if name != asked] or able
         self.asked, self.asked_at = others[0], at.now
-        return [Send(others[0], job_messages.CheckpointWanted(facts.id, facts.released))]
+        return [effects.Send(others[0], job_messages.CheckpointWanted(facts.id, facts.released))]
 
     def sealed(
         self, name: SiteId, message: job_messages.CheckpointSealed
@@ -74,7 +69,7 @@ class CatchUp:
         if certificate is None or message.certificate != certificate.hash:
             return []
         return [
-            KeepCheckpoint(
+            effects.KeepCheckpoint(
                 name, certificate.header.digest, message.digest, self._facts.checkpoint_name
             )
         ]
@@ -90,14 +85,14 @@ class CatchUp:
         assert found is not None
         assert facts.certificate is not None
         offer = job_messages.CheckpointOffer(facts.id, facts.certificate, found.digest, found.size)
-        return [Push(name, "checkpoint"), Send(name, offer)]
+        return [effects.Push(name, "checkpoint"), effects.Send(name, offer)]
 
     def drop(self) -> list[CoordinatorJobEffect]:
         """The checkpoint is of an earlier release or key epoch from now on; called before that begins."""
         self.checkpoint, self.asked = None, None
         self._offered.clear()
         return (
-            [DropCheckpoint(self._facts.checkpoint_name)]
+            [effects.DropCheckpoint(self._facts.checkpoint_name)]
             if self._facts.certificate is not None
             else []
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from fedcore.errors import OutOfOrder, PeerRefused
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
-from fedcore.secagg.protocol.effects import Send, Warn
+from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
 from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
@@ -19,15 +19,7 @@ from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
 from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
-from fedcore.secagg.protocol.job.effects import (
-    CoordinatorJobEffect,
-    DiscardUploads,
-    Info,
-    MakePlan,
-    OpenFold,
-    PutValues,
-    ShowRound,
-)
+from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
@@ -116,11 +108,11 @@ class JobMachine:
         try:
             self._take(event)
         except OutOfOrder as error:  # resent after a reconnect
-            self._out.append(Info(str(error)))
+            self._out.append(effects.Info(str(error)))
         except PeerRefused as error:
             if isinstance(event, events.Advance | events.Resumed):
                 raise  # not caused by a site
-            self._out.append(Warn(str(error)))
+            self._out.append(effects.Warn(str(error)))
         return self._out
 
     def _take(self, event: events.Event) -> None:
@@ -150,7 +142,7 @@ class JobMachine:
                 self._planned(plan, features, sizes)
             case events.Folded(name, refused) if refused:
                 self.round_step(coordinator.Gone(name))
-                self.do([Warn(refused)])
+                self.do([effects.Warn(refused)])
             case events.Folded(name):
                 uploaded = self.rounds.uploaded(name)
                 assert uploaded is not None
@@ -163,11 +155,11 @@ class JobMachine:
                 self.do(self.catch_up.kept(file, at))
             case events.ModelKept():
                 self.model.here = True
-                self.do([Info("the sites gave the model")])
+                self.do([effects.Info("the sites gave the model")])
 
-    def do(self, effects: Iterable[CoordinatorJobEffect]) -> None:
+    def do(self, found: Iterable[CoordinatorJobEffect]) -> None:
         """Append effects of this step."""
-        self._out += effects
+        self._out += found
 
     def end(self, outcome: str, text: str) -> None:
         """No further round of this job."""
@@ -181,7 +173,7 @@ class JobMachine:
         self.tick_at = at.now + TICK_SECONDS
         self.epochs.resume(at)
         if facts.plan is not None and facts.round is not None:
-            self.do([OpenFold(facts.round.header)])
+            self.do([effects.OpenFold(facts.round.header)])
             self.round_step(Restarted())
         for name in at.here:
             self._greet(name)
@@ -216,16 +208,16 @@ class JobMachine:
         self.gathering.connected(name)
         self.catch_up.connected(name)
         self.model.connected(name)
-        self.do([Send(name, self.facts.offer)])
+        self.do([effects.Send(name, self.facts.offer)])
         if self.facts.plan is not None and not self.facts.sites[name].agreed:
-            self.do([Send(name, self.facts.plan_offer())])
+            self.do([effects.Send(name, self.facts.plan_offer())])
 
     def _gone(self, name: SiteId) -> None:
         stage = self.facts.stage
         if not isinstance(stage, coordinator.Waiting) or name in stage.gone:
             return
         if name in coordinator.waiting_for(stage):
-            self.do([Info(f"the round goes on without site {name}, if it can")])
+            self.do([effects.Info(f"the round goes on without site {name}, if it can")])
             self.round_step(coordinator.Gone(name))
 
     def _out_of_round(self, name: SiteId) -> None:
@@ -246,7 +238,7 @@ class JobMachine:
                 self._surveyed(name, shape)
             case job_messages.SiteUnavailable(reason=reason):
                 view.unable = reason if reason in job_messages.REASONS else job_messages.UNABLE
-                self.do([Warn(f"site {name}: {job_messages.REASONS[view.unable]}")])
+                self.do([effects.Warn(f"site {name}: {job_messages.REASONS[view.unable]}")])
                 if not isinstance(facts.stage, coordinator.EXPOSED):
                     self._out_of_round(name)  # an exposed site can send again what it sent
             case job_messages.InRound(header=header):
@@ -287,7 +279,7 @@ class JobMachine:
         view.anew, view.agreed = view.agreed, False
         self._out_of_round(name)
         if self.facts.plan is not None:
-            self.do([Send(name, self.facts.plan_offer())])
+            self.do([effects.Send(name, self.facts.plan_offer())])
 
     def _agreed(self, name: SiteId) -> None:
         """Resend a site that has the plan the messages of the epoch and the round.
@@ -321,9 +313,9 @@ class JobMachine:
             return
         certificate = facts.certificate
         if certificate is not None and certificate.header.digest == header:
-            self.do([Send(name, certificate)])
+            self.do([effects.Send(name, certificate)])
         else:
-            self.do([Send(name, messages.Abandon(header, "release"))])
+            self.do([effects.Send(name, messages.Abandon(header, "release"))])
 
     def _on_upload(self, name: SiteId, header: bytes, upload: KeptFile) -> None:
         model = self.model.upload(header, upload.digest)
@@ -388,15 +380,15 @@ class JobMachine:
         for name, shape in surveyed.items():
             if shape != common:
                 sites[name].unable = SHAPE_DIFFERS
-        self.do([MakePlan(common)])
+        self.do([effects.MakePlan(common)])
 
     def _planned(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
         self.facts.adopt(plan, features, sizes)
         self.metrics.released()
         self.facts.step = schedule.first_step(plan, features)
         about = canonical({"plan": plan.to_json(), "features": features})
-        self.do([PutValues({"plan": about, "step": encode(self.facts.step)})])
-        self.do(Send(name, self.facts.plan_offer()) for name in self._at.here)
+        self.do([effects.PutValues({"plan": about, "step": encode(self.facts.step)})])
+        self.do(effects.Send(name, self.facts.plan_offer()) for name in self._at.here)
 
     def _new_epoch(self) -> bool:
         """Begin the next key epoch with the connected sites; False while there are too few."""
@@ -435,7 +427,7 @@ class JobMachine:
     def begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
         """Announce this step to these sites."""
         header, start = self.rounds.begin(step, roster, self._at)
-        self.do([OpenFold(header)])
+        self.do([effects.OpenFold(header)])
         self.round_step(start)
 
     def round_step(self, event: coordinator.CoordinatorEvent) -> None:
@@ -459,6 +451,6 @@ class JobMachine:
             facts.certificate = stage.certificate
             self.metrics.released()
         self.do(found)
-        self.do([ShowRound(), DiscardUploads(stage.header.digest)])
+        self.do([effects.ShowRound(), effects.DiscardUploads(stage.header.digest)])
         if text := self.rounds.tried_enough():
             self.end("abandoned", text)

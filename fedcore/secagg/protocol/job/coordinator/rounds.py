@@ -12,16 +12,9 @@ from fedcore.results import AbandonedRound, JobRow
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import messages, schedule
-from fedcore.secagg.protocol.effects import FoldUpload, Persist, RemoveMasks, Send, Warn
+from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
-from fedcore.secagg.protocol.job.effects import (
-    AppendRecords,
-    CloseRound,
-    CoordinatorJobEffect,
-    FailSum,
-    Push,
-    StartFold,
-)
+from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -105,7 +98,7 @@ class RoundDriver:
         before = self._facts.stage
         stage, found = coordinator.step(self._hub, before, event, at.now)
         self._facts.stage = stage
-        records = [effect.record for effect in found if isinstance(effect, Persist)]
+        records = [effect.record for effect in found if isinstance(effect, effects.Persist)]
         self._unsaved.records += records
         if records and isinstance(event, coordinator.Uploaded):
             self._unsaved.vectors.append(event.digest)
@@ -114,7 +107,9 @@ class RoundDriver:
         changed = type(stage) is not type(before)
         if changed:
             self._count_time(before, at)
-        if not changed and all(isinstance(effect, Persist | FoldUpload) for effect in found):
+        if not changed and all(
+            isinstance(effect, effects.Persist | effects.FoldUpload) for effect in found
+        ):
             return []
         if changed and isinstance(stage, coordinator.Ended):
             self._unsaved = _Unsaved()
@@ -125,7 +120,9 @@ class RoundDriver:
         unsaved, self._unsaved = self._unsaved, _Unsaved()
         if not unsaved.records:
             return []
-        return [AppendRecords(tuple(unsaved.records), tuple(unsaved.vectors), unsaved.with_sum)]
+        return [
+            effects.AppendRecords(tuple(unsaved.records), tuple(unsaved.vectors), unsaved.with_sum)
+        ]
 
     def forget(self) -> None:
         """The job ends: batched records are not needed any more."""
@@ -134,17 +131,17 @@ class RoundDriver:
     def _translated(
         self, found: Collection[coordinator.CoordinatorEffect], at: Moment
     ) -> list[CoordinatorJobEffect]:
-        effects: list[CoordinatorJobEffect] = []
+        kept: list[CoordinatorJobEffect] = []
         for effect in found:
-            if isinstance(effect, Send) and isinstance(effect.message, messages.Aggregate):
-                effects.append(Push(SiteId(effect.to), "sum"))
-            if isinstance(effect, RemoveMasks) and self._summing[0] != effect.header.digest:
+            if isinstance(effect, effects.Send) and isinstance(effect.message, messages.Aggregate):
+                kept.append(effects.Push(SiteId(effect.to), "sum"))
+            if isinstance(effect, effects.RemoveMasks) and self._summing[0] != effect.header.digest:
                 self._summing = effect.header.digest, at.now
             if isinstance(
-                effect, Send | RemoveMasks | Warn
+                effect, effects.Send | effects.RemoveMasks | effects.Warn
             ):  # the sum is made of the list: no fold here
-                effects.append(effect)
-        return effects
+                kept.append(effect)
+        return kept
 
     def _count_time(self, before: coordinator.CoordinatorStage, at: Moment) -> None:
         """Add the time since the last change of stage to the stage that ended."""
@@ -178,7 +175,7 @@ class RoundDriver:
         if event is None:
             return []
         coordinator.step(self._hub, self._facts.stage, event, at.now)
-        return [StartFold(name, event.digest)]
+        return [effects.StartFold(name, event.digest)]
 
     def uploaded(self, name: SiteId) -> coordinator.Uploaded | None:
         """The vector of this site with its signed submission; None while one of them is missing."""
@@ -203,7 +200,7 @@ class RoundDriver:
         if not isinstance(stage, coordinator.Summing) or stage.header.digest != header:
             return []
         seconds = self._facts.limits.stage
-        return [FailSum(stage.header, seconds)] if at.now - since > seconds else []
+        return [effects.FailSum(stage.header, seconds)] if at.now - since > seconds else []
 
     def summing_late(self, at: Moment) -> bool:
         """Whether the sum under way takes longer than a stage may."""
@@ -233,7 +230,7 @@ class RoundDriver:
 
     # --------------------------------------------------------------------------------- its end
 
-    def close(self, at: Moment) -> CloseRound:
+    def close(self, at: Moment) -> effects.CloseRound:
         """In one commit: the end of the round, its row, and the next step."""
         facts, stage, step = self._facts, self._facts.stage, self._facts.step
         assert facts.plan is not None
@@ -248,7 +245,7 @@ class RoundDriver:
         if isinstance(stage, coordinator.Released):
             values["certificate"] = encode(stage.certificate)
         facts.rounds.known.append(row)
-        return CloseRound(values)
+        return effects.CloseRound(values)
 
     def _row(
         self,

@@ -7,9 +7,8 @@ left before that. Erased keys are in no file afterwards (PROTOCOL V).
 from collections.abc import Iterator
 
 from fedcore.secagg.protocol import epoch
-from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.job.effects import Info, PutValues
-from fedcore.secagg.protocol.job.site.effects import EraseKeys, SiteEffect
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.job.site.participation import HeldKeys
 from fedcore.secagg.protocol.job.site.rounds import RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
@@ -33,12 +32,12 @@ class EpochDriver:
         """Step the machine of key epochs, and carry out its effects, records first."""
         after, found = epoch.step_site(self._rounds.member, self.stage, event)
         for effect in found:
-            if isinstance(effect, Persist):
-                yield PutValues({"epoch": encode(effect.record)})
+            if isinstance(effect, effects.Persist):
+                yield effects.PutValues({"epoch": encode(effect.record)})
         self.stage = after
         for effect in found:
             match effect:
-                case Send() | epoch.MakeSecrets():
+                case effects.Send() | epoch.MakeSecrets():
                     yield effect
                 case epoch.Install():
                     yield from self._installed(effect, now)
@@ -74,7 +73,7 @@ class EpochDriver:
         """Erase the secrets of all key epochs here, if there are any."""
         if isinstance(self.stage, epoch.NoKey) and not self._states.groups:
             return
-        yield EraseKeys()
+        yield effects.EraseKeys()
         self.stage = epoch.NoKey(self.stage.epoch)
         self._keys.secrets, self._states.groups = None, {}
-        yield Info(f"job {self._job}: its keys are erased here")
+        yield effects.Info(f"job {self._job}: its keys are erased here")

@@ -9,36 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedcore.errors import BadInput, FedcoreError, GuardTripped, PeerRefused, PolicyRefused, Refused
+from fedcore.learning.state import JobState
 from fedcore.secagg.plan import RoundPlan, canonical
-from fedcore.secagg.protocol import effects, epoch, job_messages, messages
-from fedcore.secagg.protocol.effects import Warn
-from fedcore.secagg.protocol.job.effects import EndJob, Info, PutValues
-from fedcore.secagg.protocol.job.site.effects import (
-    WITHHELD,
-    Approved,
-    AwaitApproval,
-    CheckedSum,
-    CheckpointLost,
-    CheckpointReady,
-    Connected,
-    Finish,
-    GiveModel,
-    LoadFailed,
-    LoadRows,
-    MessageReceived,
-    Report,
-    RowsLoaded,
-    SiteEffect,
-    SiteEvent,
-    Started,
-    State,
-    StopMaking,
-    SumGone,
-    Tracked,
-    VectorReady,
-    WorkFailed,
-    WriteState,
-)
+from fedcore.secagg.protocol import epoch, job_messages, messages
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site.epochs import EpochDriver
 from fedcore.secagg.protocol.job.site.participation import (
     Agreed,
@@ -65,7 +41,7 @@ class Kept:
     agreed: Agreed
     rows: str
     stage: site.SiteStage
-    state: State
+    state: JobState
     certificate: messages.Certificate | None
     epoch: epoch.SiteEpochStage
     groups: dict[str, str]
@@ -106,7 +82,7 @@ class SiteJob:
         self.parts: Parts | None = None
         self.end = JobEnd()
         self.loading = False
-        self._need_rows: list[effects.MakeVector | GiveModel] = []
+        self._need_rows: list[effects.MakeVector | effects.GiveModel] = []
         """What waits until the rows are loaded."""
 
     def restored(self, kept: Kept) -> None:
@@ -130,7 +106,7 @@ class SiteJob:
         return None if self.parts is None else self.parts.agreed.plan
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> JobState | None:
         """The state of the last release, or the first one."""
         return self.states.current
 
@@ -159,7 +135,7 @@ class SiteJob:
 
     # ----------------------------------------------------------------------------------- steps
 
-    def step(self, event: SiteEvent, now: float) -> list[SiteEffect]:
+    def step(self, event: events.SiteEvent, now: float) -> list[SiteEffect]:
         """The effects of one event. now: seconds of a monotonic clock.
 
         A refused message is logged; the effects before the refusal stay. Raises only faults of this side.
@@ -169,17 +145,22 @@ class SiteJob:
             for effect in self._handled(event, now):
                 found.append(effect)  # noqa: PERF402 - the effects before an error stay
         except (PeerRefused, Refused, BadInput) as error:
-            if isinstance(event, Started):
+            if isinstance(event, events.Started):
                 raise
             found.extend(self.part.warn(error))
         return found
 
-    def _handled(self, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _handled(self, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
         """What follows from an event; vectors and models wait until the rows are loaded."""
         for effect in self._answered(event, now):
-            if isinstance(effect, StopMaking):
-                self._need_rows = [each for each in self._need_rows if isinstance(each, GiveModel)]
-            if isinstance(effect, effects.MakeVector | GiveModel) and self.part.survey is None:
+            if isinstance(effect, effects.StopMaking):
+                self._need_rows = [
+                    each for each in self._need_rows if isinstance(each, effects.GiveModel)
+                ]
+            if (
+                isinstance(effect, effects.MakeVector | effects.GiveModel)
+                and self.part.survey is None
+            ):
                 self._need_rows.append(effect)
             else:
                 yield effect
@@ -190,23 +171,23 @@ class SiteJob:
             if self.end.pending is not None:
                 yield from self._ended(*self.end.pending, now)
 
-    def _answered(self, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _answered(self, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
         match event:
-            case Started():
+            case events.Started():
                 yield from self._started(now)
-            case Connected():
+            case events.Connected():
                 yield from self._reconnected(now)
-            case MessageReceived(message, at):
+            case events.MessageReceived(message, at):
                 yield from self._received(message, at, now)
-            case Approved() | RowsLoaded() | LoadFailed():
+            case events.Approved() | events.RowsLoaded() | events.LoadFailed():
                 if self.ended is None:
                     yield from self._loaded(event, now)
-            case WorkFailed():
+            case events.WorkFailed():
                 yield from self._failed(event, now)
             case _ if self.parts is not None:
                 yield from self._with_plan(self.parts, event, now)
 
-    def _with_plan(self, parts: Parts, event: SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _with_plan(self, parts: Parts, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
         """What happens once there is a plan."""
         match event:
             case Tick():
@@ -215,26 +196,26 @@ class SiteJob:
                 ):  # the request for the last state, or its answer, was lost
                     yield from parts.rounds.send_status()
                 yield from parts.rounds.step(event, now)
-            case VectorReady() | CheckedSum() | SumGone():
+            case events.VectorReady() | events.CheckedSum() | events.SumGone():
                 if parts.rounds.is_round(event.header):
                     yield from parts.rounds.work_done(event, now)
-            case CheckpointReady():
+            case events.CheckpointReady():
                 yield from parts.catch_up.taken(event, now)
-            case CheckpointLost(certificate, problem):
+            case events.CheckpointLost(certificate, problem):
                 if problem:
                     yield from self.part.show(problem)
                 parts.catch_up.lost(certificate)
-            case Tracked():
+            case events.Tracked():
                 yield from parts.public.measured(event)
             case epoch.SecretsMade():
                 yield from parts.epochs.step(event, now)
 
-    def _failed(self, event: WorkFailed, now: float) -> Iterator[SiteEffect]:
+    def _failed(self, event: events.WorkFailed, now: float) -> Iterator[SiteEffect]:
         """Background work failed."""
         if event.problem:
             yield from self.part.show(event.problem)
         if isinstance(event.error, GuardTripped):
-            yield PutValues({"left": str(event.error).encode()})
+            yield effects.PutValues({"left": str(event.error).encode()})
             self.part.left = str(event.error)
         if self.parts is not None and self.parts.rounds.is_round(event.header):
             yield from self.parts.rounds.work_done(event, now)
@@ -254,44 +235,44 @@ class SiteJob:
             if self.plan is not None:  # the policy may have changed since
                 require(self.me.policy.on_plan(self.plan))
         except (BadInput, PolicyRefused) as error:
-            yield from self._loaded(LoadFailed(error, job_messages.UNABLE), now)
+            yield from self._loaded(events.LoadFailed(error, job_messages.UNABLE), now)
             return
         for line in self.part.about:
-            yield Info(f"job {self.id}: {line}")
+            yield effects.Info(f"job {self.id}: {line}")
         if self.part.approval == "waiting":
-            yield AwaitApproval()
+            yield effects.AwaitApproval()
         else:
-            yield Report("loading")
-            yield LoadRows(self.plan)
+            yield effects.Report("loading")
+            yield effects.LoadRows(self.plan)
 
     def _loaded(
-        self, event: Approved | RowsLoaded | LoadFailed, now: float
+        self, event: events.Approved | events.RowsLoaded | events.LoadFailed, now: float
     ) -> Iterator[SiteEffect]:
         """What became of the approval, or of task and rows."""
-        if isinstance(event, Approved):
+        if isinstance(event, events.Approved):
             self.part.approval = "approved"
-            yield Info(f"job {self.id}: approved")
-            yield Report("loading")
-            yield LoadRows(self.plan)
+            yield effects.Info(f"job {self.id}: approved")
+            yield effects.Report("loading")
+            yield effects.LoadRows(self.plan)
             return
         self.loading = False
         need, self._need_rows = self._need_rows, []
-        if isinstance(event, RowsLoaded):
+        if isinstance(event, events.RowsLoaded):
             try:
                 self.part.take_rows(event.found)
             except FedcoreError as error:
-                event = LoadFailed(error, job_messages.UNABLE)
-        if isinstance(event, LoadFailed):
+                event = events.LoadFailed(error, job_messages.UNABLE)
+        if isinstance(event, events.LoadFailed):
             yield from self._not_loaded(event, need, now)
             return
         if self.parts is None:
             yield from self.part.send_survey()
         if not need:
-            yield Report("idle" if self.parts is None else "waiting")
+            yield effects.Report("idle" if self.parts is None else "waiting")
         yield from need
 
     def _not_loaded(
-        self, event: LoadFailed, need: Iterable[SiteEffect], now: float
+        self, event: events.LoadFailed, need: Iterable[SiteEffect], now: float
     ) -> Iterator[SiteEffect]:
         """Leave the round that waits for a vector, and tell the coordinator; a model is asked for again.
 
@@ -301,7 +282,9 @@ class SiteJob:
         for each in need:
             if isinstance(each, effects.MakeVector):
                 waited = True
-                yield from self._failed(WorkFailed(each.header.digest, event.error, WITHHELD), now)
+                yield from self._failed(
+                    events.WorkFailed(each.header.digest, event.error, events.WITHHELD), now
+                )
         if isinstance(event.error, FedcoreError) or not waited:
             yield from self.part.note(event.error)
         if waited and not isinstance(event.error, PolicyRefused):
@@ -406,7 +389,7 @@ class SiteJob:
             return  # still loading: the coordinator resends it
         mine = planner.plan(self.offer, survey)
         if canonical(mine.to_json()) != offered.plan:
-            yield Warn(
+            yield effects.Warn(
                 f"job {self.id}: found another plan at the coordinator than this site makes of its offer "
                 "and its task; it takes no part"
             )
@@ -417,18 +400,20 @@ class SiteJob:
             return
         parts = self._agreed(Agreed(mine, survey.shape.features, survey.columns))
         self.states.current = planner.first_state(mine, survey)
-        yield WriteState(self.states.current)
+        yield effects.WriteState(self.states.current)
         about = {
             "plan": mine.to_json(), "features": parts.agreed.features, "rows": self.part.rows,
             "columns": [list(column) for column in parts.agreed.columns],
         }  # fmt: skip
-        yield PutValues({"plan": canonical(about)})
+        yield effects.PutValues({"plan": canonical(about)})
         if mine.public_metrics:
-            yield Info(
+            yield effects.Info(
                 f"job {self.id}: the coordinator will learn the metrics of each release, over all its sites"
             )
         if mine.release == "coordinator":
-            yield Info(f"job {self.id}: the coordinator will be given the model of the last round")
+            yield effects.Info(
+                f"job {self.id}: the coordinator will be given the model of the last round"
+            )
         yield self._agreement(parts)
 
     # ------------------------------------------------------------------------------------- end
@@ -451,14 +436,14 @@ class SiteJob:
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
                 return
-        yield StopMaking()
+        yield effects.StopMaking()
         if self.states.current is not None:
-            yield WriteState(self.states.current)  # fsync: nothing rewrites this file later
-        yield EndJob(ended, int(at))
+            yield effects.WriteState(self.states.current)  # fsync: nothing rewrites this file later
+        yield effects.EndJob(ended, int(at))
         self.end = JobEnd(ended, at)
-        yield Finish()
-        yield Report("idle")
-        yield Info(f"job {self.id}: {ended.outcome} {ended.text}")
+        yield effects.Finish()
+        yield effects.Report("idle")
+        yield effects.Info(f"job {self.id}: {ended.outcome} {ended.text}")
         yield from self.erase_keys(at)
 
     def erase_keys(self, at: float) -> Iterator[SiteEffect]:

@@ -1,25 +1,26 @@
 """Whether a site takes part in a job: its operator's policy, what it told the coordinator, and why it left."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedcore.errors import OtherSites, PolicyRefused
+from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
-from fedcore.secagg.protocol.effects import Send, Warn
-from fedcore.secagg.protocol.job.site.effects import (
-    HeldSecrets,
-    Report,
-    SiteEffect,
-    State,
-    Surveyed,
-)
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.types import SiteId
+
+if TYPE_CHECKING:
+    from fedcore.secagg.scheme import EpochSecrets, Scheme
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,12 @@ class Exposures(Protocol):
     ) -> tuple[SiteId, ...] | None: ...
 
 
-class EpochScheme(Protocol):
-    """What a plan's protection puts behind a key epoch."""
-
-    def make_payload(self) -> bytes: ...
-    def open_payload(self, payload: bytes, maker: SiteId) -> HeldSecrets: ...
-
-
 class Planner(Protocol):
     """Makes the plan and the first state that follow from an offer and this site's survey."""
 
-    def plan(self, offer: job.JobOffer, survey: Surveyed) -> RoundPlan: ...
-    def first_state(self, plan: RoundPlan, survey: Surveyed) -> State: ...
-    def scheme(self, plan: RoundPlan) -> EpochScheme: ...
+    def plan(self, offer: job.JobOffer, survey: events.Surveyed) -> RoundPlan: ...
+    def first_state(self, plan: RoundPlan, survey: events.Surveyed) -> JobState: ...
+    def scheme(self, plan: RoundPlan) -> Scheme: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ class Participation:
         """The policy's refusal of the job, if there is one."""
         self.left = ""
         """Why this site left the job permanently, if it did: its guard tripped."""
-        self.survey: Surveyed | None = None
+        self.survey: events.Surveyed | None = None
         self.rows = ""
         """What the ledger calls this site's rows; empty before they were loaded."""
         self.last_error = ""
@@ -145,23 +139,23 @@ class Participation:
     def show(self, problem: str, status: str = "") -> Iterator[SiteEffect]:
         """Show a problem in the log and, or else `status`, in the status."""
         self.last_error = status or problem
-        yield Warn(problem)
+        yield effects.Warn(problem)
 
     def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
         """Log the refusal once, and send its word to the coordinator, also at every new session."""
         if self.refused is None or str(self.refused) != str(refused):
-            yield Warn(f"job {self._job}: refused: {refused}; hint: {refused.remedy}")
+            yield effects.Warn(f"job {self._job}: refused: {refused}; hint: {refused.remedy}")
         self.refused = refused
         yield from self.unable(refused.word)
         self.last_error = str(refused)
-        yield Report("idle")
+        yield effects.Report("idle")
 
     def unable(self, reason: str) -> Iterator[SiteEffect]:
         """Tell the coordinator that this site cannot take part. reason: one of REASONS."""
         self.last_error = self.left or job.REASONS[reason]
-        yield Send(COORDINATOR, job.SiteUnavailable(self._job, self._me.id, reason))
+        yield effects.Send(COORDINATOR, job.SiteUnavailable(self._job, self._me.id, reason))
 
-    def take_rows(self, found: Surveyed) -> None:
+    def take_rows(self, found: events.Surveyed) -> None:
         """Keep what was loaded. Raises PolicyRefused where these rows are in enough jobs already."""
         self.rows = self._me.ledger.rows_key(found.rows)
         self.check_rows()
@@ -175,17 +169,17 @@ class Participation:
     def send_survey(self) -> Iterator[SiteEffect]:
         """Send the model's shape to the coordinator."""
         assert self.survey is not None
-        yield Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
+        yield effects.Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
 
 
 @dataclass
 class HeldKeys:
     """The secrets of the key epoch installed here. payload: what they are made of."""
 
-    scheme: EpochScheme
-    secrets: HeldSecrets | None = None
+    scheme: Scheme
+    secrets: EpochSecrets | None = None
 
-    def use(self, payload: SecretBytes, maker: SiteId) -> HeldSecrets:
+    def use(self, payload: SecretBytes, maker: SiteId) -> EpochSecrets:
         """Open a payload and hold its secrets. Raises EnvelopeRefused, the maker's fault."""
         self.secrets = self.scheme.open_payload(payload.reveal(), maker)
         return self.secrets

@@ -5,16 +5,11 @@ from collections.abc import Iterator
 
 from fedcore.errors import HeaderRefused
 from fedcore.results import SiteRow
-from fedcore.secagg.protocol import effects, job_messages, public_metrics, schedule
+from fedcore.secagg.protocol import job_messages, public_metrics, schedule
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
-from fedcore.secagg.protocol.job.site.effects import (
-    CheckpointReady,
-    GiveModel,
-    SealCheckpoint,
-    SiteEffect,
-    TakeCheckpoint,
-    Tracked,
-)
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, require
 from fedcore.secagg.protocol.job.site.rounds import RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
@@ -38,7 +33,7 @@ class CatchUp:
         here = {certificate.hash, self.rounds.standing.certificate}
         group = self._states.group_of(certificate)
         if here == {wanted.certificate} and group is not None:
-            yield SealCheckpoint(certificate, group, state)
+            yield effects.SealCheckpoint(certificate, group, state)
 
     def offered(self, offer: job_messages.CheckpointOffer) -> Iterator[SiteEffect]:
         """Download the state of a release that this site missed, if the certificate proves that release.
@@ -50,7 +45,7 @@ class CatchUp:
             return
         site.check_missed(self.rounds.member, self.rounds.standing, certificate)
         self._taking = certificate.hash
-        yield TakeCheckpoint(certificate, offer.digest)
+        yield effects.TakeCheckpoint(certificate, offer.digest)
 
     def wants(self, certificate: Certificate) -> bool:
         """Whether the state of this release is still needed."""
@@ -61,7 +56,7 @@ class CatchUp:
         if self._taking == certificate.hash:
             self._taking = ""
 
-    def taken(self, event: CheckpointReady, now: float) -> Iterator[SiteEffect]:
+    def taken(self, event: events.CheckpointReady, now: float) -> Iterator[SiteEffect]:
         """Catch up, unless a round began meanwhile: then the coordinator offers it again."""
         certificate = event.certificate
         self.lost(certificate)
@@ -83,7 +78,7 @@ class PublicRelease:
         self.said: job_messages.PublicMetrics | None = None
         """The last public metrics, resent after a new connection."""
 
-    def measured(self, event: Tracked) -> Iterator[SiteEffect]:
+    def measured(self, event: events.Tracked) -> Iterator[SiteEffect]:
         """Send the metrics over all sites of a certified release, under a plan that makes them public.
 
         Raises PolicyRefused where the policy does not allow it any more.
@@ -128,4 +123,4 @@ class PublicRelease:
         """
         if self.may_give(over=over) and self._rounds.standing.certificate == wanted.certificate:
             assert self._states.current is not None
-            yield GiveModel(wanted.certificate, self._states.current, wanted.digest)
+            yield effects.GiveModel(wanted.certificate, self._states.current, wanted.digest)

@@ -12,24 +12,11 @@ from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
 from fedcore.secagg.crypto.sealed import open_notice, seal_notice
 from fedcore.secagg.crypto.sumtag import state_tag
 from fedcore.secagg.plan import RoundHeader, canonical
-from fedcore.secagg.protocol import effects, messages, schedule
-from fedcore.secagg.protocol.job.effects import CloseRound
+from fedcore.secagg.protocol import messages, schedule
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
-from fedcore.secagg.protocol.job.site.effects import (
-    AppendEntries,
-    CheckedSum,
-    EnterRelease,
-    Expose,
-    Report,
-    RoundResult,
-    SiteEffect,
-    StopMaking,
-    SumGone,
-    TidySpool,
-    Track,
-    VectorReady,
-    WorkFailed,
-)
 from fedcore.secagg.protocol.job.site.participation import (
     Agreed,
     HeldKeys,
@@ -88,8 +75,8 @@ class RoundDriver:
         """A round ended since this was last set to False."""
         self._unwritten: list[site.SiteEntry] = []
         """Records of the round that nothing sent relies on yet."""
-        self._vector: VectorReady | None = None
-        self._sum: CheckedSum | None = None
+        self._vector: events.VectorReady | None = None
+        self._sum: events.CheckedSum | None = None
 
     # ------------------------------------------------------------------------------- questions
 
@@ -218,22 +205,22 @@ class RoundDriver:
 
     # ------------------------------------------------------------------- what background work did
 
-    def work_done(self, done: RoundResult, now: float) -> Iterator[SiteEffect]:
+    def work_done(self, done: events.RoundResult, now: float) -> Iterator[SiteEffect]:
         """The result of work for the round at hand."""
         match done:
-            case VectorReady(header, made, marks=marks):
+            case events.VectorReady(header, made, marks=marks):
                 self.marks, self._vector = (header, marks), done
                 yield from self.step(made, now)
                 self._vector = None
-            case CheckedSum(_, opened, certificate, state, data):
+            case events.CheckedSum(_, opened, certificate, state, data):
                 self._states.hold(certificate, state, data)
                 self._sum = done
                 yield from self.step(opened, now)
-            case SumGone():
+            case events.SumGone():
                 if self.early is not None:
                     self.early = None
                     yield from self.step(site.Superseded(), now)
-            case WorkFailed(_, error, told):
+            case events.WorkFailed(_, error, told):
                 sealed = b"" if told is None else self.sealed(told)
                 yield from self.step(site.CheckFailed(error, sealed), now)
 
@@ -278,7 +265,7 @@ class RoundDriver:
         if ended:
             self.early = None  # or it would end the next round
             self.ended = True
-            yield StopMaking()
+            yield effects.StopMaking()
             yield from self.send_status()
         elif isinstance(after, site.Stated) and self.early is not None:
             certificate, self.early = self.early, None
@@ -308,13 +295,13 @@ class RoundDriver:
                 case effects.Apply(certificate=certificate):
                     if self._me.id in certificate.survivors:
                         yield self.exposed(certificate.header, certificate.survivors)
-                    yield EnterRelease(certificate)
+                    yield effects.EnterRelease(certificate)
 
-    def exposed(self, header: RoundHeader, survivors: tuple[SiteId, ...]) -> Expose:
+    def exposed(self, header: RoundHeader, survivors: tuple[SiteId, ...]) -> effects.Expose:
         """A sum with this site's vector may be opened from now on. Raises PolicyRefused."""
         if not self._me.ledger.has(header.digest.hex()):
             self._part.check_rows()
-        return Expose(header, survivors)
+        return effects.Expose(header, survivors)
 
     def _committed(
         self, found: Sequence[site.SiteEffect], ended: site.SiteStage | None
@@ -332,7 +319,7 @@ class RoundDriver:
             yield from self.keep_stage(ended, put)
         elif put or (self._unwritten and any(isinstance(e, effects.Send) for e in found)):
             records, self._unwritten = tuple(self._unwritten), []
-            yield AppendEntries(records, put)
+            yield effects.AppendEntries(records, put)
 
     def _beside(self, record: site.SiteEntry) -> dict[str, bytes]:
         """The small vector or state that a record relies on; with a vector its marks and the guard's memory."""
@@ -352,7 +339,7 @@ class RoundDriver:
     ) -> Iterator[SiteEffect]:
         """Replace the records of a round, and its secrets, by the stage between rounds."""
         self._unwritten.clear()
-        yield CloseRound({**(put or {}), "stage": encode(stage)})
+        yield effects.CloseRound({**(put or {}), "stage": encode(stage)})
 
     def _effect(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
         match effect:
@@ -388,25 +375,25 @@ class RoundDriver:
         header = certificate.header
         if measures(header.purpose):
             step = schedule.PlannedRound(header.purpose, header.training_round)
-            yield Track(step, found.wides, found.sites, found.state, certificate)
+            yield effects.Track(step, found.wides, found.sites, found.state, certificate)
 
     # ---------------------------------------------------------------------------- between rounds
 
-    def tidy(self) -> TidySpool:
+    def tidy(self) -> effects.TidySpool:
         """Remove spooled rounds that a crash left behind."""
         header = header_of(self.stage)
-        return TidySpool(b"" if header is None else header.digest)
+        return effects.TidySpool(b"" if header is None else header.digest)
 
     def send_status(self) -> Iterator[SiteEffect]:
         """Send this site's status between rounds."""
         if self._part.left:
-            yield Report("idle")
+            yield effects.Report("idle")
             return
         if isinstance(self.stage, site.Idle) and self._keys.secrets is not None:
             at = self.standing
             where = SiteStatus(self._job, self._me.id, at.epoch, at.certificate, at.round)
             yield effects.Send(COORDINATOR, where)
-        yield Report("waiting")
+        yield effects.Report("waiting")
 
     def resend_status(self) -> Iterator[SiteEffect]:
         """Send this site's status between rounds, or that it refused a release.

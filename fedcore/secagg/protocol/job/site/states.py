@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedcore.errors import ReleaseRefused, StoreProblem
+from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.sumtag import GroupSecret, state_mac
 from fedcore.secagg.plan import RoundHeader, canonical
-from fedcore.secagg.protocol.job.effects import PutValues
-from fedcore.secagg.protocol.job.site.effects import AdoptState, SiteEffect, State
+from fedcore.secagg.protocol.job import effects
+from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -38,7 +39,7 @@ class Candidate:
     """A state that a release may lead to. data: its bytes, where they are for the journal; b"" where they are in a
     file."""
 
-    state: State
+    state: JobState
     data: bytes
 
 
@@ -46,7 +47,7 @@ class StateKeeper:
     """The states of one job at a site, in memory; effects write them to disk."""
 
     def __init__(self) -> None:
-        self.current: State | None = None
+        self.current: JobState | None = None
         self.certificate: Certificate | None = None
         """The certificate that released the current state."""
         self.candidates: dict[str, Candidate] = {}
@@ -60,14 +61,14 @@ class StateKeeper:
         """Keep the G of a key epoch. installed: it is in use here, so it replaces one of a checkpoint."""
         if installed or str(epoch) not in self.groups:
             self.groups[str(epoch)] = group.to_bytes().hex()
-        yield PutValues({"groups": canonical(self.groups)})
+        yield effects.PutValues({"groups": canonical(self.groups)})
 
     def group_of(self, certificate: Certificate) -> GroupSecret | None:
         """The G of this certificate's key epoch; None where it is not known here."""
         kept = self.groups.get(str(certificate.header.epoch))
         return None if kept is None else GroupSecret.from_bytes(bytes.fromhex(kept))
 
-    def hold(self, name: str, state: State, data: bytes) -> None:
+    def hold(self, name: str, state: JobState, data: bytes) -> None:
         """Hold a state until a release makes it the current one."""
         self.candidates[name] = Candidate(state, data)
 
@@ -92,7 +93,7 @@ class StateKeeper:
         name = name_of(certificate)
         found = self._candidate(name)
         self.current, self.certificate, self.candidates = found.state, certificate, {}
-        yield AdoptState(name, found.data)
+        yield effects.AdoptState(name, found.data)
 
     def _candidate(self, name: str) -> Candidate:
         found = self.candidates.get(name)
