@@ -38,9 +38,9 @@ from fedcore.secagg.protocol.job.site import events, participation
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
+from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
 

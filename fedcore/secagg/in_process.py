@@ -25,7 +25,7 @@ from fedcore.secagg.protocol.absences import ABANDONED_AT
 from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, revealed
 from fedcore.secagg.summing import (
     PlainSum,

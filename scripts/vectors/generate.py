@@ -49,7 +49,7 @@ from fedcore.secagg.plan import (
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.wire_form import digest, encode, type_name
 from fedcore.secagg.scheme import EpochSecrets, Scheme
 from fedcore.secagg.summing import RoundSum, one_by_one

@@ -53,7 +53,7 @@ from fedcore.secagg.protocol.messages import (
     sign,
 )
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.wire_form import digest, encode
 
 NAMES = (

@@ -22,6 +22,7 @@ from fedcore.errors import (  # fmt: skip
 )
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import RangePlan
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.messages import Keys
 from fedcore.secagg.protocol.round import site
 
@@ -157,7 +158,7 @@ def test_a_roster_with_an_unpinned_site(without):
     header = cohort(world, "ann", "bob", "cat", "dan", "mallory")
     invitation = world.invitation("ann", header)
     refuses(world, "ann", invitation, RosterRefused, found="mallory", expected="pinned")
-    without(site, "check_roster")
+    without(checks, "roster")
     joins(world, "ann", header)
 
 
@@ -165,7 +166,7 @@ def test_a_roster_that_names_one_site_twice(without):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan", "dan")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="twice")
-    without(site, "check_roster")
+    without(checks, "roster")
     joins(world, "ann", header)
 
 
@@ -174,7 +175,7 @@ def test_a_roster_in_another_order_than_that_of_the_pins(without):
     world = world_at("idle")
     header = cohort(world, "bob", "ann", "cat", "dan", "eve")
     refuses(world, "ann", world.invitation("ann", header), RosterRefused, found="another order")
-    without(site, "check_roster")
+    without(checks, "roster")
     joins(world, "ann", header)
 
 
@@ -190,7 +191,7 @@ def test_a_cohort_below_the_sites_minimum(without):
         world, "bob", world.invitation("bob", four), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    without(site, "check_roster")
+    without(checks, "roster")
     joins(world, "ann", header)
     joins(world, "bob", four)
 
@@ -212,7 +213,6 @@ def test_a_round_for_a_roster_without_this_site(without):
     world = world_at("idle")
     header = cohort(world, "ann", "bob", "cat", "dan")
     refuses(world, "eve", world.invitation("eve", header), ListRefused, found="left out")
-    without(site, "refuse_missing")
     joins(world, "eve", header)
 
 
@@ -239,7 +239,7 @@ def test_a_threshold_other_than_the_plans(threshold, without):
         world, "ann", world.invitation("ann", header), ThresholdRefused,
         found=str(threshold), expected="4",
     )  # fmt: skip
-    without(site, "check_round_threshold")
+    without(checks, "round_threshold")
     joins(world, "ann", header)
 
 
@@ -253,7 +253,7 @@ def test_a_smaller_cohort_has_the_plans_threshold(threshold, without):
         found=str(threshold), expected="4",
     )  # fmt: skip
     joins(world.copy(), "ann", replace(header, threshold=4))
-    without(site, "check_round_threshold")
+    without(checks, "round_threshold")
     joins(world, "ann", header)
 
 
@@ -267,7 +267,7 @@ def test_a_cohort_below_the_plans_threshold_whatever_the_minimum(minimum, withou
         world, "ann", world.invitation("ann", header), RosterRefused,
         found="4 sites", expected="at least 5",
     )  # fmt: skip
-    without(site, "check_roster")
+    without(checks, "roster")
     joins(world, "ann", header)
 
 

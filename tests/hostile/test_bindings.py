@@ -19,7 +19,7 @@ from fedcore.errors import EnvelopeRefused, KeyRefused, ShareRefused, TagRefused
 from fedcore.secagg.crypto import hybrid, pairwise
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import SumTag
-from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
 from fedcore.secagg.protocol.round import coordinator, masks, site
 from fedcore.secagg.protocol.round.site import releasing
@@ -148,7 +148,7 @@ def signed_digests(first, later, liar, to):
     kinds = (SELF_SEED, held.self_share), (MASK_ROOT, held.root_share)
     names = ("self_share_digest", "root_share_digest")
     return {
-        name: shared.share_digest(later.h, liar, to, kind, share.reveal())
+        name: messages.share_digest(later.h, liar, to, kind, share.reveal())
         for name, (kind, share) in zip(names, kinds, strict=True)
     }
 
@@ -206,7 +206,7 @@ def copied_envelopes(world):
 
 
 def without_distinct_keys(monkeypatch):
-    patch_machine(monkeypatch, site, "check_distinct", lambda *_: None)
+    patch_machine(monkeypatch, checks, "distinct", lambda *_: None)
     return copied_keys(World().advance("keys")).advance("shares", after="keys")
 
 
@@ -230,7 +230,7 @@ def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
     )
 
     # The control: with the digests unchecked as well, cat holds bob's shares twice.
-    monkeypatch.setattr(shared, "share_digest", lambda *_: b"")
+    monkeypatch.setattr(checks, "share_digest", lambda *_: b"")
     patch_machine(monkeypatch, site, "digest", lambda *_: b"")
     unsigned = copied_envelopes(world)
     blank = tuple(

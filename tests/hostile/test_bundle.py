@@ -26,7 +26,7 @@ from fedcore.secagg.crypto import hybrid, shamir
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope
 from fedcore.secagg.crypto.pairwise import MaskRoot, open_offer
-from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import Send
 from fedcore.secagg.protocol.messages import Shares
 from fedcore.secagg.protocol.round import site
@@ -47,7 +47,7 @@ def test_a_swapped_channel_key(without):
     stage = world.stages["ann"]
     refuses(world, "ann", bundle, SignatureRefused, fault="bob", found="does not verify")
 
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     shares = shares_go_out(world, "ann", bundle)
     parcel = next(p for p in shares.parcels if p.recipient == "bob")
     plain = open_envelope(
@@ -75,7 +75,7 @@ def test_keys_swapped_for_every_other_site_give_the_coordinator_root_and_self_se
     bundle, secrets = world.bundle(keys=lies), world.stages["ann"].secrets
     refuses(world, "ann", bundle, SignatureRefused, fault="bob")
 
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     read = {}
     for parcel in shares_go_out(world, "ann", bundle).parcels[1:]:
         to = parcel.recipient
@@ -95,7 +95,7 @@ def test_a_swapped_mask_key(without):
     world, root = world_at("keys"), MaskRoot(bytes(range(32)))
     bundle = world.bundle(keys={"bob": replace(world.keys["bob"], mask=root.keys.public)})
     refuses(world, "ann", bundle, SignatureRefused, fault="bob", found="does not verify")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     parcel = next(p for p in shares_go_out(world, "ann", bundle).parcels if p.recipient == "bob")
     offered = open_offer(root, parcel.offer, sender="ann", recipient="bob", header=world.h)
     assert len(offered) == 32, "the coordinator agrees on ann's mask in bob's place"
@@ -117,9 +117,9 @@ def test_every_other_field_of_keys_is_signed(field, without):
         error = HeaderRefused
     refuses(world, "ann", bundle, error, fault=fault)
     for module, name in (
-        (shared, "check_signature"),
-        (shared, "check_header"),
-        (site, "check_same_state"),
+        (checks, "check_signature"),
+        (checks, "of_round"),
+        (checks, "same_state"),
     ):
         without(module, name)
     shares_go_out(world, "ann", bundle)
@@ -135,7 +135,7 @@ def test_a_lying_site_that_copies_anothers_keys(monkeypatch):
         bundle = world.bundle(keys={"cat": stolen})
         refuses(world, "ann", bundle, KeyRefused, fault="cat", found="a key of 'bob' again")
         with monkeypatch.context() as without:
-            patch_machine(without, site, "check_distinct", lambda *_: None)
+            patch_machine(without, checks, "distinct", lambda *_: None)
             shares_go_out(world, "ann", bundle)
 
 
@@ -145,7 +145,7 @@ def test_one_key_of_a_site_for_channel_and_mask(without):
     twice = world.signed("bob", world.keys["bob"], channel=world.keys["bob"].mask)
     bundle = world.bundle(keys={"bob": twice})
     refuses(world, "ann", bundle, KeyRefused, fault="bob", found="a key of 'bob' again")
-    without(site, "check_distinct")
+    without(checks, "distinct")
     shares_go_out(world, "ann", bundle)
 
 
@@ -191,7 +191,7 @@ def test_a_self_seed_hash_of_another_length(length, without):
     lie = world.signed("cat", world.keys["cat"], self_seed_hash=b"x" * length)
     bundle = world.bundle(keys={"cat": lie})
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found=str(length), expected="32")
-    without(site, "check_keys")
+    without(checks, "keys")
     shares_go_out(world, "ann", bundle)
 
 
@@ -210,7 +210,7 @@ def test_a_thinned_key_bundle(without):
     world = world_at("keys")
     bundle = world.bundle(["ann", "bob", "cat"])
     refuses(world, "ann", bundle, ThresholdRefused, found="3 sites", expected="at least 4")
-    without(site, "check_members")
+    without(checks, "members")
     assert len(shares_go_out(world, "ann", bundle).parcels) == 3
     shares_go_out(world_at("keys"), "bob", world.bundle(["ann", "bob", "cat", "dan"]))
 
@@ -236,7 +236,7 @@ def test_a_bundle_of_the_wrong_sites(problem, without):
     bundle = replace(world.bundle(), keys=items[problem])
     refuses(world, "ann", bundle, ListRefused, found=found[problem])
     if problem in {"order", "without me"}:
-        without(site, "check_members", "refuse_missing")
+        without(checks, "members")
         if problem == "order":
             shares_go_out(world, "ann", bundle)
         else:
@@ -251,7 +251,7 @@ def test_keys_of_a_site_that_is_pinned_but_not_of_this_cohort():
     world.advance("keys", world.roster[:5])
     eve = world.signed("fay", world.keys["eve"], site="fay")
     with pytest.raises(RosterRefused) as refused:
-        shared.check_keys(eve, header, world.pins)
+        checks.keys(eve, header, world.pins)
     assert refused.value.found == "of 'fay'"
     bundle = world.bundle((*world.roster[:5], "fay"), {"fay": eve})
     refuses(world, "ann", bundle, ListRefused, found="'fay'")
@@ -268,8 +268,8 @@ def test_keys_of_an_earlier_round(without):
     bundle = world.bundle(keys={"bob": old.keys["bob"]})
     refuses(world, "ann", bundle, HeaderRefused, fault="bob", expected="round 1")
     refuses(world, "ann", replace(world.bundle(), header=old.h), HeaderRefused, expected="round 1")
-    without(shared, "check_header")
-    without(site, "check_same_state")
+    without(checks, "of_round")
+    without(checks, "same_state")
     shares_go_out(world, "ann", bundle)
 
 
@@ -278,7 +278,7 @@ def test_a_site_under_another_key_id(without):
     lie = world.signed("dan", world.keys["dan"], key_id=b"k" * 32)
     bundle = world.bundle(keys={"dan": lie})
     refuses(world, "ann", bundle, StateDiffers, fault="dan", found="another one at 'dan'")
-    without(site, "check_same_state")
+    without(checks, "same_state")
     shares_go_out(world, "ann", bundle)
 
 

@@ -11,8 +11,8 @@ import pytest
 from kit import refuses, world_at
 
 from fedcore.errors import ListRefused, ThresholdRefused
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED
-from fedcore.secagg.protocol.round import site
 
 CASES = [(4, 3, 1), (5, 4, 2), (6, 5, 3), (7, 5, 2), (8, 6, 3)]
 
@@ -131,5 +131,5 @@ def test_a_colluder_who_signs_the_other_list_convinces_nobody(without):
     request = type(world.confirmations())(world.h, tuple(mixed[n] for n in full if n in mixed))
     refuses(world, signers[0], request, ListRefused, found="another survivors")
     assert len(request.confirms) >= world.t
-    without(site, "check_confirm")
+    without(checks, "confirm")
     assert world.receive(signers[0], request).site == signers[0]

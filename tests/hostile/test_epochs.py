@@ -32,7 +32,7 @@ from fedcore.errors import (
 from fedcore.secagg.crypto import hybrid
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
-from fedcore.secagg.protocol import effects, epoch, messages, shared
+from fedcore.secagg.protocol import checks, effects, epoch, messages
 from fedcore.secagg.protocol.messages import sign
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.wire_form import encode
@@ -325,11 +325,11 @@ def test_sites_in_different_epochs_never_come_into_one_round(without):
     with pytest.raises(HeaderRefused) as refused:
         parties.step("s00", bundle)
     assert refused.value.fault == "s03"
-    without(shared, "check_header")
+    without(checks, "of_round")
     with pytest.raises(StateDiffers, match="key id") as refused:
         parties.step("s00", bundle)
     assert refused.value.fault == "s03" and parties.stages["s00"] is stage
-    without(site, "check_same_state")
+    without(checks, "same_state")
     parties.step("s00", bundle)
     assert isinstance(parties.stages["s00"], site.Shared)
 

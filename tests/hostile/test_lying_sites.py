@@ -20,7 +20,7 @@ from fedcore.errors import (
     VectorRefused,
 )
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import FoldUpload, RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.messages import Certificate, Leave, Shares
 from fedcore.secagg.protocol.round import coordinator, site
@@ -137,7 +137,7 @@ def test_a_message_with_a_bad_signature(kind, without):
     event = coordinator.MessageFromSite("ann", forged)
     hub.refuses(event, SignatureRefused, fault="ann")
     without(coordinator, "check_signature")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     hub.step(event)
 
 
@@ -154,7 +154,7 @@ def test_keys_and_shares_of_another_round_or_malformed(without):
     head = world.signed("ann", world.shares["ann"].head, header=b"o" * 32)
     late = coordinator.MessageFromSite("ann", replace(world.shares["ann"], head=head))
     hub.refuses(late, HeaderRefused, fault="ann")
-    without(shared, "check_header")
+    without(checks, "of_round")
     hub.step(late)
 
 

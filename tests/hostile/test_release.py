@@ -22,7 +22,7 @@ from fedcore.errors import (
 )
 from fedcore.secagg.crypto.pairwise import pair_seed
 from fedcore.secagg.crypto.sumtag import SumTag
-from fedcore.secagg.protocol import effects, messages, shared
+from fedcore.secagg.protocol import checks, effects, messages, wire_form
 from fedcore.secagg.protocol.messages import (
     COORDINATOR,
     RELEASE_REFUSED,
@@ -137,7 +137,7 @@ def test_a_sum_of_another_round(without):
     world = world_at("unmask")
     request = replace(world.aggregate(), header=b"o" * 32)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
-    without(site, "check_header")
+    without(checks, "of_round")
     world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
@@ -163,7 +163,8 @@ def test_encrypted_a_sum_for_a_list_without_this_site_or_below_t(names, error, f
     world = world_at("submit", protection="encrypted")
     request = world.aggregate(names)
     refuses(world, "ann", request, error, found=found)
-    without(site, "check_members", "refuse_missing", "_check_own_submission")
+    without(checks, "members")
+    without(site, "_check_own_submission")
     world.step("ann", site.MessageFromCoordinator(request))
     assert isinstance(world.stages["ann"], site.Opening)
 
@@ -210,7 +211,7 @@ def test_a_certificate_with_fewer_than_t_signers(signers, error, found, without)
     world = world_at("state")
     certificate = world.certificate(signers)
     refuses(world, "ann", certificate, error, found=found)
-    without(shared, "check_members")
+    without(checks, "members")
     released(world, "ann", certificate)
 
 
@@ -220,7 +221,7 @@ def test_a_certificate_with_a_forged_signer(without):
     signatures = (*world.certificate().signatures[:4], ("eve", forged))
     certificate = world.certificate(signatures=signatures)
     refuses(world, "ann", certificate, SignatureRefused, fault="eve")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     released(world, "ann", certificate)
 
 
@@ -247,7 +248,7 @@ def test_a_certificate_for_other_survivors(monkeypatch):
     world = world_at("state")
     four = world.roster[:4]
     lie = {
-        n: world.signed(n, s, survivors=shared.digest(four)) for n, s in world.statements.items()
+        n: world.signed(n, s, survivors=wire_form.digest(four)) for n, s in world.statements.items()
     }
     signatures = tuple((n, lie[n].signature) for n in four)
     certificate = world.certificate(survivors=four, signatures=signatures)
@@ -263,7 +264,7 @@ def test_a_certificate_of_another_round(without):
     signatures = tuple((n, s.signature) for n, s in lie.items())
     certificate = world.certificate(header=other, signatures=signatures)
     refuses(world, "ann", certificate, HeaderRefused, expected="round 1")
-    without(site, "check_certificate")
+    without(checks, "certificate")
     refuses(world, "ann", certificate, ReleaseRefused)  # and its own statement is not in it
 
 
@@ -313,43 +314,43 @@ def test_a_checkpoint_that_its_certificate_does_not_prove(lie, without):
 
     certificate, error, check = {
         "state": (good, ReleaseRefused, None),
-        "signers": (world.certificate(names[:3]), ThresholdRefused, "check_certificate"),
-        "forged": (replace(good, sum_mac=b"x" * 32), SignatureRefused, "check_certificate"),
+        "signers": (world.certificate(names[:3]), ThresholdRefused, "certificate"),
+        "forged": (replace(good, sum_mac=b"x" * 32), SignatureRefused, "certificate"),
         "repeated": (
-            world.certificate(("ann", "bob", "cat", "cat")), ListRefused, "check_certificate",
+            world.certificate(("ann", "bob", "cat", "cat")), ListRefused, "certificate",
         ),
         "stranger": (
             replace(good, signatures=(*good.signatures[:3], ("mallory", b"m" * 64))), ListRefused,
-            "check_certificate",
+            "certificate",
         ),
         "no survivor": (  # eve signed as well, and is not in the sum
-            replace(good, survivors=names[:4]), ListRefused, "check_certificate",
+            replace(good, survivors=names[:4]), ListRefused, "certificate",
         ),
-        "federation": (resigned(federation="another"), HeaderRefused, "check_equal"),
-        "plan": (resigned(plan_digest="0" * 64), HeaderRefused, "check_equal"),
+        "federation": (resigned(federation="another"), HeaderRefused, "equal"),
+        "plan": (resigned(plan_digest="0" * 64), HeaderRefused, "equal"),
         "unpinned": (
-            resigned(roster=(*names[:4], "mallory")), shared.RosterRefused, "check_roster",
+            resigned(roster=(*names[:4], "mallory")), checks.RosterRefused, "roster",
         ),
         "smaller cohort's threshold": (
             replace(resigned(roster=names[:4], threshold=2), survivors=names[:4]), ThresholdRefused,
-            "check_round_threshold",
+            "round_threshold",
         ),
-        "job": (resigned(job="job2"), HeaderRefused, "check_equal"),
-        "pins": (resigned(pins="0" * 64), HeaderRefused, "check_equal"),
+        "job": (resigned(job="job2"), HeaderRefused, "equal"),
+        "pins": (resigned(pins="0" * 64), HeaderRefused, "equal"),
         "cohort": (
             replace(resigned(roster=("ann", "bob", "cat")), survivors=("ann", "bob", "cat")),
-            shared.RosterRefused, "check_roster",
+            checks.RosterRefused, "roster",
         ),
-        "threshold": (resigned(threshold=1), ThresholdRefused, "check_round_threshold"),
+        "threshold": (resigned(threshold=1), ThresholdRefused, "round_threshold"),
     }[lie]  # fmt: skip
     late(world)
     mac = b"other state" if lie == "state" else certificate.state_mac
     fault = "ann" if lie == "forged" else COORDINATOR
     refuses(world, "ann", site.CaughtUp(certificate, mac), error, fault=fault)
     if check:
-        without(site, check)
+        without(checks, check)
     if lie in {"cohort", "unpinned", "smaller cohort's threshold"}:
-        without(site, "check_round_threshold", "check_certificate")
+        without(checks, "round_threshold", "certificate")
     found = world.step("ann", site.CaughtUp(certificate, certificate.state_mac))
     assert any(isinstance(e, effects.Apply) for e in found)
 
@@ -419,7 +420,7 @@ def test_a_cohort_below_its_threshold_or_the_minimum(names, threshold):
     """Three of five run at t = 3 only (all must stay), two not at all."""
     world = smaller(*names, threshold=threshold)
     refuses(
-        world, "ann", world.invitation("ann"), shared.RosterRefused,
+        world, "ann", world.invitation("ann"), checks.RosterRefused,
         found=f"{len(names)} sites", expected=f"at least {threshold}",
     )  # fmt: skip
     whole = smaller("ann", "bob", "cat")
@@ -439,15 +440,15 @@ def misled():
 def test_different_models_to_different_sites_and_who_differs_is_named():
     world = misled().advance("keys")
     refuses(
-        world, "ann", world.bundle(), shared.StateDiffers, fault="eve", found="another one at 'eve'"
+        world, "ann", world.bundle(), checks.StateDiffers, fault="eve", found="another one at 'eve'"
     )
-    refuses(world, "eve", world.bundle(), shared.StateDiffers, fault="ann")
+    refuses(world, "eve", world.bundle(), checks.StateDiffers, fault="ann")
 
 
 @pytest.mark.parametrize("bound", [True, False])
 def test_masks_of_different_models_do_not_cancel(bound, monkeypatch, without):
     """Even if the comparison is removed: every seed binds the site's own tag. Control: unbound seeds."""
-    without(site, "check_same_state")
+    without(checks, "same_state")
     if not bound:
         monkeypatch.setattr(
             masks,
@@ -471,7 +472,7 @@ def test_weights_and_updates_never_travel_in_clear():
         world.answers,
         world.statements,
     ]
-    data = b"".join(shared.encode(m) for kind in sent for m in kind.values())
+    data = b"".join(wire_form.encode(m) for kind in sent for m in kind.values())
     clear = world.plain["ann"].tobytes()
     assert clear[:24] not in data and world.masked["ann"].tobytes()[:24] not in data
     assert {m for kind in sent for m in map(type, kind.values())} <= set(

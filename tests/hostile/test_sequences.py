@@ -19,7 +19,7 @@ from fedcore.errors import PeerRefused, TagRefused
 from fedcore.secagg.protocol import effects
 from fedcore.secagg.protocol.messages import Abandon
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 
 ANN, OTHERS, LONG = "ann", ("bob", "cat", "dan"), 1e12
 

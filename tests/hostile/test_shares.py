@@ -22,7 +22,7 @@ from fedcore.errors import (
     ThresholdRefused,
 )
 from fedcore.secagg.crypto import pairwise
-from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.messages import LEFT, Leave, Submit
 from fedcore.secagg.protocol.round import site
@@ -96,7 +96,7 @@ def test_a_real_share_of_somebody_else():
     """A liar sends dan's copy of its share to cat, well sealed: the digest names the holder."""
     world = world_at("shares")
     honest = world.delivery("cat")
-    assert shared.share_digest(world.h, "ann", "cat", "self-seed", b"s") != shared.share_digest(
+    assert messages.share_digest(world.h, "ann", "cat", "self-seed", b"s") != messages.share_digest(
         world.h, "ann", "dan", "self-seed", b"s"
     )
     refuses(
@@ -152,7 +152,7 @@ def test_a_list_of_parcels_that_its_site_did_not_sign(without):
     forged = replace(lie, head=replace(lie.head, signature=bytes(64)))
     delivery = world.delivery("cat", shares={"ann": forged})
     refuses(world, "cat", delivery, SignatureRefused, fault="ann")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     goes_on(world, "cat", delivery)
 
 
@@ -194,8 +194,7 @@ def test_shares_for_the_wrong_round(without):
     moved = later.signed("ann", world.shares["ann"].head, header=later.h)
     mixed = later.delivery("cat", shares={"ann": replace(world.shares["ann"], head=moved)})
     refuses(later, "cat", mixed, EnvelopeRefused, fault="ann")
-    without(shared, "check_header")
-    without(site, "check_header")
+    without(checks, "of_round")
     goes_on(world.copy(), "cat", replace(stale, header=later.h))
 
 
@@ -212,7 +211,7 @@ def test_a_cohort_that_is_thinned_repeats_or_leaves_this_site_out(names, error, 
     world = world_at("shares")
     delivery = world.delivery("cat", names)
     refuses(world, "cat", delivery, error, found=found)
-    without(site, "check_members", "refuse_missing")
+    without(checks, "members")
     goes_on(world, "cat", delivery)
 
 

@@ -15,6 +15,7 @@ from kit import NAMES, World, refuses, world_at
 from fedcore.errors import RosterRefused, ThresholdRefused
 from fedcore.secagg.label import Collusion, Terms, collusion
 from fedcore.secagg.plan import default_threshold
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.round import coordinator, site
 
 SITES, PLANNED = 16, 11
@@ -42,7 +43,7 @@ def test_a_cohort_of_three_is_not_opened_by_two_colluders_where_eleven_are_neede
                 found="3 sites", expected="at least 11",
             )  # fmt: skip
 
-    without(site, "check_roster", "check_round_threshold")
+    without(checks, "roster", "round_threshold")
     world = invited(three, default_threshold(3)).advance("unmask", three)
     secrets = world.rebuilt(world.shares_held(world.answers.values()))
     opened = world.open_sum_of(three, secrets)

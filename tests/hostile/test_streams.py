@@ -5,6 +5,7 @@ changes what it passes on. What a signature refuses is tried again without it: t
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,10 +32,11 @@ from fedcore.secagg.plan import (
     VectorSpec,
     Wide,
 )
-from fedcore.secagg.protocol import effects, messages, shared
+from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import Aggregate, Submit, SurvivorList
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming
+from fedcore.secagg.protocol.round.coordinator import MOVES, Collecting, Confirming, taking
+from fedcore.secagg.protocol.round.site import releasing
 from fedcore.secagg.summing import RoundTrace, one_by_one
 
 ROSTER = ("ann", "bob", "cat", "dan")
@@ -76,7 +78,7 @@ def passes_on(monkeypatch, change):
 
 def without_signatures(monkeypatch):
     """The control: the sites believe submissions, whatever was signed."""
-    patch_machine(monkeypatch, site, "check_submission", lambda *_: None)
+    patch_machine(monkeypatch, checks, "submission", lambda *_: None)
     patch_machine(monkeypatch, site, "_check_own_submission", lambda *_: None)
     believing(monkeypatch)
 
@@ -278,16 +280,17 @@ def test_a_lying_site_s_salt_of_another_length(protection, cipher, change, monke
     assert epoch.hub.stage.certificate.survivors == ("ann", "cat", "dan"), "it goes on without bob"
 
     def unchecked(submit, header, pins, salt_bytes):
-        return shared.check_submission(submit, header, pins, len(submit.salt))
+        return checks.submission(submit, header, pins, len(submit.salt))
 
+    lenient = SimpleNamespace(**{**vars(checks), "submission": unchecked})
     with monkeypatch.context() as league:
-        patch_machine(league, coordinator, "check_submission", unchecked)
+        league.setattr(taking, "checks", lenient)
         epoch = epoch_of(protection, cipher)
         with pytest.raises(VectorRefused, match=r"found a salt of \d+ bytes") as refusal:
             play(epoch)
         assert refusal.value.fault == "bob" and certificates(epoch) == {""}
 
-        patch_machine(league, site, "check_submission", unchecked)
+        league.setattr(releasing, "checks", lenient)
         epoch = epoch_of(protection, cipher)
         if cipher == "keystream":  # the others do not find bob's stream
             with pytest.raises(TagRefused):

@@ -24,7 +24,7 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
-from fedcore.secagg.protocol import shared
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.messages import (
     MASK_ROOT,
@@ -69,7 +69,8 @@ def test_a_list_that_is_short_repeats_or_leaves_this_site_out(names, error, foun
     world = world_at("submit")
     request = world.survivor_list(names)
     refuses(world, "bob", request, error, found=found)
-    without(site, "check_members", "refuse_missing", "_check_own_submission")
+    without(checks, "members")
+    without(site, "_check_own_submission")
     signs(world, "bob", request)
 
 
@@ -85,7 +86,7 @@ def test_a_survivor_that_never_shared(without):
     stranger = world.signed("eve", world.submits["ann"], site="eve")
     request = world.survivor_list((*four, "eve"), {"eve": stranger})
     refuses(world, "ann", request, ListRefused, found="'eve'", expected="a subset of 4 sites")
-    without(site, "check_members")
+    without(checks, "members")
     signs(world, "ann", request)
 
 
@@ -96,11 +97,11 @@ def test_an_unknown_survivor(without):
         world.survivor_list(), submissions=(*world.survivor_list().submissions, stranger)
     )
     refuses(world, "ann", request, ListRefused, found="'mallory'")
-    without(site, "check_members")
+    without(checks, "members")
     refuses(
         world, "ann", request, SignatureRefused, found="mallory", expected="a site of the roster"
     )
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     signs(world, "ann", request)
 
 
@@ -113,7 +114,7 @@ def test_a_submission_swapped_under_anothers_name(field, without):
     )
     request = world.survivor_list(submits={"bob": lie})
     refuses(world, "ann", request, SignatureRefused, fault="bob")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     signs(world, "ann", request)
 
 
@@ -141,7 +142,7 @@ def test_a_submission_of_another_round(without):
         HeaderRefused,
         expected="round 1",
     )
-    without(shared, "check_header")
+    without(checks, "of_round")
     signs(world, "ann", world.survivor_list(submits={"bob": lie}))
 
 
@@ -151,7 +152,7 @@ def test_a_survivor_that_started_from_another_state(field, without):
     lie = world.signed("bob", world.submits["bob"], **{field: b"x" * 32})
     request = world.survivor_list(submits={"bob": lie})
     refuses(world, "ann", request, StateDiffers, fault="bob", found="another one at 'bob'")
-    without(site, "check_same_state")
+    without(checks, "same_state")
     signs(world, "ann", request)
 
 
@@ -233,7 +234,7 @@ def test_split_survivor_lists(without):
             same = [n for n in names if lists[n] == names]
             refuses(world, name, world.confirmations(same), ThresholdRefused)
 
-    without(site, "check_confirm")
+    without(checks, "confirm")
     collected = [answers(world, name, world.confirmations(names)) for name, names in lists.items()]
     secrets = world.rebuilt(world.shares_held(collected))
     assert {(name, MASK_ROOT) for name in others} <= set(secrets)
@@ -251,7 +252,7 @@ def test_two_sites_told_two_lists_do_not_unmask(without):
     tell(world, lists)
     refuses(world, "ann", world.confirmations(lists["ann"]), ListRefused, found="'cat'")
     refuses(world, "cat", world.confirmations(), ListRefused, found="'ann'")
-    without(site, "check_confirm")
+    without(checks, "confirm")
     kinds = Counter()
     for name in ("ann", "cat"):
         kinds.update(
@@ -269,7 +270,7 @@ def test_confirmations_over_another_bundle_or_cohort(field, without):
     lie = world.signed("bob", world.confirms["bob"], **{field: b"x" * 32})
     request = world.confirmations(confirms={"bob": lie})
     refuses(world, "ann", request, ListRefused, found=f"another {field} signed by 'bob'")
-    without(site, "check_confirm")
+    without(checks, "confirm")
     answers(world, "ann", request)
 
 
@@ -286,7 +287,7 @@ def test_too_few_or_repeated_signatures(names, error, found, without):
     world = world_at("confirm")
     request = world.confirmations(names)
     refuses(world, "ann", request, error, found=found)
-    without(site, "check_members", "refuse_missing")
+    without(checks, "members")
     answers(world, "ann", request)
 
 
@@ -295,7 +296,7 @@ def test_a_forged_confirmation(without):
     forged = replace(world.confirms["ann"], site="bob")
     request = world.confirmations(confirms={"bob": forged})
     refuses(world, "ann", request, SignatureRefused, fault="bob")
-    without(shared, "check_signature")
+    without(checks, "check_signature")
     answers(world, "ann", request)
 
 
@@ -306,7 +307,7 @@ def test_a_confirmation_by_a_site_that_is_not_a_survivor(without):
     eve = world.signed("eve", world.confirms["dan"], site="eve")
     request = replace(world.confirmations(), confirms=(*world.confirmations().confirms, eve))
     refuses(world, "ann", request, ListRefused, found="'eve'")
-    without(site, "check_members")
+    without(checks, "members")
     answers(world, "ann", request)
 
 
@@ -314,7 +315,7 @@ def test_confirmations_of_another_round(without):
     world = world_at("confirm")
     request = Confirmations(b"o" * 32, world.confirmations().confirms)
     refuses(world, "ann", request, HeaderRefused, expected="round 1")
-    without(site, "check_header")
+    without(checks, "of_round")
     answers(world, "ann", request)
 
 

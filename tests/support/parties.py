@@ -25,7 +25,7 @@ from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import STAGES
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.wire_form import decode, encode
 
 HUB = messages.COORDINATOR

@@ -112,8 +112,7 @@ RULES = {
     GUARD: [("fedcore_clients.trainer", "Training.contribute", trusting)],
     POLICY: [("fedcore_clients.policy", "SitePolicy.on_offer", _nothing)],
     THRESHOLD: [
-        (f"{ROUND}.joining", "check_round_threshold", _nothing),
-        (f"{ROUND}.between", "check_round_threshold", _nothing),
+        ("fedcore.secagg.protocol.checks", "round_threshold", _nothing),
         (f"{ROUND}.events", "SiteParams.least", lambda _: lambda member: member.minimum),
     ],
     ONE_SUM: [(f"{ROUND}.joining", "_check_one_sum", _nothing)],

@@ -39,8 +39,8 @@ from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
 from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Participation
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE
 from fedcore.secagg.protocol.job.site.states import led_to
+from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.secagg.scheme import Scheme
 

@@ -5,7 +5,8 @@ name and the message's byte form with an empty signature (PROTOCOL C). Invariant
 clear; vectors are named by size and digest, and uploaded apart.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Protocol, TypeVar
@@ -20,8 +21,8 @@ from fedcore.types import SiteId
 record("RoundHeader")(RoundHeader)
 record("HybridPublic")(HybridPublic)
 
-COORDINATOR = "coordinator"
-"""Whose fault it is, where it is not a site's."""
+COORDINATOR, THIS_SITE = "coordinator", "this site"
+"""Whose fault it is, where it is not another site's."""
 
 
 # ------------------------------------------------------------------------------------ from a site
@@ -311,3 +312,28 @@ def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
         )
     label = type_name(type(message)).encode()
     verify(pins[message.site], label, unsigned(message), message.signature, signer=message.site)
+
+
+def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
+    """What a sender signs of one plaintext key share."""
+    return digest((header, of, holder, kind, share))
+
+
+Sent = TypeVar("Sent", bound=FromOneSite | Shares)
+
+
+def in_order(roster: Sequence[SiteId], items: Iterable[Sent]) -> tuple[Sent, ...]:
+    """Sorted by the place of the site in the roster."""
+    places = {site: place for place, site in enumerate(roster)}
+    return tuple(sorted(items, key=lambda item: places[item.site]))
+
+
+def survivors_of(submissions: Iterable[Submit]) -> tuple[SiteId, ...]:
+    """U3 by name."""
+    return tuple(submit.site for submit in submissions)
+
+
+def listed(submissions: Iterable[Submit]) -> tuple[tuple[SiteId, bytes], ...]:
+    """U3 as a confirmation signs it: (site, digest of its whole submission). The digest covers the salt, so
+    a site cannot have two valid submissions of one vector with different salts."""
+    return tuple((submit.site, hashlib.sha256(unsigned(submit)).digest()) for submit in submissions)

@@ -1,10 +1,12 @@
 """What all machines are built from: common events, a step in the making, and the table of legal moves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from fedcore.errors import OutOfOrder
 from fedcore.secagg.protocol.effects import Persist
+from fedcore.secagg.protocol.wire_form import records, type_name
 
 M = TypeVar("M")
 Stage = TypeVar("Stage")
@@ -80,3 +82,15 @@ def table(*rows: tuple[tuple[Kind, ...], Kind, tuple[Handler[M], tuple[Kind, ...
         for stage in stages:
             found.setdefault(stage, {})[event] = move
     return found
+
+
+def not_legal(
+    found: type[object], legal: Iterable[type[object]], *, message: bool, fault: str
+) -> OutOfOrder:
+    """The refusal of a message, or of an event, that a stage does not take; it lists those it takes."""
+    kinds = set(records().values())
+    names = sorted(type_name(each) for each in legal if (each in kinds) is message)
+    return OutOfOrder(
+        "message" if message else "event", found=type_name(found), expected=" or ".join(names),
+        fault=fault,
+    )  # fmt: skip

@@ -24,8 +24,7 @@ from fedcore.errors import (
 )
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
-from fedcore.secagg.protocol.messages import Certificate
-from fedcore.secagg.protocol.shared import THIS_SITE
+from fedcore.secagg.protocol.messages import THIS_SITE, Certificate
 from fedcore.secagg.purposes import measures
 from fedcore.types import SiteId
 

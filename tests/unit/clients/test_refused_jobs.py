@@ -16,7 +16,7 @@ from support.parties import Epochs, Parties
 from fedcore.config import build_job, plan_of
 from fedcore.errors import HeaderRefused, PlanRefused
 from fedcore.secagg.plan import canonical
-from fedcore.secagg.protocol import epoch, job_messages
+from fedcore.secagg.protocol import checks, epoch, job_messages
 from fedcore.secagg.protocol.messages import Announce, Keys
 from fedcore.secagg.protocol.round import site
 
@@ -99,7 +99,7 @@ def test_a_plain_plan_gets_no_key_epoch(monkeypatch):
     call = epoch.FromCoordinator(epoch.EpochCall(epochs.header()))
     with pytest.raises(HeaderRefused, match=r"protection: found plain, expected masks or encr"):
         epoch.step_site(epochs.members["s01"], epoch.NoKey(), call)
-    patch_machine(monkeypatch, epoch, "check_protection", lambda _: None)
+    patch_machine(monkeypatch, checks, "protection", lambda _: None)
     epochs.step("s01", call)
     assert [type(each) for each in epochs.log] == [epoch.EpochKey]
 
@@ -111,7 +111,7 @@ def test_a_plain_plan_gets_no_round(monkeypatch):
     member, idle = parties.members["s00"], parties.first["s00"]
     with pytest.raises(HeaderRefused, match=r"protection: found plain, expected masks or encr"):
         site.step(member, idle, invited, 0.0)
-    patch_machine(monkeypatch, site, "check_protection", lambda _: None)
+    patch_machine(monkeypatch, checks, "protection", lambda _: None)
     after, _ = site.step(member, idle, invited, 0.0)
     assert isinstance(after, site.Masking)
     masked = Parties(4)

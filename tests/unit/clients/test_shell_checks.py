@@ -35,7 +35,7 @@ from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import effects, job_messages, messages, schedule
 from fedcore.secagg.protocol.job.site.events import MessageReceived
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.store import container
 from fedcore.wire import frames
 from fedcore.wire.records import TO_COORDINATOR

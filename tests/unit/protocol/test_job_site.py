@@ -38,8 +38,8 @@ from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, Pa
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
 from fedcore.secagg.protocol.messages import Certificate, sign
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.secagg.protocol.shared import SiteProgress
 from fedcore.secagg.protocol.wire_form import decode
 
 SITES = ("a", "b", "c", "d")

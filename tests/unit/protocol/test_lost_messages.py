@@ -11,7 +11,7 @@ from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, ThresholdRefu
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 
 
 def lose(parties, name, kind):

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 
 from fedcore import errors
-from fedcore.secagg.protocol import effects, epoch, job_messages, messages, shared
+from fedcore.secagg.protocol import checks, effects, epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects as job_effects
 from fedcore.secagg.protocol.job.coordinator import machine as coordinator_job
 from fedcore.secagg.protocol.job.site import events as site_events
@@ -111,7 +111,7 @@ def test_every_part_of_a_job_is_on_the_page(job):
 
 def test_every_name_on_the_page_is_one_of_the_code():
     modules = (
-        site, coordinator, epoch, messages, effects, shared, errors, job_messages, job_effects, site_events,
+        site, coordinator, epoch, messages, effects, checks, errors, job_messages, job_effects, site_events,
         coordinator_job, site_job,
     )  # fmt: skip
     names = set(re.findall(r"`([A-Z][a-z]\w+|MOVES)`", PAGE.read_text()))

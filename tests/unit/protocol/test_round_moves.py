@@ -17,7 +17,7 @@ from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned, SecondSu
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import STAGES
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import answered
+from fedcore.secagg.protocol.round.site import answered
 from fedcore.secagg.protocol.wire_form import encode
 
 MACHINES = {"site": site, "coordinator": coordinator}

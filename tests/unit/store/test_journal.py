@@ -17,8 +17,7 @@ import pytest
 
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.protocol.round.site import Secrets
-from fedcore.secagg.protocol.shared import Exchange, SiteProgress
+from fedcore.secagg.protocol.round.site import Exchange, Secrets, SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.store import journal as module
 from fedcore.store.journal import SCHEMA, Journal
@@ -28,7 +27,7 @@ import os, resource, sys
 from pathlib import Path
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.round.site import Secrets
 from fedcore.store.journal import Journal
 path = Path(sys.argv[1])

@@ -14,7 +14,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol import effects, epoch, wire_form
 from fedcore.secagg.protocol.messages import Announce, Keys, Leave
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.shared import SiteProgress
+from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.wire.frames import FROM_SITE, TO_SITE, Record
 from fedcore.wire.limits import GRANT, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 from fedcore.errors import Conflicting, KeyRefused, OutOfOrder, StaleEpoch, ThresholdRefused
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.epoch import messages
 from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
-from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
+from fedcore.secagg.protocol.messages import COORDINATOR, check_signature, in_order
 from fedcore.secagg.protocol.moves import Tick, Timed
 from fedcore.secagg.protocol.round.coordinator import CoordinatorParams, SiteReconnected
-from fedcore.secagg.protocol.shared import check_grows, check_sender, in_order
 from fedcore.secagg.protocol.wire_form import digest, record, type_name
 from fedcore.types import SiteId
 
@@ -100,11 +100,11 @@ def step_hub(
 ) -> CoordinatorEpochStep:
     """One event at the coordinator. Raises a ProtocolRefused and changes nothing where it is not legal."""
     if isinstance(event, FromSite):
-        check_sender(getattr(event.message, "site", None), event.sender)
+        checks.sender(getattr(event.message, "site", None), event.sender)
     message = event.message if isinstance(event, FromSite) else event
     match stage, message:
         case _, StartEpoch(header, present):
-            check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
+            checks.grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
             calling = Calling(header, (), present or header.roster, until=now + hub.patience)
             calls = tuple(Send(site, messages.EpochCall(header)) for site in header.roster)
             return calling, (Persist(calling), *calls)

@@ -7,18 +7,12 @@ from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope, seal_envelope
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import PLAN_VERSION
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.epoch import messages
 from fedcore.secagg.protocol.epoch.messages import check_epoch, check_epoch_key, check_signed
 from fedcore.secagg.protocol.messages import COORDINATOR, sign
 from fedcore.secagg.protocol.round.site import SiteParams
-from fedcore.secagg.protocol.shared import (
-    check_distinct,
-    check_equal,
-    check_grows,
-    check_members,
-    check_protection,
-)
 from fedcore.secagg.protocol.wire_form import digest, encode, record, type_name
 from fedcore.types import SiteId
 
@@ -145,7 +139,7 @@ def _offer(
 ) -> SiteEpochStep:
     if isinstance(stage, Offered | Making | Holding) and stage.header == header:
         return stage, (Send(COORDINATOR, stage.key),)
-    check_grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
+    checks.grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
     _check_header(member, header)
     secret = HybridKey.draw(member.entropy)
     key = sign(messages.EpochKey(header.digest, member.id, secret.public, b""), member.identity)
@@ -154,13 +148,13 @@ def _offer(
 
 
 def _check_header(member: SiteParams, header: messages.EpochHeader) -> None:
-    check_equal(
+    checks.equal(
         ("protocol version", header.version, PLAN_VERSION),
         *member.same_job(header),
         ("roster", header.roster, tuple(member.pins)),
         ("threshold", header.threshold, member.plan.threshold),
     )
-    check_protection(member.plan.protection)
+    checks.protection(member.plan.protection)
     if header.maker not in member.pins:
         raise RosterRefused("maker", header.maker, "a pinned site", COORDINATOR)
 
@@ -170,10 +164,10 @@ def _begin_making(member: SiteParams, stage: Offered, request: messages.EpochKey
     check_epoch(request.header, header, COORDINATOR)
     _must_make(member, header)
     names = [key.site for key in request.keys]
-    check_members(names, header.roster, header.threshold, "epoch keys")
+    checks.members(names, header.roster, header.threshold, "epoch keys")
     for key in request.keys:
         check_epoch_key(key, header, member.pins)
-    check_distinct(
+    checks.distinct(
         ((k.site, public) for k in request.keys for public in (k.key.x25519, k.key.mlkem)),
         "epoch keys",
     )
@@ -263,7 +257,7 @@ def _check_held(
     held: tuple[messages.KeyHeld, ...],
 ) -> None:
     """At least t sites of the roster signed this very key id."""
-    check_members([each.site for each in held], header.roster, header.threshold, "holders")
+    checks.members([each.site for each in held], header.roster, header.threshold, "holders")
     for each in held:
         check_signed(each, header, member.pins)
         if each.key_id != name:

@@ -25,9 +25,9 @@ from fedcore.secagg.protocol.job.site.participation import (
 )
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
 from fedcore.secagg.protocol.job_messages import SiteStatus
-from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE, survivors_of
 from fedcore.secagg.protocol.round import site
-from fedcore.secagg.protocol.shared import THIS_SITE, SiteProgress, survivors_of
+from fedcore.secagg.protocol.round.site.stages import SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.secagg.purposes import measures
 from fedcore.types import SiteId

@@ -7,12 +7,12 @@ from typing import TypeVar, assert_never
 
 from fedcore.errors import PeerRefused
 from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.round.coordinator import entries, sites, stages
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
 from fedcore.secagg.protocol.round.coordinator.taking import started_from
 from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks
-from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.types import SiteId
 
 Joining = TypeVar("Joining", messages.Keys, messages.Submit)

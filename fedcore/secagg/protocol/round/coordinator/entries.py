@@ -8,11 +8,10 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.messages import COORDINATOR, in_order, survivors_of
 from fedcore.secagg.protocol.moves import Move
 from fedcore.secagg.protocol.round.coordinator import sites, stages
 from fedcore.secagg.protocol.round.coordinator.events import CoordinatorParams
-from fedcore.secagg.protocol.shared import in_order, survivors_of
 from fedcore.secagg.protocol.wire_form import record, type_name
 from fedcore.types import SiteId
 

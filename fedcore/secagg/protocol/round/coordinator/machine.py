@@ -1,9 +1,9 @@
 """The table of the coordinator's legal moves, and `step`."""
 
 from fedcore.errors import SecondSum
-from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.messages import COORDINATOR
-from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, on, table
+from fedcore.secagg.protocol import checks, effects, messages
+from fedcore.secagg.protocol.messages import COORDINATOR, survivors_of
+from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on, table
 from fedcore.secagg.protocol.round.coordinator import (
     closing,
     entries,
@@ -13,7 +13,6 @@ from fedcore.secagg.protocol.round.coordinator import (
     taking,
 )
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove, evolve
-from fedcore.secagg.protocol.shared import check_grows, check_roster, not_legal, survivors_of
 
 
 def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) -> None:
@@ -23,8 +22,8 @@ def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) ->
             "round", f"one after round {stage.round}, whose sum may be known", "that round's release",
             COORDINATOR,
         )  # fmt: skip
-    check_grows("round", header.round, stage.round)
-    check_roster(header, move.hub.pins, header.threshold)
+    checks.grows("round", header.round, stage.round)
+    checks.roster(header, move.hub.pins, header.threshold)
     move.record(entries.RoundStarted(header, event.size, event.salt))
     closing.ask(move)
 

@@ -3,8 +3,8 @@
 from collections import Counter
 
 from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.round.coordinator import stages
-from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.types import SiteId
 
 

@@ -4,34 +4,31 @@ from collections.abc import Iterable
 
 from fedcore.errors import Conflicting, ListRefused, RosterRefused, ShareRefused, VectorRefused
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
-from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.messages import MASK_ROOT, RELEASE_REFUSED, SELF_SEED, check_signature
-from fedcore.secagg.protocol.round.coordinator import entries, events, sites, stages
-from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
-from fedcore.secagg.protocol.shared import (
-    check_head,
-    check_header,
-    check_keys,
-    check_sender,
-    check_share,
-    check_submission,
+from fedcore.secagg.protocol import checks, effects, messages
+from fedcore.secagg.protocol.messages import (
+    MASK_ROOT,
+    RELEASE_REFUSED,
+    SELF_SEED,
+    check_signature,
     listed,
     survivors_of,
 )
+from fedcore.secagg.protocol.round.coordinator import entries, events, sites, stages
+from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.wire_form import digest, type_name
 from fedcore.types import SiteId
 
 
 def take_keys(move: CoordinatorMove, stage: stages.Advertising, keys: messages.Keys) -> None:
     """One site's keys. Raises a ProtocolRefused."""
-    check_keys(keys, stage.header, move.hub.pins)
+    checks.keys(keys, stage.header, move.hub.pins)
     move.record(entries.KeysTaken(keys))
 
 
 def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.Shares) -> None:
     """One site's shares: exactly the parcels it signed, one for each site of U1. Raises ShareRefused."""
     head = shares.head
-    check_head(head, stage.header, move.hub.pins, sites.members_of(stage))
+    checks.head(head, stage.header, move.hub.pins, sites.members_of(stage))
     own = all(parcel.sender == head.site for parcel in shares.parcels)
     if not own or tuple((p.recipient, digest(p)) for p in shares.parcels) != head.parcels:
         raise ShareRefused(
@@ -43,7 +40,7 @@ def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.S
 def take_vector(move: CoordinatorMove, stage: stages.Collecting, event: events.Uploaded) -> None:
     """One whole upload, of the signed digest and the planned size. Raises VectorRefused."""
     submit = event.submit
-    check_submission(submit, stage.header, move.hub.pins, stage.salt)
+    checks.submission(submit, stage.header, move.hub.pins, stage.salt)
     for keys in stage.bundle:
         if keys.site == submit.site and started_from(keys) != started_from(submit):
             raise VectorRefused(
@@ -64,7 +61,7 @@ def take_confirm(
     move: CoordinatorMove, stage: stages.Confirming, confirm: messages.Confirm
 ) -> None:
     """One signature under U3 as it was sent. Raises ListRefused."""
-    check_header(confirm.header, stage.header, confirm.site)
+    checks.of_round(confirm.header, stage.header, confirm.site)
     check_signature(confirm, move.hub.pins)
     cohort = tuple(shares.head.site for shares in stage.shares)
     expected = (digest(stage.bundle), digest(cohort), listed(stage.submissions))
@@ -78,7 +75,7 @@ def take_confirm(
 def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages.Unmask) -> None:
     """Exactly one key share of each site of U2, as its sender signed it. Raises ShareRefused."""
     header, site = stage.header, unmask.site
-    check_header(unmask.header, header, site)
+    checks.of_round(unmask.header, header, site)
     survivors = survivors_of(stage.submissions)
     cohort = [shares.head.site for shares in stage.shares]
     expected = [(of, SELF_SEED if of in survivors else MASK_ROOT) for of in cohort]
@@ -88,7 +85,7 @@ def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages
         )
     parcels = parcels_of(stage.shares)
     for answer in unmask.answers:
-        check_share(header.digest, parcels[answer.of, site], answer.kind, answer.share, site)
+        checks.share(header.digest, parcels[answer.of, site], answer.kind, answer.share, site)
     move.record(entries.AnswerTaken(unmask))
 
 
@@ -101,7 +98,7 @@ def take_statement(
     move: CoordinatorMove, stage: stages.Releasing, statement: messages.Statement
 ) -> None:
     """What one site found in the sum of exactly U3. Raises ListRefused."""
-    check_header(statement.header, stage.header, statement.site)
+    checks.of_round(statement.header, stage.header, statement.site)
     check_signature(statement, move.hub.pins)
     if statement.survivors != digest(survivors_of(stage.submissions)):
         raise ListRefused("statement", "another survivor list", "that of the sum", statement.site)
@@ -110,7 +107,7 @@ def take_statement(
 
 def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Leave) -> None:
     """A site leaves; its sealed reason goes to the other sites."""
-    check_header(leave.header, stage.header, leave.site)
+    checks.of_round(leave.header, stage.header, leave.site)
     move.record(
         entries.SiteGone(
             leave.site, entries.REFUSED if leave.code == RELEASE_REFUSED else entries.LEFT
@@ -148,7 +145,7 @@ def seen_before(stage: stages.InRound, event: events.MessageFromSite | events.Up
     """
     message = event.submit if isinstance(event, events.Uploaded) else event.message
     sender = event.sender
-    check_sender(message.site, sender)
+    checks.sender(message.site, sender)
     if isinstance(message, messages.Leave):
         return sender in sites.sites_left(stage) or sender not in stage.header.roster
     if sender not in sites.members_of(stage) or sites.is_out(stage, sender):

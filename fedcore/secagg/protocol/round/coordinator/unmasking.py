@@ -6,11 +6,10 @@ from fedcore.errors import ShareRefused
 from fedcore.secagg.crypto import shamir
 from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.protocol.effects import Mask
-from fedcore.secagg.protocol.messages import Keys
+from fedcore.secagg.protocol.messages import Keys, survivors_of
 from fedcore.secagg.protocol.round.coordinator.stages import Unmasking
 from fedcore.secagg.protocol.round.coordinator.taking import parcels_of
 from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
-from fedcore.secagg.protocol.shared import survivors_of
 from fedcore.types import SiteId
 
 

@@ -1,19 +1,11 @@
 """Between rounds: key epochs, releases that were missed, and folders put back to an earlier time."""
 
 from fedcore.errors import HeaderRefused, OutOfOrder, ReleaseRefused, StaleEpoch
-from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
-from fedcore.secagg.protocol.shared import (
-    SiteProgress,
-    check_certificate,
-    check_equal,
-    check_grows,
-    check_header,
-    check_roster,
-    check_round_threshold,
-)
+from fedcore.secagg.protocol.round.site.stages import SiteProgress
 
 
 def decline(move: SiteMove, _: stages.Between, event: events.Declined) -> None:
@@ -32,7 +24,7 @@ def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certi
 
 def install_epoch(move: SiteMove, stage: stages.Between, event: events.NewEpoch) -> None:
     """Epochs only grow. Raises StaleEpoch."""
-    check_grows("key epoch", event.epoch, stage.standing.epoch, StaleEpoch)
+    checks.grows("key epoch", event.epoch, stage.standing.epoch, StaleEpoch)
     move.record(entries.EpochInstalled(event.epoch, event.key_id))
 
 
@@ -53,14 +45,14 @@ def check_missed(
 
     Raises a ProtocolRefused. A state is worth holding only once this has passed (PROTOCOL V).
     """
-    check_equal(*member.same_job(found.header))
+    checks.equal(*member.same_job(found.header))
     if found.header.round <= standing.released:
         raise HeaderRefused(
             "checkpoint", f"round {found.header.round}", f"one after {standing.released}", COORDINATOR,
         )  # fmt: skip
-    check_roster(found.header, member.pins, member.least)
-    check_round_threshold(found.header, member.plan.threshold)
-    check_certificate(found, found.header, member.pins)
+    checks.roster(found.header, member.pins, member.least)
+    checks.round_threshold(found.header, member.plan.threshold)
+    checks.certificate(found, found.header, member.pins)
 
 
 def look_at_own_signature(
@@ -72,7 +64,7 @@ def look_at_own_signature(
     known = number < standing.round or (number == standing.round and not event.other)
     if event.header.job != member.job or known or number <= standing.proved:
         return
-    check_header(event.said.header, event.header, COORDINATOR)
+    checks.of_round(event.said.header, event.header, COORDINATOR)
     check_signature(event.said, {member.id: member.pins[member.id]})
     move.record(entries.FolderFoundOld(number))
     move.do(

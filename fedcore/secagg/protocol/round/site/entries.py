@@ -8,11 +8,11 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.effects import Persist, Send
-from fedcore.secagg.protocol.messages import COORDINATOR
+from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE
 from fedcore.secagg.protocol.moves import Move
 from fedcore.secagg.protocol.round.site import stages
 from fedcore.secagg.protocol.round.site.events import SiteParams
-from fedcore.secagg.protocol.shared import THIS_SITE, Exchange, SiteProgress, exchange
+from fedcore.secagg.protocol.round.site.stages import Exchange, SiteProgress, exchange
 from fedcore.secagg.protocol.wire_form import decode, digest, record, type_name
 from fedcore.types import SiteId
 

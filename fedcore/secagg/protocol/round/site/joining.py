@@ -8,20 +8,12 @@ from fedcore.secagg.crypto.hybrid import HybridKey
 from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
+from fedcore.secagg.protocol import checks
 from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.messages import COORDINATOR, Keys, sign
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
-from fedcore.secagg.protocol.shared import (
-    SiteProgress,
-    check_equal,
-    check_grows,
-    check_protection,
-    check_roster,
-    check_round_threshold,
-    exchange,
-    refuse_missing,
-)
+from fedcore.secagg.protocol.round.site.stages import SiteProgress, exchange
 from fedcore.types import SiteId
 
 
@@ -55,22 +47,21 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
 def _check_invitation(
     member: events.SiteParams, standing: SiteProgress, header: RoundHeader
 ) -> None:
-    check_roster(header, member.pins, member.least)
-    refuse_missing(member.id, header.roster, "roster")
-    check_round_threshold(header, member.plan.threshold)
-    check_equal(
+    checks.roster(header, member.pins, member.least, member.id)
+    checks.round_threshold(header, member.plan.threshold)
+    checks.equal(
         ("protocol version", header.version, PLAN_VERSION),
         ("protection", header.protection, member.plan.protection),
         *member.same_job(header),
     )
-    check_protection(header.protection)
+    checks.protection(header.protection)
     if header.epoch != standing.epoch:
         raise StaleEpoch(
             "key epoch", header.epoch, standing.epoch, COORDINATOR,
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
     _check_one_sum(standing, header)
-    check_grows("round", header.round, standing.round)
+    checks.grows("round", header.round, standing.round)
     if standing.proved > standing.released:
         raise OldFolder(
             "round", f"an invitation to round {header.round}",

@@ -1,25 +1,24 @@
 """A site leaves a round, refuses it, or sends again what may be lost (PROTOCOL D, R)."""
 
 from fedcore.errors import EnvelopeRefused, ShareRefused
-from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.releasing import open_sum
-from fedcore.secagg.protocol.shared import check_header
 from fedcore.secagg.protocol.wire_form import type_name
 
 
 def abandon(move: SiteMove, stage: stages.InRound, request: messages.Abandon) -> None:
     """The coordinator gave the round up."""
-    check_header(request.header, stage.header, COORDINATOR)
+    checks.of_round(request.header, stage.header, COORDINATOR)
     depart(move, stage)
 
 
 def show_notice(move: SiteMove, stage: stages.InRound, notice: messages.Notice) -> None:
     """Another site's sealed reason, for the log of this one."""
-    check_header(notice.header, stage.header, COORDINATOR)
+    checks.of_round(notice.header, stage.header, COORDINATOR)
     move.do(effects.ShowNotice(notice))
 
 

@@ -1,23 +1,12 @@
 """From the protected vector to the release: one vector, one survivor list, one answer, one sum (PROTOCOL R)."""
 
 from fedcore.errors import ListRefused, OutOfOrder, ReleaseRefused, VectorRefused
-from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.protocol.messages import COORDINATOR, sign
+from fedcore.secagg.protocol import checks, effects, messages
+from fedcore.secagg.protocol.messages import COORDINATOR, listed, sign, survivors_of
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.joining import check_company
-from fedcore.secagg.protocol.shared import (
-    check_certificate,
-    check_confirm,
-    check_header,
-    check_members,
-    check_same_state,
-    check_submission,
-    exchange,
-    listed,
-    refuse_missing,
-    survivors_of,
-)
+from fedcore.secagg.protocol.round.site.stages import exchange
 from fedcore.secagg.protocol.wire_form import digest
 
 
@@ -38,14 +27,13 @@ def _check_list(
     request: messages.SurvivorList | messages.Aggregate,
 ) -> None:
     """U3: a subset of U2, at least t, with this site's own submission, each signed by its site."""
-    check_header(request.header, stage.header, COORDINATOR)
+    checks.of_round(request.header, stage.header, COORDINATOR)
     names = survivors_of(request.submissions)
-    check_members(names, stage.cohort, stage.header.threshold, "survivor list")
-    refuse_missing(member.id, names, "survivor list")
+    checks.members(names, stage.cohort, stage.header.threshold, "survivor list", member.id)
     check_company(member, stage.header, names, "survivor list")
     for submit in request.submissions:
-        check_submission(submit, stage.header, member.pins, member.plan.salt_bytes)
-    check_same_state(request.submissions, stage.state_tag, stage.standing.key_id)
+        checks.submission(submit, stage.header, member.pins, member.plan.salt_bytes)
+    checks.same_state(request.submissions, stage.state_tag, stage.standing.key_id)
     _check_own_submission(request.submissions, stage.submit)
 
 
@@ -71,14 +59,13 @@ def confirm_list(move: SiteMove, stage: stages.Submitted, request: messages.Surv
 def answer_unmask(move: SiteMove, stage: stages.Confirmed, request: messages.Confirmations) -> None:
     """Give one key share of each site of U2, once t survivors signed the same list."""
     member = move.member
-    check_header(request.header, stage.header, COORDINATOR)
+    checks.of_round(request.header, stage.header, COORDINATOR)
     survivors = survivors_of(stage.submissions)
     check_company(member, stage.header, survivors, "survivor list")
     signers = [confirm.site for confirm in request.confirms]
-    check_members(signers, survivors, stage.header.threshold, "confirmations")
-    refuse_missing(member.id, signers, "confirmations")
+    checks.members(signers, survivors, stage.header.threshold, "confirmations", member.id)
     for confirm in request.confirms:
-        check_confirm(confirm, stage.confirm, member.pins)
+        checks.confirm(confirm, stage.confirm, member.pins)
     held = {each.of: each for each in stage.held}
     answers = tuple(_one_share(held[of], of in survivors) for of in stage.cohort)
     unmask = messages.Unmask(stage.header.digest, member.id, answers)
@@ -105,7 +92,7 @@ def begin_opening(
             raise OutOfOrder("message", "Aggregate", "SurvivorList first", COORDINATOR)
         _check_list(member, stage, request)
     else:
-        check_header(request.header, header, COORDINATOR)
+        checks.of_round(request.header, header, COORDINATOR)
         if request.submissions != stage.submissions:
             raise ListRefused(
                 "sum", "another survivor list", "the one this site signed", COORDINATOR
@@ -141,7 +128,7 @@ def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -
 def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certificate) -> None:
     """Apply the new state, once t survivors certified it. Raises ReleaseRefused."""
     member = move.member
-    check_certificate(certificate, stage.header, member.pins)
+    checks.certificate(certificate, stage.header, member.pins)
     own = stage.statement
     if certificate.statement(member.id, own.signature) != own:
         raise ReleaseRefused(

@@ -8,25 +8,14 @@ from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope, seal_envelope
 from fedcore.secagg.crypto.pairwise import MaskRoot, make_offer
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.effects import MakeVector, Mask
-from fedcore.secagg.protocol.messages import COORDINATOR, MASK_ROOT, SELF_SEED, sign
+from fedcore.secagg.protocol.messages import COORDINATOR, MASK_ROOT, SELF_SEED, share_digest, sign
 from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
 from fedcore.secagg.protocol.round.site import entries, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.events import SiteParams
-from fedcore.secagg.protocol.shared import (
-    check_distinct,
-    check_head,
-    check_header,
-    check_keys,
-    check_members,
-    check_same_state,
-    check_share,
-    exchange,
-    refuse_missing,
-    share_digest,
-)
+from fedcore.secagg.protocol.round.site.stages import exchange
 from fedcore.secagg.protocol.wire_form import digest, encode
 from fedcore.types import SiteId
 
@@ -56,18 +45,17 @@ def share_secrets(move: SiteMove, stage: stages.Advertised, bundle: messages.Key
 
 def _check_bundle(member: SiteParams, stage: stages.Advertised, bundle: messages.KeyBundle) -> None:
     header = stage.header
-    check_header(bundle.header, header, COORDINATOR)
+    checks.of_round(bundle.header, header, COORDINATOR)
     names = [keys.site for keys in bundle.keys]
-    check_members(names, header.roster, header.threshold, "key bundle")
-    refuse_missing(member.id, names, "key bundle")
+    checks.members(names, header.roster, header.threshold, "key bundle", member.id)
     for keys in bundle.keys:
         if keys.site != member.id:
-            check_keys(keys, header, member.pins)
+            checks.keys(keys, header, member.pins)
         elif keys != stage.keys:
             raise KeyRefused("key bundle", "other keys for this site", "those it sent", COORDINATOR)
     public = [(keys.site, each) for keys in bundle.keys for each in keys.public]
-    check_distinct(public, "key bundle")
-    check_same_state(bundle.keys, stage.state_tag, stage.standing.key_id)
+    checks.distinct(public, "key bundle")
+    checks.same_state(bundle.keys, stage.state_tag, stage.standing.key_id)
 
 
 def _context(header: RoundHeader, sender: SiteId, recipient: SiteId) -> bytes:
@@ -112,11 +100,10 @@ def _parcel(
 def open_shares(move: SiteMove, stage: stages.Shared, delivery: messages.Delivery) -> None:
     """Check U2 and its parcels; keep the others' key shares and agree on the masks."""
     member, header = move.member, stage.header
-    check_header(delivery.header, header, COORDINATOR)
+    checks.of_round(delivery.header, header, COORDINATOR)
     joined = [keys.site for keys in stage.bundle]
     cohort = tuple(head.site for head in delivery.heads)
-    check_members(cohort, joined, header.threshold, "shares")
-    refuse_missing(member.id, cohort, "shares")
+    checks.members(cohort, joined, header.threshold, "shares", member.id)
     if [parcel.sender for parcel in delivery.parcels] != list(cohort):
         raise ShareRefused(
             "parcels", f"{len(delivery.parcels)} that do not match the heads",
@@ -141,7 +128,7 @@ def _check_parcel(
     parcel: messages.Parcel,
     joined: Sequence[SiteId],
 ) -> None:
-    check_head(head, stage.header, member.pins, joined)
+    checks.head(head, stage.header, member.pins, joined)
     if parcel.recipient != member.id or digest(parcel) != dict(head.parcels)[member.id]:
         raise ShareRefused(
             "parcel", "other bytes than its sender signed", "the signed parcel", COORDINATOR
@@ -163,7 +150,7 @@ def _open_parcel(
     )  # fmt: skip
     parts = plain[: shamir.SHARE_BYTES], plain[shamir.SHARE_BYTES :]
     for share, kind in zip(parts, (SELF_SEED, MASK_ROOT), strict=True):
-        check_share(header.digest, parcel, kind, share, sender)
+        checks.share(header.digest, parcel, kind, share, sender)
     return stages.HeldShares(sender, *map(SecretBytes, parts))
 
 

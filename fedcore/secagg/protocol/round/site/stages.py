@@ -3,13 +3,72 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from fedcore.errors import Conflicting
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import messages
+from fedcore.secagg.protocol.messages import COORDINATOR, CoordinatorMessage, SiteMessage
 from fedcore.secagg.protocol.moves import Timed
-from fedcore.secagg.protocol.shared import History, SiteProgress
-from fedcore.secagg.protocol.wire_form import record
+from fedcore.secagg.protocol.wire_form import digest, encode, record, type_name
 from fedcore.types import SiteId
+
+
+@record("Exchange")
+class Exchange:
+    """One request that was answered: its record's name, its digest, and the byte form of the answer (or b"").
+
+    An identical request gets the identical answer again, a different one of the same type is refused.
+    """
+
+    kind: str
+    request: bytes
+    answer: bytes
+
+
+History = tuple[Exchange, ...]
+
+
+def exchange(request: CoordinatorMessage, answer: SiteMessage | None = None) -> Exchange:
+    """The record of a request and its answer."""
+    return Exchange(type_name(type(request)), digest(request), encode(answer) if answer else b"")
+
+
+def answered(history: History, request: object) -> Exchange | None:
+    """The earlier exchange of an identical request; None for a request of a type not seen yet.
+
+    Raises Conflicting for a different request of a type already answered.
+    """
+    kind = type_name(type(request))
+    for past in history:
+        if past.kind == kind:
+            if past.request != digest(request):
+                raise Conflicting(
+                    f"second {kind}", "other bytes than the first", "the same request", COORDINATOR
+                )
+            return past
+    return None
+
+
+@record("Standing")
+class SiteProgress:
+    """The progress of a site between rounds, which the next header must match.
+
+    epoch, key_id: the key epoch held. round: the last round number seen, abandoned ones included.
+    certificate: hash of the last release certificate, "" before the first; released: its round.
+    exposed: digest of the header of the round whose sum may be known and is not released yet, or b"".
+    submitted: (purpose, training round) of the vectors sent under `encrypted` from the present state.
+    proved: the highest round of which this site's own signature came back without a record of it here.
+    Only a release ends the last three (PROTOCOL H, V): leaving a round or a key epoch does not.
+    """
+
+    epoch: int
+    key_id: bytes
+    round: int = 0
+    certificate: str = ""
+    released: int = 0
+    exposed: bytes = b""
+    submitted: tuple[tuple[str, int], ...] = ()
+    proved: int = 0
 
 
 @record("Secrets")
