@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedcore.errors import BadInput, UnknownName
-from fedcore.secagg.encode.limbs import limb_count
+from fedcore.secagg.encode.pack import limb_count
 from fedcore.secagg.plan import (
     ModelShape,
     Packing,

@@ -36,9 +36,8 @@ from fedcore.learning.adaptive_range import exceeds
 from fedcore.secagg.crypto import Fold, Sealer, UnmaskableFold, ckks
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.entropy import OsEntropy
-from fedcore.secagg.crypto.keystream import draw_salt, stream_key
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
-from fedcore.secagg.crypto.masking import add_masks, mask_sum
+from fedcore.secagg.crypto.masking import add_masks, draw_salt, mask_sum, stream_key
 from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.encode.quantise import dequantise, quantise, step_size

@@ -22,9 +22,8 @@ from fedcore.secagg.crypto.bfv import (
     vector_size,
 )
 from fedcore.secagg.crypto.entropy import Entropy
-from fedcore.secagg.crypto.keystream import draw_salt, stream_key
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
-from fedcore.secagg.crypto.masking import add_masks
+from fedcore.secagg.crypto.masking import add_masks, draw_salt, stream_key
 from fedcore.secagg.crypto.sealed import open_checkpoint, open_notice, seal_checkpoint, seal_notice
 from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag, state_mac, state_tag
 from fedcore.secagg.encode.bitpack import packed_size

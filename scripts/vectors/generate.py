@@ -29,9 +29,8 @@ from fedcore.secagg.crypto import shamir
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
-from fedcore.secagg.crypto.keystream import stream_key
 from fedcore.secagg.crypto.masked import MaskedSealer
-from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.masking import mask_sum, stream_key
 from fedcore.secagg.crypto.pairwise import MaskRoot, pair_secret
 from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout

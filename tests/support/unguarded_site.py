@@ -115,7 +115,7 @@ RULES = {
         ("fedcore.secagg.protocol.checks", "round_threshold", _nothing),
         (f"{ROUND}.events", "SiteParams.least", lambda _: lambda member: member.minimum),
     ],
-    ONE_SUM: [(f"{ROUND}.joining", "_check_one_sum", _nothing)],
+    ONE_SUM: [(f"{ROUND}.between", "_check_one_sum", _nothing)],
     LEDGER: [(f"{MACHINE}.rounds", "RoundDriver.member", lambda _: lambda self: self.base_member)],
     CERTIFIED: [
         (ROUND, "check_missed", _nothing),

@@ -2,7 +2,7 @@
 
 The site adds the masks (`masking.add_masks`) before it passes a vector to the sealer; the coordinator
 rebuilds them and subtracts them from the sum at once: `MaskedFold.remove`. A keystream
-(`crypto/keystream.py`) is added in the same way, and only the sites can subtract it.
+(`crypto/masking.py`) is added in the same way, and only the sites can subtract it.
 Invariant: what remains is the integer sum modulo 2^slot_bits, and headroom keeps every field below its
 own modulus, so it is the integer sum (Bonawitz et al. 2017, section 4). One masked vector alone is
 uniform in the ring. Vectors of `plain` have a fold of their own, which a coordinator never makes.

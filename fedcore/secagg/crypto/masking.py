@@ -6,6 +6,18 @@ divides 2^64, and it keeps all 256 bits of its seed. Adding a mask and subtracti
 The stream is AES-256-CTR from counter 0, 8 bytes to a slot, little-endian: 0.65 ms for the 500 000 slots
 of a million parameters, addition included, where ChaCha20 takes 0.77 (x86 with AES instructions). Each
 seed is used for one vector only; the KDFs of `pairwise` ensure it.
+
+**The cipher `keystream`** is one more mask over each vector, whose seed follows from the sites' secret.
+
+`c_i = v_i + AES-256-CTR(k_i)` in the slot ring, with `k_i = HKDF(G, salt h; site, state tag, s_i)` and a
+salt s_i drawn anew for every vector, is additively homomorphic: the sum of the c_i less the streams of the
+sites in it is the sum of the v_i (Castelluccia, Mykletun, Tsudik 2005; PROTOCOL X). Every holder of G can
+make every stream; the coordinator has no G, and to it one vector and the sum of any are uniform in the ring.
+
+A stream key is used for one vector only. The salt alone ensures it: it is 32 bytes of
+`Entropy`, never derived, also where a site makes a vector of the same round again.
+A stream gives no integrity: what is added to a vector is added to the sum, and the sum tag (`sumtag.py`)
+detects it.
 """
 
 from collections.abc import Iterable
@@ -13,8 +25,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from fedcore.errors import BadInput
-from fedcore.secagg.crypto.symmetric import keystream
-from fedcore.types import Slots
+from fedcore.secagg.crypto.entropy import Entropy
+from fedcore.secagg.crypto.sumtag import GroupSecret
+from fedcore.secagg.crypto.symmetric import Label, keystream
+from fedcore.secagg.plan import SALT_BYTES
+from fedcore.types import SiteId, Slots
 
 _BLOCK = 1 << 14
 """Slots per pass, 128 KiB, so that slots and stream stay in the cache while all masks are applied."""
@@ -59,3 +74,15 @@ def mask_sum(
     total = np.zeros(slots, dtype=np.uint64)
     add_masks(total, masks, slot_bits, first=first)
     return total
+
+
+def draw_salt(entropy: Entropy) -> bytes:
+    """A fresh salt for one vector: 32 bytes."""
+    return entropy.draw(SALT_BYTES)
+
+
+def stream_key(
+    group: GroupSecret, header: bytes, state_tag: bytes, site: SiteId, salt: bytes
+) -> bytes:
+    """The 32-byte seed of the stream over one site's vector. header: h; state_tag: the site's own."""
+    return group.derive_labelled(Label.KEYSTREAM, site.encode(), state_tag, salt, salt=header)

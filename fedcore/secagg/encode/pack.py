@@ -11,19 +11,54 @@ Invariant: every field of a sum is below 2^w, so rows never overflow into each o
 - **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has one
   place a site too, and site i puts 0 or 1 into place i; each site checks its own place in the sum.
 - **canaries**: the largest field value, one per block: they detect wraps and missing blocks.
-Both detect accidents. The sum tag is the proof against a dishonest coordinator (`crypto/sumtag.py`).
+- **limbs**: an integer of more than b bits is b-bit limbs, one a field (PROTOCOL W). Recombining the summed limbs
+  gives the sum of the integers, because `sum_i sum_j 2^(b j) limb_ij = sum_j 2^(b j) sum_i limb_ij`.
+Marks and canaries detect accidents. The sum tag is the proof against a dishonest coordinator (`crypto/sumtag.py`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index as index_of
 
 import numpy as np
 
 from fedcore.errors import BadInput, TagRefused
-from fedcore.secagg.encode.limbs import from_limbs, limb_count, to_limbs
 from fedcore.secagg.plan import TAG_BITS, Packing, VectorSpec
 from fedcore.types import Fields, Slots
+
+
+def limb_count(wide_bits: int, bits: int) -> int:
+    """ceil(L / b): the number of fields for one integer of L = `wide_bits` bits."""
+    return -(-wide_bits // bits)
+
+
+def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
+    """(m,) integers in [0, 2^wide_bits) to (m * ceil(L / b),) fields, least significant limb first.
+
+    Works on Python integers, since L may exceed 64. Raises BadInput outside the range, TypeError for a
+    float, whose fraction would be lost.
+    """
+    count = limb_count(wide_bits, bits)
+    mask = (1 << bits) - 1
+    limbs = np.empty(len(values) * count, dtype=np.uint64)
+    for index, value in enumerate(values):
+        integer = index_of(value)
+        if not 0 <= integer < 1 << wide_bits:
+            raise BadInput(
+                f"wide coordinate {index}: found a value outside its public cap of {wide_bits} bits",
+                remedy="raise the cap it comes from (protect.max_examples, or the task's ranges)",
+            )
+        for limb in range(count):
+            limbs[index * count + limb] = (integer >> (limb * bits)) & mask
+    return limbs
+
+
+def from_limbs(total: Fields, wide_bits: int, bits: int) -> list[int]:
+    """(m * ceil(L / b),) summed limbs to m exact Python integers: the inverse of `to_limbs` under addition."""
+    count = limb_count(wide_bits, bits)
+    rows = total.reshape(-1, count).tolist()
+    return [sum(limb << (place * bits) for place, limb in enumerate(row)) for row in rows]
 
 
 @dataclass(frozen=True)

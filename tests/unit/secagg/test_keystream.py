@@ -16,8 +16,7 @@ from support.plans import round_plan
 from fedcore.errors import TagRefused
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto.entropy import OsEntropy
-from fedcore.secagg.crypto.keystream import draw_salt, stream_key
-from fedcore.secagg.crypto.masking import mask_sum
+from fedcore.secagg.crypto.masking import draw_salt, mask_sum, stream_key
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 
 from fedcore.errors import BadInput
-from fedcore.secagg.encode.limbs import from_limbs, limb_count, to_limbs
+from fedcore.secagg.encode.pack import from_limbs, limb_count, to_limbs
 from fedcore.secagg.plan import field_width
 
 

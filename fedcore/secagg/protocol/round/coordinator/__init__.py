@@ -13,9 +13,8 @@ of secret is asked for. `replay` of the journal gives the live stage.
 Bonawitz et al. 2017 (ePrint 2017/281), figure 4.
 """
 
+from fedcore.secagg.protocol.round.coordinator.closing import rebuild_masks as rebuild_masks
 from fedcore.secagg.protocol.round.coordinator.entries import *
 from fedcore.secagg.protocol.round.coordinator.events import *
 from fedcore.secagg.protocol.round.coordinator.machine import *
-from fedcore.secagg.protocol.round.coordinator.sites import *
 from fedcore.secagg.protocol.round.coordinator.stages import *
-from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks as rebuild_masks

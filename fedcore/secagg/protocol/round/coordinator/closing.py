@@ -1,18 +1,22 @@
-"""The end of a stage: with enough answers, at its deadline, or with too few sites."""
+"""The end of a stage: with enough answers, at its deadline, or with too few stages."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, assert_never
 
-from fedcore.errors import PeerRefused
+from fedcore.errors import PeerRefused, ShareRefused
+from fedcore.secagg.crypto import shamir
+from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.protocol import effects, messages
+from fedcore.secagg.protocol.effects import Mask
 from fedcore.secagg.protocol.messages import survivors_of
-from fedcore.secagg.protocol.round.coordinator import entries, sites, stages
+from fedcore.secagg.protocol.round.coordinator import entries, stages
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
-from fedcore.secagg.protocol.round.coordinator.taking import started_from
-from fedcore.secagg.protocol.round.coordinator.unmasking import rebuild_masks
+from fedcore.secagg.protocol.round.coordinator.taking import parcels_of, started_from
+from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
 from fedcore.types import SiteId
 
 Joining = TypeVar("Joining", messages.Keys, messages.Submit)
@@ -20,9 +24,9 @@ Joining = TypeVar("Joining", messages.Keys, messages.Submit)
 
 def ask(move: CoordinatorMove, only: Sequence[SiteId] | None = None) -> None:
     """Send the message of the stage to all sites it is for, or again to those of them in `only`."""
-    for site in sites.asked(move.stage):
+    for site in stages.asked(move.stage):
         if only is None or site in only:
-            message = sites.request_for(move.stage, site)
+            message = stages.request_for(move.stage, site)
             if message is not None:
                 move.send(site, message)
 
@@ -76,8 +80,8 @@ def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
 
 
 def _certificate(stage: stages.Releasing) -> messages.Certificate:
-    macs = Counter(map(sites.found_in, stage.statements)).most_common(1)[0][0]
-    signed = tuple((s.site, s.signature) for s in stage.statements if sites.found_in(s) == macs)
+    macs = Counter(map(stages.found_in, stage.statements)).most_common(1)[0][0]
+    signed = tuple((s.site, s.signature) for s in stage.statements if stages.found_in(s) == macs)
     return messages.Certificate(stage.header, survivors_of(stage.submissions), *macs, signed)
 
 
@@ -85,7 +89,7 @@ def _give_up(move: CoordinatorMove, stage: stages.InRound, left: int) -> None:
     name = stages.STAGE_NAMES[type(stage)]
     if isinstance(stage, stages.Summing) and not stage.header.layers.masks:
         name = "confirm"  # before the sum is announced
-    if sites.exposed_sites(stage):
+    if stages.exposed_sites(stage):
         text = f"round {stage.header.round} cannot be released, and its sum may be known"
         move.do(effects.Warn(f"{text}: no other round may follow it from the same state"))
     move.record(entries.RoundGivenUp(name, left))
@@ -112,7 +116,7 @@ def give_time(move: CoordinatorMove, now: float) -> None:
 
 
 def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> None:
-    needed, came, hoped = stage.header.threshold, sites.counted(stage), sites.in_sight(stage)
+    needed, came, hoped = stage.header.threshold, stages.counted(stage), stages.in_sight(stage)
     late = now >= stage.until
     enough = isinstance(stage, stages.Collecting) and 0 < move.hub.enough <= came
     if hoped < needed:
@@ -120,7 +124,7 @@ def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> Non
     elif hoped == came or (enough and came >= needed):  # a later vector waits for the next round
         _close(move, stage)
     elif late and came >= needed:
-        for site in sites.waiting_for(stage):
+        for site in stages.waiting_for(stage):
             move.record(entries.SiteGone(site, entries.LOST))
         assert isinstance(move.stage, stages.Waiting)
         _close(move, move.stage)
@@ -131,10 +135,55 @@ def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> Non
 def publish(move: CoordinatorMove, stage: stages.Summing, event: SumReady) -> None:
     """Announce the sum. Without masks no site had a part of it before: with too few sites left to open it
     the round is abandoned like one with too few confirmations."""
-    there = [site for site in sites.members_of(stage) if site not in stage.gone]
+    there = [site for site in stages.members_of(stage) if site not in stage.gone]
     if not stage.header.layers.masks and len(there) < stage.header.threshold:
         _give_up(move, stage, len(there))
         return
     aggregate = messages.Aggregate(stage.header.digest, stage.submissions, event.digest, event.size)
     move.record(entries.SumSpooled(aggregate))
     ask(move)
+
+
+def rebuild_masks(stage: stages.Unmasking) -> tuple[Mask, ...]:
+    """Every mask that is still in the sum: the survivors' self masks, and the pairwise masks between a
+    survivor and a site that shared and then dropped.
+
+    Raises ShareRefused where what is rebuilt is not what its owner advertised.
+    """
+    header = stage.header
+    survivors = survivors_of(stage.submissions)
+    public = {keys.site: keys for keys in stage.bundle}
+    shares: dict[SiteId, dict[int, bytes]] = {}
+    for unmask in stage.answers:
+        for answer in unmask.answers:
+            shares.setdefault(answer.of, {})[header.place(unmask.site) + 1] = answer.share
+    masks: list[Mask] = []
+    parcels = parcels_of(stage.shares)
+    for site, points in shares.items():
+        secret = shamir.combine(points, header.threshold, owner=site)
+        if site in survivors:
+            _check_self_seed(secret, public[site])
+            masks.append(self_mask(secret, site, header, public[site].state_tag))
+            continue
+        root = _checked_root(secret, public[site])
+        for other in survivors:
+            peer, offer = public[other], parcels[other, site].offer
+            seed, sign = pair_mask(root, site, peer, offer, header, peer.state_tag)
+            masks.append((seed, -sign))  # as the survivor added it
+    return tuple(masks)
+
+
+def _check_self_seed(secret: bytes, keys: messages.Keys) -> None:
+    if hashlib.sha256(secret).digest() != keys.self_seed_hash:
+        raise ShareRefused(
+            "rebuilt self-seed", "another one", "the one its site committed to", keys.site
+        )
+
+
+def _checked_root(secret: bytes, keys: messages.Keys) -> MaskRoot:
+    root = MaskRoot(secret)
+    if root.keys.public != keys.mask:
+        raise ShareRefused(
+            "rebuilt mask root", "one of other keys", "the advertised mask keys", keys.site
+        )
+    return root

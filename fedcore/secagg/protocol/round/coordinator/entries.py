@@ -10,7 +10,7 @@ from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.messages import COORDINATOR, in_order, survivors_of
 from fedcore.secagg.protocol.moves import Move
-from fedcore.secagg.protocol.round.coordinator import sites, stages
+from fedcore.secagg.protocol.round.coordinator import stages
 from fedcore.secagg.protocol.round.coordinator.events import CoordinatorParams
 from fedcore.secagg.protocol.wire_form import record, type_name
 from fedcore.types import SiteId
@@ -127,7 +127,7 @@ class RoundReleased:
 
 @record("RoundGivenUp")
 class RoundGivenUp:
-    """Too few sites."""
+    """Too few stages."""
 
     stage: str
     left: int
@@ -206,7 +206,7 @@ def evolve(stage: stages.CoordinatorStage, entry: CoordinatorEntry) -> stages.Co
             return stages.Released(stage.header, certificate, stage.refused)
         case RoundGivenUp(name, left) if isinstance(stage, stages.InRound):
             refused = stage.refused if isinstance(stage, stages.Releasing) else ()
-            return stages.Failed(stage.header, name, left, sites.exposed_sites(stage), refused)
+            return stages.Failed(stage.header, name, left, stages.exposed_sites(stage), refused)
     raise OutOfOrder(
         "journal", f"{type_name(type(entry))} after {type_name(type(stage))}",
         "a record this stage can have written", COORDINATOR,

@@ -8,7 +8,6 @@ from fedcore.secagg.protocol.round.coordinator import (
     closing,
     entries,
     events,
-    sites,
     stages,
     taking,
 )
@@ -35,7 +34,7 @@ def _restart(move: CoordinatorMove, stage: stages.CoordinatorStage, _: Restarted
     if isinstance(stage, stages.Summing):
         move.do(effects.RemoveMasks(stage.header, survivors_of(stage.submissions), stage.masks))
     ended = isinstance(stage, stages.Ended)  # the crash may have come before any site was told
-    closing.ask(move, None if ended else sites.waiting_for(stage))
+    closing.ask(move, None if ended else stages.waiting_for(stage))
 
 
 def _repeat(

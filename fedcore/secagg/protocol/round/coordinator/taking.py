@@ -5,15 +5,8 @@ from collections.abc import Iterable
 from fedcore.errors import Conflicting, ListRefused, RosterRefused, ShareRefused, VectorRefused
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
 from fedcore.secagg.protocol import checks, effects, messages
-from fedcore.secagg.protocol.messages import (
-    MASK_ROOT,
-    RELEASE_REFUSED,
-    SELF_SEED,
-    check_signature,
-    listed,
-    survivors_of,
-)
-from fedcore.secagg.protocol.round.coordinator import entries, events, sites, stages
+from fedcore.secagg.protocol.messages import check_signature, listed, survivors_of
+from fedcore.secagg.protocol.round.coordinator import entries, events, stages
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.wire_form import digest, type_name
 from fedcore.types import SiteId
@@ -28,7 +21,7 @@ def take_keys(move: CoordinatorMove, stage: stages.Advertising, keys: messages.K
 def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.Shares) -> None:
     """One site's shares: exactly the parcels it signed, one for each site of U1. Raises ShareRefused."""
     head = shares.head
-    checks.head(head, stage.header, move.hub.pins, sites.members_of(stage))
+    checks.head(head, stage.header, move.hub.pins, stages.members_of(stage))
     own = all(parcel.sender == head.site for parcel in shares.parcels)
     if not own or tuple((p.recipient, digest(p)) for p in shares.parcels) != head.parcels:
         raise ShareRefused(
@@ -78,7 +71,9 @@ def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages
     checks.of_round(unmask.header, header, site)
     survivors = survivors_of(stage.submissions)
     cohort = [shares.head.site for shares in stage.shares]
-    expected = [(of, SELF_SEED if of in survivors else MASK_ROOT) for of in cohort]
+    expected = [
+        (of, messages.SELF_SEED if of in survivors else messages.MASK_ROOT) for of in cohort
+    ]
     if [(answer.of, answer.kind) for answer in unmask.answers] != expected:
         raise ShareRefused(
             "unmask", "shares of other sites or kinds", "exactly one of each site", site
@@ -106,11 +101,11 @@ def take_statement(
 
 
 def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Leave) -> None:
-    """A site leaves; its sealed reason goes to the other sites."""
+    """A site leaves; its sealed reason goes to the other stages."""
     checks.of_round(leave.header, stage.header, leave.site)
     move.record(
         entries.SiteGone(
-            leave.site, entries.REFUSED if leave.code == RELEASE_REFUSED else entries.LEFT
+            leave.site, entries.REFUSED if leave.code == messages.RELEASE_REFUSED else entries.LEFT
         )
     )
     if leave.code == messages.MATERIAL:
@@ -121,14 +116,14 @@ def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Lea
             )
         )
     if 0 < len(leave.sealed) <= NOTICE_LENGTH:
-        for site in sites.members_of(stage):
+        for site in stages.members_of(stage):
             if site != leave.site:
                 move.send(site, messages.Notice(leave.header, leave.site, leave.sealed))
 
 
 def take_gone(move: CoordinatorMove, stage: stages.InRound, event: events.Gone) -> None:
     """A connection is lost, or a site left without a message."""
-    known = sites.sites_left(stage) if event.for_good else stage.gone
+    known = stages.sites_left(stage) if event.for_good else stage.gone
     if event.site in stage.header.roster and event.site not in known:
         move.record(entries.SiteGone(event.site, entries.LEFT if event.for_good else entries.LOST))
 
@@ -147,13 +142,13 @@ def seen_before(stage: stages.InRound, event: events.MessageFromSite | events.Up
     sender = event.sender
     checks.sender(message.site, sender)
     if isinstance(message, messages.Leave):
-        return sender in sites.sites_left(stage) or sender not in stage.header.roster
-    if sender not in sites.members_of(stage) or sites.is_out(stage, sender):
+        return sender in stages.sites_left(stage) or sender not in stage.header.roster
+    if sender not in stages.members_of(stage) or stages.is_out(stage, sender):
         raise RosterRefused(
             "message", f"{type_name(type(message))} of a site not waited for",
-            f"one of {len(sites.members_of(stage))} sites", sender,
+            f"one of {len(stages.members_of(stage))} sites", sender,
         )  # fmt: skip
-    earlier = next((past for past in sites.received_in(stage) if past.site == sender), None)
+    earlier = next((past for past in stages.received_in(stage) if past.site == sender), None)
     if earlier not in (None, message):
         raise Conflicting(
             f"second {type_name(type(message))}", "other bytes than the first", "one a round", sender,

@@ -1,11 +1,118 @@
-"""Between rounds: key epochs, releases that were missed, and folders put back to an earlier time."""
+"""Between rounds: what a site checks before it joins one; key epochs, missed releases and restored folders."""
 
-from fedcore.errors import HeaderRefused, OutOfOrder, ReleaseRefused, StaleEpoch
+import hashlib
+from collections.abc import Iterable
+
+from fedcore.errors import (
+    HeaderRefused,
+    OldFolder,
+    OtherSites,
+    OutOfOrder,
+    ReleaseRefused,
+    SecondSum,
+    StaleEpoch,
+)
+from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.pairwise import MaskRoot
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
 from fedcore.secagg.protocol import checks, effects, messages
-from fedcore.secagg.protocol.messages import COORDINATOR, check_signature
+from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.messages import COORDINATOR, Keys, check_signature, sign
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
-from fedcore.secagg.protocol.round.site.stages import SiteProgress
+from fedcore.secagg.protocol.round.site.stages import SiteProgress, exchange
+from fedcore.types import SiteId
+
+
+def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> None:
+    """Use up the round number and send keys, or under `encrypted` begin with the vector."""
+    member, standing, header = move.member, stage.standing, event.announce.header
+    _check_invitation(member, standing, header)
+    check_company(member, header, header.roster, "cohort")
+    if not header.layers.masks:
+        move.record(entries.JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
+        move.do(MakeVector(header, event.state_tag, ()))
+        return
+    root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
+    channel = HybridKey.draw(member.entropy)
+    keys = sign(
+        Keys(
+            header.digest, member.id, channel.public, MaskRoot(root).keys.public,
+            hashlib.sha256(self_seed).digest(), event.state_tag, standing.key_id, b"",
+        ),
+        member.identity,
+    )  # fmt: skip
+    secrets = stages.Secrets(
+        SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes())
+    )
+    move.record(
+        entries.Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys))
+    )
+    move.send(keys)
+
+
+def _check_invitation(
+    member: events.SiteParams, standing: SiteProgress, header: RoundHeader
+) -> None:
+    checks.roster(header, member.pins, member.least, member.id)
+    checks.round_threshold(header, member.plan.threshold)
+    checks.equal(
+        ("protocol version", header.version, PLAN_VERSION),
+        ("protection", header.protection, member.plan.protection),
+        *member.same_job(header),
+    )
+    checks.protection(header.protection)
+    if header.epoch != standing.epoch:
+        raise StaleEpoch(
+            "key epoch", header.epoch, standing.epoch, COORDINATOR,
+            remedy="install the announced epoch's secrets first",
+        )  # fmt: skip
+    _check_one_sum(standing, header)
+    checks.grows("round", header.round, standing.round)
+    if standing.proved > standing.released:
+        raise OldFolder(
+            "round", f"an invitation to round {header.round}",
+            f"the state of round {standing.proved} or of a later one first", COORDINATOR,
+            remedy="this site's folder was put back to an earlier time: it catches up, then takes part",
+        )  # fmt: skip
+    if header.certificate != standing.certificate:
+        raise HeaderRefused(
+            "release certificate", header.certificate[:16] or "none",
+            standing.certificate[:16] or "none", COORDINATOR,
+            remedy="a site that missed a release catches up from the sealed checkpoint",
+        )  # fmt: skip
+
+
+def check_company(
+    member: events.SiteParams, header: RoundHeader, sites: Iterable[SiteId], what: str
+) -> None:
+    """Sums over the same rows have the same sites, also across jobs (PROTOCOL H). Raises OtherSites."""
+    wanted = member.only_with.get(header.purpose)
+    if wanted is not None and set(sites) != set(wanted):
+        raise OtherSites(
+            f"{what} ({header.purpose})", ", ".join(sorted(sites)),
+            f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
+            "same rows was given before, and two that differ by a site show that site's part",
+            COORDINATOR,
+            remedy="`fed-site ledger` shows the earlier sums; evict the other sites for this job, or "
+            "scale by declared ranges, which takes no sum",
+        )  # fmt: skip
+
+
+def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
+    """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
+    if standing.exposed:
+        raise SecondSum(
+            "round", f"an invitation to round {header.round} ({header.purpose})",
+            f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
+            COORDINATOR, remedy="the job goes on after that release, or it ends",
+        )  # fmt: skip
+    if not header.layers.masks and entries.purpose_and_round(header) in standing.submitted:
+        raise SecondSum(
+            "round", f"a second sum for {header.purpose} of round {header.training_round}",
+            "one vector for each step and state", COORDINATOR,
+        )  # fmt: skip
 
 
 def decline(move: SiteMove, _: stages.Between, event: events.Declined) -> None:

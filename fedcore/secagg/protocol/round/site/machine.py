@@ -8,7 +8,6 @@ from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on
 from fedcore.secagg.protocol.round.site import (
     between,
     events,
-    joining,
     leaving,
     releasing,
     sharing,
@@ -19,7 +18,7 @@ from fedcore.secagg.protocol.round.site.stages import answered
 from fedcore.secagg.protocol.wire_form import type_name
 
 MOVES = table(
-    on(stages.Idle, events.Invited, joining.join_round, stages.Advertised, stages.Masking),
+    on(stages.Idle, events.Invited, between.join_round, stages.Advertised, stages.Masking),
     on(stages.BETWEEN, events.NewEpoch, between.install_epoch, stages.Idle),
     on(stages.Idle, events.CaughtUp, between.catch_up, stages.Idle),
     on(stages.Idle, messages.Certificate, between.check_certified),

@@ -4,8 +4,8 @@ from fedcore.errors import ListRefused, OutOfOrder, ReleaseRefused, VectorRefuse
 from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, listed, sign, survivors_of
 from fedcore.secagg.protocol.round.site import entries, events, stages
+from fedcore.secagg.protocol.round.site.between import check_company
 from fedcore.secagg.protocol.round.site.entries import SiteMove
-from fedcore.secagg.protocol.round.site.joining import check_company
 from fedcore.secagg.protocol.round.site.stages import exchange
 from fedcore.secagg.protocol.wire_form import digest
 
