@@ -49,7 +49,6 @@ class SiteDriver:
         self.spool: list[bytes] = []
 
     def install(self, event: epoch.Install) -> None:
-        """Use the payload of a key epoch from now on."""
         assert isinstance(self.epoch, epoch.Holding)
         self.held = self.scheme.open_payload(event.payload.reveal(), self.epoch.header.maker)
         new = site.NewEpoch(event.epoch, event.key_id)
@@ -58,7 +57,6 @@ class SiteDriver:
 
     @property
     def secrets(self) -> EpochSecrets:
-        """What it holds of the present key epoch."""
         assert self.held is not None
         return self.held
 

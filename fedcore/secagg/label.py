@@ -59,7 +59,6 @@ class Terms:
 
     @property
     def layers(self) -> Protection:
-        """What lies over the vectors."""
         return Protection.of(self.protection)
 
     @property

@@ -434,7 +434,6 @@ class RoundPlan:
 
     @property
     def layers(self) -> Protection:
-        """How its vectors are protected."""
         return Protection.of(self.protection)
 
     @property
@@ -532,7 +531,6 @@ class RoundPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the canonical JSON of the plan."""
         return hashlib.sha256(canonical(self.to_json())).hexdigest()
 
 
@@ -574,7 +572,6 @@ class RoundHeader:
 
     @property
     def layers(self) -> Protection:
-        """How the round's vectors are protected."""
         return Protection.of(self.protection)
 
     def place(self, site: SiteId) -> int:

@@ -52,8 +52,6 @@ class Purpose:
     of_columns: bool = False
 
 
-# --------------------------------------------------------------------------------- the purposes
-
 _TEST = "the sums of this site's metrics on its test rows"
 
 

@@ -104,7 +104,6 @@ class EpochSecrets:
         add_masks(total, [(key, -sign) for key, sign in streams], layout.packing.slot_bits)
 
     def sum_mac(self, header: RoundHeader, total: Slots) -> bytes:
-        """HMAC under G of an opened sum."""
         return self.group.authenticate(b"sum", header.digest + total.tobytes())
 
     def state_mac(self, header: RoundHeader, state: bytes) -> bytes:
@@ -168,11 +167,9 @@ class Scheme:
 
     @classmethod
     def of(cls, plan: RoundPlan) -> Scheme:
-        """The one of the plan's protection."""
         return (plan.layers.scheme or cls)(plan)
 
     def make_payload(self) -> bytes:
-        """A new random key epoch's secrets."""
         if self._public is None:
             return GroupSecret().to_bytes()
         return SecretContext(self._public).to_payload()
@@ -194,7 +191,6 @@ class Scheme:
         return vector_size(packing.ring, layout.blocks, 1)
 
     def fold(self, slots: int) -> UnmaskableFold:
-        """The coordinator's running sum."""
         if self._public is None:
             return MaskedFold(self.plan.packing, slots)
         return EncryptedFold(self._public, slots, self._courier)

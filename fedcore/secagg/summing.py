@@ -135,7 +135,6 @@ class RoundSum:
             trace.other_masks = masks
 
     def finish(self, survivors: tuple[int, ...]) -> ProtectedTotal:
-        """The result, with the twin beside it."""
         assert self.opened is not None
         assert self.total is not None
         if self.witness is not None:
@@ -193,7 +192,6 @@ class PlainSum(SumEngine):
 
     @property
     def sealer(self) -> Sealer:
-        """`SumEngine.sealer`."""
         return PlainSealer(self.plan.packing)
 
     def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:  # noqa: ARG002 - no header

@@ -91,7 +91,6 @@ class Courier:
 
     @property
     def kind(self) -> str:
-        """The kind of path, for messages."""
         return "memfd" if self._folder is None else "private temporary file"
 
     def close(self) -> None:

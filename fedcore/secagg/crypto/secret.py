@@ -29,5 +29,4 @@ class SecretBytes(Secret):
         self._value = value
 
     def reveal(self) -> bytes:
-        """The bytes themselves."""
         return self._value

@@ -42,9 +42,6 @@ class Warn:
     text: str
 
 
-# ----------------------------------------------------------------------------------- at a site
-
-
 @dataclass(frozen=True)
 class MakeVector:
     """Train, quantise, pack, tag, add the masks, encrypt, spool; the result is `VectorMade`."""
@@ -96,9 +93,6 @@ class Erase:
     """Remove the round's secrets and spooled vector from memory and disk."""
 
     header: RoundHeader
-
-
-# ------------------------------------------------------------------------------ at the coordinator
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,6 @@ class Shares:
 
     @property
     def site(self) -> SiteId:
-        """The site that sent them."""
         return self.head.site
 
 
@@ -238,7 +237,6 @@ class Certificate:
     signatures: tuple[tuple[SiteId, bytes], ...]
 
     def statement(self, site: SiteId, signature: bytes) -> Statement:
-        """The statement a signature of the certificate belongs to."""
         return Statement(
             self.header.digest,
             site,

@@ -30,7 +30,6 @@ def first_step(plan: RoundPlan, columns: int) -> PlannedRound:
 
 
 def _first_of(plan: RoundPlan, columns: int, purposes: Sequence[Purpose]) -> PlannedRound | None:
-    """The first round of these purposes."""
     for purpose in purposes:
         for number in purpose.rounds(plan, columns):
             return PlannedRound(purpose.name, number)

@@ -42,7 +42,6 @@ class InEpoch:
 
     @property
     def epoch(self) -> int:
-        """Its number."""
         return self.header.epoch
 
 

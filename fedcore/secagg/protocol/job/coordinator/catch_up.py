@@ -30,7 +30,6 @@ class CatchUp:
         self._offered.pop(name, None)
 
     def at_rest(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """A site reported its status."""
         if self.asked == name:
             self.asked = None  # it may not have received the request
         return self.check(name, at)
@@ -105,12 +104,10 @@ class CatchUp:
 
     @property
     def most_bytes(self) -> int:
-        """As large as a state can be."""
         parameters = self._facts.plan.parameters if self._facts.plan is not None else 0
         return _BYTES_A_PARAMETER * parameters + _MOST_REST
 
     def behind(self) -> bool:
-        """Whether some site is not at the last release."""
         here = self._facts.released
         rests = [view.rest for view in self._facts.sites.values()]
         return bool(here) and any(rest is None or rest.certificate != here for rest in rests)

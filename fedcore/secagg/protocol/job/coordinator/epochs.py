@@ -79,7 +79,6 @@ class EpochDriver:
         return stage.holders if isinstance(stage, epoch.Spreading) else ()
 
     def back(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
-        """Resend a site the messages of the present epoch."""
         return self.take(coordinator.SiteReconnected(name), at)
 
     def agreed(self, name: SiteId) -> list[CoordinatorJobEffect]:

@@ -8,8 +8,6 @@ from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.types import SiteId
 
-# ------------------------------------------------------------------------------ from outside
-
 
 @dataclass(frozen=True)
 class MessageReceived:
@@ -53,9 +51,6 @@ class StopRequested:
 @dataclass(frozen=True)
 class TimePassed:
     """The timer is due."""
-
-
-# ------------------------------------------------------------------------------ from the runner
 
 
 @dataclass(frozen=True)

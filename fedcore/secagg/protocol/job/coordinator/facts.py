@@ -140,7 +140,6 @@ class JobFacts:
 
     @property
     def id(self) -> str:
-        """The job's name."""
         return self.offer.job
 
     @property
@@ -155,7 +154,6 @@ class JobFacts:
 
     @property
     def number(self) -> int:
-        """Of the round under way, or else of the last one."""
         stage = self.stage
         return stage.round if isinstance(stage, coordinator.Ready) else stage.header.round
 
@@ -165,7 +163,6 @@ class JobFacts:
         return f"checkpoint-{self.epoch.epoch}-{self.released[:32]}"
 
     def adopt(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
-        """There is a plan."""
         self.plan, self.features, self.sizes = plan, features, sizes
         self.threshold = plan.threshold
 
@@ -184,5 +181,4 @@ class JobFacts:
         ]  # fmt: skip
 
     def able(self, at: Moment) -> list[SiteId]:
-        """Connected sites that can take part."""
         return [name for name in at.here if not self.sites[name].unable]

@@ -37,7 +37,6 @@ class ModelHandover:
 
     @property
     def given(self) -> bool:
-        """Whether the plan gives the coordinator a model."""
         plan = self._facts.plan
         return plan is not None and plan.release == "coordinator"
 

@@ -158,11 +158,9 @@ class JobMachine:
                 self.do([effects.Info("the sites gave the model")])
 
     def do(self, found: Iterable[CoordinatorJobEffect]) -> None:
-        """Append effects of this step."""
         self._out += found
 
     def end(self, outcome: str, text: str) -> None:
-        """No further round of this job."""
         self.rounds.forget()
         self.do(self.ending.end(outcome, text, self._at))
 
@@ -195,7 +193,6 @@ class JobMachine:
             self._resend()
 
     def _resend(self) -> None:
-        """Resend what may have been lost."""
         if self.facts.plan is None:
             return
         for name in self.epochs.lacking(self._at):
@@ -343,7 +340,6 @@ class JobMachine:
     # ---------------------------------------------------------------- plan, epochs and rounds
 
     def _advance(self) -> None:
-        """Begin whatever can begin now."""
         facts = self.facts
         self.gathering.show(self.rounds.short_since, self._at)
         if facts.plan is None:
@@ -401,7 +397,6 @@ class JobMachine:
         return True
 
     def epoch_step(self, event: epoch.CoordinatorEpochEvent) -> None:
-        """One event of the present key epoch."""
         self.do(self.epochs.take(event, self._at))
 
     def next_round(self) -> None:
@@ -425,7 +420,6 @@ class JobMachine:
             self.begin_round(facts.step, tuple(roster))
 
     def begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
-        """Announce this step to these sites."""
         header, start = self.rounds.begin(step, roster, self._at)
         self.do([effects.OpenFold(header)])
         self.round_step(start)

@@ -71,8 +71,6 @@ class RoundDriver:
         self._stage_seconds = {}
         self._restarted, self._unsaved = False, _Unsaved()
 
-    # ------------------------------------------------------------------------------ a round
-
     def begin(
         self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
     ) -> tuple[RoundHeader, coordinator.Start]:
@@ -116,7 +114,6 @@ class RoundDriver:
         return [*self.flush(), *self._translated(found, at)]
 
     def flush(self) -> list[CoordinatorJobEffect]:
-        """Write the batched records."""
         unsaved, self._unsaved = self._unsaved, _Unsaved()
         if not unsaved.records:
             return []
@@ -151,10 +148,7 @@ class RoundDriver:
             self._stage_seconds[name] = spent
         self._stage_since = at.now
 
-    # ----------------------------------------------------------------------------- its uploads
-
     def submitted(self, name: SiteId, submit: messages.Submit) -> None:
-        """What a site signed of its upload."""
         self._submits[name] = submit
 
     def arrived(self, name: SiteId, header: bytes, upload: KeptFile) -> bool:
@@ -192,8 +186,6 @@ class RoundDriver:
             return False
         return name in coordinator.members_of(stage) and size <= stage.size
 
-    # --------------------------------------------------------------------------- its deadlines
-
     def overdue_sum(self, at: Moment) -> list[CoordinatorJobEffect]:
         """A sum that takes longer than a stage may: a worker or the disk hangs."""
         stage, (header, since) = self._facts.stage, self._summing
@@ -203,7 +195,6 @@ class RoundDriver:
         return [effects.FailSum(stage.header, seconds)] if at.now - since > seconds else []
 
     def summing_late(self, at: Moment) -> bool:
-        """Whether the sum under way takes longer than a stage may."""
         return at.now - self._summing[1] > self._facts.limits.stage
 
     def unreleasable(self, at: Moment) -> str:
@@ -227,8 +218,6 @@ class RoundDriver:
             return ""
         found = f"{_names(waited)} did not come back to release it"
         return f"round {stage.header.round} ({stage.header.purpose}): {found}{NO_OTHER_SUM}"
-
-    # --------------------------------------------------------------------------------- its end
 
     def close(self, at: Moment) -> effects.CloseRound:
         """In one commit: the end of the round, its row, and the next step."""

@@ -43,7 +43,6 @@ class EpochDriver:
                     yield from self._installed(effect, now)
 
     def restored(self, stage: epoch.SiteEpochStage) -> None:
-        """Continue from the stage in the journal."""
         self.stage = stage
         if isinstance(stage, epoch.Holding):
             self._keys.use(stage.payload, stage.header.maker)
@@ -70,7 +69,6 @@ class EpochDriver:
         yield from rounds.send_status()
 
     def erase(self) -> Iterator[SiteEffect]:
-        """Erase the secrets of all key epochs here, if there are any."""
         if isinstance(self.stage, epoch.NoKey) and not self._states.groups:
             return
         yield effects.EraseKeys()

@@ -86,7 +86,6 @@ class SiteJob:
         """What waits until the rows are loaded."""
 
     def restored(self, kept: Kept) -> None:
-        """Go on from what the journal has."""
         self.part.rows, self.part.left = kept.rows, kept.left
         parts = self._agreed(kept.agreed)
         self.states.current, self.states.certificate = kept.state, kept.certificate
@@ -102,27 +101,22 @@ class SiteJob:
 
     @property
     def plan(self) -> RoundPlan | None:
-        """The plan, once this site agreed to it."""
         return None if self.parts is None else self.parts.agreed.plan
 
     @property
     def state(self) -> JobState | None:
-        """The state of the last release, or the first one."""
         return self.states.current
 
     @property
     def stage(self) -> site.SiteStage:
-        """The stage of the round under way, or between rounds."""
         return NOWHERE if self.parts is None else self.parts.rounds.stage
 
     @property
     def ended(self) -> job_messages.JobEnded | None:
-        """How the job ended here, once it has."""
         return self.end.ended
 
     @property
     def holds_keys(self) -> bool:
-        """Whether this site can still pass the key epoch's secret on."""
         return self.parts is not None and self.parts.epochs.holds_keys
 
     def deadline(self, now: float) -> float | None:
@@ -188,7 +182,6 @@ class SiteJob:
                 yield from self._with_plan(self.parts, event, now)
 
     def _with_plan(self, parts: Parts, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
-        """What happens once there is a plan."""
         match event:
             case Tick():
                 if (
@@ -211,7 +204,6 @@ class SiteJob:
                 yield from parts.epochs.step(event, now)
 
     def _failed(self, event: events.WorkFailed, now: float) -> Iterator[SiteEffect]:
-        """Background work failed."""
         if event.problem:
             yield from self.part.show(event.problem)
         if isinstance(event.error, GuardTripped):
@@ -248,7 +240,6 @@ class SiteJob:
     def _loaded(
         self, event: events.Approved | events.RowsLoaded | events.LoadFailed, now: float
     ) -> Iterator[SiteEffect]:
-        """What became of the approval, or of task and rows."""
         if isinstance(event, events.Approved):
             self.part.approval = "approved"
             yield effects.Info(f"job {self.id}: approved")

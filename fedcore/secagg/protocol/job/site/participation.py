@@ -47,9 +47,7 @@ class Policy(Protocol):
         """The plan this site made of a job, after its rows were loaded or in a new process."""
         ...
 
-    def on_release(self, what: Release) -> PolicyRefused | None:
-        """Something is about to leave this site."""
-        ...
+    def on_release(self, what: Release) -> PolicyRefused | None: ...
 
 
 class Exposures(Protocol):
@@ -133,7 +131,6 @@ class Participation:
             yield from self.warn(error)
 
     def warn(self, error: Exception) -> Iterator[SiteEffect]:
-        """Show an error in the log and in the status."""
         yield from self.show(problem_of(error), str(error))
 
     def show(self, problem: str, status: str = "") -> Iterator[SiteEffect]:
@@ -167,7 +164,6 @@ class Participation:
         require(self._me.policy.on_release(RowsInSum(self._job, before)))
 
     def send_survey(self) -> Iterator[SiteEffect]:
-        """Send the model's shape to the coordinator."""
         assert self.survey is not None
         yield effects.Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
 
@@ -195,5 +191,4 @@ class Agreed:
 
     @property
     def names(self) -> list[str]:
-        """Of the columns."""
         return [name for name, _, _ in self.columns]

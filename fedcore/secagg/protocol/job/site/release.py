@@ -48,7 +48,6 @@ class CatchUp:
         yield effects.TakeCheckpoint(certificate, offer.digest)
 
     def wants(self, certificate: Certificate) -> bool:
-        """Whether the state of this release is still needed."""
         return self._taking == certificate.hash and self.rounds.missed(certificate)
 
     def lost(self, certificate: Certificate) -> None:

@@ -99,16 +99,13 @@ class RoundDriver:
 
     @property
     def standing(self) -> SiteProgress:
-        """Where this site stands between rounds."""
         return self.stage.standing
 
     @property
     def in_round(self) -> bool:
-        """Whether a round is under way here."""
         return isinstance(self.stage, site.IN_ROUND)
 
     def is_round(self, header: bytes) -> bool:
-        """Whether this round is under way here."""
         found = header_of(self.stage)
         return found is not None and found.digest == header
 
@@ -118,11 +115,9 @@ class RoundDriver:
         return isinstance(self.stage, site.Idle) and number > self.standing.released
 
     def awaits_sum(self, header: bytes) -> bool:
-        """Whether the sum of this round is still to be opened."""
         return isinstance(self.stage, site.Opening) and self.is_round(header) and self.early is None
 
     def awaits_upload(self, header: bytes) -> bool:
-        """Whether the vector of this round is still to be uploaded."""
         return isinstance(self.stage, site.Submitted) and self.is_round(header)
 
     def own_marks(self, header: RoundHeader) -> Mapping[str, int]:
@@ -206,7 +201,6 @@ class RoundDriver:
     # ------------------------------------------------------------------- what background work did
 
     def work_done(self, done: events.RoundResult, now: float) -> Iterator[SiteEffect]:
-        """The result of work for the round at hand."""
         match done:
             case events.VectorReady(header, made, marks=marks):
                 self.marks, self._vector = (header, marks), done
@@ -385,7 +379,6 @@ class RoundDriver:
         return effects.TidySpool(b"" if header is None else header.digest)
 
     def send_status(self) -> Iterator[SiteEffect]:
-        """Send this site's status between rounds."""
         if self._part.left:
             yield effects.Report("idle")
             return

@@ -69,15 +69,12 @@ class StateKeeper:
         return None if kept is None else GroupSecret.from_bytes(bytes.fromhex(kept))
 
     def hold(self, name: str, state: JobState, data: bytes) -> None:
-        """Hold a state until a release makes it the current one."""
         self.candidates[name] = Candidate(state, data)
 
     def beside_statement(self, name: str) -> dict[str, bytes]:
-        """The journal's values beside this site's statement of a sum."""
         return {"candidate": encode((name, self._candidate(name).data))}
 
     def beside_release(self, certificate: Certificate) -> dict[str, bytes]:
-        """The journal's values beside the record of a release."""
         data = self._candidate(name_of(certificate)).data
         return {"certificate": encode(certificate), "state": data}
 
@@ -89,7 +86,6 @@ class StateKeeper:
         require_certified(mac, certificate)
 
     def adopt(self, certificate: Certificate) -> Iterator[SiteEffect]:
-        """Make the state of a proved release the current one."""
         name = name_of(certificate)
         found = self._candidate(name)
         self.current, self.certificate, self.candidates = found.state, certificate, {}

@@ -122,7 +122,6 @@ class Released:
 
     @property
     def round(self) -> int:
-        """The number used up."""
         return self.header.round
 
 
@@ -142,7 +141,6 @@ class Failed:
 
     @property
     def round(self) -> int:
-        """The number used up."""
         return self.header.round
 
 

@@ -41,7 +41,6 @@ class SiteParams:
 
     @property
     def least(self) -> int:
-        """The smallest cohort this site takes part in."""
         return max(self.minimum, self.plan.threshold)
 
     def same_job(self, header: RoundHeader | EpochHeader) -> tuple[tuple[str, object, object], ...]:

@@ -113,7 +113,6 @@ class _Begun:
 
     @property
     def begun(self) -> tuple[SiteProgress, RoundHeader, bytes]:
-        """The three, which the next stage begins with."""
         return self.standing, self.header, self.state_tag
 
 
