@@ -26,15 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from fedcore.errors import (
-    EXIT_ABANDONED,
-    EXIT_DONE,
-    EXIT_REFUSED,
-    Abandoned,
-    BadInput,
-    FedcoreError,
-    Refused,
-)
+import tomli_w
+
+from fedcore import errors
 from fedcore.files import write_atomic
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, write_roster
@@ -54,17 +48,6 @@ GATHER_SECONDS = 300
 
 _COORDINATOR = (sys.executable, "-P", "-m", "fedcore_server.cli")
 _SITE = (sys.executable, "-P", "-m", "fedcore_clients.cli")
-
-
-@dataclass(frozen=True)
-class Command:
-    """The command line of one process. name: of its party."""
-
-    name: str
-    arguments: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return shlex.join(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -89,11 +72,11 @@ class Deployment:
         """The folder for the coordinator's machine."""
         return self.folder / COORDINATOR
 
-    def commands(self) -> list[Command]:
-        """The processes to start, the coordinator first."""
-        serve = (*_COORDINATOR, "serve", "--config", str(self.coordinator / "federation.toml"))
-        sites = [Command(name, (*_SITE, "run", *self._config(name))) for name in self.sites]
-        return [Command(COORDINATOR, serve), *sites]
+    def commands(self) -> dict[str, list[str]]:
+        """{party: the command line of its process}, the coordinator first."""
+        serve = [*_COORDINATOR, "serve", "--config", str(self.coordinator / "federation.toml")]
+        found: dict[str, list[str]] = {COORDINATOR: serve}
+        return found | {name: [*_SITE, "run", *self._config(name)] for name in self.sites}
 
     def _config(self, site: SiteId) -> tuple[str, str]:
         return "--config", str(self.site(site) / "site.toml")
@@ -101,15 +84,8 @@ class Deployment:
     def operate(self, *words: str) -> list[str]:
         """A command line of the operator's."""
         kit = str(self.folder / "operator" / "kit")
-        return [
-            *_COORDINATOR,
-            *words,
-            "--coordinator",
-            f"{HOST}:{self.port}",
-            "--kit",
-            kit,
-            "--json",
-        ]
+        place = ("--coordinator", f"{HOST}:{self.port}", "--kit", kit)
+        return [*_COORDINATOR, *words, *place, "--json"]
 
     def export(self, site: SiteId, job: str, out: Path) -> list[str]:
         """The command line with which a site exports the released model."""
@@ -125,23 +101,10 @@ class Deployment:
         return self.folder / "logs" / f"{name}.log"
 
 
-# ------------------------------------------------------------------------------------- the files
-
-
-@dataclass(frozen=True)
-class SiteTask:
-    """A task that a site's operator allows. task: where its code is; source: that site's data."""
-
-    name: str
-    task: str
-    sha256: str
-    source: Any = None
-
-
 def write(
     folder: Path,
     federation: str,
-    sites: Mapping[SiteId, SiteTask],
+    sites: Mapping[SiteId, Mapping[str, Any]],
     job: Mapping[str, Any],
     *,
     policy: Mapping[str, Any],
@@ -150,8 +113,9 @@ def write(
 ) -> Deployment:
     """Write the files of a federation: an authority, kits, keys, rosters, configuration.
 
-    job: the tables of job.toml. policy, split: [policy] and [split] of every site.toml. limits: of
-    federation.toml. Raises BadInput for a site's id or data that such files cannot hold.
+    sites: {site: the [tasks] of its site.toml}. job: the tables of job.toml. policy, split: [policy] and
+    [split] of every site.toml. limits: of federation.toml. Raises BadInput for a site's id or data that such
+    files cannot hold.
     """
     now = datetime.now(UTC)
     deployment = Deployment(folder, _free_port(), tuple(sites))
@@ -176,13 +140,12 @@ def write(
     }  # fmt: skip
     _write_toml(deployment.coordinator / "federation.toml", federation_toml)
     write_roster(deployment.coordinator / ROSTER_FILE, pins)
-    for name, task in sites.items():
+    for name, tasks in sites.items():
         write_roster(deployment.site(name) / ROSTER_FILE, pins)
-        allowed = {"task": task.task, "sha256": task.sha256, "source": task.source}
         site_toml = {
             "site": name, "coordinator": f"{HOST}:{deployment.port}", "kit": "kit",
             "identity": IDENTITY_FILE, "roster": ROSTER_FILE, "folder": "state",
-            "split": dict(split or {}), "policy": policy, "tasks": {task.name: allowed},
+            "split": dict(split or {}), "policy": policy, "tasks": tasks,
         }  # fmt: skip
         _write_toml(deployment.site(name) / "site.toml", site_toml)
     _write_toml(deployment.job, job)
@@ -202,43 +165,21 @@ def _write_toml(path: Path, tables: Mapping[str, Any]) -> None:
     write_atomic(path, to_toml(tables).encode())
 
 
-def to_toml(tables: Mapping[str, Any], place: str = "") -> str:
-    """Plain values as TOML, tables last; None is left out. Raises BadInput for a value that JSON has not."""
-    lines = [
-        f"{_key(key)} = {_value(key, value)}"
-        for key, value in tables.items()
-        if value is not None and not isinstance(value, Mapping)
-    ]
-    text = "".join(line + "\n" for line in lines)
-    for key, table in tables.items():
-        if isinstance(table, Mapping):
-            below = f"{place}.{_key(key)}".lstrip(".")
-            inner = to_toml(table, below)
-            text += inner if inner.startswith("\n[") else f"\n[{below}]\n{inner}"
-    return text
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """Plain values as TOML; None is left out. Raises BadInput for a value that TOML has not."""
+    try:
+        return tomli_w.dumps(_without_none(tables))
+    except TypeError as error:
+        raise errors.BadInput(
+            f"deployment: found what a TOML file cannot hold ({error})",
+            remedy="name the site's data by a path or another text",
+        ) from error
 
 
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else json.dumps(key, ensure_ascii=False)
-
-
-def _value(key: str, value: Any) -> str:
-    """One value in a line; a string of JSON is one of TOML, too."""
+def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        pairs = (f"{_key(k)} = {_value(k, v)}" for k, v in value.items() if v is not None)
-        return "{ " + ", ".join(pairs) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(key, each) for each in value) + "]"
-    if isinstance(value, str | bool | int | float):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    raise BadInput(
-        f"{key}: found {type(value).__name__}, expected what a TOML file can hold",
-        remedy="name the site's data by a path or another text",
-    )
-
-
-# ----------------------------------------------------------------------------------- the processes
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [*map(_without_none, value)] if isinstance(value, list | tuple) else value
 
 
 @dataclass
@@ -247,10 +188,6 @@ class Running:
 
     deployment: Deployment
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def pid(self, name: str) -> int:
-        """The process id of a party."""
-        return self.processes[name].pid
 
     def check(self) -> None:
         """Raise BadInput with the last error line of a process, if one has ended."""
@@ -288,7 +225,7 @@ class Running:
                         break
                     yield json.loads(text)
                 code = asked.wait(GRACE_SECONDS)
-                if code not in (EXIT_DONE, EXIT_ABANDONED):
+                if code not in (errors.EXIT_DONE, errors.EXIT_ABANDONED):
                     raise _error_of(f"fed-coordinator {words[0]}", code, asked.stderr.read())
             finally:
                 asked.kill()
@@ -304,7 +241,7 @@ class Running:
             ):
                 return
             time.sleep(0.05)
-        raise BadInput(
+        raise errors.BadInput(
             f"coordinator: found port {self.deployment.port} closed after {START_SECONDS:.0f} s",
             remedy=f"its log: {self.deployment.log(COORDINATOR)}",
         )
@@ -321,22 +258,23 @@ def ask(line: Sequence[str], name: str) -> Json:
 
 @contextlib.contextmanager
 def running(
-    deployment: Deployment, commands: Sequence[Command], started: Callable[[Command], None]
+    deployment: Deployment,
+    commands: Mapping[str, Sequence[str]],
+    started: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Running]:
     """Start the processes of `commands` and wait for the coordinator's port; none is left at the end.
 
-    started: called with each command. A SIGTERM to this process ends them as Ctrl-C does.
+    started: called with each command line. A SIGTERM to this process ends them as Ctrl-C does.
     """
     found = Running(deployment)
     with _terminable():
         try:
-            for command in commands:
-                with deployment.log(command.name).open("ab") as log:
-                    found.processes[command.name] = subprocess.Popen(  # noqa: S603
-                        command.arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                        start_new_session=True,
+            for name, line in commands.items():
+                with deployment.log(name).open("ab") as log:
+                    found.processes[name] = subprocess.Popen(  # noqa: S603
+                        line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                     )  # fmt: skip
-                started(command)
+                started(shlex.join(line))
             found.wait_for_port()
             yield found
         finally:
@@ -384,18 +322,20 @@ def _read_lines(source: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
     lines.put(None)
 
 
-def _ended(name: str, code: int, log: Path) -> FedcoreError:
+def _ended(name: str, code: int, log: Path) -> errors.FedcoreError:
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = next((line for line in reversed(said) if line.startswith("error: ")), "")
     last = last.removeprefix("error: ") or (said[-1] if said else "it said nothing")
-    return BadInput(f"{name}: its process ended with code {code}: {last}", remedy=f"its log: {log}")
+    return errors.BadInput(
+        f"{name}: its process ended with code {code}: {last}", remedy=f"its log: {log}"
+    )
 
 
-def _error_of(command: str, code: int, text: str) -> FedcoreError:
+def _error_of(command: str, code: int, text: str) -> errors.FedcoreError:
     """The error of a command that failed, from its exit code and its lines on stderr."""
     lines = text.splitlines()
     error = next((each for each in lines if each.startswith("error: ")), "error: it said nothing")
     hint = next((each for each in lines if each.startswith("hint: ")), "hint: ")
     what = f"{command}: {error.removeprefix('error: ')}"
-    kinds = {EXIT_REFUSED: Refused, EXIT_ABANDONED: Abandoned}
-    return kinds.get(code, BadInput)(what, remedy=hint.removeprefix("hint: "))
+    kinds = {errors.EXIT_REFUSED: errors.Refused, errors.EXIT_ABANDONED: errors.Abandoned}
+    return kinds.get(code, errors.BadInput)(what, remedy=hint.removeprefix("hint: "))

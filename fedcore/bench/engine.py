@@ -25,15 +25,7 @@ from fedcore.config import build_job, narrowest_policy
 from fedcore.errors import Abandoned, BadInput
 from fedcore.experiment.environment import peak_memory_of
 from fedcore.learning.task import Task
-from fedcore.local_deployment import (
-    COORDINATOR,
-    Command,
-    Deployment,
-    Running,
-    SiteTask,
-    running,
-    write,
-)
+from fedcore.local_deployment import COORDINATOR, Deployment, Running, running, write
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import trains
@@ -72,7 +64,7 @@ def run(
     """
     _check(sites, rounds, protection, per_process)
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
-    task = SiteTask(STAND_IN.name, "fedcore.bench.engine:STAND_IN", STAND_IN.digest())
+    task = {"task": "fedcore.bench.engine:STAND_IN", "sha256": STAND_IN.digest()}
     with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
         # With a stated range and no columns every round but the last carries an update.
         job = build_job({
@@ -82,16 +74,15 @@ def run(
         deployment = write(
             Path(place),
             "bench",
-            dict.fromkeys(names, task),
-            {k: v for k, v in job.to_json().items() if k != "base"} | {"task": task.task},
+            {name: {STAND_IN.name: task} for name in names},
+            {k: v for k, v in job.to_json().items() if k != "base"} | {"task": task["task"]},
             policy=narrowest_policy(job, sites),
         )
-        commands = _commands(deployment, parameters, per_process)
-        with running(deployment, commands, lambda _: None) as parties:
+        with running(deployment, _commands(deployment, parameters, per_process)) as parties:
             progress(f"bench engine: {sites} sites, {parameters:,} parameters, {rounds} rounds")
             name = str(parties.ask("submit", str(deployment.job))["job"])
-            rows, wall, cpu = _watch(parties, name, rounds, commands)
-            memory = _memory(parties, commands)
+            rows, wall, cpu = _watch(parties, name, rounds)
+            memory = _memory(parties)
         commit = _commit_ms(Path(place) / "commits")
     timed = [r for r in rows if trains(r["purpose"]) and "abandoned" not in r][1:]
     if not timed:
@@ -134,20 +125,20 @@ def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
     require_at_least("--per-process", per_process, 1)
 
 
-def _commands(deployment: Deployment, parameters: int, per_process: int) -> list[Command]:
-    coordinator, *sites = deployment.commands()
-    found = [coordinator]
-    for first in range(0, len(sites), per_process):
-        group = sites[first : first + per_process]
-        python, unlisted, module, *_ = group[0].arguments
-        words = [word for each in group for word in each.arguments[-2:]]
-        line = (python, unlisted, module, SITE_BENCH, *words, "--parameters", str(parameters))
-        found.append(Command(group[0].name, line))
+def _commands(deployment: Deployment, parameters: int, per_process: int) -> dict[str, list[str]]:
+    coordinator, *sites = deployment.commands().items()
+    found = dict([coordinator])
+    for group in (sites[i : i + per_process] for i in range(0, len(sites), per_process)):
+        name, (python, unlisted, module, *_) = group[0]
+        words = [word for _, line in group for word in line[-2:]]
+        found[name] = [
+            python, unlisted, module, SITE_BENCH, *words, "--parameters", str(parameters),
+        ]  # fmt: skip
     return found
 
 
 def _watch(
-    parties: Running, job: str, rounds: int, commands: list[Command]
+    parties: Running, job: str, rounds: int
 ) -> tuple[list[Json], float | None, dict[str, float] | None]:
     """Wait for the last round; returns its rows, and the mean time and CPU from one certificate to the next.
 
@@ -171,7 +162,7 @@ def _watch(
         for row in found[len(rows) :]:
             if trains(row["purpose"]):
                 ends.append(heard)
-                used.append(_cpu(parties, commands))
+                used.append(_cpu(parties))
                 if len(ends) % max(1, rounds // 5) == 0:
                     progress(f"round {row['round']}/{rounds}  {row['seconds']:.3f} s")
         rows = found
@@ -197,9 +188,9 @@ def _by_stage(rows: list[Json]) -> dict[str, float]:
     }
 
 
-def _cpu(parties: Running, commands: list[Command]) -> dict[str, float]:
+def _cpu(parties: Running) -> dict[str, float]:
     """CPU seconds used so far by the coordinator, its fold workers, and all processes of sites."""
-    coordinator, *sites = [parties.pid(each.name) for each in commands]
+    coordinator, *sites = [each.pid for each in parties.processes.values()]
     return {
         "coordinator": _cpu_seconds(coordinator),
         "fold_workers": sum(map(_cpu_seconds, _children(coordinator))),
@@ -217,9 +208,9 @@ def _cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _memory(parties: Running, commands: list[Command]) -> dict[str, float | None]:
+def _memory(parties: Running) -> dict[str, float | None]:
     """Peak resident MB of the coordinator, of its fold workers together, and of the largest site."""
-    coordinator, *sites = [parties.pid(each.name) for each in commands]
+    coordinator, *sites = [each.pid for each in parties.processes.values()]
     site = [peak for pid in sites if (peak := peak_memory_of(pid)) is not None]
     children = map(peak_memory_of, _children(coordinator))
     workers = [peak for peak in children if peak is not None]

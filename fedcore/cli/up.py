@@ -8,6 +8,7 @@ Invariant: the two models are compared by their hash, and the result states whet
 model is that of the sites.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
-from fedcore.local_deployment import Deployment, Running, SiteTask, ask, running, write
+from fedcore.local_deployment import Deployment, Running, ask, running, write
 from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.secagg.protections import refuse_plain
 from fedcore.secagg.purposes import trains
@@ -98,9 +99,6 @@ def _refuse(task: Task, job: Job) -> None:
             raise BadInput(f"sites.{site}: {found}", remedy=remedy)
 
 
-# --------------------------------------------------------------------------------- the deployment
-
-
 def _deployed(
     prepared: Prepared, folder: Path, listener: Listener
 ) -> tuple[DeployedRun, Path | None]:
@@ -132,7 +130,7 @@ def _deployed(
         seconds=round(seconds, 3),
         round_seconds=tuple(row.seconds for row in trained),
         survivors=tuple(row.survivors for row in trained),
-        processes=tuple({"name": each.name, "command": str(each)} for each in commands),
+        processes=tuple({"name": n, "command": shlex.join(line)} for n, line in commands.items()),
         folder=str(folder),
     )
     return about, model if len(found) == 1 else None
@@ -142,7 +140,7 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
     task, plan = prepared.task, prepared.plan
     origin = _installed(task, prepared.job)
     sites = {
-        name: SiteTask(task.name, origin, plan.task_digest, source)
+        name: {task.name: {"task": origin, "sha256": plan.task_digest, "source": source}}
         for name, source in resolve_sites(task, prepared.job).items()
     }
     tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
@@ -210,9 +208,6 @@ def _hashes(parties: Running, job: str) -> dict[str, str]:
         f"deployment: found no model at {', '.join(late)} {STATUS_SECONDS:.0f} s after the job's end",
         remedy=f"the logs: {parties.deployment.log('*')}",
     )
-
-
-# ----------------------------------------------------------------------- the run in one process
 
 
 def _finish(

@@ -22,7 +22,7 @@ from fedcore.experiment.prepare import job_for, prepare
 from fedcore.identity.kit import Kit
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.state import JobState
-from fedcore.local_deployment import Command, running
+from fedcore.local_deployment import running
 
 LIAR = "va"
 
@@ -73,18 +73,18 @@ def hospitals(folder, **asked):
     task, job = job_for(None, {"task": "heart", "seed": 0, **asked})
     prepared = prepare(task, job)
     files = _write(prepared, folder / "deployment")
-    commands = [_patched(each, notes) for each in files.commands()]
-    with running(files, commands, lambda _: None):
+    commands = {name: _patched(name, line, notes) for name, line in files.commands().items()}
+    with running(files, commands):
         found = Hospitals(asked, prepared, files, notes)
         found.connected()
         yield found
 
 
-def _patched(command, notes):
-    """The same command, with Python before it."""
-    if "fedcore_clients.cli" not in command.arguments:
-        return command
-    patch = unguarded(notes) + (steering(notes) if command.name == LIAR else "")
-    words = command.arguments[command.arguments.index("fedcore_clients.cli") + 1 :]
+def _patched(name, line, notes):
+    """The same command line, with Python before it."""
+    if "fedcore_clients.cli" not in line:
+        return line
+    patch = unguarded(notes) + (steering(notes) if name == LIAR else "")
+    words = line[line.index("fedcore_clients.cli") + 1 :]
     code = f"{patch}\nfrom fedcore_clients.cli import main\nmain()\n"
-    return Command(command.name, (sys.executable, "-P", "-c", code, *words))
+    return [sys.executable, "-P", "-c", code, *words]

@@ -36,7 +36,7 @@ from fedcore.errors import (
     PlanRefused,
 )
 from fedcore.learning import saved
-from fedcore.local_deployment import SiteTask, to_toml, write
+from fedcore.local_deployment import to_toml, write
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import job_messages
@@ -139,7 +139,7 @@ def test_a_site_agrees_to_it_only_where_the_job_says_so(tmp_path):
 def test_site_toml_says_who_gets_a_model(tmp_path):
     with pytest.raises(ValidationError):
         PolicySection(release="everybody")
-    task = {"a": SiteTask("t", "t.py", "0" * 64)}
+    task = {"a": {"t": {"task": "t.py", "sha256": "0" * 64}}}
     for given in ("sites", "coordinator"):
         policy = narrowest_policy(build_job({"release": given}), 3)
         write(tmp_path / given, "town", task, {}, policy=policy)
