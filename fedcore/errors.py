@@ -14,28 +14,7 @@
     |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
     |       |-- TagRefused         3  the sum is not of exactly the listed survivors, this round, each once
     |       |-- CertificateRefused 3  a certificate fails a check of TLS or of ours; carries which
-    |       `-- ProtocolRefused    3  a message breaks the protocol; carries found, expected and fault
-    |           |-- MalformedMessage   bytes that are no message, or not of the expected type
-    |           |   `-- VersionRefused   a frame of another wire version; names both
-    |           |-- OutOfOrder         a message that this stage does not take
-    |           |-- RosterRefused      a cohort too small, unpinned, repeated, or with an unknown site
-    |           |-- ThresholdRefused   a threshold outside (n/2, n], or fewer answers than it asks
-    |           |-- HeaderRefused      round not increasing, another plan, job, certificate or policy
-    |           |-- OtherSites         sums over these rows were given with another set of sites
-    |           |-- StaleEpoch         a key epoch that is not the one held here
-    |           |-- SignatureRefused   a signature that does not verify, or is missing
-    |           |-- KeyRefused         a duplicate, malformed or low-order public key
-    |           |-- StateDiffers       a site that starts from another model, range or optimiser state
-    |           |-- EnvelopeRefused    a sealed message that does not open here
-    |           |-- ShareRefused       a key share that is not what its sender signed, or rebuilds wrongly
-    |           |-- ListRefused        a survivor list that overlaps, repeats, or is no subset
-    |           |-- VectorRefused      a protected vector of the wrong size or digest
-    |           |   `-- OffsetRefused  a part of it at another place than the next; `expected` is that place
-    |           |-- Conflicting        a second request for the same thing, and a different one
-    |           |-- SecondSum          another sum of a state of which one may be known already
-    |           |-- OldFolder          this site's folder is older than what it did in this job
-    |           `-- ReleaseRefused     a certificate that does not prove this sum; no more rounds here
-    |               `-- ImpossibleSum  integers that no honest vectors add up to: some site lies
+    |       `-- ProtocolRefused    3  a message breaks the protocol, each rule a class below it
     |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
     |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
     |-- DataLost              2  a stored file is gone and cannot be made again: what needs it fails
