@@ -14,36 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.secagg import plan, protections
 from fedcore.secagg.encode.pack import limb_count
-from fedcore.secagg.plan import (
-    ModelShape,
-    Packing,
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    canonical,
-    default_threshold,
-    solve_packing,
-)
-from fedcore.secagg.protections import (
-    MIN_SITES,
-    refuse_cipher,
-    refuse_public_metrics,
-    refuse_release,
-    refuse_unknown,
-)
+from fedcore.toml import Section, found_and_expected, read_tables
 from fedcore.types import Json, SiteId
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Top level of a job file."""
 
     task: str = "heart"
@@ -52,7 +32,7 @@ class RunSection(_Section):
     folds: int = Field(default=5, ge=2)
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """[train]: one site's local training. standardise: what a table's numbers are scaled by."""
 
     optimiser: Literal["sgd", "adam"] = "sgd"
@@ -64,7 +44,7 @@ class TrainSection(_Section):
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
-class ProtectSection(_Section):
+class ProtectSection(Section):
     """[protect]: how updates are encoded and hidden, and who gets the model."""
 
     protection: str = "layered"
@@ -80,7 +60,7 @@ class ProtectSection(_Section):
     lattice: Literal["standard", "wide"] = "standard"
 
 
-class RoundSection(_Section):
+class RoundSection(Section):
     """[round]: how many rounds, what the sites do with each released sum, and who is absent when.
 
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
@@ -106,7 +86,7 @@ class RoundSection(_Section):
         )
 
 
-class Reference(_Section):
+class Reference(Section):
     """A value from elsewhere that a metric is held against where pooling is impossible."""
 
     metric: str
@@ -120,7 +100,7 @@ class Reference(_Section):
         return {**self.model_dump(), "gap": gap}
 
 
-class TrackSection(_Section):
+class TrackSection(Section):
     """[track]: what is compared, with how many bootstrap resamples, against which value, and whether a
     deployment's coordinator learns the metrics of each release."""
 
@@ -139,7 +119,7 @@ class TrackSection(_Section):
     public_metrics: bool = False
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "": RunSection,
     "train": TrainSection,
     "protect": ProtectSection,
@@ -234,7 +214,7 @@ def read_settings(settings: bytes) -> Json:
     """The inverse of `wire_settings`, from its canonical JSON. Raises BadInput."""
     try:
         found = json.loads(settings)
-        same = canonical(found) == settings
+        same = plan.canonical(found) == settings
     except (ValueError, RecursionError) as error:
         raise BadInput("job: found settings that are no JSON") from error
     if not isinstance(found, dict) or not same:
@@ -249,10 +229,12 @@ def settings_digest(job: Job, max_examples: int) -> str:
     """
     settings = wire_settings(job)
     settings["protect"]["max_examples"] = max_examples
-    return hashlib.sha256(canonical(settings)).hexdigest()
+    return hashlib.sha256(plan.canonical(settings)).hexdigest()
 
 
-def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples: int) -> RoundPlan:
+def plan_of(
+    job: Job, shape: plan.ModelShape, sites: tuple[SiteId, ...], max_examples: int
+) -> plan.RoundPlan:
     """The plan that follows from a job, the model and the roster, the same for every party.
 
     Raises PlanRefused where no packing proves headroom, BadInput for a roster it cannot take.
@@ -260,14 +242,14 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
     protect, each = job.protect, job.round
     fields = shape.parameters + shape.buffer_coordinates
     fields += sum(wide.count * limb_count(wide.bits, protect.bits) for wide in shape.metric_sums)
-    return RoundPlan(
+    return plan.RoundPlan(
         task=shape.task, task_digest=shape.task_digest, sites=sites, protection=protect.protection,
         packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
-        train=TrainPlan(**job.train.model_dump(exclude={"standardise"})),
-        server=ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
-        range=RangePlan(protect.range, adaptive=protect.adaptive_range),
+        train=plan.TrainPlan(**job.train.model_dump(exclude={"standardise"})),
+        server=plan.ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
+        range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
         inputs=shape.inputs, threshold=protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=protect.release,
@@ -275,10 +257,10 @@ def plan_of(job: Job, shape: ModelShape, sites: tuple[SiteId, ...], max_examples
     )  # fmt: skip
 
 
-def packing_of(job: Job, sites: int, fields: int | None = None) -> Packing:
+def packing_of(job: Job, sites: int, fields: int | None = None) -> plan.Packing:
     """The packing a job's vectors get in a federation of so many sites. Raises as `solve_packing`."""
     section = job.protect
-    return solve_packing(
+    return plan.solve_packing(
         section.bits, section.max_sites or sites, section.protection, fields,
         cipher=section.cipher, lattice=section.lattice,
     )  # fmt: skip
@@ -289,12 +271,12 @@ def narrowest_policy(job: Job, sites: int) -> Json:
 
     `jobs_per_month`, the guard and `jobs` keep their defaults: no job asks for them.
     """
-    threshold = job.protect.threshold or default_threshold(sites)
+    threshold = job.protect.threshold or plan.default_threshold(sites)
     return {
         "protections": [job.protect.protection],
         "ciphers": [job.protect.cipher],
         "least_threshold": threshold,
-        "minimum_sites": max(MIN_SITES, threshold),
+        "minimum_sites": max(protections.MIN_SITES, threshold),
         "most_rounds": job.round.rounds,
         "most_epochs": job.train.epochs,
         "least_batch": job.train.batch_size,
@@ -322,12 +304,7 @@ def read_job_file(path: Path) -> Json:
         raise BadInput(
             f"job file: found no file {path}", remedy="`fedcore new DIR` writes one to start from"
         )
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not valid TOML: {error}") from error
-    tables["base"] = str(path.resolve().parent)
-    return tables
+    return {**read_tables(path), "base": str(path.resolve().parent)}
 
 
 def build_job(*layers: Mapping[str, Any]) -> Job:
@@ -356,11 +333,11 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 _put(merged, key, value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     protect = sections["protect"]
-    refuse_unknown(protect.protection)
-    refuse_cipher(protect.protection, protect.cipher, protect.lattice)
+    protections.refuse_unknown(protect.protection)
+    protections.refuse_cipher(protect.protection, protect.cipher, protect.lattice)
     if sections["track"].public_metrics:
-        refuse_public_metrics(protect.protection)
-    refuse_release(protect.release, protect.protection)
+        protections.refuse_public_metrics(protect.protection)
+    protections.refuse_release(protect.release, protect.protection)
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
@@ -399,22 +376,16 @@ def _put(merged: dict[str, dict[str, Any]], key: str, value: Any) -> None:
     merged[KEYS[name]][name] = value
 
 
-def _validate(section: str, model: type[_Section], values: Mapping[str, Any]) -> Any:
+def _validate(section: str, model: type[Section], values: Mapping[str, Any]) -> Any:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(filter(None, (section, *map(str, first["loc"]))))
         raise BadInput(
-            f"{path}: found {first['input']!r}, expected {_expectation(first)}",
+            f"{path}: {found_and_expected(first)}",
             remedy=f"`--set {path}=...`, or the key in the job file" if section else "",
         ) from error
-
-
-def _expectation(error: Any) -> str:
-    words = str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
-    words = words.partition(", unable")[0]
-    return words[0].lower() + words[1:]
 
 
 def beside(source: Any, base: Path) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedcore.errors import BadInput, UnknownName
 
@@ -68,10 +69,14 @@ def _refused(model: type[Section], path: Path, error: ValidationError) -> BadInp
         return UnknownName(f"{path.name}: key", place, known, remedy=_elsewhere(model, place))
     if first["type"] == "missing":
         return BadInput(f"{path.name}: {place}: found nothing, expected a value")
-    words = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return BadInput(
-        f"{path.name}: {place}: found {first['input']!r}, expected {words[:1].lower()}{words[1:]}"
-    )
+    return BadInput(f"{path.name}: {place}: {found_and_expected(first)}")
+
+
+def found_and_expected(error: ErrorDetails) -> str:
+    """What pydantic found at one place, and what it expected there."""
+    words = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    words = words.removeprefix("a valid ").partition(", unable")[0]
+    return f"found {error['input']!r}, expected {words[:1].lower()}{words[1:]}"
 
 
 def _elsewhere(model: type[Section], place: str) -> str:

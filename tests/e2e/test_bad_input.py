@@ -81,7 +81,7 @@ CASES = {
     "wrong value": (("simulate", "--lr", "fast"), 2, "train.lr: found 'fast'", ""),
     "wrong type of an option": (("simulate", "--rounds", "many"), 2, "'many' is not a valid integer", "--help"),
     "unknown command": (("simulte",), 2, "No such command", "simulate"),
-    "broken job file": (("simulate", "broken.toml"), 2, "broken.toml: not valid TOML", ""),
+    "broken job file": (("simulate", "broken.toml"), 2, "broken.toml: it cannot be read as TOML", ""),
     "missing job file": (("simulate", "nope.toml"), 2, "found no file nope.toml", "fedcore new"),
     "missing task file": (("simulate", "--task", "nope.py"), 2, "found no file", "fedcore new"),
     "missing package": (("simulate", "--task", "nopkg.mod:task"), 2, "found no module", "install"),
