@@ -70,11 +70,6 @@ def simulate(
         return _run(prepared, writer, on_round, resume=False)
 
 
-def prepare_layers(layers: Layers, say: Say = _silent) -> Prepared:
-    """Everything before round 1, from layers of settings: for `plan` and `check`."""
-    return prepare(*job_for(None, *layers), say)
-
-
 def resume(
     directory: str | Path,
     *,

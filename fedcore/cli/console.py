@@ -22,14 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedcore.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    BadInput,
-    FedcoreError,
-    TaskFailed,
-)
+from fedcore import errors
 
 if TYPE_CHECKING:
     from fedcore.types import Json  # it loads NumPy, which `--help` does not need
@@ -56,9 +49,6 @@ def emit(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-# ---------------------------------------------------------------------------------------- flags
-
-
 class JobCommand(typer.core.TyperCommand):
     """A command that accepts every key of a job as a flag: `--batch-size 64` is `--set batch_size=64`."""
 
@@ -78,13 +68,12 @@ def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
+                raise errors.BadInput(
+                    f"{flag}: found no value, expected one", remedy=f"{flag} VALUE"
+                )
             value = rest.pop(0)
         found += ["--set", f"{name[2:].replace('-', '_')}={value}"]
     return found
-
-
-# ---------------------------------------------------------------------------------------- exits
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
@@ -92,9 +81,9 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     with exit_codes():
         given = list(arguments) if arguments is not None else None
         code = app(args=given, prog_name=name, standalone_mode=False)
-        if code == EXIT_INTERRUPTED:  # typer has caught the KeyboardInterrupt itself
+        if code == errors.EXIT_INTERRUPTED:  # typer has caught the KeyboardInterrupt itself
             say("interrupted")
-        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+        sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
 
 
 @contextmanager
@@ -102,8 +91,8 @@ def exit_codes() -> Iterator[None]:
     """Turn every exception into one exit code and at most two lines (after a task's own traceback)."""
     try:
         yield
-    except FedcoreError as error:
-        if isinstance(error, TaskFailed) and error.user_traceback:
+    except errors.FedcoreError as error:
+        if isinstance(error, errors.TaskFailed) and error.user_traceback:
             stderr.print(Text(error.user_traceback.rstrip()), soft_wrap=True)
         say(f"error: {error}")
         if error.remedy:
@@ -121,15 +110,15 @@ def exit_codes() -> Iterator[None]:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         say("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(errors.EXIT_INTERRUPTED)
     except BrokenPipeError:  # `fedcore runs | head`
         sys.stderr.close()
-        sys.exit(EXIT_DONE)
+        sys.exit(errors.EXIT_DONE)
     except OSError as error:
         where = error.filename or "a file"
         say(f"error: {where}: {error.strerror or error}")
         say("hint: look at the path, its permissions and the space left there")
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(errors.EXIT_BAD_INPUT)
 
 
 def _usage_hint(context: click.Context, error: click.UsageError) -> str:
@@ -141,9 +130,6 @@ def _usage_hint(context: click.Context, error: click.UsageError) -> str:
         if near:
             return f"did you mean {context.command_path} {near[0]}?"
     return f"{context.command_path} --help"
-
-
-# ---------------------------------------------------------------------------------------- waiting
 
 
 def waiting_text(waiting: Json, now: float) -> str:
@@ -184,9 +170,6 @@ def ago(seconds: float) -> str:
         if whole >= 2 * size or (whole >= size and name != "days"):
             return f"{whole // size} {name}"
     return f"{whole} s"
-
-
-# ---------------------------------------------------------------------------------------- logs
 
 
 class JsonLines(logging.Formatter):

@@ -42,6 +42,11 @@ Out = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+# Of several benchmarks.
+SitesListed = Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")]
+Parameters = Annotated[int, typer.Option(min=1, help="Length of the vector.")]
+Bits = Annotated[int, typer.Option(help="Quantised bits per coordinate.")]
 BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
 
 Settings = dict[str, Any]

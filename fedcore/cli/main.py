@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import wraps
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
-from fedcore.cli.console import emit, say, stderr
+from fedcore.cli import flags
+from fedcore.cli.console import application, emit, say, stderr
 from fedcore.cli.console import run as run_command
-from fedcore.cli.flags import AsJson, BenchCipher, Force, JobFile, Out, Settings, job_command
+from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
 from fedcore.files import RESULT_FILE, ROUNDS_FILE
 from fedcore.results import Result, RoundRow, SplitResult
@@ -28,14 +33,7 @@ if TYPE_CHECKING:
     from fedcore.experiment.prepare import Prepared
     from fedcore.types import Json
 
-app = typer.Typer(
-    name="fedcore",
-    help="Federated learning in which no party has to be trusted with another's update.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = application("Federated learning in which no party has to be trusted with another's update.")
 
 
 @app.callback(invoke_without_command=False)
@@ -63,19 +61,19 @@ def _layers(job: Path | None, settings: Settings) -> list[Settings]:
     return [*([read_job_file(job)] if job else []), settings]
 
 
+def _prepared(layers: list[Settings]) -> Prepared:
+    from fedcore.experiment.prepare import job_for, prepare
+
+    return prepare(*job_for(None, *layers), _quiet)
+
+
 def _starting(command: str, job: Path | None, settings: Settings) -> None:
     what = str(job) if job else f"task {settings.get('task') or 'heart'}"
     say(f"fedcore {command}: {what}")
 
 
-# ---------------------------------------------------------------------------------------- running
-
-
 class _Progress:
-    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round.
-
-    A context manager: the bar is removed from the screen at its end.
-    """
+    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -114,12 +112,6 @@ class _Progress:
             self._bar.stop()
             self._bar = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 @job_command(app, "task protection cipher rounds seed bits threshold drop dropout")
 def simulate(
@@ -151,7 +143,7 @@ def simulate(
         bar.begin(prepared.plan.rounds, len(prepared.plan.sites))
 
     try:
-        with bar:
+        with closing(bar):
             if resume is not None:
                 run = api.resume(resume, on_round=bar.row, on_ready=ready, say=_quiet)
             else:
@@ -172,16 +164,10 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     from fedcore.learning.model import model_summary
     from fedcore.report import terminal
 
-    head = terminal.header(
-        prepared.task.name,
-        sites=len(prepared.plan.sites),
-        rows=sum(len(s.train) + len(s.test) for s in prepared.sites),
-        model=model_summary(prepared.flat),
-        protection=prepared.plan.protection,
-        run=str(path),
-        label=prepared.label,
-    )
-    terminal.show(stderr, head)
+    plan, rows = prepared.plan, sum(len(s.train) + len(s.test) for s in prepared.sites)
+    facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
+    facts += [plan.protection, str(path)]
+    terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
     if any(True for _ in prepared.flat.module.buffers()):
         say(f"buffers: {prepared.flat.policy}")
 
@@ -233,7 +219,7 @@ def up(
         _show_header(prepared, path)
         say("started here; the same on other machines is the deployment:")
 
-    with bar:
+    with closing(bar):
         listener = rehearsal.Listener(ready, bar.begin, bar.row, say, _quiet)
         run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
     _show_result(run.result, run.directory, as_json)
@@ -269,9 +255,6 @@ def compare(
     _show_result(found.result, found.directory, as_json)
 
 
-# ---------------------------------------------------------------------------------------- looking
-
-
 @job_command(app, "task protection cipher rounds")
 def plan(
     settings: Settings,
@@ -292,9 +275,7 @@ def plan(
         found = read_json(where / "plan.json")
     else:
         _starting("plan", where, settings)
-        from fedcore.api import prepare_layers
-
-        found = prepare_layers(_layers(where, settings), _quiet).plan_json()
+        found = _prepared(_layers(where, settings)).plan_json()
     from fedcore.cli.inspect import plan_page
 
     _show(found, plan_page, as_json)
@@ -311,10 +292,9 @@ def check(
     is_job = what.endswith(".toml") or (path / "job.toml").is_file()
     layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
     say(f"fedcore check: {what}")
-    from fedcore.api import prepare_layers
     from fedcore.cli.inspect import check_page, check_task
 
-    _show(check_task(prepare_layers(layers, _quiet)), check_page, as_json)
+    _show(check_task(_prepared(layers)), check_page, as_json)
 
 
 @app.command()
@@ -372,7 +352,7 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
         else:
             bar.row(row)
 
-    with bar:
+    with closing(bar):
         found = again(run, on_begin=bar.begin, on_row=on_row)
     if found.same:
         typer.echo(f"same bits: model {found.model_sha256[0]}")
@@ -425,48 +405,25 @@ def _show(found: Json, page: Callable[[Json], RenderableType], as_json: bool) ->
     emit(found) if as_json else _print(page(found))
 
 
-# ---------------------------------------------------------------------------------------- benches
+def _bench(module: str, headline: str) -> Callable[[Command], Command]:
+    """Register a function that has only the flags of a benchmark: they become the arguments of its `run`.
 
+    A flag with commas in its default takes a list of numbers. headline: the first line, from the flags.
+    """
 
-@bench_app.command()
-def protect(
-    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
-    sites: Annotated[int, typer.Option(min=3, help="Sites the plan is solved for.")] = 16,
-    bits: Annotated[str, typer.Option(help="Quantised bits, comma-separated.")] = "8,12,16",
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Interleaved repeats; medians are reported.")
-    ] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Bytes and seconds of protecting one vector, compared with float32 and TenSEAL's CKKS in the same run."""
-    wanted = _numbers("--bits", bits, "8,12,16")
-    say(f"fedcore bench protect: {parameters:,} parameters, {sites} sites")
-    from fedcore.bench import protect as bench
+    def register(has_flags: Command) -> Command:
+        @wraps(has_flags)
+        def command(*, as_json: bool, **given: Any) -> None:
+            examples = {n: str(flag.default) for n, flag in signature(has_flags).parameters.items()}
+            listed = [name for name in given if "," in examples[name]]
+            numbers = {name: _numbers(f"--{name}", given[name], examples[name]) for name in listed}
+            say(f"fedcore bench {has_flags.__name__}: {headline.format(**given)}")
+            bench = import_module(f"fedcore.bench.{module}")
+            _show(bench.run(**given | numbers), bench.page, as_json)
 
-    found = bench.run(parameters, sites, wanted, repeats)
-    _show(found, bench.page, as_json)
+        return bench_app.command()(command)
 
-
-@bench_app.command()
-def secagg(
-    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,16,64",
-    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
-    drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
-    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
-    protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
-    cipher: BenchCipher = "bfv",
-    as_json: AsJson = False,
-) -> None:
-    """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
-    wanted = _numbers("--sites", sites, "4,16,64")
-    say(f"fedcore bench secagg: {sites} sites x {parameters:,} parameters, {protection}")
-    from fedcore.bench import secagg_rounds as bench
-
-    found = bench.run(
-        parameters=parameters, sites=wanted, drop=drop, bits=bits, protection=protection,
-        cipher=cipher,
-    )  # fmt: skip
-    _show(found, bench.page, as_json)
+    return register
 
 
 def _numbers(flag: str, text: str, example: str) -> list[int]:
@@ -477,46 +434,55 @@ def _numbers(flag: str, text: str, example: str) -> list[int]:
         raise BadInput(f"{flag}: found {text!r}, expected numbers such as {example}") from error
 
 
-@bench_app.command()
+@_bench("protect", "{parameters:,} parameters, {sites} sites")
+def protect(
+    parameters: flags.Parameters = 1_000_000,
+    sites: Annotated[int, typer.Option(min=3, help="Sites the plan is solved for.")] = 16,
+    bits: Annotated[str, typer.Option(help="Quantised bits, comma-separated.")] = "8,12,16",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Interleaved repeats; medians are reported.")
+    ] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes and seconds of protecting one vector, compared with float32 and TenSEAL's CKKS in the same run."""
+
+
+@_bench("secagg_rounds", "{sites} sites x {parameters:,} parameters, {protection}")
+def secagg(
+    sites: flags.SitesListed = "4,16,64",
+    parameters: flags.Parameters = 1_000_000,
+    drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
+    bits: flags.Bits = 16,
+    protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
+    cipher: flags.BenchCipher = "bfv",
+    as_json: AsJson = False,
+) -> None:
+    """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
+
+
+@_bench("fold", "{sites} sites x {parameters:,} parameters")
 def fold(
-    sites: Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")] = "4,64",
-    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
+    sites: flags.SitesListed = "4,64",
+    parameters: flags.Parameters = 1_000_000,
     as_json: AsJson = False,
 ) -> None:
     """Peak memory of the folding process: the same whatever the number of sites."""
-    wanted = _numbers("--sites", sites, "4,64")
-    say(f"fedcore bench fold: {sites} sites x {parameters:,} parameters")
-    from fedcore.bench import fold as bench
-
-    found = bench.run(sites=wanted, parameters=parameters)
-    _show(found, bench.page, as_json)
 
 
-@bench_app.command()
+@_bench("engine", "{sites} sites x {parameters:,} parameters, {protection}")
 def engine(
     sites: Annotated[int, typer.Option(help="Number of sites.")] = 4,
-    parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 10,
+    parameters: flags.Parameters = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 50,
     protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
-    cipher: BenchCipher = "bfv",
-    bits: Annotated[int, typer.Option(help="Quantised bits per coordinate.")] = 16,
+    cipher: flags.BenchCipher = "bfv",
+    bits: flags.Bits = 16,
     per_process: Annotated[
         int, typer.Option("--per-process", help="Sites that share one process.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Rounds of a deployed federation without training: real processes, TLS, journals, masks, keys."""
-    say(f"fedcore bench engine: {sites} sites x {parameters:,} parameters, {protection}")
-    from fedcore.bench import engine as bench
-
-    found = bench.run(
-        sites=sites, parameters=parameters, rounds=rounds, protection=protection, cipher=cipher,
-        bits=bits, per_process=per_process,
-    )  # fmt: skip
-    _show(found, bench.page, as_json)
-
-
-# ---------------------------------------------------------------------------------------- the edge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

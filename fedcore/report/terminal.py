@@ -7,7 +7,7 @@ a hash on one line of output when it is wider than the terminal or the pipe.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,27 +93,9 @@ def as_text(renderable: RenderableType, width: int = 80) -> str:
     return file.getvalue().removesuffix("\n")
 
 
-def header(
-    task: str,
-    *,
-    sites: int = 0,
-    rows: int = 0,
-    model: str = "",
-    protection: str = "",
-    run: str = "",
-    label: str = "",
-) -> RenderableType:
-    """One line on what runs, two on what it protects against and what not; what is not given is left out.
-
-    sites, rows: how many. model: its summary. run: the directory.
-    """
-    facts = [
-        f"{sites} sites" if sites else "",
-        f"{rows:,} rows" if rows else "",
-        *map(phrases.plain, (model, protection, run)),
-    ]
-    line = Text.assemble((phrases.plain(task), "bold"), ": ")
-    line.append(", ".join(fact for fact in facts if fact))
+def header(task: str, facts: Iterable[str], label: str) -> RenderableType:
+    """One line on what runs, two on what it protects against and what not."""
+    line = Text.assemble((phrases.plain(task), "bold"), ": ", ", ".join(map(phrases.plain, facts)))
     return Group(line, *(Text(text, style="dim") for text in say.label_lines(label)[:2]))
 
 

@@ -37,7 +37,7 @@ from fedcore_server.operators import save_result
 from support.policies import WIDE
 
 from fedcore import simulate
-from fedcore.api import prepare_layers
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.identities import create_identity, write_roster
 from fedcore.identity.kit import Kit
@@ -278,7 +278,7 @@ class Deployment:
         if key not in self.prepared:
             layer = {"task": self.task, "sites": self.sites, "seed": 0, "resamples": 0, "rounds": 2}
             cap = {} if self.task == "heart" else {"max_examples": CAP}
-            self.prepared[key] = prepare_layers([{**layer, **cap, **settings}])
+            self.prepared[key] = prepare(*job_for(None, {**layer, **cap, **settings}))
         return self.prepared[key]
 
     def prepared_settings(self, **settings):
@@ -385,7 +385,7 @@ def deployment(
     """
     if sites is None:
         layer = {} if task == "heart" else {"max_examples": CAP}
-        sites = dict(prepare_layers([{"task": task, "resamples": 0, **layer}]).task.sites)
+        sites = dict(prepare(*job_for(None, {"task": task, "resamples": 0, **layer})).task.sites)
     fed = Deployment(
         Path(folder) / "federation",
         task,

@@ -25,9 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.deployed_jobs import coordinated, plan_for, site_job, submitted
 
-from fedcore.api import prepare_layers
 from fedcore.config import read_settings
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
@@ -188,7 +188,7 @@ def test_the_secrets_of_all_key_epochs_of_a_job_are_erased_together(tmp_path):
 
 
 def settings(**changes):
-    whole = prepare_layers([{"task": "heart", "rounds": 2, "resamples": 0}])
+    whole = prepare(*job_for(None, {"task": "heart", "rounds": 2, "resamples": 0}))
     tables = {k: v for k, v in whole.job.to_json().items() if k not in {"task", "base"}}
     tables = {
         key: {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part

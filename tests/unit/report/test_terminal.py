@@ -20,15 +20,10 @@ def load(name: str) -> Result:
 
 
 def header_of(result: Result, task: str | None = None) -> RenderableType:
-    return terminal.header(
-        task or result.task,
-        sites=len(result.sites),
-        rows=result.rows.train + result.rows.test,
-        model=result.model.summary,
-        protection=result.protection,
-        run=result.origin.run,
-        label=result.label,
-    )
+    rows = result.rows.train + result.rows.test
+    facts = [f"{len(result.sites)} sites", f"{rows:,} rows", result.model.summary]
+    facts += [result.protection, result.origin.run]
+    return terminal.header(task or result.task, facts, result.label)
 
 
 def test_the_header_is_one_line_and_the_first_two_of_the_label():
@@ -39,7 +34,7 @@ def test_the_header_is_one_line_and_the_first_two_of_the_label():
     rest = " ".join(lines[1:])
     assert rest.startswith("Protects against: the coordinator alone.")
     assert rest.endswith("which opens every site's update.")
-    assert "nobody" in terminal.as_text(terminal.header("t", label="nobody"))
+    assert "nobody" in terminal.as_text(terminal.header("t", [], "nobody"))
 
 
 @pytest.mark.parametrize("name", NAMES)
