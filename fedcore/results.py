@@ -30,9 +30,6 @@ ByMetric = Mapping[str, float | None]
 """{metric: value}, None where the metric is undefined: no test rows, or an AUC of one class."""
 
 
-# --------------------------------------------------------------------------------- records as JSON
-
-
 class JsonRecord(Mapping[str, Any]):
     """Base of the records: a frozen dataclass that can be read by the keys of its JSON form as well.
 
@@ -113,9 +110,6 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is Mapping:
         return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
     return tuple(_read(inner[0], item, where) for item in value) if origin is tuple else value
-
-
-# ------------------------------------------------------------------------------------- the records
 
 
 @dataclass(frozen=True)
@@ -679,9 +673,6 @@ class JobEvent(JobSummary):
     sites: Mapping[str, JobSite] = field(default_factory=dict)
     new_rounds: tuple[JobRow, ...] = ()
     new_metrics: tuple[MetricsRow, ...] = ()
-
-
-# ------------------------------------------------------------------------------------ a list of runs
 
 
 @dataclass(frozen=True)

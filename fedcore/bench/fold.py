@@ -109,9 +109,6 @@ def page(found: Json) -> RenderableType:
     return table_page(("sites", "parameters", "peak memory, MB", "fold, s"), rows, ratio)
 
 
-# ------------------------------------------------------------------ the child
-
-
 def fold_for(parent: Parent) -> None:
     """Fold the vectors of the parent and send it the sum and the measurements."""
     about, blobs = parent.receive()

@@ -152,9 +152,6 @@ def _power_of_two_above(value: float) -> float:
     return float(2.0 ** np.ceil(np.log2(value))) if value > 0 else 1.0
 
 
-# ------------------------------------------------------------------ the schemes
-
-
 def float32() -> TimedScheme:
     """No protection: the vector's own bytes."""
 
@@ -325,9 +322,6 @@ def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) 
         release=ckks.serialise,
         unprotect=lambda chunks, n: ckks.unprotect(context, chunks) / n,
     )
-
-
-# ------------------------------------------------------------------ measuring
 
 
 def _measure(scheme: TimedScheme, vectors: Sequence[FloatVector], into: _Measured) -> None:

@@ -6,16 +6,7 @@ Invariant: a clause whose facts a result does not hold is left out rather than g
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedcore.report.phrases import (
-    ARM_NAMES,
-    DASH,
-    capitalised,
-    count,
-    listed,
-    metric_name,
-    plain,
-    plural,
-)
+from fedcore.report import phrases
 from fedcore.report.sentences import arms_of, how_measured, setting, splits, which_split
 from fedcore.results import ComparisonResult, Result, RunResult
 from fedcore.secagg.protections import PROTECTIONS, unprotected
@@ -27,25 +18,26 @@ def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
     """{key: short fact} of everything that a person chose for a run. seeds: with its seed and fold."""
     plan, train, absences = result.plan, result.train, result.absences
     server, rule = plan.get("server") or {}, plan.get("range") or {}
+    dropped = phrases.listed(map(phrases.plain, absences.drop))
     facts = {
-        "task": f"task {plain(result.task)}",
-        "protection": plain(result.protection),
-        "rounds": plural(result.rounds, "round"),
+        "task": f"task {phrases.plain(result.task)}",
+        "protection": phrases.plain(result.protection),
+        "rounds": phrases.plural(result.rounds, "round"),
         "threshold": f"threshold {plan['threshold']}" if plan.get("threshold") else "",
-        "drop": f"drop {listed(map(plain, absences.drop))}" if absences.drop else "",
+        "drop": f"drop {dropped}" if dropped else "",
         "dropout": f"dropout {absences.dropout}" if absences.dropout else "",
         "bits": f"{plan.get('bits')} bits",
-        "range": f"range {plain(rule.get('start') or 'estimated')}"
+        "range": f"range {phrases.plain(rule.get('start') or 'estimated')}"
         + (", adaptive" if rule.get("adaptive") else ""),
-        "server": f"server {plain(server.get('optimiser', DASH))}",
+        "server": f"server {phrases.plain(server.get('optimiser', phrases.DASH))}",
         **{f"server {key}": f"server {key} {server[key]}" for key in _RATES if key in server},
-        "optimiser": f"local {plain(train.get('optimiser', DASH))}",
+        "optimiser": f"local {phrases.plain(train.get('optimiser', phrases.DASH))}",
         **{key: f"{key} {train[key]}" for key in _RATES if key in train},
-        "epochs": plural(int(train.get("epochs") or 0), "epoch"),
-        "batch_size": f"batch size {plain(train.get('batch_size'))}",
-        "weight_decay": f"weight decay {plain(train.get('weight_decay'))}",
-        "arms": f"arms {listed(ARM_NAMES.get(a, plain(a)) for a in arms_of(result))}",
-        "sites": plural(len(result.sites), "site"),
+        "epochs": phrases.plural(int(train.get("epochs") or 0), "epoch"),
+        "batch_size": f"batch size {phrases.plain(train.get('batch_size'))}",
+        "weight_decay": f"weight decay {phrases.plain(train.get('weight_decay'))}",
+        "arms": f"arms {phrases.listed(phrases.ARM_NAMES.get(a, phrases.plain(a)) for a in arms_of(result))}",
+        "sites": phrases.plural(len(result.sites), "site"),
     }
     said = {key: fact for key, fact in facts.items() if fact}
     return said | (which_split(result) if seeds else {})
@@ -77,8 +69,10 @@ def methods(result: Result) -> str:
 
 def _data(result: Result) -> str:
     known = {site: found.rows for site, found in result.per_site.items() if found.rows}
-    sizes = [f"{plain(s)}, n = {count(known[s])}" for s in result.sites if s in known]
-    text = f"The task {plain(result.task)} was learnt across {plural(len(result.sites), 'site')}"
+    sizes = [
+        f"{phrases.plain(s)}, n = {phrases.count(known[s])}" for s in result.sites if s in known
+    ]
+    text = f"The task {phrases.plain(result.task)} was learnt across {phrases.plural(len(result.sites), 'site')}"
     if known:
         text += f" holding {sum(known.values()):,} rows"
     if sizes and len(sizes) <= 8:
@@ -90,7 +84,7 @@ def _data(result: Result) -> str:
             f"all arms were repeated over {splits(result)}."
         )
     elif isinstance(result, RunResult) and (rows := result.rows) is not None:
-        held = f"{count(rows.train)} training and {count(rows.test)} test rows"
+        held = f"{phrases.count(rows.train)} training and {phrases.count(rows.test)} test rows"
         text += (
             f" Within each site, rows were split at random into {result.folds} stratified folds, "
             f"one of which was held out ({held}; seed {result.seed}, fold {result.fold})."
@@ -118,12 +112,12 @@ def scaled_by_ranges(statistics: Mapping[str, Any]) -> bool:
 
 def _training(result: Result) -> str:
     model, train = result.model, result.train
-    size = plural(model.coordinates, "coordinate") if model.coordinates else ""
-    described = _bracketed([plain(model.summary), size])
-    rounds = plural(result.rounds, "round")
+    size = phrases.plural(model.coordinates, "coordinate") if model.coordinates else ""
+    described = _bracketed([phrases.plain(model.summary), size])
+    rounds = phrases.plural(result.rounds, "round")
     text = f"The model{described} was trained by federated averaging for {rounds}"
     if train.get("epochs"):
-        epochs = plural(int(train["epochs"]), "local epoch")
+        epochs = phrases.plural(int(train["epochs"]), "local epoch")
         text += f", each of {epochs} with {_optimiser(train)}{_rates(train)}"
     server = result.plan.get("server") or {}
     if server.get("optimiser") not in (None, "", "fedavg"):
@@ -133,7 +127,7 @@ def _training(result: Result) -> str:
 
 def _optimiser(section: Mapping[str, Any]) -> str:
     name = section.get("optimiser")
-    return _OPTIMISERS.get(str(name), plain(name))
+    return _OPTIMISERS.get(str(name), phrases.plain(name))
 
 
 _OPTIMISERS = {
@@ -164,7 +158,7 @@ def _protection(result: Result) -> str:
         text += f", {words} to a slot of {plan['slot_bits']} bits"
     layers = PROTECTIONS.get(protection)
     if layers is None:
-        text += f", and summed under the protection {plain(protection)}"
+        text += f", and summed under the protection {phrases.plain(protection)}"
     elif not layers.protects:
         text += "; their sum was not protected (simulation only)"
     elif not layers.encrypts:
@@ -180,7 +174,7 @@ def _protection(result: Result) -> str:
     headroom = plan.get("headroom") or {}
     if headroom.get("bound") is not None and headroom.get("limit") is not None:
         sites = plan.get("max_sites")
-        most = f" of at most {plural(int(sites), 'site')}" if sites else ""
+        most = f" of at most {phrases.plural(int(sites), 'site')}" if sites else ""
         text += (
             f" That a sum{most} cannot overflow was proved from the plan before the first round."
         )
@@ -207,13 +201,13 @@ def _absences(result: Result) -> str:
     threshold, absences = result.plan.get("threshold"), result.absences.count
     text = ""
     if threshold and (absences or not unprotected(result.protection)):
-        sites = plural(len(result.sites), "site")
+        sites = phrases.plural(len(result.sites), "site")
         text += f" A round needed {threshold} of {sites} at every stage."
     if absences:
         abandoned = len(result.absences.abandoned)
-        text += f" Absences were simulated: {plural(absences, 'time')} a site left a round"
+        text += f" Absences were simulated: {phrases.plural(absences, 'time')} a site left a round"
         if abandoned:
-            text += f", and {plural(abandoned, 'round')} in which too few stayed changed nothing"
+            text += f", and {phrases.plural(abandoned, 'round')} in which too few stayed changed nothing"
         text += "."
     return text
 
@@ -223,29 +217,29 @@ def _primes(modulus: Any) -> str:
     bits = [str(int(prime).bit_length()) for prime in primes]
     if len(bits) == 1:
         return f"one {bits[0]}-bit prime"
-    return f"primes of {listed(bits)} bits" if bits else ""
+    return f"primes of {phrases.listed(bits)} bits" if bits else ""
 
 
 def _reference_rows(result: Result) -> str:
     """How many rows the reference arms trained on: those of the survivors, or more."""
     if not result.absences.count:
         return " and saw as many training rows"
-    every = [ARM_NAMES[a] for a in ("centralised", "local_only") if a in result.arm_names]
-    facts = [f"{listed(every)} trained on all sites' rows in every round"] if every else []
+    every = [phrases.ARM_NAMES[a] for a in ("centralised", "local_only") if a in result.arm_names]
+    facts = [f"{phrases.listed(every)} trained on all sites' rows in every round"] if every else []
     if "federated_float" in result.arm_names:
         facts.append("federated averaging in floating point on those of each round's survivors")
     return f"; {', and '.join(facts)}"
 
 
 def _evaluation(result: Result) -> str:
-    names = listed(metric_name(m) for m in result.metrics)
+    names = phrases.listed(phrases.metric_name(m) for m in result.metrics)
     references = ("centralised", "local_only", "federated_float")
-    arms = listed(ARM_NAMES[arm] for arm in references if arm in result.arm_names)
+    arms = phrases.listed(phrases.ARM_NAMES[arm] for arm in references if arm in result.arm_names)
     text, rows = "", _reference_rows(result)
     if arms:
         text = f"Reference arms ({arms}) used the same seeds and splits{rows}. "
     verb = "were" if len(result.metrics) > 1 else "was"
-    text += f"{capitalised(names)} {verb} measured over the union of the sites' test rows"
+    text += f"{phrases.capitalised(names)} {verb} measured over the union of the sites' test rows"
     if method := how_measured(result):
         errors = [result.is_error(metric) for metric in result.metrics]
         gap, within = "centralised minus federated", "one point of it"
@@ -259,5 +253,5 @@ def _evaluation(result: Result) -> str:
     text += "."
     version = result.origin.environment.get("fedcore")
     if version:
-        text += f" Computed with Fedcore {plain(version)}."
+        text += f" Computed with Fedcore {phrases.plain(version)}."
     return text

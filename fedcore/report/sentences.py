@@ -8,23 +8,7 @@ Everything returned is plain text (`phrases.plain`).
 from collections.abc import Sequence
 from functools import partial
 
-from fedcore.report.phrases import (
-    ARM_NAMES,
-    DASH,
-    PROTECTION_STAGES,
-    amount,
-    capitalised,
-    count,
-    duration,
-    interval,
-    measure,
-    metric_name,
-    plain,
-    plural,
-    quantity,
-    score,
-    size,
-)
+from fedcore.report import phrases
 from fedcore.results import ComparisonResult, Result, RunResult
 from fedcore.secagg.protections import unprotected
 
@@ -46,13 +30,10 @@ GLOSSARY = (
 )
 
 
-# --------------------------------------------------------------------------------------- facts
-
-
 def arms_of(result: Result) -> list[str]:
     """The arms present, in the usual order, unknown ones last."""
-    found = result.arm_names
-    return [a for a in ARM_NAMES if a in found] + [a for a in found if a not in ARM_NAMES]
+    found, usual = result.arm_names, phrases.ARM_NAMES
+    return [a for a in usual if a in found] + [a for a in found if a not in usual]
 
 
 def primary_metric(result: Result) -> str | None:
@@ -88,20 +69,17 @@ def rows_tested(result: Result) -> int | None:
 
 def model_hash(result: Result) -> str:
     """SHA-256 of a run's model, empty for a comparison, which has none."""
-    return plain(result.model_sha256) if isinstance(result, RunResult) else ""
+    return phrases.plain(result.model_sha256) if isinstance(result, RunResult) else ""
 
 
 def label_lines(label: str) -> list[str]:
     """The label of the plan (who could have seen what), one sentence a line."""
-    return [plain(line) for line in label.splitlines() if line.strip()]
+    return [phrases.plain(line) for line in label.splitlines() if line.strip()]
 
 
 def splits(result: ComparisonResult) -> str:
     """`5 seeds x 5 folds`."""
     return f"{result.seeds} seeds x {result.folds} folds"
-
-
-# ------------------------------------------------------------------------------------------------ lost
 
 
 def lost(result: Result) -> list[str]:
@@ -120,48 +98,49 @@ def lost(result: Result) -> list[str]:
 
 
 def _lost(result: Result, metric: str, against: str) -> str:
-    name = metric_name(metric)
+    name = phrases.metric_name(metric)
     gap = result.gap_of("total", metric)
     if gap is None or gap.mean is None:
         return _without_gap(result, metric, against)
-    mean, value, span = gap.mean, measure(result, metric, gap.mean), interval(result, metric, gap)
+    mean, span = gap.mean, phrases.interval(result, metric, gap)
+    value = phrases.measure(result, metric, abs(mean) if gap.ends is None else mean)
     scores = _both_scores(result, metric)
     if gap.ends is None:
-        word, value = ("gained", measure(result, metric, -mean)) if mean < 0 else ("lost", value)
-        return f"{capitalised(name)}: {value} {word}{scores}, with no interval to judge it by."
+        what = f"{value} {'gained' if mean < 0 else 'lost'}{scores}"
+        return f"{phrases.capitalised(name)}: {what}, with no interval to judge it by."
     low, high = gap.ends
     if low == high == mean == 0:
-        return f"{capitalised(name)} is exactly that of the centralised arm."
+        return f"{phrases.capitalised(name)} is exactly that of the centralised arm."
     if low > 0:
-        return f"{quantity(result, metric, mean)} lost{against}{scores}, interval {span}."
+        return f"{phrases.quantity(result, metric, mean)} lost{against}{scores}, interval {span}."
     if high < 0:
         side = "lower" if result.is_error(metric) else "higher"
         return f"No loss{against}: {name} {value}{scores}, interval {span}; federated is {side}."
     if max(-low, high) <= _negligible(result, metric):
         return f"No loss measurable{against}: {name} {value}{scores}, interval {span}."
     where = f"over {splits(result)}" if isinstance(result, ComparisonResult) else "on these rows"
-    if amount(result, metric, mean) == "0.00":
+    if phrases.amount(result, metric, mean) == "0.00":
         change, of = f"no {name} lost or gained", ""
     elif mean > 0:
-        change, of = f"{quantity(result, metric, mean)} lost", ""
+        change, of = f"{phrases.quantity(result, metric, mean)} lost", ""
     else:
-        change, of = f"{quantity(result, metric, -mean)} gained", " of the loss"
+        change, of = f"{phrases.quantity(result, metric, -mean)} gained", " of the loss"
     return f"Not resolved: {change} {where}{scores}, interval{of} {span}."
 
 
 def _without_gap(result: Result, metric: str, against: str) -> str:
     """The sentence of a metric without a gap: the federated arm's score, and why there is no gap."""
-    name = metric_name(metric)
+    name = phrases.metric_name(metric)
     reached = result.score("federated", metric)
     if reached is None:
         reason = why_missing(metric, rows_tested(result))
         reason += " among the test rows" if reason == "one class" else ""
-        return f"{capitalised(name)}: {DASH}" + (f" ({reason})." if reason else ".")
+        return f"{phrases.capitalised(name)}: {phrases.DASH}" + (f" ({reason})." if reason else ".")
     if "centralised" in result.arm_names:
-        return f"Federated {name} {score(reached)}; of the centralised arm it is unknown."
+        return f"Federated {name} {phrases.score(reached)}; of the centralised arm it is unknown."
     # Said once, with the headline.
     missing = "; no centralised arm was run to compare with" if against else ""
-    return f"Federated {name} {score(reached)}{missing}."
+    return f"Federated {name} {phrases.score(reached)}{missing}."
 
 
 def _both_scores(result: Result, metric: str) -> str:
@@ -169,7 +148,7 @@ def _both_scores(result: Result, metric: str) -> str:
     pooled, together = (result.score(arm, metric) for arm in ("centralised", "federated"))
     if not result.is_error(metric) or pooled is None or together is None:
         return ""
-    return f" ({score(pooled)} centralised, {score(together)} federated)"
+    return f" ({phrases.score(pooled)} centralised, {phrases.score(together)} federated)"
 
 
 def _negligible(result: Result, metric: str) -> float:
@@ -183,10 +162,7 @@ def how_measured(result: Result) -> str:
     """The method behind the headline's interval; empty if there is no interval."""
     metric = primary_metric(result)
     gap = result.gap_of("total", metric) if metric else None
-    return plain(gap.method) if gap is not None and gap.ends is not None else ""
-
-
-# ---------------------------------------------------------------------------------------------- gained
+    return phrases.plain(gap.method) if gap is not None and gap.ends is not None else ""
 
 
 def site_gain(result: Result, site: str, metric: str) -> float | None:
@@ -204,21 +180,22 @@ def gained(result: Result) -> list[str]:
         return ["Not measured: no site was trained alone to compare with."]
     if metric is None or not known:
         return ["Not measured per site."]
-    name, error = metric_name(metric), result.is_error(metric)
+    name, error = phrases.metric_name(metric), result.is_error(metric)
     counted, better = name if error else "points", sum(g > 0 for g in known)
     average = f", averaged over {splits(result)}" if isinstance(result, ComparisonResult) else ""
-    sites_known = plural(len(known), "site")
+    sites_known = phrases.plural(len(known), "site")
     if len(known) < len(gains):
         sites_known = f"the {sites_known} with a known {name}"
     compared = f"have less {name}" if error else f"score higher in {name}"
     first = f"{better} of {sites_known} {compared} together than alone{average}"
     tested = {site: found.test_rows for site, found in result.per_site.items()}
-    signed = partial(amount, result, metric, signed=True)
+    signed = partial(phrases.amount, result, metric, signed=True)
     if len(gains) <= 8:
         each = []
         for site, gain in gains.items():
             reason = why_missing(metric, tested[site]) if gain is None else ""
-            each.append(f"{plain(site)} {signed(gain)}" + (f" ({reason})" if reason else ""))
+            why = f" ({reason})" if reason else ""
+            each.append(f"{phrases.plain(site)} {signed(gain)}{why}")
         sentences = [f"{first}; gained in {counted}: {', '.join(each)}."]
     else:
         ordered = sorted(known)
@@ -233,13 +210,10 @@ def gained(result: Result) -> list[str]:
     return sentences
 
 
-# ------------------------------------------------------------------------------------------------ paid
-
-
 def per_site_and_round(result: Result) -> str:
     """`13.9 kB per site and round (one ciphertext, 1 % used)`; bytes per parameter only where a
     model fills its ciphertexts, since a ratio to a smaller model means nothing."""
-    text = f"{size(result.cost.bytes_up)} per site and round"
+    text = f"{phrases.size(result.cost.bytes_up)} per site and round"
     used, ciphertexts = result.cost.ciphertext_used, result.cost.ciphertexts
     if not ciphertexts:
         return text
@@ -250,7 +224,7 @@ def per_site_and_round(result: Result) -> str:
         return f"{text} (one ciphertext{share})"
     each = result.cost.bytes_per_parameter
     ratio = "" if each is None else f", {each:.2f} bytes per parameter"
-    return f"{text} ({count(ciphertexts)} ciphertexts{ratio})"
+    return f"{text} ({phrases.count(ciphertexts)} ciphertexts{ratio})"
 
 
 def cost(result: Result) -> list[str]:
@@ -258,18 +232,19 @@ def cost(result: Result) -> list[str]:
     protected = not unprotected(result.protection)
     sentences = [] if protected else ["Nothing was protected: `plain` is for simulation and tests."]
     if result.cost.bytes_up is not None:
-        down = size(result.cost.bytes_down)
+        down = phrases.size(result.cost.bytes_down)
         sentences.append(f"Sent: {per_site_and_round(result)} up, {down} down.")
     if result.cost.seconds:
-        spent = duration(sum(result.cost.seconds.get(stage, 0.0) for stage in PROTECTION_STAGES))
-        rounds, train = plural(result.rounds, "round"), duration(result.cost.seconds.get("train"))
+        spent = sum(result.cost.seconds.get(stage, 0.0) for stage in phrases.PROTECTION_STAGES)
+        train = phrases.duration(result.cost.seconds.get("train"))
         sentences.append(
-            f"Encode, protect, fold and unprotect took {spent} over {rounds}; local training took {train}."
+            f"Encode, protect, fold and unprotect took {phrases.duration(spent)} over "
+            f"{phrases.plural(result.rounds, 'round')}; local training took {train}."
         )
     if protected and (exact := protection_changed(result)):
         sentences.append(exact)
     if isinstance(result, ComparisonResult) and result.cost.seconds_total is not None:
-        took = duration(result.cost.seconds_total)
+        took = phrases.duration(result.cost.seconds_total)
         sentences.append(f"All {splits(result)} took {took}; the report of one run has the stages.")
     return sentences or ["Not measured."]
 
@@ -280,8 +255,8 @@ def protection_changed(result: Result) -> str:
     known = {metric: change for metric, change in changes.items() if change is not None}
     if result.sums.unequal_rounds:
         return (
-            f"In {count(result.sums.unequal_rounds)} rounds the opened sum was not the plain integer sum, which "
-            "must never happen: this result is not to be trusted."
+            f"In {phrases.count(result.sums.unequal_rounds)} rounds the opened sum was not the plain integer "
+            "sum, which must never happen: this result is not to be trusted."
         )
     if not known:
         return ""
@@ -289,33 +264,30 @@ def protection_changed(result: Result) -> str:
         return "Protection changed no result: the protected sums equal the plain integer sums."
     worst = max(known, key=lambda metric: abs(known[metric]))
     return (
-        f"Protection changed {metric_name(worst)} by {measure(result, worst, known[worst])}; "
+        f"Protection changed {phrases.metric_name(worst)} by {phrases.measure(result, worst, known[worst])}; "
         "it must be exactly 0, so this result is not to be trusted."
     )
 
 
-# -------------------------------------------------------------------------------------- what it is of
-
-
 def title(result: Result) -> str:
     """`heart: 4 sites, encrypted`."""
-    sites = plural(len(result.sites), "site")
-    return f"{plain(result.task)}: {sites}, {plain(result.protection)}"
+    sites = phrases.plural(len(result.sites), "site")
+    return f"{phrases.plain(result.task)}: {sites}, {phrases.plain(result.protection)}"
 
 
 def setting(result: Result) -> list[str]:
     """Rounds, seed and rows: the short facts under the title."""
-    facts = [plural(result.rounds, "round"), *which_split(result).values()]
+    facts = [phrases.plural(result.rounds, "round"), *which_split(result).values()]
     if isinstance(result, RunResult) and (rows := result.rows) is not None:
-        facts.append(f"{count(rows.train)} train and {count(rows.test)} test rows")
+        facts.append(f"{phrases.count(rows.train)} train and {phrases.count(rows.test)} test rows")
     if result.model.summary:
-        facts.append(plain(result.model.summary))
+        facts.append(phrases.plain(result.model.summary))
     if isinstance(result, RunResult) and result.stopped:
-        facts.append(f"stopped: {plain(result.stopped)}")
+        facts.append(f"stopped: {phrases.plain(result.stopped)}")
     if result.absences.count:
-        facts.append(plural(result.absences.count, "absence"))
+        facts.append(phrases.plural(result.absences.count, "absence"))
     if abandoned := len(result.absences.abandoned):
-        facts.append(f"{plural(abandoned, 'round')} abandoned")
+        facts.append(f"{phrases.plural(abandoned, 'round')} abandoned")
     return facts
 
 
@@ -332,8 +304,8 @@ def run_names(results: Sequence[Result]) -> list[str]:
     """A short distinct name for each result: the run's folder, else task, protection and seed."""
     names = []
     for result in results:
-        folder = plain(result.origin.run).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-        names.append(folder or f"{plain(result.task)} {plain(result.protection)}")
+        folder = phrases.plain(result.origin.run).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        names.append(folder or f"{phrases.plain(result.task)} {phrases.plain(result.protection)}")
     if len(set(names)) == len(names):
         return names
     return [f"{name} ({i})" for i, name in enumerate(names, start=1)]
