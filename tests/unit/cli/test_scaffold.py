@@ -18,7 +18,7 @@ def test_it_runs_as_it_is(tmp_path, monkeypatch):
     assert run.result["sites"] == ["north", "south", "coast"]
     assert run.result["protection"] == "layered"
     assert run.result["arms"]["federated"]["auc"] > 0.7
-    assert not run.result.get("unknown_categories")
+    assert not any("not declared" in warning for warning in run.result.warnings)
 
 
 def test_what_is_written(tmp_path):
