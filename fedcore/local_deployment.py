@@ -11,7 +11,7 @@ whole process group after ten seconds.
 import contextlib
 import json
 import os
-import queue
+import select
 import shlex
 import signal
 import socket
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import tomli_w
 
@@ -205,28 +205,25 @@ class Running:
         None: a second without a line. Raises its error (see `ask`), and BadInput if a process ended.
         """
         line = self.deployment.operate(*words)
+        # Unbuffered, so that no line waits in a buffer which `select` does not see.
         with subprocess.Popen(  # noqa: S603
-            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
         ) as asked:
             assert asked.stdout is not None
             assert asked.stderr is not None
-            lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-            reader = threading.Thread(target=_read_lines, args=(asked.stdout, lines), daemon=True)
-            reader.start()
             try:
                 while True:
-                    try:
-                        text = lines.get(timeout=1.0)
-                    except queue.Empty:
+                    if not select.select([asked.stdout], [], [], 1.0)[0]:
                         self.check()
                         yield None
-                        continue
-                    if text is None:
+                    elif text := asked.stdout.readline().decode():
+                        yield json.loads(text)
+                    else:
                         break
-                    yield json.loads(text)
                 code = asked.wait(GRACE_SECONDS)
                 if code not in (errors.EXIT_DONE, errors.EXIT_ABANDONED):
-                    raise _error_of(f"fed-coordinator {words[0]}", code, asked.stderr.read())
+                    said = asked.stderr.read().decode()
+                    raise _error_of(f"fed-coordinator {words[0]}", code, said)
             finally:
                 asked.kill()
 
@@ -313,13 +310,6 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _read_lines(source: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in source:
-        if line.strip():
-            lines.put(line)
-    lines.put(None)
 
 
 def _ended(name: str, code: int, log: Path) -> errors.FedcoreError:
