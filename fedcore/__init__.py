@@ -26,23 +26,17 @@ if TYPE_CHECKING:
     from fedcore.learning.task import Task as Task
     from fedcore.learning.task import load_task as load_task
 
-_HOMES = {
-    "STOP": "fedcore.experiment.loop",
-    "Comparison": "fedcore.experiment.run",
-    "FedcoreError": "fedcore.errors",
-    "Run": "fedcore.experiment.run",
-    "Task": "fedcore.learning.task",
-    "category": "fedcore.learning.data.tabular",
-    "compare": "fedcore.api",
-    "group": "fedcore.learning.data.partition",
-    "linear": "fedcore.learning.data.linear",
-    "load": "fedcore.experiment.run",
-    "load_task": "fedcore.learning.task",
-    "number": "fedcore.learning.data.tabular",
-    "simulate": "fedcore.api",
-    "split": "fedcore.learning.data.partition",
-    "table": "fedcore.learning.data.tabular",
+_NAMES = {
+    "api": ("compare", "simulate"),
+    "errors": ("FedcoreError",),
+    "experiment.loop": ("STOP",),
+    "experiment.run": ("Comparison", "Run", "load"),
+    "learning.data.linear": ("linear",),
+    "learning.data.partition": ("group", "split"),
+    "learning.data.tabular": ("category", "number", "table"),
+    "learning.task": ("Task", "load_task"),
 }
+_HOMES = {name: f"fedcore.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
