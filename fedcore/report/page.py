@@ -63,9 +63,8 @@ def render(runs: Sequence[Finished]) -> str:
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
         details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
-        keys=[*tables.plan(results), *tables.training(results), *tables.environment(results)],
+        keys=tables.settings(results),
         methods=_parts(names, [(methods(r),) for r in results]),
-        glossary=say.GLOSSARY,
     )
 
 

@@ -7,10 +7,7 @@ The numbers are `result.seen` (fedcore.experiment.exposure); a result without th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from markupsafe import Markup
 
 from fedcore.report import phrases
 from fedcore.report.tables import Cell, Grid
@@ -35,22 +32,24 @@ _UPLOAD = {  # (masks?, encrypts?): how the coordinator reads it, and how it doe
 
 
 @dataclass(frozen=True)
-class PartyCell:
-    """One cell: what was read, and bars of the most informative reading ("" where there is none)."""
+class Bars:
+    """A picture of coordinates: per cent of the largest, up or down from a line in the middle."""
 
-    text: str
-    bars: Markup
+    strip: tuple[int, ...]
+    label: str
+    exact: bool
 
 
 @dataclass(frozen=True)
 class Readings:
-    """The section of one run. columns: the protections; rows: (party, one `PartyCell` a column)."""
+    """The section of one run. columns: the protections; rows: (party, one cell a column), where a cell is what
+    was read, and the bars of the most informative reading, if there is one."""
 
     title: str
     headline: str
-    bars: Markup
+    bars: Bars
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[PartyCell, ...]], ...]
+    rows: tuple[tuple[str, tuple[tuple[str, Bars | None], ...]], ...]
     note: str
     caption: str
 
@@ -67,19 +66,18 @@ def section(result: Result) -> Readings | None:
     for party in PARTIES:
         held = []
         for views, protection in columns:
-            view, strip = views[party], Markup()
-            if view.best is not None and view.best.strip:
-                drawn = len(view.best.strip)
-                label = f"{_name(seen, party)} under {protection}: {drawn} coordinates as read"
-                strip = bars(view.best.strip, label, exact=view.best.exact == 1)
-            held.append(PartyCell(_cell(seen, party, view, protection), strip))
+            view, bars = views[party], None
+            if view.best is not None and (strip := view.best.strip):
+                label = f"{_name(seen, party)} under {protection}: {len(strip)} coordinates as read"
+                bars = Bars(strip, label, view.best.exact == 1)
+            held.append((_cell(seen, party, view, protection), bars))
         rows.append((_name(seen, party), tuple(held)))
     drawn = len(seen.strip)
     first = f"the first {drawn} of {size:,}" if drawn < size else f"all {size:,}"
     return Readings(
         f"What anyone could read of {site}'s update",
         headline(seen),
-        bars(seen.strip, f"{site}'s update: its first {drawn} coordinates", exact=True),
+        Bars(seen.strip, f"{site}'s update: its first {drawn} coordinates", exact=True),
         tuple(f"under {protection}" for _, protection in columns),
         tuple(rows),
         _note(seen),
@@ -94,7 +92,7 @@ def table(result: Result) -> list[Grid]:
     if found is None:
         return []
     rows = [
-        (Cell(party, number=False), *(Cell(held.text, number=False) for held in cells))
+        (Cell(party, number=False), *(Cell(text, number=False) for text, _ in cells))
         for party, cells in found.rows
     ]
     note = f"{found.headline} {found.note}"
@@ -193,14 +191,3 @@ def _note(seen: UpdateExposure) -> str:
         "The parties followed the protocol; what one that breaks it can do is said under "
         '"Who could have seen what".'
     )
-
-
-def bars(strip: Sequence[int], label: str, *, exact: bool) -> Markup:
-    """A strip of bars as one `<svg>`: per cent of the largest, up or down from a line in the middle."""
-    path = "".join(f"M{4 * i} 20V{20 - value * 0.19:.4g}h3V20z" for i, value in enumerate(strip))
-    width = 4 * len(strip) - 1
-    return Markup(
-        '<svg class="strip" viewBox="0 0 {w} 40" preserveAspectRatio="none" role="img" '
-        'aria-label="{label}"><path d="M0 20h{w}" stroke="var(--plot-rule)" fill="none" '
-        'vector-effect="non-scaling-stroke"/><path d="{path}" fill="var(--plot-{ink})"/></svg>'
-    ).format(w=width, label=label, path=path, ink="ink" if exact else "muted")

@@ -16,19 +16,6 @@ NEGLIGIBLE = 0.01
 """Half the width of an interval that may be called no loss: one point, or of an error one hundredth of the
 centralised arm's. Fedcore's aim is tenths of a point, and a wider interval could hide ten times as much."""
 
-GLOSSARY = (
-    ("arm", "one way of training on the same seeds, splits and budget"),
-    ("centralised", "all rows pooled in one place: what the sites cannot do"),
-    ("local only", "each site trains alone on its own rows"),
-    ("federated, float", "federated averaging in floating point, without rounding or protection"),
-    ("federated", "federated averaging as deployed: rounded to integers and protected"),
-    ("point", "one hundredth of a metric: accuracy 0.80 to 0.79 is one point lost"),
-    ("gap", "centralised minus federated; positive means lost"),
-    ("no loss measurable", "the gap's interval contains 0 and stays within one point of it"),
-    ("not resolved", "the interval contains 0 but is wider: these rows cannot tell"),
-    ("AUC", "chance that a random positive row scores above a random negative one"),
-)
-
 
 def arms_of(result: Result) -> list[str]:
     """The arms present, in the usual order, unknown ones last."""

@@ -140,6 +140,7 @@ def per_site(results: Sequence[Result]) -> list[Grid]:
     """Per metric: every site alone and together, and their unweighted mean; together only, where no
     site was trained alone."""
     single = len(results) == 1
+    cells_of = site_cells if single else lambda *site: [_gained(*site)]
     alone = any("local_only" in result.arm_names for result in results)
     found: list[Grid] = []
     for metric in _all(results, say.ordered_metrics):
@@ -149,14 +150,14 @@ def per_site(results: Sequence[Result]) -> list[Grid]:
             for result in results:
                 values = result.per_site.get(site, SiteResult())
                 reason = say.why_missing(metric, values.test_rows)
-                cells += _site_cells(result, values, metric, reason, single)
+                cells += cells_of(result, values, metric, reason)
             rows.append(tuple(cells))
         if not rows:
             continue
         mean = [_name("site mean")]
         for result in results:
             reason = "not known at every site" if result.per_site else ""
-            mean += _site_cells(result, _site_mean(result), metric, reason, single)
+            mean += cells_of(result, _site_mean(result), metric, reason)
         if any(cell.text not in (DASH, "") for cell in mean[1:]):
             rows.append(tuple(mean))
         head = ["site", *_columns(results, "test rows", "alone", "together", "gained")]
@@ -184,25 +185,27 @@ def per_site_note(results: Sequence[Result]) -> str:
     return f"{where} Gained: {how}, {units}. The mean is unweighted."
 
 
-def _site_cells(
-    result: Result, values: SiteResult, metric: str, reason: str, single: bool
-) -> list[Cell]:
-    """reason: why a metric that was measured at this site is unknown."""
+def site_cells(result: Result, values: SiteResult, metric: str, reason: str) -> list[Cell]:
+    """Test rows, alone, together and gained of a site. reason: why a metric that was measured there is unknown."""
     alone = values.arms.get("local_only", {}).get(metric)
     together = values.arms.get("federated", {}).get(metric)
     gain = result.better_by(metric, together, alone)
-    if gain is None and not values.arms.get("federated"):
+    if gain is not None or not values.arms.get("federated"):
         reason = ""
-    gained = Cell(phrases.amount(result, metric, gain, signed=True), reason if gain is None else "")
-    if single:
-        rows = phrases.count(values.test_rows) if values.test_rows is not None else ""
-        why = "" if together is not None or "local_only" in result.arm_names else gained.sub
-        return [Cell(rows), Cell(phrases.score(alone)), Cell(phrases.score(together), why), gained]
-    if gain is not None:
-        return [Cell(gained.text, f"{phrases.score(alone)} -> {phrases.score(together)}")]
-    if together is not None and "local_only" not in result.arm_names:
-        return [Cell(DASH, f"{phrases.score(together)}, alone not run")]
-    return [gained]
+    rows = phrases.count(values.test_rows) if values.test_rows is not None else ""
+    why = "" if together is not None or "local_only" in result.arm_names else reason
+    gained = Cell(phrases.amount(result, metric, gain, signed=True), reason)
+    return [Cell(rows), Cell(phrases.score(alone)), Cell(phrases.score(together), why), gained]
+
+
+def _gained(result: Result, values: SiteResult, metric: str, reason: str) -> Cell:
+    """What a site gained and, under it, from which score to which."""
+    _, alone, together, gained = site_cells(result, values, metric, reason)
+    if DASH not in (alone.text, together.text):
+        return Cell(gained.text, f"{alone.text} -> {together.text}")
+    if together.text != DASH and "local_only" not in result.arm_names:
+        return Cell(DASH, f"{together.text}, alone not run")
+    return gained
 
 
 def _site_mean(result: Result) -> SiteResult:
@@ -311,7 +314,9 @@ def cost(results: Sequence[Result]) -> list[Grid]:
         "sent per site and round": lambda r: phrases.size(r.cost.bytes_up),
         "received per site and round": lambda r: phrases.size(r.cost.bytes_down),
         "ciphertexts sent per site and round": lambda r: phrases.count(r.cost.ciphertexts),
-        "peak memory": lambda r: _memory(r.cost.peak_memory_mb),
+        "peak memory": lambda r: (
+            f"{phrases.count(peak)} MB" if (peak := r.cost.peak_memory_mb) is not None else DASH
+        ),
         "coordinates clipped": lambda r: _share(r.sums.clipped_fraction),
     }
     cells = {name: [Cell(text(result)) for result in results] for name, text in lines.items()}
@@ -319,10 +324,6 @@ def cost(results: Sequence[Result]) -> list[Grid]:
     staged = any(result.cost.seconds for result in results)
     note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
     return _table("Cost by stage" if staged else "Cost", ["", *_columns(results, "")], rows, note)
-
-
-def _memory(megabytes: float | None) -> str:
-    return DASH if megabytes is None else f"{megabytes:,.0f} MB"
 
 
 def _share(fraction: float | None) -> str:
@@ -371,21 +372,15 @@ def sites(results: Sequence[Result]) -> list[Grid]:
     return _table("Sites", (*head, "rows per class"), found)
 
 
-def plan(results: Sequence[Result]) -> list[Grid]:
-    """Everything the sites and the coordinator agreed on, key by key."""
+def settings(results: Sequence[Result]) -> list[Grid]:
+    """Key by key: what the sites and the coordinator agreed on, the training, versions and machine."""
     known_elsewhere = ("label", "sites", "train", "packing")
-    kept = [{k: v for k, v in r.plan.items() if k not in known_elsewhere} for r in results]
-    return _keys("Plan", results, kept)
-
-
-def training(results: Sequence[Result]) -> list[Grid]:
-    """The job's training settings."""
-    return _keys("Training", results, [result.train for result in results])
-
-
-def environment(results: Sequence[Result]) -> list[Grid]:
-    """Versions and machine."""
-    return _keys("Environment", results, [result.origin.environment for result in results])
+    plans = [{k: v for k, v in r.plan.items() if k not in known_elsewhere} for r in results]
+    return [
+        *_keys("Plan", results, plans),
+        *_keys("Training", results, [result.train for result in results]),
+        *_keys("Environment", results, [result.origin.environment for result in results]),
+    ]
 
 
 def statistics(results: Sequence[Result]) -> list[Grid]:

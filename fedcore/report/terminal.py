@@ -234,8 +234,7 @@ def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
     for arm in say.arms_of(result):
         cells, part = [phrases.arm_name(arm)], phrases.GAP_OF_ARM.get(arm, "")
         for metric in metrics:
-            score = tables.score_cell(result, arm, metric)
-            cells.append(score.sub if score.text == DASH and score.sub else score.text)
+            cells.append(_text(tables.score_cell(result, arm, metric)))
             if compared and (gap := result.gap_of(part, metric)) is not None:
                 cells.append(_lost(result, metric, gap, stacked=stacked))
             elif compared:
@@ -243,6 +242,11 @@ def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
         style = "bold" if arm == "federated" else ""
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
+
+
+def _text(cell: tables.Cell) -> str:
+    """A cell on one line: in place of a dash its reason, of a number nothing beside it."""
+    return cell.sub if cell.text == DASH and cell.sub else cell.text
 
 
 def _sources(result: Result) -> list[RenderableType]:
@@ -299,19 +303,9 @@ def _sites_table(result: Result, metrics: Sequence[str], _stacked: bool) -> Tabl
     for site, found in sites[:SITES_SHOWN]:
         cells = [phrases.plain(site), *([phrases.count(found.rows)] if has_rows else [])]
         for metric in metrics:
-            together = result.site_score(site, "federated", metric)
             reason = say.why_missing(metric, found.test_rows)
-            if not alone:
-                cells.append(phrases.score(together) if together is not None else reason or DASH)
-                continue
-            gain = say.site_gain(result, site, metric)
-            gained = phrases.amount(result, metric, gain, signed=True)
-            alone_score = phrases.score(result.site_score(site, "local_only", metric))
-            cells += [
-                alone_score,
-                phrases.score(together),
-                reason if gain is None and reason else gained,
-            ]
+            _, *scores = tables.site_cells(result, found, metric, reason)
+            cells += map(_text, scores if alone else scores[1:2])
         table.add_row(*map(Text, cells))
     return table
 
