@@ -89,7 +89,7 @@ class PlanRefused(Refused):
 
 class PolicyRefused(Refused):
     """The operator of this site does not allow it. word: all that the coordinator is told, one of
-    protocol/job.py REASONS; the message and the remedy stay in this site's log and status."""
+    `job_messages.REASONS`; the message and the remedy stay in this site's log and status."""
 
     def __init__(self, message: str, *, word: str, remedy: str) -> None:
         super().__init__(message, remedy=remedy)

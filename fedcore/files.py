@@ -71,15 +71,12 @@ def read_result(directory: Path) -> RunResult | ComparisonResult:
     found = read_json(path)
     if found.get("schema") != SCHEMA:
         raise BadInput(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}")
-    kinds: dict[object, type[RunResult | ComparisonResult]] = {
-        "run": RunResult, "compare": ComparisonResult,
-    }  # fmt: skip
-    if found.get("kind") not in kinds:
-        raise BadInput(
-            f"{path}: found a result of kind {found.get('kind')!r}, expected run or compare"
-        )
+    kind = {"run": RunResult, "compare": ComparisonResult}.get(str(found.get("kind")))
+    if kind is None:
+        what = f"found a result of kind {found.get('kind')!r}"
+        raise BadInput(f"{path}: {what}, expected run or compare")
     try:
-        return kinds[found["kind"]].from_json(found)
+        return kind.from_json(found)
     except TypeError as error:
         raise BadInput(f"{path}: it does not hold a result ({error})") from error
 

@@ -9,8 +9,6 @@ Frames to the child: the public context and the number of slots, one per chunk w
 empty one. Frames from it: one per chunk of the sum, then the measurements.
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,13 +24,8 @@ from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.plan import VectorSpec, solve_packing
 from fedcore.types import Json, Slots
 
-DEFAULT_SITES = (4, 64)
-_CHILD = "fold-from-stdin"
 
-
-def run(
-    parameters: int = 1_000_000, sites: Sequence[int] = DEFAULT_SITES, bits: int = 12, seed: int = 0
-) -> Json:
+def run(parameters: int, sites: Sequence[int], bits: int = 12, seed: int = 0) -> Json:
     """Fold `parameters` coordinates from each number of sites in turn, under one packing for all.
 
     The packing is solved for the largest number, so every row has the same slots; 12 bits are
@@ -61,7 +54,7 @@ def run(
 def _measure(layout: Layout, secret: SecretContext, sites: int, seed: int) -> Json:
     sealer = EncryptedSealer(secret)
     expected = np.zeros(layout.slots, dtype=np.uint64)
-    child = Child("bench fold: the folding process", python("fedcore.bench.fold", _CHILD))
+    child = Child("bench fold: the folding process", python("fedcore.bench.fold"))
     try:
         child.start()
         child.send({"slots": layout.slots}, [secret.public.to_bytes()])
@@ -124,17 +117,9 @@ def fold_for(parent: Parent) -> None:
         parent.send({}, [chunk])
         started = time.perf_counter()
     parent.send({})
-    parent.send(
-        {
-            "peak_rss_mb": peak_memory_mb(),
-            "start_rss_mb": start_rss,
-            "fold_seconds": round(seconds, 4),
-        }
-    )
+    used = {"peak_rss_mb": peak_memory_mb(), "start_rss_mb": start_rss}
+    parent.send({**used, "fold_seconds": round(seconds, 4)})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == [_CHILD]:
-        fold_for(Parent.of_this_process())
-    else:
-        sys.stdout.write(json.dumps(run(), indent=2) + "\n")
+    fold_for(Parent.of_this_process())

@@ -56,8 +56,6 @@ from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
 CONTRIBUTORS = 3
 """Vectors in the decoded sum; the plan is solved for all sites. More would only take longer."""
 
-DEFAULT_BITS = (8, 12, 16)
-
 _SPREAD = 0.01
 """Standard deviation of the vectors' coordinates: the size of an update after a few local steps."""
 
@@ -96,7 +94,7 @@ class _Measured:
 
 
 def run(
-    parameters: int, sites: int, bits: Sequence[int] = DEFAULT_BITS, repeats: int = 5, seed: int = 0
+    parameters: int, sites: int, bits: Sequence[int] = (8,), repeats: int = 5, seed: int = 0
 ) -> Json:
     """Measure float32, every protection at each of `bits`, and CKKS on vectors of `parameters` floats.
 
@@ -112,14 +110,16 @@ def run(
         generator(seed, 0, str(site), "bench vector").normal(0, _SPREAD, parameters).astype("f4")
         for site in range(CONTRIBUTORS)
     ]
-    bound = _power_of_two_above(max(float(np.abs(vector).max()) for vector in vectors))
+    # The range to which an adaptive run converges: no coordinate is clipped.
+    bound = float(2.0 ** np.ceil(np.log2(max(np.abs(vector).max() for vector in vectors))))
     schemes = [
         float32(),
         *(
             protected(name, parameters, sites, b, bound, seed)
             for b in dict.fromkeys(bits)
             for name, (protection, _) in SCHEMES.items()
-            if _takes(Protection.of(protection), sites)
+            if (layers := Protection.of(protection)).protects
+            and (not layers.masks or sites <= MAX_MASKED_SITES)
         ),
         ckks_vectors("ckks", ckks.protect),
         ckks_vectors("ckks-blocks", ckks.protect_blocks),
@@ -141,15 +141,6 @@ def run(
         rows=rows,
         ratios=_ratios(rows),
     )
-
-
-def _takes(layers: Protection, sites: int) -> bool:
-    return layers.protects and (not layers.masks or sites <= MAX_MASKED_SITES)
-
-
-def _power_of_two_above(value: float) -> float:
-    """The range to which an adaptive run converges: no coordinate is clipped."""
-    return float(2.0 ** np.ceil(np.log2(value))) if value > 0 else 1.0
 
 
 def float32() -> TimedScheme:

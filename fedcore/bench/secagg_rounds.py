@@ -36,12 +36,10 @@ from fedcore.secagg.summing import one_by_one
 from fedcore.seeds import generator
 from fedcore.types import Contribution, Json, SiteId
 
-DEFAULT_SITES = (4, 16, 64)
-
 
 def run(
-    parameters: int = 1_000_000,
-    sites: Sequence[int] = DEFAULT_SITES,
+    parameters: int,
+    sites: Sequence[int],
     drop: int = 1,
     bits: int = 16,
     protection: str = "layered",

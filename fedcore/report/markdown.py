@@ -33,38 +33,35 @@ def code(text: str) -> str:
 
 def render(result: Result) -> str:
     """The report of one run or comparison, ending in a newline."""
-    lines = [f"# {escape(say.title(result))}", "", escape(", ".join(say.setting(result))) + ".", ""]
-    for warning in result.warnings:
-        lines += [f"> **Warning:** {escape(phrases.plain(warning))}", ""]
     first, *others = say.lost(result)
-    lines += [f"**{escape(first)}**", ""]
     others += [*say.gained(result), *say.cost(result), *say.label_lines(result.label)]
     if method := say.how_measured(result):
         others.append(f"Intervals: {method}.")
-    lines += [*(f"- {escape(sentence)}" for sentence in others), ""]
+    blocks = [
+        f"# {escape(say.title(result))}",
+        escape(", ".join(say.setting(result))) + ".",
+        *(f"> **Warning:** {escape(phrases.plain(warning))}" for warning in result.warnings),
+        f"**{escape(first)}**",
+        "\n".join(f"- {escape(sentence)}" for sentence in others),
+    ]
     found = [*tables.arms([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
     found += [*readings.table(result), *tables.cost([result]), *tables.budgets([result])]
     for table in found:
-        lines += [f"## {escape(table.title)}", "", *_grid(table), ""]
-        if table.note:
-            lines += [escape(table.note), ""]
-    lines += ["## Methods", "", escape(methods(result)), ""]
+        blocks += [f"## {escape(table.title)}", _grid(table), *filter(None, [escape(table.note)])]
+    blocks += ["## Methods", escape(methods(result))]
     if result.origin.reproduce:
-        lines += ["## Reproduce", "", code(phrases.plain(result.origin.reproduce)), ""]
+        blocks += ["## Reproduce", code(phrases.plain(result.origin.reproduce))]
     if digest := say.model_hash(result):
-        lines += [f"Model SHA-256: {code(digest)}", ""]
-    return "\n".join(lines)
+        blocks.append(f"Model SHA-256: {code(digest)}")
+    return "\n\n".join(blocks) + "\n"
 
 
-def _grid(table: Grid) -> list[str]:
-    aligned = ["---:" if cell.number else "---" for cell in table.rows[0]]
-    rows = [
-        "| " + " | ".join(escape(name) for name in table.head) + " |",
-        "| " + " | ".join(aligned) + " |",
-    ]
-    return rows + ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
+def _grid(table: Grid) -> str:
+    head, aligned = map(escape, table.head), ("---:" if c.number else "---" for c in table.rows[0])
+    rows = [head, aligned, *(map(_cell, row) for row in table.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(cell: Cell) -> str:
