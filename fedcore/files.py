@@ -71,12 +71,10 @@ def read_result(directory: Path) -> RunResult | ComparisonResult:
     found = read_json(path)
     if found.get("schema") != SCHEMA:
         raise BadInput(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}")
-    kind = {"run": RunResult, "compare": ComparisonResult}.get(str(found.get("kind")))
-    if kind is None:
-        what = f"found a result of kind {found.get('kind')!r}"
-        raise BadInput(f"{path}: {what}, expected run or compare")
+    if (kind := found.get("kind")) not in ("run", "compare"):
+        raise BadInput(f"{path}: found a result of kind {kind!r}, expected run or compare")
     try:
-        return kind.from_json(found)
+        return RunResult.from_json(found) if kind == "run" else ComparisonResult.from_json(found)
     except TypeError as error:
         raise BadInput(f"{path}: it does not hold a result ({error})") from error
 

@@ -21,11 +21,16 @@ class SelfTest:
 def examine() -> list[SelfTest]:
     """All checks, in the order of the output."""
     facts = environment()
-    checks = [
-        SelfTest(key, True, str(facts[key]))
-        for key in ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
+    keys = ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
+    there = importlib.util.find_spec("tensorboard") is not None
+    events = "runs write its events" if there else "not installed (optional)"
+    return [
+        *(SelfTest(key, True, str(facts[key])) for key in keys),
+        _seal(),
+        SelfTest("tensorboard", True, events),
+        _distribution_clash(),
+        _module_clash(),
     ]
-    return [*checks, _seal(), _tensorboard(), _distribution_clash(), _module_clash()]
 
 
 def _seal() -> SelfTest:
@@ -41,12 +46,6 @@ def _seal() -> SelfTest:
     if not found["exact"]:
         return SelfTest("SEAL", False, f"{version}: encrypted sums are WRONG", "do not use it")
     return SelfTest("SEAL", True, f"{version}: encrypted sum exact, through a {found['path']}")
-
-
-def _tensorboard() -> SelfTest:
-    there = importlib.util.find_spec("tensorboard") is not None
-    found = "runs write its events" if there else "not installed (optional)"
-    return SelfTest("tensorboard", True, found)
 
 
 def _distribution_clash() -> SelfTest:

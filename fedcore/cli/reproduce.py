@@ -12,7 +12,6 @@ from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Result, RoundRow, SplitResult
-from fedcore.types import Json
 
 _MEASURED = ("seconds", "peak_memory")
 """Columns of a row that are measurements of this machine, not results."""
@@ -49,7 +48,15 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
         out = Path(folder) / "run"
         if isinstance(old, ComparisonResult):
-            return _compare_again(old, job, out, task, on_row)
+            seeds = list(dict.fromkeys(split.seed for split in old.cells))
+            splits = compare(
+                task,
+                job=[job],
+                seeds=seeds,
+                out=out,
+                on_cell=lambda split, _number, _of: on_row(split),
+            ).result
+            return _compared(old, splits)
 
         def until_the_same_round(row: RoundRow) -> object:
             on_row(row)
@@ -65,18 +72,7 @@ def reproduce(
     return Reproduction(not difference, hashes, difference, _changes(old, new))
 
 
-def _compare_again(
-    old: ComparisonResult,
-    job: Json,
-    out: Path,
-    task: Task | None,
-    on_row: Callable[[RoundRow | SplitResult], object],
-) -> Reproduction:
-    seeds = list(dict.fromkeys(split.seed for split in old.cells))
-    again = compare(
-        task, job=[job], seeds=seeds, out=out, on_cell=lambda split, _number, _of: on_row(split)
-    )
-    new = again.result
+def _compared(old: ComparisonResult, new: ComparisonResult) -> Reproduction:
     difference, hashes = "", ("", "")
     for a, b in zip(old.cells, new.cells, strict=False):
         hashes = (a.model_sha256, b.model_sha256)
@@ -89,9 +85,7 @@ def _compare_again(
 def _first_difference(old: Sequence[RoundRow], new: Sequence[RoundRow]) -> str:
     for a, b in zip(old, new, strict=False):
         for key in a:
-            if key.startswith(_MEASURED):
-                continue
-            if a[key] != b.get(key):
+            if not key.startswith(_MEASURED) and a[key] != b.get(key):
                 return f"round {a.round}, arm {a.arm}: {key} was {a[key]!r} and is {b.get(key)!r}"
     if len(old) != len(new):
         return f"found {len(new)} rows, expected {len(old)}"
@@ -99,11 +93,8 @@ def _first_difference(old: Sequence[RoundRow], new: Sequence[RoundRow]) -> str:
 
 
 def _changes(old: Result, new: Result) -> tuple[str, ...]:
-    found = []
-    before = old.origin.environment
-    for key, value in environment().items():
-        if before.get(key) != value:
-            found.append(f"{key}: then {before.get(key)}, now {value}")
+    then, now = old.origin.environment, environment()
+    found = [f"{k}: then {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v]
     if old.plan["digest"] != new.plan["digest"]:
         keys = [k for k, v in new.plan.items() if old.plan.get(k) != v and k != "digest"]
         found.append(f"plan: {', '.join(keys)} differ")
