@@ -134,7 +134,7 @@ class Site:
         return hello_of(self.config, dict(self.context.pins), held)
 
     def _on_connected(self) -> None:
-        welcome = self.session.status.welcome
+        welcome = self.session.welcome
         if welcome is not None:
             apart = welcome.time_ms / 1000 - time.time()
             if abs(apart) > CLOCKS_APART:
@@ -186,7 +186,7 @@ class Site:
 
     def status(self, *, running: bool = True) -> Json:
         """What `fed-site status` shows."""
-        link = self.session.status
+        link = self.session
         rows = []
         for found in self.jobs.values():
             job, part, about = found.job, found.job.part, found.work.about
@@ -393,7 +393,7 @@ async def _run(
         async with contextlib.AsyncExitStack() as stack:
             if health_port is not None:
                 port = await stack.enter_async_context(
-                    health(health_port, lambda: site.session.status.since is not None)
+                    health(health_port, lambda: site.session.since is not None)
                 )
                 LOG.info("health on http://%s:%d/healthz and /readyz", ADDRESS, port)
             show(f"site {config.site}: coordinator {config.coordinator}")

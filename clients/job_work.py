@@ -7,7 +7,7 @@ the round still needs them.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -249,24 +249,19 @@ class JobWork:
                 self.link.doing(self.id, "downloading")
             chunks = await self.fetch("sum", asked.digest, lambda: rounds.awaits_sum(header))
             self.link.doing(self.id, "opening")
-            marks = rounds.own_marks(asked.header)
-            return await asyncio.to_thread(self._opened, self.round_work(), asked, chunks, marks)
+            work, marks = self.round_work(), rounds.own_marks(asked.header)
+
+            def opened() -> events.CheckedSum:
+                found = work.open(asked, chunks, marks)
+                return replace(found, data=self._kept_candidate(found.certificate, found.state))
+
+            return await asyncio.to_thread(opened)
         except Offline:  # the others certified it, and it was removed: catch up
             return events.SumGone(header)
         except (StoreProblem, OSError):
             raise  # this site's disk, not the sum
         except Exception as error:  # noqa: BLE001 - a malicious site may choose the integers of a sum
             return events.WorkFailed(header, error, str(error), problem=problem_of(error))
-
-    def _opened(
-        self,
-        work: RoundWork,
-        asked: effects.OpenSum,
-        chunks: list[bytes],
-        marks: Mapping[str, int],
-    ) -> events.CheckedSum:
-        found = work.open(asked, chunks, marks)
-        return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
     def _kept_candidate(self, name: str, state: JobState) -> bytes:
         """The bytes of a small state, for the journal; a large one is flushed to disk, and b"" returned."""

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool
 
-from fedcore.config import Job, build_job, read_settings
+from fedcore.config import TrainSection, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.secagg.label import Terms
-from fedcore.secagg.plan import RoundPlan, default_threshold
+from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.toml import Section
@@ -27,6 +27,7 @@ POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
 
 Protections = Literal["encrypted", "masked", "layered"]
 Ciphers = Literal["bfv", "keystream"]
+Bound = Literal["one of", "at least", "at most", "wider"]
 
 
 class PolicySection(Section):
@@ -60,25 +61,11 @@ class PolicySection(Section):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a job, or its plan, asks of a site."""
+    """What a job, or its plan, asks of a site. train: its epochs in a round, and rows of a training step."""
 
     terms: Terms
     rounds: int
-    epochs: int
-    batch: int
-
-    @classmethod
-    def of_job(cls, job: Job, sites: int) -> _Asked:
-        """Raises PlanRefused where no plan can follow from it."""
-        return cls(
-            Terms.of_job(job, sites), job.round.rounds, job.train.epochs, job.train.batch_size,
-        )  # fmt: skip
-
-    @classmethod
-    def of_plan(cls, plan: RoundPlan) -> _Asked:
-        return cls(
-            Terms.of_plan(plan), plan.rounds, plan.train.epochs, plan.train.batch_size,
-        )  # fmt: skip
+    train: TrainSection | TrainPlan
 
 
 @dataclass(frozen=True)
@@ -135,14 +122,14 @@ class SitePolicy:
                 remedy="read the task again: `fed-site check` prints the hash of the one installed here",
             )
         try:
-            asked = _Asked.of_job(job, self.sites)
+            asked = _Asked(Terms.of_job(job, self.sites), job.round.rounds, job.train)
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
         return self._refused(asked)
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
         """Why a plan is refused, whatever the job's settings were."""
-        return self._refused(_Asked.of_plan(plan))
+        return self._refused(_Asked(Terms.of_plan(plan), plan.rounds, plan.train))
 
     def on_release(self, what: Release) -> PolicyRefused | None:
         """Why something may not leave this site now: the policy may have changed since the job began."""
@@ -165,8 +152,26 @@ class SitePolicy:
         )  # fmt: skip
 
     def _refused(self, asked: _Asked) -> PolicyRefused | None:
-        found = (rule.refusal(self, key, asked) for key, rule in _RULES.items())
-        return next(filter(None, found), None)
+        return next(filter(None, (self._refused_by(key, asked) for key in _RULES)), None)
+
+    def _refused_by(self, key: str, asked: _Asked) -> PolicyRefused | None:
+        """Why policy.KEY does not take what is asked, if it does not."""
+        setting, limit, value = _RULES[key]
+        found, here = value(asked), getattr(self.rules, key)
+        match limit:
+            case "one of":
+                allowed, expected = found is None or found in here, " or ".join(here)
+            case "at least":
+                of = ""
+                if key == "least_threshold":
+                    here, of = self.least_threshold, f" of {self.sites} sites"
+                allowed, expected = found >= here, f"{here} or more{of}"
+            case "at most":
+                allowed = self.rules.jobs == "any" or found <= here
+                expected = f"{here} or fewer"
+            case "wider":
+                allowed, expected = found in {_DEFAULT[key], here}, here
+        return None if allowed else _refusal(setting, found, expected, key)
 
 
 def _refusal(setting: str, found: Any, expected: Any, key: str) -> PolicyRefused:
@@ -186,59 +191,26 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) and " " not in value else str(value)
 
 
-@dataclass(frozen=True)
-class _PolicyRule:
-    """One setting of a job. found: its value, None where the job does not have it; limit: how the policy limits it."""
-
-    setting: str
-    limit: Literal["one of", "at least", "at most", "default or allowed"]
-    found: Callable[[_Asked], Any]
-
-    def refusal(self, policy: SitePolicy, key: str, asked: _Asked) -> PolicyRefused | None:
-        """Why policy.KEY does not take what is asked, if it does not."""
-        found, here = self.found(asked), getattr(policy.rules, key)
-        match self.limit:
-            case "one of":
-                allowed, expected = found is None or found in here, " or ".join(here)
-            case "at least":
-                of = ""
-                if key == "least_threshold":
-                    here, of = policy.least_threshold, f" of {policy.sites} sites"
-                allowed, expected = found >= here, f"{here} or more{of}"
-            case "at most":
-                allowed = policy.rules.jobs == "any" or found <= here
-                expected = f"{here} or fewer"
-            case "default or allowed":
-                allowed, expected = found in {_DEFAULT[key], here}, here
-        return None if allowed else _refusal(self.setting, found, expected, key)
-
-
-_RULES: Mapping[str, _PolicyRule] = {
-    "protections": _PolicyRule("protect.protection", "one of", lambda asked: asked.terms.protection),
-    "ciphers": _PolicyRule(
+_RULES: Mapping[str, tuple[str, Bound, Callable[[_Asked], Any]]] = {
+    "protections": ("protect.protection", "one of", lambda asked: asked.terms.protection),
+    "ciphers": (
         "protect.cipher", "one of",
         lambda asked: asked.terms.cipher if asked.terms.layers.encrypts else None,
     ),
-    "least_threshold": _PolicyRule("protect.threshold", "at least", lambda asked: asked.terms.threshold),
-    "minimum_sites": _PolicyRule("sites", "at least", lambda asked: asked.terms.count),
-    "most_rounds": _PolicyRule("round.rounds", "at most", lambda asked: asked.rounds),
-    "most_epochs": _PolicyRule("train.epochs", "at most", lambda asked: asked.epochs),
-    "least_batch": _PolicyRule("train.batch_size", "at least", lambda asked: asked.batch),
-    "public_metrics": _PolicyRule(
-        "track.public_metrics", "default or allowed", lambda asked: asked.terms.public_metrics
+    "least_threshold": ("protect.threshold", "at least", lambda asked: asked.terms.threshold),
+    "minimum_sites": ("sites", "at least", lambda asked: asked.terms.count),
+    "most_rounds": ("round.rounds", "at most", lambda asked: asked.rounds),
+    "most_epochs": ("train.epochs", "at most", lambda asked: asked.train.epochs),
+    "least_batch": ("train.batch_size", "at least", lambda asked: asked.train.batch_size),
+    "public_metrics": ("track.public_metrics", "wider", lambda asked: asked.terms.public_metrics),
+    "single_site_features": (
+        "protect.single_site_features", "wider", lambda asked: asked.terms.single_site_features,
     ),
-    "single_site_features": _PolicyRule(
-        "protect.single_site_features", "default or allowed",
-        lambda asked: asked.terms.single_site_features,
-    ),
-    "statistics": _PolicyRule(
-        "train.standardise", "default or allowed", lambda asked: asked.terms.statistics
-    ),
-    "release": _PolicyRule(
-        "protect.release", "default or allowed", lambda asked: asked.terms.release
-    ),
+    "statistics": ("train.standardise", "wider", lambda asked: asked.terms.statistics),
+    "release": ("protect.release", "wider", lambda asked: asked.terms.release),
 }  # fmt: skip
-"""{key of [policy]: the setting that it limits}, in the order in which they are checked."""
+"""{key of [policy]: the setting of a job that it limits, how, and its value (None: the job does not have it)}, in the
+order in which they are checked. "wider": a value other than the default must be the policy's."""
 
 _DEFAULT: dict[str, Any] = {key: field.default for key, field in PolicySection.model_fields.items()}
 _WIDER: dict[str, Callable[[Any, Any], Any]] = {

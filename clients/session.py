@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, assert_never
@@ -54,16 +54,6 @@ OPTIONS = (
 )
 
 
-@dataclass
-class Status:
-    """The connection, for `fed-site status`. since: start of the present session, None without one."""
-
-    since: float | None = None
-    last_error: str = ""
-    welcome: frames.Welcome | None = None
-    coordinator: str = ""
-
-
 class Session:
     """Runs until cancelled. on_frame: Record, SmallDownload, Waiting; on_connected: after a Welcome."""
 
@@ -83,7 +73,11 @@ class Session:
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
-        self.status = Status(coordinator=f"{config.host}:{config.port}")
+        self.coordinator = f"{config.host}:{config.port}"
+        self.since: float | None = None
+        """Start of the present session, None without one."""
+        self.last_error = ""
+        self.welcome: frames.Welcome | None = None
         self.refused: frames.Goodbye | None = None
         self._was_welcome = False
 
@@ -94,12 +88,12 @@ class Session:
             started = time.monotonic()
             try:
                 await self._once()
-                self.status.last_error = "the coordinator ended the session"
+                self.last_error = "the coordinator ended the session"
             except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
                 await self._explain(error)
             except Exception as error:
                 LOG.exception("the session ended by a fault of this side")
-                self.status.last_error = type(error).__name__
+                self.last_error = type(error).__name__
             if self._was_welcome and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -149,13 +143,13 @@ class Session:
                 "session", found="another first frame or federation", expected="a welcome",
                 fault="coordinator",
             )  # fmt: skip
-        self.status.welcome, self.status.since, self.status.last_error = frame, time.time(), ""
+        self.welcome, self.since, self.last_error = frame, time.time(), ""
         self._was_welcome = True
-        LOG.info("connected to %s (%s)", self.status.coordinator, frame.software)
+        LOG.info("connected to %s (%s)", self.coordinator, frame.software)
 
     def _goodbye(self, frame: frames.Goodbye) -> None:
-        self.status.last_error = f"{frame.code}: {frame.text}"
-        LOG.warning("the coordinator ended the session: %s", self.status.last_error)
+        self.last_error = f"{frame.code}: {frame.text}"
+        LOG.warning("the coordinator ended the session: %s", self.last_error)
         if not frame.again:
             self.refused = frame
 
@@ -181,9 +175,9 @@ class Session:
 
     def _lost(self) -> None:
         self._out = self._channel = None
-        if self.status.since is not None:
-            LOG.info("the session with %s ended", self.status.coordinator)
-        self.status.since = None
+        if self.since is not None:
+            LOG.info("the session with %s ended", self.coordinator)
+        self.since = None
         for waiting in self._receipts.values():
             if not waiting.done():
                 waiting.set_exception(Offline())
@@ -196,9 +190,9 @@ class Session:
             text = f"{error.code().name.lower()}: {error.details()}"
             if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED}:
                 text = await asyncio.to_thread(self._why, text)
-        if text != self.status.last_error:
-            LOG.warning("no session with %s: %s", self.status.coordinator, text)
-        self.status.last_error = text
+        if text != self.last_error:
+            LOG.warning("no session with %s: %s", self.coordinator, text)
+        self.last_error = text
 
     def _why(self, otherwise: str) -> str:
         config, now = self._config, datetime.now(UTC)

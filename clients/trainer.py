@@ -9,7 +9,7 @@ to the site's log and nowhere else.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,23 +75,13 @@ class Training:
         head, _ = await self._ask({"do": "digest", "task": task, "base": base})
         return str(head["name"]), str(head["digest"])
 
-    async def load_task(
-        self,
-        job: str,
-        *,
-        task: str,
-        base: str,
-        digest: str,
-        settings: Mapping[str, Any],
-        site: str,
-        source: Any,
-        split: Json,
-    ) -> Loaded:
-        """Load the task and the site's rows. split: the site's own. Raises TrainingFailed."""
-        asked = {
-            "do": "load", "job": job, "task": task, "base": base, "digest": digest,
-            "settings": dict(settings), "site": site, "source": source, "split": split,
-        }  # fmt: skip
+    async def load_task(self, job: str, **about: Any) -> Loaded:
+        """Load the task and the site's rows. Raises TrainingFailed.
+
+        about: task and base (where it is), digest (its hash), settings (of the job), site, source (its rows), split
+        (the site's own), as `worker.py` reads them.
+        """
+        asked = {"do": "load", "job": job, **about}
         head, blobs = await self._ask(asked)
         self._loads[job] = asked
         if head["note"]:

@@ -163,8 +163,8 @@ def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(f"--out: found {folder} in use, expected a new folder")
-    files, written, data = chunks.Files(sender="coordinator"), [], bytearray()
-    for part in map(files.take, parts):
+    written, data = [], bytearray()
+    for part in chunks.in_order(parts, sender="coordinator"):
         data += part.data
         if part.last:
             folder.mkdir(parents=True, exist_ok=True)

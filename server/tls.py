@@ -26,10 +26,10 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.peer import (
     Peer,
     peer_of,
-    require_current,
     require_federation,
     require_role,
     require_rostered,
+    require_time,
 )
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.verify import printable, refusal_text
@@ -121,7 +121,7 @@ class Gate:
         except BadInput as error:
             self.trouble(error)
         self.revocations.check(peer)
-        require_current(peer, self.clock())
+        require_time(str(peer), peer.begins, peer.ends, self.clock())
         require_rostered(peer, self.roster)
 
 

@@ -76,14 +76,10 @@ def peer_of(certificate_pem: bytes) -> Peer:
         )
     federation, role, name = match.groups()
     return Peer(
-        federation=federation,
-        role=role,
-        name=name,
-        serial=f"{certificate.serial_number:x}",
-        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
-        begins=certificate.not_valid_before_utc,
-        ends=certificate.not_valid_after_utc,
-    )
+        federation, role, name, f"{certificate.serial_number:x}",
+        certificate.fingerprint(hashes.SHA256()).hex(),
+        certificate.not_valid_before_utc, certificate.not_valid_after_utc,
+    )  # fmt: skip
 
 
 def read_certificate(certificate_pem: bytes) -> x509.Certificate:
@@ -119,13 +115,8 @@ def require_role(peer: Peer, roles: Collection[str]) -> None:
         )
 
 
-def require_current(peer: Peer, now: datetime) -> None:
-    """Return if `now` (with a zone) lies in the certificate's time, else raise CertificateRefused."""
-    require_time(str(peer), peer.begins, peer.ends, now)
-
-
 def require_time(whose: str, begins: datetime, ends: datetime, now: datetime) -> None:
-    """`require_current` for a certificate that names no party: an authority's, a stranger's."""
+    """Return if `now` (with a zone) lies in a certificate's time, else raise CertificateRefused. whose: its holder."""
     if now < begins:
         raise CertificateRefused(
             f"certificate of {whose}: found not valid before {_time(begins)}, expected a beginning "

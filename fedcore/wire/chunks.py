@@ -8,7 +8,7 @@ start at another offset than its spool's ends the call at once, with a receipt t
 Invariant: memory use is one part, however long the vector.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from fedcore.errors import MalformedMessage, VectorRefused
@@ -68,11 +68,6 @@ class Incoming:
         self.offset = end
         return frame.data
 
-    @property
-    def complete(self) -> bool:
-        """Whether all bytes arrived; the caller checks their digest."""
-        return self.offset == self.size
-
 
 def file_parts(name: str, source: BinaryIO) -> Iterator[frames.FilePart]:
     """All parts of one file of a result; an empty file is one empty part."""
@@ -85,30 +80,19 @@ def file_parts(name: str, source: BinaryIO) -> Iterator[frames.FilePart]:
         offset, data = offset + len(data), following
 
 
-class Files:
-    """The receiver of a result: files one after the other, each complete and none twice."""
-
-    def __init__(self, *, sender: str) -> None:
-        self.sender = sender
-        self.done: set[str] = set()
-        self._open: str | None = None
-        self._offset = 0
-
-    def take(self, part: frames.FilePart) -> frames.FilePart:
-        """Check that the part continues its file and return it. Raises MalformedMessage."""
-        if self._open is None and part.name not in self.done:
-            self._open, self._offset = part.name, 0
-            if len(self.done) == MAX_FILES:
-                raise MalformedMessage("files", "one more", f"at most {MAX_FILES}", self.sender)
-        if part.name != self._open or part.offset != self._offset:
-            raise MalformedMessage("file", "a part out of order", "the next one", self.sender)
-        self._offset += len(part.data)
+def in_order(parts: Iterable[frames.FilePart], *, sender: str) -> Iterator[frames.FilePart]:
+    """The parts of a result, if files come one after the other and none twice. Raises MalformedMessage."""
+    done: set[str] = set()
+    name, offset = "", 0
+    for part in parts:
+        if not name and part.name not in done:
+            name, offset = part.name, 0
+            if len(done) == MAX_FILES:
+                raise MalformedMessage("files", "one more", f"at most {MAX_FILES}", sender)
+        if part.name != name or part.offset != offset:
+            raise MalformedMessage("file", "a part out of order", "the next one", sender)
+        offset += len(part.data)
         if part.last:
-            self.done.add(part.name)
-            self._open = None
-        return part
-
-    def finish(self) -> None:
-        """Call at the end of the stream. Raises MalformedMessage if it ended inside a file."""
-        if self._open is not None:
-            raise MalformedMessage("file", "a part of it", "all of it", self.sender)
+            done.add(name)
+            name = ""
+        yield part

@@ -20,10 +20,10 @@ from fedcore.identity.peer import (
     ROLES,
     Peer,
     peer_of,
-    require_current,
     require_federation,
     require_role,
     require_rostered,
+    require_time,
 )
 from fedcore.identity.verify import (
     check_certificate,
@@ -154,12 +154,12 @@ def test_role():
 
 
 def test_time_is_inclusive_at_both_ends():
-    require_current(VA, VA.begins)
-    require_current(VA, VA.ends)
+    require_time(str(VA), VA.begins, VA.ends, VA.begins)
+    require_time(str(VA), VA.begins, VA.ends, VA.ends)
     with pytest.raises(CertificateRefused, match=r"found not valid before .* UTC") as early:
-        require_current(VA, VA.begins - SECOND)
+        require_time(str(VA), VA.begins, VA.ends, VA.begins - SECOND)
     with pytest.raises(CertificateRefused, match=r"found expired since .* UTC") as late:
-        require_current(VA, VA.ends + SECOND)
+        require_time(str(VA), VA.begins, VA.ends, VA.ends + SECOND)
     assert (early.value.check, late.value.check) == ("begins", "expired")
     assert "clock" in early.value.remedy and "clock" in late.value.remedy
 

@@ -238,7 +238,7 @@ async def conversation(channel):
             incoming = chunks.Incoming(frame, sender="coordinator")
         else:
             got += incoming.take(frame)
-    told["download"] = got == DATA[PART + 7 :] and incoming.complete
+    told["download"] = got == DATA[PART + 7 :] and incoming.offset == len(DATA)
 
     try:
         request = calls.STOP.takes.pack(frames.JobRequest("job"))
