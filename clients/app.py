@@ -55,9 +55,6 @@ STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sql
 OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE)
 """What this process keeps in its folder, for its user alone."""
 
-DAY = 86_400.0
-"""seconds"""
-
 ERASE_SECONDS = 60.0
 """How often keys of ended jobs are erased, once they were kept for long enough."""
 
@@ -93,11 +90,6 @@ def waiting_json(found: Waiting | None) -> Json | None:
         until=found.until_ms / 1000 if found.until_ms else None, then=found.then, least=found.least,
         in_round=found.in_round,
     ).to_json()  # fmt: skip
-
-
-def model_of(state: JobState | None) -> str | None:
-    """`model_sha256` of a state that a release led to."""
-    return state.model_sha256 if state is not None and state.done else None
 
 
 class Site:
@@ -207,7 +199,7 @@ class Site:
                     "refused": str(part.refused) if part.refused is not None else None,
                     "left": part.left or None,
                     "outcome": job.ended.outcome if job.ended else None,
-                    "model_sha256": model_of(state),
+                    "model_sha256": state.model_sha256 if state is not None and done else None,
                     "model_round": schedule.released_round(done) if done else None,
                 }
             )  # fmt: skip
@@ -361,7 +353,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
             papers.kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
-            config.patience_seconds, config.keep_secrets_days * DAY,
+            config.patience_seconds, config.keep_secrets_days * 86_400.0,
         )  # fmt: skip
 
 

@@ -284,7 +284,7 @@ class JobRunner:
             case effects.AdoptState(name, data):
                 work.files.adopt(name, data)
             case effects.WriteState(state):
-                work.files.write_current(state.to_bytes())
+                work.files.write(work.files.current, state.to_bytes())
             case effects.Erase(header):
                 context.spool.discard(self.id, header.digest)
             case effects.TidySpool(keep):

@@ -78,19 +78,15 @@ class JobWork:
         assert self.job.parts is not None
         return self.job.parts
 
-    @property
-    def _state(self) -> JobState:
-        state = self.job.states.current
-        assert isinstance(state, JobState)
-        return state
-
     def round_work(self) -> RoundWork:
         """The computations of a round, from the present state and key epoch."""
         secrets = self._parts.keys.secrets
+        state = self.job.states.current
         assert isinstance(secrets, EpochSecrets)
+        assert isinstance(state, JobState)
         protect = read_settings(self.offer.settings).get("protect", {})
         few_sites = bool(protect.get("single_site_features"))
-        return RoundWork(self.context.id, self._parts.agreed, secrets, self._state, few_sites)
+        return RoundWork(self.context.id, self._parts.agreed, secrets, state, few_sites)
 
     async def await_approval(self) -> events.SiteEvent | None:
         """Wait for the operator's approval of the offer, or until the job has ended."""
@@ -187,16 +183,16 @@ class JobWork:
         self, work: RoundWork, asked: effects.MakeVector, found: Contribution
     ) -> events.VectorReady:
         """Protect a vector. A small one becomes a container for the journal; a large one is flushed to disk."""
-        header, made = asked.header.digest, work.protect(asked, found)
-        chunks, size = made.chunks, sum(map(len, made.chunks))
+        header, (chunks, salt, marks) = asked.header.digest, work.protect(asked, found)
+        size = sum(map(len, chunks))
         judged = canonical(self.guard.memory.to_json())
         if size + container.overhead(len(chunks)) <= INLINE:
             small = container.to_bytes(chunks)
-            vector = site.VectorMade(container.vector_digest(chunks), size, made.salt)
+            vector = site.VectorMade(container.vector_digest(chunks), size, salt)
         else:
             small, stored = b"", self.context.spool.put(self.id, "vector", chunks, header=header)
-            vector = site.VectorMade(stored.digest, stored.size, made.salt)
-        return events.VectorReady(header, vector, small, made.marks, judged)
+            vector = site.VectorMade(stored.digest, stored.size, salt)
+        return events.VectorReady(header, vector, small, marks, judged)
 
     async def upload(self, submit: messages.Submit) -> None:
         """Upload this round's vector, until it is complete or the round does not need it any more."""
@@ -268,7 +264,7 @@ class JobWork:
         data = state.to_bytes()
         if len(data) <= INLINE:
             return data
-        self.files.write_candidate(name, data)
+        self.files.write(self.files.candidate(name), data)
         return b""
 
     async def track(self, asked: effects.Track) -> events.SiteEvent | None:

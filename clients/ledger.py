@@ -175,6 +175,9 @@ class Ledger:
         """The key of entries of these rows. digest: SHA-256 over the rows, hex (`fedcore/learning/data/rows.py`)."""
         return hmac.new(self._key, bytes.fromhex(digest), hashlib.sha256).hexdigest()
 
+    def __iter__(self) -> Iterator[Exposure]:
+        return iter(tuple(self._entries.values()))
+
     def jobs_over(self, rows: str, now: float | None = None) -> set[str]:
         """The jobs that had a sum over these rows in the last 30 days."""
         since = (time.time() if now is None else now) - MONTH_SECONDS

@@ -25,16 +25,6 @@ LOG = logging.getLogger("fedcore.site.job")
 
 
 @dataclass(frozen=True)
-class Protected:
-    """A vector as it is sent. chunks: of its container; salt: of its keystream, b"" without one; marks: its integers
-    at this site's own coordinates."""
-
-    chunks: list[bytes]
-    salt: bytes
-    marks: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class RoundWork:
     """One site's computations for the rounds of one job, from one state and under one key epoch.
 
@@ -62,13 +52,16 @@ class RoundWork:
         )
         return found[0], without_metrics(plan, found[1])
 
-    def protect(self, asked: effects.MakeVector, found: Contribution) -> Protected:
-        """Pack, tag, mask and encrypt a contribution."""
+    def protect(
+        self, asked: effects.MakeVector, found: Contribution
+    ) -> tuple[list[bytes], bytes, Mapping[str, int]]:
+        """Pack, tag, mask and encrypt a contribution: the chunks of the vector, the salt of its keystream (b"" without
+        one), and its integers at this site's own coordinates."""
         layout = self.layout(asked.header)
         slots = layout.pack(*found, asked.header.place(self.site))
         self.secrets.put_tag(slots, layout, asked, self.site)
         chunks, salt = self.secrets.protect(slots, layout, asked, self.site, OsEntropy())
-        return Protected(chunks, salt, layout.own_marks(found[1]))
+        return chunks, salt, layout.own_marks(found[1])
 
     def open(
         self, asked: effects.OpenSum, chunks: list[bytes], marks: Mapping[str, int]

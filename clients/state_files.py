@@ -25,16 +25,9 @@ class StateFiles:
         """The state that the certificate of this hash would release."""
         return self.folder / f"candidate-{name[:32]}.safetensors"
 
-    def write_current(self, data: bytes) -> None:
-        """Replace the current state; durable on return."""
+    def write(self, path: Path, data: bytes) -> None:
+        """Write the current state or a candidate; durable on return."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._write(self.current, data)
-
-    def write_candidate(self, name: str, data: bytes) -> None:
-        """Write a candidate; durable on return."""
-        self._write(self.candidate(name), data)
-
-    def _write(self, path: Path, data: bytes) -> None:
         write_atomic(path, data)
         sync_folder(self.folder)
 

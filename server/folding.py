@@ -25,14 +25,17 @@ from typing import Self, TypeVar
 
 from fedcore_server import fold_worker
 from fedcore_server.fold_worker import ERRORS, chunk_slots, packing_form
+from fedcore_server.job_disk import JobDisk
 
-from fedcore.errors import BadInput, ChunkRefused, FedcoreError, StoreProblem
+from fedcore.errors import BadInput, ChunkRefused, DataLost, FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.pipes import Child, ChildEnded, python
-from fedcore.secagg.plan import Packing
-from fedcore.secagg.protocol.effects import Mask
+from fedcore.secagg.plan import Packing, RoundHeader
+from fedcore.secagg.protocol.effects import Mask, RemoveMasks
+from fedcore.secagg.protocol.job.coordinator.events import Folded, SumMade
+from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.store import container
 from fedcore.store.disk import make_folder, refusals
-from fedcore.types import Json
+from fedcore.types import Json, SiteId
 
 T = TypeVar("T")
 
@@ -299,3 +302,66 @@ def _worker(number: int) -> Child:
     worker = Child(f"fold worker {number}", python(fold_worker.__name__), env)
     worker.start()
     return worker
+
+
+class JobSum:
+    """One job's sums in the fold pool: uploads are folded as they arrive, masks removed at the end.
+
+    retry_seconds: between attempts while the disk is full.
+    """
+
+    def __init__(self, pool: FoldPool, disk: JobDisk, retry_seconds: float) -> None:
+        self._pool, self._disk, self._retry_seconds = pool, disk, retry_seconds
+        self._fold: JobFold | None = None
+
+    def open(self, header: RoundHeader, packing: Packing, slots: int) -> None:
+        """Prepare an empty sum for this round."""
+        self._disk.begin_round(header.digest)
+        self._fold = self._pool.job(f"{header.job}-{header.round}", packing, slots)
+
+    async def add(self, site: SiteId, digest: bytes) -> Folded:
+        """Fold a complete upload of this site."""
+        assert self._fold is not None
+        try:
+            await self._fold.add(self._disk.uploads[digest].path)
+        except ChunkRefused as error:
+            return Folded(site, refused=str(error))
+        return Folded(site)
+
+    async def make(
+        self, asked: RemoveMasks, late: Callable[[], bool], full: Callable[[str], None]
+    ) -> SumMade:
+        """The sum of exactly these uploads; retries while the disk is full.
+
+        late: whether it takes longer than a stage may; full: called with the reason before each retry. Raises
+        StoreProblem, and StoreFull once it is late.
+        """
+        assert self._fold is not None
+        disk, header = self._disk, asked.header.digest
+        while True:
+            try:
+                disk.sum = await self._fold.total(
+                    disk.summands(asked), asked.masks, lambda chunks: disk.keep_sum(header, chunks)
+                )
+            except StoreFull as error:  # nothing of the round is lost
+                full(str(error))
+                if late():
+                    raise
+                await asyncio.sleep(self._retry_seconds)
+            else:
+                return SumMade(header, KeptFile(disk.sum.digest, disk.sum.size))
+
+    def give_up(self, number: int, seconds: float) -> None:
+        """End the workers: one of them or the disk hangs. Raises DataLost."""
+        if self._fold is not None:
+            self._fold.give_up()
+        raise DataLost(
+            f"sum of round {number}: found none after {seconds:.0f} s, expected it within the limit of a stage",
+            remedy="look at the disk and the fold workers, and raise limits.stage_seconds if they are slow",
+        )
+
+    async def end(self) -> None:
+        """Free the running sum."""
+        if self._fold is not None:
+            with contextlib.suppress(FedcoreError):
+                await self._fold.end()

@@ -15,9 +15,8 @@ import grpc.aio
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators_api import OperatorsApi
 from fedcore_server.sessions import Sessions
-from fedcore_server.site_api import SiteApi
+from fedcore_server.site_api import SiteApi, Transfers
 from fedcore_server.tls import ServicerContext
-from fedcore_server.transfers import Transfers
 
 from fedcore.errors import FedcoreError
 from fedcore.identity.peer import Peer

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedcore_server.context import CoordinatorContext, Links
+from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.job_plan import JobPlan
-from fedcore_server.job_sum import JobSum
 
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.driver import keep_serving

@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedcore.errors import BadInput
 from fedcore.files import write_atomic
 from fedcore.identity import kit
-from fedcore.identity.peer import check_name, identity_uri, read_certificate
+from fedcore.identity.peer import check_name, identity_uri
 from fedcore.secagg.crypto.secret import SecretBytes
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -132,21 +132,6 @@ class Authority:
         _make(folder)
         kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key))
         write_atomic(folder / kit.AUTHORITY_FILE, self.certificate_pem)
-
-    @classmethod
-    def load(cls, folder: Path) -> Authority:
-        """Read what `save` wrote. Raises BadInput, CertificateRefused."""
-        key = kit.read_key(folder / kit.KEY_FILE)
-        try:
-            certificate = read_certificate((folder / kit.AUTHORITY_FILE).read_bytes())
-        except OSError as error:
-            raise BadInput(f"{folder / kit.AUTHORITY_FILE}: {error.strerror}") from error
-        names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or (
-            key.public_key() != certificate.public_key()
-        ):
-            raise BadInput(f"{folder}: found a key that is not the certificate's, expected a pair")
-        return cls(check_name("federation", str(names[0].value) if names else ""), certificate, key)
 
 
 def _builder(

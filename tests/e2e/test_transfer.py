@@ -68,7 +68,7 @@ FAR = "b"
 """The site behind the proxy."""
 
 TOLD = """
-import fedcore_server.transfers as service
+import fedcore_server.site_api as service
 incoming, download = service.chunks.Incoming, service.chunks.download
 def Incoming(start, **more):
     print("upload of", more["sender"], "begins at", start.offset, flush=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fedcore_clients.round_work import Protected, RoundWork
+from fedcore_clients.round_work import RoundWork
 from kit import world_at
 from test_impossible_sums import CAP, HONEST, D, plan_of
 from test_notices import deployed
@@ -128,7 +128,7 @@ def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule)
         class Work(RoundWork):
             def protect(self, asked, found):
                 packed.append(found)
-                return Protected([b"chunk"], b"", {})
+                return [b"chunk"], b"", {}
 
         made = Work("cat", Agreed(plan, 0, ()), None, state)
         if not rule:

@@ -134,7 +134,7 @@ def install(folder):
     """Turn the decisions of every job of this process."""
     import numpy as np
     from fedcore_server import coordinator as registry
-    from fedcore_server import grpc_service, job_runner, operators_api, transfers
+    from fedcore_server import grpc_service, job_runner, operators_api, site_api
     from support.unguarded_site import SETTINGS, switches
 
     from fedcore.learning.state import JobState
@@ -343,7 +343,7 @@ def install(folder):
                 return self.forged
             return super().download(what, digest)
 
-    class HostileTransfers(transfers.Transfers):
+    class HostileTransfers(site_api.Transfers):
         async def download(self, peer, start):
             """A forged checkpoint comes late: when its round waits for its certificate."""
             found = self._hub.jobs.get(start.job)

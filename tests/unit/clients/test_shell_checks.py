@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
-from fedcore_server.transfers import Transfers
+from fedcore_server.site_api import Transfers
 from support.deployed_jobs import SITES, coordinated, loaded, plan_for, submitted
 
 from fedcore.config import build_job, plan_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fedcore_clients.round_work import Protected, RoundWork
+from fedcore_clients.round_work import RoundWork
 from fedcore_clients.trainer import TrainingFailed
 from fedcore_server.config import LimitsSection
 from fedcore_server.operators_api import check_settings
@@ -107,7 +107,7 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
             return found
 
         def protect(self, asked, found):
-            return Protected([b"chunk"], b"", {})
+            return [b"chunk"], b"", {}
 
     made = Work("a", found.job.parts.agreed, None, found.job.state)
     monkeypatch.setattr(found.work, "round_work", lambda: made)
