@@ -20,20 +20,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
-from fedcore_clients.app import (
-    CLOCKS_APART,
-    JOURNAL_FILE,
-    OWN_FILES,
-    Papers,
-    hello_of,
-    party_of,
-    read_papers,
-)
+from fedcore_clients import app
+from fedcore_clients.app import Papers
 from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.sandbox import NONE_HINT, choose
+from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import runs
-from fedcore_clients.tls import call_unary, open_channel
 
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
@@ -122,7 +115,7 @@ def _config(path: Path) -> tuple[str, SiteConfig]:
 
 
 def _papers(config: SiteConfig) -> tuple[str, Papers]:
-    found = read_papers(config)
+    found = app.read_papers(config)
     left = ago((found.kit.peer.ends - datetime.now(UTC)).total_seconds())
     return f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.pins)} sites", found
 
@@ -157,7 +150,7 @@ def _folder(config: SiteConfig) -> str:
 
 def _modes(config: SiteConfig) -> str:
     """Whether other users of this machine can read what the site keeps."""
-    found = open_to_others(config.folder, OWN_FILES)
+    found = open_to_others(config.folder, app.OWN_FILES)
     if not found:
         return "; closed to other users"
     return f"; {len(found)} files and folders open to other users: `fed-site run` closes them when it starts"
@@ -171,11 +164,11 @@ def _sandbox(config: SiteConfig) -> str:
 
 def _journal(config: SiteConfig) -> str:
     """Whether the journal can be opened, unless it does not exist or the running process holds it."""
-    path = config.folder / JOURNAL_FILE
+    path = config.folder / app.JOURNAL_FILE
     if not path.exists():
         return ""
     try:
-        with Journal.open(path, party=party_of(config)) as journal:
+        with Journal.open(path, party=app.party_of(config)) as journal:
             return f"; {journal.verify()} records"
     except StoreProblem:
         if runs(config.folder):
@@ -275,7 +268,7 @@ def _handshake(config: SiteConfig, papers: Papers) -> str:
 def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Welcome, float]]:
     """With the coordinator's welcome, and when it was sent by the clock here."""
     before = time.time()
-    found = asyncio.run(_ask(config, papers, hello_of(config, papers.pins)))
+    found = asyncio.run(_ask(config, papers, app.hello_of(config, papers.pins)))
     sent = (before + time.time()) / 2
     if found.federation != papers.kit.peer.federation:
         raise Refused(f"coordinator: found federation {found.federation!r}")
@@ -301,10 +294,10 @@ async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frame
 def clock_text(welcome: frames.Welcome, here: float) -> str:
     """How far the two clocks are apart. here: seconds since 1970. Raises Refused beyond a minute."""
     apart = here - welcome.time_ms / 1000
-    if abs(apart) > CLOCKS_APART:
+    if abs(apart) > app.CLOCKS_APART:
         raise Refused(
             f"clock: found this one {ago(abs(apart))} {'ahead of' if apart > 0 else 'behind'} the "
-            f"coordinator's, expected less than {ago(CLOCKS_APART)}",
+            f"coordinator's, expected less than {ago(app.CLOCKS_APART)}",
             remedy="set both by NTP: certificates begin and end by the clock",
         )
     return f"{abs(apart):.1f} s from the coordinator's"

@@ -26,7 +26,7 @@ from fedcore.types import Contribution, Json, SiteId
 
 @dataclass(frozen=True)
 class SiteContext:
-    """This site, for every job. patience: seconds its machine waits at a stage. keep_keys: seconds for which the
+    """This site, for every job. stage_seconds: timeout of a stage of a round. keep_keys: seconds for which the
     secrets of a job's key epochs outlive the job. now: seconds since 1970. clock: monotonic seconds; pause: sleeps
     for some."""
 
@@ -39,7 +39,7 @@ class SiteContext:
     folder: Path
     policy: SitePolicy
     ledger: Ledger
-    patience: float = 1800.0
+    stage_seconds: float = 1800.0
     keep_keys: float = 7 * 86_400.0
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic

@@ -81,7 +81,7 @@ class JobRunner:
         self._tracking: list[asyncio.Task[Event | None]] = []
         params = participation.JobParams(
             context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
-            PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.patience,
+            PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.stage_seconds,
             context.keep_keys,
         )  # fmt: skip
         asks = context.policy.rules.jobs == "ask"
@@ -319,10 +319,10 @@ class JobRunner:
                 self._background(work.give_model(effect))
 
     async def _finish(self) -> None:
-        """Free what the job holds; running evaluations get the site's patience to end."""
+        """Free what the job holds; running evaluations get the seconds of a stage to end."""
         self.context.spool.drop(self.id)
         if self._tracking:
-            _, late = await asyncio.wait(self._tracking, timeout=self.context.patience)
+            _, late = await asyncio.wait(self._tracking, timeout=self.context.stage_seconds)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

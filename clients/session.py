@@ -1,8 +1,9 @@
 """The site's one connection: a session that is pushed to, and the transfers beside it.
 
 Connects, sends a hello, passes frames on, and reconnects with exponential backoff and jitter.
-Invariant: nothing waits for a session: a message without one is lost, and the jobs resend after `on_connected`; a
-transfer raises Offline and is retried.
+Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the name it is reached under;
+there is no plaintext, no override of the name, and no proxy that was not set. Nothing waits for a session: a message
+without one is lost, and the jobs resend after `on_connected`; a transfer raises Offline and is retried.
 """
 
 import asyncio
@@ -10,21 +11,21 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.context import Offline
-from fedcore_clients.tls import call_unary, open_channel
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.identity.kit import Kit
-from fedcore.identity.preflight import preflight
+from fedcore.identity.peer import CLIENT_ROLES, require_role
+from fedcore.identity.preflight import channel_target, preflight
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.store import container
 from fedcore.wire import calls, chunks, frames
@@ -52,6 +53,44 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every site of a process
 )
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
+    """TLS with this certificate, to holders of one of the same authority only.
+
+    Raises CertificateRefused for a coordinator's kit.
+    """
+    require_role(kit.peer, CLIENT_ROLES)
+    return grpc.ssl_channel_credentials(
+        root_certificates=kit.authority_pem,
+        private_key=kit.key_pem.reveal(),
+        certificate_chain=kit.certificate_pem,
+    )
+
+
+def open_channel(
+    kit: Kit, host: str, port: int, *, proxy: str = "", options: Sequence[tuple[str, Any]] = ()
+) -> grpc.aio.Channel:
+    """A channel to the coordinator; connecting begins with the first call.
+
+    proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none: the environment's
+    `https_proxy` is ignored, and a loopback address is never proxied. options: further gRPC ones.
+    Raises BadInput for a malformed host, port or proxy.
+    """
+    target, together = channel_target(host, port, proxy, options)
+    return grpc.aio.secure_channel(target, channel_credentials(kit), options=together)
+
+
+async def call_unary(
+    channel: grpc.aio.Channel, call: calls.Call[Q, A], asked: Q, seconds: float | None = None
+) -> A:
+    """The coordinator's answer to one request. Raises AioRpcError and MalformedMessage."""
+    begin: Any = channel.unary_unary(call.path)
+    answer = await begin(call.takes.pack(asked), timeout=seconds)
+    return call.gives.unpack(answer, sender="coordinator")
 
 
 class Session:

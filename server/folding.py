@@ -39,7 +39,7 @@ from fedcore.types import Json, SiteId
 
 T = TypeVar("T")
 
-PATIENCE = 300.0
+ANSWER_SECONDS = 300.0
 """Timeout of one answer, in seconds: a hundred times what ten million parameters take on one slow core."""
 
 _ATTEMPTS = 3
@@ -291,7 +291,7 @@ class JobFold:
     def _call(self, shard: _Shard, request: Json, payload: bytes = b"") -> None:
         """Raises what the worker raised, and ChildEnded."""
         request = {"job": self._name, **request}
-        answer, _ = shard.worker.call(request, [payload], patience=PATIENCE)
+        answer, _ = shard.worker.call(request, [payload], patience=ANSWER_SECONDS)
         if "error" in answer:
             raise ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 

@@ -184,7 +184,9 @@ def write_report(folder: Path) -> Path:
         f"# {event.job}", "",
         f"Task {event.task} (sha256 {found['task_sha256']}), {event.protection}, "
         f"{event.rounds_done} of {event.rounds} rounds: {state_text(event)}.", "",
-        MODEL_HERE if event.model else MODEL_AT_HOME, "",
+        "The model is `model.safetensors`: the plan gives it to the coordinator. The sites have it, too."
+        if event.model
+        else "The model is at the sites: `fed-site model`.", "",
         *(f"- {round_text(row, event.rounds)}" for row in rows), "",
         *(f"- {metrics_text(row)}" for row in _rows(folder / METRICS_FILE, MetricsRow)),
         *([METRICS_AT_HOME] if event.public_metrics is False else []),
@@ -213,8 +215,6 @@ def round_text(row: JobRow, rounds: int) -> str:
     return "  ".join([what, there, f"{row.seconds:.2f} s", *moved])
 
 
-MODEL_AT_HOME = "The model is at the sites: `fed-site model`."
-MODEL_HERE = "The model is `model.safetensors`: the plan gives it to the coordinator. The sites have it, too."
 METRICS_AT_HOME = "metrics: known to the sites only"
 """For a job whose plan does not make them public."""
 

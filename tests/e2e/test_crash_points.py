@@ -418,7 +418,7 @@ def test_an_evaluation_that_hangs_does_not_keep_a_job_from_its_end(tmp_path, poo
         await found.run(
             until=lambda: found.hub is not None and len(found.hub.facts.rounds.known) >= 1
         )
-        found.sites["b"].context = replace(found.sites["b"].context, patience=0.5)
+        found.sites["b"].context = replace(found.sites["b"].context, stage_seconds=0.5)
         await found.run()
         assert found.sites["b"].job.ended.outcome == "finished"
         await asyncio.sleep(0.7)
