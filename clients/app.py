@@ -34,7 +34,6 @@ from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.verify import check_certificate
-from fedcore.learning.state import JobState
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.protocol import job_messages as job
