@@ -27,8 +27,7 @@ from fedcore_clients.trainer import TrainingFailed
 from fedcore.errors import FedcoreError, StoreProblem
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
-from fedcore.runtime.driver import keep_serving
-from fedcore.runtime.mailbox import Mailbox
+from fedcore.runtime.mailbox import Mailbox, keep_serving
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan

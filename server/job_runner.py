@@ -23,8 +23,7 @@ from fedcore_server.job_disk import JobDisk
 from fedcore_server.job_plan import JobPlan
 
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
-from fedcore.runtime.driver import keep_serving
-from fedcore.runtime.mailbox import Mailbox
+from fedcore.runtime.mailbox import Mailbox, keep_serving
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job import effects

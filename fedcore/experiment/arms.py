@@ -6,13 +6,17 @@ round, as somebody training on one machine would; a site of a federation starts 
 Local-only sites standardise with their own statistics, the others with the federated ones.
 Absences are of a federation: both federated arms have the same survivors in every round, and neither
 moves in one that was abandoned; centralised and local-only training goes on.
+
+Every arm has a `budget`; `step` advances it one round and returns its own columns of the round's row,
+`evaluate` scores its present model on every site's test rows, and `save` returns all that a resumed run needs,
+as tensors and plain values, for `restore`.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -63,28 +67,6 @@ class Budget:
         self.steps += sum(r.steps for r in reports)
         self.examples += sum(r.examples for r in reports)
         return mean_of((r.loss, r.examples) for r in reports)
-
-
-class Arm(Protocol):
-    """One run that is advanced a round at a time."""
-
-    budget: Budget
-
-    def step(self, round_: int) -> Columns:
-        """Advance one round; returns the arm's own columns of its row."""
-        ...
-
-    def evaluate(self, round_: int) -> Scoring:
-        """Score the present model on every site's test rows."""
-        ...
-
-    def save(self) -> Any:
-        """Everything a resumed run needs, as tensors and plain values."""
-        ...
-
-    def restore(self, saved: Any) -> None:
-        """The inverse of `save`."""
-        ...
 
 
 def score_shared(prepared: Prepared, model: FloatVector, round_: int) -> Scoring:
@@ -288,3 +270,6 @@ class FederatedFloat:
 
     def restore(self, saved: Any) -> None:
         self.state = JobState.from_bytes(saved)
+
+
+Arm = Alone | Federated | FederatedFloat

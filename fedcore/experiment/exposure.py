@@ -91,9 +91,6 @@ def observe(
     )
 
 
-# --------------------------------------------------------------------------- what a party can open
-
-
 def _uploads(
     upload: Sequence[bytes],
     rebuilt: Masks,
@@ -112,10 +109,9 @@ def _uploads(
         coordinator = ciphertext_as_slots(packing, upload, layout.blocks)
         together = _decrypt(packing, sealer, upload, layout)
     else:
-        words = sealer.open(upload, layout.slots)
-        coordinator, together = _unmask(words, rebuilt, packing), words
-    together = _unmask(together, either, packing)
-    return coordinator, together
+        together = sealer.open(upload, layout.slots)
+        coordinator = _unmask(together, rebuilt, packing)
+    return coordinator, _unmask(together, either, packing)
 
 
 def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], blocks: int) -> Slots:
@@ -154,9 +150,6 @@ def _unmask(slots: Slots, masks: Masks, packing: Packing) -> Slots:
     """Take the known masks off, in the slot ring."""
     known = mask_sum(masks, len(slots), packing.slot_bits)
     return (slots - known) & np.uint64((1 << packing.slot_bits) - 1)
-
-
-# --------------------------------------------------------------------------- readings of the update
 
 
 @dataclass(frozen=True)

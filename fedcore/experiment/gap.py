@@ -44,9 +44,6 @@ _BLOCK = 1 << 20
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------------ one run
-
-
 def bootstrap_gap(
     scores_by_arm: Mapping[str, Scores],
     metrics: Sequence[Metric],
@@ -160,9 +157,6 @@ def plain_gaps(
         mean = None if a is None or b is None else (b - a if name in errors else a - b)
         found[name] = Interval(mean, None, None, method, 0)
     return found
-
-
-# ------------------------------------------------------------------ several splits
 
 
 def nadeau_bengio(differences: Sequence[float], test_fraction_ratio: float) -> Interval:

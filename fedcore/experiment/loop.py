@@ -1,17 +1,20 @@
-"""All rounds of a run, its files as it goes, and going on after an interrupt.
+"""All rounds of a run: its arms, advanced a round at a time, and its files as it goes.
 
-Invariant: after every whole round a checkpoint is on disk, from which the run goes on to the same bits.
+Invariant: every arm sees the same split, the same initial model and the same number of rows per round. After
+every whole round a checkpoint is on disk, from which the run goes on to the same bits.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from fedcore.errors import Abandoned, GuardTripped
-from fedcore.experiment.advance import Experiment
+from fedcore.errors import Abandoned, BadInput, GuardTripped
+from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
+from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
 from fedcore.experiment.tensorboard import Events
@@ -23,15 +26,126 @@ from fedcore.files import (
     write_atomic,
     write_json,
 )
-from fedcore.learning import checkpoint
 from fedcore.learning.model import single_thread
 from fedcore.learning.saved import FILE as MODEL_FILE
-from fedcore.results import RoundRow, RunResult
+from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
+from fedcore.results import Columns, RoundRow, RunResult
+from fedcore.types import ARMS, Json
 
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""
 
 OnRound = Callable[[RoundRow], object]
+
+CHECKPOINT_FORM = 2
+"""Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
+
+
+class Experiment:
+    """The arms of one run, advanced round by round."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.federation = prepared, prepared.federation
+        plan, trainers, start = prepared.plan, self.federation.sites, self.federation.state
+        self.federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
+        self.federated = Federated(prepared)
+        makers: dict[str, Callable[[], Arm]] = {
+            "centralised": lambda: Alone(prepared, prepared.sites, pooled=True),
+            "local_only": lambda: Alone(prepared, [t.rows_alone() for t in trainers], pooled=False),
+            "federated_float": lambda: FederatedFloat(prepared, self.federated),
+            "federated": lambda: self.federated,
+        }
+        wanted = [arm for arm in ARMS if arm in prepared.job.track.arms or arm == "federated"]
+        self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
+        self.round = 0
+        self.stopped: str | None = None
+
+    def rounds(self) -> Iterator[RoundRow]:
+        """Advance every arm one round at a time; yields each arm's row."""
+        while self.round == 0 and (purpose := self.federation.purpose) and not purpose.trains:
+            self.federation.advance()
+        # The federated arm steps first, so that what is wrong with a site's update is said of it and
+        # not of an arm beside it, and its survivors are known to the float arm; the rows still come
+        # in the order of ARMS.
+        order = sorted(self.arms, key=lambda name: name != "federated")
+        while self.round < self.prepared.plan.rounds and self.stopped is None:
+            current = self.round + 1
+            columns = {}
+            for name in order:
+                columns[name] = self.arms[name].step(current)
+                self.round = current
+            for name, arm in self.arms.items():
+                yield self._row(name, arm, current, columns[name])
+
+    def _row(self, name: str, arm: Arm, round_: int, columns: Columns) -> RoundRow:
+        scoring, transport = arm.evaluate(round_), self.prepared.transport
+        row: Columns = {"arm": name, "round": round_, **transport.values(scoring)}
+        row |= {"loss": loss_of(scoring), **columns}
+        release = self.federated.release
+        if name == "federated" and release is not None:
+            before = transport.finish(release.wides, len(release.survivors))
+            row |= {f"protected_{metric}_before": value for metric, value in before.items()}
+        row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
+        return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
+
+    def absences(self) -> int:
+        """How often a site left a round before its end, the metrics-only round included."""
+        rounds = [*range(1, self.round + 1), self.prepared.plan.rounds + 1]
+        return sum(len(self.federation.absent(round_)) for round_ in rounds)
+
+    def require_a_release(self) -> None:
+        """Raise Abandoned for a run of which no round was released: its model never learnt anything."""
+        plan, abandoned = self.prepared.plan, self.federated.abandoned
+        if len(abandoned) < self.round:
+            return
+        sites = len(plan.sites)
+        lower = f", or a smaller --threshold ({sites // 2 + 1} or more)"
+        raise Abandoned(
+            f"run: found all {self.round} rounds abandoned, expected at least one with {plan.threshold} "
+            f"of {sites} sites at every stage",
+            remedy=f"fewer absences (--drop, --dropout){lower if plan.threshold > sites // 2 + 1 else ''}",
+        )
+
+    def save(self) -> Any:
+        """All that a resumed run needs."""
+        return {
+            "form": CHECKPOINT_FORM,
+            "round": self.round,
+            "arms": {name: arm.save() for name, arm in self.arms.items()},
+            "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
+            "inputs": self._inputs(),
+        }
+
+    def _inputs(self) -> Json:
+        """What a resumed run must find unchanged, by the name a person knows it under."""
+        prepared = self.prepared
+        sizes = {s.id: [len(s.train), len(s.test)] for s in prepared.sites}
+        statistics = prepared.statistics.to_json() if prepared.statistics else None
+        return {
+            "task": prepared.plan.task_digest,
+            "columns of the tables": prepared.plan.inputs,
+            "rows of the sites": json.dumps([sizes, statistics]),
+            "plan": prepared.plan.digest,
+        }
+
+    def restore(self, saved: Any) -> None:
+        """Continue after the saved round. Raises BadInput if the task or its data have changed, and for a
+        checkpoint of another version of Fedcore."""
+        if saved.get("form") != CHECKPOINT_FORM:
+            raise BadInput(
+                f"--resume: found a checkpoint of form {saved.get('form', 1)}, expected {CHECKPOINT_FORM}",
+                remedy="start a new run, or resume with the version of Fedcore that began it",
+            )
+        for name, value in self._inputs().items():
+            if saved["inputs"][name] != value:
+                raise BadInput(
+                    f"--resume: the {name} changed since the run was interrupted",
+                    remedy="start a new run, or restore what it was",
+                )
+        self.round = saved["round"]
+        for name, arm in self.arms.items():
+            arm.restore(saved["arms"][name])
+            arm.budget.steps, arm.budget.examples = saved["budgets"][name]
 
 
 class RunWriter:
@@ -59,7 +173,7 @@ class RunWriter:
 
     def checkpoint(self, experiment: Experiment) -> None:
         """The state after a whole round, replacing the one before."""
-        write_atomic(self.directory / "checkpoint.pt", checkpoint.to_bytes(experiment.save()))
+        write_atomic(self.directory / "checkpoint.pt", checkpoint_bytes(experiment.save()))
 
     def forget(self) -> None:
         """There is nothing to go on from: the rows stay, the checkpoint goes."""
@@ -69,7 +183,7 @@ class RunWriter:
         """Back to the last checkpoint: state restored, rows after it dropped."""
         path = self.directory / "checkpoint.pt"
         if path.is_file():
-            experiment.restore(checkpoint.from_bytes(path.read_bytes()))
+            experiment.restore(read_checkpoint(path.read_bytes()))
         rows = [r for r in read_rounds(self.directory) if r.round <= experiment.round]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(self.directory / ROUNDS_FILE, text.encode())

@@ -1,15 +1,16 @@
 """From a finished experiment to `result.json`: every number of a run, and of a comparison over its splits."""
 
+from __future__ import annotations
+
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedcore.errors import RoundAbandoned
-from fedcore.experiment.advance import Experiment
 from fedcore.experiment.arms import Scoring, loss_of
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
@@ -44,6 +45,9 @@ from fedcore.results import (
 from fedcore.secagg.encode.pack import Layout as VectorLayout
 from fedcore.secagg.label import Terms, label_warnings
 from fedcore.secagg.summing import sites_of
+
+if TYPE_CHECKING:
+    from fedcore.experiment.loop import Experiment
 
 R = TypeVar("R", RunResult, ComparisonResult)
 
@@ -166,9 +170,6 @@ def _gaps(
     values = {name: transport.values(each) for name, each in everything.items()}
     errors = lower_is_better(experiment.prepared.task)
     return {part: plain_gaps(values, *pair, transport.own, errors) for part, pair in pairs.items()}
-
-
-# ------------------------------------------------------------------------------------- several splits
 
 
 def split_result(result: RunResult, seed: int, fold: int) -> SplitResult:

@@ -204,9 +204,6 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
     return flat
 
 
-# ------------------------------------------------------------------------------------- the job on disk
-
-
 def job_json(task: Task, job: Job, kind: str = "run") -> Json:
     """job.json: all it takes to run again. What was made in memory is marked by None."""
     in_memory = any(not is_json(source) for source in job.sites.values())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +23,9 @@ import numpy as np
 from fedcore.errors import GuardTripped
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.released import largest_move
+from fedcore.results import JsonRecord
 from fedcore.secagg.plan import RoundPlan
-from fedcore.types import FloatVector, Json, SiteId, WideVector
+from fedcore.types import FloatVector, SiteId, WideVector
 
 if TYPE_CHECKING:  # a site's session reads the rules and the memory here, and never needs torch
     from fedcore.learning.data.rows import Rows
@@ -53,7 +54,7 @@ class GuardRules:
 
 
 @dataclass(frozen=True)
-class GuardMemory:
+class GuardMemory(JsonRecord):
     """What a site remembers of the models it judged; it outlasts the process.
 
     first, best: losses of the untrained model and the smallest so far; None before the first judgement,
@@ -65,15 +66,6 @@ class GuardMemory:
     best: float | None = None
     strikes: int = 0
     judged: int = -1
-
-    def to_json(self) -> Json:
-        """Plain JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> GuardMemory:
-        """The inverse of `to_json`."""
-        return cls(**value)
 
     def most(self, rules: GuardRules) -> float:
         """The largest loss that is no strike: factor times the best one, or what FLOOR allows. A best loss

@@ -107,9 +107,6 @@ def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
     return largest_step(plan.server, mean), mean
 
 
-# --------------------------------------------------------------------- what a sum can be
-
-
 def check_possible(
     plan: RoundPlan,
     spec: VectorSpec,

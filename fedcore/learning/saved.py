@@ -1,10 +1,11 @@
-"""A finished model on disk: safetensors, with the statistics and columns that raw rows need.
+"""A finished model on disk, safetensors with the statistics and columns that raw rows need; and an unfinished run.
 
 Invariant: what `load_model` reads of `model_bytes` predicts the same bits. The metadata names the task, the
 statistics and the column order. The file contains no code, so the architecture comes from the task, which is
 loaded from the run's own location, never from the current folder.
 """
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,9 @@ def load_model(directory: Path, task: Task | None) -> SavedModel:
                 f"model: task {about['task_name']!r} was made in memory, so its architecture is not on disk",
                 remedy="fedcore.load(RUN, task=your_task)",
             )
-        task = load_task(about["task"], _base(directory))
+        job = directory / "job.json"
+        base = read_json(job).get("base") if job.is_file() else None
+        task = load_task(about["task"], Path(base) if isinstance(base, str) else directory)
     module = task.model()
     for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(parameter):
@@ -137,7 +140,23 @@ def load_model(directory: Path, task: Task | None) -> SavedModel:
     return SavedModel(module.eval(), about)
 
 
-def _base(directory: Path) -> Path:
-    job = directory / "job.json"
-    found = read_json(job).get("base") if job.is_file() else None
-    return Path(found) if isinstance(found, str) else directory
+def checkpoint_bytes(state: Any) -> bytes:
+    """The state of an unfinished run as bytes: dicts, lists, tuples and numbers, with arrays or tensors in them."""
+    buffer = io.BytesIO()
+    torch.save(_to_tensors(state), buffer)
+    return buffer.getvalue()
+
+
+def read_checkpoint(data: bytes) -> Any:
+    """The inverse of `checkpoint_bytes`; arrays come back as tensors. Loads weights only, never pickled code."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _to_tensors(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: _to_tensors(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_tensors(part) for part in value)
+    return value

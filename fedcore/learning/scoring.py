@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedcore.errors import BadInput, TaskFailed
-from fedcore.learning.data.kinds import Indices, kind_of
+from fedcore.learning.data.kinds import kind_of
 from fedcore.learning.data.rows import Rows
 from fedcore.learning.metrics import Scores
 from fedcore.learning.model import seeded
@@ -182,7 +182,7 @@ def training_loss(
     The loss may be NaN or infinite. Raises TaskFailed, and BadInput for BatchNorm with a batch of one row.
     """
     total, count = 0.0, 0
-    picked = _some(len(rows))
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64)
     batch_size = getattr(rows, "batch_size", None) or EVALUATION_BATCH
     if lone_row_breaks(module, len(picked), batch_size):
         picked = picked[:-1]
@@ -216,7 +216,3 @@ def _batch_statistics(module: nn.Module) -> Iterator[None]:
         module.eval()
         for buffer, before in kept:
             buffer.copy_(before)
-
-
-def _some(rows: int) -> Indices:
-    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).astype(np.int64)

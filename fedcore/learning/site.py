@@ -202,8 +202,6 @@ class SiteTrainer:
             len(self.columns), hashlib.sha256(layout).hexdigest() if layout else "", self.transport.wides,
         )  # fmt: skip
 
-    # ------------------------------------------------------------------- rows, model and guard
-
     def standard_rows(self, state: JobState) -> SiteRows:
         """The site's rows as inputs; scaled once for the statistics they go by."""
         statistics = state.statistics or self.public
@@ -272,8 +270,6 @@ class SiteTrainer:
         task = replace(self.task, origin="") if hidden else self.task
         self.flat.write(state.server.model)  # also resets what training counted
         return model_bytes(self.flat.module, task, state.statistics or self.public, self.layout)
-
-    # --------------------------------------------------------------------- vectors, by purpose
 
     def contribute(
         self,

@@ -86,19 +86,13 @@ LOOP_CODE = "model, task.predict or task.loss"
 """The functions of a task that one of our loops runs, for messages."""
 
 
-@dataclass(frozen=True)
-class Fit:
+@dataclass(frozen=True, kw_only=True)
+class Fit(TrainPlan):
     """The argument `fit` of a task's own `train(model, rows, fit)`.
 
     lr: step size; epochs: passes over the rows; batch_size: rows; seed: of the run; round: from 1.
     """
 
-    optimiser: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    epochs: int
-    batch_size: int
     seed: int
     round: int
     site: str

@@ -1,4 +1,4 @@
-"""The event queue of one job, its timer, and the work that runs in the background for it.
+"""The event queue of one job, its timer, the work that runs in the background for it, and its retry after a fault.
 
 Invariants: events are handled one at a time, each to its end, in the order they came. The timer runs
 even if the queue never empties. Background work ends in exactly one of three ways: with its result as an
@@ -102,3 +102,33 @@ class Mailbox(Generic[Event]):
             for task in self._background:
                 task.cancel()
             await asyncio.wait(self._background)
+
+
+async def keep_serving(
+    serve: Callable[[], Awaitable[None]],
+    *,
+    tolerates: Callable[[Exception], bool],
+    restore: Callable[[], None],
+    retry_seconds: float,
+) -> Exception | None:
+    """Serve a job until it is over; returns None then, and otherwise the fault that ended it.
+
+    A step persists before it sends (PROTOCOL D), so a step that failed halfway has sent nothing that is not on
+    disk: reloading everything, as a new process would, is always right.
+
+    serve: handles events, ends its background work, and returns when the job is over. tolerates: whether to
+    retry after an Exception of `serve` or `restore`. restore: reloads everything from disk, retry_seconds
+    after the fault and before the job is served again.
+    """
+    fault: Exception | None = None
+    while True:
+        try:
+            if fault is not None:
+                await asyncio.sleep(retry_seconds)
+                restore()
+            await serve()
+            return None
+        except Exception as error:  # noqa: BLE001 - `tolerates` decides about all of them
+            fault = error
+        if not tolerates(fault):
+            return fault

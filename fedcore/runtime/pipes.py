@@ -48,9 +48,6 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-# ------------------------------------------------------------------------------------- frames
-
-
 def _frame(head: Json, blobs: Sequence[bytes]) -> list[bytes]:
     """The pieces of a frame. Raises ValueError beyond the limits and for a float without a value."""
     data = json.dumps(head | {"blobs": [len(blob) for blob in blobs]}, allow_nan=False).encode()
@@ -77,9 +74,6 @@ def _read_frame(read: Callable[[int], bytes]) -> Frame:
             f"frame: found {sum(lengths)} bytes of blobs, expected at most {MAX_BLOBS}"
         )
     return head, [read(length) for length in lengths]
-
-
-# ---------------------------------------------------------------------------- the child's end
 
 
 class Parent:
@@ -127,9 +121,6 @@ class Parent:
                 self.send(*found)
             except BrokenPipeError:
                 return
-
-
-# --------------------------------------------------------------------------- the parent's end
 
 
 class Child:

@@ -97,26 +97,27 @@ def read(path: Path, first: int = 0, chunks: int | None = None) -> Iterator[byte
         there = _number(file, path)
         end = there if chunks is None else first + chunks
         if not 0 <= first <= end <= there:
-            raise _damaged(path, f"{there} chunks", f"chunks {first} to {end - 1}")
+            raise damaged(path, f"{there} chunks", f"chunks {first} to {end - 1}")
         for _ in range(first):
             file.seek(_number(file, path), os.SEEK_CUR)
         for _ in range(first, end):
             size = _number(file, path)
             chunk = file.read(size) if size <= MAX_CHUNK else b""
             if len(chunk) != size:
-                raise _damaged(path, "a chunk cut short", f"one of {size} bytes")
+                raise damaged(path, "a chunk cut short", f"one of {size} bytes")
             yield chunk
 
 
 def _number(file: IO[bytes], path: Path) -> int:
     data = file.read(_NUMBER.size)
     if len(data) != _NUMBER.size:
-        raise _damaged(path, "the end of the file", "a chunk")
+        raise damaged(path, "the end of the file", "a chunk")
     value: int = _NUMBER.unpack(data)[0]
     return value
 
 
-def _damaged(path: Path, found: object, expected: object) -> StoreProblem:
+def damaged(path: Path, found: object, expected: object) -> StoreProblem:
+    """For a container that was complete when it was stored."""
     return StoreProblem(
         f"spool: {path}: found {found}, expected {expected}",
         remedy="the file was damaged after it was stored: check the disk",

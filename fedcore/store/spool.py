@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import unquote
 
-from fedcore.errors import BadInput, OffsetRefused, StoreFull, StoreProblem, VectorRefused
+from fedcore.errors import BadInput, OffsetRefused, StoreFull, VectorRefused
 from fedcore.store import container
 from fedcore.store.disk import make_folder, refusals, sync, sync_folder
 from fedcore.types import SiteId
@@ -304,10 +304,7 @@ class Spool:
             try:
                 found = container.check(path, fault="this site")
             except VectorRefused as error:
-                raise StoreProblem(
-                    f"spool: {path}: found {error.found}, expected {error.expected}",
-                    remedy="the file was damaged after it was stored: check the disk",
-                ) from error
+                raise container.damaged(path, error.found, error.expected) from error
         return Stored(path, found.digest, found.size, found.chunks)
 
     def remove(self, job: str, name: str, *, header: bytes = b"") -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcore.errors import GuardTripped
-from fedcore.experiment.advance import Experiment
+from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.guard import GuardMemory, GuardRules
 from fedcore.learning.scoring import training_loss

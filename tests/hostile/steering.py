@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import GuardTripped, PeerRefused
-from fedcore.experiment.advance import Experiment
+from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data import heart
 from fedcore.learning.site import SiteTrainer

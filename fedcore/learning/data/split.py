@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +25,6 @@ from fedcore.types import Json
 KEY_BYTES = 32
 
 _SIDE, _PICK = b"fedcore split\x00", b"fedcore subsample\x00"
-
-
-class Split(Protocol):
-    """The rule by which one site splits its rows."""
-
-    def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
-        """(train, test); there is always a training row. Raises BadInput for rows it cannot deal."""
-
-    def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
-        """A keyed number for each row, which the cap is part of."""
-
-    def to_json(self) -> Json:
-        """What `split_from_json` takes; with the key, so it goes to the site's own processes only."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +87,11 @@ class HashSplit:
 
     def to_json(self) -> Json:
         return {"method": "hash", "key": self.key.hex(), "test": self.test}
+
+
+Split = FoldSplit | HashSplit
+"""The rule by which one site splits its rows: `divide` gives (train, test) with at least one training row, `ranks`
+a keyed number for each row, which the cap is part of. `to_json` has the key: for the site's own processes only."""
 
 
 def split_from_json(value: Json) -> Split:

@@ -16,7 +16,7 @@ from fedcore.cli.reproduce import reproduce
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.experiment.run import list_runs
 from fedcore.files import read_json, write_atomic
-from fedcore.learning import checkpoint
+from fedcore.learning import saved
 from fedcore.secagg.protections import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -131,9 +131,9 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_form():
     with pytest.raises(KeyboardInterrupt):
         heart(rounds=3, on_round=interrupt_after(2), out="broken")
     path = Path("broken") / "checkpoint.pt"
-    saved = checkpoint.from_bytes(path.read_bytes())
-    del saved["form"]
-    path.write_bytes(checkpoint.to_bytes(saved))
+    kept = saved.read_checkpoint(path.read_bytes())
+    del kept["form"]
+    path.write_bytes(saved.checkpoint_bytes(kept))
     with pytest.raises(BadInput, match="found a checkpoint of form 1, expected 2") as refused:
         api.resume("broken")
     assert "new run" in refused.value.remedy

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fedcore import Task
 from fedcore.errors import EXIT_REFUSED, BadInput, GuardTripped
-from fedcore.experiment.advance import Experiment
+from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
-from fedcore.learning import checkpoint, scoring
+from fedcore.learning import saved, scoring
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules
 from fedcore.learning.model import FlatModel
@@ -310,7 +310,7 @@ def test_a_resumed_run_goes_on_with_what_the_guards_remember():
     for _ in range(2):
         next(rows)
     again = run_of(**{"round.rounds": 4})
-    again.restore(checkpoint.from_bytes(checkpoint.to_bytes(experiment.save())))
+    again.restore(saved.read_checkpoint(saved.checkpoint_bytes(experiment.save())))
     found = [guard.memory for guard in again.federation.guards]
     assert found == [guard.memory for guard in experiment.federation.guards]
     assert {memory.judged for memory in found} == {1}

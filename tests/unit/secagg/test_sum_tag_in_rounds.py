@@ -16,7 +16,7 @@ from support.plans import round_plan
 
 import fedcore
 from fedcore.errors import ReleaseRefused, TagRefused
-from fedcore.experiment.advance import Experiment
+from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process

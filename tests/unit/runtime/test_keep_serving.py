@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fedcore.errors import StoreProblem
-from fedcore.runtime.driver import keep_serving
-from fedcore.runtime.mailbox import Mailbox
+from fedcore.runtime.mailbox import Mailbox, keep_serving
 
 TICK = "tick"
 
