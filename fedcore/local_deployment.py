@@ -118,7 +118,9 @@ def write(
     files cannot hold.
     """
     now = datetime.now(UTC)
-    deployment = Deployment(folder, _free_port(), tuple(sites))
+    with socket.socket() as probe:  # a free port
+        probe.bind((HOST, 0))
+        deployment = Deployment(folder, probe.getsockname()[1], tuple(sites))
     authority = Authority.create(federation, now)
     authority.save(folder / "authority")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -152,13 +154,6 @@ def write(
     operator_toml = {"coordinator": f"{HOST}:{deployment.port}", "kit": "kit"}
     _write_toml(deployment.job.with_name("operator.toml"), operator_toml)
     return deployment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _write_toml(path: Path, tables: Mapping[str, Any]) -> None:

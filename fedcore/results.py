@@ -471,8 +471,6 @@ class ComparisonResult(Result):
         return found.mean if found is not None else None
 
 
-# ----------------------------------------------------------------------------------- tables of rounds
-
 Column = str | int | float | Sequence[str] | None
 Columns = dict[str, Column]
 
@@ -514,9 +512,6 @@ class RoundRow(Columns):
         """The number in a column; None where there is none."""
         found = self.get(column)
         return found if isinstance(found, int | float) else None
-
-
-# ---------------------------------------------------------------------------------- deployed jobs
 
 
 @dataclass(frozen=True, kw_only=True)

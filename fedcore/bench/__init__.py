@@ -13,7 +13,8 @@ from rich.text import Text
 from fedcore.errors import BadInput
 from fedcore.experiment.environment import environment
 from fedcore.report.terminal import fitted, grid
-from fedcore.types import Json
+from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+from fedcore.types import Json, SiteId
 
 
 def progress(line: str) -> None:
@@ -31,6 +32,19 @@ def require_at_least(flag: str, found: int, least: int, why: str = "") -> None:
 def document(kind: str, **facts: Any) -> Json:
     """The JSON of a benchmark: its kind, its facts in their order, the machine."""
     return {"schema": 1, "kind": f"bench-{kind}", **facts, "environment": environment()}
+
+
+def plan_of(
+    parameters: int, sites: int, bits: int, protection: str, cipher: str, fields: int | None = None
+) -> RoundPlan:
+    """A plan of one round of updates with neither metrics nor buffers. fields: as for `solve_packing`."""
+    names = tuple(SiteId(f"site-{index:02d}") for index in range(sites))
+    return RoundPlan(
+        task="bench", task_digest="", sites=names, protection=protection,
+        packing=solve_packing(bits, sites, protection, fields, cipher=cipher), parameters=parameters,
+        buffer_coordinates=0, max_examples=1 << 20, rounds=1, train=TrainPlan(),
+        server=ServerPlan(), range=RangePlan(), cipher=cipher,
+    )  # fmt: skip
 
 
 def protection_of(found: Json) -> str:

@@ -31,27 +31,19 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 
-from fedcore.bench import document, progress, require_at_least, table_page
+from fedcore.bench import document, plan_of, progress, require_at_least, table_page
 from fedcore.learning.adaptive_range import exceeds
-from fedcore.secagg.crypto import Fold, Sealer, UnmaskableFold, ckks
-from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto import Fold, UnmaskableFold, ckks
 from fedcore.secagg.crypto.entropy import OsEntropy
-from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
-from fedcore.secagg.crypto.masking import add_masks, draw_salt, mask_sum, stream_key
-from fedcore.secagg.crypto.sumtag import GroupSecret, SumTag
+from fedcore.secagg.crypto.masking import add_masks, draw_salt, mask_sum
+from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
-from fedcore.secagg.plan import (
-    EXCEEDS,
-    RoundHeader,
-    VectorSpec,
-    Wide,
-    default_threshold,
-    solve_packing,
-)
+from fedcore.secagg.plan import EXCEEDS, RoundHeader
 from fedcore.secagg.protections import MAX_MASKED_SITES, SCHEMES, Protection, masking
+from fedcore.secagg.scheme import EpochSecrets, Scheme
 from fedcore.seeds import generator
-from fedcore.types import FloatVector, Json, SiteId, Slots, WideVector
+from fedcore.types import FloatVector, Json, Slots, WideVector
 
 CONTRIBUTORS = 3
 """Vectors in the decoded sum; the plan is solved for all sites. More would only take longer."""
@@ -168,31 +160,19 @@ def protected(
     """A protection with its cipher: the vector of a training round with its wide integers, its tag, its
     masks and its keystream. name: one of SCHEMES."""
     protection, cipher = SCHEMES[name]
-    packing = solve_packing(bits, sites, protection, parameters, cipher=cipher)
-    count_bits = parameters.bit_length()
-    wides = (
-        Wide("weight", 1, 20),
-        Wide("over_range", 1, count_bits),
-        Wide("over_half_range", 1, count_bits),
+    plan = plan_of(parameters, sites, bits, protection, cipher, fields=parameters)
+    scheme, layout, roster = (
+        Scheme(plan),
+        Layout(plan.update_vector, plan.packing, sites),
+        plan.sites,
     )
-    layout = Layout(VectorSpec("update", parameters, wides, (EXCEEDS,)), packing, sites)
-    sealer: Sealer
-    start: Callable[[], Fold]
-    if packing.ring is None:
-        group, sealer = GroupSecret(), MaskedSealer(packing)
-        start = partial(MaskedFold, packing, layout.slots)
-    else:
-        public = PublicContext.of(packing)
-        secret = SecretContext(public)
-        group, sealer = secret.group, EncryptedSealer(secret)
-        start = partial(EncryptedFold, public, layout.slots)
-    roster = tuple(SiteId(f"site-{index}") for index in range(sites))
+    secrets = scheme.open_payload(scheme.make_payload(), roster[0])
     header = RoundHeader(
-        "bench", "bench", 1, 1, 1, "update", roster, "", default_threshold(sites), protection, ""
+        "bench", "bench", 1, 1, 1, "update", roster, "", plan.threshold, protection, ""
     )
-    tag = SumTag(group, header, b"bench")
-    masks = _Masks.draw(layout, sites) if Protection.of(protection).masks else None
-    streams = _Streams(group, header, layout) if cipher == "keystream" else None
+    tag = SumTag(secrets.group, header, b"bench")
+    masks = _Masks.draw(layout, sites) if plan.layers.masks else None
+    streams = _Streams(secrets, header, layout) if secrets.streams else None
 
     def protect(vector: FloatVector, site: int) -> list[bytes]:
         rng = generator(seed, 1, roster[site], "rounding")
@@ -205,10 +185,13 @@ def protected(
         }
         slots = layout.pack(quantised.fields, counts, site)
         layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], roster[site]))
-        laid = [*(masks.of_site[site] if masks else ()), *(streams.fresh(site) if streams else ())]
+        laid = [
+            *(masks.of_site[site] if masks else ()),
+            *([streams.fresh(site)] if streams else ()),
+        ]
         if laid:
-            add_masks(slots, laid, packing.slot_bits)
-        return list(sealer.protect(slots))
+            add_masks(slots, laid, plan.packing.slot_bits)
+        return list(secrets.sealer.protect(slots))
 
     def add(running: Fold, chunks: list[bytes]) -> Fold:
         for index, chunk in enumerate(chunks):
@@ -216,7 +199,7 @@ def protected(
         return running
 
     def unprotect(chunks: list[bytes], contributors: int) -> WideVector:
-        total = sealer.open(chunks, layout.slots)
+        total = secrets.sealer.open(chunks, layout.slots)
         if streams is not None:
             streams.take_off(total)
         tag.check(total[: layout.tagged_slots], layout.read_tag(total), roster[:contributors])
@@ -228,7 +211,7 @@ def protected(
         bits=bits,
         step=step_size(bits, bound),
         protect=protect,
-        start=start,
+        start=partial(scheme.fold, layout.slots),
         add=add,
         release=lambda running: list(running.total()),
         unprotect=unprotect,
@@ -276,25 +259,22 @@ class _Streams:
     """The keystreams of one plan's sites: fresh ones for the contributors, the others' added up before
     the timing starts, so that opening a sum expands the streams of all sites of the plan."""
 
-    def __init__(self, group: GroupSecret, header: RoundHeader, layout: Layout) -> None:
-        self._group, self._header, self._bits = group, header, layout.packing.slot_bits
-        self._keys = {place: self._key(place) for place in range(len(header.roster))}
-        others = [(key, 1) for place, key in self._keys.items() if place >= CONTRIBUTORS]
+    def __init__(self, secrets: EpochSecrets, header: RoundHeader, layout: Layout) -> None:
+        self._secrets, self._header, self._bits = secrets, header, layout.packing.slot_bits
+        self._laid: dict[int, tuple[bytes, int]] = {}
+        others = [self.fresh(place) for place in range(len(header.roster))][CONTRIBUTORS:]
         self._rest = mask_sum(others, layout.slots, self._bits)
 
-    def _key(self, site: int) -> bytes:
+    def fresh(self, site: int) -> tuple[bytes, int]:
+        """The stream of a new vector of a site."""
         salt, name = draw_salt(OsEntropy()), self._header.roster[site]
-        return stream_key(self._group, self._header.digest, b"bench", name, salt)
-
-    def fresh(self, site: int) -> list[tuple[bytes, int]]:
-        """The stream of a new vector of a contributor."""
-        self._keys[site] = self._key(site)
-        return [(self._keys[site], 1)]
+        self._laid[site] = self._secrets.stream(self._header, b"bench", name, salt)
+        return self._laid[site]
 
     def take_off(self, total: Slots) -> None:
         """A site's work between unpacking the words of a sum and checking its tag."""
         total += self._rest
-        add_masks(total, [(key, -1) for key in self._keys.values()], self._bits)
+        add_masks(total, [(key, -sign) for key, sign in self._laid.values()], self._bits)
 
 
 def ckks_vectors(name: str, protect: Callable[[Any, FloatVector], list[bytes]]) -> TimedScheme:

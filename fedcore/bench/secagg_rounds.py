@@ -15,26 +15,18 @@ from statistics import mean
 import numpy as np
 from rich.console import RenderableType
 
-from fedcore.bench import document, progress, protection_of, require_at_least, table_page
+from fedcore.bench import document, plan_of, progress, protection_of, require_at_least, table_page
 from fedcore.errors import BadInput
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import (
-    EXCEEDS,
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    default_threshold,
-    solve_packing,
-)
+from fedcore.secagg.plan import EXCEEDS, RoundPlan, default_threshold
 from fedcore.secagg.protections import Protection, masking, refuse_cipher
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.secagg.summing import one_by_one
 from fedcore.seeds import generator
-from fedcore.types import Contribution, Json, SiteId
+from fedcore.types import Contribution, Json
 
 
 def run(
@@ -70,7 +62,7 @@ def run(
     rows = []
     for count in sites:
         progress(f"bench secagg: {count} sites, {parameters} parameters, {drop} dropping out")
-        rows.append(_row(_plan(count, parameters, bits, protection, cipher), drop, seed))
+        rows.append(_row(plan_of(parameters, count, bits, protection, cipher), drop, seed))
     return document(
         "secagg",
         parameters=parameters,
@@ -81,16 +73,6 @@ def run(
         seed=seed,
         rows=rows,
     )
-
-
-def _plan(sites: int, parameters: int, bits: int, protection: str, cipher: str) -> RoundPlan:
-    names = tuple(SiteId(f"site-{index:02d}") for index in range(sites))
-    return RoundPlan(
-        task="bench", task_digest="", sites=names, protection=protection,
-        packing=solve_packing(bits, sites, protection, cipher=cipher), parameters=parameters,
-        buffer_coordinates=0, max_examples=1 << 20, rounds=1, train=TrainPlan(),
-        server=ServerPlan(), range=RangePlan(), cipher=cipher,
-    )  # fmt: skip
 
 
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:

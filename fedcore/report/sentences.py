@@ -103,7 +103,9 @@ def _lost(result: Result, metric: str, against: str) -> str:
     if high < 0:
         side = "lower" if result.is_error(metric) else "higher"
         return f"No loss{against}: {name} {value}{scores}, interval {span}; federated is {side}."
-    if max(-low, high) <= _negligible(result, metric):
+    # Of an error in its own unit.
+    whole = abs(result.score("centralised", metric) or 0.0) if result.is_error(metric) else 1.0
+    if max(-low, high) <= NEGLIGIBLE * whole:
         return f"No loss measurable{against}: {name} {value}{scores}, interval {span}."
     where = f"over {splits(result)}" if isinstance(result, ComparisonResult) else "on these rows"
     if phrases.amount(result, metric, mean) == "0.00":
@@ -136,13 +138,6 @@ def _both_scores(result: Result, metric: str) -> str:
     if not result.is_error(metric) or pooled is None or together is None:
         return ""
     return f" ({phrases.score(pooled)} centralised, {phrases.score(together)} federated)"
-
-
-def _negligible(result: Result, metric: str) -> float:
-    """The largest difference that is called none, in the metric's unit."""
-    if not result.is_error(metric):
-        return NEGLIGIBLE
-    return NEGLIGIBLE * abs(result.score("centralised", metric) or 0.0)
 
 
 def how_measured(result: Result) -> str:

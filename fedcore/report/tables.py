@@ -11,7 +11,6 @@ from decimal import ROUND_UP, Context
 from functools import partial
 from typing import Any
 
-from fedcore.learning.stopwatch import STAGES
 from fedcore.report import phrases
 from fedcore.report import sentences as say
 from fedcore.report.methods import scaled_by_ranges
@@ -310,7 +309,7 @@ def cost(results: Sequence[Result]) -> list[Grid]:
         return phrases.duration((result.cost.seconds or {}).get(stage))
 
     lines: dict[str, Callable[[Result], str]] = {
-        **{stage: partial(stage_of, stage=stage) for stage in STAGES},
+        **{stage: partial(stage_of, stage=stage) for stage in phrases.STAGES},
         "whole run, all arms": lambda r: phrases.duration(r.cost.seconds_total),
         "sent per site and round": lambda r: phrases.size(r.cost.bytes_up),
         "received per site and round": lambda r: phrases.size(r.cost.bytes_down),
