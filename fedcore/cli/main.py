@@ -24,7 +24,7 @@ from fedcore.cli.console import application, emit, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
-from fedcore.files import RESULT_FILE, ROUNDS_FILE
+from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
 
 if TYPE_CHECKING:
@@ -265,8 +265,6 @@ def plan(
 ) -> None:
     """Show the solved plan: packing, proof of headroom, bytes a round, steps of the price, label."""
     if where is not None and (where / "plan.json").is_file():
-        from fedcore.files import read_json
-
         if settings:
             raise BadInput(
                 f"plan: found settings beside the run {where}, whose plan is fixed, expected none",
@@ -305,7 +303,6 @@ def report(
 ) -> None:
     """Write a run's report again, overlay several runs, or print a table for a paper."""
     from fedcore import report as reports
-    from fedcore.files import write_atomic
 
     if format_ not in ("html", "md", "latex"):
         raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
@@ -330,8 +327,7 @@ def runs(
 
     rows = list_runs(folder)
     if as_json:
-        results = [None if run.result is None else run.result.to_json() for run in rows]
-        emit([{"run": r.folder, "result": found} for r, found in zip(rows, results, strict=True)])
+        emit([{"run": r.folder, "result": r.result and r.result.to_json()} for r in rows])
     elif not rows:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
     else:
