@@ -1,7 +1,7 @@
 """`fedcore new DIR`: writes a task, a job and three small tables that run unchanged.
 
 Invariant: the directory is written atomically, and no file is overwritten without `force`. The tables are
-computed by the formula below, so every run of them is the same.
+computed by the formula in README.md, so every run of them is the same.
 """
 
 import math
@@ -61,51 +61,8 @@ task = fedcore.Task(
 )
 '''
 
-JOB = """# WHAT to run: `fedcore simulate job.toml`, `fedcore check job.toml`, `fedcore compare job.toml`.
-# Every key can be overridden: `fedcore simulate job.toml --set train.lr=0.05 --rounds 5`.
-
-task = "task.py"        # CHANGE: or "task.py:other", or "package.module:attribute"
-seed = 0                # decides folds, first parameters, order of rows and rounding
-fold = 0                # which part of every site's rows is the test set ...
-folds = 5               # ... of so many
-
-[train]                 # one site's local training in one round
-optimiser = "sgd"       # or "adam"
-lr = 0.1
-epochs = 1
-batch_size = 16
-
-[protect]
-protection = "layered"  # masks, and encryption over them; "plain" protects nothing
-# threshold = 3         # sites that a round needs; with three sites all of them, by default
-bits = 16               # of each coordinate of an update
-
-[round]
-rounds = 20
-
-[sites]                 # CHANGE: site id = what task.data gets; paths count from this file
-north = "data/north.csv"
-south = "data/south.csv"
-coast = "data/coast.csv"
-"""
-
-README = """# Three made-up hospitals
-
-`task.py` says what is learned, `job.toml` how. Nothing here is real: row i of a table is computed
-from consecutive numbers u1, u2, ... in [0, 1) of the generator
-
-    state = (1103515245 * state + 12345) mod 2^31,   u = state / 2^31
-
-which starts at state = 1 (north), 2 (south), 3 (coast):
-
-    age      = round(age0 + 40 * (u1 - 0.5) + 20 * (u2 - 0.5))     age0 = 45, 55, 65
-    pressure = round(100 + age / 2 + 40 * (u3 - 0.5)), left empty where u4 < 0.1
-    smoker   = never, former or current as u5 is below 0.5, below 0.8, or above
-    ill      = 1 where u6 < 1 / (1 + exp(-z)),
-               z = (age - 55) / 8 + (pressure - 128) / 12 + (2 if current)
-
-Each has 120 rows. Replace them by your own tables, one per site, and change the lines marked CHANGE.
-"""
+_TEXTS = Path(__file__).with_name("new_project")
+"""The folder of job.toml and README.md as they are written."""
 
 SITES = {"north": 45, "south": 55, "coast": 65}
 """{site: its middle age}: the sites differ, as real ones do."""
@@ -130,7 +87,8 @@ def create(directory: Path, force: bool = False) -> list[Path]:
             + ", expected an empty or a new directory",
             remedy="choose another name, or add --force to overwrite files of the same names",
         )
-    contents = {"task.py": TASK, "job.toml": JOB, "README.md": README}
+    contents = {name: (_TEXTS / name).read_text("utf-8") for name in ("job.toml", "README.md")}
+    contents["task.py"] = TASK
     for seed, (name, age) in enumerate(SITES.items(), start=1):
         contents[f"data/{name}.csv"] = table_text(seed, age)
     try:
@@ -164,7 +122,7 @@ def _write(directory: Path, contents: dict[str, str]) -> None:
 
 
 def table_text(seed: int, middle_age: float) -> str:
-    """One site's table by the formula in `README`, as CSV text."""
+    """One site's table by the formula in README.md, as CSV text."""
     u = _uniform(seed)
     lines = ["age,pressure,smoker,ill"]
     for _ in range(ROWS):
