@@ -88,26 +88,15 @@ def run(
     if not timed:
         raise Abandoned(f"bench: found no released round after the first of {rounds}")
     return document(
-        "engine",
-        sites=sites,
-        parameters=parameters,
-        rounds=rounds,
-        timed_rounds=len(timed),
+        "engine", sites=sites, parameters=parameters, rounds=rounds, timed_rounds=len(timed),
         abandoned_rounds=sum("abandoned" in row for row in rows),
-        least_survivors=min(len(row["survivors"]) for row in timed),
-        protection=protection,
-        cipher=cipher if Protection.of(protection).encrypts else None,
-        bits=bits,
-        sites_per_process=per_process,
-        seconds_per_round=_spread([row["seconds"] for row in timed]),
-        seconds_between_certificates=wall,
-        seconds_by_stage=_by_stage(timed),
-        cpu_seconds_per_round=cpu,
-        bytes_up_per_site=timed[-1].get("bytes_up"),
-        bytes_down_per_site=timed[-1].get("bytes_down"),
-        rss_mb=memory,
-        commit_ms=commit,
-    )
+        least_survivors=min(len(row["survivors"]) for row in timed), protection=protection,
+        cipher=cipher if Protection.of(protection).encrypts else None, bits=bits,
+        sites_per_process=per_process, seconds_per_round=_spread([row["seconds"] for row in timed]),
+        seconds_between_certificates=wall, seconds_by_stage=_by_stage(timed),
+        cpu_seconds_per_round=cpu, bytes_up_per_site=timed[-1].get("bytes_up"),
+        bytes_down_per_site=timed[-1].get("bytes_down"), rss_mb=memory, commit_ms=commit,
+    )  # fmt: skip
 
 
 def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
@@ -242,14 +231,8 @@ def _commit_ms(folder: Path) -> float:
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench engine` for a terminal."""
     head = (
-        "sites",
-        "parameters",
-        "median, s",
-        "p95, s",
-        "coordinator, MB",
-        "site, MB",
-        "commit, ms",
-    )
+        "sites", "parameters", "median, s", "p95, s", "coordinator, MB", "site, MB", "commit, ms",
+    )  # fmt: skip
     seconds, memory = found["seconds_per_round"], found["rss_mb"]
     row = (
         found["sites"], f"{found['parameters']:,}", f"{seconds['median']:.3f}", f"{seconds['p95']:.3f}",

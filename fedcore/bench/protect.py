@@ -123,16 +123,9 @@ def run(
             _measure(scheme, vectors, samples)
     rows = [_row(s, m, parameters) for s, m in zip(schemes, measured, strict=True)]
     return document(
-        "protect",
-        parameters=parameters,
-        sites=sites,
-        repeats=repeats,
-        seed=seed,
-        range=bound,
-        contributors=CONTRIBUTORS,
-        rows=rows,
-        ratios=_ratios(rows),
-    )
+        "protect", parameters=parameters, sites=sites, repeats=repeats, seed=seed, range=bound,
+        contributors=CONTRIBUTORS, rows=rows, ratios=_ratios(rows),
+    )  # fmt: skip
 
 
 def float32() -> TimedScheme:

@@ -64,15 +64,9 @@ def run(
         progress(f"bench secagg: {count} sites, {parameters} parameters, {drop} dropping out")
         rows.append(_row(plan_of(parameters, count, bits, protection, cipher), drop, seed))
     return document(
-        "secagg",
-        parameters=parameters,
-        protection=protection,
-        cipher=cipher if layers.encrypts else None,
-        bits=bits,
-        drop=drop,
-        seed=seed,
-        rows=rows,
-    )
+        "secagg", parameters=parameters, protection=protection,
+        cipher=cipher if layers.encrypts else None, bits=bits, drop=drop, seed=seed, rows=rows,
+    )  # fmt: skip
 
 
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
@@ -127,18 +121,13 @@ def page(found: Json) -> RenderableType:
     )  # fmt: skip
     rows = (
         (
-            row["sites"],
-            row["survivors"],
-            row["threshold"],
-            f"{row['bytes_up_per_site']:,}",
-            f"{row['control_bytes_up_per_site']:,}",
-            f"{row['control_bytes_down_per_site']:,}",
-            f"{sum(row['site_cpu_seconds'].values()):.3f}",
-            f"{row['coordinator_cpu_seconds']:.3f}",
+            row["sites"], row["survivors"], row["threshold"], f"{row['bytes_up_per_site']:,}",
+            f"{row['control_bytes_up_per_site']:,}", f"{row['control_bytes_down_per_site']:,}",
+            f"{sum(row['site_cpu_seconds'].values()):.3f}", f"{row['coordinator_cpu_seconds']:.3f}",
             "exact" if row["exact"] else "NOT the plain sum",
         )
         for row in found["rows"]
-    )
+    )  # fmt: skip
     note = (
         f"{found['parameters']:,} parameters at {found['bits']} bits under {protection_of(found)}, "
         f"{found['drop']} of the sites leaving after the shares; bytes and CPU seconds per site"

@@ -109,6 +109,7 @@ def test_the_wheel_holds_what_runs_need(wheel):
         assert f"{folder}/py.typed" in names
     assert "fedcore/learning/data/heart.csv" in names
     assert any(name.startswith("fedcore/report/templates/") for name in names)
+    assert "fedcore/cli/new_project/job.toml" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fedcore", "fedcore_server", "fedcore_clients", "fedcore_fl-0.1.0.dist-info"}
     text = zipfile.ZipFile(wheel).read("fedcore_fl-0.1.0.dist-info/METADATA").decode()

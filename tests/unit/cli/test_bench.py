@@ -323,6 +323,7 @@ def test_a_wrong_sum_abandons_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bench_fold_needs_parameters_and_sites() -> None:
+    fine = {"parameters": 10, "sites": (4,)}
     for asked in ({"parameters": 0}, {"sites": ()}, {"sites": (0,)}):
         with pytest.raises(BadInput, match="expected at least 1 of each"):
-            fold.run(**asked)
+            fold.run(**fine | asked)

@@ -86,7 +86,7 @@ def test_the_page_names_a_sum_that_is_not_exact(found):
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(BadInput, match=message):
-        secagg.run(**({"parameters": 10} | settings))
+        secagg.run(**({"parameters": 10, "sites": (4,)} | settings))
 
 
 def test_the_command_prints_the_json(capsys):
