@@ -33,10 +33,6 @@ OnCell = Callable[[SplitResult, int, int], object]
 Say = Callable[[str], None]
 
 
-def _silent(_: str) -> None:
-    """The default of `say`: a library does not print."""
-
-
 def simulate(
     task: Task | str | None = None,
     sites: Mapping[str, object] | None = None,
@@ -46,7 +42,7 @@ def simulate(
     force: bool = False,
     on_round: OnRound | None = None,
     on_ready: OnReady | None = None,
-    say: Say = _silent,
+    say: Say = lambda _: None,
     **settings: Unpack[Settings],
 ) -> Run:
     """Run one simulated federation and its comparison arms; returns the finished `Run`.
@@ -76,7 +72,7 @@ def resume(
     task: Task | None = None,
     on_round: OnRound | None = None,
     on_ready: OnReady | None = None,
-    say: Say = _silent,
+    say: Say = lambda _: None,
 ) -> Run:
     """Go on with an interrupted run after its last whole round, to the same bits.
 
@@ -141,7 +137,7 @@ def compare(
     out: str | Path | None = None,
     force: bool = False,
     on_cell: OnCell | None = None,
-    say: Say = _silent,
+    say: Say = lambda _: None,
     **settings: Unpack[Settings],
 ) -> Comparison:
     """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.

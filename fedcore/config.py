@@ -12,15 +12,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.secagg import plan, protections
 from fedcore.secagg.encode.pack import limb_count
 from fedcore.toml import Section, found_and_expected, read_tables
 from fedcore.types import Json, SiteId
+
+
+def _from_words(value: Any) -> Any:
+    """`--drop 3:submit:va,5:unmask:va` as well as a TOML list."""
+    if not isinstance(value, str):
+        return value
+    return tuple(filter(None, map(str.strip, value.split(","))))
 
 
 class RunSection(Section):
@@ -72,18 +79,8 @@ class RoundSection(Section):
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
     buffers: Literal["average", "initial"] = "average"
     submit_seconds: float | None = Field(default=None, gt=0, le=86_400)
-    drop: tuple[str, ...] = ()
+    drop: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
     dropout: float = Field(default=0.0, ge=0, lt=1)
-
-    @field_validator("drop", mode="before")
-    @classmethod
-    def _from_words(cls, value: Any) -> Any:
-        """`--drop 3:submit:va,5:unmask:va` as well as a TOML list."""
-        return (
-            tuple(filter(None, map(str.strip, value.split(","))))
-            if isinstance(value, str)
-            else value
-        )
 
 
 class Reference(Section):
@@ -104,16 +101,10 @@ class TrackSection(Section):
     """[track]: what is compared, with how many bootstrap resamples, against which value, and whether a
     deployment's coordinator learns the metrics of each release."""
 
-    arms: tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...] = (
-        "centralised", "local_only", "federated_float", "federated",
-    )  # fmt: skip
-
-    @field_validator("arms", mode="before")
-    @classmethod
-    def _from_words(cls, value: Any) -> Any:
-        """`--arms federated,centralised` as well as a TOML list."""
-        return tuple(value.replace(" ", "").split(",")) if isinstance(value, str) else value
-
+    arms: Annotated[
+        tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...],
+        BeforeValidator(_from_words),
+    ] = ("centralised", "local_only", "federated_float", "federated")
     resamples: int = Field(default=1000, ge=0)
     reference: Reference | None = None
     public_metrics: bool = False

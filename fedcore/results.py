@@ -539,14 +539,10 @@ class JobRow(JsonRecord):
 
     def as_round(self) -> RoundRow:
         """The row of a simulation that means the same, of the federated arm."""
-        columns: Columns = {
-            "round": self.round, "survivors": list(self.survivors), "seconds": self.seconds,
-        }  # fmt: skip
-        found = RoundRow(columns | {"arm": "federated"})
+        row = RoundRow(round=self.round, survivors=list(self.survivors), seconds=self.seconds)
         if (why := self.abandoned) is not None:
-            text = f"at {why.stage}: {why.left} sites stayed, {why.needed} needed"
-            found["abandoned"] = text
-        return found
+            row["abandoned"] = f"at {why.stage}: {why.left} sites stayed, {why.needed} needed"
+        return RoundRow(row, arm="federated")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,6 @@ def summary(result: Result, report: Path | str | None = None) -> RenderableType:
 
 def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
     """One line per run of `fedcore.experiment.run.list_runs`."""
-    if not runs:
-        return Text("no runs yet: `fedcore simulate` makes the first", style="dim")
     finished = [run.result for run in runs if run.result is not None]
     in_points = all(phrases.unit(r, say.primary_metric(r) or "") for r in finished)
     table = grid("run", "started", "seed", "federated", "points lost" if in_points else "lost")
