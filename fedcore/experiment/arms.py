@@ -168,21 +168,22 @@ class Federated:
         return columns | {"range": bound} | spent
 
     def _released(self, release: Release) -> Columns:
-        plan, clipped = self._prepared.plan, release.wides["over_range"][0]
-        self.twin, self.survivors = release.twin, release.survivors
+        plan, total = self._prepared.plan, release.total
+        clipped = total.opened.wides["over_range"][0]
+        self.twin, self.survivors = release.twin, total.survivors
         self.unequal_rounds += release.twin is not release.state
         self.clipped += clipped
-        self.contributions += len(release.survivors)
-        names = sites_of(plan.sites, release.survivors)
+        self.contributions += len(total.survivors)
+        names = sites_of(plan.sites, total.survivors)
         for site in names:
             self.summed[site] += 1
-        self.bytes_up, self.bytes_down = release.bytes_up, release.bytes_down
+        self.bytes_up, self.bytes_down = total.bytes_up, total.bytes_down
         return {
             "train_loss": self.budget.add(release.reports),
             "survivors": names,
             "clipped_fraction": clipped / (len(names) * plan.coordinates),
-            "bytes_up": release.bytes_up,
-            "bytes_down": release.bytes_down,
+            "bytes_up": total.bytes_up,
+            "bytes_down": total.bytes_down,
         }
 
     def _abandon(self, round_: int, abandoned: RoundAbandoned) -> Columns:

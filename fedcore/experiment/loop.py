@@ -83,7 +83,8 @@ class Experiment:
         row |= {"loss": loss_of(scoring), **columns}
         release = self.federated.release
         if name == "federated" and release is not None:
-            before = transport.finish(release.wides, len(release.survivors))
+            total = release.total
+            before = transport.finish(total.opened.wides, len(total.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})

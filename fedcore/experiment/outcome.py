@@ -134,11 +134,11 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
     try:
-        release = experiment.federation.measure()
+        total = experiment.federation.measure().total
     except RoundAbandoned as abandoned:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
-    sums, sites = release.wides, sites_of(experiment.prepared.plan.sites, release.survivors)
+    sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
     metrics = transport.finish(sums, len(sites))
     return ProtectedMetrics(metrics, transport.bounds(sums), transport.clipped(sums), tuple(sites))
 

@@ -94,55 +94,44 @@ class Prepared:
 
     def plan_json(self) -> Json:
         """`plan.json`: the plan, its digest, the proof, the forecast, the label."""
-        lattice = self.job.protect.lattice
-        about = {
+        return describe_plan(self.plan) | {
             "label": self.label,
-            "lattice": lattice,
+            "lattice": self.job.protect.lattice,
             "warnings": label_warnings(Terms.of_plan(self.plan)),
+            "buffers_policy": self.flat.policy,
         }
-        return describe_plan(self.plan) | about | {"buffers_policy": self.flat.policy}
 
 
 def describe_plan(plan: RoundPlan) -> Json:
-    """A plan as people read it: flat numbers, the headroom inequality, bytes per site and round."""
-    packing = plan.packing
+    """A plan as people read it: flat numbers, the headroom inequality, exact bytes per site and round."""
+    packing, ring, headroom = plan.packing, plan.packing.ring, None
     layout = VectorLayout(plan.update_vector, packing, len(plan.sites))
-    forecast = _forecast(plan, layout)
-    out: Json = plan.to_json() | {
+    up = down = layout.slots * packing.slot_bits // 8
+    if ring:
+        from fedcore.secagg.crypto.bfv import vector_size
+
+        up, down = (vector_size(ring, layout.blocks, polynomials) for polynomials in (1, 2))
+        needed, available = ring.headroom(packing.max_sites, packing.slot_bits)
+        headroom = {
+            "rule": "43 n + 1 < q / t",
+            "bound": needed >> packing.slot_bits,
+            "limit": available >> packing.slot_bits,
+        }
+    return plan.to_json() | {
         "digest": plan.digest,
         "bits": packing.bits,
         "max_sites": packing.max_sites,
         "field_width": packing.field_width,
         "fields_per_slot": packing.fields_per_slot,
         "slot_bits": packing.slot_bits,
-        "degree": packing.ring.degree if packing.ring else None,
-        "coeff_modulus": packing.ring.modulus if packing.ring else None,
+        "degree": ring.degree if ring else None,
+        "coeff_modulus": ring.modulus if ring else None,
         "coordinates": plan.coordinates,
-        "ciphertexts": layout.blocks if packing.ring else 0,
+        "ciphertexts": layout.blocks if ring else 0,
         "used_fraction": layout.used_fraction,
-        "headroom": None,
-        **forecast,
-    }
-    if packing.ring:
-        needed, available = packing.ring.headroom(packing.max_sites, packing.slot_bits)
-        out["headroom"] = {
-            "rule": "43 n + 1 < q / t",
-            "bound": needed >> packing.slot_bits,
-            "limit": available >> packing.slot_bits,
-        }
-    return out
-
-
-def _forecast(plan: RoundPlan, layout: VectorLayout) -> Json:
-    """Exact bytes of one site's upload and download in a round, from sizes alone."""
-    if plan.packing.ring is None:
-        size = layout.slots * plan.packing.slot_bits // 8
-        return {"bytes_up": size, "bytes_down": size}
-    from fedcore.secagg.crypto.bfv import vector_size
-
-    return {
-        "bytes_up": vector_size(plan.packing.ring, layout.blocks, 1),
-        "bytes_down": vector_size(plan.packing.ring, layout.blocks, 2),
+        "headroom": headroom,
+        "bytes_up": up,
+        "bytes_down": down,
     }
 
 
@@ -190,12 +179,10 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
     Every site builds the model under the same seed; a site whose model differs is named.
     """
     flat = model_of(task, job, sites[0])
+    sizes = flat.parameters, flat.buffer_coordinates
     for site in sites[1:]:
         other = model_of(task, job, site)
-        if (other.parameters, other.buffer_coordinates) != (
-            flat.parameters,
-            flat.buffer_coordinates,
-        ):
+        if (other.parameters, other.buffer_coordinates) != sizes:
             raise BadInput(
                 f"site {site.id}: found a model of {other.coordinates} coordinates, expected "
                 f"{flat.coordinates} as at site {sites[0].id}",

@@ -65,7 +65,9 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
                 former.rename(path)
                 former = None
             if out is None:
-                _point_to_newest()
+                (RUNS / "latest").unlink(missing_ok=True)
+                for newest in list_runs()[-1:]:
+                    _point_latest(Path(newest.folder))
         raise
     finally:
         if former is not None:
@@ -122,13 +124,6 @@ def _point_latest(path: Path) -> None:
         beside.replace(RUNS / "latest")
     except OSError:
         beside.unlink(missing_ok=True)
-
-
-def _point_to_newest() -> None:
-    """After a failed run: runs/latest to the newest that is left, or nothing."""
-    (RUNS / "latest").unlink(missing_ok=True)
-    for newest in list_runs()[-1:]:
-        _point_latest(Path(newest.folder))
 
 
 def all_abandoned(directory: Path) -> bool:

@@ -10,7 +10,7 @@ A round counts its survivors only: who is not in the sum is in no mean, no range
 Nothing here depends on the other arms; `experiment/arms.py` runs them as well.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import RoundAbandoned
@@ -25,7 +25,7 @@ from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, released_round, step_after
 from fedcore.secagg.purposes import Purpose, purpose_of
-from fedcore.secagg.summing import RoundTrace, SumEngine, sites_of
+from fedcore.secagg.summing import ProtectedTotal, RoundTrace, SumEngine, sites_of
 from fedcore.seeds import generator
 from fedcore.types import Contribution, FloatVector, SiteId
 
@@ -56,17 +56,13 @@ class Leaving:
 class Release:
     """What a released round leaves: the new state, its twin from the plain integer sum, and measurements.
 
-    twin: `state` itself where the sums are equal. survivors: roster indices, ascending; reports: of their
-    training, in this order; wides: the opened wide integers; bytes: of one site.
+    twin: `state` itself where the sums are equal. reports: of the survivors' training, in the order of `total`.
     """
 
     state: JobState
     twin: JobState
-    survivors: tuple[int, ...]
     reports: tuple[TrainReport, ...]
-    wides: Mapping[str, Sequence[int]]
-    bytes_up: int
-    bytes_down: int
+    total: ProtectedTotal
 
 
 class Federation:
@@ -147,10 +143,7 @@ class Federation:
         self.state = led[id(total.opened)]
         self._next(step, released=True)
         reports = (self.sites[k].report for k in total.survivors) if purpose.trains else ()
-        return Release(
-            self.state, led[id(total.twin)], total.survivors, tuple(filter(None, reports)),
-            total.opened.wides, total.bytes_up, total.bytes_down,
-        )  # fmt: skip
+        return Release(self.state, led[id(total.twin)], tuple(filter(None, reports)), total)
 
     def measure(self) -> Release:
         """The metrics-only round, also of a job that was stopped before its last round of training."""

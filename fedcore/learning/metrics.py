@@ -74,9 +74,6 @@ class Metric:
         return None if np.isnan(value) else value
 
 
-# ------------------------------------------------------------------ reading outputs and targets
-
-
 def columns_of(outputs: Floats) -> int:
     """Outputs per row: 1 for `(n,)` and `(n, 1)`, C for `(n, C)`. Raises BadInput otherwise."""
     if outputs.ndim == 1:
@@ -161,9 +158,6 @@ def _mean_of(values: Floats | NDArray[np.bool_], counts: Integers) -> Floats:
     return _ratio(counts.astype(np.float64) @ values, counts.sum(axis=1).astype(np.float64))
 
 
-# ------------------------------------------------------------------ accuracy
-
-
 def _accuracy_sums(outputs: Floats, targets: Values) -> Integers:
     """[rows predicted right, rows]."""
     labels = _labels(outputs, targets)
@@ -177,9 +171,6 @@ def _accuracy_finish(sums: Values) -> float | None:
 
 def _accuracy_resampled(outputs: Floats, targets: Values, counts: Integers) -> Floats:
     return _mean_of(predictions(outputs) == _labels(outputs, targets), counts)
-
-
-# ------------------------------------------------------------------ balanced accuracy
 
 
 def _balanced_sums(outputs: Floats, targets: Values) -> Integers:
@@ -212,9 +203,6 @@ def _balanced_resampled(outputs: Floats, targets: Values, counts: Integers) -> F
         total += np.nan_to_num(_ratio(times @ (of_class & right), rows))
         present += rows > 0
     return _ratio(total, present)
-
-
-# ------------------------------------------------------------------ AUC
 
 
 def _class_scores(outputs: Floats) -> list[Floats]:
@@ -319,9 +307,6 @@ def _rank_statistic(score: Floats, positive: NDArray[np.bool_], counts: Integers
     return _ratio(doubled.astype(np.float64), pairs.astype(np.float64))
 
 
-# ------------------------------------------------------------------ regression
-
-
 def _fixed_point_sums(error: Floats) -> Integers:
     """[sum of the rows' errors in units of 2^-16, rows, rows clipped to ERROR_RANGE]."""
     fixed = np.rint(np.minimum(error, ERROR_RANGE) * _FIXED_ONE).astype(np.int64)
@@ -353,8 +338,6 @@ def _regression(name: str, size_of: Callable[[Floats], Floats]) -> Metric:
     )
 
 
-# ------------------------------------------------------------------ the closed list
-
 _ALL = (
     Metric("accuracy", lambda columns: 2, _accuracy_sums, _accuracy_finish, _accuracy_resampled),
     Metric("auc", _auc_size, _auc_sums, _auc_finish, _auc_resampled),
@@ -379,9 +362,6 @@ def get(names: Iterable[str]) -> tuple[Metric, ...]:
         if name not in METRICS:
             raise UnknownName("metric", name, METRICS)
     return tuple(METRICS[name] for name in found)
-
-
-# ------------------------------------------------------------------ pooled rows of a simulation
 
 
 @dataclass(frozen=True)

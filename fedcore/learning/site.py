@@ -163,7 +163,7 @@ class SiteTrainer:
         if self.layout is not None and self.job.train.standardise == "ranges":
             self.public = Statistics.of_ranges(self.layout.names, self.layout.ranges)
         self._inputs: tuple[Statistics, SiteRows] | None = None
-        self._scored: tuple[tuple[object, int], Scored | None] | None = None
+        self._scored: tuple[object, int, Scored | None] = (None, 0, None)
         self._guard: Guard | None = None
 
     @classmethod
@@ -238,18 +238,14 @@ class SiteTrainer:
 
     def scored(self, state: JobState, round_: int) -> Scored | None:
         """The state's model on this site's test rows; None where it has none. The last answer is kept."""
-        asked = state.server, round_
-        if (
-            self._scored is None
-            or self._scored[0][0] is not asked[0]
-            or self._scored[0][1] != round_
-        ):
+        server, known, found = self._scored
+        if server is not state.server or known != round_:
             rows, module = self.standard_rows(state), self.flat.module
             with self.watch("evaluate"):
                 self.flat.write(state.server.model)
                 found = rows.scored(self.task, module, self.job.run.seed, round_)
-            self._scored = asked, found
-        return self._scored[1]
+            self._scored = state.server, round_, found
+        return found
 
     def guard(self, plan: RoundPlan, state: JobState) -> Guard:
         """This site's guard, on its rows as inputs."""

@@ -192,12 +192,6 @@ def _module_from_package(place: str) -> Any:
         ) from error
 
 
-def brief(error: BaseException) -> str:
-    """The type of an exception and the first line of its text."""
-    text = str(error).strip().split("\n")[0]
-    return type(error).__name__ + (f": {text[:200]}" if text else "")
-
-
 @contextmanager
 def user_code(what: str, *, remedy: str = "") -> Iterator[None]:
     """Raise TaskFailed, with the user's traceback, for an exception of the user's code inside."""
@@ -206,8 +200,10 @@ def user_code(what: str, *, remedy: str = "") -> Iterator[None]:
     except FedcoreError:
         raise
     except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        brief = type(error).__name__ + (f": {text[:200]}" if text else "")
         raise TaskFailed(
-            f"{what} raised {brief(error)}", user_traceback=user_traceback(error), remedy=remedy
+            f"{what} raised {brief}", user_traceback=user_traceback(error), remedy=remedy
         ) from error
 
 

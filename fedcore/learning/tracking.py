@@ -41,39 +41,28 @@ class Tracker:
         """
         local, transport = self._local, self._local.transport
         rounds = min(step.training_round, self._plan.rounds)
-        self._train_alone(rounds)
+        alone = transport.values([self._alone_after(rounds)])
         here = transport.values([local.scored(state, rounds)])
-        alone = transport.values([self._scored_alone(rounds)])
+        gained = {
+            n: None if v is None or (w := alone[n]) is None else v - w for n, v in here.items()
+        }
         everywhere = transport.finish(wides, sites)
         row: Json = {
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
-            "alone": alone, "gained": _difference(here, alone),
-            "everywhere_before": everywhere,
+            "alone": alone, "gained": gained, "everywhere_before": everywhere,
         }  # fmt: skip
         reference = local.job.track.reference
         if reference is not None:
             row["reference"] = reference.against(everywhere)
         return row
 
-    def _train_alone(self, rounds: int) -> None:
-        """Bring the model trained alone to the same number of rounds; a new process starts over."""
-        site = self._alone_rows
-        while self._alone is not None and self._trained < rounds:
-            self._trained += 1
-            self._alone.train(
-                site.train, seed=self._local.job.run.seed, round_=self._trained, site=site.id
-            )
-
-    def _scored_alone(self, rounds: int) -> Scored | None:
-        local = self._local
-        if self._alone is None:
+    def _alone_after(self, rounds: int) -> Scored | None:
+        """The model trained alone, brought to as many rounds, on the test rows; a new process starts over."""
+        local, site, alone = self._local, self._alone_rows, self._alone
+        if alone is None:
             return None
-        return self._alone_rows.scored(local.task, self._alone.module, local.job.run.seed, rounds)
-
-
-def _difference(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> Json:
-    found: Json = {}
-    for name, value in a.items():
-        other = b[name]
-        found[name] = None if value is None or other is None else value - other
-    return found
+        seed = local.job.run.seed
+        while self._trained < rounds:
+            self._trained += 1
+            alone.train(site.train, seed=seed, round_=self._trained, site=site.id)
+        return site.scored(local.task, alone.module, seed, rounds)

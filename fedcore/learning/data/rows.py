@@ -2,7 +2,7 @@
 
 Whatever `task.data` returns becomes one of three kinds here: `ArrayRows` (tensors in memory),
 `TableRows` (raw features that still need federated statistics) and `DatasetRows` (a map-style
-dataset read item by item). All other code uses only the `Rows` protocol.
+dataset read item by item). All other code uses only what the three have in common.
 
 Invariant: which row is in which fold depends on (seed, site, the labels) alone, so every arm of a
 comparison trains on the same rows and is tested on the same others.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -48,26 +48,6 @@ from fedcore.learning.data.kinds import (
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.task import Task, user_code
 from fedcore.seeds import generator
-
-
-class Rows(Protocol):
-    """The rows of one site, or of one fold of it."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, indices: Indices) -> Rows:
-        """These rows, in this order."""
-
-    def labels(self) -> Indices | None:
-        """(rows,) int64 class indices; None where the target is not a class or is unknown."""
-
-    def digests(self) -> list[bytes]:
-        """SHA-256 of each row's canonical bytes, features and target: equal for equal rows only. Raises
-        BadInput for rows that have no canonical form."""
-
-    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
-        """Batches as `task.predict` takes them; `order=None` is row order. A DataLoader's own batch size and
-        collate function win over `batch_size`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +166,7 @@ class TableRows:
     def digests(self) -> list[bytes]:
         return digests_of(self.features, self.fixed, self.y)
 
-    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:  # noqa: ARG002 - Rows
+    def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:  # noqa: ARG002 - as all
         """Raises BadInput: raw rows are no inputs yet."""
         raise BadInput(
             "table rows: found no statistics, expected standardised rows",
@@ -265,6 +245,15 @@ class DatasetRows:
         for start in range(0, len(picked), size):
             some = [int(i) for i in picked[start : start + size]]
             yield collate(list(fetch_many(some)) if fetch_many else [self.dataset[i] for i in some])
+
+
+Rows: TypeAlias = ArrayRows | TableRows | DatasetRows
+"""The rows of one site, or of one fold of it.
+
+`take` gives some of them, in the order asked for; `labels` (rows,) int64 class indices, None where the target is not
+a class or is unknown; `digests` SHA-256 of each row's canonical bytes, features and target, equal for equal rows only
+(raises BadInput for rows without a canonical form); `batches` what `task.predict` takes, `order=None` being row order.
+"""
 
 
 def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:

@@ -67,14 +67,9 @@ class Statistics:
     @classmethod
     def from_json(cls, value: Json) -> Statistics:
         """The inverse of `to_json`."""
-        return cls(
-            tuple(value["names"]),
-            np.asarray(value["mean"], dtype=np.float64),
-            np.asarray(value["std"], dtype=np.float64),
-            tuple(value["count"]),
-            tuple(value["sites"]),
-            tuple(value["clipped"]),
-        )
+        mean, std = (np.asarray(value[name], dtype=np.float64) for name in ("mean", "std"))
+        count, sites, clipped = (tuple(value[name]) for name in ("count", "sites", "clipped"))
+        return cls(tuple(value["names"]), mean, std, count, sites, clipped)
 
 
 Column = tuple[str, float, float]
@@ -141,11 +136,5 @@ def finish_statistics(
         variance = (count * squares - total * total) / (count * count) if count else 0.0
         means.append(low + (total / count if count else top / 2) * step)
         spreads.append(float(np.sqrt(variance)) * step or 1.0)
-    return Statistics(
-        tuple(names),
-        np.asarray(means),
-        np.asarray(spreads),
-        tuple(sums["count"]),
-        tuple(sums["contributes"]),
-        tuple(sums["clipped"]),
-    )
+    counts = (tuple(sums[name]) for name in ("count", "contributes", "clipped"))
+    return Statistics(tuple(names), np.asarray(means), np.asarray(spreads), *counts)

@@ -179,13 +179,8 @@ class Table:
         self, where: str, raw: Mapping[str, Sequence[Any]]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         rows = len(next(iter(raw.values())))
-        numeric: list[NDArray[np.float64]] = []
-        fixed: list[NDArray[np.float32]] = []
-        for name, spec in self.specs:
-            if isinstance(spec, Number):
-                numeric.append(_numbers(where, name, spec, raw[name]))
-            else:
-                fixed.append(_one_hot(where, name, spec, raw[name]))
+        numeric = [_numbers(where, n, s, raw[n]) for n, s in self.specs if isinstance(s, Number)]
+        fixed = [_one_hot(where, n, s, raw[n]) for n, s in self.specs if isinstance(s, Category)]
         return (
             np.stack(numeric, axis=1) if numeric else np.empty((rows, 0), np.float64),
             np.concatenate(fixed, axis=1) if fixed else np.empty((rows, 0), np.float32),
