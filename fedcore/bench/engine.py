@@ -26,13 +26,12 @@ from fedcore.errors import Abandoned, BadInput
 from fedcore.experiment.environment import peak_memory_of
 from fedcore.learning.task import Task
 from fedcore.local_deployment import COORDINATOR, Deployment, Running, running, write
-from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_unknown
+from fedcore.secagg.protections import MAX_MASKED_SITES, MIN_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import trains
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 
-LEAST_SITES = 3
 COMMITS = 50
 SITE_BENCH = "fedcore_clients.bench_sites"
 
@@ -100,7 +99,7 @@ def run(
 
 
 def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
-    require_at_least("--sites", sites, LEAST_SITES)
+    require_at_least("--sites", sites, MIN_SITES)
     refuse_unknown(protection)
     layers = Protection.of(protection)
     if layers.masks and sites > MAX_MASKED_SITES:

@@ -22,15 +22,24 @@ def examine() -> list[SelfTest]:
     """All checks, in the order of the output."""
     facts = environment()
     keys = ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
-    there = importlib.util.find_spec("tensorboard") is not None
-    events = "runs write its events" if there else "not installed (optional)"
+    events = "runs write its events" if _there("tensorboard") else "not installed (optional)"
+    clash = any((each.metadata["Name"] or "").lower() == "fedcore" for each in distributions())
+    names = ("another" if clash else "no other") + " distribution owns `fedcore`"
+    shells = ("fedcore_server", "fedcore_clients")
+    missing = ", ".join(name for name in shells if not _there(name))
+    found = f"not importable: {missing}" if missing else ", ".join(shells)
+    again = "install fedcore-fl again"
     return [
         *(SelfTest(key, True, str(facts[key])) for key in keys),
         _seal(),
         SelfTest("tensorboard", True, events),
-        _distribution_clash(),
-        _module_clash(),
+        SelfTest("names", not clash, names, f"pip uninstall fedcore, then {again}"),
+        SelfTest("packages", not missing, found, again),
     ]
+
+
+def _there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _seal() -> SelfTest:
@@ -46,21 +55,3 @@ def _seal() -> SelfTest:
     if not found["exact"]:
         return SelfTest("SEAL", False, f"{version}: encrypted sums are WRONG", "do not use it")
     return SelfTest("SEAL", True, f"{version}: encrypted sum exact, through a {found['path']}")
-
-
-def _distribution_clash() -> SelfTest:
-    if any((each.metadata["Name"] or "").lower() == "fedcore" for each in distributions()):
-        return SelfTest(
-            "names", False, "another distribution named `fedcore` is installed",
-            "pip uninstall fedcore, then install fedcore-fl again",
-        )  # fmt: skip
-    return SelfTest("names", True, "no other distribution owns `fedcore`")
-
-
-def _module_clash() -> SelfTest:
-    wanted = ("fedcore_server", "fedcore_clients")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        found = f"not importable: {', '.join(missing)}"
-        return SelfTest("packages", False, found, "install fedcore-fl again")
-    return SelfTest("packages", True, ", ".join(wanted))

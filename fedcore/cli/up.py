@@ -28,11 +28,10 @@ from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Deployment, Running, ask, running, write
 from fedcore.results import DeployedRun, JobEvent, JobRow
-from fedcore.secagg.protections import refuse_plain
+from fedcore.secagg.protections import MIN_SITES, refuse_plain
 from fedcore.secagg.purposes import trains
 
 FEDERATION = "rehearsal"
-LEAST_SITES = 3
 
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""
@@ -90,8 +89,8 @@ def _refuse(task: Task, job: Job) -> None:
         )
     sites = resolve_sites(task, job)
     refuse_plain(job.protect.protection)
-    if len(sites) < LEAST_SITES:
-        raise PlanRefused(f"sites: found {len(sites)}, expected at least {LEAST_SITES}")
+    if len(sites) < MIN_SITES:
+        raise PlanRefused(f"sites: found {len(sites)}, expected at least {MIN_SITES}")
     for site, source in sites.items():
         if not is_json(source):
             found = "found a source made in memory, expected one that a file can name"
