@@ -88,12 +88,9 @@ class SiteConfig(CoordinatorAddress):
 def read_config(path: Path) -> SiteConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
     found = read_toml(
-        SiteConfig,
-        path,
-        paths=("kit", "identity", "roster", "folder"),
-        base=str(path.resolve().parent),
-        file=str(path.resolve()),
-    )
+        SiteConfig, path, paths=("kit", "identity", "roster", "folder"),
+        base=str(path.resolve().parent), file=str(path.resolve()),
+    )  # fmt: skip
     endpoint(found.coordinator, f"{path.name}: coordinator")
     tasks = {
         name: task.model_copy(update={"source": beside(task.source, found.base)})

@@ -86,10 +86,8 @@ def main() -> int:
     """Confine this process, then run the module. The exit status is 1 where a --probe can be read, or a
     --need cannot."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--hide", action="append", type=Path, default=[])
-    parser.add_argument("--fix", action="append", type=Path, default=[])
-    parser.add_argument("--probe", action="append", type=Path, default=[])
-    parser.add_argument("--need", action="append", type=Path, default=[])
+    for option in ("--hide", "--fix", "--probe", "--need"):
+        parser.add_argument(option, action="append", type=Path, default=[])
     parser.add_argument("module", nargs="?")
     asked = parser.parse_args()
     for path in asked.fix:

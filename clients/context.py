@@ -1,4 +1,4 @@
-"""What a job at a site uses of its process: the site's identity, its disk, its session and its training."""
+"""What a job at a site uses of its process, beside its session: the site's identity, its disk and its training."""
 
 import asyncio
 import time
@@ -17,7 +17,6 @@ from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job.effects import Track
-from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
@@ -44,27 +43,6 @@ class SiteContext:
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
-
-
-class Offline(Exception):
-    """There is no session now: retry at the next one."""
-
-
-class Link(Protocol):
-    """The session as a job sees it."""
-
-    def say(self, job: str, message: ToCoordinator) -> None:
-        """Send a record, if there is a session; the coordinator asks again for a lost one."""
-
-    def doing(self, job: str, what: str) -> None:
-        """Show operators what this site is doing."""
-
-    async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
-        """Send a whole container, resuming where it broke off. Raises Offline without a session."""
-
-    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or checkpoint. Raises Offline without a session."""
-        ...
 
 
 class Contributor(Protocol):

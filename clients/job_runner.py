@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedcore_clients import job_work
-from fedcore_clients.context import Contributor, Link, SiteContext
+from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.ledger import Exposure
 from fedcore_clients.offers import PlanMaker
+from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.errors import FedcoreError, StoreProblem
@@ -67,7 +68,7 @@ class JobRunner:
     def __init__(
         self,
         context: SiteContext,
-        link: Link,
+        link: Session,
         contributor: Contributor,
         offer: job_messages.JobOffer,
     ) -> None:
@@ -89,7 +90,7 @@ class JobRunner:
 
     @classmethod
     def stored(
-        cls, context: SiteContext, link: Link, contributor: Contributor, name: str
+        cls, context: SiteContext, link: Session, contributor: Contributor, name: str
     ) -> JobRunner:
         """A job of an earlier process, from the journal."""
         kept = context.journal.get(name, "offer")

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fedcore_clients.context import Contributor, Link, Offline, SiteContext
+from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.round_work import RoundWork
+from fedcore_clients.session import Offline, Session
 from fedcore_clients.state_files import StateFiles
 from fedcore_clients.trainer import TrainingFailed
 
@@ -55,7 +56,7 @@ class JobWork:
     def __init__(
         self,
         context: SiteContext,
-        link: Link,
+        link: Session,
         contributor: Contributor,
         offer: job_messages.JobOffer,
     ) -> None:

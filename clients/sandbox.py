@@ -180,12 +180,8 @@ def _probe(name: str, command: tuple[str, ...]) -> None:
     tasks and data. Raises Unavailable."""
     try:
         found = subprocess.run(  # noqa: S603  # this interpreter, behind a program of the system
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"sandbox: found that {name} does not start here ({error})") from error
     if found.returncode:

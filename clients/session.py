@@ -20,7 +20,6 @@ from typing import Any, TypeVar, assert_never
 import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.context import Offline
 
 from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
 from fedcore.identity.kit import Kit
@@ -91,6 +90,10 @@ async def call_unary(
     begin: Any = channel.unary_unary(call.path)
     answer = await begin(call.takes.pack(asked), timeout=seconds)
     return call.gives.unpack(answer, sender="coordinator")
+
+
+class Offline(Exception):
+    """There is no session now: retry at the next one."""
 
 
 class Session:
@@ -250,7 +253,7 @@ class Session:
         return True
 
     def say(self, job: str, message: ToCoordinator) -> None:
-        """Send a record, if there is a session."""
+        """Send a record, if there is a session; the coordinator asks again for a lost one."""
         self._put(pack_record(job, message, TO_COORDINATOR))
 
     def doing(self, job: str, what: str) -> None:
@@ -278,7 +281,8 @@ class Session:
         await asyncio.sleep(0.05)  # grpc does not tell when the last write was sent
 
     async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
-        """Upload a container: inside the session where it is small, else in a call of its own."""
+        """Upload a whole container: inside the session where it is small, else in a call of its own, resumed where it
+        broke off. Raises Offline without a session."""
         if isinstance(source, Path):
             size = (await asyncio.to_thread(source.stat)).st_size
             if size > INLINE:
@@ -331,7 +335,7 @@ class Session:
             raise Offline
 
     async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or a checkpoint. The download that broke off last is resumed."""
+        """The chunks of a sum or a checkpoint; the download that broke off last is resumed. Raises Offline."""
         data = self._partial.pop(digest, bytearray())
         try:
             with self._of_the_session("download"):

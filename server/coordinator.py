@@ -36,13 +36,27 @@ SHOWN_SECONDS, LOGGED_SECONDS = 1.0, 10.0
 """Duration after which a wait is shown to operators and sites, and after which it is logged."""
 
 
+@dataclass
+class _Wait:
+    """The wait of the running job. shown, logged: to operators and sites, in the log.
+
+    key: job, stage and round; None while no site is waited for. since: monotonic seconds.
+    """
+
+    key: tuple[str, str, int] | None = None
+    sites: tuple[SiteId, ...] = ()
+    since: float = 0.0
+    shown: bool = False
+    logged: bool = False
+
+
 class Coordinator:
     """The jobs of one coordinator, by name, oldest first."""
 
     def __init__(self, context: CoordinatorContext, gate: Gate) -> None:
         self.context = context
         self.sessions = Sessions(context, gate)
-        self.views = Views(context, self.sessions)
+        self._wait = _Wait()
         self.jobs: dict[str, JobRunner] = {}
         self.change = asyncio.Event()
         """Set at the next change that operators see, and then replaced by another event."""
@@ -95,7 +109,7 @@ class Coordinator:
             self.sessions.check(frames.Ping(number) if ping else None)
             self.withdraw_revoked()
             try:
-                if self.views.show_waits(self.running(), again=ping):
+                if self.show_waits(self.running(), again=ping):
                     self.changed()
             except Exception:  # what is only shown must not end the checks of the sessions
                 LOG.exception("waits cannot be shown")
@@ -126,28 +140,6 @@ class Coordinator:
             Counter("released" if row.abandoned is None else "abandoned" for row in rows),
         )  # fmt: skip
 
-
-@dataclass
-class _Wait:
-    """The wait of the running job. shown, logged: to operators and sites, in the log.
-
-    key: job, stage and round; None while no site is waited for. since: monotonic seconds.
-    """
-
-    key: tuple[str, str, int] | None = None
-    sites: tuple[SiteId, ...] = ()
-    since: float = 0.0
-    shown: bool = False
-    logged: bool = False
-
-
-class Views:
-    """JSON of jobs and sites for operators, and the waits of the running job."""
-
-    def __init__(self, context: CoordinatorContext, sessions: Sessions) -> None:
-        self._context, self._sessions = context, sessions
-        self._wait = _Wait()
-
     def show_waits(self, found: JobRunner | None, *, again: bool) -> bool:
         """Show a wait of the running job after a second, log it after ten; whether it was shown now.
 
@@ -159,7 +151,7 @@ class Views:
             key = found.id, type(found.facts.stage).__name__, found.facts.number
         if key != self._wait.key:
             if self._wait.key is not None and self._wait.shown:
-                self._sessions.broadcast(frames.Waiting(self._wait.key[0]))
+                self.sessions.broadcast(frames.Waiting(self._wait.key[0]))
             self._wait = _Wait(key, since=time.monotonic())
         wait, seconds = self._wait, time.monotonic() - self._wait.since
         if found is None or not names or seconds < SHOWN_SECONDS:
@@ -171,7 +163,7 @@ class Views:
         assert about is not None
         awaited, until = tuple(map(frames.Awaited, names[:64])), int(1000 * (about.until or 0))
         waits = (about.of, until, about.then, about.least, about.in_round)
-        self._sessions.broadcast(frames.Waiting(found.id, awaited, *waits))
+        self.sessions.broadcast(frames.Waiting(found.id, awaited, *waits))
         if not wait.logged and seconds >= LOGGED_SECONDS:
             wait.logged = True
             LOG.info("job %s: %s", found.id, waiting_text(about.to_json(), time.time()))
@@ -183,14 +175,14 @@ class Views:
         names = tuple(_waiting_for(found))
         if wait.key is None or found.id != wait.key[0] or not wait.shown or not names:
             return None
-        until, least = facts.progress.waiting_until, self._context.limits.minimum
+        until, least = facts.progress.waiting_until, self.context.limits.minimum
         if isinstance(stage, coordinator.Waiting):
             of = coordinator.members_of(stage)
             out, least = set(stage.gone) | set(names), stage.header.threshold
             if not facts.progress.waiting_for:
-                until = self._context.now() + stage.until - self._context.clock()
+                until = self.context.now() + stage.until - self.context.clock()
         else:
-            of = tuple(self._context.pins)
+            of = tuple(self.context.pins)
             out = {n for n, view in facts.sites.items() if view.unable or view.missed} | set(names)
             least = max(least, facts.threshold)
         there = len(of) - len(out & set(of))
@@ -205,7 +197,7 @@ class Views:
         )  # fmt: skip
 
     def _awaited(self, view: SiteView, name: SiteId) -> AwaitedSite:
-        if name in self._sessions.open:
+        if name in self.sessions.open:
             return AwaitedSite(doing=view.doing or "connected")
         return AwaitedSite(last_seen=round(view.last_seen) or None)
 
@@ -230,12 +222,12 @@ class Views:
     def sites(self, found: JobRunner | None) -> Json:
         """{site: `JobSite` as JSON} of all sites, as one job sees them if there is one."""
         out: Json = {}
-        for name in self._context.pins:
-            session = self._sessions.open.get(name)
+        for name in self.context.pins:
+            session = self.sessions.open.get(name)
             view = found.facts.sites[name] if found is not None else SiteView()
             out[name] = JobSite(
                 connected=session is not None,
-                evicted=name in self._sessions.evicted,
+                evicted=name in self.sessions.evicted,
                 since=session.since if session else None,
                 last_seen=session.last_seen if session else (view.last_seen if found else None),
                 doing=view.doing if session else "",

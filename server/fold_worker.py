@@ -23,14 +23,10 @@ _SEED_BYTES = 32
 ERRORS = {
     kind.__name__: kind
     for kind in (
-        errors.BadInput,
-        ChunkRefused,
-        errors.PlanRefused,
-        errors.StoreFull,
-        errors.StoreProblem,
+        errors.BadInput, ChunkRefused, errors.PlanRefused, errors.StoreFull, errors.StoreProblem,
         errors.Unavailable,
     )
-}
+}  # fmt: skip
 """Errors of a worker that the coordinator raises again, by name."""
 
 

@@ -17,10 +17,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedcore_server.context import CoordinatorContext, Links
+from fedcore_server.context import CoordinatorContext
 from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.job_plan import JobPlan
+from fedcore_server.sessions import Sessions
 
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.mailbox import Mailbox, keep_serving
@@ -63,7 +64,7 @@ class JobRunner:
     def __init__(
         self,
         context: CoordinatorContext,
-        links: Links,
+        links: Sessions,
         offer: job_messages.JobOffer,
         submitter: str = "",
     ) -> None:
@@ -86,7 +87,7 @@ class JobRunner:
         """Clock seconds of the first refusal of the disk since the round last went on."""
 
     @classmethod
-    def stored(cls, context: CoordinatorContext, links: Links, name: str) -> JobRunner:
+    def stored(cls, context: CoordinatorContext, links: Sessions, name: str) -> JobRunner:
         """A job as the journal has it."""
         kept, submitter = (context.journal.get(name, key) for key in ("offer", "submitter"))
         assert kept is not None

@@ -83,10 +83,10 @@ class OperatorsApi:
 
     async def jobs(self, _: Peer, __: frames.JobsRequest) -> frames.JobsReply:
         """The jobs, oldest first, and the sites; where not all have room, how many came earlier."""
-        hub, views = self._hub, self._hub.views
-        sites = views.sites(None)
+        hub = self._hub
+        sites = hub.sites(None)
         room = MAX_JSON - REST_BYTES - len(frames.json_bytes(sites))
-        rows = _fitting(map(views.about, reversed(hub.jobs.values())), room)
+        rows = _fitting(map(hub.about, reversed(hub.jobs.values())), room)
         answer = {
             "federation": hub.context.federation, "earlier": len(hub.jobs) - len(rows),
             "jobs": rows[::-1], "sites": sites,
@@ -95,7 +95,7 @@ class OperatorsApi:
 
     async def watch(self, peer: Peer, asked: frames.WatchRequest) -> AsyncIterator[bytes]:
         """Serialised events of a job until its end; without a name, of the one that runs, else the newest."""
-        hub, views = self._hub, self._hub.views
+        hub = self._hub
         found = self._named(asked.job) if asked.job else hub.running()
         if found is None:
             found = next(reversed(hub.jobs.values()), None)
@@ -107,7 +107,7 @@ class OperatorsApi:
         while True:
             hub.sessions.gate.still(peer)
             change, over = hub.change, found.facts.outcome is not None
-            event = views.about(found).to_json() | {"sites": views.sites(found)}
+            event = hub.about(found).to_json() | {"sites": hub.sites(found)}
             rounds, metrics = found.facts.rounds.known, found.facts.metrics.known
             event["new_rounds"] = fresh = _fitting(rounds[sent : sent + ROWS_AT_ONCE])
             event["new_metrics"] = known = _fitting(metrics[shown : shown + ROWS_AT_ONCE])
@@ -163,10 +163,10 @@ class OperatorsApi:
 
     async def result(self, _: Peer, asked: frames.JobRequest) -> AsyncIterator[bytes]:
         """The serialised parts of the files of a job."""
-        found, views = self._named(asked.job), self._hub.views
+        hub, found = self._hub, self._named(asked.job)
         plan = found.facts.plan
-        result = views.about(found).to_json() | {
-            "sites": views.sites(found), "task_sha256": found.offer.task_digest,
+        result = hub.about(found).to_json() | {
+            "sites": hub.sites(found), "task_sha256": found.offer.task_digest,
             "settings": json.loads(found.offer.settings),
             "plan": plan.to_json() if plan is not None else None,
             "plan_sha256": plan.digest if plan is not None else None,

@@ -89,7 +89,7 @@ class SiteSession:
 
 
 class Sessions:
-    """Admission of calls, and the open sessions. `Links` for the jobs."""
+    """Admission of calls, and the open sessions; jobs send by `say` and `push`."""
 
     def __init__(self, context: CoordinatorContext, gate: Gate) -> None:
         self.context, self.gate = context, gate

@@ -48,7 +48,7 @@ class Kit:
         authority, certificate = folder / AUTHORITY_FILE, folder / CERTIFICATE_FILE
         key = folder / KEY_FILE
         private = read_key(key)
-        authority_pem, certificate_pem = _bytes(authority), _bytes(certificate)
+        authority_pem, certificate_pem = read_limited(authority), read_limited(certificate)
         for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):
             try:
                 x509.load_pem_x509_certificates(pem)
@@ -65,13 +65,13 @@ class Kit:
                 f"{key}: found the key of another certificate, expected that of {certificate}",
                 remedy="a certificate and its key are issued together; copy both files",
             )
-        key_pem = SecretBytes(_bytes(key))
+        key_pem = SecretBytes(read_limited(key))
         return cls(peer, authority_pem, certificate_pem, key_pem, certificate, key)
 
 
 def read_key(path: Path) -> PrivateKeyTypes:
     """A private key in PEM form without passphrase. Raises BadInput, also for one others can read."""
-    data = _bytes(path)
+    data = read_limited(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & _TOO_OPEN:
         raise BadInput(
@@ -116,7 +116,7 @@ def write_private(path: Path, secret: SecretBytes) -> None:
         raise BadInput(f"{path}: it cannot be written ({error.strerror})") from error
 
 
-def read_limited(path: Path, expected: str) -> bytes:
+def read_limited(path: Path, expected: str = "a certificate or a key") -> bytes:
     """A file of at most _LARGEST bytes. expected: what it should be. Raises BadInput."""
     try:
         with path.open("rb") as file:
@@ -126,7 +126,3 @@ def read_limited(path: Path, expected: str) -> bytes:
     if len(data) > _LARGEST:
         raise BadInput(f"{path}: found more than {_LARGEST} bytes, expected {expected}")
     return data
-
-
-def _bytes(path: Path) -> bytes:
-    return read_limited(path, "a certificate or a key")

@@ -152,12 +152,10 @@ def _check_version(message: Any, cls: type[Any], sender: str) -> None:
     software = getattr(message, "software", "")
     known = software if software.isprintable() and 0 < len(software) <= 64 else "another Fedcore"
     raise VersionRefused(
-        "wire version",
-        f"{message.version} (of {known})",
-        f"{WIRE_VERSION} (of fedcore {__version__})",
-        sender,
+        "wire version", f"{message.version} (of {known})",
+        f"{WIRE_VERSION} (of fedcore {__version__})", sender,
         remedy="install the same version of Fedcore on both sides",
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

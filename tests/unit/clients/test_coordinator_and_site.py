@@ -301,14 +301,12 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
     )
     job = SimpleNamespace(facts=facts)
 
-    views = SimpleNamespace(
-        about=lambda found: SimpleNamespace(to_json=lambda: {"state": found.facts.progress.state}),
-        sites=lambda found: {},
-    )
     gate = SimpleNamespace(still=lambda peer: None)
     hub = SimpleNamespace(
-        sessions=SimpleNamespace(gate=gate), views=views, change=asyncio.Event(), jobs={"job": job}
-    )
+        about=lambda found: SimpleNamespace(to_json=lambda: {"state": found.facts.progress.state}),
+        sites=lambda found: {},
+        sessions=SimpleNamespace(gate=gate), change=asyncio.Event(), jobs={"job": job},
+    )  # fmt: skip
 
     def state_in(data):
         event = calls.WATCH.gives.unpack(data, sender="hub")
