@@ -101,9 +101,7 @@ class Site:
         self.jobs: dict[str, JobRunner] = {}
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self.session = Session(
-            kit, config, self._hello, self._on_frame, self._on_connected,
-        )  # fmt: skip
+        self.session = Session(kit, config, self._hello, self._on_frame, self._on_connected)
 
     def restore(self) -> None:
         """The jobs of the journal."""

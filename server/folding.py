@@ -132,10 +132,7 @@ class JobFold:
         await self._alone(lambda: self._add(path))
 
     async def total(
-        self,
-        uploads: Iterable[Path],
-        masks: Sequence[Mask],
-        store: Callable[[Iterator[bytes]], T],
+        self, uploads: Iterable[Path], masks: Sequence[Mask], store: Callable[[Iterator[bytes]], T]
     ) -> T:
         """The sum of exactly these uploads without these masks: `store` gets its chunks, in order.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Generic
 
 from fedcore_server.config import METRICS_FILE
-from fedcore_server.job_plan import vector_sizes
 
 from fedcore.errors import DataLost, StoreProblem
 from fedcore.files import ROUNDS_FILE, append_row, write_atomic
@@ -25,6 +24,7 @@ from fedcore.secagg.protocol.job.effects import AppendRecords, KeepCheckpoint
 from fedcore.secagg.protocol.job_messages import JobEnded
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import decode, encode
+from fedcore.secagg.scheme import vector_sizes
 from fedcore.store import container
 from fedcore.store.disk import refusals, sync_folder
 from fedcore.store.journal import Journal

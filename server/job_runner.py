@@ -13,18 +13,23 @@ and no model, except the last one where the plan gives it that.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
-from fedcore_server.job_plan import JobPlan
 from fedcore_server.sessions import Sessions
 
+from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
+from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.runtime.mailbox import Mailbox, keep_serving
+from fedcore.secagg.label import Terms
+from fedcore.secagg.plan import ModelShape
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job import effects
@@ -34,7 +39,7 @@ from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import decode
-from fedcore.secagg.scheme import layout_of
+from fedcore.secagg.scheme import layout_of, vector_sizes
 from fedcore.store import container
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
@@ -56,6 +61,39 @@ def _reason(fault: Exception) -> str:
     if isinstance(fault, OSError):
         return f"the coordinator's disk refused it ({fault.strerror or type(fault).__name__})"
     return "a fault of the coordinator; its own log says which"
+
+
+class JobPlan:
+    """The settings of one job, for these pinned sites."""
+
+    def __init__(self, offer: job_messages.JobOffer, sites: Collection[SiteId]) -> None:
+        self._offer, self._sites = offer, tuple(sites)
+
+    @cached_property
+    def _settings(self) -> Job:
+        """As they were submitted, built once."""
+        return build_job(json.loads(self._offer.settings))
+
+    def threshold(self) -> int:
+        """t. Raises FedcoreError where the roster is another one than when the job was submitted."""
+        return Terms.of_job(self._settings, self._sites).threshold
+
+    def made(self, shape: ModelShape) -> events.PlanMade | events.StopRequested:
+        """The plan for the shape that most sites found; the end of the job where there is none."""
+        try:
+            cap = self._settings.protect.max_examples
+            assert cap is not None
+            plan = plan_of(self._settings, shape, self._sites, cap)
+        except FedcoreError as error:
+            return events.StopRequested(str(error), "failed")
+        return events.PlanMade(plan, shape.features, vector_sizes(plan, shape.features))
+
+    def compared(self, row: MetricsRow) -> MetricsRow:
+        """A row of public metrics, with the gap to the job's reference value if it has one."""
+        reference = self._settings.track.reference
+        if reference is None:
+            return row
+        return replace(row, reference=ReferenceGap(**reference.against(row.metrics)))
 
 
 class JobRunner:

@@ -163,16 +163,14 @@ def _cause(host: str, port: int) -> int:
 
 
 def _unbound(address: str, cause: int) -> BadInput:
+    other = (
+        "another coordinator runs here, or another program has this port: stop it or choose another"
+    )
+    ours = "listen on an address of this machine, or on :: for all of them"
     found, remedy = {
-        errno.EADDRINUSE: (
-            "it in use",
-            "another coordinator runs here, or another program has this port: stop it or choose another",
-        ),
+        errno.EADDRINUSE: ("it in use", other),
         errno.EACCES: ("no permission", "ports below 1024 need privileges; choose a higher one"),
-        errno.EADDRNOTAVAIL: (
-            "no such address on this machine",
-            "listen on an address of this machine, or on :: for all of them",
-        ),
+        errno.EADDRNOTAVAIL: ("no such address on this machine", ours),
     }.get(cause, ("an address that cannot be bound", "choose another address or port"))
     return BadInput(
         f"listen on {printable(address)}: found {found}, expected a free port", remedy=remedy

@@ -111,20 +111,16 @@ class Authority:
             )
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [x509.UniformResourceIdentifier(uri), *map(_host, hosts)]
-        subject, issuer = (
-            _distinguished(self.federation, f"{role} {name}"),
-            self.certificate.subject,
+        subject = _distinguished(self.federation, f"{role} {name}")
+        issuer, public = self.certificate.subject, key.public_key()
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        certificate = (
+            _builder(subject, issuer, public, begins, ends, signs_certificates=False)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(signer, critical=False)
+            .sign(self.key, hashes.SHA256())
         )
-        builder = _builder(
-            subject, issuer, key.public_key(), begins, ends, signs_certificates=False
-        )
-        for extension in (
-            x509.ExtendedKeyUsage([purpose]),
-            x509.SubjectAlternativeName(names),
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
-        ):
-            builder = builder.add_extension(extension, critical=False)
-        certificate = builder.sign(self.key, hashes.SHA256())
         return Issued(_pem(certificate), self.certificate_pem, kit.key_pem(key))
 
     def save(self, folder: Path) -> None:

@@ -30,7 +30,7 @@ from fedcore.secagg.encode.bitpack import packed_size
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol import effects, messages
-from fedcore.secagg.purposes import purpose_of
+from fedcore.secagg.purposes import PURPOSES, purpose_of
 from fedcore.store.container import vector_digest
 from fedcore.types import SiteId, Slots
 
@@ -194,3 +194,10 @@ class Scheme:
         if self._public is None:
             return MaskedFold(self.plan.packing, slots)
         return EncryptedFold(self._public, slots, self._courier)
+
+
+def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:
+    """Bytes of one protected vector, by purpose."""
+    scheme = Scheme.of(plan)
+    purposes = (name for name, each in PURPOSES.items() if each.rounds(plan, features))
+    return {each: scheme.upload_bytes(layout_of(plan, features, each)) for each in purposes}

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from fedcore_clients.job_runner import OF_A_ROUND
-from fedcore_server.job_plan import vector_sizes
 from support.deployed_jobs import plan_for
 from support.policies import policy_of
 
@@ -42,7 +41,7 @@ from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.wire_form import decode, encode
-from fedcore.secagg.scheme import Scheme
+from fedcore.secagg.scheme import Scheme, vector_sizes
 
 HUB, SITES = "coordinator", ("a", "b", "c", "d")
 LIMITS = Limits(stage=600.0, gather=60.0, minimum=3, grace=60.0, enough=600.0)
