@@ -309,10 +309,8 @@ class Session:
 
     @contextlib.contextmanager
     def _of_the_session(self, what: str) -> Iterator[None]:
-        """Raise Offline for a transfer that ended with the session or was ended by the coordinator.
-
-        A closed channel shows as a CancelledError, which is not a cancellation of this task.
-        """
+        """Raise Offline for a transfer that ended with the session or was ended by the coordinator. A closed channel
+        shows as a CancelledError, which is not a cancellation of this task."""
         try:
             yield
         except grpc.aio.AioRpcError as error:

@@ -271,3 +271,9 @@ class RoundAbandoned(Abandoned):
             f"round abandoned at {stage}: found {left} sites, expected at least {threshold}"
         )
         self.stage, self.left, self.threshold = stage, left, threshold
+
+
+def printable(text: str, most: int = 400) -> str:
+    """One line of printable characters, without control sequences, of at most so many: for text of any origin."""
+    line = "".join(each if each.isprintable() else " " for each in text)
+    return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -38,10 +38,8 @@ SHOWN_SECONDS, LOGGED_SECONDS = 1.0, 10.0
 
 @dataclass
 class _Wait:
-    """The wait of the running job. shown, logged: to operators and sites, in the log.
-
-    key: job, stage and round; None while no site is waited for. since: monotonic seconds.
-    """
+    """The wait of the running job. shown, logged: to operators and sites, in the log. key: job, stage and round; None
+    while no site is waited for. since: monotonic seconds."""
 
     key: tuple[str, str, int] | None = None
     sites: tuple[SiteId, ...] = ()
@@ -115,10 +113,8 @@ class Coordinator:
                 LOG.exception("waits cannot be shown")
 
     def withdraw_revoked(self) -> None:
-        """The running job changes its keys where a certificate was revoked (PROTOCOL V).
-
-        Retried at the next call where the disk refuses to record it.
-        """
+        """The running job changes its keys where a certificate was revoked (PROTOCOL V). Retried at the next call
+        where the disk refuses to record it."""
         found = self.running()
         for name in self.sessions.revoked():
             if found is not None:

@@ -93,10 +93,8 @@ class FoldPool:
 
 @dataclass
 class _Shard:
-    """One worker's range of chunks of one job, and which uploads are in its sum.
-
-    life: of the worker, when the sum was begun; another one means that the sum is gone.
-    """
+    """One worker's range of chunks of one job, and which uploads are in its sum. life: of the worker, when the sum
+    was begun; another one means that the sum is gone."""
 
     worker: Child
     first: int

@@ -17,9 +17,8 @@ from fedcore_server.context import CoordinatorContext
 from fedcore_server.probes import Counts
 from fedcore_server.tls import Gate, ServicerContext, refuse
 
-from fedcore.errors import CertificateRefused
+from fedcore.errors import CertificateRefused, printable
 from fedcore.identity.peer import Peer
-from fedcore.identity.verify import printable
 from fedcore.secagg.protocol.job_messages import ToSite
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 import grpc.aio
 
-from fedcore.errors import BadInput, CertificateRefused, PeerRefused
+from fedcore.errors import BadInput, CertificateRefused, PeerRefused, printable
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import (
     Peer,
@@ -32,7 +32,7 @@ from fedcore.identity.peer import (
     require_time,
 )
 from fedcore.identity.revocation import Revocations
-from fedcore.identity.verify import printable, refusal_text
+from fedcore.wire.refusals import refusal_text
 
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 """Otherwise a second coordinator could bind the same port and take half of the sites."""

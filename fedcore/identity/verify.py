@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedcore.errors import CertificateRefused, PeerRefused
+from fedcore.errors import CertificateRefused, printable
 from fedcore.identity.peer import (
     Peer,
     peer_of,
@@ -24,9 +24,6 @@ from fedcore.identity.peer import (
     require_role,
     require_time,
 )
-
-_LONGEST = 400
-"""Characters of the other side's text in one line."""
 
 
 def check_certificate(
@@ -58,31 +55,6 @@ def check_certificate(
     if host:
         _require_host(certificate, whose, host)
     return peer
-
-
-def refusal_text(error: PeerRefused) -> str:
-    """A refusal as text for the other side: the check, the line and the hint."""
-    check = error.check if isinstance(error, CertificateRefused) else ""
-    return f"{check}\n{error}\n{error.remedy}"
-
-
-def refusal_from(text: str) -> CertificateRefused:
-    """The inverse of `refusal_text`, total on any text: the sender is not trusted."""
-    check, _, rest = text.partition("\n")
-    line, _, remedy = rest.partition("\n")
-    if not line:
-        check, line = "accepted", text
-    return CertificateRefused(
-        f"refused by the coordinator: {printable(line)}",
-        check=printable(check),
-        remedy=printable(remedy),
-    )
-
-
-def printable(text: str, most: int = _LONGEST) -> str:
-    """One line of printable characters, without control sequences, of at most so many characters."""
-    line = "".join(character if character.isprintable() else " " for character in text)
-    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def fingerprint(certificate_pem: bytes) -> str:

@@ -7,27 +7,32 @@ a value; any other exception is sent as "the coordinator failed", and its text s
 import json
 
 from fedcore import errors
-from fedcore.errors import Abandoned, BadInput, FedcoreError, MalformedMessage, Refused
-from fedcore.identity.verify import printable, refusal_from
+from fedcore.errors import (
+    BadInput,
+    CertificateRefused,
+    FedcoreError,
+    PeerRefused,
+    Refused,
+    printable,
+)
 
 MOST = 600
 """Characters of one text: the details are a header, and all headers together have 8 KiB."""
 
 _CLASSES: dict[int, type[FedcoreError]] = {
-    errors.EXIT_BAD_INPUT: BadInput,
-    errors.EXIT_REFUSED: Refused,
-    errors.EXIT_ABANDONED: Abandoned,
-}
+    errors.EXIT_BAD_INPUT: BadInput, errors.EXIT_REFUSED: Refused,
+    errors.EXIT_ABANDONED: errors.Abandoned,
+}  # fmt: skip
 
 
 def status_of(error: Exception) -> tuple[str, str]:
     """(name of a grpc.StatusCode, details as JSON) to end a call with."""
     if not isinstance(error, FedcoreError) or error.exit_code not in _CLASSES:
         return "INTERNAL", _details("the coordinator failed", "its log says why", 1)
-    if isinstance(error, (BadInput, MalformedMessage)):
+    if isinstance(error, (BadInput, errors.MalformedMessage)):
         code = "INVALID_ARGUMENT"
     else:
-        code = "ABORTED" if isinstance(error, Abandoned) else "FAILED_PRECONDITION"
+        code = "ABORTED" if isinstance(error, errors.Abandoned) else "FAILED_PRECONDITION"
     return code, _details(str(error), error.remedy, error.exit_code)
 
 
@@ -46,6 +51,25 @@ def error_of(details: str) -> FedcoreError | None:
     if not isinstance(line, str) or not isinstance(hint, str) or not isinstance(code, int):
         return None
     return _CLASSES.get(code, Refused)(printable(line, MOST), remedy=printable(hint, MOST))
+
+
+def refusal_text(error: PeerRefused) -> str:
+    """A refusal as text for the other side: the check, the line and the hint."""
+    check = error.check if isinstance(error, CertificateRefused) else ""
+    return f"{check}\n{error}\n{error.remedy}"
+
+
+def refusal_from(text: str) -> CertificateRefused:
+    """The inverse of `refusal_text`, total on any text: the sender is not trusted."""
+    check, _, rest = text.partition("\n")
+    line, _, remedy = rest.partition("\n")
+    if not line:
+        check, line = "accepted", text
+    return CertificateRefused(
+        f"refused by the coordinator: {printable(line)}",
+        check=printable(check),
+        remedy=printable(remedy),
+    )
 
 
 def told(status: str, details: str) -> FedcoreError | None:

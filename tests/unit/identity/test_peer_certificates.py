@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.errors import CertificateRefused, SignatureRefused
+from fedcore.errors import CertificateRefused, SignatureRefused, printable
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.peer import (
     ROLES,
@@ -28,10 +28,8 @@ from fedcore.identity.peer import (
 from fedcore.identity.verify import (
     check_certificate,
     fingerprint,
-    printable,
-    refusal_from,
-    refusal_text,
 )
+from fedcore.wire.refusals import refusal_from, refusal_text
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
