@@ -120,9 +120,7 @@ def simulate(
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", help="Resume an interrupted run.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
 ) -> None:
     """Train one model over several sites on this machine, and the arms that it is compared with."""
     _starting("simulate", job or resume, settings)
@@ -473,9 +471,7 @@ def engine(
     protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
     cipher: flags.BenchCipher = "bfv",
     bits: flags.Bits = 16,
-    per_process: Annotated[
-        int, typer.Option("--per-process", help="Sites that share one process.")
-    ] = 1,
+    per_process: Annotated[int, typer.Option(help="Sites that share one process.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Rounds of a deployed federation without training: real processes, TLS, journals, masks, keys."""

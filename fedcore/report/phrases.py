@@ -23,7 +23,6 @@ PART_NAMES = {part: part for part in ("federation", "quantisation", "protection"
 GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "federated": "total"}
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 
-STAGES = ("train", "encode", "protect", "fold", "unprotect", "evaluate")
 PROTECTION_STAGES = ("encode", "protect", "fold", "unprotect")
 
 DASH = "–"

@@ -8,7 +8,6 @@ in one table per metric.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context
-from functools import partial
 from typing import Any
 
 from fedcore.report import phrases
@@ -304,12 +303,12 @@ def _clipped(result: RunResult, metric: str) -> str:
 
 def cost(results: Sequence[Result]) -> list[Grid]:
     """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
-
-    def stage_of(result: Result, stage: str) -> str:
-        return phrases.duration((result.cost.seconds or {}).get(stage))
-
+    spent = [result.cost.seconds or {} for result in results]
+    cells = {
+        stage: [Cell(phrases.duration(seconds.get(stage))) for seconds in spent]
+        for stage in _all(results, lambda r: r.cost.seconds or {})
+    }
     lines: dict[str, Callable[[Result], str]] = {
-        **{stage: partial(stage_of, stage=stage) for stage in phrases.STAGES},
         "whole run, all arms": lambda r: phrases.duration(r.cost.seconds_total),
         "sent per site and round": lambda r: phrases.size(r.cost.bytes_up),
         "received per site and round": lambda r: phrases.size(r.cost.bytes_down),
@@ -319,9 +318,9 @@ def cost(results: Sequence[Result]) -> list[Grid]:
         ),
         "coordinates clipped": lambda r: _share(r.sums.clipped_fraction),
     }
-    cells = {name: [Cell(text(result)) for result in results] for name, text in lines.items()}
+    cells |= {name: [Cell(text(result)) for result in results] for name, text in lines.items()}
     rows = [(_name(n), *row) for n, row in cells.items() if any(c.text != DASH for c in row)]
-    staged = any(result.cost.seconds for result in results)
+    staged = any(spent)
     note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
     return _table("Cost by stage" if staged else "Cost", ["", *_columns(results, "")], rows, note)
 
