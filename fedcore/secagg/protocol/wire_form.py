@@ -187,10 +187,11 @@ def decode(
     `most_items`, so that what it costs does not grow with a lying length.
     """
     hint: Any = expected
+    value: R
     value, end = _read(_Source(data, sender, most_items), 0, 0, _place(hint, ""))
     if end != len(data):
         raise _malformed(f"{len(data) - end} bytes behind the message", "none", sender)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _malformed(found: object, expected: object, sender: str) -> MalformedMessage:
