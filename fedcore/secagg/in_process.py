@@ -10,7 +10,7 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import assert_never
 
 from fedcore.errors import PeerRefused, RoundAbandoned
@@ -27,12 +27,7 @@ from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, revealed
-from fedcore.secagg.summing import (
-    PlainSum,
-    ProtectedTotal,
-    RoundSum,
-    SumEngine,
-)
+from fedcore.secagg.summing import PlainSum, ProtectedTotal, RoundSum, SumEngine
 from fedcore.store.container import vector_digest
 from fedcore.types import Contribution, SiteId
 
@@ -100,19 +95,12 @@ class SiteDriver:
                 self.secrets.state_mac(asked.header, current.led_to),
             )
 
-    def sealed_cause(self, error: Exception) -> bytes:
-        """Why this site refuses the release, for the other sites."""
-        member = self.member
-        assert isinstance(self.stage, site.InRound)
-        return self.secrets.seal_cause(error, self.stage.header, member.id, member.entropy)
-
 
 class CoordinatorDriver:
     """The coordinator: its machines, and what they ask for."""
 
     def __init__(self, pins: Mapping[SiteId, bytes], scheme: Scheme) -> None:
         self.hub, self.scheme = coordinator.CoordinatorParams(pins), scheme
-        self.epoch_hub = coordinator.CoordinatorParams(pins)
         self.epoch: epoch.CoordinatorEpochStage = epoch.NoEpoch()
         self.stage: coordinator.CoordinatorStage = coordinator.Ready()
         self.journal: list[coordinator.CoordinatorEntry] = []
@@ -142,7 +130,7 @@ def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
     return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
 
 
-EpochMail = epoch.FromSite | tuple[SiteDriver, epoch.FromCoordinator]
+EpochMail = epoch.CoordinatorEpochEvent | tuple[SiteDriver, epoch.SiteEpochEvent]
 Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
 """A message on its way: of a site to the coordinator, or to this site."""
 
@@ -165,13 +153,9 @@ class InProcessFederation(SumEngine):
         self.pins = {name: key.public for name, key in identities.items()}
         scheme = Scheme.of(plan)
         self.hub = CoordinatorDriver(self.pins, scheme)
+        about = plan, FEDERATION, job, entropy or OsEntropy()
         self.shells = {
-            name: SiteDriver(
-                site.SiteParams(
-                    name, key, self.pins, plan, FEDERATION, job, entropy or OsEntropy()
-                ),
-                scheme,
-            )
+            name: SiteDriver(site.SiteParams(name, key, self.pins, *about), scheme)
             for name, key in identities.items()
         }
         self.start_epoch()
@@ -190,38 +174,28 @@ class InProcessFederation(SumEngine):
             FEDERATION, self.job, self.hub.epoch.epoch + 1, roster, roster_digest(self.pins),
             self.plan.threshold, self.plan.digest, epoch.first_maker(roster, roster),
         )  # fmt: skip
-        waiting: deque[EpochMail] = deque()
-        self._hub_epoch_step(epoch.StartEpoch(header), waiting)
+        waiting: deque[EpochMail] = deque([epoch.StartEpoch(header)])
         while waiting:
             each = waiting.popleft()
-            if isinstance(each, epoch.FromSite):
-                self._hub_epoch_step(each, waiting)
-            else:
-                self._site_epoch_step(*each, waiting)
+            waiting += self._at_site(*each) if isinstance(each, tuple) else self._at_hub(each)
 
-    def _hub_epoch_step(
-        self, event: epoch.CoordinatorEpochEvent, waiting: deque[EpochMail]
-    ) -> None:
+    def _at_hub(self, event: epoch.CoordinatorEpochEvent) -> Iterator[EpochMail]:
         hub = self.hub
-        hub.epoch, found = epoch.step_hub(hub.epoch_hub, hub.epoch, event, self.now)
+        hub.epoch, found = epoch.step_hub(hub.hub, hub.epoch, event, self.now)
         for effect in found:
             if isinstance(effect, effects.Send):
-                shell = self.shells[SiteId(effect.to)]
-                waiting.append((shell, epoch.FromCoordinator(effect.message)))
+                yield self.shells[SiteId(effect.to)], epoch.FromCoordinator(effect.message)
 
-    def _site_epoch_step(
-        self, shell: SiteDriver, event: epoch.SiteEpochEvent, waiting: deque[EpochMail]
-    ) -> None:
+    def _at_site(self, shell: SiteDriver, event: epoch.SiteEpochEvent) -> Iterator[EpochMail]:
         shell.epoch, found = epoch.step_site(shell.member, shell.epoch, event)
         for effect in found:
             match effect:
                 case effects.Persist():
                     pass  # a key epoch ends with this process
                 case effects.Send(message=message):
-                    waiting.append(epoch.FromSite(message.site, message))
+                    yield epoch.FromSite(message.site, message)
                 case epoch.MakeSecrets():
-                    made = epoch.SecretsMade(SecretBytes(shell.scheme.make_payload()))
-                    self._site_epoch_step(shell, made, waiting)
+                    yield shell, epoch.SecretsMade(SecretBytes(shell.scheme.make_payload()))
                 case epoch.Install():
                     shell.install(effect)
                 case _:
@@ -396,8 +370,10 @@ class _Exchange:
     def _leave(self, shell: SiteDriver, error: Exception) -> None:
         """A check failed at this site: it leaves the round; the error is raised once the round is over."""
         self.current.failure = self.current.failure or error
-        if isinstance(shell.stage, site.IN_ROUND):
-            self._site_step(shell, site.CheckFailed(error, shell.sealed_cause(error)))
+        stage, me = shell.stage, shell.member
+        if isinstance(stage, site.InRound):
+            sealed = shell.secrets.seal_cause(error, stage.header, me.id, me.entropy)
+            self._site_step(shell, site.CheckFailed(error, sealed))
 
     def _site_effect(self, shell: SiteDriver, effect: site.SiteEffect) -> None:
         match effect:
@@ -438,8 +414,8 @@ class _Exchange:
         if isinstance(message, messages.Submit):
             self.hub.submits[message.site] = message
             self._uploaded(message.site)
-            return
-        self._hub_step(coordinator.MessageFromSite(message.site, message))
+        else:
+            self._hub_step(coordinator.MessageFromSite(message.site, message))
 
     def _uploaded(self, name: SiteId) -> None:
         """Signed submission and chunks are both there."""
@@ -503,8 +479,7 @@ class _Exchange:
                 gone = coordinator.Gone(shell.member.id, for_good=True)
                 hub.stage, _ = coordinator.step(hub.hub, hub.stage, gone, self.parties.now)
             if isinstance(shell.stage, site.IN_ROUND):
-                shell.stage, _ = site.step(
-                    shell.member, shell.stage, site.Superseded(), self.parties.now
-                )
+                over = site.Superseded()
+                shell.stage, _ = site.step(shell.member, shell.stage, over, self.parties.now)
             shell.spool = []
         hub.fold, hub.released, hub.arrived = None, [], {}

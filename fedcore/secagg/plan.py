@@ -20,17 +20,8 @@ from fractions import Fraction
 from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
-from fedcore.secagg.protections import (
-    MAX_MASKED_SITES,
-    MIN_SITES,
-    Protection,
-    has_lattice,
-    refuse_cipher,
-    refuse_public_metrics,
-    refuse_release,
-    refuse_roster,
-    refuse_unknown,
-)
+from fedcore.secagg import protections
+from fedcore.secagg.protections import Protection, has_lattice
 from fedcore.types import Json, SiteId
 
 PLAN_VERSION = 2
@@ -173,8 +164,8 @@ def solve_packing(
     bits in [2, 24]; raises BadInput outside it, UnknownName for an unknown protection, cipher or lattice,
     and PlanRefused where no ring proves headroom.
     """
-    refuse_unknown(protection)
-    refuse_cipher(protection, cipher, lattice)
+    protections.refuse_unknown(protection)
+    protections.refuse_cipher(protection, cipher, lattice)
     if not 2 <= bits <= 24:
         raise BadInput(f"protect.bits: found {bits}, expected 2 to 24")
     if max_sites < 1:
@@ -238,8 +229,8 @@ def price_list(
     `limit` sites, or at the largest roster that the protection takes."""
     rows: list[Json] = []
     rings = _rings(protection, cipher, lattice)
-    most = min(limit, MAX_MASKED_SITES) if Protection.of(protection).masks else limit
-    for n in range(MIN_SITES, most + 1):
+    most = min(limit, protections.MAX_MASKED_SITES) if Protection.of(protection).masks else limit
+    for n in range(protections.MIN_SITES, most + 1):
         packing = _cheapest(bits, n, rings)
         price: Json = {"fields_per_slot": None, "degree": None, "bytes_up_per_parameter": None}
         if packing is not None:
@@ -392,8 +383,8 @@ class RoundPlan:
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
             raise BadInput("sites: found the same site id twice, expected distinct ids")
-        refuse_roster(len(self.sites), self.protection)
-        refuse_cipher(self.protection, self.cipher)
+        protections.refuse_roster(len(self.sites), self.protection)
+        protections.refuse_cipher(self.protection, self.cipher)
         self._check_ring()
         if not self.threshold:
             object.__setattr__(self, "threshold", default_threshold(len(self.sites)))
@@ -405,9 +396,9 @@ class RoundPlan:
                 remedy=f"set protect.max_sites to {len(self.sites)} or more",
             )
         if self.public_metrics:
-            refuse_public_metrics(self.protection)
+            protections.refuse_public_metrics(self.protection)
             self._check_names()
-        refuse_release(self.release, self.protection)
+        protections.refuse_release(self.release, self.protection)
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
 

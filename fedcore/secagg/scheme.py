@@ -12,15 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import ReleaseRefused
-from fedcore.secagg.crypto import Sealer, UnmaskableFold
-from fedcore.secagg.crypto.bfv import (
-    Courier,
-    EncryptedFold,
-    EncryptedSealer,
-    PublicContext,
-    SecretContext,
-    vector_size,
-)
+from fedcore.secagg.crypto import Sealer, UnmaskableFold, bfv
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, draw_salt, stream_key
@@ -160,10 +152,10 @@ class Scheme:
 
     def __init__(self, plan: RoundPlan) -> None:
         self.plan = plan
-        self._public: PublicContext | None = None
-        self._courier: Courier | None = None
+        self._public: bfv.PublicContext | None = None
+        self._courier: bfv.Courier | None = None
         if plan.packing.ring is not None:
-            self._public, self._courier = PublicContext.of(plan.packing), Courier()
+            self._public, self._courier = bfv.PublicContext.of(plan.packing), bfv.Courier()
 
     @classmethod
     def of(cls, plan: RoundPlan) -> Scheme:
@@ -172,7 +164,7 @@ class Scheme:
     def make_payload(self) -> bytes:
         if self._public is None:
             return GroupSecret().to_bytes()
-        return SecretContext(self._public).to_payload()
+        return bfv.SecretContext(self._public).to_payload()
 
     def open_payload(self, payload: bytes, maker: SiteId) -> EpochSecrets:
         """A site's secrets and its sealer. Raises EnvelopeRefused, the maker's fault."""
@@ -180,20 +172,20 @@ class Scheme:
             group = GroupSecret.from_bytes(payload, sender=maker)
             sealer = MaskedSealer(self.plan.packing)
             return EpochSecrets(group, sealer, streams=bool(self.plan.salt_bytes))
-        secret = SecretContext.from_payload(self._public, payload, sender=maker)
-        return EpochSecrets(secret.group, EncryptedSealer(secret, self._courier))
+        secret = bfv.SecretContext.from_payload(self._public, payload, sender=maker)
+        return EpochSecrets(secret.group, bfv.EncryptedSealer(secret, self._courier))
 
     def upload_bytes(self, layout: Layout) -> int:
         """Bytes of every site's vector: a pure function, so any other size is refused."""
         packing = self.plan.packing
         if packing.ring is None:
             return packed_size(layout.slots, packing.slot_bits)
-        return vector_size(packing.ring, layout.blocks, 1)
+        return bfv.vector_size(packing.ring, layout.blocks, 1)
 
     def fold(self, slots: int) -> UnmaskableFold:
         if self._public is None:
             return MaskedFold(self.plan.packing, slots)
-        return EncryptedFold(self._public, slots, self._courier)
+        return bfv.EncryptedFold(self._public, slots, self._courier)
 
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:

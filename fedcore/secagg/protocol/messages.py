@@ -237,14 +237,8 @@ class Certificate:
     signatures: tuple[tuple[SiteId, bytes], ...]
 
     def statement(self, site: SiteId, signature: bytes) -> Statement:
-        return Statement(
-            self.header.digest,
-            site,
-            self._survivors,
-            self.sum_mac,
-            self.state_mac,
-            signature,
-        )
+        said = self._survivors, self.sum_mac, self.state_mac
+        return Statement(self.header.digest, site, *said, signature)
 
     @cached_property
     def _survivors(self) -> bytes:

@@ -41,6 +41,7 @@ from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import decode
+from fedcore.secagg.scheme import EpochSecrets
 
 SITES = ("a", "b", "c", "d")
 KEYS = {name: IdentityKey() for name in SITES}
@@ -114,7 +115,7 @@ class Planner:
         return State("first")
 
     def scheme(self, plan):
-        return SimpleNamespace(open_payload=lambda payload, maker: SimpleNamespace(group=GROUP))
+        return SimpleNamespace(open_payload=lambda payload, maker: EpochSecrets(GROUP, None))
 
 
 def params(policy=None, plan=PLAN, **changes):

@@ -67,11 +67,8 @@ class CatchUp:
         certificate = self._facts.certificate
         if certificate is None or message.certificate != certificate.hash:
             return []
-        return [
-            effects.KeepCheckpoint(
-                name, certificate.header.digest, message.digest, self._facts.checkpoint_name
-            )
-        ]
+        header, file = certificate.header.digest, self._facts.checkpoint_name
+        return [effects.KeepCheckpoint(name, header, message.digest, file)]
 
     def kept(self, checkpoint: KeptFile, at: Moment) -> list[CoordinatorJobEffect]:
         """It is on disk: offer it to every site that missed the release."""
@@ -90,11 +87,9 @@ class CatchUp:
         """The checkpoint is of an earlier release or key epoch from now on; called before that begins."""
         self.checkpoint, self.asked = None, None
         self._offered.clear()
-        return (
-            [effects.DropCheckpoint(self._facts.checkpoint_name)]
-            if self._facts.certificate is not None
-            else []
-        )
+        if self._facts.certificate is None:
+            return []
+        return [effects.DropCheckpoint(self._facts.checkpoint_name)]
 
     def expects(self, name: SiteId, header: bytes, size: int) -> bool:
         """Whether an upload under this header may be the state that this site was asked for."""

@@ -128,13 +128,9 @@ class EpochDriver:
         facts, stage = self._facts, self._facts.stage
         if isinstance(facts.epoch, epoch.NoEpoch):
             return False
-        if self._refused:
-            return True
-        if (
-            isinstance(stage, coordinator.Ended)
-            and stage.refused
-            and stage.header.epoch == facts.epoch.epoch
-        ):
+        ended = stage if isinstance(stage, coordinator.Ended) else None
+        refused = ended is not None and ended.refused and ended.header.epoch == facts.epoch.epoch
+        if self._refused or refused:
             return True
         key_holders = {key.site for key in facts.epoch.keys}
         return facts.step is not None and bool(key_holders & (facts.evicted | facts.withdrawn))

@@ -43,14 +43,11 @@ class ModelHandover:
     def lacking(self, sites: Collection[SiteId]) -> str:
         """Why the file cannot come from these sites, or "" while it may."""
         plan, certificate = self._facts.plan, self._facts.certificate
-        header = certificate.header if certificate is not None else None
-        if (
-            plan is None
-            or header is None
-            or not schedule.is_last_model(
-                plan, schedule.PlannedRound(header.purpose, header.training_round)
-            )
-        ):
+        if plan is None or certificate is None:
+            return "the last round was abandoned"
+        header = certificate.header
+        done = schedule.PlannedRound(header.purpose, header.training_round)
+        if not schedule.is_last_model(plan, done):
             return "the last round was abandoned"
         reported = Counter(self.reported.values())
         silent = sum(name not in self.reported for name in sites)
@@ -114,9 +111,8 @@ class ModelHandover:
         asked, Conflicting for another digest than before, and OutOfOrder for an earlier release's.
         """
         if not self.given:
-            raise PeerRefused(
-                f"model: found a digest of {site}, expected none: the plan gives no model"
-            )
+            none = "expected none: the plan gives no model"
+            raise PeerRefused(f"model: found a digest of {site}, {none}")
         if site not in self._asked:
             raise HeaderRefused("model", "one that was not asked for", "none", site)
         certificate = self._facts.certificate
@@ -129,11 +125,8 @@ class ModelHandover:
         if not groups:
             return []
         needed = certificate.header.threshold
-        return [
-            Warn(
-                f"sites differ over the model ({groups}); it is taken once {needed} report the same"
-            )
-        ]
+        differ = f"sites differ over the model ({groups})"
+        return [Warn(f"{differ}; it is taken once {needed} report the same")]
 
     @property
     def _agreed(self) -> bytes:

@@ -12,6 +12,7 @@ from fedcore.results import AbandonedRound, JobRow
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import messages, schedule
+from fedcore.secagg.protocol.effects import Persist
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
@@ -96,7 +97,7 @@ class RoundDriver:
         before = self._facts.stage
         stage, found = coordinator.step(self._hub, before, event, at.now)
         self._facts.stage = stage
-        records = [effect.record for effect in found if isinstance(effect, effects.Persist)]
+        records = [effect.record for effect in found if isinstance(effect, Persist)]
         self._unsaved.records += records
         if records and isinstance(event, coordinator.Uploaded):
             self._unsaved.vectors.append(event.digest)
@@ -105,9 +106,7 @@ class RoundDriver:
         changed = type(stage) is not type(before)
         if changed:
             self._count_time(before, at)
-        if not changed and all(
-            isinstance(effect, effects.Persist | effects.FoldUpload) for effect in found
-        ):
+        if not changed and all(isinstance(each, Persist | effects.FoldUpload) for each in found):
             return []
         if changed and isinstance(stage, coordinator.Ended):
             self._unsaved = _Unsaved()
@@ -117,9 +116,8 @@ class RoundDriver:
         unsaved, self._unsaved = self._unsaved, _Unsaved()
         if not unsaved.records:
             return []
-        return [
-            effects.AppendRecords(tuple(unsaved.records), tuple(unsaved.vectors), unsaved.with_sum)
-        ]
+        records, vectors = tuple(unsaved.records), tuple(unsaved.vectors)
+        return [effects.AppendRecords(records, vectors, unsaved.with_sum)]
 
     def forget(self) -> None:
         """The job ends: batched records are not needed any more."""
@@ -134,9 +132,8 @@ class RoundDriver:
                 kept.append(effects.Push(SiteId(effect.to), "sum"))
             if isinstance(effect, effects.RemoveMasks) and self._summing[0] != effect.header.digest:
                 self._summing = effect.header.digest, at.now
-            if isinstance(
-                effect, effects.Send | effects.RemoveMasks | effects.Warn
-            ):  # the sum is made of the list: no fold here
+            # The sum is made of the list: no fold here.
+            if isinstance(effect, effects.Send | effects.RemoveMasks | effects.Warn):
                 kept.append(effect)
         return kept
 
@@ -236,22 +233,15 @@ class RoundDriver:
         facts.rounds.known.append(row)
         return effects.CloseRound(values)
 
-    def _row(
-        self,
-        stage: coordinator.Released | coordinator.Failed,
-        step: schedule.PlannedRound,
-        at: Moment,
-    ) -> JobRow:
+    def _row(self, stage: coordinator.Ended, step: schedule.PlannedRound, at: Moment) -> JobRow:
         survivors: tuple[SiteId, ...] = ()
         abandoned: AbandonedRound | None = None
         if isinstance(stage, coordinator.Released):
             survivors = stage.certificate.survivors
         else:
+            left, needed = stage.left, stage.header.threshold
             abandoned = AbandonedRound(
-                stage=stage.stage,
-                left=stage.left,
-                needed=stage.header.threshold,
-                exposed=stage.exposed,
+                stage=stage.stage, left=left, needed=needed, exposed=stage.exposed
             )
         return JobRow(
             round=step.training_round, purpose=step.purpose, number=stage.header.round,

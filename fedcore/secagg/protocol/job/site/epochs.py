@@ -19,8 +19,8 @@ from fedcore.secagg.protocol.wire_form import encode
 class EpochDriver:
     """One job's key epochs at one site."""
 
-    def __init__(self, name: str, rounds: RoundDriver, keys: HeldKeys, states: StateKeeper) -> None:
-        self._job, self._rounds, self._keys, self._states = name, rounds, keys, states
+    def __init__(self, rounds: RoundDriver, keys: HeldKeys, states: StateKeeper) -> None:
+        self._rounds, self._keys, self._states = rounds, keys, states
         self.stage: epoch.SiteEpochStage = epoch.NoKey()
 
     @property
@@ -74,4 +74,4 @@ class EpochDriver:
         yield effects.EraseKeys()
         self.stage = epoch.NoKey(self.stage.epoch)
         self._keys.secrets, self._states.groups = None, {}
-        yield effects.Info(f"job {self._job}: its keys are erased here")
+        yield effects.Info(f"job {self._rounds.part.job}: its keys are erased here")

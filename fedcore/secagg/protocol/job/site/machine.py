@@ -30,6 +30,9 @@ from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import site
 
+_NEED_ROWS = effects.MakeVector, effects.GiveModel
+"""Effects that wait until the rows are loaded."""
+
 ENDING_SECONDS = 5.0
 """How often a site asks again for the last release of a job that is over, if it missed it."""
 
@@ -62,15 +65,12 @@ class JobEnd:
 class Parts:
     """The parts of a job that exist once this site agreed to its plan."""
 
-    def __init__(
-        self, me: JobParams, name: str, agreed: Agreed, part: Participation, states: StateKeeper
-    ) -> None:
-        keys = HeldKeys(me.planner.scheme(agreed.plan))
-        self.agreed, self.keys = agreed, keys
-        self.rounds = RoundDriver(me, name, agreed, part, keys, states)
-        self.epochs = EpochDriver(name, self.rounds, keys, states)
+    def __init__(self, agreed: Agreed, part: Participation, states: StateKeeper) -> None:
+        self.agreed, self.keys = agreed, HeldKeys(part.me.planner.scheme(agreed.plan))
+        self.rounds = RoundDriver(agreed, part, self.keys, states)
+        self.epochs = EpochDriver(self.rounds, self.keys, states)
         self.catch_up = CatchUp(self.rounds, states)
-        self.public = PublicRelease(me, agreed, self.rounds, states)
+        self.public = PublicRelease(self.rounds, states)
 
 
 class SiteJob:
@@ -83,7 +83,6 @@ class SiteJob:
         self.end = JobEnd()
         self.loading = False
         self._need_rows: list[effects.MakeVector | effects.GiveModel] = []
-        """What waits until the rows are loaded."""
 
     def restored(self, kept: Kept) -> None:
         self.part.rows, self.part.left = kept.rows, kept.left
@@ -94,7 +93,7 @@ class SiteJob:
         parts.epochs.restored(kept.epoch)
 
     def _agreed(self, agreed: Agreed) -> Parts:
-        self.parts = Parts(self.me, self.id, agreed, self.part, self.states)
+        self.parts = Parts(agreed, self.part, self.states)
         return self.parts
 
     # ------------------------------------------------------------------------------- questions
@@ -148,13 +147,8 @@ class SiteJob:
         """What follows from an event; vectors and models wait until the rows are loaded."""
         for effect in self._answered(event, now):
             if isinstance(effect, effects.StopMaking):
-                self._need_rows = [
-                    each for each in self._need_rows if isinstance(each, effects.GiveModel)
-                ]
-            if (
-                isinstance(effect, effects.MakeVector | effects.GiveModel)
-                and self.part.survey is None
-            ):
+                self._need_rows = [e for e in self._need_rows if isinstance(e, effects.GiveModel)]
+            if self.part.survey is None and isinstance(effect, _NEED_ROWS):
                 self._need_rows.append(effect)
             else:
                 yield effect
@@ -184,9 +178,7 @@ class SiteJob:
     def _with_plan(self, parts: Parts, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
         match event:
             case Tick():
-                if (
-                    self.end.pending is not None
-                ):  # the request for the last state, or its answer, was lost
+                if self.end.pending is not None:  # the last state, or its request, was lost
                     yield from parts.rounds.send_status()
                 yield from parts.rounds.step(event, now)
             case events.VectorReady() | events.CheckedSum() | events.SumGone():
@@ -421,9 +413,7 @@ class SiteJob:
                 yield from parts.rounds.step(site.Superseded(), now)
                 parts.rounds.ended = False
             behind = parts.rounds.standing.certificate != ended.certificate
-            if (
-                ended.certificate and behind and not self.part.left
-            ):  # it takes no model that it left for
+            if ended.certificate and behind and not self.part.left:  # it takes no model it left for
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
                 return

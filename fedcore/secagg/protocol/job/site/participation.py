@@ -105,7 +105,7 @@ class Participation:
     """Whether this site takes part in one job."""
 
     def __init__(self, me: JobParams, name: str, *, asks: bool, about: Sequence[str] = ()) -> None:
-        self._me, self._job = me, name
+        self.me, self.job = me, name
         self.about = about
         """Lines about the job, for the log before its rows are read."""
         self.approval: Literal["not needed", "waiting", "approved"] = (
@@ -141,7 +141,7 @@ class Participation:
     def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
         """Log the refusal once, and send its word to the coordinator, also at every new session."""
         if self.refused is None or str(self.refused) != str(refused):
-            yield effects.Warn(f"job {self._job}: refused: {refused}; hint: {refused.remedy}")
+            yield effects.Warn(f"job {self.job}: refused: {refused}; hint: {refused.remedy}")
         self.refused = refused
         yield from self.unable(refused.word)
         self.last_error = str(refused)
@@ -150,22 +150,22 @@ class Participation:
     def unable(self, reason: str) -> Iterator[SiteEffect]:
         """Tell the coordinator that this site cannot take part. reason: one of REASONS."""
         self.last_error = self.left or job.REASONS[reason]
-        yield effects.Send(COORDINATOR, job.SiteUnavailable(self._job, self._me.id, reason))
+        yield effects.Send(COORDINATOR, job.SiteUnavailable(self.job, self.me.id, reason))
 
     def take_rows(self, found: events.Surveyed) -> None:
         """Keep what was loaded. Raises PolicyRefused where these rows are in enough jobs already."""
-        self.rows = self._me.ledger.rows_key(found.rows)
+        self.rows = self.me.ledger.rows_key(found.rows)
         self.check_rows()
         self.survey = found
 
     def check_rows(self) -> None:
         """Raise PolicyRefused where this site's rows are in enough jobs already."""
-        before = self._me.ledger.jobs_over(self.rows)
-        require(self._me.policy.on_release(RowsInSum(self._job, before)))
+        before = self.me.ledger.jobs_over(self.rows)
+        require(self.me.policy.on_release(RowsInSum(self.job, before)))
 
     def send_survey(self) -> Iterator[SiteEffect]:
         assert self.survey is not None
-        yield effects.Send(COORDINATOR, job.SiteSurvey(self._job, self._me.id, self.survey.shape))
+        yield effects.Send(COORDINATOR, job.SiteSurvey(self.job, self.me.id, self.survey.shape))
 
 
 @dataclass

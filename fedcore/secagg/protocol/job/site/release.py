@@ -10,7 +10,7 @@ from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
-from fedcore.secagg.protocol.job.site.participation import Agreed, JobParams, require
+from fedcore.secagg.protocol.job.site.participation import require
 from fedcore.secagg.protocol.job.site.rounds import RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
@@ -68,10 +68,9 @@ class CatchUp:
 class PublicRelease:
     """The metrics and the model of a release, for the coordinator."""
 
-    def __init__(
-        self, me: JobParams, agreed: Agreed, rounds: RoundDriver, states: StateKeeper
-    ) -> None:
-        self._me, self._agreed, self._rounds, self._states = me, agreed, rounds, states
+    def __init__(self, rounds: RoundDriver, states: StateKeeper) -> None:
+        self._me, self._plan = rounds.part.me, rounds.agreed.plan
+        self._rounds, self._states = rounds, states
         self.tracked: SiteRow | None = None
         """The row of the last release that was evaluated here."""
         self.said: job_messages.PublicMetrics | None = None
@@ -83,10 +82,10 @@ class PublicRelease:
         Raises PolicyRefused where the policy does not allow it any more.
         """
         self.tracked = event.row
-        if self._agreed.plan.public_metrics:
+        if self._plan.public_metrics:
             require(self._me.policy.on_release("metrics"))
             self.said = public_metrics.told(
-                self._agreed.plan, event.certificate, self._me.id, event.row.everywhere_before
+                self._plan, event.certificate, self._me.id, event.row.everywhere_before
             )
             yield from self.resend()
 
@@ -102,14 +101,14 @@ class PublicRelease:
         PolicyRefused where the policy does not allow it.
         """
         require(self._me.policy.on_release("model"))
-        if self._agreed.plan.release != "coordinator":
+        if self._plan.release != "coordinator":
             raise HeaderRefused(
                 "model", "it asked for", "nothing: it stays at the sites", COORDINATOR
             )
         done = self._states.current.done if self._states.current is not None else None
         if done is None or over or not isinstance(self._rounds.stage, site.Idle):
             return False
-        if not schedule.is_last_model(self._agreed.plan, done):
+        if not schedule.is_last_model(self._plan, done):
             raise HeaderRefused(
                 "model", "it asked for before the last round", "it after that", COORDINATOR
             )

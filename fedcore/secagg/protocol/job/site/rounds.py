@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
-from fedcore.secagg.crypto.sealed import open_notice, seal_notice
-from fedcore.secagg.crypto.sumtag import state_tag
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job import effects
@@ -20,7 +18,6 @@ from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.participation import (
     Agreed,
     HeldKeys,
-    JobParams,
     Participation,
 )
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
@@ -50,19 +47,13 @@ class RoundDriver:
     """One job's rounds at one site, and its stage in them."""
 
     def __init__(
-        self,
-        me: JobParams,
-        name: str,
-        agreed: Agreed,
-        part: Participation,
-        keys: HeldKeys,
-        states: StateKeeper,
+        self, agreed: Agreed, part: Participation, keys: HeldKeys, states: StateKeeper
     ) -> None:
-        self._me, self._job, self._agreed = me, name, agreed
-        self._part, self._keys, self._states = part, keys, states
+        self.agreed, self.part, self._keys, self._states = agreed, part, keys, states
+        self._me = me = part.me
         self.base_member = site.SiteParams(
             me.id, me.identity, {each: me.pins[each] for each in agreed.plan.sites}, agreed.plan,
-            me.federation, name, me.entropy, me.minimum, me.patience,
+            me.federation, part.job, me.entropy, me.minimum, me.patience,
         )  # fmt: skip
         self.stage: site.SiteStage = NOWHERE
         self.announced = 0.0
@@ -84,18 +75,15 @@ class RoundDriver:
     def member(self) -> site.SiteParams:
         """The parameters of the round machine, with the ledger as it is now: another job may have had a sum of the
         same rows meanwhile."""
-        names = self._agreed.names
+        names = self.agreed.names
         if not names:
             return self.base_member
         header = header_of(self.stage)
         sites = self._me.ledger.statistics_only_with(
-            self._part.rows, names, "" if header is None else header.digest.hex()
+            self.part.rows, names, "" if header is None else header.digest.hex()
         )
-        return (
-            self.base_member
-            if sites is None
-            else replace(self.base_member, only_with={"statistics": sites})
-        )
+        only_with = {} if sites is None else {"statistics": sites}
+        return replace(self.base_member, only_with=only_with)
 
     @property
     def standing(self) -> SiteProgress:
@@ -141,13 +129,13 @@ class RoundDriver:
         try:
             if isinstance(self.stage, site.Idle):
                 assert self._states.current is not None
-                plan, features = self._agreed.plan, self._agreed.features
+                plan, features = self.agreed.plan, self.agreed.features
                 schedule.check_step(plan, features, self._states.current.done, header)
                 self.announced = now
             yield from self.step(site.Invited(announce, self._tag(header)), now, refusing=False)
             yield self.tidy()
         except PeerRefused as error:
-            yield from self._part.note(error)
+            yield from self.part.note(error)
             if isinstance(self.stage, site.EXPOSED):
                 left = messages.Leave(header.digest, self._me.id, messages.LEFT)
                 yield effects.Send(COORDINATOR, left)
@@ -159,8 +147,7 @@ class RoundDriver:
         if self._keys.secrets is None:
             return b""
         assert self._states.current is not None
-        state = self._states.current.canonical()
-        return state_tag(self._keys.secrets.group, header.job, header.round, state)
+        return self._keys.secrets.tag(header, self._states.current.canonical())
 
     def certified(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
         """Apply a release, or leave the round and catch up where this site has not opened the sum.
@@ -224,10 +211,7 @@ class RoundDriver:
         header = header_of(self.stage)
         if self._keys.secrets is None or header is None:
             return b""
-        return seal_notice(
-            self._keys.secrets.group, cause, header=header.digest, site=self._me.id,
-            entropy=self._me.entropy,
-        )  # fmt: skip
+        return self._keys.secrets.seal_cause(cause, header, self._me.id, self._me.entropy)
 
     # --------------------------------------------------------------------------------- a step
 
@@ -245,7 +229,7 @@ class RoundDriver:
         except (PeerRefused, PolicyRefused) as error:
             if not refusing or not self.in_round:
                 raise
-            yield from self._part.note(error)
+            yield from self.part.note(error)
             yield from self.step(site.CheckFailed(error, self.sealed(str(error))), now)
             yield from self._check_own_keys(before, event, now)
             return
@@ -282,9 +266,7 @@ class RoundDriver:
                     yield self.exposed(header, survivors_of(aggregate.submissions))
                 case effects.Persist(record=site.VectorSpooled()):
                     assert header is not None
-                    if (
-                        not header.layers.masks
-                    ):  # without masks the holders of the key can open it now
+                    if not header.layers.masks:  # the holders of the key can open it now
                         yield self.exposed(header, ())
                 case effects.Apply(certificate=certificate):
                     if self._me.id in certificate.survivors:
@@ -294,7 +276,7 @@ class RoundDriver:
     def exposed(self, header: RoundHeader, survivors: tuple[SiteId, ...]) -> effects.Expose:
         """A sum with this site's vector may be opened from now on. Raises PolicyRefused."""
         if not self._me.ledger.has(header.digest.hex()):
-            self._part.check_rows()
+            self.part.check_rows()
         return effects.Expose(header, survivors)
 
     def _committed(
@@ -355,11 +337,8 @@ class RoundDriver:
     def _shown(self, notice: messages.Notice) -> Iterator[SiteEffect]:
         if self._keys.secrets is None:
             return
-        cause = open_notice(
-            self._keys.secrets.group, notice.sealed, header=notice.header, site=notice.site
-        )
         who = notice.site if notice.site in self._me.pins else "not in the roster"
-        yield effects.Warn(f"site {who} refused: {cause}")
+        yield effects.Warn(f"site {who} refused: {self._keys.secrets.read_notice(notice)}")
 
     def _tracking(self, certificate: messages.Certificate) -> Iterator[SiteEffect]:
         """Evaluate a release whose sum this site opened itself."""
@@ -379,12 +358,12 @@ class RoundDriver:
         return effects.TidySpool(b"" if header is None else header.digest)
 
     def send_status(self) -> Iterator[SiteEffect]:
-        if self._part.left:
+        if self.part.left:
             yield effects.Report("idle")
             return
         if isinstance(self.stage, site.Idle) and self._keys.secrets is not None:
             at = self.standing
-            where = SiteStatus(self._job, self._me.id, at.epoch, at.certificate, at.round)
+            where = SiteStatus(self.part.job, self._me.id, at.epoch, at.certificate, at.round)
             yield effects.Send(COORDINATOR, where)
         yield effects.Report("waiting")
 

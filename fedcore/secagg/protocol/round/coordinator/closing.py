@@ -1,4 +1,4 @@
-"""The end of a stage: with enough answers, at its deadline, or with too few stages."""
+"""The end of a stage: with enough answers, at its deadline, or with too few sites."""
 
 import hashlib
 from collections import Counter
@@ -56,9 +56,7 @@ def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
             if len(submissions) < stage.header.threshold:
                 return _give_up(move, stage, len(submissions))
             move.record(entries.ListFixed(submissions, late))
-            if (
-                late
-            ):  # only under `encrypted`: under masks a vector has the state of its site's keys
+            if late:  # under `encrypted` only: else a vector has the state of its site's keys
                 move.do(effects.Rebuild(submissions))
             if isinstance(move.stage, stages.Summing):  # `encrypted`: no mask to remove
                 move.do(effects.RemoveMasks(stage.header, survivors_of(submissions), ()))

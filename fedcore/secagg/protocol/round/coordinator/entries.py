@@ -127,7 +127,7 @@ class RoundReleased:
 
 @record("RoundGivenUp")
 class RoundGivenUp:
-    """Too few stages."""
+    """Too few sites."""
 
     stage: str
     left: int

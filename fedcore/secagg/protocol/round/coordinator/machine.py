@@ -48,12 +48,8 @@ MOVES = table(
     on(stages.Advertising, messages.Keys, taking.take_keys, stages.Sharing, stages.Failed),
     on(stages.Sharing, messages.Shares, taking.take_shares, stages.Collecting, stages.Failed),
     on(
-        stages.Collecting,
-        events.Uploaded,
-        taking.take_vector,
-        stages.Confirming,
-        stages.Summing,
-        stages.Failed,
+        stages.Collecting, events.Uploaded, taking.take_vector,
+        stages.Confirming, stages.Summing, stages.Failed,
     ),
     on(stages.Confirming, messages.Confirm, taking.take_confirm, stages.Unmasking, stages.Failed),
     on(stages.Unmasking, messages.Unmask, taking.take_answer, stages.Summing, stages.Failed),
@@ -67,7 +63,7 @@ MOVES = table(
     on(stages.BETWEEN, Tick, ignore),
     on(stages.ALL, Restarted, _restart),
     on(stages.ALL, events.SiteReconnected, _repeat),
-)
+)  # fmt: skip
 """A site's leaving, or time, may also end a stage: then the stage goes where its message would lead."""
 
 

@@ -101,13 +101,10 @@ def take_statement(
 
 
 def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Leave) -> None:
-    """A site leaves; its sealed reason goes to the other stages."""
+    """A site leaves; its sealed reason goes to the other sites."""
     checks.of_round(leave.header, stage.header, leave.site)
-    move.record(
-        entries.SiteGone(
-            leave.site, entries.REFUSED if leave.code == messages.RELEASE_REFUSED else entries.LEFT
-        )
-    )
+    refused = leave.code == messages.RELEASE_REFUSED
+    move.record(entries.SiteGone(leave.site, entries.REFUSED if refused else entries.LEFT))
     if leave.code == messages.MATERIAL:
         move.do(
             effects.Warn(

@@ -24,9 +24,7 @@ MOVES = table(
     on(stages.Idle, messages.Certificate, between.check_certified),
     on(stages.BETWEEN, events.OwnSignature, between.look_at_own_signature),
     on(stages.BETWEEN, events.Declined, between.decline),
-    on(
-        stages.BETWEEN, messages.Abandon, ignore
-    ),  # sent to the whole roster, also to sites that left
+    on(stages.BETWEEN, messages.Abandon, ignore),  # sent to sites that left, too
     on(stages.BETWEEN, messages.Notice, ignore),  # of a round that this site has left
     on(stages.BETWEEN, Tick, ignore),
     on(stages.BETWEEN, events.SessionRestored, ignore),
