@@ -22,9 +22,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.secagg.crypto import check_removal
@@ -266,13 +267,6 @@ def _key_prefix(public: PublicContext) -> bytes:
     return level + sizes + _seal_header(24 + 8 * degree) + struct.pack("<Q", degree)
 
 
-class _Chunk(NamedTuple):
-    """A parsed chunk: seeds (count, 65) uint8 (empty when full), words (count, polynomials * N) uint64."""
-
-    seeds: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
-    words: Words
-
-
 def chunk_size(ring: Ring, kind: int, count: int) -> int:
     """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
     seeds = _SEED_BYTES * count if kind == _SEEDED else 0
@@ -293,8 +287,11 @@ def _write_chunk(
     return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
 
 
-def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, count: int) -> _Chunk:
-    """Parse and check a chunk before SEAL reads it. Raises ChunkRefused."""
+def _read_chunk(
+    public: PublicContext, kind: int, chunk: bytes, first: int, count: int
+) -> tuple[NDArray[np.uint8], Words]:
+    """The seeds (count, 65), none when full, and words (count, polynomials * N) of a chunk, checked before
+    SEAL reads it. Raises ChunkRefused."""
     expected = chunk_size(public.ring, kind, count)
     if len(chunk) != expected:
         raise ChunkRefused(
@@ -322,7 +319,7 @@ def _read_chunk(public: PublicContext, kind: int, chunk: bytes, first: int, coun
     )
     if (words >= public.ring.modulus).any():
         raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
-    return _Chunk(seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1))
+    return seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1)
 
 
 def _blocks(ring: Ring, slots: int) -> int:

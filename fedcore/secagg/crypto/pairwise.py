@@ -12,27 +12,15 @@ X25519 alone would fall to a later quantum computer; r alone rests on ML-KEM. Do
 from functools import cached_property
 
 from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.secagg.crypto import hybrid, symmetric
 from fedcore.secagg.crypto.entropy import Entropy
-from fedcore.secagg.crypto.hybrid import (
-    CIPHERTEXT_BYTES,
-    MLKEM_SEED_BYTES,
-    HybridKey,
-    HybridPublic,
-    encapsulate,
-)
+from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic, encapsulate
 from fedcore.secagg.crypto.secret import Secret
-from fedcore.secagg.crypto.symmetric import (
-    BOX_OVERHEAD,
-    KEY_BYTES,
-    Label,
-    derive,
-    open_box,
-    seal_box,
-)
+from fedcore.secagg.crypto.symmetric import Label, derive, open_box, seal_box
 from fedcore.types import SiteId
 
 ROOT_BYTES = 32
-OFFER_BYTES = CIPHERTEXT_BYTES + KEY_BYTES + BOX_OVERHEAD
+OFFER_BYTES = hybrid.CIPHERTEXT_BYTES + symmetric.KEY_BYTES + symmetric.BOX_OVERHEAD
 
 
 class MaskRoot(Secret):
@@ -49,7 +37,7 @@ class MaskRoot(Secret):
         """The mask key pair: the same from a rebuilt root, so the coordinator checks a root by it."""
         return HybridKey(
             derive(self._root, Label.MASK_X25519),
-            derive(self._root, Label.MASK_MLKEM, length=MLKEM_SEED_BYTES),
+            derive(self._root, Label.MASK_MLKEM, length=hybrid.MLKEM_SEED_BYTES),
         )
 
     @cached_property
@@ -93,7 +81,7 @@ def open_offer(
     if len(offer) != OFFER_BYTES:
         found, expected = f"{len(offer)} bytes", f"{OFFER_BYTES} bytes"
         raise EnvelopeRefused(f"mask offer from {sender}", found, expected, sender)
-    ciphertext, box = offer[:CIPHERTEXT_BYTES], offer[CIPHERTEXT_BYTES:]
+    ciphertext, box = offer[: hybrid.CIPHERTEXT_BYTES], offer[hybrid.CIPHERTEXT_BYTES :]
     shared = root.keys.decapsulate(ciphertext, sender)
     key = _offer_key(shared, root.keys.public.mlkem, ciphertext, sender, recipient, header)
     return open_box(key, box, b"", sender=sender)

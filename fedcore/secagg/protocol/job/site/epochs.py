@@ -23,11 +23,6 @@ class EpochDriver:
         self._rounds, self._keys, self._states = rounds, keys, states
         self.stage: epoch.SiteEpochStage = epoch.NoKey()
 
-    @property
-    def holds_keys(self) -> bool:
-        """Whether this site can still pass the key epoch's secret on."""
-        return isinstance(self.stage, epoch.Holding)
-
     def step(self, event: epoch.SiteEpochEvent, now: float) -> Iterator[SiteEffect]:
         """Step the machine of key epochs, and carry out its effects, records first."""
         after, found = epoch.step_site(self._rounds.member, self.stage, event)

@@ -116,7 +116,7 @@ class SiteJob:
 
     @property
     def holds_keys(self) -> bool:
-        return self.parts is not None and self.parts.epochs.holds_keys
+        return self.parts is not None and isinstance(self.parts.epochs.stage, epoch.Holding)
 
     def deadline(self, now: float) -> float | None:
         """Seconds until the next `Tick`; 0: now, None: not before another event."""
@@ -161,15 +161,14 @@ class SiteJob:
 
     def _answered(self, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
         match event:
-            case events.Started():
+            case events.Started() if self.ended is None:
                 yield from self._started(now)
-            case events.Connected():
+            case events.Connected() if self.ended is None:
                 yield from self._reconnected(now)
             case events.MessageReceived(message, at):
                 yield from self._received(message, at, now)
-            case events.Approved() | events.RowsLoaded() | events.LoadFailed():
-                if self.ended is None:
-                    yield from self._loaded(event, now)
+            case events.Approved() | events.RowsLoaded() | events.LoadFailed() if not self.ended:
+                yield from self._loaded(event, now)
             case events.WorkFailed():
                 yield from self._failed(event, now)
             case _ if self.parts is not None:
@@ -274,8 +273,6 @@ class SiteJob:
             yield from self.part.unable(event.word)
 
     def _started(self, now: float) -> Iterator[SiteEffect]:
-        if self.ended is not None:
-            return
         if self.parts is None:
             yield from self._load(now)
             return
@@ -289,8 +286,6 @@ class SiteJob:
             yield from self._load(now)
 
     def _reconnected(self, now: float) -> Iterator[SiteEffect]:
-        if self.ended is not None:
-            return
         if self.part.refused is not None:
             yield from self.part.unable(self.part.refused.word)
             self.part.last_error = str(self.part.refused)

@@ -320,7 +320,10 @@ class RoundDriver:
     def _effect(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
         match effect:
             case effects.ShowNotice(notice=notice):
-                yield from self._shown(notice)
+                if self._keys.secrets is not None:
+                    who = notice.site if notice.site in self._me.pins else "not in the roster"
+                    cause = self._keys.secrets.read_notice(notice)
+                    yield effects.Warn(f"site {who} refused: {cause}")
             case effects.Apply(certificate=certificate):
                 yield from self._states.adopt(certificate)
                 yield from self._tracking(certificate)
@@ -333,12 +336,6 @@ class RoundDriver:
                 | effects.Erase()
             ):
                 yield effect
-
-    def _shown(self, notice: messages.Notice) -> Iterator[SiteEffect]:
-        if self._keys.secrets is None:
-            return
-        who = notice.site if notice.site in self._me.pins else "not in the roster"
-        yield effects.Warn(f"site {who} refused: {self._keys.secrets.read_notice(notice)}")
 
     def _tracking(self, certificate: messages.Certificate) -> Iterator[SiteEffect]:
         """Evaluate a release whose sum this site opened itself."""

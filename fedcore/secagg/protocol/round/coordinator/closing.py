@@ -71,16 +71,15 @@ def _close(move: CoordinatorMove, stage: stages.Waiting) -> None:
             move.record(entries.MasksRebuilt(masks))
             move.do(effects.RemoveMasks(stage.header, survivors_of(stage.submissions), masks))
         case stages.Releasing():
-            move.record(entries.RoundReleased(_certificate(stage)))
+            macs = Counter(map(stages.found_in, stage.statements)).most_common(1)[0][0]
+            signed = [s for s in stage.statements if stages.found_in(s) == macs]
+            signatures = tuple((s.site, s.signature) for s in signed)
+            names = survivors_of(stage.submissions)
+            found = messages.Certificate(stage.header, names, *macs, signatures)
+            move.record(entries.RoundReleased(found))
         case _:
             assert_never(stage)
     return ask(move)
-
-
-def _certificate(stage: stages.Releasing) -> messages.Certificate:
-    macs = Counter(map(stages.found_in, stage.statements)).most_common(1)[0][0]
-    signed = tuple((s.site, s.signature) for s in stage.statements if stages.found_in(s) == macs)
-    return messages.Certificate(stage.header, survivors_of(stage.submissions), *macs, signed)
 
 
 def _give_up(move: CoordinatorMove, stage: stages.InRound, left: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from fedcore.errors import OutOfOrder
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -221,9 +222,7 @@ def replay(
     start: stages.CoordinatorStage, journal: Iterable[CoordinatorEntry]
 ) -> stages.CoordinatorStage:
     """The stage that the records of a journal lead to."""
-    for entry in journal:
-        start = evolve(start, entry)
-    return start
+    return reduce(evolve, journal, start)
 
 
 @dataclass

@@ -106,12 +106,8 @@ def take_leave(move: CoordinatorMove, stage: stages.InRound, leave: messages.Lea
     refused = leave.code == messages.RELEASE_REFUSED
     move.record(entries.SiteGone(leave.site, entries.REFUSED if refused else entries.LEFT))
     if leave.code == messages.MATERIAL:
-        move.do(
-            effects.Warn(
-                f"round {stage.header.round}: site {leave.site} left over another site's material; the "
-                "sites' logs name it"
-            )
-        )
+        left = f"round {stage.header.round}: site {leave.site} left over another site's material"
+        move.do(effects.Warn(f"{left}; the sites' logs name it"))
     if 0 < len(leave.sealed) <= NOTICE_LENGTH:
         for site in stages.members_of(stage):
             if site != leave.site:

@@ -108,7 +108,7 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
             f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
             COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
-    if not header.layers.masks and entries.purpose_and_round(header) in standing.submitted:
+    if not header.layers.masks and (header.purpose, header.training_round) in standing.submitted:
         raise SecondSum(
             "round", f"a second sum for {header.purpose} of round {header.training_round}",
             "one vector for each step and state", COORDINATOR,

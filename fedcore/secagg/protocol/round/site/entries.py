@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from fedcore.errors import OutOfOrder
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -217,12 +218,9 @@ def _sent(standing: SiteProgress, header: RoundHeader) -> SiteProgress:
     """Without masks a vector that was sent is all that a colluding site needs, opened or not."""
     if header.layers.masks:
         return standing
-    return replace(standing, submitted=(*standing.submitted, purpose_and_round(header)))
-
-
-def purpose_and_round(header: RoundHeader) -> tuple[str, int]:
-    """Which step of the job a round is for."""
-    return header.purpose, header.training_round
+    return replace(
+        standing, submitted=(*standing.submitted, (header.purpose, header.training_round))
+    )
 
 
 def _released(standing: SiteProgress, certificate: messages.Certificate) -> SiteProgress:
@@ -237,9 +235,7 @@ def _released(standing: SiteProgress, certificate: messages.Certificate) -> Site
 
 def replay(start: stages.SiteStage, journal: Iterable[SiteEntry]) -> stages.SiteStage:
     """The stage that the records of a journal lead to."""
-    for entry in journal:
-        start = evolve(start, entry)
-    return start
+    return reduce(evolve, journal, start)
 
 
 @dataclass

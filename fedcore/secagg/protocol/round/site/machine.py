@@ -8,7 +8,6 @@ from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on
 from fedcore.secagg.protocol.round.site import (
     between,
     events,
-    leaving,
     releasing,
     sharing,
     stages,
@@ -39,13 +38,13 @@ MOVES = table(
     on(stages.Answered, messages.Aggregate, releasing.begin_opening, stages.Opening),
     on(stages.Opening, events.SumOpened, releasing.state_sum, stages.Stated),
     on(stages.Stated, messages.Certificate, releasing.release, stages.Idle),
-    on(stages.IN_ROUND, messages.Abandon, leaving.abandon, stages.Idle),
-    on(stages.IN_ROUND, events.CheckFailed, leaving.refuse, stages.Idle, stages.Halted),
-    on(stages.IN_ROUND, events.Superseded, leaving.depart, stages.Idle),
+    on(stages.IN_ROUND, messages.Abandon, releasing.abandon, stages.Idle),
+    on(stages.IN_ROUND, events.CheckFailed, releasing.refuse, stages.Idle, stages.Halted),
+    on(stages.IN_ROUND, events.Superseded, releasing.depart, stages.Idle),
     on(stages.IN_ROUND, Tick, ignore, stages.Idle),
-    on(stages.IN_ROUND, events.SessionRestored, leaving.resend),
-    on(stages.IN_ROUND, Restarted, leaving.restart, stages.Idle),
-    on(stages.IN_ROUND, messages.Notice, leaving.show_notice),
+    on(stages.IN_ROUND, events.SessionRestored, releasing.resend),
+    on(stages.IN_ROUND, Restarted, releasing.restart, stages.Idle),
+    on(stages.IN_ROUND, messages.Notice, releasing.show_notice),
 )
 
 
