@@ -8,7 +8,6 @@ from fedcore.errors import (
     ListRefused,
     RosterRefused,
     ShareRefused,
-    StaleEpoch,
     StateDiffers,
     ThresholdRefused,
     VectorRefused,
@@ -20,10 +19,11 @@ from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.messages import COORDINATOR, SELF_SEED, check_signature, share_digest
 from fedcore.types import SiteId
 
+Pins = Mapping[SiteId, bytes]
+Sites = Sequence[SiteId]
 
-def roster(
-    header: RoundHeader, pins: Mapping[SiteId, bytes], least: int, me: SiteId | None = None
-) -> None:
+
+def roster(header: RoundHeader, pins: Pins, least: int, me: SiteId | None = None) -> None:
     """The cohort has at least `least` sites, all pinned, each once, in their order, `me` among them.
 
     Raises RosterRefused, or ListRefused where `me` is missing.
@@ -47,7 +47,7 @@ def roster(
     _has(sites, me, "roster")
 
 
-def _has(sites: Sequence[SiteId], me: SiteId | None, what: str) -> None:
+def _has(sites: Sites, me: SiteId | None, what: str) -> None:
     if me is not None and me not in sites:
         raise ListRefused(what, "this site left out", "this site in it", COORDINATOR)
 
@@ -74,9 +74,7 @@ def equal(*rows: tuple[str, object, object]) -> None:
             raise HeaderRefused(what, found, expected, COORDINATOR)
 
 
-def grows(
-    what: str, found: int, last: int, error: type[HeaderRefused | StaleEpoch] = HeaderRefused
-) -> None:
+def grows(what: str, found: int, last: int, error: type[HeaderRefused] = HeaderRefused) -> None:
     """A number is used once: the next one is above the last. Raises `error`."""
     if found <= last:
         raise error(what, found, f"more than {last}", COORDINATOR)
@@ -98,11 +96,7 @@ def sender(named: object, origin: SiteId) -> None:
 
 
 def members(
-    found: Sequence[SiteId],
-    allowed: Sequence[SiteId],
-    threshold: int,
-    what: str,
-    me: SiteId | None = None,
+    found: Sites, allowed: Sites, threshold: int, what: str, me: SiteId | None = None
 ) -> None:
     """A list of sites: a subset of `allowed`, each once, in its order, at least `threshold`, `me` among them.
 
@@ -122,7 +116,7 @@ def members(
     _has(found, me, what)
 
 
-def keys(keys: messages.Keys, header: RoundHeader, pins: Mapping[SiteId, bytes]) -> None:
+def keys(keys: messages.Keys, header: RoundHeader, pins: Pins) -> None:
     """One site's signed keys: of this round, well formed, of no small order."""
     of_round(keys.header, header, keys.site)
     if keys.site not in header.roster:
@@ -161,9 +155,7 @@ def same_state(
             )  # fmt: skip
 
 
-def submission(
-    submit: messages.Submit, header: RoundHeader, pins: Mapping[SiteId, bytes], salt_bytes: int
-) -> None:
+def submission(submit: messages.Submit, header: RoundHeader, pins: Pins, salt_bytes: int) -> None:
     """One signed submission of this round, with a salt exactly where the plan's cipher takes one."""
     of_round(submit.header, header, submit.site)
     check_signature(submit, pins)
@@ -185,12 +177,7 @@ def share(header: bytes, parcel: messages.Parcel, kind: str, share: bytes, fault
         )  # fmt: skip
 
 
-def head(
-    head: messages.SharesHead,
-    header: RoundHeader,
-    pins: Mapping[SiteId, bytes],
-    joined: Sequence[SiteId],
-) -> None:
+def head(head: messages.SharesHead, header: RoundHeader, pins: Pins, joined: Sites) -> None:
     """A signed list of parcels of this round: one for each site of U1. Raises ShareRefused."""
     of_round(head.header, header, head.site)
     check_signature(head, pins)
@@ -201,7 +188,7 @@ def head(
         )  # fmt: skip
 
 
-def confirm(confirm: messages.Confirm, own: messages.Confirm, pins: Mapping[SiteId, bytes]) -> None:
+def confirm(confirm: messages.Confirm, own: messages.Confirm, pins: Pins) -> None:
     """Another site signed the very bytes that this one signed. Raises ListRefused."""
     check_signature(confirm, pins)
     for name in ("header", "bundle", "cohort", "survivors"):
@@ -212,9 +199,7 @@ def confirm(confirm: messages.Confirm, own: messages.Confirm, pins: Mapping[Site
             )  # fmt: skip
 
 
-def certificate(
-    certificate: messages.Certificate, header: RoundHeader, pins: Mapping[SiteId, bytes]
-) -> None:
+def certificate(certificate: messages.Certificate, header: RoundHeader, pins: Pins) -> None:
     """At least t distinct listed survivors signed it. Raises the error of the first check that fails."""
     of_round(certificate.header.digest, header, COORDINATOR)
     members(certificate.survivors, header.roster, header.threshold, "certificate")

@@ -14,14 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedcore.errors import (
-    Conflicting,
-    HeaderRefused,
-    ListRefused,
-    MalformedMessage,
-    OutOfOrder,
-    PlanRefused,
-)
+from fedcore import errors
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
 from fedcore.secagg.protocol.messages import THIS_SITE, Certificate
@@ -43,7 +36,7 @@ def told(plan: RoundPlan, certificate: Certificate, site: SiteId, values: Values
     make them public, and MalformedMessage (fault: this site) for other names or a value that is not finite.
     """
     if not plan.public_metrics:
-        raise PlanRefused(
+        raise errors.PlanRefused(
             "public metrics: found a plan that keeps them at the sites, expected one that does not"
         )
     header = certificate.header
@@ -60,17 +53,19 @@ def _packed(value: float | None) -> bytes | None:
 def values_of(plan: RoundPlan, message: PublicMetrics, fault: str) -> dict[str, float | None]:
     """The values of a record, by name. Raises MalformedMessage (fault: `fault`)."""
     if tuple(each.name for each in message.values) != plan.metrics:
-        raise MalformedMessage(
+        raise errors.MalformedMessage(
             "public metrics", "other names", "those of the plan, in its order", fault
         )
     found: dict[str, float | None] = {}
     for each in message.values:
         if each.value is not None and len(each.value) != _FLOAT.size:
             size = f"{len(each.value)} bytes"
-            raise MalformedMessage("public metric", size, "8 or none", fault)
+            raise errors.MalformedMessage("public metric", size, "8 or none", fault)
         value = None if each.value is None else float(_FLOAT.unpack(each.value)[0])
         if value is not None and not math.isfinite(value):
-            raise MalformedMessage("public metric", "one that is not finite", "a number", fault)
+            raise errors.MalformedMessage(
+                "public metric", "one that is not finite", "a number", fault
+            )
         found[each.name] = value
     return found
 
@@ -125,7 +120,7 @@ class Hearing:
         values = values_of(self._plan, message, site)
         before = release.said.get(site)
         if before is not None and before != message.values:
-            raise Conflicting("public metrics", "other values than before", "the same", site)
+            raise errors.Conflicting("public metrics", "other values than before", "the same", site)
         if before is not None:
             return None, ""  # said again after a new session
         release.said[site] = message.values
@@ -136,27 +131,27 @@ class Hearing:
 
     def _release(self, site: SiteId, message: PublicMetrics) -> _Release:
         if not self._plan.public_metrics:
-            raise HeaderRefused(
+            raise errors.HeaderRefused(
                 "public metrics", "them said", "nothing: the plan keeps them at the sites", site
             )
         if (message.job, message.site) != (self._job, site):
-            raise HeaderRefused(
+            raise errors.HeaderRefused(
                 "public metrics", "those of another job or site", "the sender's own word", site
             )
         release = self._releases.get(message.certificate)
         if release is None or release.header.round != message.round:
             known = [each.header.round for each in self._releases.values()]
             if release is None and message.round < min(known, default=0):
-                raise OutOfOrder(
+                raise errors.OutOfOrder(
                     "public metrics", f"those of round {message.round}",
                     f"of round {min(known)} or later", site,
                 )  # fmt: skip
-            raise HeaderRefused(
+            raise errors.HeaderRefused(
                 "public metrics", "a release that is not certified here", "one with a certificate",
                 site,
             )  # fmt: skip
         if site not in release.survivors:
-            raise ListRefused(
+            raise errors.ListRefused(
                 "public metrics", "a site that is not in the sum", "one of its survivors", site
             )
         return release

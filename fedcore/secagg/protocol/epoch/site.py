@@ -182,14 +182,9 @@ def _must_make(member: SiteParams, header: messages.EpochHeader) -> None:
         )
 
 
-def _context(
-    header: messages.EpochHeader,
-    sender: SiteId,
-    recipient: SiteId,
-    recipient_key: bytes,
-    name: bytes,
-) -> bytes:
-    return encode(("fedcore/1 key epoch", header.digest, sender, recipient, recipient_key, name))
+def _context(header: messages.EpochHeader, *grant: SiteId | bytes) -> bytes:
+    """grant: its sender and recipient, the recipient's key, and the name of the payload."""
+    return encode(("fedcore/1 key epoch", header.digest, *grant))
 
 
 def seal_grant(
@@ -240,7 +235,7 @@ def _accept(member: SiteParams, stage: Offered, granted: messages.Granted) -> Si
             "grant", "one for another recipient or key", "this site's epoch key", grant.site
         )
     if grant.site != header.maker or granted.held:
-        _check_held(member, header, grant.key_id, granted.held)
+        _check_held(member, header, granted)
     payload = open_envelope(
         HybridKey.from_bytes(stage.secret.reveal()), granter.key, grant.envelope,
         context=_context(header, grant.site, member.id, mine, grant.key_id), sender=grant.site,
@@ -251,16 +246,14 @@ def _accept(member: SiteParams, stage: Offered, granted: messages.Granted) -> Si
 
 
 def _check_held(
-    member: SiteParams,
-    header: messages.EpochHeader,
-    name: bytes,
-    held: tuple[messages.KeyHeld, ...],
+    member: SiteParams, header: messages.EpochHeader, granted: messages.Granted
 ) -> None:
     """At least t sites of the roster signed this very key id."""
-    checks.members([each.site for each in held], header.roster, header.threshold, "holders")
-    for each in held:
+    holders = [each.site for each in granted.held]
+    checks.members(holders, header.roster, header.threshold, "holders")
+    for each in granted.held:
         check_signed(each, header, member.pins)
-        if each.key_id != name:
+        if each.key_id != granted.grant.key_id:
             raise KeyRefused(
                 "key id", f"another one at {each.site!r}", "that of the grant", COORDINATOR
             )

@@ -37,9 +37,7 @@ def _restart(move: CoordinatorMove, stage: stages.CoordinatorStage, _: Restarted
     closing.ask(move, None if ended else stages.waiting_for(stage))
 
 
-def _repeat(
-    move: CoordinatorMove, _: stages.CoordinatorStage, event: events.SiteReconnected
-) -> None:
+def _repeat(move: CoordinatorMove, _: object, event: events.SiteReconnected) -> None:
     closing.ask(move, (event.site,))
 
 

@@ -3,15 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 
-from fedcore.errors import (
-    HeaderRefused,
-    OldFolder,
-    OtherSites,
-    OutOfOrder,
-    ReleaseRefused,
-    SecondSum,
-    StaleEpoch,
-)
+from fedcore import errors
 from fedcore.secagg.crypto.hybrid import HybridKey
 from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -64,20 +56,20 @@ def _check_invitation(
     )
     checks.protection(header.protection)
     if header.epoch != standing.epoch:
-        raise StaleEpoch(
+        raise errors.StaleEpoch(
             "key epoch", header.epoch, standing.epoch, COORDINATOR,
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
     _check_one_sum(standing, header)
     checks.grows("round", header.round, standing.round)
     if standing.proved > standing.released:
-        raise OldFolder(
+        raise errors.OldFolder(
             "round", f"an invitation to round {header.round}",
             f"the state of round {standing.proved} or of a later one first", COORDINATOR,
             remedy="this site's folder was put back to an earlier time: it catches up, then takes part",
         )  # fmt: skip
     if header.certificate != standing.certificate:
-        raise HeaderRefused(
+        raise errors.HeaderRefused(
             "release certificate", header.certificate[:16] or "none",
             standing.certificate[:16] or "none", COORDINATOR,
             remedy="a site that missed a release catches up from the sealed checkpoint",
@@ -90,7 +82,7 @@ def check_company(
     """Sums over the same rows have the same sites, also across jobs (PROTOCOL H). Raises OtherSites."""
     wanted = member.only_with.get(header.purpose)
     if wanted is not None and set(sites) != set(wanted):
-        raise OtherSites(
+        raise errors.OtherSites(
             f"{what} ({header.purpose})", ", ".join(sorted(sites)),
             f"exactly {', '.join(sorted(wanted)) or 'no sites at all'}: such a sum over the "
             "same rows was given before, and two that differ by a site show that site's part",
@@ -103,13 +95,13 @@ def check_company(
 def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
     """Of one state at most one sum (PROTOCOL H), whatever the purpose, cohort or key epoch."""
     if standing.exposed:
-        raise SecondSum(
+        raise errors.SecondSum(
             "round", f"an invitation to round {header.round} ({header.purpose})",
             f"the release of the round whose sum may be known ({standing.exposed.hex()[:16]})",
             COORDINATOR, remedy="the job goes on after that release, or it ends",
         )  # fmt: skip
     if not header.layers.masks and (header.purpose, header.training_round) in standing.submitted:
-        raise SecondSum(
+        raise errors.SecondSum(
             "round", f"a second sum for {header.purpose} of round {header.training_round}",
             "one vector for each step and state", COORDINATOR,
         )  # fmt: skip
@@ -123,7 +115,7 @@ def decline(move: SiteMove, _: stages.Between, event: events.Declined) -> None:
 def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certificate) -> None:
     """The certificate of the last release, sent again. Raises OutOfOrder for any other."""
     if certificate.hash != stage.standing.certificate:
-        raise OutOfOrder(
+        raise errors.OutOfOrder(
             "message", "Certificate of a round this site is not in", "none", COORDINATOR,
             remedy="a site that missed a release catches up from the checkpoint",
         )  # fmt: skip
@@ -131,7 +123,7 @@ def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certi
 
 def install_epoch(move: SiteMove, stage: stages.Between, event: events.NewEpoch) -> None:
     """Epochs only grow. Raises StaleEpoch."""
-    checks.grows("key epoch", event.epoch, stage.standing.epoch, StaleEpoch)
+    checks.grows("key epoch", event.epoch, stage.standing.epoch, errors.StaleEpoch)
     move.record(entries.EpochInstalled(event.epoch, event.key_id))
 
 
@@ -140,7 +132,7 @@ def catch_up(move: SiteMove, stage: stages.Idle, event: events.CaughtUp) -> None
     found = event.certificate
     check_missed(move.member, stage.standing, found)
     if event.state_mac != found.state_mac:
-        raise ReleaseRefused("checkpoint", "another state", "the certified one", COORDINATOR)
+        raise errors.ReleaseRefused("checkpoint", "another state", "the certified one", COORDINATOR)
     move.record(entries.CheckpointTaken(found))
     move.do(effects.Apply(found))
 
@@ -154,7 +146,7 @@ def check_missed(
     """
     checks.equal(*member.same_job(found.header))
     if found.header.round <= standing.released:
-        raise HeaderRefused(
+        raise errors.HeaderRefused(
             "checkpoint", f"round {found.header.round}", f"one after {standing.released}", COORDINATOR,
         )  # fmt: skip
     checks.roster(found.header, member.pins, member.least)
