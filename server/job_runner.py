@@ -34,7 +34,7 @@ from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
-from fedcore.secagg.protocol.job.coordinator.facts import RUNNING, KeptFile, Moment
+from fedcore.secagg.protocol.job.coordinator.facts import RUNNING, JobFacts, KeptFile, Moment
 from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
 from fedcore.secagg.protocol.round import coordinator
@@ -113,7 +113,7 @@ class JobRunner:
         """Folder of the job's files for people."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.on_change: Callable[[], None] = lambda: None
-        self.machine = JobMachine(context.federation, offer, context.pins, context.limits)
+        self.machine = JobMachine(JobFacts(context.federation, offer, context.pins, context.limits))
         self.facts = self.machine.facts
         self.disk = JobDisk(context.journal, context.spool, self.directory, self.facts)
         self.mailbox = Mailbox[events.Event | _Fault](events.TimePassed())

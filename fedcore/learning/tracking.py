@@ -6,7 +6,7 @@ the sums that rode in the round's vector (of the model the round started from). 
 reference is recorded too.
 
 Invariant: nothing here leaves the site, with one exception that the job must ask for: where the plan makes
-metrics public, `everywhere_before` is told to the coordinator (`protocol/public_metrics.py`). It is of the
+metrics public, `everywhere_before` is told to the coordinator (`job_messages.told`). It is of the
 sums over all sites, which every site opened anyway; `here`, `alone` and `gained` are this site's own.
 """
 

@@ -20,9 +20,10 @@ from fedcore.errors import Conflicting, HeaderRefused, ProtocolRefused, Threshol
 from fedcore.results import SiteRow
 from fedcore.secagg.plan import METRIC, Wide, canonical
 from fedcore.secagg.protocol import effects, job_messages
+from fedcore.secagg.protocol.job.coordinator.public_metrics import Hearing
 from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.job.site.events import MessageReceived
-from fedcore.secagg.protocol.public_metrics import Hearing, told
+from fedcore.secagg.protocol.job_messages import told
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import encode

@@ -28,8 +28,8 @@ from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.job.site.events import MessageReceived
+from fedcore.secagg.protocol.job_messages import told
 from fedcore.secagg.protocol.messages import Certificate
-from fedcore.secagg.protocol.public_metrics import told
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.store.journal import Journal

@@ -31,7 +31,7 @@ from fedcore.secagg.protocol import epoch, messages, schedule
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
-from fedcore.secagg.protocol.job.coordinator.facts import KeptFile, Limits, Moment
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Limits, Moment
 from fedcore.secagg.protocol.job.coordinator.machine import JobMachine
 from fedcore.secagg.protocol.job.site import events as site_events
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
@@ -124,7 +124,7 @@ class Hub(Party):
         world, self.work = self.world, []
         self.spool = self.spool or {}
         self.checkpoints = getattr(self, "checkpoints", {})
-        self.machine = JobMachine("clinics", world.offer, world.pins, LIMITS)
+        self.machine = JobMachine(JobFacts("clinics", world.offer, world.pins, LIMITS))
         self.machine.facts.threshold = world.plan.threshold
         facts, stage = self.machine.facts, self.stage()
         facts.outcome = self.value("ended")

@@ -8,10 +8,14 @@ release that is certified, and its model after the last round (PROTOCOL R).
 """
 
 import hashlib
+import math
+import struct
+from collections.abc import Mapping
 
-from fedcore.secagg.plan import ModelShape, Wide
+from fedcore.errors import MalformedMessage, PlanRefused
+from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.epoch import CoordinatorEpochMessage, SiteEpochMessage
-from fedcore.secagg.protocol.messages import Certificate, CoordinatorMessage, SiteMessage
+from fedcore.secagg.protocol.messages import THIS_SITE, Certificate, CoordinatorMessage, SiteMessage
 from fedcore.secagg.protocol.wire_form import record
 from fedcore.types import SiteId
 
@@ -157,6 +161,50 @@ class PublicMetrics:
     round: int
     certificate: str
     values: tuple[PublicMetric, ...]
+
+
+_FLOAT = struct.Struct(">d")
+
+Values = Mapping[str, float | None]
+
+
+def told(plan: RoundPlan, certificate: Certificate, site: SiteId, values: Values) -> PublicMetrics:
+    """What a site says of a release that it applied.
+
+    values: of the release's sums, by the names of the plan. Raises PlanRefused under a plan that does not
+    make them public, and MalformedMessage (fault: this site) for other names or a value that is not finite.
+    """
+    if not plan.public_metrics:
+        raise PlanRefused(
+            "public metrics: found a plan that keeps them at the sites, expected one that does not"
+        )
+    header = certificate.header
+    packed = tuple(PublicMetric(name, _packed(value)) for name, value in values.items())
+    message = PublicMetrics(header.job, site, header.round, certificate.hash, packed)
+    values_of(plan, message, THIS_SITE)
+    return message
+
+
+def _packed(value: float | None) -> bytes | None:
+    return None if value is None else _FLOAT.pack(value)
+
+
+def values_of(plan: RoundPlan, message: PublicMetrics, fault: str) -> dict[str, float | None]:
+    """The values of a record, by name. Raises MalformedMessage (fault: `fault`)."""
+    if tuple(each.name for each in message.values) != plan.metrics:
+        raise MalformedMessage(
+            "public metrics", "other names", "those of the plan, in its order", fault
+        )
+    found: dict[str, float | None] = {}
+    for each in message.values:
+        if each.value is not None and len(each.value) != _FLOAT.size:
+            size = f"{len(each.value)} bytes"
+            raise MalformedMessage("public metric", size, "8 or none", fault)
+        value = None if each.value is None else float(_FLOAT.unpack(each.value)[0])
+        if value is not None and not math.isfinite(value):
+            raise MalformedMessage("public metric", "one that is not finite", "a number", fault)
+        found[each.name] = value
+    return found
 
 
 @record("ModelWanted")

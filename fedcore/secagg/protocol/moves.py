@@ -50,9 +50,9 @@ class Move(Generic[Stage, Entry, Effect]):
         self.stage = self.evolve(self.stage, entry)
         self.effects.append(Persist(entry))
 
-    def do(self, effect: Effect) -> None:
-        """Ask for it after what was asked for before."""
-        self.effects.append(effect)
+    def do(self, *found: Effect) -> None:
+        """Ask for these after what was asked for before."""
+        self.effects += found
 
 
 def ignore(move: object, stage: object, event: object) -> None:

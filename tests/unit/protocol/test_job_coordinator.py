@@ -21,7 +21,7 @@ from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
 from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
 from fedcore.secagg.protocol.job.coordinator.epochs import KEYS_ERASED, EpochDriver
-from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile
 from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.machine import SHAPE_DIFFERS, JobMachine
@@ -531,7 +531,7 @@ def test_a_late_site_gets_the_last_state_or_first_the_key_that_opens_it():
 
 
 def machine():
-    found = JobMachine("clinics", OFFER, facts_of().pins, LIMITS)
+    found = JobMachine(JobFacts("clinics", OFFER, facts_of().pins, LIMITS))
     found.facts.threshold = 3
     return found
 

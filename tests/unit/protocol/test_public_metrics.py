@@ -56,9 +56,9 @@ from fedcore.secagg.plan import (
 )
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator import events
+from fedcore.secagg.protocol.job.coordinator.public_metrics import KEPT, Hearing
 from fedcore.secagg.protocol.job.site.events import Connected
-from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics
-from fedcore.secagg.protocol.public_metrics import KEPT, Hearing, told, values_of
+from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics, told, values_of
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.wire import calls, frames
 from fedcore.wire.records import FROM_ANY_SITE, METRICS_RECORD, TO_SITE, pack_record, unpack_record

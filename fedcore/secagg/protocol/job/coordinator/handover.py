@@ -14,8 +14,8 @@ from fedcore.errors import Conflicting, HeaderRefused, OutOfOrder, PeerRefused
 from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.effects import Send, Warn
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
+from fedcore.secagg.protocol.job.coordinator.public_metrics import differing
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, KeepModel
-from fedcore.secagg.protocol.public_metrics import differing
 from fedcore.types import SiteId
 
 ASKED_AGAIN = 5.0

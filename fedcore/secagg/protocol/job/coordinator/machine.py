@@ -14,7 +14,7 @@ from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
 from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
 from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
-from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Limits, Moment
+from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
 from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
@@ -40,14 +40,8 @@ MATERIAL = "site {} left a round over another site's material: the sites' logs s
 class JobMachine:
     """One job at the coordinator."""
 
-    def __init__(
-        self,
-        federation: str,
-        offer: job_messages.JobOffer,
-        pins: Mapping[SiteId, bytes],
-        limits: Limits,
-    ) -> None:
-        self.facts = JobFacts(federation, offer, pins, limits)
+    def __init__(self, facts: JobFacts) -> None:
+        self.facts = facts
         self.gathering = Gathering(self.facts)
         self.epochs = EpochDriver(self.facts)
         self.rounds = RoundDriver(self.facts)

@@ -1,13 +1,147 @@
-"""Public metrics: the reports of sites on a release, and the row that is kept once enough reports agree."""
+"""Metrics that a plan makes public: when a coordinator believes what sites report, and the row it keeps then.
 
-from fedcore.errors import PeerRefused
+A site reports them once it applied a certified release, of the sums over all sites that this release opened: every
+site of it reports the same bytes. Invariant (PROTOCOL R): a value is believed only once as many survivors of the
+release as its threshold report exactly the same. The threshold is more than half of the cohort, so no two values
+can be believed, and one that nobody but liars reports never is while they are fewer than the threshold.
+
+Nothing of a single site is in it.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedcore import errors
 from fedcore.results import MetricsRow
-from fedcore.secagg.protocol import public_metrics
+from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.effects import Warn
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, KeepMetrics
-from fedcore.secagg.protocol.job_messages import PublicMetrics
+from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics, values_of
+from fedcore.secagg.protocol.messages import Certificate
+from fedcore.secagg.purposes import measures
 from fedcore.types import SiteId
+
+KEPT = 64
+"""Releases that are waited for at a time: a site's record may come some rounds later than its release."""
+
+
+@dataclass(frozen=True)
+class Believed:
+    """Values that enough survivors of a release say. sites: how many are in its sum."""
+
+    header: RoundHeader
+    sites: int
+    values: dict[str, float | None]
+
+
+@dataclass
+class _Release:
+    header: RoundHeader
+    survivors: tuple[SiteId, ...]
+    said: dict[SiteId, tuple[PublicMetric, ...]] = field(default_factory=dict)
+    believed: bool = False
+
+    @property
+    def counts(self) -> Counter[tuple[PublicMetric, ...]]:
+        return Counter(self.said.values())
+
+
+class Hearing:
+    """A coordinator's side of one job: who said what of which release, since this process began."""
+
+    def __init__(self, plan: RoundPlan, job: str) -> None:
+        self._plan, self._job = plan, job
+        self._releases: dict[str, _Release] = {}
+
+    def released(self, certificate: Certificate, *, believed: bool = False) -> None:
+        """A round ended with this certificate: from now on a site may speak of it.
+
+        believed: its values are known from before this process began.
+        """
+        header = certificate.header
+        if self._plan.public_metrics and measures(header.purpose):
+            found = _Release(header, certificate.survivors, believed=believed)
+            self._releases.setdefault(certificate.hash, found)
+        while len(self._releases) > KEPT:
+            del self._releases[next(iter(self._releases))]
+
+    def take(self, site: SiteId, message: PublicMetrics) -> tuple[Believed | None, str]:
+        """(values, if this word is the one that makes them believed; a warning where sites differ).
+
+        Raises ProtocolRefused (fault: site) for what no honest site says, and OutOfOrder for a release
+        that is too long ago.
+        """
+        release = self._release(site, message)
+        values = values_of(self._plan, message, site)
+        before = release.said.get(site)
+        if before is not None and before != message.values:
+            raise errors.Conflicting("public metrics", "other values than before", "the same", site)
+        if before is not None:
+            return None, ""  # said again after a new session
+        release.said[site] = message.values
+        enough = release.counts[message.values] >= release.header.threshold
+        fresh, release.believed = enough and not release.believed, enough or release.believed
+        found = Believed(release.header, len(release.survivors), values) if fresh else None
+        return found, _warning(release)
+
+    def _release(self, site: SiteId, message: PublicMetrics) -> _Release:
+        if not self._plan.public_metrics:
+            raise errors.HeaderRefused(
+                "public metrics", "them said", "nothing: the plan keeps them at the sites", site
+            )
+        if (message.job, message.site) != (self._job, site):
+            raise errors.HeaderRefused(
+                "public metrics", "those of another job or site", "the sender's own word", site
+            )
+        release = self._releases.get(message.certificate)
+        if release is None or release.header.round != message.round:
+            known = [each.header.round for each in self._releases.values()]
+            if release is None and message.round < min(known, default=0):
+                raise errors.OutOfOrder(
+                    "public metrics", f"those of round {message.round}",
+                    f"of round {min(known)} or later", site,
+                )  # fmt: skip
+            raise errors.HeaderRefused(
+                "public metrics", "a release that is not certified here", "one with a certificate",
+                site,
+            )  # fmt: skip
+        if site not in release.survivors:
+            raise errors.ListRefused(
+                "public metrics", "a site that is not in the sum", "one of its survivors", site
+            )
+        return release
+
+    def awaited(self, certificate: Certificate, here: Collection[SiteId]) -> Sequence[SiteId]:
+        """Connected survivors whose word may still make this release's values believed."""
+        release = self._releases.get(certificate.hash)
+        if release is None or release.believed:
+            return ()
+        silent = [name for name in release.survivors if name in here and name not in release.said]
+        most = max(release.counts.values(), default=0)
+        return silent if most + len(silent) >= release.header.threshold else ()
+
+
+def differing(said: Mapping[SiteId, Hashable]) -> str:
+    """Who says what: `a, b - d`, the largest group first, or "" where nobody differs."""
+    counts = Counter(said.values())
+    if len(counts) < 2:
+        return ""
+    return " - ".join(
+        ", ".join(name for name, word in said.items() if word == each)
+        for each, _ in counts.most_common()
+    )
+
+
+def _warning(release: _Release) -> str:
+    groups = differing(release.said)
+    if not groups:
+        return ""
+    return (
+        f"public metrics of round {release.header.round}: sites differ ({groups}); values are shown once "
+        f"{release.header.threshold} say the same"
+    )
 
 
 class Metrics:
@@ -15,7 +149,7 @@ class Metrics:
 
     def __init__(self, facts: JobFacts) -> None:
         self._facts = facts
-        self._hearing: public_metrics.Hearing | None = None
+        self._hearing: Hearing | None = None
 
     def released(self) -> None:
         """There is a plan or a new release, or the disk was read: sites may report the last release's metrics.
@@ -26,7 +160,7 @@ class Metrics:
         if plan is None:
             self._hearing = None  # the disk refused the plan: another one may follow
         elif self._hearing is None:
-            self._hearing = public_metrics.Hearing(plan, self._facts.id)
+            self._hearing = Hearing(plan, self._facts.id)
         if certificate is None or self._hearing is None:
             return
         number = certificate.header.round
@@ -36,10 +170,10 @@ class Metrics:
     def take(self, site: SiteId, message: PublicMetrics) -> list[CoordinatorJobEffect]:
         """Take a site's report on a release; the values get a row once enough reports agree.
 
-        Raises PeerRefused before there is a plan, and as `publicmetrics.Hearing.take` does.
+        Raises PeerRefused before there is a plan, and as `Hearing.take` does.
         """
         if self._hearing is None:
-            raise PeerRefused(f"public metrics: found some of {site} before there is a plan")
+            raise errors.PeerRefused(f"public metrics: found some of {site} before there is a plan")
         found, warning = self._hearing.take(site, message)
         effects: list[CoordinatorJobEffect] = [Warn(warning)] if warning else []
         if found is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from fedcore.errors import HeaderRefused
 from fedcore.results import SiteRow
-from fedcore.secagg.protocol import job_messages, public_metrics, schedule
+from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.job.site import events
@@ -84,7 +84,7 @@ class PublicRelease:
         self.tracked = event.row
         if self._plan.public_metrics:
             require(self._me.policy.on_release("metrics"))
-            self.said = public_metrics.told(
+            self.said = job_messages.told(
                 self._plan, event.certificate, self._me.id, event.row.everywhere_before
             )
             yield from self.resend()

@@ -28,19 +28,12 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
         return
     root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
     channel = HybridKey.draw(member.entropy)
-    keys = sign(
-        Keys(
-            header.digest, member.id, channel.public, MaskRoot(root).keys.public,
-            hashlib.sha256(self_seed).digest(), event.state_tag, standing.key_id, b"",
-        ),
-        member.identity,
-    )  # fmt: skip
-    secrets = stages.Secrets(
-        SecretBytes(root), SecretBytes(self_seed), SecretBytes(channel.to_bytes())
-    )
-    move.record(
-        entries.Joined(header, event.state_tag, secrets, keys, exchange(event.announce, keys))
-    )
+    public = channel.public, MaskRoot(root).keys.public, hashlib.sha256(self_seed).digest()
+    keys = Keys(header.digest, member.id, *public, event.state_tag, standing.key_id, b"")
+    keys = sign(keys, member.identity)
+    secrets = stages.Secrets(*map(SecretBytes, (root, self_seed, channel.to_bytes())))
+    answer = exchange(event.announce, keys)
+    move.record(entries.Joined(header, event.state_tag, secrets, keys, answer))
     move.send(keys)
 
 
@@ -166,10 +159,9 @@ def look_at_own_signature(
     checks.of_round(event.said.header, event.header, COORDINATOR)
     check_signature(event.said, {member.id: member.pins[member.id]})
     move.record(entries.FolderFoundOld(number))
-    move.do(
-        effects.Warn(
-            f"this site signed in round {number} of job {member.job}, and its folder ends at round "
-            f"{standing.round}: the folder was put back to an earlier time. It takes part again once "
-            "it has caught up with a release that is not older than that round."
-        )
+    text = (
+        f"this site signed in round {number} of job {member.job}, and its folder ends at round "
+        f"{standing.round}: the folder was put back to an earlier time. It takes part again once "
+        "it has caught up with a release that is not older than that round."
     )
+    move.do(effects.Warn(text))

@@ -124,14 +124,9 @@ def open_sum(stage: stages.Opening) -> effects.OpenSum:
 
 def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -> None:
     """Sign what was found in the sum."""
-    member = move.member
-    survivors = digest(survivors_of(stage.submissions))
-    statement = sign(
-        messages.Statement(
-            stage.header.digest, member.id, survivors, opened.sum_mac, opened.state_mac, b""
-        ),
-        member.identity,
-    )
+    member, h = move.member, stage.header.digest
+    found = digest(survivors_of(stage.submissions)), opened.sum_mac, opened.state_mac
+    statement = sign(messages.Statement(h, member.id, *found, b""), member.identity)
     move.record(entries.SumStated(statement))
     move.send(statement)
 
@@ -147,8 +142,7 @@ def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certific
             COORDINATOR,
         )  # fmt: skip
     move.record(entries.Certified(certificate))
-    move.do(effects.Apply(certificate))
-    move.do(effects.Erase(stage.header))
+    move.do(effects.Apply(certificate), effects.Erase(stage.header))
 
 
 def abandon(move: SiteMove, stage: stages.InRound, request: messages.Abandon) -> None:
@@ -166,13 +160,12 @@ def show_notice(move: SiteMove, stage: stages.InRound, notice: messages.Notice) 
 def depart(move: SiteMove, stage: stages.InRound, _: object = None) -> None:
     """Leave the round: nothing is applied, and what was secret is erased."""
     if isinstance(stage, stages.EXPOSED):
-        move.do(
-            effects.Warn(
-                f"round {stage.header.round} was left after this site had helped to open its sum, and "
-                "without a release: that sum may be known. This site joins no other round of the job "
-                "before it has the state of a later release."
-            )
+        text = (
+            f"round {stage.header.round} was left after this site had helped to open its sum, and without "
+            "a release: that sum may be known. This site joins no other round of the job before it has "
+            "the state of a later release."
         )
+        move.do(effects.Warn(text))
     move.record(entries.Departed(type_name(type(stage))))
     move.do(effects.Erase(stage.header))
 
