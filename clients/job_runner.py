@@ -86,7 +86,7 @@ class JobRunner:
         )  # fmt: skip
         asks = context.policy.rules.jobs == "ask"
         part = participation.Participation(params, self.id, asks=asks, about=self.work.about.lines)
-        self.job = self.work.job = SiteJob(params, offer, part)
+        self.job = self.work.job = SiteJob(offer, part)
 
     @classmethod
     def stored(
@@ -102,7 +102,7 @@ class JobRunner:
     def restore(self) -> None:
         """Read everything from disk, as a restart does; the rows stay loaded."""
         get = partial(self.context.journal.get, self.id)
-        self.job = self.work.job = SiteJob(self.job.me, self.offer, self.job.part)
+        self.job = self.work.job = SiteJob(self.offer, self.job.part)
         ended, agreed = get("ended"), get("plan")
         if ended is not None:
             at = float(get("ended_at") or 0)

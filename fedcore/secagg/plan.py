@@ -218,12 +218,7 @@ def _cheapest(
 
 
 def price_list(
-    bits: int,
-    protection: str,
-    limit: int = 1024,
-    *,
-    cipher: str = "bfv",
-    lattice: str = "standard",
+    bits: int, protection: str, limit: int = 1024, *, cipher: str = "bfv", lattice: str = "standard"
 ) -> list[Json]:
     """Where the price jumps: for each range of roster sizes, fields per slot and bytes/parameter up. Ends at
     `limit` sites, or at the largest roster that the protection takes."""

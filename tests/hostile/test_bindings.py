@@ -21,7 +21,7 @@ from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.messages import MASK_ROOT, SELF_SEED, Shares, SharesHead
-from fedcore.secagg.protocol.round import coordinator, masks, site
+from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import releasing
 from fedcore.secagg.protocol.wire_form import encode
 
@@ -68,13 +68,13 @@ def without_header(monkeypatch, *names):
         def derive(*args, header, real=real, **rest):
             return real(*args, header=b"", **rest)
 
-        monkeypatch.setattr(masks, name, derive)
+        monkeypatch.setattr(pairwise, name, derive)
 
 
 def one_offered_value(monkeypatch):
     """What the offers carried is the same in both rounds: here only the pair's own derivation is asked."""
-    monkeypatch.setattr(masks, "pair_secret", lambda *_, **__: b"r" * 32)
-    monkeypatch.setattr(masks, "open_offer", lambda *_, **__: b"r" * 32)
+    monkeypatch.setattr(pairwise, "pair_secret", lambda *_, **__: b"r" * 32)
+    monkeypatch.setattr(pairwise, "open_offer", lambda *_, **__: b"r" * 32)
 
 
 def test_masks_of_two_rounds_of_one_snapshot_are_unrelated():
@@ -93,13 +93,13 @@ def test_what_an_offer_carries_is_of_its_round(bound, monkeypatch):
     made = []
     if not bound:
         without_header(monkeypatch, "pair_secret")
-    real = masks.pair_secret
+    real = pairwise.pair_secret
     monkeypatch.setattr(
-        masks, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+        pairwise, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     first = snapshots(World()).advance("submit")
     second_round(first, "submit")
-    assert len(made) == 20 and len(set(made)) == (20 if bound else 10)
+    assert len(made) == 40 and len(set(made)) == (20 if bound else 10)
 
 
 @pytest.mark.parametrize("derivation", ["pair_seed", "self_mask_seed"])

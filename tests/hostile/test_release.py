@@ -20,6 +20,7 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
+from fedcore.secagg.crypto import pairwise
 from fedcore.secagg.crypto.pairwise import pair_seed
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.protocol import checks, effects, messages, wire_form
@@ -30,7 +31,7 @@ from fedcore.secagg.protocol.messages import (
     Leave,
     Statement,
 )
-from fedcore.secagg.protocol.round import masks, site
+from fedcore.secagg.protocol.round import site
 
 
 def asked_to_open(world, name):
@@ -451,7 +452,7 @@ def test_masks_of_different_models_do_not_cancel(bound, monkeypatch, without):
     without(checks, "same_state")
     if not bound:
         monkeypatch.setattr(
-            masks,
+            pairwise,
             "pair_seed",
             lambda *a, state_tag, **k: pair_seed(*a, state_tag=b"", **k),
         )

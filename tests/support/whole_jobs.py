@@ -241,7 +241,7 @@ class Site(Party):
             planner, OsEntropy(), 3, 6000.0, 1e9,
         )  # fmt: skip
         part = Participation(params, "job", asks=name == "b")
-        self.job = SiteJob(params, world.offer, part)
+        self.job = SiteJob(world.offer, part)
         if "ended" in self.values:
             self.job.end = JobEnd(self.value("ended"))
         if "plan" in self.values:

@@ -15,8 +15,9 @@ from fedcore.errors import BadInput, EnvelopeRefused
 from fedcore.secagg.crypto import hybrid, symmetric
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic, encapsulate
-from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.crypto.secret import Secret, SecretBytes
 from fedcore.secagg.crypto.symmetric import Label, derive, open_box, seal_box
+from fedcore.secagg.plan import RoundHeader
 from fedcore.types import SiteId
 
 ROOT_BYTES = 32
@@ -123,3 +124,30 @@ def pair_seed(
 def self_mask_seed(self_seed: bytes, *, site: SiteId, header: bytes, state_tag: bytes) -> bytes:
     """What is expanded into the self mask, 32 bytes; self_seed: what the site shared."""
     return derive(self_seed, Label.SELF_MASK, site.encode(), state_tag, salt=header)
+
+
+def self_mask(
+    secret: bytes, site: SiteId, header: RoundHeader, state_tag: bytes
+) -> tuple[SecretBytes, int]:
+    """(seed, sign) of the mask that a site adds alone, from its 32-byte self-seed."""
+    seed = self_mask_seed(secret, site=site, header=header.digest, state_tag=state_tag)
+    return SecretBytes(seed), 1
+
+
+def pair_mask(
+    root: MaskRoot, pair: tuple[SiteId, SiteId], peer: HybridPublic, offer: bytes,
+    header: RoundHeader, state_tag: bytes,
+) -> tuple[SecretBytes, int]:  # fmt: skip
+    """(seed, sign) of the mask of a pair, in the vector of its one site, whose root is given.
+
+    pair: that site, and its peer. The first of the two in the roster adds it and offers its seed; offer: that of
+    the peer, if it is the first. Raises EnvelopeRefused for an offer that does not open.
+    """
+    (mine, theirs), h = pair, header.digest
+    first = header.place(mine) < header.place(theirs)
+    if first:
+        offered = pair_secret(root, sender=mine, recipient=theirs, header=h)
+    else:
+        offered = open_offer(root, offer, sender=theirs, recipient=mine, header=h)
+    seed = pair_seed(root, peer, offered, mine=mine, theirs=theirs, header=h, state_tag=state_tag)
+    return SecretBytes(seed), 1 if first else -1

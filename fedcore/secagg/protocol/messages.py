@@ -25,9 +25,6 @@ COORDINATOR, THIS_SITE = "coordinator", "this site"
 """Whose fault it is, where it is not another site's."""
 
 
-# ------------------------------------------------------------------------------------ from a site
-
-
 @dataclass(frozen=True)
 class FromOneSite:
     """Sent by `site`. header: the digest of the header of its round, or of its key epoch."""
@@ -168,9 +165,6 @@ class Leave(FromOneSite):
 
 
 LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release refused"
-
-
-# ----------------------------------------------------------------------------- from the coordinator
 
 
 @record("Announce")

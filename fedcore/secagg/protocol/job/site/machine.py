@@ -16,13 +16,7 @@ from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site.epochs import EpochDriver
-from fedcore.secagg.protocol.job.site.participation import (
-    Agreed,
-    HeldKeys,
-    JobParams,
-    Participation,
-    require,
-)
+from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation, require
 from fedcore.secagg.protocol.job.site.release import CatchUp, PublicRelease
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
@@ -76,8 +70,8 @@ class Parts:
 class SiteJob:
     """One job at one site."""
 
-    def __init__(self, me: JobParams, offer: job_messages.JobOffer, part: Participation) -> None:
-        self.me, self.offer, self.id, self.part = me, offer, offer.job, part
+    def __init__(self, offer: job_messages.JobOffer, part: Participation) -> None:
+        self.me, self.offer, self.id, self.part = part.me, offer, offer.job, part
         self.states = StateKeeper()
         self.parts: Parts | None = None
         self.end = JobEnd()

@@ -15,11 +15,7 @@ from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.effects import SiteEffect
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
-from fedcore.secagg.protocol.job.site.participation import (
-    Agreed,
-    HeldKeys,
-    Participation,
-)
+from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
 from fedcore.secagg.protocol.job_messages import SiteStatus
 from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE, survivors_of

@@ -8,7 +8,7 @@ from typing import TypeVar, assert_never
 
 from fedcore.errors import PeerRefused, ShareRefused
 from fedcore.secagg.crypto import shamir
-from fedcore.secagg.crypto.pairwise import MaskRoot
+from fedcore.secagg.crypto.pairwise import MaskRoot, pair_mask, self_mask
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.effects import Mask
 from fedcore.secagg.protocol.messages import survivors_of
@@ -16,7 +16,6 @@ from fedcore.secagg.protocol.round.coordinator import entries, stages
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove
 from fedcore.secagg.protocol.round.coordinator.events import SumReady
 from fedcore.secagg.protocol.round.coordinator.taking import parcels_of, started_from
-from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
 from fedcore.types import SiteId
 
 Joining = TypeVar("Joining", messages.Keys, messages.Submit)
@@ -165,7 +164,7 @@ def rebuild_masks(stage: stages.Unmasking) -> tuple[Mask, ...]:
         root = _checked_root(secret, public[site])
         for other in survivors:
             peer, offer = public[other], parcels[other, site].offer
-            seed, sign = pair_mask(root, site, peer, offer, header, peer.state_tag)
+            seed, sign = pair_mask(root, (site, other), peer.mask, offer, header, peer.state_tag)
             masks.append((seed, -sign))  # as the survivor added it
     return tuple(masks)
 

@@ -4,13 +4,7 @@ from fedcore.errors import SecondSum
 from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, survivors_of
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on, table
-from fedcore.secagg.protocol.round.coordinator import (
-    closing,
-    entries,
-    events,
-    stages,
-    taking,
-)
+from fedcore.secagg.protocol.round.coordinator import closing, entries, events, stages, taking
 from fedcore.secagg.protocol.round.coordinator.entries import CoordinatorMove, evolve
 
 

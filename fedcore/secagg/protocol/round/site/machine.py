@@ -5,13 +5,7 @@ from dataclasses import replace
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on, table
-from fedcore.secagg.protocol.round.site import (
-    between,
-    events,
-    releasing,
-    sharing,
-    stages,
-)
+from fedcore.secagg.protocol.round.site import between, events, releasing, sharing, stages
 from fedcore.secagg.protocol.round.site.entries import SiteEffect, SiteMove, evolve
 from fedcore.secagg.protocol.round.site.stages import answered
 from fedcore.secagg.protocol.wire_form import type_name

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from fedcore.errors import KeyRefused, ShareRefused
 from fedcore.secagg.crypto import shamir
 from fedcore.secagg.crypto.hybrid import HybridKey, open_envelope, seal_envelope
-from fedcore.secagg.crypto.pairwise import MaskRoot, make_offer
+from fedcore.secagg.crypto.pairwise import MaskRoot, make_offer, pair_mask, self_mask
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.effects import MakeVector, Mask
 from fedcore.secagg.protocol.messages import COORDINATOR, MASK_ROOT, SELF_SEED, share_digest, sign
-from fedcore.secagg.protocol.round.masks import pair_mask, self_mask
 from fedcore.secagg.protocol.round.site import entries, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.events import SiteParams
@@ -164,5 +163,5 @@ def _pairwise_mask(
             "pair-seed offer", "one" if parcel.offer else "none",
             "one from the first of the pair only", peer,
         )  # fmt: skip
-    keys = _keys_of(stage, peer)
-    return pair_mask(root, member.id, keys, parcel.offer, header, stage.state_tag)
+    pair, keys = (member.id, peer), _keys_of(stage, peer)
+    return pair_mask(root, pair, keys.mask, parcel.offer, header, stage.state_tag)
