@@ -21,8 +21,7 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
-from fedcore.secagg.protocol.absences import ABANDONED_AT
-from fedcore.secagg.protocol.absences import STAGES as PROTOCOL_STAGES
+from fedcore.secagg.protocol.absences import ABANDONED_AT, gone
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import SiteProgress
@@ -337,13 +336,10 @@ class _Exchange:
 
     def _absent(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> bool:
         """Whether the site is gone before it would answer this message."""
-        absent_from = self.current.absences.get(shell.member.id)
-        if absent_from is None:
-            return False
         answer = _ANSWERED_AT[type(message)]
         if isinstance(message, messages.Announce) and not message.header.layers.masks:
             answer = "submit"
-        return PROTOCOL_STAGES.index(absent_from) <= PROTOCOL_STAGES.index(answer)
+        return gone(self.current.absences.get(shell.member.id), answer)
 
     # ------------------------------------------------------------------------------- the sites
 

@@ -73,7 +73,7 @@ def outcome(roster: Sequence[SiteId], threshold: int, absences: Absences) -> tup
     """
     survivors: tuple[SiteId, ...] = ()
     for stage in ABANDONED_AT:
-        left = [s for s in roster if not _gone(absences.get(s), stage)]
+        left = [s for s in roster if not gone(absences.get(s), stage)]
         if len(left) < threshold:
             raise RoundAbandoned(stage, len(left), threshold)
         if stage == "submit":
@@ -81,5 +81,6 @@ def outcome(roster: Sequence[SiteId], threshold: int, absences: Absences) -> tup
     return survivors
 
 
-def _gone(absent_from: str | None, stage: str) -> bool:
+def gone(absent_from: str | None, stage: str) -> bool:
+    """Whether a site that is absent from this stage on sends nothing of `stage`."""
     return absent_from is not None and STAGES.index(absent_from) <= STAGES.index(stage)

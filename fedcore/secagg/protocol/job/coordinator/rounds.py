@@ -6,7 +6,6 @@ ends meanwhile loses only messages that their senders resend.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 from fedcore.results import AbandonedRound, JobRow
 from fedcore.secagg.crypto.identity_key import roster_digest
@@ -31,15 +30,6 @@ def _names(sites: Collection[SiteId]) -> str:
     return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(sites)}"
 
 
-@dataclass
-class _Unsaved:
-    """What the next commit of the round's journal has."""
-
-    records: list[coordinator.CoordinatorEntry] = field(default_factory=list)
-    vectors: list[bytes] = field(default_factory=list)
-    with_sum: bool = False
-
-
 class RoundDriver:
     """The rounds of one job, and the one under way."""
 
@@ -54,7 +44,7 @@ class RoundDriver:
         self._begun = self._stage_since = 0.0
         self._stage_seconds: dict[str, float] = {}
         self._restarted = False
-        self._unsaved = _Unsaved()
+        self._unsaved = effects.AppendRecords(())
         self.short_since: float | None = None
         """Clock seconds since which a round that has to be released lacks sites."""
         self._summing: tuple[bytes, float] = b"", 0.0
@@ -70,7 +60,7 @@ class RoundDriver:
         self._submits, self._uploads, self._sum_size = {}, {}, None
         self._begun = self._stage_since = at.now
         self._stage_seconds = {}
-        self._restarted, self._unsaved = False, _Unsaved()
+        self._restarted, self._unsaved = False, effects.AppendRecords(())
 
     def begin(
         self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
@@ -98,30 +88,28 @@ class RoundDriver:
         stage, found = coordinator.step(self._hub, before, event, at.now)
         self._facts.stage = stage
         records = [effect.record for effect in found if isinstance(effect, Persist)]
-        self._unsaved.records += records
+        unsaved, vectors, summed = self._unsaved, self._unsaved.vectors, self._unsaved.with_sum
         if records and isinstance(event, coordinator.Uploaded):
-            self._unsaved.vectors.append(event.digest)
+            vectors = (*vectors, event.digest)
         if isinstance(event, coordinator.SumReady):
-            self._unsaved.with_sum, self._sum_size = True, event.size
+            summed, self._sum_size = True, event.size
+        self._unsaved = effects.AppendRecords((*unsaved.records, *records), vectors, summed)
         changed = type(stage) is not type(before)
         if changed:
             self._count_time(before, at)
         if not changed and all(isinstance(each, Persist | effects.FoldUpload) for each in found):
             return []
         if changed and isinstance(stage, coordinator.Ended):
-            self._unsaved = _Unsaved()
+            self._unsaved = effects.AppendRecords(())
         return [*self.flush(), *self._translated(found, at)]
 
     def flush(self) -> list[CoordinatorJobEffect]:
-        unsaved, self._unsaved = self._unsaved, _Unsaved()
-        if not unsaved.records:
-            return []
-        records, vectors = tuple(unsaved.records), tuple(unsaved.vectors)
-        return [effects.AppendRecords(records, vectors, unsaved.with_sum)]
+        unsaved, self._unsaved = self._unsaved, effects.AppendRecords(())
+        return [unsaved] if unsaved.records else []
 
     def forget(self) -> None:
         """The job ends: batched records are not needed any more."""
-        self._unsaved = _Unsaved()
+        self._unsaved = effects.AppendRecords(())
 
     def _translated(
         self, found: Collection[coordinator.CoordinatorEffect], at: Moment
