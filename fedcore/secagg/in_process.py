@@ -336,10 +336,13 @@ class _Exchange:
 
     def _absent(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> bool:
         """Whether the site is gone before it would answer this message."""
+        absent_from = self.current.absences.get(shell.member.id)
+        if absent_from is None:
+            return False
         answer = _ANSWERED_AT[type(message)]
         if isinstance(message, messages.Announce) and not message.header.layers.masks:
             answer = "submit"
-        return gone(self.current.absences.get(shell.member.id), answer)
+        return gone(absent_from, answer)
 
     # ------------------------------------------------------------------------------- the sites
 

@@ -139,10 +139,10 @@ def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, monkeypatch,
             if "state" in seen or key not in states.candidates:
                 await handle(event)
                 return
-            kept, before = states.candidates[key], victim.job.state
-            server = kept.state.server
-            other = replace(kept.state, server=replace(server, parameters=server.parameters + 1.0))
-            states.candidates[key] = replace(kept, state=other, data=other.to_bytes())
+            (kept, _), before = states.candidates[key], victim.job.state
+            server = kept.server
+            other = replace(kept, server=replace(server, parameters=server.parameters + 1.0))
+            states.candidates[key] = other, other.to_bytes()
             seen.update(state=other, before=before)
             await handle(event)
             seen["after"], seen["stage"] = victim.job.state, type(victim.job.stage).__name__

@@ -52,9 +52,9 @@ class Screen:
         return told(self.plan, self.certificate, name, values)
 
     def say(self, name, values=TRUE):
-        believed, warning = self.hearing.take(name, self.word(name, values))
-        if believed is not None:
-            self.seen.append(believed.values)
+        row, warning = self.hearing.take(name, self.word(name, values))
+        if row is not None:
+            self.seen.append(row.metrics)
         return warning
 
 

@@ -274,8 +274,8 @@ def test_a_value_is_believed_once_the_threshold_says_it():
     assert found.take("a", word("a")) == (None, ""), "said twice is said once"
     assert found.take("b", word("b")) == (None, "")
     believed, warning = found.take("c", word("c"))
-    assert (believed.values, believed.sites, warning) == (VALUES, 4, "")
-    assert believed.header == certificate().header
+    assert (believed.metrics, believed.sites, warning) == (VALUES, 4, "")
+    assert believed.number == certificate().header.round
     assert found.take("d", word("d")) == (None, ""), "a row once"
 
 
@@ -299,7 +299,7 @@ def test_sites_that_differ_are_a_warning_and_show_nothing_of_their_own():
         "(a, b - d); values are shown once 3 say the same"
     )
     believed, warning = found.take("c", word("c"))
-    assert believed.values == VALUES and "a, b, c - d" in warning, (
+    assert believed.metrics == VALUES and "a, b, c - d" in warning, (
         "one liar does not hide them either"
     )
 

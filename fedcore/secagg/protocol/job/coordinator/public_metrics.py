@@ -27,15 +27,6 @@ KEPT = 64
 """Releases that are waited for at a time: a site's record may come some rounds later than its release."""
 
 
-@dataclass(frozen=True)
-class Believed:
-    """Values that enough survivors of a release say. sites: how many are in its sum."""
-
-    header: RoundHeader
-    sites: int
-    values: dict[str, float | None]
-
-
 @dataclass
 class _Release:
     header: RoundHeader
@@ -67,8 +58,8 @@ class Hearing:
         while len(self._releases) > KEPT:
             del self._releases[next(iter(self._releases))]
 
-    def take(self, site: SiteId, message: PublicMetrics) -> tuple[Believed | None, str]:
-        """(values, if this word is the one that makes them believed; a warning where sites differ).
+    def take(self, site: SiteId, message: PublicMetrics) -> tuple[MetricsRow | None, str]:
+        """(the row, if this word is the one that makes its values believed; a warning where sites differ).
 
         Raises ProtocolRefused (fault: site) for what no honest site says, and OutOfOrder for a release
         that is too long ago.
@@ -83,8 +74,14 @@ class Hearing:
         release.said[site] = message.values
         enough = release.counts[message.values] >= release.header.threshold
         fresh, release.believed = enough and not release.believed, enough or release.believed
-        found = Believed(release.header, len(release.survivors), values) if fresh else None
-        return found, _warning(release)
+        if not fresh:
+            return None, _warning(release)
+        # The sums that ride in a round are of the model that it starts from.
+        row = MetricsRow(
+            round=release.header.training_round - 1, number=release.header.round,
+            sites=len(release.survivors), metrics=values,
+        )  # fmt: skip
+        return row, _warning(release)
 
     def _release(self, site: SiteId, message: PublicMetrics) -> _Release:
         if not self._plan.public_metrics:
@@ -174,16 +171,9 @@ class Metrics:
         """
         if self._hearing is None:
             raise errors.PeerRefused(f"public metrics: found some of {site} before there is a plan")
-        found, warning = self._hearing.take(site, message)
-        effects: list[CoordinatorJobEffect] = [Warn(warning)] if warning else []
-        if found is not None:
-            # The sums that ride in a round are of the model that it starts from.
-            row = MetricsRow(
-                round=found.header.training_round - 1, number=found.header.round,
-                sites=found.sites, metrics=found.values,
-            )  # fmt: skip
-            effects.append(KeepMetrics(row))
-        return effects
+        row, warning = self._hearing.take(site, message)
+        found: list[CoordinatorJobEffect] = [Warn(warning)] if warning else []
+        return [*found, KeepMetrics(row)] if row is not None else found
 
     def may_come(self, at: Moment) -> bool:
         """Whether a connected site may still report the metrics of the last release."""

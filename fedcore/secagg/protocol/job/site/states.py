@@ -5,7 +5,6 @@ only after its HMAC was recomputed under the G of that certificate's key epoch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fedcore.errors import ReleaseRefused, StoreProblem
 from fedcore.learning.state import JobState
@@ -34,15 +33,6 @@ def require_certified(mac: bytes, certificate: Certificate) -> None:
         raise ReleaseRefused("state", "one of another HMAC", "the certified one", COORDINATOR)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A state that a release may lead to. data: its bytes, where they are for the journal; b"" where they are in a
-    file."""
-
-    state: JobState
-    data: bytes
-
-
 class StateKeeper:
     """The states of one job at a site, in memory; effects write them to disk."""
 
@@ -50,8 +40,9 @@ class StateKeeper:
         self.current: JobState | None = None
         self.certificate: Certificate | None = None
         """The certificate that released the current state."""
-        self.candidates: dict[str, Candidate] = {}
-        """{name_of(certificate): candidate}; a release drops all of them."""
+        self.candidates: dict[str, tuple[JobState, bytes]] = {}
+        """{name_of(certificate): a state that the release may lead to, and its bytes for the journal, b"" where they
+        are in a file}; a release drops all of them."""
         self.groups: dict[str, str] = {}
         """{key epoch: its G in hex}: a certificate is checked under the G of its own epoch."""
 
@@ -69,29 +60,29 @@ class StateKeeper:
         return None if kept is None else GroupSecret.from_bytes(bytes.fromhex(kept))
 
     def hold(self, name: str, state: JobState, data: bytes) -> None:
-        self.candidates[name] = Candidate(state, data)
+        self.candidates[name] = state, data
 
     def beside_statement(self, name: str) -> dict[str, bytes]:
-        return {"candidate": encode((name, self._candidate(name).data))}
+        return {"candidate": encode((name, self._candidate(name)[1]))}
 
     def beside_release(self, certificate: Certificate) -> dict[str, bytes]:
-        data = self._candidate(name_of(certificate)).data
+        _, data = self._candidate(name_of(certificate))
         return {"certificate": encode(certificate), "state": data}
 
     def check(self, certificate: Certificate) -> None:
         """Recompute the HMAC of the state that this certificate releases. Raises ReleaseRefused."""
-        state, group = self._candidate(name_of(certificate)).state, self.group_of(certificate)
-        header = certificate.header.digest
+        state, _ = self._candidate(name_of(certificate))
+        header, group = certificate.header.digest, self.group_of(certificate)
         mac = b"" if group is None else state_mac(group, header, state.canonical())
         require_certified(mac, certificate)
 
     def adopt(self, certificate: Certificate) -> Iterator[SiteEffect]:
         name = name_of(certificate)
-        found = self._candidate(name)
-        self.current, self.certificate, self.candidates = found.state, certificate, {}
-        yield effects.AdoptState(name, found.data)
+        self.current, data = self._candidate(name)
+        self.certificate, self.candidates = certificate, {}
+        yield effects.AdoptState(name, data)
 
-    def _candidate(self, name: str) -> Candidate:
+    def _candidate(self, name: str) -> tuple[JobState, bytes]:
         found = self.candidates.get(name)
         if found is None:
             raise StoreProblem(

@@ -36,7 +36,7 @@ def _repeat(move: CoordinatorMove, _: object, event: events.SiteReconnected) -> 
 
 
 MOVES = table(
-    on(stages.BETWEEN, events.Start, _start, stages.Advertising, stages.Collecting),
+    on(stages.Ready, events.Start, _start, stages.Advertising, stages.Collecting),
     on(stages.Advertising, messages.Keys, taking.take_keys, stages.Sharing, stages.Failed),
     on(stages.Sharing, messages.Shares, taking.take_shares, stages.Collecting, stages.Failed),
     on(
@@ -47,6 +47,7 @@ MOVES = table(
     on(stages.Unmasking, messages.Unmask, taking.take_answer, stages.Summing, stages.Failed),
     on(stages.Summing, events.SumReady, closing.publish, stages.Releasing, stages.Failed),
     on(stages.Releasing, messages.Statement, taking.take_statement, stages.Released, stages.Failed),
+    on(stages.ENDED, events.Start, _start, stages.Advertising, stages.Collecting),
     on(stages.IN_ROUND, messages.Leave, taking.take_leave, stages.Failed),
     on(stages.IN_ROUND, events.Gone, taking.take_gone, stages.Failed),
     on(stages.IN_ROUND, Tick, ignore, stages.Failed),  # `settle` follows every event

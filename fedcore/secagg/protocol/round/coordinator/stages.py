@@ -159,6 +159,8 @@ CoordinatorStage = Between | InRound
 
 BETWEEN: tuple[type[Between], ...] = get_args(Between)
 
+ENDED: tuple[type[Ended], ...] = get_args(Ended)
+
 IN_ROUND: tuple[type[InRound], ...] = get_args(InRound)
 
 EXPOSED: tuple[type[Exposed], ...] = get_args(Exposed)
