@@ -5,6 +5,8 @@ The product reads and writes chunks only as part of an upload or a sum; these ar
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from fedcore.secagg.crypto import bfv
 
 SEEDED, FULL = 1, 2
@@ -13,7 +15,8 @@ SEEDED, FULL = 1, 2
 
 def read_chunk(public, kind, chunk, count=1):
     """The seeds and words (count, kind * N) of the chunk at ciphertext 0, checked as the product does."""
-    return bfv._read_chunk(public, kind, chunk, 0, count)
+    seeds, words = bfv._read_chunk(public, kind, chunk, 0, count)
+    return SimpleNamespace(seeds=seeds, words=words)
 
 
 def write_chunk(public, kind, words, seeds=()):
