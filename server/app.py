@@ -112,7 +112,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
             config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
-        asyncio.run(_serve(config, kit, context, gate, show))
+        asyncio.run(_serve(config, kit, Coordinator(context, gate), show))
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:
@@ -128,13 +128,9 @@ def _vectors(limits: LimitsSection, sites: int) -> int:
 
 
 async def _serve(
-    config: FederationConfig,
-    kit: Kit,
-    context: CoordinatorContext,
-    gate: Gate,
-    show: Callable[[str], None],
+    config: FederationConfig, kit: Kit, hub: Coordinator, show: Callable[[str], None]
 ) -> None:
-    hub, probes = Coordinator(context, gate), Probes(gate)
+    probes = Probes(hub.sessions.gate)
     most = connection_limit(raise_descriptors(), len(config.listen))
     server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *most))
     server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])

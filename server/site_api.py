@@ -87,24 +87,19 @@ class Transfers:
     async def upload(self, peer: Peer, requests: AsyncIterator[bytes]) -> frames.UploadReceipt:
         """Take an upload from the offset at which it broke off."""
         name = SiteId(peer.name)
-        incoming, coming, start = None, None, None
         timeouts = itertools.chain([FIRST_FRAME_SECONDS], itertools.repeat(PART_SECONDS))
-        async for data in with_timeouts(requests, lambda: next(timeouts)):
-            frame = calls.UPLOAD.takes.unpack(data, sender=name)
-            if incoming is None or coming is None:
-                if not isinstance(frame, frames.UploadStart):
-                    raise MalformedMessage(
-                        "upload", found="a part", expected="its start first", fault=name
-                    )
-                start, incoming = frame, self.open_upload(name, frame)
-                coming = chunks.Incoming(frame, sender=name)
-                if incoming.complete:
-                    break
-            else:
-                at, part = coming.offset, coming.take(frame)
-                await asyncio.to_thread(incoming.write, at, part)
-        if incoming is None or start is None:
+        stream = with_timeouts(requests, lambda: next(timeouts))
+        first = await anext(stream, None)
+        if first is None:
             raise MalformedMessage("upload", found="nothing", expected="its start", fault=name)
+        start = calls.UPLOAD.takes.unpack(first, sender=name)
+        if not isinstance(start, frames.UploadStart):
+            raise MalformedMessage("upload", found="a part", expected="its start first", fault=name)
+        incoming, coming = self.open_upload(name, start), chunks.Incoming(start, sender=name)
+        if not incoming.complete:
+            async for data in stream:
+                at, part = coming.offset, coming.take(calls.UPLOAD.takes.unpack(data, sender=name))
+                await asyncio.to_thread(incoming.write, at, part)
         return await self._receipt(name, start, incoming, whole=incoming.offset == incoming.size)
 
     async def upload_offset(self, peer: Peer, start: frames.UploadStart) -> frames.UploadReceipt:
@@ -222,11 +217,8 @@ class SiteApi:
                 found = jobs.get(frame.job)
                 if found is not None and (found.facts.outcome is not None or found is running):
                     await room(found)
-                    table = (
-                        TO_COORDINATOR
-                        if found.machine.epochs.asks_for_grants(name)
-                        else FROM_ANY_SITE
-                    )
+                    grants = found.machine.epochs.asks_for_grants(name)
+                    table = TO_COORDINATOR if grants else FROM_ANY_SITE
                     pins = len(self._hub.context.pins)
                     message = unpack_record(frame, table, sender=name, sites=pins)
                     found.put(MessageReceived(name, message))

@@ -99,10 +99,7 @@ def _require_usage(certificate: x509.Certificate, whose: str, *, serves: bool) -
 
 
 def _require_host(certificate: x509.Certificate, whose: str, host: str) -> None:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:  # pragma: no cover  peer_of found the federation in it
-        return
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     hosts = names.get_values_for_type(x509.DNSName)
     addresses = [str(one) for one in names.get_values_for_type(x509.IPAddress)]
     try:
