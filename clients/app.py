@@ -355,10 +355,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
 
 
 def run(config: SiteConfig, show: Callable[[str], None], health_port: int | None = None) -> None:
-    """Run until SIGTERM or SIGINT. show: prints a line; health_port: of /healthz and /readyz.
-
-    Raises FedcoreError.
-    """
+    """Run until SIGTERM or SIGINT. show: prints a line; health_port: of /healthz and /readyz. Raises FedcoreError."""
     papers = read_papers(config)
     close_to_others(config.folder, OWN_FILES)
     with opened(config, papers) as context:

@@ -121,10 +121,9 @@ class JobWork:
             event = events.RowsLoaded(found)
         except TrainingFailed as failed:
             event = events.LoadFailed(failed, failed.reason)
-        except FedcoreError as error:
-            event = events.LoadFailed(error, job_messages.UNABLE)
         except Exception as error:  # the others would wait for this site's survey
-            LOG.exception("job %s: a fault of this side while loading", self.id)
+            if not isinstance(error, FedcoreError):
+                LOG.exception("job %s: a fault of this side while loading", self.id)
             event = events.LoadFailed(error, job_messages.UNABLE)
         if asked.plan is None or isinstance(event, events.LoadFailed):
             await self._not_before(began, "loading")

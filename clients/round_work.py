@@ -67,9 +67,7 @@ class RoundWork:
         self, asked: effects.OpenSum, chunks: list[bytes], marks: Mapping[str, int]
     ) -> CheckedSum:
         """Open a sum, check it, and find the state that it leads to, without its bytes. marks: this site's own.
-
-        Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites.
-        """
+        Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites."""
         check_announced(chunks, asked)
         header, layout = asked.header, self.layout(asked.header)
         total, opened = self.secrets.open(chunks, layout, asked)

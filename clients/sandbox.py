@@ -60,10 +60,8 @@ class Sandbox:
 
 
 def hidden(config: SiteConfig) -> tuple[Path, ...]:
-    """The existing files and folders that are hidden from a task.
-
-    Raises BadInput where one of them is also the place of a task or its data.
-    """
+    """The existing files and folders that are hidden from a task. Raises BadInput where one of them is also the place
+    of a task or its data."""
     inside = _needed_below(config, config.folder)
     if inside is not None:
         raise BadInput(
@@ -192,10 +190,8 @@ def _probe(name: str, command: tuple[str, ...]) -> None:
 
 
 def choose(config: SiteConfig) -> Sandbox:
-    """The sandbox that site.toml names; under "auto" the first that works here, or none.
-
-    Raises BadInput and Unavailable for one that was named and does not work.
-    """
+    """The sandbox that site.toml names; under "auto" the first that works here, or none. Raises BadInput and
+    Unavailable for one that was named and does not work."""
     asked = config.sandbox
     none = Sandbox("none", _python(WORKER), network=True)
     if asked == "none":

@@ -58,10 +58,8 @@ A = TypeVar("A")
 
 
 def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
-    """TLS with this certificate, to holders of one of the same authority only.
-
-    Raises CertificateRefused for a coordinator's kit.
-    """
+    """TLS with this certificate, to holders of one of the same authority only. Raises CertificateRefused for a
+    coordinator's kit."""
     require_role(kit.peer, CLIENT_ROLES)
     return grpc.ssl_channel_credentials(
         root_certificates=kit.authority_pem,

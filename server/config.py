@@ -74,10 +74,8 @@ class OperatorConfig(CoordinatorAddress):
 
 
 def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> OperatorConfig:
-    """From options, else from operator.toml: `--operator`, $FEDCORE_OPERATOR, or in this folder.
-
-    Raises BadInput where something is missing.
-    """
+    """From options, else from operator.toml: `--operator`, $FEDCORE_OPERATOR, or in this folder. Raises BadInput
+    where something is missing."""
     named = file or (Path(os.environ[OPERATOR_VARIABLE]) if os.getenv(OPERATOR_VARIABLE) else None)
     if named is None and (coordinator is None or kit is None) and Path(OPERATOR_FILE).is_file():
         named = Path(OPERATOR_FILE)

@@ -157,10 +157,8 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
 
 
 def save_result(parts: Iterator[frames.FilePart], folder: Path) -> list[Path]:
-    """Write the files of a result into a new folder; their paths.
-
-    Raises AlreadyExists, MalformedMessage for parts out of order, and BadInput for an incomplete file.
-    """
+    """Write the files of a result into a new folder; their paths. Raises AlreadyExists, MalformedMessage for parts
+    out of order, and BadInput for an incomplete file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(f"--out: found {folder} in use, expected a new folder")
     written, data = [], bytearray()

@@ -134,9 +134,7 @@ def serve_metrics(
     counts: Counts, seen: Callable[[], Seen], port: int
 ) -> tuple[int, Callable[[], None]]:
     """Serve scrapes on a loopback port (0: a free one) in a thread; returns the port, and a function that stops it.
-
-    Raises BadInput where the port cannot be bound.
-    """
+    Raises BadInput where the port cannot be bound."""
     registry = CollectorRegistry()
     registry.register(_Collector(counts, seen))
     try:

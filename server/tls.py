@@ -43,10 +43,8 @@ ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def server_credentials(kit: Kit) -> grpc.ServerCredentials:
-    """TLS with this certificate, for clients with one of the same authority only.
-
-    Raises CertificateRefused for a kit that is not a coordinator's.
-    """
+    """TLS with this certificate, for clients with one of the same authority only. Raises CertificateRefused for a kit
+    that is not a coordinator's."""
     require_role(kit.peer, ["coordinator"])
     return grpc.ssl_server_credentials(
         [(kit.key_pem.reveal(), kit.certificate_pem)],

@@ -47,10 +47,8 @@ class Issued:
     key_pem: SecretBytes
 
     def save(self, folder: Path) -> kit.Kit:
-        """Write the three files of a kit; the key is readable by its owner only.
-
-        Raises AlreadyExists if the folder has a key, BadInput if it cannot be written.
-        """
+        """Write the three files of a kit; the key is readable by its owner only. Raises AlreadyExists if the folder
+        has a key, BadInput if it cannot be written."""
         _make(folder)
         kit.write_private(folder / kit.KEY_FILE, self.key_pem)  # first: it refuses an existing key
         write_atomic(folder / kit.CERTIFICATE_FILE, self.certificate_pem)
@@ -90,10 +88,8 @@ class Authority:
         hosts: Sequence[str] = (),
         days: float = CERTIFICATE_DAYS,
     ) -> Issued:
-        """A certificate with a new key. hosts: DNS names and addresses of a coordinator (required).
-
-        Raises BadInput, UnknownName.
-        """
+        """A certificate with a new key. hosts: DNS names and addresses of a coordinator (required). Raises BadInput,
+        UnknownName."""
         uri = identity_uri(self.federation, role, name)
         serves = role == "coordinator"
         if serves and not hosts:

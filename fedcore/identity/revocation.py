@@ -35,10 +35,8 @@ class Revocations:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Reload the file if it changed; True if it did. Costs one stat.
-
-        Raises BadInput, once for each change of the file; the last valid list stays in force.
-        """
+        """Reload the file if it changed; True if it did. Costs one stat. Raises BadInput, once for each change of the
+        file; the last valid list stays in force."""
         if self._path is None:
             return False
         stamp = _stamp(self._path)
