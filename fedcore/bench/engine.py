@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,13 +85,19 @@ def run(
     timed = [r for r in rows if trains(r["purpose"]) and "abandoned" not in r][1:]
     if not timed:
         raise Abandoned(f"bench: found no released round after the first of {rounds}")
+    taken = sorted(row["seconds"] for row in timed)
+    p95 = round(taken[-(-95 * len(taken) // 100) - 1], 4)
+    stages = {
+        name: round(median(row["seconds_by_stage"].get(name, 0.0) for row in timed), 5)
+        for name in timed[-1]["seconds_by_stage"]
+    }
     return document(
         "engine", sites=sites, parameters=parameters, rounds=rounds, timed_rounds=len(timed),
         abandoned_rounds=sum("abandoned" in row for row in rows),
         least_survivors=min(len(row["survivors"]) for row in timed), protection=protection,
         cipher=cipher if Protection.of(protection).encrypts else None, bits=bits,
-        sites_per_process=per_process, seconds_per_round=_spread([row["seconds"] for row in timed]),
-        seconds_between_certificates=wall, seconds_by_stage=_by_stage(timed),
+        sites_per_process=per_process, seconds_per_round={"median": round(median(taken), 4), "p95": p95},
+        seconds_between_certificates=wall, seconds_by_stage=stages,
         cpu_seconds_per_round=cpu, bytes_up_per_site=timed[-1].get("bytes_up"),
         bytes_down_per_site=timed[-1].get("bytes_down"), rss_mb=memory, commit_ms=commit,
     )  # fmt: skip
@@ -159,21 +164,6 @@ def _watch(
     steps = len(ends) - 1
     cpu = {who: round((used[-1][who] - used[0][who]) / steps, 4) for who in used[0]}
     return rows, round((ends[-1] - ends[0]) / steps, 4), cpu
-
-
-def _spread(values: list[float]) -> Json:
-    ordered = sorted(values)
-    place = max(0, -(-95 * len(ordered) // 100) - 1)
-    return {"median": round(median(ordered), 4), "p95": round(ordered[place], 4)}
-
-
-def _by_stage(rows: list[Json]) -> dict[str, float]:
-    """Median of each stage, in the order of a round."""
-    stages: Mapping[str, float] = rows[-1]["seconds_by_stage"]
-    return {
-        name: round(median(row["seconds_by_stage"].get(name, 0.0) for row in rows), 5)
-        for name in stages
-    }
 
 
 def _cpu(parties: Running) -> dict[str, float]:

@@ -18,8 +18,6 @@ Invariant: every repeat decodes the sum of CONTRIBUTORS vectors and compares it 
 so that no wrong result is reported. CKKS is not a protection of a run: see `fedcore/secagg/crypto/ckks.py`.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -164,7 +162,7 @@ def protected(
         "bench", "bench", 1, 1, 1, "update", roster, "", plan.threshold, protection, ""
     )
     tag = SumTag(secrets.group, header, b"bench")
-    masks = _Masks.draw(layout, sites) if plan.layers.masks else None
+    masks = _Masks(layout, sites) if plan.layers.masks else None
     streams = _Streams(secrets, header, layout) if secrets.streams else None
 
     def protect(vector: FloatVector, site: int) -> list[bytes]:
@@ -212,7 +210,6 @@ def protected(
     )
 
 
-@dataclass(frozen=True)
 class _Masks:
     """The masks of one vector: seeds with their signs for each contributor, and the remaining masks.
 
@@ -220,31 +217,25 @@ class _Masks:
     with the others, less the self masks of those, so that own and rest are what the sum carries.
     """
 
-    of_site: list[list[tuple[bytes, int]]]
-    own: list[tuple[bytes, int]]
-    rest: Slots
-    slot_bits: int
-
-    @classmethod
-    def draw(cls, layout: Layout, sites: int) -> _Masks:
-        own = [(os.urandom(32), 1) for _ in range(sites)]
-        of_site = [[mask] for mask in own[:CONTRIBUTORS]]
-        rest = [(seed, -1) for seed, _ in own[CONTRIBUTORS:]]
+    def __init__(self, layout: Layout, sites: int) -> None:
+        self.own = [(os.urandom(32), 1) for _ in range(sites)]
+        self.of_site = [[mask] for mask in self.own[:CONTRIBUTORS]]
+        rest = [(seed, -1) for seed, _ in self.own[CONTRIBUTORS:]]
         for first in range(CONTRIBUTORS):
             for second in range(first + 1, sites):
                 seed = os.urandom(32)
-                of_site[first].append((seed, 1))
+                self.of_site[first].append((seed, 1))
                 if second < CONTRIBUTORS:
-                    of_site[second].append((seed, -1))
+                    self.of_site[second].append((seed, -1))
                 else:
                     rest.append((seed, 1))
-        slot_bits = layout.packing.slot_bits
-        return cls(of_site, own, mask_sum(rest, layout.slots, slot_bits), slot_bits)
+        self._bits = layout.packing.slot_bits
+        self.rest = mask_sum(rest, layout.slots, self._bits)
 
     def take_off(self, running: UnmaskableFold) -> None:
         """The coordinator's work between the last answer and the sum, without rebuilding secrets."""
         mask = self.rest.copy()
-        add_masks(mask, self.own, self.slot_bits)
+        add_masks(mask, self.own, self._bits)
         running.remove(mask)
 
 

@@ -74,12 +74,9 @@ def _table(table: Grid, caption: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    text = _number(cell.text) if cell.number else escape(cell.text)
+    signed = cell.number and re.fullmatch(r"[-+][\d.]+", cell.text)
+    text = f"${cell.text}$" if signed else escape(cell.text)
     return f"{text} ({_prose(cell.sub)})" if cell.sub else text
-
-
-def _number(text: str) -> str:
-    return f"${text}$" if re.fullmatch(r"[-+][\d.]+", text) else escape(text)
 
 
 def _prose(text: str) -> str:

@@ -117,8 +117,7 @@ def _seen_by_parties(
     """One section for each protection, of the first run under it."""
     found: dict[str, tuple[str, readings.Readings]] = {}
     for name, result in zip(names, results, strict=True):
-        section = readings.section(result)
-        if section is not None:
+        if (section := readings.section(result)) is not None:
             found.setdefault(section.columns[0], (name, section))
     return list(found.values())
 

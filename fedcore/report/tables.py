@@ -268,7 +268,9 @@ def protected(results: Sequence[Result]) -> list[Grid]:
         for result in runs:
             exact = phrases.score(result.score("federated", metric))
             summed = phrases.score((result.protected.metrics or {}).get(metric))
-            known = [*filter(None, (_bound(result, metric), _clipped(result, metric)))]
+            clipped = (result.protected.clipped or {}).get(metric)
+            why = "" if clipped is None else f"{phrases.count(clipped)} clipped"
+            known = [*filter(None, (_bound(result, metric), why))]
             if len(runs) == 1:
                 cells += [Cell(exact), Cell(summed, ", ".join(known))]
             else:
@@ -294,11 +296,6 @@ def _bound(result: RunResult, metric: str) -> str:
         return ""
     two_digits = Context(prec=2, rounding=ROUND_UP).create_decimal(repr(found))
     return f"± {float(two_digits):.2g}"
-
-
-def _clipped(result: RunResult, metric: str) -> str:
-    found = (result.protected.clipped or {}).get(metric)
-    return "" if found is None else f"{phrases.count(found)} clipped"
 
 
 def cost(results: Sequence[Result]) -> list[Grid]:

@@ -90,7 +90,7 @@ def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None
     for sites in (3, 4, 16):
         packing = solve_packing(12, sites, "masked")
         layout = Layout(VectorSpec("update", 5000), packing, sites)
-        masks = protect._Masks.draw(layout, sites)
+        masks = protect._Masks(layout, sites)
         # n - 1 pairwise masks and the self mask; the coordinator expands one self mask a site.
         assert [len(found) for found in masks.of_site] == [sites] * protect.CONTRIBUTORS
         assert len(masks.own) == sites
