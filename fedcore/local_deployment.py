@@ -59,7 +59,6 @@ class Deployment:
     sites: tuple[SiteId, ...]
 
     def site(self, name: SiteId) -> Path:
-        """The folder for a site's machine."""
         return self.folder / "sites" / name
 
     @property
@@ -69,7 +68,6 @@ class Deployment:
 
     @property
     def coordinator(self) -> Path:
-        """The folder for the coordinator's machine."""
         return self.folder / COORDINATOR
 
     def commands(self) -> dict[str, list[str]]:
@@ -92,7 +90,6 @@ class Deployment:
         return [*_SITE, "model", job, "--out", str(out), *self._config(site), "--json"]
 
     def state(self, name: str) -> Path:
-        """The state folder of a party."""
         home = self.coordinator if name == COORDINATOR else self.site(SiteId(name))
         return home / "state"
 

@@ -176,7 +176,6 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, from, text, and traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line, whatever its text contains."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(), "from": record.name, "text": record.getMessage(),
@@ -187,13 +186,12 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time, level and text for a terminal, without control characters."""
+    """Time, level and text for a terminal, without control characters but line breaks."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text; of its control characters only line breaks remain."""
         text = super().format(record)
         return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 

@@ -14,7 +14,7 @@ from functools import wraps
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fedcore.experiment.prepare import Prepared
-    from fedcore.types import Json
+
+Found = TypeVar("Found")
 
 app = application("Federated learning in which no party has to be trusted with another's update.")
 
@@ -107,7 +108,6 @@ class _Progress:
             say(f"round {row.round}/{self._total}  {shown}")  # above the bar, where it stays
 
     def close(self) -> None:
-        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -304,8 +304,7 @@ def report(
 
     if format_ not in ("html", "md", "latex"):
         raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
-    read = [reports.read(path) for path in runs]
-    text = reports.render(read, format_)
+    text = reports.render([reports.read(path) for path in runs], format_)
     if out is None and format_ != "html":
         typer.echo(text)
         return
@@ -324,12 +323,11 @@ def runs(
     from fedcore.report import terminal
 
     rows = list_runs(folder)
-    if as_json:
-        emit([{"run": r.folder, "result": r.result and r.result.to_json()} for r in rows])
-    elif not rows:
-        say(f"no runs in {folder} yet; `fedcore simulate` makes one")
+    if rows or as_json:
+        found = [{"run": r.folder, "result": r.result and r.result.to_json()} for r in rows]
+        _show(found, lambda _: terminal.runs_table(rows), as_json)
     else:
-        _print(terminal.runs_table(rows))
+        say(f"no runs in {folder} yet; `fedcore simulate` makes one")
 
 
 @app.command()
@@ -388,15 +386,11 @@ def doctor() -> None:
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _print(renderable: RenderableType) -> None:
+def _show(found: Found, page: Callable[[Found], RenderableType], as_json: bool) -> None:
+    """Print what a command found on stdout: as JSON, or as a page for a person."""
     from fedcore.report.terminal import show
 
-    show(Console(highlight=False), renderable)
-
-
-def _show(found: Json, page: Callable[[Json], RenderableType], as_json: bool) -> None:
-    """Print what a command found on stdout: as JSON, or as a page for a person."""
-    emit(found) if as_json else _print(page(found))
+    emit(found) if as_json else show(Console(highlight=False), page(found))
 
 
 def _bench(module: str, headline: str) -> Callable[[Command], Command]:

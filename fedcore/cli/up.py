@@ -31,8 +31,6 @@ from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.secagg.protections import MIN_SITES, refuse_plain
 from fedcore.secagg.purposes import trains
 
-FEDERATION = "rehearsal"
-
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""
 
@@ -148,7 +146,7 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
     policy = narrowest_policy(prepared.job, len(sites))
     run = prepared.job.run  # the folds of `simulate`, so that both give the same model
     split = FoldSplit(run.seed, run.fold, run.folds).to_json()
-    return write(folder, FEDERATION, sites, tables, policy=policy, split=split)
+    return write(folder, "rehearsal", sites, tables, policy=policy, split=split)
 
 
 def _installed(task: Task, job: Job) -> str:
