@@ -33,7 +33,6 @@ from fedcore.files import write_json
 from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
-from fedcore.identity.verify import check_certificate
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.protocol import job_messages as job
@@ -282,10 +281,7 @@ def read_papers(config: SiteConfig) -> Papers:
             f"kit: found a certificate of site {kit.peer.name!r}, expected one of {config.site!r}",
             remedy="name this site in `site`, or its own kit in `kit`, of site.toml",
         )
-    check_certificate(
-        kit.certificate_pem, kit.authority_pem, federation=kit.peer.federation, role="site",
-        now=datetime.now(UTC),
-    )  # fmt: skip
+    kit.check("site", datetime.now(UTC))
     pins = read_roster(config.roster)
     if SiteId(config.site) not in pins:
         raise BadInput(

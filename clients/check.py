@@ -259,10 +259,10 @@ def _connects(host: str, port: int, whose: str) -> str:
 
 
 def _handshake(config: SiteConfig, papers: Papers) -> str:
-    found = preflight(
+    coordinator, version, cipher = preflight(
         papers.kit, config.host, config.port, now=datetime.now(UTC), proxy=config.through
     )
-    return f"{found.version}, {found.cipher}; {found.coordinator}"
+    return f"{version}, {cipher}; {coordinator}"
 
 
 def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Welcome, float]]:

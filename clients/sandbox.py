@@ -75,7 +75,6 @@ def hidden(config: SiteConfig) -> tuple[Path, ...]:
 
 
 def _needed_below(config: SiteConfig, folder: Path) -> Path | None:
-    """Something in a folder that the task needs."""
     return next(
         (path for path in _needed(config) if folder == path or folder in path.parents), None
     )

@@ -144,7 +144,6 @@ class Training:
             self.child.kill()
 
     def _turn(self, asked: Json, blobs: Sequence[bytes], needs: str) -> Frame:
-        """One request, in the thread of its own."""
         try:
             if not self.child.alive:
                 self.child.start()
@@ -164,7 +163,6 @@ class Training:
 
 
 def _about(do: str, job: str, plan: RoundPlan, step: PlannedRound) -> Json:
-    """A request about one step of a job."""
     return {
         "do": do, "job": job, "plan": plan.to_json(), "step": [step.purpose, step.training_round]
     }  # fmt: skip

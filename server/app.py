@@ -25,7 +25,6 @@ from fedcore.errors import BadInput
 from fedcore.identity.identities import read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
-from fedcore.identity.verify import check_certificate
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
@@ -86,10 +85,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         raise BadInput(
             f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
         )
-    check_certificate(
-        kit.certificate_pem, kit.authority_pem, federation=config.name, role="coordinator",
-        now=datetime.now(UTC),
-    )  # fmt: skip
+    kit.check("coordinator", datetime.now(UTC))
     revoked = Revocations(config.revoked)
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)

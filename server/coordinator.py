@@ -222,13 +222,11 @@ class Coordinator:
             session = self.sessions.open.get(name)
             view = found.facts.sites[name] if found is not None else SiteView()
             out[name] = JobSite(
-                connected=session is not None,
-                evicted=name in self.sessions.evicted,
+                connected=session is not None, evicted=name in self.sessions.evicted,
                 since=session.since if session else None,
                 last_seen=session.last_seen if session else (view.last_seen if found else None),
-                doing=view.doing if session else "",
-                unable=view.unable,
-            ).to_json()
+                doing=view.doing if session else "", unable=view.unable,
+            ).to_json()  # fmt: skip
         return out
 
 

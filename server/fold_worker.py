@@ -108,7 +108,6 @@ def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Merg
 
 
 def _handle(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
-    """Do one request."""
     job = request["job"]
     match request["op"]:
         case "begin":

@@ -8,16 +8,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import assert_never
 
+from fedcore_server import sessions
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
-from fedcore_server.sessions import (
-    EVICTED_GOODBYE,
-    FIRST_FRAME_SECONDS,
-    SiteSession,
-    goodbye,
-    welcome,
-    with_timeouts,
-)
+from fedcore_server.sessions import SiteSession
 
 from fedcore.errors import BadInput, MalformedMessage, PeerRefused, StoreProblem, VersionRefused
 from fedcore.identity.peer import Peer
@@ -87,8 +81,8 @@ class Transfers:
     async def upload(self, peer: Peer, requests: AsyncIterator[bytes]) -> frames.UploadReceipt:
         """Take an upload from the offset at which it broke off."""
         name = SiteId(peer.name)
-        timeouts = itertools.chain([FIRST_FRAME_SECONDS], itertools.repeat(PART_SECONDS))
-        stream = with_timeouts(requests, lambda: next(timeouts))
+        timeouts = itertools.chain([sessions.FIRST_FRAME_SECONDS], itertools.repeat(PART_SECONDS))
+        stream = sessions.with_timeouts(requests, lambda: next(timeouts))
         first = await anext(stream, None)
         if first is None:
             raise MalformedMessage("upload", found="nothing", expected="its start", fault=name)
@@ -136,13 +130,13 @@ class SiteApi:
                 "roster: found other identity keys pinned at the site than here",
                 remedy="both must have the same roster.toml",
             )
-        return welcome(self._hub.context.federation)
+        return sessions.welcome(self._hub.context.federation)
 
     async def session(self, peer: Peer, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The serialised frames for one site, until its session ends."""
         name = SiteId(peer.name)
         if name in self._sessions.evicted:
-            yield calls.SESSION.gives.pack(EVICTED_GOODBYE)
+            yield calls.SESSION.gives.pack(sessions.EVICTED_GOODBYE)
             return
         session = SiteSession(peer)
         self._sessions.last_peers[name] = peer
@@ -163,7 +157,7 @@ class SiteApi:
         self, name: SiteId, session: SiteSession, requests: AsyncIterator[bytes]
     ) -> None:
         try:
-            async for data in with_timeouts(
+            async for data in sessions.with_timeouts(
                 requests, lambda: None if session.begun else FIRST_FRAME_SECONDS
             ):
                 if session.over:
@@ -179,10 +173,10 @@ class SiteApi:
         except TimeoutError:
             LOG.info("site %s: session without a first frame, ended", name)
         except VersionRefused as error:
-            session.end(goodbye("version", error))
+            session.end(sessions.goodbye("version", error))
         except PeerRefused as error:
             LOG.warning("site %s: %s", name, error)
-            session.end(goodbye("malformed", error))
+            session.end(sessions.goodbye("malformed", error))
         except Exception:
             LOG.exception("site %s: session ended by an internal error", name)
         finally:

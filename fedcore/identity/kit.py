@@ -10,6 +10,7 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
 from fedcore.identity.peer import Peer, peer_of, read_certificate
+from fedcore.identity.verify import check_certificate
 from fedcore.secagg.crypto.secret import SecretBytes
 
 AUTHORITY_FILE = "authority.pem"
@@ -67,6 +69,13 @@ class Kit:
             )
         key_pem = SecretBytes(read_limited(key))
         return cls(peer, authority_pem, certificate_pem, key_pem, certificate, key)
+
+    def check(self, role: str, now: datetime) -> None:
+        """Every check of the party's own certificate, for this role. Raises CertificateRefused."""
+        authority, federation = self.authority_pem, self.peer.federation
+        check_certificate(
+            self.certificate_pem, authority, federation=federation, role=role, now=now
+        )
 
 
 def read_key(path: Path) -> PrivateKeyTypes:

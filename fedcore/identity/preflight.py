@@ -11,7 +11,6 @@ import socket
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,28 +25,17 @@ TIMEOUT = 5.0
 """Seconds for each step of `preflight`."""
 
 
-@dataclass(frozen=True)
-class Handshake:
-    """The result of `preflight`: the coordinator, the TLS version and the cipher."""
-
-    coordinator: Peer
-    version: str
-    cipher: str
-
-
 def preflight(
     kit: Kit, host: str, port: int, *, now: datetime, proxy: str = "", timeout: float = TIMEOUT
-) -> Handshake:
-    """One handshake with the coordinator, checked on both sides. Blocking: run it in a thread.
+) -> tuple[Peer, str, str]:
+    """One handshake with the coordinator, checked on both sides: who it is, the TLS version, the cipher. Blocking.
 
     Raises BadInput if no connection is made (name, address, port, proxy), and CertificateRefused with
     `check` if a certificate does not pass; this side's own is checked first.
     """
     ours = kit.peer
     require_role(ours, CLIENT_ROLES)
-    check_certificate(
-        kit.certificate_pem, kit.authority_pem, federation=ours.federation, role=ours.role, now=now
-    )
+    kit.check(ours.role, now)
     where = authority_of(host, port)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the chain and the name
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -89,7 +77,7 @@ def preflight(
             remedy="it trusts another authority or its clock differs: compare the clocks, and "
             f"authority.pem there with the one here (SHA-256 {fingerprint(kit.authority_pem)[:16]}...)",
         )
-    return Handshake(_coordinator(theirs, kit, host, now), version, cipher)
+    return _coordinator(theirs, kit, host, now), version, cipher
 
 
 def channel_target(
