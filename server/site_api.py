@@ -158,7 +158,7 @@ class SiteApi:
     ) -> None:
         try:
             async for data in sessions.with_timeouts(
-                requests, lambda: None if session.begun else FIRST_FRAME_SECONDS
+                requests, lambda: None if session.begun else sessions.FIRST_FRAME_SECONDS
             ):
                 if session.over:
                     return
