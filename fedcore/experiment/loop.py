@@ -17,7 +17,6 @@ from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
-from fedcore.experiment.tensorboard import Events
 from fedcore.files import (
     RESULT_FILE,
     ROUNDS_FILE,
@@ -89,11 +88,6 @@ class Experiment:
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
 
-    def absences(self) -> int:
-        """How often a site left a round before its end, the metrics-only round included."""
-        rounds = [*range(1, self.round + 1), self.prepared.plan.rounds + 1]
-        return sum(len(self.federation.absent(round_)) for round_ in rounds)
-
     def require_a_release(self) -> None:
         """Raise Abandoned for a run of which no round was released: its model never learnt anything."""
         plan, abandoned = self.prepared.plan, self.federated.abandoned
@@ -149,6 +143,46 @@ class Experiment:
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
 
 
+class Events:
+    """TensorBoard events of a run: each numeric column of a row as a scalar, in one folder per arm so that the
+    arms lie over each other. Nothing happens where tensorboard cannot be imported: rounds.jsonl has the same."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writers: dict[str, Any] | None
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except Exception:  # noqa: BLE001 - absent, or broken: a protobuf that does not fit raises TypeError
+            self._writers = None
+            return
+        self._event, self._summary, self._writer = Event, Summary, EventFileWriter
+        self._writers = {}
+
+    def row(self, row: RoundRow) -> None:
+        if self._writers is None:
+            return
+        arm = row.arm
+        if arm not in self._writers:
+            self._writers[arm] = self._writer(str(self._directory / "tensorboard" / arm))
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if isinstance(value, int | float) and name != "round"
+        ]
+        event = self._event(
+            wall_time=time.time(), step=row.round, summary=self._summary(value=values)
+        )
+        self._writers[arm].add_event(event)
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        for writer in (self._writers or {}).values():
+            writer.close()
+        self._writers = None
+
+
 class RunWriter:
     """Writes a run's files as it goes: rows as they come, a checkpoint after each round."""
 
@@ -164,12 +198,10 @@ class RunWriter:
         (self.directory / ROUNDS_FILE).touch()
 
     def row(self, row: RoundRow) -> None:
-        """Append one line to rounds.jsonl."""
         append_row(self.directory, row)
         self._events.row(row)
 
     def close(self) -> None:
-        """Flush what is buffered."""
         self._events.close()
 
     def checkpoint(self, experiment: Experiment) -> None:

@@ -68,6 +68,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         protected = _protected_metrics(experiment)
     layout = VectorLayout(plan.update_vector, plan.packing, len(plan.sites))
     per_site = _per_site(experiment, scorings)
+    rounds = [*range(1, experiment.round + 1), plan.rounds + 1]  # the metrics-only round included
     result = RunResult(
         task=prepared.task.name,
         protection=plan.protection,
@@ -112,7 +113,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         absences=Absences(
             tuple(job.round.drop),
             job.round.dropout,
-            experiment.absences(),
+            sum(len(prepared.federation.absent(round_)) for round_ in rounds),
             tuple(federated.abandoned),
         ),
         seen=federated.seen,

@@ -82,7 +82,7 @@ class Prepared:
     def label(self) -> str:
         """The run's label, computed from the plan."""
         few: list[str] = []
-        if self.statistics is not None and not self.statistics.public:
+        if self.statistics is not None and any(self.statistics.sites):  # not of public ranges
             counts = zip(self.statistics.names, self.statistics.sites, strict=True)
             few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
         return label_of(Terms.of_plan(self.plan), few)

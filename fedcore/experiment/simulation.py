@@ -94,7 +94,6 @@ class Federation:
 
     @property
     def purpose(self) -> Purpose | None:
-        """Of the round that comes next."""
         return None if self.step is None else purpose_of(self.step.purpose)
 
     def absent(self, training_round: int) -> Absences:

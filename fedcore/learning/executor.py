@@ -26,6 +26,5 @@ class Sequential:
     def run(
         self, sites: Sequence[SiteTrainer], plan: RoundPlan, step: PlannedRound, state: JobState
     ) -> Iterator[tuple[int, Contribution]]:
-        """`Executor.run`."""
         for site in sites:
             yield site.site.index, site.contribute(plan, step, state)

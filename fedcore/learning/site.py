@@ -248,7 +248,6 @@ class SiteTrainer:
         return found
 
     def guard(self, plan: RoundPlan, state: JobState) -> Guard:
-        """This site's guard, on its rows as inputs."""
         rows = self.standard_rows(state).train
         if self._guard is None:
             self._guard = Guard(
@@ -290,7 +289,6 @@ class SiteTrainer:
         return purpose.contribute(self, plan, step, state)
 
     def statistics(self) -> Contribution:
-        """The sums of each column."""
         with self.watch("encode"):
             return NO_COORDINATES, self._sums()
 

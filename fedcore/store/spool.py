@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 from urllib.parse import unquote
 
 from fedcore.errors import BadInput, OffsetRefused, StoreFull, VectorRefused
@@ -274,11 +273,16 @@ class Spool:
         """
         path = self._named(job, name, header)
         beside = path.with_name(f".{path.name}.{threading.get_ident()}.{time.monotonic_ns()}")
+
+        def reserve(more: int) -> None:
+            self._reserve(beside, self._room.get(beside, 0) + more)
+
         try:
             with refusals("spool", path):
                 self._enter(path.parent)
-                with _create(beside) as file:
-                    found = container.write(file, chunks, lambda more: self._grow(beside, more))
+                handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    found = container.write(file, chunks, reserve)
                     file.flush()
                     small = found.size + container.overhead(found.chunks) <= unsynced
                     if not small:
@@ -395,10 +399,6 @@ class Spool:
                 )
             self._room[path] = size
 
-    def _grow(self, path: Path, more: int) -> None:
-        with self._busy:
-            self._reserve(path, self._room.get(path, 0) + more)
-
     def _moved(self, old: Path, new: Path, size: int) -> None:
         with self._busy:
             self._room.pop(old, None)
@@ -449,8 +449,3 @@ def _append(path: Path, offset: int, data: bytes) -> None:
         raise
     finally:
         os.close(handle)
-
-
-def _create(path: Path) -> IO[bytes]:
-    """A new file, for this user only."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb")

@@ -20,7 +20,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fedcore.learning.data.rows import ArrayRows, split_rows
+from fedcore.learning.data.rows import ArrayRows
+from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import Task
 from fedcore.learning.training import local_train
 from fedcore.secagg.encode.pack import Layout
@@ -332,8 +333,8 @@ def federation(
     for site in sites:
         x, y = task.data(site)
         raw[site] = ArrayRows(torch.from_numpy(x), torch.from_numpy(y))
-        where = {"seed": seed, "fold": settings.fold, "folds": settings.folds, "site": site}
-        splits[site] = split_rows(raw[site], **where)
+        split = FoldSplit(seed, settings.fold, settings.folds)
+        splits[site] = split.divide(raw[site], site)
     cap = 16
     while cap < max(map(len, raw.values())):
         cap *= 2

@@ -14,7 +14,7 @@ import torch
 from fedcore.errors import BadInput
 from fedcore.learning.data.kinds import kind_of
 
-_REMEDY = (
+REMEDY = (
     'return a (train, test) pair from task.data, or `method = "folds"` in [split] of site.toml for a '
     "rehearsal"
 )
@@ -37,7 +37,7 @@ def _numbers(values: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
     if array.dtype.kind not in "fiubSU":
         raise BadInput(
-            f"rows: found values of dtype {array.dtype}, expected numbers", remedy=_REMEDY
+            f"rows: found values of dtype {array.dtype}, expected numbers", remedy=REMEDY
         )
     found = np.ascontiguousarray(array).reshape(array.shape)
     if found.dtype.kind == "f":
@@ -87,13 +87,5 @@ def _framed(kind: bytes, data: bytes) -> bytes:
 def _unhashable(item: Any) -> BadInput:
     return BadInput(
         f"rows: found {kind_of(item)} in an item of the dataset, expected tensors, arrays, numbers or text",
-        remedy=_REMEDY,
-    )
-
-
-def unstable_items(kind: str) -> BadInput:
-    """For a dataset with random items: its rows have no content to split by."""
-    return BadInput(
-        f"rows: found another item of {kind} when it was read again, expected the same one",
-        remedy=f"draw augmentations in task.train instead; or {_REMEDY}",
+        remedy=REMEDY,
     )

@@ -4,8 +4,6 @@ Whatever `task.data` returns becomes one of three kinds here: `ArrayRows` (tenso
 `TableRows` (raw features that still need federated statistics) and `DatasetRows` (a map-style
 dataset read item by item). All other code uses only what the three have in common.
 
-Invariant: which row is in which fold depends on (seed, site, the labels) alone, so every arm of a
-comparison trains on the same rows and is tested on the same others.
 Left to others: the federated statistics (data/statistics.py), reading tables (data/tabular.py).
 """
 
@@ -34,7 +32,7 @@ from torch.utils.data import (
 )
 
 from fedcore.errors import BadInput, FedcoreError
-from fedcore.learning.data.canonical import digests_of, item_digest, unstable_items
+from fedcore.learning.data.canonical import REMEDY, digests_of, item_digest
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
@@ -47,7 +45,6 @@ from fedcore.learning.data.kinds import (
 )
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.task import Task, user_code
-from fedcore.seeds import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +205,6 @@ class DatasetRows:
         return len(self.indices)
 
     def take(self, indices: Indices) -> DatasetRows:
-        """These rows, in this order; the dataset itself is shared."""
         taken = copy(self)
         taken.indices = self.indices[np.asarray(indices, dtype=np.int64)]
         return taken
@@ -232,7 +228,11 @@ class DatasetRows:
                 found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
                 again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
             if again != found[: len(again)]:
-                raise unstable_items(type(self.dataset).__name__)
+                kind = type(self.dataset).__name__
+                raise BadInput(
+                    f"rows: found another item of {kind} when it was read again, expected the same one",
+                    remedy=f"draw augmentations in task.train instead; or {REMEDY}",
+                )
             self._hashed.append(found)
         return [self._hashed[0][int(index)] for index in self.indices]
 
@@ -273,33 +273,6 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
         train = _recognise(found[0], task, f"{where} (train part)")
         return train, _recognise(found[1], task, f"{where} (test part)")
     return _recognise(found, task, where), None
-
-
-def split_rows(rows: Rows, *, seed: int, fold: int, folds: int, site: str) -> tuple[Rows, Rows]:
-    """Deal the rows to `folds` folds, class by class: `(train, test)`, `test` being fold `fold`.
-
-    Folds are disjoint, cover the rows, and differ by at most one row in size and per class. With
-    fewer rows than folds some test parts are empty; a single row is always a training row.
-    Raises BadInput for `fold` outside 0..folds-1.
-    """
-    if folds < 2 or not 0 <= fold < folds:
-        raise BadInput(
-            f"fold: found {fold} of {folds}, expected 0 <= fold < folds and folds >= 2",
-            remedy="fold 0 of 5 is the default; a (train, test) pair from task.data needs no folds",
-        )
-    n = len(rows)
-    labels = rows.labels()
-    deal = generator(seed, 0, site, "split")
-    of_row = np.empty(n, dtype=np.int64)
-    dealt = 0
-    for label in [None] if labels is None else np.unique(labels).tolist():
-        members = np.arange(n) if labels is None else np.flatnonzero(labels == label)
-        # Continue where the last class stopped; else every remainder would be in fold 0.
-        of_row[deal.permutation(members)] = (np.arange(len(members)) + dealt) % folds
-        dealt += len(members)
-    test = np.flatnonzero(of_row == fold) if n > 1 else np.empty(0, dtype=np.int64)
-    train = np.setdiff1d(np.arange(n), test)
-    return rows.take(train.astype(np.int64)), rows.take(test.astype(np.int64))
 
 
 def pool(parts: Sequence[Rows]) -> Rows:

@@ -17,9 +17,11 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.rows import Rows, split_rows
+from fedcore.learning.data.rows import Rows
+from fedcore.seeds import generator
 from fedcore.types import Json
 
 KEY_BYTES = 32
@@ -29,16 +31,36 @@ _SIDE, _PICK = b"fedcore split\x00", b"fedcore subsample\x00"
 
 @dataclass(frozen=True)
 class FoldSplit:
-    """The deal of `simulate`: `folds` stratified folds, of which one is tested on. It follows from a seed
-    that is public, so it hides nothing: for trial deployments."""
+    """The deal of `simulate`: `folds` stratified folds, of which `fold` is tested on. It follows from a seed
+    that is public, so it hides nothing: for trial deployments.
+
+    It depends on the seed, the site and the labels alone, so every arm of a comparison trains on the same rows
+    and is tested on the same others.
+    """
 
     seed: int = 0
     fold: int = 0
     folds: int = 5
 
     def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
-        """Raises BadInput for `fold` outside 0..folds-1."""
-        return split_rows(rows, seed=self.seed, fold=self.fold, folds=self.folds, site=site)
+        """Deal the rows class by class. Folds are disjoint, cover the rows, and differ by at most one row in size
+        and per class. With fewer rows than folds some test parts are empty; a single row is always a training
+        row. Raises BadInput for `fold` outside 0..folds-1."""
+        if self.folds < 2 or not 0 <= self.fold < self.folds:
+            raise BadInput(
+                f"fold: found {self.fold} of {self.folds}, expected 0 <= fold < folds and folds >= 2",
+                remedy="fold 0 of 5 is the default; a (train, test) pair from task.data needs no folds",
+            )
+        n, labels = len(rows), rows.labels()
+        deal = generator(self.seed, 0, site, "split")
+        of_row = np.empty(n, dtype=np.int64)
+        dealt = 0
+        for label in [None] if labels is None else np.unique(labels).tolist():
+            members = np.arange(n) if labels is None else np.flatnonzero(labels == label)
+            # Continue where the last class stopped; else every remainder would be in fold 0.
+            of_row[deal.permutation(members)] = (np.arange(len(members)) + dealt) % self.folds
+            dealt += len(members)
+        return _parted(rows, (of_row == self.fold) & (n > 1))
 
     def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
         """By position: the rows of a rehearsal are files that do not grow."""
@@ -72,10 +94,7 @@ class HashSplit:
         if tested.all():
             least = min(sides)
             tested = np.array([side != least for side in sides], dtype=bool)
-        return (
-            rows.take(np.flatnonzero(~tested).astype(np.int64)),
-            rows.take(np.flatnonzero(tested).astype(np.int64)),
-        )
+        return _parted(rows, tested)
 
     def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
         """By content, and for identical rows by how many came before."""
@@ -105,6 +124,12 @@ def split_from_json(value: Json) -> Split:
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"split: found {type(error).__name__} in its description") from error
     raise BadInput(f"split: found method {value['method']!r}, expected 'hash' or 'folds'")
+
+
+def _parted(rows: Rows, tested: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """(train, test)."""
+    train, test = (np.flatnonzero(chosen).astype(np.int64) for chosen in (~tested, tested))
+    return rows.take(train), rows.take(test)
 
 
 def _digests(rows: Rows, site: str) -> list[bytes]:

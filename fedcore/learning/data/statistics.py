@@ -59,11 +59,6 @@ class Statistics:
         none = (0,) * len(names)
         return cls(tuple(names), (low + high) / 2, (high - low) / 2 * SPREAD, none, none, none)
 
-    @property
-    def public(self) -> bool:
-        """Whether they are of the ranges alone."""
-        return not any(self.sites)
-
     @classmethod
     def from_json(cls, value: Json) -> Statistics:
         """The inverse of `to_json`."""

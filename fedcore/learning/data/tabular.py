@@ -133,7 +133,6 @@ class Table:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the model's inputs, in their order."""
         return self.layout.columns
 
     def __call__(self, source: Any) -> TableRows:

@@ -18,7 +18,8 @@ from torch import nn
 import fedcore
 from fedcore import api
 from fedcore.experiment import simulation
-from fedcore.learning.data.rows import ArrayRows, split_rows
+from fedcore.learning.data.rows import ArrayRows
+from fedcore.learning.data.split import FoldSplit
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.plan import TrainPlan, field_width
 from fedcore.secagg.protections import PROTECTIONS
@@ -43,7 +44,7 @@ def data(site):
     x = rng.normal(size=(rows, 4)) * [1.0, 1.0, 2.0, 0.5] + rng.normal(size=4)
     y = (x @ [1.0, -0.5, 0.4, 0.3] + rng.normal(scale=0.5, size=rows) > 0.2).astype(np.int64)
     numbered = ArrayRows(torch.arange(rows), torch.from_numpy(y))
-    train, test = split_rows(numbered, seed=SEED, fold=FOLD, folds=FOLDS, site=site)
+    train, test = FoldSplit(SEED, FOLD, FOLDS).divide(numbered, site)
     x[test.x] *= 15
     x[rng.random(rows) < 0.2, 2] = np.nan
     if site == "a":

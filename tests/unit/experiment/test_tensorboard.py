@@ -6,7 +6,7 @@ import builtins
 
 import pytest
 
-from fedcore.experiment.tensorboard import Events
+from fedcore.experiment.loop import Events
 from fedcore.results import RoundRow
 
 ROW = RoundRow({"arm": "federated", "round": 1, "accuracy": 0.5, "loss": None})

@@ -16,8 +16,8 @@ from fedcore.learning.data.rows import (
     TableRows,
     load_rows,
     pool,
-    split_rows,
 )
+from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.tabular import number
 from fedcore.learning.task import Task
 
@@ -393,7 +393,7 @@ def ids(rows):
 )
 def test_folds_are_disjoint_cover_and_are_stratified(labels, folds, seed):
     rows = rows_of(labels)
-    parts = [split_rows(rows, seed=seed, fold=f, folds=folds, site="va") for f in range(folds)]
+    parts = [FoldSplit(seed, f, folds).divide(rows, "va") for f in range(folds)]
     tests = [ids(test) for _, test in parts]
     assert sorted(i for test in tests for i in test) == list(range(len(labels)))
     sizes = [len(test) for test in tests]
@@ -408,16 +408,15 @@ def test_folds_are_disjoint_cover_and_are_stratified(labels, folds, seed):
 
 def test_one_row_is_for_training():
     for fold in range(3):
-        train, test = split_rows(rows_of([1]), seed=0, fold=fold, folds=3, site="va")
+        train, test = FoldSplit(0, fold, 3).divide(rows_of([1]), "va")
         assert (len(train), len(test)) == (1, 0)
 
 
 def test_folds_depend_on_seed_and_site_only():
     rows = rows_of([0, 1] * 20)
 
-    def fold(**changed):
-        words = {"seed": 0, "fold": 0, "folds": 5, "site": "va"} | changed
-        return ids(split_rows(rows, **words)[1])
+    def fold(seed=0, site="va"):
+        return ids(FoldSplit(seed).divide(rows, site)[1])
 
     assert fold() == fold()
     assert fold() != fold(seed=1)
@@ -426,14 +425,14 @@ def test_folds_depend_on_seed_and_site_only():
 
 def test_regression_rows_are_dealt_too():
     rows = ArrayRows(torch.zeros(10, 1), torch.linspace(0, 1, 10))
-    train, test = split_rows(rows, seed=0, fold=4, folds=5, site="va")
+    train, test = FoldSplit(fold=4).divide(rows, "va")
     assert (len(train), len(test)) == (8, 2)
 
 
 @pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 1)])
 def test_bad_folds(fold, folds):
     with pytest.raises(BadInput, match="fold"):
-        split_rows(rows_of([0, 1]), seed=0, fold=fold, folds=folds, site="va")
+        FoldSplit(0, fold, folds).divide(rows_of([0, 1]), "va")
 
 
 # -------------------------------------------------------------------------------------- pool
