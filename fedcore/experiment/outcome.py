@@ -42,7 +42,6 @@ from fedcore.results import (
     SplitResult,
     SumFacts,
 )
-from fedcore.secagg.encode.pack import Layout as VectorLayout
 from fedcore.secagg.label import Terms, label_warnings
 from fedcore.secagg.summing import sites_of
 
@@ -66,7 +65,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         scorings = {name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()}
         twin = federated.evaluate_twin(experiment.round)
         protected = _protected_metrics(experiment)
-    layout = VectorLayout(plan.update_vector, plan.packing, len(plan.sites))
+    about = prepared.plan_json()
     per_site = _per_site(experiment, scorings)
     rounds = [*range(1, experiment.round + 1), plan.rounds + 1]  # the metrics-only round included
     result = RunResult(
@@ -103,8 +102,8 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
             bytes_up=federated.bytes_up,
             bytes_down=federated.bytes_down,
             bytes_per_parameter=federated.bytes_up / plan.coordinates,
-            ciphertexts=layout.blocks if plan.packing.ring else 0,
-            ciphertext_used=layout.used_fraction if plan.packing.ring else None,
+            ciphertexts=about["ciphertexts"],
+            ciphertext_used=about["used_fraction"] if plan.packing.ring else None,
             seconds=prepared.federation.watch.seconds,
             seconds_total=seconds,
             peak_memory_mb=peak_memory_mb(),
@@ -118,7 +117,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         ),
         seen=federated.seen,
         label=prepared.label,
-        plan=prepared.plan_json(),
+        plan=about,
         train=asdict(plan.train),
         statistics=prepared.statistics.to_json() if prepared.statistics else None,
         origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),

@@ -149,32 +149,17 @@ def list_runs(root: Path = RUNS) -> list[ListedRun]:
 
 @dataclass(frozen=True)
 class Gap:
-    """The gap of one metric: `mean`, `low`, `high` are those of the total; `parts` has every part.
+    """The gap of one metric: centralised minus federated on all test rows, with its parts.
 
-    Fractions; positive means lost against centralised.
+    Fractions; positive means lost against centralised. mean: of the total; low, high: ends of its 95 % interval,
+    None where there is none. parts: {part: its estimate and interval}, the total among them.
     """
 
     metric: str
     parts: Mapping[str, Interval]
-
-    @property
-    def mean(self) -> float | None:
-        """Centralised minus federated on all test rows."""
-        return self._total.mean
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95 % interval, None where there is none."""
-        return self._total.low
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95 % interval, None where there is none."""
-        return self._total.high
-
-    @property
-    def _total(self) -> Interval:
-        return self.parts.get("total", Interval(None))
+    mean: float | None
+    low: float | None
+    high: float | None
 
     @overload
     def __getitem__(self, key: Literal["mean", "low", "high"]) -> float | None: ...
@@ -209,11 +194,13 @@ class _Finished(Generic[R]):
     @property
     def gap(self) -> dict[str, Gap]:
         """{metric: Gap}."""
-        gaps = self.result.gap.items()
-        return {
-            metric: Gap(metric, {part: by[metric] for part, by in gaps if metric in by})
-            for metric in self.result.metrics
-        }
+        found = {}
+        for metric in self.result.metrics:
+            gaps = self.result.gap.items()
+            parts = {part: by[metric] for part, by in gaps if metric in by}
+            total = parts.get("total", Interval(None))
+            found[metric] = Gap(metric, parts, total.mean, total.low, total.high)
+        return found
 
     @property
     def rounds(self) -> list[RoundRow]:

@@ -75,11 +75,8 @@ class GuardMemory(JsonRecord):
         above_best = self.best + (rules.loss_factor - 1.0) * abs(self.best)
         if self.best == 0.0 >= self.first:
             return math.inf  # nothing to measure a rise by
-        return (
-            max(above_best, rules.loss_factor * FLOOR * self.first)
-            if self.first > 0
-            else above_best
-        )
+        floor = rules.loss_factor * FLOOR * self.first if self.first > 0 else -math.inf
+        return max(above_best, floor)
 
 
 @dataclass

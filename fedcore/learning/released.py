@@ -74,15 +74,11 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
     moved = apply_update(server, mean, plan.parameters, plan.server)
+    over, over_half = opened.wides["over_range"][0], opened.wides["over_half_range"][0]
     bound = next_bound(
-        server.bound,
-        opened.wides["over_range"][0],
-        opened.wides["over_half_range"][0],
-        contributors * plan.coordinates,
-        plan.range,
-        first=server.first_bound,
-        sites=sum(opened.wides[EXCEEDS]),
-    )
+        server.bound, over, over_half, contributors * plan.coordinates, plan.range,
+        first=server.first_bound, sites=sum(opened.wides[EXCEEDS]),
+    )  # fmt: skip
     with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
         check_finite([moved.model, *moved.moments.values()])
     return replace(state, server=replace(moved, bound=bound))
