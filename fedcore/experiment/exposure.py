@@ -65,9 +65,7 @@ def observe(
     others, whole = (sums - own_fields) / (sites - 1), sums / sites
     under_plain = PlainSealer(plan.packing)
     unprotected = under_plain.open(under_plain.protect(slots), layout.slots)
-    rebuilt = trace.masks_among(trace.rebuilt_masks)
-    either = trace.masks_among(trace.rebuilt_masks, trace.other_masks)
-    here = _uploads(trace.upload, rebuilt, (*either, *trace.stream), plan, sealer, layout)
+    here = _uploads(trace, plan.packing, sealer, layout)
 
     def parties(coordinator: Slots, both: Slots, has_sum: bool) -> dict[str, PartyView]:
         return {
@@ -92,19 +90,12 @@ def observe(
 
 
 def _uploads(
-    upload: Sequence[bytes],
-    rebuilt: Masks,
-    either: Masks,
-    plan: RoundPlan,
-    sealer: Sealer,
-    layout: Layout,
+    trace: RoundTrace, packing: Packing, sealer: Sealer, layout: Layout
 ) -> tuple[Slots, Slots]:
-    """The target's upload as slots, as the coordinator reads it, and as it does with the other site.
-
-    rebuilt, either: the masks of the upload that the coordinator has, and those that it or the other site
-    has, the keystream among them.
-    """
-    packing = plan.packing
+    """The target's upload as slots, as the coordinator reads it with the masks it has rebuilt, and as it does with
+    the other site, whose masks and keystream it then has too."""
+    upload, rebuilt = trace.upload, trace.masks_among(trace.rebuilt_masks)
+    either = (*trace.masks_among(trace.rebuilt_masks, trace.other_masks), *trace.stream)
     if packing.ring is not None:
         coordinator = ciphertext_as_slots(packing, upload, layout.blocks)
         together = _decrypt(packing, sealer, upload, layout)

@@ -134,8 +134,7 @@ class JobState:
                 tensors["parameters"].astype(np.float64), moments, scalars,
                 float(about["bound"]), float(about["first_bound"]),
             )  # fmt: skip
-            statistics = about["statistics"]
-            done = about["done"]
+            statistics, done = about["statistics"], about["done"]
             return cls(
                 server,
                 Statistics.from_json(statistics) if statistics else None,

@@ -51,8 +51,7 @@ class Tracker:
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
             "alone": alone, "gained": gained, "everywhere_before": everywhere,
         }  # fmt: skip
-        reference = local.job.track.reference
-        if reference is not None:
+        if (reference := local.job.track.reference) is not None:
             row["reference"] = reference.against(everywhere)
         return row
 
