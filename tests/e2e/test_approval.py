@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 
 from deployment import PATIENCE, deployment, small_task
+from support.preloaded import preloaded
 
 
 def fed_site(fed, name, *words):
     """(exit status, stdout, stderr) of a command at a site."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "fedcore_clients.cli", *words, "--config", fed.config(name)],
+        [preloaded().python, "-P", "-m", "fedcore_clients.cli", *words, "--config", fed.config(name)],
         capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

@@ -28,6 +28,7 @@ from fedcore_clients import cli as site_cli
 from fedcore_server import cli as hub_cli
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from support.preloaded import preloaded
 
 from fedcore import simulate
 from fedcore.identity.authority import LOOPBACK, Authority
@@ -40,7 +41,9 @@ ROUNDS = 3
 
 def run(shell, *words, seconds=PATIENCE, folder=None, **how):
     """A command as a process: (exit code, stdout, stderr)."""
-    line = [sys.executable, "-P", "-m", f"fedcore_{shell}.cli", *map(str, words)]
+    limited = "preexec_fn" in how  # of a forked process its parent's limits hold
+    python = sys.executable if limited else preloaded().python
+    line = [python, "-P", "-m", f"fedcore_{shell}.cli", *map(str, words)]
     found = subprocess.run(line, capture_output=True, text=True, timeout=seconds, cwd=folder, **how)
     assert "Traceback" not in found.stderr, found.stderr
     return found.returncode, found.stdout, found.stderr
@@ -113,7 +116,7 @@ def ran(fed):
     assert code == 0, err
     job = out.strip()
     assert err.splitlines() == [f"watch it: fed-coordinator watch {job}"]
-    line = [sys.executable, "-P", "-m", "fedcore_server.cli", "watch", job]
+    line = [preloaded().python, "-P", "-m", "fedcore_server.cli", "watch", job]
     watch = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
     bound = threading.Timer(2 * PATIENCE, watch.kill)
     bound.start()
@@ -640,7 +643,7 @@ def test_two_processes_for_one_site(fed, ran, tmp_path):
     other = fed.config("b").with_name("second.toml")
     other.write_text(fed.config("b").read_text().replace('"state"', f'"{tmp_path}/state"'))
     second = subprocess.Popen(
-        [sys.executable, "-P", "-m", "fedcore_clients.cli", "run", "--config", str(other)],
+        [preloaded().python, "-P", "-m", "fedcore_clients.cli", "run", "--config", str(other)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.preloaded import preloaded
 
 from fedcore import simulate
 
@@ -23,7 +24,7 @@ COMPARE = "fedcore compare --task heart --seeds 5 --folds 5"
 
 def fedcore(*arguments, cwd, timeout=300, env=None):
     return subprocess.run(
-        [sys.executable, "-m", "fedcore.cli.main", *map(str, arguments)],
+        [preloaded().python, "-m", "fedcore.cli.main", *map(str, arguments)],
         cwd=cwd, env=env or ENVIRONMENT, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 from deployment import PATIENCE
 from fedcore_clients import trainer as module
 from fedcore_clients.trainer import Training, TrainingFailed
+from support.preloaded import preloaded
 
 from fedcore.config import build_job, plan_of
 from fedcore.learning.data.split import FoldSplit
@@ -39,9 +40,14 @@ SOURCE = dict(TASK.sites)["va"]
 STATISTICS, LAST = PlannedRound("statistics", 0), PlannedRound("metrics", 3)
 
 
-async def asked(**changes):
+def quick():
+    """A training process that starts at once."""
+    return Training([preloaded().python, "-P", "-m", "fedcore_clients.worker"])
+
+
+async def asked(begin=quick, **changes):
     """Load, contribute twice with a kill between, track; then a job it does not know."""
-    training = Training()
+    training = begin()
     try:
         about = {
             "task": "heart", "base": "/", "digest": TASK.digest(), "settings": COMPLETE, "split": SPLIT,
@@ -67,7 +73,7 @@ async def asked(**changes):
 
 
 def test_it_computes_what_the_library_computes_and_survives_its_own_death():
-    plan, state, one, two, row = asyncio.run(asked())
+    plan, state, one, two, row = asyncio.run(asked(Training))
     with single_thread():
         here = SiteTrainer.load(TASK, build_job(COMPLETE), "va", SOURCE, 512, FoldSplit())
         fields, wides = here.contribute(plan, STATISTICS, state)
@@ -117,7 +123,7 @@ class Slow:
     def __init__(self, folder, seconds):
         self.file, self.asked = folder / "slow.py", folder / "asked"
         self.file.write_text(textwrap.dedent(SLOW.format(seconds=seconds)))
-        self.training, self.loads = Training(), []
+        self.training, self.loads = quick(), []
 
     async def begin(self):
         """Start the process and learn the task's digest."""
