@@ -26,8 +26,8 @@ from fedcore.types import Contribution, Json, SiteId
 @dataclass(frozen=True)
 class SiteContext:
     """This site, for every job. stage_seconds: timeout of a stage of a round. keep_keys: seconds for which the
-    secrets of a job's key epochs outlive the job. now: seconds since 1970. clock: monotonic seconds; pause: sleeps
-    for some."""
+    secrets of a job's key epochs outlive the job. retry_seconds: before a retry of what found no session, or no room
+    on the disk. now: seconds since 1970. clock: monotonic seconds; pause: sleeps for some."""
 
     federation: str
     id: SiteId
@@ -40,6 +40,7 @@ class SiteContext:
     ledger: Ledger
     stage_seconds: float = 1800.0
     keep_keys: float = 7 * 86_400.0
+    retry_seconds: float = 2.0
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep

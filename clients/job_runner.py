@@ -17,7 +17,6 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from fedcore_clients import job_work
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.ledger import Exposure
@@ -178,7 +177,7 @@ class JobRunner:
         """
         fault = await keep_serving(
             self._serve, tolerates=self._tolerates, restore=self._reload_from_disk,
-            retry_seconds=job_work.RETRY_SECONDS,
+            retry_seconds=self.context.retry_seconds,
         )  # fmt: skip
         LOG.error("job %s: stopped here by a fault of this side", self.id, exc_info=fault)
         if fault is not None:  # so that the other sites do not wait for this one

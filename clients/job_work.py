@@ -43,9 +43,6 @@ from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
 
-RETRY_SECONDS = 2.0
-"""Seconds before the retry of what found no session, or no room on the disk."""
-
 APPROVAL_SECONDS = 1.0
 """How often the file of an approval is polled."""
 
@@ -99,7 +96,7 @@ class JobWork:
             while not is_approved(folder, self.offer):
                 if self.job.ended is not None:
                     return None
-                await asyncio.sleep(APPROVAL_SECONDS)
+                await self.context.pause(APPROVAL_SECONDS)
         except FedcoreError as error:
             return events.LoadFailed(error, job_messages.UNABLE)
         return events.Approved()
@@ -222,7 +219,7 @@ class JobWork:
     async def _session_or_pause(self) -> None:
         """Wait for a new session, or a little: the present one may work again."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RETRY_SECONDS):
+            async with asyncio.timeout(self.context.retry_seconds):
                 await self.online.wait()
         await asyncio.sleep(0.05)
 

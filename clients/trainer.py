@@ -57,11 +57,14 @@ class Loaded:
 class Training:
     """One training process, started with the first request."""
 
-    def __init__(self, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str] | None = None, overtaken_seconds: float = OVERTAKEN_SECONDS
+    ) -> None:
         command = command or python("fedcore_clients.worker")
         self.child = Child("the training process", command)
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
+        self._overtaken_seconds = overtaken_seconds
         self._overtaken: Future[Frame] | None = None
         """The last request that was cancelled while it ran."""
         self._closed = False
@@ -136,7 +139,7 @@ class Training:
         except asyncio.CancelledError:
             if not request.cancel():  # it is under way
                 self._overtaken = request
-                asyncio.get_running_loop().call_later(OVERTAKEN_SECONDS, self._end, request)
+                asyncio.get_running_loop().call_later(self._overtaken_seconds, self._end, request)
             raise
 
     def _end(self, request: Future[Frame]) -> None:

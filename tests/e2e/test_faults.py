@@ -11,7 +11,6 @@ import os
 import signal
 from dataclasses import replace
 
-import fedcore_clients.job_work
 import pytest
 from deployment import HUB as COORDINATOR
 from deployment import deployment, small_task
@@ -25,12 +24,6 @@ from town import PATIENT, SITES, UNHURRIED, scene
 from fedcore.runtime.mailbox import Mailbox
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.round import coordinator
-
-
-@pytest.fixture(autouse=True)
-def brief_pauses(monkeypatch):
-    """Retries follow each other quickly: no test waits for the pause between them."""
-    monkeypatch.setattr(fedcore_clients.job_work, "RETRY_SECONDS", 0.05)
 
 
 def begin(found):

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 from deployment import PATIENCE
-from fedcore_clients import trainer as module
 from fedcore_clients.trainer import Training, TrainingFailed
 from support.preloaded import preloaded
 
@@ -40,9 +39,9 @@ SOURCE = dict(TASK.sites)["va"]
 STATISTICS, LAST = PlannedRound("statistics", 0), PlannedRound("metrics", 3)
 
 
-def quick():
+def quick(**more):
     """A training process that starts at once."""
-    return Training([preloaded().python, "-P", "-m", "fedcore_clients.worker"])
+    return Training([preloaded().python, "-P", "-m", "fedcore_clients.worker"], **more)
 
 
 async def asked(begin=quick, **changes):
@@ -120,10 +119,10 @@ task = Task(name="slow", data=data, model=lambda: None, loss=lambda model, batch
 class Slow:
     """A training process, and a task whose rows take so long to read."""
 
-    def __init__(self, folder, seconds):
+    def __init__(self, folder, seconds, **more):
         self.file, self.asked = folder / "slow.py", folder / "asked"
         self.file.write_text(textwrap.dedent(SLOW.format(seconds=seconds)))
-        self.training, self.loads = quick(), []
+        self.training, self.loads = quick(**more), []
 
     async def begin(self):
         """Start the process and learn the task's digest."""
@@ -149,9 +148,9 @@ class Slow:
             await task
 
 
-def play(folder, seconds, scene):
+def play(folder, seconds, scene, **more):
     async def begin():
-        slow = Slow(folder, seconds)
+        slow = Slow(folder, seconds, **more)
         try:
             await slow.begin()
             async with asyncio.timeout(PATIENCE):
@@ -182,9 +181,7 @@ def test_an_overtaken_request_is_answered_to_its_end_and_the_next_gets_its_own_a
     play(tmp_path, 0.5, scene)
 
 
-def test_a_task_that_hangs_keeps_the_next_request_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 0.4)
-
+def test_a_task_that_hangs_keeps_the_next_request_only_so_long(tmp_path):
     async def scene(slow):
         hangs = slow.load("hangs")
         await slow.reads("hangs")
@@ -193,12 +190,10 @@ def test_a_task_that_hangs_keeps_the_next_request_only_so_long(tmp_path, monkeyp
         assert await slow.training.task_digest(str(slow.file), "/") == ("slow", slow.digest)
         assert time.monotonic() - begun >= 0.3 and slow.training.child.pid != slow.pid
 
-    play(tmp_path, 1000, scene)
+    play(tmp_path, 1000, scene, overtaken_seconds=0.4)
 
 
-def test_somebody_who_still_waits_is_not_hurried(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 0.1)
-
+def test_somebody_who_still_waits_is_not_hurried(tmp_path, caplog):
     async def scene(slow):
         first = slow.load("first")
         await slow.reads("first")
@@ -210,7 +205,7 @@ def test_somebody_who_still_waits_is_not_hurried(tmp_path, monkeypatch, caplog):
         # The first; the task raised after.
         assert caplog.text.count("found its end by signal 9, expected an answer; it was asked") == 1
 
-    play(tmp_path, 0.5, scene)
+    play(tmp_path, 0.5, scene, overtaken_seconds=0.1)
 
 
 def test_a_process_that_dies_at_the_end_of_a_job_is_no_fault(tmp_path):
@@ -223,9 +218,7 @@ def test_a_process_that_dies_at_the_end_of_a_job_is_no_fault(tmp_path):
     play(tmp_path, 0, scene)
 
 
-def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "OVERTAKEN_SECONDS", 1e6)
-
+def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path, caplog):
     async def scene(slow):
         slow.training._loads["j"] = {}
         hangs = slow.load("hangs")
@@ -238,6 +231,6 @@ def test_the_end_of_a_job_and_of_the_site_wait_for_nobody(tmp_path, monkeypatch,
         await asyncio.sleep(0.1)
 
     # `play` allows less than the task takes, and so does `close`, with a request under way.
-    play(tmp_path, 1000, scene)
+    play(tmp_path, 1000, scene, overtaken_seconds=1e6)
     gc.collect()  # asyncio tells of an end that nobody looked at when it is forgotten
     assert not [record for record in caplog.records if record.name == "asyncio"]

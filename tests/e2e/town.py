@@ -244,6 +244,7 @@ class Town:
             folder,
             policy_of(len(SITES), **self.rules),
             Ledger.open(folder, self.keys[name]),
+            retry_seconds=0.05,
         )
         self.births[name] = self.births.get(name, 0) + 1
         link = SiteLink(self, name, self.births[name])

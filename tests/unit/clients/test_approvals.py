@@ -28,12 +28,15 @@ async def until(condition):
             await asyncio.sleep(0.005)
 
 
-def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fedcore_clients.job_work.APPROVAL_SECONDS", 0.01)
+async def brief_pause(_):
+    await asyncio.sleep(0.01)
+
+
+def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, caplog):
     caplog.set_level(logging.INFO)
 
     async def play():
-        found = site_job(tmp_path, submitted(), jobs="ask")
+        found = site_job(tmp_path, submitted(), context={"pause": brief_pause}, jobs="ask")
         loading = asyncio.get_running_loop().create_task(begin(found))
         await until(lambda: "waits for approval: fed-site approve job" in caplog.text)
         await asyncio.sleep(0.05)
@@ -54,7 +57,7 @@ def test_a_job_waits_for_approval_and_goes_on_with_it(tmp_path, monkeypatch, cap
 
 
 def test_an_approval_holds_in_a_new_process(tmp_path):
-    found = site_job(tmp_path, submitted(), jobs="ask")
+    found = site_job(tmp_path, submitted(), context={"pause": brief_pause}, jobs="ask")
     approve_offer(tmp_path, "job", offer_digest(found.offer))
     asyncio.run(begin(found))
     assert found.contributor.loaded == 1
@@ -79,11 +82,9 @@ def test_its_file_is_for_this_user_only(tmp_path):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fedcore_clients.job_work.APPROVAL_SECONDS", 0.01)
-
+def test_a_job_that_ended_meanwhile_is_not_begun(tmp_path, caplog):
     async def play():
-        found = site_job(tmp_path, submitted(), jobs="ask")
+        found = site_job(tmp_path, submitted(), context={"pause": brief_pause}, jobs="ask")
         waiting = asyncio.get_running_loop().create_task(found.work.await_approval())
         await until(lambda: "waits for approval" in caplog.text)
         await found.handle(

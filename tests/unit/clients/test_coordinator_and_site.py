@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-from fedcore_clients import job_work
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig, SplitSection
 from fedcore_server import grpc_service, sessions, site_api
@@ -132,8 +131,7 @@ def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
     tmp_path, monkeypatch
 ):
     """As a new process would: the work may be lost, and nothing else would ask for it again."""
-    monkeypatch.setattr(job_work, "RETRY_SECONDS", 0.0)
-    found = site_job(tmp_path, submitted())
+    found = site_job(tmp_path, submitted(), context={"retry_seconds": 0.0})
 
     async def refused(*_):
         raise OSError(5, "Input/output error")
