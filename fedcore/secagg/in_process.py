@@ -251,7 +251,7 @@ class InProcessFederation(SumEngine):
 FEDERATION = "simulation"
 """The name in the headers of rounds that run in one process."""
 
-_ANSWERED_AT = {
+ANSWERED_AT = {
     messages.Announce: "keys",
     messages.KeyBundle: "shares",
     messages.Delivery: "submit",
@@ -339,7 +339,7 @@ class _Exchange:
         absent_from = self.current.absences.get(shell.member.id)
         if absent_from is None:
             return False
-        answer = _ANSWERED_AT[type(message)]
+        answer = ANSWERED_AT[type(message)]
         if isinstance(message, messages.Announce) and not message.header.layers.masks:
             answer = "submit"
         return gone(absent_from, answer)

@@ -7,23 +7,14 @@ import asyncio
 import pytest
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner
+from support.plans import round_plan
 from support.policies import begin, job_at_a_site, policy_of
 
 from fedcore.cli import main
 from fedcore.config import build_job, plan_of, wire_settings
 from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from fedcore.secagg.plan import (
-    METRIC,
-    RangePlan,
-    RoundHeader,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    Wide,
-    canonical,
-    solve_packing,
-)
+from fedcore.secagg.plan import METRIC, RoundHeader, Wide, canonical
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.secagg.protocol.job.effects import Track
@@ -41,13 +32,9 @@ OTHERS = {"auc": 0.99, "accuracy": 0.99}
 
 
 def plan_for(protection="layered", **changes):
-    values = {
-        "task": "t", "task_digest": "0" * 64, "sites": SITES, "protection": protection,
-        "packing": solve_packing(8, 4, protection), "parameters": 5, "buffer_coordinates": 0,
-        "max_examples": 64, "rounds": 3, "train": TrainPlan(), "server": ServerPlan(),
-        "range": RangePlan(), "metric_sums": tuple(Wide(METRIC + n, 2, 8) for n in VALUES),
-    }  # fmt: skip
-    return RoundPlan(**values | changes)
+    sums = tuple(Wide(METRIC + name, 2, 8) for name in VALUES)
+    small = {"bits": 8, "max_examples": 64, "rounds": 3, "metric_sums": sums}
+    return round_plan(SITES, protection, **small | changes)
 
 
 PUBLIC = plan_for(public_metrics=True)

@@ -18,9 +18,8 @@ from fedcore.errors import PeerRefused, TagRefused
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.plan import (
-    RoundHeader,
-)
+from fedcore.secagg.in_process import ANSWERED_AT
+from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import STAGES
@@ -31,18 +30,6 @@ from fedcore.secagg.protocol.wire_form import decode, encode
 HUB = messages.COORDINATOR
 FEDERATION, JOB, SIZE, KEY_ID = "trial", "job", 640, b"k" * 32
 STATE = hashlib.sha256(b"state").digest()
-
-ANSWERED_AT = {
-    messages.Announce: "keys",
-    messages.KeyBundle: "shares",
-    messages.Delivery: "submit",
-    messages.SurvivorList: "confirm",
-    messages.Confirmations: "unmask",
-    messages.Aggregate: "release",
-    messages.Certificate: "release",
-    messages.Abandon: "release",
-}
-"""What a site sends in answer to a message: who is absent from there on has not heard the message."""
 
 
 def plan_of(n, threshold=0, scheme="masked", coordinates=6):
