@@ -22,10 +22,13 @@ from fedcore.errors import (
     ThresholdRefused,
 )
 from fedcore.secagg.crypto import pairwise
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.hybrid import HybridKey, seal_envelope
 from fedcore.secagg.protocol import checks, messages
 from fedcore.secagg.protocol.effects import MakeVector
-from fedcore.secagg.protocol.messages import LEFT, Leave, Submit
+from fedcore.secagg.protocol.messages import LEFT, MASK_ROOT, SELF_SEED, Leave, Submit
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.wire_form import encode
 
 
 def goes_on(world, name, delivery):
@@ -92,18 +95,44 @@ def test_a_lying_site_and_its_signed_parcel(lie, monkeypatch):
     goes_on(world, "cat", delivery)
 
 
-def test_a_real_share_of_somebody_else():
+def sealed_by_ann(world, holder):
+    """ann's parcel for cat with the shares of `holder`, sealed anew."""
+    seen = world.copy()
+    seen.step(holder, site.MessageFromCoordinator(seen.delivery(holder)))
+    held = next(each for each in seen.stages[holder].held if each.of == "ann")
+    parts = held.self_share.reveal(), held.root_share.reveal()
+    ann = world.stages["ann"]
+    envelope = seal_envelope(
+        HybridKey.from_bytes(ann.secrets.channel.reveal()), world.keys["cat"].channel, b"".join(parts),
+        context=encode(("fedcore/1 shares", world.h, "ann", "cat")), recipient="cat", entropy=OsEntropy(),
+    )  # fmt: skip
+    digests = {
+        name: messages.share_digest(world.h, "ann", holder, kind, share)
+        for name, kind, share in zip(
+            ("self_share_digest", "root_share_digest"), (SELF_SEED, MASK_ROOT), parts, strict=True
+        )
+    }
+    changes = {name: lambda _, value=value: value for name, value in digests.items()}
+    return world.lying_shares("ann", to("cat", envelope=lambda _: envelope, **changes))
+
+
+def test_a_real_share_of_somebody_else(without):
     """A liar sends dan's copy of its share to cat, well sealed: the digest names the holder."""
     world = world_at("shares")
-    honest = world.delivery("cat")
-    assert messages.share_digest(world.h, "ann", "cat", "self-seed", b"s") != messages.share_digest(
-        world.h, "ann", "dan", "self-seed", b"s"
-    )
-    refuses(
-        world, "cat",
-        replace(honest, parcels=world.delivery("dan").parcels), ShareRefused,
-        found="other bytes than its sender signed",
-    )  # fmt: skip
+    delivery = world.delivery("cat", shares={"ann": sealed_by_ann(world, "dan")})
+    refuses(world, "cat", delivery, ShareRefused, fault="ann", found="differs from its signed")
+    without(site, "check_share")
+    goes_on(world, "cat", delivery)
+
+
+def test_a_parcel_that_its_sender_altered_needs_its_signature():
+    """Sealed anew, an envelope of the same shares has other bytes: the list of the sender names them."""
+    world = world_at("shares")
+    anew = sealed_by_ann(world, "cat")
+    unsigned = replace(anew, head=world.shares["ann"].head)
+    delivery = world.delivery("cat", shares={"ann": unsigned})
+    refuses(world, "cat", delivery, ShareRefused, found="other bytes than its sender signed")
+    goes_on(world, "cat", world.delivery("cat", shares={"ann": anew}))
 
 
 def test_an_offer_from_the_second_of_a_pair(monkeypatch):
