@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from functools import partial
 
 # A suite that a script starts in its background ignores Ctrl-C, and so would every command it starts.
@@ -28,6 +29,8 @@ os.environ.update(
     }
 )
 os.environ.pop("FORCE_COLOR", None)
+# Dozens of processes import the packages: they are compiled once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,6 +40,22 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("desk"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
+sys.dont_write_bytecode = False
+
+
+def in_memory(folder, gigabytes=6):
+    """Whether this folder is there with so much room, for programs too."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    room = found.f_bavail * found.f_frsize >= gigabytes << 30
+    return room and os.access(folder, os.W_OK) and not found.f_flag & getattr(os, "ST_NOEXEC", 0)
+
+
+# Journals wait for the disk a hundred thousand times; no test takes the machine's power away.
+if in_memory("/dev/shm"):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
 @pytest.fixture
