@@ -439,7 +439,7 @@ FEDERATION = "rehearsal"
 def run(folder, seconds, seed, say):
     """The chaos, the calm and the verdict; (summary, faults)."""
     started = time.monotonic()
-    with deployment(folder, small_task(folder), start=(), limits=LIMITS, real=True) as fed:
+    with deployment(folder, small_task(folder), start=(), limits=LIMITS) as fed:
         fed.stop(HUB)
         proxy = Proxy(fed.port)
         for name in (HUB, *fed.sites):

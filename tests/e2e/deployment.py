@@ -34,7 +34,7 @@ import grpc
 from fedcore_clients.session import channel_credentials
 from fedcore_server.operators import save_result
 from support.policies import WIDE
-from support.preloaded import preloaded, started
+from support.preloaded import preloaded
 
 from fedcore import simulate
 from fedcore.experiment.prepare import job_for, prepare
@@ -107,7 +107,6 @@ class Deployment:
     patches: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
     policy: dict = field(default_factory=dict)
-    real: bool = False
     prepared: dict = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------- on disk
@@ -165,7 +164,7 @@ class Deployment:
             self.config(name).write_text(
                 f'site = "{name}"\ncoordinator = "127.0.0.1:{self.port}"\nkit = "kit"\n'
                 f'identity = "identity.pem"\nroster = "../../roster.toml"\nfolder = "state"\n'
-                + ("" if self.real else 'sandbox = "none"\n')
+                'sandbox = "none"\n'
                 + to_toml({"split": {"method": "folds"}, "policy": WIDE | self.policy})
                 + f'[tasks.{found.task.name}]\ntask = "{self.task}"\n'
                 f'sha256 = "{found.plan.task_digest}"\nsource = {json.dumps(source)}\n'
@@ -194,9 +193,8 @@ class Deployment:
             if patch
             else ["-m", f"{shell}.cli"]
         )
-        begin = started if self.real else preloaded().start
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = begin(
+            self.processes[name] = preloaded().start(
                 ["-P", *how, verb, "--config", str(self.config(name))],
                 env={**os.environ, **self.env},
                 output=log,
@@ -387,7 +385,6 @@ def deployment(
     patches=None,
     env=None,
     policy=None,
-    real=False,
 ):
     """A federation for `task`, begun: its coordinator listens and its sites connect.
 
@@ -406,7 +403,6 @@ def deployment(
         patches=patches or {},
         env=env or {},
         policy=policy or {},
-        real=real,
     )
     fed.folder.mkdir(parents=True)
     fed.write({"gather_seconds": PATIENCE, "stage_seconds": PATIENCE, **(limits or {})})

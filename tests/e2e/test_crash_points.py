@@ -8,7 +8,6 @@ import shutil
 import time
 from dataclasses import replace
 
-import fedcore_clients.job_work
 import pytest
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.trainer import TrainingFailed
@@ -61,7 +60,8 @@ def test_a_party_may_die_at_some_commits(tmp_path, pool, party, late):
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("party", [HUB, "a", "c"])
 def test_a_party_may_die_at_any_commit(tmp_path, pool, party, late):
-    every(tmp_path, pool, party, late, step=1, first=1)
+    """Before every second commit and after the others; tests/unit/protocol/test_whole_jobs.py has every effect."""
+    every(tmp_path, pool, party, late, step=2, first=1 + late)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -260,9 +260,8 @@ def test_a_coordinator_that_restarts_while_sums_are_opened_still_has_the_sum(tmp
 
 
 @pytest.mark.parametrize("party", [HUB, "b"])
-def test_a_full_disk_is_waited_out(tmp_path, pool, party, monkeypatch):
+def test_a_full_disk_is_waited_out(tmp_path, pool, party):
     """At any commit, and nobody waits for a deadline: what the disk kept from being heard is said again."""
-    monkeypatch.setattr(fedcore_clients.job_work, "RETRY_SECONDS", 0.05)
 
     def play(at):
         async def played(found):

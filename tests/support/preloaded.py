@@ -186,14 +186,6 @@ def become(asked, fds):
 # --------------------------------------------------------------------------------- the side of the tests
 
 
-def started(arguments, *, env, output):
-    """What Preloaded.start does, by the real interpreter."""
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 class Forked:
     """A forked process, used like a subprocess.Popen."""
 
@@ -202,16 +194,24 @@ class Forked:
         self._answers = link.makefile()
         self.pid = json.loads(self._answers.readline())
 
+    def _ended(self, seconds):
+        """Whether it ends within so many seconds (None: whenever it does)."""
+        if self.returncode is None:
+            answer = select.poll()  # not select(2): a test may hold thousands of descriptors
+            answer.register(self._link, select.POLLIN)
+            if answer.poll(None if seconds is None else max(0.0, seconds) * 1000):
+                self.returncode = json.loads(self._answers.readline())
+                self._link.close()
+        return self.returncode is not None
+
     def poll(self):
-        if self.returncode is None and select.select([self._link], [], [], 0)[0]:
-            self.returncode = json.loads(self._answers.readline())
-            self._link.close()
+        self._ended(0)
         return self.returncode
 
     def wait(self, timeout=None):
-        if self.returncode is None and not select.select([self._link], [], [], timeout)[0]:
+        if not self._ended(timeout):
             raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.poll()
+        return self.returncode
 
     def send_signal(self, number):
         if self.poll() is None:
@@ -253,7 +253,10 @@ class Preloaded:
         output: an open file for what it prints and for its errors.
         """
         if not SUPPORTED:
-            return started(arguments, env=env, output=output)
+            return subprocess.Popen(
+                [self.python, *arguments], env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
         how = next(each for each in arguments if each in {"-m", "-c"})
         rest = arguments[arguments.index(how) + 1 :]
         asked = {

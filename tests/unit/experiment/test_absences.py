@@ -249,7 +249,9 @@ EVERY = {name: {"protection": p, "cipher": c} for name, (p, c) in SCHEMES.items(
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_protection_ends_where_plain_ends(pattern):
     drop = [part for text in PATTERNS[pattern] for part in text.split(",")]
-    plain, *others = (run(**scheme, drop=drop) for scheme in EVERY.values())
+    # The other arms are trained without any protection: one pattern holds them against each other, too.
+    arms = {} if pattern == "one late" else {"arms": "federated"}
+    plain, *others = (run(**scheme, **arms, drop=drop) for scheme in EVERY.values())
     for found in others:
         assert found.result["model_sha256"] == plain.result["model_sha256"]
         assert found.result["unequal_rounds"] == 0
@@ -259,7 +261,8 @@ def test_every_protection_ends_where_plain_ends(pattern):
         for metric in ("accuracy", "auc"):
             gap = found.result["gap"]["protection"][metric]
             assert (gap["mean"], gap["low"], gap["high"]) == (0.0, 0.0, 0.0)
-    assert plain.result["model_sha256"] != run(protection="plain").result["model_sha256"] or (
+    whole = run(protection="plain", **arms)
+    assert plain.result["model_sha256"] != whole.result["model_sha256"] or (
         pattern in ("one late", "no metrics", "metrics of three")
     )
 
@@ -567,30 +570,29 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("scheme", EVERY)
-@pytest.mark.parametrize(
-    ("round_", "arm"), [(2, "federated"), (3, "centralised"), (3, "federated")]
-)
-def test_an_interrupted_run_with_absences_resumes_to_the_same_bits(scheme, round_, arm):
+def test_an_interrupted_run_with_absences_resumes_to_the_same_bits(scheme):
     settings = ABSENT | EVERY[scheme] | {"server": "fedadam", "range": None}
     settings = {k: v for k, v in settings.items() if v is not None}
     whole = run(**settings)
+    for place in ((2, "federated"), (3, "centralised"), (3, "federated")):
 
-    def stop(row):
-        if (row["round"], row["arm"]) == (round_, arm):
-            raise KeyboardInterrupt
+        def stop(row, place=place):
+            if (row["round"], row["arm"]) == place:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(**settings, on_round=stop, out="broken")
-    stored = read_json(Path("broken/job.json"))
-    assert stored["round"]["drop"] == ABSENT["drop"] and stored["round"]["dropout"] == 0.1
-    found = api.resume("broken", task=TASK)
-    assert unmeasured(found) == unmeasured(whole)
-    for key in (
-        "model_sha256", "arms", "gap", "clipped_fraction", "absences", "abandoned_rounds", "warnings",
-        "protected_metrics", "per_site",
-    ):  # fmt: skip
-        assert found.result[key] == whole.result[key], key
-    assert [row["round"] for row in found.result["abandoned_rounds"]] == [3]
+        out = "-".join(map(str, place))
+        with pytest.raises(KeyboardInterrupt):
+            run(**settings, on_round=stop, out=out)
+        stored = read_json(Path(out, "job.json"))
+        assert stored["round"]["drop"] == ABSENT["drop"] and stored["round"]["dropout"] == 0.1
+        found = api.resume(out, task=TASK)
+        assert unmeasured(found) == unmeasured(whole)
+        for key in (
+            "model_sha256", "arms", "gap", "clipped_fraction", "absences", "abandoned_rounds", "warnings",
+            "protected_metrics", "per_site",
+        ):  # fmt: skip
+            assert found.result[key] == whole.result[key], key
+        assert [row["round"] for row in found.result["abandoned_rounds"]] == [3]
 
 
 def test_an_own_evaluation_that_draws_resumes_to_the_same_bits_after_an_abandoned_round():
