@@ -6,6 +6,7 @@ a person or the kernel would make it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -15,10 +16,8 @@ import pytest
 from deployment import HUB as COORDINATOR
 from deployment import deployment, small_task
 from fedcore_clients.job_runner import DiskRefused
-from fedcore_clients.job_work import JobWork
 from fedcore_server import job_disk
-from fedcore_server.folding import FoldPool, JobFold
-from fedcore_server.job_disk import JobDisk
+from fedcore_server.folding import FoldPool
 from town import PATIENT, SITES, UNHURRIED, scene
 
 from fedcore.runtime.mailbox import Mailbox
@@ -37,69 +36,84 @@ def ended(found):
     return lambda: found.hub.facts.outcome is not None
 
 
-def lose_uploads(monkeypatch, times):
-    """Before a sum is made, the upload of site a is removed from the disk, so many times."""
-    left, real, total = [times], JobDisk.summands, JobFold.total
+class PoolWith:
+    """A pool of fold workers, but each fold's `total` is this: total(fold, the real one, *arguments)."""
 
-    def removed(self, asked):
-        if left[0]:
-            left[0] -= 1
-            self.spool.complete("job", asked.header.digest)["a"].unlink()
-        return real(self, asked)
+    def __init__(self, pool, total):
+        self._pool, self._total = pool, total
 
-    async def forgotten(self, *about):  # nor is it in the memory of a worker
-        for shard in self._shards:
-            shard.life = -1
-        return await total(self, *about)
+    def __getattr__(self, name):
+        return getattr(self._pool, name)
 
-    monkeypatch.setattr(JobDisk, "summands", removed)
-    monkeypatch.setattr(JobFold, "total", forgotten)
+    def job(self, *about):
+        fold = self._pool.job(*about)
+        fold.total = functools.partial(self._total, fold, fold.total)
+        return fold
 
 
-def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool, monkeypatch):
+async def forgotten(fold, total, *about):
+    """No upload is in the memory of a worker."""
+    for shard in fold._shards:
+        shard.life = -1
+    return await total(*about)
+
+
+def lose_upload(hub):
+    """Before the next sum is made, the upload of site a is removed from the disk."""
+    disk, real, lost = hub.disk, hub.disk.summands, []
+
+    def removed(asked):
+        if not lost:
+            lost.append(asked)
+            disk.spool.complete("job", asked.header.digest)["a"].unlink()
+        return real(asked)
+
+    disk.summands = removed
+
+
+def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool):
     """A small vector is in the journal too: its spool file is written again and the round goes on."""
-    lose_uploads(monkeypatch, 1)
 
     async def play(found):
-        begin(found)
+        lose_upload(begin(found))
         await found.run()
         assert found.hub.facts.outcome.outcome == "finished"
         assert all(row["survivors"] for row in found.rounds())
         await found.check()
 
-    scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
+    scene(tmp_path, PoolWith(pool, forgotten), play, rounds=1, limits=UNHURRIED)
 
 
 def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, monkeypatch):
     """No deadline passes: UNHURRIED's stages last longer than this test."""
     monkeypatch.setattr(job_disk, "small_file", lambda what, stored: {})
-    lose_uploads(monkeypatch, 1)
 
     async def play(found):
         hub = begin(found)
+        lose_upload(hub)
         await found.run()
         assert (hub.facts.outcome.outcome, "\n" in hub.facts.outcome.text) == ("failed", False)
         assert hub.facts.outcome.text.startswith("spool: found the vector of site a gone")
         assert str(tmp_path) not in hub.facts.outcome.text
 
-    scene(tmp_path, pool, play, limits=UNHURRIED)
+    scene(tmp_path, PoolWith(pool, forgotten), play, limits=UNHURRIED)
 
 
-def broken_total(monkeypatch, error, times):
-    left, real = [times], JobFold.total
+def broken(pool, error, times):
+    """(a pool whose sums fail so many times, or always for -1; [how often they still will])."""
+    left = [times]
 
-    async def total(self, *args):
+    async def total(fold, real, *args):
         if left[0]:
             left[0] -= 1
             raise error
-        return await real(self, *args)
+        return await real(*args)
 
-    monkeypatch.setattr(JobFold, "total", total)
-    return left
+    return PoolWith(pool, total), left
 
 
-def test_a_disk_error_while_summing_is_retried(tmp_path, pool, monkeypatch):
-    broken_total(monkeypatch, OSError(5, "Input/output error"), 2)
+def test_a_disk_error_while_summing_is_retried(tmp_path, pool):
+    pool, _ = broken(pool, OSError(5, "Input/output error"), 2)
 
     async def play(found):
         begin(found)
@@ -111,9 +125,9 @@ def test_a_disk_error_while_summing_is_retried(tmp_path, pool, monkeypatch):
     scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
 
 
-def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, monkeypatch):
+def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool):
     """The clock of the job, not this test, passes the limit of a stage."""
-    left = broken_total(monkeypatch, OSError(5, "Input/output error"), -1)
+    pool, left = broken(pool, OSError(5, "Input/output error"), -1)
 
     async def play(found):
         hub = begin(found)
@@ -132,8 +146,8 @@ def test_a_disk_error_that_stays_fails_the_job_after_a_stage(tmp_path, pool, mon
     scene(tmp_path, pool, play, limits=PATIENT)
 
 
-def test_any_other_fault_while_summing_fails_the_job(tmp_path, pool, monkeypatch):
-    broken_total(monkeypatch, KeyError("/secret/path"), 1)
+def test_any_other_fault_while_summing_fails_the_job(tmp_path, pool):
+    pool, _ = broken(pool, KeyError("/secret/path"), 1)
 
     async def play(found):
         hub = begin(found)
@@ -153,7 +167,7 @@ class Ignored(events.TimePassed):
 
 def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monkeypatch):
     """The attack: without the report of background faults the job stays in Summing."""
-    broken_total(monkeypatch, KeyError("a"), 1)
+    pool, _ = broken(pool, KeyError("a"), 1)
 
     background = Mailbox.background
     monkeypatch.setattr(Mailbox, "background", lambda box, work, _: background(box, work, Ignored))
@@ -162,7 +176,7 @@ def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monk
         hub = begin(found)
         await found.run(until=lambda: isinstance(hub.facts.stage, coordinator.Summing))
         ticks = []
-        monkeypatch.setattr(hub.machine.rounds, "overdue_sum", lambda at: ticks.append(at) or [])
+        hub.machine.rounds.overdue_sum = lambda at: ticks.append(at) or []
         await found.run(until=lambda: len(ticks) > 2)
         assert isinstance(hub.facts.stage, coordinator.Summing)
         assert hub.facts.outcome is None
@@ -170,38 +184,35 @@ def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monk
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
 
-def test_a_fold_worker_that_hangs_fails_the_job_after_a_stage(tmp_path, monkeypatch):
+def test_a_fold_worker_that_hangs_fails_the_job_after_a_stage(tmp_path):
     """The worker is stopped by the kernel; once the job failed, it is gone and the pool works again."""
+    stopped = []
+
+    async def total(fold, real, *args):
+        stopped.append(own.pids[0])
+        os.kill(stopped[0], signal.SIGSTOP)
+        return await real(*args)
 
     async def play(found):
         hub, ahead = begin(found), [0.0]
         clock = hub.context.clock
         hub.context = replace(hub.context, clock=lambda: clock() + ahead[0])
-        real, stopped = JobFold.total, []
-
-        async def total(self, *args):
-            stopped.append(found.pool.pids[0])
-            os.kill(stopped[0], signal.SIGSTOP)
-            return await real(self, *args)
-
-        monkeypatch.setattr(JobFold, "total", total)
         await found.run(until=lambda: bool(stopped))
         ahead[0] = 2 * PATIENT.stage
         await found.run(until=ended(found))
         assert hub.facts.outcome.outcome == "failed"
         assert "found none after 120 s" in hub.facts.outcome.text
-        monkeypatch.setattr(JobFold, "total", real)
-        fresh = found.pool.job("next", hub.facts.plan.packing, 10)
+        fresh = own.job("next", hub.facts.plan.packing, 10)
         with pytest.raises(Exception, match="expected at least one"):
             await fresh.total([], (), list)  # a request is served
-        assert found.pool.pids != tuple(stopped)
+        assert own.pids != tuple(stopped)
 
     with FoldPool(1, tmp_path / "sums") as own:
-        scene(tmp_path, own, play, limits=PATIENT)
+        scene(tmp_path, PoolWith(own, total), play, limits=PATIENT)
 
 
-def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, pool, monkeypatch):
-    broken_total(monkeypatch, KeyError("a"), 1)
+def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, pool):
+    pool, _ = broken(pool, KeyError("a"), 1)
 
     async def play(found):
         hub = begin(found)
@@ -221,8 +232,8 @@ def test_the_end_of_a_failed_job_is_written_when_the_disk_takes_it(tmp_path, poo
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
 
-def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool, monkeypatch):
-    left = broken_total(monkeypatch, OSError(5, "Input/output error"), -1)
+def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool):
+    pool, left = broken(pool, OSError(5, "Input/output error"), -1)
 
     async def play(found):
         hub = begin(found)
@@ -237,21 +248,22 @@ def test_an_operator_stops_a_job_whose_disk_refuses(tmp_path, pool, monkeypatch)
 # ---------------------------------------------------------------------------------- at a site
 
 
-def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, monkeypatch):
+def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool):
     """The others do not wait for the deadline of the stage (600 s in UNHURRIED)."""
     lost = []
-    real = JobWork.finished_vector
-
-    async def finished(self, submit):
-        if self.context.id == "a" and not lost:
-            lost.append(submit)
-            return None
-        return await real(self, submit)
-
-    monkeypatch.setattr(JobWork, "finished_vector", finished)
 
     async def play(found):
         hub = begin(found)
+        work = found.sites["a"].work
+        real = work.finished_vector
+
+        async def finished(submit):
+            if not lost:
+                lost.append(submit)
+                return None
+            return await real(submit)
+
+        work.finished_vector = finished
         await found.run()
         assert hub.facts.outcome.outcome == "finished"
         first = found.rounds()[0]
@@ -263,23 +275,22 @@ def test_a_site_whose_vector_is_gone_leaves_the_round_at_once(tmp_path, pool, mo
 
 
 @pytest.mark.parametrize("where", ["upload", "open_sum", "make_vector"])
-def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
-    tmp_path, pool, monkeypatch, where
-):
+def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(tmp_path, pool, where):
     """Each kind of work that the other sites wait for: they do not wait until a deadline."""
     failed = []
-    real = getattr(JobWork, where)
-
-    async def work(self, asked):
-        if self.context.id == "a" and not failed:
-            failed.append(asked)
-            raise RuntimeError(f"a fault in {where}")
-        return await real(self, asked)
-
-    monkeypatch.setattr(JobWork, where, work)
 
     async def play(found):
         hub = begin(found)
+        works = found.sites["a"].work
+        real = getattr(works, where)
+
+        async def work(asked):
+            if not failed:
+                failed.append(asked)
+                raise RuntimeError(f"a fault in {where}")
+            return await real(asked)
+
+        setattr(works, where, work)
         await found.run(until=lambda: bool(hub.facts.rounds.known))
         assert failed
         assert hub.facts.rounds.known[0]["seconds"] < UNHURRIED.stage
@@ -289,7 +300,7 @@ def test_a_fault_in_a_sites_background_work_makes_it_leave_the_round(
     scene(tmp_path, pool, play, rounds=1, limits=UNHURRIED)
 
 
-def test_a_fault_while_loading_is_told(tmp_path, pool, monkeypatch):
+def test_a_fault_while_loading_is_told(tmp_path, pool):
     async def play(found):
         found.start_hub()
         for name in SITES:
@@ -299,7 +310,7 @@ def test_a_fault_while_loading_is_told(tmp_path, pool, monkeypatch):
         async def load(*args):
             raise RuntimeError("neither the task nor the data")
 
-        monkeypatch.setattr(contributor, "load", load)
+        contributor.load = load
         hub = found.hub
         await found.run(until=lambda: bool(hub.facts.sites["a"].unable))
         assert hub.facts.sites["a"].unable
@@ -307,7 +318,7 @@ def test_a_fault_while_loading_is_told(tmp_path, pool, monkeypatch):
     scene(tmp_path, pool, play, limits=UNHURRIED)
 
 
-def test_a_site_whose_journal_cannot_be_read_says_that_it_is_unable(tmp_path, pool, monkeypatch):
+def test_a_site_whose_journal_cannot_be_read_says_that_it_is_unable(tmp_path, pool):
     """A fault while everything is read from disk again ends the job there, with a word to the others."""
 
     async def play(found):

@@ -18,7 +18,7 @@ from fedcore_server.job_disk import MODEL_FILE, JobDisk
 from fedcore_server.operators import write_report
 from safetensors.torch import load_file
 from test_patients import RECORDER
-from town import PATIENT, SITES, SiteLink, scene
+from town import PATIENT, SITES, scene
 
 from fedcore.errors import StoreFull
 from fedcore.learning.saved import load_model
@@ -26,7 +26,6 @@ from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import schedule
-from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.site.release import PublicRelease
 from fedcore.secagg.protocol.job_messages import JobOffer, ModelMade, ModelWanted
 from fedcore.secagg.purposes import PURPOSES
@@ -156,30 +155,20 @@ def test_it_is_what_the_rounds_led_to(tmp_path, pool, protection):
 
 @pytest.mark.parametrize("after", ["asked", "said", "uploaded"])
 @pytest.mark.parametrize("who", [HUB, "a", "b"])
-def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, monkeypatch, caplog, after, who):
-    moments = []
-    take, ask, keep = ModelHandover.take, ModelHandover.ask, JobDisk.keep_model
+def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, caplog, after, who):
+    moments = set()
 
-    def asked(self, *rest):
-        found = ask(self, *rest)
-        moments.extend("asked" for _ in found)
-        return found
-
-    def said(self, *rest):
-        moments.append("said")
-        return take(self, *rest)
-
-    def kept(*about):
-        keep(*about)
-        moments.append("uploaded")
-
-    monkeypatch.setattr(ModelHandover, "ask", asked)
-    monkeypatch.setattr(ModelHandover, "take", said)
-    monkeypatch.setattr(JobDisk, "keep_model", kept)
+    def passing(sender, receiver, message):
+        if isinstance(message, ModelWanted | ModelMade):
+            moments.add("asked" if sender == HUB else "said")
+        return message
 
     async def play(found):
+        found.passing = passing
         start = giving(found)
-        await found.run(until=lambda: after in moments)
+        await found.run(
+            until=lambda: after in moments or (after == "uploaded" and given(found) is not None)
+        )
         await found.kill(who)
         if who == HUB:
             found.start_hub()
@@ -298,18 +287,17 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
     The control takes away the one check of the site that refuses it: then the words of the sites come.
     """
     said = []
-    say = SiteLink.say
 
-    def heard(self, job, message):
+    def heard(sender, receiver, message):
         if isinstance(message, ModelMade):
-            said.append(self.name)
-        say(self, job, message)
+            said.append(sender)
+        return message
 
-    monkeypatch.setattr(SiteLink, "say", heard)
     if control:
         monkeypatch.setattr(PublicRelease, "may_give", lambda *_, **__: True)
 
     async def play(found):
+        found.passing = heard
         giving(found, release="coordinator" if early else "sites")
         await found.run(until=lambda: len(found.hub.facts.rounds.known) >= 1)
         site = found.sites["a"]
@@ -328,18 +316,18 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
     scene(tmp_path, pool, play, rounds=ROUNDS, limits=PATIENT)
 
 
-def test_after_the_end_nothing_is_given(tmp_path, pool, monkeypatch):
+def test_after_the_end_nothing_is_given(tmp_path, pool):
     """A coordinator that asks once more; the site's process has forgotten the task by then."""
-    said, say = [], SiteLink.say
+    said = []
 
-    def heard(self, job, message):
+    def heard(sender, receiver, message):
         said.append(type(message))
-        say(self, job, message)
+        return message
 
     async def play(found):
         giving(found)
         await found.run()
-        monkeypatch.setattr(SiteLink, "say", heard)
+        found.passing = heard
         site = found.sites["a"]
         site.tell(ModelWanted("job", site.job.stage.standing.certificate, b""))
         await asyncio.sleep(0.3)
