@@ -48,9 +48,10 @@ print(json.dumps(found))
 def in_turn(*lines, cwd, env=None):
     """(exit code, stdout, stderr) of each command line, one after the other in one process: torch, which
     takes seconds to load, is loaded once. Words are separated by spaces."""
+    python = preloaded().python if env is None else sys.executable
     done = subprocess.run(
-        [sys.executable, "-c", IN_TURN], input=json.dumps([line.split() for line in lines]),
-        cwd=cwd, env=env or ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        [python, "-c", IN_TURN], input=json.dumps([line.split() for line in lines]), cwd=cwd,
+        env=env or ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -259,7 +260,7 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
         "fedcore.cli.main",
         "simulate",
         "--rounds",
-        "60",
+        "30",
         "--lr",
         "0.1",
     ]
@@ -283,7 +284,8 @@ def test_ctrl_c_prints_how_to_resume_and_resume_works(tmp_path):
     assert "Traceback" not in said and said.splitlines()[-1] == "interrupted"
     done = fedcore("simulate", "--resume", "runs/heart-layered-001", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = simulate("heart", rounds=60, lr=0.1, arms=("federated",), out=tmp_path / "whole")
+    settings = {"rounds": 30, "lr": 0.1, "protection": "plain", "arms": "federated"}
+    whole = simulate("heart", **settings, out=tmp_path / "whole")
     assert json.loads(done.stdout)["model_sha256"] == whole.result["model_sha256"]
 
 

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from deployment import HUB, deployment, small_task
@@ -140,6 +141,17 @@ class Proxy:
         end = time.monotonic() + seconds
         while self.counted[way] < self._most[way]:
             assert time.monotonic() < end, (self.counted, self._most)
+            time.sleep(0.01)
+
+    def wait_read(self, seconds=60.0):
+        """Until the site has read everything that has passed: no byte waits in a socket of its."""
+        here, end = f":{self.port:04X}", time.monotonic() + seconds
+        while True:
+            rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            waiting = [row[4].partition(":")[2] for row in rows if row[2].endswith(here)]
+            if waiting and not any(int(size, 16) for size in waiting):
+                return
+            assert time.monotonic() < end, waiting
             time.sleep(0.01)
 
     def cut(self):
@@ -301,7 +313,8 @@ def test_a_sum_is_read_on_where_it_broke_off(far, broken):
     proxy.hold("down", int(1.5 * PART))
     job = Job(fed)
     proxy.wait_held("down")
-    time.sleep(1.0)  # what has passed is read
+    proxy.wait_read()
+    time.sleep(0.1)  # from the process's buffers it comes to the job
     broken()
     row = job.finished(model)
     later = [offset for offset in job.began("download") if offset]

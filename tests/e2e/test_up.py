@@ -24,6 +24,8 @@ from fedcore.cli import main, up
 from fedcore.local_deployment import to_toml
 
 HEART = ("--task", "heart", "--protection", "layered", "--seed", "0", "--set", "track.resamples=0")
+THREE = ("--set", 'sites={a="va", b="hungary", c="cleveland"}')
+THREE_SMALL = ("--set", "sites={a=1, b=2, c=3}")
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="processes are found by their environment"
 )
@@ -85,9 +87,9 @@ def lines_until(stream, word, seconds=PATIENCE):
 
 
 @needs_proc
-@pytest.mark.parametrize("cipher", ["bfv", "keystream"])
-def test_the_same_bits_as_simulate_and_nothing_left(tmp_path, cipher):
-    run = Marked(tmp_path / "up", *HEART, "--rounds", "3", "--cipher", cipher)
+def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
+    """README's command (test_readme.py) is the same with the other cipher, and exits with 1 for other bits."""
+    run = Marked(tmp_path / "up", *HEART, "--rounds", "3", "--cipher", "keystream")
     try:
         printed, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == 0, said
@@ -98,7 +100,7 @@ def test_the_same_bits_as_simulate_and_nothing_left(tmp_path, cipher):
     result = json.loads(printed)
     assert result == json.loads((tmp_path / "up" / "result.json").read_text())
     same = fedcore.simulate(
-        "heart", protection="layered", cipher=cipher, rounds=3, seed=0, resamples=0,
+        "heart", protection="layered", cipher="keystream", rounds=3, seed=0, resamples=0,
         out=tmp_path / "simulated",
     )  # fmt: skip
     assert result["model_sha256"] == same.result["model_sha256"]
@@ -132,7 +134,7 @@ def test_the_same_bits_as_simulate_and_nothing_left(tmp_path, cipher):
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_a_signal_in_the_middle_leaves_no_process_and_no_port(tmp_path, number, code):
-    run = Marked(tmp_path / "up", *HEART, "--rounds", "500")
+    run = Marked(tmp_path / "up", *HEART, *THREE, "--rounds", "500")
     try:
         lines_until(run.process.stderr, "started here")
         port = None
@@ -144,7 +146,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_port(tmp_path, number, 
                 break
             time.sleep(0.1)
         assert port is not None
-        assert len(run.alive()) >= 10  # the coordinator and its worker, four sites and theirs
+        assert len(run.alive()) >= 8  # the coordinator and its worker, three sites and theirs
         run.process.send_signal(number)
         _, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == code, said
@@ -192,7 +194,7 @@ def test_a_deployment_that_fails_says_why_and_leaves_its_logs(tmp_path):
         'def data(source):\n    if "fedcore_clients" in sys.modules: raise ValueError("ROW-7419")\n'
     )
     task = small_task(tmp_path, "import sys" + SMALL.replace("def data(source):\n", failing))
-    run = Marked(tmp_path / "up", "--task", task, "--rounds", "2")
+    run = Marked(tmp_path / "up", "--task", task, *THREE_SMALL, "--rounds", "2")
     try:
         printed, said = run.process.communicate(timeout=PATIENCE)
         assert run.process.returncode == 4 and printed == ""
