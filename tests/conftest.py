@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import types
 from functools import partial
 
 # A suite that a script starts in its background ignores Ctrl-C, and so would every command it starts.
@@ -60,8 +61,8 @@ if in_memory("/dev/shm"):
 
 @pytest.fixture
 def without(monkeypatch):
-    """without(owner, "check_a", ...): these functions of a module or class do nothing for the rest of the
-    test, its positive control.
+    """without(owner, "check_a", check_b=other): for the rest of the test, its positive control, these functions
+    of a module, class or object do nothing, or what stands in for them.
 
     Of a machine's package every module that uses the function is patched (support/machines.py). The test
     fails if a function of that name is never called after that: a control that does not get as far as the
@@ -71,13 +72,20 @@ def without(monkeypatch):
 
     uncalled = set()
 
-    def switch_off(owner, *names):
-        patch = (
-            monkeypatch.setattr if isinstance(owner, type) else partial(patch_machine, monkeypatch)
-        )
-        for name in names:
+    def nothing(*_, **__):
+        pass
+
+    def switch_off(owner, *names, **others):
+        machine = isinstance(owner, types.ModuleType) and hasattr(owner, "__path__")
+        patch = partial(patch_machine, monkeypatch) if machine else monkeypatch.setattr
+        for name, other in (dict.fromkeys(names, nothing) | others).items():
+
+            def called(*args, name=name, other=other, **more):
+                uncalled.discard(name)
+                return other(*args, **more)
+
             uncalled.add(name)
-            patch(owner, name, lambda *_, name=name, **__: uncalled.discard(name))
+            patch(owner, name, called)
 
     yield switch_off
     assert not uncalled, f"switched off, and never called: {sorted(uncalled)}"

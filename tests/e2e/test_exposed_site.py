@@ -38,12 +38,12 @@ def held_at_the_sum(victim):
 
 @pytest.mark.parametrize("rule", ["on", "off"])
 def test_a_later_announcement_does_not_end_a_round_whose_sum_may_be_known(
-    tmp_path, pool, monkeypatch, rule
+    tmp_path, pool, without, rule
 ):
     """A coordinator that goes on without the release gets nothing from it, and the round is still on."""
     if rule == "off":
         in_round = site_machine.IN_ROUND
-        monkeypatch.setattr(site_rounds, "gives_way", lambda stage: isinstance(stage, in_round))
+        without(site_rounds, gives_way=lambda stage: isinstance(stage, in_round))
 
     async def play(found):
         await begin(found)

@@ -39,11 +39,9 @@ def send_away(found, how):
 
 @pytest.mark.parametrize("how", ["evicted", "revoked"])
 @pytest.mark.parametrize("rule", ["on", "off"])
-def test_a_site_that_was_sent_away_does_not_have_the_next_keys(
-    tmp_path, pool, monkeypatch, how, rule
-):
+def test_a_site_that_was_sent_away_does_not_have_the_next_keys(tmp_path, pool, without, how, rule):
     if rule == "off":
-        monkeypatch.setattr(EpochDriver, "spent", lambda _: False)
+        without(EpochDriver, spent=lambda _: False)
 
     async def play(found):
         await begin(found)

@@ -183,7 +183,7 @@ def moved(state, parameters):
 
 
 def test_a_deployed_site_refuses_a_sum_with_a_mark_that_it_did_not_put(
-    tmp_path, pool, caplog, monkeypatch
+    tmp_path, pool, caplog, without
 ):
     """d puts the mark of a, too: a finds it and says no; the tag holds, since it is d's own vector."""
     caplog.set_level(logging.INFO)
@@ -195,7 +195,7 @@ def test_a_deployed_site_refuses_a_sum_with_a_mark_that_it_did_not_put(
             data[len(data) - 2 * layout.sites + SITES.index("a")] += 1
         return data
 
-    monkeypatch.setattr(Layout, "_join", join)
+    without(Layout, _join=join)
 
     def refused():
         return [

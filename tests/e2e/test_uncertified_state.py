@@ -12,7 +12,6 @@ import hashlib
 from dataclasses import replace
 
 import pytest
-from support.machines import patch_machine
 from town import SITES, scene
 
 from fedcore.secagg.crypto.entropy import OsEntropy
@@ -25,15 +24,15 @@ from fedcore.secagg.protocol.round import site as site_machine
 RULES = ("certificate", "state", "key")
 
 
-def switch_off(monkeypatch, rules):
+def switch_off(without, rules):
     """certificate: proved before anything is fetched; state: its HMAC is the certified one; key: it is
     held under the certificate's hash."""
     if "certificate" in rules:
-        patch_machine(monkeypatch, site_machine, "check_missed", lambda *_: None)
+        without(site_machine, "check_missed")
     if "state" in rules:
-        monkeypatch.setattr(site_states, "require_certified", lambda *_: None)
+        without(site_states, "require_certified")
     if "key" in rules:
-        monkeypatch.setattr(site_states, "name_of", lambda c: f"{c.header.round:064d}")
+        without(site_states, name_of=lambda c: f"{c.header.round:064d}")
 
 
 def forge(victim, colluder, header):
@@ -98,9 +97,9 @@ def attack(found):
 
 
 @pytest.mark.parametrize("left", [*RULES, "none"])
-def test_a_forged_checkpoint_does_not_become_the_model(tmp_path, pool, monkeypatch, left):
+def test_a_forged_checkpoint_does_not_become_the_model(tmp_path, pool, without, left):
     """Each rule alone; with none of them, as a control, it does."""
-    switch_off(monkeypatch, set(RULES) - {left})
+    switch_off(without, set(RULES) - {left})
 
     async def play(found):
         found.start_hub()
@@ -120,10 +119,10 @@ def test_a_forged_checkpoint_does_not_become_the_model(tmp_path, pool, monkeypat
 
 
 @pytest.mark.parametrize("rule", ["on", "off"])
-def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, monkeypatch, rule):
+def test_the_state_that_is_applied_is_measured_anew(tmp_path, pool, without, rule):
     """What is held may not have changed since it was found: otherwise nothing is applied, uniformly."""
     if rule == "off":
-        switch_off(monkeypatch, {"state"})
+        switch_off(without, {"state"})
 
     async def play(found):
         found.start_hub()

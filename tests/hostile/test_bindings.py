@@ -13,7 +13,6 @@ from random import Random
 import numpy as np
 import pytest
 from kit import World, answer_of, refuses, world_at
-from support.machines import patch_machine
 
 from fedcore.errors import EnvelopeRefused, KeyRefused, ShareRefused, TagRefused
 from fedcore.secagg.crypto import hybrid, pairwise
@@ -60,7 +59,7 @@ def second_round(world, stage):
     return later.advance(stage)
 
 
-def without_header(monkeypatch, *names):
+def without_header(without, *names):
     """Leave h out of these derivations at the sites."""
     for name in names:
         real = getattr(pairwise, name)
@@ -68,13 +67,13 @@ def without_header(monkeypatch, *names):
         def derive(*args, header, real=real, **rest):
             return real(*args, header=b"", **rest)
 
-        monkeypatch.setattr(pairwise, name, derive)
+        without(pairwise, **{name: derive})
 
 
-def one_offered_value(monkeypatch):
+def one_offered_value(without):
     """What the offers carried is the same in both rounds: here only the pair's own derivation is asked."""
-    monkeypatch.setattr(pairwise, "pair_secret", lambda *_, **__: b"r" * 32)
-    monkeypatch.setattr(pairwise, "open_offer", lambda *_, **__: b"r" * 32)
+    without(pairwise, pair_secret=lambda *_, **__: b"r" * 32)
+    without(pairwise, open_offer=lambda *_, **__: b"r" * 32)
 
 
 def test_masks_of_two_rounds_of_one_snapshot_are_unrelated():
@@ -89,14 +88,12 @@ def test_masks_of_two_rounds_of_one_snapshot_are_unrelated():
 
 
 @pytest.mark.parametrize("bound", [True, False])
-def test_what_an_offer_carries_is_of_its_round(bound, monkeypatch):
+def test_what_an_offer_carries_is_of_its_round(bound, without):
     made = []
     if not bound:
-        without_header(monkeypatch, "pair_secret")
+        without_header(without, "pair_secret")
     real = pairwise.pair_secret
-    monkeypatch.setattr(
-        pairwise, "pair_secret", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
-    )
+    without(pairwise, pair_secret=lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     first = snapshots(World()).advance("submit")
     second_round(first, "submit")
     assert len(made) == 40 and len(set(made)) == (20 if bound else 10)
@@ -104,10 +101,10 @@ def test_what_an_offer_carries_is_of_its_round(bound, monkeypatch):
 
 @pytest.mark.parametrize("derivation", ["pair_seed", "self_mask_seed"])
 @pytest.mark.parametrize("bound", [True, False])
-def test_each_derivation_binds_the_round_by_itself(derivation, bound, monkeypatch):
-    one_offered_value(monkeypatch)
+def test_each_derivation_binds_the_round_by_itself(derivation, bound, without):
+    one_offered_value(without)
     if not bound:
-        without_header(monkeypatch, derivation)
+        without_header(without, derivation)
     first = snapshots(World()).advance("submit")
     later = second_round(first, "submit")
     for name in first.roster:
@@ -118,10 +115,10 @@ def test_each_derivation_binds_the_round_by_itself(derivation, bound, monkeypatc
         assert bound or len(rest) == (4 if derivation == "self_mask_seed" else 1)
 
 
-def test_with_no_round_in_any_of_them_the_vectors_of_a_snapshot_are_equal(monkeypatch):
+def test_with_no_round_in_any_of_them_the_vectors_of_a_snapshot_are_equal(without):
     """The control of the two above: nothing else stands between two rounds."""
-    one_offered_value(monkeypatch)
-    without_header(monkeypatch, "pair_seed", "self_mask_seed")
+    one_offered_value(without)
+    without_header(without, "pair_seed", "self_mask_seed")
     first = snapshots(World()).advance("submit")
     later = second_round(first, "submit")
     assert later.masks == first.masks
@@ -161,7 +158,7 @@ def opened_by(world, to):
 
 
 @pytest.mark.parametrize("field", ["envelope", "offer"])
-def test_an_envelope_or_offer_of_an_earlier_round_does_not_open(field, monkeypatch):
+def test_an_envelope_or_offer_of_an_earlier_round_does_not_open(field, without):
     """A liar seals nothing anew: it sends what it sent before, under this round's good signature."""
     first = snapshots(World()).advance("shares")
     later = second_round(first, "shares")
@@ -178,9 +175,9 @@ def test_an_envelope_or_offer_of_an_earlier_round_does_not_open(field, monkeypat
         return real(shared_, mlkem, ciphertext, sender, recipient, b"")
 
     if field == "envelope":
-        patch_machine(monkeypatch, site, "_context", no_round)
+        without(site, _context=no_round)
     else:
-        monkeypatch.setattr(pairwise, "_offer_key", no_round_key)
+        without(pairwise, _offer_key=no_round_key)
     first = snapshots(World()).advance("shares")
     later = second_round(first, "shares")
     lie = old_parcels(first, later, "ann", "cat", field)
@@ -205,33 +202,31 @@ def copied_envelopes(world):
     return world.lying_shares("ann", lambda p: replace(p, envelope=bobs[p.recipient].envelope))
 
 
-def without_distinct_keys(monkeypatch):
-    patch_machine(monkeypatch, checks, "distinct", lambda *_: None)
+def without_distinct_keys(without):
+    without(checks, "distinct")
     return copied_keys(World().advance("keys")).advance("shares", after="keys")
 
 
-def test_anothers_envelopes_handed_on_as_ones_own(monkeypatch):
+def test_anothers_envelopes_handed_on_as_ones_own(without):
     """The cohort would hold bob's shares under ann's name too. If ann then drops and bob survives, an
     honest answer to unmask has bob's self-seed share and, as ann's, his mask-root share: both."""
     world = copied_keys(World().advance("keys"))
     refuses(world, "cat", world.bundle(), KeyRefused, fault="bob", found="a key of 'ann' again")
 
-    world = without_distinct_keys(monkeypatch)
+    world = without_distinct_keys(without)
     delivery = world.delivery("cat", shares={"ann": copied_envelopes(world)})
     refuses(world.copy(), "cat", delivery, EnvelopeRefused, fault="ann", found="does not open")
 
-    patch_machine(
-        monkeypatch, site, "_context", lambda header, sender, recipient: recipient.encode()
-    )
-    world = without_distinct_keys(monkeypatch)
+    without(site, _context=lambda header, sender, recipient: recipient.encode())
+    world = without_distinct_keys(without)
     delivery = world.delivery("cat", shares={"ann": copied_envelopes(world)})
     refuses(
         world.copy(), "cat", delivery, ShareRefused, fault="ann", found="differs from its signed"
     )
 
     # The control: with the digests unchecked as well, cat holds bob's shares twice.
-    monkeypatch.setattr(checks, "share_digest", lambda *_: b"")
-    patch_machine(monkeypatch, site, "digest", lambda *_: b"")
+    without(checks, share_digest=lambda *_: b"")
+    without(site, digest=lambda *_: b"")
     unsigned = copied_envelopes(world)
     blank = tuple(
         replace(p, self_share_digest=b"", root_share_digest=b"") for p in unsigned.parcels
@@ -314,7 +309,7 @@ def test_a_bad_key_stops_at_the_coordinator_and_spoils_no_round(which, without):
 # --------------------------------------------------------------------------------- the tag's pads
 
 
-def test_with_one_pad_for_all_a_site_could_stand_in_for_another(monkeypatch):
+def test_with_one_pad_for_all_a_site_could_stand_in_for_another(without):
     """The control of "one site in another's place" in test_release.py: as many vectors as listed sites,
     but dan's twice and eve's not. Equal pads would not tell."""
 
@@ -331,5 +326,5 @@ def test_with_one_pad_for_all_a_site_could_stand_in_for_another(monkeypatch):
     def one_pad(tag, info, length):
         return real(tag, label if info.startswith(label) else info, length)
 
-    monkeypatch.setattr(SumTag, "_derive", one_pad)
+    without(SumTag, _derive=one_pad)
     check(World().advance("unmask"))

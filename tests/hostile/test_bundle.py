@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 from kit import World, refuses, world_at
-from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -125,18 +124,15 @@ def test_every_other_field_of_keys_is_signed(field, without):
     shares_go_out(world, "ann", bundle)
 
 
-def test_a_lying_site_that_copies_anothers_keys(monkeypatch):
+@pytest.mark.parametrize("field", ["channel", "mask", "self_seed_hash"])
+def test_a_lying_site_that_copies_anothers_keys(field, without):
     """Signed by the liar itself: only the comparison within the bundle finds it."""
-    for field in ("channel", "mask", "self_seed_hash"):
-        world = world_at("keys")
-        stolen = world.signed(
-            "cat", world.keys["cat"], **{field: getattr(world.keys["bob"], field)}
-        )
-        bundle = world.bundle(keys={"cat": stolen})
-        refuses(world, "ann", bundle, KeyRefused, fault="cat", found="a key of 'bob' again")
-        with monkeypatch.context() as without:
-            patch_machine(without, checks, "distinct", lambda *_: None)
-            shares_go_out(world, "ann", bundle)
+    world = world_at("keys")
+    stolen = world.signed("cat", world.keys["cat"], **{field: getattr(world.keys["bob"], field)})
+    bundle = world.bundle(keys={"cat": stolen})
+    refuses(world, "ann", bundle, KeyRefused, fault="cat", found="a key of 'bob' again")
+    without(checks, "distinct")
+    shares_go_out(world, "ann", bundle)
 
 
 def test_one_key_of_a_site_for_channel_and_mask(without):
@@ -159,13 +155,13 @@ SMALL_ORDER = [
 
 @pytest.mark.parametrize("which", ["channel", "mask"])
 @pytest.mark.parametrize("point", SMALL_ORDER, ids=["0", "1", "order 8", "-1"])
-def test_a_point_of_low_order(which, point, monkeypatch):
+def test_a_point_of_low_order(which, point, without):
     world = world_at("keys")
     weak = replace(getattr(world.keys["cat"], which), x25519=point)
     bundle = world.bundle(keys={"cat": world.signed("cat", world.keys["cat"], **{which: weak})})
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found="small order")
     # Control: plain RFC 7748 agrees on zero with such a point, and the site would go on.
-    monkeypatch.setattr(hybrid, "_exchange", lambda mine, theirs, owner: bytes(32))
+    without(hybrid, _exchange=lambda mine, theirs, owner: bytes(32))
     shares_go_out(world, "ann", bundle)
 
 
@@ -181,7 +177,7 @@ def test_a_malformed_mlkem_key(which, kind, monkeypatch, without):
     refuses(world, "ann", bundle, KeyRefused, fault="cat", found=found)
     # Control: nothing else stands in the way of such a key.
     without(hybrid, "_mlkem_key")
-    monkeypatch.setattr(OsEntropy, "encapsulate", lambda *_: (bytes(32), bytes(1088)))
+    without(OsEntropy, encapsulate=lambda *_: (bytes(32), bytes(1088)))
     shares_go_out(world, "ann", bundle)
 
 
@@ -293,11 +289,8 @@ def test_a_second_and_different_key_bundle(monkeypatch, without):
     monkeypatch.setitem(
         site.MOVES[site.Shared], type(other), (sharing.share_secrets, (site.Shared,))
     )
-    patch_machine(
-        monkeypatch,
-        site,
-        "evolve",
-        lambda stage, entry: replace(stage, bundle=entry.bundle, shares=entry.shares),
+    without(
+        site, evolve=lambda stage, entry: replace(stage, bundle=entry.bundle, shares=entry.shares)
     )
     world.stages["ann"] = replace(world.stages["ann"])
     object.__setattr__(world.stages["ann"], "keys", world.keys["ann"])

@@ -131,7 +131,7 @@ class Town:
         assert what in causes.pop()
 
 
-def lying(monkeypatch, field, value, purpose="update"):
+def lying(without, field, value, purpose="update"):
     """The liar's encoder writes a field of its own: any w bits, where an honest one has at most b."""
     honest = Layout._join
 
@@ -141,45 +141,43 @@ def lying(monkeypatch, field, value, purpose="update"):
             data[field] = value
         return data
 
-    monkeypatch.setattr(Layout, "_join", join)
+    without(Layout, _join=join)
 
 
-def unchecked(monkeypatch):
-    monkeypatch.setattr(released, "check_possible", lambda *_: None)
-    monkeypatch.setattr(released, "check_finite", lambda *_: None)
+def unchecked(without):
+    without(released, "check_possible")
 
 
 @pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
 @pytest.mark.parametrize("lie", FIELDS)
-def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(
-    protection, lie, monkeypatch
-):
+def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(protection, lie, without):
     assert Town(protection).sum("update").done == PlannedRound("update", 1)  # control: honest sites
     field, value, what = FIELDS[lie]
-    lying(monkeypatch, field, value)
+    lying(without, field, value)
     town = Town(protection)
     with pytest.raises(ImpossibleSum, match=what):
         town.sum("update")
     town.check_refused_alike(what)
-    unchecked(monkeypatch)  # control: the rule switched off
+    unchecked(without)  # control: the rule switched off
     if lie == "no weight at all":  # then it is a fault of the arithmetic, and still one refusal
         town = Town(protection)
         with pytest.raises(ZeroDivisionError):
             town.sum("update")
         town.check_refused_alike("division by zero")
     else:
+        without(released, "check_finite")
         assert Town(protection).sum("update").done == PlannedRound("update", 1)
 
 
 @pytest.mark.parametrize("purpose", ["range", "metrics"])
-def test_the_sums_of_the_other_rounds_are_held_against_their_caps_too(purpose, monkeypatch):
+def test_the_sums_of_the_other_rounds_are_held_against_their_caps_too(purpose, without):
     assert Town("masked").sum(purpose).done.purpose == purpose  # control: honest sites
-    lying(monkeypatch, 0, TOP, purpose)
+    lying(without, 0, TOP, purpose)
     town = Town("masked")
     with pytest.raises(ImpossibleSum):
         town.sum(purpose)
     town.check_refused_alike("sum: ")
-    unchecked(monkeypatch)
+    unchecked(without)
     assert Town("masked").sum(purpose).done.purpose == purpose
 
 
@@ -201,13 +199,13 @@ def test_a_model_that_is_not_finite_is_refused():
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
 @pytest.mark.parametrize("lie", ROWS)
-def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, monkeypatch):
+def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, without):
     assert Town("layered").sum("statistics").statistics.count == (300,)  # control
     town = Town("layered")
     with pytest.raises(ImpossibleSum, match="statistics"):
         town.sum("statistics", ROWS[lie])
     town.check_refused_alike("statistics")
-    unchecked(monkeypatch)
+    unchecked(without)
     town = Town("layered")
     if lie != "more clipped than rows":  # NaN as a spread, which no state's canonical form can hold
         with pytest.raises(ValueError, match="not JSON compliant"):
@@ -217,9 +215,7 @@ def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, mo
         assert town.sum("statistics", ROWS[lie]).done == PlannedRound("statistics", 0)
 
 
-def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
-    tmp_path, monkeypatch
-):
+def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(tmp_path, without):
     """Before, only three classes were caught: the site said nothing, and all waited for its patience."""
     world = world_at("state")
     for found in deployed(world, "cat", tmp_path):
@@ -231,16 +227,16 @@ def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(
             return []
 
         work, rounds = found.work, found.job.parts.rounds
-        monkeypatch.setattr(work, "fetch", chunks)
+        without(work, fetch=chunks)
         work.link = type("Link", (), {"doing": lambda *_: None})()
         sealed = []
         for error in (ZeroDivisionError("division by zero"), KeyError("x"), MemoryError()):
-            monkeypatch.setattr(work, "round_work", raising(error))
+            without(work, round_work=raising(error))
             event = asyncio.run(work.open_sum(asked))
             assert isinstance(event, WorkFailed) and event.error is error
             sealed.append(rounds.sealed(event.told))
         assert len({len(each) for each in sealed}) == 1 and sealed[0]
-        monkeypatch.setattr(work, "round_work", raising(OSError("no space left")))
+        without(work, round_work=raising(OSError("no space left")))
         with pytest.raises(OSError, match="no space"):  # the disk is not the sum: it is tried again
             asyncio.run(work.open_sum(asked))
 

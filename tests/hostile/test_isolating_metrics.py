@@ -115,7 +115,7 @@ def answering(found):
 
 
 @pytest.mark.parametrize("rule", [True, False])
-def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule):
+def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, without, rule):
     """The real `JobWork`, between its training process and its vector."""
     packed = []
     world = world_at("state")
@@ -132,7 +132,7 @@ def test_a_deployed_site_puts_zeros_for_its_metrics(tmp_path, monkeypatch, rule)
 
         made = Work("cat", Agreed(plan, 0, ()), None, state)
         if not rule:
-            monkeypatch.setattr(JobState, "isolates", lambda *_: False)
+            without(JobState, isolates=lambda *_: False)
         fields = np.ones(12, dtype=np.uint64)
         wides = {"weight": [100], EXCEEDS: [0], metric.name: [30, 40]}
         work = found.work

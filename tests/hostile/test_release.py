@@ -124,7 +124,7 @@ def test_a_sites_last_word_names_no_reason(stage):
     assert len(words[0]) == 1
 
 
-def test_a_sum_for_another_list_than_the_signed_one(monkeypatch):
+def test_a_sum_for_another_list_than_the_signed_one(without):
     world = world_at("unmask")
     request = world.aggregate(world.roster[:4])
     refuses(world, "ann", request, ListRefused, found="another survivor list")
@@ -226,14 +226,14 @@ def test_a_certificate_with_a_forged_signer(without):
     released(world, "ann", certificate)
 
 
-def test_a_certificate_signed_by_a_stranger(monkeypatch):
+def test_a_certificate_signed_by_a_stranger(without):
     world = world_at("state")
     signatures = (*world.certificate().signatures[:4], ("mallory", b"m" * 64))
     refuses(world, "ann", world.certificate(signatures=signatures), ListRefused, found="'mallory'")
 
 
 @pytest.mark.parametrize("field", ["sum_mac", "state_mac"])
-def test_a_certificate_for_another_sum_or_state(field, monkeypatch):
+def test_a_certificate_for_another_sum_or_state(field, without):
     """Signed by t others who colluded or were misled: it is not what this site found."""
     world = world_at("state")
     lie = {n: world.signed(n, s, **{field: b"x" * 32}) for n, s in world.statements.items()}
@@ -245,7 +245,7 @@ def test_a_certificate_for_another_sum_or_state(field, monkeypatch):
     released(world, "ann", certificate)
 
 
-def test_a_certificate_for_other_survivors(monkeypatch):
+def test_a_certificate_for_other_survivors(without):
     world = world_at("state")
     four = world.roster[:4]
     lie = {
@@ -447,15 +447,11 @@ def test_different_models_to_different_sites_and_who_differs_is_named():
 
 
 @pytest.mark.parametrize("bound", [True, False])
-def test_masks_of_different_models_do_not_cancel(bound, monkeypatch, without):
+def test_masks_of_different_models_do_not_cancel(bound, without):
     """Even if the comparison is removed: every seed binds the site's own tag. Control: unbound seeds."""
     without(checks, "same_state")
     if not bound:
-        monkeypatch.setattr(
-            pairwise,
-            "pair_seed",
-            lambda *a, state_tag, **k: pair_seed(*a, state_tag=b"", **k),
-        )
+        without(pairwise, pair_seed=lambda *a, state_tag, **k: pair_seed(*a, state_tag=b"", **k))
     world = misled().advance("submit")
     own = [world.masks[name][0] for name in world.roster]
     same = np.array_equal(world.minus(world.roster, own), world.plain_sum(world.roster))

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 from kit import World, answer_of, refuses, world_at
-from support.machines import patch_machine
 
 from fedcore.errors import (
     Conflicting,
@@ -70,28 +69,18 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lying_site_and_its_signed_parcel(lie, monkeypatch):
+def test_a_lying_site_and_its_signed_parcel(lie, without):
     change, error, found = LIES[lie]
     world = world_at("shares")
     delivery = world.delivery("cat", shares={"ann": world.lying_shares("ann", change)})
     refuses(world, "cat", delivery, error, fault="ann", found=found)
     if error is ShareRefused and "digest" in lie:
-        patch_machine(
-            monkeypatch,
-            site,
-            "_open_parcel",
-            lambda member, stage, parcel, _: replace(stage.own, of=parcel.sender),
+        without(
+            site, _open_parcel=lambda member, stage, parcel, _: replace(stage.own, of=parcel.sender)
         )
     else:  # with the parcel opened whatever it is
-        patch_machine(
-            monkeypatch,
-            site,
-            "_open_parcel",
-            lambda _, stage, p, __: replace(stage.own, of=p.sender),
-        )
-        patch_machine(
-            monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
-        )
+        without(site, _open_parcel=lambda _, stage, p, __: replace(stage.own, of=p.sender))
+        without(site, _pairwise_mask=lambda _, stage, *__: (stage.secrets.root, 1))
     goes_on(world, "cat", delivery)
 
 
@@ -135,7 +124,7 @@ def test_a_parcel_that_its_sender_altered_needs_its_signature():
     goes_on(world, "cat", world.delivery("cat", shares={"ann": anew}))
 
 
-def test_an_offer_from_the_second_of_a_pair(monkeypatch):
+def test_an_offer_from_the_second_of_a_pair(without):
     """One seed for a pair: whoever stands second in the roster has no say in it."""
     world = world_at("shares")
     offer = world.shares["ann"].parcels[1].offer
@@ -144,16 +133,14 @@ def test_an_offer_from_the_second_of_a_pair(monkeypatch):
     refuses(
         world, "bob", delivery, ShareRefused, fault="cat", found="one", expected="first of the pair"
     )
-    patch_machine(
-        monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
-    )
+    without(site, _pairwise_mask=lambda _, stage, *__: (stage.secrets.root, 1))
     goes_on(world, "bob", delivery)
 
 
 @pytest.mark.parametrize(
     "field", ["envelope", "offer", "self_share_digest", "root_share_digest", "sender", "recipient"]
 )
-def test_a_parcel_altered_on_the_way(field, monkeypatch, without):
+def test_a_parcel_altered_on_the_way(field, without):
     """The same alterations by the coordinator, which cannot sign the list anew: its own fault."""
     world = world_at("shares")
     delivery = world.delivery("cat")
@@ -166,12 +153,8 @@ def test_a_parcel_altered_on_the_way(field, monkeypatch, without):
     if field == "sender":  # without the checks there is no head to take this parcel for
         return
     without(site, "_check_parcel")
-    patch_machine(
-        monkeypatch, site, "_open_parcel", lambda _, stage, p, __: replace(stage.own, of=p.sender)
-    )
-    patch_machine(
-        monkeypatch, site, "_pairwise_mask", lambda _, stage, *__: (stage.secrets.root, 1)
-    )
+    without(site, _open_parcel=lambda _, stage, p, __: replace(stage.own, of=p.sender))
+    without(site, _pairwise_mask=lambda _, stage, *__: (stage.secrets.root, 1))
     goes_on(world, "cat", altered)
 
 
@@ -244,7 +227,7 @@ def test_a_cohort_that_is_thinned_repeats_or_leaves_this_site_out(names, error, 
     goes_on(world, "cat", delivery)
 
 
-def test_a_site_that_did_not_join_has_no_shares(monkeypatch):
+def test_a_site_that_did_not_join_has_no_shares(without):
     world = world_at("idle", n=6)
     world.advance("keys")
     five = world.bundle(world.roster[:5])
@@ -259,7 +242,7 @@ def test_a_site_that_did_not_join_has_no_shares(monkeypatch):
     goes_on(world, "ann", world.delivery("ann"))
 
 
-def test_parcels_that_do_not_match_the_heads(monkeypatch):
+def test_parcels_that_do_not_match_the_heads(without):
     world = world_at("shares")
     delivery = world.delivery("cat")
     refuses(
@@ -331,7 +314,7 @@ def test_a_restarted_site_never_makes_its_vector_a_second_time():
     assert answer_of(again) == sealed.submits["cat"]
 
 
-def test_a_low_order_point_at_the_pairwise_agreement_itself(monkeypatch):
+def test_a_low_order_point_at_the_pairwise_agreement_itself(without):
     """Were it ever past the bundle, the agreement refuses it too."""
     world = world_at("shares")
     stage = world.stages["cat"]

@@ -39,7 +39,7 @@ def with_setting(key, value):
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_two_sites_offered_different_settings_find_no_common_plan(tmp_path, monkeypatch, key):
+def test_two_sites_offered_different_settings_find_no_common_plan(tmp_path, without, key):
     """One plan goes to all; a site that was offered something else refuses it before any round."""
     offered, other = settings(public=False), with_setting(key, OTHER[key])
 
@@ -52,7 +52,7 @@ def test_two_sites_offered_different_settings_find_no_common_plan(tmp_path, monk
     if key == "lr":
         return  # it is in the plan in clear as well, so there is no rule to switch off
     # Control: without the digest of the settings in the plan, both agree, and a round sums their vectors.
-    monkeypatch.setattr(config, "settings_digest", lambda *_: "")
+    without(config, settings_digest=lambda *_: "")
     assert answer(tmp_path / "3", offered) == answer(tmp_path / "4", other)
     assert isinstance(answer(tmp_path / "5", other), job_messages.PlanAgreed)
 
@@ -156,7 +156,7 @@ def test_a_seed_decides_no_split():
     assert trained(1, FoldSplit(1)) != trained(2, FoldSplit(2))  # control
 
 
-def test_two_caps_choose_unrelated_rows(monkeypatch):
+def test_two_caps_choose_unrelated_rows(without):
     """A cap below a site's rows is a question about them, too: 100 and 101 must not differ by one row."""
     rows = data(HOSPITAL)
 
@@ -165,5 +165,5 @@ def test_two_caps_choose_unrelated_rows(monkeypatch):
 
     assert len(chosen(101) - chosen(100)) > 20
     honest = split_module._picked
-    monkeypatch.setattr(split_module, "_picked", lambda key, _, row: honest(key, 0, row))
+    without(split_module, _picked=lambda key, _, row: honest(key, 0, row))
     assert len(chosen(101) - chosen(100)) == 1  # control: a choice that the cap is no part of
