@@ -84,9 +84,9 @@ def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool):
     scene(tmp_path, PoolWith(pool, forgotten), play, rounds=1, limits=UNHURRIED)
 
 
-def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, monkeypatch):
+def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, without):
     """No deadline passes: UNHURRIED's stages last longer than this test."""
-    monkeypatch.setattr(job_disk, "small_file", lambda what, stored: {})
+    without(job_disk, small_file=lambda what, stored: {})
 
     async def play(found):
         hub = begin(found)
@@ -165,12 +165,12 @@ class Ignored(events.TimePassed):
         pass
 
 
-def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, monkeypatch):
+def test_control_an_unreported_fault_leaves_the_job_summing(tmp_path, pool, without):
     """The attack: without the report of background faults the job stays in Summing."""
     pool, _ = broken(pool, KeyError("a"), 1)
 
     background = Mailbox.background
-    monkeypatch.setattr(Mailbox, "background", lambda box, work, _: background(box, work, Ignored))
+    without(Mailbox, background=lambda box, work, _: background(box, work, Ignored))
 
     async def play(found):
         hub = begin(found)

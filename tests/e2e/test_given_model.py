@@ -14,7 +14,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.job_work import JobWork
 from fedcore_clients.status import export_model
 from fedcore_clients.trainer import TrainingFailed
-from fedcore_server.job_disk import MODEL_FILE, JobDisk
+from fedcore_server.job_disk import MODEL_FILE
 from fedcore_server.operators import write_report
 from safetensors.torch import load_file
 from test_patients import RECORDER
@@ -234,19 +234,20 @@ def test_an_operator_who_thinks_better_of_it_gives_none(tmp_path, pool, caplog):
     scene(tmp_path, pool, play, rounds=4, limits=PATIENT)
 
 
-def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool, monkeypatch):
-    full, keep = [], JobDisk.keep_model
-
-    def no_room(*about):
-        if not full:
-            full.append(True)
-            raise StoreFull("model: found no room")
-        keep(*about)
-
-    monkeypatch.setattr(JobDisk, "keep_model", no_room)
+def test_a_full_disk_at_the_coordinator_is_waited_out(tmp_path, pool):
+    full = []
 
     async def play(found):
         giving(found)
+        keep = found.hub.disk.keep_model
+
+        def no_room(digest):
+            if not full:
+                full.append(True)
+                raise StoreFull("model: found no room")
+            keep(digest)
+
+        found.hub.disk.keep_model = no_room
         await found.run()
         assert full and found.hub.facts.outcome.text == ""
         await check_given(found)
@@ -280,7 +281,7 @@ ROUNDS = 200
 @pytest.mark.parametrize("control", [False, True], ids=["attack", "control"])
 @pytest.mark.parametrize("early", [False, True], ids=["not in the plan", "before the last round"])
 def test_a_model_that_the_plan_does_not_give_is_not_given(
-    tmp_path, pool, monkeypatch, caplog, early, control
+    tmp_path, pool, without, caplog, early, control
 ):
     """Attack: a coordinator asks for the model of the first round, or under a plan that gives it none.
 
@@ -294,7 +295,7 @@ def test_a_model_that_the_plan_does_not_give_is_not_given(
         return message
 
     if control:
-        monkeypatch.setattr(PublicRelease, "may_give", lambda *_, **__: True)
+        without(PublicRelease, may_give=lambda *_, **__: True)
 
     async def play(found):
         found.passing = heard

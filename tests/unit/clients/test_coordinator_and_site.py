@@ -127,9 +127,7 @@ def test_the_rows_are_split_as_site_toml_says_whatever_the_job_asks(tmp_path):
     assert [asked["split"] for _, asked in training.asked] == [SplitSection().of(IDENTITY)] * 2
 
 
-def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
-    tmp_path, monkeypatch
-):
+def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(tmp_path):
     """As a new process would: the work may be lost, and nothing else would ask for it again."""
     found = site_job(tmp_path, submitted(), context={"retry_seconds": 0.0})
 
@@ -138,8 +136,7 @@ def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
 
     async def play():
         restored = asyncio.Event()
-        monkeypatch.setattr(found.work, "load", refused)
-        monkeypatch.setattr(found, "restore", restored.set)
+        found.work.load, found.restore = refused, restored.set
         running = asyncio.get_running_loop().create_task(found.run())
         try:
             async with asyncio.timeout(20):
@@ -152,9 +149,7 @@ def test_a_disk_that_refuses_background_work_has_everything_read_from_it_again(
     assert "Input/output error" in found.job.part.last_error
 
 
-def test_a_coordinator_whose_disk_refused_a_step_goes_on_from_what_the_disk_has(
-    tmp_path, monkeypatch
-):
+def test_a_coordinator_whose_disk_refused_a_step_goes_on_from_what_the_disk_has(tmp_path):
     found = coordinated(tmp_path, plan_for("encrypted"))
     found.facts.withdrawn = frozenset({"a"})  # its commit was refused
     seen = []
@@ -163,7 +158,7 @@ def test_a_coordinator_whose_disk_refused_a_step_goes_on_from_what_the_disk_has(
         seen.append(found.facts.withdrawn)
         raise OSError(28, "No space left") if len(seen) == 1 else ValueError("enough")
 
-    monkeypatch.setattr(found, "handle", handle)
+    found.handle = handle
     asyncio.run(found.run())
     assert seen == [{"a"}, frozenset()]
     assert found.facts.outcome.outcome == "failed", "control: any other fault ends the job"

@@ -262,7 +262,7 @@ UNASKED = {
 
 
 @pytest.mark.parametrize("what", UNASKED)
-def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, monkeypatch, caplog):
+def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, without, caplog):
     """Else any site fills the coordinator's disk."""
     hub, header = collecting(tmp_path)
     name, lie, size = UNASKED[what]
@@ -270,7 +270,7 @@ def test_an_upload_that_no_round_waits_for_is_not_spooled(what, tmp_path, monkey
     assert "upload: found one" in caplog.text
     assert hub.context.spool.rounds("job") == [] and hub.jobs["job"].mailbox.backlog == 0
     assert not sends(hub, name, lie(header), size, of="another job")
-    monkeypatch.setattr(JobRunner, "expects", lambda *_: True)
+    without(JobRunner, expects=lambda *_: True)
     sends(hub, name, lie(header), size)
     assert hub.context.spool.rounds("job") == [lie(header)], "control: it is on the disk"
 

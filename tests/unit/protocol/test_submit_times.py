@@ -83,7 +83,7 @@ def test_an_overrun_is_sent_when_ready_with_a_line_in_the_site_s_own_log(tmp_pat
     assert "loading took longer than round.submit_seconds = 30" in line
 
 
-def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
+def vector(folder, needs, budget=BUDGET, fails=None):
     """(when the vector is handed to the machine, what) in a round that was announced at time 100."""
     found, clock = deployed(folder, budget)
     asyncio.run(begin(found))
@@ -110,7 +110,7 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
             return [b"chunk"], b"", {}
 
     made = Work("a", found.job.parts.agreed, None, found.job.state)
-    monkeypatch.setattr(found.work, "round_work", lambda: made)
+    found.work.round_work = lambda: made
     event = asyncio.run(found.work.make_vector(MakeVector(header, b"", ())))
     assert all(at == clock.now for at, _ in found.link.said)
     if budget:
@@ -118,8 +118,8 @@ def vector(folder, monkeypatch, needs, budget=BUDGET, fails=None):
     return clock.now, type(event)
 
 
-def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path, monkeypatch):
-    at = lambda place, *args, **words: vector(tmp_path / place, monkeypatch, *args, **words)  # noqa: E731
+def test_a_vector_is_sent_at_one_time_whatever_training_needs(tmp_path):
+    at = lambda place, *args, **words: vector(tmp_path / place, *args, **words)  # noqa: E731
     assert at("1", 2) == at("2", 25) == (130.0, VectorReady)
     assert at("3", 2, fails=TrainingFailed(job_messages.UNABLE)) == (130.0, WorkFailed)
     assert at("4", 2, fails=KeyError("row 7")) == (130.0, WorkFailed)

@@ -314,12 +314,12 @@ def test_a_job_hears_of_a_fault_in_the_background():
     assert play(outcome_of_a_sum(Mailbox(TICK), SOON)) == [("fault", KeyError, "'a'")]
 
 
-def test_control_without_the_report_of_faults_the_job_waits_for_ever(monkeypatch):
+def test_control_without_the_report_of_faults_the_job_waits_for_ever(without):
     put = Mailbox.put
 
     def unreported(self, event):
         if event[0] != "fault":
             put(self, event)
 
-    monkeypatch.setattr(Mailbox, "put", unreported)
+    without(Mailbox, put=unreported)
     assert play(outcome_of_a_sum(Mailbox(TICK), 0.3)) == []

@@ -127,8 +127,14 @@ def test_every_coefficient_of_the_ring_survives(ring, slot_bits):
     assert (sealer.open(fold.total(), ring.degree) == sum(rows) % np.uint64(t)).all()
 
 
-def test_vectors_of_several_chunks(monkeypatch):
-    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 2)
+@pytest.fixture
+def blocks_per_chunk(monkeypatch):
+    """blocks_per_chunk(n): chunks are so short that a small vector has several."""
+    return lambda count: monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", count)
+
+
+def test_vectors_of_several_chunks(blocks_per_chunk):
+    blocks_per_chunk(2)
     public = PublicContext(SMALL, 40)
     sealer, size = EncryptedSealer(SecretContext(public)), 5 * 2048
     rows = np.random.default_rng(2).integers(0, 2**38, (3, size), dtype=np.uint64)
@@ -229,8 +235,8 @@ def test_a_subtraction_moves_each_coefficient_by_at_most_half_more_than_it_shoul
         assert abs(2 * t * fall - 2 * ring.modulus * value) <= t
 
 
-def test_masks_of_several_chunks_come_off_in_any_order_of_folding(monkeypatch):
-    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 2)
+def test_masks_of_several_chunks_come_off_in_any_order_of_folding(blocks_per_chunk):
+    blocks_per_chunk(2)
     public, size = PublicContext(SMALL, 40), 5 * 2048
     sealer = EncryptedSealer(SecretContext(public))
     rng = np.random.default_rng(6)
@@ -249,8 +255,8 @@ def test_masks_of_several_chunks_come_off_in_any_order_of_folding(monkeypatch):
     assert (sealer.open(sums[0], size) == expected).all()
 
 
-def test_masks_come_off_once_whole_and_from_a_whole_sum(monkeypatch):
-    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 1)
+def test_masks_come_off_once_whole_and_from_a_whole_sum(blocks_per_chunk):
+    blocks_per_chunk(1)
     public = PublicContext(SMALL, 40)
     sealer = EncryptedSealer(SecretContext(public))
     slots, mask = np.arange(4096, dtype=np.uint64), np.ones(4096, dtype=np.uint64)
@@ -339,8 +345,8 @@ def test_ciphertexts_under_other_parameters_are_refused_by_name(setting, ring):
         fold.add(0, moved)  # the control: only the digest told them apart
 
 
-def test_a_chunk_of_another_place_or_count_is_refused(setting, monkeypatch):
-    monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", 1)
+def test_a_chunk_of_another_place_or_count_is_refused(setting, blocks_per_chunk):
+    blocks_per_chunk(1)
     first, second = setting.sealer.protect(setting.slots)
     fold = EncryptedFold(setting.public, 4096)
     for index, chunk in ((0, second), (1, first)):

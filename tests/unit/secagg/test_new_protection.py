@@ -56,9 +56,9 @@ def test_a_registered_protection_gives_the_same_model_as_plain():
     assert {gap["mean"] for gap in padded.result["gap"]["protection"].values()} == {0}
 
 
-def test_its_own_scheme_protects_the_vectors(monkeypatch):
+def test_its_own_scheme_protects_the_vectors(without):
     """Without the pads at the opening the tag of the sum does not hold."""
-    monkeypatch.setattr(PaddedSecrets, "take_off_streams", EpochSecrets.take_off_streams)
+    without(PaddedSecrets, take_off_streams=EpochSecrets.take_off_streams)
     with pytest.raises(fedcore.FedcoreError, match="tag"):
         run("padded", cipher="keystream")
 

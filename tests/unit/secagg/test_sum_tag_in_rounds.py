@@ -54,11 +54,6 @@ def plan_of(scheme):
     )
 
 
-def unchecked(monkeypatch):
-    """The positive control: what would happen without the tag."""
-    monkeypatch.setattr(SumTag, "check", lambda *_: None)
-
-
 # ------------------------------------------------------------------------------- sums of another
 
 
@@ -106,11 +101,11 @@ def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, monkey
 
 @pytest.mark.parametrize("scheme", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_without_the_check_it_is_accepted(scheme, what, monkeypatch):
+def test_without_the_check_it_is_accepted(scheme, what, monkeypatch, without):
     """The control: marks and canaries see nothing, so only the tag refuses it above. A keystream is bound
     to the header and state as the tag is, so for its control streams are the same in every round."""
     Coordinator(monkeypatch, scheme)
-    unchecked(monkeypatch)
+    without(SumTag, "check")
     same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
     monkeypatch.setattr("fedcore.secagg.scheme.stream_key", lambda *parts: same[parts[3]])
     epoch = InProcessFederation("job", plan_of(scheme))
@@ -245,11 +240,11 @@ def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, scheme, mon
     assert [path for path in Path().rglob("*") if path != Path("runs")] == []
 
 
-def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, monkeypatch):
+def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, monkeypatch, without):
     """The control: marks and canaries see nothing; only the comparison with the twin does."""
     honest = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
     Shift(monkeypatch, scheme, which=1)
-    unchecked(monkeypatch)
+    without(SumTag, "check")
     result = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
     assert result["rounds"] == 3 and result["unequal_rounds"] == 1
     assert result["model_sha256"] != honest["model_sha256"]

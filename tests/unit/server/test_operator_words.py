@@ -188,7 +188,7 @@ def test_a_watch_goes_on_where_it_was_when_the_coordinator_restarts(monkeypatch)
         if answers:
             raise _Away("gone")
 
-    monkeypatch.setattr(operator, "stream", stream)
+    operator.stream = stream
     monkeypatch.setattr(time, "sleep", lambda _: None)
     found = list(operator.watch("", lost.append))
     assert [each["new_rounds"] for each in found] == [[RELEASED], [ABANDONED], [], [RELEASED]]

@@ -192,8 +192,8 @@ def test_removed_secrets_are_in_no_file(path, seed, steps):
     assert gone > 100 and left == 0
 
 
-def test_without_the_scrub_they_would_still_be_there(path, monkeypatch):
-    monkeypatch.setattr(module._Sqlite, "scrub", lambda self: None)
+def test_without_the_scrub_they_would_still_be_there(path, without):
+    without(module._Sqlite, "scrub")
     with Journal.open(path, party="va") as journal:
         assert history(journal, path, random.Random(0), 100)[1] > 0
 
@@ -250,7 +250,7 @@ def test_a_trim_is_one_commit(path):
         assert numbers(journal) == [0] and journal.get("job", "sum") == b"s"
 
 
-def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path, monkeypatch):
+def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path):
     def setting(journal):
         return journal._sqlite._run("PRAGMA synchronous")
 

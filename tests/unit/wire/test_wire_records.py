@@ -99,9 +99,15 @@ def test_there_is_room_for_the_largest_federations():
     assert grown["Grants"] > 8 << 20 > grown["Delivery"], "or MAX_RECORD may be smaller"
 
 
-def test_a_message_that_is_too_long_is_refused_before_it_is_read(monkeypatch):
-    read = []
-    monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: read.append(a))
+@pytest.fixture
+def read(monkeypatch):
+    """What was given to the decoder, which does nothing."""
+    found = []
+    monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: found.append(a))
+    return found
+
+
+def test_a_message_that_is_too_long_is_refused_before_it_is_read(read):
     long = replace(LEAVE, sealed=b"x" * SITE_RECORD)
     for act in (
         lambda: unpack_record(Record(JOB, encode(long)), FROM_SITES, sender="va"),
@@ -125,10 +131,8 @@ def test_no_table_takes_a_type_that_can_hold_a_secret(kind):
         travelling(Keys, kind, most=9)
 
 
-def test_a_journal_record_is_refused_by_its_name_before_it_is_read(monkeypatch):
+def test_a_journal_record_is_refused_by_its_name_before_it_is_read(read):
     """Its type is a record too, so only the table keeps it off the wire."""
-    read = []
-    monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: read.append(a))
     for stored in (SiteProgress(1, b"k"), epoch.NoKey()):
         with pytest.raises(MalformedMessage, match="found another one"):
             unpack_record(Record(JOB, encode(stored)), FROM_SITES, sender="va")
@@ -207,10 +211,8 @@ def grants_of(item, count):
 
 
 @pytest.mark.parametrize("item", [b"N", part(b"B"), part(b"L"), EMPTY_GRANT], ids="NBLR")
-def test_grants_that_a_roster_has_no_use_for_cost_nothing(item, monkeypatch):
+def test_grants_that_a_roster_has_no_use_for_cost_nothing(item, read):
     """16 MiB of tiny items held the coordinator for 11 s: it is the length that refuses them now."""
-    read = []
-    monkeypatch.setattr("fedcore.wire.records.decode", lambda *a, **k: read.append(a))
     count = (MAX_RECORD - 200) // len(item)
     with pytest.raises(MalformedMessage, match=f"at most {SITE_WORDS + 4 * GRANT} bytes"):
         unpack_record(grants_of(item, count), FROM_SITES, sender="va", sites=4)
