@@ -110,7 +110,7 @@ def test_a_real_share_of_somebody_else(without):
     world = world_at("shares")
     delivery = world.delivery("cat", shares={"ann": sealed_by_ann(world, "dan")})
     refuses(world, "cat", delivery, ShareRefused, fault="ann", found="differs from its signed")
-    without(site, "check_share")
+    without(checks, "share")
     goes_on(world, "cat", delivery)
 
 
