@@ -124,7 +124,7 @@ def test_a_sites_last_word_names_no_reason(stage):
     assert len(words[0]) == 1
 
 
-def test_a_sum_for_another_list_than_the_signed_one(without):
+def test_a_sum_for_another_list_than_the_signed_one():
     world = world_at("unmask")
     request = world.aggregate(world.roster[:4])
     refuses(world, "ann", request, ListRefused, found="another survivor list")
@@ -226,14 +226,14 @@ def test_a_certificate_with_a_forged_signer(without):
     released(world, "ann", certificate)
 
 
-def test_a_certificate_signed_by_a_stranger(without):
+def test_a_certificate_signed_by_a_stranger():
     world = world_at("state")
     signatures = (*world.certificate().signatures[:4], ("mallory", b"m" * 64))
     refuses(world, "ann", world.certificate(signatures=signatures), ListRefused, found="'mallory'")
 
 
 @pytest.mark.parametrize("field", ["sum_mac", "state_mac"])
-def test_a_certificate_for_another_sum_or_state(field, without):
+def test_a_certificate_for_another_sum_or_state(field):
     """Signed by t others who colluded or were misled: it is not what this site found."""
     world = world_at("state")
     lie = {n: world.signed(n, s, **{field: b"x" * 32}) for n, s in world.statements.items()}
@@ -245,7 +245,7 @@ def test_a_certificate_for_another_sum_or_state(field, without):
     released(world, "ann", certificate)
 
 
-def test_a_certificate_for_other_survivors(without):
+def test_a_certificate_for_other_survivors():
     world = world_at("state")
     four = world.roster[:4]
     lie = {
