@@ -20,7 +20,6 @@ from fedcore.types import Json, SiteId
 def progress(line: str) -> None:
     """Print one line of progress to stderr; stdout is for the JSON."""
     sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def require_at_least(flag: str, found: int, least: int, why: str = "") -> None:

@@ -32,7 +32,6 @@ from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 
 COMMITS = 50
-SITE_BENCH = "fedcore_clients.bench_sites"
 
 STALLED_SECONDS = 600.0
 """Timeout without a round: after it the coordinator has given up on a stage."""
@@ -125,7 +124,7 @@ def _commands(deployment: Deployment, parameters: int, per_process: int) -> dict
         name, (python, unlisted, module, *_) = group[0]
         words = [word for _, line in group for word in line[-2:]]
         found[name] = [
-            python, unlisted, module, SITE_BENCH, *words, "--parameters", str(parameters),
+            python, unlisted, module, "fedcore_clients.bench_sites", *words, "--parameters", str(parameters),
         ]  # fmt: skip
     return found
 

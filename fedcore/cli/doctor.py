@@ -1,25 +1,14 @@
 """`fedcore doctor`: versions, the SEAL self-test, name clashes."""
 
 import importlib.util
-from dataclasses import dataclass
 from importlib.metadata import distributions
 
 from fedcore.errors import FedcoreError
 from fedcore.experiment.environment import environment
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    """One line of the output. ok: False makes the command exit with 3."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
-
-
-def examine() -> list[SelfTest]:
-    """All checks, in the order of the output."""
+def examine() -> list[tuple[str, bool, str, str]]:
+    """(name, whether it is well, what was found, remedy) of each check, in the order of the output."""
     facts = environment()
     keys = ("fedcore", "python", "torch", "numpy", "platform", "cpu", "cores")
     events = "runs write its events" if _there("tensorboard") else "not installed (optional)"
@@ -30,11 +19,11 @@ def examine() -> list[SelfTest]:
     found = f"not importable: {missing}" if missing else ", ".join(shells)
     again = "install fedcore-fl again"
     return [
-        *(SelfTest(key, True, str(facts[key])) for key in keys),
+        *((key, True, str(facts[key]), "") for key in keys),
         _seal(),
-        SelfTest("tensorboard", True, events),
-        SelfTest("names", not clash, names, f"pip uninstall fedcore, then {again}"),
-        SelfTest("packages", not missing, found, again),
+        ("tensorboard", True, events, ""),
+        ("names", not clash, names, f"pip uninstall fedcore, then {again}"),
+        ("packages", not missing, found, again),
     ]
 
 
@@ -42,16 +31,16 @@ def _there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _seal() -> SelfTest:
+def _seal() -> tuple[str, bool, str, str]:
     from fedcore.secagg.crypto.bfv import self_test
 
     try:
         found = self_test()
     except FedcoreError as error:
-        return SelfTest("SEAL", False, str(error), error.remedy)
+        return "SEAL", False, str(error), error.remedy
     except Exception as error:  # noqa: BLE001 - a broken library may raise anything
-        return SelfTest("SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal")
+        return "SEAL", False, f"{type(error).__name__}: {error}", "reinstall tenseal"
     version = f"tenseal {environment()['tenseal']}"
     if not found["exact"]:
-        return SelfTest("SEAL", False, f"{version}: encrypted sums are WRONG", "do not use it")
-    return SelfTest("SEAL", True, f"{version}: encrypted sum exact, through a {found['path']}")
+        return "SEAL", False, f"{version}: encrypted sums are WRONG", "do not use it"
+    return "SEAL", True, f"{version}: encrypted sum exact, through a {found['path']}", ""

@@ -378,11 +378,11 @@ def doctor() -> None:
     from fedcore.cli.doctor import examine
 
     checks = examine()
-    for item in checks:
-        typer.echo(f"{'ok  ' if item.ok else 'FAIL'}  {item.name:<12} {item.found}")
-        if not item.ok and item.remedy:
-            typer.echo(f"      hint: {item.remedy}")
-    if not all(item.ok for item in checks):
+    for name, well, found, remedy in checks:
+        typer.echo(f"{'ok  ' if well else 'FAIL'}  {name:<12} {found}")
+        if not well and remedy:
+            typer.echo(f"      hint: {remedy}")
+    if not all(well for _, well, *_ in checks):
         raise typer.Exit(EXIT_REFUSED)
 
 

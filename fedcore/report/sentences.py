@@ -91,7 +91,11 @@ def _lost(result: Result, metric: str, against: str) -> str:
         return _without_gap(result, metric, against)
     mean, span = gap.mean, phrases.interval(result, metric, gap)
     value = phrases.measure(result, metric, abs(mean) if gap.ends is None else mean)
-    scores = _both_scores(result, metric)
+    # Of an error both scores: without them a difference in its unit has no size.
+    both = [result.score(arm, metric) for arm in ("centralised", "federated")]
+    pooled, together = map(phrases.score, both)
+    stated = result.is_error(metric) and None not in both
+    scores = f" ({pooled} centralised, {together} federated)" if stated else ""
     if gap.ends is None:
         what = f"{value} {'gained' if mean < 0 else 'lost'}{scores}"
         return f"{phrases.capitalised(name)}: {what}, with no interval to judge it by."
@@ -130,14 +134,6 @@ def _without_gap(result: Result, metric: str, against: str) -> str:
     # Said once, with the headline.
     missing = "; no centralised arm was run to compare with" if against else ""
     return f"Federated {name} {phrases.score(reached)}{missing}."
-
-
-def _both_scores(result: Result, metric: str) -> str:
-    """Of an error both scores: without them a difference in its unit has no size."""
-    pooled, together = (result.score(arm, metric) for arm in ("centralised", "federated"))
-    if not result.is_error(metric) or pooled is None or together is None:
-        return ""
-    return f" ({phrases.score(pooled)} centralised, {phrases.score(together)} federated)"
 
 
 def how_measured(result: Result) -> str:
