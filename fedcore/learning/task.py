@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
+from fedcore.learning import task_code
 
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
@@ -59,6 +61,7 @@ class Task:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     lower_is_better: tuple[str, ...] = ()
     origin: str = field(default="", compare=False)
+    home: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -85,17 +88,43 @@ class Task:
                 raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
 
     def digest(self) -> str:
-        """SHA-256 over the name, the metrics and the source text of every function of the task.
+        """SHA-256 over the task's name, its metrics and its code: 64 hex digits.
 
-        Two tasks with the same text in different files have the same digest; closed-over values are
-        not part of it. A declaration such as `fedcore.table(...)` or `fedcore.linear(...)` counts by
-        its `repr`, anything else without readable source by its qualified name.
+        The code of a task from a file is the whole file, that of a task from a package all `.py` files of the
+        package; every module they import that is neither installed in site-packages nor part of Python or
+        Fedcore counts with its package in the same way. `covers` names them. A task without a file (from a
+        notebook) has the source of its functions, and nothing that they call. Data files are not covered.
         """
-        text = [self.name, repr(self.metrics), repr(self.statistics)]
-        for part in ("data", "model", "loss", "predict", "train", "evaluate"):
+        text = [f"fedcore task 2 {self.name} {self.metrics!r} {self.statistics!r}"]
+        text += [
+            f"{name}={hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in self._code()
+        ]
+        for part in _PARTS:  # two tasks of one file differ in them
             function = getattr(self, part)
-            text.append(part + "=" + ("" if function is None else _source_of(function)))
+            text.append(f"{part}={'' if function is None else _source_of(function)}")
         return hashlib.sha256("\x00".join(text).encode()).hexdigest()
+
+    def covers(self) -> str:
+        """What `digest` covers, in words: `task.py`, `task.py and mylib (3 files)`."""
+        names = [name for name, _ in self._code()]
+        tops = Counter(name.partition("/")[0] for name in names)
+        alone = {name.partition("/")[0]: name for name in names}
+        said = [f"{top} ({n} files)" if n > 1 else alone[top] for top, n in tops.items()]
+        return " and ".join(said) or "the source of its functions, without what they call"
+
+    def _code(self) -> list[tuple[str, Path]]:
+        """The files of the task, by a name that is the same on every machine."""
+        functions = (getattr(self, part) for part in _PARTS)
+        modules = {self.home, *(each.__module__ for each in functions if inspect.isfunction(each))}
+        return task_code.files_of(name for name in modules if self._is_of(name))
+
+    def _is_of(self, module: str) -> bool:
+        """Whether a module is the user's; one of Fedcore only where this very task stands in it."""
+        found = vars(sys.modules[module]) if module in sys.modules else {}
+        return not module.startswith("fedcore.") or any(each is self for each in found.values())
+
+
+_PARTS = ("data", "model", "loss", "predict", "train", "evaluate")
 
 
 def _source_of(function: Any) -> str:
@@ -136,6 +165,7 @@ def load_task(spec: str, base: Path | None = None) -> Task:
             remedy=f"write `{name} = fedcore.Task(...)`",
         )
     object.__setattr__(found, "origin", spec)
+    object.__setattr__(found, "home", module.__name__)
     return found
 
 
@@ -145,7 +175,7 @@ def _module_from_file(path: Path) -> Any:
         raise BadInput(
             f"task file: found no file {path}", remedy="`fedcore new DIR` writes one to start from"
         )
-    name = "_fedcore_task_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    name = task_code.FROM_A_FILE + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -7,7 +7,7 @@ import torch
 
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.learning.data.linear import linear
-from fedcore.learning.data.tabular import category, number, table
+from fedcore.learning.data.tabular import number, table
 from fedcore.learning.task import Task, load_task, user_traceback
 
 TEXT = """
@@ -141,18 +141,81 @@ def test_digest_follows_text_and_declarations():
     assert make(data=len).digest() == make(data=len).digest()  # no source to read
 
 
-def test_digests_of_declarations_and_bundled_tasks_stay_as_they_are():
-    """Run folders, site.toml and jobs hold them: a class name, a docstring or a comment inside a
-    bundled task's functions is part of it."""
-    columns = {"age": number(0, 120, missing=(0,)), "smoker": category("never", "former")}
-    declared = make(
-        data=table(target="t", columns=columns), model=linear(3, 2), loss=torch.nn.MSELoss()
+def write(folder, helper="return source", extra=""):
+    folder.mkdir()
+    path = folder / "my.py"
+    path.write_text(
+        f"import torch, fedcore\n{extra}\n"
+        f"def helper(source):\n    {helper}\n"
+        "def data(source):\n    return helper(source)\n"
+        "def model():\n    return torch.nn.Linear(4, 2)\n"
+        "COLUMNS = {'age': fedcore.number(0, 120)}\n"
+        "task = fedcore.Task('h', data, model, torch.nn.functional.cross_entropy)\n"
+        "other = fedcore.Task('h', data, model, torch.nn.functional.mse_loss)\n"
     )
-    found = {
-        each.name: each.digest() for each in (declared, load_task("heart"), load_task("digits"))
-    }
-    assert found == {
-        "t": "512e64201559311a5361c288e558ecccc7a89b52872fef01c432fb97266793d2",
-        "heart": "7cd8a5f537aeb154f3dab854e7280c0f3b2770243428a5cccee3c6d5a8eb20de",
-        "digits": "9ab17391a2b25e7d9bb8d5e2dd175ad54363b7ac7830a136bca2c6523417acc0",
-    }
+    return path
+
+
+def test_digest_covers_the_whole_file(tmp_path):
+    """A helper, a declaration that no function's text shows, and an import are part of what an operator allows."""
+    path = write(tmp_path / "a")
+    first = load_task(str(path))
+    assert first.covers() == "task.py"
+    assert (
+        load_task(str(write(tmp_path / "b"))).digest() == first.digest()
+    )  # the same text elsewhere
+    changed = [
+        write(tmp_path / "c", helper="import os; os.system('touch x'); return source"),
+        write(tmp_path / "d", extra="import json"),
+        write(tmp_path / "e", extra="# a comment"),
+    ]
+    digests = {first.digest(), *(load_task(str(each)).digest() for each in changed)}
+    digests.add(load_task(f"{path}:other").digest())
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize(
+    "how", ["import mylib", "from mylib.io import rows", "import mylib.io as m"]
+)
+def test_digest_covers_local_packages_that_the_file_imports(tmp_path, monkeypatch, how):
+    for name in ("mylib", "mylib.io", "mysecond"):  # of the case before
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    library = tmp_path / "src" / "mylib"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text("import mysecond\n")
+    (library / "io.py").write_text("rows = 1\n")
+    (tmp_path / "src" / "mysecond.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    path = write(tmp_path / "t", extra=how)
+    task = load_task(str(path))
+    assert task.covers() == "mylib (2 files) and mysecond.py and task.py"
+    seen = {task.digest()}
+    (library / "io.py").write_text("rows = 2\n")
+    seen.add(task.digest())
+    (tmp_path / "src" / "mysecond.py").write_text("x = 2\n")
+    seen.add(task.digest())
+    (library / "more.py").write_text("")
+    seen.add(task.digest())
+    assert len(seen) == 4
+
+
+def test_digest_of_a_task_from_a_package_covers_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "heartlib"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helpers.py").write_text("x = 1\n")
+    write(tmp_path / "t").rename(package / "tasks.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("heartlib.tasks:task")
+    assert task.covers() == "heartlib (3 files)"
+    before = task.digest()
+    (package / "helpers.py").write_text("x = 2\n")
+    assert task.digest() != before
+
+
+def test_installed_libraries_and_fedcore_are_not_covered():
+    assert load_task("heart").covers() == "fedcore/learning/data/heart.py"
+    assert load_task("heart").digest() == load_task("heart").digest()
+    exec("def data(source):\n    return source", code := {"__name__": "__main__"})
+    task = Task("t", code["data"], code["data"], torch.nn.MSELoss())
+    assert task.covers() == "the source of its functions, without what they call"
