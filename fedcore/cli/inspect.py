@@ -34,6 +34,7 @@ def check_task(prepared: Prepared) -> Json:
     return {
         "task": prepared.task.name,
         "task_digest": prepared.plan.task_digest,
+        "task_covers": prepared.task.covers(),
         "sites": sites,
         "model": model_summary(prepared.flat),
         "parameters": prepared.flat.parameters,
@@ -56,7 +57,7 @@ def check_page(found: Json) -> RenderableType:
             "-" if loss is None else f"{loss:.4f}", Text(plain(classes)),
         )  # fmt: skip
     facts = [
-        f"task {found['task']}, hash {found['task_digest'][:16]}",
+        f"task {found['task']}, hash {found['task_digest'][:16]} over {found['task_covers']}",
         f"model {found['model']}: {found['parameters']:,} parameters, "
         f"{found['buffer_coordinates']:,} buffer values",
         f"buffers: {found['buffers_policy']}",
