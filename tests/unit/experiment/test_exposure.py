@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from jinja2 import Environment, PackageLoader
 from support.plans import round_plan
 from support.results import result_of
 
@@ -200,7 +201,7 @@ def test_with_two_sites_the_sum_less_ones_own_is_the_update():
     assert is_the_update(found.parties[SITE].sum)
     assert words.headline(found).count("all of it") == 2
     assert words.headline(found).endswith("site-1 all of it, and both together no more.")
-    text = words.section(replace(result_of(), seen=found)).rows[1][1][0].text
+    text = words.section(replace(result_of(), seen=found)).rows[1][1][0][0]
     assert text.endswith(
         "The sum less site-1's own update: the update itself, every coordinate exact."
     )
@@ -220,7 +221,7 @@ def test_an_update_that_does_not_vary_has_no_correlation():
     assert found.parties[COORDINATOR].message.correlation is None
     assert found.parties[BOTH].message == Reading(None, 1.0)
     assert found.parties[BOTH].best.strip == found.strip == (0,) * 40
-    text = words.section(replace(result_of(), seen=found)).rows[0][1][0].text
+    text = words.section(replace(result_of(), seen=found)).rows[0][1][0][0]
     assert "nothing measurable (its values are all alike)" in text
 
 
@@ -425,7 +426,7 @@ CELLS = {
 def test_each_cell_says_what_was_read_with_its_numbers(quiet, scheme):
     protection, _ = SCHEMES[scheme]
     section = words.section(replace(result_of(), seen=quiet(scheme)))
-    coordinator, site, both = (cells[0].text for _, cells in section.rows)
+    coordinator, site, both = (cells[0][0] for _, cells in section.rows)
     for found, wanted in zip((coordinator, both), CELLS[protection], strict=True):
         # A correlation of a sum ends in digits that depend on the updates.
         assert re.sub(r"(?<=: correlation 0\.)\d+\.$", "", found) == wanted
@@ -439,36 +440,37 @@ def test_each_cell_says_what_was_read_with_its_numbers(quiet, scheme):
 def test_a_reading_beyond_chance_is_not_called_nothing(quiet):
     found = with_message(quiet("layered"), BOTH, correlation=-0.31, exact=0.125)
     assert words.headline(found).endswith("and both together something (correlation -0.310).")
-    text = words.section(replace(result_of(), seen=found)).rows[2][1][0].text
+    text = words.section(replace(result_of(), seen=found)).rows[2][1][0][0]
     assert (
         "correlation -0.310, where chance alone reaches 0.047; 12 % of the coordinates exact."
         in text
     )
     found = replace(with_message(found, BOTH, correlation=0.31), chance=0.31)
-    assert "nothing measurable (correlation 0.31; chance alone reaches 0.31)" in (
-        words.section(replace(result_of(), seen=found)).rows[2][1][0].text
+    assert (
+        "nothing measurable (correlation 0.31; chance alone reaches 0.31)"
+        in (words.section(replace(result_of(), seen=found)).rows[2][1][0][0])
     )
 
 
 def test_a_correlation_is_never_minus_nothing(quiet):
     found = with_message(quiet("encrypted"), COORDINATOR, correlation=-0.0000001)
-    assert (
-        "(correlation 0.000;" in words.section(replace(result_of(), seen=found)).rows[0][1][0].text
-    )
+    assert "(correlation 0.000;" in words.section(replace(result_of(), seen=found)).rows[0][1][0][0]
 
 
 def test_a_strip_draws_every_bar_and_says_what_it_shows(quiet):
     section = words.section(replace(result_of(), seen=quiet("encrypted")))
-    update, read = str(section.bars), str(section.rows[0][1][0].bars)
+    templates = Environment(loader=PackageLoader("fedcore.report", "templates"), autoescape=True)
+    templates.filters["typeset"] = str
+    strip = templates.get_template("seen.html.j2").module.strip
+    update, read, whole = (
+        strip(each) for each in (section.bars, *(section.rows[k][1][0][1] for k in (0, 2)))
+    )
     assert update.count("h3V20z") == read.count("h3V20z") == measured.DRAWN
-    assert "--plot-ink" in update and "--plot-ink" in str(section.rows[2][1][0].bars)
+    assert "--plot-ink" in update and "--plot-ink" in whole
     assert "--plot-muted" in read
     assert 'aria-label="site-0&#39;s update: its first 96 coordinates"' in update
-    heights = [
-        float(y)
-        for y in re.findall(r"20V([\d.]+)h", str(words.bars([100, -100, 0], "", exact=True)))
-    ]
-    assert heights == [1, 39, 20]
+    drawn = strip(words.Bars((100, -100, 0), "", exact=True))
+    assert [float(y) for y in re.findall(r"20V([\d.]+)h", drawn)] == [1, 39, 20]
 
 
 def test_a_result_without_a_witness_has_no_section():
