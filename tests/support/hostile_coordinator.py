@@ -155,12 +155,12 @@ def install(folder):
     class HostileMachine(JobMachine):
         """What it decides."""
 
-        def __init__(self, federation, offer, pins, limits):
+        def __init__(self, facts):
             path = folder / ATTACK
             self.attack = Attack(**json.loads(path.read_text())) if path.exists() else Attack()
             if self.attack.gather is not None:
-                limits = replace(limits, gather=self.attack.gather)
-            super().__init__(federation, offer, pins, limits)
+                facts.limits = replace(facts.limits, gather=self.attack.gather)
+            super().__init__(facts)
             self.begun, self.forged = 0, False
 
         # what it hears before there is a plan
