@@ -164,8 +164,6 @@ class InProcessFederation(SumEngine):
         """A site's sealer, to see what it can open."""
         return self.shells[self.plan.sites[0]].secrets.sealer
 
-    # ------------------------------------------------------------------------------- key epochs
-
     def start_epoch(self) -> None:
         """A new key epoch of all sites: a new random key and a new group secret."""
         roster = self.plan.sites
@@ -199,8 +197,6 @@ class InProcessFederation(SumEngine):
                     shell.install(effect)
                 case _:
                     assert_never(effect)
-
-    # ------------------------------------------------------------------------------------ rounds
 
     def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:
         header = self._header(current.layout.spec, training_round)
@@ -344,8 +340,6 @@ class _Exchange:
             answer = "submit"
         return gone(absent_from, answer)
 
-    # ------------------------------------------------------------------------------- the sites
-
     def _to_site(self, shell: SiteDriver, message: messages.CoordinatorMessage) -> None:
         if isinstance(message, messages.Announce):
             self._site_step(shell, site.Invited(message, self.current.tag))
@@ -406,8 +400,6 @@ class _Exchange:
             self._leave(shell, error)
         else:
             self._site_step(shell, opened)
-
-    # -------------------------------------------------------------------------- the coordinator
 
     def _to_hub(self, message: messages.SiteMessage) -> None:
         if isinstance(message, messages.Submit):

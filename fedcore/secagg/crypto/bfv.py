@@ -312,11 +312,8 @@ def _read_chunk(
         )
     place = _CHUNK_HEADER.size
     seeds = np.frombuffer(chunk, np.uint8, _SEED_BYTES * count if kind == _SEEDED else 0, place)
-    words = unpack_words(
-        memoryview(chunk)[place + len(seeds) :],
-        public.ring.modulus_bits,
-        count * public.ring.degree * kind,
-    )
+    packed, length = memoryview(chunk)[place + len(seeds) :], count * public.ring.degree * kind
+    words = unpack_words(packed, public.ring.modulus_bits, length)
     if (words >= public.ring.modulus).any():
         raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
     return seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1)

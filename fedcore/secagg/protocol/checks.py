@@ -142,17 +142,15 @@ def same_state(
     items: Iterable[messages.Keys | messages.Submit], state_tag: bytes, key_id: bytes
 ) -> None:
     """Every site starts from this site's own state under its own key epoch. Raises StateDiffers."""
+    missed = "whoever missed a release catches up from the sealed checkpoint"
     for item in items:
-        if item.state_tag != state_tag:
-            raise StateDiffers(
-                "state tag", f"another one at {item.site!r}", "that of this site", item.site,
-                remedy="whoever missed a release catches up from the sealed checkpoint",
-            )  # fmt: skip
-        if item.key_id != key_id:
-            raise StateDiffers(
-                "key id", f"another one at {item.site!r}", "that of this site", item.site,
-                remedy="a new key epoch",
-            )  # fmt: skip
+        for what, found, expected, remedy in (
+            ("state tag", item.state_tag, state_tag, missed),
+            ("key id", item.key_id, key_id, "a new key epoch"),
+        ):
+            if found != expected:
+                other = f"another one at {item.site!r}"
+                raise StateDiffers(what, other, "that of this site", item.site, remedy=remedy)
 
 
 def submission(submit: messages.Submit, header: RoundHeader, pins: Pins, salt_bytes: int) -> None:

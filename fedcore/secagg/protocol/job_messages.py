@@ -179,14 +179,13 @@ def told(plan: RoundPlan, certificate: Certificate, site: SiteId, values: Values
             "public metrics: found a plan that keeps them at the sites, expected one that does not"
         )
     header = certificate.header
-    packed = tuple(PublicMetric(name, _packed(value)) for name, value in values.items())
+    packed = tuple(
+        PublicMetric(name, None if value is None else _FLOAT.pack(value))
+        for name, value in values.items()
+    )
     message = PublicMetrics(header.job, site, header.round, certificate.hash, packed)
     values_of(plan, message, THIS_SITE)
     return message
-
-
-def _packed(value: float | None) -> bytes | None:
-    return None if value is None else _FLOAT.pack(value)
 
 
 def values_of(plan: RoundPlan, message: PublicMetrics, fault: str) -> dict[str, float | None]:

@@ -90,7 +90,5 @@ def not_legal(
     """The refusal of a message, or of an event, that a stage does not take; it lists those it takes."""
     kinds = set(records().values())
     names = sorted(type_name(each) for each in legal if (each in kinds) is message)
-    return OutOfOrder(
-        "message" if message else "event", found=type_name(found), expected=" or ".join(names),
-        fault=fault,
-    )  # fmt: skip
+    what = "message" if message else "event"
+    return OutOfOrder(what, type_name(found), " or ".join(names), fault)

@@ -167,10 +167,8 @@ def _begin_making(member: SiteParams, stage: Offered, request: messages.EpochKey
     checks.members(names, header.roster, header.threshold, "epoch keys")
     for key in request.keys:
         check_epoch_key(key, header, member.pins)
-    checks.distinct(
-        ((k.site, public) for k in request.keys for public in (k.key.x25519, k.key.mlkem)),
-        "epoch keys",
-    )
+    public = ((k.site, each) for k in request.keys for each in (k.key.x25519, k.key.mlkem))
+    checks.distinct(public, "epoch keys")
     making = Making(header, stage.secret, stage.key, request.keys)
     return making, (Persist(making), MakeSecrets(header))
 

@@ -5,7 +5,7 @@ the next, and feeds their results back as events. Invariant (PROTOCOL D): what a
 an effect before it in the list that writes the journal, and is flushed to disk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedcore.learning.state import JobState
@@ -169,6 +169,8 @@ CoordinatorJobEffect = (
 )  # fmt: skip
 """Everything that the coordinator's side of a job may ask for."""
 
+JobEffects = list[CoordinatorJobEffect]
+
 # ------------------------------------------------------------------------------------ at a site
 
 
@@ -297,3 +299,5 @@ SiteEffect = (
     MakeVector | Upload | OpenSum | Erase
 )  # fmt: skip
 """Everything that a site's side of a job may ask for."""
+
+SiteEffects = Iterator[SiteEffect]

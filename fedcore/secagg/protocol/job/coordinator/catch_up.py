@@ -3,7 +3,7 @@
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
+from fedcore.secagg.protocol.job.effects import JobEffects
 from fedcore.types import SiteId
 
 _BYTES_A_PARAMETER, _MOST_REST = 64, 1 << 24
@@ -29,12 +29,12 @@ class CatchUp:
         """A new session: what was offered in the one before may be lost."""
         self._offered.pop(name, None)
 
-    def at_rest(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+    def at_rest(self, name: SiteId, at: Moment) -> JobEffects:
         if self.asked == name:
             self.asked = None  # it may not have received the request
         return self.check(name, at)
 
-    def check(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+    def check(self, name: SiteId, at: Moment) -> JobEffects:
         """Offer this site the state that it missed, or ask another site for it."""
         facts, rest = self._facts, self._facts.sites[name].rest
         if rest is None or facts.certificate is None or rest.certificate == facts.released:
@@ -48,7 +48,7 @@ class CatchUp:
         self._offered[name] = rest
         return self.offer(name)
 
-    def want(self, at: Moment) -> list[CoordinatorJobEffect]:
+    def want(self, at: Moment) -> JobEffects:
         """Ask a site that has the state; another one after a timeout."""
         facts, asked = self._facts, self.asked
         if asked in at.here and at.now - self.asked_at < facts.limits.gather:
@@ -60,9 +60,7 @@ class CatchUp:
         self.asked, self.asked_at = others[0], at.now
         return [effects.Send(others[0], job_messages.CheckpointWanted(facts.id, facts.released))]
 
-    def sealed(
-        self, name: SiteId, message: job_messages.CheckpointSealed
-    ) -> list[CoordinatorJobEffect]:
+    def sealed(self, name: SiteId, message: job_messages.CheckpointSealed) -> JobEffects:
         """A site that was asked, now or before, uploaded the state."""
         certificate = self._facts.certificate
         if certificate is None or message.certificate != certificate.hash:
@@ -70,12 +68,12 @@ class CatchUp:
         header, file = certificate.header.digest, self._facts.checkpoint_name
         return [effects.KeepCheckpoint(name, header, message.digest, file)]
 
-    def kept(self, checkpoint: KeptFile, at: Moment) -> list[CoordinatorJobEffect]:
+    def kept(self, checkpoint: KeptFile, at: Moment) -> JobEffects:
         """It is on disk: offer it to every site that missed the release."""
         self.checkpoint, self.asked = checkpoint, None
         return [effect for name in self._facts.sites for effect in self.check(name, at)]
 
-    def offer(self, name: SiteId) -> list[CoordinatorJobEffect]:
+    def offer(self, name: SiteId) -> JobEffects:
         """The certificate of the last release, and its state to download."""
         facts, found = self._facts, self.checkpoint
         assert found is not None
@@ -83,7 +81,7 @@ class CatchUp:
         offer = job_messages.CheckpointOffer(facts.id, facts.certificate, found.digest, found.size)
         return [effects.Push(name, "checkpoint"), effects.Send(name, offer)]
 
-    def drop(self) -> list[CoordinatorJobEffect]:
+    def drop(self) -> JobEffects:
         """The checkpoint is of an earlier release or key epoch from now on; called before that begins."""
         self.checkpoint, self.asked = None, None
         self._offered.clear()

@@ -10,7 +10,7 @@ from fedcore.secagg.protocol.job.coordinator.events import Event, MessageReceive
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, EndJob
+from fedcore.secagg.protocol.job.effects import DiscardUploads, EndJob, JobEffects
 from fedcore.secagg.purposes import trains
 from fedcore.types import SiteId
 
@@ -40,12 +40,12 @@ class JobEnd:
         self._since: float | None = None
         """Clock seconds at which the last step was over."""
 
-    def end(self, outcome: str, text: str, at: Moment) -> list[CoordinatorJobEffect]:
+    def end(self, outcome: str, text: str, at: Moment) -> JobEffects:
         """Write the end, then tell the connected sites. Of the rounds only their rows are kept."""
         ended = job_messages.JobEnded(self._facts.id, outcome, text, self._facts.released)
         return [EndJob(ended), *(Send(name, ended) for name in at.here), DiscardUploads()]
 
-    def finish(self, at: Moment) -> list[CoordinatorJobEffect]:
+    def finish(self, at: Moment) -> JobEffects:
         """End, once a sealed checkpoint is here for sites that are not at the last release, and what the plan
         tells the coordinator of it: sites that are still connected may be gone after the end."""
         facts, gather = self._facts, self._facts.limits.gather
@@ -72,7 +72,7 @@ class JobEnd:
             text = f"without the model: {why or 'no site gave it in time'}"
         return [*asked, *self.end("finished", text, at)]
 
-    def afterwards(self, event: Event, at: Moment) -> list[CoordinatorJobEffect]:
+    def afterwards(self, event: Event, at: Moment) -> JobEffects:
         """The job is over: tell a site that was not connected, and send it the last state if it missed it."""
         facts, over = self._facts, self._facts.outcome
         assert over is not None
@@ -102,7 +102,7 @@ class JobEnd:
 
     def _at_rest(
         self, name: SiteId, rest: job_messages.SiteStatus, over: job_messages.JobEnded, at: Moment
-    ) -> list[CoordinatorJobEffect]:
+    ) -> JobEffects:
         facts = self._facts
         facts.sites[name].rest = rest
         if rest.certificate == over.certificate:

@@ -11,7 +11,7 @@ from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import Persist, Send
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, PutValues
+from fedcore.secagg.protocol.job.effects import JobEffects, PutValues
 from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
@@ -40,7 +40,7 @@ class EpochDriver:
         if isinstance(stage, epoch.Calling | epoch.Granting):
             self._facts.epoch = replace(stage, until=at.now + self._hub.patience)
 
-    def take(self, event: epoch.CoordinatorEpochEvent, at: Moment) -> list[CoordinatorJobEffect]:
+    def take(self, event: epoch.CoordinatorEpochEvent, at: Moment) -> JobEffects:
         """One event of the present epoch. Raises PeerRefused for what is not legal there."""
         facts = self._facts
         try:
@@ -50,7 +50,7 @@ class EpochDriver:
                 raise
             facts.progress.text = str(error)
             return []
-        effects: list[CoordinatorJobEffect] = []
+        effects: JobEffects = []
         for effect in found:
             match effect:
                 case Persist(record=record):
@@ -78,10 +78,10 @@ class EpochDriver:
         stage = self._facts.epoch
         return stage.holders if isinstance(stage, epoch.Spreading) else ()
 
-    def back(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+    def back(self, name: SiteId, at: Moment) -> JobEffects:
         return self.take(coordinator.SiteReconnected(name), at)
 
-    def agreed(self, name: SiteId) -> list[CoordinatorJobEffect]:
+    def agreed(self, name: SiteId) -> JobEffects:
         """A site agreed to the plan; one that lost its journal signs a new key of the present epoch."""
         view, stage = self._facts.sites[name], self._facts.epoch
         view.agreed = True
@@ -97,7 +97,7 @@ class EpochDriver:
         sites, holders = self._facts.sites, self.holders
         return [name for name in at.here if sites[name].agreed and name not in holders]
 
-    def call(self, present: tuple[SiteId, ...], at: Moment) -> list[CoordinatorJobEffect]:
+    def call(self, present: tuple[SiteId, ...], at: Moment) -> JobEffects:
         """Begin the next epoch with these sites; others join later."""
         facts = self._facts
         assert facts.plan is not None
@@ -109,9 +109,9 @@ class EpochDriver:
         )  # fmt: skip
         return self.take(epoch.StartEpoch(header, present), at)
 
-    def call_anew(self, present: tuple[SiteId, ...], at: Moment) -> list[CoordinatorJobEffect]:
+    def call_anew(self, present: tuple[SiteId, ...], at: Moment) -> JobEffects:
         """Begin the epoch after one whose key is spent; every site reports its status again."""
-        facts, effects = self._facts, list[CoordinatorJobEffect]()
+        facts, effects = self._facts, JobEffects()
         self._refused = False
         if facts.withdrawn:
             effects += self._withdraw(frozenset())
@@ -140,17 +140,17 @@ class EpochDriver:
         if name in self.holders:
             self._refused = True
 
-    def withdraw(self, site: SiteId) -> list[CoordinatorJobEffect]:
+    def withdraw(self, site: SiteId) -> JobEffects:
         """The certificate of a site was revoked: its holder may have the site's keys, too."""
         if self._facts.outcome is not None or site in self._facts.withdrawn:
             return []
         return self._withdraw(self._facts.withdrawn | {site})
 
-    def _withdraw(self, sites: frozenset[SiteId]) -> list[CoordinatorJobEffect]:
+    def _withdraw(self, sites: frozenset[SiteId]) -> JobEffects:
         self._facts.withdrawn = sites
         return [PutValues({"withdrawn": json.dumps(sorted(sites)).encode()})]
 
-    def pass_by(self, name: SiteId, wanted: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+    def pass_by(self, name: SiteId, wanted: SiteId, at: Moment) -> JobEffects:
         """A holder has erased the ended job's keys: ask another, or leave the late site at its state."""
         facts = self._facts
         assert facts.outcome is not None

@@ -15,7 +15,7 @@ from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.effects import Send, Warn
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
 from fedcore.secagg.protocol.job.coordinator.public_metrics import differing
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, DiscardUploads, KeepModel
+from fedcore.secagg.protocol.job.effects import DiscardUploads, JobEffects, KeepModel
 from fedcore.types import SiteId
 
 ASKED_AGAIN = 5.0
@@ -70,7 +70,7 @@ class ModelHandover:
     def _is_model(self, header: bytes) -> bool:
         return self.given and header == job_messages.model_upload(self._facts.released)
 
-    def awaited(self, spent: float, at: Moment) -> tuple[bool, list[CoordinatorJobEffect]]:
+    def awaited(self, spent: float, at: Moment) -> tuple[bool, JobEffects]:
         """Whether the file may still be uploaded, and the requests to connected sites now.
 
         spent: seconds for which the end of the job has waited.
@@ -83,7 +83,7 @@ class ModelHandover:
         absent = self.lacking(able)
         return spent < (facts.limits.gather if absent else facts.limits.stage), asked
 
-    def ask(self, sites: Collection[SiteId], now: float) -> list[CoordinatorJobEffect]:
+    def ask(self, sites: Collection[SiteId], now: float) -> JobEffects:
         """Requests to these sites: for the digest first; once enough agree, to one of them for the file."""
         digest, patience = self._agreed, self._facts.limits.gather
         if not digest:
@@ -104,7 +104,7 @@ class ModelHandover:
     def _wanted(self, site: SiteId, digest: bytes) -> Send[job_messages.ModelWanted]:
         return Send(site, job_messages.ModelWanted(self._facts.id, self._facts.released, digest))
 
-    def take(self, site: SiteId, made: job_messages.ModelMade) -> list[CoordinatorJobEffect]:
+    def take(self, site: SiteId, made: job_messages.ModelMade) -> JobEffects:
         """A site's digest; a warning where sites differ.
 
         Raises PeerRefused under a plan that gives no model, HeaderRefused (fault: site) for what was not
@@ -137,11 +137,11 @@ class ModelHandover:
                 return digest
         return b""
 
-    def upload(self, header: bytes, digest: bytes) -> list[CoordinatorJobEffect] | None:
+    def upload(self, header: bytes, digest: bytes) -> JobEffects | None:
         """A complete upload: kept if it is the file that enough sites report. None if it is no model."""
         if not self._is_model(header):
             return None
         self._giver = None  # asked for again if the disk refuses it
         keep = not self.here and digest == self._agreed
-        kept: list[CoordinatorJobEffect] = [KeepModel(header, digest)] if keep else []
+        kept: JobEffects = [KeepModel(header, digest)] if keep else []
         return [*kept, DiscardUploads(header)]

@@ -19,7 +19,7 @@ from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
 from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
+from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, JobEffects
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
@@ -53,7 +53,7 @@ class JobMachine:
         """Clock seconds at which `TimePassed` is due."""
         self._nudged_at = 0.0
         self._at = Moment(0.0, 0.0, ())
-        self._out: list[CoordinatorJobEffect] = []
+        self._out: JobEffects = []
         """The moment of the present step, and its effects so far."""
 
     def restored(
@@ -96,7 +96,7 @@ class JobMachine:
 
     # ------------------------------------------------------------------------------ one event
 
-    def step(self, event: events.Event, at: Moment) -> list[CoordinatorJobEffect]:
+    def step(self, event: events.Event, at: Moment) -> JobEffects:
         """The effects of one event, in order. A message that a site must not send becomes a line of the log."""
         self._at, self._out = at, []
         try:

@@ -17,7 +17,7 @@ from fedcore.results import MetricsRow
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol.effects import Warn
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, Moment
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, KeepMetrics
+from fedcore.secagg.protocol.job.effects import JobEffects, KeepMetrics
 from fedcore.secagg.protocol.job_messages import PublicMetric, PublicMetrics, values_of
 from fedcore.secagg.protocol.messages import Certificate
 from fedcore.secagg.purposes import measures
@@ -164,7 +164,7 @@ class Metrics:
         known = any(row.number == number for row in self._facts.metrics.known)
         self._hearing.released(certificate, believed=known)
 
-    def take(self, site: SiteId, message: PublicMetrics) -> list[CoordinatorJobEffect]:
+    def take(self, site: SiteId, message: PublicMetrics) -> JobEffects:
         """Take a site's report on a release; the values get a row once enough reports agree.
 
         Raises PeerRefused before there is a plan, and as `Hearing.take` does.
@@ -172,7 +172,7 @@ class Metrics:
         if self._hearing is None:
             raise errors.PeerRefused(f"public metrics: found some of {site} before there is a plan")
         row, warning = self._hearing.take(site, message)
-        found: list[CoordinatorJobEffect] = [Warn(warning)] if warning else []
+        found: JobEffects = [Warn(warning)] if warning else []
         return [*found, KeepMetrics(row)] if row is not None else found
 
     def may_come(self, at: Moment) -> bool:

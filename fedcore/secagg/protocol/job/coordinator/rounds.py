@@ -14,7 +14,7 @@ from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.effects import Persist
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
-from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect
+from fedcore.secagg.protocol.job.effects import JobEffects
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -79,7 +79,7 @@ class RoundDriver:
             facts.sites[name].rest = None
         return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes)
 
-    def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> list[CoordinatorJobEffect]:
+    def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> JobEffects:
         """One event of the round. Raises PeerRefused for what is not legal there.
 
         Where the round ends with it, its records are dropped: `close` has the values that replace them.
@@ -103,7 +103,7 @@ class RoundDriver:
             self._unsaved = effects.AppendRecords(())
         return [*self.flush(), *self._translated(found, at)]
 
-    def flush(self) -> list[CoordinatorJobEffect]:
+    def flush(self) -> JobEffects:
         unsaved, self._unsaved = self._unsaved, effects.AppendRecords(())
         return [unsaved] if unsaved.records else []
 
@@ -113,8 +113,8 @@ class RoundDriver:
 
     def _translated(
         self, found: Collection[coordinator.CoordinatorEffect], at: Moment
-    ) -> list[CoordinatorJobEffect]:
-        kept: list[CoordinatorJobEffect] = []
+    ) -> JobEffects:
+        kept: JobEffects = []
         for effect in found:
             if isinstance(effect, effects.Send) and isinstance(effect.message, messages.Aggregate):
                 kept.append(effects.Push(SiteId(effect.to), "sum"))
@@ -144,7 +144,7 @@ class RoundDriver:
         self._uploads[name] = upload
         return True
 
-    def to_fold(self, name: SiteId, at: Moment) -> list[CoordinatorJobEffect]:
+    def to_fold(self, name: SiteId, at: Moment) -> JobEffects:
         """Once signed submission and complete vector are here: fold the vector, then take it.
 
         A vector that cannot be folded must not be taken, and one that is not taken must not be in the sum: the
@@ -171,7 +171,7 @@ class RoundDriver:
             return False
         return name in coordinator.members_of(stage) and size <= stage.size
 
-    def overdue_sum(self, at: Moment) -> list[CoordinatorJobEffect]:
+    def overdue_sum(self, at: Moment) -> JobEffects:
         """A sum that takes longer than a stage may: a worker or the disk hangs."""
         stage, (header, since) = self._facts.stage, self._summing
         if not isinstance(stage, coordinator.Summing) or stage.header.digest != header:

@@ -4,11 +4,9 @@ Invariant: the payload of a key epoch is in the journal before its first round, 
 left before that. Erased keys are in no file afterwards (PROTOCOL V).
 """
 
-from collections.abc import Iterator
-
 from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffects
 from fedcore.secagg.protocol.job.site.participation import HeldKeys
 from fedcore.secagg.protocol.job.site.rounds import RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
@@ -23,7 +21,7 @@ class EpochDriver:
         self._rounds, self._keys, self._states = rounds, keys, states
         self.stage: epoch.SiteEpochStage = epoch.NoKey()
 
-    def step(self, event: epoch.SiteEpochEvent, now: float) -> Iterator[SiteEffect]:
+    def step(self, event: epoch.SiteEpochEvent, now: float) -> SiteEffects:
         """Step the machine of key epochs, and carry out its effects, records first."""
         after, found = epoch.step_site(self._rounds.member, self.stage, event)
         for effect in found:
@@ -42,14 +40,14 @@ class EpochDriver:
         if isinstance(stage, epoch.Holding):
             self._keys.use(stage.payload, stage.header.maker)
 
-    def install_held(self, now: float) -> Iterator[SiteEffect]:
+    def install_held(self, now: float) -> SiteEffects:
         """Start the key epoch that the process held, but had not started, when it ended."""
         held = self.stage
         if isinstance(held, epoch.Holding) and held.epoch > self._rounds.standing.epoch:
             install = epoch.Install(held.epoch, held.held.key_id, held.payload)
             yield from self._installed(install, now)
 
-    def _installed(self, install: epoch.Install, now: float) -> Iterator[SiteEffect]:
+    def _installed(self, install: epoch.Install, now: float) -> SiteEffects:
         """Start a key epoch; a round of the previous one is left."""
         rounds = self._rounds
         newer = install.epoch > rounds.standing.epoch
@@ -63,7 +61,7 @@ class EpochDriver:
             yield from rounds.keep_stage(rounds.stage)
         yield from rounds.send_status()
 
-    def erase(self) -> Iterator[SiteEffect]:
+    def erase(self) -> SiteEffects:
         if isinstance(self.stage, epoch.NoKey) and not self._states.groups:
             return
         yield effects.EraseKeys()

@@ -5,7 +5,7 @@ are effects, and their results come back as events. A process that is killed con
 before that left on disk, or leaves the round.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedcore.errors import BadInput, FedcoreError, GuardTripped, PeerRefused, PolicyRefused, Refused
@@ -13,7 +13,7 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffect, SiteEffects
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site.epochs import EpochDriver
 from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation, require
@@ -137,7 +137,7 @@ class SiteJob:
             found.extend(self.part.warn(error))
         return found
 
-    def _handled(self, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _handled(self, event: events.SiteEvent, now: float) -> SiteEffects:
         """What follows from an event; vectors and models wait until the rows are loaded."""
         for effect in self._answered(event, now):
             if isinstance(effect, effects.StopMaking):
@@ -153,7 +153,7 @@ class SiteJob:
             if self.end.pending is not None:
                 yield from self._ended(*self.end.pending, now)
 
-    def _answered(self, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _answered(self, event: events.SiteEvent, now: float) -> SiteEffects:
         match event:
             case events.Started() if self.ended is None:
                 yield from self._started(now)
@@ -168,7 +168,7 @@ class SiteJob:
             case _ if self.parts is not None:
                 yield from self._with_plan(self.parts, event, now)
 
-    def _with_plan(self, parts: Parts, event: events.SiteEvent, now: float) -> Iterator[SiteEffect]:
+    def _with_plan(self, parts: Parts, event: events.SiteEvent, now: float) -> SiteEffects:
         match event:
             case Tick():
                 if self.end.pending is not None:  # the last state, or its request, was lost
@@ -188,7 +188,7 @@ class SiteJob:
             case epoch.SecretsMade():
                 yield from parts.epochs.step(event, now)
 
-    def _failed(self, event: events.WorkFailed, now: float) -> Iterator[SiteEffect]:
+    def _failed(self, event: events.WorkFailed, now: float) -> SiteEffects:
         if event.problem:
             yield from self.part.show(event.problem)
         if isinstance(event.error, GuardTripped):
@@ -201,7 +201,7 @@ class SiteJob:
 
     # --------------------------------------------------------------------------- task and rows
 
-    def _load(self, now: float) -> Iterator[SiteEffect]:
+    def _load(self, now: float) -> SiteEffects:
         """Load task and rows, unless they are loaded or loading: the policy is asked before a row is read, and
         then the operator, where the policy says so."""
         if self.part.survey is not None or self.loading:
@@ -224,7 +224,7 @@ class SiteJob:
 
     def _loaded(
         self, event: events.Approved | events.RowsLoaded | events.LoadFailed, now: float
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         if isinstance(event, events.Approved):
             self.part.approval = "approved"
             yield effects.Info(f"job {self.id}: approved")
@@ -249,7 +249,7 @@ class SiteJob:
 
     def _not_loaded(
         self, event: events.LoadFailed, need: Iterable[SiteEffect], now: float
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         """Leave the round that waits for a vector, and tell the coordinator; a model is asked for again.
 
         Without a plan this is final. With one the rows are loaded again with the next vector or model.
@@ -266,7 +266,7 @@ class SiteJob:
         if waited and not isinstance(event.error, PolicyRefused):
             yield from self.part.unable(event.word)
 
-    def _started(self, now: float) -> Iterator[SiteEffect]:
+    def _started(self, now: float) -> SiteEffects:
         if self.parts is None:
             yield from self._load(now)
             return
@@ -279,7 +279,7 @@ class SiteJob:
             yield from self.parts.epochs.step(epoch.Again(), now)
             yield from self._load(now)
 
-    def _reconnected(self, now: float) -> Iterator[SiteEffect]:
+    def _reconnected(self, now: float) -> SiteEffects:
         if self.part.refused is not None:
             yield from self.part.unable(self.part.refused.word)
             self.part.last_error = str(self.part.refused)
@@ -290,7 +290,7 @@ class SiteJob:
         elif self.part.survey is not None:
             yield from self.part.send_survey()
 
-    def _resend(self, parts: Parts, now: float) -> Iterator[SiteEffect]:
+    def _resend(self, parts: Parts, now: float) -> SiteEffects:
         """Resend what the coordinator may not have received, or may have lost."""
         yield self._agreement(parts)
         yield from parts.epochs.step(epoch.Again(), now)
@@ -308,9 +308,7 @@ class SiteJob:
 
     # -------------------------------------------------------------------------------- messages
 
-    def _received(
-        self, message: job_messages.ToSite, at: float, now: float
-    ) -> Iterator[SiteEffect]:
+    def _received(self, message: job_messages.ToSite, at: float, now: float) -> SiteEffects:
         parts = self.parts
         match message:
             case job_messages.JobEnded():
@@ -332,7 +330,7 @@ class SiteJob:
 
     def _received_with_plan(
         self, parts: Parts, message: job_messages.ToSite, now: float
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         assert not isinstance(message, job_messages.JobEnded | job_messages.JobOffer)
         match message:
             case job_messages.PlanOffer():  # the coordinator lost what it was told: its disk failed
@@ -354,7 +352,7 @@ class SiteJob:
             case _:
                 yield from parts.rounds.step(site.MessageFromCoordinator(message), now)
 
-    def _planned(self, offered: job_messages.PlanOffer) -> Iterator[SiteEffect]:
+    def _planned(self, offered: job_messages.PlanOffer) -> SiteEffects:
         """Make the plan here, and agree only if the offered one is the same."""
         survey, planner = self.part.survey, self.me.planner
         if survey is None:
@@ -390,7 +388,7 @@ class SiteJob:
 
     # ------------------------------------------------------------------------------------- end
 
-    def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> Iterator[SiteEffect]:
+    def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> SiteEffects:
         """End the job: the state stays, everything of its rounds is removed.
 
         A site that missed the last release sends its status and catches up first.
@@ -416,7 +414,7 @@ class SiteJob:
         yield effects.Info(f"job {self.id}: {ended.outcome} {ended.text}")
         yield from self.erase_keys(at)
 
-    def erase_keys(self, at: float) -> Iterator[SiteEffect]:
+    def erase_keys(self, at: float) -> SiteEffects:
         """Erase the secrets of the key epochs of a job that ended for longer than the site's grace.
 
         at: seconds since 1970. No file has them afterwards (PROTOCOL V). Within the grace nothing is done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,7 +14,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffects
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.messages import COORDINATOR
 from fedcore.types import SiteId
@@ -121,7 +121,7 @@ class Participation:
         """What the ledger calls this site's rows; empty before they were loaded."""
         self.last_error = ""
 
-    def note(self, error: Exception) -> Iterator[SiteEffect]:
+    def note(self, error: Exception) -> SiteEffects:
         """Show an error in log and status; what policy or ledger forbids ends the job here."""
         if isinstance(error, OtherSites):
             error = PolicyRefused(str(error), word="policy", remedy=error.remedy)
@@ -130,15 +130,15 @@ class Participation:
         else:
             yield from self.warn(error)
 
-    def warn(self, error: Exception) -> Iterator[SiteEffect]:
+    def warn(self, error: Exception) -> SiteEffects:
         yield from self.show(problem_of(error), str(error))
 
-    def show(self, problem: str, status: str = "") -> Iterator[SiteEffect]:
+    def show(self, problem: str, status: str = "") -> SiteEffects:
         """Show a problem in the log and, or else `status`, in the status."""
         self.last_error = status or problem
         yield effects.Warn(problem)
 
-    def refuse(self, refused: PolicyRefused) -> Iterator[SiteEffect]:
+    def refuse(self, refused: PolicyRefused) -> SiteEffects:
         """Log the refusal once, and send its word to the coordinator, also at every new session."""
         if self.refused is None or str(self.refused) != str(refused):
             yield effects.Warn(f"job {self.job}: refused: {refused}; hint: {refused.remedy}")
@@ -147,7 +147,7 @@ class Participation:
         self.last_error = str(refused)
         yield effects.Report("idle")
 
-    def unable(self, reason: str) -> Iterator[SiteEffect]:
+    def unable(self, reason: str) -> SiteEffects:
         """Tell the coordinator that this site cannot take part. reason: one of REASONS."""
         self.last_error = self.left or job.REASONS[reason]
         yield effects.Send(COORDINATOR, job.SiteUnavailable(self.job, self.me.id, reason))
@@ -163,7 +163,7 @@ class Participation:
         before = self.me.ledger.jobs_over(self.rows)
         require(self.me.policy.on_release(RowsInSum(self.job, before)))
 
-    def send_survey(self) -> Iterator[SiteEffect]:
+    def send_survey(self) -> SiteEffects:
         assert self.survey is not None
         yield effects.Send(COORDINATOR, job.SiteSurvey(self.job, self.me.id, self.survey.shape))
 

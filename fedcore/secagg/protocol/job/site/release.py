@@ -1,13 +1,11 @@
 """What a site passes on of a release: its state to sites that missed it, and to the coordinator the metrics over all
 sites and the last model, where plan and policy allow it (PROTOCOL R, V)."""
 
-from collections.abc import Iterator
-
 from fedcore.errors import HeaderRefused
 from fedcore.results import SiteRow
 from fedcore.secagg.protocol import job_messages, schedule
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffects
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.participation import require
@@ -25,7 +23,7 @@ class CatchUp:
         self._taking = ""
         """Hash of the certificate whose state is being downloaded."""
 
-    def seal(self, wanted: job_messages.CheckpointWanted) -> Iterator[SiteEffect]:
+    def seal(self, wanted: job_messages.CheckpointWanted) -> SiteEffects:
         """Seal this site's state for sites that missed its release, if its last release is that one."""
         certificate, state = self._states.certificate, self._states.current
         if certificate is None or state is None:
@@ -35,7 +33,7 @@ class CatchUp:
         if here == {wanted.certificate} and group is not None:
             yield effects.SealCheckpoint(certificate, group, state)
 
-    def offered(self, offer: job_messages.CheckpointOffer) -> Iterator[SiteEffect]:
+    def offered(self, offer: job_messages.CheckpointOffer) -> SiteEffects:
         """Download the state of a release that this site missed, if the certificate proves that release.
 
         Raises a ProtocolRefused.
@@ -55,7 +53,7 @@ class CatchUp:
         if self._taking == certificate.hash:
             self._taking = ""
 
-    def taken(self, event: events.CheckpointReady, now: float) -> Iterator[SiteEffect]:
+    def taken(self, event: events.CheckpointReady, now: float) -> SiteEffects:
         """Catch up, unless a round began meanwhile: then the coordinator offers it again."""
         certificate = event.certificate
         self.lost(certificate)
@@ -76,7 +74,7 @@ class PublicRelease:
         self.said: job_messages.PublicMetrics | None = None
         """The last public metrics, resent after a new connection."""
 
-    def measured(self, event: events.Tracked) -> Iterator[SiteEffect]:
+    def measured(self, event: events.Tracked) -> SiteEffects:
         """Send the metrics over all sites of a certified release, under a plan that makes them public.
 
         Raises PolicyRefused where the policy does not allow it any more.
@@ -89,7 +87,7 @@ class PublicRelease:
             )
             yield from self.resend()
 
-    def resend(self) -> Iterator[SiteEffect]:
+    def resend(self) -> SiteEffects:
         """Resend the last public metrics: they may not have arrived."""
         if self.said is not None:
             yield effects.Send(COORDINATOR, self.said)
@@ -114,7 +112,7 @@ class PublicRelease:
             )
         return True
 
-    def give(self, wanted: job_messages.ModelWanted, *, over: bool) -> Iterator[SiteEffect]:
+    def give(self, wanted: job_messages.ModelWanted, *, over: bool) -> SiteEffects:
         """Send the digest of the model's file, or upload the file (PROTOCOL R).
 
         The state here is always of a certified release. A coordinator at another release asks again.

@@ -5,14 +5,14 @@ other effects. Records that nothing sent relies on wait for the next commit: the
 coordinator resends to a process that ended before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffects
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation
@@ -115,7 +115,7 @@ class RoundDriver:
 
     # ----------------------------------------------------------------------- what is announced
 
-    def invited(self, announce: messages.Announce, now: float) -> Iterator[SiteEffect]:
+    def invited(self, announce: messages.Announce, now: float) -> SiteEffects:
         """Join a round, and leave an earlier one. Where the earlier one's sum may be known, no other round is joined
         before its release (PROTOCOL H)."""
         header, stage = announce.header, self.stage
@@ -145,7 +145,7 @@ class RoundDriver:
         assert self._states.current is not None
         return self._keys.secrets.tag(header, self._states.current.canonical())
 
-    def certified(self, certificate: messages.Certificate, now: float) -> Iterator[SiteEffect]:
+    def certified(self, certificate: messages.Certificate, now: float) -> SiteEffects:
         """Apply a release, or leave the round and catch up where this site has not opened the sum.
 
         A sum that is being opened is finished first: its checks may still refuse the release.
@@ -158,9 +158,7 @@ class RoundDriver:
         else:
             yield from self.step(site.MessageFromCoordinator(certificate), now)
 
-    def check_own_signature(
-        self, certificate: messages.Certificate, now: float
-    ) -> Iterator[SiteEffect]:
+    def check_own_signature(self, certificate: messages.Certificate, now: float) -> SiteEffects:
         """Look for a signature of this site under a round that its journal does not have: the folder was put back to
         an older state."""
         if self.in_round:
@@ -172,7 +170,7 @@ class RoundDriver:
 
     def _check_own_keys(
         self, before: site.SiteStage, event: site.SiteEvent, now: float
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         """Look for keys of this site that it did not send: another process with its identity is in this round."""
         bundle = event.message if isinstance(event, site.MessageFromCoordinator) else None
         if not isinstance(before, site.Advertised) or not isinstance(bundle, messages.KeyBundle):
@@ -183,7 +181,7 @@ class RoundDriver:
 
     # ------------------------------------------------------------------- what background work did
 
-    def work_done(self, done: events.RoundResult, now: float) -> Iterator[SiteEffect]:
+    def work_done(self, done: events.RoundResult, now: float) -> SiteEffects:
         match done:
             case events.VectorReady(header, made, marks=marks):
                 self.marks, self._vector = (header, marks), done
@@ -211,9 +209,7 @@ class RoundDriver:
 
     # --------------------------------------------------------------------------------- a step
 
-    def step(
-        self, event: site.SiteEvent, now: float, *, refusing: bool = True
-    ) -> Iterator[SiteEffect]:
+    def step(self, event: site.SiteEvent, now: float, *, refusing: bool = True) -> SiteEffects:
         """Step the round machine, and carry out its effects in order. A refusal makes the site leave the round."""
         before = self.stage
         try:
@@ -246,7 +242,7 @@ class RoundDriver:
             if self.is_round(certificate.header.digest):
                 yield from self.step(site.MessageFromCoordinator(certificate), now)
 
-    def _entries(self, found: Sequence[site.SiteEffect]) -> Iterator[SiteEffect]:
+    def _entries(self, found: Sequence[site.SiteEffect]) -> SiteEffects:
         """The ledger's entries of a step, before the journal's and before anything leaves.
 
         Raises PolicyRefused where these rows are in enough jobs already.
@@ -277,7 +273,7 @@ class RoundDriver:
 
     def _committed(
         self, found: Sequence[site.SiteEffect], ended: site.SiteStage | None
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         """The journal's commit of a step. ended: the stage between rounds, if the step ended the round."""
         put: dict[str, bytes] = {}
         for effect in found:
@@ -308,12 +304,12 @@ class RoundDriver:
 
     def keep_stage(
         self, stage: site.SiteStage, put: Mapping[str, bytes] | None = None
-    ) -> Iterator[SiteEffect]:
+    ) -> SiteEffects:
         """Replace the records of a round, and its secrets, by the stage between rounds."""
         self._unwritten.clear()
         yield effects.CloseRound({**(put or {}), "stage": encode(stage)})
 
-    def _effect(self, effect: site.SiteEffect) -> Iterator[SiteEffect]:
+    def _effect(self, effect: site.SiteEffect) -> SiteEffects:
         match effect:
             case effects.ShowNotice(notice=notice):
                 if self._keys.secrets is not None:
@@ -333,7 +329,7 @@ class RoundDriver:
             ):
                 yield effect
 
-    def _tracking(self, certificate: messages.Certificate) -> Iterator[SiteEffect]:
+    def _tracking(self, certificate: messages.Certificate) -> SiteEffects:
         """Evaluate a release whose sum this site opened itself."""
         found, self._sum = self._sum, None
         if found is None or found.certificate != site_states.name_of(certificate):
@@ -350,7 +346,7 @@ class RoundDriver:
         header = header_of(self.stage)
         return effects.TidySpool(b"" if header is None else header.digest)
 
-    def send_status(self) -> Iterator[SiteEffect]:
+    def send_status(self) -> SiteEffects:
         if self.part.left:
             yield effects.Report("idle")
             return
@@ -360,7 +356,7 @@ class RoundDriver:
             yield effects.Send(COORDINATOR, where)
         yield effects.Report("waiting")
 
-    def resend_status(self) -> Iterator[SiteEffect]:
+    def resend_status(self) -> SiteEffects:
         """Send this site's status between rounds, or that it refused a release.
 
         The refusal may have been lost, and without it no new key epoch would come.

@@ -4,14 +4,12 @@ Invariant (PROTOCOL V): a candidate becomes the current state only under the one
 only after its HMAC was recomputed under the G of that certificate's key epoch.
 """
 
-from collections.abc import Iterator
-
 from fedcore.errors import ReleaseRefused, StoreProblem
 from fedcore.learning.state import JobState
 from fedcore.secagg.crypto.sumtag import GroupSecret, state_mac
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol.job import effects
-from fedcore.secagg.protocol.job.effects import SiteEffect
+from fedcore.secagg.protocol.job.effects import SiteEffects
 from fedcore.secagg.protocol.messages import COORDINATOR, Certificate
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -46,9 +44,7 @@ class StateKeeper:
         self.groups: dict[str, str] = {}
         """{key epoch: its G in hex}: a certificate is checked under the G of its own epoch."""
 
-    def learn_group(
-        self, epoch: int, group: GroupSecret, *, installed: bool
-    ) -> Iterator[SiteEffect]:
+    def learn_group(self, epoch: int, group: GroupSecret, *, installed: bool) -> SiteEffects:
         """Keep the G of a key epoch. installed: it is in use here, so it replaces one of a checkpoint."""
         if installed or str(epoch) not in self.groups:
             self.groups[str(epoch)] = group.to_bytes().hex()
@@ -76,7 +72,7 @@ class StateKeeper:
         mac = b"" if group is None else state_mac(group, header, state.canonical())
         require_certified(mac, certificate)
 
-    def adopt(self, certificate: Certificate) -> Iterator[SiteEffect]:
+    def adopt(self, certificate: Certificate) -> SiteEffects:
         name = name_of(certificate)
         self.current, data = self._candidate(name)
         self.certificate, self.candidates = certificate, {}
