@@ -119,7 +119,11 @@ class JobMachine:
                 facts.sites[name].last_seen = at.wall
                 self.on_message(name, message)
             case events.UploadArrived(name, header, file):
-                self._on_upload(name, header, file)
+                model = self.model.upload(header, file.digest)
+                if model is not None:
+                    self.do(model)
+                elif self.rounds.arrived(name, header, file):
+                    self.take_upload(name)
             case events.SiteConnected(name):
                 self._greet(name)
             case events.SiteLeft(name):
@@ -307,13 +311,6 @@ class JobMachine:
             self.do([effects.Send(name, certificate)])
         else:
             self.do([effects.Send(name, messages.Abandon(header, "release"))])
-
-    def _on_upload(self, name: SiteId, header: bytes, upload: KeptFile) -> None:
-        model = self.model.upload(header, upload.digest)
-        if model is not None:
-            self.do(model)
-        elif self.rounds.arrived(name, header, upload):
-            self.take_upload(name)
 
     def take_upload(self, name: SiteId) -> None:
         """Fold the upload of this site, once its signed submission is here, too."""

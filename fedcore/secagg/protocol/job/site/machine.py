@@ -14,9 +14,9 @@ from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.effects import SiteEffect, SiteEffects
-from fedcore.secagg.protocol.job.site import events
+from fedcore.secagg.protocol.job.site import events, participation
 from fedcore.secagg.protocol.job.site.epochs import EpochDriver
-from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation, require
+from fedcore.secagg.protocol.job.site.participation import Agreed, Participation, require
 from fedcore.secagg.protocol.job.site.release import CatchUp, PublicRelease
 from fedcore.secagg.protocol.job.site.rounds import NOWHERE, RoundDriver
 from fedcore.secagg.protocol.job.site.states import StateKeeper
@@ -60,7 +60,7 @@ class Parts:
     """The parts of a job that exist once this site agreed to its plan."""
 
     def __init__(self, agreed: Agreed, part: Participation, states: StateKeeper) -> None:
-        self.agreed, self.keys = agreed, HeldKeys(part.me.planner.scheme(agreed.plan))
+        self.agreed, self.keys = agreed, participation.HeldKeys(part.me.planner.scheme(agreed.plan))
         self.rounds = RoundDriver(agreed, part, self.keys, states)
         self.epochs = EpochDriver(self.rounds, self.keys, states)
         self.catch_up = CatchUp(self.rounds, states)
@@ -80,15 +80,11 @@ class SiteJob:
 
     def restored(self, kept: Kept) -> None:
         self.part.rows, self.part.left = kept.rows, kept.left
-        parts = self._agreed(kept.agreed)
+        parts = self.parts = Parts(kept.agreed, self.part, self.states)
         self.states.current, self.states.certificate = kept.state, kept.certificate
         self.states.groups = kept.groups
         parts.rounds.stage, parts.rounds.marks = kept.stage, kept.marks
         parts.epochs.restored(kept.epoch)
-
-    def _agreed(self, agreed: Agreed) -> Parts:
-        self.parts = Parts(agreed, self.part, self.states)
-        return self.parts
 
     # ------------------------------------------------------------------------------- questions
 
@@ -134,7 +130,7 @@ class SiteJob:
         except (PeerRefused, Refused, BadInput) as error:
             if isinstance(event, events.Started):
                 raise
-            found.extend(self.part.warn(error))
+            found.extend(self.part.show(participation.problem_of(error), str(error)))
         return found
 
     def _handled(self, event: events.SiteEvent, now: float) -> SiteEffects:
@@ -368,7 +364,8 @@ class SiteJob:
         if (refusal := self.me.policy.on_plan(mine)) is not None:
             yield from self.part.refuse(refusal)
             return
-        parts = self._agreed(Agreed(mine, survey.shape.features, survey.columns))
+        agreed = Agreed(mine, survey.shape.features, survey.columns)
+        parts = self.parts = Parts(agreed, self.part, self.states)
         self.states.current = planner.first_state(mine, survey)
         yield effects.WriteState(self.states.current)
         about = {

@@ -128,10 +128,7 @@ class Participation:
         if isinstance(error, PolicyRefused):
             yield from self.refuse(error)
         else:
-            yield from self.warn(error)
-
-    def warn(self, error: Exception) -> SiteEffects:
-        yield from self.show(problem_of(error), str(error))
+            yield from self.show(problem_of(error), str(error))
 
     def show(self, problem: str, status: str = "") -> SiteEffects:
         """Show a problem in the log and, or else `status`, in the status."""

@@ -128,7 +128,9 @@ class RoundDriver:
                 plan, features = self.agreed.plan, self.agreed.features
                 schedule.check_step(plan, features, self._states.current.done, header)
                 self.announced = now
-            yield from self.step(site.Invited(announce, self._tag(header)), now, refusing=False)
+            secrets, state = self._keys.secrets, self._states.current
+            tag = secrets.tag(header, state.canonical()) if secrets and state else b""
+            yield from self.step(site.Invited(announce, tag), now, refusing=False)
             yield self.tidy()
         except PeerRefused as error:
             yield from self.part.note(error)
@@ -138,12 +140,6 @@ class RoundDriver:
             elif not self.in_round:
                 yield from self.step(site.Declined(header), now)
                 yield from self.send_status()
-
-    def _tag(self, header: RoundHeader) -> bytes:
-        if self._keys.secrets is None:
-            return b""
-        assert self._states.current is not None
-        return self._keys.secrets.tag(header, self._states.current.canonical())
 
     def certified(self, certificate: messages.Certificate, now: float) -> SiteEffects:
         """Apply a release, or leave the round and catch up where this site has not opened the sum.
