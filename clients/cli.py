@@ -18,7 +18,7 @@ from fedcore.errors import EXIT_REFUSED
 if TYPE_CHECKING:  # it imports numpy, which `--help` does without
     from fedcore.types import Json
 
-app = application("A site of a federation: its process, and what it is at.")
+app = application("fed-site", "A site of a federation: its process, and what it is at.")
 
 Config = Annotated[Path, typer.Option("--config", help="The site's file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from fedcore.results import JobEvent, JobRow, MetricsRow
 
-app = application("The coordinator of a federation, and an operator's commands to it.")
+app = application(
+    "fed-coordinator", "The coordinator of a federation, and an operator's commands to it."
+)
 
 Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
 Where = Annotated[

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedcore import errors
+from fedcore import __version__, errors
 
 if TYPE_CHECKING:
     from fedcore.types import Json  # it loads NumPy, which `--help` does not need
@@ -30,13 +30,31 @@ if TYPE_CHECKING:
 stderr = Console(stderr=True, highlight=False)
 
 
-def application(text: str) -> typer.Typer:
+# With rich, typer escapes the brackets of `[default: 4]` for a renderer that these commands do not use.
+typer.core.HAS_RICH = False
+
+
+def application(name: str, text: str) -> typer.Typer:
     """The commands of one program, before any of them imports grpc. text: its help."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the commands explain its errors themselves
-    return typer.Typer(
+    app = typer.Typer(
         help=text, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-        pretty_exceptions_enable=False,
+        pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{name} {__version__}")
+            raise typer.Exit
+
+    help_ = "Print the version."
+    version = typer.Option(False, "--version", callback=show, is_eager=True, help=help_)
+
+    @app.callback()
+    def program(_version: bool = version) -> None:
+        pass
+
+    return app
 
 
 def say(text: str) -> None:
@@ -54,7 +72,7 @@ class JobCommand(typer.core.TyperCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Rewrite flags that are not the command's own before click parses them."""
-        own = {option for parameter in self.params for option in parameter.opts} | {"--help"}
+        own = {option for parameter in self.params for option in parameter.opts} | {"--help", "-h"}
         return super().parse_args(ctx, _as_settings(args, own))
 
 

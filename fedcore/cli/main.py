@@ -34,22 +34,9 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 
-app = application("Federated learning in which no party has to be trusted with another's update.")
-
-
-@app.callback(invoke_without_command=False)
-def _fedcore(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
-    ] = False,
-) -> None:
-    if version:
-        from fedcore import __version__
-
-        typer.echo(f"fedcore {__version__}")
-        raise typer.Exit
-
-
+app = application(
+    "fedcore", "Federated learning in which no party has to be trusted with another's update."
+)
 bench_app = typer.Typer(
     help="Benchmarks, each with a baseline in the same run.", no_args_is_help=True
 )

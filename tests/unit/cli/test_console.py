@@ -8,8 +8,11 @@ import sys
 from datetime import datetime
 
 import pytest
+import typer
 from grpc._cython import cygrpc
 
+import fedcore
+from fedcore.cli import console
 from fedcore.cli.console import JsonLines, TextLines, ago, start_logging, waiting_text
 
 NOW = datetime(2026, 11, 21, 14, 0, 30).timestamp()  # noqa: DTZ001 - as a clock on the wall shows it
@@ -85,3 +88,27 @@ def test_a_peer_that_went_as_it_was_answered_is_no_traceback(monkeypatch, capsys
     said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["from"] for line in said] == ["grpc._cython.cygrpc", "fedcore.site"]
     assert "something else" in said[0]["traceback"]
+
+
+def programs():
+    from fedcore_clients.cli import app as site
+    from fedcore_server.cli import app as coordinator
+
+    from fedcore.cli.main import app as fedcore
+
+    return {"fedcore": fedcore, "fed-coordinator": coordinator, "fed-site": site}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_every_program_prints_its_version_and_plain_help(name, capsys):
+    app = programs()[name]
+    with pytest.raises(SystemExit) as ended:
+        console.run(app, name, ["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{name} {fedcore.__version__}\n"
+    commands = typer.main.get_command(app).commands
+    for command in [[], *([each] for each in commands)]:
+        with pytest.raises(SystemExit) as ended:
+            console.run(app, name, [*command, "-h"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 0 and said.startswith("Usage: ") and "\\[" not in said
