@@ -24,7 +24,7 @@ from fedcore.errors import (
 )
 from fedcore.secagg.protocol.messages import Abandon, Announce
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.round.site import leaving
+from fedcore.secagg.protocol.round.site import releasing
 
 LEAVING = {
     "the coordinator gives it up": lambda w: w.receive("ann", Abandon(w.h, "unmask")),
@@ -243,7 +243,7 @@ def test_a_site_put_back_to_an_older_folder_opened_anothers_vector(monkeypatch):
     assert isinstance(restarted, site.Idle), "a new process is in the round no longer"
     assert answer_of(found).code == "left"
 
-    moves = site.MOVES[site.Submitted] | {site.Restarted: (leaving.resend, ())}
+    moves = site.MOVES[site.Submitted] | {site.Restarted: (releasing.resend, ())}
     monkeypatch.setitem(site.MOVES, site.Submitted, moves)
     stage, _ = site.step(world.members["bob"], snapshot.stages["bob"], site.Restarted(), 0.0)
     other = snapshot.copy()
