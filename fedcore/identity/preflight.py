@@ -254,13 +254,14 @@ def proxied(host: str, proxy: str) -> tuple[str, int, str] | None:
     """Host, port and credentials of the proxy for `host`, or None for a direct connection. Raises BadInput."""
     if not proxy:
         return None
+    wrong = BadInput("proxy: found no http://HOST:PORT, expected one")  # it may hold a password
     try:
         found = urlsplit(proxy)
         name, port = found.hostname, found.port
     except ValueError:
-        name = port = None
+        raise wrong from None
     if name is None or port is None or found.scheme != "http" or found.path.strip("/"):
-        raise BadInput("proxy: found no http://HOST:PORT, expected one")  # it may hold a password
+        raise wrong
     address = _address(host)
     if host.lower().rstrip(".") == "localhost" or (address is not None and address.is_loopback):
         return None
