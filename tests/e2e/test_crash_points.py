@@ -276,7 +276,7 @@ def test_a_full_disk_is_waited_out(tmp_path, pool, party):
         return played
 
     for at in range(10):
-        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=UNHURRIED)
+        scene(tmp_path / str(at), pool, play(at), rounds=2, limits=UNHURRIED)
 
 
 def test_rows_for_people_that_found_no_room_are_written_later(tmp_path, pool):
