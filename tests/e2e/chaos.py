@@ -79,28 +79,26 @@ def SiteContext(*a, **k):
     k["clock"] = lambda: time.monotonic() + abs(_jumped())
     return _context(*a, **k)
 _main.SiteContext = SiteContext
-_written = _Journal.write
+_written = _Journal.append
 _once = {
     _machine.VectorSpooled: lambda record: record.submit.header,
     _machine.ListSigned: lambda record: record.confirm.header,
     _machine.UnmaskAnswered: lambda record: _decode(record.exchange.answer, _Unmask).header,
     _machine.SumStated: lambda record: record.statement.header,
 }
-def _write(self, entries):
-    entries = list(entries)
-    _written(self, entries)
-    for entry in entries:
-        for record in entry.records:
-            if type(record) not in _once:
-                continue
-            line = [entry.job, _once[type(record)](record).hex(), type(record).__name__,
-                    hashlib.sha256(_encode(record)).hexdigest()]
-            try:
-                with open({trace!r}, "a") as file:
-                    file.write(json.dumps(line) + "\\n")
-            except OSError:
-                pass  # no room: one witness less
-_Journal.write = _write
+def _append(self, job, stream, records, *, put=None):
+    _written(self, job, stream, records, put=put)
+    for record in records:
+        if type(record) not in _once:
+            continue
+        line = [job, _once[type(record)](record).hex(), type(record).__name__,
+                hashlib.sha256(_encode(record)).hexdigest()]
+        try:
+            with open({trace!r}, "a") as file:
+                file.write(json.dumps(line) + "\\n")
+        except OSError:
+            pass  # no room: one witness less
+_Journal.append = _append
 import random
 _quick = _Work.protect
 def _protect(self, asked, found):
