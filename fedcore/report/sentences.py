@@ -6,6 +6,7 @@ Everything returned is plain text (`phrases.plain`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from fedcore.report import phrases
@@ -73,9 +74,10 @@ def lost(result: Result) -> list[str]:
     """What was lost against pooling, one sentence per metric, the headline first.
 
     A loss is stated only when its interval lies above 0; no loss only when the interval contains 0
-    and stays within `NEGLIGIBLE` of it; anything between is called unresolved.
+    and stays within `NEGLIGIBLE` of it; anything between is called unresolved. A metric with a stated loss
+    comes before any other, the greatest loss first: who reads the headline only is told of it.
     """
-    metrics = ordered_metrics(result)
+    metrics = sorted(ordered_metrics(result), key=lambda m: -_stated_loss(result, m))
     if not metrics:
         return ["No metric was measured."]
     return [
@@ -84,33 +86,49 @@ def lost(result: Result) -> list[str]:
     ]
 
 
+def _stated_loss(result: Result, metric: str) -> float:
+    """A fraction of the whole, 0 where no loss is stated."""
+    gap = result.gap_of("total", metric)
+    if gap is None or gap.mean is None or gap.ends is None or gap.ends[0] <= 0:
+        return 0.0
+    whole = _whole(result, metric)
+    return gap.mean / whole if whole else float("inf")
+
+
+def _whole(result: Result, metric: str) -> float:
+    """What a loss is a part of: 1 for a fraction, the centralised arm's value for an error in its own unit."""
+    if not result.is_error(metric):
+        return 1.0
+    return abs(result.score("centralised", metric) or 0.0)
+
+
 def _lost(result: Result, metric: str, against: str) -> str:
     name = phrases.metric_name(metric)
     gap = result.gap_of("total", metric)
     if gap is None or gap.mean is None:
         return _without_gap(result, metric, against)
     mean, span = gap.mean, phrases.interval(result, metric, gap)
-    value = phrases.measure(result, metric, abs(mean) if gap.ends is None else mean)
+    size = phrases.measure(result, metric, abs(mean))
     # Of an error both scores: without them a difference in its unit has no size.
     both = [result.score(arm, metric) for arm in ("centralised", "federated")]
     pooled, together = map(phrases.score, both)
     stated = result.is_error(metric) and None not in both
     scores = f" ({pooled} centralised, {together} federated)" if stated else ""
     if gap.ends is None:
-        what = f"{value} {'gained' if mean < 0 else 'lost'}{scores}"
+        what = f"{size} {'gained' if mean < 0 else 'lost'}{scores}"
         return f"{phrases.capitalised(name)}: {what}, with no interval to judge it by."
     low, high = gap.ends
     if low == high == mean == 0:
         return f"{phrases.capitalised(name)} is exactly that of the centralised arm."
     if low > 0:
         return f"{phrases.quantity(result, metric, mean)} lost{against}{scores}, interval {span}."
+    side = "lower" if (mean < 0) == result.is_error(metric) else "higher"
     if high < 0:
-        side = "lower" if result.is_error(metric) else "higher"
-        return f"No loss{against}: {name} {value}{scores}, interval {span}; federated is {side}."
-    # Of an error in its own unit.
-    whole = abs(result.score("centralised", metric) or 0.0) if result.is_error(metric) else 1.0
-    if max(-low, high) <= NEGLIGIBLE * whole:
-        return f"No loss measurable{against}: {name} {value}{scores}, interval {span}."
+        span = phrases.interval(result, metric, replace(gap, low=-high, high=-low))
+        return f"No loss: {name} is {size} {side} than pooling{scores}, interval {span}."
+    if max(-low, high) <= NEGLIGIBLE * _whole(result, metric):
+        apart = f"{size} {side}" if phrases.amount(result, metric, abs(mean)) != "0.00" else size
+        return f"No loss measurable{against}: {name} {apart}{scores}, interval of the loss {span}."
     where = f"over {splits(result)}" if isinstance(result, ComparisonResult) else "on these rows"
     if phrases.amount(result, metric, mean) == "0.00":
         change, of = f"no {name} lost or gained", ""

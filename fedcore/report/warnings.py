@@ -1,8 +1,9 @@
 """The warnings of a run and of a comparison, which a report shows above all numbers."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedcore.report.phrases import metric_name
+from fedcore.report.phrases import arm_name, listed, metric_name
 from fedcore.results import AbandonedRound, ComparisonResult, Result, RunResult
 
 CLIPPED_WORTH_SAYING = 1e-3
@@ -65,7 +66,7 @@ def notes_on_rows(result: RunResult, unknown: Mapping[str, int]) -> list[str]:
 
 def _shared(result: Result) -> list[str]:
     """What a run and a comparison warn of alike."""
-    found = []
+    found = _no_better_than_guessing(result)
     for metric, gap in result.gap.get("total", {}).items():
         low, high = gap.ends or (0.0, 0.0)
         if gap.mean is not None and high - low > abs(gap.mean):
@@ -82,6 +83,29 @@ def _shared(result: Result) -> list[str]:
             "This must never happen: please report it with plan.json."
         )
     return found
+
+
+def _no_better_than_guessing(result: Result) -> list[str]:
+    """Arms whose scores say that nothing was learnt, with the likely causes."""
+    causes = (
+        "Likely causes: inputs that are not scaled (declare ranges, or `statistics` for arrays), a learning rate "
+        "that does not fit, outputs that are not the logits which the metric expects."
+    )
+    scores = {arm: result.score(arm, "auc") for arm in ("centralised", "federated")}
+    low = [arm_name(arm) for arm, score in scores.items() if score is not None and score < 0.5]
+    if low:
+        return [f"AUC below 0.5 ({listed(low)}): worse than guessing. {causes}"]
+    counts = Counter[str]()
+    for site in result.per_site.values():
+        counts.update(site.class_counts or {})
+    most = max(counts.values(), default=0) / max(1, counts.total())
+    reached = [result.score(arm, "accuracy") for arm in result.arm_names]
+    best = max((score for score in reached if score is not None), default=None)
+    if most and best is not None and best <= most:
+        return [
+            f"No arm is better than always answering the most frequent class (accuracy {most:.3f}). {causes}"
+        ]
+    return []
 
 
 def _abandoned(abandoned: Sequence[AbandonedRound], rounds: int) -> list[str]:

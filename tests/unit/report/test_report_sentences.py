@@ -11,7 +11,7 @@ from support.results import result_of, stored
 
 from fedcore.experiment.gap import PARTS
 from fedcore.learning.metrics import METRICS
-from fedcore.report import phrases
+from fedcore.report import phrases, warnings
 from fedcore.report import sentences as say
 from fedcore.report.methods import methods, settings_of
 from fedcore.results import ERRORS, Result
@@ -61,10 +61,10 @@ def test_a_loss_is_stated_only_above_zero():
         "1.38 points of AUC lost against pooling, interval 0.31 to 2.52."
     ]
     assert say.lost(with_gap(-0.001, -0.009, 0.006)) == [
-        "No loss measurable against pooling: AUC -0.10 points, interval -0.90 to 0.60."
+        "No loss measurable against pooling: AUC 0.10 points higher, interval of the loss -0.90 to 0.60."
     ]
     assert say.lost(with_gap(-0.02, -0.03, -0.01)) == [
-        "No loss against pooling: AUC -2.00 points, interval -3.00 to -1.00; federated is higher."
+        "No loss: AUC is 2.00 points higher than pooling, interval 1.00 to 3.00."
     ]
 
 
@@ -94,7 +94,7 @@ def test_errors_keep_their_unit():
     # One hundredth of the centralised arm's takes the place of a point.
     assert say.lost(of_errors(0.5, -0.6, 0.9, pooled=100.0))[0].startswith("No loss measurable")
     assert say.lost(of_errors(0.5, -0.6, 1.1, pooled=100.0))[0].startswith("Not resolved")
-    assert "federated is lower" in say.lost(of_errors(-0.01, -0.02, -0.005))[0]
+    assert "MSE is 0.0100 lower than pooling" in say.lost(of_errors(-0.01, -0.02, -0.005))[0]
     amounts = [
         phrases.amount(result_of(), "mae", x) for x in (0.02618, 121.57, 98765.4, 3e-9, -0.5)
     ]
@@ -375,3 +375,42 @@ def test_what_differs_between_runs_is_named():
     found = stored("heart_warned")
     found["plan"]["server"] = {"optimiser": "fedavg"}
     assert settings_of([one, result_of(found)])[1][1][:2] == ["8 bits", "server fedavg"]
+
+
+SPAN = st.tuples(FRACTION, FRACTION, FRACTION).map(sorted)
+
+
+@given(st.dictionaries(st.sampled_from(["auc", "accuracy", "mse", "mae"]), SPAN, min_size=1))
+def test_headline_names_the_worst_loss_of_any_metric(gaps):
+    """Whoever reads the headline only is told that something was lost, and never of a negative loss."""
+    found = {m: {"mean": mean, "low": low, "high": high} for m, (low, mean, high) in gaps.items()}
+    scores = dict.fromkeys(gaps, 0.5)
+    result = result_of(
+        metrics=list(gaps), gap={"total": found},
+        arms={"centralised": scores, "federated": scores},
+    )  # fmt: skip
+    headline = say.lost(result)[0]
+    lost = {m: mean / (0.5 if m in ERRORS else 1) for m, (low, mean, _) in gaps.items() if low > 0}
+    assert ("lost against pooling" in headline and "No loss" not in headline) == bool(lost)
+    if lost:
+        worst = max(lost.values())
+        named = [m for m in lost if f" of {phrases.metric_name(m)} lost" in headline]
+        assert len(named) == 1 and lost[named[0]] == worst
+    assert len(say.lost(result)) == len(gaps)
+    before_interval = [sentence.partition("interval")[0] for sentence in say.lost(result)]
+    assert not [text for text in before_interval if " -" in text.replace(" - ", "")]
+
+
+def test_a_model_that_learnt_nothing_is_a_warning():
+    def warned(arms, counts=None):
+        sites = {"a": {"train_rows": 9, "test_rows": 3, "class_counts": counts or {}}}
+        result = result_of(metrics=list(arms["federated"]), arms=arms, per_site=sites, gap={})
+        return " ".join(warnings.of_run(result))
+
+    low = warned({"centralised": {"auc": 0.486}, "federated": {"auc": 0.61}})
+    assert "AUC below 0.5 (centralised): worse than guessing" in low and "not scaled" in low
+    assert "guessing" not in warned({"centralised": {"auc": 0.5}, "federated": {"auc": 0.61}})
+    arms = {"centralised": {"accuracy": 0.7}, "federated": {"accuracy": 0.65}}
+    assert "No arm is better" in warned(arms, {"0": 30, "1": 70})
+    assert "No arm is better" not in warned(arms, {"0": 40, "1": 60})
+    assert "No arm is better" not in warned(arms)
