@@ -163,8 +163,6 @@ class JobFold:
         if self._pool.closed or self._given_up:
             raise StoreProblem("fold: found its workers ended, expected them to run")
 
-    # ----------------------------------------------------------------- in the pool's own thread
-
     def _add(self, path: Path) -> None:
         if path in self._held:
             return

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 FROM_A_FILE = "_fedcore_task_"
@@ -17,20 +18,18 @@ FROM_A_FILE = "_fedcore_task_"
 def files_of(modules: Iterable[str]) -> list[tuple[str, Path]]:
     """(name, file) of the named modules and of all local packages that they import, in order of the names.
 
-    modules: names in `sys.modules`. A name is the path from the package's folder on, `mylib/io.py`, and
-    for a single file `task.py`, whatever the file is called: the same on every machine.
+    modules: names in `sys.modules`. A name is the path from the package's folder on, and for a single
+    file `task.py`, whatever the file is called: the same on every machine.
     """
     found: dict[str, Path] = {}
     queue = [each for name in sorted(modules) for each in _loaded(name)]
-    seen: set[Path] = set()
     while queue:
         name, path = queue.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        found[name] = path
-        if not name.startswith("fedcore/"):
-            queue += [each for top in _imported(path) for each in _installed(top)]
+        if path not in found.values():
+            found[name] = path
+            inside = name.startswith("fedcore/")
+            tops = set[str]() if inside else _imported(path)
+            queue += [each for top in tops for each in _installed(top)]
     return sorted(found.items())
 
 
@@ -49,12 +48,10 @@ def _loaded(name: str) -> Iterator[tuple[str, Path]]:
 
 def _installed(top: str) -> Iterator[tuple[str, Path]]:
     """The files of a top-level module or package that this machine's owner wrote; none for any other."""
-    if top in sys.stdlib_module_names or top.startswith("fedcore"):
-        return
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return
+    spec = None
+    if not (top in sys.stdlib_module_names or top.startswith("fedcore")):
+        with suppress(ValueError):  # a module that another one made, without a file
+            spec = importlib.util.find_spec(top)
     if spec is None:
         return
     for folder in spec.submodule_search_locations or ():
@@ -71,8 +68,12 @@ def _is_local(path: Path) -> bool:
 
 def _imported(path: Path) -> set[str]:
     """The top-level names that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    found = set[str]()
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # a template in a package: nothing imports it
+        return found
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {each.name.partition(".")[0] for each in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

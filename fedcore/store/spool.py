@@ -171,8 +171,6 @@ class Spool:
         with self._busy:
             return sum(self._room.values())
 
-    # -------------------------------------------------------------------------------- uploads
-
     def upload(
         self, job: str, header: bytes, site: SiteId, digest: bytes, size: int
     ) -> IncomingUpload:
@@ -254,8 +252,6 @@ class Spool:
             elif name in here:
                 here[name] = path
 
-    # -------------------------------------------------------------------- sums, checkpoints, own
-
     def put(
         self,
         job: str,
@@ -318,8 +314,6 @@ class Spool:
             path.unlink(missing_ok=True)
             self._room.pop(path, None)
 
-    # -------------------------------------------------------------------------------- removal
-
     def discard(self, job: str, header: bytes) -> None:
         """Remove everything of a round: uploads, complete or not, and what was put under it."""
         self._remove_folder(self._round(job, header))
@@ -376,8 +370,6 @@ class Spool:
             sync_folder(folder.parent)
             self._settled.add(folder)
             folder = folder.parent
-
-    # ------------------------------------------------------------------------- names and room
 
     def _round(self, job: str, header: bytes) -> Path:
         if len(header) != 32:

@@ -349,9 +349,6 @@ def _content_of(rows: Rows) -> list[bytes]:
         return digests_of(np.zeros(len(rows), dtype=np.int64) if labels is None else labels)
 
 
-# ---------------------------------------------------------------- recognising what a task returned
-
-
 def _recognise(found: Any, task: Task, where: str) -> Rows:
     rows = _rows_of(found, task, where)
     if not len(rows):
@@ -535,9 +532,6 @@ def _is_whole(value: Any) -> bool:
         return len(value) == 2 and all(hasattr(part, "ndim") for part in value)
     kinds = (ArrayRows, TableRows, DatasetRows, DataLoader, Dataset)
     return isinstance(value, kinds) or is_hugging_face(value) or is_dataset(value)
-
-
-# ----------------------------------------------------------------------------------------- errors
 
 
 def _iterable(where: str, kind: str) -> BadInput:

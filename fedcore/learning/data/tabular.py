@@ -274,9 +274,6 @@ def _titles(name: str, spec: Number | Category) -> list[str]:
     return [*titles, f"{name}_missing"] if spec.may_be_missing else titles
 
 
-# ------------------------------------------------------------------------------ values to numbers
-
-
 def _numbers(
     where: str, name: str, spec: Number | None, values: Sequence[Any]
 ) -> NDArray[np.float64]:
@@ -366,9 +363,6 @@ def _is_number(value: Any) -> bool:
 def _shown(value: Any) -> str:
     text = str(value).strip()
     return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-# -------------------------------------------------------------------------------- reading sources
 
 
 def _read(source: Any, names: Sequence[str]) -> tuple[str, dict[str, Sequence[Any]]]:

@@ -204,10 +204,11 @@ def test_digest_of_a_task_from_a_package_covers_the_package(tmp_path, monkeypatc
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "helpers.py").write_text("x = 1\n")
+    (package / "template.py").write_text("{{ no Python }}\n")
     write(tmp_path / "t").rename(package / "tasks.py")
     monkeypatch.syspath_prepend(tmp_path)
     task = load_task("heartlib.tasks:task")
-    assert task.covers() == "heartlib (3 files)"
+    assert task.covers() == "heartlib (4 files)"
     before = task.digest()
     (package / "helpers.py").write_text("x = 2\n")
     assert task.digest() != before
