@@ -86,7 +86,8 @@ def probe(
     part = "evaluate" if task.evaluate is not None else LOOP_CODE
     with seeded(seed, round_, site, "evaluate"), task_code(site, round_, part):
         if task.evaluate is not None:
-            own = _own_sums(task, task.evaluate(module, rows), place(site, round_))
+            copied = rows.take(np.arange(len(rows)))  # it may change them in place
+            own = _own_sums(task, task.evaluate(module, copied), place(site, round_))
             return Scored(np.empty(0), np.empty(0), None, own)
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):

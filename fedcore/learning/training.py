@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -157,7 +158,8 @@ def local_train(
     part = "train" if task.train is not None else LOOP_CODE
     with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
-            task.train(module, rows, Fit(**asdict(plan), seed=seed, round=round_, site=site))
+            copied = rows.take(np.arange(len(rows)))  # it may change them in place
+            task.train(module, copied, Fit(**asdict(plan), seed=seed, round=round_, site=site))
             return TrainReport(0, plan.epochs * len(rows), None)
         with batch_norm_needs_two(place(site, round_)):
             optimiser = optimiser or make_optimiser(module, plan)

@@ -68,12 +68,11 @@ class ArrayRows:
         return digests_of(self.x, self.y)
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
-        """Batches `(x, y)`; views of the rows where the order is their own."""
-        picked = None if order is None else torch.from_numpy(np.asarray(order, dtype=np.int64))
-        for start in range(0, len(self) if picked is None else len(picked), batch_size):
-            part: Any = slice(start, start + batch_size)
-            if picked is not None:
-                part = picked[part]
+        """Batches `(x, y)`, copies: a task may change them in place."""
+        rows = np.arange(len(self)) if order is None else np.asarray(order, dtype=np.int64)
+        picked = torch.from_numpy(rows)
+        for start in range(0, len(picked), batch_size):
+            part = picked[start : start + batch_size]
             yield self.x[part], self.y[part]
 
 

@@ -317,3 +317,39 @@ def test_scoring_builds_no_graph(name):
         task(predict=predict), nn.Linear(3, 2), rows(), seed=0, round_=1, site="a"
     )
     assert seen == [False]
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x):
+        x /= 255
+        return self.inner(x)
+
+
+def spoils_all(module, rows, *_):
+    rows.x.zero_()
+    rows.y.zero_()
+    return {"f1": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "make"),
+    [
+        ({"predict": lambda model, batch: (model(batch[0].div_(255)), batch[1])}, None),
+        ({"predict": lambda model, batch: (model(batch[0]), batch[1].zero_())}, None),
+        ({}, InPlace),
+        ({"train": spoils_all}, None),
+        ({"evaluate": spoils_all, "metrics": ("f1",)}, None),
+    ],
+)
+def test_a_task_that_changes_its_batches_in_place_leaves_the_rows_as_they_are(changes, make):
+    ours, before = rows(), rows()
+    model = (make or (lambda: nn.Linear(3, 2)))()
+    plan = TrainPlan(lr=0.1, batch_size=8)
+    for _ in range(2):
+        local_train(task(**changes), model, ours, plan, seed=0, round_=1, site="a")
+        score(task(**changes), model, ours, seed=0, round_=1, site="a")
+    assert torch.equal(ours.x, before.x) and torch.equal(ours.y, before.y)
