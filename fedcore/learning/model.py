@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from fedcore.seeds import derive_seed
 from fedcore.types import FloatVector
 
 BUFFER_POLICIES = ("average", "initial")
+
+_HANDED_OUT: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -158,6 +161,14 @@ def build_model(
                 f"task.model: {found} {type(module).__name__}, expected a torch.nn.Module",
                 remedy=remedy,
             )
+        parts = {m: m.parameters(recurse=False) for m in module.modules()}
+        layers = [m for m, own in parts.items() if any(p.requires_grad for p in own)]
+        if not _HANDED_OUT.isdisjoint(layers):
+            raise BadInput(
+                f"task.model: found layers of a {type(module).__name__} that it returned before, expected new ones",
+                remedy="make them inside the function: what one run trained would be where the next begins",
+            )
+        _HANDED_OUT.update(layers)
         if any(is_lazy(p) for p in module.parameters()):
             module.eval()
             first_pass(module)

@@ -184,3 +184,17 @@ def test_one_thread_inside_and_the_caller_s_number_after():
 def test_summaries():
     assert model_summary(FlatModel(nn.Linear(20, 1))) == "Linear 20 -> 1"
     assert model_summary(FlatModel(frozen())) == "Sequential, 8 parameters"
+
+
+def test_layers_that_were_handed_out_before_are_refused():
+    net, part, activation = nn.Linear(3, 2), nn.Linear(3, 3), nn.ReLU()
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    kept = [build_model(lambda: net, 0, lambda _: None)]
+    with pytest.raises(BadInput, match="layers of a Linear that it returned before"):
+        build_model(lambda: net, 0, lambda _: None)
+    kept.append(build_model(lambda: nn.Sequential(part, nn.Linear(3, 2)), 0, lambda _: None))
+    with pytest.raises(BadInput, match="layers of a Sequential"):
+        build_model(lambda: nn.Sequential(nn.Sequential(part), activation), 0, lambda _: None)
+    shared = lambda: nn.Sequential(frozen, activation, nn.Linear(3, 2))  # noqa: E731
+    kept += [build_model(shared, 0, lambda _: None) for _ in range(2)]  # it trains nothing of these
+    assert len(kept) == 4

@@ -65,8 +65,6 @@ class RoundDriver:
         self._vector: events.VectorReady | None = None
         self._sum: events.CheckedSum | None = None
 
-    # ------------------------------------------------------------------------------- questions
-
     @property
     def member(self) -> site.SiteParams:
         """The parameters of the round machine, with the ledger as it is now: another job may have had a sum of the
@@ -112,8 +110,6 @@ class RoundDriver:
                 "sum", "no record of this site's own marks", "those it was sent with", THIS_SITE
             )
         return marks
-
-    # ----------------------------------------------------------------------- what is announced
 
     def invited(self, announce: messages.Announce, now: float) -> SiteEffects:
         """Join a round, and leave an earlier one. Where the earlier one's sum may be known, no other round is joined
@@ -175,8 +171,6 @@ class RoundDriver:
             if keys.site == self._me.id and keys != before.keys:
                 yield from self.step(site.OwnSignature(keys, before.header, other=True), now)
 
-    # ------------------------------------------------------------------- what background work did
-
     def work_done(self, done: events.RoundResult, now: float) -> SiteEffects:
         match done:
             case events.VectorReady(header, made, marks=marks):
@@ -202,8 +196,6 @@ class RoundDriver:
         if self._keys.secrets is None or header is None:
             return b""
         return self._keys.secrets.seal_cause(cause, header, self._me.id, self._me.entropy)
-
-    # --------------------------------------------------------------------------------- a step
 
     def step(self, event: site.SiteEvent, now: float, *, refusing: bool = True) -> SiteEffects:
         """Step the round machine, and carry out its effects in order. A refusal makes the site leave the round."""
@@ -334,8 +326,6 @@ class RoundDriver:
         if measures(header.purpose):
             step = schedule.PlannedRound(header.purpose, header.training_round)
             yield effects.Track(step, found.wides, found.sites, found.state, certificate)
-
-    # ---------------------------------------------------------------------------- between rounds
 
     def tidy(self) -> effects.TidySpool:
         """Remove spooled rounds that a crash left behind."""
