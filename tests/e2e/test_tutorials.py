@@ -3,23 +3,27 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.preloaded import preloaded
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_a_tutorial_run(page, tmp_path):
+    program = tmp_path / "bin" / "fedcore"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {preloaded().python} -P -m fedcore.cli.main "$@"\n')
+    program.chmod(0o755)
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) > 2
     said = ""
     for line in "".join(blocks).splitlines():
         done = subprocess.run(
             ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
         )  # fmt: skip
         assert done.returncode == 0, (line, done.stdout[-2000:], done.stderr[-2000:])
         said += done.stdout + done.stderr

@@ -245,7 +245,7 @@ def test_another_user_reads_no_key():
         folder = Path(name)
         config = install(folder, sandbox="user:nobody")
         for path in [folder, *folder.rglob("*")]:
-            secret = path.is_file() and path.read_text() == SECRET
+            secret = path.is_file() and path.read_bytes() == SECRET.encode()
             path.chmod(0o700 if path.name == "state" else 0o600 if secret else 0o777)
         usable(config)
         found = attacked(folder, config)

@@ -33,8 +33,8 @@ OTHERS = {"auc": 0.99, "accuracy": 0.99}
 
 def plan_for(protection="layered", **changes):
     sums = tuple(Wide(METRIC + name, 2, 8) for name in VALUES)
-    small = {"bits": 8, "max_examples": 64, "rounds": 3, "metric_sums": sums}
-    return round_plan(SITES, protection, **small | changes)
+    small = {"sites": SITES, "bits": 8, "max_examples": 64, "rounds": 3, "metric_sums": sums}
+    return round_plan(protection=protection, **small | changes)
 
 
 PUBLIC = plan_for(public_metrics=True)
