@@ -98,12 +98,12 @@ class Reference(Section):
 
 
 class TrackSection(Section):
-    """[track]: what is compared, with how many bootstrap resamples, against which value, and whether a
-    deployment's coordinator learns the metrics of each release."""
+    """[track]: the arms, bootstrap resamples, a value to compare with, and whether metrics are public."""
 
     arms: Annotated[
         tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...],
         BeforeValidator(_from_words),
+        Field(min_length=1),
     ] = ("centralised", "local_only", "federated_float", "federated")
     resamples: int = Field(default=1000, ge=0)
     reference: Reference | None = None

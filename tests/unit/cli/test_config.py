@@ -90,6 +90,8 @@ def test_unknown_keys_are_named_with_the_nearest(layer, message, remedy):
         ({"dropout": 1}, "round.dropout: found 1, expected less than 1"),
         ({"drop": 3}, "round.drop: found 3, expected"),
         ({"protection": "encripted"}, "'encripted', which is not known"),
+        ({"arms": ""}, "track.arms: found"),
+        ({"arms": []}, "track.arms: found"),
     ],
 )
 def test_wrong_values_are_one_line_with_the_path(layer, message):
