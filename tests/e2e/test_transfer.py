@@ -147,8 +147,11 @@ class Proxy:
         """Until the site has read everything that has passed: no byte waits in a socket of its."""
         here, end = f":{self.port:04X}", time.monotonic() + seconds
         while True:
-            rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-            waiting = [row[4].partition(":")[2] for row in rows if row[2].endswith(here)]
+            # grpc connects by a socket for both versions of IP, which stands in the second table.
+            tables = [Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")]
+            rows = [row.split() for table in tables for row in table.splitlines()[1:]]
+            open_ = [row for row in rows if row[2].endswith(here) and row[3] == "01"]
+            waiting = [row[4].partition(":")[2] for row in open_]
             if waiting and not any(int(size, 16) for size in waiting):
                 return
             assert time.monotonic() < end, waiting
