@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
-from fedcore.learning.data.rows import Rows
+from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
@@ -158,8 +157,8 @@ def local_train(
     part = "train" if task.train is not None else LOOP_CODE
     with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
-            copied = rows.take(np.arange(len(rows)))  # it may change them in place
-            task.train(module, copied, Fit(**asdict(plan), seed=seed, round=round_, site=site))
+            fit = Fit(**asdict(plan), seed=seed, round=round_, site=site)
+            task.train(module, copied(rows), fit)
             return TrainReport(0, plan.epochs * len(rows), None)
         with batch_norm_needs_two(place(site, round_)):
             optimiser = optimiser or make_optimiser(module, plan)

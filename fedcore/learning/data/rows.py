@@ -69,11 +69,13 @@ class ArrayRows:
 
     def batches(self, batch_size: int, order: Indices | None) -> Iterator[Any]:
         """Batches `(x, y)`, copies: a task may change them in place."""
-        rows = np.arange(len(self)) if order is None else np.asarray(order, dtype=np.int64)
-        picked = torch.from_numpy(rows)
-        for start in range(0, len(picked), batch_size):
-            part = picked[start : start + batch_size]
-            yield self.x[part], self.y[part]
+        picked = None if order is None else torch.from_numpy(np.asarray(order, dtype=np.int64))
+        for start in range(0, len(self) if picked is None else len(picked), batch_size):
+            part = slice(start, start + batch_size)
+            if picked is None:  # see `copied`
+                yield self.x[part].clone(), self.y[part].clone()
+            else:
+                yield self.x[picked[part]], self.y[picked[part]]
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,11 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
     return DatasetRows(
         union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels]
     )
+
+
+def copied(rows: Rows) -> Rows:
+    """For code that may change arrays in place: `clone` keeps their order in memory, and so the last bits."""
+    return ArrayRows(rows.x.clone(), rows.y.clone()) if isinstance(rows, ArrayRows) else rows
 
 
 def rows_digest(*parts: Rows | None) -> str:

@@ -14,6 +14,7 @@ from fedcore.learning.data.rows import (
     ArrayRows,
     DatasetRows,
     TableRows,
+    copied,
     load_rows,
     pool,
 )
@@ -469,3 +470,15 @@ def test_pool_of_tables_keeps_features():
 def test_pool_refuses_what_does_not_fit(other, says):
     with pytest.raises(BadInput, match=says):
         pool([rows_of([0, 1]), other])
+
+
+def test_batches_keep_the_order_of_the_columns_in_memory():
+    """The last bits of a product depend on it: a copy in another order gives another loss than the rows."""
+    by_column = torch.from_numpy(np.asfortranarray(np.arange(20, dtype="f4").reshape(5, 4)))
+    rows = ArrayRows(by_column, torch.arange(5))
+    assert by_column.stride() == (1, 5)
+    ((x, _),) = rows.batches(5, None)
+    assert x.stride() == (1, 5) and x.data_ptr() != by_column.data_ptr()
+    assert copied(rows).x.stride() == (1, 5)
+    for x, _ in rows.batches(2, None):
+        assert x.stride()[0] == 1 or len(x) == 1

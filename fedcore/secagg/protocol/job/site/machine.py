@@ -86,8 +86,6 @@ class SiteJob:
         parts.rounds.stage, parts.rounds.marks = kept.stage, kept.marks
         parts.epochs.restored(kept.epoch)
 
-    # ------------------------------------------------------------------------------- questions
-
     @property
     def plan(self) -> RoundPlan | None:
         return None if self.parts is None else self.parts.agreed.plan
@@ -115,8 +113,6 @@ class SiteJob:
             return None if self.end.pending is None else ENDING_SECONDS
         left = float(until) - now
         return max(0.0, left)
-
-    # ----------------------------------------------------------------------------------- steps
 
     def step(self, event: events.SiteEvent, now: float) -> list[SiteEffect]:
         """The effects of one event. now: seconds of a monotonic clock.
@@ -194,8 +190,6 @@ class SiteJob:
             yield from self.parts.rounds.work_done(event, now)
         if event.word:
             yield from self.part.unable(event.word)
-
-    # --------------------------------------------------------------------------- task and rows
 
     def _load(self, now: float) -> SiteEffects:
         """Load task and rows, unless they are loaded or loading: the policy is asked before a row is read, and
@@ -302,8 +296,6 @@ class SiteJob:
         agreed = job_messages.PlanAgreed(self.id, self.me.id, parts.agreed.plan.digest)
         return effects.Send(COORDINATOR, agreed)
 
-    # -------------------------------------------------------------------------------- messages
-
     def _received(self, message: job_messages.ToSite, at: float, now: float) -> SiteEffects:
         parts = self.parts
         match message:
@@ -382,8 +374,6 @@ class SiteJob:
                 f"job {self.id}: the coordinator will be given the model of the last round"
             )
         yield self._agreement(parts)
-
-    # ------------------------------------------------------------------------------------- end
 
     def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> SiteEffects:
         """End the job: the state stays, everything of its rounds is removed.
