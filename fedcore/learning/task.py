@@ -96,9 +96,10 @@ class Task:
         notebook) has the source of its functions, and nothing that they call. Data files are not covered.
         """
         text = [f"fedcore task 2 {self.name} {self.metrics!r} {self.statistics!r}"]
-        text += [
-            f"{name}={hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in self._code()
-        ]
+        hashes = (
+            (name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in self._code()
+        )
+        text += sorted(f"{name}={of_file}" for name, of_file in hashes)
         for part in _PARTS:  # two tasks of one file differ in them
             function = getattr(self, part)
             text.append(f"{part}={'' if function is None else _source_of(function)}")
@@ -106,7 +107,7 @@ class Task:
 
     def covers(self) -> str:
         """What `digest` covers, in words: `task.py`, `task.py and mylib (3 files)`."""
-        names = [name for name, _ in self._code()]
+        names = sorted(name for name, _ in self._code())
         tops = Counter(name.partition("/")[0] for name in names)
         alone = {name.partition("/")[0]: name for name in names}
         said = [f"{top} ({n} files)" if n > 1 else alone[top] for top, n in tops.items()]
@@ -115,8 +116,8 @@ class Task:
     def _code(self) -> list[tuple[str, Path]]:
         """The files of the task, by a name that is the same on every machine."""
         functions = (getattr(self, part) for part in _PARTS)
-        modules = {self.home, *(each.__module__ for each in functions if inspect.isfunction(each))}
-        return task_code.files_of(name for name in modules if self._is_of(name))
+        modules = {each.__module__ for each in functions if inspect.isfunction(each)}
+        return task_code.files_of(self.home, filter(self._is_of, modules))
 
     def _is_of(self, module: str) -> bool:
         """Whether a module is the user's; one of Fedcore only where this very task stands in it."""

@@ -1,7 +1,7 @@
 """Which files make up a task's code: its own, and what they import that nobody else can look up by a version.
 
-A site's operator allows a task by the hash of these files. What is installed in site-packages is left out: it has a
-version, and `requirements/` has its hash. So is Fedcore itself, except for a task inside it.
+A site's operator allows a task by the hash of these files. Libraries in site-packages are left out: they have
+versions, and `requirements/` has their hashes. So is Fedcore itself, except for a task inside it.
 """
 
 import ast
@@ -11,52 +11,55 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+OURS = ("fedcore", "fedcore_clients", "fedcore_server")
 FROM_A_FILE = "_fedcore_task_"
 """How the private name of a module begins that was loaded from a user's file."""
 
 
-def files_of(modules: Iterable[str]) -> list[tuple[str, Path]]:
-    """(name, file) of the named modules and of all local packages that they import, in order of the names.
+def files_of(home: str, modules: Iterable[str]) -> list[tuple[str, Path]]:
+    """(name, file) of the named modules and of all local packages that they import, each file once.
 
-    modules: names in `sys.modules`. A name is the path from the package's folder on, and for a single
-    file `task.py`, whatever the file is called: the same on every machine.
+    home: the module that holds the task, with its package wherever that is installed; modules: others, in
+    `sys.modules` too. A name is the path from the package's folder on, and for a single file `task.py`,
+    whatever the file is called: the same on every machine. Two files may have one name.
     """
-    found: dict[str, Path] = {}
-    queue = [each for name in sorted(modules) for each in _loaded(name)]
+    found: dict[Path, str] = {}
+    queue = [*_loaded(home, anywhere=True)]
+    queue += [each for name in modules for each in _loaded(name)]
     while queue:
         name, path = queue.pop()
-        if path not in found.values():
-            found[name] = path
+        if path not in found:
+            found[path] = name
             inside = name.startswith("fedcore/")
             tops = set[str]() if inside else _imported(path)
-            queue += [each for top in tops for each in _installed(top)]
-    return sorted(found.items())
+            queue += [each for top in tops for each in _package(top)]
+    return [(name, path) for path, name in found.items()]
 
 
-def _loaded(name: str) -> Iterator[tuple[str, Path]]:
-    """The files of a module that is loaded already; none for one without a file, or in site-packages."""
+def _loaded(name: str, *, anywhere: bool = False) -> Iterator[tuple[str, Path]]:
+    """The files of a module that is loaded already; none for one without a file."""
     path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    top = name.partition(".")[0]
     if name.startswith(FROM_A_FILE):
         yield "task.py", path
-    elif name.startswith("fedcore."):
+    elif top in OURS:
         yield f"{name.replace('.', '/')}.py", path
-    elif path.suffix == ".py" and _is_local(path):
-        top = name.partition(".")[0]
+    elif path.suffix == ".py" and (anywhere or _is_local(path)):
         package = hasattr(sys.modules.get(top), "__path__")
-        yield from _installed(top) if package else [("task.py", path)]
+        yield from _package(top, anywhere=anywhere) if package else [(f"{top}.py", path)]
 
 
-def _installed(top: str) -> Iterator[tuple[str, Path]]:
-    """The files of a top-level module or package that this machine's owner wrote; none for any other."""
+def _package(top: str, *, anywhere: bool = False) -> Iterator[tuple[str, Path]]:
+    """The files of a top-level module or package; unless anywhere, only of one outside site-packages."""
     spec = None
-    if not (top in sys.stdlib_module_names or top.startswith("fedcore")):
+    if not (top in sys.stdlib_module_names or top in OURS):
         with suppress(ValueError):  # a module that another one made, without a file
             spec = importlib.util.find_spec(top)
     if spec is None:
         return
     for folder in spec.submodule_search_locations or ():
-        for path in sorted(Path(folder).rglob("*.py")):
-            if _is_local(path):
+        for path in Path(folder).rglob("*.py"):
+            if anywhere or _is_local(path):
                 yield f"{top}/{path.relative_to(folder).as_posix()}", path
     if not spec.submodule_search_locations and spec.origin and _is_local(Path(spec.origin)):
         yield f"{top}.py", Path(spec.origin)

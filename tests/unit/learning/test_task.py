@@ -199,16 +199,36 @@ def test_digest_covers_local_packages_that_the_file_imports(tmp_path, monkeypatc
     assert len(seen) == 4
 
 
-def test_digest_of_a_task_from_a_package_covers_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "heartlib"
-    package.mkdir()
+def test_digest_covers_the_file_beside_a_module_that_is_called_task(tmp_path, monkeypatch):
+    """Both files have the name `task.py` in the hash."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "task.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    path = write(tmp_path / "t", extra="import task as theirs")
+    first = load_task(str(path))
+    seen = {first.digest(), load_task(str(write(tmp_path / "u", extra="import task"))).digest()}
+    assert first.covers() == "task.py (2 files)"
+    (tmp_path / "src" / "task.py").write_text("x = 2\n")
+    seen.add(first.digest())
+    path.write_text(path.read_text() + "# changed\n")
+    seen.add(first.digest())
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("heartlib", "src"), ("fedcore_heart", "src"), ("sitelib", "site-packages")]
+)
+def test_digest_of_a_task_from_a_package_covers_the_package(tmp_path, monkeypatch, name, place):
+    package = tmp_path / place / name
+    package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "helpers.py").write_text("x = 1\n")
     (package / "template.py").write_text("{{ no Python }}\n")
     write(tmp_path / "t").rename(package / "tasks.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    task = load_task("heartlib.tasks:task")
-    assert task.covers() == "heartlib (4 files)"
+    monkeypatch.syspath_prepend(tmp_path / place)
+    task = load_task(f"{name}.tasks:task")
+    assert task.covers() == f"{name} (4 files)"
     before = task.digest()
     (package / "helpers.py").write_text("x = 2\n")
     assert task.digest() != before
