@@ -57,16 +57,17 @@ def _package(top: str, *, anywhere: bool = False) -> Iterator[tuple[str, Path]]:
             spec = importlib.util.find_spec(top)
     if spec is None:
         return
-    for folder in spec.submodule_search_locations or ():
-        for path in Path(folder).rglob("*.py"):
-            if anywhere or _is_local(path):
+    folders = spec.submodule_search_locations or ()
+    for folder in (Path(each) for each in folders if anywhere or _is_local(Path(each))):
+        for path in folder.rglob("*.py"):
+            if path.is_file() and (anywhere or _is_local(path)):
                 yield f"{top}/{path.relative_to(folder).as_posix()}", path
-    if not spec.submodule_search_locations and spec.origin and _is_local(Path(spec.origin)):
+    if not folders and spec.origin and _is_local(Path(spec.origin)):
         yield f"{top}.py", Path(spec.origin)
 
 
 def _is_local(path: Path) -> bool:
-    return path.is_file() and not {"site-packages", "dist-packages"} & set(path.parts)
+    return path.exists() and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
 def _imported(path: Path) -> set[str]:
