@@ -284,7 +284,7 @@ class JobFold:
     def _call(self, shard: _Shard, request: Json, payload: bytes = b"") -> None:
         """Raises what the worker raised, and ChildEnded."""
         request = {"job": self._name, **request}
-        answer, _ = shard.worker.call(request, [payload], patience=ANSWER_SECONDS)
+        answer, _ = shard.worker.call(request, [payload], timeout=ANSWER_SECONDS)
         if "error" in answer:
             raise ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 

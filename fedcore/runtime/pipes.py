@@ -171,12 +171,12 @@ class Child:
                 process.kill()
 
     def call(
-        self, head: Json, blobs: Sequence[bytes] = (), *, patience: float | None = None
+        self, head: Json, blobs: Sequence[bytes] = (), *, timeout: float | None = None
     ) -> Frame:
         """Send a frame and receive one: see `send` and `receive`."""
         with self._in_use:
             self.send(head, blobs)
-            return self.receive(patience=patience)
+            return self.receive(timeout=timeout)
 
     def send(self, head: Json, blobs: Sequence[bytes] = ()) -> None:
         """Send a frame. Raises ChildEnded, and ValueError for a frame beyond the limits."""
@@ -192,15 +192,15 @@ class Child:
             except (OSError, EOFError) as error:
                 raise self._ended(error) from error
 
-    def receive(self, *, patience: float | None = None) -> Frame:
-        """The next frame. patience: seconds to wait for it; None: without end. Raises ChildEnded."""
-        until = None if patience is None else time.monotonic() + patience
+    def receive(self, *, timeout: float | None = None) -> Frame:
+        """The next frame. timeout: seconds to wait for it; None: without end. Raises ChildEnded."""
+        until = None if timeout is None else time.monotonic() + timeout
         with self._in_use:
             self._require_started()
             try:
                 return _read_frame(lambda size: self._read(size, until))
             except TimeoutError as error:
-                raise self._ended(error, f"no answer after {patience:g} s") from error
+                raise self._ended(error, f"no answer after {timeout:g} s") from error
             except (OSError, EOFError, ValueError) as error:
                 raise self._ended(error) from error
 

@@ -441,7 +441,7 @@ def test_a_step_that_nothing_can_follow_without_is_not_tried_for_ever(tmp_path, 
 
 
 def test_a_site_too_slow_for_one_release_applies_it_when_it_gets_there(tmp_path, pool):
-    """The certificate of a round came while it opened the sum; no patience ends that round for it."""
+    """The certificate of a round came while it opened the sum; no timeout ends that round for it."""
 
     async def play(found):
         found.start_hub()

@@ -216,7 +216,7 @@ def test_a_site_that_makes_impossible_statistics_is_refused_by_all_alike(lie, wi
 
 
 def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(tmp_path, without):
-    """Before, only three classes were caught: the site said nothing, and all waited for its patience."""
+    """Before, only three classes were caught: the site said nothing, and all waited for its timeout."""
     world = world_at("state")
     for found in deployed(world, "cat", tmp_path):
         asked = effects.OpenSum(

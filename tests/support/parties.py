@@ -121,7 +121,7 @@ class Parties:
         # A site outwaits the coordinator, which alone decides who is late.
         self.members = {
             name: site.SiteParams(
-                name, key, self.pins, self.plan, FEDERATION, JOB, OsEntropy(), patience=6000.0
+                name, key, self.pins, self.plan, FEDERATION, JOB, OsEntropy(), timeout=6000.0
             )
             for name, key in identities.items()
         }
@@ -356,7 +356,7 @@ class Epochs:
     def __init__(self, n=4):
         self.parties = Parties(n)
         self.sites, self.members = self.parties.sites, self.parties.members
-        self.hub = coordinator.CoordinatorParams(self.parties.pins, patience=100.0)
+        self.hub = coordinator.CoordinatorParams(self.parties.pins, timeout=100.0)
         self.stages = {name: epoch.NoKey() for name in self.sites}
         self.stages[HUB] = epoch.NoEpoch()
         self.queue, self.log, self.silent = deque(), [], set()

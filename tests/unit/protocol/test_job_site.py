@@ -122,7 +122,7 @@ def params(policy=None, plan=PLAN, **changes):
     values = {
         "federation": "town", "id": "a", "identity": KEYS["a"], "pins": PINS, "minimum": 3,
         "policy": policy or Policy(), "ledger": Ledger(), "planner": Planner(plan),
-        "entropy": OsEntropy(), "patience": 100.0, "keep_keys": 50.0,
+        "entropy": OsEntropy(), "timeout": 100.0, "keep_keys": 50.0,
     }  # fmt: skip
     return JobParams(**values | changes)
 

@@ -280,7 +280,7 @@ def is_exposed(kind):
     "kind", [k for k in site.IN_ROUND if not is_exposed(k)], ids=lambda kind: kind.__name__
 )
 def test_a_site_waits_at_no_stage_before_exposure_for_ever(kind):
-    """Its patience starts with the stage; then it leaves and says only that."""
+    """Its timeout starts with the stage; then it leaves and says only that."""
     member = PARTIES.members["s00"]
     stage = replace(SAMPLES["site"][0][kind], until=50.0)
     same, found = site.step(member, stage, site.Tick(), 49.9)
@@ -302,13 +302,13 @@ def test_an_exposed_site_waits_for_the_release_and_for_nothing_else(kind):
     assert same is stage and found, "a new process says again what it said"
 
 
-def test_a_vector_without_masks_waits_through_a_restart_with_a_patience_of_its_own():
+def test_a_vector_without_masks_waits_through_a_restart_with_a_timeout_of_its_own():
     parties = Parties(3, protection="encrypted")
     parties.play()
     stage = next(s.after for s in parties.log if isinstance(s.after, site.Submitted))
     member = parties.members[stage.submit.site]
     again, found = site.step(member, stage, site.Restarted(), 70.0)
-    assert again.until == 70.0 + member.patience and found
+    assert again.until == 70.0 + member.timeout and found
 
 
 def test_every_stage_of_real_rounds_has_its_own_deadline():
@@ -317,9 +317,9 @@ def test_every_stage_of_real_rounds_has_its_own_deadline():
     parties.play()
     for step in parties.log:
         if isinstance(step.after, site.Waiting):
-            assert step.after.until == 1000.0 + parties.members["s00"].patience
+            assert step.after.until == 1000.0 + parties.members["s00"].timeout
         if isinstance(step.after, coordinator.Waiting):
-            assert step.after.until == 1000.0 + parties.hub.patience
+            assert step.after.until == 1000.0 + parties.hub.timeout
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_float_without_a_value_is_not_sent(echo):
 )
 def test_an_answer_in_another_form_ends_the_child_at_once(data):
     """It would otherwise be read until the memory is full, or taken for the next answer."""
-    refused(child(RAW.format(taken=1, data=data, then=HANGS)), "another form", patience=60)
+    refused(child(RAW.format(taken=1, data=data, then=HANGS)), "another form", timeout=60)
 
 
 def test_a_frame_that_breaks_off_is_the_end_for_both():
@@ -174,13 +174,13 @@ def test_a_child_that_ends_while_it_is_sent_something_is_named():
 
 def test_a_child_that_gives_no_answer_in_time_is_ended():
     worker, began = child(HANGS), time.monotonic()
-    refused(worker, "found no answer after 0.3 s", patience=0.3)
+    refused(worker, "found no answer after 0.3 s", timeout=0.3)
     assert 0.3 <= time.monotonic() - began < 30
 
 
 def test_a_child_that_stops_in_the_middle_of_an_answer_is_ended():
     worker = child(RAW.format(taken=1, data=frame(b'{"blobs": [3]}', b"a"), then=HANGS))
-    refused(worker, "found no answer after 1 s", patience=1)
+    refused(worker, "found no answer after 1 s", timeout=1)
 
 
 def test_the_end_of_a_child_is_noticed_though_its_own_child_keeps_the_pipes_open():

@@ -634,9 +634,9 @@ def test_what_is_no_coordinator(va, behaviour, check, words):
         thread = threading.Thread(target=answer)
         thread.start()
         port = listener.getsockname()[1]
-        patience = 0.3 if behaviour == "waits" else 240.0
+        timeout = 0.3 if behaviour == "waits" else 240.0
         with pytest.raises(CertificateRefused) as caught:
-            preflight(va, "127.0.0.1", port, now=NOW, timeout=patience)
+            preflight(va, "127.0.0.1", port, now=NOW, timeout=timeout)
         thread.join()
     says(caught.value, check, words)
 

@@ -105,7 +105,7 @@ def step_hub(
     match stage, message:
         case _, StartEpoch(header, present):
             checks.grows("key epoch", header.epoch, stage.epoch, StaleEpoch)
-            calling = Calling(header, (), present or header.roster, until=now + hub.patience)
+            calling = Calling(header, (), present or header.roster, until=now + hub.timeout)
             calls = tuple(Send(site, messages.EpochCall(header)) for site in header.roster)
             return calling, (Persist(calling), *calls)
         case Calling(), messages.EpochKey():
@@ -153,7 +153,7 @@ def _take_key(
 
 
 def _ask_maker(hub: CoordinatorParams, stage: Calling, now: float) -> CoordinatorEpochStep:
-    granting = Granting(stage.header, stage.keys, until=now + hub.patience)
+    granting = Granting(stage.header, stage.keys, until=now + hub.timeout)
     return granting, (Persist(granting), *_pending(granting, stage.header.maker))
 
 

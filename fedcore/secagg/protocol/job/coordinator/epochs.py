@@ -38,7 +38,7 @@ class EpochDriver:
         """The journal keeps no times: a stage that has a deadline begins anew."""
         stage = self._facts.epoch
         if isinstance(stage, epoch.Calling | epoch.Granting):
-            self._facts.epoch = replace(stage, until=at.now + self._hub.patience)
+            self._facts.epoch = replace(stage, until=at.now + self._hub.timeout)
 
     def take(self, event: epoch.CoordinatorEpochEvent, at: Moment) -> JobEffects:
         """One event of the present epoch. Raises PeerRefused for what is not legal there."""

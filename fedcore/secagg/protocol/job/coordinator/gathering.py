@@ -34,15 +34,15 @@ class Gathering:
         if self._since is None:
             self._since = at.now
         unable = [name for name, view in others.items() if view.unable]
-        patience = limits.enough if len(sites) - len(unable) >= needed else limits.gather
-        until = self._since + (limits.gather if enough else patience)
+        timeout = limits.enough if len(sites) - len(unable) >= needed else limits.gather
+        until = self._since + (limits.gather if enough else timeout)
         if at.now < until:
             self._facts.progress.wait(awaited or tuple(others), until, at)
             return False
         self._over(at)
         if not enough:
             text = (
-                f"{len(present)} sites were there after {patience:.0f} s, too few for a round, "
+                f"{len(present)} sites were there after {timeout:.0f} s, too few for a round, "
                 f"which needs {needed}"
             )
             if unable:

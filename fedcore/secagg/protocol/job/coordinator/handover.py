@@ -85,7 +85,7 @@ class ModelHandover:
 
     def ask(self, sites: Collection[SiteId], now: float) -> JobEffects:
         """Requests to these sites: for the digest first; once enough agree, to one of them for the file."""
-        digest, patience = self._agreed, self._facts.limits.gather
+        digest, timeout = self._agreed, self._facts.limits.gather
         if not digest:
             silent = [
                 name for name in sites
@@ -95,7 +95,7 @@ class ModelHandover:
             return [self._wanted(name, b"") for name in silent]
         able = [name for name in sites if self.reported.get(name) == digest]
         giver = self._giver
-        if not able or (giver and giver in able and now - self._tried[giver] < patience):
+        if not able or (giver and giver in able and now - self._tried[giver] < timeout):
             return []
         self._giver = giver = min(able, key=lambda name: self._tried.get(name, -math.inf))
         self._tried[giver] = now

@@ -73,7 +73,7 @@ class Planner(Protocol):
 class JobParams:
     """This site's identity, and what it requires of every job.
 
-    minimum: of a cohort, in sites. patience: seconds it waits at a stage of a round. keep_keys: seconds for
+    minimum: of a cohort, in sites. timeout: seconds it waits at a stage of a round. keep_keys: seconds for
     which the secrets of a job's key epochs outlive the job.
     """
 
@@ -86,7 +86,7 @@ class JobParams:
     planner: Planner
     entropy: Entropy
     minimum: int
-    patience: float
+    timeout: float
     keep_keys: float
 
 

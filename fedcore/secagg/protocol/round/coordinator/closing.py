@@ -106,9 +106,9 @@ def settle(move: CoordinatorMove, now: float) -> None:
 
 
 def give_time(move: CoordinatorMove, now: float) -> None:
-    """The stage that begins now has its own patience."""
+    """The stage that begins now has its own timeout."""
     if isinstance(move.stage, stages.Waiting):
-        move.stage = replace(move.stage, until=now + move.hub.patience)
+        move.stage = replace(move.stage, until=now + move.hub.timeout)
 
 
 def _settle_one(move: CoordinatorMove, stage: stages.Waiting, now: float) -> None:

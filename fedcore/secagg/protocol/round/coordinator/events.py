@@ -11,14 +11,14 @@ from fedcore.types import SiteId
 
 @dataclass(frozen=True)
 class CoordinatorParams:
-    """What the coordinator knows of a job. pins: {site: Ed25519 public key}; patience: seconds a stage
+    """What the coordinator knows of a job. pins: {site: Ed25519 public key}; timeout: seconds a stage
     waits for silent sites before it goes on without them.
 
     enough: over-selection: so many vectors (and at least t) end the wait for vectors; 0 for all.
     """
 
     pins: Mapping[SiteId, bytes]
-    patience: float = 600.0
+    timeout: float = 600.0
     enough: int = 0
 
 

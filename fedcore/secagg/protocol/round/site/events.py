@@ -22,7 +22,7 @@ class SiteParams:
     """A site's identity and its conditions, for a whole job.
 
     pins: {site: Ed25519 public key} of the federation's roster, as this site's operator approved it.
-    minimum: the smallest cohort it takes part in, if the plan's threshold is lower. patience: its timeout
+    minimum: the smallest cohort it takes part in, if the plan's threshold is lower. timeout: how long it waits
     at any stage, in seconds; well above the coordinator's, or the site leaves a round that is still good.
     only_with: {purpose: sites}; a sum of this purpose is given with exactly these, because the ledger of
     this site has one over the same rows (PROTOCOL H, across jobs).
@@ -36,7 +36,7 @@ class SiteParams:
     job: str
     entropy: Entropy
     minimum: int = 3
-    patience: float = 1800.0
+    timeout: float = 1800.0
     only_with: Mapping[str, tuple[SiteId, ...]] = field(default_factory=dict)
 
     @property

@@ -47,7 +47,7 @@ def step(
 ) -> tuple[stages.SiteStage, tuple[SiteEffect, ...]]:
     """One event. Raises a ProtocolRefused and changes nothing where the event is not legal here.
 
-    now: seconds of a clock that never goes back; after `patience` at one stage the site leaves, if it is
+    now: seconds of a clock that never goes back; after `timeout` at one stage the site leaves, if it is
     not exposed by then.
     """
     if isinstance(event, Tick) and isinstance(stage, stages.Waiting) and now >= stage.until:
@@ -67,7 +67,7 @@ def step(
     handle, _ = legal[kind]
     handle(move, stage, found)
     new = move.stage
-    # Every stage before exposure has its own patience; so has one that comes from a journal.
+    # Every stage before exposure has its own timeout; so has one that comes from a journal.
     if isinstance(new, stages.Waiting) and (new is not stage or kind is Restarted):
-        new = replace(new, until=now + member.patience)
+        new = replace(new, until=now + member.timeout)
     return new, tuple(move.effects)

@@ -198,7 +198,7 @@ class Stated:
 
 
 Waiting = Advertised | Shared | Masking | Submitted | Confirmed
-"""Stages that end by themselves, after the site's patience."""
+"""Stages that end by themselves, after the site's timeout."""
 
 Exposed = Answered | Opening | Stated
 """Stages after unmask was answered: the coordinator may hold this round's sum. They have no timeout:
