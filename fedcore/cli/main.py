@@ -281,6 +281,34 @@ def check(
 
 
 @app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or the file of a released model.")],
+    rows: Annotated[
+        Path, typer.Argument(help="New rows: .csv or .parquet; .npy or .npz for arrays.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Write a CSV file instead.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A column to copy to the output, repeatable: --keep id")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="The model's task, where its file does not name one.")
+    ] = "",
+) -> None:
+    """Predict new rows: a CSV line for each, with the class and the probabilities, or the value."""
+    from fedcore.cli.predict import predict as predicted
+
+    found = predicted(run, rows, keep or (), task)
+    for note in found.notes:
+        say(f"warning: {note}")
+    text = found.to_csv()
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    write_atomic(out, text.encode())
+    typer.echo(f"wrote {out}: {text.count(chr(10)) - 1} rows")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; two or more overlay.")],
     format_: Annotated[str, typer.Option("--format", help="html, md or latex.")] = "html",

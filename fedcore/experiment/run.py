@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pandas import DataFrame
 
-    from fedcore.learning.saved import Module, SavedModel
+    from fedcore.learning.saved import Module, SavedModel, Tensor
     from fedcore.learning.task import Task
 
 RUNS = Path("runs")
@@ -224,7 +225,7 @@ class _Finished(Generic[R]):
 
 
 class Run(_Finished[RunResult]):
-    """A finished run: `print(run)`, `run.gap["auc"]`, `run.model`, `run.predict(frame)`,
+    """A finished run: `print(run)`, `run.gap["auc"]`, `run.predict(frame)`, `run.model`,
     `run.rounds`, `run.plot()`, `run.report()`."""
 
     def __init__(self, directory: Path, task: Task | None = None) -> None:
@@ -234,22 +235,47 @@ class Run(_Finished[RunResult]):
 
     @property
     def model(self) -> Module:
-        """The federated model as a torch module in evaluation mode."""
-        return self._saved().module
+        """The federated model as a torch module in evaluation mode: it takes `run.inputs(rows)`, what training
+        gave it, and not raw rows where the task scales them (a warning says so)."""
+        model = self._saved()
+        if model.statistics is not None:
+            count = len(model.about["columns"])
+            text = (
+                f"run.model takes {count} scaled inputs, not raw rows: use run.predict(rows), or "
+                "run.model(run.inputs(rows))"
+            )
+            warnings.warn(text, stacklevel=2)
+        return model.module
+
+    def inputs(self, rows: object) -> Tensor:
+        """Raw rows, as `predict` takes them, to what `model` takes: (n, ...), scaled and encoded as in training.
+        Raises BadInput as `predict`."""
+        return self._saved().inputs(rows)
 
     def predict(self, rows: object) -> NDArray[np.float64]:
-        """Raw rows (a DataFrame for table tasks, an array otherwise) to a NumPy array.
+        """Raw rows to a NumPy array. rows: for a table task a DataFrame, a dict of columns or the path of a .csv
+        or .parquet file, of which the declared columns are read (no target is needed); an array otherwise.
 
-        Probabilities for classification metrics, (n,) for one logit and (n, C) for several; the
-        model's own outputs otherwise.
+        Probabilities for classification metrics, (n,) of class 1 for one logit and (n, C) for several; the
+        model's own outputs otherwise. Raises BadInput for rows that training would have refused.
         """
         return self._saved().predict(rows)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the columns of `predict`, as the task's table declares them;
+        empty for a task without declared classes."""
+        table = self._saved().table
+        return (table.classes or ()) if table else ()
 
     def _saved(self) -> SavedModel:
         from fedcore.learning.saved import load_model
 
         if self._model is None:
             self._model = load_model(self.directory, self._task)
+            if self._model.changed:
+                text = f"the code of the task changed since the run {self.directory} was made"
+                warnings.warn(text, stacklevel=3)
         return self._model
 
     def plot(self) -> Figure:

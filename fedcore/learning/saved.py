@@ -1,8 +1,8 @@
 """A finished model on disk, safetensors with the statistics and columns that raw rows need; and an unfinished run.
 
-Invariant: what `load_model` reads of `model_bytes` predicts the same bits. The metadata names the task, the
-statistics and the column order. The file contains no code, so the architecture comes from the task, which is
-loaded from the run's own location, never from the current folder.
+Invariant: what `load_model` reads of `model_bytes` predicts the same bits. The metadata names the task and
+its hash, the statistics and the column order. The file contains no code, so the architecture comes from the task,
+which is loaded from the run's own location, never from the current folder.
 """
 
 import io
@@ -14,22 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fedcore.errors import BadInput
-from fedcore.files import read_json
-from fedcore.learning.data.rows import RowLayout, array_features, array_inputs, array_layout
+from fedcore.errors import BadInput, printable
+from fedcore.files import RESULT_FILE, read_json
+from fedcore.learning.data.rows import (
+    RowLayout,
+    TableRows,
+    array_features,
+    array_inputs,
+    array_layout,
+)
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
-from fedcore.learning.task import Task, load_task
+from fedcore.learning.task import Task, load_task, user_code
 from fedcore.types import Json
 
 FILE = "model.safetensors"
 Module = nn.Module
 """The type of a model, for modules that do not import torch."""
+
+Tensor = torch.Tensor
+"""The type of a model's inputs, for them."""
 
 _CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
 
@@ -44,6 +53,7 @@ def model_bytes(
     about: Json = {
         "task": task.origin,
         "task_name": task.name,
+        "task_digest": task.digest(),
         "metrics": list(task.metrics),
         "statistics": statistics.to_json() if statistics else None,
         "columns": list(layout.columns) if layout else None,
@@ -59,85 +69,153 @@ def model_bytes(
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model in evaluation mode and how raw rows become its inputs."""
+    """A model in evaluation mode and how raw rows become its inputs. changed: whether the code of the task, which
+    its architecture comes from, is another than the one that it was trained with."""
 
     module: nn.Module
     about: Json
+    changed: bool = False
+
+    @property
+    def table(self) -> Table | None:
+        """The reader of the task's tables; None for a task of arrays or of a dataset."""
+        return Table.from_json(self.about["reader"]) if self.about["reader"] else None
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What raw columns are scaled by; None where the model takes rows as they are."""
+        found = self.about["statistics"]
+        return None if found is None else Statistics.from_json(found)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are logits of classes, so that `predict` gives probabilities."""
+        return bool(_CLASSIFICATION & set(self.about["metrics"]))
 
     def predict(self, rows: Any) -> NDArray[np.float64]:
         """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`. Raises BadInput
         for rows that training would have refused too."""
-        x = self._inputs(rows)
-        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
-        if x.is_floating_point():
-            # A model in double or half precision got its batches cast by the task's own `predict`.
-            x = x.to(own)
-        with torch.no_grad():
-            outputs = self.module(x).to(torch.float64).numpy()
+        x = self.inputs(rows)
+        try:
+            with torch.no_grad():
+                outputs = self.module(x).to(torch.float64).numpy()
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise BadInput(
+                f"predict: found rows of shape {list(x.shape[1:])} and type {str(x.dtype)[6:]}, which the model "
+                f"does not take ({type(error).__name__}: {printable(text, 200)})",
+                remedy="a row has the form of one row of a batch's x in training",
+            ) from error
         if outputs.ndim == 2 and outputs.shape[1] == 1:
             outputs = outputs[:, 0]
-        if not _CLASSIFICATION & set(self.about["metrics"]):
+        if not self.classifies:
             return np.asarray(outputs)
         if outputs.ndim == 1:
             return np.asarray(1 / (1 + np.exp(-outputs)))
         shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
-    def _inputs(self, rows: Any) -> torch.Tensor:
-        found = self.about["statistics"]
-        if found is None:
-            return array_inputs(_array(rows), "predict")
-        statistics = Statistics.from_json(found)
-        if self.about["reader"]:
-            table = Table.from_json(self.about["reader"])
-            return torch.from_numpy(table.inputs(rows, statistics))
-        numbers = self.about["numbers"]
-        layout = array_layout([number(low, high, may_be_missing=m) for low, high, m in numbers])
-        features = array_features(_array(rows), len(numbers), "predict")
-        none_fixed = np.zeros((len(features), 0), np.float32)
-        return torch.from_numpy(layout.inputs(features, none_fixed, statistics))
+    def class_names(self, classes: int) -> tuple[str, ...]:
+        """The classes' names: those that the table declares, else 0, 1, 2, ..."""
+        declared = self.table.classes if self.table else None
+        return declared or tuple(str(index) for index in range(classes))
+
+    def inputs(self, rows: Any) -> torch.Tensor:
+        """What `module` takes for these raw rows: (rows, ...), scaled and encoded as in training. Raises BadInput."""
+        statistics, table = self.statistics, self.table
+        if statistics is None:
+            x = array_inputs(_array(rows, keeps_integers=self._embeds), "predict")
+        elif table is not None:
+            read = rows if isinstance(rows, TableRows) else table.without_target(rows)
+            x = read.standardise(statistics).x
+        else:
+            numbers = self.about["numbers"]
+            layout = array_layout([number(low, high, may_be_missing=m) for low, high, m in numbers])
+            features = array_features(_array(rows), len(numbers), "predict")
+            none_fixed = np.zeros((len(features), 0), np.float32)
+            x = torch.from_numpy(layout.inputs(features, none_fixed, statistics))
+        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
+        # A model in double or half precision got its batches cast by the task's own `predict`.
+        return x.to(own) if x.is_floating_point() else x
+
+    @property
+    def _embeds(self) -> bool:
+        """Whether the model looks integers up, so that an array of them is no table of numbers."""
+        return any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.module.modules())
 
 
-def _array(rows: Any) -> Any:
+def _array(rows: Any, *, keeps_integers: bool = False) -> Any:
     """Tensors as they are; lists, frames and whatever else NumPy can read as an array."""
     if isinstance(rows, torch.Tensor):
         return rows
     try:
-        return np.asarray(rows)
+        found = np.asarray(rows)
     except ValueError as error:
         raise BadInput(
             f"predict: found rows that make no array ({error})",
             remedy="every row needs the same number of values",
         ) from error
+    whole = keeps_integers and found.dtype.kind in "iu"
+    return torch.from_numpy(found.astype(np.int64)) if whole else found
 
 
-def load_model(directory: Path, task: Task | None) -> SavedModel:
-    """Build the task's module and fill it. Raises BadInput where the task or the file is missing.
+def load_model(path: Path, task: Task | None) -> SavedModel:
+    """Build the task's module and fill it. path: a run's directory, or a model's file. Raises BadInput where the
+    task or the file is missing, or one is not the other's.
 
-    A task given by a relative path is loaded from the run's own base folder (job.json), or from `directory`
+    A task given by a relative path is loaded from the run's own base folder (job.json), or from the file's folder
     without a job.json: the current folder may have an unrelated file of that name.
     """
-    path = directory / FILE
-    if not path.is_file():
-        raise BadInput(f"run: found no {FILE} in {directory}", remedy="the run did not finish")
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["fedcore"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    directory, file = (path, path / FILE) if path.is_dir() else (path.parent, path)
+    about, tensors = _read_file(file)
     if task is None:
         if not about["task"]:
             raise BadInput(
-                f"model: task {about['task_name']!r} was made in memory, so its architecture is not on disk",
-                remedy="fedcore.load(RUN, task=your_task)",
+                f"model: task {about['task_name']!r} was made in memory or is not in the file, so its "
+                "architecture is not on disk",
+                remedy="fedcore.load(RUN, task=your_task); on the command line --task FILE",
             )
         job = directory / "job.json"
         base = read_json(job).get("base") if job.is_file() else None
         task = load_task(about["task"], Path(base) if isinstance(base, str) else directory)
-    module = task.model()
-    for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
-        if is_lazy(parameter):
-            parameter.materialize(tensors[name].shape)
-    module.load_state_dict(tensors)
-    return SavedModel(module.eval(), about)
+    with user_code("task.model"):
+        module = task.model()
+    try:
+        for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+            if is_lazy(parameter):
+                parameter.materialize(tensors[name].shape)
+        module.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        found = " ".join(str(error).split()).partition(": ")[2]
+        raise BadInput(
+            f"{file}: the task {task.name!r} makes another model than the one in the file ({printable(found, 200)})",
+            remedy="it needs the task that the model was trained with",
+        ) from error
+    known = about.get("task_digest")  # absent in a file of an earlier version
+    return SavedModel(module.eval(), about, known is not None and known != task.digest())
+
+
+def _read_file(path: Path) -> tuple[Json, dict[str, torch.Tensor]]:
+    """Metadata and tensors of a model's file. Raises BadInput."""
+    if not path.is_file():
+        result = path.parent / RESULT_FILE
+        kind = read_json(result).get("kind") if result.is_file() else ""
+        remedy = "the run did not finish: `fedcore simulate --resume RUN`"
+        if kind == "compare":
+            remedy = "a comparison keeps no model: `fedcore simulate` with the same job makes one"
+        elif not path.parent.is_dir() or path.name != FILE:
+            remedy = "the folder of a run, or the file of a released model"
+        raise BadInput(f"run: found no {path.name} in {path.parent}", remedy=remedy)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["fedcore"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BadInput(
+            f"{path}: found no model of Fedcore in it ({type(error).__name__})",
+            remedy=f"{FILE} of a run, or the file that `fed-site model` wrote",
+        ) from error
+    return about, tensors
 
 
 def checkpoint_bytes(state: Any) -> bytes:

@@ -145,8 +145,13 @@ class Table:
     def inputs(self, source: Any, statistics: Statistics) -> NDArray[np.float32]:
         """What a trained model takes for these raw rows, (rows, len(columns)) float32. Needs no target
         column; `statistics` are those of the run."""
+        rows = self.without_target(source)
+        return self.layout.inputs(rows.features, rows.fixed, statistics)
+
+    def without_target(self, source: Any) -> TableRows:
+        """The declared columns of rows whose target is not known: their `y` is empty. Raises as a call."""
         numeric, fixed = self._encode(*_read(source, [name for name, _ in self.specs]))
-        return self.layout.inputs(numeric, fixed, statistics)
+        return TableRows(numeric, fixed, torch.empty(0), self.layout)
 
     def to_json(self) -> Json:
         """A JSON description from which `from_json` rebuilds an equal reader."""
@@ -365,12 +370,17 @@ def _shown(value: Any) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _read(source: Any, names: Sequence[str]) -> tuple[str, dict[str, Sequence[Any]]]:
-    """`(what to call it in messages, {name: its values})` for exactly these columns."""
+def read_columns(path: str | Path, names: Sequence[str] | None = None) -> dict[str, Sequence[Any]]:
+    """The named columns of a .csv or .parquet file as they stand there; None: all. Raises BadInput."""
+    return _read(path, names)[1]
+
+
+def _read(source: Any, names: Sequence[str] | None) -> tuple[str, dict[str, Sequence[Any]]]:
+    """`(what to call it in messages, {name: its values})` for exactly these columns; None: all there are."""
     if is_pandas(source) and hasattr(source, "columns"):
         return "table", _frame_columns("table", source, names)
     if isinstance(source, Mapping):
-        _require_columns("table", [str(name) for name in source], names)
+        names = _require_columns("table", [str(name) for name in source], names)
         columns = {name: source[name] for name in names}
         if len({len(values) for values in columns.values()}) > 1:
             raise BadInput("table: found columns of different lengths, expected one length")
@@ -395,9 +405,9 @@ def _read(source: Any, names: Sequence[str]) -> tuple[str, dict[str, Sequence[An
     )
 
 
-def _frame_columns(where: str, frame: Any, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+def _frame_columns(where: str, frame: Any, names: Sequence[str] | None) -> dict[str, Sequence[Any]]:
     present = [str(column) for column in frame.columns]
-    _require_columns(where, present, names)
+    names = _require_columns(where, present, names)
     columns: dict[str, Sequence[Any]] = {}
     for name in names:
         values = frame.iloc[:, present.index(name)].to_numpy()
@@ -409,7 +419,7 @@ def _frame_columns(where: str, frame: Any, names: Sequence[str]) -> dict[str, Se
     return columns
 
 
-def _parquet_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+def _parquet_columns(path: Path, names: Sequence[str] | None) -> dict[str, Sequence[Any]]:
     try:
         import pandas as pd
 
@@ -427,7 +437,7 @@ def _parquet_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any
     return _frame_columns(path.name, frame, names)
 
 
-def _csv_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+def _csv_columns(path: Path, names: Sequence[str] | None) -> dict[str, Sequence[Any]]:
     """Read with the standard library: no pandas needed, and every message can name its row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -435,7 +445,7 @@ def _csv_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
             header = [title.strip() for title in next(lines, [])]
             if not header:
                 raise BadInput(f"{path.name}: found an empty file, expected a header line")
-            _require_columns(path.name, header, names)
+            names = _require_columns(path.name, header, names)
             places = [header.index(name) for name in names]
             columns: list[list[Any]] = [[] for _ in names]
             row = 0
@@ -462,7 +472,11 @@ def _csv_columns(path: Path, names: Sequence[str]) -> dict[str, Sequence[Any]]:
     return dict(zip(names, columns, strict=True))
 
 
-def _require_columns(where: str, present: Sequence[str], names: Sequence[str]) -> None:
+def _require_columns(
+    where: str, present: Sequence[str], names: Sequence[str] | None
+) -> Sequence[str]:
+    """The names, or all that are there for None. Raises BadInput for one that is absent or there twice."""
+    names = present if names is None else names
     absent = [name for name in names if name not in present]
     if absent:
         remedy = f"the columns there are: {', '.join(present[:20])}"
@@ -475,3 +489,4 @@ def _require_columns(where: str, present: Sequence[str], names: Sequence[str]) -
     twice = [name for name in names if list(present).count(name) > 1]
     if twice:
         raise BadInput(f"{where}: found two columns called {twice[0]!r}, expected one")
+    return names
