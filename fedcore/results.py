@@ -152,6 +152,18 @@ class ArmResult(JsonRecord):
 
 
 @dataclass(frozen=True)
+class ConstantResult(JsonRecord):
+    """What the constant prediction reaches on the arms' test rows (`learning/constant.py`).
+
+    predicts: `class`, the most frequent one of the training rows, or `mean`, of their targets.
+    """
+
+    predicts: str
+    metrics: ByMetric
+    _beside = ("metrics",)
+
+
+@dataclass(frozen=True)
 class SiteResult(JsonRecord):
     """One site. arms: {arm: what it reached on this site's test rows}; of a comparison that is all.
 
@@ -281,6 +293,8 @@ class SplitResult(JsonRecord):
     arms: Mapping[str, ByMetric]
     gap: Mapping[str, ByMetric]
     per_site: Mapping[str, Mapping[str, ByMetric]] = field(default_factory=dict)
+    constant: ConstantResult | None = None
+    _left_out = ("constant",)
 
 
 @dataclass(frozen=True)
@@ -357,7 +371,8 @@ class Result(JsonRecord):
     """What a run and a comparison share.
 
     lower_is_better: the metrics that are errors; None in files of before it was stated. gap: {part: {metric:
-    what was lost}}, positive means lost. plan, train: as `plan.json` has them. warnings: sentences.
+    what was lost}}, positive means lost. constant: None where the task evaluates itself; of a comparison the mean.
+    plan, train: as `plan.json` has them. warnings: sentences.
     """
 
     schema: int = SCHEMA
@@ -370,6 +385,7 @@ class Result(JsonRecord):
     lower_is_better: tuple[str, ...] | None = None
     gap: Mapping[str, Mapping[str, Interval]]
     per_site: Mapping[str, SiteResult]
+    constant: ConstantResult | None = None
     model: ModelFacts = ModelFacts()
     cost: Cost = Cost()
     sums: SumFacts = SumFacts()
@@ -439,7 +455,7 @@ class RunResult(Result):
     notes: tuple[str, ...] = ()
     deployment: DeployedRun | None = None
     _beside = ("cost", "sums", "absences", "origin", "protected")
-    _left_out = ("deployment",)
+    _left_out = ("constant", "deployment")
 
     @property
     def arm_names(self) -> Sequence[str]:
@@ -461,6 +477,7 @@ class ComparisonResult(Result):
     folds: int
     arms: Mapping[str, Mapping[str, Spread]]
     cells: tuple[SplitResult, ...]
+    _left_out = ("constant",)
 
     @property
     def arm_names(self) -> Sequence[str]:

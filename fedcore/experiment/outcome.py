@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.arms import Scoring, loss_of
 from fedcore.experiment.environment import environment, peak_memory_mb
@@ -21,7 +23,8 @@ from fedcore.experiment.gap import (
     over_splits,
     plain_gaps,
 )
-from fedcore.learning.metrics import site_mean
+from fedcore.learning.constant import constant_values, training_targets
+from fedcore.learning.metrics import Scores, site_mean
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.scoring import pooled
 from fedcore.learning.state import model_digest
@@ -31,6 +34,7 @@ from fedcore.results import (
     Absences,
     ArmResult,
     ComparisonResult,
+    ConstantResult,
     Cost,
     Interval,
     ModelFacts,
@@ -65,6 +69,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         scorings = {name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()}
         twin = federated.evaluate_twin(experiment.round)
         protected = _protected_metrics(experiment)
+        constant = _constant(experiment, pooled(scorings["federated"]))
     about = prepared.plan_json()
     per_site = _per_site(experiment, scorings)
     rounds = [*range(1, experiment.round + 1), plan.rounds + 1]  # the metrics-only round included
@@ -97,6 +102,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         },
         gap=_gaps(experiment, scorings, twin),
         per_site=per_site,
+        constant=constant,
         lower_is_better=tuple(lower_is_better(prepared.task)),
         cost=Cost(
             bytes_up=federated.bytes_up,
@@ -158,6 +164,17 @@ def _per_site(experiment: Experiment, scorings: Mapping[str, Scoring]) -> dict[s
     }
 
 
+def _constant(experiment: Experiment, tested: Scores | None) -> ConstantResult | None:
+    """None without a row to test on, and where the task evaluates itself."""
+    prepared, metrics = experiment.prepared, experiment.prepared.transport.metrics
+    if tested is None:
+        return None
+    module, seed = prepared.flat.module, prepared.job.run.seed
+    known = [training_targets(prepared.task, module, site, seed) for site in prepared.sites]
+    predicts = "mean" if all(metric.of_values for metric in metrics) else "class"
+    return ConstantResult(predicts, constant_values(metrics, np.concatenate(known), tested))
+
+
 def _gaps(
     experiment: Experiment, scorings: Mapping[str, Scoring], twin: Scoring
 ) -> dict[str, dict[str, Interval]]:
@@ -181,6 +198,7 @@ def split_result(result: RunResult, seed: int, fold: int) -> SplitResult:
         arms={arm: found.metrics for arm, found in result.arms.items()},
         gap={part: {m: gap.mean for m, gap in by.items()} for part, by in result.gap.items()},
         per_site={site: found.arms for site, found in result.per_site.items()},
+        constant=result.constant,
     )
 
 
@@ -212,6 +230,7 @@ def comparison_result(
         arms=arms,
         gap=gap,
         per_site=per_site,
+        constant=_mean_constant(cells),
         model=first.model,
         cost=replace(first.cost, bytes_per_parameter=None, seconds=None, peak_memory_mb=None),
         sums=SumFacts(
@@ -228,3 +247,11 @@ def comparison_result(
     rounds = sum(r.rounds for r in results)
     said = warnings.of_comparison(result, rounds, first.notes, own_test_rows=own_test_rows)
     return replace(result, warnings=said)
+
+
+def _mean_constant(cells: Sequence[SplitResult]) -> ConstantResult | None:
+    """Over the splits in which a metric is defined."""
+    known = [cell.constant for cell in cells if cell.constant is not None]
+    if not known:
+        return None
+    return ConstantResult(known[0].predicts, site_mean([each.metrics for each in known]))

@@ -57,6 +57,7 @@ class Metric:
         NaN where it is undefined. It needs every row in one place: simulation only.
     cap_per_row: the most that one row can add to any entry of `sums`.
     higher_is_better: False for errors.
+    of_values: True where targets are values to come near to, False where they are classes.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Metric:
     exact_resampled: Callable[[Floats, Values, Integers], Floats]
     cap_per_row: int = 1
     higher_is_better: bool = True
+    of_values: bool = False
 
     def exact(self, outputs: Floats, targets: Values) -> float | None:
         """The value over pooled rows, without binning or rounding; None where it is undefined."""
@@ -335,6 +337,7 @@ def _regression(name: str, size_of: Callable[[Floats], Floats]) -> Metric:
         lambda outputs, targets, counts: _mean_of(size_of(_errors(outputs, targets)), counts),
         cap_per_row=ERROR_RANGE * _FIXED_ONE,
         higher_is_better=False,
+        of_values=True,
     )
 
 

@@ -121,6 +121,13 @@ def arm_name(arm: str, result: Result | None = None) -> str:
     return f"{name}, {plain(result.protection)}"
 
 
+def constant_name(result: Result) -> str:
+    """The row of the constant prediction, empty where the result has none."""
+    if result.constant is None:
+        return ""
+    return {"mean": "training mean"}.get(result.constant.predicts, "majority / chance")
+
+
 def size(count: float | None) -> str:
     """Bytes in decimal units: `84 B`, `13.9 kB`, `3.53 MB`."""
     if count is None:

@@ -16,6 +16,11 @@ from fedcore.report.methods import scaled_by_ranges
 from fedcore.report.phrases import DASH
 from fedcore.results import ComparisonResult, Interval, Result, RunResult, SiteResult
 
+_CONSTANTS = {
+    "class": "always the most frequent class of the training rows",
+    "mean": "always the mean of the training targets",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -59,6 +64,8 @@ def arms(results: Sequence[Result]) -> list[Grid]:
     note = "Over the union of the sites' test rows."
     if known:
         note += f" Lost: {_centralised_minus(results, metrics, 'the arm')}."
+    if what := {r.constant.predicts for r in results if r.constant is not None}:
+        note += f" Last row: {phrases.listed(map(_CONSTANTS.__getitem__, sorted(what)))}, which an arm must beat."
     if len(results) == 1:
         result, head, rows = results[0], ["arm"], []
         for metric in metrics:
@@ -69,12 +76,22 @@ def arms(results: Sequence[Result]) -> list[Grid]:
                 row.append(score_cell(result, arm, metric))
                 row += [lost_cell(result, arm, metric)] if known else []
             rows.append(tuple(row))
+        if name := phrases.constant_name(result):
+            row = [_name(name)]
+            for metric in metrics:
+                row += [constant_cell(result, metric), *([Cell("")] if known else [])]
+            rows.append(tuple(row))
         return _table("Arms", head, rows, note)
     found: list[Grid] = []
     for metric in metrics:
         rows = [
             (_name(phrases.arm_name(arm)), *(_score_and_lost(r, arm, metric) for r in results))
             for arm in _all(results, say.arms_of)
+        ]
+        names = [*filter(None, dict.fromkeys(map(phrases.constant_name, results)))]
+        rows += [
+            (_name(name), *(_constant_named(result, name, metric) for result in results))
+            for name in names
         ]
         title = f"Arms: {phrases.metric_name(metric)}"
         found += _table(title, ["arm", *say.run_tags(results)], rows, "" if found else note)
@@ -117,6 +134,16 @@ def score_cell(result: Result, arm: str, metric: str) -> Cell:
     ends = result.arms[arm][metric].ends if isinstance(result, ComparisonResult) else None
     span = " to ".join(map(phrases.score, ends)) if ends is not None else ""
     return Cell(phrases.score(value), span)
+
+
+def constant_cell(result: Result, metric: str) -> Cell:
+    """What the constant prediction reaches: an arm below it learnt nothing."""
+    found = result.constant.metrics if result.constant is not None else {}
+    return Cell(phrases.score(found.get(metric)))
+
+
+def _constant_named(result: Result, name: str, metric: str) -> Cell:
+    return constant_cell(result, metric) if phrases.constant_name(result) == name else Cell(DASH)
 
 
 def lost_cell(result: Result, arm: str, metric: str) -> Cell:

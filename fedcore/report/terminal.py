@@ -239,6 +239,11 @@ def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
                 cells.append(tables.lost_cell(result, arm, metric).text)
         style = "bold" if arm == "federated" else ""
         table.add_row(*(Text(cell, style=style) for cell in cells))
+    if name := phrases.constant_name(result):
+        cells = [name]
+        for metric in metrics:
+            cells += [tables.constant_cell(result, metric).text, *([""] if compared else [])]
+        table.add_row(*(Text(cell, style="dim") for cell in cells))
     return table
 
 

@@ -1,9 +1,8 @@
 """The warnings of a run and of a comparison, which a report shows above all numbers."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedcore.report.phrases import arm_name, listed, metric_name
+from fedcore.report.phrases import arm_name, listed, metric_name, score
 from fedcore.results import AbandonedRound, ComparisonResult, Result, RunResult
 
 CLIPPED_WORTH_SAYING = 1e-3
@@ -92,19 +91,25 @@ def _no_better_than_guessing(result: Result) -> list[str]:
         "that does not fit, outputs that are not the logits which the metric expects."
     )
     scores = {arm: result.score(arm, "auc") for arm in ("centralised", "federated")}
-    low = [arm_name(arm) for arm, score in scores.items() if score is not None and score < 0.5]
+    low = [
+        arm_name(arm) for arm, reached in scores.items() if reached is not None and reached < 0.5
+    ]
     if low:
         return [f"AUC below 0.5 ({listed(low)}): worse than guessing. {causes}"]
-    counts = Counter[str]()
-    for site in result.per_site.values():
-        counts.update(site.class_counts or {})
-    most = max(counts.values(), default=0) / max(1, counts.total())
-    reached = [result.score(arm, "accuracy") for arm in result.arm_names]
-    best = max((score for score in reached if score is not None), default=None)
-    if most and best is not None and best <= most:
-        return [
-            f"No arm is better than always answering the most frequent class (accuracy {most:.3f}). {causes}"
+    constant = result.constant
+    answer = {"mean": "the mean of the training targets"}.get(
+        constant.predicts if constant is not None else "", "the most frequent class"
+    )
+    for metric, without in (constant.metrics if constant is not None else {}).items():
+        better = [
+            result.better_by(metric, result.score(arm, metric), without) for arm in result.arm_names
         ]
+        known = [by for by in better if by is not None]
+        if metric != "auc" and known and max(known) <= 0:
+            return [
+                f"No arm is better than always answering {answer} ({metric_name(metric)} {score(without)}). "
+                f"{causes}"
+            ]
     return []
 
 

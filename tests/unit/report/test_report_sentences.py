@@ -11,9 +11,10 @@ from support.results import result_of, stored
 
 from fedcore.experiment.gap import PARTS
 from fedcore.learning.metrics import METRICS
-from fedcore.report import phrases, warnings
+from fedcore.report import latex, markdown, phrases, tables, warnings
 from fedcore.report import sentences as say
 from fedcore.report.methods import methods, settings_of
+from fedcore.report.terminal import as_text, summary
 from fedcore.results import ERRORS, Result
 from fedcore.types import ARMS, Json
 
@@ -402,15 +403,39 @@ def test_headline_names_the_worst_loss_of_any_metric(gaps):
 
 
 def test_a_model_that_learnt_nothing_is_a_warning():
-    def warned(arms, counts=None):
-        sites = {"a": {"train_rows": 9, "test_rows": 3, "class_counts": counts or {}}}
-        result = result_of(metrics=list(arms["federated"]), arms=arms, per_site=sites, gap={})
+    def warned(arms, constant=None, predicts="class"):
+        found = {} if constant is None else {"constant": {"predicts": predicts, **constant}}
+        result = result_of(metrics=list(arms["federated"]), arms=arms, gap={}, **found)
         return " ".join(warnings.of_run(result))
 
     low = warned({"centralised": {"auc": 0.486}, "federated": {"auc": 0.61}})
     assert "AUC below 0.5 (centralised): worse than guessing" in low and "not scaled" in low
     assert "guessing" not in warned({"centralised": {"auc": 0.5}, "federated": {"auc": 0.61}})
     arms = {"centralised": {"accuracy": 0.7}, "federated": {"accuracy": 0.65}}
-    assert "No arm is better" in warned(arms, {"0": 30, "1": 70})
-    assert "No arm is better" not in warned(arms, {"0": 40, "1": 60})
+    most = "No arm is better than always answering the most frequent class (accuracy 0.700)"
+    assert most in warned(arms, {"accuracy": 0.7})
+    assert "No arm is better" not in warned(arms, {"accuracy": 0.69})
     assert "No arm is better" not in warned(arms)
+    errors = {"centralised": {"mae": 3.2}, "federated": {"mae": 3.4}}
+    middle = "No arm is better than always answering the mean of the training targets (MAE 3.100)"
+    assert middle in warned(errors, {"mae": 3.1}, "mean")
+    assert "No arm is better" not in warned(errors, {"mae": 3.3}, "mean")
+
+
+def test_what_the_arms_must_beat_is_in_every_table_of_arms():
+    stated = {"predicts": "class", "auc": 0.5, "accuracy": 0.546}
+    one = result_of(stored("heart"), constant=stated)
+    (grid,) = tables.arms([one])
+    row = [cell.text for cell in grid.rows[-1] if cell.text]
+    assert row == ["majority / chance", "0.500", "0.546"]
+    assert "most frequent class of the training rows" in grid.note
+    assert "majority / chance" in as_text(summary(one)) and "0.546" in as_text(summary(one))
+    assert "| majority / chance | 0.500 |" in markdown.render(one)
+    assert "majority / chance & 0.500" in latex.render(one)
+    # Beside a run of before, which does not know it, and one of a regression.
+    of_values = result_of(stored("heart"), constant=stated | {"predicts": "mean"})
+    several = tables.arms([one, result_of(stored("heart")), of_values])
+    named = {row[0].text: [cell.text for cell in row[1:]] for row in several[0].rows}
+    assert named["majority / chance"] == ["0.500", "–", "–"]
+    assert named["training mean"] == ["–", "–", "0.500"]
+    assert "majority" not in markdown.render(result_of(stored("heart")))
