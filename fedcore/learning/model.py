@@ -4,11 +4,15 @@ Invariant: `write(read())` changes nothing, and the order is the module's own: t
 `named_parameters` order (a tied parameter once), then floating buffers in `named_buffers` order.
 Buffers policy `average`: floating buffers (BatchNorm's running statistics) travel and are averaged like
 parameters; `initial`: they keep their initial values from the seed. Integer buffers and frozen parameters always
-keep their initial values, which every site makes from the same seed.
+keep their initial values, which every site makes from the same seed. Whatever else a module keeps is restored by
+`write` (`module_state.py`), so that what one site trained leaves nothing for the next.
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.learning.module_state import ModuleState
 from fedcore.seeds import derive_seed
 from fedcore.types import FloatVector
 
@@ -77,7 +82,7 @@ class FlatModel:
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         travelling = floating if buffers == "average" else []
-        self._tensors: list[Tensor] = [tensor for _, tensor in shared + travelling]
+        self._shared = [_Place.of(module, name, tensor) for name, tensor in shared + travelling]
         self.parameters = sum(p.numel() for _, p in shared)
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
         frozen = sum(p.numel() for p in module.parameters()) - self.parameters
@@ -87,6 +92,7 @@ class FlatModel:
         still = [b for n, b in module.named_buffers() if n not in moving]
         still += [p for p in module.parameters() if not p.requires_grad]
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
+        self._state = ModuleState(module)
         self.policy = _describe_buffers(module, len(floating), buffers, frozen)
         if self.parameters == 0:
             raise BadInput(
@@ -106,24 +112,54 @@ class FlatModel:
 
     @torch.no_grad()
     def read(self) -> FloatVector:
-        """(d,) float32 copy."""
-        flat = [tensor.detach().reshape(-1).to(torch.float32) for tensor in self._tensors]
+        """(d,) float32 copy. Raises BadInput where training removed a parameter or gave it another shape."""
+        flat = [place.read().detach().reshape(-1).to(torch.float32) for place in self._shared]
         return torch.cat(flat).numpy().copy()
 
     @torch.no_grad()
     def write(self, vector: FloatVector) -> None:
-        """Copy (d,) float32 into the module in place, and restore frozen parameters and unshared buffers to their
-        initial values. Raises BadInput on another length."""
+        """Copy (d,) float32 into the module in place; frozen parameters, unshared buffers and everything else
+        become what they were at the start. Raises BadInput on another length."""
         if len(vector) != self.coordinates:
             raise BadInput(f"model: found {len(vector)} coordinates, expected {self.coordinates}")
+        self._state.restore()
         source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
-        place = 0
-        for tensor in self._tensors:
+        done = 0
+        for tensor in (place.tensor for place in self._shared):
             size = tensor.numel()
-            tensor.copy_(source[place : place + size].view(tensor.shape))
-            place += size
+            tensor.copy_(source[done : done + size].view(tensor.shape))
+            done += size
         for tensor, initial in self._kept:
             tensor.copy_(initial)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module has a parameter or buffer. Code may put another tensor there: `self.mean = 0.9 * self.mean`
+    in a module's `forward` does."""
+
+    name: str
+    table: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, tensor: Tensor) -> _Place:
+        path, _, key = name.rpartition(".")
+        of = vars(module.get_submodule(path))
+        table = of["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"]
+        return cls(name, table, key, tensor)
+
+    def read(self) -> Tensor:
+        found = self.table.get(self.key)
+        if found is None or found.shape != self.tensor.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise BadInput(
+                f"model: found {self.name} {f'of shape {shape}' if shape else 'gone'} after training, expected "
+                f"shape {tuple(self.tensor.shape)} as before",
+                remedy="make layers in task.model; training changes their values only",
+            )
+        return found
 
 
 def _describe_buffers(module: nn.Module, floating: int, policy: str, frozen: int) -> str:

@@ -18,6 +18,7 @@ from torch.optim.sgd import sgd
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.model import FlatModel, seeded
+from fedcore.learning.module_state import ModuleState, is_plain
 from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
 from fedcore.seeds import generator
@@ -220,13 +221,14 @@ def _own_loop(
 
 class OwnModel:
     """A model that one party trains alone, with an optimiser that it keeps from round to round: a copy of the
-    resident module, started from `initial`."""
+    resident module, started from `initial`. It keeps its attributes too, as on one machine."""
 
     def __init__(self, task: Task, flat: FlatModel, initial: FloatVector, plan: TrainPlan) -> None:
         flat.write(initial)
         self._task, self._plan = task, plan
         self.module = copy.deepcopy(flat.module)
         self._optimiser = make_optimiser(self.module, plan)
+        self._state = ModuleState(self.module)
 
     def train(self, rows: Rows, *, seed: int, round_: int, site: str) -> TrainReport:
         """One round's epochs over `rows`, with the same optimiser as before. Raises TaskFailed, BadInput."""
@@ -236,10 +238,25 @@ class OwnModel:
         )  # fmt: skip
 
     def save(self) -> Any:
-        """Parameters, buffers and the optimiser's state."""
-        return {"module": self.module.state_dict(), "optimiser": self._optimiser.state_dict()}
+        """Parameters, buffers, the optimiser's state, and what else changed on the module, or its names where
+        a checkpoint cannot have it."""
+        changes = self._state.changes()
+        return {
+            "module": self.module.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "attributes": [{n: v for n, v in of.items() if is_plain(v)} for of in changes],
+            "not_saved": sorted({n for of in changes for n, v in of.items() if not is_plain(v)}),
+        }
 
     def restore(self, saved: Any) -> None:
-        """The inverse of `save`."""
+        """The inverse of `save`, also of a version that saved no attributes. Raises BadInput where not all
+        could be saved."""
+        if lost := saved.get("not_saved"):
+            raise BadInput(
+                f"--resume: the model keeps {', '.join(lost)} from round to round, expected "
+                "numbers, text or tensors there",
+                remedy="start a new run, or keep such a state in a buffer (register_buffer)",
+            )
+        self._state.change(saved.get("attributes", ()))
         self.module.load_state_dict(saved["module"])
         self._optimiser.load_state_dict(saved["optimiser"])

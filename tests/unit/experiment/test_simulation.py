@@ -223,6 +223,26 @@ def test_batch_norm_statistics_travel_or_stay():
     assert adam.result["rounds"] == 2
 
 
+class Annealed(nn.Linear):
+    """Its temperature falls with every training step; the count is an ordinary attribute."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += self.training
+        return super().forward(x) * (1 + self.seen / 10)
+
+
+def test_a_model_that_counts_is_the_same_whatever_arms_run():
+    settings = {"protection": "plain", "resamples": 20, "standardise": "ranges"}
+    whole = run(make_task(model=Annealed), **settings).result
+    alone = run(make_task(model=Annealed), arms=("federated",), **settings).result
+    assert whole["model_sha256"] == alone["model_sha256"]
+    assert abs(whole["gap"]["quantisation"]["auc"]["mean"]) < 0.01
+
+
 def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(monkeypatch):
     """Rows of mean 20, and a server that moves running means by its own rate: in evaluation mode the loss
     rises to more than three times the first one, while the loss that is trained, and the model, get better."""
