@@ -19,7 +19,7 @@ from fedcore import simulate
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 COMPARE = "fedcore compare --task heart --seeds 5 --folds 5"
-"""README's command, whose result is held against the contract here."""
+"""The command of docs/benchmarks.md, whose result is held against the contract here."""
 
 
 def fedcore(*arguments, cwd, timeout=300, env=None):
@@ -347,7 +347,7 @@ def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
 
 @pytest.mark.slow
 def test_compare_reaches_the_contract(tmp_path):
-    """README's command without protection, and a seed of it as it stands there: the same splits to the bit."""
+    """That command without protection, and a seed of it as it stands there: the same splits to the bit."""
     words = COMPARE.split()[1:]
     runs = []
     for more in (("--protection", "plain"), ("--seeds", "1")):

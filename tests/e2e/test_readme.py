@@ -1,5 +1,7 @@
 """README's commands and Python, run as a newcomer runs them: from a fresh clone, in the page's order.
 
+Those of the other pages with screens (benchmarks, absences) follow in the same clone.
+
 Where scripts/setup made the environment that this test runs in, from the same pins, the installation
 that README begins with has just been run, and the clone borrows its libraries; elsewhere the clone sets
 itself up like any fresh machine. The tests that README starts must not start this test again, so it
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,13 +25,14 @@ from test_contract import COMPARE
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "FEDCORE_README_TEST"
+OTHERS = ("benchmarks.md", "jobs.md")
 PINS = ("pyproject.toml", "constraints.txt")
 FEWER = {
     "fedcore bench protect": "--parameters 10000 --repeats 1",
     "fedcore bench secagg": "--parameters 10000 --sites 4,16",
     "fedcore bench fold": "--parameters 10000",
     "fedcore simulate my-task": "--rounds 5",
-    "scripts/demo": "--rounds 10",
+    "fedcore up my-task": "--rounds 2",
 }
 """Commands that measure or train for long, and what makes them short: options that come again replace
 the first ones, and whether the command runs is seen all the same."""
@@ -39,13 +43,19 @@ pytestmark = [
 ]
 
 
+def fenced(kind: str, markdown: str) -> list[str]:
+    """The texts of the fenced blocks of this kind, also of those inside a list, without its indentation."""
+    blocks = re.findall(rf"^( *)```{kind}\n(.*?)^\1```", markdown, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(text) for _, text in blocks]
+
+
 def commands(markdown: str) -> list[str]:
     """The lines after `$ ` in fenced `console` blocks; a trailing backslash continues a command.
 
     A block whose fence says `console skip` shows what needs something a clone does not have.
     """
     found = []
-    for block in re.findall(r"^```console\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE):
+    for block in fenced("console", markdown):
         joined = block.replace("\\\n", " ")
         found += [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
     return found
@@ -57,9 +67,16 @@ def label(text: str) -> list[str]:
     return found.group().split() if found else []
 
 
+def tables(text: str) -> list[list[str]]:
+    """The words of the rows that have figures under a ruler: arms, causes and sites."""
+    blocks = re.findall(r"^─+\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+    return [line.split() for block in blocks for line in block.splitlines()]
+
+
 def test_commands_are_read_from_console_blocks_only():
     page = "```console\n$ one \\\n  two\nout\n$ three\n```\n```console skip\n$ no\n```\n```sh\n$ no\n```\n"
-    assert [" ".join(line.split()) for line in commands(page)] == ["one two", "three"]
+    page += "1. In a list:\n\n   ```console\n   $ four\n   ```\n"
+    assert [" ".join(line.split()) for line in commands(page)] == ["one two", "three", "four"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +130,9 @@ def borrow(clone: Path) -> None:
 
 def test_readme_runs_from_a_fresh_clone(clone):
     page = (clone / "README.md").read_text()
-    found = commands(page)
+    others = [commands((clone / "docs" / name).read_text()) for name in OTHERS]
+    assert all(others)
+    found = sum(others, commands(page))
     assert found[0].startswith("scripts/demo"), "the page begins with the demo"
     # The commands a reader types after `. .venv/bin/activate` find `fedcore` the same way here.
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
@@ -141,7 +160,7 @@ def test_readme_runs_from_a_fresh_clone(clone):
         outputs[command] = done.stdout + done.stderr
     assert (clone / "runs" / "latest" / "report.html").is_file()
 
-    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+    for block in fenced("python", page):
         script = [str(clone / ".venv" / "bin" / "python"), "-c", block]
         done = subprocess.run(
             script, cwd=clone, env=env, capture_output=True, text=True, timeout=300
@@ -154,8 +173,13 @@ def test_readme_runs_from_a_fresh_clone(clone):
     assert label(page) and label(page) == label(demo), (
         "the page shows the label that the demo prints"
     )
-    dropped = next(command for command in found if "--drop" in command)
-    stayed = re.findall(r"^round .+ abandoned at .+$", page, re.MULTILINE)
+    shown = page.partition("$ scripts/demo\n")[2].partition("```")[0]
+    assert len(tables(shown)) > 8 and tables(shown) == tables(demo), "README shows other figures"
+    dropped = next(
+        line for line in found if line.startswith("fedcore simulate") and "--drop" in line
+    )
+    absences = (clone / "docs" / "jobs.md").read_text()
+    stayed = re.findall(r"^round .+ abandoned at .+$", absences, re.MULTILINE)
     assert stayed and stayed == re.findall(
         r"^round .+ abandoned at .+$", outputs[dropped], re.MULTILINE
     )

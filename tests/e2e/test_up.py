@@ -88,7 +88,7 @@ def lines_until(stream, word, seconds=PATIENCE):
 
 @needs_proc
 def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
-    """README's command (test_readme.py) is the same with the other cipher, and exits with 1 for other bits."""
+    """With the other cipher than in README's command (test_readme.py); it exits with 1 for other bits."""
     run = Marked(tmp_path / "up", *HEART, "--rounds", "3", "--cipher", "keystream")
     try:
         printed, said = run.process.communicate(timeout=PATIENCE)

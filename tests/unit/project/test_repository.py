@@ -338,6 +338,18 @@ def test_there_are_as_many_tests_as_readme_says():
     assert functions > 1000
 
 
+def test_readme_is_short():
+    """Prose and screens together, as `wc -w` counts them; what is longer belongs to a page in docs/."""
+    assert len((ROOT / "README.md").read_text().split()) < 1200
+
+
+@pytest.mark.parametrize("term", ["arm", "point", "exact", "site", "coordinator"])
+def test_readme_defines_a_term_before_it_shows_a_result(term):
+    terms, _, rest = (ROOT / "README.md").read_text().partition("## Terms")[2].partition("\n## ")
+    assert f"**{term}**" in terms
+    assert "points lost" in rest
+
+
 def test_no_stray_absolute_paths():
     """Nothing may lean on one person's machine."""
     home = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|opt)/[\w.-]+")

@@ -69,7 +69,6 @@ ACTIVE, CURIOUS, ABSENCES, HIDDEN = "active", "curious", "absences", "hidden_amo
 MEANT = {
     "sites that may collude with a coordinator that breaks every rule": ACTIVE,
     "sites that may collude with one that only looks on": CURIOUS,
-    "sites that may be absent from a round": ABSENCES,
     "the coordinator breaks every rule": ACTIVE,
     "it keeps to the rules and looks on": CURIOUS,
     "absences survived": ABSENCES,
@@ -77,7 +76,7 @@ MEANT = {
 }
 """First cells of the rows with figures, in every table of the documentation that has them."""
 
-PAGES = {"README.md": 3, "docs/threat-model.md": 3, "docs/operations.md": 4}
+PAGES = {"docs/threat-model.md": 3, "docs/operations.md": 4}
 """Where these tables are, and how many rows of figures each has."""
 
 
@@ -118,8 +117,16 @@ def test_the_tables_of_the_pages_are_the_labels(page):
     assert checked == PAGES[page]
     for n, t, cell in zip(sites, thresholds, said, strict=True):
         assert "default" not in cell or t == default_threshold(n)
-    if page == "README.md":
-        assert thresholds == [default_threshold(n) for n in sites]
+
+
+def test_the_figures_of_readme_are_the_labels_of_default_plans():
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    (said,) = re.findall(r"by default ((?:\d+ of \d+(?: sites)?(?:, )?)+)", text)
+    pairs = re.findall(r"(\d+) of (\d+)", said)
+    assert len(pairs) == 3
+    for colluding, n in pairs:
+        figures = collusion(terms_for(int(n), default_threshold(int(n))))
+        assert getattr(figures, ACTIVE) == int(colluding)
 
 
 # ------------------------------------------------------- counting what can be opened in one round
