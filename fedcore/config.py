@@ -40,14 +40,22 @@ class RunSection(Section):
 
 
 class TrainSection(Section):
-    """[train]: one site's local training. standardise: what a table's numbers are scaled by."""
+    """[train]: one site's local training, as `plan.TrainPlan` has it.
 
-    optimiser: Literal["sgd", "adam"] = "sgd"
+    standardise: what a table's numbers are scaled by."""
+
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.05, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    proximal_mu: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    lr_schedule: Literal["constant", "cosine", "linear", "exponential", "step"] = "constant"
+    lr_decay: float = Field(default=1.0, gt=0, le=1)
+    lr_step_rounds: int | None = Field(default=None, ge=1)
+    warmup_rounds: int = Field(default=0, ge=0)
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
@@ -135,12 +143,18 @@ class Settings(TypedDict, total=False):
     fold: int
     folds: int
     train: Mapping[str, object]
-    optimiser: Literal["sgd", "adam"]
+    optimiser: Literal["sgd", "adam", "adamw"]
     lr: float
     momentum: float
     weight_decay: float
     epochs: int
     batch_size: int
+    proximal_mu: float
+    max_grad_norm: float | None
+    lr_schedule: Literal["constant", "cosine", "linear", "exponential", "step"]
+    lr_decay: float
+    lr_step_rounds: int | None
+    warmup_rounds: int
     standardise: Literal["ranges", "federated"]
     protect: Mapping[str, object]
     protection: str
@@ -194,11 +208,12 @@ class Job:
 
 
 def wire_settings(job: Job) -> Json:
-    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset."""
+    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or that
+    `plan.without_unchanged` leaves out."""
     whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
     for section in filter(None, SECTIONS):
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
-    return whole
+    return whole | {"train": plan.without_unchanged(whole["train"])}
 
 
 def read_settings(settings: bytes) -> Json:
@@ -211,6 +226,11 @@ def read_settings(settings: bytes) -> Json:
     if not isinstance(found, dict) or not same:
         raise BadInput("job: found settings in another form, expected canonical JSON")
     return found
+
+
+def train_plan(section: TrainSection) -> plan.TrainPlan:
+    """The plan of local training. Raises BadInput for settings that do not go together."""
+    return plan.TrainPlan(**section.model_dump(exclude={"standardise"}))
 
 
 def settings_digest(job: Job, max_examples: int) -> str:
@@ -238,7 +258,7 @@ def plan_of(
         packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
-        train=plan.TrainPlan(**job.train.model_dump(exclude={"standardise"})),
+        train=train_plan(job.train),
         server=plan.ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
         range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
@@ -329,6 +349,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     if sections["track"].public_metrics:
         protections.refuse_public_metrics(protect.protection)
     protections.refuse_release(protect.release, protect.protection)
+    train_plan(sections["train"])
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
@@ -363,7 +384,9 @@ def _put(merged: dict[str, dict[str, Any]], key: str, value: Any) -> None:
     section, _, name = key.rpartition(".")
     if name not in KEYS or (section and KEYS[name] != section):
         known = [f"{KEYS[k]}.{k}".lstrip(".") if section else k for k in KEYS]
-        raise UnknownName("key", key, [*known, "sites"])
+        elsewhere = f"{KEYS.get(name, '')}.{name}".lstrip(".")
+        remedy = f"did you mean {elsewhere!r}?" if name in KEYS else ""
+        raise UnknownName("key", key, [*known, "sites"], remedy=remedy)
     merged[KEYS[name]][name] = value
 
 

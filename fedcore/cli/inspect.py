@@ -23,7 +23,7 @@ def check_task(prepared: Prepared) -> Json:
             batch = np.arange(min(train.batch_size, len(site.train)), dtype=np.int64)
             report = local_train(
                 prepared.task, prepared.flat.module, site.train.take(batch), train,
-                seed=prepared.job.run.seed, round_=1, site=site.id,
+                seed=prepared.job.run.seed, round_=1, rounds=prepared.plan.rounds, site=site.id,
             )  # fmt: skip
             sites[site.id] = {
                 "train_rows": len(site.train),

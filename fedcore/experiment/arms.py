@@ -89,8 +89,11 @@ class Alone:
         self._parties = {site.id: site.train for site in sites}
         if pooled:
             self._parties = {SiteId(""): pool([site.train for site in sites])}
-        initial, train = prepared.federation.sites[0].initial, prepared.plan.train
-        self._own = [OwnModel(self._task, prepared.flat, initial, train) for _ in self._parties]
+        initial, plan = prepared.federation.sites[0].initial, prepared.plan
+        self._own = [
+            OwnModel(self._task, prepared.flat, initial, plan.train, plan.rounds)
+            for _ in self._parties
+        ]
 
     def step(self, round_: int) -> Columns:
         reports = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -124,7 +124,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         seen=federated.seen,
         label=prepared.label,
         plan=about,
-        train=asdict(plan.train),
+        train=about["train"],
         statistics=prepared.statistics.to_json() if prepared.statistics else None,
         origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         protected=protected,

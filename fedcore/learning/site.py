@@ -26,6 +26,7 @@ from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model
 from fedcore.learning.saved import Module, model_bytes
+from fedcore.learning.schedules import at_full_rate
 from fedcore.learning.scoring import Scored, probe, score
 from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
@@ -295,7 +296,7 @@ class SiteTrainer:
     def exceeding(self, plan: RoundPlan, state: JobState) -> Contribution:
         """Round 1 is trained, and how far its update reaches is counted."""
         with self.watch("train"):
-            update = self.train(plan, state, 1)
+            update = self.train(replace(plan, train=at_full_rate(plan.train)), state, 1)
         counts = exceedance_counts(self._weighted(plan, update).astype(np.float32))
         return NO_COORDINATES, {"exceeding": counts}
 
@@ -330,7 +331,7 @@ class SiteTrainer:
         self.flat.write(model)
         self.report = local_train(
             self.task, self.flat.module, rows, plan.train,
-            seed=self.job.run.seed, round_=round_, site=self.site.id,
+            seed=self.job.run.seed, round_=round_, rounds=plan.rounds, site=self.site.id,
         )  # fmt: skip
         update = self.flat.read() - model
         if not np.isfinite(update).all():

@@ -29,7 +29,7 @@ class Tracker:
         self._alone_rows = local.rows_alone()
         self._alone = None
         if "local_only" in local.job.track.arms:
-            self._alone = OwnModel(local.task, local.flat, local.initial, plan.train)
+            self._alone = OwnModel(local.task, local.flat, local.initial, plan.train, plan.rounds)
         self._trained = 0
 
     def row(

@@ -7,7 +7,7 @@ every random draw derives from these.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.module_state import ModuleState, is_plain
+from fedcore.learning.schedules import learning_rate
 from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
 from fedcore.seeds import generator
@@ -27,6 +28,11 @@ from fedcore.types import FloatVector
 
 class Optimiser(Protocol):
     """What the loop needs of `torch.optim.Optimizer`."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Each with its step size, `lr`, which may be set between two steps."""
+        ...
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
     def step(self) -> object: ...
@@ -44,6 +50,7 @@ class Sgd:
     def __init__(self, parameters: Sequence[nn.Parameter], plan: TrainPlan) -> None:
         self._parameters, self._plan = list(parameters), plan
         self._momenta: list[Tensor | None] = [None] * len(self._parameters)
+        self.param_groups: list[dict[str, Any]] = [{"lr": plan.lr}]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self._parameters:
@@ -60,7 +67,8 @@ class Sgd:
         sgd(
             [p for _, p, _ in used], gradients, momenta,
             has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
-            weight_decay=self._plan.weight_decay, momentum=self._plan.momentum, lr=self._plan.lr,
+            weight_decay=self._plan.weight_decay, momentum=self._plan.momentum,
+            lr=self.param_groups[0]["lr"],
             dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
         for (i, _, _), momentum in zip(used, momenta, strict=True):
@@ -80,7 +88,11 @@ OPTIMISERS: dict[str, Callable[[Any, TrainPlan], Optimiser]] = {
     "adam": lambda parameters, plan: torch.optim.Adam(
         parameters, lr=plan.lr, weight_decay=plan.weight_decay
     ),
+    "adamw": lambda parameters, plan: torch.optim.AdamW(
+        parameters, lr=plan.lr, weight_decay=plan.weight_decay
+    ),
 }
+"""adamw: weight decay apart from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2)."""
 
 
 LOOP_CODE = "model, task.predict or task.loss"
@@ -91,12 +103,44 @@ LOOP_CODE = "model, task.predict or task.loss"
 class Fit(TrainPlan):
     """The argument `fit` of a task's own `train(model, rows, fit)`.
 
-    lr: step size; epochs: passes over the rows; batch_size: rows; seed: of the run; round: from 1.
+    lr: step size of this round, by the schedule; epochs: passes over the rows; batch_size: rows; seed: of the
+    run; round: from 1, of `rounds`. What the settings ask for, the function does itself: `proximal_mu` (0 in
+    an arm that trains alone) and `max_grad_norm` too.
     """
 
     seed: int
     round: int
+    rounds: int
     site: str
+
+
+class _WatchedFit(Fit):
+    """A `Fit` that records which of its attributes are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        object.__getattribute__(self, "__dict__").setdefault("_read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+def _own_train(task: Task, module: nn.Module, rows: Rows, fit: _WatchedFit) -> None:
+    """The task's own `train`. Raises BadInput for a setting that it ignored, which would have no effect."""
+    assert task.train is not None
+    scheduled = fit.lr_schedule != "constant" or fit.warmup_rounds > 0
+    asked = {
+        "proximal_mu": ("proximal_mu", fit.proximal_mu > 0),
+        "max_grad_norm": ("max_grad_norm", fit.max_grad_norm is not None),
+        "lr_schedule" if fit.lr_schedule != "constant" else "warmup_rounds": ("lr", scheduled),
+    }
+    read: set[str] = object.__getattribute__(fit, "__dict__")["_read"]
+    read.clear()
+    task.train(module, rows, fit)
+    for setting, (value, set_) in asked.items():
+        if set_ and not read & {value, "__dict__"}:
+            raise BadInput(
+                f"train.{setting}: task {task.name!r} has a `train` of its own that did not read fit.{value}, "
+                "so the setting has no effect",
+                remedy=f"use fit.{value} in task.train, or leave {setting} out",
+            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +148,7 @@ class TrainReport:
     """steps: optimiser steps; examples: rows seen, epochs counted.
 
     loss: mean of the batches' losses, each as it was before its step, a short batch counting as much
-    as a full one; None for a task with its own `train`.
+    as a full one, and without the proximal term; None for a task with its own `train`.
     """
 
     steps: int
@@ -146,23 +190,28 @@ def local_train(
     *,
     seed: int,
     round_: int,
+    rounds: int,
     site: str,
     optimiser: Optimiser | None = None,
 ) -> TrainReport:
-    """Train `module` in place for `plan.epochs` passes over `rows`.
+    """Train `module` in place for `plan.epochs` passes over `rows`, with the rate of the round.
 
-    optimiser: one to continue with (for arms that never average); None makes a new one, as a site does each
-    round. Raises TaskFailed if the task's code raises, BadInput for BatchNorm with a batch of one row.
+    round_: from 1, of `rounds` in all. optimiser: one to continue with (for arms that never average); None
+    makes a new one, as a site does each round. Raises TaskFailed if the task's code raises, BadInput for
+    BatchNorm with a batch of one row and for settings that a `train` of the task's own ignores.
     """
     module.train()
     part = "train" if task.train is not None else LOOP_CODE
     with seeded(seed, round_, site, "train"), task_code(site, round_, part):
         if task.train is not None:
-            fit = Fit(**asdict(plan), seed=seed, round=round_, site=site)
-            task.train(module, copied(rows), fit)
+            of_round = asdict(plan) | {"lr": learning_rate(plan, round_, rounds)}
+            fit = _WatchedFit(**of_round, seed=seed, round=round_, rounds=rounds, site=site)
+            _own_train(task, module, copied(rows), fit)
             return TrainReport(0, plan.epochs * len(rows), None)
         with batch_norm_needs_two(place(site, round_)):
             optimiser = optimiser or make_optimiser(module, plan)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(plan, round_, rounds)
             return _own_loop(task, module, rows, plan, optimiser, (seed, round_, site))
 
 
@@ -202,6 +251,8 @@ def _own_loop(
 ) -> TrainReport:
     """seeds: (seed, round, site), from which the order of each epoch follows."""
     steps, seen, total = 0, 0, 0.0
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained] if plan.proximal_mu else []
     batch_size = getattr(rows, "batch_size", None) or plan.batch_size
     for epoch in range(plan.epochs):
         order = generator(*seeds, f"shuffle {epoch}").permutation(len(rows))
@@ -212,6 +263,10 @@ def _own_loop(
             outputs, targets = predict(task, module, batch)
             loss = task.loss(outputs, targets)
             loss.backward()
+            if plan.proximal_mu:
+                _add_proximal(trained, start, plan.proximal_mu)
+            if plan.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
             optimiser.step()
             steps += 1
             total += float(loss.detach())
@@ -219,13 +274,24 @@ def _own_loop(
     return TrainReport(steps, seen, total / steps if steps else None)
 
 
+@torch.no_grad()
+def _add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+    """Add mu (w - w_start) to the gradients, the gradient of mu/2 |w - w_start|^2."""
+    for parameter, before in zip(parameters, start, strict=True):
+        pull = (parameter - before) * mu
+        parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+
+
 class OwnModel:
     """A model that one party trains alone, with an optimiser that it keeps from round to round: a copy of the
-    resident module, started from `initial`. It keeps its attributes too, as on one machine."""
+    resident module, started from `initial`. It keeps its attributes too, as on one machine. Nothing is averaged,
+    so there is no proximal term."""
 
-    def __init__(self, task: Task, flat: FlatModel, initial: FloatVector, plan: TrainPlan) -> None:
+    def __init__(
+        self, task: Task, flat: FlatModel, initial: FloatVector, plan: TrainPlan, rounds: int
+    ) -> None:
         flat.write(initial)
-        self._task, self._plan = task, plan
+        self._task, self._plan, self._rounds = task, replace(plan, proximal_mu=0.0), rounds
         self.module = copy.deepcopy(flat.module)
         self._optimiser = make_optimiser(self.module, plan)
         self._state = ModuleState(self.module)
@@ -234,7 +300,7 @@ class OwnModel:
         """One round's epochs over `rows`, with the same optimiser as before. Raises TaskFailed, BadInput."""
         return local_train(
             self._task, self.module, rows, self._plan,
-            seed=seed, round_=round_, site=site, optimiser=self._optimiser,
+            seed=seed, round_=round_, rounds=self._rounds, site=site, optimiser=self._optimiser,
         )  # fmt: skip
 
     def save(self) -> Any:

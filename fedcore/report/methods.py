@@ -12,6 +12,10 @@ from fedcore.results import ComparisonResult, Result, RunResult
 from fedcore.secagg.protections import PROTECTIONS, unprotected
 
 _RATES = ("lr", "momentum")
+_IF_CHANGED = (
+    "proximal_mu", "max_grad_norm", "lr_schedule", "lr_decay", "lr_step_rounds", "warmup_rounds",
+)  # fmt: skip
+"""Settings of training that a result has only where they change something."""
 
 
 def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
@@ -36,6 +40,7 @@ def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
         "epochs": phrases.plural(int(train.get("epochs") or 0), "epoch"),
         "batch_size": f"batch size {phrases.plain(train.get('batch_size'))}",
         "weight_decay": f"weight decay {phrases.plain(train.get('weight_decay'))}",
+        **{key: f"{key} {phrases.plain(train[key])}" for key in _IF_CHANGED if key in train},
         "arms": f"arms {phrases.listed(phrases.ARM_NAMES.get(a, phrases.plain(a)) for a in arms_of(result))}",
         "sites": phrases.plural(len(result.sites), "site"),
     }
@@ -131,14 +136,19 @@ def _optimiser(section: Mapping[str, Any]) -> str:
 
 
 _OPTIMISERS = {
-    "sgd": "SGD", "adam": "Adam", "fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam",
+    "sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam",
     "fedyogi": "FedYogi",
 }  # fmt: skip
 
 
 def _rates(section: Mapping[str, Any]) -> str:
-    names = {"lr": "learning rate", "batch_size": "batch size", "weight_decay": "weight decay"}
-    keys = ("lr", "batch_size", "momentum", "weight_decay")
+    names = {
+        "lr": "learning rate", "batch_size": "batch size", "weight_decay": "weight decay",
+        "proximal_mu": "proximal term (FedProx) with mu", "max_grad_norm": "gradients clipped to a norm of",
+        "lr_schedule": "learning-rate schedule", "lr_decay": "decay of the rate",
+        "lr_step_rounds": "rounds from step to step", "warmup_rounds": "rounds of warm-up",
+    }  # fmt: skip
+    keys = ("lr", "batch_size", "momentum", "weight_decay", *_IF_CHANGED)
     return _bracketed([f"{names.get(k, k)} {section[k]}" for k in keys if section.get(k)])
 
 

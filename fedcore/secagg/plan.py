@@ -295,9 +295,18 @@ class RangePlan:
             )
 
 
+LR_SCHEDULES = ("constant", "cosine", "linear", "exponential", "step")
+
+
 @dataclass(frozen=True)
 class TrainPlan:
-    """Local training: one optimiser, its step size and its budget per round."""
+    """Local training: one optimiser, its step size and its budget per round.
+
+    proximal_mu: mu of FedProx's term mu/2 |w - w_global|^2 (Li et al. 2020, arXiv:1812.06127, section 3.2);
+    0: none. max_grad_norm: largest L2 norm of a batch's whole gradient; None: any. lr_schedule, lr_decay,
+    lr_step_rounds, warmup_rounds: how `lr` changes over the rounds (`learning.schedules.learning_rate`).
+    Raises BadInput for a decay without a schedule that uses it, and the reverse.
+    """
 
     optimiser: str = "sgd"
     lr: float = 0.05
@@ -305,6 +314,32 @@ class TrainPlan:
     weight_decay: float = 0.0
     epochs: int = 1
     batch_size: int = 32
+    proximal_mu: float = 0.0
+    max_grad_norm: float | None = None
+    lr_schedule: str = "constant"
+    lr_decay: float = 1.0
+    lr_step_rounds: int | None = None
+    warmup_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise UnknownName("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        decays, schedule = self.lr_schedule in {"exponential", "step"}, self.lr_schedule
+        if decays and self.lr_decay == 1.0:
+            raise BadInput(
+                f"train.lr_decay: found none, expected a factor below 1 for lr_schedule {schedule!r}",
+                remedy="lr_decay = 0.5 halves the rate at each step",
+            )
+        if schedule == "step" and self.lr_step_rounds is None:
+            raise BadInput(
+                "train.lr_step_rounds: found none, expected the rounds between two steps of the rate",
+                remedy='lr_step_rounds = 10, or lr_schedule = "exponential" for a step every round',
+            )
+        if not decays and self.lr_decay != 1.0:
+            raise BadInput(
+                f"train.lr_decay: found {self.lr_decay} with lr_schedule {schedule!r}, which has no decay",
+                remedy='lr_schedule = "exponential" or "step"; lr_decay = 1 is none',
+            )
 
 
 @dataclass(frozen=True)
@@ -335,6 +370,22 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 _UNSTATED = {"public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges"}
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
+
+UNCHANGED_TRAINING: Json = {
+    "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
+    "lr_step_rounds": None, "warmup_rounds": 0,
+}  # fmt: skip
+"""Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
+as before there were any."""
+
+
+def without_unchanged(train: Json) -> Json:
+    """Training settings as they travel: without the later ones that change nothing."""
+    return {
+        name: value
+        for name, value in train.items()
+        if name not in UNCHANGED_TRAINING or UNCHANGED_TRAINING[name] != value
+    }
 
 
 @dataclass(frozen=True)
@@ -483,11 +534,12 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        It has `cipher` only where vectors are encrypted, and the fields of `_UNSTATED` only with another
-        value than there.
+        It has `cipher` only where vectors are encrypted, and the fields of `_UNSTATED` and
+        `UNCHANGED_TRAINING` only with another value than there.
         """
         flat = asdict(self) | {"version": PLAN_VERSION}
         flat["sites"], flat["metric_sums"] = list(flat["sites"]), list(flat["metric_sums"])
+        flat["train"] = without_unchanged(flat["train"])
         left_out = {name for name, value in _UNSTATED.items() if flat[name] == value}
         if not self.layers.encrypts:
             left_out.add("cipher")

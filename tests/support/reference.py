@@ -358,8 +358,9 @@ def federation(
     def fit(model: Any, rows: ArrayRows, round_: int, site: str, optimiser: Any = None) -> Any:
         plan = settings.train
         return local_train(
-            task, model, rows, plan, seed=seed, round_=round_, site=site, optimiser=optimiser
-        )
+            task, model, rows, plan,
+            seed=seed, round_=round_, rounds=settings.rounds, site=site, optimiser=optimiser,
+        )  # fmt: skip
 
     def update(model: np.ndarray, site: str, round_: int) -> tuple[np.ndarray, Any]:
         put(module, model)

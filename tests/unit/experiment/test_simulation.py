@@ -120,6 +120,7 @@ def test_one_round_is_the_weighted_mean_of_the_sites_models():
             prepared.plan.train,
             seed=0,
             round_=1,
+            rounds=1,
             site=site.id,
         )
         own = prepared.plan.weight_of(len(site.train))

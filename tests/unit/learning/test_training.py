@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from torch import nn
 
 from fedcore.errors import BadInput, TaskFailed
+from fedcore.learning import training
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.model import FlatModel, build_model
 from fedcore.learning.scoring import probe, score
 from fedcore.learning.task import Task
-from fedcore.learning.training import Sgd, local_train
+from fedcore.learning.training import Sgd
 from fedcore.secagg.plan import TrainPlan
+
+local_train = partial(training.local_train, rounds=4)
 
 
 def task(**changes):
