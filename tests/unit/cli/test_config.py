@@ -82,7 +82,10 @@ def test_unknown_keys_are_named_with_the_nearest(layer, message, remedy):
         ({"lr": "fast"}, "train.lr: found 'fast'"),
         ({"lr": float("nan")}, "train.lr: found nan"),
         ({"rounds": 0}, "round.rounds: found 0"),
-        ({"optimiser": "lbfgs"}, "train.optimiser: found 'lbfgs', expected 'sgd' or 'adam'"),
+        (
+            {"optimiser": "lbfgs"},
+            "train.optimiser: found 'lbfgs', expected 'sgd', 'adam' or 'adamw'",
+        ),
         ({"fold": 5}, "fold: found 5, expected 0 to folds - 1 = 4"),
         ({"sites": ["a"]}, "sites: found list"),
         ({"train": 3}, "train: found int"),

@@ -147,7 +147,7 @@ def test_a_larger_mu_keeps_a_site_closer_to_the_released_model():
 def test_the_gradient_of_a_batch_is_scaled_to_the_largest_norm():
     plan = TrainPlan(lr=1.0, batch_size=24)
     before, free, _ = trained(plan)
-    norm = np.linalg.norm(free - before)
+    norm = float(np.linalg.norm(free - before))
     _, clipped, _ = trained(TrainPlan(lr=1.0, batch_size=24, max_grad_norm=norm / 4))
     np.testing.assert_allclose(clipped - before, (free - before) / 4, atol=1e-5)
     _, untouched, _ = trained(TrainPlan(lr=1.0, batch_size=24, max_grad_norm=norm * 4))
