@@ -212,7 +212,7 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
     columns = f", {len(site.columns)} columns" if site.columns else ""
     return (
         f"{train + test} rows ({train} to train on, {test} to test){columns}; "
-        f"model of {site.flat.parameters} parameters"
+        f"model of {site.flat.parameters} parameters" + (f"; {site.note}" if site.note else "")
     )
 
 

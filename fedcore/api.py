@@ -137,13 +137,15 @@ def compare(
     out: str | Path | None = None,
     force: bool = False,
     on_cell: OnCell | None = None,
+    on_ready: OnReady | None = None,
     say: Say = lambda _: None,
     **settings: Unpack[Settings],
 ) -> Comparison:
     """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
 
     seeds: how many (0, 1, ...), or which. `folds=` is the number of folds, each the test part once.
-    on_cell: called with each finished cell, its number and the number of all. The others as in `simulate`.
+    on_cell: called with each finished cell, its number and the number of all. on_ready: called with the first
+    split's job and the directory before it is run. The others as in `simulate`.
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
@@ -152,7 +154,10 @@ def compare(
         raise BadInput("seeds: found none, expected at least 1")
     name = f"{found.name}-compare"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
-        result = _compare_into(directory, found, complete, chosen, on_cell, say)
+        first = prepare(found, _cell_job(complete, chosen[0], 0), say)
+        if on_ready is not None:
+            on_ready(first, directory)
+        result = _compare_into(directory, found, complete, chosen, on_cell, first)
         write_json(directory / RESULT_FILE, result.to_json())
         comparison = Comparison(directory)
         comparison.report()
@@ -160,11 +165,15 @@ def compare(
 
 
 def _compare_into(
-    directory: Path, task: Task, job: Job, seeds: Sequence[int], on_cell: OnCell | None, say: Say
+    directory: Path,
+    task: Task,
+    job: Job,
+    seeds: Sequence[int],
+    on_cell: OnCell | None,
+    first: Prepared,
 ) -> ComparisonResult:
-    """Every split of the grid; writes job.json and plan.json, returns the result."""
+    """Every split of the grid, the first one prepared; writes job.json and plan.json, returns the result."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    first = prepare(task, _cell_job(job, seeds[0], 0), say)
     # Where every site brings its own test rows, folds would repeat the same run.
     folds = 1 if first.own_test_rows else job.run.folds
     write_json(directory / "job.json", job_json(task, job, "compare"))

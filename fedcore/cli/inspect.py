@@ -40,6 +40,7 @@ def check_task(prepared: Prepared) -> Json:
         "parameters": prepared.flat.parameters,
         "buffer_coordinates": prepared.flat.buffer_coordinates,
         "buffers_policy": prepared.flat.policy,
+        "warnings": [{"text": text, "hint": hint} for text, hint in prepared.findings],
         "plan": prepared.plan_json(),
     }
 
@@ -62,6 +63,8 @@ def check_page(found: Json) -> RenderableType:
         f"{found['buffer_coordinates']:,} buffer values",
         f"buffers: {found['buffers_policy']}",
     ]
+    for warning in found["warnings"]:
+        facts += [f"warning: {warning['text']}", f"hint: {warning['hint']}"]
     head = [*(Text(plain(fact)) for fact in facts), Text()]
     return Group(*head, table, Text(), plan_page(found["plan"]))
 

@@ -155,6 +155,16 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
     if any(True for _ in prepared.flat.module.buffers()):
         say(f"buffers: {prepared.flat.policy}")
+    _show_findings(prepared)
+
+
+def _show_findings(prepared: Prepared) -> None:
+    """Print what is probably wrong with the task, above the numbers."""
+    from fedcore.report.phrases import plain
+
+    for text, remedy in prepared.findings:
+        say(f"warning: {plain(text)}")
+        say(f"hint: {plain(remedy)}")
 
 
 def _show_result(result: Result, folder: Path, as_json: bool) -> None:
@@ -235,8 +245,9 @@ def compare(
         say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
 
     found = api.compare(
-        job=_layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell, say=_quiet
-    )
+        job=_layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell,
+        on_ready=lambda prepared, _: _show_findings(prepared), say=_quiet,
+    )  # fmt: skip
     _show_result(found.result, found.directory, as_json)
 
 

@@ -15,8 +15,9 @@ from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
+from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.model import FlatModel
+from fedcore.learning.model import FlatModel, first_difference
 from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
@@ -62,7 +63,8 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
 
 @dataclass
 class Prepared:
-    """Everything of a run before its first training. loaded: the sites' rows as they are; sites: as inputs."""
+    """Everything of a run before its first training. loaded: the sites' rows as they are; sites: as inputs.
+    findings: what is probably wrong with the task, as (warning, hint)."""
 
     job: Job
     task: Task
@@ -72,6 +74,7 @@ class Prepared:
     federation: Federation
     transport: MetricTransport
     loaded: Sequence[LoadedSite]
+    findings: Sequence[tuple[str, str]]
 
     @property
     def statistics(self) -> Statistics | None:
@@ -156,6 +159,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     largest = max(len(site.train) + len(site.test) for site in sites)
     max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
     flat = _build(task, job, sites)
+    findings = lines(each for one in loaded for each in one.findings(task, flat, job.run.seed))
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
     trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
@@ -170,7 +174,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         say("federated statistics")
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
-    return Prepared(job, task, plan, inputs, flat, federation, transport, loaded)
+    return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings)
 
 
 def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
@@ -187,6 +191,13 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
                 f"site {site.id}: found a model of {other.coordinates} coordinates, expected "
                 f"{flat.coordinates} as at site {sites[0].id}",
                 remedy="every site must have the same columns and build the same model",
+            )
+        if name := first_difference(flat.module, other.module):
+            raise BadInput(
+                f"task.model: found other initial values of {name} in a second call, expected the same ones under "
+                "the same seed",
+                remedy="draw them from torch's or NumPy's global generators, which the run seeds, and set every "
+                "value: torch.empty sets none",
             )
     return flat
 

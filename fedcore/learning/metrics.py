@@ -121,17 +121,46 @@ def _one_per_row(targets: Values, rows: int) -> Values:
 def _labels(outputs: Floats, targets: Values) -> Integers:
     """(n,) int64 class indices below `classes_of(outputs)`, from integer or 0.0/1.0 targets."""
     _require_finite(outputs)
-    flat = _one_per_row(targets, len(outputs))
+    return class_labels(_one_per_row(targets, len(outputs)), classes_of(outputs))
+
+
+def class_labels(targets: Values, classes: int, where: str = "") -> Integers:
+    """(n,) int64 class indices below `classes`, from (n,) or (n, 1) integers or whole floats. where: begins the
+    messages, such as `site a: `. Raises BadInput, which names one-hot rows, several labels a row, -1 and 1, and
+    classes counted from 1."""
+    if targets.shape not in ((len(targets),), (len(targets), 1)):
+        raise _not_one_label(targets, where)
+    flat = targets.reshape(-1)
     with np.errstate(invalid="ignore"):  # NaN becomes an arbitrary integer, refused just below
         labels = flat.astype(np.int64)
-    wrong = np.flatnonzero((labels != flat) | (labels < 0) | (labels >= classes_of(outputs)))
-    if len(wrong):
-        raise BadInput(
-            f"targets: found {flat[wrong[0]].item()!r} in {len(wrong)} of {len(flat)} rows, "
-            f"expected class indices 0..{classes_of(outputs) - 1}",
-            remedy="the model's last layer has one output per class (or one for two classes)",
-        )
-    return labels
+    wrong = np.flatnonzero((labels != flat) | (labels < 0) | (labels >= classes))
+    if not len(wrong):
+        return labels
+    remedy = "the model's last layer has one output per class (or one for two classes)"
+    if np.isin(flat, (-1, 1)).all():
+        remedy = "(y + 1) // 2 in task.data; a loss on margins takes 2 * targets - 1"
+    elif (labels == flat).all() and labels.min() == 1 and labels.max() == classes:
+        remedy = "y - 1 in task.data: classes count from 0"
+    raise BadInput(
+        f"{where}targets: found {flat[wrong[0]].item()!r} in {len(wrong)} of {len(flat)} rows, "
+        f"expected class indices 0..{classes - 1}",
+        remedy=remedy,
+    )
+
+
+def _not_one_label(targets: Values, where: str) -> BadInput:
+    what = "rows"
+    remedy = (
+        "give the task its own evaluate(model, rows) -> {metric: (total, count)} for other shapes"
+    )
+    if targets.ndim == 2 and targets.size and np.isin(targets, (0, 1)).all():
+        what = "rows of several labels"
+        if (targets.sum(axis=1) == 1).all():
+            what, remedy = "one-hot rows", "y.argmax(1) in task.data gives class indices"
+    return BadInput(
+        f"{where}targets: found {what} of shape {targets.shape}, expected one class index per row",
+        remedy=remedy,
+    )
 
 
 def _errors(outputs: Floats, targets: Values) -> Floats:

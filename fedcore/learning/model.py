@@ -212,6 +212,18 @@ def build_model(
     return module
 
 
+def first_difference(one: nn.Module, other: nn.Module) -> str | None:
+    """The name of the first parameter or buffer, frozen ones too, that two modules of one kind differ in; None where
+    they are equal, NaN being equal to NaN."""
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        if not isinstance(value, Tensor) or torch.equal(value, theirs[name]):
+            continue
+        if not torch.allclose(value, theirs[name], rtol=0, atol=0, equal_nan=True):
+            return name
+    return None
+
+
 def model_summary(flat: FlatModel) -> str:
     """`Linear 20 -> 1`, or the class and size of anything larger."""
     children = [m for m in flat.module.modules() if not list(m.children())]

@@ -30,6 +30,7 @@ from fedcore.learning.data.rows import (
 )
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
+from fedcore.learning.metrics import METRICS
 from fedcore.learning.task import Task, load_task, user_code
 from fedcore.types import Json
 
@@ -39,8 +40,6 @@ Module = nn.Module
 
 Tensor = torch.Tensor
 """The type of a model's inputs, for them."""
-
-_CLASSIFICATION = {"accuracy", "auc", "balanced_accuracy"}
 
 
 def model_bytes(
@@ -90,7 +89,8 @@ class SavedModel:
     @property
     def classifies(self) -> bool:
         """Whether outputs are logits of classes, so that `predict` gives probabilities."""
-        return bool(_CLASSIFICATION & set(self.about["metrics"]))
+        named = (METRICS.get(name) for name in self.about["metrics"])
+        return any(metric is not None and not metric.of_values for metric in named)
 
     def predict(self, rows: Any) -> NDArray[np.float64]:
         """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`. Raises BadInput

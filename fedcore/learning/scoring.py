@@ -97,9 +97,11 @@ def probe(
     stacked = np.concatenate(outputs)
     flat_targets = np.concatenate(targets)
     if stacked.ndim > 2 or flat_targets.shape[1] != 1:
+        name, shape = "outputs", stacked.shape
+        if flat_targets.shape[1] != 1:
+            name, shape = "targets", flat_targets.shape
         raise BadInput(
-            f"{place(site, round_)}: found outputs of shape {stacked.shape}, expected one row per "
-            "example",
+            f"{place(site, round_)}: found {name} of shape {shape}, expected one row per example",
             remedy="give the task its own evaluate(model, rows) -> {metric: (total, count)}",
         )
     count = sum(n for _, n in losses)

@@ -18,10 +18,12 @@ import numpy as np
 
 from fedcore.config import Job
 from fedcore.errors import BadInput
+from fedcore.learning import findings
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
 from fedcore.learning.data.rows import RowLayout, Rows, TableRows, load_rows, rows_digest
 from fedcore.learning.data.split import Split, subsample
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
+from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model
@@ -106,15 +108,21 @@ class LoadedSite:
         values, counts = np.unique(np.concatenate(known), return_counts=True)
         return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
 
+    def findings(self, task: Task, flat: FlatModel, seed: int) -> list[Finding]:
+        """What is probably wrong with the task here. Raises BadInput and TaskFailed for what certainly is."""
+        parts = [part for part in (self.everything, self.test) if part is not None]
+        rows = first_rows(self.rows, findings.ROWS)
+        return findings.findings_of(task, flat, self.rows.id, rows, parts, seed)
+
     @property
     def unknown(self) -> dict[str, int]:
         """Rows per column of a table whose category was not declared (only where > 0)."""
         return self.everything.unknown if isinstance(self.everything, TableRows) else {}
 
 
-def first_rows(site: SiteRows) -> Rows:
-    """Up to two rows, which fix shapes."""
-    rows = site.train.take(np.arange(min(2, len(site.train)), dtype=np.int64))
+def first_rows(site: SiteRows, most: int = 2) -> Rows:
+    """Up to `most` rows; two fix shapes."""
+    rows = site.train.take(np.arange(min(most, len(site.train)), dtype=np.int64))
     if not isinstance(rows, TableRows):
         return rows
     return rows.standardise(Statistics.of_ranges(rows.layout.names, rows.layout.ranges))
@@ -174,10 +182,14 @@ class SiteTrainer:
         """A site by itself. split: its own, independent of the job. Raises BadInput and TaskFailed."""
         loaded = load_site(task, split, name, 0, source, max_examples)
         flat = model_of(task, job, loaded.rows)
+        said = findings.lines(loaded.findings(task, flat, job.run.seed))
+        note = " ".join(
+            filter(None, [loaded.note, *(f"{text} (hint: {hint})." for text, hint in said)])
+        )
         transport = MetricTransport.of(task, sample_of(task, job, flat, loaded.rows), max_examples)
         return cls(
             task, job, loaded.rows, flat, transport, flat.read(),
-            note=loaded.note, rows=rows_digest(*loaded.whole),
+            note=note, rows=rows_digest(*loaded.whole),
         )  # fmt: skip
 
     @property

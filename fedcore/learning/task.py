@@ -84,6 +84,15 @@ class Task:
                     remedy="fedcore.linear(features, classes) is the linear model in torch; "
                     "federated averaging needs parameters and a gradient",
                 )
+            if (
+                part == "model"
+                and hasattr(value, "named_parameters")
+                and not isinstance(value, type)
+            ):
+                raise BadInput(
+                    f"task.model: found a {type(value).__name__} itself, expected a function that makes one",
+                    remedy="write a function that returns a new one at each call: every site and arm starts from it",
+                )
             if not callable(value):
                 raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
 
