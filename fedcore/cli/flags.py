@@ -43,6 +43,12 @@ Out = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
+# Of what is done with a model.
+Model = Annotated[Path, typer.Argument(help="A run's folder, or the file of a released model.")]
+ModelTask = Annotated[
+    str, typer.Option("--task", help="The model's task, where its file does not name one.")
+]
+
 # Of several benchmarks.
 SitesListed = Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")]
 Parameters = Annotated[int, typer.Option(min=1, help="Length of the vector.")]

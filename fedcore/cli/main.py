@@ -293,7 +293,7 @@ def check(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or the file of a released model.")],
+    run: flags.Model,
     rows: Annotated[
         Path, typer.Argument(help="New rows: .csv or .parquet; .npy or .npz for arrays.")
     ],
@@ -301,9 +301,7 @@ def predict(
     keep: Annotated[
         list[str] | None, typer.Option(help="A column to copy to the output, repeatable: --keep id")
     ] = None,
-    task: Annotated[
-        str, typer.Option(help="The model's task, where its file does not name one.")
-    ] = "",
+    task: flags.ModelTask = "",
 ) -> None:
     """Predict new rows: a CSV line for each, with the class and the probabilities, or the value."""
     from fedcore.cli.predict import predict as predicted
@@ -317,6 +315,28 @@ def predict(
         return
     write_atomic(out, text.encode())
     typer.echo(f"wrote {out}: {text.count(chr(10)) - 1} rows")
+
+
+@app.command()
+def export(
+    run: flags.Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write; default: model.pt beside it.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Rows to check it on, as for predict; arrays may need them.")
+    ] = None,
+    task: flags.ModelTask = "",
+) -> None:
+    """Write the model as one TorchScript file that takes raw rows and is read without Fedcore."""
+    from fedcore.experiment.export import export as exported
+    from fedcore.learning.saved import load_model
+    from fedcore.learning.task import load_task
+
+    model = load_model(run, load_task(task) if task else None)
+    if model.warning:
+        say(f"warning: {model.warning}")
+    typer.echo(f"wrote {exported(model, run, out, rows)}")
 
 
 @app.command()

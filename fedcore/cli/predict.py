@@ -23,9 +23,6 @@ from fedcore.learning.data.tabular import Table, read_columns
 from fedcore.learning.saved import SavedModel, load_model
 from fedcore.learning.task import load_task
 
-ARRAYS = (".npy", ".npz", ".parquet", ".pq")
-"""Endings of files of an array task; the rows of a table are .csv or .parquet."""
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -50,7 +47,7 @@ def predict(run: Path, rows: Path, keep: Sequence[str] = (), task: str = "") -> 
     file names. Raises BadInput for rows that the model does not take, and for columns that it does not know.
     """
     model = load_model(run, load_task(task) if task else None)
-    notes = ["the code of the task changed since the model was trained"] if model.changed else []
+    notes = [model.warning] if model.warning else []
     if not rows.is_file():
         raise BadInput(f"predict: found no file {rows}")
     if (table := model.table) is not None:
@@ -61,7 +58,7 @@ def predict(run: Path, rows: Path, keep: Sequence[str] = (), task: str = "") -> 
     else:
         if keep:
             raise BadInput(f"--keep: found {keep[0]!r}, but {rows.name} has no columns with names")
-        kept, found = {}, model.predict(_array_of(rows))
+        kept, found = {}, model.predict(rows)
     if not np.isfinite(found).all():
         bad = int(np.count_nonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1)))
         raise BadInput(f"{rows.name}: found NaN or infinity as the prediction of {bad} rows")
@@ -107,34 +104,6 @@ def _unusual(rows: TableRows) -> Iterator[str]:
 
 def _rows(count: int) -> str:
     return f"{count} row{' has' if count == 1 else 's have'}"
-
-
-def _array_of(path: Path) -> NDArray[Any]:
-    """The array in a file. Raises BadInput for another file."""
-    ending = path.suffix.lower()
-    if ending not in ARRAYS:
-        raise BadInput(
-            f"predict: found {path.name}, expected a path ending in .npy, .npz or .parquet: the model takes arrays",
-            remedy="np.save('rows.npy', rows) writes one",
-        )
-    if ending in (".parquet", ".pq"):
-        return np.stack([np.asarray(values) for values in read_columns(path).values()], axis=1)
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        names = list(found.files)
-        chosen = [name for name in names if len(names) == 1 or name.lower() == "x"]
-        if len(chosen) == 1:
-            return np.asarray(found[chosen[0]])
-    except (OSError, ValueError, EOFError) as error:
-        raise BadInput(
-            f"{path.name}: found no readable array ({type(error).__name__})",
-            remedy="np.save('rows.npy', rows) writes one; objects are not read",
-        ) from error
-    raise BadInput(
-        f"{path.name}: found the arrays {', '.join(names)}, expected one, or one called x"
-    )
 
 
 def _titled(model: SavedModel, found: NDArray[np.float64]) -> Iterator[tuple[str, list[object]]]:

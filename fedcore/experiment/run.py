@@ -254,7 +254,8 @@ class Run(_Finished[RunResult]):
 
     def predict(self, rows: object) -> NDArray[np.float64]:
         """Raw rows to a NumPy array. rows: for a table task a DataFrame, a dict of columns or the path of a .csv
-        or .parquet file, of which the declared columns are read (no target is needed); an array otherwise.
+        or .parquet file, of which the declared columns are read (no target is needed); otherwise an array, or
+        the path of a .npy, .npz or .parquet file.
 
         Probabilities for classification metrics, (n,) of class 1 for one logit and (n, C) for several; the
         model's own outputs otherwise. Raises BadInput for rows that training would have refused.
@@ -268,13 +269,22 @@ class Run(_Finished[RunResult]):
         table = self._saved().table
         return (table.classes or ()) if table else ()
 
+    def export(self, out: str | Path | None = None, rows: object = None) -> Path:
+        """Write the model as one TorchScript file that takes raw rows (`fedcore export`); returns its path.
+
+        out: by default model.pt in the run's directory. rows: some to check the file on, as `predict` takes
+        them. Raises BadInput where they are needed, Refused for a model that TorchScript does not take.
+        """
+        from fedcore.experiment.export import export
+
+        return export(self._saved(), self.directory, Path(out) if out else None, rows)
+
     def _saved(self) -> SavedModel:
         from fedcore.learning.saved import load_model
 
         if self._model is None:
             self._model = load_model(self.directory, self._task)
-            if self._model.changed:
-                text = f"the code of the task changed since the run {self.directory} was made"
+            if text := self._model.warning:
                 warnings.warn(text, stacklevel=3)
         return self._model
 

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput, printable
 from fedcore.files import RESULT_FILE, read_json
+from fedcore.learning.data.array_files import read_array
 from fedcore.learning.data.rows import (
     RowLayout,
     TableRows,
@@ -68,12 +69,18 @@ def model_bytes(
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model in evaluation mode and how raw rows become its inputs. changed: whether the code of the task, which
-    its architecture comes from, is another than the one that it was trained with."""
+    """A model in evaluation mode and how raw rows become its inputs. task: which its architecture comes from."""
 
     module: nn.Module
     about: Json
-    changed: bool = False
+    task: Task
+
+    @property
+    def warning(self) -> str:
+        """What to say where the code of the task is another than the one that the model was trained with."""
+        known = self.about.get("task_digest")  # absent in a file of an earlier version
+        same = known is None or known == self.task.digest()
+        return "" if same else "the code of the task changed since the model was trained"
 
     @property
     def table(self) -> Table | None:
@@ -95,7 +102,10 @@ class SavedModel:
     def predict(self, rows: Any) -> NDArray[np.float64]:
         """Raw rows to probabilities (classification) or outputs; see `fedcore.Run.predict`. Raises BadInput
         for rows that training would have refused too."""
-        x = self.inputs(rows)
+        return self.scores(self.inputs(rows))
+
+    def scores(self, x: torch.Tensor) -> NDArray[np.float64]:
+        """What `predict` returns, from the model's inputs. Raises BadInput where the model does not take them."""
         try:
             with torch.no_grad():
                 outputs = self.module(x).to(torch.float64).numpy()
@@ -131,12 +141,16 @@ class SavedModel:
         else:
             numbers = self.about["numbers"]
             layout = array_layout([number(low, high, may_be_missing=m) for low, high, m in numbers])
-            features = array_features(_array(rows), len(numbers), "predict")
+            features = self.raw_array(rows)
             none_fixed = np.zeros((len(features), 0), np.float32)
             x = torch.from_numpy(layout.inputs(features, none_fixed, statistics))
         own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
         # A model in double or half precision got its batches cast by the task's own `predict`.
         return x.to(own) if x.is_floating_point() else x
+
+    def raw_array(self, rows: Any) -> NDArray[np.float64]:
+        """Raw rows of an array task that declares its columns: (rows, columns), NaN = missing. Raises BadInput."""
+        return array_features(_array(rows), len(self.about["numbers"]), "predict")
 
     @property
     def _embeds(self) -> bool:
@@ -145,9 +159,11 @@ class SavedModel:
 
 
 def _array(rows: Any, *, keeps_integers: bool = False) -> Any:
-    """Tensors as they are; lists, frames and whatever else NumPy can read as an array."""
+    """Tensors as they are; files of arrays, lists, frames and whatever else NumPy can read as an array."""
     if isinstance(rows, torch.Tensor):
         return rows
+    if isinstance(rows, str | Path):
+        rows = read_array(Path(rows).expanduser())
     try:
         found = np.asarray(rows)
     except ValueError as error:
@@ -191,8 +207,7 @@ def load_model(path: Path, task: Task | None) -> SavedModel:
             f"{file}: the task {task.name!r} makes another model than the one in the file ({printable(found, 200)})",
             remedy="it needs the task that the model was trained with",
         ) from error
-    known = about.get("task_digest")  # absent in a file of an earlier version
-    return SavedModel(module.eval(), about, known is not None and known != task.digest())
+    return SavedModel(module.eval(), about, task)
 
 
 def _read_file(path: Path) -> tuple[Json, dict[str, torch.Tensor]]:
