@@ -1,35 +1,30 @@
 """`fedcore.simulate` and `fedcore.compare`: the two functions behind the commands of the same names.
 
 Both take a task (object, name or path), sites, and any setting by its keyword; both work in a script
-without a `__main__` guard, in a notebook and with lambdas, since nothing leaves this process.
+without a `__main__` guard, in a notebook and with lambdas, since nothing leaves this process or the ones that it
+forks.
 """
 
-import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Unpack
 
 from fedcore import report
 from fedcore.config import Job, Settings, read_job_file
-from fedcore.errors import Abandoned, BadInput, GuardTripped, Refused
-from fedcore.experiment.environment import environment
+from fedcore.errors import BadInput
+from fedcore.experiment.comparison import Grid, OnCell, finish, is_unfinished
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
-from fedcore.experiment.outcome import comparison_result, in_folder, split_result
-from fedcore.experiment.prepare import Prepared, job_for, job_json, prepare, stored_job
+from fedcore.experiment.outcome import in_folder
+from fedcore.experiment.prepare import Prepared, job_for, prepare, stored_job
 from fedcore.experiment.run import Comparison, Run, all_abandoned, new_directory
-from fedcore.files import RESULT_FILE, append_row, write_json
+from fedcore.files import RESULT_FILE
 from fedcore.learning.task import Task
-from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, SplitResult
 
 Layers = Sequence[Mapping[str, object]]
 """Settings of a job, later mappings winning; each flat or nested like a job file."""
 
 OnReady = Callable[[Prepared, Path], None]
-OnCell = Callable[[SplitResult, int, int], object]
 Say = Callable[[str], None]
 
 
@@ -89,7 +84,7 @@ def resume(
     if stored.pop("kind") != "run":
         raise BadInput(
             f"--resume: found the comparison {path}, expected a run",
-            remedy="comparisons start again: `fedcore compare` with the same settings",
+            remedy=f"`fedcore compare --resume {path}`",
         )
     if all_abandoned(path):
         raise BadInput(
@@ -136,6 +131,7 @@ def compare(
     job: str | Path | Layers | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    workers: int | None = None,
     on_cell: OnCell | None = None,
     on_ready: OnReady | None = None,
     say: Say = lambda _: None,
@@ -144,74 +140,31 @@ def compare(
     """The arms over seeds x folds: paired differences with the Nadeau-Bengio correction.
 
     seeds: how many (0, 1, ...), or which. `folds=` is the number of folds, each the test part once.
-    on_cell: called with each finished cell, its number and the number of all. on_ready: called with the first
-    split's job and the directory before it is run. The others as in `simulate`.
+    workers: processes, each forked from this one for a split and with one torch thread; without it one per core.
+    Their number changes no bit of the result. out: also the folder of an interrupted comparison with the same
+    settings, which then goes on: its finished splits are kept.
+    on_cell: called with each finished cell, its number and the number of all. on_ready: called with the
+    first split's job and the directory before a split is run. The others as in `simulate`.
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen:
-        raise BadInput("seeds: found none, expected at least 1")
-    name = f"{found.name}-compare"
-    with new_directory(name, Path(out) if out else None, force=force) as directory:
-        first = prepare(found, _cell_job(complete, chosen[0], 0), say)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")
+    if workers is not None and workers < 1:
+        raise BadInput(f"workers: found {workers}, expected 1 or more")
+    grid, path = Grid(found, complete, chosen, say), Path(out) if out else None
+    if path is not None and not force and is_unfinished(path):
+        grid.resume(path)
+        claimed: AbstractContextManager[Path] = nullcontext(path)
+    else:
+        claimed = new_directory(f"{found.name}-compare", path, force=force)
+    with claimed as directory:
+        if not is_unfinished(directory):
+            grid.start(directory)
         if on_ready is not None:
-            on_ready(first, directory)
-        result = _compare_into(directory, found, complete, chosen, on_cell, first)
-        write_json(directory / RESULT_FILE, result.to_json())
+            on_ready(grid.first, directory)
+        finish(directory, grid.run(directory, workers, on_cell))
         comparison = Comparison(directory)
         comparison.report()
     return comparison
-
-
-def _compare_into(
-    directory: Path,
-    task: Task,
-    job: Job,
-    seeds: Sequence[int],
-    on_cell: OnCell | None,
-    first: Prepared,
-) -> ComparisonResult:
-    """Every split of the grid, the first one prepared; writes job.json and plan.json, returns the result."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    # Where every site brings its own test rows, folds would repeat the same run.
-    folds = 1 if first.own_test_rows else job.run.folds
-    write_json(directory / "job.json", job_json(task, job, "compare"))
-    write_json(directory / "plan.json", first.plan_json())
-    grid = list(itertools.product(seeds, range(folds)))
-    cells: list[SplitResult] = []
-    results: list[RunResult] = []
-    for number, (seed, fold) in enumerate(grid, start=1):
-        prepared = first if number == 1 else prepare(task, _cell_job(job, seed, fold))
-        try:
-            _, result = run_experiment(prepared, None, partial(_keep_row, directory, seed, fold))
-        except (Abandoned, GuardTripped) as error:
-            kind = Abandoned if isinstance(error, Abandoned) else Refused
-            what = f"seed {seed}, fold {fold}: {str(error).removeprefix('run: ')}"
-            raise kind(what, remedy=error.remedy) from error
-        results.append(result)
-        cells.append(split_result(result, seed, fold))
-        if on_cell is not None:
-            on_cell(cells[-1], number, len(grid))
-    found = comparison_result(results, cells, len(seeds), folds, own_test_rows=first.own_test_rows)
-    found = replace(
-        found,
-        cost=replace(found.cost, seconds_total=time.perf_counter() - clock),
-        origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
-    )
-    return in_folder(found, directory)
-
-
-def _cell_job(job: Job, seed: int, fold: int) -> Job:
-    """The job of one split; its gaps need no interval of their own."""
-    return replace(
-        job,
-        run=job.run.model_copy(update={"seed": seed, "fold": fold}),
-        track=job.track.model_copy(update={"resamples": 0}),
-    )
-
-
-def _keep_row(directory: Path, seed: int, fold: int, row: RoundRow) -> None:
-    """rounds.jsonl of a comparison: which split, which arm, which round, and how it scored."""
-    kept = {key: value for key, value in row.items() if not key.startswith(("seconds", "peak"))}
-    append_row(directory, RoundRow({"seed": seed, "fold": fold, **kept}))

@@ -47,6 +47,19 @@ class FedcoreError(Exception):
         if remedy:
             self.add_note(f"hint: {remedy}")  # for notebooks; the command line prints it itself
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the message and the fields: the classes below take other arguments than a message."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(
+    kind: type[FedcoreError], arguments: tuple[object, ...], fields: dict[str, object]
+) -> FedcoreError:
+    found = kind.__new__(kind, *arguments)
+    found.args = arguments
+    found.__dict__.update(fields)
+    return found
+
 
 class TaskFailed(FedcoreError):
     """The user's task raised; `user_traceback` starts at the user's own frame."""

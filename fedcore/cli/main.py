@@ -23,7 +23,7 @@ from fedcore.cli import flags
 from fedcore.cli.console import application, emit, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
-from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, GuardTripped
+from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
 
@@ -112,10 +112,7 @@ def simulate(
     """Train one model over several sites on this machine, and the arms that it is compared with."""
     _starting("simulate", job or resume, settings)
     if resume is not None and (settings or job or out):
-        raise BadInput(
-            "--resume: found other settings beside it, expected none",
-            remedy="an interrupted run goes on with the settings it was started with",
-        )
+        raise _settings_beside_resume("run")
     say("loading torch")
     from fedcore import api
 
@@ -137,9 +134,8 @@ def simulate(
                     say=_quiet,
                 )  # fmt: skip
     except (KeyboardInterrupt, FedcoreError) as error:
-        if directory:
-            for line in _what_is_left(directory[0], error):
-                say(line)
+        for line in _what_is_left(directory[0], error) if directory else []:
+            say(line)
         raise
     _show_result(run.result, run.directory, as_json)
 
@@ -174,19 +170,30 @@ def _show_result(result: Result, folder: Path, as_json: bool) -> None:
     _show(result.to_json(), lambda _: summary(result, folder / "report.html"), as_json)
 
 
-def _what_is_left(path: Path, error: BaseException) -> list[str]:
-    """Hints after an interrupt or a failure: how to continue, if something was kept in the run's directory."""
+def _what_is_left(path: Path, error: BaseException, command: str = "simulate") -> list[str]:
+    """Hints after an interrupt or a failure: how to continue, if something was kept in the directory."""
     quoted = shlex.quote(str(path))
-    if isinstance(error, Abandoned | GuardTripped):
+    if isinstance(error, Abandoned | Refused):
         rows = path / ROUNDS_FILE
         return [f"what became of each round: {rows}"] if rows.is_file() else []
     if (path / RESULT_FILE).is_file():
-        return [f"the run is finished; its report: fedcore simulate --resume {quoted}"]
+        again = (
+            f"fedcore simulate --resume {quoted}"
+            if command == "simulate"
+            else f"fedcore report {quoted}"
+        )
+        return [f"it is finished; its report: {again}"]
     if isinstance(error, KeyboardInterrupt) and (path / "job.json").is_file():
-        return [f"resume: fedcore simulate --resume {quoted}"]
+        return [f"resume: fedcore {command} --resume {quoted}"]
     if (path / "checkpoint.pt").is_file():
         return [f"the whole rounds are kept: fedcore simulate --resume {quoted}"]
+    if finished := _finished_splits(path):
+        return [f"the finished splits are kept ({finished}): fedcore compare --resume {quoted}"]
     return []
+
+
+def _finished_splits(path: Path) -> int:
+    return len(list(path.glob("splits/seed-*.json")))
 
 
 def _quiet(text: str) -> None:
@@ -222,19 +229,42 @@ def up(
     say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 
 
-@job_command(app, "task protection cipher rounds seeds threshold drop dropout")
+@job_command(app, "task protection cipher rounds seeds workers threshold drop dropout")
 def compare(
     settings: Settings,
     job: JobFile = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Seeds 0 to SEEDS - 1; default: 5.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Splits at once, a process each; default: one per core."
+        ),
+    ] = None,
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
+    resume: Annotated[Path | None, typer.Option(help="Resume an interrupted comparison.")] = None,
 ) -> None:
     """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
-    _starting("compare", job, settings)
+    _starting("compare", job or resume, settings)
+    if resume is not None:
+        if settings or job or out or force or seeds:
+            raise _settings_beside_resume("comparison")
+        layers, chosen = _comparison_left(resume)
+    else:
+        layers, chosen = _layers(job, settings), list(range(seeds or 5))
     say("loading torch")
     from fedcore import api
+
+    directory: list[Path] = []
+
+    def ready(prepared: Prepared, path: Path) -> None:
+        directory.append(path)
+        _show_findings(prepared)
+        if finished := _finished_splits(path):
+            say(f"{finished} finished splits are kept in {path}")
 
     def on_cell(split: SplitResult, number: int, total: int) -> None:
         scores = ", ".join(
@@ -244,11 +274,40 @@ def compare(
         )
         say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
 
-    found = api.compare(
-        job=_layers(job, settings), seeds=seeds, out=out, force=force, on_cell=on_cell,
-        on_ready=lambda prepared, _: _show_findings(prepared), say=_quiet,
-    )  # fmt: skip
+    try:
+        found = api.compare(
+            job=layers, seeds=chosen, workers=workers, out=resume or out, force=force, on_cell=on_cell,
+            on_ready=ready, say=_quiet,
+        )  # fmt: skip
+    except (KeyboardInterrupt, FedcoreError) as error:
+        for line in _what_is_left(directory[0], error, "compare") if directory else []:
+            say(line)
+        raise
     _show_result(found.result, found.directory, as_json)
+
+
+def _settings_beside_resume(what: str) -> BadInput:
+    return BadInput(
+        "--resume: found other settings beside it, expected none",
+        remedy=f"an interrupted {what} goes on with the settings it was started with",
+    )
+
+
+def _comparison_left(path: Path) -> tuple[list[Settings], list[int]]:
+    """(the job, the seeds) of an interrupted comparison. Raises BadInput for any other folder."""
+    from fedcore.experiment.comparison import is_unfinished
+    from fedcore.experiment.prepare import stored_job
+
+    if not is_unfinished(path):
+        found = read_json(path / "job.json").get("kind")
+        ended = "a run" if found == "run" else "a finished comparison"
+        raise BadInput(
+            f"--resume: found {ended} in {path}, expected an interrupted comparison",
+            remedy=f"`fedcore {'simulate --resume' if found == 'run' else 'report'} {path}`",
+        )
+    stored = stored_job(path, None)
+    stored.pop("kind")
+    return [stored], stored.pop("seeds")
 
 
 @job_command(app, "task protection cipher rounds")

@@ -44,7 +44,8 @@ def reproduce(
     """
     old = read_result(directory)
     job = stored_job(directory, task)
-    job.pop("kind")
+    for about in ("kind", "seeds"):
+        job.pop(about, None)
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
         out = Path(folder) / "run"
         if isinstance(old, ComparisonResult):

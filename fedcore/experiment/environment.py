@@ -24,10 +24,15 @@ def environment() -> Json:
         **versions,
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "cores": usable_cores(),
         "threads": 1,
         "commit": _commit(),
     }
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def peak_memory_mb() -> float:

@@ -40,6 +40,28 @@ CHECKPOINT_FORM = 2
 """Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
 
 
+def inputs_of(prepared: Prepared) -> Json:
+    """What a resumed run or comparison must find unchanged, by the name a person knows it under."""
+    sizes = {s.id: [len(s.train), len(s.test)] for s in prepared.sites}
+    statistics = prepared.statistics.to_json() if prepared.statistics else None
+    return {
+        "task": prepared.plan.task_digest,
+        "columns of the tables": prepared.plan.inputs,
+        "rows of the sites": json.dumps([sizes, statistics]),
+        "plan": prepared.plan.digest,
+    }
+
+
+def refuse_changed(saved: Json, now: Json) -> None:
+    """Raise BadInput where what a run began with is no longer what it was."""
+    for name, value in now.items():
+        if saved[name] != value:
+            raise BadInput(
+                f"--resume: the {name} changed since the run was interrupted",
+                remedy="start a new run, or restore what it was",
+            )
+
+
 class Experiment:
     """The arms of one run, advanced round by round."""
 
@@ -108,19 +130,7 @@ class Experiment:
             "round": self.round,
             "arms": {name: arm.save() for name, arm in self.arms.items()},
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
-            "inputs": self._inputs(),
-        }
-
-    def _inputs(self) -> Json:
-        """What a resumed run must find unchanged, by the name a person knows it under."""
-        prepared = self.prepared
-        sizes = {s.id: [len(s.train), len(s.test)] for s in prepared.sites}
-        statistics = prepared.statistics.to_json() if prepared.statistics else None
-        return {
-            "task": prepared.plan.task_digest,
-            "columns of the tables": prepared.plan.inputs,
-            "rows of the sites": json.dumps([sizes, statistics]),
-            "plan": prepared.plan.digest,
+            "inputs": inputs_of(self.prepared),
         }
 
     def restore(self, saved: Any) -> None:
@@ -131,12 +141,7 @@ class Experiment:
                 f"--resume: found a checkpoint of form {saved.get('form', 1)}, expected {CHECKPOINT_FORM}",
                 remedy="start a new run, or resume with the version of Fedcore that began it",
             )
-        for name, value in self._inputs().items():
-            if saved["inputs"][name] != value:
-                raise BadInput(
-                    f"--resume: the {name} changed since the run was interrupted",
-                    remedy="start a new run, or restore what it was",
-                )
+        refuse_changed(saved["inputs"], inputs_of(self.prepared))
         self.round = saved["round"]
         for name, arm in self.arms.items():
             arm.restore(saved["arms"][name])

@@ -211,7 +211,8 @@ def job_json(task: Task, job: Job, kind: str = "run") -> Json:
 
 
 def stored_job(directory: Path, task: Task | None) -> Json:
-    """The job of a run directory as a layer of settings, with its `kind` beside them.
+    """The job of a run directory as a layer of settings, with its `kind`, and the `seeds` of a comparison, beside
+    them.
 
     Raises BadInput where the run was made from objects in memory, which no file can bring back.
     """

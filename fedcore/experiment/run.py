@@ -6,7 +6,7 @@ for by `force`; nothing that exists is lost otherwise.
     plan.json      what both roles agree on, with its label       rounds.jsonl   one line per (arm, round)
     job.json       what was asked for, to run it again            result.json    arms, gaps, cost, label
     model.safetensors  the federated model, the statistics and the column order
-    report.html, report.md                                        checkpoint.pt  only while unfinished
+    report.html, report.md                                        checkpoint.pt, splits/  only while unfinished
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RUNS = Path("runs")
 def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]:
     """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it, claimed for one run.
 
-    If the block raises before a whole round was saved, the directory goes away again, and a former
+    If the block raises before a whole round or split was saved, the directory goes away again, and a former
     run that `force` replaces comes back. After an interrupt a new directory stays, to be resumed, and
     one whose every round was abandoned, or that a site left, stays with its rounds.
     Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`,
@@ -58,7 +58,8 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
     try:
         yield path
     except BaseException as error:
-        saved = any((path / file).is_file() for file in ("checkpoint.pt", "result.json"))
+        whole = ("checkpoint.pt", "result.json", "splits/seed-*.json")
+        saved = any(file for pattern in whole for file in path.glob(pattern))
         telling = isinstance(error, KeyboardInterrupt | Abandoned | GuardTripped) and former is None
         if not (saved or telling):
             shutil.rmtree(path, ignore_errors=True)

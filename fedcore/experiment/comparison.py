@@ -1,0 +1,212 @@
+"""The splits of a comparison, seeds x folds: each runs on its own, and its result is kept when it ends.
+
+Invariant: a split is on disk whole or not at all, and every number of the comparison comes from there; so neither
+an interruption nor the number of processes changes a bit of it.
+
+    splits/inputs.json          what the comparison began with; a resumed one must find the same
+    splits/seed-0-fold-3.json   a finished split: its result, and its rows of rounds.jsonl
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedcore.config import Job
+from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped, Refused
+from fedcore.experiment.environment import environment, usable_cores
+from fedcore.experiment.forked import fork_refusal, run_forked
+from fedcore.experiment.loop import inputs_of, refuse_changed, run_experiment
+from fedcore.experiment.outcome import comparison_result, in_folder, split_result
+from fedcore.experiment.prepare import Prepared, job_json, prepare
+from fedcore.files import RESULT_FILE, ROUNDS_FILE, append_row, read_json, write_atomic, write_json
+from fedcore.learning.model import accelerator_in_use, single_thread
+from fedcore.learning.task import Task
+from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, SplitResult
+from fedcore.types import Json
+
+OnCell = Callable[[SplitResult, int, int], object]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One run of a comparison. number: its place in the grid, from 1."""
+
+    number: int
+    seed: int
+    fold: int
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, fold {self.fold}"
+
+
+class Grid:
+    """The splits of one comparison and the folder they are kept in."""
+
+    def __init__(
+        self, task: Task, job: Job, seeds: Sequence[int], say: Callable[[str], None]
+    ) -> None:
+        self._task, self._job, self._seeds = task, job, seeds
+        self._started, self._clock = datetime.now(UTC), time.perf_counter()
+        with single_thread():
+            self.first = prepare(task, self._job_of(seeds[0], 0), say)
+        # Where every site brings its own test rows, folds would repeat the same run.
+        self.folds = 1 if self.first.own_test_rows else job.run.folds
+        pairs = enumerate(itertools.product(seeds, range(self.folds)), start=1)
+        self.splits = [Split(number, seed, fold) for number, (seed, fold) in pairs]
+
+    def _job_of(self, seed: int, fold: int) -> Job:
+        """The job of one split; its gaps need no interval of their own."""
+        return replace(
+            self._job,
+            run=self._job.run.model_copy(update={"seed": seed, "fold": fold}),
+            track=self._job.track.model_copy(update={"resamples": 0}),
+        )
+
+    @property
+    def asked(self) -> Json:
+        """job.json."""
+        return job_json(self._task, self._job, "compare") | {"seeds": list(self._seeds)}
+
+    def start(self, directory: Path) -> None:
+        """Write what a comparison begins with into its new folder."""
+        (directory / SPLITS).mkdir()
+        write_json(directory / SPLITS / "inputs.json", inputs_of(self.first))
+        write_json(directory / "plan.json", self.first.plan_json())
+        write_json(directory / "job.json", self.asked)
+
+    def resume(self, directory: Path) -> None:
+        """Raise AlreadyExists, which names a setting, where the folder's comparison has others than this one,
+        and BadInput where the task or its rows are not what they were."""
+        then, now = _settings(read_json(directory / "job.json")), _settings(self.asked)
+        for key in then | now:
+            if then.get(key) != now.get(key):
+                raise AlreadyExists(
+                    f"--out: found {directory}, an unfinished comparison with {key} = {_shown(then.get(key))}, "
+                    f"expected {_shown(now.get(key))} as given",
+                    remedy="the same settings, which resume it, another --out, or --force",
+                )
+        refuse_changed(read_json(directory / SPLITS / "inputs.json"), inputs_of(self.first))
+
+    def left(self, directory: Path) -> list[Split]:
+        """The splits that are not on disk."""
+        return [split for split in self.splits if not _file(directory, split).is_file()]
+
+    def processes(self, workers: int | None, splits: int) -> int:
+        """In how many processes so many splits run. Raises BadInput for more than this machine can fork."""
+        refusal = fork_refusal(accelerator=accelerator_in_use())
+        if refusal and (workers or 1) > 1:
+            raise BadInput(f"--workers: found {workers}, expected 1: {refusal}")
+        wanted = workers or (1 if refusal else usable_cores())
+        return max(1, min(wanted, splits))
+
+    def run(self, directory: Path, workers: int | None, on_cell: OnCell | None) -> ComparisonResult:
+        """Run the splits that are left, and put all of them together. Raises what a run raises."""
+
+        def done(split: Split) -> None:
+            if on_cell is not None:
+                result, _ = _kept(directory, split)
+                cell = split_result(result, split.seed, split.fold)
+                on_cell(cell, split.number, len(self.splits))
+
+        left = self.left(directory)
+        processes = self.processes(workers, len(left))
+        if processes == 1:
+            for split in left:
+                self._run_split(directory, split, self.first if split == self.splits[0] else None)
+                done(split)
+        else:
+            run_forked(
+                left,
+                lambda split, _: self._run_split(directory, split),
+                processes,
+                on_message=lambda _split, _message: None,
+                on_done=done,
+            )
+        return self._together(directory)
+
+    def _run_split(self, directory: Path, split: Split, prepared: Prepared | None = None) -> None:
+        rows: list[Json] = []
+
+        def keep(row: RoundRow) -> None:
+            measured = ("seconds", "peak")
+            kept = {key: value for key, value in row.items() if not key.startswith(measured)}
+            rows.append({"seed": split.seed, "fold": split.fold, **kept})
+
+        try:
+            with single_thread():
+                prepared = prepared or prepare(self._task, self._job_of(split.seed, split.fold))
+                _, result = run_experiment(prepared, None, keep)
+        except (Abandoned, GuardTripped) as error:
+            for row in rows:
+                append_row(directory, row)
+            kind = Abandoned if isinstance(error, Abandoned) else Refused
+            what = f"{split}: {str(error).removeprefix('run: ')}"
+            raise kind(what, remedy=error.remedy) from error
+        write_json(_file(directory, split), {"result": result.to_json(), "rows": rows})
+
+    def _together(self, directory: Path) -> ComparisonResult:
+        """Of all splits, which are on disk: rounds.jsonl, in the order of the grid, and the result."""
+        kept = [_kept(directory, split) for split in self.splits]
+        lines = (json.dumps(row, allow_nan=False) + "\n" for _, rows in kept for row in rows)
+        write_atomic(directory / ROUNDS_FILE, (line.encode() for line in lines))
+        results = [result for result, _ in kept]
+        cells = [
+            split_result(result, split.seed, split.fold)
+            for split, result in zip(self.splits, results, strict=True)
+        ]
+        found = comparison_result(
+            results, cells, len(self._seeds), self.folds, own_test_rows=self.first.own_test_rows
+        )
+        found = replace(
+            found,
+            cost=replace(found.cost, seconds_total=time.perf_counter() - self._clock),
+            origin=Origin(environment(), self._started.strftime("%Y-%m-%dT%H:%M:%SZ")),
+        )
+        return in_folder(found, directory)
+
+
+SPLITS = "splits"
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a folder holds a comparison that was interrupted."""
+    return (directory / SPLITS).is_dir() and not (directory / RESULT_FILE).is_file()
+
+
+def finish(directory: Path, result: ComparisonResult) -> None:
+    """Write the result; the splits go, whose numbers are in it."""
+    write_json(directory / RESULT_FILE, result.to_json())
+    shutil.rmtree(directory / SPLITS)
+
+
+def _file(directory: Path, split: Split) -> Path:
+    return directory / SPLITS / f"seed-{split.seed}-fold-{split.fold}.json"
+
+
+def _kept(directory: Path, split: Split) -> tuple[RunResult, list[Json]]:
+    found = read_json(_file(directory, split))
+    return RunResult.from_json(found["result"]), found["rows"]
+
+
+def _settings(asked: Json) -> dict[str, object]:
+    """job.json as flat settings. The folder it was written from is none of them."""
+
+    def flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(f"{prefix}.{key}".lstrip("."), inner)
+        else:
+            yield prefix, value
+
+    return {key: value for key, value in flat("", asked) if key not in {"base", "kind"}}
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,175 @@
+"""Several jobs at once, each in a process that is forked from this one.
+
+A fork takes some 7 ms, where a new interpreter takes 3 s of CPU to import torch, and it brings along tasks that
+cannot be pickled: lambdas, and what was made in a notebook. Every job starts from this process as it is now, so
+what one job leaves behind in its process reaches no other.
+
+Invariant: when `run_forked` returns or raises, no process that it started is alive; one whose parent was killed
+ends at its next message.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Generic, TypeVar
+
+from fedcore.errors import EXIT_INTERRUPTED, BadInput
+
+J = TypeVar("J")
+M = TypeVar("M")
+
+TICK_SECONDS = 1.0
+"""The longest pause between two calls of `on_tick`."""
+
+END_SECONDS = 5.0
+"""How long a process may take to end after its job: a task may have left threads behind."""
+
+
+def fork_refusal(*, accelerator: bool) -> str:
+    """Why jobs cannot run in forked processes here, empty where they can. accelerator: it is in use already."""
+    if sys.platform != "linux":  # macOS has fork, but its frameworks crash in the child
+        return f"processes cannot be forked safely on {sys.platform}"
+    return "a GPU in use cannot be shared with forked processes" if accelerator else ""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The last message of a process. error: what its job raised."""
+
+    error: BaseException | None
+
+
+@dataclass(frozen=True)
+class _Running(Generic[J, M]):
+    job: J
+    process: ForkProcess
+    connection: Connection[object, M | _Ended]
+
+
+def run_forked(
+    jobs: Iterable[J],
+    work: Callable[[J, Callable[[M], None]], object],
+    processes: int,
+    *,
+    on_message: Callable[[J, M], object],
+    on_done: Callable[[J], object],
+    on_tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Run `work(job, send)` for every job, up to so many at once.
+
+    on_message: called here with what a job sends; on_done: with each job that has ended; on_tick: at least every
+    second. Raises what a job raises, after the other processes were killed, and BadInput, which names the job,
+    where its process ended without a word.
+    """
+    waiting, running = deque(jobs), list[_Running[J, M]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                others = [each.connection for each in running]
+                running.append(_start(waiting.popleft(), work, others))
+            ready = wait([each.connection for each in running], TICK_SECONDS)
+            for each in [each for each in running if each.connection in ready]:
+                message = _receive(each)
+                if not isinstance(message, _Ended):
+                    on_message(each.job, message)
+                    continue
+                each.process.join(END_SECONDS)
+                _kill([each])
+                running.remove(each)
+                if message.error is not None:
+                    raise message.error
+                on_done(each.job)
+            on_tick()
+    finally:
+        _kill(running)
+
+
+def _kill(running: Sequence[_Running[J, M]]) -> None:
+    for each in running:
+        each.process.kill()
+    for each in running:
+        each.process.join()
+        each.connection.close()
+
+
+def _start(
+    job: J,
+    work: Callable[[J, Callable[[M], None]], object],
+    others: Sequence[Connection[object, M | _Ended]],
+) -> _Running[J, M]:
+    """Fork a process for the job. others: of the processes that run already, whose pipes it must not keep open."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_work, args=(job, work, theirs, [ours, *others], os.getpid()), name=f"fedcore {job}"
+    )
+    # A Ctrl-C between the fork and the child's first line would end the child with a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    return _Running(job, process, ours)
+
+
+def _work(
+    job: J,
+    work: Callable[[J, Callable[[M], None]], object],
+    connection: Connection[M | _Ended, object],
+    others: Sequence[Connection[object, M | _Ended]],
+    parent: int,
+) -> None:
+    """The whole life of a forked process."""
+    # The terminal sends Ctrl-C to every process of the command; the parent then kills this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for other in others:
+        other.close()
+
+    def send(message: M | _Ended) -> None:
+        if os.getppid() != parent:
+            os._exit(EXIT_INTERRUPTED)
+        connection.send(message)
+
+    error: BaseException | None = None
+    try:
+        work(job, send)
+    except BaseException as raised:  # noqa: BLE001 - it is raised again in the parent
+        error = _portable(raised, job)
+    send(_Ended(error))
+
+
+def _portable(error: BaseException, job: object) -> BaseException:
+    """The error itself if it can be pickled, with the traceback that it had in this process as a note."""
+    lines = "".join(traceback.format_exception(error))
+    try:
+        found: BaseException = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:  # noqa: BLE001 - whatever a foreign class does when it is pickled
+        found = RuntimeError(f"{job}: {type(error).__name__}: {error}")
+    if not hasattr(found, "remedy"):
+        found.add_note(f"in the process of {job}:\n{lines}")
+    return found
+
+
+def _receive(each: _Running[J, M]) -> M | _Ended:
+    with suppress(EOFError, ConnectionResetError):
+        return each.connection.recv()
+    each.process.join()
+    code = each.process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    raise BadInput(
+        f"{each.job}: its process {how}",
+        remedy="if memory ran out: fewer --workers" if code == -signal.SIGKILL else "",
+    )
