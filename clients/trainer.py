@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import GuardTripped
+from fedcore.hash_order import FIXED
 from fedcore.learning.data.statistics import Column
 from fedcore.learning.guard import GuardMemory, GuardRecord
 from fedcore.learning.state import JobState
@@ -61,7 +62,7 @@ class Training:
         self, command: Sequence[str] | None = None, overtaken_seconds: float = OVERTAKEN_SECONDS
     ) -> None:
         command = command or python("fedcore_clients.worker")
-        self.child = Child("the training process", command)
+        self.child = Child("the training process", command, FIXED)
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
         self._overtaken_seconds = overtaken_seconds

@@ -1,1 +1,14 @@
-"""The `fedcore` command and what its subcommands need; `console` is shared with the two shells."""
+"""The `fedcore` command."""
+
+import sys
+
+from fedcore.hash_order import TRAINING_COMMANDS, fix_hash_order
+
+
+def program() -> None:
+    """Entry point of the installed program; always ends in SystemExit."""
+    if sys.argv[1:2] and sys.argv[1] in TRAINING_COMMANDS:
+        fix_hash_order()  # before anything is imported
+    from fedcore.cli.main import main
+
+    main()

@@ -457,6 +457,7 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     typer.echo(f"different: {found.difference}")
     for line in found.environment or ("nothing in the environment differs that is recorded",):
         typer.echo(f"  {line}")
+    say(f"hint: {found.causes}")
     raise typer.Exit(EXIT_REFUSED)
 
 

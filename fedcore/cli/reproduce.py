@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.api import compare, simulate
-from fedcore.experiment.environment import environment
+from fedcore.experiment.environment import environment, random_causes
 from fedcore.experiment.loop import STOP
 from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds
+from fedcore.hash_order import hash_seed
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Result, RoundRow, SplitResult
 
@@ -21,13 +22,15 @@ _MEASURED = ("seconds", "peak_memory")
 class Reproduction:
     """same: whether every row and the model have the same bits. difference: the first that differs, as text.
 
-    environment: differences between the two machines or checkouts, as text.
+    environment: differences between the two machines or checkouts, as text. causes: what of a task is not
+    seeded, as text.
     """
 
     same: bool
     model_sha256: tuple[str, str]
     difference: str
     environment: tuple[str, ...]
+    causes: str
 
 
 def reproduce(
@@ -70,7 +73,7 @@ def reproduce(
     hashes = (old.model_sha256, new.model_sha256)
     if not difference and hashes[0] != hashes[1]:
         difference = "every row is the same, but the final model differs"
-    return Reproduction(not difference, hashes, difference, _changes(old, new))
+    return Reproduction(not difference, hashes, difference, _changes(old, new), _causes(old))
 
 
 def _compared(old: ComparisonResult, new: ComparisonResult) -> Reproduction:
@@ -80,7 +83,7 @@ def _compared(old: ComparisonResult, new: ComparisonResult) -> Reproduction:
         if a != b:
             difference = f"seed {a.seed}, fold {a.fold}: the split's arms differ"
             break
-    return Reproduction(not difference, hashes, difference, _changes(old, new))
+    return Reproduction(not difference, hashes, difference, _changes(old, new), _causes(old))
 
 
 def _first_difference(old: Sequence[RoundRow], new: Sequence[RoundRow]) -> str:
@@ -93,9 +96,14 @@ def _first_difference(old: Sequence[RoundRow], new: Sequence[RoundRow]) -> str:
     return ""
 
 
+def _causes(old: Result) -> str:
+    then = old.origin.environment.get("hash_seed", "random")  # it was, before it was recorded
+    return random_causes(str(then), hash_seed())
+
+
 def _changes(old: Result, new: Result) -> tuple[str, ...]:
     then, now = old.origin.environment, environment()
-    found = [f"{k}: then {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v]
+    found = [f"{k}: then {then[k]}, now {v}" for k, v in now.items() if then.get(k, v) != v]
     if old.plan["digest"] != new.plan["digest"]:
         keys = [k for k, v in new.plan.items() if old.plan.get(k) != v and k != "digest"]
         found.append(f"plan: {', '.join(keys)} differ")

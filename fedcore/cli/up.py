@@ -19,11 +19,13 @@ from typing import Any
 from fedcore.api import OnReady, Say
 from fedcore.config import Job, is_json, narrowest_policy
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
+from fedcore.experiment.environment import random_causes
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
+from fedcore.hash_order import hash_seed
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Deployment, Running, ask, running, write
@@ -247,7 +249,7 @@ def require_equal(run: Run) -> None:
         raise TaskFailed(f"deployment: found sites with different models ({hashes}), expected one")
     sites = len(run.result.sites)
     missed = [n for n, left in enumerate(found.survivors, start=1) if len(left) < sites]
-    why = f"sites were missing in round {missed[0]}" if missed else "is the task's training random?"
+    why = f"sites were missing in round {missed[0]}" if missed else random_causes(hash_seed())
     raise TaskFailed(
         f"deployment: found model {found.model_sha256[:12]}, expected "
         f"{found.simulated_sha256[:12]} as in one process; {where}",

@@ -9,7 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fedcore
+from fedcore.hash_order import hash_seed
 from fedcore.types import Json
+
+
+def random_causes(*hash_seeds: str) -> str:
+    """A hint for runs that gave different bits: what of a task is not seeded. hash_seeds: of these runs."""
+    drawn = (
+        "what a task draws from np.random.default_rng() or torch.Generator() without a seed, os.urandom or the "
+        "clock is new in every process, and so is what it keeps in globals"
+    )
+    if "random" not in hash_seeds:
+        return drawn
+    return f"the order of a set of text is new in every process: set PYTHONHASHSEED=0; and {drawn}"
 
 
 def environment() -> Json:
@@ -26,6 +38,7 @@ def environment() -> Json:
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "threads": 1,
+        "hash_seed": hash_seed(),
         "commit": _commit(),
     }
 

@@ -17,7 +17,7 @@ from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.model import FlatModel, first_difference
+from fedcore.learning.model import FlatModel, first_difference, seeded
 from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
@@ -40,7 +40,7 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
         for key in wanted:
             if key not in _GROUPING_KEYS:
                 raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in _GROUPING_KEYS])
-        with task_code("(all)", None, "sites"):
+        with seeded(0, 0, "", "sites"), task_code("(all)", None, "sites"):
             wanted = dict(task.sites(**wanted))
     elif not wanted and task.sites is not None and not callable(task.sites):
         wanted = dict(task.sites)

@@ -10,6 +10,7 @@ keep their initial values, which every site makes from the same seed. Whatever e
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,15 +52,19 @@ def accelerator_in_use() -> bool:
 
 @contextmanager
 def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
-    """Seed Torch's and NumPy's global generators from the four arguments inside; restore them afterwards."""
+    """Seed the global generators of torch, NumPy and Python from the four arguments inside; restore them
+    afterwards."""
     value = derive_seed(seed, round_, site, purpose)
     numpy_state = np.random.get_state()  # noqa: NPY002 - a task may draw from it
+    python_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         _seed(value)
         np.random.seed(value % (1 << 32))  # noqa: NPY002
+        random.seed(value)
         try:
             yield
         finally:
+            random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 

@@ -26,7 +26,7 @@ from fedcore.learning.data.statistics import Column, Statistics, finish_statisti
 from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.model import FlatModel, build_model
+from fedcore.learning.model import FlatModel, build_model, seeded
 from fedcore.learning.saved import Module, model_bytes
 from fedcore.learning.schedules import at_full_rate
 from fedcore.learning.scoring import Scored, probe, score
@@ -67,10 +67,11 @@ def load_site(
 
     Raises BadInput for rows that cannot be used or dealt, TaskFailed where the task raises.
     """
-    everything, test = whole = load_rows(task, source, name)
-    if cap is not None:
-        everything, test = subsample(split, everything, test, name, cap)
-    train, tested = (everything, test) if test is not None else split.divide(everything, name)
+    with seeded(0, 0, name, "data"):  # of no job: every job has the same rows
+        everything, test = whole = load_rows(task, source, name)
+        if cap is not None:
+            everything, test = subsample(split, everything, test, name, cap)
+        train, tested = (everything, test) if test is not None else split.divide(everything, name)
     return LoadedSite(SiteRows(name, index, train, tested), everything, test, whole)
 
 

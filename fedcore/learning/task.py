@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,8 @@ def _module_from_file(path: Path) -> Any:
     # Registered so that the file's own classes can be pickled by data-loading workers.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _seeded_import():
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         if isinstance(error, FedcoreError):
@@ -210,6 +211,13 @@ def _module_from_file(path: Path) -> Any:
     return module
 
 
+def _seeded_import() -> AbstractContextManager[None]:
+    """What a module draws while it is imported is the same in every process."""
+    from fedcore.learning.model import seeded  # torch, which a task imports anyway
+
+    return seeded(0, 0, "", "import")
+
+
 def _is_beside(module: str | None, folder: Path) -> bool:
     top = (module or "").partition(".")[0]
     return bool(top) and ((folder / f"{top}.py").is_file() or (folder / top).is_dir())
@@ -217,7 +225,8 @@ def _is_beside(module: str | None, folder: Path) -> bool:
 
 def _module_from_package(place: str) -> Any:
     try:
-        return importlib.import_module(place)
+        with nullcontext() if place.startswith("fedcore.") else _seeded_import():
+            return importlib.import_module(place)
     except Exception as error:
         what = f"{type(error).__name__} while it was imported"
         if isinstance(error, ModuleNotFoundError):
