@@ -30,13 +30,18 @@ def _from_words(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(","))))
 
 
+def _path_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 class RunSection(Section):
-    """Top level of a job file."""
+    """Top level of a job file. initial: a released model that a simulation begins with, in place of the seed's."""
 
     task: str = "heart"
     seed: int = Field(default=0, ge=0, lt=1 << 62)
     fold: int = Field(default=0, ge=0)
     folds: int = Field(default=5, ge=2)
+    initial: Annotated[str | None, BeforeValidator(_path_text)] = None
 
 
 class TrainSection(Section):
@@ -142,6 +147,7 @@ class Settings(TypedDict, total=False):
     seed: int
     fold: int
     folds: int
+    initial: str | Path | None
     train: Mapping[str, object]
     optimiser: Literal["sgd", "adam", "adamw"]
     lr: float
@@ -207,10 +213,23 @@ class Job:
         return {**self.run.model_dump(mode="json"), **sections, "base": str(self.base)}
 
 
+_OF_ONE_MACHINE = {"task", "base", "initial"}
+
+
+def refuse_initial(initial: object) -> None:
+    """Raise BadInput for a deployment that is to begin with a released model: no path leaves a machine, and the
+    sites have no state from it."""
+    if initial is not None:
+        raise BadInput(
+            f"initial: found {initial}, expected none in a deployment, whose sites all begin with the seed's model",
+            remedy="`fedcore simulate` begins with it; deployed, task.model can load weights that every site has",
+        )
+
+
 def wire_settings(job: Job) -> Json:
     """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or that
     `plan.without_unchanged` leaves out."""
-    whole = {key: value for key, value in job.to_json().items() if key not in {"task", "base"}}
+    whole = {key: value for key, value in job.to_json().items() if key not in _OF_ONE_MACHINE}
     for section in filter(None, SECTIONS):
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
     return whole | {"train": plan.without_unchanged(whole["train"])}
@@ -225,6 +244,7 @@ def read_settings(settings: bytes) -> Json:
         raise BadInput("job: found settings that are no JSON") from error
     if not isinstance(found, dict) or not same:
         raise BadInput("job: found settings in another form, expected canonical JSON")
+    refuse_initial(found.get("initial"))
     return found
 
 
@@ -341,7 +361,8 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 _merge_section(merged, key, value)
             else:
                 base = here if key == "task" else base
-                _put(merged, key, value)
+                path = key == "initial" and isinstance(value, str | Path)
+                _put(merged, key, str((here / value).resolve()) if path else value)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     protect = sections["protect"]
     protections.refuse_unknown(protect.protection)

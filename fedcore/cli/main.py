@@ -149,6 +149,8 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
     facts += [plan.protection, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
+    if plan.initial:
+        say(f"initial: model {plan.initial[:12]} of {prepared.job.run.initial}")
     if any(True for _ in prepared.flat.module.buffers()):
         say(f"buffers: {prepared.flat.policy}")
     _show_findings(prepared)

@@ -133,7 +133,9 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     found = [f"{text[:1].upper()}{text[1:]} (hint: {hint})." for text, hint in prepared.findings]
     unknown: Counter[str] = sum((Counter(one.unknown) for one in prepared.loaded), Counter())
     of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
-    result = replace(result, notes=(*capped, *found, *of_plan, *of_rows))
+    result = replace(
+        result, notes=(*capped, *prepared.notes_on_initial, *found, *of_plan, *of_rows)
+    )
     return replace(result, warnings=warnings.of_run(result))
 
 

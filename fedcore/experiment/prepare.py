@@ -5,7 +5,7 @@ Invariant: nothing is chosen on test rows, and what the plan refuses is refused 
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, first_difference, seeded
 from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
+from fedcore.learning.state import model_digest
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
+from fedcore.learning.warm_start import scale_note
 from fedcore.secagg.encode.pack import Layout as VectorLayout
 from fedcore.secagg.in_process import sum_engine
 from fedcore.secagg.label import Terms, label_of, label_warnings
@@ -89,6 +91,18 @@ class Prepared:
             counts = zip(self.statistics.names, self.statistics.sites, strict=True)
             few = [name for name, sites in counts if sites < MIN_CONTRIBUTORS]
         return label_of(Terms.of_plan(self.plan), few)
+
+    @property
+    def notes_on_initial(self) -> list[str]:
+        """What a released model as the start gives reason to say."""
+        if self.job.run.initial is None:
+            return []
+        scale = scale_note(Path(self.job.run.initial), self.statistics)
+        seen = (
+            "All arms begin with a trained model. If it has seen rows that are test rows here, every score is too "
+            "good."
+        )
+        return [seen, scale] if scale else [seen]
 
     @property
     def own_test_rows(self) -> bool:
@@ -164,6 +178,8 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     initial = flat.read()
     trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
     plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
+    if job.run.initial is not None:
+        plan = replace(plan, initial=model_digest(initial))
     federation = Federation(
         plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial,
         Leaving(named, job.round.dropout, job.run.seed), watch,

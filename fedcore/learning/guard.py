@@ -92,7 +92,8 @@ class GuardRecord:
 class Guard:
     """One site's guard in one job.
 
-    rows: the site's training rows as inputs. initial: (d,) float32, the model that the job begins with.
+    rows: the site's training rows as inputs. initial: (d,) float32, the model that the job begins with; where it
+    was trained before, its loss is held against that of `flat.untrained`, as the losses after it are.
     anchor: (training round, parameters) of the last state judged in this process.
     """
 
@@ -133,7 +134,9 @@ class Guard:
         if memory.first is None:
             first = self._loss(self.initial, 0)
             memory = replace(memory, first=first, best=first)
-        loss = memory.first if round_ == 0 else self._loss(state.model, round_)
+            if self.flat.untrained is not None:
+                memory = replace(memory, first=max(first, self._loss(self.flat.untrained, 0)))
+        loss = memory.best if round_ == 0 else self._loss(state.model, round_)
         assert loss is not None
         assert memory.best is not None
         if not (math.isfinite(loss) and math.isfinite(memory.best)):

@@ -83,12 +83,18 @@ def _seed(value: int) -> None:
 
 
 class FlatModel:
-    """A module, and a flat view of its shared parameters and buffers."""
+    """A module, and a flat view of its shared parameters and buffers.
 
-    def __init__(self, module: nn.Module, buffers: str = "average") -> None:
+    untrained: (d,) float32, what the seed made where the module was filled from a released model, else None.
+    """
+
+    def __init__(
+        self, module: nn.Module, buffers: str = "average", untrained: FloatVector | None = None
+    ) -> None:
         if buffers not in BUFFER_POLICIES:
             raise UnknownName("round.buffers", buffers, BUFFER_POLICIES)
         self.module = module
+        self.untrained = untrained
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         travelling = floating if buffers == "average" else []

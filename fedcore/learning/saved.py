@@ -183,7 +183,7 @@ def load_model(path: Path, task: Task | None) -> SavedModel:
     without a job.json: the current folder may have an unrelated file of that name.
     """
     directory, file = (path, path / FILE) if path.is_dir() else (path.parent, path)
-    about, tensors = _read_file(file)
+    about, tensors = read_model_file(file)
     if task is None:
         if not about["task"]:
             raise BadInput(
@@ -210,8 +210,8 @@ def load_model(path: Path, task: Task | None) -> SavedModel:
     return SavedModel(module.eval(), about, task)
 
 
-def _read_file(path: Path) -> tuple[Json, dict[str, torch.Tensor]]:
-    """Metadata and tensors of a model's file. Raises BadInput."""
+def read_model_file(path: Path, what: str = "run") -> tuple[Json, dict[str, torch.Tensor]]:
+    """Metadata and tensors of a model's file. Raises BadInput, of `what` a person asked for."""
     if not path.is_file():
         result = path.parent / RESULT_FILE
         kind = read_json(result).get("kind") if result.is_file() else ""
@@ -220,14 +220,14 @@ def _read_file(path: Path) -> tuple[Json, dict[str, torch.Tensor]]:
             remedy = "a comparison keeps no model: `fedcore simulate` with the same job makes one"
         elif not path.parent.is_dir() or path.name != FILE:
             remedy = "the folder of a run, or the file of a released model"
-        raise BadInput(f"run: found no {path.name} in {path.parent}", remedy=remedy)
+        raise BadInput(f"{what}: found no {path.name} in {path.parent}", remedy=remedy)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["fedcore"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(
-            f"{path}: found no model of Fedcore in it ({type(error).__name__})",
+            f"{what}: {path}: found no model of Fedcore in it ({type(error).__name__})",
             remedy=f"{FILE} of a run, or the file that `fed-site model` wrote",
         ) from error
     return about, tensors

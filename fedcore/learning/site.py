@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.learning.training import TrainReport, local_train, predict, task_code
+from fedcore.learning.warm_start import start_from
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound, released_round
@@ -130,7 +132,9 @@ def first_rows(site: SiteRows, most: int = 2) -> Rows:
 
 
 def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
-    """The job's model as this site builds it: every site builds it under the same seed."""
+    """The job's model as this site builds it: under the seed of all sites, or a released model (`initial`).
+
+    Raises BadInput where that is another one."""
     rows = first_rows(site)
 
     def first_pass(module: Any) -> None:
@@ -138,7 +142,12 @@ def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
 
     with task_code(site.id, None, "model"):
         module = build_model(task.model, job.run.seed, first_pass)
-    return FlatModel(module, job.round.buffers)
+    if job.run.initial is None:
+        return FlatModel(module, job.round.buffers)
+    untrained = FlatModel(module, job.round.buffers).read()
+    layout = site.train.layout if isinstance(site.train, TableRows) else None
+    start_from(Path(job.run.initial), module, layout)
+    return FlatModel(module, job.round.buffers, untrained)
 
 
 def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:

@@ -368,7 +368,9 @@ def check_threshold(threshold: int, sites: int) -> int:
     return threshold
 
 
-_UNSTATED = {"public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges"}
+_UNSTATED = {
+    "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial": "",
+}  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
 UNCHANGED_TRAINING: Json = {
@@ -403,6 +405,8 @@ class RoundPlan:
     standardise: what a table's numbers are scaled by: their public ranges ("ranges", nothing travels), or
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
+    initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
+    that every site makes from the seed.
     """
 
     task: str
@@ -425,6 +429,7 @@ class RoundPlan:
     settings: str = ""
     standardise: str = "ranges"
     cipher: str = "bfv"
+    initial: str = ""
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
