@@ -43,7 +43,12 @@ def test_the_keywords_of_simulate_are_the_keys_of_a_job_with_their_types():
     found = get_type_hints(Settings)
     del wanted["task"]  # a parameter of its own, which takes an object too
     assert set(found) == {*wanted, *filter(None, SECTIONS)}
-    from_words = {"arms", "drop", "reference"}  # given in another form than the section keeps
+    from_words = {
+        "arms",
+        "drop",
+        "reference",
+        "initial",
+    }  # given in another form than the section keeps
     assert {k: found[k] for k in wanted if k not in from_words} == {
         k: wanted[k] for k in wanted if k not in from_words
     }
