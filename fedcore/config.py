@@ -9,6 +9,7 @@ the key with its path, what was found and what was expected, and the nearest key
 import hashlib
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,13 +81,23 @@ class ProtectSection(Section):
     lattice: Literal["standard", "wide"] = "standard"
 
 
-class RoundSection(Section):
-    """[round]: how many rounds, what the sites do with each released sum, and who is absent when.
+# `validate` was a function of pydantic's models before its version 2.
+warnings.filterwarnings("ignore", 'Field name "validate" in "RoundSection"', UserWarning)
 
+
+class RoundSection(Section):
+    """[round]: how many rounds, which of them is kept, what the sites do with each released sum, and who is absent
+    when.
+
+    validate: share of each site's training rows that no arm trains on, to judge rounds by; keep, patience: the
+    round whose model is released, and after how many rounds without a better one a run ends. In one process only.
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
     rounds: int = Field(default=20, ge=1)
+    validate: float | None = Field(default=None, gt=0, lt=1)  # type: ignore[assignment]
+    keep: Literal["last", "best"] | None = None
+    patience: int | None = Field(default=None, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -176,6 +187,9 @@ class Settings(TypedDict, total=False):
     lattice: Literal["standard", "wide"]
     round: Mapping[str, object]
     rounds: int
+    validate: float | None
+    keep: Literal["last", "best"] | None
+    patience: int | None
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
     server_lr: float
     server_momentum: float
@@ -318,6 +332,18 @@ def narrowest_policy(job: Job, sites: int) -> Json:
     }
 
 
+def refuse_selection(job: Job) -> None:
+    """Raise BadInput where a job for a deployment chooses among its rounds: which rows of a site are apart is the
+    operator's to say, and two jobs that differ in it would show single rows (docs/decisions/0016)."""
+    chosen = {key: getattr(job.round, key) for key in ("validate", "keep", "patience")}
+    for key, value in chosen.items():
+        if value not in (None, "last"):
+            raise BadInput(
+                f"round.{key}: found {value!r}, expected none: a deployment keeps its last round",
+                remedy="`fedcore simulate` finds the number of rounds to deploy with (round.rounds)",
+            )
+
+
 def is_json(value: Any) -> bool:
     """Whether a source can be written into a job file."""
     try:
@@ -371,10 +397,21 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
         protections.refuse_public_metrics(protect.protection)
     protections.refuse_release(protect.release, protect.protection)
     train_plan(sections["train"])
+    _require_validation(sections["round"])
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
     return Job(run, sections["train"], protect, sections["round"], sections["track"], sites, base)
+
+
+def _require_validation(section: RoundSection) -> None:
+    for key in ("keep", "patience"):
+        value = getattr(section, key)
+        if value not in (None, "last") and section.validate is None:
+            raise BadInput(
+                f"round.{key}: found {value!r} without round.validate, expected rows to judge a round by",
+                remedy="--validate 0.2 keeps a fifth of each site's training rows apart for it",
+            )
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:

@@ -152,6 +152,19 @@ class ArmResult(JsonRecord):
 
 
 @dataclass(frozen=True)
+class BestRound(JsonRecord):
+    """The round in which an arm was best on the validation rows (`experiment/selection.py`), of a comparison the
+    means over its splits.
+
+    validation: what it reached on the validation rows there; metrics: on the test rows, which chose nothing.
+    """
+
+    round: float
+    validation: ByMetric
+    metrics: ByMetric
+
+
+@dataclass(frozen=True)
 class ConstantResult(JsonRecord):
     """What the constant prediction reaches on the arms' test rows (`learning/constant.py`).
 
@@ -167,6 +180,7 @@ class ConstantResult(JsonRecord):
 class SiteResult(JsonRecord):
     """One site. arms: {arm: what it reached on this site's test rows}; of a comparison that is all.
 
+    validation_rows: kept apart from training to judge rounds by, None where the job keeps none.
     class_counts: {class: rows}, empty where targets are no classes.
     rounds_in_sum: how many rounds' sums the site was in.
     """
@@ -174,11 +188,14 @@ class SiteResult(JsonRecord):
     rows: int | None = None
     train_rows: int | None = None
     test_rows: int | None = None
+    validation_rows: int | None = None
     class_counts: Mapping[str, int] | None = None
     rounds_in_sum: int | None = None
     arms: Mapping[str, ByMetric] = field(default_factory=dict)
     _beside = ("arms",)
-    _left_out = ("rows", "train_rows", "test_rows", "class_counts", "rounds_in_sum")
+    _left_out = (
+        "rows", "train_rows", "test_rows", "validation_rows", "class_counts", "rounds_in_sum",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +269,8 @@ class RowCounts(JsonRecord):
 
     train: int
     test: int
+    validation: int | None = None
+    _left_out = ("validation",)
 
 
 @dataclass(frozen=True)
@@ -294,7 +313,8 @@ class SplitResult(JsonRecord):
     gap: Mapping[str, ByMetric]
     per_site: Mapping[str, Mapping[str, ByMetric]] = field(default_factory=dict)
     constant: ConstantResult | None = None
-    _left_out = ("constant",)
+    best: Mapping[str, BestRound] | None = None
+    _left_out = ("constant", "best")
 
 
 @dataclass(frozen=True)
@@ -372,6 +392,8 @@ class Result(JsonRecord):
 
     lower_is_better: the metrics that are errors; None in files of before it was stated. gap: {part: {metric:
     what was lost}}, positive means lost. constant: None where the task evaluates itself; of a comparison the mean.
+    best: {arm: its best round}, None where no rows were kept apart to judge by; kept: `best` where the scores and the
+    released model are of these rounds, None where they are of the last one.
     plan, train: as `plan.json` has them. warnings: sentences.
     """
 
@@ -386,6 +408,8 @@ class Result(JsonRecord):
     gap: Mapping[str, Mapping[str, Interval]]
     per_site: Mapping[str, SiteResult]
     constant: ConstantResult | None = None
+    best: Mapping[str, BestRound] | None = None
+    kept: str | None = None
     model: ModelFacts = ModelFacts()
     cost: Cost = Cost()
     sums: SumFacts = SumFacts()
@@ -455,7 +479,7 @@ class RunResult(Result):
     notes: tuple[str, ...] = ()
     deployment: DeployedRun | None = None
     _beside = ("cost", "sums", "absences", "origin", "protected")
-    _left_out = ("constant", "deployment")
+    _left_out = ("constant", "best", "kept", "deployment")
 
     @property
     def arm_names(self) -> Sequence[str]:
@@ -477,7 +501,7 @@ class ComparisonResult(Result):
     folds: int
     arms: Mapping[str, Mapping[str, Spread]]
     cells: tuple[SplitResult, ...]
-    _left_out = ("constant",)
+    _left_out = ("constant", "best", "kept")
 
     @property
     def arm_names(self) -> Sequence[str]:

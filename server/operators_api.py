@@ -12,7 +12,7 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import EVICTED
 
-from fedcore.config import build_job
+from fedcore.config import build_job, refuse_selection
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name
@@ -218,6 +218,7 @@ def check_settings(settings: Json, sites: int, limits: LimitsSection) -> None:
             "round.drop: found simulated absences, expected none",
             remedy="they are for `fedcore simulate`; here sites really come and go",
         )
+    refuse_selection(found)
     refuse_plain(found.protect.protection)
     Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
     budget, stage_seconds = found.round.submit_seconds, limits.stage_seconds

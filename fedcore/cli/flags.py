@@ -25,6 +25,7 @@ FLAGS: dict[str, tuple[object, str]] = {
     "threshold": (int, "Sites a round needs at every stage; default: two thirds and one more."),
     "drop": (list[str], "Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va"),
     "dropout": (float, "Chance that a site is absent from a round of training."),
+    "validate": (float, "Share of the training rows kept apart to judge rounds by: 0.2"),
     "set": (list[str], "section.key=value, repeatable: --set train.lr=0.05"),
 }
 """{flag: (type, help)}; a list is given by repeating the flag."""

@@ -100,7 +100,7 @@ class _Progress:
             self._bar = None
 
 
-@job_command(app, "task protection cipher rounds seed bits threshold drop dropout")
+@job_command(app, "task protection cipher rounds seed bits threshold drop dropout validate")
 def simulate(
     settings: Settings,
     job: JobFile = None,
@@ -145,7 +145,7 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     from fedcore.learning.model import model_summary
     from fedcore.report import terminal
 
-    plan, rows = prepared.plan, sum(len(s.train) + len(s.test) for s in prepared.sites)
+    plan, rows = prepared.plan, sum(map(len, prepared.sites))
     facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
     facts += [plan.protection, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
@@ -231,7 +231,7 @@ def up(
     say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 
 
-@job_command(app, "task protection cipher rounds seeds workers threshold drop dropout")
+@job_command(app, "task protection cipher rounds seeds workers threshold drop dropout validate")
 def compare(
     settings: Settings,
     job: JobFile = None,

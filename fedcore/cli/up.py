@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.api import OnReady, Say
-from fedcore.config import Job, is_json, narrowest_policy, refuse_initial
+from fedcore.config import Job, is_json, narrowest_policy, refuse_initial, refuse_selection
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.environment import random_causes
 from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
@@ -88,6 +88,7 @@ def _refuse(task: Task, job: Job) -> None:
             remedy="`fedcore simulate` has simulated absences; here, stop a site's process",
         )
     refuse_initial(job.run.initial)
+    refuse_selection(job)
     sites = resolve_sites(task, job)
     refuse_plain(job.protect.protection)
     if len(sites) < MIN_SITES:

@@ -8,8 +8,9 @@ Absences are of a federation: both federated arms have the same survivors in eve
 moves in one that was abandoned; centralised and local-only training goes on.
 
 Every arm has a `budget`; `step` advances it one round and returns its own columns of the round's row,
-`evaluate` scores its present model on every site's test rows, and `save` returns all that a resumed run needs,
-as tensors and plain values, for `restore`.
+`evaluate` scores its present model on every site's test rows, `validate` on the rows kept apart, and `save` returns
+all that a resumed run needs, as tensors and plain values, for `restore`. `models` is what its scores follow from, as
+bytes, and `go_back` takes them again: an arm of which the best round is released. Counts and costs stay.
 """
 
 import math
@@ -27,6 +28,7 @@ from fedcore.experiment.simulation import Release
 from fedcore.learning.data.rows import pool
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.optimisers import apply_update
+from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
 from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteRows
 from fedcore.learning.state import JobState
@@ -69,11 +71,14 @@ class Budget:
         return mean_of((r.loss, r.examples) for r in reports)
 
 
-def score_shared(prepared: Prepared, model: FloatVector, round_: int) -> Scoring:
-    """The scores of one model, given flat, on every site's test rows."""
+def score_shared(
+    prepared: Prepared, model: FloatVector, round_: int, *, validation: bool = False
+) -> Scoring:
+    """The scores of one model, given flat, on every site's test rows, or on the rows kept apart."""
     task, flat, seed = prepared.task, prepared.flat, prepared.job.run.seed
     flat.write(model)
-    return [site.scored(task, flat.module, seed, round_) for site in prepared.sites]
+    sites = (site.validated() if validation else site for site in prepared.sites)
+    return [site.scored(task, flat.module, seed, round_) for site in sites]
 
 
 class Alone:
@@ -103,10 +108,22 @@ class Alone:
         return {"train_loss": self.budget.add(reports)}
 
     def evaluate(self, round_: int) -> Scoring:
+        return self._scored(self._sites, round_)
+
+    def validate(self, round_: int) -> Scoring:
+        return self._scored([site.validated() for site in self._sites], round_)
+
+    def _scored(self, sites: Sequence[SiteRows], round_: int) -> Scoring:
         return [
             site.scored(self._task, own.module, self._seed, round_)
-            for site, own in zip(self._sites, cycle(self._own), strict=False)
+            for site, own in zip(sites, cycle(self._own), strict=False)
         ]
+
+    def models(self) -> tuple[bytes, ...]:
+        return tuple(checkpoint_bytes(own.save()) for own in self._own)
+
+    def go_back(self, models: Sequence[bytes]) -> None:
+        self.restore([read_checkpoint(model) for model in models])
 
     def save(self) -> Any:
         return [own.save() for own in self._own]
@@ -206,6 +223,18 @@ class Federated:
         # What the sites computed for their vectors is used again (`SiteTrainer.scored`).
         return [site.scored(self.state, round_) for site in self.federation.sites]
 
+    def validate(self, round_: int) -> Scoring:
+        return score_shared(self._prepared, self.state.server.model, round_, validation=True)
+
+    def models(self) -> tuple[bytes, ...]:
+        twin = () if self.twin is self.state else (self.twin.to_bytes(),)
+        return (self.state.to_bytes(), *twin)
+
+    def go_back(self, models: Sequence[bytes]) -> None:
+        """What was shown of the sites' metrics stays known: the metrics-only round goes by it."""
+        states = [replace(JobState.from_bytes(m), shown=self.state.shown) for m in models]
+        self.federation.state, self.twin = states[0], states[-1]
+
     def evaluate_twin(self, round_: int) -> Scoring:
         """Scores of the plain-integer twin: those of `evaluate` only if the sums were identical."""
         if self.twin is self.state:
@@ -268,6 +297,15 @@ class FederatedFloat:
 
     def evaluate(self, round_: int) -> Scoring:
         return score_shared(self._prepared, self.state.server.model, round_)
+
+    def validate(self, round_: int) -> Scoring:
+        return score_shared(self._prepared, self.state.server.model, round_, validation=True)
+
+    def models(self) -> tuple[bytes, ...]:
+        return (self.state.to_bytes(),)
+
+    def go_back(self, models: Sequence[bytes]) -> None:
+        self.restore(*models)
 
     def save(self) -> Any:
         return self.state.to_bytes()

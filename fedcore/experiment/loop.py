@@ -17,6 +17,7 @@ from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
+from fedcore.experiment.selection import VALIDATION, Selection
 from fedcore.files import (
     RESULT_FILE,
     ROUNDS_FILE,
@@ -42,7 +43,10 @@ CHECKPOINT_FORM = 2
 
 def inputs_of(prepared: Prepared) -> Json:
     """What a resumed run or comparison must find unchanged, by the name a person knows it under."""
-    sizes = {s.id: [len(s.train), len(s.test)] for s in prepared.sites}
+    sizes = {
+        s.id: [len(part) for part in (s.train, s.test, s.validation) if part is not None]
+        for s in prepared.sites
+    }
     statistics = prepared.statistics.to_json() if prepared.statistics else None
     return {
         "task": prepared.plan.task_digest,
@@ -80,6 +84,9 @@ class Experiment:
         self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
         self.round = 0
         self.stopped: str | None = None
+        self.selection = Selection.of(prepared) if prepared.job.round.validate is not None else None
+        self.kept: dict[str, tuple[bytes, ...]] = {}
+        """The models of each arm's best round, where the job keeps it."""
 
     def rounds(self) -> Iterator[RoundRow]:
         """Advance every arm one round at a time; yields each arm's row."""
@@ -90,6 +97,11 @@ class Experiment:
         # in the order of ARMS.
         order = sorted(self.arms, key=lambda name: name != "federated")
         while self.round < self.prepared.plan.rounds and self.stopped is None:
+            if self.selection is not None and (
+                reason := self.selection.out_of_patience(self.round)
+            ):
+                self.stopped = reason
+                return
             current = self.round + 1
             columns = {}
             for name in order:
@@ -108,7 +120,23 @@ class Experiment:
             before = transport.finish(total.opened.wides, len(total.survivors))
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
-        return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
+        if self.selection is None:
+            return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
+        apart = arm.validate(round_)
+        row[f"{VALIDATION}loss"] = loss_of(apart)
+        row |= {VALIDATION + metric: value for metric, value in transport.values(apart).items()}
+        found = RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
+        if self.selection.seen(found) and self.prepared.job.round.keep == "best":
+            self.kept[name] = arm.models()
+        return found
+
+    def go_back(self) -> dict[str, int]:
+        """Every arm to its best round, where the job keeps it; {arm: the round that it is at}."""
+        at = dict.fromkeys(self.arms, self.round)
+        for name, models in self.kept.items():
+            self.arms[name].go_back(models)
+            at[name] = self.selection.best[name].round if self.selection is not None else self.round
+        return at
 
     def require_a_release(self) -> None:
         """Raise Abandoned for a run of which no round was released: its model never learnt anything."""
@@ -131,6 +159,7 @@ class Experiment:
             "arms": {name: arm.save() for name, arm in self.arms.items()},
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
             "inputs": inputs_of(self.prepared),
+            "kept": dict(self.kept),
         }
 
     def restore(self, saved: Any) -> None:
@@ -146,6 +175,7 @@ class Experiment:
         for name, arm in self.arms.items():
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
+        self.kept = {name: tuple(models) for name, models in saved.get("kept", {}).items()}
 
 
 class Events:
@@ -223,6 +253,9 @@ class RunWriter:
         if path.is_file():
             experiment.restore(read_checkpoint(path.read_bytes()))
         rows = [r for r in read_rounds(self.directory) if r.round <= experiment.round]
+        if (selection := experiment.selection) is not None:
+            for row in rows:
+                selection.seen(row)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(self.directory / ROUNDS_FILE, text.encode())
 

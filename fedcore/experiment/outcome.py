@@ -23,10 +23,12 @@ from fedcore.experiment.gap import (
     over_splits,
     plain_gaps,
 )
+from fedcore.experiment.selection import mean_best
 from fedcore.learning.constant import constant_values, training_targets
 from fedcore.learning.metrics import Scores, site_mean
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.scoring import pooled
+from fedcore.learning.site import SiteRows
 from fedcore.learning.state import model_digest
 from fedcore.report import warnings
 from fedcore.results import (
@@ -66,8 +68,9 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     prepared, job = experiment.prepared, experiment.prepared.job
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
-        scorings = {name: arm.evaluate(experiment.round) for name, arm in experiment.arms.items()}
-        twin = federated.evaluate_twin(experiment.round)
+        at = experiment.go_back()
+        scorings = {name: arm.evaluate(at[name]) for name, arm in experiment.arms.items()}
+        twin = federated.evaluate_twin(at["federated"])
         protected = _protected_metrics(experiment)
         constant = _constant(experiment, pooled(scorings["federated"]))
     about = prepared.plan_json()
@@ -81,11 +84,11 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         folds=job.run.folds,
         rounds=experiment.round,
         stopped=experiment.stopped,
+        kept="best" if experiment.kept else None,
+        best=experiment.selection.result() if experiment.selection is not None else None,
         sites=plan.sites,
         metrics=tuple(prepared.task.metrics),
-        rows=RowCounts(
-            sum(len(s.train) for s in prepared.sites), sum(len(s.test) for s in prepared.sites)
-        ),
+        rows=_row_counts(prepared.sites),
         model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
         model_sha256=model_digest(federated.state.server.model),
         arms={
@@ -139,6 +142,12 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     return replace(result, warnings=warnings.of_run(result))
 
 
+def _row_counts(sites: Sequence[SiteRows]) -> RowCounts:
+    apart = [len(site.validation) for site in sites if site.validation is not None]
+    train, test = sum(len(site.train) for site in sites), sum(len(site.test) for site in sites)
+    return RowCounts(train, test, sum(apart) if apart else None)
+
+
 def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
@@ -156,9 +165,10 @@ def _per_site(experiment: Experiment, scorings: Mapping[str, Scoring]) -> dict[s
     prepared, values = experiment.prepared, experiment.prepared.transport.values
     return {
         site.id: SiteResult(
-            rows=len(site.train) + len(site.test),
+            rows=len(site),
             train_rows=len(site.train),
             test_rows=len(site.test),
+            validation_rows=None if site.validation is None else len(site.validation),
             class_counts=loaded.class_counts,
             rounds_in_sum=experiment.federated.summed[site.id],
             arms={name: values([each[site.index]]) for name, each in scorings.items()},
@@ -202,6 +212,7 @@ def split_result(result: RunResult, seed: int, fold: int) -> SplitResult:
         gap={part: {m: gap.mean for m, gap in by.items()} for part, by in result.gap.items()},
         per_site={site: found.arms for site, found in result.per_site.items()},
         constant=result.constant,
+        best=result.best,
     )
 
 
@@ -234,6 +245,8 @@ def comparison_result(
         gap=gap,
         per_site=per_site,
         constant=_mean_constant(cells),
+        kept=first.kept,
+        best=mean_best([cell.best for cell in cells if cell.best is not None]),
         model=first.model,
         cost=replace(first.cost, bytes_per_parameter=None, seconds=None, peak_memory_mb=None),
         sums=SumFacts(

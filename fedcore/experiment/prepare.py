@@ -13,7 +13,7 @@ from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
-from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
@@ -166,11 +166,19 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
 
         load_seal()
     loaded, split = [], FoldSplit(job.run.seed, job.run.fold, job.run.folds)
+    share, apart = job.round.validate, None
+    if share is not None:
+        apart = ValidationPart(share, job.run.seed, job.run.fold)
     for index, (name, source) in enumerate(sources.items()):
         say(f"loading site {name}")
-        loaded.append(load_site(task, split, name, index, source, job.protect.max_examples))
+        loaded.append(load_site(task, split, name, index, source, job.protect.max_examples, apart))
     sites, watch = [one.rows for one in loaded], Stopwatch()
-    largest = max(len(site.train) + len(site.test) for site in sites)
+    if share is not None and not any(site.validation for site in sites):
+        raise BadInput(
+            f"round.validate: found no row in a share of {share:g} of the training rows of any site, expected some",
+            remedy="a larger share, or none: such sites are too small to choose a round by",
+        )
+    largest = max(map(len, sites))
     max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
     flat = _build(task, job, sites)
     findings = lines(each for one in loaded for each in one.findings(task, flat, job.run.seed))

@@ -22,7 +22,7 @@ from fedcore.errors import BadInput
 from fedcore.learning import findings
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
 from fedcore.learning.data.rows import RowLayout, Rows, TableRows, load_rows, rows_digest
-from fedcore.learning.data.split import Split, subsample
+from fedcore.learning.data.split import Split, ValidationPart, subsample
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
@@ -48,12 +48,25 @@ NO_COORDINATES = np.empty(0, dtype=np.uint64)
 
 @dataclass(frozen=True)
 class SiteRows:
-    """One site's rows, split: `index` is its place in the roster."""
+    """One site's rows, split: `index` is its place in the roster.
+
+    validation: rows of the training part that no arm trains on, None where the job keeps none apart.
+    """
 
     id: SiteId
     index: int
     train: Rows
     test: Rows
+    validation: Rows | None = None
+
+    def __len__(self) -> int:
+        return sum(
+            len(part) for part in (self.train, self.test, self.validation) if part is not None
+        )
+
+    def validated(self) -> SiteRows:
+        """The site with its validation part in the place of the test part, for `scored`."""
+        return self if self.validation is None else replace(self, test=self.validation)
 
     def scored(self, task: Task, module: Module, seed: int, round_: int) -> Scored | None:
         """A model on the test rows; None where there are none. Raises TaskFailed and BadInput."""
@@ -63,7 +76,13 @@ class SiteRows:
 
 
 def load_site(
-    task: Task, split: Split, name: SiteId, index: int, source: Any, cap: int | None
+    task: Task,
+    split: Split,
+    name: SiteId,
+    index: int,
+    source: Any,
+    cap: int | None,
+    validation: ValidationPart | None = None,
 ) -> LoadedSite:
     """A site's rows, at most `cap` of them (None: all), split by the site's own rule.
 
@@ -74,7 +93,10 @@ def load_site(
         if cap is not None:
             everything, test = subsample(split, everything, test, name, cap)
         train, tested = (everything, test) if test is not None else split.divide(everything, name)
-    return LoadedSite(SiteRows(name, index, train, tested), everything, test, whole)
+        apart = None
+        if validation is not None:
+            train, apart = validation.divide(train, name)
+    return LoadedSite(SiteRows(name, index, train, tested, apart), everything, test, whole)
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,7 @@ class LoadedSite:
     @property
     def note(self) -> str:
         """One line for the site's own log, or ""; never sent to the coordinator (PROTOCOL U)."""
-        kept = len(self.rows.train) + len(self.rows.test)
+        kept = len(self.rows)
         found = sum(len(part) for part in self.whole if part is not None)
         if kept == found:
             return ""
@@ -247,12 +269,13 @@ class SiteTrainer:
         return self._scaled(own)
 
     def _scaled(self, statistics: Statistics) -> SiteRows:
-        train, test = self.site.train, self.site.test
-        assert isinstance(train, TableRows)
-        assert isinstance(test, TableRows)
-        return replace(
-            self.site, train=train.standardise(statistics), test=test.standardise(statistics)
-        )
+        def scaled(rows: Rows) -> Rows:
+            assert isinstance(rows, TableRows)
+            return rows.standardise(statistics)
+
+        site = self.site
+        apart = None if site.validation is None else scaled(site.validation)
+        return replace(site, train=scaled(site.train), test=scaled(site.test), validation=apart)
 
     def _sums(self) -> dict[str, list[int]]:
         """Counts, sums and sums of squares of each column of the rows as they are (PROTOCOL W)."""

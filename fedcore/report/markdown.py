@@ -44,7 +44,7 @@ def render(result: Result) -> str:
         f"**{escape(first)}**",
         "\n".join(f"- {escape(sentence)}" for sentence in others),
     ]
-    found = [*tables.arms([result]), *tables.sources([result])]
+    found = [*tables.arms([result]), *tables.best_rounds([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
     found += [*readings.table(result), *tables.cost([result]), *tables.budgets([result])]

@@ -90,7 +90,10 @@ def _data(result: Result) -> str:
             f"all arms were repeated over {splits(result)}."
         )
     elif isinstance(result, RunResult) and (rows := result.rows) is not None:
-        held = f"{phrases.count(rows.train)} training and {phrases.count(rows.test)} test rows"
+        apart = f", {phrases.count(rows.validation)} validation" if rows.validation else ""
+        held = (
+            f"{phrases.count(rows.train)} training{apart} and {phrases.count(rows.test)} test rows"
+        )
         text += (
             f" Within each site, rows were split at random into {result.folds} stratified folds, "
             f"one of which was held out ({held}; seed {result.seed}, fold {result.fold})."
@@ -130,6 +133,11 @@ def _training(result: Result) -> str:
     server = result.plan.get("server") or {}
     if server.get("optimiser") not in (None, "", "fedavg"):
         text += f"; the released mean was applied by {_optimiser(server)}{_rates(server)}"
+    if result.kept:
+        text += (
+            ". Of every arm the model of its best round on the validation rows was kept, on which no arm was "
+            "trained"
+        )
     return text + "."
 
 

@@ -53,7 +53,7 @@ def render(runs: Sequence[Finished]) -> str:
             for n, r in zip(names, results, strict=True)
         ],
         plots=_plots(runs),
-        arms=tables.arms(results),
+        arms=tables.arms(results) + tables.best_rounds(results),
         per_site=tables.per_site(results),
         per_site_note=tables.per_site_note(results),
         site_heading="Each site, alone and together"

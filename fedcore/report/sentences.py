@@ -275,7 +275,10 @@ def setting(result: Result) -> list[str]:
     """Rounds, seed and rows: the short facts under the title."""
     facts = [phrases.plural(result.rounds, "round"), *which_split(result).values()]
     if isinstance(result, RunResult) and (rows := result.rows) is not None:
-        facts.append(f"{phrases.count(rows.train)} train and {phrases.count(rows.test)} test rows")
+        apart = f", {phrases.count(rows.validation)} validation" if rows.validation else ""
+        facts.append(
+            f"{phrases.count(rows.train)} train{apart} and {phrases.count(rows.test)} test rows"
+        )
     if result.model.summary:
         facts.append(phrases.plain(result.model.summary))
     if isinstance(result, RunResult) and result.stopped:

@@ -162,6 +162,36 @@ def _gap_cell(result: Result, metric: str, gap: Interval | None) -> Cell:
     return Cell(phrases.gap_amount(result, metric, gap), phrases.interval(result, metric, gap))
 
 
+def best_rounds(results: Sequence[Result]) -> list[Grid]:
+    """The round in which each arm was best on the validation rows, and what it reached there; empty where no rows
+    were kept apart to judge by."""
+    judged = [result for result in results if result.best]
+    metrics = _all(judged, say.ordered_metrics)
+    rows: list[tuple[Cell, ...]] = []
+    for arm in _all(judged, lambda r: [a for a in say.arms_of(r) if a in (r.best or {})]):
+        cells = [_name(phrases.arm_name(arm))]
+        for result in judged:
+            found, first = (result.best or {}).get(arm), say.ordered_metrics(result)[0]
+            if found is None:
+                cells.append(Cell(DASH))
+                continue
+            at, apart = f"{found.round:g}", phrases.score(found.validation.get(first))
+            scores = [phrases.score(found.metrics.get(metric)) for metric in metrics]
+            single = [Cell(at), Cell(apart), *map(Cell, scores)]
+            cells += single if len(judged) == 1 else [Cell(f"round {at}", scores[0])]
+        rows.append(tuple(cells))
+    note = (
+        "The round was chosen by the validation rows, which no arm trains on; the scores after it are over the test "
+        "rows, which chose nothing."
+    )
+    if any(result.kept for result in judged):
+        note += " All other tables, and the released model, are of these rounds."
+    names = list(map(phrases.metric_name, metrics))
+    head = ["round", *(f"validation {name}" for name in names[:1]), *names]
+    columns = head if len(judged) == 1 else say.run_tags(judged)
+    return _table("Best round by the validation rows", ["arm", *columns], rows, note)
+
+
 def per_site(results: Sequence[Result]) -> list[Grid]:
     """Per metric: every site alone and together, and their unweighted mean; together only, where no
     site was trained alone."""
@@ -381,17 +411,20 @@ def sites(results: Sequence[Result]) -> list[Grid]:
     """
     first, found = results[0], []
     absent = len(results) == 1 and bool(first.absences.count)
+    apart = any(values.validation_rows is not None for values in first.per_site.values())
     for site, values in first.per_site.items():
         if values.rows is None:
             continue
         classes = (values.class_counts or {}).items()
         counts = ", ".join(f"{phrases.plain(name)}: {phrases.count(n)}" for name, n in classes)
-        numbers = [*map(phrases.count, (values.rows, values.train_rows, values.test_rows))]
+        counts_of = [values.rows, values.train_rows, values.test_rows]
+        numbers = [*map(phrases.count, [*counts_of, *([values.validation_rows] if apart else [])])]
         if absent:
             in_sum, rounds = phrases.count(values.rounds_in_sum), phrases.count(first.rounds)
             numbers.append(f"{in_sum} of {rounds}")
         found.append((_name(phrases.plain(site)), *map(Cell, numbers), _name(counts or DASH)))
-    head = ("site", "rows", "train", "test", *(["rounds in the sum"] if absent else []))
+    head = ["site", "rows", "train", "test", *(["validation"] if apart else [])]
+    head += ["rounds in the sum"] if absent else []
     return _table("Sites", (*head, "rows per class"), found)
 
 

@@ -125,6 +125,7 @@ def summary(result: Result, report: Path | str | None = None) -> RenderableType:
         Text(say.lost(result)[0], style="bold"),
         Text(),
         *_arms(result),
+        *_best_rounds(result),
         *_sources(result),
         *_per_site(result),
         *_facts(result, report),
@@ -245,6 +246,17 @@ def _arms_table(result: Result, metrics: Sequence[str], stacked: bool) -> Table:
             cells += [tables.constant_cell(result, metric).text, *([""] if compared else [])]
         table.add_row(*(Text(cell, style="dim") for cell in cells))
     return table
+
+
+def _best_rounds(result: Result) -> list[RenderableType]:
+    found: list[RenderableType] = []
+    for best in tables.best_rounds([result]):
+        table = grid("best by validation", *best.head[1:])
+        for row in best.rows:
+            style = "bold" if row[0].text == phrases.arm_name("federated") else ""
+            table.add_row(*(Text(cell.text, style=style) for cell in row))
+        found += [fitted(table), Text()]
+    return found
 
 
 def _text(cell: tables.Cell) -> str:

@@ -108,6 +108,35 @@ class HashSplit:
         return {"method": "hash", "key": self.key.hex(), "test": self.test}
 
 
+@dataclass(frozen=True)
+class ValidationPart:
+    """The share of a simulated site's training rows that no arm trains on, so that rounds, rates and stopping are
+    chosen on rows that are neither trained nor tested on.
+
+    Stratified as the folds are: of each class the share, rounded so that the whole part is off by at most half a
+    row. It depends on the seed, the fold, the site and the labels alone. A site too small for one row of it has
+    none, and at least one row trains.
+    """
+
+    share: float
+    seed: int
+    fold: int
+
+    def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
+        """(rows that train, rows of the validation part)."""
+        n, labels = len(rows), rows.labels()
+        deal = generator(self.seed, self.fold, site, "validation")
+        apart = np.zeros(n, dtype=bool)
+        seen = taken = 0
+        for label in [None] if labels is None else np.unique(labels).tolist():
+            members = np.arange(n) if labels is None else np.flatnonzero(labels == label)
+            seen += len(members)
+            wanted = min(int(self.share * seen + 0.5), n - 1) - taken
+            apart[deal.permutation(members)[:wanted]] = True
+            taken += wanted
+        return _parted(rows, apart)
+
+
 Split = FoldSplit | HashSplit
 """The rule by which one site splits its rows: `divide` gives (train, test) with at least one training row, `ranks`
 a keyed number for each row, which the cap is part of. `to_json` has the key: for the site's own processes only."""

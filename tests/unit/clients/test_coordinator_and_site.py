@@ -209,6 +209,12 @@ def test_complete_settings_are_taken():
         ({"protect__max_examples": None}, BadInput, "max_examples"),
         ({"protect__protection": "plain"}, PlanRefused, "inside one process"),
         ({"round__drop": ["1:keys:va"]}, BadInput, "simulated absences"),
+        ({"round__validate": 0.2}, BadInput, "round.validate: found 0.2, expected none"),
+        (
+            {"round__validate": 0.2, "round__keep": "best", "round__patience": 3},
+            BadInput,
+            "a deployment keeps its last round",
+        ),
         ({"round__rounds": 0}, BadInput, "round.rounds"),
         ({"round__rounds": "many"}, BadInput, "round.rounds"),
         ({"train__nothing": 1}, BadInput, "nothing"),
