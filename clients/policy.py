@@ -36,8 +36,9 @@ class PolicySection(Section):
     least_threshold: t, in sites; None is the default for the roster, floor(2n/3) + 1. minimum_sites: of
     the roster and of every round's cohort. most_epochs: in one round. jobs_per_month: over the same rows,
     in any 30 days. least_batch: rows of a training step. statistics: whether tables may be scaled by sums
-    over all sites. release: who may get the last model. guard_*: when this site leaves a job whose model
-    gets worse on its own rows (PROTOCOL G).
+    over all sites. release: who may get the last model. task_settings: whether a job may set what a task
+    declares as its settings; else these have the defaults that are in its hashed code. guard_*: when this
+    site leaves a job whose model gets worse on its own rows (PROTOCOL G).
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
     """
@@ -54,6 +55,7 @@ class PolicySection(Section):
     single_site_features: StrictBool = False
     statistics: Literal["ranges", "federated"] = "ranges"
     release: Literal["sites", "coordinator"] = "sites"
+    task_settings: StrictBool = False
     guard_loss_factor: float = Field(default=1.5, gt=1)
     guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
@@ -61,11 +63,13 @@ class PolicySection(Section):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a job, or its plan, asks of a site. train: its epochs in a round, and rows of a training step."""
+    """What a job, or its plan, asks of a site. train: its epochs in a round, and rows of a training step.
+    task_settings: whether it sets any of the task's own settings; the plan has them in its digest only."""
 
     terms: Terms
     rounds: int
     train: TrainSection | TrainPlan
+    task_settings: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class SitePolicy:
                 remedy="read the task again: `fed-site check` prints the hash of the one installed here",
             )
         try:
-            asked = _Asked(Terms.of_job(job, self.sites), job.round.rounds, job.train)
+            terms, own = Terms.of_job(job, self.sites), bool(job.task_settings)
+            asked = _Asked(terms, job.round.rounds, job.train, own)
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
         return self._refused(asked)
@@ -208,6 +213,7 @@ _RULES: Mapping[str, tuple[str, Bound, Callable[[_Asked], Any]]] = {
     ),
     "statistics": ("train.standardise", "wider", lambda asked: asked.terms.statistics),
     "release": ("protect.release", "wider", lambda asked: asked.terms.release),
+    "task_settings": ("task_settings", "wider", lambda asked: asked.task_settings),
 }  # fmt: skip
 """{key of [policy]: the setting of a job that it limits, how, and its value (None: the job does not have it)}, in the
 order in which they are checked. "wider": a value other than the default must be the policy's."""
@@ -217,6 +223,7 @@ _WIDER: dict[str, Callable[[Any, Any], Any]] = {
     "protections": lambda here, default: set(here) - set(default),
     "most_rounds": gt, "most_epochs": gt, "jobs_per_month": gt, "least_batch": lt,
     "public_metrics": ne, "single_site_features": ne, "statistics": ne, "release": ne,
+    "task_settings": ne,
     "guard_loss_factor": gt, "guard_rounds": gt, "jobs": lambda here, _: here == "any",
 }  # fmt: skip
 """{key: whether a value allows more than the default}. Of `minimum_sites` and `ciphers` the default is as wide as

@@ -92,6 +92,7 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Json:
             remedy="install the version of the task that trained this model; `fed-site check` prints hashes",
         )
     job = build_job(recipe["settings"])
+    task = task.with_settings(job.task_settings)
     cap = job.protect.max_examples
     assert cap is not None
     split = split_from_json(config.split.of(read_identity(config.identity)))

@@ -78,6 +78,7 @@ class Worker:
         if asked["digest"] != task.digest():
             return {"failed": "task differs", "text": f"found {task.digest()}"}, []
         job = build_job(asked["settings"])  # complete: the task's defaults are in it
+        task = task.with_settings(job.task_settings)
         cap = job.protect.max_examples
         if cap is None:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")

@@ -155,6 +155,7 @@ class Settings(TypedDict, total=False):
     keys and their types with the sections above.
     """
 
+    task_settings: Mapping[str, object]
     seed: int
     fold: int
     folds: int
@@ -208,7 +209,9 @@ class Settings(TypedDict, total=False):
 class Job:
     """A complete, valid job. `sites` is empty where the task's own default sites are meant.
 
-    base: the folder relative paths count from: the job file's, or the current one.
+    base: the folder relative paths count from: the job file's, or the current one. task_settings: what the job
+    sets of the task's own settings; the task checks them, and once it did, they are those that it does not
+    have by default.
     """
 
     run: RunSection = field(default_factory=RunSection)
@@ -218,13 +221,17 @@ class Job:
     track: TrackSection = field(default_factory=TrackSection)
     sites: Mapping[str, object] = field(default_factory=dict)
     base: Path = field(default_factory=Path.cwd)
+    task_settings: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         """Sections as plain JSON, the form `job.json` of a run has."""
         sections = {
             name: getattr(self, name).model_dump(mode="json") for name in filter(None, SECTIONS)
         }
-        return {**self.run.model_dump(mode="json"), **sections, "base": str(self.base)}
+        own = {k: list(v) if isinstance(v, tuple) else v for k, v in self.task_settings.items()}
+        of_task = {"task_settings": own} if own else {}
+        about = {"base": str(self.base), **of_task}
+        return {**self.run.model_dump(mode="json"), **sections, **about}
 
 
 _OF_ONE_MACHINE = {"task", "base", "initial"}
@@ -329,6 +336,7 @@ def narrowest_policy(job: Job, sites: int) -> Json:
         "single_site_features": job.protect.single_site_features,
         "statistics": job.train.standardise,
         "release": job.protect.release,
+        "task_settings": bool(job.task_settings),
     }
 
 
@@ -373,6 +381,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     """
     merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     sites: dict[str, Any] = {}
+    of_task: dict[str, Any] = {}
     base = Path.cwd()
     for layer in layers:
         here = Path(layer.get("base", Path.cwd()))  # what a path in this layer counts from
@@ -383,6 +392,10 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 sites = _sites_of(value, here)
             elif key.startswith("sites."):
                 sites[key.removeprefix("sites.")] = beside(value, here)
+            elif key == "task_settings":
+                of_task |= _settings_of_task(value)
+            elif key.startswith(("task.", "task_settings.")):
+                of_task[key.partition(".")[2]] = value
             elif key and key not in KEYS and (key in SECTIONS or isinstance(value, Mapping)):
                 _merge_section(merged, key, value)
             else:
@@ -401,7 +414,16 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
-    return Job(run, sections["train"], protect, sections["round"], sections["track"], sites, base)
+    rest = (sections["round"], sections["track"], sites, base, of_task)
+    return Job(run, sections["train"], protect, *rest)
+
+
+def _settings_of_task(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadInput(
+            f"task_settings: found {type(value).__name__}, expected a table of settings of the task"
+        )
+    return {str(name): each for name, each in value.items()}
 
 
 def _require_validation(section: RoundSection) -> None:

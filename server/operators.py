@@ -152,7 +152,9 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     named = build_job(tables, settings)
     refuse_initial(named.run.initial)
     task = load_task(named.run.task, named.base)
-    complete = wire_settings(build_job(task.defaults, tables, settings))
+    job = build_job(task.defaults, tables, settings)
+    given = task.with_settings(job.task_settings).given
+    complete = wire_settings(replace(job, task_settings=given))
     about = frames.json_bytes({"settings": complete})
     return frames.SubmitRequest(toml, task.name, task.digest(), about)
 

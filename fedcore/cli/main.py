@@ -147,6 +147,7 @@ def _show_header(prepared: Prepared, path: Path) -> None:
 
     plan, rows = prepared.plan, sum(map(len, prepared.sites))
     facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
+    facts += [f"{name} = {value}" for name, value in prepared.task.given.items()]
     facts += [plan.protection, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
     if plan.initial:

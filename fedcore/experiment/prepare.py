@@ -116,6 +116,7 @@ class Prepared:
             "lattice": self.job.protect.lattice,
             "warnings": label_warnings(Terms.of_plan(self.plan)),
             "buffers_policy": self.flat.policy,
+            **({"task_settings": self.task.values} if self.task.settings else {}),
         }
 
 
@@ -257,7 +258,14 @@ def job_for(task: Task | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
     """The task and the complete job: task defaults below, then the given layers in order."""
     layer: Mapping[str, Any] = next((each for each in reversed(layers) if "task" in each), {})
     named, base = layer.get("task", "heart"), Path(layer.get("base", Path.cwd()))
-    found = task if task is not None else load_task(str(named), base)
+    if not isinstance(named, str):
+        raise BadInput(
+            "task: found a table, expected the task's name or file",
+            remedy="settings of the task itself are under [task_settings]",
+        )
+    found = task if task is not None else load_task(named, base)
     rest = [{k: v for k, v in layer.items() if k != "task"} for layer in layers]
     name = {"task": found.origin or found.name, "base": str(base)}
-    return found, build_job(found.defaults, *rest, name)
+    job = build_job(found.defaults, *rest, name)
+    found = found.with_settings(job.task_settings)
+    return found, replace(job, task_settings=found.given)

@@ -60,6 +60,8 @@ def model_bytes(
         "reader": layout.description if layout else "",
         "numbers": numbers,
     }
+    if task.given:
+        about["task_settings"] = dict(task.given)
     tensors = {
         name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
     }
@@ -194,6 +196,7 @@ def load_model(path: Path, task: Task | None) -> SavedModel:
         job = directory / "job.json"
         base = read_json(job).get("base") if job.is_file() else None
         task = load_task(about["task"], Path(base) if isinstance(base, str) else directory)
+    task = task.with_settings(about.get("task_settings", {}))
     with user_code("task.model"):
         module = task.model()
     try:

@@ -14,12 +14,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
-from fedcore.learning import task_code
+from fedcore.learning import task_code, task_settings
 
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
@@ -46,6 +46,9 @@ class Task:
     sites: default sites of a simulation: `{site id: source}`, or a function of the `[sites]` keys.
     defaults: settings that suit the task, such as `{"lr": 0.1}`; a job's own settings win.
     lower_is_better: which metrics of its own `evaluate` are errors, so that a gap's sign is right.
+    settings: parameters that a job may set, with their defaults, such as `{"hidden": 64}`: numbers, texts,
+        truth values or lists of them. A function gets those that it names: `def model(hidden)`.
+    given: the values that differ from these defaults; `with_settings` fills it.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Task:
     sites: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     lower_is_better: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     origin: str = field(default="", compare=False)
     home: str = field(default="", compare=False)
 
@@ -95,6 +100,22 @@ class Task:
                 )
             if not callable(value):
                 raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
+        task_settings.check_declared(self.settings)
+        if self.settings:
+            parts = {part: getattr(self, part) for part in _PARTS}
+            for part, bound in task_settings.bind(parts, self.values).items():
+                object.__setattr__(self, part, bound)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every setting with its value in force."""
+        return {**self.settings, **self.given}
+
+    def with_settings(self, given: Mapping[str, object]) -> "Task":
+        """This task with other values of its settings; those that are not given have their defaults. Raises
+        UnknownName for one that it does not declare, BadInput for a value of another type."""
+        found = task_settings.typed(self.name, self.settings, given)
+        return self if found == self.given else replace(self, given=found)
 
     def digest(self) -> str:
         """SHA-256 over the task's name, its metrics and its code: 64 hex digits.
@@ -110,7 +131,7 @@ class Task:
         )
         text += sorted(f"{name}={of_file}" for name, of_file in hashes)
         for part in _PARTS:  # two tasks of one file differ in them
-            function = getattr(self, part)
+            function = task_settings.own(getattr(self, part))
             text.append(f"{part}={'' if function is None else _source_of(function)}")
         return hashlib.sha256("\x00".join(text).encode()).hexdigest()
 
@@ -124,7 +145,7 @@ class Task:
 
     def _code(self) -> list[tuple[str, Path]]:
         """The files of the task, by a name that is the same on every machine."""
-        functions = (getattr(self, part) for part in _PARTS)
+        functions = (task_settings.own(getattr(self, part)) for part in _PARTS)
         modules = {each.__module__ for each in functions if inspect.isfunction(each)}
         return task_code.files_of(self.home, filter(self._is_of, modules))
 
@@ -134,7 +155,7 @@ class Task:
         return not module.startswith("fedcore.") or any(each is self for each in found.values())
 
 
-_PARTS = ("data", "model", "loss", "predict", "train", "evaluate")
+_PARTS = tuple(task_settings.ARGUMENTS)
 
 
 def _source_of(function: Any) -> str:

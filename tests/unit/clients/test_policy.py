@@ -57,6 +57,7 @@ REFUSED = {
         "protect.single_site_features: found true, expected false",
     ),
     "release": ({}, {"release": "coordinator"}, "protect.release: found 'coordinator', expected 'sites'"),
+    "task_settings": ({}, {"task.hidden": 4}, "task_settings: found true, expected false"),
 }  # fmt: skip
 
 
@@ -81,6 +82,7 @@ WIDENED = {
     "public_metrics": {"public_metrics": True},
     "single_site_features": {"single_site_features": True},
     "release": {"release": "coordinator"},
+    "task_settings": {"task_settings": True},
 }
 
 
@@ -157,7 +159,7 @@ def test_what_is_wider_than_the_default_is_named():
     wide = {
         "protections": ["layered", "masked"], "least_threshold": 2, "most_rounds": 1001,
         "most_epochs": 101, "jobs_per_month": 32, "least_batch": 7, "public_metrics": True,
-        "single_site_features": True, "statistics": "federated", "release": "coordinator",
+        "single_site_features": True, "statistics": "federated", "release": "coordinator", "task_settings": True,
         "guard_loss_factor": 2.0, "guard_rounds": 3, "jobs": "any",
     }  # fmt: skip
     for key, value in wide.items():
@@ -230,7 +232,7 @@ def test_the_least_threshold_is_that_of_a_job_that_says_none(sites, least):
         {}, {"protection": "masked", "threshold": 3}, {"protection": "encrypted", "batch_size": 1},
         {"public_metrics": True, "epochs": 200, "rounds": 5000}, {"release": "coordinator"},
         {"single_site_features": True}, {"cipher": "keystream"},
-        {"standardise": "federated"},
+        {"standardise": "federated"}, {"task.hidden": 4},
     ],
 )  # fmt: skip
 def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sites, settings):
@@ -251,6 +253,8 @@ def test_up_writes_the_policy_that_its_job_needs_and_nothing_wider(tmp_path, sit
     for key in ("public_metrics", "single_site_features"):
         if not settings.get(key):
             other[key] = True
+    if "task.hidden" not in settings:
+        other["task.depth"] = 2
     if settings.get("standardise") != "federated":
         other["standardise"] = "federated"
     if asked_for.protect.protection != "masked":
