@@ -9,16 +9,11 @@ does not exist. Nothing here opens a file: `fedcore/files.py` does.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from functools import cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:  # it imports numpy, which the terminal does without
-    from typing import Self
-
-    from fedcore.types import Json
+from fedcore.json_record import JsonRecord
 
 SCHEMA = 1
 """Version of result.json and rounds.jsonl. A result of another version is refused."""
@@ -28,88 +23,6 @@ ERRORS = frozenset({"mse", "mae"})
 
 ByMetric = Mapping[str, float | None]
 """{metric: value}, None where the metric is undefined: no test rows, or an AUC of one class."""
-
-
-class JsonRecord(Mapping[str, Any]):
-    """Base of the records: a frozen dataclass that can be read by the keys of its JSON form as well.
-
-    _beside: fields whose entries lie beside the other keys in JSON, not under a key of their own.
-    _left_out: fields that JSON has no key for while they are None.
-    """
-
-    _beside: ClassVar[tuple[str, ...]] = ()
-    _left_out: ClassVar[tuple[str, ...]] = ()
-
-    def to_json(self) -> Json:
-        """Plain dictionaries, lists, text and numbers, in the order of the fields."""
-        found: Json = {}
-        for name, (key, _) in _keys(type(self)).items():
-            value = getattr(self, name)
-            if name in self._beside:
-                found |= _plain(value)
-            elif value is not None or name not in self._left_out:
-                found[key] = _plain(value)
-        return found
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; a key that is missing becomes the field's default.
-
-        Raises TypeError for JSON of another shape, or without a key that has no default.
-        """
-        beside = {name: kind for name, (_, kind) in _keys(cls).items() if name in cls._beside}
-        own = {name: place for name, place in _keys(cls).items() if name not in beside}
-        others = {k: v for k, v in found.items() if k not in {key for key, _ in own.values()}}
-        values = {name: _read(kind, others, name) for name, kind in beside.items()}
-        for name, (key, kind) in own.items():
-            if key in found:
-                values[name] = _read(kind, found[key], key)
-        return cls(**values)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_json()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.to_json())
-
-    def __len__(self) -> int:
-        return len(self.to_json())
-
-
-@cache
-def _keys(cls: type[JsonRecord]) -> dict[str, tuple[str, Any]]:
-    """{field: (its key in JSON, its type)}, in order."""
-    hints = get_type_hints(cls)
-    found: tuple[Field[Any], ...] = fields(cls)  # type: ignore[arg-type]  # a dataclass
-    return {each.name: (each.metadata.get("key", each.name), hints[each.name]) for each in found}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, JsonRecord):
-        return value.to_json()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value in the form that a field of this type has. Raises TypeError, naming the field."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if NoneType in inner:
-        return None if value is None else _read(inner[0], value, where)
-    if kind is Any:
-        return value
-    record = isinstance(origin, type) and issubclass(origin, JsonRecord)
-    form: Any = {Mapping: dict, tuple: list, float: int | float, UnionType: kind}.get(
-        origin, origin
-    )
-    if not isinstance(value, dict if record else form):
-        raise TypeError(f"{where}: found {type(value).__name__}, expected {kind}")
-    if record:
-        return kind.from_json(value)
-    if origin is Mapping:
-        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    return tuple(_read(inner[0], item, where) for item in value) if origin is tuple else value
 
 
 @dataclass(frozen=True)
