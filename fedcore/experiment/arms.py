@@ -26,6 +26,7 @@ from fedcore.experiment.exposure import observe, watch_one
 from fedcore.experiment.prepare import Prepared
 from fedcore.experiment.simulation import Release
 from fedcore.learning.data.rows import pool
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.optimisers import apply_update
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
@@ -159,6 +160,11 @@ class Federated:
     def state(self) -> JobState:
         """Of the last release."""
         return self.federation.state
+
+    @property
+    def target_scale(self) -> TargetScale | None:
+        """Of the targets of a regression."""
+        return self.federation.sites[0].target_scale(self.state)
 
     @property
     def clipped_fraction(self) -> float:

@@ -117,7 +117,9 @@ class Experiment:
         release = self.federated.release
         if name == "federated" and release is not None:
             total = release.total
-            before = transport.finish(total.opened.wides, len(total.survivors))
+            before = transport.finish(
+                total.opened.wides, len(total.survivors), self.federated.target_scale
+            )
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         if self.selection is None:

@@ -157,7 +157,7 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
     sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
-    metrics = transport.finish(sums, len(sites))
+    metrics = transport.finish(sums, len(sites), experiment.federated.target_scale)
     return ProtectedMetrics(metrics, transport.bounds(sums), transport.clipped(sums), tuple(sites))
 
 

@@ -20,6 +20,7 @@ from fedcore.errors import BadInput, Refused, printable
 from fedcore.learning.data.rows import RowLayout, TableRows, array_layout
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Category, Number, Table, number
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.saved import SavedModel
 from fedcore.seeds import generator
 
@@ -43,6 +44,9 @@ class Predictor(nn.Module):
         self.columns = []
         self.categories = {}
         self.classifies: Final[bool] = saved.classifies
+        scale = saved.scale or TargetScale(0.0, 1.0)
+        self.centre: Final[float] = scale.centre
+        self.spread: Final[float] = scale.spread
         floats = (p.dtype for p in saved.module.parameters() if p.is_floating_point())
         self.dtype: Final[torch.dtype] = next(floats, torch.float32)
         self.classes = list(saved.class_names(max(2, outputs))) if saved.classifies else []
@@ -61,7 +65,7 @@ class Predictor(nn.Module):
         if outputs.dim() == 2 and outputs.size(1) == 1:
             outputs = outputs[:, 0]
         if not self.classifies:
-            return outputs
+            return outputs * self.spread + self.centre
         return torch.sigmoid(outputs) if outputs.dim() == 1 else torch.softmax(outputs, dim=1)
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, Rows, TableRows
-from fedcore.learning.metrics import METRICS, class_labels
+from fedcore.learning.metrics import ERROR_RANGE, METRICS, class_labels
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.scoring import has_loss
 from fedcore.learning.task import Task
@@ -37,8 +37,8 @@ LARGE_INPUTS = 10.0
 """Root mean square of a column of the first layer's inputs above which they count as unscaled. Standardised ones
 have 1, scaled by a public range less."""
 
-LARGE_TARGETS = 1000.0
-"""Root mean square of a regression's targets above which a model that starts near 0 learns them slowly."""
+SMALL_TARGETS, LARGE_TARGETS = 1e-3, 1000.0
+"""Root mean square of a regression's targets outside of which a model that starts near 0 learns them slowly."""
 
 SHARE = 0.01
 """Share of a site's values in a column that may lie outside what a table declares without a warning."""
@@ -85,12 +85,20 @@ def lines(findings: Iterable[Finding]) -> list[tuple[str, str]]:
 
 
 def findings_of(
-    task: Task, flat: FlatModel, site: SiteId, rows: Rows, parts: Sequence[Rows], seed: int
+    task: Task,
+    flat: FlatModel,
+    site: SiteId,
+    rows: Rows,
+    parts: Sequence[Rows],
+    seed: int,
+    *,
+    scales: bool,
 ) -> list[Finding]:
     """What is probably wrong with a task at one site.
 
-    flat: the untrained model. rows: some training rows as inputs. parts: the site's rows as they are. Raises
-    BadInput for what is certainly wrong, and TaskFailed where the task's code raises.
+    flat: the untrained model. rows: some training rows as inputs. parts: the site's rows as they are. scales:
+    whether the job finds a scale for the targets. Raises BadInput for what is certainly wrong, and TaskFailed where
+    the task's code raises.
     """
     tables = [part for part in parts[:1] if isinstance(part, TableRows)]
     found = [each for table in tables for each in _of_table(site, table)]
@@ -109,9 +117,9 @@ def findings_of(
             _refuse_probabilities(task, flat, rows, outputs, activation, metrics)
             _refuse_labels(task, site, outputs, targets, parts)
         elif known:
-            found += _of_regression(site, targets)
+            found += _of_regression(task, site, targets, scaled=scales or rows.scale is not None)
     with seeded(seed, 0, site, "findings"), task_code(site, None, "loss"), torch.no_grad():
-        _refuse_loss(task, site, outputs, targets)
+        _refuse_loss(task, site, outputs, rows.scale.to_model(targets) if rows.scale else targets)
     return found + _of_inputs(site, rows, inputs)
 
 
@@ -213,22 +221,29 @@ def _of_table(site: SiteId, rows: TableRows) -> list[Finding]:
     return found
 
 
-def _of_regression(site: SiteId, targets: Tensor) -> list[Finding]:
+def _of_regression(task: Task, site: SiteId, targets: Tensor, *, scaled: bool) -> list[Finding]:
     if tuple(targets.shape) not in ((len(targets),), (len(targets), 1)):
         raise BadInput(
             f"{place(site, None)}: targets: found rows of shape {tuple(targets.shape)}, expected one number per row",
             remedy="give the task its own evaluate(model, rows) -> {metric: (total, count)} for other shapes",
         )
     size = float(targets.double().square().mean().sqrt()) if targets.numel() else 0.0
-    if not size > LARGE_TARGETS:
+    if scaled or task.train is not None or SMALL_TARGETS <= size <= LARGE_TARGETS or size == 0:
         return []
-    return [
-        Finding(
-            site, "targets",
-            f"found targets of size {size:,.0f}, expected below {LARGE_TARGETS:,.0f}",
-            "divide them in task.data by a power of ten that all sites use, such as thousands instead of units",
+    remedy = (
+        "Task(target_range=(low, high)) with a public range, or --set train.standardise=federated, scales them in "
+        "training only"
+    )
+    if size > ERROR_RANGE:
+        raise BadInput(
+            f"{place(site, None)}: targets: found values of size {size:,.0f} without a scale, expected at most "
+            f"{ERROR_RANGE:,}",
+            remedy=remedy,
         )
-    ]  # fmt: skip
+    expected = f"{SMALL_TARGETS:g} to {LARGE_TARGETS:,.0f}"
+    return [
+        Finding(site, "targets", f"found targets of size {size:,.4g}, expected {expected}", remedy)
+    ]
 
 
 def _refuse_probabilities(

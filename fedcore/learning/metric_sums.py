@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.metrics import Metric, auc_error_bound, clipped_rows, get
+from fedcore.learning.data.targets import TargetScale
+from fedcore.learning.metrics import Floats, Metric, Values, auc_error_bound, clipped_rows, get
 from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
 from fedcore.secagg.plan import METRIC, Wide
@@ -57,7 +58,7 @@ class MetricTransport:
         """One site's integers; zeros for a site without test rows (scored None)."""
         out: dict[str, list[int]] = {}
         for metric in self.metrics:
-            found = None if scored is None else metric.sums(scored.outputs, scored.targets).tolist()
+            found = None if scored is None else metric.sums(*_in_steps(metric, scored)).tolist()
             out[METRIC + metric.name] = found or [0] * metric.size(self.columns)
         for name in self.own:
             total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
@@ -89,20 +90,32 @@ class MetricTransport:
         return {
             metric.name: clipped_rows(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics
-            if not metric.higher_is_better
+            if metric.of_values
         }
 
-    def finish(self, wides: Mapping[str, Sequence[int]], sites: int) -> dict[str, float | None]:
+    def finish(
+        self, wides: Mapping[str, Sequence[int]], sites: int, scale: TargetScale | None = None
+    ) -> dict[str, float | None]:
         """Summed integers of `sites` sites to values: {metric: value or None}. Sums that are all zero were
-        not contributed (PROTOCOL H), or no site has a test row: None."""
+        not contributed (PROTOCOL H), or no site has a test row: None. scale: of the rows that they are of."""
         values: dict[str, float | None] = {}
+        step = 1.0 if scale is None else scale.step
         for metric in self.metrics:
-            values[metric.name] = metric.finish(_as_array(wides[METRIC + metric.name]))
+            value = metric.finish(_as_array(wides[METRIC + metric.name]))
+            values[metric.name] = None if value is None else value * step**metric.unit_power
         for name in self.own:
             total, count = (v - sites * _OFFSET for v in wides[METRIC + name])
             given = any(wides[METRIC + name])
             values[name] = total / count if given and count else None
         return values
+
+
+def _in_steps(metric: Metric, scored: Scored) -> tuple[Floats, Values]:
+    """Outputs and targets as the metric's sums take them: values near 1 fit their fixed point whatever their unit."""
+    if scored.scale is None or not metric.of_values:
+        return scored.outputs, scored.targets
+    centre, step = scored.scale.centre, scored.scale.step
+    return (scored.outputs - centre) / step, (scored.targets.astype(np.float64) - centre) / step
 
 
 def _as_array(values: Sequence[int]) -> NDArray[np.int64]:

@@ -38,6 +38,9 @@ FRACTION_BITS = 16
 ERROR_RANGE = 1 << 16
 """Largest absolute (mae) or squared (mse) error of a row; larger ones are clipped and counted."""
 
+TARGET_RANGE = 1 << 8
+"""Largest absolute target of a row in the sums of r2, in steps of the targets' scale; larger ones are clipped."""
+
 _FIXED_ONE = 1 << FRACTION_BITS
 _EDGES = np.arange(1, BINS) / BINS
 _LOGIT_EDGES = np.log(_EDGES / (1 - _EDGES))
@@ -58,6 +61,7 @@ class Metric:
     cap_per_row: the most that one row can add to any entry of `sums`.
     higher_is_better: False for errors.
     of_values: True where targets are values to come near to, False where they are classes.
+    unit_power: 1 for a value in the target's unit, 2 in its square; sums of such values are of scaled ones.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Metric:
     cap_per_row: int = 1
     higher_is_better: bool = True
     of_values: bool = False
+    unit_power: int = 0
 
     def exact(self, outputs: Floats, targets: Values) -> float | None:
         """The value over pooled rows, without binning or rounding; None where it is undefined."""
@@ -352,21 +357,76 @@ def _fixed_point_finish(sums: Values) -> float | None:
 
 
 def clipped_rows(sums: Values) -> int:
-    """Rows of an mse or mae sum whose error was beyond ERROR_RANGE."""
+    """Rows of a regression's sum whose error or target was beyond its range."""
     return int(sums[2])
 
 
-def _regression(name: str, size_of: Callable[[Floats], Floats]) -> Metric:
-    """The mean over the rows of `size_of(output - target)`."""
+def _squared(outputs: Floats, targets: Values) -> Floats:
+    return np.square(_errors(outputs, targets))
+
+
+def _absolute(outputs: Floats, targets: Values) -> Floats:
+    return np.abs(_errors(outputs, targets))
+
+
+def _root_finish(sums: Values) -> float | None:
+    mean = _fixed_point_finish(sums)
+    return None if mean is None else math.sqrt(mean)
+
+
+def _r2_sums(outputs: Floats, targets: Values) -> Integers:
+    """[squared errors, rows, rows clipped, targets + 256, squared targets], fixed point but for the counts. Errors
+    are clipped as those of mse, targets to 256."""
+    errors = _fixed_point_sums(_squared(outputs, targets))
+    values = targets.reshape(-1).astype(np.float64)
+    errors[2] = np.count_nonzero(
+        (np.abs(values) > TARGET_RANGE) | (_squared(outputs, targets) > ERROR_RANGE)
+    )
+    values = np.clip(values, -TARGET_RANGE, TARGET_RANGE)
+    shifted = np.rint((values + TARGET_RANGE) * _FIXED_ONE).astype(np.int64)
+    squares = np.rint(np.square(values) * _FIXED_ONE).astype(np.int64)
+    return np.array([*errors, shifted.sum(), squares.sum()], dtype=np.int64)
+
+
+def _r2_finish(sums: Values) -> float | None:
+    """1 - squared errors / squared deviations from the mean; None for less than two different targets."""
+    squared, rows, _, shifted, squares = (int(entry) for entry in sums)
+    total = shifted - rows * TARGET_RANGE * _FIXED_ONE
+    # n S2 - S1^2 in integers, so that a large mean costs no digits; rounding may leave some of equal targets.
+    deviations = rows * squares * _FIXED_ONE - total * total
+    if deviations <= rows * rows * _FIXED_ONE:
+        return None
+    return 1 - squared * rows * _FIXED_ONE / deviations
+
+
+def _r2_resampled(outputs: Floats, targets: Values, counts: Integers) -> Floats:
+    squared, times = _squared(outputs, targets), counts.astype(np.float64)
+    values, rows = targets.reshape(-1).astype(np.float64), times.sum(axis=1)
+    means = np.nan_to_num(_ratio(times @ values, rows))
+    deviations = (times * np.square(values - means[:, None])).sum(axis=1)
+    # Equal targets differ from their mean by its rounding.
+    rounding = 8 * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
+    return 1 - _ratio(times @ squared, np.where(deviations > rows * rounding**2, deviations, 0.0))
+
+
+def _regression(
+    name: str,
+    errors: Callable[[Floats, Values], Floats],
+    unit_power: int,
+    finish: Callable[[Values], float | None] = _fixed_point_finish,
+    then: Callable[[Floats], Floats] = lambda mean: mean,
+) -> Metric:
+    """The mean of the rows' errors, of which `finish` and `then` make the value."""
     return Metric(
         name,
         lambda columns: 3,
-        lambda outputs, targets: _fixed_point_sums(size_of(_errors(outputs, targets))),
-        _fixed_point_finish,
-        lambda outputs, targets, counts: _mean_of(size_of(_errors(outputs, targets)), counts),
+        lambda outputs, targets: _fixed_point_sums(errors(outputs, targets)),
+        finish,
+        lambda outputs, targets, counts: then(_mean_of(errors(outputs, targets), counts)),
         cap_per_row=ERROR_RANGE * _FIXED_ONE,
         higher_is_better=False,
         of_values=True,
+        unit_power=unit_power,
     )
 
 
@@ -380,8 +440,18 @@ _ALL = (
         _balanced_finish,
         _balanced_resampled,
     ),
-    _regression("mse", np.square),
-    _regression("mae", np.abs),
+    _regression("mse", _squared, 2),
+    _regression("rmse", _squared, 1, _root_finish, np.sqrt),
+    _regression("mae", _absolute, 1),
+    Metric(
+        "r2",
+        lambda columns: 5,
+        _r2_sums,
+        _r2_finish,
+        _r2_resampled,
+        cap_per_row=ERROR_RANGE * _FIXED_ONE,
+        of_values=True,
+    ),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """Every metric a task can name. A task with an `evaluate` function brings its own."""

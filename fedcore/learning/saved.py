@@ -7,7 +7,7 @@ which is loaded from the run's own location, never from the current folder.
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedcore.learning.data.rows import (
 )
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.metrics import METRICS
 from fedcore.learning.task import Task, load_task, user_code
 from fedcore.types import Json
@@ -44,9 +45,13 @@ Tensor = torch.Tensor
 
 
 def model_bytes(
-    module: nn.Module, task: Task, statistics: Statistics | None, layout: RowLayout | None
+    module: nn.Module,
+    task: Task,
+    statistics: Statistics | None,
+    layout: RowLayout | None,
+    scale: TargetScale | None = None,
 ) -> bytes:
-    """The file's bytes: the state dict, with the statistics and columns as metadata."""
+    """The file's bytes: the state dict, with the statistics, the columns and the targets' scale as metadata."""
     numbers = None
     if layout and not layout.description:  # an array task with statistics: low, high, indicated
         numbers = [(*pair, gap) for pair, gap in zip(layout.ranges, layout.indicated, strict=True)]
@@ -62,6 +67,8 @@ def model_bytes(
     }
     if task.given:
         about["task_settings"] = dict(task.given)
+    if scale is not None:
+        about["target"] = asdict(scale)
     tensors = {
         name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
     }
@@ -96,6 +103,12 @@ class SavedModel:
         return None if found is None else Statistics.from_json(found)
 
     @property
+    def scale(self) -> TargetScale | None:
+        """How the targets of a regression were scaled in training."""
+        found = self.about.get("target")  # absent in a file of an earlier version
+        return None if found is None else TargetScale(**found)
+
+    @property
     def classifies(self) -> bool:
         """Whether outputs are logits of classes, so that `predict` gives probabilities."""
         named = (METRICS.get(name) for name in self.about["metrics"])
@@ -121,7 +134,7 @@ class SavedModel:
         if outputs.ndim == 2 and outputs.shape[1] == 1:
             outputs = outputs[:, 0]
         if not self.classifies:
-            return np.asarray(outputs)
+            return np.asarray(outputs if self.scale is None else self.scale.to_unit(outputs))
         if outputs.ndim == 1:
             return np.asarray(1 / (1 + np.exp(-outputs)))
         shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True))

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.learning.data.kinds import kind_of
 from fedcore.learning.data.rows import Rows, copied
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.metrics import Scores
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
@@ -26,6 +27,7 @@ from fedcore.learning.training import (
     LOOP_CODE,
     batch_norm_needs_two,
     lone_row_breaks,
+    loss_of,
     place,
     predict,
     task_code,
@@ -40,7 +42,8 @@ enough, and the pass stays short beside an epoch."""
 
 @dataclass(frozen=True)
 class Scored:
-    """outputs (n,) or (n, C) float64, targets (n,) float64 or int64; loss: mean over the rows.
+    """outputs (n,) or (n, C) float64, targets (n,) float64 or int64, both in the target's unit; loss: mean over the
+    rows, of scaled targets where there is a scale.
 
     own: `{metric: (total, count)}` of every name in `task.metrics` where the task brings `evaluate`;
     outputs are then empty.
@@ -50,6 +53,7 @@ class Scored:
     targets: NDArray[Any]
     loss: float | None
     own: dict[str, tuple[float, float]] | None = None
+    scale: TargetScale | None = None
 
 
 def score(
@@ -91,7 +95,7 @@ def probe(
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):
             out, target = predict(task, module, batch)
-            losses.append((float(task.loss(out, target)), len(target)))
+            losses.append((float(loss_of(task, rows, out, target)), len(target)))
             outputs.append(_as_array(out))
             targets.append(np.asarray(target.detach().cpu().numpy()).reshape(len(target), -1))
     stacked = np.concatenate(outputs)
@@ -106,7 +110,9 @@ def probe(
         )
     count = sum(n for _, n in losses)
     mean_loss = sum(value * n for value, n in losses) / count if count else None
-    return Scored(stacked, flat_targets[:, 0], mean_loss)
+    if rows.scale is not None:
+        stacked = rows.scale.to_unit(stacked)
+    return Scored(stacked, flat_targets[:, 0], mean_loss, scale=rows.scale)
 
 
 def pooled(parts: Sequence[Scored | None]) -> Scores | None:
@@ -197,7 +203,7 @@ def training_loss(
         for batch in rows.batches(EVALUATION_BATCH, picked):
             outputs, targets = predict(task, module, batch)
             size = len(targets)
-            total += float(task.loss(outputs, targets)) * size
+            total += float(loss_of(task, rows, outputs, targets)) * size
             count += size
     return total / count if count else 0.0
 

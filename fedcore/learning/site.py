@@ -10,7 +10,7 @@ process that runs it or on other sites.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,17 @@ from fedcore.config import Job
 from fedcore.errors import BadInput
 from fedcore.learning import findings
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
-from fedcore.learning.data.rows import RowLayout, Rows, TableRows, load_rows, rows_digest
+from fedcore.learning.data.rows import (
+    DatasetRows,
+    RowLayout,
+    Rows,
+    TableRows,
+    load_rows,
+    rows_digest,
+)
 from fedcore.learning.data.split import Split, ValidationPart, subsample
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
+from fedcore.learning.data.targets import SIZES, TargetScale, sizes
 from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
@@ -133,16 +141,33 @@ class LoadedSite:
         values, counts = np.unique(np.concatenate(known), return_counts=True)
         return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
 
-    def findings(self, task: Task, flat: FlatModel, seed: int) -> list[Finding]:
+    def findings(self, task: Task, job: Job, flat: FlatModel) -> list[Finding]:
         """What is probably wrong with the task here. Raises BadInput and TaskFailed for what certainly is."""
         parts = [part for part in (self.everything, self.test) if part is not None]
         rows = first_rows(self.rows, findings.ROWS)
-        return findings.findings_of(task, flat, self.rows.id, rows, parts, seed)
+        if task.target_range is not None and not isinstance(rows, TableRows):
+            rows = rows.with_scale(TargetScale.of_range(*task.target_range))
+        return findings.findings_of(
+            task, flat, self.rows.id, rows, parts, job.run.seed,
+            scales=learns_scale(task, job, self.rows.train),
+        )  # fmt: skip
 
     @property
     def unknown(self) -> dict[str, int]:
         """Rows per column of a table whose category was not declared (only where > 0)."""
         return self.everything.unknown if isinstance(self.everything, TableRows) else {}
+
+
+def learns_scale(task: Task, job: Job, rows: Rows) -> bool:
+    """Whether the scale of a regression's targets comes from federated statistics: where the job asks for them, the
+    task declares no range, and targets are in memory."""
+    return (
+        job.train.standardise == "federated"
+        and task.is_regression
+        and task.target_range is None
+        and task.predict is None
+        and not isinstance(rows, DatasetRows)
+    )
 
 
 def first_rows(site: SiteRows, most: int = 2) -> Rows:
@@ -178,6 +203,18 @@ def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
     return probe(task, flat.module, rows, seed=seed, round_=0, site=site.id)
 
 
+def _names_and_ranges(
+    columns: Sequence[Column],
+) -> tuple[list[str], list[tuple[float, float]]]:
+    return [name for name, *_ in columns], [(low, high) for _, low, high in columns]
+
+
+def _equal(one: Statistics | None, other: Statistics | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or one.to_json() == other.to_json()
+
+
 @dataclass
 class SiteTrainer:
     """One site's side of the rounds of one job.
@@ -203,7 +240,8 @@ class SiteTrainer:
         """The scale of the rows' declared ranges, where the job goes by these."""
         if self.layout is not None and self.job.train.standardise == "ranges":
             self.public = Statistics.of_ranges(self.layout.names, self.layout.ranges)
-        self._inputs: tuple[Statistics, SiteRows] | None = None
+        self._learns_scale = learns_scale(self.task, self.job, self.site.train)
+        self._inputs: tuple[Statistics | None, SiteRows] | None = None
         self._scored: tuple[object, int, Scored | None] = (None, 0, None)
         self._guard: Guard | None = None
 
@@ -214,7 +252,7 @@ class SiteTrainer:
         """A site by itself. split: its own, independent of the job. Raises BadInput and TaskFailed."""
         loaded = load_site(task, split, name, 0, source, max_examples)
         flat = model_of(task, job, loaded.rows)
-        said = findings.lines(loaded.findings(task, flat, job.run.seed))
+        said = findings.lines(loaded.findings(task, job, flat))
         note = " ".join(
             filter(None, [loaded.note, *(f"{text} (hint: {hint})." for text, hint in said)])
         )
@@ -231,11 +269,12 @@ class SiteTrainer:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """(name, low, high) of each column that federated statistics are made of."""
+        """(name, low, high) of each column that federated statistics are made of: the inputs, then the target's."""
+        target = (SIZES,) if self._learns_scale else ()
         if self.layout is None or self.public is not None:
-            return ()
+            return target
         pairs = zip(self.layout.names, self.layout.ranges, strict=True)
-        return tuple((name, *bounds) for name, bounds in pairs)
+        return (*((name, *bounds) for name, bounds in pairs), *target)
 
     @property
     def shape(self) -> ModelShape:
@@ -249,38 +288,62 @@ class SiteTrainer:
 
     def standard_rows(self, state: JobState) -> SiteRows:
         """The site's rows as inputs; scaled once for the statistics they go by."""
-        statistics = state.statistics or self.public
-        if statistics is None:
-            return self.site
-        found = self._inputs
-        if found is None or (
-            found[0] is not statistics and found[0].to_json() != statistics.to_json()
-        ):
+        statistics, found = self._statistics_of(state), self._inputs
+        if found is None or not _equal(found[0], statistics):
             self._inputs = found = statistics, self._scaled(statistics)
         return found[1]
 
+    def target_scale(self, state: JobState) -> TargetScale | None:
+        """How a regression's targets are scaled; None where they are not."""
+        return self._target_scale(self._statistics_of(state))
+
+    def _target_scale(self, statistics: Statistics | None) -> TargetScale | None:
+        if self.task.target_range is not None:
+            return TargetScale.of_range(*self.task.target_range)
+        if not self._learns_scale or statistics is None:
+            return None
+        return TargetScale.of_sizes(float(statistics.mean[-1]))
+
+    def _statistics_of(self, state: JobState) -> Statistics | None:
+        return state.statistics or self.public
+
+    def _of_inputs(self, statistics: Statistics | None) -> Statistics | None:
+        """Without the target's."""
+        if statistics is None or self.layout is None:
+            return None
+        return statistics.first(len(self.layout.names))
+
     def rows_alone(self) -> SiteRows:
         """The rows as the arm `local_only` has them: by the public scale of all arms, or the site's own."""
-        if (layout := self.layout) is None:
-            return self.site
-        own = self.public or finish_statistics(
-            layout.names, layout.ranges, self._sums(), allow_few_sites=True
-        )
+        own = self.public
+        if self.columns:
+            names, ranges = _names_and_ranges(self.columns)
+            own = finish_statistics(names, ranges, self._sums(), allow_few_sites=True)
         return self._scaled(own)
 
-    def _scaled(self, statistics: Statistics) -> SiteRows:
+    def _scaled(self, statistics: Statistics | None) -> SiteRows:
+        """The rows as the loops take them; as they are before the statistics that they need."""
+        inputs, scale = self._of_inputs(statistics), self._target_scale(statistics)
+
         def scaled(rows: Rows) -> Rows:
-            assert isinstance(rows, TableRows)
-            return rows.standardise(statistics)
+            if inputs is not None:
+                assert isinstance(rows, TableRows)
+                rows = rows.standardise(inputs)
+            return rows if scale is None or isinstance(rows, TableRows) else rows.with_scale(scale)
 
         site = self.site
         apart = None if site.validation is None else scaled(site.validation)
         return replace(site, train=scaled(site.train), test=scaled(site.test), validation=apart)
 
     def _sums(self) -> dict[str, list[int]]:
-        """Counts, sums and sums of squares of each column of the rows as they are (PROTOCOL W)."""
-        assert isinstance(self.site.train, TableRows)
-        return site_sums(self.site.train.features, self.site.train.layout.ranges)
+        """Counts, sums and sums of squares of each of `columns` of the rows as they are (PROTOCOL W)."""
+        train, features = self.site.train, np.empty((len(self.site.train), 0))
+        if isinstance(train, TableRows) and self.public is None:
+            features = train.features
+        if self._learns_scale:
+            assert not isinstance(train, DatasetRows)
+            features = np.concatenate([features, sizes(train.y)], axis=1)
+        return site_sums(features, _names_and_ranges(self.columns)[1])
 
     def scored(self, state: JobState, round_: int) -> Scored | None:
         """The state's model on this site's test rows; None where it has none. The last answer is kept."""
@@ -310,7 +373,14 @@ class SiteTrainer:
         hidden = public and self.task.origin not in BUILT_IN
         task = replace(self.task, origin="") if hidden else self.task
         self.flat.write(state.server.model)  # also resets what training counted
-        return model_bytes(self.flat.module, task, state.statistics or self.public, self.layout)
+        statistics = self._statistics_of(state)
+        return model_bytes(
+            self.flat.module,
+            task,
+            self._of_inputs(statistics),
+            self.layout,
+            self._target_scale(statistics),
+        )
 
     def contribute(
         self,

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ from typing import Any
 
 from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 from fedcore.learning import task_code, task_settings
+from fedcore.learning.metrics import METRICS
 
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
@@ -49,6 +51,8 @@ class Task:
     settings: parameters that a job may set, with their defaults, such as `{"hidden": 64}`: numbers, texts,
         truth values or lists of them. A function gets those that it names: `def model(hidden)`.
     given: the values that differ from these defaults; `with_settings` fills it.
+    target_range: the public `(low, high)` of a regression's target, which the loss then sees scaled: its middle
+        as 0 and an eighth of its width as 1. Metrics and predictions stay in the target's unit.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Task:
     lower_is_better: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
+    target_range: tuple[float, float] | None = None
     origin: str = field(default="", compare=False)
     home: str = field(default="", compare=False)
 
@@ -105,6 +110,8 @@ class Task:
             parts = {part: getattr(self, part) for part in _PARTS}
             for part, bound in task_settings.bind(parts, self.values).items():
                 object.__setattr__(self, part, bound)
+        if self.target_range is not None:
+            self._check_target_range(self.target_range)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -117,6 +124,32 @@ class Task:
         found = task_settings.typed(self.name, self.settings, given)
         return self if found == self.given else replace(self, given=found)
 
+    def _check_target_range(self, found: object) -> None:
+        try:
+            low, high = (float(value) for value in found)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise BadInput(
+                f"task.target_range: found {found!r}, expected (low, high) with finite low < high",
+                remedy="a public range that every site can know without looking at its rows",
+            )
+        object.__setattr__(self, "target_range", (low, high))
+        if not self.is_regression:
+            raise BadInput(
+                f"task.target_range: found it beside the metrics {', '.join(self.metrics)}"
+                f"{' and loops of its own' if self.train or self.evaluate else ''}, expected a regression that "
+                "fedcore trains and scores",
+                remedy="metrics such as mae, rmse or r2, without `train` and `evaluate`, which scale for themselves",
+            )
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether Fedcore's own loops train and score it, by metrics of values alone."""
+        known = [METRICS.get(name) for name in self.metrics]
+        ours = self.train is None and self.evaluate is None
+        return ours and all(metric is not None and metric.of_values for metric in known)
+
     def digest(self) -> str:
         """SHA-256 over the task's name, its metrics and its code: 64 hex digits.
 
@@ -126,6 +159,8 @@ class Task:
         notebook) has the source of its functions, and nothing that they call. Data files are not covered.
         """
         text = [f"fedcore task 2 {self.name} {self.metrics!r} {self.statistics!r}"]
+        if self.target_range is not None:
+            text.append(f"target_range={self.target_range!r}")
         hashes = (
             (name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in self._code()
         )

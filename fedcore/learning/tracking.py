@@ -46,7 +46,7 @@ class Tracker:
         gained = {
             n: None if v is None or (w := alone[n]) is None else v - w for n, v in here.items()
         }
-        everywhere = transport.finish(wides, sites)
+        everywhere = transport.finish(wides, sites, local.target_scale(state))
         row: Json = {
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
             "alone": alone, "gained": gained, "everywhere_before": everywhere,

@@ -182,6 +182,11 @@ def predict(task: Task, module: nn.Module, batch: Any) -> tuple[Any, Any]:
     return module(x), y
 
 
+def loss_of(task: Task, rows: Rows, outputs: Any, targets: Any) -> Any:
+    """The task's loss of a batch of these rows: a regression's targets are scaled where the rows have a scale."""
+    return task.loss(outputs, targets if rows.scale is None else rows.scale.to_model(targets))
+
+
 def local_train(
     task: Task,
     module: nn.Module,
@@ -261,7 +266,7 @@ def _own_loop(
         for batch in rows.batches(plan.batch_size, order):
             optimiser.zero_grad(set_to_none=True)
             outputs, targets = predict(task, module, batch)
-            loss = task.loss(outputs, targets)
+            loss = loss_of(task, rows, outputs, targets)
             loss.backward()
             if plan.proximal_mu:
                 _add_proximal(trained, start, plan.proximal_mu)

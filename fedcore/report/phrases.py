@@ -161,7 +161,7 @@ def duration(seconds: float | None) -> str:
 
 def metric_name(metric: str) -> str:
     """The metric's name in a sentence or table head."""
-    return metric.upper() if metric in {"auc", *ERRORS} else plain(metric).replace("_", " ")
+    return metric.upper() if metric in {"auc", "r2", *ERRORS} else plain(metric).replace("_", " ")
 
 
 def capitalised(sentence: str) -> str:

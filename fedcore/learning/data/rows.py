@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -44,22 +44,30 @@ from fedcore.learning.data.kinds import (
     kind_of,
 )
 from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.task import Task, user_code
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayRows:
-    """Rows in memory: `x` (rows, ...) and `y` (rows, ...); a batch is the tuple `(x, y)`."""
+    """Rows in memory: `x` (rows, ...) and `y` (rows, ...); a batch is the tuple `(x, y)`.
+
+    scale: of the targets of a regression, which the loss sees scaled; None for others.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
+    scale: TargetScale | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, indices: Indices) -> ArrayRows:
         picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return ArrayRows(self.x[picked], self.y[picked])
+        return ArrayRows(self.x[picked], self.y[picked], self.scale)
+
+    def with_scale(self, scale: TargetScale) -> ArrayRows:
+        return ArrayRows(self.x, self.y, scale)
 
     def labels(self) -> Indices | None:
         return class_indices(self.y)
@@ -138,6 +146,7 @@ class TableRows:
     fixed: NDArray[np.float32]
     y: torch.Tensor
     layout: RowLayout
+    scale: ClassVar[None] = None
 
     @property
     def unknown(self) -> dict[str, int]:
@@ -201,6 +210,7 @@ class DatasetRows:
         # them may mean reading each item once.
         self._labels = list(known_labels)
         self._hashed: list[list[bytes]] = []
+        self.scale: TargetScale | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -209,6 +219,11 @@ class DatasetRows:
         taken = copy(self)
         taken.indices = self.indices[np.asarray(indices, dtype=np.int64)]
         return taken
+
+    def with_scale(self, scale: TargetScale) -> DatasetRows:
+        scaled = copy(self)
+        scaled.scale = scale
+        return scaled
 
     def labels(self) -> Indices | None:
         """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
@@ -304,7 +319,9 @@ def _pool_arrays(parts: Sequence[ArrayRows]) -> ArrayRows:
             f"sites: found rows of different shapes ({seen}), expected one shape",
             remedy="task.data must return the same columns and target type for every site",
         )
-    return ArrayRows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
+    return ArrayRows(
+        torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), parts[0].scale
+    )
 
 
 def _pool_tables(parts: Sequence[TableRows]) -> TableRows:
@@ -326,14 +343,18 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
         [Subset(part.dataset, part.indices.tolist()) for part in parts]
     )
     labels = all_labels([part.labels() for part in parts])
-    return DatasetRows(
+    pooled = DatasetRows(
         union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels]
     )
+    pooled.scale = parts[0].scale
+    return pooled
 
 
 def copied(rows: Rows) -> Rows:
     """For code that may change arrays in place: `clone` keeps their order in memory, and so the last bits."""
-    return ArrayRows(rows.x.clone(), rows.y.clone()) if isinstance(rows, ArrayRows) else rows
+    if not isinstance(rows, ArrayRows):
+        return rows
+    return ArrayRows(rows.x.clone(), rows.y.clone(), rows.scale)
 
 
 def rows_digest(*parts: Rows | None) -> str:

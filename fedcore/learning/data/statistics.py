@@ -59,6 +59,11 @@ class Statistics:
         none = (0,) * len(names)
         return cls(tuple(names), (low + high) / 2, (high - low) / 2 * SPREAD, none, none, none)
 
+    def first(self, columns: int) -> Statistics:
+        """Those of the first columns only."""
+        parts = vars(self).items()
+        return Statistics(**{name: value[:columns] for name, value in parts})
+
     @classmethod
     def from_json(cls, value: Json) -> Statistics:
         """The inverse of `to_json`."""

@@ -11,7 +11,7 @@ from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.scoring import Scored, pooled
 
 CLASSIFICATION = ("accuracy", "auc", "balanced_accuracy")
-REGRESSION = ("mse", "mae")
+REGRESSION = ("mse", "rmse", "mae", "r2")
 
 
 def test_the_prediction_rule_is_above_zero_or_the_first_largest_logit() -> None:

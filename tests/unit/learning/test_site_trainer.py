@@ -251,3 +251,23 @@ def test_the_file_of_a_given_model_is_the_same_at_every_site():
         files.add(site.exported(state, public=True))
         assert own.origin.encode() in site.exported(state)
     assert len(files) == 1
+
+
+def priced(source):
+    random = np.random.default_rng(source)
+    x = random.normal(size=(60, 3)).astype("f4")
+    return x, 250_000 + 60_000 * (x @ [3.0, -2.0, 1.0])
+
+
+@pytest.mark.parametrize("given", [{"target_range": (-500_000, 1_000_000)}, {}])
+def test_a_regressions_targets_are_scaled_alike_by_sites_and_simulation(given, tmp_path):
+    task = fedcore.Task(
+        name="price", data=priced, model=fedcore.linear(3, classes=1), metrics=("mae", "r2"),
+        loss=lambda o, t: nn.functional.mse_loss(o[:, 0], t), sites={"a": 1, "b": 2, "c": 3}, **given,
+    )  # fmt: skip
+    job = build_job(task.defaults, SETTINGS)
+    with single_thread():
+        plan, state = run_by_hand(task, job, dict(task.sites))
+    assert first_step(plan, 0 if given else 1).purpose == ("range" if given else "statistics")
+    run = fedcore.simulate(task, out=tmp_path / "run", max_examples=CAP, **SETTINGS)
+    assert run.result["model_sha256"] == state.model_sha256

@@ -141,11 +141,13 @@ def test_more_than_two_metrics_take_more_tables():
     [
         ({"accuracy": 0.8114, "auc": 0.9, "survivors": ["a", "b", "c", "d"]}, "accuracy 0.811"),
         ({"auc": None, "accuracy": 0.5, "survivors": ["a", "c", "d"]}, "accuracy 0.500, 3 of 4 sites"),
-        ({"mse": 2.0, "survivors": ["a", "b", "c", "d"]}, "4 of 4 sites"),
+        ({"mse": 2.0, "survivors": ["a", "b", "c", "d"]}, "mse 2.000"),
+        ({"round": 1, "mine": 0.5, "loss": 1.0, "survivors": ["a", "b", "c", "d"]}, "mine 0.500"),
+        ({"round": 1, "r2": None, "rmse": 15_540.2, "loss": 1.0, "survivors": ["a"]}, "rmse 15,540, 1 of 4 sites"),
         ({"survivors": ["a", "b", "c", "d"], "seconds": 0.094}, "4 of 4 sites, 94 ms"),
         ({"survivors": ["a", "b", "c"], "seconds": 72.4}, "3 of 4 sites, 1 min 12 s"),
         ({"accuracy": 0.8, "survivors": ["a", "b", "c"], "seconds": 1.0}, "accuracy 0.800, 3 of 4 sites"),
-        ({"mse": 2.0, "survivors": ["a", "b", "c"]}, "3 of 4 sites"),
+        ({"loss": 2.0, "survivors": ["a", "b", "c"]}, "3 of 4 sites"),
         (
             {"accuracy": 0.8, "survivors": [], "abandoned": "at keys: 2 of 4 sites stayed, 3 needed"},
             "abandoned at keys: 2 of 4 sites stayed, 3 needed",
