@@ -13,8 +13,8 @@ from typing import Unpack
 from fedcore import report
 from fedcore.config import Job, Settings, read_job_file
 from fedcore.errors import BadInput
-from fedcore.experiment.comparison import Grid, OnCell, finish, is_unfinished
-from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
+from fedcore.experiment.comparison import Grid, OnCell, OnSplitStep, finish, is_unfinished
+from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, stored_job
 from fedcore.experiment.run import Comparison, Run, all_abandoned, new_directory
@@ -36,6 +36,7 @@ def simulate(
     out: str | Path | None = None,
     force: bool = False,
     on_round: OnRound | None = None,
+    on_step: OnStep | None = None,
     on_ready: OnReady | None = None,
     say: Say = lambda _: None,
     **settings: Unpack[Settings],
@@ -47,8 +48,9 @@ def simulate(
     job: a job file, a folder with job.toml in it, or mappings with the keys of one, later ones winning.
     settings: any key of a job (`config.Settings`), e.g. `rounds=20`, `seed=0`, `protection="plain"`, `lr=0.1`.
     out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/. force: replace a former run there.
-    on_round: called with every row; return `fedcore.STOP` to end after this round. on_ready: called with the
-    prepared job and the directory before round 1. say: called with a line for each step of the set-up.
+    on_round: called with every row; return `fedcore.STOP` to end after this round. on_step: called before each round
+    of an arm, with what comes. on_ready: called with the prepared job and the directory before round 1.
+    say: called with a line for each step of the set-up.
     Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
     """
     prepared = prepare(*_job(task, sites, job, settings), say)
@@ -58,7 +60,7 @@ def simulate(
         writer.start()
         if on_ready is not None:
             on_ready(prepared, directory)
-        return _run(prepared, writer, on_round, resume=False)
+        return _run(prepared, writer, on_round, on_step, resume=False)
 
 
 def resume(
@@ -66,6 +68,7 @@ def resume(
     *,
     task: Task | None = None,
     on_round: OnRound | None = None,
+    on_step: OnStep | None = None,
     on_ready: OnReady | None = None,
     say: Say = lambda _: None,
 ) -> Run:
@@ -94,7 +97,7 @@ def resume(
     prepared = prepare(*job_for(task, stored), say)
     if on_ready is not None:
         on_ready(prepared, path)
-    return _run(prepared, RunWriter(path, prepared), on_round, resume=True)
+    return _run(prepared, RunWriter(path, prepared), on_round, on_step, resume=True)
 
 
 def _job(
@@ -115,9 +118,16 @@ def _job(
     return job_for(task if isinstance(task, Task) else None, *layers, settings)
 
 
-def _run(prepared: Prepared, writer: RunWriter, on_round: OnRound | None, *, resume: bool) -> Run:
+def _run(
+    prepared: Prepared,
+    writer: RunWriter,
+    on_round: OnRound | None,
+    on_step: OnStep | None,
+    *,
+    resume: bool,
+) -> Run:
     directory = writer.directory
-    experiment, result = run_experiment(prepared, writer, on_round, resume=resume)
+    experiment, result = run_experiment(prepared, writer, on_round, on_step=on_step, resume=resume)
     writer.finish(experiment, in_folder(result, directory))
     report.write(directory)
     return Run(directory, prepared.task)
@@ -133,6 +143,8 @@ def compare(
     force: bool = False,
     workers: int | None = None,
     on_cell: OnCell | None = None,
+    on_step: OnSplitStep | None = None,
+    on_tick: Callable[[], object] = lambda: None,
     on_ready: OnReady | None = None,
     say: Say = lambda _: None,
     **settings: Unpack[Settings],
@@ -143,8 +155,9 @@ def compare(
     workers: processes, each forked from this one for a split and with one torch thread; without it one per core.
     Their number changes no bit of the result. out: also the folder of an interrupted comparison with the same
     settings, which then goes on: its finished splits are kept.
-    on_cell: called with each finished cell, its number and the number of all. on_ready: called with the
-    first split's job and the directory before a split is run. The others as in `simulate`.
+    on_cell: called with each finished cell, its number and the number of all. on_step: called before
+    each round of an arm, with its split and what comes. on_tick: called about every second. on_ready: called with
+    the first split's job and the directory before a split is run. The others as in `simulate`.
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
@@ -164,7 +177,7 @@ def compare(
             grid.start(directory)
         if on_ready is not None:
             on_ready(grid.first, directory)
-        finish(directory, grid.run(directory, workers, on_cell))
+        finish(directory, grid.run(directory, workers, on_cell, on_step, on_tick))
         comparison = Comparison(directory)
         comparison.report()
     return comparison

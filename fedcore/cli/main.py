@@ -23,13 +23,12 @@ from fedcore.cli import flags
 from fedcore.cli.console import application, emit, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
+from fedcore.cli.progress import RoundsProgress, SplitsProgress
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fedcore.experiment.prepare import Prepared
 
 Found = TypeVar("Found")
@@ -60,46 +59,6 @@ def _starting(command: str, job: Path | None, settings: Settings) -> None:
     say(f"fedcore {command}: {what}")
 
 
-class _Progress:
-    """A progress bar on a terminal, a line every few rounds in a pipe; in both, a line for each abandoned round."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._total = self._sites = 0
-
-    def begin(self, total: int, sites: int) -> None:
-        """Start, or start again, for so many rounds of so many sites."""
-        self.close()
-        self._total, self._sites = total, sites
-        if stderr.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rounds"),
-                TextColumn("{task.fields[metric]}"), TimeRemainingColumn(), console=stderr, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("training", total=total, metric="")
-            self._bar.start()
-
-    def row(self, row: RoundRow) -> None:
-        """Called with each row; shows those of the protected arm."""
-        if row.arm != "federated":
-            return
-        from fedcore.report.terminal import progress
-
-        shown = progress(row, self._sites)
-        due = row.round == self._total or row.round % max(1, self._total // 5) == 0
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row.round, metric=shown)
-        if row.abandoned or (due and self._bar is None):
-            say(f"round {row.round}/{self._total}  {shown}")  # above the bar, where it stays
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
 @job_command(app, "task protection cipher rounds seed bits threshold drop dropout validate")
 def simulate(
     settings: Settings,
@@ -115,23 +74,26 @@ def simulate(
         raise _settings_beside_resume("run")
     say("loading torch")
     from fedcore import api
+    from fedcore.experiment.forked import ticking
 
     directory: list[Path] = []
-    bar = _Progress()
+    bar = RoundsProgress()
 
     def ready(prepared: Prepared, path: Path) -> None:
         directory.append(path)
         _show_header(prepared, path)
-        bar.begin(prepared.plan.rounds, len(prepared.plan.sites))
+        bar.begin(prepared.plan.rounds, len(prepared.plan.sites), prepared.plan.protection)
 
     try:
-        with closing(bar):
+        with closing(bar), ticking(bar.tick):
             if resume is not None:
-                run = api.resume(resume, on_round=bar.row, on_ready=ready, say=_quiet)
+                run = api.resume(
+                    resume, on_round=bar.row, on_step=bar.step, on_ready=ready, say=_quiet
+                )
             else:
                 run = api.simulate(
-                    job=_layers(job, settings), out=out, force=force, on_round=bar.row, on_ready=ready,
-                    say=_quiet,
+                    job=_layers(job, settings), out=out, force=force, on_round=bar.row, on_step=bar.step,
+                    on_ready=ready, say=_quiet,
                 )  # fmt: skip
     except (KeyboardInterrupt, FedcoreError) as error:
         for line in _what_is_left(directory[0], error) if directory else []:
@@ -217,15 +179,16 @@ def up(
     _starting("up", job, settings)
     say("loading torch")
     from fedcore.cli import up as rehearsal
+    from fedcore.experiment.forked import ticking
 
-    bar = _Progress()
+    bar = RoundsProgress()
 
     def ready(prepared: Prepared, path: Path) -> None:
         _show_header(prepared, path)
         say("started here; the same on other machines is the deployment:")
 
-    with closing(bar):
-        listener = rehearsal.Listener(ready, bar.begin, bar.row, say, _quiet)
+    with closing(bar), ticking(bar.tick):
+        listener = rehearsal.Listener(ready, bar.begin, bar.row, bar.step, say, _quiet)
         run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
     _show_result(run.result, run.directory, as_json)
     rehearsal.require_equal(run)
@@ -263,25 +226,22 @@ def compare(
 
     directory: list[Path] = []
 
+    bar = SplitsProgress()
+
     def ready(prepared: Prepared, path: Path) -> None:
         directory.append(path)
         _show_findings(prepared)
         if finished := _finished_splits(path):
             say(f"{finished} finished splits are kept in {path}")
-
-    def on_cell(split: SplitResult, number: int, total: int) -> None:
-        scores = ", ".join(
-            f"{metric} {split.arms['federated'][metric]:.3f} (gap {value:+.4f})"
-            for metric, value in split.gap.get("total", {}).items()
-            if value is not None
-        )
-        say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
+        splits = len(chosen) * (1 if prepared.own_test_rows else prepared.job.run.folds)
+        bar.begin(splits, finished, prepared.plan.rounds, prepared.plan.protection)
 
     try:
-        found = api.compare(
-            job=layers, seeds=chosen, workers=workers, out=resume or out, force=force, on_cell=on_cell,
-            on_ready=ready, say=_quiet,
-        )  # fmt: skip
+        with closing(bar):
+            found = api.compare(
+                job=layers, seeds=chosen, workers=workers, out=resume or out, force=force,
+                on_cell=bar.cell, on_step=bar.step, on_tick=bar.tick, on_ready=ready, say=_quiet,
+            )  # fmt: skip
     except (KeyboardInterrupt, FedcoreError) as error:
         for line in _what_is_left(directory[0], error, "compare") if directory else []:
             say(line)
@@ -444,7 +404,7 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     say(f"fedcore reproduce: {run}")
     from fedcore.cli.reproduce import reproduce as again
 
-    bar = _Progress()
+    bar = RoundsProgress()
 
     def on_row(row: RoundRow | SplitResult) -> None:
         if isinstance(row, SplitResult):
@@ -453,7 +413,7 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
             bar.row(row)
 
     with closing(bar):
-        found = again(run, on_begin=bar.begin, on_row=on_row)
+        found = again(run, on_begin=bar.begin, on_row=on_row, on_step=bar.step, on_tick=bar.tick)
     if found.same:
         typer.echo(f"same bits: model {found.model_sha256[0]}")
         return

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedcore.api import compare, simulate
 from fedcore.experiment.environment import environment, random_causes
-from fedcore.experiment.loop import STOP
+from fedcore.experiment.forked import ticking
+from fedcore.experiment.loop import STOP, OnStep
 from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds
 from fedcore.hash_order import hash_seed
@@ -37,13 +38,16 @@ def reproduce(
     directory: Path,
     *,
     task: Task | None = None,
-    on_begin: Callable[[int, int], object] = lambda _rounds, _sites: None,
+    on_begin: Callable[[int, int, str], object] = lambda _rounds, _sites, _protection: None,
     on_row: Callable[[RoundRow | SplitResult], object] = lambda _: None,
+    on_step: OnStep | None = None,
+    on_tick: Callable[[], object] = lambda: None,
 ) -> Reproduction:
     """Run `directory`'s job again in a temporary directory and compare.
 
-    on_begin: called with the numbers of rounds and sites of a run. on_row: called with every row of it, or
-    with every split of a comparison. Raises BadInput where there is no finished run.
+    on_begin: called with the numbers of rounds and sites of a run, and its protection. on_row: called with every
+    row of it, or with every split of a comparison. on_step: as of `fedcore.simulate`. on_tick: called about every
+    second. Raises BadInput where there is no finished run.
     """
     old = read_result(directory)
     job = stored_job(directory, task)
@@ -59,6 +63,7 @@ def reproduce(
                 seeds=seeds,
                 out=out,
                 on_cell=lambda split, _number, _of: on_row(split),
+                on_tick=on_tick,
             ).result
             return _compared(old, splits)
 
@@ -66,8 +71,11 @@ def reproduce(
             on_row(row)
             return STOP if row.round >= old.rounds else None
 
-        on_begin(old.rounds, len(old.sites))
-        again = simulate(task, job=[job], out=out, on_round=until_the_same_round)
+        on_begin(old.rounds, len(old.sites), old.protection)
+        with ticking(on_tick):
+            again = simulate(
+                task, job=[job], out=out, on_round=until_the_same_round, on_step=on_step
+            )
         new, rows = again.result, again.rounds
     difference = _first_difference(read_rounds(directory), rows)
     hashes = (old.model_sha256, new.model_sha256)

@@ -20,7 +20,7 @@ from fedcore.api import OnReady, Say
 from fedcore.config import Job, is_json, narrowest_policy, refuse_initial, refuse_selection
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.environment import random_causes
-from fedcore.experiment.loop import OnRound, RunWriter, run_experiment
+from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.experiment.run import Run, new_directory
@@ -41,16 +41,18 @@ STATUS_SECONDS = 15.0
 class Listener:
     """Callbacks for progress.
 
-    on_ready: the prepared job and the run's directory. begin: numbers of rounds and sites, before the rounds
-    of the deployment and again before those of the run in this process. on_round: each row of both.
-    say: one line of progress. on_step: one step of setting up.
+    on_ready: the prepared job and the run's directory. begin: numbers of rounds and sites, and the protection,
+    before the rounds of the deployment and again before those of the run in this process. on_round: each row of
+    both. on_step: what the run in this process does next.
+    say: one line of progress. on_setup: one step of setting up.
     """
 
     on_ready: OnReady
-    begin: Callable[[int, int], None]
+    begin: Callable[[int, int, str], None]
     on_round: OnRound
+    on_step: OnStep
     say: Say
-    on_step: Say
+    on_setup: Say
 
 
 def rehearse(
@@ -67,7 +69,7 @@ def rehearse(
     """
     task, job = job_for(None, *layers)
     _refuse(task, job)
-    prepared = prepare(task, job, listener.on_step)
+    prepared = prepare(task, job, listener.on_setup)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, out, force=force) as directory:
         writer = RunWriter(directory, prepared)
@@ -76,8 +78,13 @@ def rehearse(
         deployed, model = _deployed(prepared, directory / "deployment", listener)
         listener.say(f"deployment: {len(deployed.round_seconds)} rounds, every process ended")
         listener.say("the same job in this process, for the comparison")
-        listener.begin(prepared.plan.rounds, len(prepared.plan.sites))
+        listener.begin(*_size(prepared))
         return _finish(prepared, writer, deployed, model, listener)
+
+
+def _size(prepared: Prepared) -> tuple[int, int, str]:
+    plan = prepared.plan
+    return plan.rounds, len(plan.sites), plan.protection
 
 
 def _refuse(task: Task, job: Job) -> None:
@@ -109,7 +116,7 @@ def _deployed(
     try:
         with running(deployment, commands, lambda line: listener.say(f"  {line}")) as parties:
             began = time.monotonic()
-            listener.begin(prepared.plan.rounds, len(prepared.plan.sites))
+            listener.begin(*_size(prepared))
             job = str(parties.ask("submit", str(deployment.job))["job"])
             rows = _follow(parties, job, listener)
             seconds = time.monotonic() - began
@@ -222,7 +229,9 @@ def _finish(
     from fedcore.report import write as write_report
 
     directory = writer.directory
-    experiment, result = run_experiment(prepared, writer, listener.on_round)
+    experiment, result = run_experiment(
+        prepared, writer, listener.on_round, on_step=listener.on_step
+    )
     simulated = result.model_sha256
     equal = deployed.model_sha256 == simulated
     result = replace(

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from fedcore.config import Job
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped, Refused
 from fedcore.experiment.environment import environment, usable_cores
-from fedcore.experiment.forked import fork_refusal, run_forked
-from fedcore.experiment.loop import inputs_of, refuse_changed, run_experiment
+from fedcore.experiment.forked import fork_refusal, run_forked, ticking
+from fedcore.experiment.loop import Doing, OnStep, inputs_of, refuse_changed, run_experiment
 from fedcore.experiment.outcome import comparison_result, in_folder, split_result
 from fedcore.experiment.prepare import Prepared, job_json, prepare
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, append_row, read_json, write_atomic, write_json
@@ -32,6 +33,9 @@ from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, Split
 from fedcore.types import Json
 
 OnCell = Callable[[SplitResult, int, int], object]
+
+
+OnSplitStep = Callable[["Split", Doing], object]
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,19 @@ class Grid:
         wanted = workers or (1 if refusal else usable_cores())
         return max(1, min(wanted, splits))
 
-    def run(self, directory: Path, workers: int | None, on_cell: OnCell | None) -> ComparisonResult:
+    def run(
+        self,
+        directory: Path,
+        workers: int | None,
+        on_cell: OnCell | None,
+        on_step: OnSplitStep | None,
+        on_tick: Callable[[], object],
+    ) -> ComparisonResult:
         """Run the splits that are left, and put all of them together. Raises what a run raises."""
+
+        def step(split: Split, doing: Doing) -> None:
+            if on_step is not None:
+                on_step(split, doing)
 
         def done(split: Split) -> None:
             if on_cell is not None:
@@ -118,20 +133,25 @@ class Grid:
         left = self.left(directory)
         processes = self.processes(workers, len(left))
         if processes == 1:
-            for split in left:
-                self._run_split(directory, split, self.first if split == self.splits[0] else None)
-                done(split)
+            with ticking(on_tick):
+                for split in left:
+                    first = self.first if split == self.splits[0] else None
+                    self._run_split(directory, split, partial(step, split), first)
+                    done(split)
         else:
             run_forked(
                 left,
-                lambda split, _: self._run_split(directory, split),
+                lambda split, send: self._run_split(directory, split, send),
                 processes,
-                on_message=lambda _split, _message: None,
+                on_message=step,
                 on_done=done,
+                on_tick=on_tick,
             )
         return self._together(directory)
 
-    def _run_split(self, directory: Path, split: Split, prepared: Prepared | None = None) -> None:
+    def _run_split(
+        self, directory: Path, split: Split, on_step: OnStep, prepared: Prepared | None = None
+    ) -> None:
         rows: list[Json] = []
 
         def keep(row: RoundRow) -> None:
@@ -142,7 +162,7 @@ class Grid:
         try:
             with single_thread():
                 prepared = prepared or prepare(self._task, self._job_of(split.seed, split.fold))
-                _, result = run_experiment(prepared, None, keep)
+                _, result = run_experiment(prepared, None, keep, on_step=on_step)
         except (Abandoned, GuardTripped) as error:
             for row in rows:
                 append_row(directory, row)

@@ -15,10 +15,11 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -173,3 +174,22 @@ def _receive(each: _Running[J, M]) -> M | _Ended:
         f"{each.job}: its process {how}",
         remedy="if memory ran out: fewer --workers" if code == -signal.SIGKILL else "",
     )
+
+
+@contextmanager
+def ticking(on_tick: Callable[[], object]) -> Iterator[None]:
+    """Call `on_tick` every second in a thread while the block computes. Not around a fork: a lock that the thread
+    holds at that moment would stay locked in the child."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(TICK_SECONDS):
+            on_tick()
+
+    thread = threading.Thread(target=run, name="fedcore progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedcore.errors import Abandoned, BadInput, GuardTripped
 from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
@@ -36,6 +36,24 @@ STOP = object()
 """Return it from `on_round` to end the run after the present round."""
 
 OnRound = Callable[[RoundRow], object]
+
+
+class Doing(NamedTuple):
+    """What a run does next. arm: whose round; empty: the final metrics and intervals, after the last round.
+
+    seconds: of the rounds before it, in this process; protecting: how many of them went into masks, encryption
+    and sums, which are hardly any under `plain`.
+    """
+
+    round: int
+    arm: str
+    seconds: float
+    protecting: float
+
+
+OnStep = Callable[[Doing], object]
+
+_PROTECTING = ("protect", "fold", "unprotect")
 
 CHECKPOINT_FORM = 2
 """Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
@@ -88,8 +106,17 @@ class Experiment:
         self.kept: dict[str, tuple[bytes, ...]] = {}
         """The models of each arm's best round, where the job keeps it."""
 
-    def rounds(self) -> Iterator[RoundRow]:
-        """Advance every arm one round at a time; yields each arm's row."""
+    def rounds(self, on_step: OnStep | None = None) -> Iterator[RoundRow]:
+        """Advance every arm one round at a time; yields each arm's row. on_step: called before each of an arm."""
+        began, before = time.perf_counter(), self._protecting()
+
+        def announce(round_: int, arm: str) -> None:
+            if on_step is not None:
+                protecting = self._protecting() - before
+                on_step(Doing(round_, arm, time.perf_counter() - began, protecting))
+
+        if self.round == 0:
+            announce(1, "federated")
         while self.round == 0 and (purpose := self.federation.purpose) and not purpose.trains:
             self.federation.advance()
         # The federated arm steps first, so that what is wrong with a site's update is said of it and
@@ -105,10 +132,15 @@ class Experiment:
             current = self.round + 1
             columns = {}
             for name in order:
+                announce(current, name)
                 columns[name] = self.arms[name].step(current)
                 self.round = current
             for name, arm in self.arms.items():
                 yield self._row(name, arm, current, columns[name])
+        announce(self.round + 1, "")
+
+    def _protecting(self) -> float:
+        return sum(self.federation.watch.seconds[stage] for stage in _PROTECTING)
 
     def _row(self, name: str, arm: Arm, round_: int, columns: Columns) -> RoundRow:
         scoring, transport = arm.evaluate(round_), self.prepared.transport
@@ -274,6 +306,7 @@ def run_experiment(
     writer: RunWriter | None,
     on_round: OnRound | None = None,
     *,
+    on_step: OnStep | None = None,
     resume: bool = False,
 ) -> tuple[Experiment, RunResult]:
     """All rounds of all arms, then the result. Interrupts leave a checkpoint of the last whole round.
@@ -288,7 +321,7 @@ def run_experiment(
             if writer is not None and resume:
                 writer.resume(experiment)
             last = list(experiment.arms)[-1]
-            for row in experiment.rounds():
+            for row in experiment.rounds(on_step):
                 if writer is not None:
                     writer.row(row)
                 if on_round is not None and on_round(row) is STOP:

@@ -21,6 +21,7 @@ from torch import nn
 import fedcore
 from fedcore import api
 from fedcore.cli import console, main
+from fedcore.cli.progress import RoundsProgress
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
 from fedcore.experiment.prepare import job_for, prepare
@@ -521,10 +522,9 @@ def test_on_the_command_line_it_is_code_4_and_where_to_look(capfd):
 def test_on_a_terminal_an_abandoned_round_stays_above_the_bar(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr(main, "stderr", terminal)
     monkeypatch.setattr(console, "stderr", terminal)
-    bar = main._Progress()
-    bar.begin(3, 4)
+    bar = RoundsProgress()
+    bar.begin(3, 4, "plain")
     for number, more in enumerate(
         ({}, {"abandoned": "at keys: 2 of 4 sites stayed, 3 needed"}, {}), 1
     ):
