@@ -290,11 +290,11 @@ class Run(_Finished[RunResult]):
         return self._model
 
     def plot(self) -> Figure:
-        """A matplotlib figure: the first metric by round per arm, the gap below."""
-        from fedcore.report.plots import rounds_figure, shown_in_notebooks
+        """A matplotlib figure with a legend: the first metric by round per arm, the gap below."""
+        from fedcore.report.plots import rounds_figure, shown_in_notebooks, with_legend
 
         figure = rounds_figure([(self.result, self.rounds)], self.result.metrics[0])
-        return shown_in_notebooks(figure)
+        return shown_in_notebooks(with_legend(figure))
 
 
 class Comparison(_Finished[ComparisonResult]):

@@ -52,8 +52,11 @@ def write(run_dir: Path) -> Path:
 
     Each file appears whole or not at all. Raises what `read` raises.
     """
+    from fedcore.report import page
+
     run = read(run_dir)
-    page, text = render([run]), render([run], "md")
+    beside = [name for name in page.FILES if name == TEXT or (run_dir / name).is_file()]
+    whole, text = page.render([run], beside), render([run], "md")
     write_atomic(run_dir / TEXT, text.encode())
-    write_atomic(run_dir / PAGE, page.encode())
+    write_atomic(run_dir / PAGE, whole.encode())
     return run_dir / PAGE

@@ -21,12 +21,23 @@ from fedcore.report.methods import methods, settings_of
 from fedcore.report.plots import Finished
 from fedcore.results import ComparisonResult, Result
 
+FILES = {
+    "result.json": "every number of this page",
+    "rounds.jsonl": "one line for each arm and round: `pandas.read_json('rounds.jsonl', lines=True)`",
+    "model.safetensors": "the released model: `fedcore.load(folder).model` is the torch module, `.predict(rows)` "
+    "takes raw rows; `safetensors.torch.load_file` reads the tensors alone",
+    "plan.json": "what the sites and the coordinator agreed on",
+    "job.json": "the settings",
+    "report.md": "this report as Markdown",
+}
+"""The files of a run that its page links to, with what is in them."""
 
-def render(runs: Sequence[Finished]) -> str:
+
+def render(runs: Sequence[Finished], files: Sequence[str] = ()) -> str:
     """The page of one run, of several runs laid over each other, or of comparisons.
 
-    runs: at least one (result, rounds) as `fedcore.report.read` returns them. Raises BadInput for runs
-    beside comparisons, whose intervals do not mean the same.
+    runs: at least one (result, rounds) as `fedcore.report.read` returns them. files: those of `FILES` that lie
+    beside the page. Raises BadInput for runs beside comparisons, whose intervals do not mean the same.
     """
     results = [result for result, _ in runs]
     if len({isinstance(result, ComparisonResult) for result in results}) > 1:
@@ -53,6 +64,7 @@ def render(runs: Sequence[Finished]) -> str:
             for n, r in zip(names, results, strict=True)
         ],
         plots=_plots(runs),
+        trust=_parts(names, [tuple(_seen(result)) for result in results]),
         arms=tables.arms(results) + tables.best_rounds(results),
         per_site=tables.per_site(results),
         per_site_note=tables.per_site_note(results),
@@ -65,6 +77,8 @@ def render(runs: Sequence[Finished]) -> str:
         details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
         keys=tables.settings(results),
         methods=_parts(names, [(methods(r),) for r in results]),
+        files=[(name, FILES[name]) for name in files],
+        folder=phrases.plain(results[0].origin.run),
     )
 
 
@@ -84,7 +98,6 @@ def _answers(names: list[str], results: list[Result]) -> list[dict[str, Any]]:
     questions: dict[str, Callable[[Result], list[str]]] = {
         "Gained over staying alone": lambda r: [" ".join(say.gained(r))],
         "Cost of protection": lambda r: [" ".join(say.cost(r))],
-        "Who could have seen what": _seen,
     }
     return [
         {"question": question, "parts": _parts(names, [tuple(of(r)) for r in results])}
@@ -122,6 +135,9 @@ def _seen_by_parties(
     return list(found.values())
 
 
+_GAP = "and the gap between centralised and federated"
+
+
 def _plots(runs: Sequence[Finished]) -> list[dict[str, Any]]:
     """By round; for comparisons also by seed and fold. Empty where nothing was measured."""
     results = [result for result, _ in runs if isinstance(result, ComparisonResult)]
@@ -132,7 +148,8 @@ def _plots(runs: Sequence[Finished]) -> list[dict[str, Any]]:
         return []
     draw = partial(plots.splits_figure, results, metric)
     caption = "A bar is the mean with its interval; every dot is one seed and fold."
-    splits = _drawn("By seed and fold", draw, metric, caption, _legend(runs))
+    label = f"{phrases.metric_name(metric)} of every arm, {_GAP}"
+    splits = _drawn("By seed and fold", draw, caption, _legend(runs), label)
     return [*_by_round([split for run in runs for split in plots.splits_of(run)]), splits]
 
 
@@ -150,18 +167,27 @@ def _by_round(runs: Sequence[Finished]) -> list[dict[str, Any]]:
             " Lines are means; bands run from the least to the largest of the seeds and folds."
         )
     draw = partial(plots.rounds_figure, runs, metric)
-    return [_drawn("Round by round", draw, metric, caption, _legend(runs, by_round=True))]
+    legend, label = _legend(runs, by_round=True), phrases.metric_name(metric)
+    found = [_drawn("Round by round", draw, caption, legend, f"{label} of every arm, {_GAP}")]
+    if columns := plots.further_columns(runs, metric):
+        names = phrases.listed([plots.LOSSES.get(c) or phrases.metric_name(c) for c in columns])
+        more = partial(plots.further_figure, runs, columns)
+        caption = (
+            "The same rounds and arms. Losses are those that the task trains on, means over rows."
+        )
+        found.append(_drawn("Other curves", more, caption, legend, f"{names} of every arm"))
+    return found
 
 
 def _drawn(
     title: str,
     draw: Callable[[tuple[float, float]], Any],
-    metric: str,
     caption: str,
     legend: dict[str, Any],
+    label: str,
 ) -> dict[str, Any]:
-    """One figure, drawn for a wide page and again for a phone."""
-    salt, name = title.rsplit(maxsplit=1)[-1], phrases.metric_name(metric)
+    """One figure, drawn for a wide page and again for a phone. label: what it shows, for who cannot see it."""
+    salt = title.rsplit(maxsplit=1)[-1]
     return {
         "title": title,
         # Markup: matplotlib escapes the text it writes, and a test draws hostile names.
@@ -169,7 +195,7 @@ def _drawn(
         "narrow": Markup(plots.svg(draw(plots.NARROW), f"narrow-{salt}")),  # noqa: S704  as said
         "caption": caption,
         "legend": legend,
-        "label": f"{name} of every arm, and the gap between centralised and federated",
+        "label": label,
     }
 
 

@@ -107,6 +107,17 @@ def plotted_metric(runs: Sequence[Finished]) -> str | None:
     return next((m for m in metrics if any(row.number(m) is not None for row in every)), None)
 
 
+LOSSES = {"loss": "Loss on the test rows", "train_loss": "Loss on the training rows"}
+"""The columns of losses, which every arm's rows may have, with their titles."""
+
+
+def further_columns(runs: Sequence[Finished], metric: str) -> list[str]:
+    """The columns with a curve of their own beside the plotted metric: the other metrics, then the losses."""
+    every = [row for _, rows in runs for row in rows]
+    wanted = [*(m for m in say.ordered_metrics(runs[0][0]) if m != metric), *LOSSES]
+    return [column for column in wanted if any(row.number(column) is not None for row in every)]
+
+
 def _curve(rows: Sequence[RoundRow], arm: str, metric: str) -> dict[int, float]:
     found = {row.round: row.number(metric) for row in rows if row.arm == arm}
     return {round_: value for round_, value in found.items() if value is not None}
@@ -121,7 +132,6 @@ def rounds_figure(
     become one line (their mean) with a band from the least to the largest.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     with _style():
         width, height = size
@@ -129,29 +139,62 @@ def rounds_figure(
         figure = Figure(figsize=(width, height if compared else 0.7 * height), layout="constrained")
         upper = figure.add_subplot(3, 1, (1, 2)) if compared else figure.add_subplot()
         lower = figure.add_subplot(3, 1, 3, sharex=upper) if compared else None
-        for group, members in enumerate(groups(runs)):
-            dashes: Any = DASHES[group % len(DASHES)]
-            for arm in _ARM_ORDER:
-                curves = [c for i in members if (c := _curve(runs[i][1], arm, metric))]
-                _draw(upper, curves, COLOURS[arm], dashes, _WIDTHS[arm])
-            if lower is not None:
-                gaps = [_gap_curve(runs[i], metric) for i in members]
-                _draw(lower, [gap for gap in gaps if gap], COLOURS["federated"], dashes, 1.8)
-                if len(members) == 1:
-                    _final_interval(lower, runs[members[0]], metric, group)
+        _draw_arms(upper, runs, metric)
+        for group, members in enumerate(groups(runs) if lower is not None else []):
+            assert lower is not None
+            gaps = [gap for i in members if (gap := _gap_curve(runs[i], metric))]
+            _draw(lower, gaps, COLOURS["federated"], DASHES[group % len(DASHES)], 1.8)
+            if len(members) == 1:
+                _final_interval(lower, runs[members[0]], metric, group)
         upper.set_title(f"{phrases.capitalised(phrases.metric_name(metric))} by round")
         if lower is not None:
             lower.set_title(f"Gap: {_lost_name(runs[0][0], metric)}")
             lower.axhline(0, color=COLOURS["muted"], linewidth=0.9, zorder=1.5)
             upper.tick_params(labelbottom=False)
-        lowest = lower or upper
-        lowest.set_xlabel("round")
-        lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+        (lower or upper).set_xlabel("round")
         for axes in (upper, *([lower] if lower is not None else [])):
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-            _bare(axes, "x")
+            _by_round(axes)
         figure.align_ylabels()
     return figure
+
+
+def further_figure(
+    runs: Sequence[Finished], columns: Sequence[str], size: tuple[float, float] = WIDE
+) -> Figure:
+    """One small panel by round for each of `columns` (`further_columns`), two beside each other where there is
+    room, with the lines of `rounds_figure`."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        across = 2 if size == WIDE else 1
+        down = -(-len(columns) // across)
+        figure = Figure(figsize=(size[0], 1.9 * down + 0.3), layout="constrained")
+        for i, column in enumerate(columns):
+            axes = figure.add_subplot(down, across, i + 1)
+            _draw_arms(axes, runs, column)
+            name = LOSSES.get(column) or phrases.capitalised(phrases.metric_name(column))
+            axes.set_title(name)
+            _by_round(axes)
+            if i + across >= len(columns):
+                axes.set_xlabel("round")
+    return figure
+
+
+def _draw_arms(axes: Axes, runs: Sequence[Finished], column: str) -> None:
+    """A line for each arm and group of runs; those of the first group carry the arms' names for a legend."""
+    for group, members in enumerate(groups(runs)):
+        for arm in _ARM_ORDER:
+            curves = [c for i in members if (c := _curve(runs[i][1], arm, column))]
+            name = "" if group else phrases.ARM_NAMES[arm]
+            _draw(axes, curves, COLOURS[arm], DASHES[group % len(DASHES)], _WIDTHS[arm], name)
+
+
+def _by_round(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    _bare(axes, "x")
 
 
 def _bare(axes: Axes, without: Literal["x", "y"]) -> None:
@@ -162,9 +205,17 @@ def _bare(axes: Axes, without: Literal["x", "y"]) -> None:
 
 
 def _draw(
-    axes: Axes, curves: Sequence[dict[int, float]], colour: str, dashes: Any, width: float
+    axes: Axes,
+    curves: Sequence[dict[int, float]],
+    colour: str,
+    dashes: Any,
+    width: float,
+    name: str = "",
 ) -> None:
-    """The mean over the rounds that every curve has; of several with a band from the least to the largest."""
+    """The mean over the rounds that every curve has; of several with a band from the least to the largest.
+
+    name: what a legend calls the line.
+    """
     rounds = sorted(set.intersection(*map(set, curves))) if curves else []
     columns = [[curve[r] for curve in curves] for r in rounds]
     if not rounds:
@@ -176,7 +227,7 @@ def _draw(
     lone = "o" if len(rounds) == 1 else ""
     axes.plot(
         rounds, means, color=colour, linestyle=dashes, linewidth=width, marker=lone, markersize=4,
-        solid_capstyle="round",
+        solid_capstyle="round", label=name or None,
     )  # fmt: skip
 
 
@@ -272,6 +323,21 @@ def _strips(
                 ends = [end * scale for end in whole.ends]
                 axes.plot(ends, [middle, middle], color=colour, linewidth=2.2)
             axes.plot([whole.mean * scale], [middle], marker, color=colour, markersize=6.5)
+
+
+def with_legend(figure: Figure) -> Figure:
+    """The same figure with the names of its arms beside the upper lines, in the order of the tables.
+
+    The page has its legend as text beside the drawing.
+    """
+    axes = figure.axes[0]
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = [name for name in phrases.ARM_NAMES.values() if name in named]
+    with _style():
+        axes.legend(
+            [named[name] for name in names], names, frameon=False, labelcolor=COLOURS["ink"]
+        )
+    return figure
 
 
 def shown_in_notebooks(figure: Figure) -> Figure:

@@ -234,14 +234,16 @@ def cost(result: Result) -> list[str]:
         spent = sum(result.cost.seconds.get(stage, 0.0) for stage in phrases.PROTECTION_STAGES)
         train = phrases.duration(result.cost.seconds.get("train"))
         sentences.append(
-            f"Encode, protect, fold and unprotect took {phrases.duration(spent)} over "
-            f"{phrases.plural(result.rounds, 'round')}; local training took {train}."
+            f"Encode, protect, fold and unprotect took {phrases.duration(spent)}, summed over the sites and "
+            f"{phrases.plural(result.rounds, 'round')}; local training took {train} in the same sum."
         )
     if protected and (exact := protection_changed(result)):
         sentences.append(exact)
     if isinstance(result, ComparisonResult) and result.cost.seconds_total is not None:
         took = phrases.duration(result.cost.seconds_total)
-        sentences.append(f"All {splits(result)} took {took}; the report of one run has the stages.")
+        sentences.append(
+            f"All {splits(result)} took {took} of wall time; the report of one run has the stages."
+        )
     return sentences or ["Not measured."]
 
 

@@ -359,11 +359,13 @@ def cost(results: Sequence[Result]) -> list[Grid]:
     """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
     spent = [result.cost.seconds or {} for result in results]
     cells = {
-        stage: [Cell(phrases.duration(seconds.get(stage))) for seconds in spent]
+        f"{stage}, sum over sites": [
+            Cell(phrases.duration(seconds.get(stage))) for seconds in spent
+        ]
         for stage in _all(results, lambda r: r.cost.seconds or {})
     }
     lines: dict[str, Callable[[Result], str]] = {
-        "whole run, all arms": lambda r: phrases.duration(r.cost.seconds_total),
+        "whole run, all arms, wall time": lambda r: phrases.duration(r.cost.seconds_total),
         "sent per site and round": lambda r: phrases.size(r.cost.bytes_up),
         "received per site and round": lambda r: phrases.size(r.cost.bytes_down),
         "ciphertexts sent per site and round": lambda r: phrases.count(r.cost.ciphertexts),
@@ -375,7 +377,7 @@ def cost(results: Sequence[Result]) -> list[Grid]:
     cells |= {name: [Cell(text(result)) for result in results] for name, text in lines.items()}
     rows = [(_name(n), *row) for n, row in cells.items() if any(c.text != DASH for c in row)]
     staged = any(spent)
-    note = "Stages: the federated arm, summed over rounds and sites." if staged else ""
+    note = "Sums are of the federated arm, over all rounds." if staged else ""
     return _table("Cost by stage" if staged else "Cost", ["", *_columns(results, "")], rows, note)
 
 

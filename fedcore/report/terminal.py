@@ -346,10 +346,9 @@ def _facts(result: Result, report: Path | str | None) -> list[RenderableType]:
         found.add_row("cost", Text(say.per_site_and_round(result)))
     spent = {stage: phrases.duration(spent) for stage, spent in (result.cost.seconds or {}).items()}
     if result.cost.seconds_total is not None:
-        spent["whole run"] = phrases.duration(result.cost.seconds_total)
+        found.add_row("wall time", Text(phrases.duration(result.cost.seconds_total)))
     # One line for learning and one for protecting, so that neither breaks inside a number.
-    shown_on = (("time", ("train", "evaluate", "whole run")), ("", phrases.PROTECTION_STAGES))
-    for word, shown in shown_on:
+    for word, shown in (("site sums", ("train", "evaluate")), ("", phrases.PROTECTION_STAGES)):
         known = [f"{stage} {spent[stage]}" for stage in shown if stage in spent]
         if known:
             found.add_row(word, Text(", ".join(known)))

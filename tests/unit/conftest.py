@@ -16,10 +16,10 @@ def no_drawings(monkeypatch):
 
     from fedcore.report import page
 
-    def drawn(title, draw, metric, caption, legend):
+    def drawn(title, draw, caption, legend, label):
         svg = Markup("<svg></svg>")
         return {
-            "title": title, "wide": svg, "narrow": svg, "caption": caption, "legend": legend, "label": metric,
+            "title": title, "wide": svg, "narrow": svg, "caption": caption, "legend": legend, "label": label,
         }  # fmt: skip
 
     monkeypatch.setattr(page, "_drawn", drawn)

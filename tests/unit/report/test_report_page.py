@@ -74,7 +74,14 @@ def test_the_page_is_self_contained_and_well_formed(names):
     text = page.render([load(name) for name in names])
     document = Document(text)
     tags = {tag for tag, _ in document.tags}
-    assert not tags & {"script", "img", "iframe", "object", "form", "a"}
+    assert not tags & {
+        "script",
+        "img",
+        "iframe",
+        "object",
+        "form",
+        "a",
+    }  # no folder, so no files to link to
     for tag, attributes in document.tags:
         assert not any(name.startswith("on") for name in attributes), attributes
         reference = attributes.get("href") or attributes.get("src") or "#"
@@ -91,7 +98,7 @@ def test_every_reference_inside_the_drawings_has_its_target(names):
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
 
 
-def test_the_first_screen_answers_the_five_questions_in_order():
+def test_the_page_answers_its_questions_then_draws_curves_then_says_who_saw_what():
     text = Document(page.render([load("heart")])).text
     wanted = [
         "Before reading the numbers",
@@ -102,11 +109,13 @@ def test_the_first_screen_answers_the_five_questions_in_order():
         "3 of 4 sites score higher",
         "Cost of protection",
         "13.9\u00a0kB per site and round (one ciphertext, 13\u00a0% used)",
-        "Who could have seen what",
-        "Does not protect against: one site together with the coordinator.",
         "Reproduce",
         "fedcore reproduce runs/heart-encrypted-001",
         "Round by round",
+        "Other curves",
+        "Who could have seen what",
+        "Does not protect against: one site together with the coordinator.",
+        "Arms and gap",
     ]
     places = [text.index(part) for part in wanted]
     assert places == sorted(places)
@@ -129,7 +138,7 @@ def test_two_runs_overlay_and_stand_side_by_side():
     document = Document(text)
     assert "heart-encrypted-00116 bits, seed 0" in document.text
     assert "heart-encrypted-0028 bits, seed 3" in document.text
-    assert text.count('<div class="wide"') == 1
+    assert text.count('<div class="wide"') == 2  # the metric with the gap, and the other curves
     # Shared sentences are said once: the label is the same for both.
     assert document.text.count("Does not protect against: one site") == 1
 
@@ -197,6 +206,52 @@ def test_an_error_is_drawn_in_its_own_unit():
     assert abs(axes.lines[0].get_ydata()[0]) < 1
     text = Document(page.render([(result, rounds)])).text
     assert "points of" not in text.split("Terms")[0]
+
+
+def test_every_other_metric_and_the_losses_have_a_panel_of_their_own():
+    result, found = load("heart")
+    run = (result, [RoundRow(row | {"train_loss": 0.5 / row.round}) for row in found])
+    columns = plots.further_columns([run], "auc")
+    assert columns == ["accuracy", "loss", "train_loss"]
+    figure = plots.further_figure([run], columns)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Accuracy", "Loss on the test rows", "Loss on the training rows"]
+    by = {(row.arm, row.round): row["accuracy"] for row in run[1]}
+    line = next(each for each in figure.axes[0].lines if each.get_label() == "local only")
+    assert list(line.get_ydata()) == [by["local_only", r] for r in range(1, 21)]
+
+
+@pytest.mark.parametrize("missing", [["loss"], ["loss", "train_loss"], ["accuracy"]], ids="+".join)
+def test_a_column_that_no_row_has_gets_no_panel(missing):
+    result, rounds = load("heart")
+    rows = [RoundRow({k: v for k, v in row.items() if k not in missing}) for row in rounds]
+    assert not set(missing) & set(plots.further_columns([(result, rows)], "auc"))
+    Document(page.render([(result, rows)]))
+
+
+def test_a_page_without_further_curves_leaves_the_section_out():
+    result, rounds = load("heart")
+    rows = [RoundRow({k: row[k] for k in ("arm", "round", "auc")}) for row in rounds]
+    text = Document(page.render([(result, rows)])).text
+    assert "Round by round" in text and "Other curves" not in text
+
+
+def test_the_legend_of_a_figure_names_the_arms_that_are_drawn_in_the_order_of_the_tables():
+    result, rounds = load("heart")
+    figure = plots.with_legend(plots.rounds_figure([(result, rounds)], "auc"))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["centralised", "local only", "federated, float", "federated"]
+    two = [row for row in rounds if row.arm in ("centralised", "federated")]
+    figure = plots.with_legend(plots.rounds_figure([(result, two)], "auc"))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["centralised", "federated"]
+
+
+def test_times_are_labelled_as_sums_over_sites_or_wall_time():
+    result, rounds = load("heart")
+    text = Document(page.render([(result, rounds)])).text
+    assert "train, sum over sites" in text and "whole run, all arms, wall time" in text
+    assert "summed over the sites" in text
 
 
 def test_the_gap_below_the_curves_is_centralised_minus_federated_in_points():

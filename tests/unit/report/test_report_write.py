@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,31 @@ def test_write_leaves_both_reports_and_nothing_else(run_dir):
 
 def test_a_report_that_cannot_be_made_leaves_the_former_one(run_dir, monkeypatch):
     before = report.write(run_dir).read_bytes()
-    monkeypatch.setattr("fedcore.report.page.render", lambda runs: 1 / 0)
+    monkeypatch.setattr("fedcore.report.page.render", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.write(run_dir)
     assert (run_dir / "report.html").read_bytes() == before
+
+
+def linked(page):
+    return re.findall(r'<a href="([^"]*)"', page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("model.safetensors",), ("model.safetensors", "plan.json", "notes.txt")]
+)
+def test_the_page_links_to_the_known_files_beside_it_and_to_nothing_else(run_dir, more):
+    for name in more:
+        (run_dir / name).touch()
+    known = {"result.json", "rounds.jsonl", "report.md", *more} - {"notes.txt"}
+    assert set(linked(report.write(run_dir))) == known
+
+
+def test_the_page_says_how_to_load_the_model(run_dir):
+    (run_dir / "model.safetensors").touch()
+    text = report.write(run_dir).read_text(encoding="utf-8")
+    assert 'fedcore.load("runs/heart-encrypted-001")' in text
+    assert "<code>fedcore.load(folder).model</code>" in text
 
 
 def test_a_comparison_has_no_rounds(tmp_path):
