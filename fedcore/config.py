@@ -101,7 +101,7 @@ class RoundSection(Section):
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
-    buffers: Literal["average", "initial"] = "average"
+    buffers: Literal["average", "initial", "local"] = "average"
     submit_seconds: float | None = Field(default=None, gt=0, le=86_400)
     drop: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -194,7 +194,7 @@ class Settings(TypedDict, total=False):
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
     server_lr: float
     server_momentum: float
-    buffers: Literal["average", "initial"]
+    buffers: Literal["average", "initial", "local"]
     submit_seconds: float | None
     drop: Sequence[str] | str
     dropout: float
@@ -409,6 +409,12 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     if sections["track"].public_metrics:
         protections.refuse_public_metrics(protect.protection)
     protections.refuse_release(protect.release, protect.protection)
+    if protect.release == "coordinator" and sections["round"].buffers == "local":
+        raise BadInput(
+            "round.buffers: found 'local' with protect.release 'coordinator', expected 'average' or 'initial': the "
+            "statistics stay at the sites, so the coordinator's model would have none",
+            remedy='release = "sites": each site has the model with its own statistics (`fed-site model`)',
+        )
     train_plan(sections["train"])
     _require_validation(sections["round"])
     run = sections[""]

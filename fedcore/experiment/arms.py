@@ -76,10 +76,11 @@ def score_shared(
     prepared: Prepared, model: FloatVector, round_: int, *, validation: bool = False
 ) -> Scoring:
     """The scores of one model, given flat, on every site's test rows, or on the rows kept apart."""
-    task, flat, seed = prepared.task, prepared.flat, prepared.job.run.seed
-    flat.write(model)
     sites = (site.validated() if validation else site for site in prepared.sites)
-    return [site.scored(task, flat.module, seed, round_) for site in sites]
+    return [
+        trainer.score_model(model, site, round_)
+        for trainer, site in zip(prepared.federation.sites, sites, strict=True)
+    ]
 
 
 class Alone:

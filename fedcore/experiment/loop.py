@@ -11,6 +11,7 @@ from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from fedcore.errors import Abandoned, BadInput, GuardTripped
 from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
@@ -294,9 +295,18 @@ class RunWriter:
         write_atomic(self.directory / ROUNDS_FILE, text.encode())
 
     def finish(self, experiment: Experiment, result: RunResult) -> None:
-        """The model and the result; the checkpoint goes."""
-        model = experiment.federation.sites[0].exported(experiment.federated.state)
-        write_atomic(self.directory / MODEL_FILE, model)
+        """The model and the result; the checkpoint goes. Where statistics are each site's own, the model has their
+        mean, and a model of every site with its own is beside it."""
+        sites, state = experiment.federation.sites, experiment.federated.state
+        with single_thread():
+            models = {MODEL_FILE: sites[0].exported(state)}
+            if self._prepared.job.round.buffers == "local":
+                models[MODEL_FILE] = sites[0].exported_average(state, sites)
+                for site in sites:
+                    name = f"model-{quote(site.site.id, safe='')}.safetensors"
+                    models[name] = site.exported(state)
+        for name, model in models.items():
+            write_atomic(self.directory / name, model)
         write_json(self.directory / RESULT_FILE, result.to_json())
         self.forget()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from fedcore.errors import RoundAbandoned
-from fedcore.experiment.arms import Scoring, loss_of
+from fedcore.experiment.arms import Scoring, loss_of, mean_of
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
@@ -26,7 +26,8 @@ from fedcore.experiment.gap import (
 from fedcore.experiment.selection import mean_best
 from fedcore.learning.constant import constant_values, training_targets
 from fedcore.learning.metrics import Scores, site_mean
-from fedcore.learning.model import model_summary, single_thread
+from fedcore.learning.model import model_summary, norm_statistics, single_thread
+from fedcore.learning.own_statistics import WORSE, losses_by_statistics
 from fedcore.learning.scoring import pooled
 from fedcore.learning.site import SiteRows
 from fedcore.learning.state import model_digest
@@ -135,6 +136,8 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     capped = [one.note for one in prepared.loaded if one.note]
     found = [f"{text[:1].upper()}{text[1:]} (hint: {hint})." for text, hint in prepared.findings]
     unknown: Counter[str] = sum((Counter(one.unknown) for one in prepared.loaded), Counter())
+    with single_thread():
+        found += _notes_on_statistics(experiment)
     of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
     result = replace(
         result, notes=(*capped, *prepared.notes_on_initial, *found, *of_plan, *of_rows)
@@ -146,6 +149,38 @@ def _row_counts(sites: Sequence[SiteRows]) -> RowCounts:
     apart = [len(site.validation) for site in sites if site.validation is not None]
     train, test = sum(len(site.train) for site in sites), sum(len(site.test) for site in sites)
     return RowCounts(train, test, sum(apart) if apart else None)
+
+
+def _notes_on_statistics(experiment: Experiment) -> list[str]:
+    """What the statistics of normalisation layers give reason to say: where they stay at the sites, what the model's
+    file has; else, whether they fit the sites' training rows."""
+    prepared, model = experiment.prepared, experiment.federated.state.server.model
+    if not norm_statistics(prepared.flat.module):
+        return []
+    if prepared.job.round.buffers == "local":
+        return [
+            "Each site's scores are with its own statistics of normalisation layers. model.safetensors has their "
+            "mean; the model of each site is beside it, as model-SITE.safetensors."
+        ]
+    found = []
+    for site in prepared.sites:
+        prepared.flat.write(model)
+        losses = losses_by_statistics(
+            prepared.task,
+            prepared.flat.module,
+            site.train,
+            seed=prepared.job.run.seed,
+            site=site.id,
+        )
+        found += [(*losses, len(site.train))] if losses is not None else []
+    shared, own = (mean_of((each[k], each[2]) for each in found) for k in (0, 1))
+    if shared is None or own is None or shared <= WORSE * own:
+        return []
+    return [
+        f"The statistics of normalisation layers (BatchNorm) do not fit the sites' rows: the loss on training rows is "
+        f"{shared:.3g} with those of the model and {own:.3g} with each site's own "
+        '(hint: buffers = "local" leaves them at the sites; GroupNorm and LayerNorm have none).'
+    ]
 
 
 def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:

@@ -3,7 +3,8 @@
 Invariant: `write(read())` changes nothing, and the order is the module's own: trainable parameters in
 `named_parameters` order (a tied parameter once), then floating buffers in `named_buffers` order.
 Buffers policy `average`: floating buffers (BatchNorm's running statistics) travel and are averaged like
-parameters; `initial`: they keep their initial values from the seed. Integer buffers and frozen parameters always
+parameters; `initial`: they keep their initial values from the seed; `local`: as `average`, but the statistics of
+normalisation layers are each site's own (`own_statistics.py`). Integer buffers and frozen parameters always
 keep their initial values, which every site makes from the same seed. Whatever else a module keeps is restored by
 `write` (`module_state.py`), so that what one site trained leaves nothing for the next.
 """
@@ -21,6 +22,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput, UnknownName
@@ -28,7 +30,7 @@ from fedcore.learning.module_state import ModuleState
 from fedcore.seeds import derive_seed
 from fedcore.types import FloatVector
 
-BUFFER_POLICIES = ("average", "initial")
+BUFFER_POLICIES = ("average", "initial", "local")
 
 _HANDED_OUT: WeakSet[nn.Module] = WeakSet()
 
@@ -97,7 +99,8 @@ class FlatModel:
         self.untrained = untrained
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
-        travelling = floating if buffers == "average" else []
+        stay = set(norm_statistics(module)) if buffers == "local" else set()
+        travelling = [(n, b) for n, b in floating if n not in stay] if buffers != "initial" else []
         self._shared = [_Place.of(module, name, tensor) for name, tensor in shared + travelling]
         self.parameters = sum(p.numel() for _, p in shared)
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
@@ -109,7 +112,7 @@ class FlatModel:
         still += [p for p in module.parameters() if not p.requires_grad]
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
         self._state = ModuleState(module)
-        self.policy = _describe_buffers(module, len(floating), buffers, frozen)
+        self.policy = _describe_buffers(module, len(travelling), buffers, frozen, len(stay))
         if self.parameters == 0:
             raise BadInput(
                 "model: found no trainable parameter, expected at least one",
@@ -178,17 +181,31 @@ class _Place:
         return found
 
 
-def _describe_buffers(module: nn.Module, floating: int, policy: str, frozen: int) -> str:
+def norm_statistics(module: nn.Module) -> list[str]:
+    """Names of the running means and variances of normalisation layers."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, layer in module.named_modules()
+        if isinstance(layer, _NormBase)
+        for name in ("running_mean", "running_var")
+        if getattr(layer, name) is not None
+    ]
+
+
+def _describe_buffers(module: nn.Module, averaged: int, policy: str, frozen: int, stay: int) -> str:
     total = sum(1 for _ in module.buffers())
     parts = []
     if total == 0:
         parts.append("no buffers")
-    elif policy == "average":
-        parts.append(f"{floating} floating buffers averaged with the parameters")
-        if total > floating:
-            parts.append(f"{total - floating} integer buffers keep their initial values")
-    else:
+    elif policy == "initial":
         parts.append(f"{total} buffers keep their initial values")
+    else:
+        if stay:
+            parts.append(f"{stay} statistics of normalisation layers are each site's own")
+        if averaged or not stay:
+            parts.append(f"{averaged} floating buffers averaged with the parameters")
+        if total > averaged + stay:
+            parts.append(f"{total - averaged - stay} integer buffers keep their initial values")
     if frozen:
         parts.append(f"{frozen} frozen parameters stay at the seed's values")
     return "; ".join(parts)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.learning.data.kinds import kind_of
@@ -31,6 +30,7 @@ from fedcore.learning.training import (
     place,
     predict,
     task_code,
+    trained_norms,
 )
 
 EVALUATION_BATCH = 1024
@@ -212,9 +212,7 @@ def training_loss(
 def _batch_statistics(module: nn.Module) -> Iterator[None]:
     """Evaluation mode except for normalisation layers that the module's training mode trains; all buffers
     are restored afterwards."""
-    module.train()  # a module's own `train` may keep some of its layers in evaluation mode
-    normalising = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
-    module.eval()
+    normalising = trained_norms(module)
     kept = [(buffer, buffer.clone()) for layer in normalising for buffer in layer.buffers()]
     for layer in normalising:
         layer.training = True

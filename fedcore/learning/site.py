@@ -36,6 +36,7 @@ from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, seeded
+from fedcore.learning.own_statistics import average_statistics, use_own_statistics
 from fedcore.learning.saved import Module, model_bytes
 from fedcore.learning.schedules import at_full_rate
 from fedcore.learning.scoring import Scored, probe, score
@@ -349,12 +350,24 @@ class SiteTrainer:
         """The state's model on this site's test rows; None where it has none. The last answer is kept."""
         server, known, found = self._scored
         if server is not state.server or known != round_:
-            rows, module = self.standard_rows(state), self.flat.module
+            rows = self.standard_rows(state)
             with self.watch("evaluate"):
-                self.flat.write(state.server.model)
-                found = rows.scored(self.task, module, self.job.run.seed, round_)
+                found = self.score_model(state.server.model, rows, round_)
             self._scored = state.server, round_, found
         return found
+
+    def score_model(self, model: FloatVector, rows: SiteRows, round_: int) -> Scored | None:
+        """A model, given flat, on the test rows of `rows`, this site's as inputs; None where there are none."""
+        self.write(model, rows)
+        return rows.scored(self.task, self.flat.module, self.job.run.seed, round_)
+
+    def write(self, model: FloatVector, rows: SiteRows) -> None:
+        """Fill the module as this site evaluates it: with its own statistics where the job has them stay here."""
+        self.flat.write(model)
+        if self.job.round.buffers == "local":
+            use_own_statistics(
+                self.task, self.flat.module, rows.train, seed=self.job.run.seed, site=self.site.id
+            )
 
     def guard(self, plan: RoundPlan, state: JobState) -> Guard:
         rows = self.standard_rows(state).train
@@ -366,13 +379,31 @@ class SiteTrainer:
         return self._guard
 
     def exported(self, state: JobState, *, public: bool = False) -> bytes:
-        """The file of a released model, as `fedcore simulate` writes it.
+        """The file of a released model, with this site's own statistics where the job has them stay here.
 
-        public: without where this site has its task, so that the bytes are the same at every site.
+        public: without these, and without where this site has its task, so that the bytes are the same at every
+        site.
         """
         hidden = public and self.task.origin not in BUILT_IN
         task = replace(self.task, origin="") if hidden else self.task
-        self.flat.write(state.server.model)  # also resets what training counted
+        if public:
+            self.flat.write(state.server.model)  # also resets what training counted
+        else:
+            self.write(state.server.model, self.standard_rows(state))
+        return self._file(state, task)
+
+    def exported_average(self, state: JobState, sites: Sequence[SiteTrainer]) -> bytes:
+        """The file of a released model with the mean of the sites' own statistics. sites: of a simulation."""
+        of_sites = []
+        for site in sites:
+            site.write(state.server.model, site.standard_rows(state))
+            values = {n: t.clone() for n, t in self.flat.module.state_dict().items()}
+            of_sites.append((values, len(site.site.train)))
+        self.flat.write(state.server.model)
+        average_statistics(self.flat.module, of_sites)
+        return self._file(state, self.task)
+
+    def _file(self, state: JobState, task: Task) -> bytes:
         statistics = self._statistics_of(state)
         return model_bytes(
             self.flat.module,
@@ -442,10 +473,13 @@ class SiteTrainer:
 
     def train(self, plan: RoundPlan, state: JobState, round_: int) -> FloatVector:
         """Train locally: update = local - global, (d,) float32. Raises BadInput on NaN or infinity."""
-        model, rows = state.server.model, self.standard_rows(state).train
-        self.flat.write(model)
+        model, rows = state.server.model, self.standard_rows(state)
+        if self.task.train is None:
+            self.flat.write(model)
+        else:  # it may evaluate the model in between
+            self.write(model, rows)
         self.report = local_train(
-            self.task, self.flat.module, rows, plan.train,
+            self.task, self.flat.module, rows.train, plan.train,
             seed=self.job.run.seed, round_=round_, rounds=plan.rounds, site=self.site.id,
         )  # fmt: skip
         update = self.flat.read() - model

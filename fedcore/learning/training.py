@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
@@ -218,6 +218,15 @@ def local_train(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(plan, round_, rounds)
             return _own_loop(task, module, rows, plan, optimiser, (seed, round_, site))
+
+
+def trained_norms(module: nn.Module) -> list[_NormBase]:
+    """The normalisation layers whose statistics training changes: a module's own `train` may keep some of its
+    layers in evaluation mode. The module is in evaluation mode afterwards."""
+    module.train()
+    found = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+    module.eval()
+    return found
 
 
 def lone_row_breaks(module: nn.Module, rows: int, batch_size: int) -> bool:

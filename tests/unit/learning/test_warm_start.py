@@ -65,6 +65,7 @@ def start(path, made=None, **settings):
     return prepare(*job_for(made or task(), PLAIN | settings, {"initial": str(path)}))
 
 
+@pytest.mark.usefixtures("no_drawings")
 def test_every_arm_begins_with_the_model_of_a_run(tmp_path):
     run = fedcore.simulate(task(), out=tmp_path / "run", **PLAIN)
     for path in (tmp_path / "run", tmp_path / "run" / FILE):
@@ -143,6 +144,7 @@ def columns(*names):
     return task(data=rows, model=lambda: nn.Linear(len(names), 2))
 
 
+@pytest.mark.usefixtures("no_drawings")
 def test_a_model_of_other_columns_is_refused_with_the_first_that_differs(tmp_path):
     fedcore.simulate(columns("age", "bmi"), out=tmp_path / "run", **PLAIN)
     with pytest.raises(BadInput) as refused:
@@ -155,6 +157,7 @@ def test_a_model_of_other_columns_is_refused_with_the_first_that_differs(tmp_pat
         start(tmp_path / "run", task(model=lambda: nn.Linear(3, 2)))
 
 
+@pytest.mark.usefixtures("no_drawings")
 def test_another_scale_than_the_models_is_a_warning(tmp_path):
     fedcore.simulate(columns("age", "bmi"), out=tmp_path / "run", **PLAIN)
     same = start(tmp_path / "run", columns("age", "bmi")).notes_on_initial
@@ -182,6 +185,7 @@ def test_a_deployment_refuses_it_and_no_path_leaves_the_machine(tmp_path):
         read_settings(canonical(settings | {"initial": str(tmp_path)}))
 
 
+@pytest.mark.usefixtures("no_drawings")
 def test_the_guard_holds_a_trained_start_against_an_untrained_model(tmp_path):
     """A good start asks no more of the rounds after it than the same model did in the run that made it."""
     fedcore.simulate(task(), out=tmp_path / "run", **PLAIN | {"rounds": 12})
