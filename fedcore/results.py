@@ -77,6 +77,32 @@ class BestRound(JsonRecord):
     metrics: ByMetric
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trend(JsonRecord):
+    """How an arm's scores went on, as far as it is more than their noise (`experiment/convergence.py`).
+
+    last: the score after the last round. gained: by how much it got better over the last `window` rounds, None
+    where it did not. best_round, best: of an arm that got worse since then.
+    """
+
+    last: float
+    window: int | None = None
+    gained: float | None = None
+    best_round: int | None = None
+    best: float | None = None
+    _left_out = ("window", "gained", "best_round", "best")
+
+
+@dataclass(frozen=True)
+class Convergence(JsonRecord):
+    """What there is to say of the arms' scores round by round. validated: they are of the validation rows, not of
+    the test rows; arms: {arm: its trend}, without the arms that there is nothing to say of."""
+
+    metric: str
+    validated: bool
+    arms: Mapping[str, Trend]
+
+
 @dataclass(frozen=True)
 class ConstantResult(JsonRecord):
     """What the constant prediction reaches on the arms' test rows (`learning/constant.py`).
@@ -227,7 +253,8 @@ class SplitResult(JsonRecord):
     per_site: Mapping[str, Mapping[str, ByMetric]] = field(default_factory=dict)
     constant: ConstantResult | None = None
     best: Mapping[str, BestRound] | None = None
-    _left_out = ("constant", "best")
+    convergence: Convergence | None = None
+    _left_out = ("constant", "best", "convergence")
 
 
 @dataclass(frozen=True)
@@ -372,7 +399,8 @@ class Result(JsonRecord):
 class RunResult(Result):
     """`result.json` of one run.
 
-    stopped: why it ended before its last round. site_mean: {arm: unweighted mean over the sites}.
+    stopped: why it ended before its last round. convergence: None of too few rounds. site_mean: {arm: unweighted mean
+    over the sites}.
     seen: None where no round could show it. statistics: what the columns were scaled by. notes: those of the
     warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`.
     """
@@ -382,6 +410,7 @@ class RunResult(Result):
     fold: int = 0
     folds: int | None = None
     stopped: str | None = None
+    convergence: Convergence | None = None
     rows: RowCounts | None = None
     model_sha256: str = ""
     arms: Mapping[str, ArmResult]
@@ -392,7 +421,7 @@ class RunResult(Result):
     notes: tuple[str, ...] = ()
     deployment: DeployedRun | None = None
     _beside = ("cost", "sums", "absences", "origin", "protected")
-    _left_out = ("constant", "best", "kept", "deployment")
+    _left_out = ("constant", "convergence", "best", "kept", "deployment")
 
     @property
     def arm_names(self) -> Sequence[str]:

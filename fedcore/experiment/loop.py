@@ -103,6 +103,7 @@ class Experiment:
         self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
         self.round = 0
         self.stopped: str | None = None
+        self.history: list[RoundRow] = []
         self.selection = Selection.of(prepared) if prepared.job.round.validate is not None else None
         self.kept: dict[str, tuple[bytes, ...]] = {}
         """The models of each arm's best round, where the job keeps it."""
@@ -129,7 +130,7 @@ class Experiment:
                 reason := self.selection.out_of_patience(self.round)
             ):
                 self.stopped = reason
-                return
+                break
             current = self.round + 1
             columns = {}
             for name in order:
@@ -137,7 +138,9 @@ class Experiment:
                 columns[name] = self.arms[name].step(current)
                 self.round = current
             for name, arm in self.arms.items():
-                yield self._row(name, arm, current, columns[name])
+                row = self._row(name, arm, current, columns[name])
+                self.history.append(row)
+                yield row
         announce(self.round + 1, "")
 
     def _protecting(self) -> float:
@@ -288,6 +291,7 @@ class RunWriter:
         if path.is_file():
             experiment.restore(read_checkpoint(path.read_bytes()))
         rows = [r for r in read_rounds(self.directory) if r.round <= experiment.round]
+        experiment.history = rows
         if (selection := experiment.selection) is not None:
             for row in rows:
                 selection.seen(row)

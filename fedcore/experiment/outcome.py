@@ -14,6 +14,7 @@ import numpy as np
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.arms import Scoring, loss_of, mean_of
+from fedcore.experiment.convergence import LEAST_ROUNDS, trends
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
@@ -23,7 +24,7 @@ from fedcore.experiment.gap import (
     over_splits,
     plain_gaps,
 )
-from fedcore.experiment.selection import mean_best
+from fedcore.experiment.selection import VALIDATION, chosen_by, mean_best
 from fedcore.learning.constant import constant_values, training_targets
 from fedcore.learning.metrics import Scores, site_mean
 from fedcore.learning.model import model_summary, norm_statistics, single_thread
@@ -38,6 +39,7 @@ from fedcore.results import (
     ArmResult,
     ComparisonResult,
     ConstantResult,
+    Convergence,
     Cost,
     Interval,
     ModelFacts,
@@ -87,6 +89,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         stopped=experiment.stopped,
         kept="best" if experiment.kept else None,
         best=experiment.selection.result() if experiment.selection is not None else None,
+        convergence=_convergence(experiment),
         sites=plan.sites,
         metrics=tuple(prepared.task.metrics),
         rows=_row_counts(prepared.sites),
@@ -143,6 +146,16 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         result, notes=(*capped, *prepared.notes_on_initial, *found, *of_plan, *of_rows)
     )
     return replace(result, warnings=warnings.of_run(result))
+
+
+def _convergence(experiment: Experiment) -> Convergence | None:
+    task, validated = experiment.prepared.task, experiment.selection is not None
+    if experiment.round < LEAST_ROUNDS:
+        return None
+    metric = chosen_by(task.metrics)
+    column = (VALIDATION if validated else "") + metric
+    found = trends(experiment.history, column, lower=metric in lower_is_better(task))
+    return Convergence(metric, validated, found)
 
 
 def _row_counts(sites: Sequence[SiteRows]) -> RowCounts:
@@ -248,6 +261,7 @@ def split_result(result: RunResult, seed: int, fold: int) -> SplitResult:
         per_site={site: found.arms for site, found in result.per_site.items()},
         constant=result.constant,
         best=result.best,
+        convergence=result.convergence,
     )
 
 

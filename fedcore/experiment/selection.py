@@ -30,6 +30,11 @@ VALIDATION = "validation_"
 """What the columns of a round's row begin with that are of the validation rows."""
 
 
+def chosen_by(metrics: Sequence[str]) -> str:
+    """The metric by which rounds are judged."""
+    return min(metrics, key=lambda name: name != "auc")
+
+
 @dataclass
 class Selection:
     """The best round of every arm so far.
@@ -47,7 +52,7 @@ class Selection:
     @classmethod
     def of(cls, prepared: Prepared) -> Selection:
         metrics = tuple(prepared.task.metrics)
-        metric = min(metrics, key=lambda name: name != "auc")
+        metric = chosen_by(metrics)
         lower = metric in lower_is_better(prepared.task)
         return cls(metrics, metric, lower, prepared.job.round.patience)
 

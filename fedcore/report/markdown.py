@@ -34,7 +34,12 @@ def code(text: str) -> str:
 def render(result: Result) -> str:
     """The report of one run or comparison, ending in a newline."""
     first, *others = say.lost(result)
-    others += [*say.gained(result), *say.cost(result), *say.label_lines(result.label)]
+    others += filter(None, [say.converged(result)])
+    others += [
+        *say.gained(result),
+        *say.cost(result),
+        *say.label_lines(result.label),
+    ]
     if method := say.how_measured(result):
         others.append(f"Intervals: {method}.")
     blocks = [

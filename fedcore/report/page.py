@@ -96,12 +96,14 @@ def _headline(names: list[str], results: list[Result]) -> list[tuple[str, str, l
 def _answers(names: list[str], results: list[Result]) -> list[dict[str, Any]]:
     """The questions of the first screen, each with its sentences by run ("" for a single one)."""
     questions: dict[str, Callable[[Result], list[str]]] = {
+        "Number of rounds": lambda r: [*filter(None, [say.converged(r)])],
         "Gained over staying alone": lambda r: [" ".join(say.gained(r))],
         "Cost of protection": lambda r: [" ".join(say.cost(r))],
     }
     return [
         {"question": question, "parts": _parts(names, [tuple(of(r)) for r in results])}
         for question, of in questions.items()
+        if any(map(of, results))
     ]
 
 

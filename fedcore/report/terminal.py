@@ -135,6 +135,7 @@ def summary(result: Result, report: Path | str | None = None) -> RenderableType:
     return Group(
         *_warnings(result),
         Text(say.lost(result)[0], style="bold"),
+        *([Text(said)] if (said := say.converged(result)) else []),
         Text(),
         *_arms(result),
         *_best_rounds(result),
