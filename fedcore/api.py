@@ -161,6 +161,11 @@ def compare(
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
+    if complete.track.to:
+        raise BadInput(
+            f"track.to: found {', '.join(complete.track.to)}, which get the rows of a run and not of a comparison",
+            remedy='leave it out: --to "" (rounds.jsonl has every split)',
+        )
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")

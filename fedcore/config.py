@@ -122,7 +122,9 @@ class Reference(Section):
 
 
 class TrackSection(Section):
-    """[track]: the arms, bootstrap resamples, a value to compare with, and whether metrics are public."""
+    """[track]: the arms, bootstrap resamples, a value to compare with, and whether metrics are public.
+
+    to: services that get the rows of a run in one process, beside its folder."""
 
     arms: Annotated[
         tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...],
@@ -132,6 +134,9 @@ class TrackSection(Section):
     resamples: int = Field(default=1000, ge=0)
     reference: Reference | None = None
     public_metrics: bool = False
+    to: Annotated[
+        tuple[Literal["mlflow", "wandb", "tensorboard"], ...], BeforeValidator(_from_words)
+    ] = ()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -203,6 +208,7 @@ class Settings(TypedDict, total=False):
     resamples: int
     reference: Mapping[str, object] | None
     public_metrics: bool
+    to: Sequence[str] | str
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,7 @@ def wire_settings(job: Job) -> Json:
     whole = {key: value for key, value in job.to_json().items() if key not in _OF_ONE_MACHINE}
     for section in filter(None, SECTIONS):
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
+    del whole["track"]["to"]  # of the machine that has the rows
     return whole | {"train": plan.without_unchanged(whole["train"])}
 
 

@@ -153,6 +153,11 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     refuse_initial(named.run.initial)
     task = load_task(named.run.task, named.base)
     job = build_job(task.defaults, tables, settings)
+    if job.track.to:
+        raise BadInput(
+            f"track.to: found {', '.join(job.track.to)}, expected none: nothing of a deployed job is sent elsewhere",
+            remedy="leave it out: `fed-coordinator watch --json` and rounds.jsonl have its rounds",
+        )
     given = task.with_settings(job.task_settings).given
     complete = wire_settings(replace(job, task_settings=given))
     about = frames.json_bytes({"settings": complete})

@@ -53,6 +53,7 @@ def reproduce(
     job = stored_job(directory, task)
     for about in ("kind", "seeds"):
         job.pop(about, None)
+    job["track"].pop("to", None)  # what is repeated is sent nowhere
     with tempfile.TemporaryDirectory(prefix="fedcore-reproduce-") as folder:
         out = Path(folder) / "run"
         if isinstance(old, ComparisonResult):

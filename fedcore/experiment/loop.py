@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from fedcore.errors import Abandoned, BadInput, GuardTripped
 from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
+from fedcore.experiment.destinations import Destinations
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
@@ -216,53 +217,13 @@ class Experiment:
         self.kept = {name: tuple(models) for name, models in saved.get("kept", {}).items()}
 
 
-class Events:
-    """TensorBoard events of a run: each numeric column of a row as a scalar, in one folder per arm so that the
-    arms lie over each other. Nothing happens where tensorboard cannot be imported: rounds.jsonl has the same."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writers: dict[str, Any] | None
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except Exception:  # noqa: BLE001 - absent, or broken: a protobuf that does not fit raises TypeError
-            self._writers = None
-            return
-        self._event, self._summary, self._writer = Event, Summary, EventFileWriter
-        self._writers = {}
-
-    def row(self, row: RoundRow) -> None:
-        if self._writers is None:
-            return
-        arm = row.arm
-        if arm not in self._writers:
-            self._writers[arm] = self._writer(str(self._directory / "tensorboard" / arm))
-        values = [
-            self._summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if isinstance(value, int | float) and name != "round"
-        ]
-        event = self._event(
-            wall_time=time.time(), step=row.round, summary=self._summary(value=values)
-        )
-        self._writers[arm].add_event(event)
-
-    def close(self) -> None:
-        """Flush and close; safe to call twice."""
-        for writer in (self._writers or {}).values():
-            writer.close()
-        self._writers = None
-
-
 class RunWriter:
     """Writes a run's files as it goes: rows as they come, a checkpoint after each round."""
 
     def __init__(self, directory: Path, prepared: Prepared) -> None:
         self.directory = directory
         self._prepared = prepared
-        self._events = Events(directory)
+        self._destinations = Destinations(directory, job_json(prepared.task, prepared.job))
 
     def start(self) -> None:
         """plan.json and job.json, before anything is trained."""
@@ -272,10 +233,10 @@ class RunWriter:
 
     def row(self, row: RoundRow) -> None:
         append_row(self.directory, row)
-        self._events.row(row)
+        self._destinations.row(row)
 
     def close(self) -> None:
-        self._events.close()
+        self._destinations.close()
 
     def checkpoint(self, experiment: Experiment) -> None:
         """The state after a whole round, replacing the one before."""
