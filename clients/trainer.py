@@ -65,6 +65,7 @@ class Training:
         self.child = Child("the training process", command, FIXED)
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
+        self._shapes: dict[str, ModelShape] = {}
         self._overtaken_seconds = overtaken_seconds
         self._overtaken: Future[Frame] | None = None
         """The last request that was cancelled while it ran."""
@@ -87,14 +88,12 @@ class Training:
         """
         asked = {"do": "load", "job": job, **about}
         head, blobs = await self._ask(asked)
-        self._loads[job] = asked
+        self._loads[job], self._shapes[job] = asked, (shape := _shape_of(head))
         if head["note"]:
             LOG.info("%s", head["note"])
-        shape = head["shape"]
-        sums = tuple(Wide(**wide) for wide in shape["metric_sums"])
         columns = tuple((str(n), float(low), float(high)) for n, low, high in head["columns"])
         initial = np.frombuffer(blobs[0], dtype="<f4").astype(np.float32)
-        return Loaded(ModelShape(**shape | {"metric_sums": sums}), columns, initial, head["rows"])
+        return Loaded(shape, columns, initial, head["rows"])
 
     async def contribute(
         self, job: str, plan: RoundPlan, step: PlannedRound, state: JobState, record: GuardRecord
@@ -127,6 +126,7 @@ class Training:
         """Free what is held of a job; a process that still runs a cancelled request is killed."""
         if self._loads.pop(job, None) is None:
             return
+        self._shapes.pop(job, None)
         if self._overtaken is not None and not self._overtaken.done():
             self.child.kill()
         elif self.child.alive:
@@ -152,12 +152,25 @@ class Training:
             if not self.child.alive:
                 self.child.start()
                 if needs:  # a new process: what the job needs is loaded again
-                    _answer_of(*self.child.call(self._loads[needs]))
+                    head, _ = _answer_of(*self.child.call(self._loads[needs]))
+                    self._require_same(needs, _shape_of(head))
             return _answer_of(*self.child.call(asked, blobs))
         except (ChildEnded, OSError) as error:
             if not self._closed:
                 LOG.warning("%s; it was asked to %s", error, asked["do"])
             raise TrainingFailed(UNABLE) from error
+
+    def _require_same(self, job: str, found: ModelShape) -> None:
+        """Raise TrainingFailed where a new process makes another model of a job than the one before."""
+        if found == self._shapes[job]:
+            return
+        what = found.initial_differs(self._shapes[job])
+        LOG.error(
+            "job %s: found %s in a new training process, expected the model of the one before", job,
+            f"other {what} at the start" if what else "another model or other columns",
+        )  # fmt: skip
+        self.child.kill()
+        raise TrainingFailed(UNABLE)
 
     async def close(self) -> None:
         """End the process and its requests."""
@@ -170,6 +183,12 @@ def _about(do: str, job: str, plan: RoundPlan, step: PlannedRound) -> Json:
     return {
         "do": do, "job": job, "plan": plan.to_json(), "step": [step.purpose, step.training_round]
     }  # fmt: skip
+
+
+def _shape_of(head: Json) -> ModelShape:
+    shape = head["shape"]
+    sums = tuple(Wide(**wide) for wide in shape["metric_sums"])
+    return ModelShape(**shape | {"metric_sums": sums, "initial": tuple(shape["initial"])})
 
 
 def _answer_of(head: Json, blobs: list[bytes]) -> Frame:

@@ -313,6 +313,7 @@ def plan_of(
         inputs=shape.inputs, threshold=protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
+        initial_parts=hashlib.sha256("".join(shape.initial).encode()).hexdigest() if shape.initial else "",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ keep their initial values, which every site makes from the same seed. Whatever e
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.module_state import ModuleState
+from fedcore.secagg.plan import INITIAL_PARTS
 from fedcore.seeds import derive_seed
 from fedcore.types import FloatVector
 
@@ -124,6 +126,18 @@ class FlatModel:
                     f"model: found {tensor.dtype} in {name}, expected a real floating type"
                 )
 
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 of names, types and values, hex, of each of INITIAL_PARTS: what travels, the frozen parameters,
+        and the buffers that stay."""
+        travelling = {id(place.tensor) for place in self._shared}
+        frozen = {id(p) for p in self.module.parameters() if not p.requires_grad}
+        hashes = [hashlib.sha256() for _ in INITIAL_PARTS]
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            part = 0 if id(tensor) in travelling else 1 if id(tensor) in frozen else 2
+            form = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+            hashes[part].update(form.encode() + _bytes_of(tensor))
+        return tuple(each.hexdigest() for each in hashes)
+
     @property
     def coordinates(self) -> int:
         """d: parameters and shared buffers."""
@@ -179,6 +193,11 @@ class _Place:
                 remedy="make layers in task.model; training changes their values only",
             )
         return found
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def norm_statistics(module: nn.Module) -> list[str]:

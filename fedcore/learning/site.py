@@ -222,7 +222,8 @@ class SiteTrainer:
 
     site: its rows as they are. flat: the model's one flat view, overwritten at each use. initial: (d,) float32,
     the model that the job begins with. watch: counts seconds. note: for the site's log, or "". rows: SHA-256
-    of the rows, hex. report: of the last training.
+    of the rows, hex. report: of the last training. digests: of the model at the start; empty in one process,
+    which compares the models themselves.
     """
 
     task: Task
@@ -235,6 +236,7 @@ class SiteTrainer:
     note: str = ""
     rows: str = ""
     report: TrainReport | None = None
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.public: Statistics | None = None
@@ -253,14 +255,15 @@ class SiteTrainer:
         """A site by itself. split: its own, independent of the job. Raises BadInput and TaskFailed."""
         loaded = load_site(task, split, name, 0, source, max_examples)
         flat = model_of(task, job, loaded.rows)
+        initial, digests = flat.read(), flat.digests()
         said = findings.lines(loaded.findings(task, job, flat))
         note = " ".join(
             filter(None, [loaded.note, *(f"{text} (hint: {hint})." for text, hint in said)])
         )
         transport = MetricTransport.of(task, sample_of(task, job, flat, loaded.rows), max_examples)
         return cls(
-            task, job, loaded.rows, flat, transport, flat.read(),
-            note=note, rows=rows_digest(*loaded.whole),
+            task, job, loaded.rows, flat, transport, initial,
+            note=note, rows=rows_digest(*loaded.whole), digests=digests,
         )  # fmt: skip
 
     @property
@@ -285,6 +288,7 @@ class SiteTrainer:
         return ModelShape(
             self.task.name, self.task.digest(), self.flat.parameters, self.flat.buffer_coordinates,
             len(self.columns), hashlib.sha256(layout).hexdigest() if layout else "", self.transport.wides,
+            self.digests,
         )  # fmt: skip
 
     def standard_rows(self, state: JobState) -> SiteRows:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -249,11 +249,16 @@ class Wide:
     bits: int
 
 
+INITIAL_PARTS = ("parameters", "frozen parameters", "buffers that stay")
+"""Of a model: what travels, and what every site must make alike, since it never does."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What a task and its columns fix of a plan; sites of one federation must find the same.
 
-    features: table columns that are standardised, 0 for rows without. inputs: as in RoundPlan.
+    features: table columns that are standardised, 0 for rows without. inputs: as in RoundPlan. initial: SHA-256
+    hex of each of INITIAL_PARTS of the model that the job begins with; empty where one process makes it.
     """
 
     task: str
@@ -263,6 +268,14 @@ class ModelShape:
     features: int
     inputs: str
     metric_sums: tuple[Wide, ...]
+    initial: tuple[str, ...] = ()
+
+    def initial_differs(self, other: ModelShape) -> str:
+        """In which of INITIAL_PARTS two shapes differ, in words; empty unless it is all they differ in."""
+        if replace(self, initial=other.initial) != other or len(self.initial) != len(other.initial):
+            return ""
+        pairs = zip(INITIAL_PARTS, self.initial, other.initial, strict=False)
+        return " and ".join(part for part, mine, theirs in pairs if mine != theirs)
 
 
 @dataclass(frozen=True)
@@ -370,6 +383,7 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 _UNSTATED = {
     "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial": "",
+    "initial_parts": "",
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
@@ -407,6 +421,8 @@ class RoundPlan:
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
     that every site makes from the seed.
+    initial_parts: SHA-256 hex over `ModelShape.initial`: parameters and buffers that do not travel are not in a state,
+    and would differ between sites unnoticed; "" for a plan of one process.
     """
 
     task: str
@@ -430,6 +446,7 @@ class RoundPlan:
     standardise: str = "ranges"
     cipher: str = "bfv"
     initial: str = ""
+    initial_parts: str = ""
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):

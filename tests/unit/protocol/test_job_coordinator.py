@@ -556,6 +556,40 @@ def test_a_job_is_offered_surveyed_and_planned():
     assert [name for name, _ in sent(offers, job_messages.PlanOffer)] == ["a", "b"]
 
 
+def begun_with(*parts):
+    return replace(SHAPE, initial=parts)
+
+
+def test_a_site_whose_model_begins_otherwise_is_named_and_takes_no_part():
+    found = machine()
+    surveyed(found, "a", "b", "c", shape=begun_with("p", "f", "b"))
+    surveyed(found, "d", shape=begun_with("p", "other", "b"))
+    warned, planned = found.step(events.Advance(), at())
+    assert (
+        warned.text == "sites differ over the initial model (frozen parameters): a, b, c against d"
+    )
+    assert planned == MakePlan(begun_with("p", "f", "b"))
+    assert found.facts.sites["d"].unable == SHAPE_DIFFERS
+
+
+def test_sites_that_all_begin_otherwise_end_the_job_at_once():
+    found = machine()
+    for name, part in zip("abcd", ("1", "2", "2", "3"), strict=True):
+        surveyed(found, name, shape=begun_with(part, "f", part))
+    (ended, *_) = found.step(events.Advance(), at())
+    assert ended.ended.outcome == "failed"
+    assert ended.ended.text == (
+        "sites differ over the initial model (parameters and buffers that stay): a against b, c against d"
+    )
+
+
+def test_other_columns_are_no_other_initial_model():
+    found = machine()
+    surveyed(found, "a", "b", "c", shape=begun_with("p", "f", "b"))
+    surveyed(found, "d", shape=replace(begun_with("q", "f", "b"), parameters=6))
+    assert found.step(events.Advance(), at()) == [MakePlan(begun_with("p", "f", "b"))]
+
+
 def test_a_job_that_too_few_sites_can_join_fails():
     found = machine()
     for name in "ab":

@@ -493,6 +493,23 @@ def test_another_plan_and_one_that_the_policy_forbids_are_not_agreed_to(refuses)
     assert len(only(Warn, effects)) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "names_it"),
+    [
+        ({"initial_parts": "b" * 64}, True), ({"initial_parts": "b" * 64, "rounds": 99}, False),
+        ({"initial_parts": ""}, False),
+    ],
+)  # fmt: skip
+def test_a_plan_with_another_initial_model_is_named_as_that(changes, names_it):
+    mine = replace(PLAN, initial_parts="a" * 64)
+    found = offered(planner=Planner(mine))
+    found.part.take_rows(SURVEY)
+    effects = told(found, job.PlanOffer("job", canonical(replace(mine, **changes).to_json())))
+    (warning,) = only(Warn, effects)
+    assert ("its initial model is another one (hint: task.model" in warning.text) is names_it
+    assert sent(effects) == [job.SiteUnavailable("job", "a", "unable")]
+
+
 def test_a_refusal_is_logged_once_and_its_word_is_said_at_every_session():
     found = offered()
     refused = PolicyRefused("epochs: found 3", word="policy", remedy="change it")

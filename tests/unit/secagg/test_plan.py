@@ -463,7 +463,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"range": RangePlan(start=0.5)}, {"metric_sums": ()},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
         {"release": "coordinator", "protection": "layered"},
-        {"settings": "0" * 64}, {"standardise": "federated"},
+        {"settings": "0" * 64}, {"standardise": "federated"}, {"initial_parts": "0" * 64},
         {"cipher": "keystream", "packing": solve_packing(16, 4, "encrypted", cipher="keystream")},
     ],
     ids=lambda changes: next(iter(changes)),

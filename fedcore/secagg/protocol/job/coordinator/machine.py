@@ -34,6 +34,9 @@ MOST_AHEAD = 1 << 20
 SHAPE_DIFFERS = "another model or other columns than most sites"
 """Why a site whose survey differs takes no part: found here, not reported by the site."""
 
+INITIAL_DIFFERS = "sites differ over the initial model ({}): {}"
+"""Which parts, and the sites that have the same together."""
+
 MATERIAL = "site {} left a round over another site's material: the sites' logs say whose"
 
 
@@ -364,9 +367,15 @@ class JobMachine:
             return
         shapes = list(surveyed.values())
         common = max(shapes, key=shapes.count)
-        for name, shape in surveyed.items():
-            if shape != common:
-                sites[name].unable = SHAPE_DIFFERS
+        others = [name for name, shape in surveyed.items() if shape != common]
+        differs = _initial_differs(surveyed, common)
+        for name in others:
+            sites[name].unable = SHAPE_DIFFERS
+        if differs and len(shapes) - len(others) < self.facts.threshold:
+            self.end("failed", differs)
+            return
+        if differs:
+            self.do([effects.Warn(differs)])
         self.do([effects.MakePlan(common)])
 
     def _planned(self, plan: RoundPlan, features: int, sizes: Mapping[str, int]) -> None:
@@ -439,3 +448,18 @@ class JobMachine:
         self.do([effects.ShowRound(), effects.DiscardUploads(stage.header.digest)])
         if text := self.rounds.tried_enough():
             self.end("abandoned", text)
+
+
+def _initial_differs(surveyed: Mapping[SiteId, ModelShape], common: ModelShape) -> str:
+    """The line that names the sites whose models begin with other values than the most; empty without any."""
+    parts = dict.fromkeys(
+        part
+        for shape in surveyed.values()
+        for part in shape.initial_differs(common).split(" and ")
+        if part
+    )
+    groups: dict[tuple[str, ...], list[SiteId]] = {}
+    for name, shape in surveyed.items():
+        groups.setdefault(shape.initial, []).append(name)
+    named = " against ".join(", ".join(names) for names in groups.values())
+    return INITIAL_DIFFERS.format(" and ".join(parts), named) if parts else ""

@@ -349,7 +349,7 @@ class SiteJob:
         if canonical(mine.to_json()) != offered.plan:
             yield effects.Warn(
                 f"job {self.id}: found another plan at the coordinator than this site makes of its offer "
-                "and its task; it takes no part"
+                f"and its task{_but_initial(mine, offered.plan)}; it takes no part"
             )
             yield from self.part.unable(job_messages.UNABLE)
             return
@@ -409,3 +409,17 @@ class SiteJob:
         over = self.ended is not None and at >= self.end.at + self.me.keep_keys
         if over and self.parts is not None:
             yield from self.parts.epochs.erase()
+
+
+def _but_initial(mine: RoundPlan, offered: bytes) -> str:
+    """What to add where another plan differs in the initial model only."""
+    if not mine.initial_parts:
+        return ""
+    whole = canonical(mine.to_json())
+    before, _, after = whole.partition(mine.initial_parts.encode())
+    if len(offered) != len(whole) or not (offered.startswith(before) and offered.endswith(after)):
+        return ""
+    return (
+        ": its initial model is another one (hint: task.model must give the same values at every site, frozen "
+        "parameters and buffers too: the same files, and draws from torch's or NumPy's global generators)"
+    )
