@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.cli.console import application, emit, run, say, start_logging
+from fedcore.cli.console import application, echo, emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED
 
 if TYPE_CHECKING:  # it imports numpy, which `--help` does without
@@ -31,7 +31,7 @@ def _print(as_json: bool, found: Json, lines: Iterable[str]) -> None:
         emit(found)
     else:
         for line in lines:
-            typer.echo(line)
+            echo(line)
 
 
 @app.command("run")
@@ -49,7 +49,7 @@ def run_site(
     from fedcore_clients.config import read_config
 
     start_logging()
-    begin(read_config(config), typer.echo, health)
+    begin(read_config(config), echo, health)
 
 
 @app.command()
@@ -62,11 +62,11 @@ def check(config: Config = _HERE, as_json: AsJson = False) -> None:
         found.append(each)
         if as_json:
             continue
-        typer.echo(f"{'OK  ' if each.ok else 'FAIL'}  {each.name:<12}  {each.found}")
+        echo(f"{'OK  ' if each.ok else 'FAIL'}  {each.name:<12}  {each.found}")
         if each.traceback:
             say(each.traceback.rstrip())
         if each.remedy:
-            typer.echo(f"      hint: {each.remedy}")
+            echo(f"      hint: {each.remedy}")
     failed = [each for each in found if not each.ok]
     if as_json:
         emit({"ok": not failed, "checks": [each.to_json() for each in found]})

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console, RenderableType
 
-from fedcore.cli.console import JobCommand, application, emit, run, say, start_logging
+from fedcore.cli.console import (
+    JobCommand,
+    application,
+    echo,
+    emit,
+    page_console,
+    run,
+    say,
+    start_logging,
+)
 from fedcore.errors import EXIT_ABANDONED
 from fedcore.types import Json
 
@@ -59,7 +68,7 @@ def serve(config: Config = Path("federation.toml")) -> None:
     from fedcore_server.config import read_config
 
     start_logging()
-    run_server(read_config(config), typer.echo)
+    run_server(read_config(config), echo)
 
 
 @app.command(
@@ -90,7 +99,7 @@ def submit(
     if as_json:
         emit({"job": name, "task": asked.task, "task_sha256": asked.task_sha256})
         return
-    typer.echo(name)
+    echo(name)
     say(f"watch it: fed-coordinator watch {name}")
 
 
@@ -105,7 +114,7 @@ def jobs(
 
     reply = _operator(where, kit, file).ask(calls.JOBS, frames.JobsRequest())
     found = frames.json_value(reply.json, sender="coordinator")
-    emit(found) if as_json else Console(highlight=False).print(jobs_table(found))
+    emit(found) if as_json else page_console().print(jobs_table(found))
 
 
 @app.command()
@@ -121,12 +130,12 @@ def watch(
     """Follow a job to its end: round, stage, sites, whom it waits for, metrics if they are public, bytes."""
     from fedcore.results import JobEvent
 
-    console = Console(highlight=False)
+    console = page_console()
     found = _operator(where, kit, file).watch(job, say)
     if as_json:
         last: Json | JobEvent | None = None
         for last in found:
-            typer.echo(json.dumps(last, ensure_ascii=False, allow_nan=False))
+            echo(json.dumps(last, ensure_ascii=False, allow_nan=False))
     else:
         events = map(JobEvent.from_json, found)
         last = _live(events, console) if console.is_terminal else _lines(events)
@@ -140,7 +149,7 @@ def _lines(events: Iterable[JobEvent]) -> JobEvent | None:
     before = None
     for event in events:
         for line in event_lines(event, before):
-            typer.echo(line)
+            echo(line)
         before = event
     return before
 
@@ -175,7 +184,7 @@ def stop(
     from fedcore.wire import calls, frames
 
     reply = _operator(where, kit, file).ask(calls.STOP, frames.JobRequest(job))
-    emit({"job": job, "text": reply.text}) if as_json else typer.echo(reply.text)
+    emit({"job": job, "text": reply.text}) if as_json else echo(reply.text)
 
 
 @app.command()
@@ -191,7 +200,7 @@ def evict(
     from fedcore.wire import calls, frames
 
     reply = _operator(where, kit, file).ask(calls.EVICT, frames.SiteRequest(site, undo))
-    emit({"site": site, "text": reply.text}) if as_json else typer.echo(reply.text)
+    emit({"site": site, "text": reply.text}) if as_json else echo(reply.text)
 
 
 @app.command()
@@ -215,7 +224,7 @@ def result(
         emit({"job": job, "files": [str(path) for path in written]})
         return
     for path in written:
-        typer.echo(path)
+        echo(path)
     say(f"the model is at the sites: fed-site model {job} --out FILE")
 
 

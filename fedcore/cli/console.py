@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import typer
@@ -32,6 +32,65 @@ stderr = Console(stderr=True, highlight=False)
 
 # With rich, typer escapes the brackets of `[default: 4]` for a renderer that these commands do not use.
 typer.core.HAS_RICH = False
+
+
+_results: TextIO | None = None
+"""Where results go while a command runs."""
+
+
+@contextmanager
+def results_apart() -> Iterator[None]:
+    """Inside, stdout is for results only, by `echo`, `emit` and `page_console`: what a task, a library or a process
+    that they start prints to stdout goes to stderr. So `--json` is one document, whatever the task does."""
+    global _results
+    stdout, stream = sys.stdout, sys.stdout
+    stdout.flush()
+    kept = _kept_stdout(stdout)
+    if kept is not None:
+        stream = os.fdopen(kept, "w", encoding=stdout.encoding, errors=stdout.errors)
+    before, _results, sys.stdout = _results, stream, sys.stderr
+    try:
+        yield
+        stream.flush()
+    finally:
+        _results, sys.stdout = before, stdout
+        if kept is not None:
+            os.dup2(kept, 1)
+            with suppress(OSError):  # the reader of a pipe left; the block has raised that already
+                stream.close()
+
+
+def _kept_stdout(stdout: TextIO) -> int | None:
+    """Point the file descriptor 1 to stderr, for libraries and processes; returns a duplicate of what it was. None
+    where stdout is something else: a notebook's, a test's, closed."""
+    with suppress(OSError, ValueError):
+        if stdout.fileno() == 1:
+            kept = os.dup(1)
+            os.dup2(2, 1)
+            return kept
+    return None
+
+
+class ResultCommand(typer.core.TyperCommand):
+    """A command whose stdout has its results only."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command's function."""
+        try:
+            with results_apart():
+                return super().invoke(ctx)
+        except BrokenPipeError:  # `fedcore runs | head`, which click would end with code 1
+            raise typer.Exit(errors.EXIT_DONE) from None
+
+
+def _set_results_apart(app: typer.Typer) -> None:
+    """Have every command of the program keep its stdout for its results."""
+    for command in app.registered_commands:
+        if command.cls is typer.core.TyperCommand:
+            command.cls = ResultCommand
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _set_results_apart(group.typer_instance)
 
 
 def application(name: str, text: str) -> typer.Typer:
@@ -64,10 +123,20 @@ def say(text: str) -> None:
 
 def emit(value: Any) -> None:
     """Print a result as JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-class JobCommand(typer.core.TyperCommand):
+def echo(text: object, *, nl: bool = True) -> None:
+    """Print a result on stdout."""
+    typer.echo(text, file=_results, nl=nl)
+
+
+def page_console() -> Console:
+    """A console on stdout, for results that are pages."""
+    return Console(highlight=False, file=_results)
+
+
+class JobCommand(ResultCommand):
     """A command that accepts every key of a job as a flag: `--batch-size 64` is `--set batch_size=64`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -96,6 +165,7 @@ def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
     """Entry point of a command; always ends in SystemExit."""
+    _set_results_apart(app)
     with exit_codes():
         given = list(arguments) if arguments is not None else None
         code = app(args=given, prog_name=name, standalone_mode=False)
@@ -129,9 +199,6 @@ def exit_codes() -> Iterator[None]:
     except (KeyboardInterrupt, click.exceptions.Abort):
         say("interrupted")
         sys.exit(errors.EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `fedcore runs | head`
-        sys.stderr.close()
-        sys.exit(errors.EXIT_DONE)
     except OSError as error:
         where = error.filename or "a file"
         say(f"error: {where}: {error.strerror or error}")

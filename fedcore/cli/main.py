@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from fedcore.cli import flags
-from fedcore.cli.console import application, emit, say, stderr
+from fedcore.cli.console import application, echo, emit, page_console, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
 from fedcore.cli.progress import RoundsProgress, SplitsProgress
@@ -333,10 +333,10 @@ def predict(
         say(f"warning: {note}")
     text = found.to_csv()
     if out is None:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
         return
     write_atomic(out, text.encode())
-    typer.echo(f"wrote {out}: {text.count(chr(10)) - 1} rows")
+    echo(f"wrote {out}: {text.count(chr(10)) - 1} rows")
 
 
 @app.command()
@@ -358,7 +358,7 @@ def export(
     model = load_model(run, load_task(task) if task else None)
     if model.warning:
         say(f"warning: {model.warning}")
-    typer.echo(f"wrote {exported(model, run, out, rows)}")
+    echo(f"wrote {exported(model, run, out, rows)}")
 
 
 @app.command()
@@ -374,11 +374,11 @@ def report(
         raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
     text = reports.render([reports.read(path) for path in runs], format_)
     if out is None and format_ != "html":
-        typer.echo(text)
+        echo(text)
         return
     target = out or runs[0] / ("report.html" if len(runs) == 1 else "overlay.html")
     write_atomic(target, text.encode())
-    typer.echo(target)
+    echo(target)
 
 
 @app.command()
@@ -415,11 +415,11 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     with closing(bar):
         found = again(run, on_begin=bar.begin, on_row=on_row, on_step=bar.step, on_tick=bar.tick)
     if found.same:
-        typer.echo(f"same bits: model {found.model_sha256[0]}")
+        echo(f"same bits: model {found.model_sha256[0]}")
         return
-    typer.echo(f"different: {found.difference}")
+    echo(f"different: {found.difference}")
     for line in found.environment or ("nothing in the environment differs that is recorded",):
-        typer.echo(f"  {line}")
+        echo(f"  {line}")
     say(f"hint: {found.causes}")
     raise typer.Exit(EXIT_REFUSED)
 
@@ -435,10 +435,10 @@ def new(
     from fedcore.cli.scaffold import create
 
     create(directory, force=force)
-    typer.echo(f"wrote {directory}/task.py and {directory}/job.toml")
+    echo(f"wrote {directory}/task.py and {directory}/job.toml")
     job = shlex.quote(f"{directory}/job.toml")
-    typer.echo(f"check it:  fedcore check {job}")
-    typer.echo(f"run it:    fedcore simulate {job}")
+    echo(f"check it:  fedcore check {job}")
+    echo(f"run it:    fedcore simulate {job}")
 
 
 @app.command()
@@ -448,9 +448,9 @@ def doctor() -> None:
 
     checks = examine()
     for name, well, found, remedy in checks:
-        typer.echo(f"{'ok  ' if well else 'FAIL'}  {name:<12} {found}")
+        echo(f"{'ok  ' if well else 'FAIL'}  {name:<12} {found}")
         if not well and remedy:
-            typer.echo(f"      hint: {remedy}")
+            echo(f"      hint: {remedy}")
     if not all(well for _, well, *_ in checks):
         raise typer.Exit(EXIT_REFUSED)
 
@@ -459,7 +459,7 @@ def _show(found: Found, page: Callable[[Found], RenderableType], as_json: bool) 
     """Print what a command found on stdout: as JSON, or as a page for a person."""
     from fedcore.report.terminal import show
 
-    emit(found) if as_json else show(Console(highlight=False), page(found))
+    emit(found) if as_json else show(page_console(), page(found))
 
 
 def _bench(module: str, headline: str) -> Callable[[Command], Command]:

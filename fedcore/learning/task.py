@@ -251,12 +251,12 @@ def _module_from_file(path: Path) -> Any:
     try:
         with _seeded_import():
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         if isinstance(error, FedcoreError):
             # An error of our own for what the file builds; only the file's name is added.
             raise BadInput(f"{path.name}: {error}", remedy=error.remedy) from error
-        remedy = ""
+        remedy = _NO_SCRIPT if isinstance(error, SystemExit) else ""
         if isinstance(error, ModuleNotFoundError) and _is_beside(error.name, path.parent):
             remedy = "the task's folder is not searched for modules; make a package and install it"
         raise TaskFailed(
@@ -283,7 +283,7 @@ def _module_from_package(place: str) -> Any:
     try:
         with nullcontext() if place.startswith("fedcore.") else _seeded_import():
             return importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__} while it was imported"
         if isinstance(error, ModuleNotFoundError):
             what = str(error)
@@ -293,17 +293,29 @@ def _module_from_package(place: str) -> Any:
                     remedy="install the package into this environment",
                 ) from error
         raise TaskFailed(
-            f"task package {place}: {what}", user_traceback=user_traceback(error)
+            f"task package {place}: {what}",
+            user_traceback=user_traceback(error),
+            remedy=_NO_SCRIPT if isinstance(error, SystemExit) else "",
         ) from error
+
+
+_NO_SCRIPT = 'put what it does as a script below `if __name__ == "__main__":`'
 
 
 @contextmanager
 def user_code(what: str, *, remedy: str = "") -> Iterator[None]:
-    """Raise TaskFailed, with the user's traceback, for an exception of the user's code inside."""
+    """Raise TaskFailed, with the user's traceback, for an exception of the user's code inside, and for its
+    `sys.exit`, which would end the program with a code of its own."""
     try:
         yield
     except FedcoreError:
         raise
+    except SystemExit as error:
+        raise TaskFailed(
+            f"{what} called sys.exit({'' if error.code is None else repr(error.code)})",
+            user_traceback=user_traceback(error),
+            remedy=remedy or "raise an error where the task cannot go on",
+        ) from error
     except Exception as error:
         text = str(error).strip().split("\n")[0]
         brief = type(error).__name__ + (f": {text[:200]}" if text else "")
