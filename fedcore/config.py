@@ -36,13 +36,15 @@ def _path_text(value: Any) -> Any:
 
 
 class RunSection(Section):
-    """Top level of a job file. initial: a released model that a simulation begins with, in place of the seed's."""
+    """Top level of a job file. Of simulations only: initial, a released model to begin with in place of the seed's;
+    device, where models are trained and evaluated."""
 
     task: str = "heart"
     seed: int = Field(default=0, ge=0, lt=1 << 62)
     fold: int = Field(default=0, ge=0)
     folds: int = Field(default=5, ge=2)
     initial: Annotated[str | None, BeforeValidator(_path_text)] = None
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
 
 
 class TrainSection(Section):
@@ -165,6 +167,7 @@ class Settings(TypedDict, total=False):
     fold: int
     folds: int
     initial: str | Path | None
+    device: Literal["cpu", "cuda", "mps"]
     train: Mapping[str, object]
     optimiser: Literal["sgd", "adam", "adamw"]
     lr: float
@@ -240,12 +243,20 @@ class Job:
         return {**self.run.model_dump(mode="json"), **sections, **about}
 
 
-_OF_ONE_MACHINE = {"task", "base", "initial"}
+_OF_ONE_MACHINE = {"task", "base", "initial", "device"}
 
 
-def refuse_initial(initial: object) -> None:
-    """Raise BadInput for a deployment that is to begin with a released model: no path leaves a machine, and the
-    sites have no state from it."""
+def refuse_simulated(run: Mapping[str, object]) -> None:
+    """Raise BadInput where a deployment is asked for what only a simulation has. run: the top level of a job.
+
+    No path leaves a machine, and the sites have no state from a released model; each trains on its CPU, so that a
+    deployment and a simulation give the same bits."""
+    initial, device = run.get("initial"), run.get("device", "cpu")
+    if device != "cpu":
+        raise BadInput(
+            f"device: found {device!r}, expected 'cpu' in a deployment, whose sites train on their CPUs",
+            remedy="`fedcore simulate` and `fedcore compare` use a GPU",
+        )
     if initial is not None:
         raise BadInput(
             f"initial: found {initial}, expected none in a deployment, whose sites all begin with the seed's model",
@@ -272,7 +283,7 @@ def read_settings(settings: bytes) -> Json:
         raise BadInput("job: found settings that are no JSON") from error
     if not isinstance(found, dict) or not same:
         raise BadInput("job: found settings in another form, expected canonical JSON")
-    refuse_initial(found.get("initial"))
+    refuse_simulated(found)
     return found
 
 

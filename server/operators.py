@@ -20,7 +20,7 @@ import grpc
 from fedcore_server.config import METRICS_FILE, OperatorConfig
 
 from fedcore.cli.console import ago, waiting_text
-from fedcore.config import build_job, refuse_initial, wire_settings
+from fedcore.config import build_job, refuse_simulated, wire_settings
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.identity.kit import Kit
@@ -150,7 +150,7 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     """
     toml = (path / "job.toml" if path.is_dir() else path).read_bytes()
     named = build_job(tables, settings)
-    refuse_initial(named.run.initial)
+    refuse_simulated(named.run.model_dump())
     task = load_task(named.run.task, named.base)
     job = build_job(task.defaults, tables, settings)
     if job.track.to:

@@ -26,6 +26,8 @@ FLAGS: dict[str, tuple[object, str]] = {
     "drop": (list[str], "Simulate an absence, round:stage:site, repeatable: --drop 3:submit:va"),
     "dropout": (float, "Chance that a site is absent from a round of training."),
     "validate": (float, "Share of the training rows kept apart to judge rounds by: 0.2"),
+    "device": (str, "Where to train and evaluate: cpu (default), cuda or mps."),
+    "initial": (str, "Begin with this released model: a run's folder, or a .safetensors file."),
     "set": (list[str], "section.key=value, repeatable: --set train.lr=0.05"),
 }
 """{flag: (type, help)}; a list is given by repeating the flag."""

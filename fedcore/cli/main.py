@@ -59,7 +59,9 @@ def _starting(command: str, job: Path | None, settings: Settings) -> None:
     say(f"fedcore {command}: {what}")
 
 
-@job_command(app, "task protection cipher rounds seed bits threshold drop dropout validate")
+@job_command(
+    app, "task protection cipher rounds seed bits threshold drop dropout validate device initial"
+)
 def simulate(
     settings: Settings,
     job: JobFile = None,
@@ -110,6 +112,7 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     plan, rows = prepared.plan, sum(map(len, prepared.sites))
     facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
     facts += [f"{name} = {value}" for name, value in prepared.task.given.items()]
+    facts += [prepared.job.run.device] if prepared.job.run.device != "cpu" else []
     facts += [plan.protection, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
     if plan.initial:
@@ -195,7 +198,10 @@ def up(
     say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 
 
-@job_command(app, "task protection cipher rounds seeds workers threshold drop dropout validate")
+@job_command(
+    app,
+    "task protection cipher rounds seeds workers threshold drop dropout validate device initial",
+)
 def compare(
     settings: Settings,
     job: JobFile = None,

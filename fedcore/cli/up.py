@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.api import OnReady, Say
-from fedcore.config import Job, is_json, narrowest_policy, refuse_initial, refuse_selection
+from fedcore.config import Job, is_json, narrowest_policy, refuse_selection, refuse_simulated
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.environment import random_causes
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
@@ -94,7 +94,7 @@ def _refuse(task: Task, job: Job) -> None:
             "round.drop: found simulated absences, expected none: these sites are real processes",
             remedy="`fedcore simulate` has simulated absences; here, stop a site's process",
         )
-    refuse_initial(job.run.initial)
+    refuse_simulated(job.run.model_dump())
     refuse_selection(job)
     sites = resolve_sites(task, job)
     refuse_plain(job.protect.protection)

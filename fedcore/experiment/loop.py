@@ -28,6 +28,7 @@ from fedcore.files import (
     write_atomic,
     write_json,
 )
+from fedcore.learning.device import repeatable
 from fedcore.learning.model import single_thread
 from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
@@ -291,7 +292,7 @@ def run_experiment(
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
-        with single_thread(), closing(writer) if writer else nullcontext():
+        with single_thread(), repeatable(), closing(writer) if writer else nullcontext():
             experiment = Experiment(prepared)
             if writer is not None and resume:
                 writer.resume(experiment)

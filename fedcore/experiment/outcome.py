@@ -142,9 +142,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     with single_thread():
         found += _notes_on_statistics(experiment)
     of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
-    result = replace(
-        result, notes=(*capped, *prepared.notes_on_initial, *found, *of_plan, *of_rows)
-    )
+    result = replace(result, notes=(*capped, *prepared.notes_on_start, *found, *of_plan, *of_rows))
     return replace(result, warnings=warnings.of_run(result))
 
 

@@ -15,6 +15,7 @@ from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
 from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
+from fedcore.learning.device import move_loss, require_device
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, first_difference, seeded
@@ -93,8 +94,16 @@ class Prepared:
         return label_of(Terms.of_plan(self.plan), few)
 
     @property
-    def notes_on_initial(self) -> list[str]:
-        """What a released model as the start gives reason to say."""
+    def notes_on_start(self) -> list[str]:
+        """What a GPU and a released model as the start give reason to say."""
+        if self.job.run.device != "cpu":
+            where = (
+                f"Trained on {self.job.run.device}: another device gives slightly other numbers."
+            )
+            return [where, *self._notes_on_initial()]
+        return self._notes_on_initial()
+
+    def _notes_on_initial(self) -> list[str]:
         if self.job.run.initial is None:
             return []
         scale = scale_note(Path(self.job.run.initial), self.statistics)
@@ -155,6 +164,7 @@ def describe_plan(plan: RoundPlan) -> Json:
 
 def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """Load and split the sites, build the model, solve the plan, run the federated statistics."""
+    move_loss(task.loss, require_device(job.run.device))
     sources = resolve_sites(task, job)
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)

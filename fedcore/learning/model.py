@@ -147,7 +147,7 @@ class FlatModel:
     def read(self) -> FloatVector:
         """(d,) float32 copy. Raises BadInput where training removed a parameter or gave it another shape."""
         flat = [place.read().detach().reshape(-1).to(torch.float32) for place in self._shared]
-        return torch.cat(flat).numpy().copy()
+        return torch.cat(flat).cpu().numpy().copy()
 
     @torch.no_grad()
     def write(self, vector: FloatVector) -> None:
@@ -158,6 +158,7 @@ class FlatModel:
         self._state.restore()
         source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
         done = 0
+        source = source.to(self._shared[0].tensor.device)
         for tensor in (place.tensor for place in self._shared):
             size = tensor.numel()
             tensor.copy_(source[done : done + size].view(tensor.shape))

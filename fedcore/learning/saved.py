@@ -70,7 +70,8 @@ def model_bytes(
     if scale is not None:
         about["target"] = asdict(scale)
     tensors = {
-        name: value.detach().contiguous().clone() for name, value in module.state_dict().items()
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in module.state_dict().items()
     }
     data: bytes = save(tensors, {"fedcore": json.dumps(about)})
     return data
@@ -258,7 +259,7 @@ def checkpoint_bytes(state: Any) -> bytes:
 
 def read_checkpoint(data: bytes) -> Any:
     """The inverse of `checkpoint_bytes`; arrays come back as tensors. Loads weights only, never pickled code."""
-    return torch.load(io.BytesIO(data), weights_only=True)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _to_tensors(value: Any) -> Any:

@@ -19,6 +19,7 @@ from fedcore.errors import BadInput, TaskFailed
 from fedcore.learning.data.kinds import kind_of
 from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.data.targets import TargetScale
+from fedcore.learning.device import rows_beside
 from fedcore.learning.metrics import Scores
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
@@ -90,7 +91,9 @@ def probe(
     part = "evaluate" if task.evaluate is not None else LOOP_CODE
     with seeded(seed, round_, site, "evaluate"), task_code(site, round_, part):
         if task.evaluate is not None:
-            own = _own_sums(task, task.evaluate(module, copied(rows)), place(site, round_))
+            own = _own_sums(
+                task, task.evaluate(module, rows_beside(module, copied(rows))), place(site, round_)
+            )
             return Scored(np.empty(0), np.empty(0), None, own)
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):

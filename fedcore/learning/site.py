@@ -32,6 +32,7 @@ from fedcore.learning.data.rows import (
 from fedcore.learning.data.split import Split, ValidationPart, subsample
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.data.targets import SIZES, TargetScale, sizes
+from fedcore.learning.device import require_device
 from fedcore.learning.findings import Finding
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
@@ -190,12 +191,12 @@ def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
 
     with task_code(site.id, None, "model"):
         module = build_model(task.model, job.run.seed, first_pass)
-    if job.run.initial is None:
-        return FlatModel(module, job.round.buffers)
-    untrained = FlatModel(module, job.round.buffers).read()
-    layout = site.train.layout if isinstance(site.train, TableRows) else None
-    start_from(Path(job.run.initial), module, layout)
-    return FlatModel(module, job.round.buffers, untrained)
+    device, untrained = require_device(job.run.device), None
+    if job.run.initial is not None:
+        untrained = FlatModel(module, job.round.buffers).read()
+        layout = site.train.layout if isinstance(site.train, TableRows) else None
+        start_from(Path(job.run.initial), module, layout)
+    return FlatModel(module.to(device), job.round.buffers, untrained)
 
 
 def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:

@@ -17,6 +17,7 @@ from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data.rows import Rows, copied
+from fedcore.learning.device import beside, rows_beside
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.module_state import ModuleState, is_plain
 from fedcore.learning.schedules import learning_rate
@@ -79,8 +80,8 @@ class Sgd:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for i, saved in state_dict["state"].items():
-            momentum = saved["momentum_buffer"]
-            self._momenta[i] = None if momentum is None else momentum.clone()
+            momentum, device = saved["momentum_buffer"], self._parameters[i].device
+            self._momenta[i] = None if momentum is None else momentum.to(device, copy=True)
 
 
 OPTIMISERS: dict[str, Callable[[Any, TrainPlan], Optimiser]] = {
@@ -176,6 +177,7 @@ def make_optimiser(module: nn.Module, plan: TrainPlan) -> Optimiser:
 
 def predict(task: Task, module: nn.Module, batch: Any) -> tuple[Any, Any]:
     """(outputs, targets) of one batch: the task's own `predict`, or `x, y = batch`."""
+    batch = beside(module, batch)
     if task.predict is not None:
         return task.predict(module, batch)
     x, y = batch
@@ -211,7 +213,7 @@ def local_train(
         if task.train is not None:
             of_round = asdict(plan) | {"lr": learning_rate(plan, round_, rounds)}
             fit = _WatchedFit(**of_round, seed=seed, round=round_, rounds=rounds, site=site)
-            _own_train(task, module, copied(rows), fit)
+            _own_train(task, module, rows_beside(module, copied(rows)), fit)
             return TrainReport(0, plan.epochs * len(rows), None)
         with batch_norm_needs_two(place(site, round_)):
             optimiser = optimiser or make_optimiser(module, plan)

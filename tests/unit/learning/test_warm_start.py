@@ -160,8 +160,8 @@ def test_a_model_of_other_columns_is_refused_with_the_first_that_differs(tmp_pat
 @pytest.mark.usefixtures("no_drawings")
 def test_another_scale_than_the_models_is_a_warning(tmp_path):
     fedcore.simulate(columns("age", "bmi"), out=tmp_path / "run", **PLAIN)
-    same = start(tmp_path / "run", columns("age", "bmi")).notes_on_initial
-    other = start(tmp_path / "run", columns("age", "bmi"), standardise="federated").notes_on_initial
+    same = start(tmp_path / "run", columns("age", "bmi")).notes_on_start
+    other = start(tmp_path / "run", columns("age", "bmi"), standardise="federated").notes_on_start
     assert len(same) == 1 and other[0] == same[0]
     assert other[1].startswith("The initial model was trained on numbers in another scale")
 
