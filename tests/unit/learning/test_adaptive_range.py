@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import round_plan
 
+from fedcore.errors import ImpossibleSum
 from fedcore.learning.adaptive_range import (
     CALIBRATION_EXPONENTS,
     calibrated_bound,
@@ -15,7 +17,7 @@ from fedcore.learning.adaptive_range import (
 )
 from fedcore.learning.adaptive_range import next_bound as rule
 from fedcore.learning.optimisers import init_state
-from fedcore.learning.released import OpenedSum, applied
+from fedcore.learning.released import OpenedSum, applied, calibrated
 from fedcore.learning.state import JobState
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import (
@@ -153,3 +155,17 @@ def test_a_release_widens_the_range_where_two_sites_put_the_mark_and_not_for_one
     for marks, bound in (([1, 0, 0, 0], 0.5), ([1, 1, 0, 0], 1.0)):
         opened = Opened(np.full(5, 4 * 128, dtype=np.uint64), wides | {EXCEEDS: marks})
         assert applied(plan, state, OpenedSum(opened, plan.sites)).server.bound == bound
+
+
+@pytest.mark.parametrize("cap", [2, 128, 130, 255, 256])
+@pytest.mark.parametrize("values", [1, 3, 129, 200, 255, 256])
+def test_a_calibration_in_which_every_coordinate_exceeds_every_power_is_possible(values, cap):
+    plan = round_plan(("a", "b", "c"), parameters=values, max_examples=cap)
+    state = JobState(init_state(np.zeros(values, dtype=np.float32), values, plan.server, 0.0))
+    counts = {"exceeding": [3 * values] * 24}
+    nothing = np.empty(0, dtype=np.uint64)
+    found = calibrated(plan, state, OpenedSum(Opened(nothing, counts), plan.sites))
+    assert found.server.bound == 2.0 ** CALIBRATION_EXPONENTS[-1]
+    one_more = {"exceeding": [3 * values + 1] + [0] * 23}
+    with pytest.raises(ImpossibleSum, match=f"expected at most {3 * values}"):
+        calibrated(plan, state, OpenedSum(Opened(nothing, one_more), plan.sites))
