@@ -18,7 +18,7 @@ from fedcore.json_record import JsonRecord
 SCHEMA = 1
 """Version of result.json and rounds.jsonl. A result of another version is refused."""
 
-ERRORS = frozenset({"mse", "rmse", "mae"})
+ERRORS = frozenset({"mse", "rmse", "mae", "log_loss", "calibration_error"})
 """Built-in metrics of which less is better (a test compares them with fedcore.learning.metrics)."""
 
 ByMetric = Mapping[str, float | None]

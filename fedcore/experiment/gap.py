@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.metrics import METRICS, Metric, Scores
+from fedcore.learning.metrics import METRICS, Scores
+from fedcore.learning.metrics.definition import Metric
 from fedcore.learning.task import Task
 from fedcore.results import ByMetric, Interval, SiteResult, SplitResult, Spread
 

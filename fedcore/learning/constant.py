@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.learning.data.rows import ArrayRows
-from fedcore.learning.metrics import Floats, Metric, Scores, Values
+from fedcore.learning.metrics import Scores
+from fedcore.learning.metrics.definition import Floats, Metric, Values
 from fedcore.learning.saved import Module
 from fedcore.learning.scoring import probe
 from fedcore.learning.site import SiteRows

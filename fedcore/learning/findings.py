@@ -23,7 +23,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, Rows, TableRows
-from fedcore.learning.metrics import ERROR_RANGE, METRICS, class_labels
+from fedcore.learning.metrics import METRICS
+from fedcore.learning.metrics.definition import class_labels
+from fedcore.learning.metrics.values import ERROR_RANGE
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.scoring import has_loss
 from fedcore.learning.task import Task
@@ -110,16 +112,18 @@ def findings_of(
         outputs, targets = predict(task, flat.module, next(iter(rows.batches(ROWS, None))))
     _refuse_not_tensors(site, outputs, targets)
     activation, outputs = _activation(outputs), outputs.detach()
-    if task.evaluate is None:
-        known = [METRICS[name] for name in task.metrics if name in METRICS]
+    known = [METRICS[name] for name in task.metrics if name in METRICS and task.evaluate is None]
+    if known:
         metrics = [metric.name for metric in known if not metric.of_values]
         if metrics:
             _refuse_probabilities(task, flat, rows, outputs, activation, metrics)
             _refuse_labels(task, site, outputs, targets, parts)
-        elif known:
+        else:
             found += _of_regression(task, site, targets, scaled=scales or rows.scale is not None)
     with seeded(seed, 0, site, "findings"), task_code(site, None, "loss"), torch.no_grad():
         _refuse_loss(task, site, outputs, rows.scale.to_model(targets) if rows.scale else targets)
+    for metric in known:  # refuses shapes that it does not read, and top-k of too few classes
+        metric.sums(_array(outputs.double()), _array(targets))
     return found + _of_inputs(site, rows, inputs)
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.targets import TargetScale
-from fedcore.learning.metrics import Floats, Metric, Values, auc_error_bound, clipped_rows, get
+from fedcore.learning.metrics import get
+from fedcore.learning.metrics.definition import Floats, Metric, Values, clipped_rows
 from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
 from fedcore.secagg.plan import METRIC, Wide
@@ -80,17 +81,17 @@ class MetricTransport:
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
         """{metric: bound on the error of its value from sums}, for metrics with such a bound."""
         return {
-            metric.name: auc_error_bound(_as_array(wides[METRIC + metric.name]))
+            metric.name: metric.error_bound(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics
-            if metric.name == "auc"
+            if metric.error_bound is not None
         }
 
     def clipped(self, wides: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """{metric: rows whose error was beyond the fixed-point range}, for errors only."""
+        """{metric: rows whose error was beyond the fixed-point range}, for those that have one."""
         return {
             metric.name: clipped_rows(_as_array(wides[METRIC + metric.name]))
             for metric in self.metrics
-            if metric.of_values
+            if metric.clips
         }
 
     def finish(

@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
-from fedcore.results import ERRORS, Interval, Result
+from fedcore.results import Interval, Result
 
 # The names are those of types.ARMS and experiment.gap.PARTS (a test compares them): importing those
 # would load numpy before the first line of a run is on the screen.
@@ -24,6 +24,8 @@ GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "fede
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 
 PROTECTION_STAGES = ("encode", "protect", "fold", "unprotect")
+
+_ACRONYMS = frozenset({"auc", "auprc", "f1", "r2", "mse", "rmse", "mae"})
 
 DASH = "–"
 """In place of a number that does not exist."""
@@ -161,7 +163,7 @@ def duration(seconds: float | None) -> str:
 
 def metric_name(metric: str) -> str:
     """The metric's name in a sentence or table head."""
-    return metric.upper() if metric in {"auc", "r2", *ERRORS} else plain(metric).replace("_", " ")
+    return metric.upper() if metric in _ACRONYMS else plain(metric).replace("_", " ")
 
 
 def capitalised(sentence: str) -> str:

@@ -342,6 +342,17 @@ def test_a_model_whose_initial_values_are_not_of_the_seed_is_refused(kind):
     assert "torch.empty sets none" in remedy
 
 
+def test_metrics_that_the_outputs_do_not_fit_are_refused_before_training():
+    said, _ = refused(data=integers, metrics=("top_3_accuracy",), **TWO)
+    assert "found 2 classes, expected more than 3 for top_3_accuracy" in said
+    three = {
+        "model": lambda: nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))),
+        "loss": lambda o, t: o.sum(),
+    }
+    said, _ = refused(data=integers, **three)
+    assert "found outputs of shape (48, 2, 3)" in said
+
+
 def test_nothing_is_found_in_a_table_task_that_declares_the_ranges_of_its_values():
     task = load_task("heart")
     assert not prepare(task, build_job(task.defaults, {"protection": "plain"})).findings

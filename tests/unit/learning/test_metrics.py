@@ -8,16 +8,19 @@ import pytest
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.learning import metrics as m
 from fedcore.learning.metric_sums import MetricTransport
+from fedcore.learning.metrics import definition, ranking
 from fedcore.learning.scoring import Scored, pooled
 
-CLASSIFICATION = ("accuracy", "auc", "balanced_accuracy")
+CLASSIFICATION = (
+    "accuracy", "auc", "auprc", "balanced_accuracy", "f1", "log_loss", "calibration_error"
+)  # fmt: skip
 REGRESSION = ("mse", "rmse", "mae", "r2")
 
 
 def test_the_prediction_rule_is_above_zero_or_the_first_largest_logit() -> None:
-    assert m.predictions(np.array([-1.0, 0.0, 1e-9])).tolist() == [0, 0, 1]
-    assert m.predictions(np.array([[-1.0], [2.0]])).tolist() == [0, 1]
-    assert m.predictions(np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]])).tolist() == [0, 1]
+    assert definition.predictions(np.array([-1.0, 0.0, 1e-9])).tolist() == [0, 0, 1]
+    assert definition.predictions(np.array([[-1.0], [2.0]])).tolist() == [0, 1]
+    assert definition.predictions(np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]])).tolist() == [0, 1]
 
 
 def test_accuracy_and_balanced_accuracy_of_a_known_case() -> None:
@@ -48,23 +51,25 @@ def test_auc_of_known_cases() -> None:
 
 
 def test_auc_bins_are_equal_widths_of_the_predicted_probability() -> None:
-    probabilities = (np.arange(m.BINS) + 0.5) / m.BINS
+    probabilities = (np.arange(ranking.BINS) + 0.5) / ranking.BINS
     logits = np.log(probabilities / (1 - probabilities))
-    targets = np.arange(m.BINS) % 2
-    binary = m.METRICS["auc"].sums(logits, targets).reshape(2, m.BINS)
-    assert binary[0].tolist() == [1, 0] * (m.BINS // 2)
-    assert binary[1].tolist() == [0, 1] * (m.BINS // 2)
-    two = np.stack([np.full(m.BINS, 7.0), logits + 7.0], axis=1)
-    assert np.array_equal(m.METRICS["auc"].sums(two, targets).reshape(2, m.BINS), binary)
+    targets = np.arange(ranking.BINS) % 2
+    binary = m.METRICS["auc"].sums(logits, targets).reshape(2, ranking.BINS)
+    assert binary[0].tolist() == [1, 0] * (ranking.BINS // 2)
+    assert binary[1].tolist() == [0, 1] * (ranking.BINS // 2)
+    two = np.stack([np.full(ranking.BINS, 7.0), logits + 7.0], axis=1)
+    assert np.array_equal(m.METRICS["auc"].sums(two, targets).reshape(2, ranking.BINS), binary)
     # Three logits with softmax (p, (1-p)/2, (1-p)/2): class 0 is binned by p as well.
     rest = np.log((1 - probabilities) / 2)
     three = np.stack([np.log(probabilities), rest, rest], axis=1)
-    histograms = m.METRICS["auc"].sums(three, 1 - targets).reshape(3, 2, m.BINS)
+    histograms = m.METRICS["auc"].sums(three, 1 - targets).reshape(3, 2, ranking.BINS)
     assert np.array_equal(histograms[0], binary)
 
 
 def test_extreme_logits_land_in_the_outer_bins() -> None:
-    sums = m.METRICS["auc"].sums(np.array([-1e300, 1e300]), np.array([0, 1])).reshape(2, m.BINS)
+    sums = (
+        m.METRICS["auc"].sums(np.array([-1e300, 1e300]), np.array([0, 1])).reshape(2, ranking.BINS)
+    )
     assert sums[0, 0] == 1
     assert sums[1, -1] == 1
 
@@ -82,7 +87,7 @@ def test_auc_of_one_class_is_undefined(outputs: np.ndarray) -> None:
     auc = m.METRICS["auc"]
     assert auc.exact(outputs, targets) is None
     assert auc.finish(auc.sums(outputs, targets)) is None
-    assert m.auc_error_bound(auc.sums(outputs, targets)) is None
+    assert ranking.auc_error_bound(auc.sums(outputs, targets)) is None
 
 
 @pytest.mark.parametrize("name", [*CLASSIFICATION, *REGRESSION])
@@ -99,8 +104,8 @@ def test_regression_errors_and_their_clipping() -> None:
     assert m.METRICS["mse"].exact(outputs, targets) == pytest.approx(10 / 3)
     assert m.METRICS["mae"].exact(outputs, targets) == pytest.approx(4 / 3)
     sums = m.METRICS["mse"].sums(np.array([1.0, 1e9]), np.zeros(2))
-    assert m.clipped_rows(sums) == 1
-    assert sums[0] == m.METRICS["mse"].cap_per_row + (1 << m.FRACTION_BITS)
+    assert definition.clipped_rows(sums) == 1
+    assert sums[0] == m.METRICS["mse"].cap_per_row + (1 << definition.FRACTION_BITS)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)

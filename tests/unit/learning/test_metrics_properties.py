@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from fedcore.learning import metrics as m
+from fedcore.learning.metrics import definition, ranking
 
+NAMES = [
+    name
+    for name in m.METRICS
+    if name not in {"top_2_accuracy", "top_5_accuracy", "top_10_accuracy"}
+]
 Rows = tuple[np.ndarray, np.ndarray]
 FEW = settings(max_examples=60, deadline=None)
 
@@ -41,11 +47,23 @@ def regression_rows(draw: st.DrawFn) -> Rows:
     return table[:, 0], table[:, 1]
 
 
+@st.composite
+def many_classes(draw: st.DrawFn, classes: int) -> Rows:
+    rows = draw(st.integers(0, 12))
+    values = draw(st.lists(LOGITS, min_size=rows * classes, max_size=rows * classes))
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))
+    return np.array(values, dtype=np.float64).reshape(rows, classes), np.array(
+        labels, dtype=np.int64
+    )
+
+
 def rows_for(name: str) -> st.SearchStrategy[Rows]:
+    if name.startswith("top_"):
+        return many_classes(int(name.split("_")[1]) + 2)
     return regression_rows() if m.METRICS[name].of_values else classified_rows()
 
 
-@pytest.mark.parametrize("name", m.METRICS)
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @FEW
 def test_sums_of_the_parts_are_the_sum_of_the_whole(name: str, data: st.DataObject) -> None:
@@ -59,7 +77,7 @@ def test_sums_of_the_parts_are_the_sum_of_the_whole(name: str, data: st.DataObje
     parts = [metric.sums(outputs[sites == s], targets[sites == s]) for s in range(4)]
     assert np.array_equal(whole, np.sum(parts, axis=0))
     assert whole.dtype == np.int64
-    assert whole.shape == (metric.size(m.columns_of(outputs)),)
+    assert whole.shape == (metric.size(definition.columns_of(outputs)),)
     assert whole.min() >= 0
     assert whole.max() <= len(targets) * metric.cap_per_row
 
@@ -67,7 +85,7 @@ def test_sums_of_the_parts_are_the_sum_of_the_whole(name: str, data: st.DataObje
 @given(classified_rows())
 @FEW
 def test_finish_of_the_counting_metrics_is_exact(rows: Rows) -> None:
-    for name in ("accuracy", "balanced_accuracy"):
+    for name in ("accuracy", "balanced_accuracy", "f1"):
         metric = m.METRICS[name]
         assert metric.finish(metric.sums(*rows)) == metric.exact(*rows)
 
@@ -84,10 +102,15 @@ def test_balanced_accuracy_of_three_classes_is_added_in_one_order() -> None:
 
 @given(classified_rows())
 @FEW
-def test_binned_auc_is_within_its_bound_of_the_exact_one(rows: Rows) -> None:
-    auc = m.METRICS["auc"]
-    sums = auc.sums(*rows)
-    binned, exact, bound = auc.finish(sums), auc.exact(*rows), m.auc_error_bound(sums)
+def test_binned_areas_are_within_their_bounds_of_the_exact_ones(rows: Rows) -> None:
+    for name in ("auc", "auprc"):
+        within_its_bound(m.METRICS[name], rows)
+
+
+def within_its_bound(metric: definition.Metric, rows: Rows) -> None:
+    assert metric.error_bound is not None
+    sums = metric.sums(*rows)
+    binned, exact, bound = metric.finish(sums), metric.exact(*rows), metric.error_bound(sums)
     if exact is None:
         assert binned is None
         assert bound is None
@@ -104,7 +127,7 @@ def test_the_auc_bound_is_reached() -> None:
     sums = auc.sums(outputs, targets)
     assert auc.exact(outputs, targets) == 1.0
     assert auc.finish(sums) == 0.5
-    assert m.auc_error_bound(sums) == 0.5
+    assert ranking.auc_error_bound(sums) == 0.5
 
 
 def slow_auc(score: np.ndarray, positive: np.ndarray) -> float | None:
@@ -121,7 +144,7 @@ def slow_auc(score: np.ndarray, positive: np.ndarray) -> float | None:
 @FEW
 def test_exact_auc_is_the_rank_statistic(rows: Rows) -> None:
     outputs, targets = rows
-    columns = m.columns_of(outputs)
+    columns = definition.columns_of(outputs)
     exact = m.METRICS["auc"].exact(outputs, targets)
     if columns <= 2:
         flat = outputs.reshape(-1) if columns == 1 else outputs[:, 1] - outputs[:, 0]
@@ -152,7 +175,7 @@ def test_multiclass_auc_and_balanced_accuracy_agree_with_scikit_learn(seed: int)
     )
 
 
-@pytest.mark.parametrize("name", m.METRICS)
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @FEW
 def test_resampling_by_counts_is_repeating_the_rows(name: str, data: st.DataObject) -> None:
@@ -175,7 +198,7 @@ def test_fixed_point_errors_are_within_half_a_step_unless_clipped(name: str, row
     finished, exact = metric.finish(sums), metric.exact(*rows)
     if exact is None or finished is None:
         assert exact is finished
-    elif m.clipped_rows(sums):
+    elif definition.clipped_rows(sums):
         assert finished < exact
     else:
-        assert abs(finished - exact) <= 2.0 ** -(m.FRACTION_BITS + 1) * (1 + 1e-9) + 1e-9
+        assert abs(finished - exact) <= 2.0 ** -(definition.FRACTION_BITS + 1) * (1 + 1e-9) + 1e-9

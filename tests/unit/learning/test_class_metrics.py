@@ -1,0 +1,130 @@
+"""F1, average precision, log-loss, top-k and calibration: scikit-learn's values from pooled rows, and from sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+from sklearn import metrics as theirs
+from sklearn.calibration import calibration_curve
+
+from fedcore.errors import BadInput
+from fedcore.learning.metrics import METRICS
+from fedcore.learning.metrics.definition import clipped_rows
+from fedcore.learning.metrics.probability import CALIBRATION_BINS, LOSS_RANGE
+from fedcore.report import phrases
+from fedcore.results import ERRORS
+
+
+def rows(columns, count=300, seed=0):
+    """Outputs of `columns` per row and labels that they tell something of; some scores tie."""
+    random = np.random.default_rng(seed)
+    classes = max(2, columns)
+    labels = random.integers(0, classes, count)
+    outputs = np.round(random.normal(0, 1.5, (count, classes)) + 1.5 * np.eye(classes)[labels], 2)
+    return (outputs[:, 1] - outputs[:, 0] if columns == 1 else outputs), labels
+
+
+def probabilities(outputs):
+    if outputs.ndim == 1:
+        outputs = np.stack([np.zeros(len(outputs)), outputs], axis=1)
+    return softmax(outputs, axis=1)
+
+
+def expected(name, outputs, labels):
+    found = probabilities(outputs)
+    classes = found.shape[1]
+    chosen = found.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(int)
+    if name == "f1":
+        return theirs.f1_score(labels, chosen, average="binary" if classes == 2 else "macro")
+    if name == "log_loss":
+        return theirs.log_loss(labels, found, labels=range(classes))
+    if name == "auprc":
+        if classes == 2:
+            score = outputs if outputs.ndim == 1 else outputs[:, 1] - outputs[:, 0]
+            return theirs.average_precision_score(labels, score)
+        return theirs.average_precision_score(np.eye(classes)[labels], log_softmax(outputs, axis=1))
+    if name.startswith("top_"):
+        return theirs.top_k_accuracy_score(labels, outputs, k=int(name.split("_")[1]))
+    right, confidence = chosen == labels, found.max(axis=1)
+    accuracy, sure = calibration_curve(right, confidence, n_bins=CALIBRATION_BINS)
+    counts, _ = np.histogram(confidence, np.linspace(0, 1, CALIBRATION_BINS + 1))
+    return float(np.abs(accuracy - sure) @ counts[counts > 0] / len(labels))
+
+
+CASES = [
+    *((name, columns) for name in ("f1", "log_loss", "auprc", "calibration_error") for columns in (1, 2, 4)),
+    ("top_2_accuracy", 4), ("top_3_accuracy", 4), ("top_5_accuracy", 12), ("top_10_accuracy", 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "columns"), CASES)
+def test_pooled_rows_give_scikit_learns_value(name, columns):
+    outputs, labels = rows(columns)
+    if name.startswith("top_"):
+        # Of equal outputs scikit-learn takes the last.
+        outputs = outputs + np.random.default_rng(1).normal(0, 1e-3, outputs.shape)
+    metric = METRICS[name]
+    assert metric.exact(outputs, labels) == pytest.approx(expected(name, outputs, labels), rel=1e-9)
+    random = np.random.default_rng(2)
+    counts = random.integers(0, 3, (3, len(labels)))
+    taken = [np.repeat(np.arange(len(labels)), times) for times in counts]
+    each = [expected(name, outputs[some], labels[some]) for some in taken]
+    assert metric.exact_resampled(outputs, labels, counts) == pytest.approx(each, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "columns"), CASES)
+def test_the_sums_of_sites_give_it_too(name, columns):
+    outputs, labels = rows(columns)
+    metric, site = METRICS[name], np.arange(len(labels)) % 3
+    sums = sum(metric.sums(outputs[site == each], labels[site == each]) for each in range(3))
+    assert sums.shape == (metric.size(columns),)
+    value, exact = metric.finish(sums), metric.exact(outputs, labels)
+    bound = metric.error_bound(sums) if metric.error_bound is not None else 2.0**-17
+    assert abs(value - exact) <= bound
+    assert name != "auprc" or bound < 0.03
+
+
+def test_a_class_that_does_not_occur_is_in_no_mean():
+    outputs, labels = rows(4)
+    few = labels < 2
+    kept = outputs[few] - np.array([0, 0, 1e3, 1e3])  # none predicted either
+    assert METRICS["f1"].exact(kept, labels[few]) == pytest.approx(
+        theirs.f1_score(labels[few], kept.argmax(axis=1), average="macro")
+    )
+    each = [
+        theirs.average_precision_score(labels[few] == c, log_softmax(kept, axis=1)[:, c])
+        for c in (0, 1)
+    ]
+    assert METRICS["auprc"].exact(kept, labels[few]) == pytest.approx(np.mean(each))
+
+
+def test_undefined_and_extreme_cases():
+    negative = np.array([-1.0, -2.0]), np.array([0, 0])
+    assert METRICS["f1"].exact(*negative) is None, "class 1 neither occurs nor is predicted"
+    assert METRICS["auprc"].exact(*negative) is None
+    assert METRICS["auprc"].exact(np.array([-1.0, 2.0]), np.array([1, 1])) == 1.0
+    wrong = np.array([-800.0, 800.0]), np.array([1, 0])
+    assert METRICS["log_loss"].exact(*wrong) == 800.0
+    sums = METRICS["log_loss"].sums(*wrong)
+    assert METRICS["log_loss"].finish(sums) == LOSS_RANGE
+    assert clipped_rows(sums) == 2
+    sure = np.array([1e4, -1e4]), np.array([1, 0])
+    assert METRICS["calibration_error"].exact(*sure) == 0.0
+    assert METRICS["log_loss"].exact(*sure) == 0.0
+
+
+def test_top_k_takes_the_first_of_equals_and_refuses_too_few_classes():
+    outputs, labels = np.zeros((3, 4)), np.array([0, 1, 2])
+    assert METRICS["top_2_accuracy"].exact(outputs, labels) == pytest.approx(2 / 3)
+    for columns in (1, 2, 3):
+        with pytest.raises(BadInput, match="expected more than 3 for top_3_accuracy"):
+            METRICS["top_3_accuracy"].sums(np.zeros((3, columns)), np.zeros(3))
+
+
+def test_directions_and_names_in_reports():
+    lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
+    assert lower == ERRORS == {"mse", "rmse", "mae", "log_loss", "calibration_error"}
+    names = {name: phrases.metric_name(name) for name in METRICS}
+    assert names["auprc"] == "AUPRC" and names["f1"] == "F1" and names["r2"] == "R2"
+    assert names["log_loss"] == "log loss" and names["top_3_accuracy"] == "top 3 accuracy"
