@@ -1,25 +1,31 @@
-"""The report as one self-contained HTML page: inline style, inline SVG, no scripts, no requests.
+"""The report as one self-contained HTML page: inline style, inline SVG, one script that sorts, no requests.
 
 Invariant: warnings stand above every number, and nothing from a result reaches the page unescaped
 (Jinja's autoescape is on; only our own SVG is marked safe). A content security policy in the page
-itself forbids a browser to load anything, whatever a task is called.
+itself forbids a browser to load anything or to run another script, whatever a task is called.
 Sentences and tables come from `sentences` and `tables`; the template only lays them out.
 """
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from hashlib import sha256
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from fedcore.errors import BadInput
-from fedcore.report import phrases, plots, readings, tables
+from fedcore.report import aligned, phrases, plots, readings, tables
 from fedcore.report import sentences as say
 from fedcore.report.methods import methods, settings_of
 from fedcore.report.plots import Finished
 from fedcore.results import ComparisonResult, Result
+
+MANY_SITES = 20
+"""More sites than this are drawn as dots, and their table is folded."""
 
 FILES = {
     "result.json": "every number of this page",
@@ -66,7 +72,12 @@ def render(runs: Sequence[Finished], files: Sequence[str] = ()) -> str:
         plots=_plots(runs),
         trust=_parts(names, [tuple(_seen(result)) for result in results]),
         arms=tables.arms(results) + tables.best_rounds(results),
-        per_site=tables.per_site(results),
+        sites=None if several else aligned.site_table(results[0]),
+        many=len(results[0].per_site) > MANY_SITES,
+        sites_plot=[] if several else _sites_plot(results[0]),
+        per_site=tables.per_site(results) if several else [],
+        sort=Markup(_script()),  # noqa: S704  our own file
+        sort_hash=_script_hash(),
         per_site_note=tables.per_site_note(results),
         site_heading="Each site, alone and together"
         if any("local_only" in result.arm_names for result in results)
@@ -80,6 +91,18 @@ def render(runs: Sequence[Finished], files: Sequence[str] = ()) -> str:
         files=[(name, FILES[name]) for name in files],
         folder=phrases.plain(results[0].origin.run),
     )
+
+
+def _sites_plot(result: Result) -> list[dict[str, Any]]:
+    """The dots of more than `MANY_SITES` sites; of fewer their table says it."""
+    metric = say.primary_metric(result)
+    known = plots.site_values(result, metric) if metric else {}
+    if metric is None or len(known) <= MANY_SITES:
+        return []
+    draw = partial(plots.sites_figure, result, metric)
+    caption = "A dot is one site, on its own test rows, in the order of what is drawn."
+    label = f"{phrases.metric_name(metric)} of {len(known)} sites"
+    return [_drawn("Each site as a dot", draw, caption, {"arms": [], "lines": []}, label)]
 
 
 def _headline(names: list[str], results: list[Result]) -> list[tuple[str, str, list[str], str]]:
@@ -227,6 +250,17 @@ def _typeset(text: str) -> Markup:
     # A unit does not leave its number at the end of a line.
     safe = re.sub(r"(?<=\d) (?=(?:points?|kB|MB|B|s|ms)\b|%)", "\u00a0", safe)
     return Markup(safe)  # noqa: S704  escaped in the first line
+
+
+@lru_cache(maxsize=1)
+def _script() -> str:
+    """What sorts the table of sites: the only script of a page, which works without it."""
+    return resources.files("fedcore.report").joinpath("templates/sort.js").read_text("utf-8")
+
+
+def _script_hash() -> str:
+    """By which the page's policy allows this script and no other."""
+    return b64encode(sha256(_script().encode()).digest()).decode()
 
 
 @lru_cache(maxsize=1)

@@ -292,6 +292,56 @@ def splits_figure(
     return figure
 
 
+def site_values(result: Result, metric: str) -> dict[str, float]:
+    """What `sites_figure` draws of each site where it is known: the gain over training alone, else the score."""
+    if "local_only" in result.arm_names:
+        found = {site: say.site_gain(result, site, metric) for site in result.per_site}
+    else:
+        found = {site: result.site_score(site, "federated", metric) for site in result.per_site}
+    return {site: value for site, value in found.items() if value is not None}
+
+
+NAMED_SITES = 60
+"""More dots than this have no names: they would lie on each other."""
+
+
+def sites_figure(result: Result, metric: str, size: tuple[float, float] = WIDE) -> Figure:
+    """One dot for each site, the greatest value above: what it gains over training alone, or its score."""
+    from matplotlib.figure import Figure
+
+    gained = "local_only" in result.arm_names
+    found = sorted(site_values(result, metric).items(), key=lambda pair: pair[1])
+    scale = _scale(result, metric) if gained else 1.0
+    values = [value * scale for _, value in found]
+    colours = [COLOURS["local_only" if gained and v < 0 else "federated"] for v in values]
+    named = len(found) <= NAMED_SITES
+    with _style():
+        height = 0.15 * len(found) + 0.8 if named else size[1]
+        figure = Figure(figsize=(size[0], height), layout="constrained")
+        axes = figure.add_subplot()
+        places = range(len(found))
+        axes.scatter(values, places, c=colours, s=14 if named else 6, linewidths=0)
+        name = phrases.metric_name(metric)
+        if gained:
+            axes.axvline(0, color=COLOURS["muted"], linewidth=0.9, zorder=0.5)
+            unit = f"less {name}" if result.is_error(metric) else f"points of {name}"
+            axes.set_title(f"Gained by each site, together over alone: {unit}")
+        else:
+            axes.set_title(f"{phrases.capitalised(name)} at each site")
+        axes.set_yticks(
+            places if named else [], [_short(site) for site, _ in found] if named else []
+        )
+        axes.set_ylim(-1, len(found))
+        _bare(axes, "y")
+    return figure
+
+
+def _short(site: str) -> str:
+    """A name that leaves room for the dots."""
+    name = phrases.plain(site)
+    return name if len(name) <= 16 else f"{name[:15]}\N{HORIZONTAL ELLIPSIS}"
+
+
 def _strips(
     axes: Axes,
     results: Sequence[

@@ -102,6 +102,36 @@ def test_a_long_name_without_spaces_does_not_widen_the_page(tmp_path):
     assert content <= window
 
 
+@pytest.mark.parametrize(
+    ("clicks", "order"),
+    [
+        ([4], ["va", "switzerland", "cleveland", "hungary"]),
+        ([4, 4], ["hungary", "cleveland", "switzerland", "va"]),
+        ([4, 0], ["cleveland", "hungary", "switzerland", "va"]),
+    ],
+)
+def test_the_table_of_sites_is_sorted_by_the_column_that_is_clicked(clicks, order, tmp_path):
+    found = stored("heart")
+    for site, gain in {
+        "hungary": -0.03,
+        "cleveland": -0.01,
+        "switzerland": 0.02,
+        "va": 0.1,
+    }.items():
+        found["per_site"][site]["local_only"]["auc"] = 0.5
+        found["per_site"][site]["federated"]["auc"] = 0.5 + gain
+    text = page.render([(result_of(found), stored_rounds("heart"))])
+    text = re.sub(
+        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text
+    )  # it stops the click
+    click = "".join(f"document.querySelector('[data-column=\"{c}\"]').click();" for c in clicks)
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{click}</script></body>"))
+    dom = dump((tmp_path / "page.html").as_uri(), tmp_path / "profile")
+    body = dom[dom.index('class="aligned') :]
+    rows = re.findall(r'<th scope="row">([^<]*)</th>', body[: body.index("</table>")])
+    assert rows == [*order, "site mean"]
+
+
 @pytest.mark.parametrize("names", [["heart"], ["heart_compare"]], ids="+".join)
 def test_the_page_asks_for_nothing_and_says_its_headline(names, tmp_path):
     text = page.render([load(n) for n in names])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+from base64 import b64encode
 from dataclasses import replace
+from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +15,7 @@ from support.results import result_of, stored, stored_rounds
 
 from fedcore import report
 from fedcore.errors import BadInput
-from fedcore.report import latex, markdown, page, plots, tables
+from fedcore.report import aligned, latex, markdown, page, plots, tables
 from fedcore.results import ProtectedMetrics, Result, RoundRow
 
 HOSTILE = (
@@ -56,8 +58,16 @@ class Document(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self._open:
+        if not {"style", "script"} & {*self._open}:
             self.text += data
+
+
+def assert_only_our_script(text):
+    """At most the script that sorts, allowed by its hash: the policy stops any other."""
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    allowed = re.findall(r"script-src 'sha256-([^']+)'", text)
+    assert [b64encode(sha256(each.encode()).digest()).decode() for each in scripts] == allowed
+    assert all("table.aligned button" in each for each in scripts) and len(scripts) <= 1
 
 
 SETS = [
@@ -74,14 +84,9 @@ def test_the_page_is_self_contained_and_well_formed(names):
     text = page.render([load(name) for name in names])
     document = Document(text)
     tags = {tag for tag, _ in document.tags}
-    assert not tags & {
-        "script",
-        "img",
-        "iframe",
-        "object",
-        "form",
-        "a",
-    }  # no folder, so no files to link to
+    # Without a folder there are no files to link to.
+    assert not tags & {"img", "iframe", "object", "form", "a"}
+    assert_only_our_script(text)
     for tag, attributes in document.tags:
         assert not any(name.startswith("on") for name in attributes), attributes
         reference = attributes.get("href") or attributes.get("src") or "#"
@@ -271,6 +276,69 @@ def test_a_comparison_draws_every_cell_and_its_interval():
     text = Document(page.render([(result, [])])).text
     assert "By seed and fold" in text and "Nadeau-Bengio corrected t over 25 splits" in text
     assert "5 seeds \u00d7 5 folds" in text
+
+
+def of_many_sites(n, **more):
+    """The stored run as of n sites, the i-th of which gains i points of AUC, the first loses one."""
+    found = stored("heart")
+    per_site = {}
+    for i in range(n):
+        alone = {"auc": 0.5, "accuracy": 0.5}
+        together = {"auc": 0.49 + i / 100, "accuracy": 0.5}
+        own = {"local_only": alone, "federated": together}
+        per_site[f"site-{i}"] = {**found["per_site"]["va"], **own}
+    return result_of(found, per_site=per_site, **more)
+
+
+def test_the_aligned_table_has_the_cells_of_the_tables_by_metric():
+    result, _ = load("heart")
+    table, grids = aligned.site_table(result), tables.per_site([result])
+    assert table.metrics == ("AUC", "accuracy") and table.columns == ("alone", "together", "gained")
+    for i, row in enumerate([*table.rows, table.mean]):
+        assert row[2:5] == grids[0].rows[i][2:] and row[5:] == grids[1].rows[i][2:]
+    assert [row[0].text for row in table.rows] == list(result.per_site)
+    assert list(table.labels)[:3] == ["site", "test rows", "AUC alone"]
+
+
+def test_every_metric_has_a_mean_over_sites_in_the_table():
+    table = aligned.site_table(load("heart")[0])
+    assert all(cell.text not in ("", "–") for cell in table.mean[2:])
+
+
+def test_without_a_local_arm_a_site_has_one_column_for_each_metric():
+    found = stored("heart")
+    for values in (found["arms"], found["site_mean"], *found["per_site"].values()):
+        del values["local_only"]
+    result = result_of(found)
+    table = aligned.site_table(result)
+    assert table.columns == ("",) and list(table.labels) == ["site", "test rows", "AUC", "accuracy"]
+    assert set(plots.site_values(result, "auc").values()) == {
+        result.site_score(site, "federated", "auc") for site in result.per_site
+    }
+    assert "sort by AUC" in page.render([(result, [])])
+
+
+def test_a_result_that_knows_nothing_of_sites_has_no_table_of_them():
+    result = result_of(stored("heart"), per_site={})
+    assert aligned.site_table(result) is None
+    assert "<script" not in page.render([(result, [])])
+
+
+@pytest.mark.parametrize(("n", "drawn"), [(4, False), (20, False), (21, True)])
+def test_more_than_twenty_sites_are_drawn_as_dots_and_their_table_is_folded(n, drawn):
+    text = page.render([(of_many_sites(n), [])])
+    assert ("<details" in text) is drawn
+    assert (f'aria-label="AUC of {n} sites"' in text) is drawn
+    assert text.count('data-label="AUC gained"') >= n
+
+
+@pytest.mark.parametrize("n", [25, 61])
+def test_dots_are_in_the_order_of_the_gain_and_named_while_there_is_room(n):
+    (axes,) = plots.sites_figure(of_many_sites(n), "auc").axes
+    drawn = axes.collections[0].get_offsets()
+    assert list(drawn[:, 0]) == pytest.approx([i - 1 for i in range(n)])
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ([f"site-{i}" for i in range(n)] if n <= plots.NAMED_SITES else [])
 
 
 def test_the_same_runs_make_the_same_page():
