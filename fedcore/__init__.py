@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedcore.experiment.run import Comparison as Comparison
     from fedcore.experiment.run import Run as Run
     from fedcore.experiment.run import load as load
+    from fedcore.learning.data.groups import grouped as grouped
     from fedcore.learning.data.linear import linear as linear
     from fedcore.learning.data.partition import group as group
     from fedcore.learning.data.partition import split as split
@@ -31,6 +32,7 @@ _NAMES = {
     "errors": ("FedcoreError",),
     "experiment.loop": ("STOP",),
     "experiment.run": ("Comparison", "Run", "load"),
+    "learning.data.groups": ("grouped",),
     "learning.data.linear": ("linear",),
     "learning.data.partition": ("group", "split"),
     "learning.data.tabular": ("category", "number", "table"),

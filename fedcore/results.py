@@ -204,12 +204,13 @@ class UpdateExposure(JsonRecord):
 
 @dataclass(frozen=True)
 class RowCounts(JsonRecord):
-    """Rows of all sites together."""
+    """Rows of all sites together. groups: how many groups they are of, None where every row stands for itself."""
 
     train: int
     test: int
     validation: int | None = None
-    _left_out = ("validation",)
+    groups: int | None = None
+    _left_out = ("validation", "groups")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ interval. Arms with equal outputs have a gap of exactly 0 with a zero-width inte
 
 One run: paired percentile bootstrap over test rows (Efron and Tibshirani 1993, ch. 13): the same
 resampled rows in both arms, so what makes a row hard cancels. It measures what other test rows would
-have changed, not what other training rows would have. Several splits: Nadeau and Bengio 2003,
+have changed, not what other training rows would have. Rows that belong together are drawn together, since they
+tell less than as many rows by themselves (Field and Welsh 2007, "Bootstrapping clustered data").
+Several splits: Nadeau and Bengio 2003,
 "Inference for the Generalization Error", Machine Learning 52, 239-281: splits share rows, so their
 differences are correlated and the ordinary t interval is far too narrow.
 """
@@ -51,20 +53,25 @@ def bootstrap_gap(
     resamples: int = 1000,
     seed: int = 0,
     parts: Mapping[str, tuple[str, str]] = PARTS,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """{part: {metric: Interval}} by a paired percentile bootstrap over test rows.
 
     Rows of all arms are aligned: row i is the same row in each. A part one of whose arms is missing
     has no entries. Resamples in which a metric is undefined (AUC of one class) are left out; with
-    less than half of them left there is no interval. `parts` takes other pairs of arms as well,
+    less than half of them left there is no interval. groups: (rows,) 0, 1, 2, ..., rows that are drawn together;
+    None: each by itself. `parts` takes other pairs of arms as well,
     such as `{"local_only": ("centralised", "local_only")}`. Raises BadInput when rows differ.
     """
     wanted = {part: pair for part, pair in parts.items() if {*pair} <= scores_by_arm.keys()}
     arms = {arm: scores_by_arm[arm] for pair in wanted.values() for arm in pair}
     _require_aligned(arms)
     rows = len(next(iter(arms.values()))) if arms else 0
-    values = _resampled_values(arms, metrics, rows, resamples, seed)
-    method = f"95 % paired bootstrap over {rows} test rows, {resamples} resamples"
+    values = _resampled_values(arms, metrics, rows, resamples, seed, groups)
+    drawn = f"{rows} test rows"
+    if groups is not None:
+        drawn = f"{int(groups.max(initial=-1)) + 1} groups of {drawn}"
+    method = f"95 % paired bootstrap over {drawn}, {resamples} resamples"
     gaps: dict[str, dict[str, Interval]] = {part: {} for part in parts}
     for part, (better, worse) in wanted.items():
         for metric in metrics:
@@ -88,7 +95,12 @@ def _require_aligned(arms: Mapping[str, Scores]) -> None:
 
 
 def _resampled_values(
-    arms: Mapping[str, Scores], metrics: Sequence[Metric], rows: int, resamples: int, seed: int
+    arms: Mapping[str, Scores],
+    metrics: Sequence[Metric],
+    rows: int,
+    resamples: int,
+    seed: int,
+    groups: NDArray[np.int64] | None,
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
     """{arm: {metric: (1 + resamples,)}}: entry 0 is over every row once, NaN is undefined."""
     # Equal outputs share one computation: their gap is then exactly 0 by construction, not by trusting
@@ -100,7 +112,7 @@ def _resampled_values(
     values: dict[str, dict[str, list[NDArray[np.float64]]]] = {
         arm: {metric.name: [] for metric in metrics} for arm in twins.values()
     }
-    for counts in _row_counts(rows, resamples, np.random.default_rng(seed)):
+    for counts in _row_counts(rows, resamples, np.random.default_rng(seed), groups):
         for arm, by_metric in values.items():
             outputs, targets = arms[arm].outputs, arms[arm].targets
             for metric in metrics:
@@ -111,18 +123,21 @@ def _resampled_values(
     }
 
 
-def _row_counts(rows: int, resamples: int, rng: np.random.Generator) -> Iterable[NDArray[np.int64]]:
+def _row_counts(
+    rows: int, resamples: int, rng: np.random.Generator, groups: NDArray[np.int64] | None = None
+) -> Iterable[NDArray[np.int64]]:
     """Blocks of (r, rows) int64: how often each row is drawn. The first block is every row once."""
     yield np.ones((1, rows), dtype=np.int64)
     if rows == 0:
         yield np.zeros((resamples, 0), dtype=np.int64)
         return
-    block = max(1, _BLOCK // rows)
+    block, units = max(1, _BLOCK // rows), rows if groups is None else int(groups.max()) + 1
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
-        drawn = rng.integers(0, rows, size=(size, rows)) + rows * np.arange(size)[:, None]
-        counts = np.bincount(drawn.reshape(-1), minlength=size * rows)
-        yield counts.reshape(size, rows).astype(np.int64)
+        drawn = rng.integers(0, units, size=(size, units)) + units * np.arange(size)[:, None]
+        counts = np.bincount(drawn.reshape(-1), minlength=size * units)
+        of_units = counts.reshape(size, units).astype(np.int64)
+        yield of_units if groups is None else of_units[:, groups]
 
 
 def _percentiles(lost: NDArray[np.float64]) -> tuple[float | None, float | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.arms import Scoring, loss_of, mean_of
@@ -26,11 +27,12 @@ from fedcore.experiment.gap import (
 )
 from fedcore.experiment.selection import VALIDATION, chosen_by, mean_best
 from fedcore.learning.constant import constant_values, training_targets
+from fedcore.learning.data.groups import codes_of
 from fedcore.learning.metrics import Scores, site_mean
 from fedcore.learning.model import model_summary, norm_statistics, single_thread
 from fedcore.learning.own_statistics import WORSE, losses_by_statistics
 from fedcore.learning.scoring import pooled
-from fedcore.learning.site import SiteRows
+from fedcore.learning.site import LoadedSite, SiteRows
 from fedcore.learning.state import model_digest
 from fedcore.report import warnings
 from fedcore.results import (
@@ -92,7 +94,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         convergence=_convergence(experiment),
         sites=plan.sites,
         metrics=tuple(prepared.task.metrics),
-        rows=_row_counts(prepared.sites),
+        rows=_row_counts(prepared.sites, prepared.loaded),
         model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
         model_sha256=model_digest(federated.state.server.model),
         arms={
@@ -156,10 +158,11 @@ def _convergence(experiment: Experiment) -> Convergence | None:
     return Convergence(metric, validated, found)
 
 
-def _row_counts(sites: Sequence[SiteRows]) -> RowCounts:
+def _row_counts(sites: Sequence[SiteRows], loaded: Sequence[LoadedSite]) -> RowCounts:
     apart = [len(site.validation) for site in sites if site.validation is not None]
     train, test = sum(len(site.train) for site in sites), sum(len(site.test) for site in sites)
-    return RowCounts(train, test, sum(apart) if apart else None)
+    known = [one.groups for one in loaded if one.groups]
+    return RowCounts(train, test, sum(apart) if apart else None, sum(known) if known else None)
 
 
 def _notes_on_statistics(experiment: Experiment) -> list[str]:
@@ -223,6 +226,19 @@ def _per_site(experiment: Experiment, scorings: Mapping[str, Scoring]) -> dict[s
     }
 
 
+def _tested_groups(sites: Sequence[SiteRows]) -> NDArray[np.int64] | None:
+    """The groups of all sites' test rows, in the order of `scoring.pooled`; None where no site has groups."""
+    if all(site.test.groups is None for site in sites):
+        return None
+    found, seen = [np.empty(0, dtype=np.int64)], 0
+    for site in sites:
+        groups = site.test.groups
+        codes = np.arange(len(site.test)) if groups is None else codes_of(groups)
+        found.append(codes + seen)
+        seen += int(codes.max(initial=-1)) + 1
+    return np.concatenate(found)
+
+
 def _constant(experiment: Experiment, tested: Scores | None) -> ConstantResult | None:
     """None without a row to test on, and where the task evaluates itself."""
     prepared, metrics = experiment.prepared, experiment.prepared.transport.metrics
@@ -242,7 +258,10 @@ def _gaps(
     scores = {n: found for n, each in everything.items() if (found := pooled(each)) is not None}
     pairs = PARTS | BESIDE
     if scores:
-        return bootstrap_gap(scores, transport.metrics, job.track.resamples, job.run.seed, pairs)
+        groups = _tested_groups(experiment.prepared.sites)
+        return bootstrap_gap(
+            scores, transport.metrics, job.track.resamples, job.run.seed, pairs, groups
+        )
     values = {name: transport.values(each) for name, each in everything.items()}
     errors = lower_is_better(experiment.prepared.task)
     return {part: plain_gaps(values, *pair, transport.own, errors) for part, pair in pairs.items()}

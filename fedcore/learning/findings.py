@@ -197,6 +197,13 @@ def _of_inputs(site: SiteId, rows: Rows, inputs: Sequence[Tensor]) -> list[Findi
 def _of_table(site: SiteId, rows: TableRows) -> list[Finding]:
     """Values of a table outside what it declares."""
     found, count = [], len(rows)
+    for name, ids in rows.ids.items():
+        found.append(Finding(
+            site, f"ids {name}",
+            f"found {ids} different values of {name!r} in {count} rows, and rows of one may be on both "
+            "sides of a split: then a model recognises them, and every score is too high",
+            f'fedcore.table(..., group="{name}") keeps rows with one value together',
+        ))  # fmt: skip
     for name, other in rows.unknown.items():
         if other > SHARE * count:
             found.append(Finding(

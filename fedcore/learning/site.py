@@ -143,6 +143,12 @@ class LoadedSite:
         values, counts = np.unique(np.concatenate(known), return_counts=True)
         return {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)}
 
+    @property
+    def groups(self) -> int:
+        """How many groups the site's rows are of, 0 where every row stands for itself."""
+        parts = [rows.groups for rows in (self.everything, self.test) if rows is not None]
+        return len({group for part in parts if part is not None for group in part.tolist()})
+
     def findings(self, task: Task, job: Job, flat: FlatModel) -> list[Finding]:
         """What is probably wrong with the task here. Raises BadInput and TaskFailed for what certainly is."""
         parts = [part for part in (self.everything, self.test) if part is not None]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedcore.report import phrases
-from fedcore.report.sentences import arms_of, how_measured, setting, splits, which_split
+from fedcore.report.sentences import arms_of, how_measured, of_groups, setting, splits, which_split
 from fedcore.results import ComparisonResult, Result, RunResult
 from fedcore.secagg.protections import PROTECTIONS, unprotected
 
@@ -91,15 +91,15 @@ def _data(result: Result) -> str:
         )
     elif isinstance(result, RunResult) and (rows := result.rows) is not None:
         apart = f", {phrases.count(rows.validation)} validation" if rows.validation else ""
-        held = (
-            f"{phrases.count(rows.train)} training{apart} and {phrases.count(rows.test)} test rows"
-        )
+        held = f"{phrases.count(rows.train)} training{apart} and {phrases.count(rows.test)} test rows{of_groups(rows)}"
         text += (
             f" Within each site, rows were split at random into {result.folds} stratified folds, "
             f"one of which was held out ({held}; seed {result.seed}, fold {result.fold})."
             if result.folds
             else f" There were {held}."
         )
+        if rows.groups:
+            text += " Rows of one group were kept on one side of every split, and drawn together in resamples."
     scale = result.statistics if isinstance(result, RunResult) else None
     if scale is not None and scaled_by_ranges(scale):
         text += (

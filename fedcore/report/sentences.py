@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from fedcore.report import phrases
-from fedcore.results import ComparisonResult, Result, RunResult, Trend
+from fedcore.results import ComparisonResult, Result, RowCounts, RunResult, Trend
 from fedcore.secagg.protections import unprotected
 
 NEGLIGIBLE = 0.01
@@ -334,7 +334,7 @@ def setting(result: Result) -> list[str]:
     if isinstance(result, RunResult) and (rows := result.rows) is not None:
         apart = f", {phrases.count(rows.validation)} validation" if rows.validation else ""
         facts.append(
-            f"{phrases.count(rows.train)} train{apart} and {phrases.count(rows.test)} test rows"
+            f"{phrases.count(rows.train)} train{apart} and {phrases.count(rows.test)} test rows{of_groups(rows)}"
         )
     if result.model.summary:
         facts.append(phrases.plain(result.model.summary))
@@ -345,6 +345,11 @@ def setting(result: Result) -> list[str]:
     if abandoned := len(result.absences.abandoned):
         facts.append(f"{phrases.plural(abandoned, 'round')} abandoned")
     return facts
+
+
+def of_groups(rows: RowCounts) -> str:
+    """` of 120 groups`; empty where every row stands for itself."""
+    return f" of {phrases.plural(rows.groups, 'group')}" if rows.groups else ""
 
 
 def which_split(result: Result) -> dict[str, str]:

@@ -10,9 +10,9 @@ Left to others: the federated statistics (data/statistics.py), reading tables (d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, ClassVar, TypeAlias
 
@@ -33,6 +33,7 @@ from torch.utils.data import (
 
 from fedcore.errors import BadInput, FedcoreError
 from fedcore.learning.data.canonical import REMEDY, digests_of, item_digest
+from fedcore.learning.data.groups import Grouped, Groups, group_digests, refuse_shared
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
@@ -52,22 +53,27 @@ from fedcore.learning.task import Task, user_code
 class ArrayRows:
     """Rows in memory: `x` (rows, ...) and `y` (rows, ...); a batch is the tuple `(x, y)`.
 
-    scale: of the targets of a regression, which the loss sees scaled; None for others.
+    scale: of the targets of a regression, which the loss sees scaled; None for others. groups: None where every
+    row stands for itself.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     scale: TargetScale | None = None
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, indices: Indices) -> ArrayRows:
         picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return ArrayRows(self.x[picked], self.y[picked], self.scale)
+        return ArrayRows(self.x[picked], self.y[picked], self.scale, _some(self.groups, indices))
 
     def with_scale(self, scale: TargetScale) -> ArrayRows:
-        return ArrayRows(self.x, self.y, scale)
+        return replace(self, scale=scale)
+
+    def with_groups(self, groups: Groups) -> ArrayRows:
+        return replace(self, groups=groups)
 
     def labels(self) -> Indices | None:
         return class_indices(self.y)
@@ -140,12 +146,16 @@ class TableRows:
     features: (rows, p) float64 numeric features, NaN = missing.
     fixed: (rows, q) float32 one-hot columns, complete already.
     y: (rows,) int64 classes or float32 values.
+    groups: None where every row stands for itself.
+    ids: {column: how many different ids it holds}, of columns with ids of persons that are no group.
     """
 
     features: NDArray[np.float64]
     fixed: NDArray[np.float32]
     y: torch.Tensor
     layout: RowLayout
+    groups: Groups | None = None
+    ids: Mapping[str, int] = field(default_factory=dict)
     scale: ClassVar[None] = None
 
     @property
@@ -164,8 +174,12 @@ class TableRows:
     def take(self, indices: Indices) -> TableRows:
         picked = np.asarray(indices, dtype=np.int64)
         return TableRows(
-            self.features[picked], self.fixed[picked], self.y[torch.from_numpy(picked)], self.layout
-        )
+            self.features[picked], self.fixed[picked], self.y[torch.from_numpy(picked)], self.layout,
+            _some(self.groups, indices), self.ids,
+        )  # fmt: skip
+
+    def with_groups(self, groups: Groups) -> TableRows:
+        return replace(self, groups=groups, ids={})
 
     def labels(self) -> Indices | None:
         return class_indices(self.y)
@@ -183,7 +197,7 @@ class TableRows:
     def standardise(self, statistics: Statistics) -> ArrayRows:
         """The model's inputs under these federated statistics (mean and std, (p,) float64)."""
         x = self.layout.inputs(self.features, self.fixed, statistics)
-        return ArrayRows(torch.from_numpy(x), self.y)
+        return ArrayRows(torch.from_numpy(x), self.y, groups=self.groups)
 
 
 class DatasetRows:
@@ -210,10 +224,21 @@ class DatasetRows:
         # them may mean reading each item once.
         self._labels = list(known_labels)
         self._hashed: list[list[bytes]] = []
+        self._groups: Groups | None = None
         self.scale: TargetScale | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def groups(self) -> Groups | None:
+        """None where every row stands for itself."""
+        return _some(self._groups, self.indices)
+
+    def with_groups(self, groups: Groups) -> DatasetRows:
+        found = copy(self)
+        found._groups = groups  # noqa: SLF001 - its own copy
+        return found
 
     def take(self, indices: Indices) -> DatasetRows:
         taken = copy(self)
@@ -263,12 +288,17 @@ class DatasetRows:
             yield collate(list(fetch_many(some)) if fetch_many else [self.dataset[i] for i in some])
 
 
+def _some(groups: Groups | None, indices: Indices) -> Groups | None:
+    return None if groups is None else groups[np.asarray(indices, dtype=np.int64)]
+
+
 Rows: TypeAlias = ArrayRows | TableRows | DatasetRows
 """The rows of one site, or of one fold of it.
 
 `take` gives some of them, in the order asked for; `labels` (rows,) int64 class indices, None where the target is not
 a class or is unknown; `digests` SHA-256 of each row's canonical bytes, features and target, equal for equal rows only
-(raises BadInput for rows without a canonical form); `batches` what `task.predict` takes, `order=None` being row order.
+(raises BadInput for rows without a canonical form); `groups` which rows belong
+together; `batches` what `task.predict` takes, `order=None` being row order.
 """
 
 
@@ -287,7 +317,9 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
             raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
     if isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_whole(v) for v in found):
         train = _recognise(found[0], task, f"{where} (train part)")
-        return train, _recognise(found[1], task, f"{where} (test part)")
+        test = _recognise(found[1], task, f"{where} (test part)")
+        refuse_shared(train.groups, test.groups, where)
+        return train, test
     return _recognise(found, task, where), None
 
 
@@ -354,7 +386,7 @@ def copied(rows: Rows) -> Rows:
     """For code that may change arrays in place: `clone` keeps their order in memory, and so the last bits."""
     if not isinstance(rows, ArrayRows):
         return rows
-    return ArrayRows(rows.x.clone(), rows.y.clone(), rows.scale)
+    return replace(rows, x=rows.x.clone(), y=rows.y.clone())
 
 
 def rows_digest(*parts: Rows | None) -> str:
@@ -377,12 +409,29 @@ def _content_of(rows: Rows) -> list[bytes]:
 
 
 def _recognise(found: Any, task: Task, where: str) -> Rows:
+    if isinstance(found, Grouped):
+        rows = _recognise(found.rows, task, where)
+        return rows.with_groups(group_digests(_ids_of(found, rows, where), len(rows), where))
     rows = _rows_of(found, task, where)
     if not len(rows):
         raise BadInput(
             f"{where}: found 0 rows, expected at least 1", remedy="check what task.data reads there"
         )
     return rows
+
+
+def _ids_of(found: Grouped, rows: Rows, where: str) -> Iterable[Any]:
+    if not callable(found.ids):
+        given: Iterable[Any] = found.ids
+        return given
+    if not isinstance(rows, DatasetRows):
+        raise BadInput(
+            f"{where}: found a function for the ids of rows in memory, expected one id for each row",
+            remedy="fedcore.grouped(rows, ids) with an array of ids",
+        )
+    with user_code(f"{where}: the ids of fedcore.grouped"):
+        each: list[Any] = [found.ids(rows.dataset[index]) for index in range(len(rows))]
+    return each
 
 
 def _rows_of(found: Any, task: Task, where: str) -> Rows:
@@ -557,7 +606,7 @@ def _is_whole(value: Any) -> bool:
     """True for one half of a (train, test) pair: something that is rows by itself."""
     if isinstance(value, (tuple, list)):
         return len(value) == 2 and all(hasattr(part, "ndim") for part in value)
-    kinds = (ArrayRows, TableRows, DatasetRows, DataLoader, Dataset)
+    kinds = (ArrayRows, TableRows, DatasetRows, DataLoader, Dataset, Grouped)
     return isinstance(value, kinds) or is_hugging_face(value) or is_dataset(value)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
+from fedcore.learning.data.groups import codes_of, labels_of
 from fedcore.learning.data.rows import Rows
 from fedcore.seeds import generator
 from fedcore.types import Json
@@ -27,6 +28,7 @@ from fedcore.types import Json
 KEY_BYTES = 32
 
 _SIDE, _PICK = b"fedcore split\x00", b"fedcore subsample\x00"
+_GROUP = b"fedcore split of groups\x00"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class FoldSplit:
             )
         n, labels = len(rows), rows.labels()
         deal = generator(self.seed, 0, site, "split")
+        if rows.groups is not None:
+            of_group = self._of_group(codes := codes_of(rows.groups), labels, deal)
+            return _parted(rows, (of_group[codes] == self.fold) & (len(of_group) > 1))
         of_row = np.empty(n, dtype=np.int64)
         dealt = 0
         for label in [None] if labels is None else np.unique(labels).tolist():
@@ -61,6 +66,23 @@ class FoldSplit:
             of_row[deal.permutation(members)] = (np.arange(len(members)) + dealt) % self.folds
             dealt += len(members)
         return _parted(rows, (of_row == self.fold) & (n > 1))
+
+    def _of_group(
+        self, codes: NDArray[np.int64], labels: NDArray[np.int64] | None, deal: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """The fold of each group: class by class, the large ones first, each into the fold with the fewest rows of
+        its class, of equals the fewest rows."""
+        sizes, classes = np.bincount(codes), labels_of(codes, labels)
+        found, rows = np.empty(len(sizes), dtype=np.int64), np.zeros(self.folds, dtype=np.int64)
+        for label in np.unique(classes):
+            of_class = np.zeros(self.folds, dtype=np.int64)
+            members = deal.permutation(np.flatnonzero(classes == label))
+            for group in members[np.argsort(-sizes[members], kind="stable")]:
+                fold = int(np.lexsort((rows, of_class))[0])
+                found[group] = fold
+                of_class[fold] += sizes[group]
+                rows[fold] += sizes[group]
+        return found
 
     def ranks(self, rows: Rows, site: str, cap: int) -> list[bytes]:
         """By position: the rows of a rehearsal are files that do not grow."""
@@ -86,9 +108,16 @@ class HashSplit:
             )
 
     def divide(self, rows: Rows, site: str) -> tuple[Rows, Rows]:
-        """Where every row would be tested on, the ones with the least hash train. Raises BadInput for
-        rows without a canonical form."""
-        sides = [hmac.digest(self.key, _SIDE + each, "sha256") for each in _digests(rows, site)]
+        """Rows of one group go by the hash of its id. Where every row would be tested on, the ones with the least
+        hash train. Raises BadInput for rows without a canonical form."""
+        if rows.groups is None:
+            sides = [hmac.digest(self.key, _SIDE + each, "sha256") for each in _digests(rows, site)]
+        else:
+            keyed = {
+                group: hmac.digest(self.key, _GROUP + group, "sha256")
+                for group in set(rows.groups.tolist())
+            }
+            sides = [keyed[group] for group in rows.groups.tolist()]
         limit = int(self.test * 2.0**64).to_bytes(9, "big")[1:]
         tested = np.array([side[:8] < limit for side in sides], dtype=bool)
         if tested.all():
@@ -126,6 +155,8 @@ class ValidationPart:
         """(rows that train, rows of the validation part)."""
         n, labels = len(rows), rows.labels()
         deal = generator(self.seed, self.fold, site, "validation")
+        if rows.groups is not None:
+            return _parted(rows, self._groups_apart(codes_of(rows.groups), labels, deal))
         apart = np.zeros(n, dtype=bool)
         seen = taken = 0
         for label in [None] if labels is None else np.unique(labels).tolist():
@@ -135,6 +166,22 @@ class ValidationPart:
             apart[deal.permutation(members)[:wanted]] = True
             taken += wanted
         return _parted(rows, apart)
+
+    def _groups_apart(
+        self, codes: NDArray[np.int64], labels: NDArray[np.int64] | None, deal: np.random.Generator
+    ) -> NDArray[np.bool_]:
+        """(rows,) whole groups, class by class, as long as more than half of the next one is still wanted."""
+        sizes, classes = np.bincount(codes), labels_of(codes, labels)
+        apart = np.zeros(len(sizes), dtype=bool)
+        seen = taken = 0
+        for label in np.unique(classes):
+            members = deal.permutation(np.flatnonzero(classes == label))
+            seen += int(sizes[members].sum())
+            for group in members:
+                if taken + sizes[group] / 2 < self.share * seen and apart.sum() + 1 < len(sizes):
+                    apart[group] = True
+                    taken += int(sizes[group])
+        return apart[codes]
 
 
 Split = FoldSplit | HashSplit

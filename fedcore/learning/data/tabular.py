@@ -15,6 +15,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
+from fedcore.learning.data.groups import group_digests, holds_ids, named_as_ids
 from fedcore.learning.data.kinds import is_pandas
 from fedcore.learning.data.rows import RowLayout, TableRows
 from fedcore.learning.data.statistics import Statistics
@@ -107,6 +109,7 @@ class Table:
     classes: tuple[str, ...] | None = None
     above: float | None = None
     regression: bool = False
+    group: str | None = None
 
     @property
     def layout(self) -> RowLayout:
@@ -138,9 +141,17 @@ class Table:
     def __call__(self, source: Any) -> TableRows:
         """Read a DataFrame, the path of a .csv or .parquet file, or a dict of columns. Raises BadInput naming
         the file, the column and the row (1 = the first below the header)."""
-        where, raw = _read(source, [name for name, _ in self.specs] + [self.target])
+        wanted = [*dict(self.specs), self.target]
+        others = [self.group] if self.group is not None else _titled_as_ids(source)
+        where, raw = _read(source, list(dict.fromkeys([*wanted, *others])))
         numeric, fixed = self._encode(where, raw)
-        return TableRows(numeric, fixed, self._targets(where, raw[self.target]), self.layout)
+        targets = self._targets(where, raw[self.target])
+        if self.group is not None:
+            ids = (None if _text(v).lower() in MISSING else v for v in raw[self.group])
+            groups = group_digests(ids, len(numeric), f"{where}: column {self.group!r}")
+            return TableRows(numeric, fixed, targets, self.layout, groups)
+        repeated = {name: found for name in others if (found := holds_ids(name, raw[name]))}
+        return TableRows(numeric, fixed, targets, self.layout, ids=repeated)
 
     def inputs(self, source: Any, statistics: Statistics) -> NDArray[np.float32]:
         """What a trained model takes for these raw rows, (rows, len(columns)) float32. Needs no target
@@ -155,7 +166,11 @@ class Table:
 
     def to_json(self) -> Json:
         """A JSON description from which `from_json` rebuilds an equal reader."""
-        about = {name: value for name, value in vars(self).items() if name != "specs"}
+        about = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "specs" and (name != "group" or value is not None)
+        }
         columns = [
             {"name": name, "kind": type(spec).__name__.lower(), **vars(spec)}
             for name, spec in self.specs
@@ -172,6 +187,7 @@ class Table:
             return table(
                 columns=columns,
                 **{key: found[key] for key in ("target", "classes", "above", "regression")},
+                group=found.get("group"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
@@ -230,6 +246,7 @@ def table(
     classes: Sequence[Any] | None = None,
     above: float | None = None,
     regression: bool = False,
+    group: str | None = None,
 ) -> Table:
     """Declare how rows of a table become numbers; returns a reader to use in, or as, `task.data`.
 
@@ -237,6 +254,8 @@ def table(
         `classes=("benign", "malignant")` it holds these names, with `above=0` the class is 1 where
         the value is above 0, and with `regression=True` it is a number.
     columns: name -> `number(low, high)` or `category("a", "b")`; their order is the inputs' order.
+    group: name of the column that says which rows belong together, such as the patient's: no split parts them,
+        and a gap's interval resamples them together. It is no input unless it is among the columns too.
 
     Raises BadInput when the declaration contradicts itself.
     """
@@ -260,7 +279,9 @@ def table(
     if sum([classes is not None, above is not None, bool(regression)]) > 1:
         raise BadInput("table: found several of classes=, above= and regression=, expected one")
     names = None if classes is None else category(*classes).values
-    made = Table(str(target), tuple(columns.items()), names, above, regression)
+    if group == target:
+        raise BadInput(f"table(group={group!r}): found the target, expected another column")
+    made = Table(str(target), tuple(columns.items()), names, above, regression, group)
     titles = made.columns
     twice = sorted({title for title in titles if titles.count(title) > 1})
     if twice:
@@ -470,6 +491,21 @@ def _csv_columns(path: Path, names: Sequence[str] | None) -> dict[str, Sequence[
     except OSError as error:
         raise BadInput(f"{path.name}: found no readable file ({error.strerror})") from error
     return dict(zip(names, columns, strict=True))
+
+
+def _titled_as_ids(source: Any) -> list[str]:
+    """Columns of a data frame or a CSV file whose name is that of an id of persons; none of a file that cannot be
+    read, which is for `_read` to say."""
+    titles: list[str] = []
+    if is_pandas(source) and hasattr(source, "columns"):
+        titles = [str(column) for column in source.columns]
+    elif isinstance(source, (str, Path)) and str(source).lower().endswith(".csv"):
+        with (
+            suppress(OSError, UnicodeDecodeError, csv.Error),
+            Path(source).expanduser().open(newline="", encoding="utf-8-sig") as file,
+        ):
+            titles = [title.strip() for title in next(csv.reader(file), [])]
+    return [title for title in titles if named_as_ids(title) and titles.count(title) == 1]
 
 
 def _require_columns(

@@ -30,6 +30,7 @@ PUBLIC = {
     "category",
     "compare",
     "group",
+    "grouped",
     "linear",
     "load",
     "load_task",
