@@ -455,7 +455,7 @@ class ComparisonResult(Result):
         return found.mean if found is not None else None
 
 
-Column = str | int | float | Sequence[str] | None
+Column = str | int | float | Sequence[str] | Mapping[str, ByMetric] | None
 Columns = dict[str, Column]
 
 
@@ -464,7 +464,7 @@ class RoundRow(Columns):
 
     Beside the properties: `{metric}`, `loss`, `train_loss`, `gradient_steps`, `examples_seen`, and of the
     federated arm `range`, `bytes_up`, `seconds_{stage}`, `protected_{metric}_before` and others. A list of
-    rows is a table as it is: `pandas.DataFrame(run.rounds)`.
+    rows is a table as it is: `pandas.DataFrame(run.rounds)`; its column `per_site` holds {site: {metric: value}}.
     """
 
     @property
@@ -491,6 +491,13 @@ class RoundRow(Columns):
     def abandoned(self) -> str:
         """At which stage and why the round was abandoned; empty where it was not."""
         return str(self.get("abandoned") or "")
+
+    @property
+    def per_site(self) -> Mapping[str, ByMetric]:
+        """{site: {metric: value on its own test rows}}, of a run of few sites and of the arms that a site compares:
+        training alone and together. Empty elsewhere."""
+        found = self.get("per_site")
+        return found if isinstance(found, dict) else {}
 
     def number(self, column: str) -> float | None:
         """The number in a column; None where there is none."""

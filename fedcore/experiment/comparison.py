@@ -155,8 +155,9 @@ class Grid:
         rows: list[Json] = []
 
         def keep(row: RoundRow) -> None:
-            measured = ("seconds", "peak")
-            kept = {key: value for key, value in row.items() if not key.startswith(measured)}
+            # What differs from run to run, and what only the report of one run draws.
+            left_out = ("seconds", "peak", "per_site")
+            kept = {key: value for key, value in row.items() if not key.startswith(left_out)}
             rows.append({"seed": split.seed, "fold": split.fold, **kept})
 
         try:

@@ -58,6 +58,11 @@ OnStep = Callable[[Doing], object]
 
 _PROTECTING = ("protect", "fold", "unprotect")
 
+MOST_SITES_IN_A_ROW = 64
+"""With more sites a row of rounds.jsonl does not hold the metrics of each: the file would grow with sites x rounds."""
+
+_COMPARED_AT_SITES = ("local_only", "federated")
+
 CHECKPOINT_FORM = 2
 """Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
 
@@ -160,6 +165,12 @@ class Experiment:
             )
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
+        if name in _COMPARED_AT_SITES and len(scoring) <= MOST_SITES_IN_A_ROW:
+            sites = self.prepared.plan.sites
+            row["per_site"] = {
+                site: transport.values([of_site])
+                for site, of_site in zip(sites, scoring, strict=True)
+            }
         if self.selection is None:
             return RoundRow(row | {"peak_memory_mb": peak_memory_mb()})
         apart = arm.validate(round_)

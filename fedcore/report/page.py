@@ -201,7 +201,22 @@ def _by_round(runs: Sequence[Finished]) -> list[dict[str, Any]]:
             "The same rounds and arms. Losses are those that the task trains on, means over rows."
         )
         found.append(_drawn("Other curves", more, caption, legend, f"{names} of every arm"))
-    return found
+    return found + _sites_by_round(runs, metric)
+
+
+def _sites_by_round(runs: Sequence[Finished], metric: str) -> list[dict[str, Any]]:
+    """The curves of each site of a single run, of not too many sites."""
+    curves = plots.site_curves(runs[0], metric) if len(runs) == 1 else {}
+    if not 0 < len(curves) <= MANY_SITES:
+        return []
+    drawn = [a for a in plots.SITE_ARMS if any(a in of_site for of_site in curves.values())]
+    names = {"local_only": "alone", "federated": "together"}
+    legend = {"arms": [(a.replace("_", "-"), names[a]) for a in drawn], "lines": []}
+    draw = partial(plots.sites_by_round_figure, runs[0], metric)
+    name = phrases.metric_name(metric)
+    caption = f"{phrases.capitalised(name)} on each site's own test rows, on one scale."
+    label = f"{name} of {len(curves)} sites by round"
+    return [_drawn("Each site by round", draw, caption, legend, label)]
 
 
 def _drawn(
@@ -212,7 +227,7 @@ def _drawn(
     label: str,
 ) -> dict[str, Any]:
     """One figure, drawn for a wide page and again for a phone. label: what it shows, for who cannot see it."""
-    salt = title.rsplit(maxsplit=1)[-1]
+    salt = title.lower().replace(" ", "-")
     return {
         "title": title,
         # Markup: matplotlib escapes the text it writes, and a test draws hostile names.

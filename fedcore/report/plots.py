@@ -301,6 +301,43 @@ def site_values(result: Result, metric: str) -> dict[str, float]:
     return {site: value for site, value in found.items() if value is not None}
 
 
+SITE_ARMS = ("local_only", "federated")
+"""The arms that a site compares: alone and together."""
+
+
+def site_curves(run: Finished, metric: str) -> dict[str, dict[str, dict[int, float]]]:
+    """{site: {arm: {round: value}}} where rounds.jsonl has them, in the order of the result."""
+    result, rows = run
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for site, values in row.per_site.items():
+            value = values.get(metric)
+            if value is not None:
+                found.setdefault(site, {}).setdefault(row.arm, {})[row.round] = value
+    return {site: found[site] for site in result.sites if site in found}
+
+
+def sites_by_round_figure(run: Finished, metric: str, size: tuple[float, float] = WIDE) -> Figure:
+    """A small panel for each site: the metric on its test rows by round, alone and together, on one scale."""
+    from matplotlib.figure import Figure
+
+    curves = site_curves(run, metric)
+    with _style():
+        across = 4 if size == WIDE else 2
+        down = -(-len(curves) // across)
+        figure = Figure(figsize=(size[0], 1.45 * down + 0.2), layout="constrained")
+        panels = [*figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat]
+        for i, (axes, (site, of_site)) in enumerate(zip(panels, curves.items(), strict=False)):
+            for arm in SITE_ARMS:
+                _draw(axes, [of_site.get(arm, {})], COLOURS[arm], DASHES[0], _WIDTHS[arm] * 0.8)
+            axes.set_title(_short(site))
+            _by_round(axes)
+            axes.tick_params(labelbottom=i + across >= len(curves))
+        for axes in panels[len(curves) :]:
+            axes.set_visible(False)
+    return figure
+
+
 NAMED_SITES = 60
 """More dots than this have no names: they would lie on each other."""
 

@@ -50,6 +50,22 @@ def test_a_run_holds_what_it_says():
     assert found.result["label"] == read_json(found.directory / "plan.json")["label"]
 
 
+def test_rows_hold_the_metrics_of_each_site_for_the_arms_that_a_site_compares():
+    found = heart()
+    last = {row.arm: row.per_site for row in found.rounds if row.round == 2}
+    per_site = found.result.per_site
+    for arm in ("local_only", "federated"):
+        assert last[arm] == {site: values.arms[arm] for site, values in per_site.items()}
+    assert last["centralised"] == last["federated_float"] == {}
+
+
+def test_rows_of_very_many_sites_hold_none_of_their_metrics():
+    job = [{"task": "digits", "sites": {"n": 65, "by": "iid"}}]
+    settings = {"rounds": 1, "protection": "plain", "arms": ["federated"], "resamples": 10}
+    (row,) = fedcore.simulate(job=job, **settings).rounds
+    assert row.per_site == {} and row.number("accuracy") is not None
+
+
 def test_an_existing_directory_needs_force_and_force_takes_only_runs(tmp_path):
     heart(out="here")
     with pytest.raises(AlreadyExists, match="found here"):

@@ -278,6 +278,48 @@ def test_a_comparison_draws_every_cell_and_its_interval():
     assert "5 seeds \u00d7 5 folds" in text
 
 
+def with_sites_by_round(n):
+    """The stored run of n sites whose rows hold each site's AUC: round / 100 alone, a tenth more together."""
+    sites = [f"site-{i}" for i in range(n)]
+    result = result_of(stored("heart"), sites=sites)
+    rows = []
+    for row in stored_rounds("heart"):
+        more = {}
+        if row.arm in plots.SITE_ARMS:
+            value = row.round / 100 + (0.1 if row.arm == "federated" else 0)
+            more = {"per_site": {site: {"auc": value, "accuracy": None} for site in sites}}
+        rows.append(RoundRow(row | more))
+    return result, rows
+
+
+@pytest.mark.parametrize(("n", "drawn"), [(1, True), (5, True), (20, True), (21, False)])
+def test_each_site_has_a_panel_of_its_curves_while_there_are_not_too_many(n, drawn):
+    text = page.render([with_sites_by_round(n)])
+    assert ("Each site by round" in text) is drawn
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_sites_panel_has_what_its_rows_say_alone_and_together():
+    run = with_sites_by_round(3)
+    curves = plots.site_curves(run, "auc")
+    assert list(curves) == ["site-0", "site-1", "site-2"]
+    assert curves["site-1"]["local_only"][7] == 0.07
+    figure = plots.sites_by_round_figure(run, "auc")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == list(curves)
+    assert all(len(axes.lines) == 2 for axes in shown)
+    assert list(shown[0].lines[1].get_ydata()) == pytest.approx(
+        [r / 100 + 0.1 for r in range(1, 21)]
+    )
+    assert plots.site_curves(run, "accuracy") == {}  # unknown at every site
+
+
+def test_two_runs_beside_each_other_have_no_curves_of_sites():
+    run = with_sites_by_round(3)
+    assert "Each site by round" not in page.render([run, run])
+
+
 def of_many_sites(n, **more):
     """The stored run as of n sites, the i-th of which gains i points of AUC, the first loses one."""
     found = stored("heart")
