@@ -20,7 +20,8 @@ def check_task(prepared: Prepared) -> Json:
     with single_thread():
         for site, loaded in zip(prepared.sites, prepared.loaded, strict=True):
             prepared.flat.write(initial)
-            batch = np.arange(min(train.batch_size, len(site.train)), dtype=np.int64)
+            size = getattr(site.train, "batch_size", None) or train.batch_size
+            batch = np.arange(min(size, len(site.train)), dtype=np.int64)
             report = local_train(
                 prepared.task, prepared.flat.module, site.train.take(batch), train,
                 seed=prepared.job.run.seed, round_=1, rounds=prepared.plan.rounds, site=site.id,

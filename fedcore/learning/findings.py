@@ -35,6 +35,9 @@ from fedcore.types import SiteId
 ROWS = 64
 """Rows of a site that the model is evaluated on."""
 
+ROWS_READ = 16
+"""The same of a dataset, whose items may be slow to read."""
+
 LARGE_INPUTS = 10.0
 """Root mean square of a column of the first layer's inputs above which they count as unscaled. Standardised ones
 have 1, scaled by a public range less."""
@@ -94,16 +97,18 @@ def findings_of(
     parts: Sequence[Rows],
     seed: int,
     *,
+    train_rows: int,
     scales: bool,
 ) -> list[Finding]:
     """What is probably wrong with a task at one site.
 
-    flat: the untrained model. rows: some training rows as inputs. parts: the site's rows as they are. scales:
-    whether the job finds a scale for the targets. Raises BadInput for what is certainly wrong, and TaskFailed where
-    the task's code raises.
+    flat: the untrained model. rows: some training rows as inputs. parts: the site's rows as they are. train_rows:
+    how many it trains on. scales: whether the job finds a scale for the targets. Raises BadInput for what is
+    certainly wrong, and TaskFailed where the task's code raises.
     """
     tables = [part for part in parts[:1] if isinstance(part, TableRows)]
     found = [each for table in tables for each in _of_table(site, table)]
+    _refuse_no_batch(task, site, rows, train_rows)
     if not has_loss(task):
         return found
     flat.module.eval()
@@ -125,6 +130,18 @@ def findings_of(
     for metric in known:  # refuses shapes that it does not read, and top-k of too few classes
         metric.sums(_array(outputs.double()), _array(targets))
     return found + _of_inputs(site, rows, inputs)
+
+
+def _refuse_no_batch(task: Task, site: SiteId, rows: Rows, train_rows: int) -> None:
+    """Refuse a site all of whose training rows an incomplete batch would be, where such a batch is left out."""
+    if task.train is None and isinstance(rows, DatasetRows) and rows.drop_last:
+        size = rows.batch_size or 1
+        if train_rows < size:
+            raise BadInput(
+                f"{place(site, None)}: found {train_rows} training rows and a DataLoader with drop_last=True and "
+                f"batch_size={size}, expected at least one whole batch",
+                remedy="a smaller batch_size, or drop_last=False",
+            )
 
 
 def _refuse_not_tensors(site: SiteId, outputs: object, targets: object) -> None:

@@ -152,11 +152,12 @@ class LoadedSite:
     def findings(self, task: Task, job: Job, flat: FlatModel) -> list[Finding]:
         """What is probably wrong with the task here. Raises BadInput and TaskFailed for what certainly is."""
         parts = [part for part in (self.everything, self.test) if part is not None]
-        rows = first_rows(self.rows, findings.ROWS)
+        reads = isinstance(self.rows.train, DatasetRows)
+        rows = first_rows(self.rows, findings.ROWS_READ if reads else findings.ROWS)
         if task.target_range is not None and not isinstance(rows, TableRows):
             rows = rows.with_scale(TargetScale.of_range(*task.target_range))
         return findings.findings_of(
-            task, flat, self.rows.id, rows, parts, job.run.seed,
+            task, flat, self.rows.id, rows, parts, job.run.seed, train_rows=len(self.rows.train),
             scales=learns_scale(task, job, self.rows.train),
         )  # fmt: skip
 

@@ -274,6 +274,8 @@ def _own_loop(
         order = generator(*seeds, f"shuffle {epoch}").permutation(len(rows))
         if lone_row_breaks(module, len(order), batch_size):
             order = order[:-1]
+        if getattr(rows, "drop_last", False):
+            order = order[: len(order) // batch_size * batch_size]
         for batch in rows.batches(plan.batch_size, order):
             optimiser.zero_grad(set_to_none=True)
             outputs, targets = predict(task, module, batch)

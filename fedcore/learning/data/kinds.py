@@ -15,6 +15,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 Indices = NDArray[np.int64]
 """(rows,) int64: positions of rows, or the class index of each."""
 
+LIST_NAMES = ("targets", "labels")
+"""Where a map-style dataset lists the targets of its items, in this order (the names torchvision uses)."""
+
 LABEL_NAMES = ("label", "labels", "target", "y")
 """Where a row that is a dict keeps its class, in this order (the names Hugging Face models use)."""
 
@@ -51,6 +54,8 @@ def dataset_labels(dataset: Any, picked: Indices | None = None) -> Indices | Non
         labels = class_indices(dataset.tensors[-1].detach().cpu())
     elif isinstance(dataset, ConcatDataset):
         labels = all_labels([dataset_labels(part) for part in dataset.datasets])
+    elif (listed := _listed_labels(dataset)) is not None:
+        labels = listed
     else:
         return _labels_by_reading(dataset, np.arange(len(dataset)) if picked is None else picked)
     return labels if labels is None or picked is None else labels[picked]
@@ -72,15 +77,58 @@ def _column_labels(dataset: Any) -> Indices | None:
     return class_indices(torch.from_numpy(values.astype(np.int64)))
 
 
+def _listed_labels(dataset: Any) -> Indices | None:
+    """The labels that the dataset lists itself; None where it lists none, or where the first, the middle or the last
+    item has another one, as after a transformation."""
+    for name in LIST_NAMES:
+        try:
+            found = torch.as_tensor(getattr(dataset, name, None))
+        except (TypeError, ValueError, RuntimeError):  # absent, text, ragged
+            continue
+        labels = class_indices(found.detach().cpu()) if found.ndim else None
+        if labels is None or len(labels) != len(dataset) or not len(labels):
+            continue
+        some = np.unique([0, len(labels) // 2, len(labels) - 1])
+        read = _labels_by_reading(dataset, some)
+        if read is not None and np.array_equal(read, labels[some]):
+            return labels
+    return None
+
+
+def target_of(item: Any) -> Any:
+    """The target of an item: the last of a tuple or a list, or the entry of a dict under one of LABEL_NAMES; None
+    without one."""
+    if isinstance(item, (tuple, list)) and len(item) > 1:
+        return item[-1]
+    if isinstance(item, dict):
+        return next((item[name] for name in LABEL_NAMES if name in item), None)
+    return None
+
+
+def odd_target(items: Sequence[Any]) -> tuple[int, str] | None:
+    """(place, what is wrong) of the first target that is missing or has another shape than the first item's; None
+    where targets are not to blame for a batch that cannot be made."""
+    shapes = []
+    for place, item in enumerate(items):
+        keyed = isinstance(item, dict) and any(name in item for name in LABEL_NAMES)
+        if not keyed and not (isinstance(item, (tuple, list)) and len(item) > 1):
+            return None
+        target = target_of(item)
+        if target is None:
+            return place, "None as its target"
+        try:
+            shapes.append(tuple(np.shape(target)))
+        except ValueError:
+            return place, "a target of rows of different lengths"
+        if shapes[-1] != shapes[0]:
+            return place, f"a target of shape {shapes[-1]} after one of shape {shapes[0]}"
+    return None
+
+
 def _labels_by_reading(dataset: Any, picked: Indices) -> Indices | None:
     labels = np.empty(len(picked), dtype=np.int64)
     for place, index in enumerate(picked.tolist()):
-        item = dataset[index]
-        target = None
-        if isinstance(item, (tuple, list)) and len(item) > 1:
-            target = item[-1]
-        elif isinstance(item, dict):
-            target = next((item[name] for name in LABEL_NAMES if name in item), None)
+        target = target_of(dataset[index])
         if target is None:
             return None
         value = np.asarray(target)

@@ -43,6 +43,7 @@ from fedcore.learning.data.kinds import (
     is_hugging_face,
     is_pandas,
     kind_of,
+    odd_target,
 )
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.targets import TargetScale
@@ -205,6 +206,8 @@ class DatasetRows:
 
     A Hugging Face dataset without a format of its own is read as torch tensors, so that the default
     collate function stacks its columns into a dict of tensors.
+
+    drop_last: whether training leaves an incomplete last batch out, as the task's DataLoader does; `batches` has it.
     """
 
     def __init__(
@@ -215,10 +218,12 @@ class DatasetRows:
         *,
         site: str = "",
         known_labels: Sequence[Indices | None] = (),
+        drop_last: bool = False,
     ) -> None:
         if is_hugging_face(dataset) and dataset.format["type"] is None:
             dataset = dataset.with_format("torch")
         self.dataset, self.collate, self.batch_size, self.site = dataset, collate, batch_size, site
+        self.drop_last = drop_last
         self.indices: Indices = np.arange(len(dataset), dtype=np.int64)
         # Labels and digests of the whole dataset, filled at first use and shared by every `take`: finding
         # them may mean reading each item once.
@@ -285,7 +290,20 @@ class DatasetRows:
         fetch_many = getattr(self.dataset, "__getitems__", None)
         for start in range(0, len(picked), size):
             some = [int(i) for i in picked[start : start + size]]
-            yield collate(list(fetch_many(some)) if fetch_many else [self.dataset[i] for i in some])
+            items = list(fetch_many(some)) if fetch_many else [self.dataset[i] for i in some]
+            try:
+                batch = collate(items)
+            except (TypeError, RuntimeError, ValueError) as error:
+                if found := odd_target(items):
+                    place, what = found
+                    raise BadInput(
+                        f"{self.site or 'dataset'}: item {some[place]}: found {what}, expected targets of one shape "
+                        "that are all there",
+                        remedy="leave such items out; where targets differ in length, pad them in the collate_fn "
+                        "of a DataLoader",
+                    ) from error
+                raise
+            yield batch
 
 
 def _some(groups: Groups | None, indices: Indices) -> Groups | None:
@@ -376,8 +394,9 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
     )
     labels = all_labels([part.labels() for part in parts])
     pooled = DatasetRows(
-        union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels]
-    )
+        union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels],
+        drop_last=parts[0].drop_last,
+    )  # fmt: skip
     pooled.scale = parts[0].scale
     return pooled
 
@@ -470,7 +489,9 @@ def _rows_of_loader(loader: DataLoader[Any], where: str) -> DatasetRows:
             remedy="the run's seed decides the order of rows; for another way of sampling give "
             "Task(train=...)",
         )
-    return _rows_of_dataset(loader.dataset, where, loader.collate_fn, batches.batch_size)
+    rows = _rows_of_dataset(loader.dataset, where, loader.collate_fn, batches.batch_size)
+    rows.drop_last = batches.drop_last
+    return rows
 
 
 def _rows_of_dataset(
@@ -602,6 +623,29 @@ def _refuse_not_finite(values: torch.Tensor, name: str, where: str) -> None:
     )
 
 
+def _refuse_objects(values: NDArray[Any], where: str) -> None:
+    """Name what makes targets an array of objects: missing values, or rows of different lengths."""
+    flat = values.reshape(-1)
+    missing = [
+        i for i, each in enumerate(flat) if each is None or str(each) in ("nan", "<NA>", "NaT")
+    ]
+    if missing:
+        raise BadInput(
+            f"{where}: found {len(missing)} missing value{'s' if len(missing) > 1 else ''} in y (the first in row "
+            f"{missing[0] // max(1, len(flat) // len(values)) + 1}), expected a target for every row",
+            remedy="drop those rows: a target must be observed",
+        )
+    lengths = {
+        len(value) for value in flat if hasattr(value, "__len__") and not isinstance(value, str)
+    }
+    if lengths:
+        raise BadInput(
+            f"{where}: found rows of {min(lengths)} to {max(lengths)} values in y, expected as many in every row",
+            remedy="one class index per row; of several labels a row of 0 and 1 for each, with an `evaluate` of "
+            "the task's own",
+        )
+
+
 def _is_whole(value: Any) -> bool:
     """True for one half of a (train, test) pair: something that is rows by itself."""
     if isinstance(value, (tuple, list)):
@@ -630,6 +674,8 @@ def _require_numbers(values: Any, name: str, where: str) -> None:
     tensor = isinstance(values, torch.Tensor)
     if not values.is_complex() if tensor else values.dtype.kind in "fiub":
         return
+    if name == "y" and not tensor and values.dtype.kind == "O":
+        _refuse_objects(values, where)
     remedy = "map classes to 0, 1, 2, ... the same way at every site"
     if name == "X":
         remedy = "fedcore.table(target=..., columns={...}) turns declared categories into numbers"
