@@ -124,7 +124,7 @@ class Hub(Party):
         world, self.work = self.world, []
         self.spool = self.spool or {}
         self.checkpoints = getattr(self, "checkpoints", {})
-        self.machine = JobMachine(JobFacts("clinics", world.offer, world.pins, LIMITS))
+        self.machine = JobMachine(JobFacts("clinics", world.offer, world.pins, world.limits))
         self.machine.facts.threshold = world.plan.threshold
         facts, stage = self.machine.facts, self.stage()
         facts.outcome = self.value("ended")
@@ -333,6 +333,11 @@ class Site(Party):
                 self.tell(site_events.Approved())
             case effects.LoadRows():
                 self.tell(site_events.RowsLoaded(self.world.survey))
+            case effects.MakeVector(header) if self.world.fails(self.name, header):
+                failed = RuntimeError("the share did not answer")
+                self.tell(
+                    site_events.WorkFailed(header.digest, failed, site_events.WITHHELD, job.UNABLE)
+                )
             case effects.MakeVector(header):
                 life = digest_of(self.name, header.round, self.world.obeyed)
                 made = site.VectorMade(life, self.world.sizes[header.purpose])
@@ -380,9 +385,11 @@ class Jobs:
     """One job of four sites, in the order that a seed gives.
 
     flaky: the chance, before each of these, that some site has a new session and what was on its way is lost.
+    failing: {(site, training round): how often its training fails there}. limits: of the coordinator.
     """
 
-    def __init__(self, seed, protection="masked", rounds=2, flaky=0.0):
+    def __init__(self, seed, protection="masked", rounds=2, flaky=0.0, failing=None, limits=LIMITS):
+        self.failing, self.limits = dict(failing or {}), limits
         self.random, self.flaky = random.Random(seed), flaky
         self.keys = {name: IdentityKey() for name in SITES}
         self.pins = {name: key.public for name, key in self.keys.items()}
@@ -402,6 +409,21 @@ class Jobs:
         if name in self.here:
             again = decode(encode(message), type(message))
             self.channels.setdefault((sender, to), deque()).append(again)
+
+    def fails(self, name, header):
+        """Whether this site's training of a round fails now."""
+        key = name, header.training_round
+        if header.purpose != "update" or not self.failing.get(key):
+            return False
+        self.failing[key] -= 1
+        return True
+
+    def cut(self, name):
+        """The link of a site goes down, with all that is on its way; the coordinator finds it lost."""
+        self.here.pop(name, None)
+        for ends in ((HUB, name), (name, HUB)):
+            self.channels.pop(ends, None)
+        self.to_hub(events.SiteLeft(name))
 
     def connect(self, name):
         """A new session of a site; only so much of what was on its way in the old one arrives."""

@@ -460,6 +460,44 @@ def test_a_round_is_left_where_its_rows_cannot_be_loaded_and_the_next_one_loads_
     assert only(ask.LoadRows, told(found.job, messages.Announce(header_of(2))))
 
 
+def test_rows_that_could_not_be_loaded_are_tried_again_after_growing_pauses():
+    found, now = offered(), 100.0
+    assert only(ask.LoadRows, found.step(events.Started(), now))
+    for pause in (5.0, 10.0, 20.0):
+        effects = found.step(events.LoadFailed(OSError("the share is away"), "unable"), now)
+        assert sent(effects) == [job.SiteUnavailable("job", "a", "unable")]
+        assert found.deadline(now) == pause
+        assert found.step(site.Tick(), now + pause - 0.1) == []
+        now += pause
+        assert only(ask.LoadRows, found.step(site.Tick(), now)) and found.deadline(now) is None
+    assert sent(found.step(events.RowsLoaded(SURVEY), now)) == [
+        job.SiteSurvey("job", "a", SURVEY.shape)
+    ]
+    assert found.deadline(now) is None
+
+
+def test_the_pause_before_rows_are_tried_again_ends_at_five_minutes_and_with_the_job():
+    found = offered()
+    found.step(events.Started(), 0.0)
+    for _ in range(12):
+        found.step(events.LoadFailed(OSError("away"), "unable"), 0.0)
+        last = found.deadline(0.0)
+        found.step(site.Tick(), last)
+    assert last == 300.0
+    found.step(events.LoadFailed(OSError("away"), "unable"), 0.0)
+    told(found, job.JobEnded("job", "failed", "too few sites"))
+    assert found.deadline(1000.0) is None and found.step(site.Tick(), 1000.0) == []
+
+
+@pytest.mark.parametrize("word", ["task differs", "task not allowed", "policy"])
+def test_what_only_an_operator_can_change_is_not_tried_again(word):
+    found = offered()
+    found.step(events.Started(), 0.0)
+    error = PolicyRefused("t", word="policy", remedy="") if word == "policy" else OSError("t")
+    found.step(events.LoadFailed(error, word), 0.0)
+    assert found.deadline(0.0) is None
+
+
 def test_a_vector_of_a_round_that_is_over_is_not_made_when_the_rows_are_there():
     found = Round(between_rounds(survey=None), header_of())
     found.begin()

@@ -4,8 +4,10 @@ dies before any of its effects. Every message is checked against the disk of its
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from support.whole_jobs import HUB, SITES, Hub, Jobs, Site
+from support.whole_jobs import HUB, LIMITS, SITES, Hub, Jobs, Site
 
 from fedcore.secagg.protocol.effects import Send
 
@@ -50,6 +52,65 @@ def test_a_job_ends_with_one_state_though_a_party_dies_before_any_effect(party):
         released(world)
         died += len(world.deaths)
     assert died >= 4
+
+
+def survivors(world):
+    """{training round: the sites in its sum, joined}"""
+    known = world.parties[HUB].machine.facts.rounds.known
+    return {row.round: "".join(row.survivors) for row in known if row.purpose == "update"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_site_that_fails_once_is_in_the_next_round(seed):
+    world = Jobs(seed, rounds=6, failing={("b", 2): 1, ("c", 4): 1})
+    world.play()
+    assert survivors(world) == {1: "abcd", 2: "acd", 3: "abcd", 4: "abd", 5: "abcd", 6: "abcd"}
+    released(world)
+    assert not any(view.unable for view in world.parties[HUB].machine.facts.sites.values())
+
+
+def test_a_site_that_fails_again_and_again_is_invited_ever_more_rarely():
+    failing = {("b", round_): 9 for round_ in range(1, 8)}
+    world = Jobs(1, rounds=9, failing=failing)
+    world.play()
+    assert [round_ for _, round_ in failing if world.failing["b", round_] < 9] == [1, 2, 4]
+    assert survivors(world) == {r: "abcd" if r > 7 else "acd" for r in range(1, 10)}
+
+
+def test_sites_that_fail_together_are_invited_again_at_once():
+    world = Jobs(2, rounds=4, failing={("b", 2): 1, ("c", 2): 1})
+    world.play()
+    found = survivors(world)
+    assert found[2] == "" and found[3] == found[4] == "abcd", "one round without enough vectors"
+
+
+class CutOff(Jobs):
+    """The link of b goes down in round 2, and is back while round 4 or a later one runs."""
+
+    down, back = 2, 4
+    returned = 0
+
+    def once(self):
+        step = self.parties[HUB].machine.facts.step
+        round_ = step.training_round if step is not None else 99
+        if not self.returned and "b" in self.here and round_ == self.down:
+            self.cut("b")
+        away = not self.returned and "b" not in self.here
+        if away and round_ >= self.back and self.random.random() < 0.1:
+            self.returned = round_
+            self.connect("b")
+        super().once()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_site_whose_link_was_down_is_in_a_sum_within_two_rounds(seed):
+    """Though the coordinator waits for a second only: less than the pause before it resends a message."""
+    world = CutOff(seed, rounds=8, limits=replace(LIMITS, gather=1.0, grace=1.0))
+    world.play()
+    found = survivors(world)
+    assert world.returned in range(4, 7) and found[3] == "acd"
+    assert "abcd" in (found[world.returned + 1], found[world.returned + 2])
+    released(world)
 
 
 def sends_first(step):

@@ -48,12 +48,20 @@ class Moment:
     here: Collection[SiteId]
 
 
+LONGEST_BACKOFF = 6
+"""Doublings of the rounds that a site which fails again and again is not waited for."""
+
+
 @dataclass
 class SiteView:
     """The state of a site in this job, for scheduling and for operators."""
 
     shape: ModelShape | None = None
     unable: str = ""
+    failures: int = 0
+    """Rounds in a row in which it could not make a vector."""
+    retry_round: int = 0
+    """The round from which it is waited for again after such a failure."""
     agreed: bool = False
     anew: bool = False
     """It agreed before and sends a survey again: it lost its journal, and the epoch's secret with it."""
@@ -64,6 +72,19 @@ class SiteView:
     """A round began without it; no round waits for it again before it connects."""
     away_since: float | None = None
     """Clock seconds at which its connection was found lost."""
+
+    def failed(self, round_: int) -> None:
+        """It could not make its vector in a round: it is waited for in the next one, and after each further
+        failure in a row twice as many rounds later."""
+        self.failures += 1
+        self.retry_round = round_ + (1 << min(self.failures - 1, LONGEST_BACKOFF))
+
+    def backs_off(self, round_: int) -> bool:
+        return bool(self.failures) and round_ < self.retry_round
+
+    def retries(self, round_: int) -> bool:
+        """Whether a site that failed is waited for in this round: it reported its status since it failed."""
+        return bool(self.failures) and self.rest is not None and not self.backs_off(round_)
 
 
 @dataclass
@@ -179,6 +200,12 @@ class JobFacts:
             if name in at.here and (rest := sites[name].rest)
             and (rest.epoch, rest.certificate) == place
         ]  # fmt: skip
+
+    def cohort(self, at: Moment) -> list[SiteId]:
+        """The sites to invite to the next round: the current ones without those that back off, where enough stay."""
+        current, needed = self.current(at), max(self.limits.minimum, self.threshold)
+        fresh = [name for name in current if not self.sites[name].backs_off(self.number + 1)]
+        return fresh if len(fresh) >= needed else current
 
     def able(self, at: Moment) -> list[SiteId]:
         return [name for name in at.here if not self.sites[name].unable]

@@ -19,8 +19,9 @@ class Gathering:
         """Whether to go on: all sites are there, or enough are and the timeout for more is over.
 
         Once the timeout for enough sites is over: why the job ends. A site that missed a timeout is not waited for
-        again before it connects or reports its status. Where too many sites reported that they cannot take part,
-        the job waits no longer than for one more site.
+        again before it connects or reports its status. One that failed in a round is waited for as its backoff
+        allows, once it reported its status: it may have to catch up. Where too many sites reported that they
+        cannot take part, the job waits no longer than for one more site.
         """
         sites, limits, there = self._facts.sites, self._facts.limits, set(present)
         needed = max(limits.minimum, self._facts.threshold)
@@ -28,7 +29,11 @@ class Gathering:
         for name in present:
             sites[name].missed = False
         others = {name: sites[name] for name in sites if name not in there}
-        awaited = tuple(n for n, v in others.items() if not (v.unable or v.missed))
+        following = self._facts.number + 1
+        awaited = tuple(
+            n for n, v in others.items()
+            if not v.missed and (not v.unable or v.retries(following))
+        )  # fmt: skip
         if enough and not awaited:
             return self._over(at)
         if self._since is None:

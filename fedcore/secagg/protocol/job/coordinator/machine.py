@@ -148,7 +148,7 @@ class JobMachine:
                 uploaded = self.rounds.uploaded(name)
                 assert uploaded is not None
                 self.round_step(uploaded)
-                facts.sites[name].unable = ""
+                facts.sites[name].unable, facts.sites[name].failures = "", 0
             case events.SumMade(header, file):
                 if facts.round is not None and facts.round.header.digest == header:
                     self.round_step(coordinator.SumReady(file.digest, file.size))
@@ -237,6 +237,8 @@ class JobMachine:
             case job_messages.SiteUnavailable(reason=reason):
                 view.unable = reason if reason in job_messages.REASONS else job_messages.UNABLE
                 self.do([effects.Warn(f"site {name}: {job_messages.REASONS[view.unable]}")])
+                if facts.plan is not None and view.unable == job_messages.UNABLE:
+                    view.failed(facts.number)
                 if not isinstance(facts.stage, coordinator.EXPOSED):
                     self._out_of_round(name)  # an exposed site can send again what it sent
             case job_messages.InRound(header=header):
@@ -273,7 +275,7 @@ class JobMachine:
     def _surveyed(self, name: SiteId, shape: ModelShape) -> None:
         """A site sends a survey before it has a plan, or when it lost its journal."""
         view = self.facts.sites[name]
-        view.shape, view.unable = shape, ""
+        view.shape, view.unable, view.failures = shape, "", 0
         view.anew, view.agreed = view.agreed, False
         self._out_of_round(name)
         if self.facts.plan is not None:
@@ -303,6 +305,10 @@ class JobMachine:
         else:
             self._out_of_round(name)
         self.do(self.catch_up.at_rest(name, self._at))
+        if rest.certificate == facts.released and facts.round is None:
+            # The first one after a release can seal it for those that missed it, before the next round begins.
+            for other in self._at.here:
+                self.do(self.catch_up.check(other, self._at))
 
     def _tell_if_over(self, name: SiteId, header: bytes) -> None:
         """Resend a site in an earlier round how that round ended: the message was lost."""
@@ -414,7 +420,7 @@ class JobMachine:
             until = None if isinstance(facts.epoch, epoch.NoEpoch) else facts.epoch.until
             facts.progress.wait(epoch.awaited_in(facts.epoch), until, at)
             return
-        roster = facts.current(at)
+        roster = facts.cohort(at)
         if self.gathered(roster):
             facts.progress.text = ""
             self.begin_round(facts.step, tuple(roster))

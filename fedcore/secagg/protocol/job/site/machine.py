@@ -27,6 +27,10 @@ from fedcore.secagg.protocol.round import site
 _NEED_ROWS = effects.MakeVector, effects.GiveModel
 """Effects that wait until the rows are loaded."""
 
+LOAD_AGAIN_SECONDS, LONGEST_LOAD_PAUSE = 5.0, 300.0
+"""Pauses before a task or rows that could not be loaded are tried again: a share may be away for a moment. Each is
+twice the one before."""
+
 ENDING_SECONDS = 5.0
 """How often a site asks again for the last release of a job that is over, if it missed it."""
 
@@ -77,6 +81,9 @@ class SiteJob:
         self.end = JobEnd()
         self.loading = False
         self._need_rows: list[effects.MakeVector | effects.GiveModel] = []
+        self._load_failures = 0
+        self._load_at: float | None = None
+        """Clock seconds at which a task or rows that could not be loaded are tried again."""
 
     def restored(self, kept: Kept) -> None:
         self.part.rows, self.part.left = kept.rows, kept.left
@@ -108,7 +115,7 @@ class SiteJob:
 
     def deadline(self, now: float) -> float | None:
         """Seconds until the next `Tick`; 0: now, None: not before another event."""
-        until = getattr(self.stage, "until", None)
+        until = getattr(self.stage, "until", self._load_at)
         if until is None:
             return None if self.end.pending is None else ENDING_SECONDS
         left = float(until) - now
@@ -157,6 +164,9 @@ class SiteJob:
                 yield from self._loaded(event, now)
             case events.WorkFailed():
                 yield from self._failed(event, now)
+            case Tick() if self._load_at is not None and now >= self._load_at and not self.ended:
+                self._load_at = None
+                yield from self._load(now)
             case _ if self.parts is not None:
                 yield from self._with_plan(self.parts, event, now)
 
@@ -242,7 +252,7 @@ class SiteJob:
     ) -> SiteEffects:
         """Leave the round that waits for a vector, and tell the coordinator; a model is asked for again.
 
-        Without a plan this is final. With one the rows are loaded again with the next vector or model.
+        Without a plan they are loaded again after a pause, which grows; with one at the next vector or model.
         """
         waited = self.parts is None
         for each in need:
@@ -255,6 +265,11 @@ class SiteJob:
             yield from self.part.note(event.error)
         if waited and not isinstance(event.error, PolicyRefused):
             yield from self.part.unable(event.word)
+            if self.parts is None and event.word == job_messages.UNABLE:
+                self._load_at = now + min(
+                    LOAD_AGAIN_SECONDS * 2**self._load_failures, LONGEST_LOAD_PAUSE
+                )
+                self._load_failures += 1
 
     def _started(self, now: float) -> SiteEffects:
         if self.parts is None:
@@ -380,7 +395,7 @@ class SiteJob:
 
         A site that missed the last release sends its status and catches up first.
         """
-        self.end.pending = None
+        self.end.pending = self._load_at = None
         parts = self.parts
         if parts is not None:
             if parts.rounds.in_round:
