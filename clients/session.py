@@ -128,7 +128,6 @@ class Session:
             started = time.monotonic()
             try:
                 await self._once()
-                self.last_error = "the coordinator ended the session"
             except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
                 await self._explain(error)
             except Exception as error:
@@ -188,8 +187,11 @@ class Session:
         LOG.info("connected to %s (%s)", self.coordinator, frame.software)
 
     def _goodbye(self, frame: frames.Goodbye) -> None:
-        self.last_error = f"{frame.code}: {frame.text}"
-        LOG.warning("the coordinator ended the session: %s", self.last_error)
+        orderly = frame.code == "stopping"
+        reason = f"{frame.code}: {frame.text}"
+        self.last_error = "" if orderly else reason
+        level = logging.INFO if orderly else logging.WARNING
+        LOG.log(level, "the coordinator ended the session: %s", reason)
         if not frame.again:
             self.refused = frame
 

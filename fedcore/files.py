@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,26 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file, from its bytes or from its pieces, so that it is there whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
-            file.writelines((data,) if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with _named(path):
+            with beside.open("wb") as file:
+                file.writelines((data,) if isinstance(data, bytes) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
     finally:
         # Where the folder vanished or is not writable, the error above is the one to tell.
         with suppress(OSError):
             beside.unlink()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in every OSError: those of a write, a full disk's among them, name none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,7 +53,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_row(directory: Path, row: Mapping[str, object], name: str = ROUNDS_FILE) -> None:
     """Append one JSON line to a file of rows."""
-    with (directory / name).open("a", encoding="utf-8") as file:
+    path = directory / name
+    with _named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
 

@@ -32,6 +32,7 @@ from fedcore import errors
 from fedcore.files import write_atomic
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, write_roster
+from fedcore.identity.peer import check_sites
 from fedcore.types import Json, SiteId
 
 HOST = "127.0.0.1"
@@ -114,6 +115,7 @@ def write(
     [split] of every site.toml. limits: of federation.toml. Raises BadInput for a site's id or data that such
     files cannot hold.
     """
+    check_sites(sites, deployed=True)
     now = datetime.now(UTC)
     with socket.socket() as probe:  # a free port
         probe.bind((HOST, 0))

@@ -8,6 +8,7 @@ stderr. A log record is one line whatever it quotes: text on a terminal, JSON ot
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import logging
 import os
@@ -202,7 +203,12 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         where = error.filename or "a file"
         say(f"error: {where}: {error.strerror or error}")
-        say("hint: look at the path, its permissions and the space left there")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            say(
+                "hint: free some space there, or use another folder; every file is written whole or not at all"
+            )
+        else:
+            say("hint: look at the path, its permissions and the space left there")
         sys.exit(errors.EXIT_BAD_INPUT)
 
 

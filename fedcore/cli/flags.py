@@ -38,7 +38,8 @@ KEYS_HELP = (
 )
 
 JobFile = Annotated[
-    Path | None, typer.Argument(help="A job file, or a folder with job.toml in it.")
+    Path | None,
+    typer.Argument(help="A job file, a task's file, or a folder with job.toml or task.py in it."),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")

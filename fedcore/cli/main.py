@@ -43,9 +43,27 @@ app.add_typer(bench_app, name="bench")
 
 
 def _layers(job: Path | None, settings: Settings) -> list[Settings]:
+    """The settings of a job file or folder and of the flags. In place of a job file: a task's file, or a folder that
+    has a task.py and no job.toml."""
     from fedcore.config import read_job_file
 
-    return [*([read_job_file(job)] if job else []), settings]
+    if job is None:
+        return [settings]
+    file, colon, attribute = str(job).partition(":")
+    if (
+        not file.endswith(".py")
+        and not (job / "job.toml").is_file()
+        and (job / "task.py").is_file()
+    ):
+        file = str(job / "task.py")
+    if not file.endswith(".py"):
+        return [read_job_file(job), settings]
+    if "task" in settings:
+        raise BadInput(
+            f"--task: found {settings['task']!r} beside the task {job}, expected one task",
+            remedy="a job file beside --task, or the task alone",
+        )
+    return [{"task": file + colon + attribute}, settings]
 
 
 def _prepared(layers: list[Settings]) -> Prepared:
@@ -97,7 +115,7 @@ def simulate(
                     job=_layers(job, settings), out=out, force=force, on_round=bar.row, on_step=bar.step,
                     on_ready=ready, say=_quiet,
                 )  # fmt: skip
-    except (KeyboardInterrupt, FedcoreError) as error:
+    except (KeyboardInterrupt, FedcoreError, OSError) as error:
         for line in _what_is_left(directory[0], error) if directory else []:
             say(line)
         raise
@@ -239,8 +257,10 @@ def compare(
         _show_findings(prepared)
         if finished := _finished_splits(path):
             say(f"{finished} finished splits are kept in {path}")
-        splits = len(chosen) * (1 if prepared.own_test_rows else prepared.job.run.folds)
-        bar.begin(splits, finished, prepared.plan.rounds, prepared.plan.protection)
+        folds = 1 if prepared.own_test_rows else prepared.job.run.folds
+        bar.begin(
+            len(chosen) * folds, folds, finished, prepared.plan.rounds, prepared.plan.protection
+        )
 
     try:
         with closing(bar):
@@ -248,7 +268,7 @@ def compare(
                 job=layers, seeds=chosen, workers=workers, out=resume or out, force=force,
                 on_cell=bar.cell, on_step=bar.step, on_tick=bar.tick, on_ready=ready, say=_quiet,
             )  # fmt: skip
-    except (KeyboardInterrupt, FedcoreError) as error:
+    except (KeyboardInterrupt, FedcoreError, OSError) as error:
         for line in _what_is_left(directory[0], error, "compare") if directory else []:
             say(line)
         raise
@@ -311,8 +331,10 @@ def check(
 ) -> None:
     """Load every site, count classes, take one training step, and show the model and the plan."""
     path = Path(what)
-    is_job = what.endswith(".toml") or (path / "job.toml").is_file()
-    layers = _layers(path, settings) if is_job else _layers(None, {"task": what, **settings})
+    if what.endswith(".toml") or any((path / name).is_file() for name in ("job.toml", "task.py")):
+        layers = _layers(path, settings)
+    else:
+        layers = _layers(None, {"task": what, **settings})
     say(f"fedcore check: {what}")
     from fedcore.cli.inspect import check_page, check_task
 

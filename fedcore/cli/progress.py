@@ -159,14 +159,15 @@ class SplitsProgress:
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._display = Display("splits", clock)
-        self._rounds, self._finished, self._protection = 1, 0, ""
+        self._rounds, self._folds, self._finished, self._protection = 1, 1, 0, ""
         self._running: dict[int, Doing] = {}
         self.tick, self.close = self._display.tick, self._display.close
 
-    def begin(self, splits: int, finished: int, rounds: int, protection: str) -> None:
+    def begin(self, splits: int, folds: int, finished: int, rounds: int, protection: str) -> None:
         """Start for so many splits, some of which are finished already, of so many rounds."""
         self._display.begin(splits, finished)
         self._rounds, self._finished, self._protection = rounds, finished, protection
+        self._folds = folds
 
     def step(self, split: Split, doing: Doing) -> None:
         """Called before each round of an arm of a split."""
@@ -183,7 +184,8 @@ class SplitsProgress:
             for metric, value in split.gap.get("total", {}).items()
             if value is not None
         )
-        self._display.say(f"split {number}/{total}  seed {split.seed}, fold {split.fold}: {scores}")
+        which = f"seed {split.seed}" + (f", fold {split.fold}" if self._folds > 1 else "")
+        self._display.say(f"split {number}/{total}  {which}: {scores}")
         self._show()
 
     def _show(self) -> None:

@@ -26,6 +26,7 @@ from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
 from fedcore.hash_order import hash_seed
+from fedcore.identity.peer import check_sites
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Deployment, Running, ask, running, write
@@ -97,6 +98,7 @@ def _refuse(task: Task, job: Job) -> None:
     refuse_simulated(job.run.model_dump())
     refuse_selection(job)
     sites = resolve_sites(task, job)
+    check_sites(sites, deployed=True)
     refuse_plain(job.protect.protection)
     if len(sites) < MIN_SITES:
         raise PlanRefused(f"sites: found {len(sites)}, expected at least {MIN_SITES}")

@@ -40,14 +40,16 @@ OnSplitStep = Callable[["Split", Doing], object]
 
 @dataclass(frozen=True)
 class Split:
-    """One run of a comparison. number: its place in the grid, from 1."""
+    """One run of a comparison. number: its place in the grid, from 1. folds: how many there are; 1 where every
+    site brings its own test rows."""
 
     number: int
     seed: int
     fold: int
+    folds: int
 
     def __str__(self) -> str:
-        return f"seed {self.seed}, fold {self.fold}"
+        return f"seed {self.seed}" + (f", fold {self.fold}" if self.folds > 1 else "")
 
 
 class Grid:
@@ -63,7 +65,7 @@ class Grid:
         # Where every site brings its own test rows, folds would repeat the same run.
         self.folds = 1 if self.first.own_test_rows else job.run.folds
         pairs = enumerate(itertools.product(seeds, range(self.folds)), start=1)
-        self.splits = [Split(number, seed, fold) for number, (seed, fold) in pairs]
+        self.splits = [Split(number, *pair, self.folds) for number, pair in pairs]
 
     def _job_of(self, seed: int, fold: int) -> Job:
         """The job of one split; its gaps need no interval of their own."""

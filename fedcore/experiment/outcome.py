@@ -25,7 +25,9 @@ from fedcore.experiment.gap import (
     over_splits,
     plain_gaps,
 )
+from fedcore.experiment.prepare import made_in_memory
 from fedcore.experiment.selection import VALIDATION, chosen_by, mean_best
+from fedcore.files import read_json
 from fedcore.learning.constant import constant_values, training_targets
 from fedcore.learning.data.groups import codes_of
 from fedcore.learning.metrics import Scores, site_mean
@@ -63,8 +65,10 @@ R = TypeVar("R", RunResult, ComparisonResult)
 
 
 def in_folder(result: R, directory: Path) -> R:
-    """The result with its folder, and what to type to make it again whatever the folder is called."""
-    line = f"fedcore reproduce {shlex.quote(str(directory))}"
+    """The result with its folder, and what to type to make it again whatever the folder is called: nothing for a
+    job that was made in memory."""
+    again = not made_in_memory(read_json(directory / "job.json"))
+    line = f"fedcore reproduce {shlex.quote(str(directory))}" if again else ""
     return replace(result, origin=replace(result.origin, run=str(directory), reproduce=line))
 
 
@@ -86,7 +90,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         protection=plan.protection,
         seed=job.run.seed,
         fold=job.run.fold,
-        folds=job.run.folds,
+        folds=None if prepared.own_test_rows else job.run.folds,
         rounds=experiment.round,
         stopped=experiment.stopped,
         kept="best" if experiment.kept else None,

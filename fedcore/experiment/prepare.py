@@ -13,6 +13,7 @@ from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
+from fedcore.identity.peer import check_sites
 from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.device import move_loss, require_device
@@ -44,9 +45,9 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
             if key not in _GROUPING_KEYS:
                 raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in _GROUPING_KEYS])
         with seeded(0, 0, "", "sites"), task_code("(all)", None, "sites"):
-            wanted = dict(task.sites(**wanted))
+            wanted = _mapping(task.sites(**wanted))
     elif not wanted and task.sites is not None and not callable(task.sites):
-        wanted = dict(task.sites)
+        wanted = _mapping(task.sites)
     elif wanted and set(wanted) <= _GROUPING_KEYS:
         raise BadInput(
             f"sites: found {', '.join(sorted(wanted))}, but task {task.name!r} cannot make sites itself",
@@ -58,10 +59,17 @@ def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
             remedy='add [sites] to the job file (`id = "source"`), or pass sites={...}',
         )
     wanted = {str(name): source for name, source in wanted.items()}
-    for name in wanted:
-        if not name.strip() or len(name) > 64 or not name.isprintable():
-            raise BadInput(f"sites: found the id {name!r}, expected 1 to 64 visible characters")
+    check_sites(wanted, deployed=False)
     return {SiteId(name): source for name, source in wanted.items()}
+
+
+def _mapping(sites: object) -> dict[str, Any]:
+    if not isinstance(sites, Mapping):
+        raise BadInput(
+            f"task.sites: found {type(sites).__name__}, expected a mapping of site id to source",
+            remedy='sites={"north": "north.csv", ...}: what task.data gets for each site',
+        )
+    return dict(sites)
 
 
 @dataclass
@@ -245,6 +253,11 @@ def job_json(task: Task, job: Job, kind: str = "run") -> Json:
     return job.to_json() | about
 
 
+def made_in_memory(stored: Json) -> bool:
+    """Whether a job.json is of a task or of sites that no command can bring back."""
+    return stored["sites"] is None or stored["task"] is None
+
+
 def stored_job(directory: Path, task: Task | None) -> Json:
     """The job of a run directory as a layer of settings, with its `kind`, and the `seeds` of a comparison, beside
     them.
@@ -253,7 +266,7 @@ def stored_job(directory: Path, task: Task | None) -> Json:
     """
     found = read_json(directory / "job.json")
     name = found.pop("task_name")
-    if found["sites"] is None or (task is None and found["task"] is None):
+    if found["sites"] is None or (task is None and made_in_memory(found)):
         raise BadInput(
             f"{directory}: task {name!r} or its sites were made in memory, so the command line cannot "
             "run it again",

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedcore.errors import BadInput, RosterRefused
 from fedcore.files import write_atomic
 from fedcore.identity.kit import key_pem, read_key, write_private
-from fedcore.identity.peer import check_name
+from fedcore.identity.peer import check_name, check_sites
 from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
 from fedcore.toml import read_tables
 from fedcore.types import SiteId
@@ -71,6 +71,7 @@ def read_roster(path: Path) -> dict[SiteId, bytes]:
         SiteId(check_name(f"{path}: sites", name)): _public(f"{path}: sites.{name}", entry)
         for name, entry in sites.items()
     }
+    check_sites(roster, f"{path}: sites", deployed=True)
     try:
         roster_digest(roster)
     except RosterRefused as refused:

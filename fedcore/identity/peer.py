@@ -6,7 +6,8 @@ The URI is a subject alternative name (RFC 5280, section 4.2.1.6).
 """
 
 import re
-from collections.abc import Collection
+import unicodedata
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -19,7 +20,10 @@ ROLES = ("coordinator", "site", "operator", "observer")
 CLIENT_ROLES = ("site", "operator", "observer")
 """Roles of clients; the coordinator is the server."""
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+MOST_NAME = 64
+"""Characters of a name."""
+
+_NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_NAME - 1}}}"
 _URI = re.compile(rf"fedcore://({_NAME})/({'|'.join(ROLES)})/({_NAME})")
 
 
@@ -48,6 +52,47 @@ def check_name(what: str, name: str) -> str:
             "beginning with a letter or a digit"
         )
     return name
+
+
+NO_SITE = ("coordinator", "operator", "observer", "authority")
+"""Other parties of a federation: a log that names one of them means that party."""
+
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+"""Names of devices on Windows, where no folder can have them."""
+
+
+def check_sites(names: Iterable[str], where: str = "sites", *, deployed: bool) -> None:
+    """Refuse names that no federation may have: of another party, of a device or a path, or two of which differ in
+    nothing but case, so that their folders would be one on some systems.
+
+    deployed: the names stand in certificates too (`check_name`). Raises BadInput.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if deployed:
+            check_name(where, name)
+        if not name.strip() or len(name) > MOST_NAME or not name.isprintable():
+            raise BadInput(f"{where}: found the name {name!r}, expected 1 to 64 visible characters")
+        what = ""
+        if name.casefold() in NO_SITE:
+            what = "which is another party of a federation"
+        elif _DEVICES.fullmatch(name):
+            what = "which is a device on Windows"
+        elif "/" in name or "\\" in name or name.endswith(".") or name != name.strip():
+            what = "which is no name of a folder everywhere"
+        if what:
+            raise BadInput(
+                f"{where}: found a site named {name!r}, {what}",
+                remedy="another name: it is that of the site's folder and stands in logs and reports",
+            )
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded in seen:
+            raise BadInput(
+                f"{where}: found the names {seen[folded]!r} and {name!r}, expected names that differ in more than "
+                "case or spelling",
+                remedy="on some systems both would have one folder",
+            )
+        seen[folded] = name
 
 
 def identity_uri(federation: str, role: str, name: str) -> str:

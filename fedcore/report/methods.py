@@ -87,8 +87,10 @@ def _data(result: Result) -> str:
     if isinstance(result, ComparisonResult):
         text += (
             " Within each site, rows were split at random into stratified folds; "
-            f"all arms were repeated over {splits(result)}."
+            if result.folds > 1
+            else " Every site brought its own test rows; "
         )
+        text += f"all arms were repeated over {splits(result)}."
     elif isinstance(result, RunResult) and (rows := result.rows) is not None:
         apart = f", {phrases.count(rows.validation)} validation" if rows.validation else ""
         held = f"{phrases.count(rows.train)} training{apart} and {phrases.count(rows.test)} test rows{of_groups(rows)}"

@@ -66,8 +66,8 @@ def label_lines(label: str) -> list[str]:
 
 
 def splits(result: ComparisonResult) -> str:
-    """`5 seeds x 5 folds`."""
-    return f"{result.seeds} seeds x {result.folds} folds"
+    """`5 seeds x 5 folds`, or `5 seeds` where every site brings its own test rows."""
+    return f"{result.seeds} seeds" + (f" x {result.folds} folds" if result.folds > 1 else "")
 
 
 def lost(result: Result) -> list[str]:

@@ -152,7 +152,7 @@ def test_a_short_run_gets_no_advice(log, clock):
 
 
 def split(number):
-    return Split(number, 0, number - 1)
+    return Split(number, 0, number - 1, 5)
 
 
 def cell(number):
@@ -169,7 +169,7 @@ def cell(number):
 
 def test_a_comparison_names_the_splits_that_run_and_the_time_left(log, clock):
     progress = SplitsProgress(clock)
-    progress.begin(25, 5, 20, "layered")
+    progress.begin(25, 5, 5, 20, "layered")
     progress.step(split(6), doing(11, "federated"))
     progress.step(split(7), doing(11))
     clock.now += 31
@@ -188,7 +188,7 @@ def test_a_comparison_names_the_splits_that_run_and_the_time_left(log, clock):
 
 def test_many_splits_at_once_are_a_range(log, clock):
     progress = SplitsProgress(clock)
-    progress.begin(25, 0, 20, "plain")
+    progress.begin(25, 5, 0, 20, "plain")
     for number in range(1, 17):
         progress.step(split(number), doing(1))
     clock.now += 31

@@ -19,8 +19,9 @@ def test_a_failed_write_leaves_the_former_file_and_nothing_beside(tmp_path, monk
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="no space left") as failed:
         write_atomic(path, b"new")
+    assert failed.value.filename == str(path)
     assert path.read_bytes() == b"former"
     assert list(tmp_path.iterdir()) == [path]
 
