@@ -133,8 +133,8 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     facts += [prepared.job.run.device] if prepared.job.run.device != "cpu" else []
     facts += [plan.protection, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
-    if plan.initial:
-        say(f"initial: model {plan.initial[:12]} of {prepared.job.run.initial}")
+    if plan.train.initial:
+        say(f"initial: model {plan.train.initial[:12]} of {prepared.job.run.initial}")
     if any(True for _ in prepared.flat.module.buffers()):
         say(f"buffers: {prepared.flat.policy}")
     _show_findings(prepared)

@@ -206,7 +206,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
     plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
     if job.run.initial is not None:
-        plan = replace(plan, initial=model_digest(initial))
+        plan = replace(plan, train=replace(plan.train, initial=model_digest(initial)))
     federation = Federation(
         plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial,
         Leaving(named, job.round.dropout, job.run.seed), watch,

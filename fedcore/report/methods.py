@@ -41,7 +41,7 @@ def choices(result: Result, *, seeds: bool = True) -> dict[str, str]:
         "batch_size": f"batch size {phrases.plain(train.get('batch_size'))}",
         "weight_decay": f"weight decay {phrases.plain(train.get('weight_decay'))}",
         **{key: f"{key} {phrases.plain(train[key])}" for key in _IF_CHANGED if key in train},
-        "initial": f"initial model {plan['initial'][:12]}" if plan.get("initial") else "",
+        "initial": f"initial model {train['initial'][:12]}" if train.get("initial") else "",
         "arms": f"arms {phrases.listed(phrases.ARM_NAMES.get(a, phrases.plain(a)) for a in arms_of(result))}",
         "sites": phrases.plural(len(result.sites), "site"),
     }
@@ -130,8 +130,8 @@ def _training(result: Result) -> str:
     if train.get("epochs"):
         epochs = phrases.plural(int(train["epochs"]), "local epoch")
         text += f", each of {epochs} with {_optimiser(train)}{_rates(train)}"
-    if result.plan.get("initial"):
-        text += f", begun with the released model {phrases.plain(result.plan['initial'][:12])}"
+    if train.get("initial"):
+        text += f", begun with the released model {phrases.plain(train['initial'][:12])}"
     server = result.plan.get("server") or {}
     if server.get("optimiser") not in (None, "", "fedavg"):
         text += f"; the released mean was applied by {_optimiser(server)}{_rates(server)}"

@@ -318,7 +318,8 @@ class TrainPlan:
     proximal_mu: mu of FedProx's term mu/2 |w - w_global|^2 (Li et al. 2020, arXiv:1812.06127, section 3.2);
     0: none. max_grad_norm: largest L2 norm of a batch's whole gradient; None: any. lr_schedule, lr_decay,
     lr_step_rounds, warmup_rounds: how `lr` changes over the rounds (`learning.schedules.learning_rate`).
-    Raises BadInput for a decay without a schedule that uses it, and the reverse.
+    initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
+    that every site makes from the seed. Raises BadInput for a decay without a schedule that uses it, and the reverse.
     """
 
     optimiser: str = "sgd"
@@ -333,6 +334,7 @@ class TrainPlan:
     lr_decay: float = 1.0
     lr_step_rounds: int | None = None
     warmup_rounds: int = 0
+    initial: str = ""
 
     def __post_init__(self) -> None:
         if self.lr_schedule not in LR_SCHEDULES:
@@ -382,14 +384,14 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 
 _UNSTATED = {
-    "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial": "",
+    "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges",
     "initial_parts": "",
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
 UNCHANGED_TRAINING: Json = {
     "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
-    "lr_step_rounds": None, "warmup_rounds": 0,
+    "lr_step_rounds": None, "warmup_rounds": 0, "initial": "",
 }  # fmt: skip
 """Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
 as before there were any."""
@@ -419,8 +421,6 @@ class RoundPlan:
     standardise: what a table's numbers are scaled by: their public ranges ("ranges", nothing travels), or
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
-    initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
-    that every site makes from the seed.
     initial_parts: SHA-256 hex over `ModelShape.initial`: parameters and buffers that do not travel are not in a state,
     and would differ between sites unnoticed; "" for a plan of one process.
     """
@@ -445,7 +445,6 @@ class RoundPlan:
     settings: str = ""
     standardise: str = "ranges"
     cipher: str = "bfv"
-    initial: str = ""
     initial_parts: str = ""
 
     def __post_init__(self) -> None:

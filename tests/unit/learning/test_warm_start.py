@@ -70,7 +70,7 @@ def test_every_arm_begins_with_the_model_of_a_run(tmp_path):
     run = fedcore.simulate(task(), out=tmp_path / "run", **PLAIN)
     for path in (tmp_path / "run", tmp_path / "run" / FILE):
         prepared = start(path, seed=7)
-        assert prepared.plan.initial == run.result.model_sha256
+        assert prepared.plan.train.initial == run.result.model_sha256
         state = prepared.federation.state.server
         assert model_digest(state.model) == run.result.model_sha256
         expected = run.model.state_dict()
@@ -79,9 +79,9 @@ def test_every_arm_begins_with_the_model_of_a_run(tmp_path):
                 found = own.module.state_dict()
                 assert all(torch.equal(found[name], expected[name]) for name in expected)
     again = fedcore.simulate(task(), out=tmp_path / "again", initial=tmp_path / "run", **PLAIN)
-    assert again.result.plan["initial"] == run.result.model_sha256
+    assert again.result.train["initial"] == run.result.model_sha256
     assert any("begin with a trained model" in line for line in again.result.warnings)
-    assert "initial" not in run.result.plan
+    assert "initial" not in run.result.train
     assert "begun with the released model " + run.result.model_sha256[:12] in (
         (tmp_path / "again" / "report.md").read_text()
     )

@@ -459,7 +459,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
         {"task": "x"}, {"task_digest": "01"}, {"sites": ("a", "b", "d")}, {"sites": ("b", "a", "c")},
         {"packing": solve_packing(15, 4, "encrypted")}, {"packing": solve_packing(16, 5, "encrypted")},
         {"protection": "layered"}, {"parameters": 22}, {"buffer_coordinates": 1}, {"max_examples": 511},
-        {"initial": "0" * 64}, {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
+        {"rounds": 19}, {"train": TrainPlan(lr=0.1)}, {"server": ServerPlan("fedadam")},
         {"range": RangePlan(start=0.5)}, {"metric_sums": ()},
         {"inputs": "02"}, {"threshold": 2}, {"public_metrics": True, "protection": "layered"},
         {"release": "coordinator", "protection": "layered"},
