@@ -166,6 +166,12 @@ def compare(
             f"track.to: found {', '.join(complete.track.to)}, which get the rows of a run and not of a comparison",
             remedy='leave it out: --to "" (rounds.jsonl has every split)',
         )
+    if complete.round.checkpoint_every is not None:
+        raise BadInput(
+            f"round.checkpoint_every: found {complete.round.checkpoint_every}, expected none in a comparison, "
+            "which keeps no models",
+            remedy="`fedcore simulate` of one of its splits keeps them",
+        )
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")

@@ -92,7 +92,8 @@ class RoundSection(Section):
     when.
 
     validate: share of each site's training rows that no arm trains on, to judge rounds by; keep, patience: the
-    round whose model is released, and after how many rounds without a better one a run ends. In one process only.
+    round whose model is released, and after how many rounds without a better one a run ends; checkpoint_every: after
+    how many rounds the model is kept. In one process only.
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
@@ -100,6 +101,7 @@ class RoundSection(Section):
     validate: float | None = Field(default=None, gt=0, lt=1)  # type: ignore[assignment]
     keep: Literal["last", "best"] | None = None
     patience: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -199,6 +201,7 @@ class Settings(TypedDict, total=False):
     validate: float | None
     keep: Literal["last", "best"] | None
     patience: int | None
+    checkpoint_every: int | None
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
     server_lr: float
     server_momentum: float
@@ -360,10 +363,11 @@ def narrowest_policy(job: Job, sites: int) -> Json:
 
 
 def refuse_selection(job: Job) -> None:
-    """Raise BadInput where a job for a deployment chooses among its rounds: which rows of a site are apart is the
-    operator's to say, and two jobs that differ in it would show single rows (docs/decisions/0016)."""
-    chosen = {key: getattr(job.round, key) for key in ("validate", "keep", "patience")}
-    for key, value in chosen.items():
+    """Raise BadInput where a job for a deployment chooses among its rounds, or keeps more than the last: which rows
+    of a site are apart is the operator's to say, and two jobs that differ in it would show single rows
+    (docs/decisions/0016); and the coordinator has no model to keep."""
+    keys = ("validate", "keep", "patience", "checkpoint_every")
+    for key, value in ((key, getattr(job.round, key)) for key in keys):
         if value not in (None, "last"):
             raise BadInput(
                 f"round.{key}: found {value!r}, expected none: a deployment keeps its last round",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # it imports numpy, which the terminal does without
 
 
 RESULT_FILE, ROUNDS_FILE = "result.json", "rounds.jsonl"
+CHECKPOINTS = "checkpoints"
+"""Folder of the models that a run keeps every so many rounds."""
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -21,6 +21,7 @@ from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
 from fedcore.experiment.selection import VALIDATION, Selection
 from fedcore.files import (
+    CHECKPOINTS,
     RESULT_FILE,
     ROUNDS_FILE,
     append_row,
@@ -251,7 +252,13 @@ class RunWriter:
         self._destinations.close()
 
     def checkpoint(self, experiment: Experiment) -> None:
-        """The state after a whole round, replacing the one before."""
+        """The state after a whole round, replacing the one before; every so many rounds, where the job asks for it,
+        the model as well, which stays."""
+        every = self._prepared.job.round.checkpoint_every
+        if every is not None and experiment.round % every == 0:
+            path = self.directory / CHECKPOINTS / f"round-{experiment.round:04d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, self._model(experiment))
         write_atomic(self.directory / "checkpoint.pt", checkpoint_bytes(experiment.save()))
 
     def forget(self) -> None:
@@ -271,14 +278,20 @@ class RunWriter:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(self.directory / ROUNDS_FILE, text.encode())
 
+    def _model(self, experiment: Experiment) -> bytes:
+        """The file of the federated model. Where statistics are each site's own, it has their mean."""
+        sites, state = experiment.federation.sites, experiment.federated.state
+        if self._prepared.job.round.buffers == "local":
+            return sites[0].exported_average(state, sites)
+        return sites[0].exported(state)
+
     def finish(self, experiment: Experiment, result: RunResult) -> None:
-        """The model and the result; the checkpoint goes. Where statistics are each site's own, the model has their
-        mean, and a model of every site with its own is beside it."""
+        """The model and the result; the checkpoint goes. Where statistics are each site's own, a model of every site
+        with its own is beside it."""
         sites, state = experiment.federation.sites, experiment.federated.state
         with single_thread():
-            models = {MODEL_FILE: sites[0].exported(state)}
+            models = {MODEL_FILE: self._model(experiment)}
             if self._prepared.job.round.buffers == "local":
-                models[MODEL_FILE] = sites[0].exported_average(state, sites)
                 for site in sites:
                     name = f"model-{quote(site.site.id, safe='')}.safetensors"
                     models[name] = site.exported(state)

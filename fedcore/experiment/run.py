@@ -7,6 +7,7 @@ for by `force`; nothing that exists is lost otherwise.
     job.json       what was asked for, to run it again            result.json    arms, gaps, cost, label
     model.safetensors  the federated model, the statistics and the column order
     report.html, report.md                                        checkpoint.pt, splits/  only while unfinished
+    checkpoints/   round-0005.safetensors ...: the model after every so many rounds, where the job asks for it
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
-from fedcore.files import RESULT_FILE, read_json, read_result, read_rounds
+from fedcore.files import CHECKPOINTS, RESULT_FILE, read_json, read_result, read_rounds
 from fedcore.results import ComparisonResult, Interval, ListedRun, RoundRow, RunResult
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class Run(_Finished[RunResult]):
 
     def __init__(self, directory: Path, task: Task | None = None) -> None:
         super().__init__(directory, RunResult)
-        self._task = task
+        self._task, self._file = task, self.directory
         self._model: SavedModel | None = None
 
     @property
@@ -247,6 +248,25 @@ class Run(_Finished[RunResult]):
             )
             warnings.warn(text, stacklevel=2)
         return model.module
+
+    @property
+    def checkpoints(self) -> Mapping[int, Path]:
+        """{round: file of the model after it}, of a run with `checkpoint_every`."""
+        files = sorted((self.directory / CHECKPOINTS).glob("round-*.safetensors"))
+        return {int(file.stem.removeprefix("round-")): file for file in files}
+
+    def after(self, round_: int) -> Run:
+        """The run with the model after a round that was kept, for `model`, `predict`, `inputs` and `export`; its
+        result stays that of the whole run. Raises BadInput where no model of that round was kept."""
+        if round_ not in self.checkpoints:
+            kept = ", ".join(map(str, self.checkpoints)) or "none"
+            raise BadInput(
+                f"{self.directory}: found no model of round {round_}, expected one of: {kept}",
+                remedy="checkpoint_every=1 keeps the model of every round",
+            )
+        found = Run(self.directory, self._task)
+        found._file = self.checkpoints[round_]
+        return found
 
     def inputs(self, rows: object) -> Tensor:
         """Raw rows, as `predict` takes them, to what `model` takes: (n, ...), scaled and encoded as in training.
@@ -284,7 +304,7 @@ class Run(_Finished[RunResult]):
         from fedcore.learning.saved import load_model
 
         if self._model is None:
-            self._model = load_model(self.directory, self._task)
+            self._model = load_model(self._file, self._task)
             if text := self._model.warning:
                 warnings.warn(text, stacklevel=3)
         return self._model

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fedcore.errors import BadInput, printable
-from fedcore.files import RESULT_FILE, read_json
+from fedcore.files import CHECKPOINTS, RESULT_FILE, read_json
 from fedcore.learning.data.array_files import read_array
 from fedcore.learning.data.rows import (
     RowLayout,
@@ -199,6 +199,8 @@ def load_model(path: Path, task: Task | None) -> SavedModel:
     without a job.json: the current folder may have an unrelated file of that name.
     """
     directory, file = (path, path / FILE) if path.is_dir() else (path.parent, path)
+    if directory.name == CHECKPOINTS:
+        directory = directory.parent
     about, tensors = read_model_file(file)
     if task is None:
         if not about["task"]:
