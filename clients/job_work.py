@@ -43,6 +43,9 @@ from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
 
+CLIPPED_WORTH_SAYING = 0.01
+"""Share of clipped coordinates of a round above which a site's log has a line."""
+
 APPROVAL_SECONDS = 1.0
 """How often the file of an approval is polled."""
 
@@ -276,6 +279,12 @@ class JobWork:
         folder = self.context.folder / "jobs" / self.id
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
         append_row(folder, row)
+        if (row.clipped_fraction or 0.0) > CLIPPED_WORTH_SAYING:
+            LOG.warning(
+                "job %s: round %d: %.3g %% of the coordinates of all sites' updates were beyond the range and "
+                "clipped; it is %g in the next round",
+                self.id, row.round, 100 * (row.clipped_fraction or 0.0), row.next_range,
+            )  # fmt: skip
         return events.Tracked(asked.certificate, row)
 
     async def seal(self, asked: effects.SealCheckpoint) -> None:

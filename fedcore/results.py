@@ -571,7 +571,9 @@ class SiteRow(JsonRecord):
 
     here: of the released model on this site's test rows; alone: of a model trained on this site's rows only;
     gained: their difference. everywhere_before: over the test rows of all `sites`, of the model that the round
-    started from. reference: the gap of `everywhere_before` to a registered value.
+    started from. reference: the gap of `everywhere_before` to a registered value. clipped_fraction: share of all
+    coordinates of the round's updates that were beyond the range, and clipped; next_range: R of the next round;
+    both of an update only.
     """
 
     round: int
@@ -582,7 +584,9 @@ class SiteRow(JsonRecord):
     gained: ByMetric = field(default_factory=dict)
     everywhere_before: ByMetric
     reference: ReferenceGap | None = None
-    _left_out = ("reference",)
+    clipped_fraction: float | None = None
+    next_range: float | None = None
+    _left_out = ("reference", "clipped_fraction", "next_range")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,10 @@
 Invariant: R is a power of two times its start R_0, moves by one step a round at most, never exceeds
 4 R_0, and follows from integer sums alone, so every site computes the same R. It grows only when at
 least two sites exceed it, so one lying site cannot widen what it may then fill.
+
+A calibrated R_0 is measured anew where the updates of every site in the sum have outgrown it (`outgrown`): so
+updates that were tiny at calibration are not clipped for ever. R is then at most 4 times what every site was
+seen to exceed, so a lying site gets no more of it than honest updates are large.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,9 @@ MOST_GROWTH = 4.0
 
 LEAST_EXCEEDING = 2
 """Sites that must exceed R before it grows."""
+
+UNSEEN = 2.0**-6
+"""R after a calibration that saw no update, once every site has one: what it is then is known of no site."""
 
 
 def exceeds(over: int, coordinates: int) -> bool:
@@ -54,6 +61,26 @@ def next_bound(
     if Fraction(over_half, values) < TOO_FEW_OVER_HALF:
         return max(bound / 2, plan.lowest)
     return bound
+
+
+def outgrown(over: int, values: int, plan: RangePlan, *, sites: int, survivors: int) -> bool:
+    """Whether R_0 is to be measured anew: every survivor put the mark that it exceeds R, and more than half of
+    all coordinates do. Not for a range that the job states: that one is public and stays.
+
+    sites: how many put it. A lying site can claim any count, but not the marks of the honest ones.
+    """
+    every = sites == survivors >= LEAST_EXCEEDING
+    return (
+        plan.adaptive and plan.start is None and every and Fraction(over, values) > Fraction(1, 2)
+    )
+
+
+def measured_anew(bound: float, first: float, plan: RangePlan) -> tuple[float, float]:
+    """(R, R_0) after a round in which the updates of all sites had outgrown R: 4 R, which also becomes R_0 unless
+    it was larger. From the smallest R_0 there is, of a calibration that saw no update, UNSEEN at least."""
+    least = UNSEEN if first <= 2.0 ** CALIBRATION_EXPONENTS[0] else 0.0
+    grown = min(max(bound * MOST_GROWTH, least), plan.highest)
+    return max(grown, bound), max(grown, first)
 
 
 def exceedance_counts(update: FloatVector) -> list[int]:

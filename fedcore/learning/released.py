@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcore.errors import ImpossibleSum
-from fedcore.learning.adaptive_range import MOST_GROWTH, calibrated_bound, next_bound
+from fedcore.learning.adaptive_range import (
+    MOST_GROWTH,
+    calibrated_bound,
+    measured_anew,
+    next_bound,
+    outgrown,
+)
 from fedcore.learning.data import statistics
 from fedcore.learning.optimisers import apply_update, largest_step
 from fedcore.secagg.encode.pack import Opened
@@ -75,13 +81,17 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
     moved = apply_update(server, mean, plan.parameters, plan.server)
     over, over_half = opened.wides["over_range"][0], opened.wides["over_half_range"][0]
-    bound = next_bound(
-        server.bound, over, over_half, contributors * plan.coordinates, plan.range,
-        first=server.first_bound, sites=sum(opened.wides[EXCEEDS]),
-    )  # fmt: skip
+    values, first = contributors * plan.coordinates, server.first_bound
+    marked = sum(opened.wides[EXCEEDS])
+    if outgrown(over, values, plan.range, sites=marked, survivors=contributors):
+        bound, first = measured_anew(server.bound, first, plan.range)
+    else:
+        bound = next_bound(
+            server.bound, over, over_half, values, plan.range, first=first, sites=marked
+        )
     with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
         check_finite([moved.model, *moved.moments.values()])
-    return replace(state, server=replace(moved, bound=bound))
+    return replace(state, server=replace(moved, bound=bound, first_bound=first))
 
 
 def measured(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:

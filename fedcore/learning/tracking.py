@@ -51,6 +51,9 @@ class Tracker:
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
             "alone": alone, "gained": gained, "everywhere_before": everywhere,
         }  # fmt: skip
+        if "over_range" in wides:
+            row["clipped_fraction"] = wides["over_range"][0] / (sites * self._plan.coordinates)
+            row["next_range"] = state.server.bound
         if (reference := local.job.track.reference) is not None:
             row["reference"] = reference.against(everywhere)
         return row

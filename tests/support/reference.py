@@ -441,8 +441,13 @@ def federation(
             parameters[place] += (number - offset) * step * (cap / weight)
         ranges_.append(bound)
         overs.append(beyond)
-        if settings.adaptive and stayed:
-            count = len(stayed) * len(parameters)
+        count = len(stayed) * len(parameters)
+        calibrated = settings.adaptive and settings.start is None
+        if calibrated and 2 * beyond > count and exceeding == len(stayed) >= 2:
+            smallest = first == 2.0**-16
+            bound = min(max(4 * bound, 2.0**-6 if smallest else bound), 2.0**10)
+            first = max(first, bound)
+        elif settings.adaptive and stayed:
             bound = next_range(bound, beyond, beyond_half, count, first, exceeding)
         model = arms["federated"].model = np.array(parameters).astype(np.float32)
         note(arms["federated"], task, reports, shared(model), test)

@@ -14,6 +14,8 @@ from fedcore.learning.adaptive_range import (
     calibrated_bound,
     exceedance_counts,
     exceeds,
+    measured_anew,
+    outgrown,
 )
 from fedcore.learning.adaptive_range import next_bound as rule
 from fedcore.learning.optimisers import init_state
@@ -142,7 +144,94 @@ def test_a_calibrated_range_clips_at_most_one_in_a_thousand_and_half_of_it_would
         assert np.count_nonzero(np.abs(update) > bound / 2) * 1000 > len(update)
 
 
+# ---------------------------------------------------------------------------- measured anew
+
+
+CALIBRATED = RangePlan()
+
+
+@pytest.mark.parametrize(
+    ("over", "sites", "plan", "found"),
+    [
+        (501, 4, CALIBRATED, True),
+        (1000, 4, CALIBRATED, True),
+        (500, 4, CALIBRATED, False),  # half of them is not more than half
+        (1000, 3, CALIBRATED, False),  # one honest site does not exceed it
+        (1000, 1, CALIBRATED, False),
+        (1000, 4, RangePlan(start=0.5), False),  # the job stated it
+        (1000, 4, RangePlan(adaptive=False), False),
+    ],
+)
+def test_a_range_is_outgrown_where_every_site_marks_it_and_most_coordinates_exceed(
+    over, sites, plan, found
+):
+    assert outgrown(over, 1000, plan, sites=sites, survivors=4) is found
+
+
+def test_one_survivor_alone_does_not_outgrow_a_range():
+    assert not outgrown(1000, 1000, CALIBRATED, sites=1, survivors=1)
+
+
+def test_a_range_that_was_outgrown_is_four_times_as_wide_and_the_new_start():
+    assert measured_anew(0.5, 0.5, CALIBRATED) == (2.0, 2.0)
+    assert measured_anew(0.5, 8.0, CALIBRATED) == (2.0, 8.0), "the start never becomes smaller"
+    assert measured_anew(512.0, 512.0, CALIBRATED) == (1024.0, 1024.0), "the plan's highest"
+    assert measured_anew(1024.0, 512.0, CALIBRATED) == (1024.0, 1024.0)
+
+
+def test_after_a_calibration_that_saw_no_update_it_begins_where_updates_usually_are():
+    smallest = 2.0**-16
+    assert measured_anew(smallest, smallest, CALIBRATED) == (2.0**-6, 2.0**-6)
+    assert measured_anew(smallest / 8, smallest, CALIBRATED) == (2.0**-6, 2.0**-6)
+    assert measured_anew(2 * smallest, 2 * smallest, CALIBRATED)[0] == 8 * smallest
+
+
+@given(st.integers(-16, 7), st.integers(-20, 9), st.integers(-20, 12))
+def test_whatever_the_updates_a_range_is_at_most_four_times_what_every_site_exceeded(
+    started, at, size
+):
+    """All coordinates of all sites are of one size; the range grows until they fit, in the fewest rounds."""
+    first, bound = 2.0**started, min(2.0**at, 4 * 2.0**started)
+    update, rounds = 2.0**size * 0.99, 0
+    while outgrown(1000 * (update > bound), 1000, CALIBRATED, sites=4, survivors=4):
+        before = bound
+        bound, first = measured_anew(bound, first, CALIBRATED)
+        rounds += 1
+        assert bound <= max(4 * before, 2.0**-6) and first <= max(2.0**started, bound)
+        if bound == before == CALIBRATED.highest:
+            return
+    assert update <= bound
+    assert bound <= max(4 * update, 2.0**-6, 2.0**at), "of a calibration that saw nothing: 2^-6"
+    assert rounds <= 17
+
+
 # ------------------------------------------------------------------------------ in a release
+
+
+def release(marks, counts, bound=2.0**-8, **changes):
+    """The server state after a round of four sites with five parameters, calibrated to `bound`."""
+    plan = RoundPlan(
+        "t", "0" * 64, ("a", "b", "c", "d"), "masked", solve_packing(8, 4, "masked"), 5, 0, 64, 3,
+        TrainPlan(), ServerPlan(), RangePlan(**changes),
+    )  # fmt: skip
+    state = JobState(init_state(np.zeros(5, dtype=np.float32), 5, plan.server, bound))
+    wides = {"weight": [4 * 64], "over_range": [counts], "over_half_range": [counts]}
+    opened = Opened(np.full(5, 4 * 128, dtype=np.uint64), wides | {EXCEEDS: marks})
+    return applied(plan, state, OpenedSum(opened, plan.sites)).server
+
+
+def test_a_lying_site_that_claims_every_count_widens_nothing_while_one_honest_site_fits():
+    """The attack: one site puts the largest count that is possible for all, and its own mark."""
+    for marks in ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]):
+        found = release(marks, counts=4 * 5)
+        assert found.first_bound == 2.0**-8 and found.bound <= 2.0**-7
+    control = release([1, 1, 1, 1], counts=4 * 5)
+    assert (control.bound, control.first_bound) == (2.0**-6, 2.0**-6)
+
+
+def test_a_stated_range_stays_within_four_times_though_all_sites_exceed_it():
+    found = release([1, 1, 1, 1], counts=4 * 5, start=2.0**-8)
+    assert (found.bound, found.first_bound) == (2.0**-7, 2.0**-8)
 
 
 def test_a_release_widens_the_range_where_two_sites_put_the_mark_and_not_for_one():
