@@ -63,7 +63,9 @@ def commands(markdown: str) -> list[str]:
 
 def label(text: str) -> list[str]:
     """The words of the label as a run prints it, whatever the width it was wrapped at."""
-    found = re.search(r"^Protects against: .*?(?=^round )", text, re.DOTALL | re.MULTILINE)
+    found = re.search(
+        r"^Protects against: .*?(?=^(?:hint:|round ))", text, re.DOTALL | re.MULTILINE
+    )
     return found.group().split() if found else []
 
 
