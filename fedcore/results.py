@@ -327,14 +327,22 @@ class Origin(JsonRecord):
     reproduce: str = ""
 
 
+@dataclass(frozen=True)
+class Judged(JsonRecord):
+    """What the arms' scores are held against; `Result` describes the entries."""
+
+    constant: ConstantResult | None = None
+    best: Mapping[str, BestRound] | None = None
+    kept: str | None = None
+    _left_out = ("constant", "best", "kept")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result(JsonRecord):
     """What a run and a comparison share.
 
     lower_is_better: the metrics that are errors; None in files of before it was stated. gap: {part: {metric:
-    what was lost}}, positive means lost. constant: None where the task evaluates itself; of a comparison the mean.
-    best: {arm: its best round}, None where no rows were kept apart to judge by; kept: `best` where the scores and the
-    released model are of these rounds, None where they are of the last one.
+    what was lost}}, positive means lost.
     plan, train: as `plan.json` has them. warnings: sentences.
     """
 
@@ -348,9 +356,6 @@ class Result(JsonRecord):
     lower_is_better: tuple[str, ...] | None = None
     gap: Mapping[str, Mapping[str, Interval]]
     per_site: Mapping[str, SiteResult]
-    constant: ConstantResult | None = None
-    best: Mapping[str, BestRound] | None = None
-    kept: str | None = None
     model: ModelFacts = ModelFacts()
     cost: Cost = Cost()
     sums: SumFacts = SumFacts()
@@ -371,6 +376,26 @@ class Result(JsonRecord):
         if one is None or other is None:
             return None
         return other - one if self.is_error(metric) else one - other
+
+    @property
+    @abstractmethod
+    def judged(self) -> Judged:
+        """What the arms' scores are held against."""
+
+    @property
+    def constant(self) -> ConstantResult | None:
+        """None where the task evaluates itself; of a comparison the mean."""
+        return self.judged.constant
+
+    @property
+    def best(self) -> Mapping[str, BestRound] | None:
+        """{arm: its best round}, None where no rows were kept apart to judge by."""
+        return self.judged.best
+
+    @property
+    def kept(self) -> str | None:
+        """`best` where the scores and the released model are of these rounds, None where they are of the last one."""
+        return self.judged.kept
 
     @property
     @abstractmethod
@@ -416,13 +441,14 @@ class RunResult(Result):
     model_sha256: str = ""
     arms: Mapping[str, ArmResult]
     site_mean: Mapping[str, ByMetric] = field(default_factory=dict)
+    judged: Judged = Judged()
     protected: ProtectedMetrics = ProtectedMetrics()
     seen: UpdateExposure | None = None
     statistics: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     deployment: DeployedRun | None = None
-    _beside = ("cost", "sums", "absences", "origin", "protected")
-    _left_out = ("constant", "convergence", "best", "kept", "deployment")
+    _beside = ("cost", "sums", "absences", "origin", "judged", "protected")
+    _left_out = ("convergence", "deployment")
 
     @property
     def arm_names(self) -> Sequence[str]:
@@ -444,7 +470,8 @@ class ComparisonResult(Result):
     folds: int
     arms: Mapping[str, Mapping[str, Spread]]
     cells: tuple[SplitResult, ...]
-    _left_out = ("constant", "best", "kept")
+    judged: Judged = Judged()
+    _beside = ("cost", "sums", "absences", "origin", "judged")
 
     @property
     def arm_names(self) -> Sequence[str]:
