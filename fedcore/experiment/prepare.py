@@ -114,7 +114,8 @@ class Prepared:
     def _notes_on_initial(self) -> list[str]:
         if self.job.run.initial is None:
             return []
-        scale = scale_note(Path(self.job.run.initial), self.statistics)
+        targets = self.federation.sites[0].target_scale(self.federation.state)
+        scale = scale_note(Path(self.job.run.initial), self.statistics, targets)
         seen = (
             "All arms begin with a trained model. If it has seen rows that are test rows here, every score is too "
             "good."

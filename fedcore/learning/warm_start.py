@@ -5,6 +5,7 @@ the model is left out, so the job begins with the file's model and no other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import RowLayout
 from fedcore.learning.data.statistics import Statistics
+from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.saved import FILE, read_model_file
 from fedcore.types import Json
 
@@ -45,14 +47,17 @@ def start_from(path: Path, module: nn.Module, layout: RowLayout | None) -> None:
     module.load_state_dict(tensors)
 
 
-def scale_note(path: Path, statistics: Statistics | None) -> str:
-    """A warning where the model was trained on numbers in another scale than `statistics`, else ""."""
-    found: Json | None = read_model_file(_file(path), what="initial")[0].get("statistics")
+def scale_note(path: Path, statistics: Statistics | None, targets: TargetScale | None) -> str:
+    """A warning where the model was trained on numbers or targets in another scale than these, else ""."""
+    about = read_model_file(_file(path), what="initial")[0]
+    found: Json | None = about.get("statistics")
     now = statistics.to_json() if statistics else None
-    if found is None or now is None or all(found[part] == now[part] for part in ("mean", "std")):
+    same = found is None or now is None or all(found[n] == now[n] for n in ("mean", "std"))
+    if same and about.get("target") == (asdict(targets) if targets else None):
         return ""
+    what = "targets" if same else "numbers"
     return (
-        "The initial model was trained on numbers in another scale (other ranges or statistics), so the first "
+        f"The initial model was trained on {what} in another scale (other ranges or statistics), so the first "
         "rounds may be worse than it was."
     )
 

@@ -23,4 +23,6 @@ assert_type(fedcore.compare("heart", seeds=2), fedcore.Comparison)
 assert_type(fedcore.load(Path("runs/latest")), fedcore.Run | fedcore.Comparison)
 
 fedcore.simulate("heart", rounds="three")  # pyright: ignore[reportArgumentType]
+fedcore.simulate("heart", initial=Path("runs/latest"), proximal_mu=0.1, lr_schedule="cosine")
+fedcore.simulate("heart", lr_schedule="cosin")  # pyright: ignore[reportArgumentType]
 fedcore.simulate("heart", no_such_setting=1)  # pyright: ignore[reportCallIssue]

@@ -166,6 +166,25 @@ def test_another_scale_than_the_models_is_a_warning(tmp_path):
     assert other[1].startswith("The initial model was trained on numbers in another scale")
 
 
+@pytest.mark.usefixtures("no_drawings")
+def test_another_scale_of_the_targets_is_a_warning_too(tmp_path):
+    def stays(**changes):
+        def rows(source):
+            x, y = data(source)
+            return x, (y * 10.0).astype("f4")
+
+        return task(
+            data=rows, model=lambda: nn.Linear(3, 1), metrics=("mae",),
+            loss=lambda outputs, targets: (outputs.squeeze(1) - targets).square().mean(), **changes,
+        )  # fmt: skip
+
+    fedcore.simulate(stays(target_range=(0, 20)), out=tmp_path / "run", **PLAIN)
+    assert len(start(tmp_path / "run", stays(target_range=(0, 20))).notes_on_start) == 1
+    for changes in ({"target_range": (0, 40)}, {}):
+        _, scale = start(tmp_path / "run", stays(**changes)).notes_on_start
+        assert scale.startswith("The initial model was trained on targets in another scale")
+
+
 def test_the_path_counts_from_the_folder_of_the_job_file(tmp_path):
     (tmp_path / "job.toml").write_text('task = "heart"\ninitial = "runs/one"\n')
     job = build_job(read_job_file(tmp_path / "job.toml"))
