@@ -89,7 +89,10 @@ def losses_by_statistics(
     task: Task, module: nn.Module, rows: Rows, *, seed: int, site: str
 ) -> tuple[float, float] | None:
     """(mean loss with the statistics that the model has, with the site's own) over training rows, of which more than
-    MOST_ROWS are evenly spaced; None for a task without a loss. The module has the site's own afterwards."""
+    MOST_ROWS are evenly spaced; None for fewer than two rows, which have no variance, and for a task that evaluates
+    itself, whose batches may be for nothing else. The module has the site's own afterwards."""
+    if task.evaluate is not None or len(rows) < 2:
+        return None
     picked = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64)
     some = rows.take(picked)
     before = probe(task, module, some, seed=seed, round_=0, site=site).loss

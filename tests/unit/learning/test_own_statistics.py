@@ -101,6 +101,25 @@ def test_the_warning_needs_a_shift_and_statistics(data, norm):
     assert warned is (data is shifted and isinstance(norm, nn.BatchNorm1d))
 
 
+def test_a_task_that_evaluates_itself_is_not_asked_for_the_warning():
+    """Its batches may fit its own loops only."""
+
+    def train(model, data, fit):
+        for x, _ in data.batches(fit.batch_size, None):
+            model.train()(x[:, :4])
+
+    def evaluate(model, data):
+        return {"right": (1.0, 2.0)}
+
+    def wide(source):
+        x, y = shifted(source)
+        return np.concatenate([x, x], axis=1), y
+
+    made = task("first layer", wide, train=train, evaluate=evaluate, metrics=("right",))
+    found = result(made, rounds=1, arms=("federated",))
+    assert not any("BatchNorm) do not fit" in line for line in found.warnings)
+
+
 def rows(count, seed=0):
     random = np.random.default_rng(seed)
     x = torch.from_numpy(random.normal(2.0, 3.0, size=(count, 4)).astype("f4"))
