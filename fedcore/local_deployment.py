@@ -9,6 +9,7 @@ whole process group after ten seconds.
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import select
@@ -30,12 +31,16 @@ import tomli_w
 
 from fedcore import errors
 from fedcore.files import write_atomic
-from fedcore.identity.authority import LOOPBACK, Authority
+from fedcore.identity.authority import LOOPBACK, Authority, host_name
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, write_roster
 from fedcore.identity.peer import check_sites
+from fedcore.identity.preflight import authority_of, endpoint
 from fedcore.types import Json, SiteId
 
 HOST = "127.0.0.1"
+PORT = 7443
+"""Of a coordinator on another machine, where no other is given."""
+
 COORDINATOR = "coordinator"
 
 GRACE_SECONDS = 10.0
@@ -53,11 +58,18 @@ _SITE = (sys.executable, "-P", "-m", "fedcore_clients.cli")
 
 @dataclass(frozen=True)
 class Deployment:
-    """The files of a federation. folder: everything is below it."""
+    """The files of a federation. folder: everything is below it. host, port: of the coordinator, as the sites
+    reach it."""
 
     folder: Path
     port: int
     sites: tuple[SiteId, ...]
+    host: str = HOST
+
+    @property
+    def address(self) -> str:
+        """`host:port`, as the configuration files have it."""
+        return authority_of(self.host, self.port)
 
     def site(self, name: SiteId) -> Path:
         return self.folder / "sites" / name
@@ -83,7 +95,7 @@ class Deployment:
     def operate(self, *words: str) -> list[str]:
         """A command line of the operator's."""
         kit = str(self.folder / "operator" / "kit")
-        place = ("--coordinator", f"{HOST}:{self.port}", "--kit", kit)
+        place = ("--coordinator", self.address, "--kit", kit)
         return [*_COORDINATOR, *words, *place, "--json"]
 
     def export(self, site: SiteId, job: str, out: Path) -> list[str]:
@@ -108,25 +120,27 @@ def write(
     policy: Mapping[str, Any],
     split: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
+    address: tuple[str, int] | None = None,
 ) -> Deployment:
     """Write the files of a federation: an authority, kits, keys, rosters, configuration.
 
     sites: {site: the [tasks] of its site.toml}. job: the tables of job.toml. policy, split: [policy] and
-    [split] of every site.toml. limits: of federation.toml. Raises BadInput for a site's id or data that such
-    files cannot hold.
+    [split] of every site.toml. limits: of federation.toml. address: host and port of the coordinator, which its
+    certificate names too, for sites on other machines; None: a free port on loopback, for processes of this one.
+    Raises BadInput for a site's id or data that such files cannot hold.
     """
     check_sites(sites, deployed=True)
     now = datetime.now(UTC)
-    with socket.socket() as probe:  # a free port
-        probe.bind((HOST, 0))
-        deployment = Deployment(folder, probe.getsockname()[1], tuple(sites))
+    host, port = address or (HOST, _free_port())
+    deployment = Deployment(folder, port, tuple(sites), host)
     authority = Authority.create(federation, now)
     authority.save(folder / "authority")
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
     for each in (deployment.coordinator, deployment.job.parent):
         each.mkdir(parents=True, exist_ok=True)
     authority.issue("operator", "operator", now).save(folder / "operator" / "kit")
-    kit = authority.issue(COORDINATOR, COORDINATOR, now, hosts=LOOPBACK)
+    kit = authority.issue(
+        COORDINATOR, COORDINATOR, now, hosts=tuple(dict.fromkeys((*LOOPBACK, host)))
+    )
     kit.save(deployment.coordinator / "kit")
     pins = {}
     for name in sites:
@@ -134,25 +148,57 @@ def write(
         home.mkdir(parents=True)
         authority.issue("site", name, now).save(home / "kit")
         pins[name] = create_identity(home / IDENTITY_FILE).public
+    waits = {} if address else {"gather_seconds": GATHER_SECONDS}
     federation_toml = {
         "name": federation, "roster": ROSTER_FILE, "kit": "kit", "folder": "state",
-        "listen": [HOST], "port": deployment.port,
-        "limits": {"gather_seconds": GATHER_SECONDS, **(limits or {})},
+        "listen": [_listens(host)], "port": port, "limits": {**waits, **(limits or {})},
     }  # fmt: skip
     _write_toml(deployment.coordinator / "federation.toml", federation_toml)
     write_roster(deployment.coordinator / ROSTER_FILE, pins)
     for name, tasks in sites.items():
         write_roster(deployment.site(name) / ROSTER_FILE, pins)
         site_toml = {
-            "site": name, "coordinator": f"{HOST}:{deployment.port}", "kit": "kit",
+            "site": name, "coordinator": deployment.address, "kit": "kit",
             "identity": IDENTITY_FILE, "roster": ROSTER_FILE, "folder": "state",
             "split": dict(split or {}), "policy": policy, "tasks": tasks,
         }  # fmt: skip
         _write_toml(deployment.site(name) / "site.toml", site_toml)
     _write_toml(deployment.job, job)
-    operator_toml = {"coordinator": f"{HOST}:{deployment.port}", "kit": "kit"}
+    operator_toml = {"coordinator": deployment.address, "kit": "kit"}
     _write_toml(deployment.job.with_name("operator.toml"), operator_toml)
     return deployment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listens(host: str) -> str:
+    """Where the coordinator of this host listens: on a loopback address alone, else on every address, since the
+    machine may have the one that sites use from a router."""
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return "::"  # IPv4 as well
+    if found.is_loopback:
+        return host
+    return "::" if found.version == 6 else "0.0.0.0"  # noqa: S104 - it is for other machines
+
+
+def address_from(text: str) -> tuple[str, int]:
+    """(host, port) of `HOST` or `HOST:PORT`, an IPv6 address in brackets. Raises BadInput for what is no address of
+    a coordinator, or of none in particular."""
+    bare = text.endswith("]") or ":" not in text
+    host, port = endpoint(f"{text}:{PORT}" if bare else text, "--address")
+    host_name(host)
+    if host in {"0.0.0.0", "::"}:  # noqa: S104 - it is refused
+        raise errors.BadInput(
+            f"--address: found {host}, which is every address, expected the one that sites reach the coordinator at"
+        )
+    return host, port
 
 
 def _write_toml(path: Path, tables: Mapping[str, Any]) -> None:
@@ -228,7 +274,7 @@ class Running:
             self.check()
             with (
                 contextlib.suppress(OSError),
-                socket.create_connection((HOST, self.deployment.port), 1.0),
+                socket.create_connection((self.deployment.host, self.deployment.port), 1.0),
             ):
                 return
             time.sleep(0.05)
@@ -261,6 +307,7 @@ def running(
     with _terminable():
         try:
             for name, line in commands.items():
+                deployment.log(name).parent.mkdir(parents=True, exist_ok=True)
                 with deployment.log(name).open("ab") as log:
                     found.processes[name] = subprocess.Popen(  # noqa: S603
                         line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -195,9 +195,20 @@ def up(
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST[:PORT]",
+            help="Also write the files for other machines, with a coordinator there; default port: 7443.",
+        ),
+    ] = None,
 ) -> None:
     """Run a deployment on this machine: a coordinator and one process a site over TLS, then `simulate`."""
     _starting("up", job, settings)
+    from fedcore.local_deployment import address_from
+
+    elsewhere = None if address is None else address_from(address)
     say("loading torch")
     from fedcore.cli import up as rehearsal
     from fedcore.experiment.forked import ticking
@@ -206,12 +217,17 @@ def up(
 
     def ready(prepared: Prepared, path: Path) -> None:
         _show_header(prepared, path)
-        say("started here; the same on other machines is the deployment:")
+        say("started here; on other machines (--address) it is the deployment:")
 
     with closing(bar), ticking(bar.tick):
         listener = rehearsal.Listener(ready, bar.begin, bar.row, bar.step, say, _quiet)
-        run = rehearsal.rehearse(_layers(job, settings), listener, out=out, force=force)
+        run = rehearsal.rehearse(
+            _layers(job, settings), listener, out=out, force=force, address=elsewhere
+        )
     _show_result(run.result, run.directory, as_json)
+    if elsewhere is not None:
+        for line in rehearsal.machine_lines(run, elsewhere):
+            say(line)
     rehearsal.require_equal(run)
     say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
 

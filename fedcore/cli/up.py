@@ -27,6 +27,7 @@ from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
 from fedcore.hash_order import hash_seed
 from fedcore.identity.peer import check_sites
+from fedcore.identity.preflight import authority_of
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Deployment, Running, ask, running, write
@@ -36,6 +37,10 @@ from fedcore.secagg.purposes import trains
 
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""
+
+
+MACHINES = "machines"
+"""Folder of a run with the files for other machines, beside `deployment/`, those of the run itself."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,14 @@ def rehearse(
     *,
     out: Path | None = None,
     force: bool = False,
+    address: tuple[str, int] | None = None,
 ) -> Run:
     """Deploy the job here, run it, stop it, and run it again in this process; returns the finished run.
 
-    `run.result.deployment.equal` is whether both gave the same model. Raises FedcoreError; no process is left
-    running, and nothing is written for bad input. After Abandoned the logs are kept.
+    address: host and port of a coordinator elsewhere; then the files for it and its sites are written too, with
+    keys of their own, into MACHINES of the run's directory. `run.result.deployment.equal` is whether both gave the
+    same model. Raises FedcoreError; no process is left running, and nothing is written for bad input. After Abandoned
+    the logs are kept.
     """
     task, job = job_for(None, *layers)
     _refuse(task, job)
@@ -80,7 +88,10 @@ def rehearse(
         listener.say(f"deployment: {len(deployed.round_seconds)} rounds, every process ended")
         listener.say("the same job in this process, for the comparison")
         listener.begin(*_size(prepared))
-        return _finish(prepared, writer, deployed, model, listener)
+        run = _finish(prepared, writer, deployed, model, listener)
+        if address is not None:
+            _write(prepared, directory / MACHINES, address)
+        return run
 
 
 def _size(prepared: Prepared) -> tuple[int, int, str]:
@@ -146,7 +157,7 @@ def _deployed(
     return about, model if len(found) == 1 else None
 
 
-def _write(prepared: Prepared, folder: Path) -> Deployment:
+def _write(prepared: Prepared, folder: Path, address: tuple[str, int] | None = None) -> Deployment:
     task, plan = prepared.task, prepared.plan
     origin = _installed(task, prepared.job)
     sites = {
@@ -160,7 +171,8 @@ def _write(prepared: Prepared, folder: Path) -> Deployment:
     policy = narrowest_policy(prepared.job, len(sites))
     run = prepared.job.run  # the folds of `simulate`, so that both give the same model
     split = FoldSplit(run.seed, run.fold, run.folds).to_json()
-    return write(folder, "rehearsal", sites, tables, policy=policy, split=split)
+    name = "federation" if address else "rehearsal"
+    return write(folder, name, sites, tables, policy=policy, split=split, address=address)
 
 
 def _installed(task: Task, job: Job) -> str:
@@ -250,6 +262,18 @@ def _finish(
         model.replace(kept)
     write_report(directory)
     return Run(directory, prepared.task)
+
+
+def machine_lines(run: Run, address: tuple[str, int]) -> list[str]:
+    """What to do with the files for other machines."""
+    host, folder = address[0], run.directory / MACHINES
+    return [
+        f"files for other machines, with a coordinator at {authority_of(*address)}: {folder}",
+        f"  coordinator/  to {host}: fed-coordinator serve --config federation.toml",
+        "  sites/NAME/   to each site, where site.toml gets its own task and source: fed-site check; fed-site run",
+        "  operator/     to whoever submits jobs: fed-coordinator submit job.toml",
+        "  authority/    stays here: whoever reads its key can act as any of them",
+    ]
 
 
 def require_equal(run: Run) -> None:

@@ -106,7 +106,7 @@ class Authority:
                 f"authority of {self.federation!r}: found its end at {ends:%Y-%m-%d}, expected one to come"
             )
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
-        names = [x509.UniformResourceIdentifier(uri), *map(_host, hosts)]
+        names = [x509.UniformResourceIdentifier(uri), *map(host_name, hosts)]
         subject = _distinguished(self.federation, f"{role} {name}")
         issuer, public = self.certificate.subject, key.public_key()
         signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
@@ -164,7 +164,8 @@ def _distinguished(federation: str, common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(kind, text) for kind, text in names.items()])
 
 
-def _host(host: str) -> x509.GeneralName:
+def host_name(host: str) -> x509.GeneralName:
+    """A host as a certificate names it. Raises BadInput."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:

@@ -92,6 +92,7 @@ def show(console: Console, renderable: RenderableType) -> None:
     with console.capture() as capture:
         console.print(renderable, crop=False)
     console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    console.file.flush()
 
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
