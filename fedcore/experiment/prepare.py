@@ -201,10 +201,15 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     largest = max(map(len, sites))
     max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
     flat = _build(task, job, sites)
-    findings = lines(each for one in loaded for each in one.findings(task, job, flat))
+    looks = [one.look(task, job, flat) for one in loaded]
+    findings = lines(each for look in looks for each in look.findings)
+    adds_rows = looks[0].adds_rows
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
-    trainers = [SiteTrainer(task, job, site, flat, transport, initial, watch) for site in sites]
+    trainers = [
+        SiteTrainer(task, job, site, flat, transport, initial, watch, adds_rows=adds_rows)
+        for site in sites
+    ]
     plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
     if job.run.initial is not None:
         plan = replace(plan, train=replace(plan.train, initial=model_digest(initial)))

@@ -6,6 +6,7 @@ On the CPU nothing is moved.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def rows_beside(module: nn.Module, rows: Rows) -> Rows:
     device = device_of(module)
     if device == _CPU or not isinstance(rows, ArrayRows):
         return rows
-    return ArrayRows(rows.x.to(device), rows.y.to(device), rows.scale)
+    return replace(rows, x=rows.x.to(device), y=rows.y.to(device))
 
 
 def moved(batch: Any, device: torch.device) -> Any:

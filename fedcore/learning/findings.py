@@ -77,6 +77,14 @@ class Finding:
     remedy: str
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one look at a site found. adds_rows: whether the loss of a batch is the sum over its rows."""
+
+    findings: Sequence[Finding]
+    adds_rows: bool = False
+
+
 def lines(findings: Iterable[Finding]) -> list[tuple[str, str]]:
     """(warning, hint) of each kind, with the first site's values and the number of the other sites."""
     kinds: dict[str, list[Finding]] = {}
@@ -89,7 +97,7 @@ def lines(findings: Iterable[Finding]) -> list[tuple[str, str]]:
     return found
 
 
-def findings_of(
+def look_at(
     task: Task,
     flat: FlatModel,
     site: SiteId,
@@ -99,7 +107,7 @@ def findings_of(
     *,
     train_rows: int,
     scales: bool,
-) -> list[Finding]:
+) -> Look:
     """What is probably wrong with a task at one site.
 
     flat: the untrained model. rows: some training rows as inputs. parts: the site's rows as they are. train_rows:
@@ -110,7 +118,7 @@ def findings_of(
     found = [each for table in tables for each in _of_table(site, table)]
     _refuse_no_batch(task, site, rows, train_rows)
     if not has_loss(task):
-        return found
+        return Look(found)
     flat.module.eval()
     code = task_code(site, None, "model, task.predict or task.loss")
     with seeded(seed, 0, site, "findings"), code, _first_inputs(flat.module) as inputs:
@@ -126,10 +134,12 @@ def findings_of(
         else:
             found += _of_regression(task, site, targets, scaled=scales or rows.scale is not None)
     with seeded(seed, 0, site, "findings"), task_code(site, None, "loss"), torch.no_grad():
-        _refuse_loss(task, site, outputs, rows.scale.to_model(targets) if rows.scale else targets)
+        scaled = rows.scale.to_model(targets) if rows.scale else targets
+        _refuse_loss(task, site, outputs, scaled)
+        adds_rows = _adds_rows(task.loss, outputs, scaled)
     for metric in known:  # refuses shapes that it does not read, and top-k of too few classes
         metric.sums(_array(outputs.double()), _array(targets))
-    return found + _of_inputs(site, rows, inputs)
+    return Look(found + _of_inputs(site, rows, inputs), adds_rows)
 
 
 def _refuse_no_batch(task: Task, site: SiteId, rows: Rows, train_rows: int) -> None:
@@ -372,6 +382,16 @@ def _refuse_loss(task: Task, site: SiteId, outputs: Tensor, targets: Tensor) -> 
             f"{tuple(targets.shape)}, which it broadcasts to every pair of two rows, expected one shape",
             remedy="outputs.squeeze(1) in the loss, or targets.unsqueeze(1)",
         )
+
+
+def _adds_rows(loss: Callable[[Any, Any], Any], outputs: Tensor, targets: Tensor) -> bool:
+    """Whether twice the rows have twice the loss, and not the same."""
+    try:
+        once = float(loss(outputs, targets))
+        twice = float(loss(torch.cat([outputs, outputs]), torch.cat([targets, targets])))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a loss with needs of its own
+        return False
+    return once != 0 and abs(twice - 2 * once) < 1e-3 * abs(once)
 
 
 def _dtype_cause(outputs: Tensor, targets: Tensor, said: str) -> tuple[str, str] | None:

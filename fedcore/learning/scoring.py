@@ -28,6 +28,7 @@ from fedcore.learning.training import (
     batch_norm_needs_two,
     lone_row_breaks,
     loss_of,
+    per_row,
     place,
     predict,
     task_code,
@@ -98,7 +99,8 @@ def probe(
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):
             out, target = predict(task, module, batch)
-            losses.append((float(loss_of(task, rows, out, target)), len(target)))
+            loss = per_row(rows, float(loss_of(task, rows, out, target)), len(target))
+            losses.append((loss, len(target)))
             outputs.append(_as_array(out))
             targets.append(np.asarray(target.detach().cpu().numpy()).reshape(len(target), -1))
     stacked = np.concatenate(outputs)
@@ -206,7 +208,7 @@ def training_loss(
         for batch in rows.batches(EVALUATION_BATCH, picked):
             outputs, targets = predict(task, module, batch)
             size = len(targets)
-            total += float(loss_of(task, rows, outputs, targets)) * size
+            total += per_row(rows, float(loss_of(task, rows, outputs, targets)), size) * size
             count += size
     return total / count if count else 0.0
 

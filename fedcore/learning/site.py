@@ -33,7 +33,7 @@ from fedcore.learning.data.split import Split, ValidationPart, subsample
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.data.targets import SIZES, TargetScale, sizes
 from fedcore.learning.device import require_device
-from fedcore.learning.findings import Finding
+from fedcore.learning.findings import Look
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, seeded
@@ -149,14 +149,14 @@ class LoadedSite:
         parts = [rows.groups for rows in (self.everything, self.test) if rows is not None]
         return len({group for part in parts if part is not None for group in part.tolist()})
 
-    def findings(self, task: Task, job: Job, flat: FlatModel) -> list[Finding]:
+    def look(self, task: Task, job: Job, flat: FlatModel) -> Look:
         """What is probably wrong with the task here. Raises BadInput and TaskFailed for what certainly is."""
         parts = [part for part in (self.everything, self.test) if part is not None]
         reads = isinstance(self.rows.train, DatasetRows)
         rows = first_rows(self.rows, findings.ROWS_READ if reads else findings.ROWS)
         if task.target_range is not None and not isinstance(rows, TableRows):
-            rows = rows.with_scale(TargetScale.of_range(*task.target_range))
-        return findings.findings_of(
+            rows = rows.for_loss(TargetScale.of_range(*task.target_range), adds_rows=False)
+        return findings.look_at(
             task, flat, self.rows.id, rows, parts, job.run.seed, train_rows=len(self.rows.train),
             scales=learns_scale(task, job, self.rows.train),
         )  # fmt: skip
@@ -231,7 +231,7 @@ class SiteTrainer:
     site: its rows as they are. flat: the model's one flat view, overwritten at each use. initial: (d,) float32,
     the model that the job begins with. watch: counts seconds. note: for the site's log, or "". rows: SHA-256
     of the rows, hex. report: of the last training. digests: of the model at the start; empty in one process,
-    which compares the models themselves.
+    which compares the models themselves. adds_rows: as in `ArrayRows`.
     """
 
     task: Task
@@ -245,6 +245,7 @@ class SiteTrainer:
     rows: str = ""
     report: TrainReport | None = None
     digests: tuple[str, ...] = ()
+    adds_rows: bool = False
 
     def __post_init__(self) -> None:
         self.public: Statistics | None = None
@@ -264,7 +265,8 @@ class SiteTrainer:
         loaded = load_site(task, split, name, 0, source, max_examples)
         flat = model_of(task, job, loaded.rows)
         initial, digests = flat.read(), flat.digests()
-        said = findings.lines(loaded.findings(task, job, flat))
+        look = loaded.look(task, job, flat)
+        said = findings.lines(look.findings)
         note = " ".join(
             filter(None, [loaded.note, *(f"{text} (hint: {hint})." for text, hint in said)])
         )
@@ -272,6 +274,7 @@ class SiteTrainer:
         return cls(
             task, job, loaded.rows, flat, transport, initial,
             note=note, rows=rows_digest(*loaded.whole), digests=digests,
+            adds_rows=look.adds_rows,
         )  # fmt: skip
 
     @property
@@ -342,7 +345,9 @@ class SiteTrainer:
             if inputs is not None:
                 assert isinstance(rows, TableRows)
                 rows = rows.standardise(inputs)
-            return rows if scale is None or isinstance(rows, TableRows) else rows.with_scale(scale)
+            if isinstance(rows, TableRows):
+                return rows
+            return rows.for_loss(scale, adds_rows=self.adds_rows)
 
         site = self.site
         apart = None if site.validation is None else scaled(site.validation)

@@ -189,6 +189,11 @@ def loss_of(task: Task, rows: Rows, outputs: Any, targets: Any) -> Any:
     return task.loss(outputs, targets if rows.scale is None else rows.scale.to_model(targets))
 
 
+def per_row(rows: Rows, loss: float, count: int) -> float:
+    """The loss of a batch of so many of these rows, for each of them."""
+    return loss / count if rows.adds_rows else loss
+
+
 def local_train(
     task: Task,
     module: nn.Module,
@@ -287,7 +292,7 @@ def _own_loop(
                 nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
             optimiser.step()
             steps += 1
-            total += float(loss.detach())
+            total += per_row(rows, float(loss.detach()), len(targets))
         seen += len(order)
     return TrainReport(steps, seen, total / steps if steps else None)
 

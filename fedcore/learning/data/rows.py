@@ -55,23 +55,26 @@ class ArrayRows:
     """Rows in memory: `x` (rows, ...) and `y` (rows, ...); a batch is the tuple `(x, y)`.
 
     scale: of the targets of a regression, which the loss sees scaled; None for others. groups: None where every
-    row stands for itself.
+    row stands for itself. adds_rows: whether the loss of a batch is the sum over its rows, and not their mean.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     scale: TargetScale | None = None
     groups: Groups | None = None
+    adds_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, indices: Indices) -> ArrayRows:
         picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return ArrayRows(self.x[picked], self.y[picked], self.scale, _some(self.groups, indices))
+        groups = _some(self.groups, indices)
+        return replace(self, x=self.x[picked], y=self.y[picked], groups=groups)
 
-    def with_scale(self, scale: TargetScale) -> ArrayRows:
-        return replace(self, scale=scale)
+    def for_loss(self, scale: TargetScale | None, *, adds_rows: bool) -> ArrayRows:
+        """The same rows, with what the loss makes of a batch of them."""
+        return replace(self, scale=scale, adds_rows=adds_rows)
 
     def with_groups(self, groups: Groups) -> ArrayRows:
         return replace(self, groups=groups)
@@ -158,6 +161,7 @@ class TableRows:
     groups: Groups | None = None
     ids: Mapping[str, int] = field(default_factory=dict)
     scale: ClassVar[None] = None
+    adds_rows: ClassVar[bool] = False
 
     @property
     def unknown(self) -> dict[str, int]:
@@ -231,6 +235,7 @@ class DatasetRows:
         self._hashed: list[list[bytes]] = []
         self._groups: Groups | None = None
         self.scale: TargetScale | None = None
+        self.adds_rows = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -250,10 +255,11 @@ class DatasetRows:
         taken.indices = self.indices[np.asarray(indices, dtype=np.int64)]
         return taken
 
-    def with_scale(self, scale: TargetScale) -> DatasetRows:
-        scaled = copy(self)
-        scaled.scale = scale
-        return scaled
+    def for_loss(self, scale: TargetScale | None, *, adds_rows: bool) -> DatasetRows:
+        """The same rows, with what the loss makes of a batch of them."""
+        same = copy(self)
+        same.scale, same.adds_rows = scale, adds_rows
+        return same
 
     def labels(self) -> Indices | None:
         """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
@@ -369,9 +375,8 @@ def _pool_arrays(parts: Sequence[ArrayRows]) -> ArrayRows:
             f"sites: found rows of different shapes ({seen}), expected one shape",
             remedy="task.data must return the same columns and target type for every site",
         )
-    return ArrayRows(
-        torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), parts[0].scale
-    )
+    x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+    return ArrayRows(x, y, parts[0].scale, adds_rows=parts[0].adds_rows)
 
 
 def _pool_tables(parts: Sequence[TableRows]) -> TableRows:
@@ -397,8 +402,7 @@ def _pool_datasets(parts: Sequence[DatasetRows]) -> DatasetRows:
         union, parts[0].collate, parts[0].batch_size, site="all sites", known_labels=[labels],
         drop_last=parts[0].drop_last,
     )  # fmt: skip
-    pooled.scale = parts[0].scale
-    return pooled
+    return pooled.for_loss(parts[0].scale, adds_rows=parts[0].adds_rows)
 
 
 def copied(rows: Rows) -> Rows:
