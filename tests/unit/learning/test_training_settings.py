@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedcore.config import TrainSection, build_job, plan_of, settings_digest, wire_settings
+from fedcore.config import (
+    TrainSection,
+    build_job,
+    plan_of,
+    read_settings,
+    settings_digest,
+    wire_settings,
+)
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.arms import Alone
 from fedcore.experiment.prepare import job_for, prepare
@@ -26,6 +33,7 @@ from fedcore.secagg.plan import (
     ModelShape,
     RoundPlan,
     TrainPlan,
+    canonical,
 )
 from fedcore.types import SiteId
 
@@ -311,6 +319,15 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
         assert plan(**{setting: later[setting]}).digest != plan().digest
     names = {each.name for each in fields(TrainPlan)}
     assert names - {"initial"} == set(TrainSection.model_fields) - {"standardise"}
+
+
+def test_a_deployed_site_reads_the_training_of_the_job_from_what_travels():
+    job = build_job({
+        "optimiser": "adamw", "proximal_mu": 0.1, "max_grad_norm": 2.0, "lr_schedule": "step", "lr_decay": 0.5,
+        "lr_step_rounds": 4, "warmup_rounds": 2, "buffers": "local",
+    })  # fmt: skip
+    there = build_job(read_settings(canonical(wire_settings(job))))
+    assert (there.train, there.round) == (job.train, job.round)
 
 
 def test_a_job_without_the_later_settings_has_the_digests_it_always_had():
