@@ -201,6 +201,9 @@ def _tracked_lines(row: SiteRow) -> Iterator[str]:
         before = _value(row.everywhere_before.get(name))
         words.append(f"all {row.sites} sites, a round before: {before}")
         yield f"  {'; '.join(words)}"
+    if row.clipped_fraction and row.next_range is not None:
+        share, bound = 100 * row.clipped_fraction, row.next_range
+        yield f"  {share:.3g} % of all coordinates of round {row.round} clipped; range {bound:g} next"
     if (to := row.reference) is not None:
         yield f"  {to.metric} of {to.source}: {_value(to.value)}; gap {_value(to.gap, '+')}"
 

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
@@ -295,9 +296,46 @@ def worth_a_line(record: logging.LogRecord) -> bool:
     return not (gone and record.name.startswith("grpc."))
 
 
+class Repeated(logging.Filter):
+    """Lets a warning or error through once, and again after pauses that double, with how often it came meanwhile.
+
+    clock: in seconds. A message counts as the same by its logger, level and text, as they are written; one with a
+    traceback is always logged.
+    """
+
+    FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
+    MOST = 1000
+    """Different messages that are remembered; the oldest ones are forgotten first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._known: dict[tuple[str, int, str], tuple[float, float, int]] = {}
+        """{message: (due again, the pause after that, times left out)}"""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.exc_info:
+            return True
+        text, now = record.getMessage(), self._clock()
+        key = record.name, record.levelno, text
+        due, pause, left_out = self._known.pop(key, (now, self.FIRST_PAUSE, 0))
+        if now < due:
+            self._known[key] = due, pause, left_out + 1
+            return False
+        if now - due > self.LONGEST_PAUSE:  # it had stopped
+            pause = self.FIRST_PAUSE
+        self._known[key] = now + pause, min(2 * pause, self.LONGEST_PAUSE), 0
+        if len(self._known) > self.MOST:
+            del self._known[next(iter(self._known))]
+        if left_out:
+            record.msg, record.args = f"{text} ({left_out} times more since it was last logged)", ()
+        return True
+
+
 def start_logging() -> None:
     """Log records from INFO on to stderr: text on a terminal, JSON lines otherwise."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(worth_a_line)
+    handler.addFilter(Repeated())
     handler.setFormatter(TextLines() if sys.stderr.isatty() else JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -76,6 +76,14 @@ def _read_frame(read: Callable[[int], bytes]) -> Frame:
     return head, [read(length) for length in lengths]
 
 
+def _end_with_reader(pipe: int) -> None:
+    """End this process once nothing can read from a pipe any more: its reader ended, by kill -9 perhaps."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # errors only
+    poll.poll()
+    os._exit(1)
+
+
 class Parent:
     """The streams to the process that started this one."""
 
@@ -85,9 +93,11 @@ class Parent:
     @classmethod
     def of_this_process(cls) -> Parent:
         """Use standard input and output for frames: what is printed from now on goes to standard error, and
-        standard input is at its end for all other readers."""
+        standard input is at its end for all other readers. This process ends with its parent, whatever it does
+        then: one that trains would notice only when it is done."""
         answers = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
+        threading.Thread(target=_end_with_reader, args=(answers.fileno(),), daemon=True).start()
         requests = os.fdopen(os.dup(0), "rb")
         with Path(os.devnull).open("rb") as nothing:
             os.dup2(nothing.fileno(), 0)

@@ -13,7 +13,7 @@ from grpc._cython import cygrpc
 
 import fedcore
 from fedcore.cli import console
-from fedcore.cli.console import JsonLines, TextLines, ago, start_logging, waiting_text
+from fedcore.cli.console import JsonLines, Repeated, TextLines, ago, start_logging, waiting_text
 
 NOW = datetime(2026, 11, 21, 14, 0, 30).timestamp()  # noqa: DTZ001 - as a clock on the wall shows it
 
@@ -112,3 +112,57 @@ def test_every_program_prints_its_version_and_plain_help(name, capsys):
             console.run(app, name, [*command, "-h"])
         said = capsys.readouterr().out
         assert ended.value.code == 0 and said.startswith("Usage: ") and "\\[" not in said
+
+
+# ------------------------------------------------------------------------------ repeated records
+
+
+class Lines:
+    """A logger whose handler has the filter, and a clock that is set by hand."""
+
+    def __init__(self):
+        self.now, self.said = 0.0, []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.said.append((self.now, record.getMessage()))
+        handler.addFilter(Repeated(lambda: self.now))
+        self.logger = logging.getLogger(f"fedcore.test.{id(self)}")
+        self.logger.propagate = False
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(handler)
+
+
+def test_a_repeated_warning_is_logged_once_and_then_after_growing_pauses():
+    lines = Lines()
+    for second in range(1000):
+        lines.now = float(second)
+        lines.logger.warning("site %s: away", "b")
+    assert [at for at, _ in lines.said] == [0.0, 60.0, 180.0, 420.0, 900.0]
+    assert [text for _, text in lines.said[:2]] == [
+        "site b: away", "site b: away (59 times more since it was last logged)",
+    ]  # fmt: skip
+
+
+def test_other_warnings_and_what_is_no_warning_are_logged_each_time():
+    lines = Lines()
+    for number in range(3):
+        lines.logger.warning("site %s: away", "abc"[number])
+        lines.logger.info("round over")
+        lines.logger.error("site a: away")
+    assert len(lines.said) == 3 + 3 + 1
+
+
+def test_a_warning_that_had_stopped_for_long_begins_again():
+    lines = Lines()
+    for second in (0.0, 60.0, 180.0, 10_000.0, 10_030.0, 10_060.0):
+        lines.now = second
+        lines.logger.warning("disk full")
+    assert [at for at, _ in lines.said] == [0.0, 60.0, 180.0, 10_000.0, 10_060.0]
+
+
+def test_only_so_many_messages_are_remembered():
+    lines = Lines()
+    for number in range(Repeated.MOST + 1):
+        lines.logger.warning("site %d: away", number)
+    lines.logger.warning("site 0: away")
+    lines.logger.warning("site 5: away")
+    assert len(lines.said) == Repeated.MOST + 2

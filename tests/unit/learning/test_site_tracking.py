@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fedcore_clients.status import _tracked_lines
 
 import fedcore
 from fedcore.config import build_job, plan_of
@@ -14,6 +15,7 @@ from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
 from fedcore.learning.tracking import Tracker
+from fedcore.results import SiteRow
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.protocol.schedule import first_step, step_after
 
@@ -75,6 +77,26 @@ def test_everywhere_is_what_the_protected_sums_say(recorded):
     assert all(
         found[-1]["everywhere_before"] == last["everywhere_before"] for found in rows.values()
     )
+
+
+def test_a_row_says_how_much_of_its_round_was_clipped(recorded):
+    rows, run = recorded
+    first, second = (row for row in run.rounds if row.arm == "federated")
+    for found in rows.values():
+        assert found[0]["clipped_fraction"] == first["clipped_fraction"]
+        assert found[0]["next_range"] == second["range"]
+        assert "clipped_fraction" not in found[-1], "it has no update"
+
+
+@pytest.mark.parametrize(("clipped", "lines"), [(None, []), (0.0, []), (0.973, [
+    "  97.3 % of all coordinates of round 3 clipped; range 0.0625 next"
+])])  # fmt: skip
+def test_the_status_of_a_site_says_it_too(clipped, lines):
+    row = SiteRow(
+        round=3, purpose="update", sites=4, everywhere_before={}, clipped_fraction=clipped,
+        next_range=None if clipped is None else 0.0625,
+    )  # fmt: skip
+    assert list(_tracked_lines(row)) == lines
 
 
 def test_the_gap_to_a_registered_value_is_signed_like_every_gap(recorded):

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -219,6 +220,38 @@ def test_a_child_ends_with_the_stream_of_its_parent():
     answers = io.BytesIO()
     Parent(io.BytesIO(frame(b'{"blobs": []}')), answers).serve(lambda head, blobs: (head, blobs))
     assert answers.getvalue() == frame(b'{"blobs": []}')
+
+
+BUSY_CHILD = """
+import time
+from fedcore.runtime.pipes import Parent
+def busy(head, blobs):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        {work}
+Parent.of_this_process().serve(busy)
+"""
+KILLED = """
+import os, signal, sys, time
+from fedcore.runtime.pipes import Child
+worker = Child("a worker", [sys.executable, "-c", {code!r}])
+worker.start()
+worker.send({{}})
+time.sleep(0.1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    "work", ["pass", "time.sleep(60)", "sum(range(10**6))", "sorted(range(10**6))"]
+)
+def test_a_busy_child_ends_within_five_seconds_after_its_parent_was_killed(work):
+    """Both hold this test's standard error open: it is at its end when neither runs."""
+    code = KILLED.format(code=BUSY_CHILD.format(work=work))
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert parent.wait(timeout=30) == -signal.SIGKILL
+    _, said = parent.communicate(timeout=5)
+    assert said == b""
 
 
 def test_the_environment_of_a_child_is_this_one_and_its_own_variables():
