@@ -115,7 +115,8 @@ def look_at(
     certainly wrong, and TaskFailed where the task's code raises.
     """
     tables = [part for part in parts[:1] if isinstance(part, TableRows)]
-    found = [each for table in tables for each in _of_table(site, table)]
+    found = [each for part in parts[:1] for each in _of_ids(site, part)]
+    found += [each for table in tables for each in _of_table(site, table)]
     _refuse_no_batch(task, site, rows, train_rows)
     if not has_loss(task):
         return Look(found)
@@ -221,16 +222,27 @@ def _of_inputs(site: SiteId, rows: Rows, inputs: Sequence[Tensor]) -> list[Findi
     ]  # fmt: skip
 
 
+def _of_ids(site: SiteId, rows: Rows) -> list[Finding]:
+    """Columns with ids of persons, some of them in several rows, that are no group."""
+    if isinstance(rows, ArrayRows):
+        return []
+    way = 'fedcore.table(..., group="{}")'
+    if isinstance(rows, DatasetRows):
+        way = 'fedcore.grouped(dataset, dataset["{}"])'
+    return [
+        Finding(
+            site, f"ids {name}",
+            f"found {ids} different values of {name!r} in {len(rows)} rows, and rows of one may be on both "
+            "sides of a split: then a model recognises them, and every score is too high",
+            f"{way.format(name)} keeps rows with one value together",
+        )
+        for name, ids in rows.ids.items()
+    ]  # fmt: skip
+
+
 def _of_table(site: SiteId, rows: TableRows) -> list[Finding]:
     """Values of a table outside what it declares."""
     found, count = [], len(rows)
-    for name, ids in rows.ids.items():
-        found.append(Finding(
-            site, f"ids {name}",
-            f"found {ids} different values of {name!r} in {count} rows, and rows of one may be on both "
-            "sides of a split: then a model recognises them, and every score is too high",
-            f'fedcore.table(..., group="{name}") keeps rows with one value together',
-        ))  # fmt: skip
     for name, other in rows.unknown.items():
         if other > SHARE * count:
             found.append(Finding(

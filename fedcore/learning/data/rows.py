@@ -33,7 +33,14 @@ from torch.utils.data import (
 
 from fedcore.errors import BadInput, FedcoreError
 from fedcore.learning.data.canonical import REMEDY, digests_of, item_digest
-from fedcore.learning.data.groups import Grouped, Groups, group_digests, refuse_shared
+from fedcore.learning.data.groups import (
+    Grouped,
+    Groups,
+    group_digests,
+    holds_ids,
+    named_as_ids,
+    refuse_shared,
+)
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
@@ -234,6 +241,8 @@ class DatasetRows:
         self._labels = list(known_labels)
         self._hashed: list[list[bytes]] = []
         self._groups: Groups | None = None
+        self.ids: Mapping[str, int] = {}
+        """{column: how many different ids it holds}, as of `TableRows`; of Hugging Face datasets only."""
         self.scale: TargetScale | None = None
         self.adds_rows = False
 
@@ -247,7 +256,7 @@ class DatasetRows:
 
     def with_groups(self, groups: Groups) -> DatasetRows:
         found = copy(self)
-        found._groups = groups  # noqa: SLF001 - its own copy
+        found._groups, found.ids = groups, {}  # noqa: SLF001 - its own copy
         return found
 
     def take(self, indices: Indices) -> DatasetRows:
@@ -505,7 +514,12 @@ def _rows_of_dataset(
         f"{where}: the length of {type(dataset).__name__}",
         remedy="a map-style dataset defines __len__ and __getitem__",
     ):
-        return DatasetRows(dataset, collate, batch_size, site=where)
+        rows = DatasetRows(dataset, collate, batch_size, site=where)
+        if is_hugging_face(dataset):
+            named = filter(named_as_ids, dataset.column_names)
+            values = {name: list(dataset.with_format(None)[name]) for name in named}
+            rows.ids = {name: ids for name in values if (ids := holds_ids(name, values[name]))}
+        return rows
 
 
 def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:

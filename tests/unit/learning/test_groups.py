@@ -340,3 +340,16 @@ def test_a_run_warns_of_repeated_ids_until_they_are_a_group(tmp_path):
     assert "found 3 different values of 'patient' in 12 rows" in text
     assert 'fedcore.table(..., group="patient") keeps rows with one value together' in text
     assert "different values of 'patient'" not in warned(group="patient")
+
+
+def test_a_hugging_face_dataset_is_asked_for_its_ids_too():
+    datasets = pytest.importorskip("datasets")
+    found = datasets.Dataset.from_dict(
+        {"x": X.tolist(), "label": Y.tolist(), "patient": PEOPLE.tolist()}
+    )
+    rows, _ = load_rows(task(found), None, "a")
+    assert dict(rows.ids) == {"patient": 3}
+    rows, _ = load_rows(task(fedcore.grouped(found, found["patient"])), None, "a")
+    assert dict(rows.ids) == {} and len(ids(rows)) == 3
+    rows, _ = load_rows(task(found.remove_columns("patient")), None, "a")
+    assert dict(rows.ids) == {}
