@@ -166,6 +166,11 @@ def compare(
             f"track.to: found {', '.join(complete.track.to)}, which get the rows of a run and not of a comparison",
             remedy='leave it out: --to "" (rounds.jsonl has every split)',
         )
+    if complete.track.keep_scores:
+        raise BadInput(
+            "track.keep_scores: found true, expected false in a comparison, which keeps the scores of no single rows",
+            remedy="`fedcore simulate --keep-scores` with the seed and fold of one of its splits keeps them",
+        )
     if complete.round.checkpoint_every is not None:
         raise BadInput(
             f"round.checkpoint_every: found {complete.round.checkpoint_every}, expected none in a comparison, "

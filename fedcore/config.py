@@ -128,7 +128,8 @@ class Reference(Section):
 class TrackSection(Section):
     """[track]: the arms, bootstrap resamples, a value to compare with, and whether metrics are public.
 
-    to: services that get the rows of a run in one process, beside its folder."""
+    to: services that get the rows of a run in one process, beside its folder. keep_scores: keep the scores of single
+    rows there as well (`experiment/scores.py`)."""
 
     arms: Annotated[
         tuple[Literal["centralised", "local_only", "federated_float", "federated"], ...],
@@ -141,6 +142,7 @@ class TrackSection(Section):
     to: Annotated[
         tuple[Literal["mlflow", "wandb", "tensorboard"], ...], BeforeValidator(_from_words)
     ] = ()
+    keep_scores: bool = False
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -155,6 +157,11 @@ KEYS: dict[str, str] = {
     key: section for section, model in SECTIONS.items() for key in model.model_fields
 }
 """Setting -> its section; setting names are unique across sections."""
+
+SWITCHES = frozenset(
+    key for m in SECTIONS.values() for key, f in m.model_fields.items() if f.annotation is bool
+)
+"""Settings that are on or off: as a flag without a value they are on."""
 
 
 class Settings(TypedDict, total=False):
@@ -215,6 +222,7 @@ class Settings(TypedDict, total=False):
     reference: Mapping[str, object] | None
     public_metrics: bool
     to: Sequence[str] | str
+    keep_scores: bool
 
 
 @dataclass(frozen=True)
@@ -273,7 +281,7 @@ def wire_settings(job: Job) -> Json:
     whole = {key: value for key, value in job.to_json().items() if key not in _OF_ONE_MACHINE}
     for section in filter(None, SECTIONS):
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
-    del whole["track"]["to"]  # of the machine that has the rows
+    del whole["track"]["to"], whole["track"]["keep_scores"]  # of the machine that has the rows
     return whole | {"train": plan.without_unchanged(whole["train"])}
 
 

@@ -158,6 +158,11 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
             f"track.to: found {', '.join(job.track.to)}, expected none: nothing of a deployed job is sent elsewhere",
             remedy="leave it out: `fed-coordinator watch --json` and rounds.jsonl have its rounds",
         )
+    if job.track.keep_scores:
+        raise BadInput(
+            "track.keep_scores: found true, expected false: the scores of single rows leave no site",
+            remedy="leave it out; a simulation keeps them on its own machine",
+        )
     given = task.with_settings(job.task_settings).given
     complete = wire_settings(replace(job, task_settings=given))
     about = frames.json_bytes({"settings": complete})

@@ -156,13 +156,19 @@ def _as_settings(args: Sequence[str], own: set[str]) -> list[str]:
             found.append(flag)
             continue
         if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise errors.BadInput(
-                    f"{flag}: found no value, expected one", remedy=f"{flag} VALUE"
-                )
-            value = rest.pop(0)
+            alone = not rest or rest[0].startswith("--")
+            value = _alone(flag) if alone else rest.pop(0)
         found += ["--set", f"{name[2:].replace('-', '_')}={value}"]
     return found
+
+
+def _alone(flag: str) -> str:
+    """The value of a flag that stands without one: a switch is on. Raises BadInput for any other setting."""
+    from fedcore.config import SWITCHES
+
+    if flag[2:].replace("-", "_").rpartition(".")[2] not in SWITCHES:
+        raise errors.BadInput(f"{flag}: found no value, expected one", remedy=f"{flag} VALUE")
+    return "true"
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:

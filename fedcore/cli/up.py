@@ -165,7 +165,9 @@ def _write(prepared: Prepared, folder: Path, address: tuple[str, int] | None = N
         for name, source in resolve_sites(task, prepared.job).items()
     }
     tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
-    tables["track"] = {k: v for k, v in tables["track"].items() if k != "to"}  # of the run here
+    tables["track"] = {
+        k: v for k, v in tables["track"].items() if k not in ("to", "keep_scores")
+    }  # of the run here
     # Every site must make the same plan, and no site reveals its number of rows.
     tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
     policy = narrowest_policy(prepared.job, len(sites))

@@ -19,6 +19,8 @@ from fedcore.experiment.destinations import Destinations
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
+from fedcore.experiment.scores import FILE as SCORES_FILE
+from fedcore.experiment.scores import refuse_unscored, scores_file
 from fedcore.experiment.selection import VALIDATION, Selection
 from fedcore.files import (
     CHECKPOINTS,
@@ -239,7 +241,10 @@ class RunWriter:
         self._destinations = Destinations(directory, job_json(prepared.task, prepared.job))
 
     def start(self) -> None:
-        """plan.json and job.json, before anything is trained."""
+        """plan.json and job.json, before anything is trained. Raises BadInput where scores are to be kept and the
+        task has none."""
+        if self._prepared.job.track.keep_scores:
+            refuse_unscored(self._prepared.task)
         write_json(self.directory / "plan.json", self._prepared.plan_json())
         write_json(self.directory / "job.json", job_json(self._prepared.task, self._prepared.job))
         (self.directory / ROUNDS_FILE).touch()
@@ -286,8 +291,8 @@ class RunWriter:
         return sites[0].exported(state)
 
     def finish(self, experiment: Experiment, result: RunResult) -> None:
-        """The model and the result; the checkpoint goes. Where statistics are each site's own, a model of every site
-        with its own is beside it."""
+        """The model, the scores of single rows if the job keeps them, and the result; the checkpoint goes. Where
+        statistics are each site's own, a model of every site with its own is beside it."""
         sites, state = experiment.federation.sites, experiment.federated.state
         with single_thread():
             models = {MODEL_FILE: self._model(experiment)}
@@ -295,6 +300,10 @@ class RunWriter:
                 for site in sites:
                     name = f"model-{quote(site.site.id, safe='')}.safetensors"
                     models[name] = site.exported(state)
+            if self._prepared.job.track.keep_scores:
+                at = experiment.go_back()
+                scorings = {name: arm.evaluate(at[name]) for name, arm in experiment.arms.items()}
+                models[SCORES_FILE] = scores_file(self._prepared, scorings)
         for name, model in models.items():
             write_atomic(self.directory / name, model)
         write_json(self.directory / RESULT_FILE, result.to_json())

@@ -29,7 +29,7 @@ from fedcore.learning.data.rows import (
     load_rows,
     rows_digest,
 )
-from fedcore.learning.data.split import Split, ValidationPart, subsample
+from fedcore.learning.data.split import Split, ValidationPart, capped, divided
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.data.targets import SIZES, TargetScale, sizes
 from fedcore.learning.device import require_device
@@ -100,12 +100,8 @@ def load_site(
     """
     with seeded(0, 0, name, "data"):  # of no job: every job has the same rows
         everything, test = whole = load_rows(task, source, name)
-        if cap is not None:
-            everything, test = subsample(split, everything, test, name, cap)
-        train, tested = (everything, test) if test is not None else split.divide(everything, name)
-        apart = None
-        if validation is not None:
-            train, apart = validation.divide(train, name)
+        everything, test = capped(split, everything, test, name, cap)
+        train, tested, apart = divided(split, everything, test, name, validation)
     return LoadedSite(SiteRows(name, index, train, tested, apart), everything, test, whole)
 
 

@@ -32,6 +32,8 @@ FILES = {
     "rounds.jsonl": "one line for each arm and round: `pandas.read_json('rounds.jsonl', lines=True)`",
     "model.safetensors": "the released model: `fedcore.load(folder).model` is the torch module, `.predict(rows)` "
     "takes raw rows; `safetensors.torch.load_file` reads the tensors alone",
+    "scores.npz": "outputs, targets and split of every row: `numpy.load('scores.npz')`; it says something of single "
+    "rows, so keep it where the simulation ran",
     "plan.json": "what the sites and the coordinator agreed on",
     "job.json": "the settings",
     "report.md": "this report as Markdown",

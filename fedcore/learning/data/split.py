@@ -189,6 +189,24 @@ Split = FoldSplit | HashSplit
 a keyed number for each row, which the cap is part of. `to_json` has the key: for the site's own processes only."""
 
 
+def capped(
+    split: Split, rows: Rows, test: Rows | None, site: str, cap: int | None
+) -> tuple[Rows, Rows | None]:
+    """`subsample` where there is a cap."""
+    return (rows, test) if cap is None else subsample(split, rows, test, site, cap)
+
+
+def divided(
+    split: Split, rows: Rows, test: Rows | None, site: str, validation: ValidationPart | None
+) -> tuple[Rows, Rows, Rows | None]:
+    """(rows that train, rows that test, rows of the validation part or None). test: a part that the task brought."""
+    train, tested = (rows, test) if test is not None else split.divide(rows, site)
+    if validation is None:
+        return train, tested, None
+    train, apart = validation.divide(train, site)
+    return train, tested, apart
+
+
 def split_from_json(value: Json) -> Split:
     """The inverse of `to_json`. Raises BadInput."""
     try:
