@@ -132,9 +132,7 @@ class SiteResult(JsonRecord):
     rounds_in_sum: int | None = None
     arms: Mapping[str, ByMetric] = field(default_factory=dict)
     _beside = ("arms",)
-    _left_out = (
-        "rows", "train_rows", "test_rows", "validation_rows", "class_counts", "rounds_in_sum",
-    )  # fmt: skip
+    _left_out = ("rows", "train_rows", "test_rows", "validation_rows", "class_counts", "rounds_in_sum")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,9 +424,8 @@ class RunResult(Result):
     """`result.json` of one run.
 
     stopped: why it ended before its last round. convergence: None of too few rounds. site_mean: {arm: unweighted mean
-    over the sites}.
-    seen: None where no round could show it. statistics: what the columns were scaled by. notes: those of the
-    warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`.
+    over the sites}. seen: None where no round could show it. statistics: what the columns were scaled by. notes: those
+    of the warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`.
     """
 
     kind: str = "run"

@@ -77,6 +77,11 @@ def _text(value: Any) -> str:
     return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text
 
 
+def some_of(groups: Groups | None, indices: NDArray[np.int64]) -> Groups | None:
+    """The groups of these rows; None where every row stands for itself."""
+    return None if groups is None else groups[np.asarray(indices, dtype=np.int64)]
+
+
 def codes_of(groups: Groups) -> NDArray[np.int64]:
     """(rows,) 0, 1, 2, ...: which group each row is of."""
     return np.unique(groups, return_inverse=True)[1].astype(np.int64)

@@ -40,6 +40,7 @@ from fedcore.learning.data.groups import (
     holds_ids,
     named_as_ids,
     refuse_shared,
+    some_of,
 )
 from fedcore.learning.data.kinds import (
     Indices,
@@ -76,7 +77,7 @@ class ArrayRows:
 
     def take(self, indices: Indices) -> ArrayRows:
         picked = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        groups = _some(self.groups, indices)
+        groups = some_of(self.groups, indices)
         return replace(self, x=self.x[picked], y=self.y[picked], groups=groups)
 
     def for_loss(self, scale: TargetScale | None, *, adds_rows: bool) -> ArrayRows:
@@ -187,7 +188,7 @@ class TableRows:
         picked = np.asarray(indices, dtype=np.int64)
         return TableRows(
             self.features[picked], self.fixed[picked], self.y[torch.from_numpy(picked)], self.layout,
-            _some(self.groups, indices), self.ids,
+            some_of(self.groups, indices), self.ids,
         )  # fmt: skip
 
     def with_groups(self, groups: Groups) -> TableRows:
@@ -252,7 +253,7 @@ class DatasetRows:
     @property
     def groups(self) -> Groups | None:
         """None where every row stands for itself."""
-        return _some(self._groups, self.indices)
+        return some_of(self._groups, self.indices)
 
     def with_groups(self, groups: Groups) -> DatasetRows:
         found = copy(self)
@@ -319,10 +320,6 @@ class DatasetRows:
                     ) from error
                 raise
             yield batch
-
-
-def _some(groups: Groups | None, indices: Indices) -> Groups | None:
-    return None if groups is None else groups[np.asarray(indices, dtype=np.int64)]
 
 
 Rows: TypeAlias = ArrayRows | TableRows | DatasetRows
