@@ -27,7 +27,8 @@ from fedcore.experiment.loop import Doing, OnStep, inputs_of, refuse_changed, ru
 from fedcore.experiment.outcome import comparison_result, in_folder, split_result
 from fedcore.experiment.prepare import Prepared, job_json, prepare
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, append_row, read_json, write_atomic, write_json
-from fedcore.learning.model import accelerator_in_use, single_thread
+from fedcore.learning.device import accelerator_in_use
+from fedcore.learning.model import single_thread
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Origin, RoundRow, RunResult, SplitResult
 from fedcore.types import Json
@@ -106,7 +107,7 @@ class Grid:
 
     def processes(self, workers: int | None, splits: int) -> int:
         """In how many processes so many splits run. Raises BadInput for more than this machine can fork."""
-        refusal = fork_refusal(accelerator=accelerator_in_use())
+        refusal = fork_refusal(accelerator=accelerator_in_use(self._job.run.device))
         if refusal and (workers or 1) > 1:
             raise BadInput(f"--workers: found {workers}, expected 1: {refusal}")
         wanted = workers or (1 if refusal else usable_cores())

@@ -29,6 +29,12 @@ def require_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def accelerator_in_use(name: str) -> bool:
+    """Whether a process forked from this one could not use its GPU: a run on `name` has looked for one, or the
+    task's own code uses one."""
+    return name != "cpu" or bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def move_loss(loss: object, device: torch.device) -> None:
     """Move the weights of a loss that is a module, such as those of classes."""
     if isinstance(loss, nn.Module):

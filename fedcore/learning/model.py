@@ -49,11 +49,6 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def accelerator_in_use() -> bool:
-    """Whether this process has begun to use a GPU, which a process forked from it cannot."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 @contextmanager
 def seeded(seed: int, round_: int, site: str, purpose: str) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python from the four arguments inside; restore them

@@ -13,7 +13,8 @@ import pytest
 
 from fedcore import errors
 from fedcore.errors import BadInput, FedcoreError, TaskFailed
-from fedcore.experiment.forked import run_forked
+from fedcore.experiment.forked import fork_refusal, run_forked
+from fedcore.learning.device import accelerator_in_use
 
 
 def ended(pid):
@@ -170,3 +171,9 @@ def test_errors_with_other_arguments_than_a_message_are_the_same_after_pickling(
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, FedcoreError) and type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+def test_a_run_on_a_gpu_is_not_forked():
+    """Nor one that only looked for a GPU: the driver refuses a process forked after that."""
+    assert "GPU" in fork_refusal(accelerator=accelerator_in_use("cuda"))
+    assert fork_refusal(accelerator=accelerator_in_use("cpu")) == ""
