@@ -98,7 +98,9 @@ class FlatModel:
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         stay = set(norm_statistics(module)) if buffers == "local" else set()
         travelling = [(n, b) for n, b in floating if n not in stay] if buffers != "initial" else []
-        self._shared = [_Place.of(module, name, tensor) for name, tensor in shared + travelling]
+        self._shared = [
+            _TensorPlace.of(module, name, tensor) for name, tensor in shared + travelling
+        ]
         self.parameters = sum(p.numel() for _, p in shared)
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
         frozen = sum(p.numel() for p in module.parameters()) - self.parameters
@@ -163,7 +165,7 @@ class FlatModel:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     """Where a module has a parameter or buffer. Code may put another tensor there: `self.mean = 0.9 * self.mean`
     in a module's `forward` does."""
 
@@ -173,7 +175,7 @@ class _Place:
     tensor: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, name: str, tensor: Tensor) -> _Place:
+    def of(cls, module: nn.Module, name: str, tensor: Tensor) -> _TensorPlace:
         path, _, key = name.rpartition(".")
         of = vars(module.get_submodule(path))
         table = of["_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"]

@@ -110,7 +110,7 @@ def task(kind=""):
 
 def trained(kind, flat, start, site="a", **changes):
     flat.write(start)
-    given = {"seed": 0, "round_": 1, "site": site} | changes
+    given = {"seed": 0, "round_": 1, "rounds": 4, "site": site} | changes
     local_train(task(kind), flat.module, ROWS, PLAN, **given)
     return flat.read()
 
@@ -200,7 +200,7 @@ def alone(kind, *without):
     for name in ("lock", *without):
         delattr(module, name)
     flat = FlatModel(module)
-    return OwnModel(task(kind), flat, flat.read(), PLAN)
+    return OwnModel(task(kind), flat, flat.read(), PLAN, 4)
 
 
 def test_a_model_trained_alone_keeps_its_attributes_also_over_a_resume():
