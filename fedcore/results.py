@@ -55,12 +55,14 @@ class Spread(Interval):
 
 @dataclass(frozen=True)
 class ArmResult(JsonRecord):
-    """What one arm reached over the union of the sites' test rows, and what it was trained with."""
+    """What one arm reached over the union of the sites' test rows, and what it was trained with. confusion: rows of
+    each true class, by the class predicted; None for a regression."""
 
     metrics: ByMetric
     loss: float | None = None
     gradient_steps: int | None = None
     examples_seen: int | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
     _beside = ("metrics",)
 
 

@@ -106,6 +106,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
                 loss_of(scorings[name]),
                 arm.budget.steps,
                 arm.budget.examples,
+                prepared.transport.confusion(scorings[name]),
             )
             for name, arm in experiment.arms.items()
         },

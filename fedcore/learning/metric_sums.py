@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.targets import TargetScale
-from fedcore.learning.metrics import get
+from fedcore.learning.metrics import counting, get
 from fedcore.learning.metrics.definition import Floats, Metric, Values, clipped_rows
 from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
@@ -77,6 +77,16 @@ class MetricTransport:
             count = sum(each[name][1] for each in sums)
             found[name] = sum(each[name][0] for each in sums) / count if count else None
         return found
+
+    def confusion(self, parts: Sequence[Scored | None]) -> tuple[tuple[int, ...], ...] | None:
+        """The confusion matrix over the scored rows of several sites; None without rows, for a regression, for a task's
+        own `evaluate`, and of more than 32 classes."""
+        known = [part for part in parts if part is not None and part.own is None]
+        classes = any(not metric.of_values for metric in self.metrics)
+        if not known or not classes or self.columns > counting.CONFUSION_CLASSES:
+            return None
+        sums = [counting.confusion_sums(part.outputs, part.targets) for part in known]
+        return counting.confusion_finish(np.sum(sums, axis=0))
 
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
         """{metric: bound on the error of its value from sums}, for metrics with such a bound."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -138,6 +139,23 @@ def _top_sums(k: int, outputs: Floats, targets: Values) -> Integers:
 
 def _top_resampled(k: int, outputs: Floats, targets: Values, counts: Integers) -> Floats:
     return mean_of(_among_first(k, outputs, targets), counts)
+
+
+CONFUSION_CLASSES = 32
+"""Most classes of which a confusion matrix is kept."""
+
+
+def confusion_sums(outputs: Floats, targets: Values) -> Integers:
+    """(classes * classes,) rows of each class, by the class predicted; additive over rows and sites."""
+    labels, classes = labels_of(outputs, targets), classes_of(outputs)
+    pairs = labels * classes + predictions(outputs)
+    return np.bincount(pairs, minlength=classes * classes).astype(np.int64)
+
+
+def confusion_finish(sums: Values) -> tuple[tuple[int, ...], ...]:
+    """The matrix: one row for each true class, one column for each predicted one."""
+    classes = math.isqrt(len(sums))
+    return tuple(tuple(map(int, row)) for row in np.asarray(sums).reshape(classes, classes))
 
 
 METRICS = (

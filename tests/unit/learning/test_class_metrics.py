@@ -7,13 +7,20 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as theirs
 from sklearn.calibration import calibration_curve
+from torch import nn
 
+import fedcore
 from fedcore.errors import BadInput
-from fedcore.learning.metrics import METRICS
+from fedcore.learning.metric_sums import MetricTransport
+from fedcore.learning.metrics import METRICS, get
+from fedcore.learning.metrics.counting import CONFUSION_CLASSES
 from fedcore.learning.metrics.definition import clipped_rows
 from fedcore.learning.metrics.probability import CALIBRATION_BINS, LOSS_RANGE
+from fedcore.learning.scoring import Scored
 from fedcore.report import phrases
 from fedcore.results import ERRORS
+
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 def rows(columns, count=300, seed=0):
@@ -128,3 +135,37 @@ def test_directions_and_names_in_reports():
     names = {name: phrases.metric_name(name) for name in METRICS}
     assert names["auprc"] == "AUPRC" and names["f1"] == "F1" and names["r2"] == "R2"
     assert names["log_loss"] == "log loss" and names["top_3_accuracy"] == "top 3 accuracy"
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_confusion_matrices_of_sites_add_up_to_scikit_learns(columns):
+    outputs, labels = rows(columns)
+    chosen = outputs.argmax(axis=1) if columns > 1 else (outputs > 0).astype(int)
+    expected_matrix = theirs.confusion_matrix(labels, chosen)
+    site = np.arange(len(labels)) % 3
+    parts = [Scored(outputs[site == each], labels[site == each], None) for each in range(3)]
+    transport = MetricTransport(get(("auc",)), (), columns, 512)
+    assert np.array_equal(transport.confusion([*parts, None]), expected_matrix)
+    assert transport.confusion([None]) is None
+    assert MetricTransport(get(("mae",)), (), 1, 512).confusion(parts) is None
+    many = MetricTransport(get(("auc",)), (), CONFUSION_CLASSES + 1, 512)
+    assert many.confusion(parts) is None
+
+
+def test_a_run_keeps_the_confusion_matrix_of_every_arm(tmp_path):
+    def data(source):
+        random = np.random.default_rng(source)
+        y = random.integers(0, 3, 40)
+        return random.normal(size=(40, 3)) + np.eye(3)[y], y
+
+    task = fedcore.Task(
+        name="t", data=data, model=fedcore.linear(3, classes=3), loss=nn.CrossEntropyLoss(),
+        sites={"a": 1, "b": 2, "c": 3}, defaults={"rounds": 2},
+    )  # fmt: skip
+    fedcore.simulate(task, out=tmp_path / "run", protection="plain", resamples=0)
+    result = fedcore.load(tmp_path / "run", task).result
+    for arm in result.arms.values():
+        matrix = np.array(arm.confusion)
+        assert matrix.shape == (3, 3)
+        assert matrix.sum() == result.rows.test
+        assert matrix.trace() / matrix.sum() == pytest.approx(arm.metrics["accuracy"])
