@@ -175,7 +175,10 @@ def best_rounds(results: Sequence[Result]) -> list[Grid]:
             if found is None:
                 cells.append(Cell(DASH))
                 continue
-            at, apart = f"{found.round:g}", phrases.score(found.validation.get(first))
+            at, apart = (
+                f"{found.round:.1f}".removesuffix(".0"),
+                phrases.score(found.validation.get(first)),
+            )
             scores = [phrases.score(found.metrics.get(metric)) for metric in metrics]
             single = [Cell(at), Cell(apart), *map(Cell, scores)]
             cells += single if len(judged) == 1 else [Cell(f"round {at}", scores[0])]

@@ -317,6 +317,9 @@ def test_the_best_rounds_of_several_runs_stand_side_by_side():
     (both,) = tables.best_rounds([with_best, with_best])
     assert [cell.text for cell in both.rows[0]] == ["federated", "round 6", "round 6"]
     assert tables.best_rounds([result_of(stored("heart"))]) == []
+    best["federated"]["round"] = 29 / 3
+    (mean,) = tables.best_rounds([result_of(stored("heart_compare"), best=best)])
+    assert [cell.text for cell in mean.rows[0]][:2] == ["federated", "9.7"]
 
 
 def test_folds_and_the_validation_part_leave_one_another_alone():
