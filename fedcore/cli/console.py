@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import typer
+import typer.core
 from rich.console import Console
 from rich.text import Text
 
