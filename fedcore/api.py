@@ -13,7 +13,7 @@ from typing import Unpack
 from fedcore import report
 from fedcore.config import Job, Settings, read_job_file
 from fedcore.errors import BadInput
-from fedcore.experiment.comparison import Grid, OnCell, OnSplitStep, finish, is_unfinished
+from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish, is_unfinished
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, stored_job
@@ -182,7 +182,7 @@ def compare(
         raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")
     if workers is not None and workers < 1:
         raise BadInput(f"workers: found {workers}, expected 1 or more")
-    grid, path = Grid(found, complete, chosen, say), Path(out) if out else None
+    grid, path = SplitGrid(found, complete, chosen, say), Path(out) if out else None
     if path is not None and not force and is_unfinished(path):
         grid.resume(path)
         claimed: AbstractContextManager[Path] = nullcontext(path)

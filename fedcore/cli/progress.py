@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from fedcore.experiment.comparison import Split
-    from fedcore.experiment.loop import Doing
+    from fedcore.experiment.loop import ArmStep
     from fedcore.results import RoundRow, SplitResult
 
 LOG_SECONDS = 30.0
@@ -105,12 +105,15 @@ class Display:
         left = self.seconds_left()
         return f"about {ago(left)} left" if left else ""
 
-    def advise(self, doing: Doing, protection: str) -> None:
+    def advise(self, doing: ArmStep, protection: str) -> None:
         """Once, where protection takes most of a long run: what the run would gain without it."""
         left, rest = self.seconds_left(), doing.seconds - doing.protecting
         if self._advised or left is None or left < ADVICE_SECONDS or rest <= 0:
             return
-        if protection != "plain" and (factor := doing.seconds / rest) >= ADVICE_FACTOR:
+        from fedcore.secagg.protections import unprotected
+
+        factor = doing.seconds / rest
+        if factor >= ADVICE_FACTOR and not unprotected(protection):
             self._advised = True
             share = f"{protection} takes {doing.protecting / doing.seconds:.0%} of the time here"
             faster = f"the same bits, {factor:.{0 if factor >= 10 else 1}f} times faster"
@@ -136,7 +139,7 @@ class RoundsProgress:
         self._display.begin(rounds)
         self._sites, self._protection = sites, protection
 
-    def step(self, doing: Doing) -> None:
+    def step(self, doing: ArmStep) -> None:
         """Called before each round of an arm, and before the final metrics."""
         self._display.show(_what(doing, self._protection), doing.round - 1)
         self._display.advise(doing, self._protection)
@@ -160,7 +163,7 @@ class SplitsProgress:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._display = Display("splits", clock)
         self._rounds, self._folds, self._finished, self._protection = 1, 1, 0, ""
-        self._running: dict[int, Doing] = {}
+        self._running: dict[int, ArmStep] = {}
         self.tick, self.close = self._display.tick, self._display.close
 
     def begin(self, splits: int, folds: int, finished: int, rounds: int, protection: str) -> None:
@@ -169,7 +172,7 @@ class SplitsProgress:
         self._rounds, self._finished, self._protection = rounds, finished, protection
         self._folds = folds
 
-    def step(self, split: Split, doing: Doing) -> None:
+    def step(self, split: Split, doing: ArmStep) -> None:
         """Called before each round of an arm of a split."""
         self._running[split.number] = doing
         self._show()
@@ -204,7 +207,7 @@ def _listed(numbers: list[int]) -> str:
     return few if len(numbers) <= 4 else f"{numbers[0]} - {numbers[-1]}"
 
 
-def _what(doing: Doing, protection: str) -> str:
+def _what(doing: ArmStep, protection: str) -> str:
     """`round 3, local only`; the protected arm with its protection."""
     from fedcore.report.phrases import ARM_NAMES
 

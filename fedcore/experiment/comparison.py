@@ -23,7 +23,7 @@ from fedcore.config import Job
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped, Refused
 from fedcore.experiment.environment import environment, usable_cores
 from fedcore.experiment.forked import fork_refusal, run_forked, ticking
-from fedcore.experiment.loop import Doing, OnStep, inputs_of, refuse_changed, run_experiment
+from fedcore.experiment.loop import ArmStep, OnStep, inputs_of, refuse_changed, run_experiment
 from fedcore.experiment.outcome import comparison_result, in_folder, split_result
 from fedcore.experiment.prepare import Prepared, job_json, prepare
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, append_row, read_json, write_atomic, write_json
@@ -36,7 +36,7 @@ from fedcore.types import Json
 OnCell = Callable[[SplitResult, int, int], object]
 
 
-OnSplitStep = Callable[["Split", Doing], object]
+OnSplitStep = Callable[["Split", ArmStep], object]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Split:
         return f"seed {self.seed}" + (f", fold {self.fold}" if self.folds > 1 else "")
 
 
-class Grid:
+class SplitGrid:
     """The splits of one comparison and the folder they are kept in."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Grid:
     ) -> ComparisonResult:
         """Run the splits that are left, and put all of them together. Raises what a run raises."""
 
-        def step(split: Split, doing: Doing) -> None:
+        def step(split: Split, doing: ArmStep) -> None:
             if on_step is not None:
                 on_step(split, doing)
 

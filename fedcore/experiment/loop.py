@@ -44,7 +44,7 @@ STOP = object()
 OnRound = Callable[[RoundRow], object]
 
 
-class Doing(NamedTuple):
+class ArmStep(NamedTuple):
     """What a run does next. arm: whose round; empty: the final metrics and intervals, after the last round.
 
     seconds: of the rounds before it, in this process; protecting: how many of them went into masks, encryption
@@ -57,7 +57,7 @@ class Doing(NamedTuple):
     protecting: float
 
 
-OnStep = Callable[[Doing], object]
+OnStep = Callable[[ArmStep], object]
 
 _PROTECTING = ("protect", "fold", "unprotect")
 
@@ -125,7 +125,7 @@ class Experiment:
         def announce(round_: int, arm: str) -> None:
             if on_step is not None:
                 protecting = self._protecting() - before
-                on_step(Doing(round_, arm, time.perf_counter() - began, protecting))
+                on_step(ArmStep(round_, arm, time.perf_counter() - began, protecting))
 
         if self.round == 0:
             announce(1, "federated")

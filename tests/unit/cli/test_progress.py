@@ -13,7 +13,7 @@ from fedcore.cli import console
 from fedcore.cli.progress import RoundsProgress, SplitsProgress
 from fedcore.experiment.comparison import Split
 from fedcore.experiment.forked import ticking
-from fedcore.experiment.loop import Doing
+from fedcore.experiment.loop import ArmStep
 from fedcore.results import RoundRow, SplitResult
 
 
@@ -50,7 +50,7 @@ def federated(number, **more):
 
 
 def doing(number, arm="centralised", seconds=0.0, protecting=0.0):
-    return Doing(number, arm, seconds, protecting)
+    return ArmStep(number, arm, seconds, protecting)
 
 
 def test_a_log_has_a_line_for_every_fifth_of_the_rounds(log, clock):
