@@ -332,10 +332,10 @@ def plan_of(
         server=plan.ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
         range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
-        inputs=shape.inputs, threshold=protect.threshold or 0,
+        threshold=protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
-        initial_parts=hashlib.sha256("".join(shape.initial).encode()).hexdigest() if shape.initial else "",
+        model=shape.model,
     )  # fmt: skip
 
 

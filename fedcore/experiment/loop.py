@@ -79,7 +79,7 @@ def inputs_of(prepared: Prepared) -> Json:
     statistics = prepared.statistics.to_json() if prepared.statistics else None
     return {
         "task": prepared.plan.task_digest,
-        "columns of the tables": prepared.plan.inputs,
+        "columns of the tables": prepared.plan.model.inputs,
         "rows of the sites": json.dumps([sizes, statistics]),
         "plan": prepared.plan.digest,
     }

@@ -257,7 +257,7 @@ INITIAL_PARTS = ("parameters", "frozen parameters", "buffers that stay")
 class ModelShape:
     """What a task and its columns fix of a plan; sites of one federation must find the same.
 
-    features: table columns that are standardised, 0 for rows without. inputs: as in RoundPlan. initial: SHA-256
+    features: table columns that are standardised, 0 for rows without. inputs: as in ModelPlan. initial: SHA-256
     hex of each of INITIAL_PARTS of the model that the job begins with; empty where one process makes it.
     """
 
@@ -269,6 +269,12 @@ class ModelShape:
     inputs: str
     metric_sums: tuple[Wide, ...]
     initial: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> ModelPlan:
+        """What a plan states of it."""
+        joined = "".join(self.initial).encode()
+        return ModelPlan(self.inputs, hashlib.sha256(joined).hexdigest() if joined else "")
 
     def initial_differs(self, other: ModelShape) -> str:
         """In which of INITIAL_PARTS two shapes differ, in words; empty unless it is all they differ in."""
@@ -384,8 +390,7 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 
 _UNSTATED = {
-    "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges",
-    "initial_parts": "",
+    "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial_parts": "",
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
@@ -407,10 +412,22 @@ def without_unchanged(train: Json) -> Json:
 
 
 @dataclass(frozen=True)
+class ModelPlan:
+    """What must be the same at every site before training, as digests.
+
+    inputs: of how raw columns become inputs (names, ranges, categories, order), or "".
+    initial: SHA-256 hex over `ModelShape.initial`: parameters and buffers that do not travel are not in a state,
+    and would differ between sites unnoticed; "" for a plan of one process.
+    """
+
+    inputs: str = ""
+    initial: str = ""
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """The one record both roles share; its digest is in the header of every protected vector.
 
-    inputs: digest of how raw columns become inputs (names, ranges, categories, order), or "".
     threshold: t, the sites a round needs at every stage; 0 becomes the default for `sites`.
     public_metrics: whether the sites send the coordinator the metrics of each certified release over all
     its sites; never under `encrypted`.
@@ -421,8 +438,7 @@ class RoundPlan:
     standardise: what a table's numbers are scaled by: their public ranges ("ranges", nothing travels), or
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
-    initial_parts: SHA-256 hex over `ModelShape.initial`: parameters and buffers that do not travel are not in a state,
-    and would differ between sites unnoticed; "" for a plan of one process.
+    model: what the sites' models have in common beside their parameters.
     """
 
     task: str
@@ -438,14 +454,13 @@ class RoundPlan:
     server: ServerPlan
     range: RangePlan
     metric_sums: tuple[Wide, ...] = ()
-    inputs: str = ""
     threshold: int = 0
     public_metrics: bool = False
     release: str = "sites"
     settings: str = ""
     standardise: str = "ranges"
     cipher: str = "bfv"
-    initial_parts: str = ""
+    model: ModelPlan = ModelPlan()
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
@@ -559,6 +574,8 @@ class RoundPlan:
         `UNCHANGED_TRAINING` only with another value than there.
         """
         flat = asdict(self) | {"version": PLAN_VERSION}
+        model = flat.pop("model")
+        flat |= {"inputs": model["inputs"], "initial_parts": model["initial"]}
         flat["sites"], flat["metric_sums"] = list(flat["sites"]), list(flat["metric_sums"])
         flat["train"] = without_unchanged(flat["train"])
         left_out = {name for name, value in _UNSTATED.items() if flat[name] == value}
@@ -583,6 +600,7 @@ class RoundPlan:
                 "server": ServerPlan(**value["server"]),
                 "range": RangePlan(**value["range"]),
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
+                "model": ModelPlan(fields.pop("inputs"), fields.pop("initial_parts", "")),
             }
             return cls(**fields | parts)
         except (KeyError, TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_mac
 from fedcore.secagg.plan import (
+    ModelPlan,
     RangePlan,
     RoundHeader,
     RoundPlan,
@@ -534,12 +535,13 @@ def test_another_plan_and_one_that_the_policy_forbids_are_not_agreed_to(refuses)
 @pytest.mark.parametrize(
     ("changes", "names_it"),
     [
-        ({"initial_parts": "b" * 64}, True), ({"initial_parts": "b" * 64, "rounds": 99}, False),
-        ({"initial_parts": ""}, False),
+        ({"model": ModelPlan(initial="b" * 64)}, True),
+        ({"model": ModelPlan(initial="b" * 64), "rounds": 99}, False),
+        ({"model": ModelPlan()}, False),
     ],
 )  # fmt: skip
 def test_a_plan_with_another_initial_model_is_named_as_that(changes, names_it):
-    mine = replace(PLAN, initial_parts="a" * 64)
+    mine = replace(PLAN, model=ModelPlan(initial="a" * 64))
     found = offered(planner=Planner(mine))
     found.part.take_rows(SURVEY)
     effects = told(found, job.PlanOffer("job", canonical(replace(mine, **changes).to_json())))

@@ -428,10 +428,10 @@ class SiteJob:
 
 def _but_initial(mine: RoundPlan, offered: bytes) -> str:
     """What to add where another plan differs in the initial model only."""
-    if not mine.initial_parts:
+    if not mine.model.initial:
         return ""
     whole = canonical(mine.to_json())
-    before, _, after = whole.partition(mine.initial_parts.encode())
+    before, _, after = whole.partition(mine.model.initial.encode())
     if len(offered) != len(whole) or not (offered.startswith(before) and offered.endswith(after)):
         return ""
     return (
