@@ -132,7 +132,8 @@ def test_one_line_a_hint_and_nothing_written(name, folder, capfd):
     assert got == code, err
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0], err
-    hints = [line for line in err.splitlines() if line.startswith("hint:")]
+    refusal = err[err.index(errors[0]) :]  # a warning before it has a hint of its own
+    hints = [line for line in refusal.splitlines() if line.startswith("hint:")]
     assert len(hints) <= 1
     assert hint in (hints[0] if hints else ""), err
     assert "Traceback" not in err and not out

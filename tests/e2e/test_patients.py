@@ -167,7 +167,8 @@ def test_a_failing_task_tells_a_word_and_the_others_go_on(fed, where):
     rounds = [row for event in events for row in event["new_rounds"] if row["purpose"] == "update"]
     assert len(rounds) == 3
     assert {"a", "c", "d"} <= set(rounds[-1]["survivors"])
-    assert "b" not in rounds[1]["survivors"] or where == "evaluate"
+    # killed, it is back in the next round with a new process, whose first two batches pass
+    assert where == "evaluate" or any("b" not in row["survivors"] for row in rounds)
     assert fed.released(job, sites=["a", "c", "d"])
     told = re.findall(r"site b: (.*?)\"", fed.log(HUB)[heard:])
     assert set(told) == {REASONS[UNABLE]}
