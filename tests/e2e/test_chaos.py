@@ -56,4 +56,4 @@ def test_thirty_seconds_of_chaos(seed):
     whole(found)
     assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0
     assert found["cuts"] + found["delays"] > 0 and found["full disks"] > 0
-    assert found["rounds released"] == found["sums made again"] > 5
+    assert found["rounds released"] == found["sums made again"] > 2
