@@ -70,10 +70,11 @@ def run_forked(
     """Run `work(job, send)` for every job, up to so many at once.
 
     on_message: called here with what a job sends; on_done: with each job that has ended; on_tick: at least every
-    second. Raises what a job raises, after the other processes were killed, and BadInput, which names the job,
-    where its process ended without a word.
+    second. Raises what the first job in order raises that raises anything, whichever ends first: later ones are
+    killed, earlier ones end. Raises BadInput, which names the job, where its process ended without a word.
     """
     waiting, running = deque(jobs), list[_Running[J, M]]()
+    failed: BaseException | None = None
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -81,17 +82,25 @@ def run_forked(
                 running.append(_start(waiting.popleft(), work, others))
             ready = wait([each.connection for each in running], TICK_SECONDS)
             for each in [each for each in running if each.connection in ready]:
+                if each not in running:  # killed: an earlier one failed
+                    continue
                 message = _receive(each)
                 if not isinstance(message, _Ended):
                     on_message(each.job, message)
                     continue
                 each.process.join(END_SECONDS)
-                _kill([each])
-                running.remove(each)
-                if message.error is not None:
-                    raise message.error
-                on_done(each.job)
+                place = running.index(each)
+                if message.error is None:
+                    _kill([running.pop(place)])
+                    on_done(each.job)
+                    continue
+                failed = message.error
+                waiting.clear()
+                _kill(running[place:])
+                del running[place:]
             on_tick()
+        if failed is not None:
+            raise failed
     finally:
         _kill(running)
 

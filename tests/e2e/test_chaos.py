@@ -51,9 +51,9 @@ def test_twenty_seconds_of_chaos():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
-def test_thirty_seconds_of_chaos(seed):
-    found = chaos(30, seed)
+def test_forty_five_seconds_of_chaos(seed):
+    found = chaos(45, seed)  # 22 rounds in 30 s on an idle machine, 5 beside another test
     whole(found)
     assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0
     assert found["cuts"] + found["delays"] > 0 and found["full disks"] > 0
-    assert found["rounds released"] == found["sums made again"] > 2
+    assert found["rounds released"] == found["sums made again"] > 5

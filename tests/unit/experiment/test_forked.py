@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -116,7 +117,7 @@ def test_processes_end_when_their_parent_was_killed(tmp_path):
     ("end", "how"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), "was killed by SIGTERM"),
+        (lambda: (faulthandler.disable(), os.abort()), "was killed by SIGABRT"),
         (lambda: os._exit(7), "ended with code 7"),
     ],
 )
@@ -124,6 +125,22 @@ def test_a_process_that_ends_without_a_word_is_named(end, how):
     with pytest.raises(BadInput, match=f"seed 3: its process {how}") as refused:
         forked(["seed 3"], lambda _job, _send: end())
     assert ("memory" in refused.value.remedy) == ("SIGKILL" in how)
+
+
+def test_of_two_jobs_that_fail_the_first_in_order_is_named_whichever_ends_first(tmp_path):
+    second = tmp_path / "second"
+
+    def fail(job, _send):
+        if job == "second":
+            second.write_text(str(os.getpid()))
+            raise BadInput("second")
+        wait_until(
+            lambda: second.exists() and second.read_text() and ended(int(second.read_text()))
+        )
+        raise BadInput("first")
+
+    with pytest.raises(BadInput, match=r"^first$"):
+        forked(["first", "second"], fail)
 
 
 def test_an_error_of_a_job_is_raised_with_what_it_carries():
