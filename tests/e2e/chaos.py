@@ -1,6 +1,6 @@
 """Kill, cut, fill and hurry a federation of real processes, then check that nothing was lost.
 
-    scripts/chaos --minutes 5 --seed 7
+    scripts/chaos --minutes 5 --seed 7 --rounds 100
 
 A coordinator and four sites run job after job, with protections by turns, while a schedule drawn from
 the seed kills -9 any of them and starts it again, drops or delays the connections (every site goes
@@ -12,6 +12,8 @@ started here add what a file says; an installed Fedcore has no such switch. Then
     - the models that sites hold are the plain sums, made here again, of exactly the survivors that
       rounds.jsonl lists, from the first round to the last, and each round is in it once;
     - no site made two vectors, signed two lists, answered unmask twice or stated two sums in a round.
+It takes as long as was asked for and goes on until `--rounds` rounds were released and every kind of
+disturbance was made, so that what a run shows does not depend on how fast the machine is.
 Prints one line with counts, and exits with 1 if any of it does not hold. The processes and their order
 are not deterministic: a seed fixes what is done to them, not what they are at.
 """
@@ -43,6 +45,8 @@ LIMITS = {
     "stage_seconds": 20, "gather_seconds": 4, "grace_seconds": 5, "enough_seconds": 120,
 }  # fmt: skip
 CALM_SECONDS = 300.0
+LONGEST_SECONDS = 600.0
+"""A run that has not released its rounds so long after its time ends, and says so."""
 USUAL_DELAY = 0.01
 """Seconds that every piece takes through the proxy."""
 
@@ -176,12 +180,23 @@ class Proxy:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 
+KINDS = (
+    "kills of sites", "kills of the coordinator", "cuts", "delays", "full disks", "clock jumps",
+)  # fmt: skip
+"""Kinds of disturbance; every run has each of them."""
+ACTS = {
+    "kill hub": 2, "kill site": 4, "kill many": 0.5, "cut": 3, "delay": 2, "full": 2, "clock": 1,
+}  # fmt: skip
+"""What is done to the parties, with the weight of each in the draw; each is done once at first."""
+
+
 class Chaos:
     """The schedule, and what was done."""
 
     def __init__(self, fed, proxy, seed, say):
         self.fed, self.proxy, self.say = fed, proxy, say
         self.random = random.Random(seed)
+        self.first = self.random.sample(list(ACTS), len(ACTS))
         self.counts = Counter()
         self.jobs = {}
         self.back = {}
@@ -203,10 +218,8 @@ class Chaos:
                 self.back["kill", name] = now + 1.0
 
     def act(self):
-        what = self.random.choices(
-            ["kill hub", "kill site", "kill many", "cut", "delay", "full", "clock"],
-            [2, 4, 0.5, 3, 2, 2, 1],
-        )[0]
+        drawn = self.random.choices(list(ACTS), list(ACTS.values()))[0]
+        what = self.first.pop() if self.first else drawn
         name = self.random.choice(list(self.fed.sites))
         until = time.monotonic() + self.random.uniform(0.0, 3.0)
         match what:
@@ -234,6 +247,16 @@ class Chaos:
                 each = self.random.choice([HUB, name])
                 self._jump(each)
                 self.counts["clock jumps"] += 1
+
+    def every_kind(self):
+        """Whether each kind of disturbance was made once or more."""
+        return all(self.counts[kind] for kind in KINDS)
+
+    def released(self):
+        """Rounds released until now, over all jobs."""
+        rounds = (self.fed.state(HUB) / "jobs").glob("*/rounds.jsonl")
+        rows = [json.loads(line) for path in rounds for line in whole_lines(path)]
+        return sum(bool(row["survivors"]) for row in rows)
 
     def _kill(self, name, until):
         if ("kill", name) in self.back:
@@ -303,6 +326,11 @@ class Chaos:
 
 def clock_of(fed, name):
     return fed.folder / f"{name}.clock"
+
+
+def whole_lines(path):
+    """The lines of a file that is being written: the last counts once it has its end."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def trace_of(fed, name):
@@ -434,7 +462,7 @@ class Verdict:
 FEDERATION = "rehearsal"
 
 
-def run(folder, seconds, seed, say):
+def run(folder, seconds, rounds, seed, say):
     """The chaos, the calm and the verdict; (summary, faults)."""
     started = time.monotonic()
     with deployment(folder, small_task(folder), start=(), limits=LIMITS) as fed:
@@ -458,7 +486,9 @@ def run(folder, seconds, seed, say):
         chaos = Chaos(fed, proxy, seed, say)
         end = time.monotonic() + seconds
         soon = time.monotonic() + 3.0
-        while time.monotonic() < end:
+        while time.monotonic() < end or not (chaos.every_kind() and chaos.released() >= rounds):
+            if time.monotonic() > end + LONGEST_SECONDS:
+                raise SystemExit(f"chaos: released {chaos.released()} rounds, expected {rounds}")
             chaos.look()
             chaos.submit()
             if time.monotonic() >= soon:
@@ -487,6 +517,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=1, help="go on until so many are released")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for logs and states, kept")
     asked = parser.parse_args()
@@ -498,7 +529,7 @@ def main():
     with contextlib.ExitStack() as stack:
         folder = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        summary, faults = run(folder, seconds, asked.seed, say)
+        summary, faults = run(folder, seconds, asked.rounds, asked.seed, say)
     for fault in faults:
         sys.stdout.write(f"FAULT {fault}\n")
     line = ", ".join(f"{name} {value}" for name, value in summary.items())

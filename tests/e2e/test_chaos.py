@@ -12,9 +12,10 @@ CHAOS = Path(__file__).with_name("chaos.py")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos"
 
 
-def chaos(seconds, seed):
+def chaos(seconds, seed, rounds):
     done = subprocess.run(
-        [sys.executable, str(CHAOS), "--seconds", str(seconds), "--seed", str(seed)],
+        [sys.executable, str(CHAOS),
+         "--seconds", str(seconds), "--seed", str(seed), "--rounds", str(rounds)],
         capture_output=True, text=True, timeout=seconds + 900, check=False,
     )  # fmt: skip
     last = (done.stdout.splitlines() or [""])[-1]
@@ -28,6 +29,8 @@ def whole(found):
     """Of every run, however short."""
     assert found["rounds released"] == found["sums made again"] > 0
     assert found["journals"] == 5 and found["models equal"] > 0
+    assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0
+    assert found["cuts"] > 0 and found["delays"] > 0 and found["full disks"] > 0
 
 
 def test_the_command_finds_what_it_needs():
@@ -43,17 +46,13 @@ def test_the_command_finds_what_it_needs():
 
 
 @pytest.mark.brief
-def test_twenty_seconds_of_chaos():
-    found = chaos(20, 11)
-    whole(found)
-    assert found.get("kills of sites", 0) + found.get("kills of the coordinator", 0) > 0
+def test_ten_seconds_of_chaos():
+    whole(chaos(10, 11, rounds=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
-def test_forty_five_seconds_of_chaos(seed):
-    found = chaos(45, seed)  # 22 rounds in 30 s on an idle machine, 5 beside another test
+def test_chaos_until_eight_rounds_are_released(seed):
+    found = chaos(30, seed, rounds=8)
     whole(found)
-    assert found["kills of sites"] > 0 and found["kills of the coordinator"] > 0
-    assert found["cuts"] + found["delays"] > 0 and found["full disks"] > 0
-    assert found["rounds released"] == found["sums made again"] > 5
+    assert found["rounds released"] >= 8
