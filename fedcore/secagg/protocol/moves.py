@@ -91,4 +91,4 @@ def not_legal(
     kinds = set(records().values())
     names = sorted(type_name(each) for each in legal if (each in kinds) is message)
     what = "message" if message else "event"
-    return OutOfOrder(what, type_name(found), " or ".join(names), fault)
+    return OutOfOrder(what, type_name(found), " or ".join(names) or "none", fault)

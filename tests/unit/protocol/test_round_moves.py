@@ -16,6 +16,7 @@ from support.parties import HUB, KEY_ID, STATE, Parties, hashed, kind_of
 from fedcore.errors import OutOfOrder, ProtocolRefused, RoundAbandoned, SecondSum
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import STAGES
+from fedcore.secagg.protocol.moves import not_legal
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import answered
 from fedcore.secagg.protocol.wire_form import encode
@@ -442,3 +443,12 @@ def test_after_a_refused_release_a_site_sits_out_until_a_new_key_epoch():
         parties.step("s02", invited)
     parties.step("s02", site.NewEpoch(2, KEY_ID))
     assert isinstance(parties.stages["s02"], site.Idle)
+
+
+def test_where_no_message_is_legal_the_refusal_says_none():
+    error = not_legal(messages.Statement, [site.Tick], message=True, fault="va")
+    assert "found Statement, expected none" in str(error)
+    error = not_legal(
+        messages.Statement, [messages.Confirm, messages.Submit], message=True, fault="va"
+    )
+    assert "expected Confirm or Submit" in str(error)
