@@ -16,7 +16,7 @@ from fedcore.config import build_job, refuse_selection
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name
-from fedcore.json_record import JsonRecord
+from fedcore.results.json_record import JsonRecord
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protections import refuse_plain

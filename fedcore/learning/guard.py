@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedcore.errors import GuardTripped
-from fedcore.json_record import JsonRecord
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.released import largest_move
+from fedcore.results.json_record import JsonRecord
 from fedcore.secagg.plan import RoundPlan
 from fedcore.types import FloatVector, SiteId, WideVector
 
