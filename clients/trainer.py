@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import GuardTripped
-from fedcore.hash_order import FIXED
 from fedcore.learning.data.statistics import Column
 from fedcore.learning.guard import GuardMemory, GuardRecord
 from fedcore.learning.state import JobState
@@ -27,6 +26,7 @@ from fedcore.secagg.plan import ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.job_messages import UNABLE
 from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.seeds import FIXED_HASHES
 from fedcore.types import Contribution, FloatVector, Json
 
 LOG = logging.getLogger("fedcore.site.training")
@@ -62,7 +62,7 @@ class Training:
         self, command: Sequence[str] | None = None, overtaken_seconds: float = OVERTAKEN_SECONDS
     ) -> None:
         command = command or python("fedcore_clients.worker")
-        self.child = Child("the training process", command, FIXED)
+        self.child = Child("the training process", command, FIXED_HASHES)
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
         self._shapes: dict[str, ModelShape] = {}

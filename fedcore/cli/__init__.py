@@ -2,7 +2,7 @@
 
 import sys
 
-from fedcore.hash_order import TRAINING_COMMANDS, fix_hash_order
+from fedcore.seeds import TRAINING_COMMANDS, fix_hash_order
 
 
 def program() -> None:

@@ -11,9 +11,9 @@ from fedcore.experiment.forked import ticking
 from fedcore.experiment.loop import STOP, OnStep
 from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds
-from fedcore.hash_order import hash_seed
 from fedcore.learning.task import Task
 from fedcore.results import ComparisonResult, Result, RoundRow, SplitResult
+from fedcore.seeds import hash_seed
 
 _MEASURED = ("seconds", "peak_memory")
 """Columns of a row that are measurements of this machine, not results."""

@@ -25,7 +25,6 @@ from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
-from fedcore.hash_order import hash_seed
 from fedcore.identity.peer import check_sites
 from fedcore.identity.preflight import authority_of
 from fedcore.learning.data.split import FoldSplit
@@ -34,6 +33,7 @@ from fedcore.local_deployment import Deployment, Running, ask, running, write
 from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.secagg.protections import MIN_SITES, refuse_plain
 from fedcore.secagg.purposes import trains
+from fedcore.seeds import hash_seed
 
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fedcore
-from fedcore.hash_order import hash_seed
+from fedcore.seeds import hash_seed
 from fedcore.types import Json
 
 

@@ -136,7 +136,7 @@ def test_an_unfixed_hash_order_is_named_first():
     assert "set of text" not in random_causes("0", "0")
 
 
-START = "from fedcore.hash_order import fix_hash_order, hash_seed; fix_hash_order(); print(hash('fever'), hash_seed())"
+START = "from fedcore.seeds import fix_hash_order, hash_seed; fix_hash_order(); print(hash('fever'), hash_seed())"
 
 
 def printed(**env):
