@@ -24,9 +24,9 @@ from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
+from fedcore.files.toml import Section, read_toml
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from fedcore.toml import Section, read_toml
 from fedcore.types import Json
 
 

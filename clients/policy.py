@@ -16,11 +16,11 @@ from pydantic import Field, StrictBool
 
 from fedcore.config import TrainSection, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
+from fedcore.files.toml import Section
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
-from fedcore.toml import Section
 
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
 """What the coordinator is told, of REASONS in protocol/job_messages.py."""

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, TypedDict
 from pydantic import BeforeValidator, Field, ValidationError
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import plan, protections
 from fedcore.secagg.encode.pack import limb_count
-from fedcore.toml import Section, found_and_expected, read_tables
 from fedcore.types import Json, SiteId
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from pydantic import Field
 
 from fedcore.errors import BadInput
+from fedcore.files.toml import Section, read_toml
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
-from fedcore.toml import Section, read_toml
 
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
 METRICS_FILE = "metrics.jsonl"
-"""Of a result: public metrics, one row a release (`fedcore/files.py` names the other files)."""
+"""Of a result: public metrics, one row a release (`fedcore/files/` names the other files)."""
 
 
 class LimitsSection(Section):

@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedcore.errors import BadInput, RosterRefused
 from fedcore.files import write_atomic
+from fedcore.files.toml import read_tables
 from fedcore.identity.kit import key_pem, read_key, write_private
 from fedcore.identity.peer import check_name, check_sites
 from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
-from fedcore.toml import read_tables
 from fedcore.types import SiteId
 
 IDENTITY_FILE = "identity.pem"

@@ -16,10 +16,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fedcore.errors import BadInput, CertificateRefused
+from fedcore.files.toml import Section
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, Peer, require_role
 from fedcore.identity.verify import check_certificate, fingerprint
-from fedcore.toml import Section
 
 TIMEOUT = 5.0
 """Seconds for each step of `preflight`."""

@@ -3,7 +3,7 @@
 Code that writes them builds the records below; code that reads them reads attributes. A record is a mapping as
 well, with the keys of its JSON form: `result.rounds` is `result["rounds"]`. Invariant: `from_json(to_json())`
 is the same record. Values are fractions (0.01 is one point), bytes and seconds; None stands for a number that
-does not exist. Nothing here opens a file: `fedcore/files.py` does.
+does not exist. Nothing here opens a file: `fedcore/files/` does.
 """
 
 from fedcore.results.arm_scores import *

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, flushed, renamed."""
+"""Files that appear whole or not at all: written beside, flushed, renamed. Configuration files: `files/toml.py`."""
 
 from __future__ import annotations
 
