@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from fedcore import report
-from fedcore.config import Job, Settings, read_job_file
+from fedcore.config import Job, Settings, read_job_file, refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish, is_unfinished
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
@@ -161,22 +161,7 @@ def compare(
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
-    if complete.track.to:
-        raise BadInput(
-            f"track.to: found {', '.join(complete.track.to)}, which get the rows of a run and not of a comparison",
-            remedy='leave it out: --to "" (rounds.jsonl has every split)',
-        )
-    if complete.track.keep_scores:
-        raise BadInput(
-            "track.keep_scores: found true, expected false in a comparison, which keeps the scores of no single rows",
-            remedy="`fedcore simulate --keep-scores` with the seed and fold of one of its splits keeps them",
-        )
-    if complete.round.checkpoint_every is not None:
-        raise BadInput(
-            f"round.checkpoint_every: found {complete.round.checkpoint_every}, expected none in a comparison, "
-            "which keeps no models",
-            remedy="`fedcore simulate` of one of its splits keeps them",
-        )
+    refuse_unsupported(complete.to_json(), "comparison")
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")

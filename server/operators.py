@@ -20,7 +20,7 @@ import grpc
 from fedcore_server.config import METRICS_FILE, OperatorConfig
 
 from fedcore.cli.console import ago, waiting_text
-from fedcore.config import build_job, refuse_simulated, wire_settings
+from fedcore.config import build_job, refuse_unsupported, wire_settings
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.identity.kit import Kit
@@ -150,19 +150,10 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     """
     toml = (path / "job.toml" if path.is_dir() else path).read_bytes()
     named = build_job(tables, settings)
-    refuse_simulated(named.run.model_dump())
+    refuse_unsupported(named.to_json(), "deployment")
     task = load_task(named.run.task, named.base)
     job = build_job(task.defaults, tables, settings)
-    if job.track.to:
-        raise BadInput(
-            f"track.to: found {', '.join(job.track.to)}, expected none: nothing of a deployed job is sent elsewhere",
-            remedy="leave it out: `fed-coordinator watch --json` and rounds.jsonl have its rounds",
-        )
-    if job.track.keep_scores:
-        raise BadInput(
-            "track.keep_scores: found true, expected false: the scores of single rows leave no site",
-            remedy="leave it out; a simulation keeps them on its own machine",
-        )
+    refuse_unsupported(job.to_json(), "deployment")
     given = task.with_settings(job.task_settings).given
     complete = wire_settings(replace(job, task_settings=given))
     about = frames.json_bytes({"settings": complete})

@@ -12,7 +12,7 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import EVICTED
 
-from fedcore.config import build_job, refuse_selection
+from fedcore.config import build_job, refuse_unsupported
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name
@@ -197,6 +197,7 @@ def check_settings(settings: Json, sites: int, limits: LimitsSection) -> None:
         table = settings.get(section)
         if not isinstance(table, dict) or key not in table:
             raise BadInput(f"{section}.{key}: found none, expected the settings of a job, complete")
+    refuse_unsupported(settings, "deployment")
     found = build_job(settings)
     if found.protect.max_examples is None:
         raise BadInput(
@@ -213,12 +214,6 @@ def check_settings(settings: Json, sites: int, limits: LimitsSection) -> None:
                 f"{what}: found {value}, expected at most {most}",
                 remedy=f"limits.{key} of the coordinator's federation.toml is the limit",
             )
-    if found.round.drop or found.round.dropout:
-        raise BadInput(
-            "round.drop: found simulated absences, expected none",
-            remedy="they are for `fedcore simulate`; here sites really come and go",
-        )
-    refuse_selection(found)
     refuse_plain(found.protect.protection)
     Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
     budget, stage_seconds = found.round.submit_seconds, limits.stage_seconds

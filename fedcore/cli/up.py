@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.api import OnReady, Say
-from fedcore.config import Job, is_json, narrowest_policy, refuse_selection, refuse_simulated
+from fedcore.config import (
+    Job,
+    deployed_settings,
+    is_json,
+    narrowest_policy,
+    refuse_unsupported,
+)
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.environment import random_causes
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
@@ -34,6 +40,7 @@ from fedcore.results import DeployedRun, JobEvent, JobRow
 from fedcore.secagg.protections import MIN_SITES, refuse_plain
 from fedcore.secagg.purposes import trains
 from fedcore.seeds import hash_seed
+from fedcore.types import Json
 
 STATUS_SECONDS = 15.0
 """Timeout until every site's status shows the last model; a status is written every second."""
@@ -101,13 +108,7 @@ def _size(prepared: Prepared) -> tuple[int, int, str]:
 
 def _refuse(task: Task, job: Job) -> None:
     """Refuse a job that runs in one process only: BadInput or PlanRefused, before any row is loaded."""
-    if job.round.drop or job.round.dropout:
-        raise BadInput(
-            "round.drop: found simulated absences, expected none: these sites are real processes",
-            remedy="`fedcore simulate` has simulated absences; here, stop a site's process",
-        )
-    refuse_simulated(job.run.model_dump())
-    refuse_selection(job)
+    refuse_unsupported(deployed_settings(job), "deployment")
     sites = resolve_sites(task, job)
     check_sites(sites, deployed=True)
     refuse_plain(job.protect.protection)
@@ -164,10 +165,8 @@ def _write(prepared: Prepared, folder: Path, address: tuple[str, int] | None = N
         name: {task.name: {"task": origin, "sha256": plan.task_digest, "source": source}}
         for name, source in resolve_sites(task, prepared.job).items()
     }
-    tables = {k: v for k, v in prepared.job.to_json().items() if k != "base"} | {"task": origin}
-    tables["track"] = {
-        k: v for k, v in tables["track"].items() if k not in ("to", "keep_scores")
-    }  # of the run here
+    tables: Json = {**deployed_settings(prepared.job), "task": origin}
+    del tables["base"]
     # Every site must make the same plan, and no site reveals its number of rows.
     tables["protect"] = tables["protect"] | {"max_examples": plan.max_examples}
     policy = narrowest_policy(prepared.job, len(sites))

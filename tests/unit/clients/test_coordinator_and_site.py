@@ -213,7 +213,7 @@ def test_complete_settings_are_taken():
         (
             {"round__validate": 0.2, "round__keep": "best", "round__patience": 3},
             BadInput,
-            "a deployment keeps its last round",
+            "which rows are kept apart",
         ),
         ({"round__rounds": 0}, BadInput, "round.rounds"),
         ({"round__rounds": "many"}, BadInput, "round.rounds"),

@@ -8,7 +8,6 @@ import torch
 
 import fedcore
 from fedcore import api
-from fedcore.cli.up import rehearse
 from fedcore.errors import BadInput
 from fedcore.files import CHECKPOINTS
 
@@ -98,10 +97,6 @@ def test_a_round_that_was_not_kept_is_refused_by_those_that_were():
         small(out="none", rounds=1).after(1)
 
 
-def test_where_no_such_models_can_be_kept_the_setting_is_refused():
+def test_a_step_of_no_rounds_is_refused():
     with pytest.raises(BadInput, match=r"round.checkpoint_every: found 0, expected greater"):
         small(checkpoint_every=0)
-    with pytest.raises(BadInput, match="expected none in a comparison"):
-        fedcore.compare("task.py", checkpoint_every=2, seeds=1)
-    with pytest.raises(BadInput, match=r"round.checkpoint_every: found 2, expected none: a deploy"):
-        rehearse([{"task": "task.py", "checkpoint_every": 2}], None, out=None)

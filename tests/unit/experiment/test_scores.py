@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fedcore_server import operators
 
 import fedcore
 from fedcore.cli.console import _as_settings
@@ -99,16 +98,10 @@ def test_a_task_that_evaluates_itself_has_no_scores_of_rows(tmp_path):
         scores_of(own, tmp_path / "run")
 
 
-def test_keeping_scores_changes_no_plan_and_is_refused_in_a_deployed_job(tmp_path):
+def test_keeping_scores_changes_no_plan():
     assert settings_digest(build_job({"keep_scores": True}), 64) == settings_digest(
         build_job({}), 64
     )
-    path = tmp_path / "job.toml"
-    path.write_text("[protect]\nmax_examples = 512\n")
-    with pytest.raises(
-        BadInput, match=r"track\.keep_scores: found true, expected false: the scores"
-    ):
-        operators.prepare(path, {}, {"track.keep_scores": True})
 
 
 @pytest.mark.parametrize("before", [[], ["--rounds", "3"]], ids=["only", "after another"])
@@ -122,11 +115,3 @@ def test_a_switch_is_on_without_a_value(before, after):
 def test_another_flag_without_a_value_is_refused(flag):
     with pytest.raises(BadInput, match=f"{flag}: found no value"):
         _as_settings([flag, "--keep-scores"], set())
-
-
-def test_a_comparison_keeps_no_scores(tmp_path):
-    with pytest.raises(
-        BadInput, match=r"track\.keep_scores: found true, expected false in a comparison"
-    ):
-        fedcore.compare(task_of(), out=tmp_path / "run", seeds=1, folds=2, keep_scores=True)
-    assert not (tmp_path / "run").exists()

@@ -297,7 +297,7 @@ def test_what_cannot_choose_a_round_is_refused(settings, says):
 
 
 def test_a_deployment_on_this_machine_keeps_its_last_round():
-    with pytest.raises(BadInput, match=r"round.validate: found 0.2, expected none: a deployment"):
+    with pytest.raises(BadInput, match=r"round.validate: found 0.2, expected none in a deployment"):
         rehearse(
             [{"task": "heart", "validate": 0.2}], None, out=None
         )  # refused before anything is told

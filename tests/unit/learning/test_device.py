@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fedcore
-from fedcore.config import build_job, read_settings, refuse_simulated, wire_settings
+from fedcore.config import build_job, read_settings, refuse_unsupported, wire_settings
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.device import moved, require_device, rows_beside
@@ -62,7 +62,7 @@ def test_a_deployment_refuses_a_gpu_and_the_setting_stays_on_this_machine():
         with pytest.raises(
             BadInput, match=rf"^device: found '{name}', expected 'cpu' in a deployment"
         ):
-            refuse_simulated(build_job({"device": name}).run.model_dump())
+            refuse_unsupported(build_job({"device": name}).to_json(), "deployment")
         with pytest.raises(BadInput, match="expected 'cpu' in a deployment"):
             read_settings(canonical(settings | {"device": name}))
     assert read_settings(canonical(settings)) == settings

@@ -194,7 +194,7 @@ def test_the_path_counts_from_the_folder_of_the_job_file(tmp_path):
 def test_a_deployment_refuses_it_and_no_path_leaves_the_machine(tmp_path):
     (tmp_path / "job.toml").write_text(f'task = "heart"\ninitial = "{tmp_path}"\n')
     job = read_job_file(tmp_path / "job.toml")
-    refusal = rf"^initial: found {tmp_path}, expected none in a deployment"
+    refusal = rf"^initial: found '{tmp_path}', expected none in a deployment"
     with pytest.raises(BadInput, match=refusal):
         submitted(tmp_path, job, {})
     settings = wire_settings(build_job(job))
