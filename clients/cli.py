@@ -54,7 +54,7 @@ def run_site(
 
 @app.command()
 def check(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """Try everything this site needs: config, keys, tasks and their hashes, data, network, clock."""
+    """Try everything this site needs. Config, keys, tasks and their hashes, data, network, clock."""
     from fedcore_clients.check import examine
 
     found = []
@@ -76,7 +76,7 @@ def check(config: Config = _HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def status(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """What this site's process is at: connection, jobs, rounds, errors, last model."""
+    """Show what this site's process does. Connection, jobs, rounds, errors, last model."""
     from fedcore_clients.config import read_config
     from fedcore_clients.status import read_status, status_lines
 
@@ -88,7 +88,7 @@ def status(config: Config = _HERE, as_json: AsJson = False) -> None:
 
 @app.command("jobs")
 def list_jobs(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """All jobs this site was offered: state, task, protection, what it waits for, why it was refused."""
+    """List the jobs this site was offered. State, task, protection, what it waits for, why it was refused."""
     from fedcore_clients.config import read_config
     from fedcore_clients.status import jobs_lines, read_status
 
@@ -102,7 +102,7 @@ def approve(
     config: Config = _HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Let a job begin that waits for approval (`jobs = "ask"` under [policy]); prints what it takes."""
+    """Let a job begin that waits for approval. That is with `jobs = "ask"` under [policy]; prints what it takes."""
     from fedcore_clients.config import read_config
     from fedcore_clients.status import about_lines
     from fedcore_clients.status import approve as approve_job
@@ -115,7 +115,7 @@ def approve(
 
 @app.command()
 def ledger(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """What was released of this site's rows: each sum, when, for which job, with which sites."""
+    """List what was released of this site's rows. Each sum, when, for which job, with which sites."""
     from fedcore_clients.config import read_config
     from fedcore_clients.ledger import ledger_lines, read_ledger
 
@@ -130,7 +130,7 @@ def model(
     config: Config = _HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Write the model that this site was released, with its statistics, as `fedcore simulate` does."""
+    """Write the model that this site was released. With its statistics, as `fedcore simulate` does."""
     from fedcore_clients.config import read_config
     from fedcore_clients.status import export_model
 

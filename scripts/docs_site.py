@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
@@ -48,14 +47,17 @@ def _help() -> Iterator[str]:
     from fedcore_clients.cli import app as site
     from fedcore_server.cli import app as coordinator
 
+    from fedcore.cli.console import command_of
     from fedcore.cli.main import app as fedcore
 
     for name, app in (("fedcore", fedcore), ("fed-coordinator", coordinator), ("fed-site", site)):
-        yield from _sections(name, typer.main.get_command(app), None)
+        yield from _sections(name, command_of(app), None)
 
 
 def _sections(name: str, command: click.Command, parent: click.Context | None) -> Iterator[str]:
-    context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
+    context = click.Context(
+        command, info_name=name, parent=parent, terminal_width=WIDTH, **command.context_settings
+    )
     level = "##" if parent is None else "###"
     yield f"{level} {context.command_path}\n\n```text\n{context.get_help()}\n```"
     for each, inner in sorted(getattr(command, "commands", {}).items()):

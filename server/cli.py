@@ -38,7 +38,8 @@ app = application(
 
 Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
 Where = Annotated[
-    str | None, typer.Option("--coordinator", help="HOST:PORT; default: of operator.toml.")
+    str | None,
+    typer.Option("--coordinator", help="The coordinator's HOST:PORT; default: of operator.toml."),
 ]
 KitFolder = Annotated[
     Path | None,
@@ -127,7 +128,7 @@ def watch(
         bool, typer.Option("--json", help="Print each event as one JSON object a line.")
     ] = False,
 ) -> None:
-    """Follow a job to its end: round, stage, sites, whom it waits for, metrics if they are public, bytes."""
+    """Follow a job to its end. Round, stage, sites, whom it waits for, metrics if they are public, bytes."""
     from fedcore.results import JobEvent
 
     console = page_console()
@@ -196,7 +197,7 @@ def evict(
     file: File = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send a site away: its session ends, and it is refused until --undo."""
+    """Send a site away, or let it return. Its session ends, and it is refused until --undo."""
     from fedcore.wire import calls, frames
 
     reply = _operator(where, kit, file).ask(calls.EVICT, frames.SiteRequest(site, undo))
@@ -212,7 +213,7 @@ def result(
     file: File = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch what the coordinator has of a job: its file, its rounds, how it ended."""
+    """Fetch what the coordinator has of a job. Its file, its rounds, how it ended."""
     from fedcore_server.operators import CALL_SECONDS, save_result, write_report
 
     from fedcore.wire import calls, frames

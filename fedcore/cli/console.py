@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import click
 import typer
 import typer.core
+import typer.main
 from rich.console import Console
 from rich.text import Text
 
@@ -35,6 +36,25 @@ stderr = Console(stderr=True, highlight=False)
 
 # With rich, typer escapes the brackets of `[default: 4]` for a renderer that these commands do not use.
 typer.core.HAS_RICH = False
+
+Given = ParamSpec("Given")
+
+
+def _documented(
+    make: Callable[Given, typer.core.TyperArgument],
+) -> Callable[Given, typer.core.TyperArgument]:
+    """Make positional arguments that keep the help they were declared with: click 8.5, whose arguments have a help
+    of their own, resets what typer before 0.21 sets."""
+
+    def made(*arguments: Given.args, **named: Given.kwargs) -> typer.core.TyperArgument:
+        found, text = make(*arguments, **named), named.get("help")
+        found.help = text if isinstance(text, str) else None
+        return found
+
+    return made
+
+
+typer.main.TyperArgument = _documented(typer.core.TyperArgument)  # type: ignore[attr-defined, assignment]
 
 
 _results: TextIO | None = None
@@ -77,6 +97,9 @@ def _kept_stdout(stdout: TextIO) -> int | None:
 class ResultCommand(typer.core.TyperCommand):
     """A command whose stdout has its results only."""
 
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write no section of click's (from 8.5 on): typer writes one, in `format_options`."""
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command's function."""
         try:
@@ -94,6 +117,12 @@ def _set_results_apart(app: typer.Typer) -> None:
     for group in app.registered_groups:
         if group.typer_instance is not None:
             _set_results_apart(group.typer_instance)
+
+
+def command_of(app: typer.Typer) -> click.Command:
+    """The commands of a program, as they run and as their help is shown."""
+    _set_results_apart(app)
+    return typer.main.get_command(app)
 
 
 def application(name: str, text: str) -> typer.Typer:

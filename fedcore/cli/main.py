@@ -37,7 +37,7 @@ app = application(
     "fedcore", "Federated learning in which no party has to be trusted with another's update."
 )
 bench_app = typer.Typer(
-    help="Benchmarks, each with a baseline in the same run.", no_args_is_help=True
+    help="Run a benchmark, with a baseline in the same run.", no_args_is_help=True
 )
 app.add_typer(bench_app, name="bench")
 
@@ -88,7 +88,7 @@ def simulate(
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
 ) -> None:
-    """Train one model over several sites on this machine, and the arms that it is compared with."""
+    """Train one model over several sites on this machine. Also trains the arms that it is compared with."""
     _starting("simulate", job or resume, settings)
     if resume is not None and (settings or job or out):
         raise _settings_beside_resume("run")
@@ -204,7 +204,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run a deployment on this machine: a coordinator and one process a site over TLS, then `simulate`."""
+    """Run a deployment of a job on this machine, then `simulate`. A coordinator and one process a site, over TLS."""
     _starting("up", job, settings)
     from fedcore.local_deployment import address_from
 
@@ -253,7 +253,7 @@ def compare(
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted comparison.")] = None,
 ) -> None:
-    """The arms over seeds x folds: paired gaps with an interval that counts the overlap of splits."""
+    """Run the arms over seeds and folds, for paired gaps. Their interval counts the overlap of the splits."""
     _starting("compare", job or resume, settings)
     if resume is not None:
         if settings or job or out or force or seeds:
@@ -323,7 +323,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the solved plan: packing, proof of headroom, bytes a round, steps of the price, label."""
+    """Show the solved plan of a job or a run. Packing, proof of headroom, bytes a round, steps of the price, label."""
     if where is not None and (where / "plan.json").is_file():
         if settings:
             raise BadInput(
@@ -345,7 +345,7 @@ def check(
     what: Annotated[str, typer.Argument(help="A task, spelled as for --task, or a job file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Load every site, count classes, take one training step, and show the model and the plan."""
+    """Try a job: load every site and take one training step. Shows classes, the model and the plan."""
     path = Path(what)
     if what.endswith(".toml") or any((path / name).is_file() for name in ("job.toml", "task.py")):
         layers = _layers(path, settings)
@@ -369,7 +369,7 @@ def predict(
     ] = None,
     task: flags.ModelTask = "",
 ) -> None:
-    """Predict new rows: a CSV line for each, with the class and the probabilities, or the value."""
+    """Predict new rows with a run's model. A CSV line for each, with the class and the probabilities, or the value."""
     from fedcore.cli.predict import predict as predicted
 
     found = predicted(run, rows, keep or (), task)
@@ -394,7 +394,7 @@ def export(
     ] = None,
     task: flags.ModelTask = "",
 ) -> None:
-    """Write the model as one TorchScript file that takes raw rows and is read without Fedcore."""
+    """Write the model as one TorchScript file for raw rows. It is read without Fedcore."""
     from fedcore.experiment.export import export as exported
     from fedcore.learning.saved import load_model
     from fedcore.learning.task import load_task
@@ -411,7 +411,7 @@ def report(
     format_: Annotated[str, typer.Option("--format", help="html, md or latex.")] = "html",
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead.")] = None,
 ) -> None:
-    """Write a run's report again, overlay several runs, or print a table for a paper."""
+    """Write a run's report again, or overlay several runs. Also as a table for a paper (--format latex)."""
     from fedcore import report as reports
 
     if format_ not in ("html", "md", "latex"):
@@ -444,7 +444,7 @@ def runs(
 
 @app.command()
 def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or comparison.")]) -> None:
-    """Repeat a run and compare: the same bits, or the first round that differs, and how the machines differ."""
+    """Repeat a run and compare its bits. Names the first round that differs, and how the machines differ."""
     say(f"fedcore reproduce: {run}")
     from fedcore.cli.reproduce import reproduce as again
 
@@ -475,7 +475,7 @@ def new(
         bool, typer.Option("--force", help="Write into a folder that holds files.")
     ] = False,
 ) -> None:
-    """Write a task and a job that run unchanged, as a start for your own."""
+    """Write a task and a job to start from. They run unchanged."""
     from fedcore.cli.scaffold import create
 
     create(directory, force=force)
@@ -545,7 +545,7 @@ def protect(
     ] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes and seconds of protecting one vector, compared with float32 and TenSEAL's CKKS in the same run."""
+    """Measure bytes and seconds of protecting one vector. Compared with float32 and TenSEAL's CKKS in the same run."""
 
 
 @_bench("secagg_rounds", "{sites} sites x {parameters:,} parameters, {protection}")
@@ -558,7 +558,7 @@ def secagg(
     cipher: flags.BenchCipher = "bfv",
     as_json: AsJson = False,
 ) -> None:
-    """One whole protected round with a dropout: bytes and CPU seconds of a site, and the coordinator's."""
+    """Measure one whole protected round with a dropout. Bytes and CPU seconds of a site, and the coordinator's."""
 
 
 @_bench("fold", "{sites} sites x {parameters:,} parameters")
@@ -567,7 +567,7 @@ def fold(
     parameters: flags.Parameters = 1_000_000,
     as_json: AsJson = False,
 ) -> None:
-    """Peak memory of the folding process: the same whatever the number of sites."""
+    """Measure the peak memory of the folding process. The same whatever the number of sites."""
 
 
 @_bench("engine", "{sites} sites x {parameters:,} parameters, {protection}")
@@ -581,7 +581,7 @@ def engine(
     per_process: Annotated[int, typer.Option(help="Sites that share one process.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Rounds of a deployed federation without training: real processes, TLS, journals, masks, keys."""
+    """Measure rounds of a deployment without training. Real processes, TLS, journals, masks, keys."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
