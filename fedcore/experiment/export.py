@@ -6,7 +6,8 @@ from typing import Any
 from fedcore.errors import BadInput
 from fedcore.experiment.prepare import job_for, resolve_sites, stored_job
 from fedcore.files import write_atomic
-from fedcore.learning.data.rows import TableRows, load_rows
+from fedcore.learning.data.loading import load_rows
+from fedcore.learning.data.rows import TableRows
 from fedcore.learning.exported import script
 from fedcore.learning.saved import SavedModel, Tensor
 

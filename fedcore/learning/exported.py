@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.errors import BadInput, Refused, printable
-from fedcore.learning.data.rows import RowLayout, TableRows, array_layout
+from fedcore.learning.data.arrays import array_layout
+from fedcore.learning.data.rows import RowLayout, TableRows
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Category, Number, Table, number
 from fedcore.learning.data.targets import TargetScale

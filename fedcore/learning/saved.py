@@ -22,13 +22,8 @@ from torch.nn.parameter import is_lazy
 from fedcore.errors import BadInput, printable
 from fedcore.files import CHECKPOINTS, RESULT_FILE, read_json
 from fedcore.learning.data.array_files import read_array
-from fedcore.learning.data.rows import (
-    RowLayout,
-    TableRows,
-    array_features,
-    array_inputs,
-    array_layout,
-)
+from fedcore.learning.data.arrays import array_features, array_inputs, array_layout
+from fedcore.learning.data.rows import RowLayout, TableRows
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table, number
 from fedcore.learning.data.targets import TargetScale

@@ -21,14 +21,8 @@ from fedcore.config import Job
 from fedcore.errors import BadInput
 from fedcore.learning import findings
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
-from fedcore.learning.data.rows import (
-    DatasetRows,
-    RowLayout,
-    Rows,
-    TableRows,
-    load_rows,
-    rows_digest,
-)
+from fedcore.learning.data.loading import load_rows
+from fedcore.learning.data.rows import DatasetRows, RowLayout, Rows, TableRows, rows_digest
 from fedcore.learning.data.split import Split, ValidationPart, capped, divided
 from fedcore.learning.data.statistics import Column, Statistics, finish_statistics, site_sums
 from fedcore.learning.data.targets import SIZES, TargetScale, sizes

@@ -4,13 +4,14 @@ Whatever `task.data` returns becomes one of three kinds here: `ArrayRows` (tenso
 `TableRows` (raw features that still need federated statistics) and `DatasetRows` (a map-style
 dataset read item by item). All other code uses only what the three have in common.
 
-Left to others: the federated statistics (data/statistics.py), reading tables (data/tabular.py).
+Left to others: what a task returned (data/loading.py), numbers in arrays (data/arrays.py), the federated
+statistics (data/statistics.py), reading tables (data/tabular.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -19,43 +20,22 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    default_collate,
-)
+from torch.utils.data import ConcatDataset, Subset, default_collate
 
-from fedcore.errors import BadInput, FedcoreError
+from fedcore.errors import BadInput
 from fedcore.learning.data.canonical import REMEDY, digests_of, item_digest
-from fedcore.learning.data.groups import (
-    Grouped,
-    Groups,
-    group_digests,
-    holds_ids,
-    named_as_ids,
-    refuse_shared,
-    some_of,
-)
+from fedcore.learning.data.groups import Groups, some_of
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
     class_indices,
     dataset_labels,
-    is_dataset,
     is_hugging_face,
-    is_pandas,
-    kind_of,
     odd_target,
 )
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.targets import TargetScale
-from fedcore.learning.task import Task, user_code
+from fedcore.learning.task import user_code
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,27 +312,6 @@ together; `batches` what `task.predict` takes, `order=None` being row order.
 """
 
 
-def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
-    """Call `task.data(source)` for one site: `(all its rows, None)` or `(train rows, test rows)`.
-
-    Raises TaskFailed when the user's function raises (with the user's traceback), BadInput when
-    what it returned is empty, not finite, or of no kind listed in docs/tasks.md.
-    """
-    where = f"site {site}"
-    with user_code(f"{where}: task.data"):
-        try:
-            found = task.data(source)
-        except FedcoreError as error:
-            # An error of our own reader; only the site's name is added.
-            raise BadInput(f"{where}: {error}", remedy=error.remedy) from error
-    if isinstance(found, (tuple, list)) and len(found) == 2 and all(_is_whole(v) for v in found):
-        train = _recognise(found[0], task, f"{where} (train part)")
-        test = _recognise(found[1], task, f"{where} (test part)")
-        refuse_shared(train.groups, test.groups, where)
-        return train, test
-    return _recognise(found, task, where), None
-
-
 def pool(parts: Sequence[Rows]) -> Rows:
     """The union of the sites' rows, in the order given: what the centralised arm trains on. Raises BadInput
     when the sites' rows are of different kinds, shapes or column layouts."""
@@ -435,265 +394,3 @@ def _content_of(rows: Rows) -> list[bytes]:
     except BadInput:  # items without a content that stays
         labels = rows.labels()
         return digests_of(np.zeros(len(rows), dtype=np.int64) if labels is None else labels)
-
-
-def _recognise(found: Any, task: Task, where: str) -> Rows:
-    if isinstance(found, Grouped):
-        rows = _recognise(found.rows, task, where)
-        return rows.with_groups(group_digests(_ids_of(found, rows, where), len(rows), where))
-    rows = _rows_of(found, task, where)
-    if not len(rows):
-        raise BadInput(
-            f"{where}: found 0 rows, expected at least 1", remedy="check what task.data reads there"
-        )
-    return rows
-
-
-def _ids_of(found: Grouped, rows: Rows, where: str) -> Iterable[Any]:
-    if not callable(found.ids):
-        given: Iterable[Any] = found.ids
-        return given
-    if not isinstance(rows, DatasetRows):
-        raise BadInput(
-            f"{where}: found a function for the ids of rows in memory, expected one id for each row",
-            remedy="fedcore.grouped(rows, ids) with an array of ids",
-        )
-    with user_code(f"{where}: the ids of fedcore.grouped"):
-        each: list[Any] = [found.ids(rows.dataset[index]) for index in range(len(rows))]
-    return each
-
-
-def _rows_of(found: Any, task: Task, where: str) -> Rows:
-    if isinstance(found, (ArrayRows, TableRows)):
-        return found
-    if isinstance(found, DatasetRows):
-        found.site = found.site or where
-        return found
-    if isinstance(found, DataLoader):
-        return _rows_of_loader(found, where)
-    if isinstance(found, IterableDataset) or type(found).__name__ == "IterableDataset":
-        raise _iterable(where, type(found).__name__)
-    if is_hugging_face(found) or is_dataset(found):
-        return _rows_of_dataset(found, where, None, None)
-    if is_pandas(found):
-        raise _frame(where)
-    if isinstance(found, (tuple, list)) and len(found) == 2:
-        return _rows_of_arrays(found[0], found[1], task, where)
-    raise BadInput(
-        f"{where}: task.data returned {kind_of(found)}, expected (X, y), a table, a Dataset, "
-        "a DataLoader, or a (train, test) pair of these",
-        remedy="docs/tasks.md shows each form",
-    )
-
-
-def _rows_of_loader(loader: DataLoader[Any], where: str) -> DatasetRows:
-    if isinstance(loader.dataset, IterableDataset):
-        raise _iterable(where, type(loader.dataset).__name__)
-    batches = loader.batch_sampler
-    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler))
-    if batches is None or type(batches) is not BatchSampler or not plain:
-        found = loader.sampler if isinstance(batches, BatchSampler) else batches
-        raise BadInput(
-            f"{where}: found a DataLoader with its own {kind_of(found)}, expected batch_size= and "
-            "optionally shuffle= and collate_fn=",
-            remedy="the run's seed decides the order of rows; for another way of sampling give "
-            "Task(train=...)",
-        )
-    rows = _rows_of_dataset(loader.dataset, where, loader.collate_fn, batches.batch_size)
-    rows.drop_last = batches.drop_last
-    return rows
-
-
-def _rows_of_dataset(
-    dataset: Any, where: str, collate: Callable[[list[Any]], Any] | None, batch_size: int | None
-) -> DatasetRows:
-    with user_code(
-        f"{where}: the length of {type(dataset).__name__}",
-        remedy="a map-style dataset defines __len__ and __getitem__",
-    ):
-        rows = DatasetRows(dataset, collate, batch_size, site=where)
-        if is_hugging_face(dataset):
-            named = filter(named_as_ids, dataset.column_names)
-            values = {name: list(dataset.with_format(None)[name]) for name in named}
-            rows.ids = {name: ids for name in values if (ids := holds_ids(name, values[name]))}
-        return rows
-
-
-def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:
-    for name, value in (("X", raw_x), ("y", raw_y)):
-        if is_pandas(value):
-            raise _frame(where)
-        if not isinstance(value, (np.ndarray, torch.Tensor)):
-            remedy = f"np.asarray({name}) makes one"
-            if hasattr(value, "toarray"):
-                remedy = f"{name}.toarray() makes one from a sparse matrix"
-            raise BadInput(
-                f"{where}: found {kind_of(value)} for {name}, expected an array or a tensor",
-                remedy=remedy,
-            )
-        if value.ndim == 0:
-            raise BadInput(f"{where}: found a single number for {name}, expected one entry per row")
-    if len(raw_x) != len(raw_y):
-        raise BadInput(
-            f"{where}: found {len(raw_x)} rows in X and {len(raw_y)} in y, expected as many",
-            remedy="task.data returns (X, y) with one target per row",
-        )
-    y = _target_tensor(raw_y, where)
-    if task.statistics is None:
-        return ArrayRows(array_inputs(raw_x, where), y)
-    layout = array_layout(task.statistics)
-    features = array_features(raw_x, len(layout.names), where)
-    return TableRows(features, np.zeros((len(features), 0), np.float32), y, layout)
-
-
-def array_inputs(raw: Any, where: str) -> torch.Tensor:
-    """An array or a tensor as a model takes it, in training and in `Run.predict` alike.
-
-    float32, except that a *tensor* of integers (token ids, raw pixels) keeps its dtype: a numpy array
-    of integers is nearly always a table of numbers, which a Linear layer would refuse.
-    Raises BadInput for what are not numbers, and for NaN or infinity.
-    """
-    _require_numbers(raw, "X", where)
-    if isinstance(raw, torch.Tensor):
-        keep = not raw.is_floating_point() and raw.dtype is not torch.bool
-        x = raw.detach().cpu() if keep else raw.detach().cpu().to(torch.float32)
-    else:
-        # Row by row in memory: the last bits of a product may depend on it, and data frames give columns.
-        x = torch.from_numpy(np.array(raw, dtype=np.float32, order="C"))
-    _refuse_not_finite(x, "X", where)
-    return x
-
-
-def _target_tensor(raw: Any, where: str) -> torch.Tensor:
-    """Integers and booleans become int64, floats float32."""
-    _require_numbers(raw, "y", where)
-    if isinstance(raw, torch.Tensor):
-        y = raw.detach().cpu()
-    else:
-        y = torch.from_numpy(np.array(raw, dtype=np.float32 if raw.dtype.kind == "f" else np.int64))
-    y = y.to(torch.float32 if y.is_floating_point() else torch.int64)
-    _refuse_not_finite(y, "y", where)
-    return y
-
-
-def array_features(raw: Any, columns: int, where: str) -> NDArray[np.float64]:
-    """An array whose task declared public ranges: (rows, columns) float64, NaN = missing. Raises BadInput for
-    another shape, for what are not numbers, and for infinity."""
-    features = np.array(raw.detach().cpu().numpy() if isinstance(raw, torch.Tensor) else raw)
-    _require_numbers(features, "X", where)
-    features = features.astype(np.float64)
-    if features.ndim != 2 or features.shape[1] != columns:
-        raise BadInput(
-            f"{where}: found X of shape {list(features.shape)}, expected (rows, {columns})",
-            remedy="Task(statistics=...) gives one (low, high) per column of X",
-        )
-    observed = np.where(np.isnan(features), 0.0, features)
-    _refuse_not_finite(torch.from_numpy(observed), "X", where)
-    return features
-
-
-def array_layout(statistics: Sequence[Any]) -> RowLayout:
-    """The layout of an array task from `Task.statistics`: per column (low, high) or a `number(...)`. Raises
-    BadInput unless low < high, both finite."""
-    ranges, indicated = [], []
-    for i, entry in enumerate(statistics):
-        indicated.append(bool(getattr(entry, "may_be_missing", False)))
-        try:
-            pair = (entry.low, entry.high) if hasattr(entry, "low") else entry
-            low, high = float(pair[0]), float(pair[1])
-        except (TypeError, ValueError, IndexError, KeyError):
-            low = high = float("nan")
-        if not (low < high and np.isfinite([low, high]).all()):
-            raise BadInput(
-                f"task.statistics[{i}]: found {entry!r}, expected (low, high) with low < high",
-                remedy="a public range every site can know without looking at its rows",
-            )
-        ranges.append((low, high))
-    names = tuple(f"x{i}" for i in range(len(ranges)))
-    return RowLayout(names, tuple(ranges), tuple(indicated))
-
-
-def _refuse_not_finite(values: torch.Tensor, name: str, where: str) -> None:
-    if not values.is_floating_point():
-        return
-    bad = ~torch.isfinite(values)
-    count = int(bad.sum())
-    if count == 0:
-        return
-    place = name
-    if values.ndim == 2:
-        columns = torch.nonzero(bad.any(dim=0)).flatten().tolist()
-        shown = ", ".join(str(c) for c in columns[:5]) + (", ..." if len(columns) > 5 else "")
-        place = f"{name} column{'s' if len(columns) > 1 else ''} {shown}"
-    remedy = "drop those rows: a target must be observed"
-    if name == "X":
-        remedy = (
-            "impute them, or give Task(statistics=((low, high), ...)) and the sites impute and "
-            "standardise together; fedcore.table(...) does this for data frames"
-        )
-    raise BadInput(
-        f"{where}: found {count} NaN or infinite value{'s' if count > 1 else ''} in {place}, "
-        "expected finite numbers",
-        remedy=remedy,
-    )
-
-
-def _refuse_objects(values: NDArray[Any], where: str) -> None:
-    """Name what makes targets an array of objects: missing values, or rows of different lengths."""
-    flat = values.reshape(-1)
-    missing = [
-        i for i, each in enumerate(flat) if each is None or str(each) in ("nan", "<NA>", "NaT")
-    ]
-    if missing:
-        raise BadInput(
-            f"{where}: found {len(missing)} missing value{'s' if len(missing) > 1 else ''} in y (the first in row "
-            f"{missing[0] // max(1, len(flat) // len(values)) + 1}), expected a target for every row",
-            remedy="drop those rows: a target must be observed",
-        )
-    lengths = {
-        len(value) for value in flat if hasattr(value, "__len__") and not isinstance(value, str)
-    }
-    if lengths:
-        raise BadInput(
-            f"{where}: found rows of {min(lengths)} to {max(lengths)} values in y, expected as many in every row",
-            remedy="one class index per row; of several labels a row of 0 and 1 for each, with an `evaluate` of "
-            "the task's own",
-        )
-
-
-def _is_whole(value: Any) -> bool:
-    """True for one half of a (train, test) pair: something that is rows by itself."""
-    if isinstance(value, (tuple, list)):
-        return len(value) == 2 and all(hasattr(part, "ndim") for part in value)
-    kinds = (ArrayRows, TableRows, DatasetRows, DataLoader, Dataset, Grouped)
-    return isinstance(value, kinds) or is_hugging_face(value) or is_dataset(value)
-
-
-def _iterable(where: str, kind: str) -> BadInput:
-    return BadInput(
-        f"{where}: found the iterable dataset {kind}, expected a map-style one",
-        remedy="define __len__ and __getitem__: folds and seeds need rows that can be counted",
-    )
-
-
-def _frame(where: str) -> BadInput:
-    return BadInput(
-        f"{where}: found a pandas DataFrame or Series, expected rows of declared columns",
-        remedy="return fedcore.table(target=..., columns={...})(frame): declared columns are the "
-        "same at every site, whatever values each one happens to hold",
-    )
-
-
-def _require_numbers(values: Any, name: str, where: str) -> None:
-    """Raise BadInput unless an array or tensor has real numbers or truth values."""
-    tensor = isinstance(values, torch.Tensor)
-    if not values.is_complex() if tensor else values.dtype.kind in "fiub":
-        return
-    if name == "y" and not tensor and values.dtype.kind == "O":
-        _refuse_objects(values, where)
-    remedy = "map classes to 0, 1, 2, ... the same way at every site"
-    if name == "X":
-        remedy = "fedcore.table(target=..., columns={...}) turns declared categories into numbers"
-    raise BadInput(
-        f"{where}: found {name} of dtype {values.dtype}, expected numbers", remedy=remedy
-    )

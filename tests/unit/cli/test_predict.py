@@ -173,7 +173,7 @@ def test_arrays_come_from_a_file_of_an_array(tmp_path, capsys, ending, ranges):
     run, path = model_file(tmp_path, ARRAY_TASK, **about), tmp_path / f"rows.{ending}"
     rows = np.array([[1.0, 2.0], [9.0, -4.0]])
     if ranges:  # as the run of such a task records it
-        from fedcore.learning.data.rows import array_layout
+        from fedcore.learning.data.arrays import array_layout
         from fedcore.learning.data.statistics import Statistics
 
         task, layout = load_task("task.py", tmp_path), array_layout(ranges)

@@ -15,7 +15,8 @@ import fedcore
 from fedcore.config import build_job
 from fedcore.errors import BadInput
 from fedcore.experiment.prepare import prepare
-from fedcore.learning.data.rows import DatasetRows, load_rows
+from fedcore.learning.data.loading import load_rows
+from fedcore.learning.data.rows import DatasetRows
 from fedcore.learning.task import Task
 
 pytestmark = pytest.mark.usefixtures("no_drawings")

@@ -12,7 +12,7 @@ from torch import nn
 import fedcore
 from fedcore.errors import BadInput, Refused
 from fedcore.experiment.export import export
-from fedcore.learning.data.rows import array_layout
+from fedcore.learning.data.arrays import array_layout
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.exported import script
 from fedcore.learning.saved import FILE, load_model, model_bytes

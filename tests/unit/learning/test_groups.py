@@ -16,7 +16,8 @@ from fedcore.errors import BadInput, TaskFailed
 from fedcore.experiment.gap import bootstrap_gap
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data.groups import codes_of, group_digests
-from fedcore.learning.data.rows import ArrayRows, load_rows
+from fedcore.learning.data.loading import load_rows
+from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.data.split import FoldSplit, HashSplit, ValidationPart, subsample
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.tabular import Table

@@ -12,7 +12,7 @@ import torch
 from fedcore.errors import BadInput, UnknownName
 from fedcore.learning.data import digits, heart
 from fedcore.learning.data.linear import linear, logit_loss
-from fedcore.learning.data.rows import load_rows
+from fedcore.learning.data.loading import load_rows
 from fedcore.learning.data.tabular import Table
 from fedcore.learning.task import load_task
 

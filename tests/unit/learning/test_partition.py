@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.learning.data.loading import load_rows
 from fedcore.learning.data.partition import group, site_id, split
-from fedcore.learning.data.rows import load_rows
 from fedcore.learning.task import Task
 
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fedcore.errors import BadInput, TaskFailed
-from fedcore.learning.data.rows import (
-    ArrayRows,
-    DatasetRows,
-    TableRows,
-    copied,
-    load_rows,
-    pool,
-)
+from fedcore.learning.data.loading import load_rows
+from fedcore.learning.data.rows import ArrayRows, DatasetRows, TableRows, copied, pool
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.data.tabular import number
 from fedcore.learning.task import Task

@@ -9,7 +9,8 @@ from torch import nn
 
 import fedcore
 from fedcore.errors import BadInput
-from fedcore.learning.data.rows import array_layout, load_rows
+from fedcore.learning.data.arrays import array_layout
+from fedcore.learning.data.loading import load_rows
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.saved import FILE, load_model, model_bytes
 from fedcore.learning.task import Task

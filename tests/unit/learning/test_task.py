@@ -85,7 +85,7 @@ def test_a_file_that_fails(tmp_path, text, kind, hint):
 
 
 def test_traceback_starts_at_the_users_frame():
-    from fedcore.learning.data.rows import load_rows
+    from fedcore.learning.data.loading import load_rows
 
     def data(source):
         raise ValueError("theirs")
