@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedcore.api import compare as compare
-    from fedcore.api import simulate as simulate
     from fedcore.errors import FedcoreError as FedcoreError
+    from fedcore.experiment.api import compare as compare
+    from fedcore.experiment.api import simulate as simulate
     from fedcore.experiment.loop import STOP as STOP
     from fedcore.experiment.run import Comparison as Comparison
     from fedcore.experiment.run import Run as Run
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fedcore.learning.task import load_task as load_task
 
 _NAMES = {
-    "api": ("compare", "simulate"),
     "errors": ("FedcoreError",),
+    "experiment.api": ("compare", "simulate"),
     "experiment.loop": ("STOP",),
     "experiment.run": ("Comparison", "Run", "load"),
     "learning.data.groups": ("grouped",),

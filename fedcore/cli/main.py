@@ -93,7 +93,7 @@ def simulate(
     if resume is not None and (settings or job or out):
         raise _settings_beside_resume("run")
     say("loading torch")
-    from fedcore import api
+    from fedcore.experiment import api
     from fedcore.experiment.forked import ticking
 
     directory: list[Path] = []
@@ -262,7 +262,7 @@ def compare(
     else:
         layers, chosen = _layers(job, settings), list(range(seeds or 5))
     say("loading torch")
-    from fedcore import api
+    from fedcore.experiment import api
 
     directory: list[Path] = []
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.api import compare, simulate
+from fedcore.experiment.api import compare, simulate
 from fedcore.experiment.environment import environment, random_causes
 from fedcore.experiment.forked import ticking
 from fedcore.experiment.loop import STOP, OnStep

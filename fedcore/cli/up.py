@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.api import OnReady, Say
 from fedcore.config import (
     Job,
     deployed_settings,
@@ -25,6 +24,7 @@ from fedcore.config import (
     refuse_unsupported,
 )
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
+from fedcore.experiment.api import OnReady, Say
 from fedcore.experiment.environment import random_causes
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder

@@ -19,11 +19,11 @@ from rich.console import Console
 from torch import nn
 
 import fedcore
-from fedcore import api
 from fedcore.cli import console, main
 from fedcore.cli.progress import RoundsProgress
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import Abandoned, BadInput, PlanRefused, RoundAbandoned, UnknownName
+from fedcore.experiment import api
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.experiment.run import all_abandoned
 from fedcore.experiment.simulation import Leaving

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fedcore
-from fedcore import api
 from fedcore.errors import BadInput
+from fedcore.experiment import api
 from fedcore.files import CHECKPOINTS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")

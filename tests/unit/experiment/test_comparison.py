@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import fedcore
-from fedcore import api
 from fedcore.cli import main as commands
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
+from fedcore.experiment import api
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

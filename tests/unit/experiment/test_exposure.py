@@ -19,7 +19,7 @@ from support.plans import round_plan
 from support.results import result_of
 
 import fedcore
-from fedcore import api
+from fedcore.experiment import api
 from fedcore.experiment import exposure as measured
 from fedcore.experiment.exposure import (
     BOTH,

@@ -16,8 +16,7 @@ from support import reference
 from torch import nn
 
 import fedcore
-from fedcore import api
-from fedcore.experiment import simulation
+from fedcore.experiment import api, simulation
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.data.split import FoldSplit
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fedcore
-from fedcore import api
 from fedcore.cli.reproduce import reproduce
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
+from fedcore.experiment import api
 from fedcore.experiment.run import list_runs
 from fedcore.files import read_json, write_atomic
 from fedcore.learning import saved

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from support.results import result_of, stored
 
 import fedcore
-from fedcore import api
 from fedcore.cli.up import rehearse
 from fedcore.errors import BadInput
-from fedcore.experiment import loop
+from fedcore.experiment import api, loop
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.experiment.selection import Selection

@@ -273,7 +273,7 @@ def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, monke
 
 def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, scheme, monkeypatch):
     """Resumed with new keys and no attack, the run ends where an undisturbed one does."""
-    from fedcore import api
+    from fedcore.experiment import api
 
     settings = SETTINGS | settings_of(scheme)
     whole = fedcore.simulate(TASK, **settings).result
