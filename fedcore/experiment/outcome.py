@@ -96,7 +96,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         stopped=experiment.stopped,
         convergence=_convergence(experiment),
         sites=plan.sites,
-        metrics=tuple(prepared.task.metrics),
+        metrics=prepared.task.scores,
         rows=_row_counts(prepared.sites, prepared.loaded),
         model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
         model_sha256=model_digest(federated.state.server.model),
@@ -160,7 +160,7 @@ def _convergence(experiment: Experiment) -> Convergence | None:
     task, validated = experiment.prepared.task, experiment.selection is not None
     if experiment.round < LEAST_ROUNDS:
         return None
-    metric = chosen_by(task.metrics)
+    metric = chosen_by(task.scores)
     column = (VALIDATION if validated else "") + metric
     found = trends(experiment.history, column, lower=metric in lower_is_better(task))
     return Convergence(metric, validated, found)
@@ -215,7 +215,13 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
         return ProtectedMetrics(sites=(), abandoned=last)
     sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
     metrics = transport.finish(sums, len(sites), experiment.federated.target_scale)
-    return ProtectedMetrics(metrics, transport.bounds(sums), transport.clipped(sums), tuple(sites))
+    return ProtectedMetrics(
+        metrics,
+        transport.bounds(sums),
+        transport.clipped(sums),
+        tuple(sites),
+        confusion=transport.summed_confusion(sums),
+    )
 
 
 def _per_site(experiment: Experiment, scorings: Mapping[str, Scoring]) -> dict[str, SiteResult]:

@@ -51,7 +51,7 @@ class Selection:
 
     @classmethod
     def of(cls, prepared: Prepared) -> Selection:
-        metrics = tuple(prepared.task.metrics)
+        metrics = prepared.task.scores
         metric = chosen_by(metrics)
         lower = metric in lower_is_better(prepared.task)
         return cls(metrics, metric, lower, prepared.job.round.patience)

@@ -18,11 +18,12 @@ from fedcore.learning.metrics import counting, get
 from fedcore.learning.metrics.definition import Floats, Metric, Values, clipped_rows
 from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
-from fedcore.secagg.plan import METRIC, Wide
+from fedcore.secagg.plan import MATRIX, METRIC, Wide
 
 OWN_FRACTION_BITS = 16
 OWN_BITS = 64
 _OFFSET = 1 << (OWN_BITS - 1)
+_CONFUSION = MATRIX + counting.CONFUSION
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,29 @@ class MetricTransport:
     """metrics: built-in ones (empty if the task has its own `evaluate`); own: the names that it returns.
 
     columns: outputs per row; max_rows: the largest number of test rows of a site, for the bits of sums.
+    matrix: whether the sums of the confusion matrix travel too.
     """
 
     metrics: tuple[Metric, ...]
     own: tuple[str, ...]
     columns: int
     max_rows: int
+    matrix: bool = False
 
     @classmethod
     def of(cls, task: Task, sample: Scored, max_rows: int) -> MetricTransport:
-        """sample: any scored rows of the task; it fixes the number of outputs. Raises UnknownName."""
+        """sample: any scored rows of the task; it fixes the number of outputs. Raises UnknownName, and BadInput for
+        a confusion matrix of more than 32 classes."""
         if sample.own is not None:
             return cls((), tuple(task.metrics), 0, max_rows)
         columns = 1 if sample.outputs.ndim == 1 else sample.outputs.shape[1]
-        return cls(get(task.metrics), (), columns, max_rows)
+        if task.has_confusion and columns > counting.CONFUSION_CLASSES:
+            raise BadInput(
+                f"task.metrics: found {columns} classes, expected at most {counting.CONFUSION_CLASSES} for "
+                f"{counting.CONFUSION}",
+                remedy="its size is the square of their number; name balanced_accuracy or f1 instead",
+            )
+        return cls(get(task.scores), (), columns, max_rows, task.has_confusion)
 
     @property
     def wides(self) -> tuple[Wide, ...]:
@@ -53,7 +63,11 @@ class MetricTransport:
             for m in self.metrics
         ]
         sizes += [(name, 2, OWN_BITS) for name in self.own]
-        return tuple(Wide(METRIC + name, count, bits) for name, count, bits in sizes)
+        found = [Wide(METRIC + name, count, bits) for name, count, bits in sizes]
+        if self.matrix:
+            size = counting.confusion_size(self.columns)
+            found.append(Wide(_CONFUSION, size, self.max_rows.bit_length()))
+        return tuple(found)
 
     def sums(self, scored: Scored | None) -> dict[str, list[int]]:
         """One site's integers; zeros for a site without test rows (scored None)."""
@@ -64,6 +78,10 @@ class MetricTransport:
         for name in self.own:
             total, count = (0.0, 0.0) if scored is None or scored.own is None else scored.own[name]
             out[METRIC + name] = [_to_fixed(name, total), _to_fixed(name, count)]
+        if self.matrix:
+            none = np.zeros(counting.confusion_size(self.columns), dtype=np.int64)
+            counts = none if scored is None else _confusion_sums(scored)
+            out[_CONFUSION] = counts.tolist()
         return out
 
     def values(self, parts: Sequence[Scored | None]) -> dict[str, float | None]:
@@ -85,8 +103,15 @@ class MetricTransport:
         classes = any(not metric.of_values for metric in self.metrics)
         if not known or not classes or self.columns > counting.CONFUSION_CLASSES:
             return None
-        sums = [counting.confusion_sums(part.outputs, part.targets) for part in known]
-        return counting.confusion_finish(np.sum(sums, axis=0))
+        return counting.confusion_finish(np.sum([*map(_confusion_sums, known)], axis=0))
+
+    def summed_confusion(
+        self, wides: Mapping[str, Sequence[int]]
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """The confusion matrix that summed integers give. None where the task does not ask for it, and for sums that
+        are all zero, as in `finish`."""
+        counts = wides.get(_CONFUSION, ()) if self.matrix else ()
+        return counting.confusion_finish(_as_array(counts)) if any(counts) else None
 
     def bounds(self, wides: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
         """{metric: bound on the error of its value from sums}, for metrics with such a bound."""
@@ -127,6 +152,10 @@ def _in_steps(metric: Metric, scored: Scored) -> tuple[Floats, Values]:
         return scored.outputs, scored.targets
     centre, step = scored.scale.centre, scored.scale.step
     return (scored.outputs - centre) / step, (scored.targets.astype(np.float64) - centre) / step
+
+
+def _confusion_sums(scored: Scored) -> NDArray[np.int64]:
+    return counting.confusion_sums(scored.outputs, scored.targets)
 
 
 def _as_array(values: Sequence[int]) -> NDArray[np.int64]:

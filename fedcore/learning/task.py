@@ -22,6 +22,7 @@ from typing import Any
 from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 from fedcore.learning import task_code, task_settings
 from fedcore.learning.metrics import METRICS
+from fedcore.learning.metrics.counting import CONFUSION
 
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
@@ -39,7 +40,8 @@ class Task:
         `(train, test)` pair of any of these. Without a pair the run's seed and fold split the rows.
     model: `model()` returns a fresh `torch.nn.Module`; lazy modules are allowed.
     loss: `loss(outputs, targets)` returns a scalar tensor: any torch loss.
-    metrics: names from `fedcore.learning.metrics.METRICS`, or those that `evaluate` returns.
+    metrics: names from `fedcore.learning.metrics.METRICS`, or those that `evaluate` returns; `confusion_matrix`
+        beside a metric of classes.
     predict: `predict(model, batch) -> (outputs, targets)`; the default is `x, y = batch`.
     train: `train(model, rows, fit)` replaces the local training loop; it changes `model` in place.
     evaluate: `evaluate(model, rows) -> {metric: (total, count)}` replaces the evaluation loop.
@@ -85,6 +87,8 @@ class Task:
                 remedy=f'write metrics=("{self.metrics}",)',
             )
         object.__setattr__(self, "metrics", tuple(self.metrics))
+        if self.has_confusion:
+            self._check_confusion()
         for part in ("data", "model", "loss"):
             value = getattr(self, part)
             if hasattr(value, "fit") and hasattr(value, "get_params"):
@@ -123,6 +127,25 @@ class Task:
         UnknownName for one that it does not declare, BadInput for a value of another type."""
         found = task_settings.typed(self.name, self.settings, given)
         return self if found == self.given else replace(self, given=found)
+
+    @property
+    def has_confusion(self) -> bool:
+        """Whether it asks for the confusion matrix over all sites."""
+        return self.evaluate is None and CONFUSION in self.metrics
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The metrics that are one number each, the first one first."""
+        return tuple(n for n in self.metrics if not (self.has_confusion and n == CONFUSION))
+
+    def _check_confusion(self) -> None:
+        known = [METRICS.get(name) for name in self.scores]
+        if all(metric is not None and metric.of_values for metric in known):
+            raise BadInput(
+                f"task.metrics: found {CONFUSION} {'beside ' + ', '.join(self.scores) if known else 'alone'}, "
+                "expected a metric of classes beside it",
+                remedy=f'write metrics=("accuracy", "{CONFUSION}"); a regression has no classes to count',
+            )
 
     def _check_target_range(self, found: object) -> None:
         try:

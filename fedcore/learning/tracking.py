@@ -42,7 +42,8 @@ class Tracker:
         local, transport = self._local, self._local.transport
         rounds = min(step.training_round, self._plan.rounds)
         alone = transport.values([self._alone_after(rounds)])
-        here = transport.values([local.scored(state, rounds)])
+        scored = local.scored(state, rounds)
+        here = transport.values([scored])
         gained = {
             n: None if v is None or (w := alone[n]) is None else v - w for n, v in here.items()
         }
@@ -51,6 +52,10 @@ class Tracker:
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,
             "alone": alone, "gained": gained, "everywhere_before": everywhere,
         }  # fmt: skip
+        if (everyone := transport.summed_confusion(wides)) is not None:
+            row["confusion"] = {
+                "here": transport.confusion([scored]), "everywhere_before": everyone,
+            }  # fmt: skip
         if "over_range" in wides:
             row["clipped_fraction"] = wides["over_range"][0] / (sites * self._plan.coordinates)
             row["next_range"] = state.server.bound

@@ -52,6 +52,7 @@ def render(result: Result) -> str:
     found = [*tables.arms([result]), *tables.best_rounds([result]), *tables.sources([result])]
     sites = [replace(t, title=f"Sites: {t.title}") for t in tables.per_site([result])]
     found += [*sites[:-1], *(replace(t, note=tables.per_site_note([result])) for t in sites[-1:])]
+    found += tables.confusion([result])
     found += [*readings.table(result), *tables.cost([result]), *tables.budgets([result])]
     for table in found:
         blocks += [f"## {escape(table.title)}", _grid(table), *filter(None, [escape(table.note)])]

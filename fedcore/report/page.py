@@ -87,7 +87,12 @@ def render(runs: Sequence[Finished], files: Sequence[str] = ()) -> str:
         seen=_seen_by_parties(names, results),
         sources=tables.sources(results),
         cost=tables.cost(results) + tables.budgets(results),
-        details=[*tables.sites(results), *tables.statistics(results), *tables.protected(results)],
+        details=[
+            *tables.confusion(results),
+            *tables.sites(results),
+            *tables.statistics(results),
+            *tables.protected(results),
+        ],
         keys=tables.settings(results),
         methods=_parts(names, [(methods(r),) for r in results]),
         files=[(name, FILES[name]) for name in files],

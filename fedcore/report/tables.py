@@ -358,6 +358,39 @@ def _bound(result: RunResult, metric: str) -> str:
     return f"± {float(two_digits):.2g}"
 
 
+def confusion(results: Sequence[Result]) -> list[Grid]:
+    """Of each run whose task has classes: rows of each true class, by the class that the federated model predicts."""
+    found: list[Grid] = []
+    tags = [f": {tag}" for tag in say.run_tags(results)] if len(results) > 1 else [""]
+    for tag, result in zip(tags, results, strict=True):
+        if not isinstance(result, RunResult) or "federated" not in result.arms:
+            continue
+        if (matrix := result.arms["federated"].confusion) is None:
+            continue
+        note = "Test rows of all sites of each true class, by the class that the federated model predicts."
+        if (summed := result.protected.confusion) is not None and not _some_left(result):
+            same = "gives the same counts" if summed == matrix else "gives other counts"
+            note += f" The protected sum {same}."
+        elif summed is not None:
+            note += f" The protected sum, of the sites that stayed, counts {sum(map(sum, summed)):,} rows."
+        rows = [
+            (
+                _name(str(true)),
+                *(Cell(phrases.count(n)) for n in row),
+                Cell(_share_right(row, true)),
+            )
+            for true, row in enumerate(matrix)
+        ]
+        head = ("true class", *(f"as {k}" for k in range(len(matrix))), "recall")
+        found += _table(f"Confusion matrix{tag}", head, rows, note)
+    return found
+
+
+def _share_right(row: Sequence[int], true: int) -> str:
+    """The class's recall, a dash without a row of it."""
+    return phrases.score(row[true] / sum(row) if sum(row) else None)
+
+
 def cost(results: Sequence[Result]) -> list[Grid]:
     """Seconds by stage over the whole run, bytes per site and round, and peak memory."""
     spent = [result.cost.seconds or {} for result in results]

@@ -40,6 +40,9 @@ SITES_SHOWN = 12
 WARNINGS_SHOWN = 6
 """More warnings than this stay in the report: the numbers they are about should be on the screen."""
 
+CLASSES_SHOWN = 6
+"""A confusion matrix of more classes than this stays in the report."""
+
 NAME_KEPT = 24
 """A name of up to this many characters is never folded, whatever the width of the screen."""
 
@@ -142,6 +145,7 @@ def summary(result: Result, report: Path | str | None = None) -> RenderableType:
         *_best_rounds(result),
         *_sources(result),
         *_per_site(result),
+        *_confusion(result),
         *_facts(result, report),
     )
 
@@ -337,6 +341,21 @@ def _sites_table(result: Result, metrics: Sequence[str], _stacked: bool) -> Tabl
             cells += map(_text, scores if alone else scores[1:2])
         table.add_row(*map(Text, cells))
     return table
+
+
+def _confusion(result: Result) -> list[RenderableType]:
+    """The federated model's confusion matrix, where the task asks for it and its classes are few."""
+    asked = isinstance(result, RunResult) and result.protected.confusion is not None
+    grids = tables.confusion([result]) if asked else []
+    if not grids:
+        return []
+    if len(grids[0].rows) > CLASSES_SHOWN:
+        note = f"confusion matrix of {len(grids[0].rows)} classes in the report"
+        return [Text(note, style="dim"), Text()]
+    table = grid(*grids[0].head)
+    for row in grids[0].rows:
+        table.add_row(*(Text(cell.text) for cell in row))
+    return [fitted(table), Text()]
 
 
 def _facts(result: Result, report: Path | str | None) -> list[RenderableType]:

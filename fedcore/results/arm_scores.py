@@ -10,6 +10,9 @@ from fedcore.results.json_record import JsonRecord
 ERRORS = frozenset({"mse", "rmse", "mae", "log_loss", "calibration_error"})
 """Built-in metrics of which less is better (a test compares them with fedcore.learning.metrics)."""
 
+Matrix = tuple[tuple[int, ...], ...]
+"""A confusion matrix: rows of each true class, by the class predicted."""
+
 ByMetric = Mapping[str, float | None]
 """{metric: value}, None where the metric is undefined: no test rows, or an AUC of one class."""
 
@@ -44,14 +47,14 @@ class Spread(Interval):
 
 @dataclass(frozen=True)
 class ArmResult(JsonRecord):
-    """What one arm reached over the union of the sites' test rows, and what it was trained with. confusion: rows of
-    each true class, by the class predicted; None for a regression."""
+    """What one arm reached over the union of the sites' test rows, and what it was trained with. confusion: None for a
+    regression."""
 
     metrics: ByMetric
     loss: float | None = None
     gradient_steps: int | None = None
     examples_seen: int | None = None
-    confusion: tuple[tuple[int, ...], ...] | None = None
+    confusion: Matrix | None = None
     _beside = ("metrics",)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedcore.results.arm_scores import ByMetric
+from fedcore.results.arm_scores import ByMetric, Matrix
 from fedcore.results.json_record import JsonRecord
 from fedcore.results.run_facts import AbandonedRound
 
@@ -127,7 +127,7 @@ class SiteRow(JsonRecord):
     gained: their difference. everywhere_before: over the test rows of all `sites`, of the model that the round
     started from. reference: the gap of `everywhere_before` to a registered value. clipped_fraction: share of all
     coordinates of the round's updates that were beyond the range, and clipped; next_range: R of the next round;
-    both of an update only.
+    both of an update only. confusion: {`here`, `everywhere_before`: matrix}, where the task asks for it.
     """
 
     round: int
@@ -140,4 +140,5 @@ class SiteRow(JsonRecord):
     reference: ReferenceGap | None = None
     clipped_fraction: float | None = None
     next_range: float | None = None
-    _left_out = ("reference", "clipped_fraction", "next_range")
+    confusion: Mapping[str, Matrix | None] | None = None
+    _left_out = ("reference", "clipped_fraction", "next_range", "confusion")

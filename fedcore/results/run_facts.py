@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedcore.results.arm_scores import ByMetric
+from fedcore.results.arm_scores import ByMetric, Matrix
 from fedcore.results.json_record import JsonRecord
 
 
@@ -162,7 +162,8 @@ class Absences(JsonRecord):
 class ProtectedMetrics(JsonRecord):
     """The final model's metrics as the sites know them, from protected sums; None if that round was abandoned.
 
-    bound: on their error. clipped: {metric: rows whose error was clipped}. sites: those in the sums.
+    bound: on their error. clipped: {metric: rows whose error was clipped}. sites: those in the sums. confusion: where
+    the task asks for it.
     """
 
     metrics: ByMetric | None = field(default=None, metadata={"key": "protected_metrics"})
@@ -172,6 +173,8 @@ class ProtectedMetrics(JsonRecord):
     abandoned: AbandonedRound | None = field(
         default=None, metadata={"key": "protected_metrics_abandoned"}
     )
+    confusion: Matrix | None = field(default=None, metadata={"key": "protected_confusion"})
+    _left_out = ("confusion",)
 
 
 @dataclass(frozen=True)

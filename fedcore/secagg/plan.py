@@ -45,8 +45,9 @@ EXCEEDS = "exceeds"
 WEIGHT_STEPS = 32
 """A weight is a multiple of max_examples / 32: two sums then show an absent site's rows to 3 % of the cap."""
 
-METRIC = "metric:"
-"""How the name of a metric's sums begins, among the wide integers of a vector."""
+METRIC, MATRIX = "metric:", "matrix:"
+"""How the name of a metric's sums begins, among the wide integers of a vector: of one number, or of a matrix, which
+is never made public."""
 
 MOST_PUBLIC_METRICS, MOST_METRIC_NAME = 64, 64
 """Of a plan that makes its metrics public: how many, and characters of a name on a screen."""
@@ -511,8 +512,9 @@ class RoundPlan:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the task's metrics, the first one first."""
-        return tuple(wide.name.removeprefix(METRIC) for wide in self.metric_sums)
+        """Names of the task's metrics that are one number, the first one first."""
+        names = (wide.name for wide in self.metric_sums)
+        return tuple(name.removeprefix(METRIC) for name in names if name.startswith(METRIC))
 
     @property
     def coordinates(self) -> int:

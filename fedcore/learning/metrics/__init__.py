@@ -13,7 +13,8 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (*counting.METRICS, *ranking.METRICS, *probability.METRICS, *values.METRICS)
 }
-"""Every metric a task can name. A task with an `evaluate` function brings its own."""
+"""Every metric a task can name that is one number; `confusion_matrix` is none. A task with an `evaluate` function
+brings its own."""
 
 
 def get(names: Iterable[str]) -> tuple[Metric, ...]:
@@ -21,7 +22,7 @@ def get(names: Iterable[str]) -> tuple[Metric, ...]:
     found = tuple(names)
     for name in found:
         if name not in METRICS:
-            raise UnknownName("metric", name, METRICS)
+            raise UnknownName("metric", name, (*METRICS, counting.CONFUSION))
     return tuple(METRICS[name] for name in found)
 
 

@@ -141,8 +141,16 @@ def _top_resampled(k: int, outputs: Floats, targets: Values, counts: Integers) -
     return mean_of(_among_first(k, outputs, targets), counts)
 
 
+CONFUSION = "confusion_matrix"
+"""The name by which a task asks for the confusion matrix over its sites: the one metric that is no single number."""
+
 CONFUSION_CLASSES = 32
-"""Most classes of which a confusion matrix is kept."""
+"""Most classes of which a confusion matrix is kept: its size is their square."""
+
+
+def confusion_size(columns: int) -> int:
+    """Entries of the matrix for a model with that many outputs per row."""
+    return max(2, columns) ** 2
 
 
 def confusion_sums(outputs: Floats, targets: Values) -> Integers:

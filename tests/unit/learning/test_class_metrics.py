@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as theirs
 from sklearn.calibration import calibration_curve
+from support.results import result_of
 from torch import nn
 
 import fedcore
@@ -17,7 +20,7 @@ from fedcore.learning.metrics.counting import CONFUSION_CLASSES
 from fedcore.learning.metrics.definition import clipped_rows
 from fedcore.learning.metrics.probability import CALIBRATION_BINS, LOSS_RANGE
 from fedcore.learning.scoring import Scored
-from fedcore.report import phrases
+from fedcore.report import phrases, tables, terminal
 from fedcore.results import ERRORS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -152,17 +155,112 @@ def test_confusion_matrices_of_sites_add_up_to_scikit_learns(columns):
     assert many.confusion(parts) is None
 
 
-def test_a_run_keeps_the_confusion_matrix_of_every_arm(tmp_path):
+@pytest.mark.parametrize("columns", [1, 2, 4, CONFUSION_CLASSES])
+def test_its_sums_of_sites_are_exact_and_travel_only_where_they_are_asked_for(columns):
+    outputs, labels = rows(columns)
+    site, metrics = np.arange(len(labels)) % 3, get(("auc", "accuracy"))
+    parts = [Scored(outputs[site == each], labels[site == each], None) for each in range(3)]
+    silent, asked = (MetricTransport(metrics, (), columns, 512, each) for each in (False, True))
+    assert asked.wides[:-1] == silent.wides
+    assert (asked.wides[-1].count, asked.wides[-1].bits) == (max(2, columns) ** 2, 10)
+    sums = [asked.sums(part) for part in (*parts, None)]
+    total = {
+        name: [*map(sum, zip(*(each[name] for each in sums), strict=True))] for name in sums[0]
+    }
+    assert asked.summed_confusion(total) == asked.confusion(parts)
+    assert asked.finish(total, 4) == silent.finish(total, 4), "one number each"
+    assert asked.summed_confusion(asked.sums(None)) is None
+    assert silent.summed_confusion(silent.sums(parts[0])) is None
+    assert set(silent.sums(parts[0])) == {wide.name for wide in silent.wides}
+
+
+def classes_task(*metrics, classes=3, **more):
     def data(source):
         random = np.random.default_rng(source)
-        y = random.integers(0, 3, 40)
-        return random.normal(size=(40, 3)) + np.eye(3)[y], y
+        y = random.integers(0, classes, 40)
+        return random.normal(size=(40, classes)) + np.eye(classes)[y], y
 
-    task = fedcore.Task(
-        name="t", data=data, model=fedcore.linear(3, classes=3), loss=nn.CrossEntropyLoss(),
-        sites={"a": 1, "b": 2, "c": 3}, defaults={"rounds": 2},
+    return fedcore.Task(
+        name="t", data=data, model=fedcore.linear(classes, classes=classes), loss=nn.CrossEntropyLoss(),
+        metrics=metrics, sites={"a": 1, "b": 2, "c": 3}, defaults={"rounds": 2}, **more,
     )  # fmt: skip
-    fedcore.simulate(task, out=tmp_path / "run", protection="plain", resamples=0)
+
+
+SETTINGS = {"protection": "plain", "resamples": 0}
+
+
+@pytest.mark.parametrize(
+    "named", [("confusion_matrix",), ("mae", "confusion_matrix"), ("confusion_matrix", "r2")]
+)
+def test_it_wants_a_metric_of_classes_beside_it(named):
+    with pytest.raises(
+        BadInput, match=r"confusion_matrix .*expected a metric of classes beside it"
+    ):
+        classes_task(*named)
+
+
+def test_it_is_refused_of_too_many_classes_and_a_tasks_own_of_this_name_is_a_number(tmp_path):
+    with pytest.raises(
+        BadInput, match="found 33 classes, expected at most 32 for confusion_matrix"
+    ):
+        fedcore.simulate(
+            classes_task("accuracy", "confusion_matrix", classes=33), out=tmp_path / "r", **SETTINGS
+        )
+    own = classes_task(
+        "confusion_matrix", evaluate=lambda model, rows: {"confusion_matrix": (1.0, 2.0)}
+    )
+    assert own.scores == ("confusion_matrix",) and not own.has_confusion
+
+
+def test_a_run_with_it_has_the_same_scores_and_shows_the_counts_of_the_protected_sum(tmp_path):
+    asked = fedcore.simulate(
+        classes_task("confusion_matrix", "accuracy"), out=tmp_path / "asked", resamples=0, arms="federated",
+        protection="masked", validate=0.2,
+    )  # fmt: skip
+    silent = fedcore.simulate(
+        classes_task("accuracy"), out=tmp_path / "silent", resamples=0, arms="federated", protection="masked",
+        validate=0.2,
+    )  # fmt: skip
+    one, other = asked.result, silent.result
+    assert one.metrics == other.metrics == ("accuracy",)
+    assert one.model_sha256 == other.model_sha256
+    assert one.arms == other.arms
+    assert one.protected.confusion == one.arms["federated"].confusion
+    assert one.protected.metrics == other.protected.metrics
+    assert "protected_confusion" not in other.to_json()
+    first = one.protected.confusion[0]
+    line = rf"^0 +{first[0]} +{first[1]} +{first[2]} +{first[0] / sum(first):.3f}$"
+    assert re.search(line, terminal.as_text(terminal.summary(one)), re.MULTILINE)
+    assert "recall" not in terminal.as_text(terminal.summary(other))
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "asked" / page).read_text()
+        assert "Confusion matrix" in text and "The protected sum gives the same counts." in text
+
+
+def test_tables_of_the_matrix_for_many_classes_absent_sites_and_several_runs():
+    matrix = (np.eye(8, dtype=int) * 3).tolist()
+    matrix[7][7] = 0  # no row of this class
+    arms = {"federated": {"accuracy": 1.0, "confusion": matrix}}
+    about = {"arms": arms, "metrics": ["accuracy"], "sites": ["a", "b"]}
+    whole = result_of(about, protected_confusion=matrix)
+    (grid,) = tables.confusion([whole])
+    assert [row[-1].text for row in grid.rows] == ["1.000"] * 7 + ["–"]
+    assert "confusion matrix of 8 classes in the report" in terminal.as_text(
+        terminal.summary(whole)
+    )
+    left = result_of(about, protected_confusion=[[2, 0], [0, 1]], protected_metrics_sites=["a"])
+    assert "of the sites that stayed, counts 3 rows" in tables.confusion([left])[0].note
+    assert len(tables.confusion([whole, left])) == 2
+    assert tables.confusion([result_of({})]) == []
+    assert (
+        "gives other counts"
+        in tables.confusion([result_of(about, protected_confusion=[[1]])])[0].note
+    )
+
+
+def test_a_run_keeps_the_confusion_matrix_of_every_arm(tmp_path):
+    task = classes_task("accuracy")
+    fedcore.simulate(task, out=tmp_path / "run", **SETTINGS)
     result = fedcore.load(tmp_path / "run", task).result
     for arm in result.arms.values():
         matrix = np.array(arm.confusion)

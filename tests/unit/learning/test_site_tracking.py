@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fedcore_clients.status import _tracked_lines
@@ -22,14 +25,15 @@ from fedcore.secagg.protocol.schedule import first_step, step_after
 REFERENCE = {"metric": "auc", "value": 0.95, "source": "a registry"}
 SETTINGS = {
     "rounds": 2, "seed": 1, "protection": "plain", "resamples": 0, "max_examples": 512,
-    "reference": REFERENCE,
+    "reference": REFERENCE, "public_metrics": True,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """Rows of every site's tracker, and the run that simulates the same job."""
-    task = load_task("heart")
+    heart = load_task("heart")
+    task = replace(heart, metrics=(*heart.metrics, "confusion_matrix"))
     job = build_job(task.defaults, SETTINGS)
     rows = {}
     with single_thread():
@@ -54,6 +58,7 @@ def recorded(tmp_path_factory):
                     rows.setdefault(name, []).append(tracker.row(step, state, sums, len(sites)))
             step = step_after(plan, first.shape.features, step, released=True)
     out = tmp_path_factory.mktemp("run") / "run"
+    assert plan.public_metrics and plan.metrics == heart.metrics
     return rows, fedcore.simulate(task, out=out, **SETTINGS)
 
 
@@ -77,6 +82,25 @@ def test_everywhere_is_what_the_protected_sums_say(recorded):
     assert all(
         found[-1]["everywhere_before"] == last["everywhere_before"] for found in rows.values()
     )
+
+
+def test_a_site_knows_the_confusion_matrix_of_all_sites_and_its_own(recorded):
+    rows, run = recorded
+    last = {name: found[-1]["confusion"] for name, found in rows.items()}
+    everyone = run.result.arms["federated"].confusion
+    assert all(found["everywhere_before"] == everyone for found in last.values())
+    assert np.array_equal(np.sum([found["here"] for found in last.values()], axis=0), everyone)
+    row = SiteRow.from_json(json.loads(json.dumps(rows["va"][-1])))
+    assert row.confusion == last["va"] and "confusion" in row.to_json()
+
+
+def test_public_metrics_are_those_of_one_number(recorded):
+    rows, _ = recorded
+    task = load_task("heart")
+    for found in rows["va"]:
+        assert tuple(found["everywhere_before"]) == task.metrics, (
+            "what a site may tell: no cell of the matrix"
+        )
 
 
 def test_a_row_says_how_much_of_its_round_was_clipped(recorded):
