@@ -20,6 +20,7 @@ from fedcore.learning.device import move_loss, require_device
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, first_difference, seeded
+from fedcore.learning.module_state import attribute_that_differs
 from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.state import model_digest
 from fedcore.learning.stopwatch import Stopwatch
@@ -200,9 +201,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         )
     largest = max(map(len, sites))
     max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
-    flat = _build(task, job, sites)
+    flat, of_calls = _build(task, job, sites)
     looks = [one.look(task, job, flat) for one in loaded]
-    findings = lines(each for look in looks for each in look.findings)
+    findings = of_calls + lines(each for look in looks for each in look.findings)
     adds_rows = looks[0].adds_rows
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
@@ -226,12 +227,14 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings)
 
 
-def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
-    """The run's module and its flat view.
+def _build(
+    task: Task, job: Job, sites: Sequence[SiteRows]
+) -> tuple[FlatModel, list[tuple[str, str]]]:
+    """The run's module and its flat view, and a warning with its hint where attributes of two modules differ.
 
     Every site builds the model under the same seed; a site whose model differs is named.
     """
-    flat = model_of(task, job, sites[0])
+    flat, found = model_of(task, job, sites[0]), None
     sizes = flat.parameters, flat.buffer_coordinates
     for site in sites[1:]:
         other = model_of(task, job, site)
@@ -248,7 +251,17 @@ def _build(task: Task, job: Job, sites: Sequence[SiteRows]) -> FlatModel:
                 remedy="draw them from torch's or NumPy's global generators, which the run seeds, and set every "
                 "value: torch.empty sets none",
             )
-    return flat
+        found = found or attribute_that_differs(flat.module, other.module)
+    if found is None:
+        return flat, []
+    return flat, [
+        (
+            f"task.model: found another value of {found} in a second call: random or unset state between two model() "
+            "calls",
+            "draw it from Python's, torch's or NumPy's global generators, which the run seeds; a deployed site has a "
+            "value of its own",
+        )
+    ]
 
 
 def job_json(task: Task, job: Job, kind: str = "run") -> Json:

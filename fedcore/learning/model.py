@@ -265,13 +265,20 @@ def build_model(
 def first_difference(one: nn.Module, other: nn.Module) -> str | None:
     """The name of the first parameter or buffer, frozen ones too, that two modules of one kind differ in; None where
     they are equal, NaN being equal to NaN."""
-    theirs = other.state_dict()
-    for name, value in one.state_dict().items():
+    mine, theirs = (_saved_and_other_values(each) for each in (one, other))
+    for name, value in mine.items():
         if not isinstance(value, Tensor) or torch.equal(value, theirs[name]):
             continue
-        if not torch.allclose(value, theirs[name], rtol=0, atol=0, equal_nan=True):
+        if value.shape != theirs[name].shape or not torch.allclose(
+            value, theirs[name], rtol=0, atol=0, equal_nan=True
+        ):
             return name
     return None
+
+
+def _saved_and_other_values(module: nn.Module) -> dict[str, Any]:
+    """What `state_dict` has, and the buffers that it leaves out."""
+    return dict(module.named_buffers()) | module.state_dict()
 
 
 def model_summary(flat: FlatModel) -> str:

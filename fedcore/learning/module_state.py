@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -141,6 +141,28 @@ class ModuleState:
             vars(owner.of).update(attributes)
 
 
+def attribute_that_differs(one: nn.Module, other: nn.Module) -> str | None:
+    """The path of the first layer or attribute, such as `block.order`, that two modules from two calls of one function
+    differ in beside the values of parameters and buffers; None where they are equal, as far as can be told."""
+    mine, theirs = dict(one.named_modules()), dict(other.named_modules())
+    pairs: list[tuple[Any, Any]] = []
+    for path in dict.fromkeys([*mine, *theirs]):
+        pair = mine.get(path), theirs.get(path)
+        if not _same_type(*map(type, pair)):
+            return path or type(one).__name__
+        pairs.append(pair)
+    pairs += zip(one.parameters(), other.parameters(), strict=False)
+    pairs += zip(one.buffers(), other.buffers(), strict=False)
+    twins: _Pairs = {(id(part), id(twin)): (part, twin) for part, twin in pairs}
+    for path, module in mine.items():
+        values, others = vars(module), vars(theirs[path])
+        for name in dict.fromkeys([*values, *others]):
+            found, twin = values.get(name, _ABSENT), others.get(name, _ABSENT)
+            if name not in _REGISTRIES and not _same(found, twin, twins, two_calls=True):
+                return f"{path}.{name}".lstrip(".")
+    return None
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value is numbers, text and tensors, in lists, tuples and dicts: all that a checkpoint can have."""
     if type(value) in {list, tuple}:
@@ -197,42 +219,90 @@ def _same_entries(table: Any, entries: Any) -> bool:
     return list(table) == list(entries) and all(map(is_, table.values(), entries.values()))
 
 
-def _same(found: Any, before: Any, seen: _Pairs) -> bool:
+def _same(found: Any, before: Any, seen: _Pairs, *, two_calls: bool = False) -> bool:
     """Whether a value and the copy of what it was are equal all the way down; False where that cannot be told.
 
-    seen: the pairs compared so far, since objects may refer to each other in a circle.
+    seen: the pairs compared so far, since objects may refer to each other in a circle. two_calls: the values are of
+    two calls of one function; then classes and functions that it defines anew are equal where their names or their
+    code are, NaN equals NaN, and what cannot be told counts as equal.
     """
     if found is before or (id(found), id(before)) in seen:
         return True
-    if type(found) is not type(before):
+    if type(found) is not type(before) and not (
+        two_calls and _same_type(type(found), type(before))
+    ):
         return False
     if isinstance(found, _ATOMS):
-        return bool(found == before)
+        return bool(found == before) or (two_calls and _same_atom(found, before, seen))
     seen[id(found), id(before)] = found, before
     if isinstance(found, Tensor):
         return (
             found.requires_grad is before.requires_grad
             and _form(found) == _form(before)
-            and torch.equal(found, before)
-            and _same(found.grad, before.grad, seen)
+            and (torch.equal(found, before) or (two_calls and _same_with_nan(found, before)))
+            and _same(found.grad, before.grad, seen, two_calls=two_calls)
         )
     if isinstance(found, np.ndarray) and not found.dtype.hasobject:
         return (found.dtype, found.shape) == (before.dtype, before.shape) and bool(
             found.tobytes() == before.tobytes()
         )
     if isinstance(found, list | tuple | deque):
-        return _same_items(found, before, seen)
+        return _same_items(found, before, seen, two_calls=two_calls)
     if isinstance(found, dict):
-        return _same_items([*found.items()], [*before.items()], seen)
+        entries = [*found.items()], [*before.items()]
+        return _same_items(*entries, seen, two_calls=two_calls)
     if isinstance(found, set | frozenset):
-        return bool(found == before)
+        known = all(isinstance(each, _ATOMS) for each in found | before)
+        return bool(found == before) or (two_calls and not known)
     try:
-        return _same(found.__reduce_ex__(4), before.__reduce_ex__(4), seen)
-    except Exception:  # noqa: BLE001 - as above
-        return False
+        parts = found.__reduce_ex__(4), before.__reduce_ex__(4)
+        return _same(*parts, seen, two_calls=two_calls)
+    except Exception:  # noqa: BLE001 - of the task's own class, which may raise anything
+        return two_calls
 
 
-def _same_items(found: Sequence[Any], before: Sequence[Any], seen: _Pairs) -> bool:
+def _same_type(one: type, other: type) -> bool:
+    """Whether two classes are one, or of one name, as a class that a function defines is at each call."""
+    names = [(each.__module__, each.__qualname__) for each in (one, other)]
+    return one is other or names[0] == names[1]
+
+
+def _same_atom(found: Any, other: Any, seen: _Pairs) -> bool:
+    """Whether two unequal atoms of two calls mean the same."""
+    if isinstance(found, type):
+        return _same_type(found, other)
+    if isinstance(found, BuiltinFunctionType):  # such as a method of a generator
+        bound = found.__self__, other.__self__
+        return found.__name__ == other.__name__ and _same(*bound, seen, two_calls=True)
+    if not isinstance(found, FunctionType):
+        return bool(found != found and other != other)  # noqa: PLR0124 - NaN
+    mine, theirs = (
+        (each.__defaults__, each.__kwdefaults__, _captured(each)) for each in (found, other)
+    )
+    seen[id(found), id(other)] = found, other  # a function may call itself
+    return found.__code__ == other.__code__ and _same(mine, theirs, seen, two_calls=True)
+
+
+def _captured(function: FunctionType) -> list[Any]:
+    return [_content(cell) for cell in function.__closure__ or ()]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return _ABSENT
+
+
+def _same_with_nan(found: Tensor, other: Tensor) -> bool:
+    return found.is_floating_point() and torch.allclose(
+        found, other, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def _same_items(
+    found: Sequence[Any], before: Sequence[Any], seen: _Pairs, *, two_calls: bool
+) -> bool:
     return len(found) == len(before) and all(
-        _same(a, b, seen) for a, b in zip(found, before, strict=True)
+        _same(a, b, seen, two_calls=two_calls) for a, b in zip(found, before, strict=True)
     )
