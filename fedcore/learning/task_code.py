@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 OURS = ("fedcore", "fedcore_clients", "fedcore_server")
@@ -31,7 +32,7 @@ def files_of(home: str, modules: Iterable[str]) -> list[tuple[str, Path]]:
         if path not in found:
             found[path] = name
             inside = name.startswith("fedcore/")
-            tops = set[str]() if inside else _imported(path)
+            tops = frozenset[str]() if inside else _imported(path.read_bytes())
             queue += [each for top in tops for each in _package(top)]
     return [(name, path) for path, name in found.items()]
 
@@ -70,16 +71,17 @@ def _is_local(path: Path) -> bool:
     return path.exists() and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
-def _imported(path: Path) -> set[str]:
-    """The top-level names that a file imports, wherever in it."""
+@lru_cache(maxsize=256)
+def _imported(source: bytes) -> frozenset[str]:
+    """The top-level names that a file of this content imports, wherever in it."""
     found = set[str]()
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except SyntaxError:  # a template in a package: nothing imports it
-        return found
+        return frozenset()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {each.name.partition(".")[0] for each in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
-    return found
+    return frozenset(found)
