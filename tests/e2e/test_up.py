@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from deployment import PATIENCE, SMALL, small_task
 from safetensors.numpy import load_file, save_file
+from support.preloaded import preloaded
 
 import fedcore
 from fedcore.cli import main, up
@@ -32,14 +33,19 @@ needs_proc = pytest.mark.skipif(
 
 
 class Marked:
-    """`fedcore up` as a process whose descendants can be found again, whoever their parent is now."""
+    """`fedcore up` as a process whose descendants can be found again, whoever their parent is now.
 
-    def __init__(self, out, *arguments):
+    python: the real interpreter, or that of support/preloaded.py, which starts at once: then each process
+    stands beside one with the mark that ends with it.
+    """
+
+    def __init__(self, out, *arguments, python=None):
         self.mark = f"FEDCORE_TEST_MARK={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
         self.out = out
+        python = python or preloaded().python
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedcore.cli.main", "up", *arguments, "--out", str(out), "--json"],
+            [python, "-P", "-m", "fedcore.cli.main", "up", *arguments, "--out", str(out), "--json"],
             env=os.environ | {name: value}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -134,7 +140,8 @@ def test_the_same_bits_as_simulate_and_nothing_left(tmp_path):
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_a_signal_in_the_middle_leaves_no_process_and_no_port(tmp_path, number, code):
-    run = Marked(tmp_path / "up", *HEART, *THREE, "--rounds", "500")
+    python = sys.executable if number == signal.SIGINT else None
+    run = Marked(tmp_path / "up", *HEART, *THREE, "--rounds", "500", python=python)
     try:
         lines_until(run.process.stderr, "started here")
         port = None
@@ -190,9 +197,7 @@ def test_another_model_than_the_simulation_is_an_error_and_both_are_kept(
 
 @needs_proc
 def test_a_deployment_that_fails_says_why_and_leaves_its_logs(tmp_path):
-    failing = (
-        'def data(source):\n    if "fedcore_clients" in sys.modules: raise ValueError("ROW-7419")\n'
-    )
+    failing = 'def data(source):\n    if "up" not in sys.argv: raise ValueError("ROW-7419")\n'
     task = small_task(tmp_path, "import sys" + SMALL.replace("def data(source):\n", failing))
     run = Marked(tmp_path / "up", "--task", task, *THREE_SMALL, "--rounds", "2")
     try:
