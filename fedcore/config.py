@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
-from fedcore.secagg import plan, protections
+from fedcore.secagg import packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
 from fedcore.types import Json, SiteId
 
@@ -412,10 +412,10 @@ def plan_of(
     )  # fmt: skip
 
 
-def packing_of(job: Job, sites: int, fields: int | None = None) -> plan.Packing:
+def packing_of(job: Job, sites: int, fields: int | None = None) -> packing.Packing:
     """The packing a job's vectors get in a federation of so many sites. Raises as `solve_packing`."""
     section = job.protect
-    return plan.solve_packing(
+    return packing.solve_packing(
         section.bits, section.max_sites or sites, section.protection, fields,
         cipher=section.cipher, lattice=section.lattice,
     )  # fmt: skip

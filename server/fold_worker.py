@@ -14,7 +14,7 @@ from fedcore.errors import ChunkRefused, FedcoreError
 from fedcore.runtime.pipes import Parent
 from fedcore.secagg.crypto import UnmaskableFold, words
 from fedcore.secagg.crypto.masking import mask_sum
-from fedcore.secagg.plan import Packing, Ring
+from fedcore.secagg.packing import Packing, Ring
 from fedcore.store import container
 from fedcore.store.disk import refusals
 from fedcore.types import Json

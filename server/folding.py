@@ -29,7 +29,8 @@ from fedcore_server.job_disk import JobDisk
 
 from fedcore.errors import BadInput, ChunkRefused, DataLost, FedcoreError, StoreFull, StoreProblem
 from fedcore.runtime.pipes import Child, ChildEnded, python
-from fedcore.secagg.plan import Packing, RoundHeader
+from fedcore.secagg.packing import Packing
+from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol.effects import Mask, RemoveMasks
 from fedcore.secagg.protocol.job.coordinator.events import Folded, SumMade
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile

@@ -13,7 +13,8 @@ from rich.text import Text
 from fedcore.errors import BadInput
 from fedcore.experiment.environment import environment
 from fedcore.report.terminal import fitted, grid
-from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan
 from fedcore.types import Json, SiteId
 
 

@@ -21,7 +21,8 @@ from fedcore.experiment.environment import peak_memory_mb
 from fedcore.runtime.pipes import Child, ChildEnded, Frame, Parent, python
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import VectorSpec, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import VectorSpec
 from fedcore.types import Json, Slots
 
 

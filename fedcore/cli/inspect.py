@@ -9,7 +9,7 @@ from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.training import local_train
 from fedcore.report.phrases import plain, plural, size
 from fedcore.report.terminal import fitted, grid
-from fedcore.secagg.plan import price_list
+from fedcore.secagg.packing import price_list
 from fedcore.types import Json
 
 

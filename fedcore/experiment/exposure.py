@@ -25,7 +25,8 @@ from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.plain import PlainSealer
 from fedcore.secagg.encode.bitpack import packed_size, unpack_words
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import Packing, RoundPlan
+from fedcore.secagg.packing import Packing
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.scheme import Masks
 from fedcore.secagg.summing import RoundTrace
 from fedcore.types import SiteId, Slots

@@ -35,6 +35,7 @@ from fedcore.secagg.crypto.pairwise import MaskRoot, pair_secret
 from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import _Exchange
+from fedcore.secagg.packing import solve_packing
 from fedcore.secagg.plan import (
     RangePlan,
     RoundHeader,
@@ -43,7 +44,6 @@ from fedcore.secagg.plan import (
     TrainPlan,
     Wide,
     canonical,
-    solve_packing,
 )
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import messages

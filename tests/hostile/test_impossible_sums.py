@@ -22,12 +22,8 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import (
-    EXCEEDS,
-    RangePlan,
-    Wide,
-    field_width,
-)
+from fedcore.secagg.packing import field_width
+from fedcore.secagg.plan import EXCEEDS, RangePlan, Wide
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.job.site.events import WorkFailed
 from fedcore.secagg.protocol.round import site

@@ -17,11 +17,8 @@ from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import (
-    VectorSpec,
-    Wide,
-    solve_packing,
-)
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import VectorSpec, Wide
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.summing import RoundTrace, one_by_one

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan
 
 
 def round_plan(

@@ -2,7 +2,7 @@
 
 Slots are polynomial coefficients (no batching: sums need none), the plain modulus is 2^slot_bits, the
 ciphertext modulus one prime, and ciphertexts are symmetric and seeded: half of each is a 64-byte seed.
-Invariant: decrypting the fold of n fresh ciphertexts gives the integer sum (the proof is in `plan.py`).
+Invariant: decrypting the fold of n fresh ciphertexts gives the integer sum (the proof is in `packing.py`).
 BFV: Fan & Vercauteren 2012 (ePrint 2012/144), section 4; seeded ciphertexts: SEAL's manual.
 
 The SEAL bindings read and write file paths only, with zstd compression. Here the words are extracted from
@@ -32,7 +32,7 @@ from fedcore.secagg.crypto import check_removal
 from fedcore.secagg.crypto.secret import Secret
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret
 from fedcore.secagg.encode.bitpack import Words, pack_words, packed_size, unpack_words
-from fedcore.secagg.plan import RINGS, SEAL_PLAIN_MODULUS_BITS, Packing, Ring
+from fedcore.secagg.packing import RINGS, SEAL_PLAIN_MODULUS_BITS, Packing, Ring
 from fedcore.types import Json, Slots
 
 BLOCKS_PER_CHUNK = 64
@@ -474,7 +474,7 @@ class EncryptedFold:
                 self._evaluator.add_inplace(self._total[place], ciphertext)
 
     def remove(self, mask: Slots) -> None:
-        """One plaintext subtraction a ciphertext; `plan.py` includes its rounding in the headroom."""
+        """One plaintext subtraction a ciphertext; `packing.py` includes its rounding in the headroom."""
         degree = self._public.ring.degree
         check_removal(mask, self._blocks * degree, removed=self._removed)
         self._refuse_gaps()

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedcore.errors import ChunkRefused
 from fedcore.secagg.crypto import check_removal, words
-from fedcore.secagg.plan import Packing
+from fedcore.secagg.packing import Packing
 from fedcore.types import Slots
 
 

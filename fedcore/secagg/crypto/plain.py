@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from fedcore.secagg.crypto import words
-from fedcore.secagg.plan import Packing
+from fedcore.secagg.packing import Packing
 from fedcore.types import Slots
 
 

@@ -24,7 +24,8 @@ from operator import index as index_of
 import numpy as np
 
 from fedcore.errors import BadInput, TagRefused
-from fedcore.secagg.plan import TAG_BITS, Packing, VectorSpec
+from fedcore.secagg.packing import Packing
+from fedcore.secagg.plan import TAG_BITS, VectorSpec
 from fedcore.types import Fields, Slots
 
 

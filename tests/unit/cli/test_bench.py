@@ -21,7 +21,8 @@ from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.crypto.sumtag import SumTag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import VectorSpec, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import VectorSpec
 from fedcore.secagg.protections import SCHEMES, Protection
 
 ROW_KEYS = {

@@ -40,11 +40,8 @@ from fedcore.secagg.crypto.masking import add_masks
 from fedcore.secagg.encode.bitpack import pack_words
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import sum_engine
-from fedcore.secagg.plan import (
-    RINGS,
-    Packing,
-    RangePlan,
-)
+from fedcore.secagg.packing import RINGS, Packing
+from fedcore.secagg.plan import RangePlan
 from fedcore.secagg.protections import PROTECTIONS, SCHEMES, Protection, masking
 from fedcore.secagg.summing import RoundTrace, one_by_one
 

@@ -20,7 +20,8 @@ from fedcore.experiment import api, simulation
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.data.split import FoldSplit
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
-from fedcore.secagg.plan import TrainPlan, field_width
+from fedcore.secagg.packing import field_width
+from fedcore.secagg.plan import TrainPlan
 from fedcore.secagg.protections import PROTECTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")

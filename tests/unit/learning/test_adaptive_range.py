@@ -22,14 +22,8 @@ from fedcore.learning.optimisers import init_state
 from fedcore.learning.released import OpenedSum, applied, calibrated
 from fedcore.learning.state import JobState
 from fedcore.secagg.encode.pack import Opened
-from fedcore.secagg.plan import (
-    EXCEEDS,
-    RangePlan,
-    RoundPlan,
-    ServerPlan,
-    TrainPlan,
-    solve_packing,
-)
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import EXCEEDS, RangePlan, RoundPlan, ServerPlan, TrainPlan
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

@@ -20,7 +20,7 @@ from fedcore.learning.data.statistics import (
     statistics_vector,
 )
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import solve_packing
+from fedcore.secagg.packing import solve_packing
 
 LOW, HIGH = -3.0, 7.0
 STEP = (HIGH - LOW) / (2**FIXED_POINT_BITS - 1)

@@ -9,25 +9,13 @@ from types import SimpleNamespace
 import pytest
 from support.plans import round_plan
 
-from fedcore.errors import (
-    GuardTripped,
-    OtherSites,
-    PolicyRefused,
-    ReleaseRefused,
-    StoreProblem,
-)
+from fedcore.errors import GuardTripped, OtherSites, PolicyRefused, ReleaseRefused, StoreProblem
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret, key_id, state_mac
-from fedcore.secagg.plan import (
-    ModelPlan,
-    RangePlan,
-    RoundHeader,
-    RoundPlan,
-    canonical,
-    solve_packing,
-)
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import ModelPlan, RangePlan, RoundHeader, RoundPlan, canonical
 from fedcore.secagg.protocol import epoch, messages
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.effects import Erase, MakeVector, OpenSum, Send, Upload, Warn

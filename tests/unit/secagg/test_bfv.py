@@ -34,7 +34,8 @@ from fedcore.secagg.crypto.bfv import (
     vector_size,
 )
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import RINGS, Packing, Ring, VectorSpec, field_width, solve_packing
+from fedcore.secagg.packing import RINGS, Packing, Ring, field_width, solve_packing
+from fedcore.secagg.plan import VectorSpec
 
 pytest.importorskip("tenseal.sealapi")
 
@@ -218,7 +219,7 @@ def test_a_plain_modulus_far_beyond_the_proof_gives_wrong_sums():
     ("ring", "slot_bits"), [(SMALL, 40), (SMALL, 46), (LARGE, 52), (LARGE, 44)]
 )
 def test_a_subtraction_moves_each_coefficient_by_at_most_half_more_than_it_should(ring, slot_bits):
-    """The half that `plan.py` reserves for it, read off the words: c0 falls by q m / t, c1 stays."""
+    """The half that `packing.py` reserves for it, read off the words: c0 falls by q m / t, c1 stays."""
     public, t = PublicContext(ring, slot_bits), 1 << slot_bits
     sealer = EncryptedSealer(SecretContext(public))
     mask = np.random.default_rng(5).integers(0, t, ring.degree, dtype=np.uint64)
@@ -755,7 +756,8 @@ def test_what_has_no_lattice_runs_where_tenseal_is_missing_or_broken(tmp_path):
         from fedcore.secagg.summing import one_by_one
         from fedcore.learning.stopwatch import Stopwatch
         from fedcore.errors import Unavailable
-        from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan, solve_packing
+        from fedcore.secagg.packing import solve_packing
+        from fedcore.secagg.plan import RangePlan, RoundPlan, ServerPlan, TrainPlan
         from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 
         plan = RoundPlan(

@@ -21,12 +21,8 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.in_process import InProcessFederation
-from fedcore.secagg.plan import (
-    RoundHeader,
-    VectorSpec,
-    Wide,
-    solve_packing,
-)
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import RoundHeader, VectorSpec, Wide
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.scheme import Scheme
 from fedcore.secagg.summing import one_by_one

@@ -10,7 +10,7 @@ from support import reference
 
 from fedcore.errors import BadInput
 from fedcore.secagg.encode.pack import from_limbs, limb_count, to_limbs
-from fedcore.secagg.plan import field_width
+from fedcore.secagg.packing import field_width
 
 
 @st.composite

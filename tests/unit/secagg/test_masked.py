@@ -14,7 +14,8 @@ from fedcore.secagg.crypto import words
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import VectorSpec, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import VectorSpec
 
 
 @settings(max_examples=50)

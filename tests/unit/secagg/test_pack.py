@@ -8,7 +8,8 @@ from support import reference
 
 from fedcore.errors import BadInput, TagRefused
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import VectorSpec, Wide, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import VectorSpec, Wide
 
 SITES = 5
 PACKING = solve_packing(16, SITES, "encrypted")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support import reference
 
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import RINGS, Packing, VectorSpec, Wide, field_width, solve_packing
+from fedcore.secagg.packing import RINGS, Packing, field_width, solve_packing
+from fedcore.secagg.plan import VectorSpec, Wide
 
 
 @st.composite

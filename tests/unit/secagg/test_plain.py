@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedcore.errors import ChunkRefused
 from fedcore.secagg.crypto import words
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
-from fedcore.secagg.plan import solve_packing
+from fedcore.secagg.packing import solve_packing
 
 
 @settings(max_examples=50)

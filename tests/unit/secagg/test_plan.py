@@ -15,15 +15,20 @@ from support import reference
 
 from fedcore.config import build_job
 from fedcore.errors import BadInput, PlanRefused, UnknownName
-from fedcore.secagg.plan import (
+from fedcore.secagg.packing import (
     MAX_SLOT_BITS,
-    PLAN_VERSION,
     RINGS,
     SECURITY_TABLE,
-    ModelPlan,
     Packing,
-    RangePlan,
     Ring,
+    field_width,
+    price_list,
+    solve_packing,
+)
+from fedcore.secagg.plan import (
+    PLAN_VERSION,
+    ModelPlan,
+    RangePlan,
     RoundHeader,
     RoundPlan,
     ServerPlan,
@@ -32,9 +37,6 @@ from fedcore.secagg.plan import (
     canonical,
     check_threshold,
     default_threshold,
-    field_width,
-    price_list,
-    solve_packing,
 )
 from fedcore.secagg.protections import MAX_MASKED_SITES, PROTECTIONS, SCHEMES, refuse_roster
 
@@ -216,7 +218,7 @@ def test_the_price_list_covers_every_roster_once_and_names_what_does_not_fit(mon
             assert row["degree"] == packing.ring.degree
             price = packing.wire_bits / packing.fields_per_slot / 8
             assert row["bytes_up_per_parameter"] == pytest.approx(price, abs=5e-4)
-    monkeypatch.setattr("fedcore.secagg.plan.RINGS", (Ring(1024, (1 << 27) - 2047),))
+    monkeypatch.setattr("fedcore.secagg.packing.RINGS", (Ring(1024, (1 << 27) - 2047),))
     last = price_list(16, "encrypted", limit=64)[-1]
     assert (last["fields_per_slot"], last["degree"], last["bytes_up_per_parameter"]) == (None,) * 3
     assert price_list(16, "plain", limit=5)[0]["degree"] is None

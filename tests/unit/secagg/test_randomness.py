@@ -14,7 +14,7 @@ from support.chunks import SEEDED, read_chunk
 import fedcore
 from fedcore.secagg.crypto.bfv import EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.sumtag import GroupSecret
-from fedcore.secagg.plan import RINGS
+from fedcore.secagg.packing import RINGS
 from fedcore.seeds import derive_seed, generator
 
 PACKAGE = Path(fedcore.__file__).parent

@@ -25,7 +25,8 @@ from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
 from fedcore.secagg.crypto.sumtag import PRIME, GroupSecret, SumTag, key_id, state_tag
 from fedcore.secagg.encode.pack import Layout
-from fedcore.secagg.plan import RoundHeader, VectorSpec, Wide, solve_packing
+from fedcore.secagg.packing import solve_packing
+from fedcore.secagg.plan import RoundHeader, VectorSpec, Wide
 
 pytest.importorskip("tenseal.sealapi")
 

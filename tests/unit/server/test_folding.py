@@ -24,7 +24,7 @@ from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicCont
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
-from fedcore.secagg.plan import Packing, solve_packing
+from fedcore.secagg.packing import Packing, solve_packing
 from fedcore.store import container
 from fedcore.store.container import to_bytes, vector_digest
 from fedcore.store.spool import Spool
