@@ -355,7 +355,7 @@ def round_plan(**changes):
         "task": "heart", "task_digest": "00", "sites": ("a", "b", "c"), "protection": "encrypted",
         "packing": solve_packing(16, 4, "encrypted"), "parameters": 21, "buffer_coordinates": 2,
         "max_examples": 512, "rounds": 20, "train": TrainPlan(), "server": ServerPlan(),
-        "range": RangePlan(), "metric_sums": (Wide("metric accuracy", 2, 10),),
+        "range": RangePlan(), "metric_sums": (Wide("metric:accuracy", 2, 10),),
     }  # fmt: skip
     return RoundPlan(**values | changes)
 
@@ -447,7 +447,7 @@ def test_the_vectors_of_a_plan_reserve_enough_bits():
     widths = {wide.name: wide for wide in plan.update_vector.wides}
     assert widths["weight"].bits == 10  # 512 itself must fit
     assert 2 ** widths["over_range"].bits > plan.coordinates
-    assert [w.name for w in plan.update_vector.wides][-1] == "metric accuracy"
+    assert [w.name for w in plan.update_vector.wides][-1] == "metric:accuracy"
     # All of 32 coordinates may exceed the range, so a count of 32 must fit too.
     assert round_plan(parameters=30).count_bits == 6
     assert plan.range_vector.wides == (Wide("exceeding", 24, 5),)
