@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 
 import click
 import typer
 import typer.core
 import typer.main
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from fedcore import __version__, errors
@@ -38,6 +38,7 @@ stderr = Console(stderr=True, highlight=False)
 typer.core.HAS_RICH = False
 
 Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def _documented(
@@ -166,6 +167,13 @@ def echo(text: object, *, nl: bool = True) -> None:
 def page_console() -> Console:
     """A console on stdout, for results that are pages."""
     return Console(highlight=False, file=_results)
+
+
+def emit_or_show(found: Found, page: Callable[[Found], RenderableType], as_json: bool) -> None:
+    """Print what a command found on stdout: as JSON, or as a page for a person."""
+    from fedcore.report.terminal import show
+
+    emit(found) if as_json else show(page_console(), page(found))
 
 
 class JobCommand(ResultCommand):

@@ -53,12 +53,6 @@ ModelTask = Annotated[
     str, typer.Option("--task", help="The model's task, where its file does not name one.")
 ]
 
-# Of several benchmarks.
-SitesListed = Annotated[str, typer.Option(help="Numbers of sites, comma-separated.")]
-Parameters = Annotated[int, typer.Option(min=1, help="Length of the vector.")]
-Bits = Annotated[int, typer.Option(help="Quantised bits per coordinate.")]
-BenchCipher = Annotated[str, typer.Option("--cipher", help="What encrypts: bfv or keystream.")]
-
 Settings = dict[str, Any]
 """One flat layer of a job's settings, with the values that were given."""
 

@@ -8,21 +8,17 @@ imported inside commands, so that `--help` is fast and a run prints its first li
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from functools import wraps
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
 
-from fedcore.cli import flags
-from fedcore.cli.console import application, echo, emit, page_console, say, stderr
+from fedcore.cli import benchmarks, flags
+from fedcore.cli.console import application, echo, emit_or_show, say, stderr
 from fedcore.cli.console import run as run_command
-from fedcore.cli.flags import AsJson, Command, Force, JobFile, Out, Settings, job_command
+from fedcore.cli.flags import AsJson, Force, JobFile, Out, Settings, job_command
 from fedcore.cli.progress import RoundsProgress, SplitsProgress
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
@@ -31,15 +27,10 @@ from fedcore.results import Result, RoundRow, SplitResult
 if TYPE_CHECKING:
     from fedcore.experiment.prepare import Prepared
 
-Found = TypeVar("Found")
-
 app = application(
     "fedcore", "Federated learning in which no party has to be trusted with another's update."
 )
-bench_app = typer.Typer(
-    help="Run a benchmark, with a baseline in the same run.", no_args_is_help=True
-)
-app.add_typer(bench_app, name="bench")
+app.add_typer(benchmarks.app, name="bench")
 
 
 def _layers(job: Path | None, settings: Settings) -> list[Settings]:
@@ -153,7 +144,7 @@ def _show_result(result: Result, folder: Path, as_json: bool) -> None:
     """Print a finished run or comparison."""
     from fedcore.report.terminal import summary
 
-    _show(result.to_json(), lambda _: summary(result, folder / "report.html"), as_json)
+    emit_or_show(result.to_json(), lambda _: summary(result, folder / "report.html"), as_json)
 
 
 def _what_is_left(path: Path, error: BaseException, command: str = "simulate") -> list[str]:
@@ -336,7 +327,7 @@ def plan(
         found = _prepared(_layers(where, settings)).plan_json()
     from fedcore.cli.inspect import plan_page
 
-    _show(found, plan_page, as_json)
+    emit_or_show(found, plan_page, as_json)
 
 
 @job_command(app)
@@ -354,7 +345,7 @@ def check(
     say(f"fedcore check: {what}")
     from fedcore.cli.inspect import check_page, check_task
 
-    _show(check_task(_prepared(layers)), check_page, as_json)
+    emit_or_show(check_task(_prepared(layers)), check_page, as_json)
 
 
 @app.command()
@@ -437,7 +428,7 @@ def runs(
     rows = list_runs(folder)
     if rows or as_json:
         found = [{"run": r.folder, "result": r.result and r.result.to_json()} for r in rows]
-        _show(found, lambda _: terminal.runs_table(rows), as_json)
+        emit_or_show(found, lambda _: terminal.runs_table(rows), as_json)
     else:
         say(f"no runs in {folder} yet; `fedcore simulate` makes one")
 
@@ -497,91 +488,6 @@ def doctor() -> None:
             echo(f"      hint: {remedy}")
     if not all(well for _, well, *_ in checks):
         raise typer.Exit(EXIT_REFUSED)
-
-
-def _show(found: Found, page: Callable[[Found], RenderableType], as_json: bool) -> None:
-    """Print what a command found on stdout: as JSON, or as a page for a person."""
-    from fedcore.report.terminal import show
-
-    emit(found) if as_json else show(page_console(), page(found))
-
-
-def _bench(module: str, headline: str) -> Callable[[Command], Command]:
-    """Register a function that has only the flags of a benchmark: they become the arguments of its `run`.
-
-    A flag with commas in its default takes a list of numbers. headline: the first line, from the flags.
-    """
-
-    def register(has_flags: Command) -> Command:
-        @wraps(has_flags)
-        def command(*, as_json: bool, **given: Any) -> None:
-            examples = {n: str(flag.default) for n, flag in signature(has_flags).parameters.items()}
-            listed = [name for name in given if "," in examples[name]]
-            numbers = {name: _numbers(f"--{name}", given[name], examples[name]) for name in listed}
-            say(f"fedcore bench {has_flags.__name__}: {headline.format(**given)}")
-            bench = import_module(f"fedcore.bench.{module}")
-            _show(bench.run(**given | numbers), bench.page, as_json)
-
-        return bench_app.command()(command)
-
-    return register
-
-
-def _numbers(flag: str, text: str, example: str) -> list[int]:
-    """`4,16,64` to a list of integers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadInput(f"{flag}: found {text!r}, expected numbers such as {example}") from error
-
-
-@_bench("protect", "{parameters:,} parameters, {sites} sites")
-def protect(
-    parameters: flags.Parameters = 1_000_000,
-    sites: Annotated[int, typer.Option(min=3, help="Sites the plan is solved for.")] = 16,
-    bits: Annotated[str, typer.Option(help="Quantised bits, comma-separated.")] = "8,12,16",
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Interleaved repeats; medians are reported.")
-    ] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Measure bytes and seconds of protecting one vector. Compared with float32 and TenSEAL's CKKS in the same run."""
-
-
-@_bench("secagg_rounds", "{sites} sites x {parameters:,} parameters, {protection}")
-def secagg(
-    sites: flags.SitesListed = "4,16,64",
-    parameters: flags.Parameters = 1_000_000,
-    drop: Annotated[int, typer.Option(min=0, help="Sites that leave after the shares.")] = 1,
-    bits: flags.Bits = 16,
-    protection: Annotated[str, typer.Option(help="layered or masked.")] = "layered",
-    cipher: flags.BenchCipher = "bfv",
-    as_json: AsJson = False,
-) -> None:
-    """Measure one whole protected round with a dropout. Bytes and CPU seconds of a site, and the coordinator's."""
-
-
-@_bench("fold", "{sites} sites x {parameters:,} parameters")
-def fold(
-    sites: flags.SitesListed = "4,64",
-    parameters: flags.Parameters = 1_000_000,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the peak memory of the folding process. The same whatever the number of sites."""
-
-
-@_bench("engine", "{sites} sites x {parameters:,} parameters, {protection}")
-def engine(
-    sites: Annotated[int, typer.Option(help="Number of sites.")] = 4,
-    parameters: flags.Parameters = 10,
-    rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 50,
-    protection: Annotated[str, typer.Option(help="layered, masked or encrypted.")] = "layered",
-    cipher: flags.BenchCipher = "bfv",
-    bits: flags.Bits = 16,
-    per_process: Annotated[int, typer.Option(help="Sites that share one process.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Measure rounds of a deployment without training. Real processes, TLS, journals, masks, keys."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
