@@ -19,7 +19,7 @@ from fedcore.cli import benchmarks, flags
 from fedcore.cli.console import application, echo, emit_or_show, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Force, JobFile, Out, Settings, job_command
-from fedcore.cli.progress import RoundsProgress, SplitsProgress
+from fedcore.cli.progress import RoundsProgress, SplitsProgress, reading_shown
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
@@ -60,7 +60,8 @@ def _layers(job: Path | None, settings: Settings) -> list[Settings]:
 def _prepared(layers: list[Settings]) -> Prepared:
     from fedcore.experiment.prepare import job_for, prepare
 
-    return prepare(*job_for(None, *layers), _quiet)
+    with reading_shown():
+        return prepare(*job_for(None, *layers), _quiet)
 
 
 def _starting(command: str, job: Path | None, settings: Settings) -> None:
@@ -96,7 +97,7 @@ def simulate(
         bar.begin(prepared.plan.rounds, len(prepared.plan.sites), prepared.plan.protection)
 
     try:
-        with closing(bar), ticking(bar.tick):
+        with closing(bar), ticking(bar.tick), reading_shown():
             if resume is not None:
                 run = api.resume(
                     resume, on_round=bar.row, on_step=bar.step, on_ready=ready, say=_quiet
@@ -210,7 +211,7 @@ def up(
         _show_header(prepared, path)
         say("started here; on other machines (--address) it is the deployment:")
 
-    with closing(bar), ticking(bar.tick):
+    with closing(bar), ticking(bar.tick), reading_shown():
         listener = rehearsal.Listener(ready, bar.begin, bar.row, bar.step, say, _quiet)
         run = rehearsal.rehearse(
             _layers(job, settings), listener, out=out, force=force, address=elsewhere
@@ -270,7 +271,7 @@ def compare(
         )
 
     try:
-        with closing(bar):
+        with closing(bar), reading_shown():
             found = api.compare(
                 job=layers, seeds=chosen, workers=workers, out=resume or out, force=force,
                 on_cell=bar.cell, on_step=bar.step, on_tick=bar.tick, on_ready=ready, say=_quiet,

@@ -10,8 +10,10 @@ in the child.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from fedcore.cli import console
@@ -199,6 +201,30 @@ class SplitsProgress:
             first = _what(self._running[numbers[0]], self._protection)
             text = f"split{'s'[: len(numbers) - 1]} {_listed(numbers)}: {first}"
         self._display.show(text, self._finished, begun=begun)
+
+
+@contextmanager
+def reading_shown(clock: Clock = time.monotonic) -> Iterator[None]:
+    """Show how far reading a dataset's items has come, for those passes that take more than a moment. Processes
+    forked within it show nothing."""
+    from fedcore.learning.data import reading
+
+    display, of, whose = Display("rows", clock), os.getpid(), ""
+
+    def read(where: str, done: int, total: int) -> None:
+        nonlocal whose
+        if os.getpid() != of:
+            return
+        if (where, total) != (whose, display.total):
+            whose = where
+            display.begin(total, done)
+        display.show(f"{where}: reading rows", done)
+        if done == total:
+            whose = ""
+            display.close()
+
+    with closing(display), reading.reporting_to(read):
+        yield
 
 
 def _listed(numbers: list[int]) -> str:

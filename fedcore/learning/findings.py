@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fedcore.errors import BadInput
+from fedcore.learning.data.kinds import is_hugging_face
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, Rows, TableRows
 from fedcore.learning.metrics import METRICS
 from fedcore.learning.metrics.definition import class_labels
@@ -228,7 +229,8 @@ def _of_ids(site: SiteId, rows: Rows) -> list[Finding]:
         return []
     way = 'fedcore.table(..., group="{}")'
     if isinstance(rows, DatasetRows):
-        way = 'fedcore.grouped(dataset, dataset["{}"])'
+        column = 'dataset["{}"]' if is_hugging_face(rows.dataset) else 'lambda item: item["{}"]'
+        way = f"fedcore.grouped(dataset, {column})"
     return [
         Finding(
             site, f"ids {name}",

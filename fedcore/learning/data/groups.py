@@ -10,7 +10,7 @@ are of one site: the same id at two sites means nothing.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,11 @@ def holds_ids(name: str, values: Sequence[Any]) -> int:
     different = len({_text(value) for value in values} - {""})
     least = 2 if _words(name) & _PERSON else max(2, LEAST_IDS * len(values))
     return different if least <= different < len(values) else 0
+
+
+def repeated_ids(columns: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """{column: how many different ids it holds}, of those columns that `holds_ids` finds some in."""
+    return {name: ids for name, values in columns.items() if (ids := holds_ids(name, values))}
 
 
 def named_as_ids(name: str) -> bool:

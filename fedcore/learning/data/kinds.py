@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from fedcore.learning.data.groups import named_as_ids
+from fedcore.learning.data.reading import each_item
+
 Indices = NDArray[np.int64]
 """(rows,) int64: positions of rows, or the class index of each."""
 
@@ -38,26 +41,36 @@ def class_indices(y: torch.Tensor) -> Indices | None:
     return values.astype(np.int64)
 
 
-def dataset_labels(dataset: Any, picked: Indices | None = None) -> Indices | None:
-    """Class indices of the rows `picked` (None: all), from where the dataset's kind keeps them.
+def dataset_labels(
+    dataset: Any,
+    picked: Indices | None = None,
+    where: str = "dataset",
+    beside: dict[str, list[Any]] | None = None,
+) -> Indices | None:
+    """Class indices of the rows `picked` (None: all), from where the dataset's kind keeps them. where: whose they are.
 
-    A dataset of another kind is read item by item; the first item without a class ends the search.
+    A dataset of another kind is read item by item; the first item without a class ends the search. beside: gets the
+    entries of items so read, where those are dicts, under names of ids of persons.
     Raises whatever the user's `__getitem__` raises.
     """
     if isinstance(dataset, Subset):
         inner = np.asarray(dataset.indices, dtype=np.int64)
-        return dataset_labels(dataset.dataset, inner if picked is None else inner[picked])
+        some = inner if picked is None else inner[picked]
+        return dataset_labels(dataset.dataset, some, where, beside)
     labels: Indices | None
     if is_hugging_face(dataset):
         labels = _column_labels(dataset)
     elif isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
         labels = class_indices(dataset.tensors[-1].detach().cpu())
     elif isinstance(dataset, ConcatDataset):
-        labels = all_labels([dataset_labels(part) for part in dataset.datasets])
+        labels = all_labels(
+            [dataset_labels(part, None, where, beside) for part in dataset.datasets]
+        )
     elif (listed := _listed_labels(dataset)) is not None:
         labels = listed
     else:
-        return _labels_by_reading(dataset, np.arange(len(dataset)) if picked is None else picked)
+        places = np.arange(len(dataset)) if picked is None else picked
+        return _labels_by_reading(dataset, places, where, beside)
     return labels if labels is None or picked is None else labels[picked]
 
 
@@ -89,7 +102,7 @@ def _listed_labels(dataset: Any) -> Indices | None:
         if labels is None or len(labels) != len(dataset) or not len(labels):
             continue
         some = np.unique([0, len(labels) // 2, len(labels) - 1])
-        read = _labels_by_reading(dataset, some)
+        read = _labels_by_reading(dataset, some, "dataset")
         if read is not None and np.array_equal(read, labels[some]):
             return labels
     return None
@@ -125,12 +138,17 @@ def odd_target(items: Sequence[Any]) -> tuple[int, str] | None:
     return None
 
 
-def _labels_by_reading(dataset: Any, picked: Indices) -> Indices | None:
+def _labels_by_reading(
+    dataset: Any, picked: Indices, where: str, beside: dict[str, list[Any]] | None = None
+) -> Indices | None:
     labels = np.empty(len(picked), dtype=np.int64)
-    for place, index in enumerate(picked.tolist()):
-        target = target_of(dataset[index])
+    for place, item in enumerate(each_item(dataset, picked.tolist(), where)):
+        target = target_of(item)
         if target is None:
             return None
+        if beside is not None and isinstance(item, dict):
+            for name in filter(named_as_ids, filter(_is_text, item)):
+                beside.setdefault(name, []).append(_plain(item[name]))
         value = np.asarray(target)
         if value.size != 1 or value.dtype.kind not in "iubf":
             return None
@@ -139,6 +157,16 @@ def _labels_by_reading(dataset: Any, picked: Indices) -> Indices | None:
             return None
         labels[place] = int(number)
     return labels
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _plain(value: Any) -> Any:
+    """The number in a tensor or array of one."""
+    single = isinstance(value, (torch.Tensor, np.ndarray)) and np.size(value) == 1
+    return value.item() if single else value
 
 
 def is_hugging_face(value: Any) -> bool:

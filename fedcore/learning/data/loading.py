@@ -14,6 +14,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
 )
 
 from fedcore.errors import BadInput, FedcoreError
@@ -21,11 +22,12 @@ from fedcore.learning.data.arrays import array_features, array_inputs, array_lay
 from fedcore.learning.data.groups import (
     Grouped,
     group_digests,
-    holds_ids,
     named_as_ids,
     refuse_shared,
+    repeated_ids,
 )
-from fedcore.learning.data.kinds import is_dataset, is_hugging_face, is_pandas, kind_of
+from fedcore.learning.data.kinds import Indices, is_dataset, is_hugging_face, is_pandas, kind_of
+from fedcore.learning.data.reading import each_item
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, Rows, TableRows
 from fedcore.learning.task import Task, user_code
 
@@ -73,8 +75,7 @@ def _ids_of(found: Grouped, rows: Rows, where: str) -> Iterable[Any]:
             remedy="fedcore.grouped(rows, ids) with an array of ids",
         )
     with user_code(f"{where}: the ids of fedcore.grouped"):
-        each: list[Any] = [found.ids(rows.dataset[index]) for index in range(len(rows))]
-    return each
+        return [*map(found.ids, each_item(rows.dataset, range(len(rows)), where))]
 
 
 def _rows_of(found: Any, task: Task, where: str) -> Rows:
@@ -126,11 +127,22 @@ def _rows_of_dataset(
         remedy="a map-style dataset defines __len__ and __getitem__",
     ):
         rows = DatasetRows(dataset, collate, batch_size, site=where)
-        if is_hugging_face(dataset):
-            named = filter(named_as_ids, dataset.column_names)
-            values = {name: list(dataset.with_format(None)[name]) for name in named}
-            rows.ids = {name: ids for name in values if (ids := holds_ids(name, values[name]))}
+        rows.ids = repeated_ids(_id_columns(dataset))
         return rows
+
+
+def _id_columns(dataset: Any, picked: Indices | None = None) -> dict[str, list[Any]]:
+    """Columns of a Hugging Face dataset, also of some of its rows, that have the name of ids of persons."""
+    if isinstance(dataset, Subset):
+        inner = np.asarray(dataset.indices, dtype=np.int64)
+        return _id_columns(dataset.dataset, inner if picked is None else inner[picked])
+    if not is_hugging_face(dataset):
+        return {}
+    columns = dataset.with_format(None)
+    named = {name: list(columns[name]) for name in filter(named_as_ids, dataset.column_names)}
+    if picked is None:
+        return named
+    return {name: [values[row] for row in picked] for name, values in named.items()}
 
 
 def _rows_of_arrays(raw_x: Any, raw_y: Any, task: Task, where: str) -> Rows:

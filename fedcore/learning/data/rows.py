@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.canonical import REMEDY, digests_of, item_digest
-from fedcore.learning.data.groups import Groups, some_of
+from fedcore.learning.data.groups import Groups, repeated_ids, some_of
 from fedcore.learning.data.kinds import (
     Indices,
     all_labels,
@@ -33,6 +33,7 @@ from fedcore.learning.data.kinds import (
     is_hugging_face,
     odd_target,
 )
+from fedcore.learning.data.reading import each_item
 from fedcore.learning.data.statistics import Statistics
 from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.task import user_code
@@ -222,8 +223,9 @@ class DatasetRows:
         self._labels = list(known_labels)
         self._hashed: list[list[bytes]] = []
         self._groups: Groups | None = None
-        self.ids: Mapping[str, int] = {}
-        """{column: how many different ids it holds}, as of `TableRows`; of Hugging Face datasets only."""
+        self.ids: dict[str, int] = {}
+        """{column: how many different ids it holds}, as of `TableRows`; of Hugging Face datasets, and of those of dicts
+        whose items were read for their labels."""
         self.scale: TargetScale | None = None
         self.adds_rows = False
 
@@ -254,8 +256,13 @@ class DatasetRows:
     def labels(self) -> Indices | None:
         """Class indices, found once for the whole dataset. Raises TaskFailed if reading it fails."""
         if not self._labels:
-            with user_code(f"{self.site or 'dataset'}: reading its rows"):
-                self._labels.append(dataset_labels(self.dataset))
+            where = self.site or "dataset"
+            with user_code(f"{where}: reading its rows"):
+                beside: dict[str, list[Any]] = {}
+                self._labels.append(dataset_labels(self.dataset, None, where, beside))
+            if self._groups is None:
+                whole = {k: ids for k, ids in beside.items() if len(ids) == len(self.dataset)}
+                self.ids.update(repeated_ids(whole))
         known = self._labels[0]
         return None if known is None else known[self.indices]
 
@@ -266,8 +273,9 @@ class DatasetRows:
         again, and TaskFailed if reading it fails.
         """
         if not self._hashed:
-            with user_code(f"{self.site or 'dataset'}: reading its rows"):
-                found = [item_digest(self.dataset[index]) for index in range(len(self.dataset))]
+            where, places = self.site or "dataset", range(len(self.dataset))
+            with user_code(f"{where}: reading its rows"):
+                found = [*map(item_digest, each_item(self.dataset, places, where))]
                 again = [item_digest(self.dataset[index]) for index in range(min(3, len(found)))]
             if again != found[: len(again)]:
                 kind = type(self.dataset).__name__

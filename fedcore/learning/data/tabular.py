@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.groups import group_digests, holds_ids, named_as_ids
+from fedcore.learning.data.groups import group_digests, named_as_ids, repeated_ids
 from fedcore.learning.data.kinds import is_pandas
 from fedcore.learning.data.rows import RowLayout, TableRows
 from fedcore.learning.data.statistics import Statistics
@@ -150,7 +150,7 @@ class Table:
             ids = (None if _text(v).lower() in MISSING else v for v in raw[self.group])
             groups = group_digests(ids, len(numeric), f"{where}: column {self.group!r}")
             return TableRows(numeric, fixed, targets, self.layout, groups)
-        repeated = {name: found for name in others if (found := holds_ids(name, raw[name]))}
+        repeated = repeated_ids({name: raw[name] for name in others})
         return TableRows(numeric, fixed, targets, self.layout, ids=repeated)
 
     def inputs(self, source: Any, statistics: Statistics) -> NDArray[np.float32]:
@@ -494,11 +494,20 @@ def _csv_columns(path: Path, names: Sequence[str] | None) -> dict[str, Sequence[
 
 
 def _titled_as_ids(source: Any) -> list[str]:
-    """Columns of a data frame or a CSV file whose name is that of an id of persons; none of a file that cannot be
-    read, which is for `_read` to say."""
+    """Columns whose name is that of an id of persons; none of a file that cannot be read, which is for `_read` to
+    say."""
     titles: list[str] = []
     if is_pandas(source) and hasattr(source, "columns"):
         titles = [str(column) for column in source.columns]
+    elif isinstance(source, Mapping):
+        titles = [name for name in source if isinstance(name, str)]
+    elif isinstance(source, (str, Path)) and str(source).lower().endswith((".parquet", ".pq")):
+        with suppress(ImportError, OSError, ValueError):
+            from pyarrow.parquet import read_schema
+
+            schema = read_schema(Path(source).expanduser())
+            index = (schema.pandas_metadata or {}).get("index_columns", ())
+            titles = [name for name in schema.names if name not in index]
     elif isinstance(source, (str, Path)) and str(source).lower().endswith(".csv"):
         with (
             suppress(OSError, UnicodeDecodeError, csv.Error),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import pytest
@@ -10,10 +11,12 @@ from rich.console import Console
 
 import fedcore
 from fedcore.cli import console
-from fedcore.cli.progress import RoundsProgress, SplitsProgress
+from fedcore.cli.progress import RoundsProgress, SplitsProgress, reading_shown
 from fedcore.experiment.comparison import Split
 from fedcore.experiment.forked import ticking
 from fedcore.experiment.loop import ArmStep
+from fedcore.learning.data import reading
+from fedcore.learning.data.rows import DatasetRows
 from fedcore.results import RoundRow, SplitResult
 
 
@@ -228,3 +231,57 @@ def test_ticks_come_while_the_block_computes_and_end_with_it(monkeypatch):
     with ticking(ticked.set):
         assert ticked.wait(10)
     assert not [thread for thread in threading.enumerate() if thread.name == "fedcore progress"]
+
+
+class Slow:
+    """A dataset of which each item takes so many seconds of a clock."""
+
+    def __init__(self, clock, seconds, rows=40):
+        self.clock, self.seconds, self.rows = clock, seconds, rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        self.clock.now += self.seconds
+        return [float(index)], index % 2
+
+
+@pytest.fixture
+def reading_clock(monkeypatch, clock):
+    monkeypatch.setattr(reading, "_clock", clock)
+    return clock
+
+
+@pytest.mark.parametrize("read", [DatasetRows.labels, DatasetRows.digests])
+def test_a_log_says_how_far_reading_the_items_of_a_dataset_is(log, reading_clock, read):
+    with reading_shown(reading_clock):
+        read(DatasetRows(Slow(reading_clock, 2.0), site="site a"))
+    first = log.getvalue().splitlines()[0]
+    assert first == "site a: reading rows, 16/40 rows done, 30 s so far, about 48 s left"
+    assert len(log.getvalue().splitlines()) == 2, "one each 30 s"
+
+
+def test_a_terminal_shows_it_as_a_bar_that_goes_at_the_end(monkeypatch, reading_clock):
+    monkeypatch.setenv("TERM", "xterm")
+    shown = screen(monkeypatch, terminal=True)
+    with reading_shown(reading_clock):
+        DatasetRows(Slow(reading_clock, 0.5), site="site a").labels()
+        at = shown.tell()
+        DatasetRows(Slow(reading_clock, 0.01), site="site b").labels()
+        assert shown.tell() == at, "a pass of a moment is not shown"
+        DatasetRows(Slow(reading_clock, 0.5, rows=9), site="site c").labels()
+    text = shown.getvalue()
+    assert re.search(r"site a: reading rows .* 20/40 rows .* about 10 s left", text)
+    assert "site c: reading rows" in text and "site b" not in text
+    at = shown.tell()
+    DatasetRows(Slow(reading_clock, 2.0), site="site d").labels()
+    assert shown.tell() == at, "nobody is told outside"
+
+
+def test_reading_in_a_forked_process_shows_nothing(log, monkeypatch, reading_clock):
+    with reading_shown(reading_clock):
+        own = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        DatasetRows(Slow(reading_clock, 20.0)).labels()
+    assert log.getvalue() == ""

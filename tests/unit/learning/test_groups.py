@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fedcore
 from fedcore.config import build_job
@@ -313,8 +313,18 @@ def test_a_column_of_repeated_ids_is_found_by_name_and_values(tmp_path, name, va
     )
     expected = {name: said} if said else {}
     assert dict(read()(found).ids) == expected
+    assert dict(read()({column: list(found[column]) for column in found}).ids) == expected
     found.to_csv(tmp_path / "rows.csv", index=False)
-    assert dict(read()(tmp_path / "rows.csv").ids) == expected
+    found.to_parquet(tmp_path / "rows.parquet", index=False)
+    found.to_parquet(tmp_path / "rows.PQ")
+    for file in ("rows.csv", "rows.parquet", "rows.PQ"):
+        assert dict(read()(tmp_path / file).ids) == expected, file
+
+
+def test_ids_in_the_index_of_a_parquet_file_are_no_column_of_it(tmp_path):
+    frame().set_index("patient").to_parquet(tmp_path / "rows.parquet")
+    rows = read()(tmp_path / "rows.parquet")
+    assert len(rows) == 12 and dict(rows.ids) == {}
 
 
 def test_few_ids_in_many_rows_are_not_those_of_persons():
@@ -354,3 +364,56 @@ def test_a_hugging_face_dataset_is_asked_for_its_ids_too():
     assert dict(rows.ids) == {} and len(ids(rows)) == 3
     rows, _ = load_rows(task(found.remove_columns("patient")), None, "a")
     assert dict(rows.ids) == {}
+    some = Subset(Subset(found, range(2, 12)), range(4))
+    for form in (some, DataLoader(some, batch_size=2)):
+        assert dict(load_rows(task(form), None, "a")[0].ids) == {"patient": 2}
+
+
+class Records(Dataset):
+    """Items are dicts, as those of a DataLoader that gives a batch of columns."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(Y)
+
+    def __getitem__(self, index):
+        row = {name: values[index] for name, values in self.columns.items()}
+        return {"x": torch.from_numpy(X[index]), "label": int(Y[index]), **row}
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (PEOPLE, 3),
+        ([f"p{i}" for i in PEOPLE], 3),
+        (torch.from_numpy(PEOPLE), 3),
+        (PEOPLE[:, None], 3),
+        (range(12), 0),
+    ],
+    ids=["numpy", "text", "tensors", "arrays of one", "all different"],
+)
+def test_ids_in_items_that_are_read_for_their_labels_are_found(column, said):
+    found = Records(patient_id=column, humidity=PEOPLE)
+    rows, _ = load_rows(task(found), None, "a")
+    rows.take([0, 1]).labels()  # read once, for all parts
+    assert dict(rows.ids) == ({"patient_id": said} if said else {})
+    whole, _ = load_rows(task(fedcore.grouped(found, lambda item: int(item["label"]))), None, "a")
+    whole.labels()
+    assert dict(whole.ids) == {}, "there is a group"
+    some, _ = load_rows(task(Subset(found, range(4, 12))), None, "a")
+    some.labels()
+    assert dict(some.ids) == ({"patient_id": 2} if said else {})
+
+
+def test_a_run_of_such_items_warns_and_says_how_to_group_them(tmp_path):
+    whole = fedcore.Task(
+        "records", lambda _: Records(patient=PEOPLE), lambda: torch.nn.Linear(2, 2), torch.nn.functional.cross_entropy,
+        predict=lambda model, batch: (model(batch["x"]), batch["label"]), sites={"a": 1, "b": 2, "c": 3},
+        defaults={"rounds": 1, "protection": "plain", "arms": "federated"},
+    )  # fmt: skip
+    run = fedcore.simulate(whole, out=tmp_path / "run", resamples=0)
+    text = " ".join(run.result.warnings)
+    assert "found 3 different values of 'patient' in 12 rows" in text
+    assert 'fedcore.grouped(dataset, lambda item: item["patient"]) keeps rows' in text
