@@ -20,7 +20,8 @@ import grpc
 from fedcore_server.config import METRICS_FILE, OperatorConfig
 
 from fedcore.cli.console import ago, waiting_text
-from fedcore.config import build_job, refuse_unsupported, wire_settings
+from fedcore.config import build_job, wire_settings
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.identity.kit import Kit

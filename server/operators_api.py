@@ -12,7 +12,8 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import EVICTED
 
-from fedcore.config import build_job, refuse_unsupported
+from fedcore.config import build_job
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name

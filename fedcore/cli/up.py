@@ -16,13 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.config import (
-    Job,
-    deployed_settings,
-    is_json,
-    narrowest_policy,
-    refuse_unsupported,
-)
+from fedcore.config import Job, deployed_settings, is_json, narrowest_policy
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, TaskFailed
 from fedcore.experiment.api import OnReady, Say
 from fedcore.experiment.environment import random_causes

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Unpack
 
 from fedcore import report
-from fedcore.config import Job, Settings, read_job_file, refuse_unsupported
+from fedcore.config import Job, Settings, read_job_file
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish, is_unfinished
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment

@@ -1,4 +1,4 @@
-"""Settings that a comparison or a deployment does not have: one table, `config.UNSUPPORTED`, with one line for each,
+"""Settings that a comparison or a deployment does not have: one table, `config.unsupported`, with one line for each,
 the same wherever a job is begun: the façade, the commands, the coordinator and the sites."""
 
 import re
@@ -12,14 +12,8 @@ from fedcore_server.operators_api import check_settings
 import fedcore
 from fedcore.cli.main import main
 from fedcore.cli.up import rehearse
-from fedcore.config import (
-    KEYS,
-    UNSUPPORTED,
-    build_job,
-    read_settings,
-    refuse_unsupported,
-    wire_settings,
-)
+from fedcore.config import KEYS, build_job, read_settings, wire_settings
+from fedcore.config.unsupported import UNSUPPORTED, refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.secagg.plan import canonical
 

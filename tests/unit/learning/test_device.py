@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fedcore
-from fedcore.config import build_job, read_settings, refuse_unsupported, wire_settings
+from fedcore.config import build_job, read_settings, wire_settings
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.device import moved, require_device, rows_beside

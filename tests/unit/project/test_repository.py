@@ -251,7 +251,7 @@ def test_modules_named_on_the_map_exist():
     """Its tables name modules from `fedcore/` on."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert not missing_paths(text, ROOT, ROOT / "fedcore")
-    assert missing_paths("`fedcore/nowhere.py` and `config.py`", ROOT, ROOT / "fedcore") == [
+    assert missing_paths("`fedcore/nowhere.py` and `errors.py`", ROOT, ROOT / "fedcore") == [
         "fedcore/nowhere.py"
     ]
 

@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import packing, plan, protections
@@ -254,93 +255,8 @@ class Job:
         return {**self.run.model_dump(mode="json"), **sections, **about}
 
 
-Kind = Literal["comparison", "deployment"]
-"""The kinds of run that lack some settings. A simulation has them all."""
-
-
-class Unsupported(NamedTuple):
-    """A setting that one kind of run does not have. reason: continues "in a deployment: ". usual: the value that
-    asks for nothing, beside none and off."""
-
-    setting: str
-    kind: Kind
-    reason: str
-    remedy: str
-    usual: str | None = None
-
-
-_FIND_ROUNDS = "`fedcore simulate` finds the number of rounds to deploy with (round.rounds)"
-_STOP_A_SITE = "`fedcore simulate` has simulated absences; deployed, stop a site's process"
-_SPLITS_OF_OPERATORS = "each site's operator decides which rows are kept apart"
-
-UNSUPPORTED = (
-    Unsupported(
-        "initial", "deployment", "all its sites begin with the seed's model",
-        "`fedcore simulate` begins with it; deployed, task.model can load weights that every site has",
-    ),
-    Unsupported(
-        "device", "deployment", "its sites train on their CPUs, for the bits of a simulation",
-        "`fedcore simulate` and `fedcore compare` use a GPU", "cpu",
-    ),
-    Unsupported("round.validate", "deployment", _SPLITS_OF_OPERATORS, _FIND_ROUNDS),
-    Unsupported("round.keep", "deployment", "it keeps its last round", _FIND_ROUNDS, "last"),
-    Unsupported("round.patience", "deployment", "it runs all its rounds", _FIND_ROUNDS),
-    Unsupported(
-        "round.checkpoint_every", "deployment", "it keeps the model of its last round only",
-        "`fedcore simulate` keeps those of earlier rounds",
-    ),
-    Unsupported("round.drop", "deployment", "its sites are real processes", _STOP_A_SITE),
-    Unsupported("round.dropout", "deployment", "its sites are real processes", _STOP_A_SITE),
-    Unsupported(
-        "track.to", "deployment", "nothing of it is sent elsewhere",
-        "leave it out: `fed-coordinator watch --json` and rounds.jsonl have its rounds",
-    ),
-    Unsupported(
-        "track.keep_scores", "deployment", "the scores of single rows leave no site",
-        "leave it out; a simulation keeps them on its own machine",
-    ),
-    Unsupported(
-        "round.checkpoint_every", "comparison", "it keeps no models",
-        "`fedcore simulate` with the seed and fold of one of its splits keeps them",
-    ),
-    Unsupported(
-        "track.to", "comparison", "its rounds are those of many runs",
-        'leave it out: --to "" (rounds.jsonl has every split)',
-    ),
-    Unsupported(
-        "track.keep_scores", "comparison", "it keeps the scores of no single rows",
-        "`fedcore simulate --keep-scores` with the seed and fold of one of its splits keeps them",
-    ),
-)  # fmt: skip
-"""Every setting that not all kinds of run have. What a job asks of `protect.protection` is in `secagg/protections.py`.
-
-Deployed, no path leaves a machine, and which rows are kept apart is the operator's to say: two jobs that differ in it
-would show single rows (docs/decisions/0016)."""
-
 _PATHS_AND_DEVICE = {"task", "base", "initial", "device"}
 _RECORD = {"to", "keep_scores"}
-
-
-def refuse_unsupported(settings: Mapping[str, object], kind: Kind) -> None:
-    """Raise BadInput where a job asks for what this kind of run does not have. settings: as `Job.to_json` has them,
-    complete or not, also of another party."""
-    for each in UNSUPPORTED:
-        section, _, key = each.setting.rpartition(".")
-        table = settings.get(section, {}) if section else settings
-        value = table.get(key) if isinstance(table, Mapping) else None
-        if each.kind == kind and value and value != each.usual:
-            usual = "false" if value is True else "none"
-            expected = usual if each.usual is None else repr(each.usual)
-            raise BadInput(
-                f"{each.setting}: found {_shown(value)}, expected {expected} in a {kind}: {each.reason}",
-                remedy=each.remedy,
-            )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "true" if value is True else repr(value)
 
 
 def deployed_settings(job: Job) -> Json:
