@@ -7,14 +7,13 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import fedcore
 from fedcore.cli import main as commands
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.experiment import api
+from tests.support.small_tasks import tiny
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -24,18 +23,6 @@ SETTINGS = {"seeds": 2, "folds": 2, "rounds": 2, "protection": "plain"}
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def tiny(rows=30, **more):
-    def data(source):
-        rng = np.random.default_rng(source)
-        x = rng.normal(size=(rows, 3)).astype("f4")
-        return x, (x[:, 0] > 0).astype(int)
-
-    return fedcore.Task(
-        "tiny", data, lambda: torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy,
-        sites={"a": 1, "b": 2, "c": 3}, **more,
-    )  # fmt: skip
 
 
 def table(found):

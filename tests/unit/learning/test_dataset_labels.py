@@ -18,6 +18,7 @@ from fedcore.experiment.prepare import prepare
 from fedcore.learning.data.loading import load_rows
 from fedcore.learning.data.rows import DatasetRows
 from fedcore.learning.task import Task
+from tests.support.small_tasks import Items
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -176,17 +177,6 @@ def test_missing_and_ragged_targets_of_arrays_are_named(y, found):
         load_rows(task, None, "north")
     assert str(caught.value).startswith(f"site north: {found}")
     assert caught.value.remedy
-
-
-class Items(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
 
 
 ZERO = torch.zeros(2)

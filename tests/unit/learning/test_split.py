@@ -9,13 +9,14 @@ import pytest
 import torch
 from fedcore_clients.config import SplitSection
 from pydantic import ValidationError
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.heart import data
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.data.split import FoldSplit, HashSplit, split_from_json, subsample
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from tests.support.small_tasks import Items
 
 KEY = bytes(range(32))
 SPLIT = HashSplit(KEY, 0.2)
@@ -66,17 +67,6 @@ def test_tables_split_by_features_and_target():
     assert not set(rows.digests()) & set(changed.digests())
     zero = np.where(rows.features == 0, -0.0, rows.features)
     assert dataclasses.replace(rows, features=zero).digests() == rows.digests(), "one zero"
-
-
-class Items(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
 
 
 class Drawing(Items):
