@@ -6,7 +6,7 @@ forks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Unpack
 
@@ -18,7 +18,7 @@ from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, stored_job
-from fedcore.experiment.run import Comparison, Run, all_abandoned, new_directory
+from fedcore.experiment.run import Comparison, Run, all_abandoned, held, new_directory
 from fedcore.files import RESULT_FILE
 from fedcore.learning.task import Task
 
@@ -78,6 +78,18 @@ def resume(
     task: needed where the run's task was made in a notebook. Raises BadInput for any other directory.
     """
     path = Path(directory)
+    with held(path) if path.is_dir() else nullcontext():
+        return _resume(path, task, on_round, on_step, on_ready, say)
+
+
+def _resume(
+    path: Path,
+    task: Task | None,
+    on_round: OnRound | None,
+    on_step: OnStep | None,
+    on_ready: OnReady | None,
+    say: Say,
+) -> Run:
     if (path / RESULT_FILE).is_file():
         if (path / report.PAGE).is_file():
             found = f"--resume: found {path}, which is finished"
@@ -168,14 +180,17 @@ def compare(
         raise BadInput(f"seeds: found {chosen or 'none'}, expected at least 1, each once")
     if workers is not None and workers < 1:
         raise BadInput(f"workers: found {workers}, expected 1 or more")
-    grid, path = SplitGrid(found, complete, chosen, say), Path(out) if out else None
-    if path is not None and not force and is_unfinished(path):
-        grid.resume(path)
-        claimed: AbstractContextManager[Path] = nullcontext(path)
-    else:
-        claimed = new_directory(f"{found.name}-compare", path, force=force)
-    with claimed as directory:
-        if not is_unfinished(directory):
+    path = Path(out) if out else None
+    with ExitStack() as claimed:
+        if path is not None and not force and is_unfinished(path):
+            claimed.enter_context(held(path))
+            grid = SplitGrid(found, complete, chosen, say)
+            grid.resume(path)
+            directory = path
+        else:
+            grid = SplitGrid(found, complete, chosen, say)
+            new = new_directory(f"{found.name}-compare", path, force=force)
+            directory = claimed.enter_context(new)
             grid.start(directory)
         if on_ready is not None:
             on_ready(grid.first, directory)

@@ -12,6 +12,7 @@ for by `force`; nothing that exists is lost otherwise.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
 from fedcore.files import CHECKPOINTS, RESULT_FILE, read_json, read_result, read_rounds
+from fedcore.files.lock import FileLock
 from fedcore.results import ComparisonResult, Interval, ListedRun, RoundRow, RunResult
 
 if TYPE_CHECKING:
@@ -36,17 +38,20 @@ if TYPE_CHECKING:
     from fedcore.learning.task import Task
 
 RUNS = Path("runs")
+LOCK_FILE = ".lock"
+"""In the folder of a run, while a command writes into it."""
 
 
 @contextmanager
 def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]:
     """`out`, or the next free runs/<name>-<nnn>/ with runs/latest pointing to it, claimed for one run.
 
+    No other command can write into it before the block ends (`held`).
     If the block raises before a whole round or split was saved, the directory goes away again, and a former
     run that `force` replaces comes back. After an interrupt a new directory stays, to be resumed, and
     one whose every round was abandoned, or that a site left, stays with its rounds.
     Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`,
-    and BadInput where it cannot be written.
+    and BadInput where it cannot be written or another command writes into it.
     """
     former = None
     if out is None:
@@ -57,7 +62,8 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
         former = _set_aside(path, force=force)
         _claim(path)
     try:
-        yield path
+        with held(path):
+            yield path
     except BaseException as error:
         whole = ("checkpoint.pt", "result.json", "splits/seed-*.json")
         saved = any(file for pattern in whole for file in path.glob(pattern))
@@ -77,6 +83,30 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
             shutil.rmtree(former, ignore_errors=True)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing into the folder of a run or comparison meanwhile; on a file system without
+    locks do nothing. Raises BadInput where one does so now."""
+
+    def refusal(holder: str) -> BadInput:
+        return BadInput(
+            f"{folder}: found process {holder} writing into it, expected one command at a time",
+            remedy="let that one end or stop it; to run beside it, choose another --out",
+        )
+
+    lock = None
+    try:
+        lock = FileLock(folder / LOCK_FILE, refusal)
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release(remove=True)
+
+
 def _claim(path: Path) -> None:
     """Make the directory this run's own: of two that start at once, one is refused."""
     try:
@@ -94,6 +124,9 @@ def _set_aside(out: Path, *, force: bool) -> Path | None:
     """Move a former run out of the way, to be removed or put back; None where `out` is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    if (out / LOCK_FILE).exists():
+        with held(out):  # a lock file that nobody holds is what a killed command left
+            pass
     if not force:
         raise AlreadyExists(
             f"--out: found {out}, which holds files already", remedy="another --out, or --force"

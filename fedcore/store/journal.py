@@ -21,7 +21,6 @@ is kept, and frequent statements are compiled once, because compiling took longe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
@@ -56,6 +55,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
 from fedcore.errors import MalformedMessage, StoreFull, StoreProblem
+from fedcore.files.lock import FileLock
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
@@ -92,7 +92,7 @@ _PAGE = 64
 class Journal:
     """A party's records on disk. Thread-safe: calls are serialised by a lock."""
 
-    def __init__(self, engine: Engine, path: Path, lock: int) -> None:
+    def __init__(self, engine: Engine, path: Path, lock: FileLock) -> None:
         self._path, self._lock = path, lock
         self._connection = engine.connect()
         self._sqlite = _Sqlite(self._connection)
@@ -112,8 +112,8 @@ class Journal:
         with contextlib.ExitStack() as undo:
             with refusals("journal", path):
                 make_folder(path.parent)
-                lock = _hold(path)
-                undo.callback(os.close, lock)
+                lock = _lock(path)
+                undo.callback(lock.release)
                 # SQLite creates its log with the mode of the database: both are for this user only.
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 sync_folder(path.parent)
@@ -156,10 +156,9 @@ class Journal:
     def close(self) -> None:
         """Close the journal and release its lock. Idempotent."""
         with self._busy:
-            if self._lock >= 0:
+            if not self._lock.released:
                 self._connection.close()
-                os.close(self._lock)
-                self._lock = -1
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -320,7 +319,7 @@ class Journal:
     def _told(self, doing: str) -> Iterator[None]:
         """Holds the lock, and raises errors of the database as StoreProblem, without any record's content."""
         with self._busy:
-            if self._lock < 0:
+            if self._lock.released:
                 raise StoreProblem(
                     f"journal {self._path}: {doing}: found it closed, expected it open"
                 )
@@ -372,25 +371,16 @@ def _path_of(where: Path | str) -> Path:
     return Path(url.database).absolute()
 
 
-def _hold(path: Path) -> int:
-    """Take the journal's lock, which the system releases when this process ends in any way. Returns its file
-    descriptor. Raises StoreProblem with the id of the process that has it."""
-    handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise StoreProblem(
+def _lock(path: Path) -> FileLock:
+    """The journal's lock. Raises StoreProblem with the id of the process that has it."""
+
+    def refusal(holder: str) -> StoreProblem:
+        return StoreProblem(
             f"journal {path}: found process {holder} using it, expected no other process",
             remedy="one process to a party: stop that one, or give this one a folder of its own",
-        ) from error
-    except OSError:
-        os.close(handle)
-        raise
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    return handle
+        )
+
+    return FileLock(path.with_name(path.name + ".lock"), refusal)
 
 
 def _check_meta(meta: Mapping[str, str], party: str, path: Path) -> None:
