@@ -314,7 +314,7 @@ class RoundPlan:
     def metrics(self) -> tuple[str, ...]:
         """Names of the task's metrics that are one number, the first one first."""
         names = (wide.name for wide in self.metric_sums)
-        return tuple(name.removeprefix(METRIC) for name in names if name.startswith(METRIC))
+        return tuple(name.removeprefix(METRIC) for name in names if not name.startswith(MATRIX))
 
     @property
     def coordinates(self) -> int:
