@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
+from fedcore.learning.data.columns import read_columns
 from fedcore.learning.data.rows import TableRows
-from fedcore.learning.data.tabular import Table, read_columns
+from fedcore.learning.data.tabular import Table
 from fedcore.learning.saved import SavedModel, load_model
 from fedcore.learning.task import load_task
 

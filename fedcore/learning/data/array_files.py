@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.tabular import read_columns
+from fedcore.learning.data.columns import read_columns
 
 ENDINGS = (".npy", ".npz", ".parquet", ".pq")
 
