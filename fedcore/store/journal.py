@@ -25,6 +25,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Dialect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -96,8 +97,8 @@ class Journal:
         self._path, self._lock = path, lock
         self._connection = engine.connect()
         self._sqlite = _Sqlite(self._connection)
-        self._add, self._clear, self._change, self._new, self._get, self._remove = (
-            _Compiled(each, engine) for each in (_ADD, _CLEAR, _CHANGE, _NEW, _GET, _REMOVE)
+        self._add, self._clear, self._change, self._new, self._get, self._remove = _compiled(
+            engine.url.drivername
         )
         self._busy = threading.RLock()
 
@@ -149,7 +150,7 @@ class Journal:
         else:
             rows = [{"name": "version", "value": str(SCHEMA)}, {"name": "party", "value": party}]
             with self._connection.begin():
-                _TABLES.create_all(self._connection)
+                _TABLES.create_all(self._connection, checkfirst=bool(found))
                 self._connection.execute(insert(_META), rows)
         self._sqlite.scrub()
 
@@ -330,10 +331,10 @@ class Journal:
 
 
 class _Compiled:
-    """A statement compiled once for the database."""
+    """A statement in the words of one database."""
 
-    def __init__(self, statement: Executable, engine: Engine) -> None:
-        compiled: Any = statement.compile(engine)  # type: ignore[attr-defined]
+    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+        compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
         self._text, self._names = str(compiled), compiled.positiontup
 
     def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
@@ -352,6 +353,13 @@ _CLEAR = delete(_RECORDS).where(
     _RECORDS.c.job == bindparam("of"), _RECORDS.c.stream == bindparam("named")
 )
 _GET = select(_VALUES.c.body).where(*_PLACE)
+
+
+@cache
+def _compiled(driver: str) -> tuple[_Compiled, ...]:
+    """The statements of every journal of this kind of database, compiled once in a process."""
+    dialect = URL.create(driver).get_dialect()()
+    return tuple(_Compiled(each, dialect) for each in (_ADD, _CLEAR, _CHANGE, _NEW, _GET, _REMOVE))
 
 
 def _path_of(where: Path | str) -> Path:
