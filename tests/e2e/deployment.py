@@ -35,6 +35,7 @@ from fedcore_clients.session import channel_credentials
 from fedcore_server.operators import save_result
 from support.policies import WIDE
 from support.preloaded import preloaded
+from support.reports import no_reports
 
 from fedcore import simulate
 from fedcore.experiment.prepare import job_for, prepare
@@ -308,7 +309,8 @@ class Deployment:
         found = self._prepare(settings)
         layer = {"seed": 0, "resamples": 0, "rounds": 2, "max_examples": found.plan.max_examples}
         out = self.folder / f"simulated-{len(list(self.folder.glob('simulated-*')))}"
-        run = simulate(self.task, self.sites, out=out, **{**layer, **settings})
+        with no_reports():
+            run = simulate(self.task, self.sites, out=out, **{**layer, **settings})
         return run.result["model_sha256"]
 
     def jobs(self, kit=None):

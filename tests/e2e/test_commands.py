@@ -29,6 +29,7 @@ from fedcore_server import cli as hub_cli
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from support.preloaded import preloaded
+from support.reports import no_reports
 
 from fedcore import simulate
 from fedcore.identity.authority import LOOPBACK, Authority
@@ -217,10 +218,11 @@ def test_the_exported_model_is_the_released_one_and_predicts(fed, ran, tmp_path)
     assert code == 0, err
     digest = model_of(fed, ran[0])
     assert text == f"wrote {out}: after round {ROUNDS}, sha256 {digest}\n"
-    simulated = simulate(
-        fed.task, fed.sites, rounds=1, max_examples=64, resamples=0, protection="plain",
-        arms=("federated",), out=tmp_path / "run",
-    )  # fmt: skip
+    with no_reports():
+        simulated = simulate(
+            fed.task, fed.sites, rounds=1, max_examples=64, resamples=0, protection="plain",
+            arms=("federated",), out=tmp_path / "run",
+        )  # fmt: skip
     theirs, ours = load_model(simulated.directory, None), load_model(tmp_path, None)
     assert ours.about == theirs.about
     assert ours.module.state_dict().keys() == theirs.module.state_dict().keys()
