@@ -8,6 +8,7 @@ reason `unable`, with its message and traceback for the site's own log.
 """
 
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +29,25 @@ from fedcore.types import Json, SiteId
 if TYPE_CHECKING:
     from fedcore.learning.site import SiteTrainer
     from fedcore.learning.tracking import Tracker
+
+
+READING_SECONDS = 30.0
+"""Between two lines on how far reading a dataset's items has come."""
+
+
+class ReadingLog:
+    """Tells the site's log how far reading a dataset item by item has come, where it takes long."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, where: str, done: int, total: int) -> None:
+        """As `reading.OnRead`."""
+        now = time.monotonic()
+        if now - self._said >= READING_SECONDS:
+            self._said = now
+            sys.stderr.write(f"{where}: reading rows, {done:,}/{total:,} rows done\n")
+            sys.stderr.flush()
 
 
 class Worker:
@@ -70,6 +90,7 @@ class Worker:
 
     def _load(self, asked: Json) -> tuple[Json, list[bytes]]:
         from fedcore.config import build_job
+        from fedcore.learning.data.reading import reporting_to
         from fedcore.learning.data.split import split_from_json
         from fedcore.learning.site import SiteTrainer
         from fedcore.learning.task import load_task
@@ -83,7 +104,9 @@ class Worker:
         if cap is None:
             raise BadInput("protect.max_examples: found none, expected the public cap on rows")
         split = split_from_json(asked["split"])  # this site's, not the job's
-        site = SiteTrainer.load(task, job, SiteId(asked["site"]), asked["source"], cap, split)
+        name, source = SiteId(asked["site"]), asked["source"]
+        with reporting_to(ReadingLog()):
+            site = SiteTrainer.load(task, job, name, source, cap, split)
         self.sites[asked["job"]] = site
         head = {
             "shape": asdict(site.shape), "columns": [list(column) for column in site.columns],

@@ -16,8 +16,8 @@ from fedcore.types import Json
 def random_causes(*hash_seeds: str) -> str:
     """A hint for runs that gave different bits: what of a task is not seeded. hash_seeds: of these runs."""
     drawn = (
-        "what a task draws from np.random.default_rng() or torch.Generator() without a seed, os.urandom or the "
-        "clock is new in every process, and so is what it keeps in globals"
+        "what a task draws from np.random.default_rng() or torch.Generator() without a seed, os.urandom, the clock or "
+        "the number of its process is new in every process, and so is what it keeps in globals"
     )
     if "random" not in hash_seeds:
         return drawn
