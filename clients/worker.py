@@ -136,6 +136,12 @@ class Worker:
         except GuardTripped as tripped:
             about = {"round": tripped.round, "cause": tripped.cause, "found": tripped.found}
             return {"tripped": about, "memory": record.memory.to_json()}, []
+        if site.task.app is not None and site.task.app.keeps_state:
+            raise BadInput(
+                f"task {site.task.name}: found an app that keeps Context.state from round to round, expected none at "
+                "a deployed site, which would lose it when it restarts",
+                remedy="`fedcore simulate --flower-app` keeps it; deployed, only what the arrays carry is kept",
+            )
         whole = {name: [int(value) for value in values] for name, values in wides.items()}
         head = {"wides": whole, "memory": record.memory.to_json()}
         return head, [np.ascontiguousarray(fields, dtype="<u8").tobytes()]

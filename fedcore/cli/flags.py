@@ -6,6 +6,7 @@ compares the names and types below with the keys of a job.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fedcore.cli.console import JobCommand
+from fedcore.errors import BadInput
 
 FLAGS: dict[str, tuple[object, str]] = {
     "task": (str, "heart | digits | path/to/file.py[:attribute] | package.module:attribute"),
@@ -43,6 +45,18 @@ JobFile = Annotated[
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="A new directory; default: the next under runs/.")
+]
+FlowerApp = Annotated[
+    Path | None,
+    typer.Option(
+        "--flower-app", metavar="DIR", help="Train this Flower app: a folder that `flwr run` takes."
+    ),
+]
+RunConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--run-config", "-c", help="Of --flower-app, as for `flwr run`: \"lr=0.1 name='a'\""
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a former run in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -94,6 +108,35 @@ def _parameter(name: str) -> inspect.Parameter:
     kind, text = FLAGS[name]
     option = typer.Option(None, f"--{name}", help=text)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+_PAIR = re.compile(r"(\S+?)\s*=\s*('[^']*'|\"[^\"]*\"|\S+)\s*")
+
+
+def of_flower_app(settings: Settings, app: Path | None, run_config: str | None) -> Settings:
+    """The settings with a Flower app as the task, and what `-c "k=v"` overrides of its run config. Raises BadInput."""
+    from fedcore.config import parse_set
+
+    if app is None:
+        if run_config is not None:
+            raise BadInput(
+                "-c: found a run config without --flower-app, expected both",
+                remedy="`--set section.key=value` sets a key of the job",
+            )
+        return settings
+    if "task" in settings:
+        raise BadInput(
+            f"--flower-app: found --task {settings['task']} beside it, expected one task"
+        )
+    text = (run_config or "").strip()
+    if _PAIR.sub("", text):
+        raise BadInput(
+            f"-c: found {run_config!r}, expected key=value pairs",
+            remedy="-c \"num-server-rounds=5 name='a text'\"",
+        )
+    pairs = (parse_set(f"{key}={value}") for key, value in _PAIR.findall(text))
+    own = {f"task.{key}": value for key, value in pairs}
+    return {"task": f"flower:{app.resolve()}", **own, **settings}
 
 
 def settings_of(set_: Sequence[str] | None, named: Settings) -> Settings:

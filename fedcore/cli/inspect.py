@@ -22,8 +22,10 @@ def check_task(prepared: Prepared) -> Json:
             prepared.flat.write(initial)
             size = getattr(site.train, "batch_size", None) or train.batch_size
             batch = np.arange(min(size, len(site.train)), dtype=np.int64)
+            # An app trains on all rows of a site or none.
+            rows = site.train.take(batch) if prepared.task.app is None else site.train
             report = local_train(
-                prepared.task, prepared.flat.module, site.train.take(batch), train,
+                prepared.task, prepared.flat.module, rows, train,
                 seed=prepared.job.run.seed, round_=1, rounds=prepared.plan.rounds, site=site.id,
             )  # fmt: skip
             sites[site.id] = {

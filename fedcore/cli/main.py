@@ -79,9 +79,12 @@ def simulate(
     force: Force = False,
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
+    flower_app: flags.FlowerApp = None,
+    run_config: flags.RunConfig = None,
 ) -> None:
     """Train one model over several sites on this machine. Also trains the arms that it is compared with."""
-    _starting("simulate", job or resume, settings)
+    settings = flags.of_flower_app(settings, flower_app, run_config)
+    _starting("simulate", job or resume or flower_app, settings)
     if resume is not None and (settings or job or out):
         raise _settings_beside_resume("run")
     say("loading torch")

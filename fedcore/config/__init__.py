@@ -450,6 +450,9 @@ def _require_validation(section: RoundSection) -> None:
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:
+    """A number is that of the sites which the task makes itself: `--sites 4`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"n": value}
     if not isinstance(value, Mapping):
         raise BadInput(
             f"sites: found {type(value).__name__}, expected a mapping of site id to source",

@@ -214,6 +214,7 @@ class Experiment:
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
             "inputs": inputs_of(self.prepared),
             "kept": dict(self.kept),
+            "app": None if self.prepared.task.app is None else self.prepared.task.app.save(),
         }
 
     def restore(self, saved: Any) -> None:
@@ -230,6 +231,8 @@ class Experiment:
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
         self.kept = {name: tuple(models) for name, models in saved.get("kept", {}).items()}
+        if self.prepared.task.app is not None:
+            self.prepared.task.app.restore(saved["app"])
 
 
 class RunWriter:

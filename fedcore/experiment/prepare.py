@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.config import Job, build_job, is_json, packing_of, plan_of
+from fedcore.config import Job, TrainSection, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
@@ -176,6 +176,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     """Load and split the sites, build the model, solve the plan, run the federated statistics."""
     move_loss(task.loss, require_device(job.run.device))
     sources = resolve_sites(task, job)
+    if task.app is not None:
+        _refuse_of_app(task, job)
+        task = task.at_source(next(iter(sources.values())))
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)
     packing = packing_of(job, len(sources))  # refused before any site is loaded
@@ -204,6 +207,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     flat, of_calls = _build(task, job, sites)
     looks = [one.look(task, job, flat) for one in loaded]
     findings = of_calls + lines(each for look in looks for each in look.findings)
+    findings += [] if task.app is None else task.app.notes
     adds_rows = looks[0].adds_rows
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
@@ -225,6 +229,24 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
     return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings)
+
+
+def _refuse_of_app(task: Task, job: Job) -> None:
+    """Raise BadInput for settings that an app cannot follow."""
+    unchanged = TrainSection()
+    for key in TrainSection.model_fields:
+        if (found := getattr(job.train, key)) != getattr(unchanged, key):
+            raise BadInput(
+                f"train.{key}: found {found!r}, which the app {task.name} does not read: it trains by its run config",
+                remedy='-c "key=value" overrides a key of [tool.flwr.app.config]',
+            )
+    others = [arm for arm in job.track.arms if arm != "federated"]
+    if others:
+        raise BadInput(
+            f"track.arms: found {others[0]!r}, expected 'federated' alone: only the app {task.name} can read its rows, "
+            "a site at a time, so they cannot be pooled or trained on twice",
+            remedy="leave arms out, or give the model and the data as a task (docs/tasks.md) to measure the gap",
+        )
 
 
 def _build(
@@ -310,4 +332,6 @@ def job_for(task: Task | None, *layers: Mapping[str, Any]) -> tuple[Task, Job]:
     name = {"task": found.origin or found.name, "base": str(base)}
     job = build_job(found.defaults, *rest, name)
     found = found.with_settings(job.task_settings)
+    if found.app is not None:  # its defaults follow from its settings
+        job = build_job(found.defaults, *rest, name)
     return found, replace(job, task_settings=found.given)

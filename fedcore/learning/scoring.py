@@ -23,6 +23,7 @@ from fedcore.learning.device import rows_beside
 from fedcore.learning.metrics import Scores
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
+from fedcore.learning.task_settings import takes
 from fedcore.learning.training import (
     LOOP_CODE,
     batch_norm_needs_two,
@@ -92,9 +93,9 @@ def probe(
     part = "evaluate" if task.evaluate is not None else LOOP_CODE
     with seeded(seed, round_, site, "evaluate"), task_code(site, round_, part):
         if task.evaluate is not None:
-            own = _own_sums(
-                task, task.evaluate(module, rows_beside(module, copied(rows))), place(site, round_)
-            )
+            given = {"round": round_} if takes(task.evaluate, "round") else {}
+            found = task.evaluate(module, rows_beside(module, copied(rows)), **given)
+            own = _own_sums(task, found, place(site, round_))
             return Scored(np.empty(0), np.empty(0), None, own)
         outputs, targets, losses = [], [], []
         for batch in rows.batches(EVALUATION_BATCH, None):

@@ -252,6 +252,7 @@ class SiteTrainer:
         cls, task: Task, job: Job, name: SiteId, source: Any, max_examples: int, split: Split
     ) -> SiteTrainer:
         """A site by itself. split: its own, independent of the job. Raises BadInput and TaskFailed."""
+        task = task.at_source(source)
         loaded = load_site(task, split, name, 0, source, max_examples)
         flat = model_of(task, job, loaded.rows)
         initial, digests = flat.read(), flat.digests()

@@ -13,11 +13,11 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 from fedcore.learning import task_code, task_settings
@@ -28,6 +28,45 @@ BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
     "digits": "fedcore.learning.data.digits:task",
 }
+
+
+FLOWER = "flower:"
+"""How the name of a task begins that is a Flower app; the rest is the app's folder."""
+
+
+class TaskApp(Protocol):
+    """What a task that is an app of another framework has beside its functions (`learning/flower`)."""
+
+    @property
+    def notes(self) -> Sequence[tuple[str, str]]:
+        """(warning, hint) of what the app asks for and does not get here."""
+        ...
+
+    @property
+    def declared(self) -> str:
+        """What the digest covers beside the code and the task's parts."""
+        ...
+
+    def with_settings(self, given: Mapping[str, object]) -> "Task":
+        """The task with other values of its settings, which it applies itself."""
+        ...
+
+    def at_source(self, task: "Task", source: Any) -> "Task":
+        """The task, with what only the data of a site tells: the names of its metrics."""
+        ...
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a site of this process has something that `save` would keep."""
+        ...
+
+    def save(self) -> Any:
+        """What the app keeps at the sites of this process between rounds, as plain values for a checkpoint."""
+        ...
+
+    def restore(self, saved: Any) -> None:
+        """The inverse of `save`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +83,8 @@ class Task:
         beside a metric of classes.
     predict: `predict(model, batch) -> (outputs, targets)`; the default is `x, y = batch`.
     train: `train(model, rows, fit)` replaces the local training loop; it changes `model` in place.
-    evaluate: `evaluate(model, rows) -> {metric: (total, count)}` replaces the evaluation loop.
+    evaluate: `evaluate(model, rows) -> {metric: (total, count)}` replaces the evaluation loop; one with a further
+        parameter `round` gets that of the model, 0 before the first.
     statistics: one public `(low, high)` or `fedcore.number(low, high, ...)` per column of an array
         task that asks for federated imputation and standardisation; tables bring their own.
     sites: default sites of a simulation: `{site id: source}`, or a function of the `[sites]` keys.
@@ -55,6 +95,7 @@ class Task:
     given: the values that differ from these defaults; `with_settings` fills it.
     target_range: the public `(low, high)` of a regression's target, which the loss then sees scaled: its middle
         as 0 and an eighth of its width as 1. Metrics and predictions stay in the target's unit.
+    app: of an app of another framework, which makes the task.
     """
 
     name: str
@@ -64,7 +105,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     predict: Callable[[Any, Any], tuple[Any, Any]] | None = None
     train: Callable[[Any, Any, Any], Any] | None = None
-    evaluate: Callable[[Any, Any], Mapping[str, tuple[float, float]]] | None = None
+    evaluate: Callable[..., Mapping[str, tuple[float, float]]] | None = None
     statistics: tuple[Any, ...] | None = None
     sites: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +113,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     target_range: tuple[float, float] | None = None
+    app: TaskApp | None = field(default=None, compare=False)
     origin: str = field(default="", compare=False)
     home: str = field(default="", compare=False)
 
@@ -109,8 +151,9 @@ class Task:
                 )
             if not callable(value):
                 raise BadInput(f"task.{part}: found {type(value).__name__}, expected a function")
-        task_settings.check_declared(self.settings)
-        if self.settings:
+        if self.app is None:
+            task_settings.check_declared(self.settings)
+        if self.settings and self.app is None:
             parts = {part: getattr(self, part) for part in _PARTS}
             for part, bound in task_settings.bind(parts, self.values).items():
                 object.__setattr__(self, part, bound)
@@ -126,7 +169,13 @@ class Task:
         """This task with other values of its settings; those that are not given have their defaults. Raises
         UnknownName for one that it does not declare, BadInput for a value of another type."""
         found = task_settings.typed(self.name, self.settings, given)
-        return self if found == self.given else replace(self, given=found)
+        if found == self.given:
+            return self
+        return replace(self, given=found) if self.app is None else self.app.with_settings(found)
+
+    def at_source(self, source: Any) -> "Task":
+        """This task, complete: an app knows the names of its metrics only once it has evaluated the data of a site."""
+        return self if self.app is None or self.metrics else self.app.at_source(self, source)
 
     @property
     def has_confusion(self) -> bool:
@@ -181,7 +230,8 @@ class Task:
         Fedcore counts with its package in the same way. `covers` names them. A task without a file (from a
         notebook) has the source of its functions, and nothing that they call. Data files are not covered.
         """
-        text = [f"fedcore task 2 {self.name} {self.metrics!r} {self.statistics!r}"]
+        metrics = self.metrics if self.app is None else self.app.declared
+        text = [f"fedcore task 2 {self.name} {metrics!r} {self.statistics!r}"]
         if self.target_range is not None:
             text.append(f"target_range={self.target_range!r}")
         hashes = (
@@ -227,12 +277,14 @@ def _source_of(function: Any) -> str:
 
 
 def load_task(spec: str, base: Path | None = None) -> Task:
-    """Turn `heart`, `path/to/file.py[:attribute]` or `package.module:attribute` into a `Task`.
+    """Turn `heart`, `path/to/file.py[:attribute]`, `package.module:attribute` or `flower:path/to/app` into a `Task`.
 
     A relative path counts from `base` (the folder of the job file) or the current folder. Without an
     attribute a file must define `task`. Raises UnknownName, BadInput, or TaskFailed when the user's
     own code raises while it is imported.
     """
+    if spec.startswith(FLOWER):
+        return _flower_task(spec, base or Path.cwd())
     target = BUILT_IN.get(spec, spec)
     place, _, attribute = target.partition(":")
     if place.endswith(".py"):
@@ -256,6 +308,20 @@ def load_task(spec: str, base: Path | None = None) -> Task:
     object.__setattr__(found, "origin", spec)
     object.__setattr__(found, "home", module.__name__)
     return found
+
+
+def _flower_task(spec: str, base: Path) -> Task:
+    try:  # flwr, which nothing else needs
+        found = importlib.import_module("fedcore.learning.flower.flower_task")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "flwr":
+            raise
+        raise BadInput(
+            "--flower-app: found no flwr in this environment, expected it",
+            remedy="pip install 'fedcore[flower]'",
+        ) from error
+    task: Task = found.app_task(base / Path(spec.removeprefix(FLOWER)).expanduser(), spec)
+    return task
 
 
 def _module_from_file(path: Path) -> Any:

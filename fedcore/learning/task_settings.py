@@ -55,6 +55,11 @@ def bind(parts: Mapping[str, Any], values: Mapping[str, object]) -> dict[str, An
     }
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name, which is no setting that it already has."""
+    return name in _parameters(own(function), 0) and name not in getattr(function, "keywords", {})
+
+
 def _parameters(function: Callable[..., Any], called_with: int) -> list[str]:
     """Names that may be given by keyword, beside the arguments that the function is called with."""
     try:

@@ -1,0 +1,350 @@
+"""A Flower app as a `Task`: its ClientApp trains and evaluates at each site, in this process, and its ServerApp says
+which model the rounds begin with and how many there are (`strategies.py`).
+
+What a site knows of its data is a node config (`partition-id`, `num-partitions`, or what a deployed site states), and
+only the app makes rows of it. So a site's rows are a `Partition`: their number, as the app reports it (`num-examples`),
+and nothing of their content.
+
+Invariant: a round's reply is a function of the model, the node config, the run config, the round and what the app kept
+in Context.state after the last earlier round that this site trained; asked again for the same round, the app finds
+the same state. What evaluating leaves there is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from torch import nn
+from torch.utils.data import Dataset
+
+from fedcore.errors import BadInput
+from fedcore.learning.flower.app_arrays import AppArrays, arrays_in, load, module_of, record_of
+from fedcore.learning.flower.kept_state import from_plain, to_plain
+from fedcore.learning.flower.project import ConfigValue, Project, RunConfig, read_project
+from fedcore.learning.flower.strategies import Course, course_of
+from fedcore.learning.model import seeded
+from fedcore.learning.task import Task, user_code
+
+NodeConfig = Mapping[str, bool | int | float | str]
+
+Component = TypeVar("Component")
+
+SITES = 4
+"""Simulated sites of an app that names no number."""
+
+RUN_ID, SERVER, TTL = 1, 1, 3600.0
+"""Of every message: Flower's own are random, and an app that draws from them would not reproduce. TTL in seconds."""
+
+ERRORS = ("loss", "error", "mae", "mse", "rmse", "perplexity")
+"""Parts of a metric's name by which smaller is better."""
+
+
+class Partition(Dataset[tuple[float, float]]):
+    """So many rows of one site, of which only the app knows the content. kind: what it does with them, train or
+    evaluate."""
+
+    def __init__(self, node_config: NodeConfig, kind: str, rows: int) -> None:
+        self.node_config, self.kind, self._rows = node_config, kind, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> tuple[float, float]:
+        return float(index), 0.5  # a row has a place and no class
+
+
+@dataclass
+class _Node:
+    """One site's Context.state: before and after the last round that it trained."""
+
+    round: int
+    before: RecordDict
+    after: RecordDict
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """arrays: None of an evaluation. metrics: all but the weight."""
+
+    arrays: AppArrays | None
+    metrics: Mapping[str, float]
+    examples: int
+
+
+class FlowerApp:
+    """One app under one run config. Raises BadInput and TaskFailed where the app cannot run here."""
+
+    def __init__(self, project: Project, origin: str, given: Mapping[str, object]) -> None:
+        self.project, self.origin, self.given = project, origin, given
+        config = {**project.config, **given}
+        self.config: RunConfig = {k: v for k, v in config.items() if isinstance(v, ConfigValue)}
+        self._client: ClientApp = self._component("clientapp", ClientApp)
+        self._server: ServerApp = self._component("serverapp", ServerApp)
+        with seeded(0, 0, "", "initial model"):
+            self.course = self._run_main()
+        self._nodes: dict[int, _Node] = {}
+
+    def _component(self, name: str, kind: type[Component]) -> Component:
+        found = self.project.load(name)
+        if not isinstance(found, kind):
+            raise BadInput(
+                f"Flower app {self.project.name}: found {type(found).__name__} as {name}, expected a {kind.__name__}",
+                remedy=f"tool.flwr.app.components.{name} names what `app = {kind.__name__}(...)` makes",
+            )
+        return found
+
+    def _run_main(self) -> Course:
+        with user_code(f"Flower app {self.project.name}: the ServerApp's main"):
+            return course_of(self._server, self.config, self.project.name)
+
+    @property
+    def notes(self) -> Sequence[tuple[str, str]]:
+        """(warning, hint) of what the app asks for and does not get."""
+        return self.course.notes
+
+    @property
+    def declared(self) -> str:
+        """What the task's digest covers beside its code: the run config as pyproject.toml has it."""
+        return json.dumps(dict(self.project.config), sort_keys=True)
+
+    def with_settings(self, given: Mapping[str, object]) -> Task:
+        """The task under another run config."""
+        return FlowerApp(self.project, self.origin, given).task()
+
+    def task(self) -> Task:
+        """The app as a task, of which `at_source` has the names of the metrics."""
+        task = Task(
+            name=self.project.name, data=self.data, model=self.model, loss=self.loss, metrics=(),
+            train=self.train, evaluate=self.evaluate, sites=self.sites,
+            defaults={**self.course.settings, "arms": ("federated",)},
+            settings=dict(self.project.config), given=dict(self.given), app=self,
+        )  # fmt: skip
+        object.__setattr__(task, "origin", self.origin)
+        object.__setattr__(task, "home", self.project.components["clientapp"].partition(":")[0])
+        return task
+
+    def at_source(self, task: Task, source: Any) -> Task:
+        """The task with the metrics that the app's evaluate reports for a source. Raises BadInput, TaskFailed."""
+        node, where = _node_config(source), f"Flower app {self.project.name}: evaluate"
+        with user_code(where):
+            names = tuple(self._ask("evaluate", node, self.course.arrays, 0, where).metrics)
+        if not names:
+            raise BadInput(
+                f"{where}: found no metric beside {self.course.strategy.weighted_by_key!r}, expected at least one",
+                remedy="a number in the reply's MetricRecord, such as accuracy or loss",
+            )
+        errors = tuple(n for n in names if any(word in n.lower() for word in ERRORS))
+        return replace(task, metrics=names, lower_is_better=errors)
+
+    def sites(self, n: int | None = None) -> dict[str, NodeConfig]:
+        """The simulated sites: partitions 0 to n - 1. Raises BadInput where the strategy waits for more."""
+        sites = n if n is not None else self.project.sites or SITES
+        if sites < self.course.least:
+            raise BadInput(
+                f"sites.n: found {sites}, expected {self.course.least} or more, the least number of nodes that "
+                f"{type(self.course.strategy).__name__} waits for in this app",
+                remedy=f"--sites {self.course.least}, or a smaller min_available_nodes (min_train_nodes, "
+                "min_evaluate_nodes) in the app",
+            )
+        return {f"site-{k}": {"partition-id": k, "num-partitions": sites} for k in range(sites)}
+
+    def data(self, source: Any) -> tuple[Partition, Partition]:
+        """The numbers of rows that the app trains and tests on at a site: it does both once, and what that leaves in
+        Context.state is forgotten. Raises BadInput for a source that is no node config."""
+        node, arrays = _node_config(source), self.course.arrays
+
+        def part(kind: str) -> Partition:
+            return Partition(
+                node, kind, self._ask(kind, node, arrays, 1, f"the app's {kind}").examples
+            )
+
+        return part("train"), part("evaluate")
+
+    def model(self) -> nn.Module:
+        """The initial arrays of the ServerApp, which the caller's seed decides."""
+        return module_of(self._run_main().arrays)
+
+    def loss(self, *_: object) -> NoReturn:
+        """Raises BadInput: the app has its own, inside train and evaluate."""
+        raise BadInput("Flower app: found no loss of single rows, expected train and evaluate only")
+
+    def train(self, model: nn.Module, rows: Any, fit: Any) -> None:
+        """One round of the ClientApp's train."""
+        partition, like = _whole(rows, "train"), self.course.arrays
+        where = f"site {fit.site}, round {fit.round}: the app's train"
+        node = self._node(partition.node_config)
+        if node.round != fit.round:
+            node.round, node.before = fit.round, node.after
+        state = copy.deepcopy(node.before)
+        reply = self._ask(
+            "train", partition.node_config, record_of(model, like), fit.round, where, state
+        )
+        assert reply.arrays is not None
+        if reply.examples != len(partition):
+            raise BadInput(
+                f"{where}: found {self._weight_key} = {reply.examples}, expected {len(partition)} as at the start",
+                remedy="a site's weight is fixed before round 1: the app reports the same number in every round",
+            )
+        load(model, reply.arrays, like, where)
+        node.after = state
+
+    def evaluate(self, model: nn.Module, rows: Any, round: int) -> dict[str, tuple[float, float]]:  # noqa: A002
+        """The metrics of the ClientApp's evaluate, each times its number of rows."""
+        partition = _whole(rows, "evaluate")  # or a sample of training rows, before round 1
+        config, state = (
+            partition.node_config,
+            copy.deepcopy(self._node(partition.node_config).after),
+        )
+        arrays = record_of(model, self.course.arrays)
+        reply = self._ask("evaluate", config, arrays, round, "the app's evaluate", state)
+        return {n: (value * reply.examples, reply.examples) for n, value in reply.metrics.items()}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the app has left something in Context.state while it trained."""
+        return any(each.after for each in self._nodes.values())
+
+    def save(self) -> Any:
+        """What the app keeps at its sites, as plain values: {node id: [round, before it, after it]}."""
+        return {
+            node: [each.round, to_plain(each.before), to_plain(each.after)]
+            for node, each in self._nodes.items()
+        }
+
+    def restore(self, saved: Any) -> None:
+        """The inverse of `save`."""
+        self._nodes = {
+            node: _Node(round_, from_plain(before), from_plain(after))
+            for node, (round_, before, after) in saved.items()
+        }
+
+    @property
+    def _weight_key(self) -> str:
+        return self.course.strategy.weighted_by_key
+
+    def _node(self, config: NodeConfig) -> _Node:
+        return self._nodes.setdefault(_node_id(config), _Node(0, RecordDict(), RecordDict()))
+
+    @torch.enable_grad()
+    def _ask(
+        self,
+        kind: str,
+        node: NodeConfig,
+        arrays: ArrayRecord | AppArrays,
+        round_: int,
+        where: str,
+        state: RecordDict | None = None,
+    ) -> _Reply:
+        """The ClientApp's reply to one message. state: of the Context, which the app may change."""
+        strategy, course = self.course.strategy, self.course
+        if not isinstance(arrays, ArrayRecord):
+            arrays = record_of(module_of(arrays), arrays)
+        config = course.train if kind == "train" else course.evaluate
+        content = RecordDict(
+            {
+                strategy.arrayrecord_key: arrays,
+                strategy.configrecord_key: ConfigRecord({**config, "server-round": round_}),
+            }
+        )
+        about = Metadata(
+            run_id=RUN_ID, message_id=f"{kind}-{round_}", src_node_id=SERVER, dst_node_id=_node_id(node),
+            reply_to_message_id="", group_id=str(round_), created_at=time.time(), ttl=TTL, message_type=kind,
+        )  # fmt: skip
+        context = Context(
+            RUN_ID, _node_id(node), dict(node), RecordDict() if state is None else state, dict(self.config)
+        )  # fmt: skip
+        reply: object = self._client(make_message(about, content), context)
+        if not isinstance(reply, Message) or reply.has_error():
+            what = reply.error.reason if isinstance(reply, Message) else type(reply).__name__
+            raise BadInput(
+                f"{where}: found {what} as its reply, expected a Message",
+                remedy="return Message(content=RecordDict({...}), reply_to=msg)",
+            )
+        return self._read(reply.content, kind, where)
+
+    def _read(self, content: RecordDict, kind: str, where: str) -> _Reply:
+        arrays = None
+        if kind == "train":
+            records = list(content.array_records.values())
+            if len(records) != 1:
+                raise BadInput(
+                    f"{where}: found {len(records)} ArrayRecords in the reply, expected 1",
+                    remedy='RecordDict({"arrays": ArrayRecord(...), "metrics": MetricRecord(...)})',
+                )
+            arrays = arrays_in(records[0], where)
+        metrics = list(content.metric_records.values())
+        key = self._weight_key
+        found = dict(metrics[0]) if len(metrics) == 1 else {}
+        examples = found.pop(key, None)
+        if not isinstance(examples, int | float) or examples != int(examples) or examples < 1:
+            shown = f"{len(metrics)} MetricRecords" if len(metrics) != 1 else f"{key} = {examples}"
+            raise BadInput(
+                f"{where}: found {shown} in the reply, expected one MetricRecord with a whole number {key!r} of at "
+                "least 1",
+                remedy=f'MetricRecord({{"{key}": len(dataset), ...}}): the weight of the site',
+            )
+        if kind == "train":
+            return _Reply(arrays, {}, int(examples))
+        for name, value in found.items():
+            if not isinstance(value, int | float):
+                raise BadInput(
+                    f"{where}: found a list in the metric {name!r}, expected a number",
+                    remedy="one number a metric: a mean over the site's rows, whose sum over sites is protected",
+                )
+        return _Reply(
+            None,
+            {n: float(v) for n, v in found.items() if isinstance(v, int | float)},
+            int(examples),
+        )
+
+
+def app_task(path: Path, origin: str) -> Task:
+    """The task of the Flower app in a folder, under the run config of its pyproject.toml."""
+    return FlowerApp(read_project(path), origin, {}).task()
+
+
+def _node_id(config: NodeConfig) -> int:
+    """63 bits that follow from a node config, as Flower's random ones have."""
+    text = json.dumps(dict(config), sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+def _node_config(source: Any) -> NodeConfig:
+    if not isinstance(source, Mapping) or not source:
+        raise BadInput(
+            f"sites: found {source!r} as the data of a Flower app, expected its node config",
+            remedy="{partition-id = 0, num-partitions = 4}, or what else the app reads of context.node_config",
+        )
+    for key, value in source.items():
+        if not isinstance(value, ConfigValue):
+            raise BadInput(
+                f"sites: found {type(value).__name__} in {key} of a node config, expected a number, a text, true or "
+                "false"
+            )
+    return dict(source)
+
+
+def _whole(rows: Any, kind: str) -> Partition:
+    """The partition of some rows. Raises BadInput where it is not all of them: only the app can choose among them."""
+    partition = getattr(rows, "dataset", None)
+    if not isinstance(partition, Partition) or (
+        kind == partition.kind and len(rows) != len(partition)
+    ):
+        found = f"{len(rows)} of {len(partition)}" if isinstance(partition, Partition) else "pooled"
+        raise BadInput(
+            f"Flower app: found {found} rows, expected all rows of one site, which only the app can split",
+            remedy="no round.validate, and a protect.max_examples (or none) that no site exceeds",
+        )
+    return partition

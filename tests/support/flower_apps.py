@@ -1,0 +1,86 @@
+"""Small Flower apps in their conventions, written into a folder: a line fitted to three numbers a site, in NumPy."""
+
+from pathlib import Path
+
+PYPROJECT = """
+[project]
+name = "{name}"
+version = "1.0.0"
+dependencies = [{dependencies}]
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "{name}.server_app:app"
+clientapp = "{name}.client_app:app"
+
+[tool.flwr.app.config]
+num-server-rounds = 3
+learning-rate = 0.5
+"""
+
+CLIENT = """
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+def rows(context):
+    part = context.node_config["partition-id"]
+    return np.linspace(part, part + 1, 3 + part)
+
+@app.train()
+def train(msg, context):
+    arrays, x = msg.content["arrays"], rows(context)
+    w, count = arrays["w"].numpy(), arrays["count"].numpy()
+    step = context.run_config["learning-rate"] * (w - np.float32(x.mean()))
+    out = ArrayRecord({"w": Array((w - step).astype(np.float32)), "count": Array(np.asarray(count + 1))})
+    metrics = MetricRecord({"num-examples": len(x), "train_loss": 0.0})
+    return Message(RecordDict({"arrays": out, "metrics": metrics}), reply_to=msg)
+
+@app.evaluate()
+def evaluate(msg, context):
+    w, x = msg.content["arrays"]["w"].numpy(), rows(context)
+    error = float(((w.mean() - x) ** 2).mean())
+    round_ = msg.content["config"]["server-round"]
+    metrics = MetricRecord({"num-examples": len(x), "error": error, "at-round": float(round_)})
+    return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+"""
+
+SERVER = """
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.serverapp import ServerApp
+from flwr.serverapp import strategy as strategies
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    arrays = {"w": Array(np.zeros(4, np.float32)), "count": Array(np.array(5, np.int64))}
+    strategies.FedAvg().start(
+        grid=grid, initial_arrays=ArrayRecord(arrays), num_rounds=context.run_config["num-server-rounds"]
+    )
+    raise AssertionError("main goes no further")
+"""
+
+
+def flower_app(
+    folder: Path,
+    *,
+    client: str = CLIENT,
+    server: str = SERVER,
+    name: str = "tinyapp",
+    dependencies: str = "",
+) -> Path:
+    """Writes an app and returns its folder."""
+    package = folder / name
+    package.mkdir(parents=True)
+    text = PYPROJECT.format(name=name, dependencies=dependencies)
+    (folder / "pyproject.toml").write_text(text)
+    (package / "__init__.py").write_text("")
+    (package / "client_app.py").write_text(client)
+    (package / "server_app.py").write_text(server)
+    return folder

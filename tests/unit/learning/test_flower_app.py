@@ -1,0 +1,468 @@
+"""Flower apps on this engine: what their authors rely on, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr")
+
+from fedcore_clients.worker import Worker
+from flwr.app import Context, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as strategies
+from safetensors.numpy import load_file
+from support.flower_apps import CLIENT, SERVER, flower_app
+
+import fedcore
+from fedcore.cli.main import main
+from fedcore.config import build_job, plan_of, wire_settings
+from fedcore.errors import BadInput, TaskFailed, UnknownName
+from fedcore.experiment.api import resume
+from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.flower.strategies import REFUSED
+from fedcore.learning.guard import GuardMemory, GuardRules
+from fedcore.learning.state import JobState
+from fedcore.learning.task import load_task
+
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def simulated(folder, out, **settings):
+    return fedcore.simulate(
+        f"flower:{folder}", out=out, **{"protection": "plain", "resamples": 0, **settings}
+    )
+
+
+def arrays_of(run):
+    return load_file(run.directory / "model.safetensors")
+
+
+class InProcessGrid(Grid):
+    """Flower's side of the comparison: nodes that call the app's ClientApp with what a strategy sends them."""
+
+    def __init__(self, client, config, nodes):
+        self.client, self.nodes = client, nodes
+        self.contexts = {
+            k + 1: Context(
+                1, k + 1, {"partition-id": k, "num-partitions": nodes}, RecordDict(), config
+            )
+            for k in range(nodes)
+        }
+
+    def set_run(self, run): ...
+    @property
+    def run(self): ...
+    def create_message(self, *_): ...
+    def push_messages(self, messages): ...
+    def pull_messages(self, message_ids): ...
+    def get_nodes(self): ...
+
+    def get_node_ids(self):
+        return list(self.contexts)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return [self.client(msg, self.contexts[msg.metadata.dst_node_id]) for msg in messages]
+
+
+def by_flower(folder, monkeypatch, nodes=3):
+    """The arrays after the app's own ServerApp has run its strategy, with no engine of ours."""
+    app = load_task(f"flower:{folder}").app
+
+    def messages(self, record, node_ids, message_type):
+        return [
+            make_message(
+                Metadata(1, "m", 1, n, "", "", __import__("time").time(), 60.0, message_type),
+                record,
+            )
+            for n in node_ids
+        ]
+
+    kept = {}
+    start = strategies.Strategy.start
+
+    def keep(self, *args, **kwargs):
+        kept["result"] = start(self, *args, **kwargs)
+        return kept["result"]
+
+    monkeypatch.setattr(strategies.FedAvg, "_construct_messages", messages)
+    monkeypatch.setattr(strategies.Strategy, "start", keep)
+    with pytest.raises(AssertionError, match="main goes no further"):
+        app._server(
+            InProcessGrid(app._client, dict(app.config), nodes),
+            Context(1, 0, {}, RecordDict(), dict(app.config)),
+        )
+    monkeypatch.undo()
+    return {name: array.numpy() for name, array in kept["result"].arrays.items()}
+
+
+# --- Trains as under Flower -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protection", ["plain", "layered"])
+def test_app_reaches_the_arrays_that_flowers_own_strategy_reaches(
+    tmp_path, monkeypatch, protection
+):
+    folder = flower_app(tmp_path / "app")
+    run = simulated(
+        folder, tmp_path / "run", sites={f"s{k}": node(k) for k in range(3)}, protection=protection
+    )
+    expected = by_flower(folder, monkeypatch)
+    assert run.result.rounds == 3
+    assert np.allclose(arrays_of(run)["w"], expected["w"], atol=1e-3)
+    assert np.ptp(expected["w"]) == 0 and abs(expected["w"][0]) > 0.5  # it moved
+
+
+def node(k, n=3):
+    return {"partition-id": k, "num-partitions": n}
+
+
+def strategy(line):
+    return SERVER.replace("strategies.FedAvg()", line)
+
+
+def test_fedavgm_takes_its_momentum_along(tmp_path, monkeypatch):
+    server = strategy("strategies.FedAvgM(server_learning_rate=0.5, server_momentum=0.9)")
+    folder = flower_app(tmp_path / "app", server=server)
+    run = simulated(folder, tmp_path / "run", sites=3)
+    assert np.allclose(arrays_of(run)["w"], by_flower(folder, monkeypatch)["w"], atol=1e-3)
+
+
+def test_fedprox_sends_its_proximal_mu(tmp_path):
+    client = CLIENT.replace(
+        'learning-rate"] *', 'learning-rate"] * (msg.content["config"]["proximal-mu"] == 0.25) *'
+    )
+    folder = flower_app(
+        tmp_path / "app", client=client, server=strategy("strategies.FedProx(proximal_mu=0.25)")
+    )
+    assert arrays_of(simulated(folder, tmp_path / "run", sites=2))["w"].min() > 0.4
+
+
+def test_integer_arrays_keep_their_initial_values(tmp_path):
+    run = simulated(flower_app(tmp_path / "app"), tmp_path / "run", sites=2)
+    found = arrays_of(run)["count"]
+    assert found == 5
+    assert found.dtype == np.int64
+    assert arrays_of(run)["w"].dtype == np.float32
+
+
+def test_metrics_are_means_weighted_by_num_examples_and_know_their_round(tmp_path):
+    run = simulated(flower_app(tmp_path / "app"), tmp_path / "run", sites=2)
+    sites = run.result.per_site
+    weights = [sites[name].test_rows for name in ("site-0", "site-1")]
+    assert weights == [3, 4]
+    mean = np.average([sites[s].arms["federated"]["error"] for s in sites], weights=weights)
+    arm = run.result.arms["federated"].metrics
+    assert arm["error"] == pytest.approx(mean)
+    assert arm["at-round"] == 3
+    assert run.result.protected.metrics["error"] == pytest.approx(mean, abs=1e-4)
+    assert run.result.lower_is_better == ("error",)
+
+
+def test_run_config_overrides_reach_both_components_and_the_number_of_rounds(tmp_path):
+    folder = flower_app(tmp_path / "app")
+    run = simulated(
+        folder,
+        tmp_path / "run",
+        sites=2,
+        task_settings={"num-server-rounds": 1, "learning-rate": 0.0},
+    )
+    assert run.result.rounds == 1
+    assert not arrays_of(run)["w"].any()
+    assert simulated(folder, tmp_path / "other", sites=2, rounds=2).result.rounds == 2
+
+
+COUNTING = CLIENT.replace(
+    "    arrays, x = msg",
+    """    seen = context.state.config_records.get("seen") or ConfigRecord({"rounds": [0]})
+    assert seen["rounds"][-1] < msg.content["config"]["server-round"], "asked again"
+    seen["rounds"] = [*seen["rounds"], msg.content["config"]["server-round"]]
+    context.state["seen"] = seen
+    arrays, x = msg""",
+).replace(
+    "    error = float",
+    """    context.state["forgotten"] = ConfigRecord({"a": 1})
+    assert len(context.state) <= 2
+    error = 0.0 if not context.state.config_records.get("seen") else len(context.state["seen"]["rounds"])
+    other = float""",
+)
+
+
+def test_context_state_is_kept_from_round_to_round_and_not_by_evaluate(tmp_path):
+    client = COUNTING.replace("assert len(context.state) <= 2", "")
+    client = client.replace(
+        '    context.state["forgotten"]',
+        '    assert "forgotten" not in context.state\n    context.state["forgotten"]',
+    )
+    run = simulated(
+        flower_app(tmp_path / "app", client=client), tmp_path / "run", sites=2, rounds=4
+    )
+    # The first 0, then one entry for each round, though round 1 is trained more than once to find the range.
+    assert run.result.arms["federated"].metrics["error"] == 5
+
+
+def test_an_interrupted_run_resumes_with_the_state_of_the_app(tmp_path):
+    folder = flower_app(tmp_path / "app", client=COUNTING)
+    whole = simulated(folder, tmp_path / "whole", sites=2, rounds=4)
+
+    def stop(row):
+        if row.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulated(folder, tmp_path / "run", sites=2, rounds=4, on_round=stop)
+    resumed = resume(tmp_path / "run")
+    assert resumed.result.model_sha256 == whole.result.model_sha256
+    assert resumed.result.arms["federated"].metrics["error"] == 5
+
+
+def test_mods_of_the_app_act(tmp_path):
+    client = CLIENT.replace(
+        "app = ClientApp()",
+        """
+def doubled(msg, context, call_next):
+    out = call_next(msg, context)
+    out.content["metrics"]["from-mod"] = 7.0
+    return out
+
+app = ClientApp()""",
+    ).replace("@app.evaluate()", "@app.evaluate(mods=[doubled])")
+    run = simulated(flower_app(tmp_path / "app", client=client), tmp_path / "run", sites=2)
+    assert run.result.arms["federated"].metrics["from-mod"] == 7
+
+
+def test_app_hash_covers_its_package_and_its_run_config(tmp_path):
+    folder = flower_app(tmp_path / "app")
+    first = load_task(f"flower:{folder}")
+    digest = first.digest()
+    assert first.covers() == "tinyapp (3 files)"
+    for file, old, new in [
+        ("tinyapp/__init__.py", "", "x = 1"),
+        ("tinyapp/server_app.py", "np.zeros", "np.ones"),
+        ("pyproject.toml", "learning-rate = 0.5", "learning-rate = 0.25"),
+    ]:
+        path, before = folder / file, (folder / file).read_text()
+        path.write_text(new if not old else before.replace(old, new))
+        assert load_task(f"flower:{folder}").digest() != digest, file
+        path.write_text(before)
+    assert load_task(f"flower:{folder}").digest() == digest
+
+
+def test_what_the_strategy_asks_for_and_does_not_get_is_a_warning(tmp_path):
+    server = strategy("strategies.FedAvg(fraction_train=0.5)").replace(
+        "grid=grid,", "grid=grid, evaluate_fn=print,"
+    )
+    run = simulated(flower_app(tmp_path / "app", server=server), tmp_path / "run", sites=2)
+    text = " ".join(run.result.notes)
+    assert "share of 0.5 of the nodes" in text
+    assert "evaluate_fn is not called" in text
+
+
+def test_fedcore_does_not_import_flwr_by_itself():
+    code = "import sys, fedcore.cli.main, fedcore.config, fedcore.learning.task; print('flwr' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def contributed(folder):
+    """A deployed site's training process loads the app and trains round 1; its answer."""
+    task, worker = load_task(f"flower:{folder}"), Worker()
+    job = build_job(task.defaults, {"task": "t", "protection": "masked", "max_examples": 16})
+    load = {
+        "do": "load", "job": "j", "task": f"flower:{folder}", "base": "/", "site": "a", "source": node(0),
+        "digest": task.digest(), "settings": wire_settings(job), "split": FoldSplit(0, 0, 5).to_json(),
+    }  # fmt: skip
+    head, blobs = worker.answer(load, [])
+    assert "failed" not in head, head
+    site = worker.sites["j"]
+    plan = plan_of(job, site.shape, ("a", "b", "c"), 16)
+    state = JobState.initial(plan, np.frombuffer(blobs[0], "<f4"))
+    asked = {
+        "do": "contribute", "job": "j", "step": ["range", 1], "plan": plan.to_json(),
+        "rules": asdict(GuardRules()), "memory": GuardMemory().to_json(),
+    }  # fmt: skip
+    return worker.answer(asked, [state.to_bytes()])[0]
+
+
+def test_deployed_site_trains_an_app_and_refuses_one_whose_state_it_would_lose(tmp_path):
+    assert sum(contributed(flower_app(tmp_path / "app"))["wides"]["exceeding"]) > 0
+    found = contributed(flower_app(tmp_path / "keeps", client=COUNTING))
+    assert (
+        "keeps Context.state from round to round, expected none at a deployed site" in found["text"]
+    )
+
+
+# --- Refused, in one line with a hint -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_strategy_that_cannot_run_on_one_sum_is_refused_by_name(tmp_path, name):
+    make = f"strategies.{name}({'client_learning_rate=0.1' if name == 'QFedAvg' else ''})"
+    if name.startswith("Differential"):
+        fixed = "clipping_norm=1.0, " if "Fixed" in name else ""
+        make = f"strategies.{name}(strategies.FedAvg(), noise_multiplier=1.0, {fixed}num_sampled_clients=100)"
+    folder = flower_app(tmp_path / "app", server=strategy(make))
+    with pytest.raises(BadInput, match=f"strategy {name}: ") as refused:
+        load_task(f"flower:{folder}")
+    assert refused.value.remedy
+
+
+OWN = strategy("Mine()").replace(
+    "app = ServerApp()",
+    "class Mine(strategies.FedAvg):\n    def aggregate_train(self, server_round, replies): ...\n\napp = ServerApp()",
+)
+BY_HAND = SERVER.replace("arrays = {", "print(list(grid.get_node_ids()))\n    arrays = {")
+NO_START = SERVER.replace("strategies.FedAvg().start", "dict")
+OBJECTS = SERVER.replace("np.zeros(4, np.float32)", "np.array(['a', 'b'])")
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (OWN, r"strategy Mine \(a FedAvg\): found a strategy of Flower app tinyapp's own"),
+        (BY_HAND, "uses the grid itself"),
+        (NO_START.replace("raise AssertionError", "str"), "found no call of Strategy.start"),
+        (OBJECTS, "'w' of dtype <U1, expected real numbers"),
+        (SERVER.replace("np.float32", "np.int64"), "no array of floating-point numbers"),
+        (
+            SERVER.replace("app = ServerApp()", "app = ServerApp()\nother = 1").replace(
+                "@app.main()", ""
+            ),
+            "ServerApp",
+        ),
+    ],
+)
+def test_server_app_that_this_engine_cannot_run_is_refused(tmp_path, server, message):
+    with pytest.raises((BadInput, TaskFailed), match=message):
+        load_task(f"flower:{flower_app(tmp_path / 'app', server=server)}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("(w - step)", "(w - step)[:round_]", r"'w' of shape \(1,\), expected \(4,\)"),
+        ('"count": Array(np.asarray(count + 1))', '"n": Array(count)', "with 'n' besides"),
+        (', "count": Array(np.asarray(count + 1))', "", "without 'count'"),
+        ("(w - step).astype(np.float32)", "np.array(['a'] * 4)", "dtype <U1"),
+        ('"num-examples": len(x), "train_loss"', '"train_loss"', "num-examples = None in the reply"),
+        ('len(x), "train_loss"', '2 + round_, "train_loss"', "num-examples = 4, expected 3"),
+        ('"arrays": out, ', "", "0 ArrayRecords in the reply, expected 1"),
+        ('return Message(RecordDict({"arrays"', 'return (RecordDict({"arrays"', "expected a Message"),
+        ('"error": error, "at-round": float(round_)', '"error": [error]', "a list in the metric 'error'"),
+        (', "error": error, "at-round": float(round_)', "", "no metric beside 'num-examples'"),
+    ],
+)  # fmt: skip
+def test_reply_that_cannot_be_summed_is_refused(tmp_path, old, new, message):
+    client = CLIENT.replace(
+        "    step =", "    round_ = msg.content['config']['server-round']\n    step ="
+    )
+    assert old in client
+    client = client.replace(old, new)
+    if new.startswith("return ("):
+        client = client.replace(
+            '"metrics": metrics}), reply_to=msg)\n\n@', '"metrics": metrics}))\n\n@'
+        )
+    with pytest.raises(BadInput, match=message) as refused:
+        simulated(flower_app(tmp_path / "app", client=client), tmp_path / "run", sites=2)
+    assert refused.value.remedy
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('serverapp = "tinyapp.server_app:app"', "", "found none as tool.flwr.app.components.serverapp"),
+        ("client_app:app", "client_app", "found 'tinyapp.client_app' as tool.flwr.app.components.clientapp"),
+        ("client_app:app", "nowhere:app", "found no module 'tinyapp.nowhere'"),
+        ("client_app:app", "client_app:other", "found no 'other' in tinyapp.client_app"),
+        ("client_app:app", "server_app:app", "found ServerApp as clientapp, expected a ClientApp"),
+        ("dependencies = []", 'dependencies = ["flwr[simulation]>=99"]', r"'flwr\[simulation\]>=99', and flwr"),
+        ("learning-rate = 0.5", "learning-rate = [0.5]", "found list in tool.flwr.app.config.learning-rate"),
+    ],
+)  # fmt: skip
+def test_project_that_is_no_app_for_this_flwr_is_refused(tmp_path, old, new, message):
+    folder = flower_app(tmp_path / "app")
+    file = folder / "pyproject.toml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(BadInput, match=message) as refused:
+        load_task(f"flower:{folder}")
+    assert refused.value.remedy
+
+
+def test_folder_without_pyproject_is_no_app(tmp_path):
+    with pytest.raises(BadInput, match=r"found no pyproject\.toml"):
+        load_task(f"flower:{tmp_path}")
+
+
+def test_package_of_an_app_does_not_hide_an_installed_one(tmp_path):
+    with pytest.raises(BadInput, match="found no module 'json"):
+        load_task(f"flower:{flower_app(tmp_path / 'app', name='json')}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"arms": ["centralised"]}, BadInput, "expected 'federated' alone"),
+        ({"sites": 1}, BadInput, "sites.n: found 1, expected 2 or more"),
+        (
+            {"sites": {"a": "rows.csv", "b": "b"}},
+            BadInput,
+            "'rows.csv' as the data of a Flower app",
+        ),
+        ({"max_examples": 2, "sites": 2}, BadInput, "expected all rows of one site"),
+        ({"validate": 0.5, "sites": 2}, BadInput, "expected all rows of one site"),
+        ({"lr": 0.5}, BadInput, "train.lr: found 0.5, which the app tinyapp does not read"),
+        ({"epochs": 3}, BadInput, "train.epochs: found 3"),
+        ({"task_settings": {"lr": 1.0}}, UnknownName, "task.lr"),
+        ({"task_settings": {"learning-rate": "fast"}}, BadInput, "expected a number"),
+    ],
+)
+def test_job_that_an_app_cannot_have_is_refused(tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        simulated(flower_app(tmp_path / "app"), tmp_path / "run", **settings)
+
+
+def test_two_apps_with_packages_of_one_name_do_not_mix(tmp_path):
+    first = load_task(f"flower:{flower_app(tmp_path / 'a')}")
+    second = load_task(
+        f"flower:{flower_app(tmp_path / 'b', server=SERVER.replace('np.zeros', 'np.ones'))}"
+    )
+    assert first.app.course.arrays["w"].sum() == 0
+    assert second.app.course.arrays["w"].sum() == 4
+
+
+def test_example_app_runs_by_its_own_flag(tmp_path, capsys):
+    app = REPOSITORY / "docs/examples/flower-digits"
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["simulate", "--flower-app", str(app), "--sites", "3", "-c", "num-server-rounds=2 learning-rate=0.1",
+             "--protection", "masked", "--out", str(tmp_path / "run"), "--json"]
+        )  # fmt: skip
+    assert ended.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rounds"] == 2
+    assert result["arms"]["federated"]["eval_acc"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "a=1"], "-c: found a run config without --flower-app"),
+        (["--flower-app", "x", "--task", "heart"], "found --task heart beside it"),
+        (["--flower-app", "x", "-c", "rounds 3"], "expected key=value pairs"),
+        (["--flower-app", "x", "-c", "a=1 b"], "expected key=value pairs"),
+    ],
+)
+def test_flag_that_makes_no_sense_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
