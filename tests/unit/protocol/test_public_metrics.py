@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from support.deployed_jobs import (
     OTHERS,
     PUBLIC,
+    ROW,
     SITES,
     VALUES,
     certificate,
@@ -187,6 +188,35 @@ def test_what_a_site_says_of_a_release_is_of_all_sites_and_only_where_the_plan_s
     data = encode(message)
     assert struct.pack(">d", 0.75) in data
     assert not any(struct.pack(">d", value) in data for value in (0.123, 0.456))
+
+
+@pytest.mark.parametrize(
+    ("clipped", "line"),
+    [
+        (0.973, "round 1: 97.3 % of the coordinates of all sites' updates were beyond the range and clipped"),
+        (0.0101, "round 1: 1.01 % of the coordinates"),
+        (0.01, ""),
+        (0.0, ""),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_what_was_clipped_is_in_the_site_s_record_and_log_and_never_at_the_coordinator(
+    tmp_path, caplog, clipped, line
+):
+    settings = submitted(track={"public_metrics": True})
+    found = offered(tmp_path, settings, settings)
+    found.contributor.row = replace(ROW, clipped_fraction=clipped, next_range=0.0625)
+    before = len(found.link.said)
+    asyncio.run(released(found))
+    (row,) = map(json.loads, (found.work.context.folder / "jobs/job/rounds.jsonl").open())
+    assert row.get("clipped_fraction") == clipped
+    said = [text for text in caplog.messages if "clipped" in text]
+    assert len(said) == bool(line)
+    assert all(line in text and "it is 0.0625 in the next round" in text for text in said)
+    (message,) = found.link.said[before:]
+    data = encode(message)
+    assert b"clipped" not in data
+    assert struct.pack(">d", clipped or 0.0625) not in data
 
 
 def test_a_site_says_it_again_after_a_new_session(tmp_path):
