@@ -16,10 +16,11 @@ secret, so it cannot carry one out.
 import hashlib
 import struct
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import repeat
+from operator import attrgetter
 from typing import (
     Any,
     NamedTuple,
@@ -37,11 +38,13 @@ from fedcore.secagg.crypto.secret import SecretBytes
 
 @dataclass(frozen=True)
 class _Form:
-    """How a record type is written. head: the first bytes, which are its name; fields: those written."""
+    """How a record type is written. head: the first bytes, which are its name; fields: those written; values: of
+    these fields of a record."""
 
     name: str
     head: bytes
     fields: tuple[str, ...]
+    values: Callable[[Any], Iterable[Any]]
 
 
 _FORMS: dict[type[Any], _Form] = {}
@@ -69,11 +72,20 @@ def record(name: str) -> Callable[[type[R]], type[R]]:
         )
         label = name.encode()
         written = tuple(f.name for f in fields(form) if f.metadata.get("byte_form", True))
-        _FORMS[form] = _Form(name, b"RS" + _LENGTH(len(label)) + label, written)
+        _FORMS[form] = _Form(
+            name, b"RS" + _LENGTH(len(label)) + label, written, _values_of(written)
+        )
         _TYPES[name] = form
         return form
 
     return register
+
+
+def _values_of(names: Sequence[str]) -> Callable[[Any], Iterable[Any]]:
+    """These attributes of an object."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: [getattr(value, name) for name in names]
 
 
 def records() -> Mapping[str, type[Any]]:
@@ -131,31 +143,37 @@ _LENGTH, _INTEGER = struct.Struct(">I").pack, struct.Struct(">q").pack
 
 def _write(out: Callable[[bytes], None], value: Any) -> None:
     kind = type(value)
-    if kind is bytes:
-        out(b"B" + _LENGTH(len(value)))
-        out(value)
-    elif kind is str:
-        data = value.encode()
-        out(b"S" + _LENGTH(len(data)) + data)
+    form = _FORMS.get(kind)
+    if form is not None:
+        out(form.head)
+        parts: Iterable[Any] = form.values(value)
     elif kind is tuple:
         out(b"L" + _LENGTH(len(value)))
-        for item in value:
-            _write(out, item)
-    elif kind is int:
-        if not -(1 << 63) <= value < 1 << 63:
-            raise TypeError("an integer beyond 64 bits has no byte form")
-        out(b"I" + _INTEGER(value))
-    elif value is None:
-        out(b"N")
-    elif kind is SecretBytes:
-        out(b"X" + _LENGTH(len(value.reveal())) + value.reveal())
-    elif kind in _FORMS:
-        form = _FORMS[kind]
-        out(form.head)
-        for each in form.fields:
-            _write(out, getattr(value, each))
-    else:  # a bool too: the two cases have names of their own
-        raise TypeError(f"{kind.__name__} has no byte form")
+        parts = value
+    else:
+        parts = (value,)
+    for (
+        part
+    ) in parts:  # in a loop: most parts are plain, and a call for each takes longer than the rest
+        kind = type(part)
+        if kind is bytes:
+            out(b"B" + _LENGTH(len(part)))
+            out(part)
+        elif kind is str:
+            data = part.encode()
+            out(b"S" + _LENGTH(len(data)) + data)
+        elif kind is int:
+            if not -(1 << 63) <= part < 1 << 63:
+                raise TypeError("an integer beyond 64 bits has no byte form")
+            out(b"I" + _INTEGER(part))
+        elif part is None:
+            out(b"N")
+        elif kind is tuple or kind in _FORMS:
+            _write(out, part)
+        elif kind is SecretBytes:
+            out(b"X" + _LENGTH(len(part.reveal())) + part.reveal())
+        else:  # a bool too: the two cases have names of their own
+            raise TypeError(f"{kind.__name__} has no byte form")
 
 
 @dataclass(frozen=True)
