@@ -123,7 +123,7 @@ def test_a_site_that_forgot_the_round_is_not_waited_for(tmp_path, pool, kept, pr
         return played
 
     for at in range(0, 16, 3) if protection == "masked" else (1, 6):
-        scene(tmp_path / str(at), pool, play(at), rounds=4, limits=UNHURRIED, protection=protection)
+        scene(tmp_path / str(at), pool, play(at), rounds=3, limits=UNHURRIED, protection=protection)
 
 
 def test_a_site_that_was_away_at_the_end_still_gets_the_model(tmp_path, pool):
