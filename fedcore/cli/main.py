@@ -250,6 +250,9 @@ def compare(
 ) -> None:
     """Run the arms over seeds and folds, for paired gaps. Their interval counts the overlap of the splits."""
     _starting("compare", job or resume, settings)
+    from fedcore.config.unsupported import refuse_split
+
+    refuse_split(settings)
     if resume is not None:
         if settings or job or out or force or seeds:
             raise _settings_beside_resume("comparison")

@@ -85,6 +85,23 @@ def refuse_unsupported(settings: Mapping[str, object], kind: Kind) -> None:
             )
 
 
+_SPLIT_HINTS = {
+    "seed": "`--seeds 5` runs the seeds 0 to 4; one run of another seed is `fedcore simulate --seed {}`",
+    "fold": "`--folds 5` is how many there are; one run of one of them is `fedcore simulate --fold {}`",
+}
+
+
+def refuse_split(given: Mapping[str, object]) -> None:
+    """Raise BadInput where a comparison is asked for one seed or fold. given: flags or keywords; in a job file, which
+    is for simulations too, both may stand."""
+    for key, hint in _SPLIT_HINTS.items():
+        if key in given:
+            raise BadInput(
+                f"{key}: found {_shown(given[key])}, expected none in a comparison: it runs several {key}s",
+                remedy=hint.format(given[key]),
+            )
+
+
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))

@@ -12,7 +12,7 @@ from typing import Unpack
 
 from fedcore import report
 from fedcore.config import Job, Settings, read_job_file
-from fedcore.config.unsupported import refuse_unsupported
+from fedcore.config.unsupported import refuse_split, refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish, is_unfinished
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
@@ -174,6 +174,7 @@ def compare(
     Raises FedcoreError; nothing is written for bad input.
     """
     found, complete = _job(task, sites, job, settings)
+    refuse_split(settings)
     refuse_unsupported(complete.to_json(), "comparison")
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):

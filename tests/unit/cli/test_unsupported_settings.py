@@ -133,6 +133,36 @@ def test_a_comparison_refuses_it_in_python_and_on_the_command_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", ["7", "0"])
+@pytest.mark.parametrize(
+    ("key", "given"), [("seed", "--seed"), ("fold", "--fold"), ("seed", "--set=seed=")]
+)
+def test_a_comparison_takes_no_seed_or_fold_of_one_run_as_a_flag(
+    key, given, value, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [given + value] if given.endswith("=") else [given, value]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *flags])
+    assert ended.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert (
+        error
+        == f"error: {key}: found {value}, expected none in a comparison: it runs several {key}s"
+    )
+    assert hint.startswith(f"hint: `--{key}s 5` ")
+    assert hint.endswith(f"`fedcore simulate --{key} {value}`")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["seed", "fold"])
+def test_a_comparison_takes_none_as_a_keyword_and_leaves_that_of_a_job_to_simulations(key):
+    with pytest.raises(BadInput, match=f"^{key}: found 2, expected none in a comparison"):
+        fedcore.compare("heart", **{key: 2})
+    with pytest.raises(BadInput, match="seeds: found none"):  # refused later, for something else
+        fedcore.compare("heart", job=[{key: 2}], seeds=[])
+
+
 def test_values_are_shown_as_a_job_file_has_them():
     shown = {
         "track.to": "mlflow, wandb", "track.keep_scores": "true", "round.keep": "'best'",
