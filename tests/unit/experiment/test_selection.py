@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedcore.experiment.prepare import job_for, prepare
 from fedcore.experiment.selection import Selection
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.data.split import FoldSplit, ValidationPart
+from fedcore.learning.task import load_task
 from fedcore.report import markdown, tables
 from fedcore.results import RoundRow
 
@@ -171,9 +173,10 @@ def test_an_arm_without_a_defined_round_has_no_best_one():
 
 
 def test_auc_is_chosen_by_where_the_task_has_it():
-    task = SimpleNamespace(metrics=("accuracy", "auc"), evaluate=None, lower_is_better=())
+    task = replace(load_task("heart"), metrics=("accuracy", "auc", "confusion_matrix"))
     job = SimpleNamespace(round=SimpleNamespace(patience=None))
-    assert Selection.of(SimpleNamespace(task=task, job=job)).metric == "auc"
+    found = Selection.of(SimpleNamespace(task=task, job=job))
+    assert found.metric == "auc" and found.metrics == ("accuracy", "auc")
 
 
 # -------------------------------------------------------------------------------- keep = "best" and patience
