@@ -15,6 +15,11 @@ protections = ["layered"]
 task = "heart"            # where it is: as for `fedcore simulate --task`
 sha256 = "..."            # `fed-site check` prints it
 source = "va.csv"         # given to the task's `data`; written like a path, it counts from here
+
+[tasks.cough]
+flower_app = "cough-app"  # in place of `task`: the folder of a Flower app
+sha256 = "..."
+source = {partition-id = 0, num-partitions = 4}  # its node config
 """
 
 from pathlib import Path
@@ -24,8 +29,10 @@ from fedcore_clients.policy import PolicySection
 from pydantic import Field
 
 from fedcore.config import beside
+from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
+from fedcore.learning.task_code import FLOWER
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.types import Json
 
@@ -50,11 +57,25 @@ class SplitSection(Section):
 
 
 class TaskSection(Section):
-    """[tasks.NAME]: what is installed, what it must hash to, and this site's data for it."""
+    """[tasks.NAME]: what is installed, what it must hash to, and this site's data for it.
 
-    task: str
+    flower_app: in place of `task`, the folder of a Flower app, whose node config is `source`."""
+
+    task: str = ""
+    flower_app: str | None = None
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     source: Any = None
+
+    def placed(self, name: str, base: Path) -> "TaskSection":
+        """With paths that count from a folder. Raises BadInput unless there is one of task and flower_app."""
+        if bool(self.task) == bool(self.flower_app):
+            raise BadInput(
+                f"tasks.{name}: found {'task and flower_app' if self.task else 'neither task nor flower_app'}, "
+                "expected one of them",
+                remedy='task = "heart", or flower_app = "path/to/app"',
+            )
+        task = f"{FLOWER}{base / self.flower_app}" if self.flower_app else self.task
+        return self.model_copy(update={"task": task, "source": beside(self.source, base)})
 
 
 class SiteConfig(CoordinatorAddress):
@@ -92,8 +113,5 @@ def read_config(path: Path) -> SiteConfig:
         base=str(path.resolve().parent), file=str(path.resolve()),
     )  # fmt: skip
     endpoint(found.coordinator, f"{path.name}: coordinator")
-    tasks = {
-        name: task.model_copy(update={"source": beside(task.source, found.base)})
-        for name, task in found.tasks.items()
-    }
+    tasks = {name: task.placed(name, found.base) for name, task in found.tasks.items()}
     return found.model_copy(update={"tasks": tasks})

@@ -25,6 +25,7 @@ from fedcore_clients.config import SiteConfig
 import fedcore
 from fedcore.errors import BadInput, Unavailable
 from fedcore.identity.kit import KEY_FILE
+from fedcore.learning.task_code import FLOWER
 
 LOG = logging.getLogger("fedcore.site.sandbox")
 
@@ -84,7 +85,7 @@ def _needed(config: SiteConfig) -> set[Path]:
     """Paths of tasks and of their data."""
     found = {config.base}
     for section in config.tasks.values():
-        for text in (section.task.partition(":")[0], section.source):
+        for text in (section.task.removeprefix(FLOWER).partition(":")[0], section.source):
             if isinstance(text, str) and text and (config.base / text).exists():
                 found.add(config.base / text)
     return found

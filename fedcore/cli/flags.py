@@ -116,6 +116,7 @@ _PAIR = re.compile(r"(\S+?)\s*=\s*('[^']*'|\"[^\"]*\"|\S+)\s*")
 def of_flower_app(settings: Settings, app: Path | None, run_config: str | None) -> Settings:
     """The settings with a Flower app as the task, and what `-c "k=v"` overrides of its run config. Raises BadInput."""
     from fedcore.config import parse_set
+    from fedcore.learning.task_code import FLOWER
 
     if app is None:
         if run_config is not None:
@@ -136,7 +137,7 @@ def of_flower_app(settings: Settings, app: Path | None, run_config: str | None) 
         )
     pairs = (parse_set(f"{key}={value}") for key, value in _PAIR.findall(text))
     own = {f"task.{key}": value for key, value in pairs}
-    return {"task": f"flower:{app.resolve()}", **own, **settings}
+    return {"task": f"{FLOWER}{app.resolve()}", **own, **settings}
 
 
 def settings_of(set_: Sequence[str] | None, named: Settings) -> Settings:

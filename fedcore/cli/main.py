@@ -198,9 +198,12 @@ def up(
             help="Also write the files for other machines, with a coordinator there; default port: 7443.",
         ),
     ] = None,
+    flower_app: flags.FlowerApp = None,
+    run_config: flags.RunConfig = None,
 ) -> None:
     """Run a deployment of a job on this machine, then `simulate`. A coordinator and one process a site, over TLS."""
-    _starting("up", job, settings)
+    settings = flags.of_flower_app(settings, flower_app, run_config)
+    _starting("up", job or flower_app, settings)
     from fedcore.local_deployment import address_from
 
     elsewhere = None if address is None else address_from(address)

@@ -30,10 +30,6 @@ BUILT_IN = {
 }
 
 
-FLOWER = "flower:"
-"""How the name of a task begins that is a Flower app; the rest is the app's folder."""
-
-
 class TaskApp(Protocol):
     """What a task that is an app of another framework has beside its functions (`learning/flower`)."""
 
@@ -283,7 +279,7 @@ def load_task(spec: str, base: Path | None = None) -> Task:
     attribute a file must define `task`. Raises UnknownName, BadInput, or TaskFailed when the user's
     own code raises while it is imported.
     """
-    if spec.startswith(FLOWER):
+    if spec.startswith(task_code.FLOWER):
         return _flower_task(spec, base or Path.cwd())
     target = BUILT_IN.get(spec, spec)
     place, _, attribute = target.partition(":")
@@ -320,7 +316,7 @@ def _flower_task(spec: str, base: Path) -> Task:
             "--flower-app: found no flwr in this environment, expected it",
             remedy="pip install 'fedcore[flower]'",
         ) from error
-    task: Task = found.app_task(base / Path(spec.removeprefix(FLOWER)).expanduser(), spec)
+    task: Task = found.app_task(base / Path(spec.removeprefix(task_code.FLOWER)).expanduser(), spec)
     return task
 
 

@@ -16,6 +16,9 @@ OURS = ("fedcore", "fedcore_clients", "fedcore_server")
 FROM_A_FILE = "_fedcore_task_"
 """How the private name of a module begins that was loaded from a user's file."""
 
+FLOWER = "flower:"
+"""How the name of a task begins that is a Flower app; the rest is the app's folder."""
+
 
 def files_of(home: str, modules: Iterable[str]) -> list[tuple[str, Path]]:
     """(name, file) of the named modules and of all local packages that they import, each file once.

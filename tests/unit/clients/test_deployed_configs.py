@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fedcore_clients import config as site
 from fedcore_clients.check import clock_text, version_text
+from fedcore_clients.sandbox import hidden
 from fedcore_server import config as hub
 from support.deployed_jobs import SITE_TOML
 
@@ -49,6 +50,22 @@ def test_a_source_that_is_no_path_stays_what_it_is(written):
         assert found in ("va", 7, {"table": "rows"}, "data/none.csv")
 
 
+def test_flower_app_stands_in_the_place_of_a_task(written):
+    text = SITE_TOML.replace('task = "heart"', 'flower_app = "apps/cough"')
+    path = written(
+        "site.toml", text.replace('"data/va.csv"', "{partition-id = 1, num-partitions = 4}")
+    )
+    (path.parent / "apps" / "cough").mkdir(parents=True)
+    found = site.read_config(path).tasks["heart"]
+    assert found.task == f"flower:{path.parent}/apps/cough"
+    assert found.source == {"partition-id": 1, "num-partitions": 4}
+    hiding = path.read_text().replace('"state"', '"apps"')
+    with pytest.raises(
+        BadInput, match="apps/cough inside it"
+    ):  # an app in a folder that a sandbox hides
+        hidden(site.read_config(written("other.toml", hiding)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error", "parts"),
     [
@@ -56,6 +73,11 @@ def test_a_source_that_is_no_path_stays_what_it_is(written):
         ("identity =", "identiy =", UnknownName, ("identiy", "'identity'")),
         ("sha256 =", "sha =", UnknownName, ("tasks.heart.sha", "tasks.heart.sha256")),
         ("0" * 64, "0" * 63, BadInput, ("tasks.heart.sha256",)),
+        ('task = "heart"', "", BadInput, ("tasks.heart", "neither task nor flower_app")),
+        (
+            'task = "heart"', 'task = "heart"\nflower_app = "app"', BadInput,
+            ("tasks.heart", "task and flower_app"),
+        ),
         (":7443", "", BadInput, ("coordinator", "host:port")),
         (":7443", ":99999", BadInput, ("port 99999",)),
         ('folder = "state"', "folder = 3", BadInput, ("folder: found 3",)),
