@@ -7,6 +7,7 @@ import json
 import re
 from base64 import b64encode
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from html.parser import HTMLParser
 
@@ -30,6 +31,12 @@ HOSTILE = (
 
 def load(name: str) -> tuple[Result, list[RoundRow]]:
     return result_of(stored(name)), stored_rounds(name)
+
+
+@cache
+def rendered(*names: str) -> str:
+    """The page of these stored runs, drawn once for all tests."""
+    return page.render([load(name) for name in names])
 
 
 class Document(HTMLParser):
@@ -81,7 +88,7 @@ SETS = [
 
 @pytest.mark.parametrize("names", SETS, ids="+".join)
 def test_the_page_is_self_contained_and_well_formed(names):
-    text = page.render([load(name) for name in names])
+    text = rendered(*names)
     document = Document(text)
     tags = {tag for tag, _ in document.tags}
     # Without a folder there are no files to link to.
@@ -97,14 +104,14 @@ def test_the_page_is_self_contained_and_well_formed(names):
 
 @pytest.mark.parametrize("names", SETS, ids="+".join)
 def test_every_reference_inside_the_drawings_has_its_target(names):
-    text = page.render([load(name) for name in names])
+    text = rendered(*names)
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
 
 
 def test_the_page_answers_its_questions_then_draws_curves_then_says_who_saw_what():
-    text = Document(page.render([load("heart")])).text
+    text = Document(rendered("heart")).text
     wanted = [
         "Before reading the numbers",
         "One seed and one split",
@@ -126,7 +133,7 @@ def test_the_page_answers_its_questions_then_draws_curves_then_says_who_saw_what
     assert places == sorted(places)
 
 
-def test_warnings_stand_above_every_number_of_the_result():
+def test_warnings_stand_above_every_number_of_the_result(no_drawings):
     result, rounds = load("heart_warned")
     text = Document(page.render([(result, rounds)])).text
     body = text[text.index("Before reading") :]
@@ -139,7 +146,7 @@ def test_warnings_stand_above_every_number_of_the_result():
 
 
 def test_two_runs_overlay_and_stand_side_by_side():
-    text = page.render([load("heart"), load("heart_warned")])
+    text = rendered("heart", "heart_warned")
     document = Document(text)
     assert "heart-encrypted-00116 bits, seed 0" in document.text
     assert "heart-encrypted-0028 bits, seed 3" in document.text
@@ -253,8 +260,7 @@ def test_the_legend_of_a_figure_names_the_arms_that_are_drawn_in_the_order_of_th
 
 
 def test_times_are_labelled_as_sums_over_sites_or_wall_time():
-    result, rounds = load("heart")
-    text = Document(page.render([(result, rounds)])).text
+    text = Document(rendered("heart")).text
     assert "train, sum over sites" in text and "whole run, all arms, wall time" in text
     assert "summed over the sites" in text
 
@@ -360,7 +366,7 @@ def test_without_a_local_arm_a_site_has_one_column_for_each_metric():
     assert "sort by AUC" in page.render([(result, [])])
 
 
-def test_a_result_that_knows_nothing_of_sites_has_no_table_of_them():
+def test_a_result_that_knows_nothing_of_sites_has_no_table_of_them(no_drawings):
     result = result_of(stored("heart"), per_site={})
     assert aligned.site_table(result) is None
     assert "<script" not in page.render([(result, [])])
@@ -384,7 +390,7 @@ def test_dots_are_in_the_order_of_the_gain_and_named_while_there_is_room(n):
 
 
 def test_the_same_runs_make_the_same_page():
-    assert page.render([load("heart")]) == page.render([load("heart")])
+    assert page.render([load("heart")]) == rendered("heart")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -434,7 +440,7 @@ def test_a_bare_result_still_makes_a_page():
     assert "Round by round" not in text
 
 
-def test_a_table_of_categories_only_has_no_statistics_to_show():
+def test_a_table_of_categories_only_has_no_statistics_to_show(no_drawings):
     nothing = {key: [] for key in ("names", "mean", "std", "count", "sites", "clipped")}
     result = result_of(stored("heart"), statistics=nothing)
     assert tables.statistics([result]) == []
@@ -456,7 +462,7 @@ def protected_cells(results):
     return {row[0].text: row[1:] for row in table.rows}
 
 
-def test_metrics_from_sums_show_their_bound_and_what_was_clipped():
+def test_metrics_from_sums_show_their_bound_and_what_was_clipped(no_drawings):
     result, rounds = load("heart")
     assert all(not cells[-1].sub for cells in protected_cells([result]).values())
     result = result_of(
