@@ -66,6 +66,49 @@ def main(grid, context):
     raise AssertionError("main goes no further")
 """
 
+LEGACY_CLIENT = """
+import numpy as np
+from flwr.client import ClientApp, NumPyClient
+
+class Line(NumPyClient):
+    def __init__(self, part, rate):
+        self.x, self.rate = np.linspace(part, part + 1, 3 + part), rate
+
+    def get_parameters(self, config):
+        return [np.zeros(4, np.float32), np.array(5)]
+
+    def fit(self, parameters, config):
+        w, count = parameters
+        step = self.rate * (w - np.float32(self.x.mean()))
+        return [(w - step).astype(np.float32), count + 1], len(self.x), {}
+
+    def evaluate(self, parameters, config):
+        error = float(((parameters[0].mean() - self.x) ** 2).mean())
+        return error, len(self.x), {"twice": 2 * error}
+
+def client_fn(context):
+    return Line(context.node_config["partition-id"], context.run_config["learning-rate"]).to_client()
+
+app = ClientApp(client_fn=client_fn)
+"""
+
+LEGACY_SERVER = """
+import numpy as np
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerApp, ServerAppComponents, ServerConfig
+from flwr.server import strategy as strategies
+
+def server_fn(context):
+    start = ndarrays_to_parameters([np.zeros(4, np.float32), np.array(5)])
+    return ServerAppComponents(
+        strategy=strategies.FedAvg(initial_parameters=start),
+        config=ServerConfig(num_rounds=context.run_config["num-server-rounds"]),
+    )
+
+app = ServerApp(server_fn=server_fn)
+"""
+"""The same app in the older API."""
+
 
 def flower_app(
     folder: Path,

@@ -18,11 +18,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -30,8 +31,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fedcore.errors import BadInput
-from fedcore.learning.flower.app_arrays import AppArrays, arrays_in, load, module_of, record_of
+from fedcore.learning.flower.app_arrays import AppArrays, load, module_of, record_of
 from fedcore.learning.flower.kept_state import from_plain, to_plain
+from fedcore.learning.flower.legacy_api import parameters_reply, parameters_request
+from fedcore.learning.flower.message_api import AppReply
 from fedcore.learning.flower.project import ConfigValue, Project, RunConfig, read_project
 from fedcore.learning.flower.strategies import Course, course_of
 from fedcore.learning.model import seeded
@@ -74,15 +77,6 @@ class _Node:
     after: RecordDict
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """arrays: None of an evaluation. metrics: all but the weight."""
-
-    arrays: AppArrays | None
-    metrics: Mapping[str, float]
-    examples: int
-
-
 class FlowerApp:
     """One app under one run config. Raises BadInput and TaskFailed where the app cannot run here."""
 
@@ -95,6 +89,8 @@ class FlowerApp:
         with seeded(0, 0, "", "initial model"):
             self.course = self._run_main()
         self._nodes: dict[int, _Node] = {}
+        self._home: NodeConfig = {}
+        """The first site of this process, whose client is asked for initial arrays that the server has not."""
 
     def _component(self, name: str, kind: type[Component]) -> Component:
         found = self.project.load(name)
@@ -138,11 +134,12 @@ class FlowerApp:
     def at_source(self, task: Task, source: Any) -> Task:
         """The task with the metrics that the app's evaluate reports for a source. Raises BadInput, TaskFailed."""
         node, where = _node_config(source), f"Flower app {self.project.name}: evaluate"
+        self._home = node
         with user_code(where):
-            names = tuple(self._ask("evaluate", node, self.course.arrays, 0, where).metrics)
+            names = tuple(self._ask("evaluate", node, self._initial_record(), 0, where).metrics)
         if not names:
             raise BadInput(
-                f"{where}: found no metric beside {self.course.strategy.weighted_by_key!r}, expected at least one",
+                f"{where}: found no metric beside {self.course.messages.weight_key!r}, expected at least one",
                 remedy="a number in the reply's MetricRecord, such as accuracy or loss",
             )
         errors = tuple(n for n in names if any(word in n.lower() for word in ERRORS))
@@ -154,7 +151,7 @@ class FlowerApp:
         if sites < self.course.least:
             raise BadInput(
                 f"sites.n: found {sites}, expected {self.course.least} or more, the least number of nodes that "
-                f"{type(self.course.strategy).__name__} waits for in this app",
+                f"{self.course.strategy} waits for in this app",
                 remedy=f"--sites {self.course.least}, or a smaller min_available_nodes (min_train_nodes, "
                 "min_evaluate_nodes) in the app",
             )
@@ -163,7 +160,7 @@ class FlowerApp:
     def data(self, source: Any) -> tuple[Partition, Partition]:
         """The numbers of rows that the app trains and tests on at a site: it does both once, and what that leaves in
         Context.state is forgotten. Raises BadInput for a source that is no node config."""
-        node, arrays = _node_config(source), self.course.arrays
+        node, arrays = _node_config(source), self._initial_record()
 
         def part(kind: str) -> Partition:
             return Partition(
@@ -174,7 +171,7 @@ class FlowerApp:
 
     def model(self) -> nn.Module:
         """The initial arrays of the ServerApp, which the caller's seed decides."""
-        return module_of(self._run_main().arrays)
+        return module_of(self._arrays(self._run_main()))
 
     def loss(self, *_: object) -> NoReturn:
         """Raises BadInput: the app has its own, inside train and evaluate."""
@@ -182,7 +179,7 @@ class FlowerApp:
 
     def train(self, model: nn.Module, rows: Any, fit: Any) -> None:
         """One round of the ClientApp's train."""
-        partition, like = _whole(rows, "train"), self.course.arrays
+        partition, like = _whole(rows, "train"), self._like
         where = f"site {fit.site}, round {fit.round}: the app's train"
         node = self._node(partition.node_config)
         if node.round != fit.round:
@@ -193,8 +190,9 @@ class FlowerApp:
         )
         assert reply.arrays is not None
         if reply.examples != len(partition):
+            key = self.course.messages.weight_key
             raise BadInput(
-                f"{where}: found {self._weight_key} = {reply.examples}, expected {len(partition)} as at the start",
+                f"{where}: found {key} = {reply.examples}, expected {len(partition)} as at the start",
                 remedy="a site's weight is fixed before round 1: the app reports the same number in every round",
             )
         load(model, reply.arrays, like, where)
@@ -207,7 +205,7 @@ class FlowerApp:
             partition.node_config,
             copy.deepcopy(self._node(partition.node_config).after),
         )
-        arrays = record_of(model, self.course.arrays)
+        arrays = record_of(model, self._like)
         reply = self._ask("evaluate", config, arrays, round, "the app's evaluate", state)
         return {n: (value * reply.examples, reply.examples) for n, value in reply.metrics.items()}
 
@@ -230,41 +228,39 @@ class FlowerApp:
             for node, (round_, before, after) in saved.items()
         }
 
-    @property
-    def _weight_key(self) -> str:
-        return self.course.strategy.weighted_by_key
-
     def _node(self, config: NodeConfig) -> _Node:
         return self._nodes.setdefault(_node_id(config), _Node(0, RecordDict(), RecordDict()))
 
-    @torch.enable_grad()
     def _ask(
         self,
         kind: str,
         node: NodeConfig,
-        arrays: ArrayRecord | AppArrays,
+        arrays: ArrayRecord,
         round_: int,
         where: str,
         state: RecordDict | None = None,
-    ) -> _Reply:
-        """The ClientApp's reply to one message. state: of the Context, which the app may change."""
-        strategy, course = self.course.strategy, self.course
-        if not isinstance(arrays, ArrayRecord):
-            arrays = record_of(module_of(arrays), arrays)
-        config = course.train if kind == "train" else course.evaluate
-        content = RecordDict(
-            {
-                strategy.arrayrecord_key: arrays,
-                strategy.configrecord_key: ConfigRecord({**config, "server-round": round_}),
-            }
-        )
+    ) -> AppReply:
+        """The ClientApp's reply to a round's message. state: of the Context, which the app may change."""
+        messages = self.course.messages
+        content = messages.content(kind, arrays, round_)
+        return messages.read(kind, self._call(kind, node, content, round_, where, state), where)
+
+    @torch.enable_grad()
+    def _call(
+        self,
+        kind: str,
+        node: NodeConfig,
+        content: RecordDict,
+        round_: int,
+        where: str,
+        state: RecordDict | None = None,
+    ) -> RecordDict:
         about = Metadata(
             run_id=RUN_ID, message_id=f"{kind}-{round_}", src_node_id=SERVER, dst_node_id=_node_id(node),
             reply_to_message_id="", group_id=str(round_), created_at=time.time(), ttl=TTL, message_type=kind,
         )  # fmt: skip
-        context = Context(
-            RUN_ID, _node_id(node), dict(node), RecordDict() if state is None else state, dict(self.config)
-        )  # fmt: skip
+        kept = RecordDict() if state is None else state
+        context = Context(RUN_ID, _node_id(node), dict(node), kept, dict(self.config))
         reply: object = self._client(make_message(about, content), context)
         if not isinstance(reply, Message) or reply.has_error():
             what = reply.error.reason if isinstance(reply, Message) else type(reply).__name__
@@ -272,42 +268,25 @@ class FlowerApp:
                 f"{where}: found {what} as its reply, expected a Message",
                 remedy="return Message(content=RecordDict({...}), reply_to=msg)",
             )
-        return self._read(reply.content, kind, where)
+        return reply.content
 
-    def _read(self, content: RecordDict, kind: str, where: str) -> _Reply:
-        arrays = None
-        if kind == "train":
-            records = list(content.array_records.values())
-            if len(records) != 1:
-                raise BadInput(
-                    f"{where}: found {len(records)} ArrayRecords in the reply, expected 1",
-                    remedy='RecordDict({"arrays": ArrayRecord(...), "metrics": MetricRecord(...)})',
-                )
-            arrays = arrays_in(records[0], where)
-        metrics = list(content.metric_records.values())
-        key = self._weight_key
-        found = dict(metrics[0]) if len(metrics) == 1 else {}
-        examples = found.pop(key, None)
-        if not isinstance(examples, int | float) or examples != int(examples) or examples < 1:
-            shown = f"{len(metrics)} MetricRecords" if len(metrics) != 1 else f"{key} = {examples}"
-            raise BadInput(
-                f"{where}: found {shown} in the reply, expected one MetricRecord with a whole number {key!r} of at "
-                "least 1",
-                remedy=f'MetricRecord({{"{key}": len(dataset), ...}}): the weight of the site',
-            )
-        if kind == "train":
-            return _Reply(arrays, {}, int(examples))
-        for name, value in found.items():
-            if not isinstance(value, int | float):
-                raise BadInput(
-                    f"{where}: found a list in the metric {name!r}, expected a number",
-                    remedy="one number a metric: a mean over the site's rows, whose sum over sites is protected",
-                )
-        return _Reply(
-            None,
-            {n: float(v) for n, v in found.items() if isinstance(v, int | float)},
-            int(examples),
-        )
+    def _arrays(self, course: Course) -> AppArrays:
+        """The initial arrays; where the server has none, those of a client's get_parameters."""
+        if course.arrays is not None:
+            return course.arrays
+        where = f"Flower app {self.project.name}: get_parameters"
+        with user_code(where):
+            found = self._call("get_parameters", self._home, parameters_request(), 0, where)
+        return parameters_reply(found, where)
+
+    @cached_property
+    def _like(self) -> AppArrays:
+        """Arrays with the names, shapes and dtypes of the model."""
+        with seeded(0, 0, "", "initial model"):
+            return self._arrays(self.course)
+
+    def _initial_record(self) -> ArrayRecord:
+        return record_of(module_of(self._like), self._like)
 
 
 def app_task(path: Path, origin: str) -> Task:

@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NoReturn, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.serverapp import Grid, ServerApp
+from flwr.server import ServerConfig
+from flwr.server import strategy as legacy_strategies
+from flwr.serverapp import Grid, ServerApp, server_app
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
 from fedcore.errors import BadInput
 from fedcore.learning.flower.app_arrays import AppArrays, arrays_in
+from fedcore.learning.flower.legacy_api import Config, LegacyApi, named
+from fedcore.learning.flower.message_api import MessageApi, Messages
 from fedcore.learning.flower.project import RunConfig
 
 _ROBUST = (
@@ -53,6 +58,9 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "DifferentialPrivacyServerSideAdaptiveClipping": _SERVER_NOISE,
     "DifferentialPrivacyClientSideFixedClipping": _SERVER_NOISE,
     "DifferentialPrivacyClientSideAdaptiveClipping": _SERVER_NOISE,
+    "FedXgbNnAvg": _TREES,
+    "DPFedAvgFixed": _SERVER_NOISE,
+    "DPFedAvgAdaptive": _SERVER_NOISE,
     "FedAdam": _OPTIMISER,
     "FedYogi": _OPTIMISER,
     "FedAdagrad": (_OPTIMISER[0], "FedAvg in the app and --server fedadam here"),
@@ -62,18 +70,17 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Course:
-    """What `main` gives to `Strategy.start`.
+    """What the app's server would begin with.
 
-    arrays: the model that the rounds begin with. settings: of a Fedcore job, as the strategy has them.
-    train, evaluate: what a message's ConfigRecord holds beside `server-round`. least: SuperNodes that the strategy
-    waits for. notes: (warning, hint) of what the strategy asks for and does not get.
+    strategy: its name. arrays: the model that the rounds begin with; None where a client of the older API is asked
+    for it. messages: what the server says to the app. settings: of a Fedcore job, as the strategy has them.
+    least: SuperNodes that it waits for. notes: (warning, hint) of what it asks for and does not get.
     """
 
-    strategy: FedAvg
-    arrays: AppArrays
+    strategy: str
+    arrays: AppArrays | None
+    messages: Messages
     settings: Mapping[str, object]
-    train: Mapping[str, Any]
-    evaluate: Mapping[str, Any]
     least: int
     notes: tuple[tuple[str, str], ...] = field(default=())
 
@@ -87,6 +94,8 @@ def course_of(app: ServerApp, run_config: RunConfig, name: str) -> Course:
             app(_NoGrid(), context)
     except _Started as started:
         return _course(started, name)
+    except _StartedLegacy as started:
+        return _legacy_course(started, name)
     raise BadInput(
         f"Flower app {name}: found no call of Strategy.start in the ServerApp's main, expected one",
         remedy="strategy.start(grid=grid, initial_arrays=..., num_rounds=...) is what Fedcore takes over",
@@ -116,11 +125,27 @@ def _start_ends_main() -> Iterator[None]:
     ) -> NoReturn:  # fmt: skip
         raise _Started(self, initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn)
 
+    def start_grid(
+        *, config: ServerConfig | None, strategy: legacy_strategies.Strategy | None, **_: object
+    ) -> NoReturn:
+        raise _StartedLegacy(strategy, config or ServerConfig())
+
+    before = getattr(server_app, "start_grid")  # noqa: B009 - a name that it imports
     setattr(Strategy, "start", start)  # noqa: B010 - a method of theirs, for the time of one call
+    setattr(server_app, "start_grid", start_grid)  # noqa: B010
     try:
         yield
     finally:
         setattr(Strategy, "start", original)  # noqa: B010
+        setattr(server_app, "start_grid", before)  # noqa: B010
+
+
+class _StartedLegacy(BaseException):
+    """The same of a server_fn, where its ServerAppComponents are to be run."""
+
+    def __init__(self, strategy: legacy_strategies.Strategy | None, config: ServerConfig) -> None:
+        self.strategy = legacy_strategies.FedAvg() if strategy is None else strategy
+        self.config = config
 
 
 class _NoGrid(Grid):
@@ -165,47 +190,94 @@ def _refuse_own_messages() -> NoReturn:
 
 def _course(started: _Started, name: str) -> Course:
     strategy = started.strategy
-    kind = type(strategy).__name__
-    shipped = getattr(strategies, kind, None) is type(strategy)
-    if shipped and kind in REFUSED:
-        why, instead = REFUSED[kind]
-        here, eta = kind.lower(), getattr(strategy, "eta", 1.0)
-        raise BadInput(
-            f"strategy {kind}: found it in Flower app {name}; it {why}",
-            remedy=instead.format(here=here, eta=eta),
-        )
-    if type(strategy) not in {FedAvg, FedAvgM, FedProx}:
-        parents = [each.__name__ for each in type(strategy).__mro__[1:-2]]
-        of = f" (a {parents[0]})" if parents else ""
-        raise BadInput(
-            f"strategy {kind}{of}: found a strategy of Flower app {name}'s own, expected FedAvg, FedProx or FedAvgM "
-            "itself",
-            remedy="its code would run on a server, and here none has the model: use the class as flwr has it",
-        )
+    _refuse_strategy(strategy, strategies, (FedAvg, FedAvgM, FedProx), name)
     averaging = cast("FedAvg", strategy)
-    settings: dict[str, object] = {"rounds": started.rounds, "server": "fedavg", "server_lr": 1.0}
-    if isinstance(strategy, FedAvgM):
+    if isinstance(strategy, FedProx):
+        started.train["proximal-mu"] = strategy.proximal_mu
+    custom = averaging.evaluate_metrics_aggr_fn.__module__.partition(".")[0] != "flwr"
+    return Course(
+        type(strategy).__name__,
+        arrays_in(started.arrays, f"Flower app {name}: initial_arrays"),
+        MessageApi(
+            averaging.weighted_by_key, averaging.arrayrecord_key, averaging.configrecord_key,
+            {"train": started.train, "evaluate": started.evaluate},
+        ),
+        _settings(strategy, started.rounds),
+        max(averaging.min_available_nodes, averaging.min_train_nodes, averaging.min_evaluate_nodes),
+        tuple(_notes(averaging.fraction_train, started.evaluate_fn, custom=custom)),
+    )  # fmt: skip
+
+
+def _legacy_course(started: _StartedLegacy, name: str) -> Course:
+    strategy = started.strategy
+    _refuse_strategy(
+        strategy, legacy_strategies,
+        (legacy_strategies.FedAvg, legacy_strategies.FedAvgM, legacy_strategies.FedProx), name,
+    )  # fmt: skip
+    averaging = cast("legacy_strategies.FedAvg", strategy)
+    fit, evaluate = averaging.on_fit_config_fn, averaging.on_evaluate_config_fn
+    proximal = (
+        {"proximal_mu": strategy.proximal_mu}
+        if isinstance(strategy, legacy_strategies.FedProx)
+        else {}
+    )
+    configs: Mapping[str, Config] = {
+        "train": lambda round_: {**(fit(round_) if fit else {}), **proximal},
+        "evaluate": lambda round_: evaluate(round_) if evaluate else {},
+    }
+    found, where = averaging.initial_parameters, f"Flower app {name}: initial_parameters"
+    return Course(
+        type(strategy).__name__,
+        None if found is None else named(found, where),
+        LegacyApi(configs),
+        _settings(strategy, started.config.num_rounds),
+        max(averaging.min_available_clients, averaging.min_fit_clients, averaging.min_evaluate_clients),
+        tuple(
+            _notes(
+                averaging.fraction_fit, averaging.evaluate_fn,
+                custom=averaging.evaluate_metrics_aggregation_fn is not None,
+            )
+        ),
+    )  # fmt: skip
+
+
+def _settings(strategy: object, rounds: int) -> dict[str, object]:
+    """A strategy's number of rounds and its server step, as settings of a job."""
+    settings: dict[str, object] = {"rounds": rounds, "server": "fedavg", "server_lr": 1.0}
+    if isinstance(strategy, FedAvgM | legacy_strategies.FedAvgM):
         settings["server_lr"] = strategy.server_learning_rate
         if strategy.server_momentum:
             settings |= {"server": "fedavgm", "server_momentum": strategy.server_momentum}
-    if isinstance(strategy, FedProx):
-        started.train["proximal-mu"] = strategy.proximal_mu
-    return Course(
-        averaging,
-        arrays_in(started.arrays, f"Flower app {name}: initial_arrays"),
-        settings,
-        started.train,
-        started.evaluate,
-        max(averaging.min_available_nodes, averaging.min_train_nodes, averaging.min_evaluate_nodes),
-        tuple(_notes(averaging, started.evaluate_fn)),
+    return settings
+
+
+def _refuse_strategy(
+    strategy: object, package: ModuleType, taken: tuple[type, ...], name: str
+) -> None:
+    """Raise BadInput for all but the taken ones, with the reason where flwr ships the strategy."""
+    kind = type(strategy).__name__
+    if type(strategy) in taken:
+        return
+    if getattr(package, kind, None) is type(strategy) and kind in REFUSED:
+        why, instead = REFUSED[kind]
+        raise BadInput(
+            f"strategy {kind}: found it in Flower app {name}; it {why}",
+            remedy=instead.format(here=kind.lower(), eta=getattr(strategy, "eta", 1.0)),
+        )
+    parents = [each.__name__ for each in type(strategy).__mro__[1:-2]]
+    of = f" (a {parents[0]})" if parents else ""
+    raise BadInput(
+        f"strategy {kind}{of}: found a strategy of Flower app {name}'s own, expected FedAvg, FedProx or FedAvgM "
+        "itself",
+        remedy="its code would run on a server, and here none has the model: use the class as flwr has it",
     )
 
 
-def _notes(strategy: FedAvg, evaluate_fn: object) -> Iterator[tuple[str, str]]:
-    if strategy.fraction_train < 1.0:
+def _notes(share: float, evaluate_fn: object, *, custom: bool) -> Iterator[tuple[str, str]]:
+    """share: of the nodes that train in a round. custom: whether it averages metrics by a function of its own."""
+    if share < 1.0:
         yield (
-            f"the strategy trains a share of {strategy.fraction_train:g} of the nodes a round; here every site takes "
-            "part in every round",
+            f"the strategy trains a share of {share:g} of the nodes a round; here every site takes part in every round",
             "--dropout simulates absent sites",
         )
     if evaluate_fn is not None:
@@ -213,9 +285,8 @@ def _notes(strategy: FedAvg, evaluate_fn: object) -> Iterator[tuple[str, str]]:
             "the app's evaluate_fn is not called: no server has the model before the end",
             "its ClientApp's evaluate gives the metrics, as a protected sum over the sites",
         )
-    custom = strategy.evaluate_metrics_aggr_fn.__module__.partition(".")[0] != "flwr"
     if custom:
         yield (
-            "the strategy's evaluate_metrics_aggr_fn is not called: it takes the replies of single sites",
-            f"metrics are means weighted by {strategy.weighted_by_key}",
+            "the strategy's function that aggregates metrics is not called: it takes the replies of single sites",
+            "metrics are means weighted by the number of examples",
         )
