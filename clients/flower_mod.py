@@ -1,0 +1,235 @@
+"""`secure_mod`: a site of a protected run as a mod of a Flower ClientApp (Message API).
+
+Each message is a new process whose only memory is `Context.state`, which a SuperNode keeps in RAM. A count of replies
+on disk, in the folder `runs` beside the site's file, tells a memory that was lost: that site takes no further part in
+the run. Identity, pinned keys and policy are in a file at the
+SuperNode, named by its node config: `--node-config 'fedcore="/etc/fedcore/site.toml"'`.
+
+The mod runs inside the app that is submitted: docs/flower.md says what that does and does not protect.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from pydantic import Field
+
+from fedcore.errors import BadInput, FedcoreError, StoreProblem
+from fedcore.files import write_atomic
+from fedcore.files.toml import Section, read_toml
+from fedcore.secagg.by_request.arrays import Arrays, difference, digest_of_arrays
+from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Reply, Request
+from fedcore.secagg.by_request.site import Membership, SiteByRequest
+from fedcore.secagg.by_request.terms import Trained
+from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.store.disk import refusals, sync_folder
+from fedcore.types import SiteId
+
+LOG = logging.getLogger("fedcore.site")
+
+Next = Callable[[Message, Context], Message]
+
+NODE_KEY, WEIGHT = "fedcore", "num-examples"
+"""The key of the node config, and of the metric with a site's training rows."""
+
+PRECONDITION = 6
+"""Flower's code of an error for a mod that does not run: `ErrorCode.MOD_FAILED_PRECONDITION`."""
+
+
+class SiteFile(Section):
+    """The file at a SuperNode. key: of a file with the 32 bytes of the private key, in hex. sites: {name: public key,
+    in hex}, in the same order at every site."""
+
+    federation: str
+    site: str
+    key: Path
+    protections: tuple[str, ...] = ("layered", "masked")
+    minimum_sites: int = Field(default=3, ge=3)
+    sites: dict[str, str]
+
+    def membership(self) -> Membership:
+        """Raises BadInput and RosterRefused."""
+        pins = {SiteId(name): _hex(public, f"sites.{name}") for name, public in self.sites.items()}
+        roster_digest(pins)
+        try:
+            identity = IdentityKey(
+                _hex(self.key.read_text(encoding="ascii").strip(), str(self.key))
+            )
+        except OSError as error:
+            raise BadInput(f"key: {self.key}: it cannot be read ({error.strerror})") from error
+        if pins.get(SiteId(self.site)) != identity.public:
+            raise BadInput(
+                f"site: found {self.site!r}, expected the site of `sites` that has this key"
+            )
+        protections = self.protections, self.minimum_sites
+        return Membership(self.federation, SiteId(self.site), identity, pins, *protections)
+
+
+def _hex(text: str, what: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise BadInput(f"{what}: found no hex, expected 64 hex digits") from error
+
+
+def secure_mod(message: Message, context: Context, call_next: Next) -> Message:
+    """Take part in a protected run: the training function is called inside a round, and its update leaves protected.
+
+    Give it to the training function or to the app: `ClientApp(mods=[secure_mod])`. Any message that is no request of
+    `SecureAggregation` is refused, so that nobody gets a reply in clear by leaving the protection out.
+    """
+    try:
+        return _answer(message, context, call_next)
+    except FedcoreError as error:
+        hint = f" (hint: {error.remedy})" if error.remedy else ""
+        LOG.warning("%s%s", error, hint)
+        return Message(Error(PRECONDITION, f"{error}{hint}"), reply_to=message)
+
+
+def _answer(message: Message, context: Context, call_next: Next) -> Message:
+    if RECORD not in message.content:
+        raise BadInput(
+            f"secure_mod: found a {message.metadata.message_type} message without protection, expected a "
+            "request of fedcore.flower.SecureAggregation",
+            remedy="wrap the strategy in SecureAggregation, or give the mod to the training function only",
+        )
+    where = context.node_config.get(NODE_KEY)
+    if not isinstance(where, str):
+        raise BadInput(
+            f"node config {NODE_KEY!r}: found none, expected the path of this site's file",
+            remedy=f"flower-supernode --node-config '{NODE_KEY}=\"/path/site.toml\"'",
+        )
+    path = Path(where)
+    membership = read_toml(SiteFile, path, paths=("key",)).membership()
+    training = _Training(message, context, call_next)
+    request = _request_of(message.content, training.digest)
+    job = f"flower-{context.run_id}"
+    memory = _Memory(context, job)
+    answered = _AnsweredFile(path.resolve().parent / "runs", job)
+    reply = SiteByRequest(job, membership, memory, training, answered).answer(request)
+    memory.write(context)
+    return Message(_content_of(reply), reply_to=message)
+
+
+class _AnsweredFile:
+    """The count of answered requests of a run, in a file at the SuperNode: Flower sends a reply before it keeps the
+    context that belongs to it."""
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self._folder, self._path = folder, folder / job
+
+    def count(self) -> int:
+        try:
+            return int(self._path.read_bytes())
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise StoreProblem(f"{self._path}: it cannot be read ({error})") from error
+
+    def write(self, count: int) -> None:
+        with refusals("answered requests", self._path):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            write_atomic(self._path, str(count).encode())
+            sync_folder(self._folder)
+
+
+class _Training:
+    """The ClientApp's own function, called with what the request carries beside our record."""
+
+    def __init__(self, message: Message, context: Context, call_next: Next) -> None:
+        self.message, self.context, self.call_next = message, context, call_next
+        kept = {str(n): r for n, r in message.content.items() if n not in {RECORD, BODY}}
+        self.content = RecordDict(kept)
+        self.start: Arrays = {}
+        self.digest = b""
+        if kept:
+            self.start = _arrays_of(self.content)
+            self.digest = digest_of_arrays(self.start, dict(self.content.config_records))
+
+    def __call__(self) -> Trained:
+        """Train. Our memory is out of the state meanwhile, so that a function that prints or clears it does no harm."""
+        before = self.message.content
+        self.message.content = self.content
+        ours = self.context.state.pop(RECORD, None)
+        try:
+            reply = self.call_next(self.message, self.context)
+        finally:
+            self.message.content = before
+            if ours is not None:
+                self.context.state[RECORD] = ours
+        if reply.has_error():
+            raise BadInput(f"training: found an error, expected arrays: {reply.error.reason}")
+        metrics = {
+            str(name): value
+            for record in reply.content.metric_records.values()
+            for name, value in record.items()
+        }
+        examples = metrics.pop(WEIGHT, None)
+        if not isinstance(examples, int | float) or not 1 <= examples < 1 << 53:
+            raise BadInput(
+                f"training: found {WEIGHT!r} = {examples}, expected a number of rows, at least 1",
+                remedy=f'reply with MetricRecord({{"{WEIGHT}": len(train_rows), ...}})',
+            )
+        single = {n: float(v) for n, v in metrics.items() if isinstance(v, int | float)}
+        update = difference(_arrays_of(reply.content), self.start)
+        return Trained(update, int(examples), single)
+
+
+def _arrays_of(content: RecordDict) -> Arrays:
+    """The arrays of the one ArrayRecord of a message. Raises BadInput."""
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise BadInput(f"message: found {len(records)} array records, expected one")
+    try:
+        return {name: array.numpy() for name, array in records[0].items()}
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"arrays: found some that NumPy cannot read ({error})") from error
+
+
+class _Memory(MutableMapping[str, bytes]):
+    """The site's memory, in a record of `Context.state`. What another run of a series left there is dropped."""
+
+    def __init__(self, context: Context, job: str) -> None:
+        kept = context.state.array_records.get(RECORD) or ArrayRecord()
+        values = {str(name): array.data for name, array in kept.items()}
+        mine = values.get("job") == job.encode()
+        self._values = values if mine else {"job": job.encode()}
+
+    def write(self, context: Context) -> None:
+        """Into the context, which Flower keeps together with the reply."""
+        context.state[RECORD] = ArrayRecord({n: _array(v) for n, v in self._values.items()})
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: bytes) -> None:
+        self._values[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _array(data: bytes) -> Array:
+    return Array(dtype=np.dtype(np.uint8).name, shape=(len(data),), stype=STYPE, data=data)
+
+
+def _request_of(content: RecordDict, digest: bytes) -> Request:
+    body = content.array_records[BODY]["body"].data if BODY in content.array_records else b""
+    return Request.of_parts(dict(content.config_records[RECORD]), body, digest)
+
+
+def _content_of(reply: Reply) -> RecordDict:
+    found = RecordDict({RECORD: ConfigRecord(dict(reply.parts()))})
+    if reply.body:
+        found[BODY] = ArrayRecord({"body": _array(reply.body)})
+    return found
