@@ -21,8 +21,8 @@ from pydantic import Field
 from fedcore.errors import BadInput, FedcoreError, StoreProblem
 from fedcore.files import write_atomic
 from fedcore.files.toml import Section, read_toml
-from fedcore.secagg.by_request.arrays import Arrays, difference, digest_of_arrays
-from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Reply, Request
+from fedcore.secagg.by_request.named_arrays import Arrays, difference, digest_of_arrays
+from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
 from fedcore.secagg.by_request.site import Membership, SiteByRequest
 from fedcore.secagg.by_request.terms import Trained
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
@@ -228,7 +228,7 @@ def _request_of(content: RecordDict, digest: bytes) -> Request:
     return Request.of_parts(dict(content.config_records[RECORD]), body, digest)
 
 
-def _content_of(reply: Reply) -> RecordDict:
+def _content_of(reply: SiteReply) -> RecordDict:
     found = RecordDict({RECORD: ConfigRecord(dict(reply.parts()))})
     if reply.body:
         found[BODY] = ArrayRecord({"body": _array(reply.body)})

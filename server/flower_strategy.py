@@ -22,9 +22,9 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, RoundAbandoned
 from fedcore.files.toml import read_tables
-from fedcore.secagg.by_request import arrays as named
+from fedcore.secagg.by_request import named_arrays as named
 from fedcore.secagg.by_request.coordinator import CoordinatorByRequest, ReleasedRound
-from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Reply, Request
+from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
 from fedcore.secagg.by_request.terms import RunTerms
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, step_after
 from fedcore.types import SiteId
@@ -306,7 +306,9 @@ class _GridLink:
                 return
             time.sleep(min(1.0, self._timeout))
 
-    def ask(self, requests: Mapping[Hashable, Request]) -> Iterator[tuple[Hashable, Reply | None]]:
+    def ask(
+        self, requests: Mapping[Hashable, Request]
+    ) -> Iterator[tuple[Hashable, SiteReply | None]]:
         asked = {self._sent(node, request): node for node, request in requests.items()}
         until = time.monotonic() + self._timeout
         while asked and time.monotonic() < until:
@@ -335,14 +337,14 @@ class _GridLink:
         return ticket
 
 
-def _reply_of(message: Message) -> Reply | None:
+def _reply_of(message: Message) -> SiteReply | None:
     if message.has_error():
         LOG.warning("node %s: %s", message.metadata.src_node_id, message.error.reason)
         return None
     content = message.content
     try:
         body = content.array_records[BODY]["body"].data if BODY in content.array_records else b""
-        return Reply.of_parts(dict(content.config_records[RECORD]), body)
+        return SiteReply.of_parts(dict(content.config_records[RECORD]), body)
     except (KeyError, FedcoreError) as error:
         LOG.warning("node %s: its reply is none of ours: %s", message.metadata.src_node_id, error)
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedcore.errors import Abandoned, RoundAbandoned
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol.messages import sign
 from fedcore.secagg.protocol.wire_form import decode, encode
+from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store import container
 from tests.support.by_request import lying, one_round, run_of, said
 
@@ -166,3 +168,21 @@ def test_a_site_that_gives_another_sum_than_was_released_is_not_believed():
     link.ask = ask
     assert len(one_round(run).mean) == 7
     assert first[:2] == ["va", "oslo"]
+
+
+def test_a_vector_of_malformed_chunks_is_left_out_and_the_sum_of_the_others_is_exact(monkeypatch):
+    real = EpochSecrets.protect
+
+    def protect(self, slots, layout, asked, site, entropy):
+        chunks, salt = real(self, slots, layout, asked, site, entropy)
+        if site == "oslo":
+            chunks = [bytes([255]) * len(chunk) for chunk in chunks]
+        return chunks, salt
+
+    monkeypatch.setattr(EpochSecrets, "protect", protect)
+    run, _, content = run_of(protection="layered")
+    run.begin()
+    found = one_round(run)
+    others = ("va", "rome", "bern")
+    assert found.survivors == others
+    assert np.abs(found.mean - np.mean([content[site] for site in others], axis=0)).max() < 1e-4

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fedcore.errors import (
     RoundAbandoned,
     printable,
 )
-from fedcore.secagg.by_request.requests import Link, Reply, Request
+from fedcore.secagg.by_request.requests import Link, Request, SiteReply
 from fedcore.secagg.by_request.terms import RunState, RunTerms, sum_from_bytes
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.crypto.masking import mask_sum
@@ -65,6 +65,47 @@ class ReleasedRound:
     upload_bytes: int
 
 
+class Uploads:
+    """The vectors of one round: in a folder, and in one running sum. sum: the container of the sum without masks."""
+
+    def __init__(self, folder: Path, scheme: Scheme, slots: int, header: RoundHeader) -> None:
+        self._folder, self._scheme, self._slots, self._header = folder, scheme, slots, header
+        self._fold = scheme.fold(slots)
+        self._folded: list[SiteId] | None = []
+        """None: the running sum has a part of a vector that was refused, and is made again."""
+        self.sum = b""
+
+    def add(self, site: SiteId, body: bytes, chunks: Sequence[bytes]) -> None:
+        """Keep a vector and fold it. Raises ChunkRefused."""
+        (self._folder / str(self._header.place(site))).write_bytes(body)
+        try:
+            self._take(chunks)
+        except ChunkRefused:
+            self._folded = None
+            raise
+        if self._folded is not None:
+            self._folded.append(site)
+
+    def _take(self, chunks: Sequence[bytes]) -> None:
+        for place, chunk in enumerate(chunks):
+            self._fold.add(place, chunk)
+
+    def total(self, asked: effects.RemoveMasks) -> coordinator.SumReady:
+        """The sum of exactly these sites' vectors, with the masks taken off."""
+        if self._folded is None or set(self._folded) != set(asked.survivors):
+            self._fold = self._scheme.fold(self._slots)
+            for site in asked.survivors:
+                path = self._folder / str(self._header.place(site))
+                self._take(container.from_bytes(path.read_bytes()))
+        masks = revealed(asked.masks)
+        if masks:
+            bits = self._scheme.plan.packing.slot_bits
+            self._fold.remove(mask_sum(masks, self._slots, bits))
+        chunks = list(self._fold.total())
+        self.sum = container.to_bytes(chunks)
+        return coordinator.SumReady(container.vector_digest(chunks), sum(map(len, chunks)))
+
+
 class CoordinatorByRequest:
     """One run. pins: {site: public identity key}, in the roster's order."""
 
@@ -81,10 +122,10 @@ class CoordinatorByRequest:
         self._now = 0.0
         self._outbox: dict[SiteId, list[Outgoing]] = {}
         self._notices: dict[SiteId, list[Outgoing]] = {}
-        self._body = b""
-        self._given: dict[SiteId, Reply] = {}
-        self._model: bytes = b""
-        self._training: object = None
+        self._given: dict[SiteId, SiteReply] = {}
+        self._start: tuple[bytes, object] = b"", None
+        """What the round is trained from: its digest, and what carries it."""
+        self._uploads: Uploads | None = None
 
     # -------------------------------------------------------------------------------- key epochs
 
@@ -132,7 +173,7 @@ class CoordinatorByRequest:
                 self._meet(node, reply)
         return refusals
 
-    def _meet(self, node: Hashable, reply: Reply) -> None:
+    def _meet(self, node: Hashable, reply: SiteReply) -> None:
         """A node is the site whose epoch key it sends, once the signature of that key holds."""
         for data in reply.messages:
             try:
@@ -172,11 +213,11 @@ class CoordinatorByRequest:
                 case messages.Announce():
                     last = encode(self.certificate) if self.certificate else b""
                     state = self.state.canonical() if last else b""
-                    request = replace(request, model=self._model, certificate=last, state=state)
+                    request = replace(request, model=self._start[0], certificate=last, state=state)
                 case messages.Delivery():
-                    request = replace(request, training=self._training)
+                    request = replace(request, training=self._start[1])
                 case messages.Aggregate():
-                    request = replace(request, body=self._body)
+                    request = replace(request, body=self._vectors.sum)
                 case messages.Certificate(survivors=survivors):
                     request = replace(request, give=site == survivors[0])
         return request
@@ -211,7 +252,7 @@ class CoordinatorByRequest:
                     self._step(coordinator.SiteReconnected(site))
                 return
 
-    def _answered(self, site: SiteId, reply: Reply) -> None:
+    def _answered(self, site: SiteId, reply: SiteReply) -> None:
         if reply.refused:
             LOG.warning("%s", printable(reply.refused))
         if reply.state:
@@ -242,16 +283,15 @@ class CoordinatorByRequest:
         """
         self._call()
         self._exchange()
-        self._model, self._training, self._given = model, training, {}
+        self._start, self._given = (model, training), {}
         header = self._header(step)
         layout = layout_of(self.terms.plan, 0, step.purpose)
-        self._slots = layout.slots
         size = self.scheme.upload_bytes(layout)
         with tempfile.TemporaryDirectory(prefix="fedcore-round-") as folder:
-            self._folder, self._fold = Path(folder), self.scheme.fold(self._slots)
-            self._folded: list[SiteId] = []
+            self._uploads = Uploads(Path(folder), self.scheme, layout.slots, header)
             self._step(coordinator.Start(header, size, self.terms.plan.salt_bytes))
             self._exchange()
+        self._uploads = None
         ended = self.stage
         if isinstance(ended, coordinator.Failed):
             if ended.exposed:
@@ -289,7 +329,7 @@ class CoordinatorByRequest:
                 case effects.Send(to=to, message=message):
                     self._send(SiteId(to), message)
                 case effects.RemoveMasks():
-                    self._step(self._remove_masks(effect))
+                    self._step(self._vectors.total(effect))
                 case effects.Warn(text=text):
                     LOG.warning("%s", text)
 
@@ -304,32 +344,13 @@ class CoordinatorByRequest:
         after, _ = coordinator.step(self.params, self.stage, event, self._now)
         if after is self.stage:  # it came before
             return
-        (self._folder / str(self.terms.plan.sites.index(site))).write_bytes(body)
-        try:
-            self._add(site, chunks)
-        except ChunkRefused:
-            self._folded, self._fold = [site], self.scheme.fold(self._slots)  # to be made again
-            raise
+        self._vectors.add(site, body, chunks)
         self._step(event)
 
-    def _add(self, site: SiteId, chunks: list[bytes]) -> None:
-        for place, chunk in enumerate(chunks):
-            self._fold.add(place, chunk)
-        self._folded.append(site)
-
-    def _remove_masks(self, asked: effects.RemoveMasks) -> coordinator.SumReady:
-        """The sum of exactly these sites' uploads, with the masks taken off."""
-        if sorted(self._folded) != sorted(asked.survivors):
-            self._folded, self._fold = [], self.scheme.fold(self._slots)
-            for site in asked.survivors:
-                path = self._folder / str(self.terms.plan.sites.index(site))
-                self._add(site, container.from_bytes(path.read_bytes()))
-        masks = revealed(asked.masks)
-        if masks:
-            self._fold.remove(mask_sum(masks, self._slots, self.terms.plan.packing.slot_bits))
-        chunks = list(self._fold.total())
-        self._body = container.to_bytes(chunks)
-        return coordinator.SumReady(container.vector_digest(chunks), sum(map(len, chunks)))
+    @property
+    def _vectors(self) -> Uploads:
+        assert self._uploads is not None
+        return self._uploads
 
     # -------------------------------------------------------------------------------- releases
 

@@ -49,7 +49,7 @@ class Request:
 
 
 @dataclass
-class Reply:
+class SiteReply:
     """One reply. messages: as in a request. refused: one line, where the site takes no part. body: a vector's
     container, or the sum that was asked for. state: the 32-byte digest of the site's state after a release."""
 
@@ -63,7 +63,7 @@ class Reply:
         return {"messages": self.messages, "refused": self.refused.encode(), "state": self.state}
 
     @classmethod
-    def of_parts(cls, parts: Mapping[str, object], body: bytes) -> "Reply":
+    def of_parts(cls, parts: Mapping[str, object], body: bytes) -> "SiteReply":
         """The inverse. Raises MalformedMessage."""
         refused = _bytes(parts, "refused").decode(errors="replace")
         return cls(list(_list(parts, "messages")), refused, body, _bytes(parts, "state"))
@@ -89,7 +89,9 @@ class Link(Protocol):
     def nodes(self) -> Sequence[Hashable]:
         """The engine's nodes that are connected now."""
 
-    def ask(self, requests: Mapping[Hashable, Request]) -> Iterator[tuple[Hashable, Reply | None]]:
+    def ask(
+        self, requests: Mapping[Hashable, Request]
+    ) -> Iterator[tuple[Hashable, SiteReply | None]]:
         """Send each node its request, and yield each reply as soon as it is there, one at a time; None for a node
         that does not answer in time or fails."""
 

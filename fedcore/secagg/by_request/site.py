@@ -2,8 +2,8 @@
 
 The memory has the stages of both machines whole, not the records that led to them, so that a secret is gone from
 it once the machine has dropped it. Invariant (PROTOCOL D): an engine may lose the memory, or keep an older one, but
-`Answered` is on disk before a reply leaves: a site whose memory is not the one of its last reply takes no further
-part in the run.
+the count of replies is on disk before a reply leaves: a site whose memory is not the one of its last reply takes no
+further part in the run.
 
 The rules are those of `protocol/round/site` and `protocol/epoch`. Only requests move a site: it has no clock.
 """
@@ -26,7 +26,7 @@ from fedcore.errors import (
     PolicyRefused,
     ReleaseRefused,
 )
-from fedcore.secagg.by_request.requests import Reply, Request
+from fedcore.secagg.by_request.requests import Request, SiteReply
 from fedcore.secagg.by_request.terms import RunState, RunTerms, Trained, sum_to_bytes
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey
@@ -89,7 +89,7 @@ def _policy(what: str, found: str, expected: str) -> PolicyRefused:
     )
 
 
-class Answered(Protocol):
+class ReplyCount(Protocol):
     """How many requests of this run the site has answered, on disk."""
 
     def count(self) -> int:
@@ -110,17 +110,17 @@ class SiteByRequest:
         about: Membership,
         memory: MutableMapping[str, bytes],
         train: Train,
-        answered: Answered,
+        answered: ReplyCount,
         entropy: Entropy | None = None,
     ) -> None:
         self.job, self.about, self.memory, self.train = job, about, memory, train
         self.answered = answered
         self.entropy = entropy or OsEntropy()
-        self.request, self.reply = Request(), Reply()
+        self.request, self.reply = Request(), SiteReply()
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request) -> SiteReply:
         """The one reply to one request. Never raises what the other side is at fault for."""
-        self.request, self.reply = request, Reply()
+        self.request, self.reply = request, SiteReply()
         try:
             count = int(self.memory.get("answered", b"0"))
             if self.answered.count() != count:
