@@ -314,7 +314,7 @@ def test_a_run_whose_report_failed_is_kept_and_resume_draws_it(monkeypatch):
 
 def test_of_two_runs_that_take_one_directory_one_is_refused():
     def second(prepared, directory):
-        with pytest.raises(AlreadyExists, match="found same"):
+        with pytest.raises(BadInput, match="writing into it, expected one command"):
             heart(out="same")
 
     assert heart(out="same", on_ready=second).result["rounds"] == 2
