@@ -27,6 +27,7 @@ from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import authority_of, channel_target, preflight
+from fedcore.learning.app_jobs import refuse_of_app
 from fedcore.learning.task import load_task
 from fedcore.report.phrases import size
 from fedcore.results import JobEvent, JobRow, JobSite, JobSummary, MetricsRow, ReferenceGap
@@ -152,11 +153,11 @@ def prepare(path: Path, tables: Json, settings: Mapping[str, Any]) -> frames.Sub
     toml = (path / "job.toml" if path.is_dir() else path).read_bytes()
     named = build_job(tables, settings)
     refuse_unsupported(named.to_json(), "deployment")
-    task = load_task(named.run.task, named.base)
+    task = load_task(named.run.task, named.base).with_settings(named.task_settings)
     job = build_job(task.defaults, tables, settings)
     refuse_unsupported(job.to_json(), "deployment")
-    given = task.with_settings(job.task_settings).given
-    complete = wire_settings(replace(job, task_settings=given))
+    refuse_of_app(task, job)
+    complete = wire_settings(replace(job, task_settings=task.given))
     about = frames.json_bytes({"settings": complete})
     return frames.SubmitRequest(toml, task.name, task.digest(), about)
 

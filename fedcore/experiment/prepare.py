@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.config import Job, TrainSection, build_job, is_json, packing_of, plan_of
+from fedcore.config import Job, build_job, is_json, packing_of, plan_of
 from fedcore.errors import BadInput, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
 from fedcore.identity.peer import check_sites
+from fedcore.learning.app_jobs import refuse_of_app
 from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.device import move_loss, require_device
@@ -177,7 +178,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     move_loss(task.loss, require_device(job.run.device))
     sources = resolve_sites(task, job)
     if task.app is not None:
-        _refuse_of_app(task, job)
+        refuse_of_app(task, job)
         task = task.at_source(next(iter(sources.values())))
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)
@@ -229,24 +230,6 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
     return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings)
-
-
-def _refuse_of_app(task: Task, job: Job) -> None:
-    """Raise BadInput for settings that an app cannot follow."""
-    unchanged = TrainSection()
-    for key in TrainSection.model_fields:
-        if (found := getattr(job.train, key)) != getattr(unchanged, key):
-            raise BadInput(
-                f"train.{key}: found {found!r}, which the app {task.name} does not read: it trains by its run config",
-                remedy='-c "key=value" overrides a key of [tool.flwr.app.config]',
-            )
-    others = [arm for arm in job.track.arms if arm != "federated"]
-    if others:
-        raise BadInput(
-            f"track.arms: found {others[0]!r}, expected 'federated' alone: only the app {task.name} can read its rows, "
-            "a site at a time, so they cannot be pooled or trained on twice",
-            remedy="leave arms out, or give the model and the data as a task (docs/tasks.md) to measure the gap",
-        )
 
 
 def _build(

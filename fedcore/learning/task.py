@@ -223,7 +223,8 @@ class Task:
 
         The code of a task from a file is the whole file, that of a task from a package all `.py` files of the
         package; every module they import that is neither installed in site-packages nor part of Python or
-        Fedcore counts with its package in the same way. `covers` names them. A task without a file (from a
+        Fedcore counts with its package in the same way. `covers` names them. That of an app is its package and its
+        declared settings. A task without a file (from a
         notebook) has the source of its functions, and nothing that they call. Data files are not covered.
         """
         metrics = self.metrics if self.app is None else self.app.declared
@@ -234,7 +235,7 @@ class Task:
             (name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in self._code()
         )
         text += sorted(f"{name}={of_file}" for name, of_file in hashes)
-        for part in _PARTS:  # two tasks of one file differ in them
+        for part in _PARTS if self.app is None else ():  # two tasks of one file differ in them
             function = task_settings.own(getattr(self, part))
             text.append(f"{part}={'' if function is None else _source_of(function)}")
         return hashlib.sha256("\x00".join(text).encode()).hexdigest()

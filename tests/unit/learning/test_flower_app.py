@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from fedcore_clients.worker import Worker
+from fedcore_server import operators
 from flwr.app import Context, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.serverapp import Grid
@@ -21,7 +22,7 @@ from support.flower_apps import CLIENT, LEGACY_CLIENT, LEGACY_SERVER, SERVER, fl
 
 import fedcore
 from fedcore.cli.main import main
-from fedcore.config import build_job, plan_of, wire_settings
+from fedcore.config import build_job, plan_of, read_job_file, wire_settings
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.experiment.api import resume
 from fedcore.learning.data.split import FoldSplit
@@ -262,6 +263,21 @@ def test_app_hash_covers_its_package_and_its_run_config(tmp_path):
         assert load_task(f"flower:{folder}").digest() != digest, file
         path.write_text(before)
     assert load_task(f"flower:{folder}").digest() == digest
+
+
+def test_submitted_job_has_the_rounds_of_its_run_config_and_no_setting_without_effect(tmp_path):
+    folder = flower_app(tmp_path / "app")
+    path = tmp_path / "job.toml"
+    path.write_text('task = "flower:app"\n[task_settings]\nnum-server-rounds = 7\n')
+    request = operators.prepare(path, read_job_file(path), {})
+    settings = json.loads(request.about)["settings"]
+    assert settings["round"]["rounds"] == 7
+    assert settings["task_settings"] == {"num-server-rounds": 7}
+    assert request.task_sha256 == load_task(f"flower:{folder}").digest()
+    with pytest.raises(
+        BadInput, match=r"train\.lr: found 0\.5, which the app tinyapp does not read"
+    ):
+        operators.prepare(path, read_job_file(path), {"lr": 0.5})
 
 
 def test_what_the_strategy_asks_for_and_does_not_get_is_a_warning(tmp_path):
