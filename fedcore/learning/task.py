@@ -415,8 +415,9 @@ def user_traceback(error: BaseException) -> str:
     is the user's, the libraries' frames stay and ours go."""
     ours = str(Path(__file__).resolve().parent) + os.sep
     frames = traceback.extract_tb(error.__traceback__)
-    # importlib's own frames are called <frozen ...>; <stdin> and <string> are the user's.
-    foreign = [not frame.filename.startswith((ours, "<frozen ")) for frame in frames]
+    # importlib's own frames are called <frozen ...>, but for its first; <stdin> and <string> are the user's.
+    libraries = (ours, "<frozen ", importlib.__file__)
+    foreign = [not frame.filename.startswith(libraries) for frame in frames]
     users = [
         theirs and "site-packages" not in frame.filename
         for theirs, frame in zip(foreign, frames, strict=True)

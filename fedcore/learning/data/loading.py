@@ -17,7 +17,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from fedcore.errors import BadInput, FedcoreError
+from fedcore.errors import BadInput, FedcoreError, TaskFailed
 from fedcore.learning.data.arrays import array_features, array_inputs, array_layout, target_tensor
 from fedcore.learning.data.groups import (
     Grouped,
@@ -42,6 +42,8 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
     with user_code(f"{where}: task.data"):
         try:
             found = task.data(source)
+        except TaskFailed:  # of an app's own code, and named
+            raise
         except FedcoreError as error:
             # An error of our own reader; only the site's name is added.
             raise BadInput(f"{where}: {error}", remedy=error.remedy) from error

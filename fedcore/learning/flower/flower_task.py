@@ -101,8 +101,12 @@ class FlowerApp:
             )
         return found
 
+    @property
+    def _name(self) -> str:
+        return f"Flower app {self.project.name}"
+
     def _run_main(self) -> Course:
-        with user_code(f"Flower app {self.project.name}: the ServerApp's main"):
+        with user_code(f"{self._name}: the ServerApp's main"):
             return course_of(self._server, self.config, self.project.name)
 
     @property
@@ -133,10 +137,9 @@ class FlowerApp:
 
     def at_source(self, task: Task, source: Any) -> Task:
         """The task with the metrics that the app's evaluate reports for a source. Raises BadInput, TaskFailed."""
-        node, where = _node_config(source), f"Flower app {self.project.name}: evaluate"
+        node, where = _node_config(source), f"{self._name}: evaluate"
         self._home = node
-        with user_code(where):
-            names = tuple(self._ask("evaluate", node, self._initial_record(), 0, where).metrics)
+        names = tuple(self._ask("evaluate", node, self._initial_record(), 0, where).metrics)
         if not names:
             raise BadInput(
                 f"{where}: found no metric beside {self.course.messages.weight_key!r}, expected at least one",
@@ -164,7 +167,7 @@ class FlowerApp:
 
         def part(kind: str) -> Partition:
             return Partition(
-                node, kind, self._ask(kind, node, arrays, 1, f"the app's {kind}").examples
+                node, kind, self._ask(kind, node, arrays, 1, f"{self._name}: {kind}").examples
             )
 
         return part("train"), part("evaluate")
@@ -261,7 +264,8 @@ class FlowerApp:
         )  # fmt: skip
         kept = RecordDict() if state is None else state
         context = Context(RUN_ID, _node_id(node), dict(node), kept, dict(self.config))
-        reply: object = self._client(make_message(about, content), context)
+        with user_code(where):
+            reply: object = self._client(make_message(about, content), context)
         if not isinstance(reply, Message) or reply.has_error():
             what = reply.error.reason if isinstance(reply, Message) else type(reply).__name__
             raise BadInput(
@@ -274,9 +278,8 @@ class FlowerApp:
         """The initial arrays; where the server has none, those of a client's get_parameters."""
         if course.arrays is not None:
             return course.arrays
-        where = f"Flower app {self.project.name}: get_parameters"
-        with user_code(where):
-            found = self._call("get_parameters", self._home, parameters_request(), 0, where)
+        where = f"{self._name}: get_parameters"
+        found = self._call("get_parameters", self._home, parameters_request(), 0, where)
         return parameters_reply(found, where)
 
     @cached_property

@@ -511,6 +511,22 @@ def test_project_that_is_no_app_for_this_flwr_is_refused(tmp_path, old, new, mes
     assert refused.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('run_config["learning-rate"]', 'run_config["lr"]', "Flower app tinyapp: train raised KeyError: 'lr'"),
+        ("error = float(", "error = none(", "Flower app tinyapp: evaluate raised NameError"),
+        ("app = ClientApp()", "import no_such", r"tinyapp\.client_app raised ModuleNotFoundError while it was"),
+    ],
+)  # fmt: skip
+def test_error_of_the_app_is_shown_from_its_own_line_on(tmp_path, old, new, message):
+    folder = flower_app(tmp_path / "app", client=CLIENT.replace(old, new))
+    with pytest.raises(TaskFailed, match=message) as failed:
+        simulated(folder, tmp_path / "run", sites=2)
+    lines = failed.value.user_traceback.splitlines()
+    assert f"{folder}/tinyapp/client_app.py" in lines[1]
+
+
 def test_folder_without_pyproject_is_no_app(tmp_path):
     with pytest.raises(BadInput, match=r"found no pyproject\.toml"):
         load_task(f"flower:{tmp_path}")
