@@ -18,10 +18,10 @@ MODEL = b"m" * 32
 SITES = ("va", "oslo", "rome", "bern")
 
 
-def updates(count, parameters=7, seed=0):
+def updates(sites, parameters):
     """One update a site, within a range of 1."""
-    rng = np.random.default_rng(seed)
-    return {site: rng.uniform(-0.9, 0.9, parameters) for site in SITES[:count]}
+    rng = np.random.default_rng(0)
+    return {site: rng.uniform(-0.9, 0.9, parameters) for site in sites}
 
 
 @dataclass
@@ -76,11 +76,11 @@ class Counts:
         self.kept[self.node] = count
 
 
-def run_of(count=4, protection="masked", *, parameters=7, rounds=3, given=None, **changes):
+def run_of(count=4, protection="masked", *, names=SITES, parameters=7, rounds=3, **changes):
     """(coordinator, link, updates) of a run of so many sites, whose key epoch has not begun."""
-    identities = {site: IdentityKey() for site in SITES[:count]}
+    identities = {site: IdentityKey() for site in names[:count]}
     pins = {site: key.public for site, key in identities.items()}
-    content = given or updates(count, parameters)
+    content = updates(names[:count], parameters)
     members = {s: Membership("hospitals", s, key, pins) for s, key in identities.items()}
     trains = {s: (lambda s=s: Trained(content[s], 40, {"train_loss": 0.5})) for s in content}
     link = LocalLink(members, trains)

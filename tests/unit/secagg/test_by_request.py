@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedcore.errors import Abandoned, PlanRefused, Refused, RoundAbandoned
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.secagg.by_request.terms import RunTerms, Trained
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.protocol.schedule import PlannedRound
@@ -79,6 +80,16 @@ def test_a_site_that_comes_late_gets_the_key_and_the_state_of_the_releases_befor
     assert "bern" not in one_round(run).survivors
     link.silent = set()
     assert one_round(run, 2).survivors == tuple(run.pins)
+
+
+def test_metrics_are_left_out_where_they_would_show_those_of_the_site_that_is_away():
+    run, link, _ = run_of()
+    run.begin()
+    assert run.terms.metric_means(one_round(run).opened)
+    link.silent = {"bern"}
+    assert run.terms.metric_means(one_round(run, 2).opened) == {}
+    link.silent = set()
+    assert run.terms.metric_means(one_round(run, 3).opened)
 
 
 def test_a_first_maker_that_is_absent_is_replaced():
@@ -232,3 +243,29 @@ def test_terms_whose_parts_do_not_belong_together_are_refused():
     ):
         with pytest.raises(Exception, match="other settings"):
             RunTerms.from_bytes(other.to_bytes())
+
+
+def test_rounds_end_with_the_model_of_a_simulation_bit_for_bit():
+    settings = {"protection": "masked", "range": 0.5, "rounds": 3, "server": "fedavg"}
+    prepared = prepare(*job_for(None, settings))
+    federation, plan = prepared.federation, prepared.plan
+    start = federation.state
+    trainers = dict(zip(plan.sites, federation.sites, strict=True))
+    run, link, _ = run_of(
+        4, "layered", names=plan.sites, parameters=plan.coordinates, rounds=3, metrics={},
+        value_range=plan.range.start, max_examples=plan.max_examples, seed=prepared.job.run.seed,
+        bits=plan.packing.bits,
+    )  # fmt: skip
+    run.begin()
+    model = start.server.parameters
+    for number in (1, 2, 3):
+        state = replace(start, server=replace(start.server, parameters=model))
+        for site, trainer in trainers.items():
+            update = trainer.train(plan, state, number).astype(np.float64)
+            trained = Trained(update, len(trainer.site.train), {})
+            link.trains[site] = lambda trained=trained: trained
+        model = model + one_round(run, number).mean
+        federation.advance()
+    assert np.array_equal(model, federation.state.server.parameters)
+    assert run.state.bound == federation.state.server.bound
+    assert not np.array_equal(model, start.server.parameters)

@@ -15,7 +15,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("fedcore").setLevel(logging.INFO)  # a line for each round
     config = context.run_config
     if config["strategy"] == "FedAdam":
         strategy = FedAdam(fraction_evaluate=0.0, eta=0.01)
