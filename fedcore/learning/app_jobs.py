@@ -1,4 +1,4 @@
-"""Which settings of a job a task that is an app of another framework cannot follow (`learning/flower`)."""
+"""Which settings of a job a task that is an app of another framework cannot follow (`learning/flower_apps`)."""
 
 from fedcore.config import Job, TrainSection
 from fedcore.errors import BadInput

@@ -31,7 +31,7 @@ BUILT_IN = {
 
 
 class TaskApp(Protocol):
-    """What a task that is an app of another framework has beside its functions (`learning/flower`)."""
+    """What a task that is an app of another framework has beside its functions (`learning/flower_apps`)."""
 
     @property
     def notes(self) -> Sequence[tuple[str, str]]:
@@ -309,7 +309,7 @@ def load_task(spec: str, base: Path | None = None) -> Task:
 
 def _flower_task(spec: str, base: Path) -> Task:
     try:  # flwr, which nothing else needs
-        found = importlib.import_module("fedcore.learning.flower.flower_task")
+        found = importlib.import_module("fedcore.learning.flower_apps.flower_task")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "flwr":
             raise

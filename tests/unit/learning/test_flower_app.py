@@ -26,7 +26,7 @@ from fedcore.config import build_job, plan_of, read_job_file, wire_settings
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.experiment.api import resume
 from fedcore.learning.data.split import FoldSplit
-from fedcore.learning.flower.strategies import REFUSED
+from fedcore.learning.flower_apps.strategies import REFUSED
 from fedcore.learning.guard import GuardMemory, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task

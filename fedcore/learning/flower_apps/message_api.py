@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcore.errors import BadInput
-from fedcore.learning.flower.app_arrays import AppArrays, arrays_in
+from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
 
 COLUMNS = frozenset({
     "abandoned", "arm", "arms", "bytes_down", "bytes_up", "class_counts", "clipped_fraction", "confusion",

@@ -21,10 +21,10 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
 from fedcore.errors import BadInput
-from fedcore.learning.flower.app_arrays import AppArrays, arrays_in
-from fedcore.learning.flower.legacy_api import Config, LegacyApi, named
-from fedcore.learning.flower.message_api import MessageApi, Messages
-from fedcore.learning.flower.project import RunConfig
+from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
+from fedcore.learning.flower_apps.legacy_api import Config, LegacyApi, named
+from fedcore.learning.flower_apps.message_api import MessageApi, Messages
+from fedcore.learning.flower_apps.project import RunConfig
 
 _ROBUST = (
     "compares the updates of single sites, which nobody sees under a protected sum",

@@ -20,8 +20,8 @@ from flwr.common import (
 from flwr.compat.common import recorddict_compat as compat
 
 from fedcore.errors import BadInput
-from fedcore.learning.flower.app_arrays import AppArrays, arrays_in
-from fedcore.learning.flower.message_api import AppReply, numbers_in, weight_in
+from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
+from fedcore.learning.flower_apps.message_api import AppReply, numbers_in, weight_in
 
 Config = Callable[[int], Mapping[str, Any]]
 """What a client gets for a round, by the round."""

@@ -31,12 +31,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fedcore.errors import BadInput
-from fedcore.learning.flower.app_arrays import AppArrays, load, module_of, record_of
-from fedcore.learning.flower.kept_state import from_plain, to_plain
-from fedcore.learning.flower.legacy_api import parameters_reply, parameters_request
-from fedcore.learning.flower.message_api import AppReply
-from fedcore.learning.flower.project import ConfigValue, Project, RunConfig, read_project
-from fedcore.learning.flower.strategies import Course, course_of
+from fedcore.learning.flower_apps.app_arrays import AppArrays, load, module_of, record_of
+from fedcore.learning.flower_apps.kept_state import from_plain, to_plain
+from fedcore.learning.flower_apps.legacy_api import parameters_reply, parameters_request
+from fedcore.learning.flower_apps.message_api import AppReply
+from fedcore.learning.flower_apps.project import ConfigValue, Project, RunConfig, read_project
+from fedcore.learning.flower_apps.strategies import Course, course_of
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task, user_code
 
