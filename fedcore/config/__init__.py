@@ -103,9 +103,13 @@ class RoundSection(Section):
     keep: Literal["last", "best"] | None = None
     patience: int | None = Field(default=None, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
-    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    server_beta1: float = Field(default=0.9, ge=0, lt=1)
+    server_beta2: float = Field(default=0.99, ge=0, lt=1)
+    server_tau: float = Field(default=1e-3, gt=0)
+    server_correction: Literal["adam", "none", "flower"] = "adam"
     buffers: Literal["average", "initial", "local"] = "average"
     submit_seconds: float | None = Field(default=None, gt=0, le=86_400)
     drop: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
@@ -210,9 +214,13 @@ class Settings(TypedDict, total=False):
     keep: Literal["last", "best"] | None
     patience: int | None
     checkpoint_every: int | None
-    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+    server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
     server_lr: float
     server_momentum: float
+    server_beta1: float
+    server_beta2: float
+    server_tau: float
+    server_correction: Literal["adam", "none", "flower"]
     buffers: Literal["average", "initial", "local"]
     submit_seconds: float | None
     drop: Sequence[str] | str
@@ -266,12 +274,16 @@ def deployed_settings(job: Job) -> Json:
 
 
 def wire_settings(job: Job) -> Json:
-    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or that
-    `plan.without_unchanged` leaves out."""
+    """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or is a later
+    setting that changes nothing."""
     whole = {k: v for k, v in deployed_settings(job).items() if k not in _PATHS_AND_DEVICE}
     for section in filter(None, SECTIONS):
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
-    return whole | {"train": plan.without_unchanged(whole["train"])}
+    later = {f"server_{name}": value for name, value in plan.UNCHANGED_SERVER.items()}
+    return whole | {
+        "train": plan.without_unchanged(whole["train"], plan.UNCHANGED_TRAINING),
+        "round": plan.without_unchanged(whole["round"], later),
+    }
 
 
 def read_settings(settings: bytes) -> Json:
@@ -318,7 +330,10 @@ def plan_of(
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
         train=train_plan(job.train),
-        server=plan.ServerPlan(each.server, each.server_lr, each.server_momentum, each.buffers),
+        server=plan.ServerPlan(
+            each.server, each.server_lr, each.server_momentum, each.buffers,
+            each.server_beta1, each.server_beta2, each.server_tau, each.server_correction,
+        ),
         range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
         threshold=protect.threshold or 0,

@@ -1,10 +1,11 @@
-"""Server optimisers as `init` and `apply` pairs: FedAvg, FedAvgM, FedAdam, FedYogi.
+"""Server optimisers as `init` and `apply` pairs: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
 
 They run at every site on the same released sum, so they must give the same bits everywhere
 (PROTOCOL F). Invariant: NumPy float64, element-wise + - * / sqrt only, no reduction, no fused
 operation, no power: beta^t is kept by repeated multiplication. The model is one cast to float32.
 FedAvg: McMahan et al. 2017, algorithm 1. FedAvgM: Hsu et al. 2019 (arXiv 1909.06335), section 4.3.
-FedAdam, FedYogi: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, with Adam's bias correction.
+FedAdam, FedYogi, FedAdagrad: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2; by default FedAdam and FedYogi with
+Adam's bias correction (Kingma and Ba 2015, algorithm 1).
 """
 
 import math
@@ -17,9 +18,6 @@ import numpy as np
 from fedcore.errors import UnknownName
 from fedcore.secagg.plan import ServerPlan
 from fedcore.types import FloatVector, WideVector
-
-BETA1, BETA2, TAU = 0.9, 0.99, 1e-3
-"""Reddi et al. 2021, section 5: beta1 = 0.9, beta2 = 0.99, tau = 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +68,44 @@ def _fedavgm(
     return velocity * plan.lr, {"velocity": velocity}, scalars
 
 
-def _adaptive(second: Callable[[WideVector, WideVector], WideVector]) -> Apply:
-    """second: the new second moment, of the old one and the square of the mean update."""
+Second = Callable[[WideVector, WideVector, float], WideVector]
+"""The new second moment, of the old one, the square of the mean update, and beta2."""
+
+
+def _adaptive(second: Second, *, corrected: bool = True) -> Apply:
+    """corrected: whether the plan's correction applies; a second moment that only grows has no bias."""
 
     def apply(
         mean: WideVector, moments: Moments, scalars: Scalars, plan: ServerPlan
     ) -> tuple[WideVector, Moments, Scalars]:
-        first = moments["first"] * BETA1 + mean * (1.0 - BETA1)
-        variance = second(moments["second"], mean * mean)
-        powers = {"beta1": scalars["beta1"] * BETA1, "beta2": scalars["beta2"] * BETA2}
-        unbiased = first / (1.0 - powers["beta1"])
-        spread = np.sqrt(variance / (1.0 - powers["beta2"]))
-        return unbiased * plan.lr / (spread + TAU), {"first": first, "second": variance}, powers
+        first = moments["first"] * plan.beta1 + mean * (1.0 - plan.beta1)
+        variance = second(moments["second"], mean * mean, plan.beta2)
+        powers = {"beta1": scalars["beta1"] * plan.beta1, "beta2": scalars["beta2"] * plan.beta2}
+        step = (
+            _corrected(first, variance, powers, plan)
+            if corrected
+            else _ratio(first, variance, plan)
+        )
+        return step, {"first": first, "second": variance}, powers
 
     return apply
+
+
+def _ratio(first: WideVector, variance: WideVector, plan: ServerPlan) -> WideVector:
+    return first * plan.lr / (np.sqrt(variance) + plan.tau)
+
+
+def _corrected(
+    first: WideVector, variance: WideVector, powers: Scalars, plan: ServerPlan
+) -> WideVector:
+    if plan.correction == "none":
+        return _ratio(first, variance, plan)
+    if plan.correction == "flower":  # flwr 1.42, FedAdam: powers of server_round + 1
+        spread = math.sqrt(1.0 - powers["beta2"] * plan.beta2)
+        rate = plan.lr * spread / (1.0 - powers["beta1"] * plan.beta1)
+        return first * rate / (np.sqrt(variance) + plan.tau)
+    unbiased = first / (1.0 - powers["beta1"])
+    return unbiased * plan.lr / (np.sqrt(variance / (1.0 - powers["beta2"])) + plan.tau)
 
 
 def _adaptive_init(size: int) -> tuple[Moments, Scalars]:
@@ -97,11 +119,14 @@ OPTIMISERS = {
     ),
     "fedavgm": ServerOptimiser(lambda size: ({"velocity": np.zeros(size)}, {}), _fedavgm),
     "fedadam": ServerOptimiser(
-        _adaptive_init, _adaptive(lambda old, square: old * BETA2 + square * (1.0 - BETA2))
+        _adaptive_init, _adaptive(lambda old, square, beta: old * beta + square * (1.0 - beta))
     ),
     "fedyogi": ServerOptimiser(
         _adaptive_init,
-        _adaptive(lambda old, square: old - square * np.sign(old - square) * (1.0 - BETA2)),
+        _adaptive(lambda old, square, beta: old - square * np.sign(old - square) * (1.0 - beta)),
+    ),
+    "fedadagrad": ServerOptimiser(
+        _adaptive_init, _adaptive(lambda old, square, beta: old + square, corrected=False)
     ),
 }
 
@@ -113,13 +138,29 @@ def optimiser_of(plan: ServerPlan) -> ServerOptimiser:
     return OPTIMISERS[plan.optimiser]
 
 
-MOST_ADAPTIVE = (1.0 - BETA1) / math.sqrt(1.0 - BETA2) / (1.0 - BETA1 / math.sqrt(BETA2))
-"""Most of |first moment| / sqrt(second moment) of FedAdam and FedYogi, whatever the updates were.
+def most_adaptive(plan: ServerPlan) -> float:
+    """Most of |first moment| / sqrt(second moment), with the correction, whatever the updates were.
 
-For every past update g, j rounds ago, second >= (1 - BETA2) BETA2^j g^2 in both (in Yogi it falls by the
-factor BETA2 a round at most, and is at least (1 - BETA2) g^2 after g), so
-|first| <= sum (1 - BETA1) BETA1^j |g| <= sqrt(second) times the sum of a geometric series. The correction
-of the bias, sqrt(1 - BETA2^t) / (1 - BETA1^t), is at most 1."""
+    For every past update g, j rounds ago, the second moment is at least c beta2^j g^2: it falls by the factor beta2
+    a round at most, and is at least c g^2 after g, where c is 1 - beta2 of FedAdam and the smaller of 1 - beta2 and
+    beta2 of FedYogi. So |first| <= sum (1 - beta1) beta1^j |g| <= sqrt(second) times a geometric series. FedAdagrad's
+    second moment is the sum of all squares, and the weights of the first add up to at most 1.
+    A correction multiplies by sqrt(1 - beta2^t) / (1 - beta1^t) for a t >= 1: at most 1 where
+    beta2 >= beta1 (2 - beta1), because (2 - beta1)^t >= 2 - beta1^t; else at most 1 / (1 - beta1).
+    """
+    if plan.optimiser == "fedadagrad":
+        return 1.0
+    least = 1.0 - plan.beta2
+    if plan.optimiser == "fedyogi":
+        least = min(least, plan.beta2)
+    decay = plan.beta1 / math.sqrt(plan.beta2) if plan.beta2 else math.inf
+    if plan.beta1 == 0.0:
+        decay = 0.0
+    if least == 0.0 or decay >= 1.0:
+        return math.inf
+    series = (1.0 - plan.beta1) / math.sqrt(least) / (1.0 - decay)
+    rises = plan.correction != "none" and plan.beta2 < plan.beta1 * (2.0 - plan.beta1) - 1e-12
+    return series / (1.0 - plan.beta1) if rises else series
 
 
 def largest_step(plan: ServerPlan, mean: float) -> float:
@@ -127,8 +168,8 @@ def largest_step(plan: ServerPlan, mean: float) -> float:
     match plan.optimiser:
         case "fedavgm":
             return plan.lr * mean / (1.0 - plan.momentum) if plan.momentum < 1.0 else math.inf
-        case "fedadam" | "fedyogi":
-            return plan.lr * min(MOST_ADAPTIVE, mean / TAU)
+        case "fedadam" | "fedyogi" | "fedadagrad":
+            return plan.lr * min(most_adaptive(plan), mean / plan.tau)
     return plan.lr * mean
 
 

@@ -151,6 +151,7 @@ def _optimiser(section: Mapping[str, Any]) -> str:
 _OPTIMISERS = {
     "sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "fedavgm": "server momentum, FedAvgM", "fedadam": "FedAdam",
     "fedyogi": "FedYogi",
+    "fedadagrad": "FedAdagrad",
 }  # fmt: skip
 
 

@@ -164,14 +164,32 @@ class TrainPlan:
             )
 
 
+CORRECTIONS = ("adam", "none", "flower")
+"""What a server optimiser divides its moments by: `adam`, each by 1 - beta^t; `none`, nothing (Reddi et al. 2021,
+algorithm 2); `flower`, the rate alone, as the FedAdam of flwr does, with the powers of the round after."""
+
+
 @dataclass(frozen=True)
 class ServerPlan:
-    """The server optimiser, which runs at the sites on the released sum (PROTOCOL F)."""
+    """The server optimiser, which runs at the sites on the released sum (PROTOCOL F).
+
+    momentum: of FedAvgM. beta1, beta2, tau: of FedAdam, FedYogi and FedAdagrad, as in Reddi et al. 2021
+    (arXiv 2003.00295), algorithm 2. correction: one of `CORRECTIONS`, of the moments' bias towards 0 in the
+    first rounds.
+    """
 
     optimiser: str = "fedavg"
     lr: float = 1.0
     momentum: float = 0.9
     buffers: str = "average"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    correction: str = "adam"
+
+    def __post_init__(self) -> None:
+        if self.correction not in CORRECTIONS:
+            raise UnknownName("round.server_correction", self.correction, CORRECTIONS)
 
 
 def default_threshold(sites: int) -> int:
@@ -203,13 +221,13 @@ UNCHANGED_TRAINING: Json = {
 as before there were any."""
 
 
-def without_unchanged(train: Json) -> Json:
-    """Training settings as they travel: without the later ones that change nothing."""
-    return {
-        name: value
-        for name, value in train.items()
-        if name not in UNCHANGED_TRAINING or UNCHANGED_TRAINING[name] != value
-    }
+UNCHANGED_SERVER: Json = {"beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "correction": "adam"}
+"""The same of a ServerPlan."""
+
+
+def without_unchanged(settings: Json, unchanged: Json) -> Json:
+    """Settings as they travel: without the later ones that change nothing."""
+    return {n: v for n, v in settings.items() if n not in unchanged or unchanged[n] != v}
 
 
 @dataclass(frozen=True)
@@ -372,14 +390,15 @@ class RoundPlan:
     def to_json(self) -> Json:
         """The plan as plain JSON, the form whose digest is signed and printed.
 
-        It has `cipher` only where vectors are encrypted, and the fields of `_UNSTATED` and
-        `UNCHANGED_TRAINING` only with another value than there.
+        It has `cipher` only where vectors are encrypted, and the fields of `_UNSTATED`,
+        `UNCHANGED_TRAINING` and `UNCHANGED_SERVER` only with another value than there.
         """
         flat = asdict(self) | {"version": PLAN_VERSION}
         model = flat.pop("model")
         flat |= {"inputs": model["inputs"], "initial_parts": model["initial"]}
         flat["sites"], flat["metric_sums"] = list(flat["sites"]), list(flat["metric_sums"])
-        flat["train"] = without_unchanged(flat["train"])
+        flat["train"] = without_unchanged(flat["train"], UNCHANGED_TRAINING)
+        flat["server"] = without_unchanged(flat["server"], UNCHANGED_SERVER)
         left_out = {name for name, value in _UNSTATED.items() if flat[name] == value}
         if not self.layers.encrypts:
             left_out.add("cipher")

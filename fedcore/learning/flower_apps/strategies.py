@@ -18,7 +18,7 @@ from flwr.server import ServerConfig
 from flwr.server import strategy as legacy_strategies
 from flwr.serverapp import Grid, ServerApp, server_app
 from flwr.serverapp import strategy as strategies
-from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 
 from fedcore.errors import BadInput
 from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
@@ -29,10 +29,6 @@ from fedcore.learning.flower_apps.project import RunConfig
 _ROBUST = (
     "compares the updates of single sites, which nobody sees under a protected sum",
     "FedAvg in the app; here protect.range bounds what one site can add to the sum",
-)
-_OPTIMISER = (
-    "makes the server's step in Flower's own arithmetic, which differs from Fedcore's optimiser of that name",
-    "FedAvg in the app and --server {here} --server-lr {eta} here, which is bias-corrected as Adam is",
 )
 _SERVER_NOISE = (
     "clips or adds noise at the server, which has no single update and no model here",
@@ -61,11 +57,16 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "FedXgbNnAvg": _TREES,
     "DPFedAvgFixed": _SERVER_NOISE,
     "DPFedAvgAdaptive": _SERVER_NOISE,
-    "FedAdam": _OPTIMISER,
-    "FedYogi": _OPTIMISER,
-    "FedAdagrad": (_OPTIMISER[0], "FedAvg in the app and --server fedadam here"),
 }
 """{strategy: (why not, what to use here)}."""
+
+_TAKEN = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad)
+_TAKEN_LEGACY = (
+    legacy_strategies.FedAvg, legacy_strategies.FedAvgM, legacy_strategies.FedProx, legacy_strategies.FedAdam,
+    legacy_strategies.FedYogi, legacy_strategies.FedAdagrad,
+)  # fmt: skip
+_ADAPTIVE = {"FedAdam": "flower", "FedYogi": "none", "FedAdagrad": "none"}
+"""{strategy: how it corrects its moments' bias, as a `server_correction`}."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _refuse_own_messages() -> NoReturn:
 
 def _course(started: _Started, name: str) -> Course:
     strategy = started.strategy
-    _refuse_strategy(strategy, strategies, (FedAvg, FedAvgM, FedProx), name)
+    _refuse_strategy(strategy, strategies, _TAKEN, name)
     averaging = cast("FedAvg", strategy)
     if isinstance(strategy, FedProx):
         started.train["proximal-mu"] = strategy.proximal_mu
@@ -210,10 +211,7 @@ def _course(started: _Started, name: str) -> Course:
 
 def _legacy_course(started: _StartedLegacy, name: str) -> Course:
     strategy = started.strategy
-    _refuse_strategy(
-        strategy, legacy_strategies,
-        (legacy_strategies.FedAvg, legacy_strategies.FedAvgM, legacy_strategies.FedProx), name,
-    )  # fmt: skip
+    _refuse_strategy(strategy, legacy_strategies, _TAKEN_LEGACY, name)
     averaging = cast("legacy_strategies.FedAvg", strategy)
     fit, evaluate = averaging.on_fit_config_fn, averaging.on_evaluate_config_fn
     proximal = (
@@ -248,6 +246,13 @@ def _settings(strategy: object, rounds: int) -> dict[str, object]:
         settings["server_lr"] = strategy.server_learning_rate
         if strategy.server_momentum:
             settings |= {"server": "fedavgm", "server_momentum": strategy.server_momentum}
+    kind = type(strategy).__name__
+    if isinstance(strategy, FedAdam | FedYogi | FedAdagrad | legacy_strategies.FedOpt):
+        settings |= {
+            "server": kind.lower(), "server_lr": strategy.eta, "server_tau": strategy.tau,
+            "server_beta1": strategy.beta_1, "server_beta2": strategy.beta_2,
+            "server_correction": _ADAPTIVE[kind],
+        }  # fmt: skip
     return settings
 
 
@@ -262,13 +267,13 @@ def _refuse_strategy(
         why, instead = REFUSED[kind]
         raise BadInput(
             f"strategy {kind}: found it in Flower app {name}; it {why}",
-            remedy=instead.format(here=kind.lower(), eta=getattr(strategy, "eta", 1.0)),
+            remedy=instead,
         )
     parents = [each.__name__ for each in type(strategy).__mro__[1:-2]]
     of = f" (a {parents[0]})" if parents else ""
     raise BadInput(
-        f"strategy {kind}{of}: found a strategy of Flower app {name}'s own, expected FedAvg, FedProx or FedAvgM "
-        "itself",
+        f"strategy {kind}{of}: found a strategy of Flower app {name}'s own, expected one of flwr: "
+        f"{', '.join(each.__name__ for each in taken)}",
         remedy="its code would run on a server, and here none has the model: use the class as flwr has it",
     )
 

@@ -136,6 +136,23 @@ def test_fedavgm_takes_its_momentum_along(tmp_path, monkeypatch):
     assert np.allclose(arrays_of(run)["w"], by_flower(folder, monkeypatch)["w"], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "FedAdam(eta=0.05)",
+        "FedAdam(eta=0.05, beta_1=0.5, beta_2=0.6, tau=0.1)",
+        "FedYogi(eta=0.05, tau=0.01)",
+        "FedAdagrad(eta=0.05, tau=0.1)",
+    ],
+)
+def test_adaptive_servers_take_flowers_own_steps(tmp_path, monkeypatch, made):
+    folder = flower_app(tmp_path / "app", server=strategy(f"strategies.{made}"))
+    run = simulated(folder, tmp_path / "run", sites=3)
+    found, expected = arrays_of(run)["w"], by_flower(folder, monkeypatch)["w"]
+    assert np.allclose(found, expected, atol=1e-4)
+    assert np.abs(expected).min() > 0.05  # it moved by more than the comparison allows
+
+
 def test_fedprox_sends_its_proximal_mu(tmp_path):
     client = CLIENT.replace(
         'learning-rate"] *', 'learning-rate"] * (msg.content["config"]["proximal-mu"] == 0.25) *'
@@ -331,11 +348,20 @@ def test_legacy_configs_of_a_round_reach_fit_and_evaluate(tmp_path):
     assert run.result.arms["federated"].metrics["eval_round"] == 3
 
 
+def test_adaptive_servers_of_the_older_api_have_their_settings(tmp_path):
+    server = LEGACY_SERVER.replace("FedAvg(", "FedYogi(eta=0.2, beta_1=0.5, tau=0.25, ")
+    task = load_task(f"flower:{legacy_app(tmp_path / 'app', server=server)}")
+    expected = {
+        "server": "fedyogi", "server_lr": 0.2, "server_beta1": 0.5, "server_beta2": 0.99, "server_tau": 0.25,
+        "server_correction": "none",
+    }  # fmt: skip
+    assert task.defaults.items() >= expected.items()
+
+
 @pytest.mark.parametrize(
     ("client", "server", "message"),
     [
         (LEGACY_CLIENT, LEGACY_SERVER.replace("FedAvg(", "FedMedian("), "strategy FedMedian: "),
-        (LEGACY_CLIENT, LEGACY_SERVER.replace("FedAvg(", "FedAdam("), "strategy FedAdam: "),
         (LEGACY_CLIENT, LEGACY_SERVER.replace("FedAvg(", "FedXgbNnAvg("), "strategy FedXgbNnAvg: "),
         (LEGACY_CLIENT, LEGACY_SERVER.replace("FedAvg(", "FaultTolerantFedAvg("), r"FaultTolerantFedAvg \(a FedAvg\)"),
         (LEGACY_CLIENT.replace("len(self.x), {}", "0, {}"), LEGACY_SERVER, "num_examples = 0"),

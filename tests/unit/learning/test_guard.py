@@ -20,16 +20,14 @@ from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules
 from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import (
-    BETA1,
-    BETA2,
-    MOST_ADAPTIVE,
     apply_update,
     init_state,
     largest_step,
+    most_adaptive,
 )
 from fedcore.learning.released import largest_move
 from fedcore.learning.scoring import EVALUATION_BATCH, MOST_ROWS, has_loss, training_loss
-from fedcore.secagg.plan import ServerPlan
+from fedcore.secagg.plan import CORRECTIONS, ServerPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
 
 
@@ -255,10 +253,21 @@ PLANS = [
     ServerPlan("fedavgm", 0.5, 0.0),
     ServerPlan("fedadam", 0.3),
     ServerPlan("fedyogi", 0.3),
+    ServerPlan("fedadagrad", 0.3),
+    *[
+        ServerPlan(name, 0.3, **constants, correction=correction)
+        for name in ("fedadam", "fedyogi")
+        for correction in CORRECTIONS
+        for constants in ({}, {"beta1": 0.5, "beta2": 0.6}, {"beta1": 0.0, "beta2": 0.3})
+    ],
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.optimiser} {plan.momentum:g}")
+@pytest.mark.parametrize(
+    "plan",
+    PLANS,
+    ids=lambda plan: f"{plan.optimiser} {plan.momentum:g} {plan.beta1:g} {plan.correction}",
+)
 @given(data=st.data())
 def test_no_sequence_of_updates_within_a_bound_steps_further_than_it_allows(plan, data):
     mean = data.draw(st.sampled_from([1e-4, 0.02, 3.0]))
@@ -277,12 +286,22 @@ def test_updates_that_grow_bring_adam_above_its_rate_and_not_above_the_bound():
     plan, largest = ServerPlan("fedadam", 1.0), 0.0
     state = init_state(np.zeros(1, dtype=np.float32), 1, plan, 1.0)
     for j in range(300):
-        moved = apply_update(state, np.array([(BETA2 / BETA1) ** j]), 1, plan)
+        moved = apply_update(state, np.array([(plan.beta2 / plan.beta1) ** j]), 1, plan)
         largest = max(largest, float(moved.parameters[0] - state.parameters[0]))
         state = moved
-    assert 2.0 < largest <= MOST_ADAPTIVE
+    assert 2.0 < largest <= most_adaptive(plan)
     for t in range(1, 2000):
-        assert math.sqrt(1 - BETA2**t) / (1 - BETA1**t) <= 1 + 1e-12
+        assert math.sqrt(1 - plan.beta2**t) / (1 - plan.beta1**t) <= 1 + 1e-12
+
+
+def test_where_nothing_bounds_the_ratio_of_the_moments_the_constant_in_the_denominator_does():
+    for plan in (
+        ServerPlan("fedadam", 0.3, beta1=0.9, beta2=0.5),
+        ServerPlan("fedyogi", 0.3, beta1=0.0, beta2=0.0),
+        ServerPlan("fedadam", 0.3, beta1=0.5, beta2=0.0),
+    ):
+        assert most_adaptive(plan) == math.inf
+        assert largest_step(plan, 0.02) == 0.3 * 0.02 / 1e-3
 
 
 def test_the_range_of_an_adaptive_plan_counts_four_times():

@@ -21,7 +21,13 @@ from fedcore.learning.optimisers import OPTIMISERS, apply_update, init_state, op
 from fedcore.secagg.plan import ServerPlan
 
 NAMES = sorted(OPTIMISERS)
-BETA1, BETA2 = 0.9, 0.99  # Reddi et al. 2021, section 5
+DEFAULTS = 0.9, 0.99, 1e-3  # Reddi et al. 2021, section 5
+OTHERS = [
+    {"correction": "none"},
+    {"correction": "flower"},
+    {"correction": "flower", "beta1": 0.5, "beta2": 0.6, "tau": 0.1},
+    {"beta1": 0.0, "beta2": 0.3, "tau": 1e-2},
+]
 
 
 class Textbook:
@@ -38,18 +44,25 @@ class Textbook:
         elif plan.optimiser == "fedavgm":  # Hsu et al. 2019: v <- beta v + mean; x <- x + lr v
             self.velocity = plan.momentum * self.velocity + delta
             self.x += plan.lr * self.velocity
-        else:  # Reddi et al. 2021, algorithm 2, with Adam's bias correction
-            square = delta * delta
-            self.m = BETA1 * self.m + (1 - BETA1) * delta
+        else:  # Reddi et al. 2021, algorithm 2
+            square, beta1, beta2 = delta * delta, plan.beta1, plan.beta2
+            self.m = beta1 * self.m + (1 - beta1) * delta
             if plan.optimiser == "fedadam":
-                self.v = BETA2 * self.v + (1 - BETA2) * square
+                self.v = beta2 * self.v + (1 - beta2) * square
+            elif plan.optimiser == "fedadagrad":
+                self.v += square
             else:
                 # Bit for bit as the code has it: v may equal the square up to one ulp (0.01 is not
                 # 1 - 0.99), and then the last bit decides the sign, and with it the whole step.
                 sign = math.copysign(self.v != square, self.v - square)
-                self.v -= sign * square * (1 - BETA2)
-            m_hat, v_hat = self.m / (1 - BETA1**self.t), self.v / (1 - BETA2**self.t)
-            self.x += plan.lr * m_hat / (math.sqrt(v_hat) + 1e-3)
+                self.v -= sign * square * (1 - beta2)
+            m_hat, v_hat, rate = self.m, self.v, plan.lr
+            if plan.correction == "adam" and plan.optimiser != "fedadagrad":  # Kingma and Ba 2015
+                m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
+            elif plan.correction == "flower" and plan.optimiser != "fedadagrad":  # flwr's FedAdam
+                after = self.t + 1
+                rate = plan.lr * math.sqrt(1 - beta2**after) / (1 - beta1**after)
+            self.x += rate * m_hat / (math.sqrt(v_hat) + plan.tau)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -82,6 +95,28 @@ def test_ten_rounds_of_ordinary_updates_are_the_textbook(name):
         state = apply_update(state, np.array([delta]), 1, plan)
         slow.step(float(delta))
         assert state.parameters[0] == pytest.approx(slow.x, rel=1e-9)
+
+
+def test_the_constants_are_those_of_the_paper():
+    plan = ServerPlan()
+    assert (plan.beta1, plan.beta2, plan.tau) == DEFAULTS
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
+def test_other_constants_and_corrections_are_the_textbook(name, other):
+    plan, rng = ServerPlan(name, 0.3, **other), np.random.default_rng(9)
+    state = init_state(np.array([0.25], dtype=np.float32), 1, plan, 0.5)
+    slow = Textbook(plan, 0.25)
+    for delta in rng.normal(scale=0.1, size=10):
+        state = apply_update(state, np.array([delta]), 1, plan)
+        slow.step(float(delta))
+        assert state.parameters[0] == pytest.approx(slow.x, rel=1e-9)
+
+
+def test_an_unknown_correction_is_refused_by_name():
+    with pytest.raises(UnknownName, match="server_correction"):
+        ServerPlan("fedadam", correction="adm")
 
 
 def run_rounds(name: str, rounds: int = 5):

@@ -29,6 +29,7 @@ from fedcore.learning.task import Task
 from fedcore.learning.training import local_train, make_optimiser
 from fedcore.secagg.plan import (
     LR_SCHEDULES,
+    UNCHANGED_SERVER,
     UNCHANGED_TRAINING,
     ModelShape,
     RoundPlan,
@@ -321,6 +322,21 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
     assert names - {"initial"} == set(TrainSection.model_fields) - {"standardise"}
 
 
+def test_every_constant_of_the_server_is_in_the_plan_that_sites_check():
+    later = {"beta1": 0.5, "beta2": 0.6, "tau": 0.1, "correction": "none"}
+    assert later.keys() == UNCHANGED_SERVER.keys()
+    settings = {f"server_{name}": value for name, value in later.items()}
+    found = plan(server="fedadam", **settings)
+    assert found.to_json()["server"].items() >= later.items()
+    assert RoundPlan.from_json(found.to_json()) == found
+    for name, value in settings.items():
+        assert plan(**{name: value}).digest != plan().digest
+        job = build_job({name: value})
+        assert build_job(read_settings(canonical(wire_settings(job)))).round == job.round
+    with pytest.raises(BadInput, match=r"round\.server_tau"):
+        build_job({"server_tau": 0.0})
+
+
 def test_a_deployed_site_reads_the_training_of_the_job_from_what_travels():
     job = build_job({
         "optimiser": "adamw", "proximal_mu": 0.1, "max_grad_norm": 2.0, "lr_schedule": "step", "lr_decay": 0.5,
@@ -337,3 +353,4 @@ def test_a_job_without_the_later_settings_has_the_digests_it_always_had():
     assert settings_digest(job, 64) == old
     assert UNCHANGED_TRAINING.keys().isdisjoint(wire_settings(job)["train"])
     assert UNCHANGED_TRAINING.keys().isdisjoint(plan().to_json()["train"])
+    assert UNCHANGED_SERVER.keys().isdisjoint(plan().to_json()["server"])
