@@ -217,8 +217,18 @@ def test_a_deployment_that_fails_says_why_and_leaves_its_logs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "error", "hint"),
     [
-        (["--drop", "1:submit:va"], 2, "round.drop: found simulated absences", "fedcore simulate"),
-        (["--dropout", "0.1"], 2, "round.drop: found simulated absences", "fedcore simulate"),
+        (
+            ["--drop", "1:submit:va"],
+            2,
+            "round.drop: found 1:submit:va, expected none in a deployment",
+            "fedcore simulate",
+        ),
+        (
+            ["--dropout", "0.1"],
+            2,
+            "round.dropout: found 0.1, expected none in a deployment",
+            "fedcore simulate",
+        ),
         (["--protection", "plain"], 3, "protect.protection: found 'plain'", "fedcore simulate"),
         (["--task", "hart"], 2, "task: found 'hart'", "heart"),
         (["--rounds", "0"], 2, "round.rounds: found 0", ""),
