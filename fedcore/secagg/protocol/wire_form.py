@@ -152,9 +152,8 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
         parts = value
     else:
         parts = (value,)
-    for (
-        part
-    ) in parts:  # in a loop: most parts are plain, and a call for each takes longer than the rest
+    # In a loop: most parts are plain, and a call for each takes longer than all else.
+    for part in parts:
         kind = type(part)
         if kind is bytes:
             out(b"B" + _LENGTH(len(part)))
