@@ -58,3 +58,18 @@ def test_a_process_ends_with_the_one_that_asked_for_it():
     while place.exists():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_who_is_killed_before_it_has_asked_leaves_the_others_their_processes():
+    """kill -9 between the connection and the request."""
+    pool = preloaded()
+    code = Path(pool.python).read_text()
+    for sent in ("", "link.send(b'1'); ", "link.send(b'1234'); "):
+        before, after = code.split("socket.send_fds(", 1)
+        killed = before + f"{sent}os.kill(os.getpid(), 9)\nsocket.send_fds(" + after
+        done = subprocess.run([sys.executable, "-ISS", "-c", killed, "-c", "pass"], timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        done = subprocess.run(
+            [pool.python, "-P", "-c", "print(6 * 7)"], capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout == "42\n", done.stderr

@@ -82,13 +82,17 @@ sys.exit(code)
 
 
 def _receive(link):
-    """A request and the three descriptors that come with it."""
-    data, fds, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
-    (size,) = _LENGTH.unpack(data)
-    parts = bytearray()
-    while len(parts) < size:
-        parts += link.recv(size - len(parts))
-    return json.loads(parts), fds
+    """A request and the three descriptors that come with it; no request where whoever asks is killed meanwhile."""
+    data, fds = b"", []
+    try:
+        data, fds, _, _ = socket.recv_fds(link, _LENGTH.size, 3)
+        size = _LENGTH.unpack(data)[0] if len(data) == _LENGTH.size else 0
+        parts = bytearray()
+        while len(parts) < size and (more := link.recv(size - len(parts))):
+            parts += more
+    except ConnectionError:
+        size, parts = 0, bytearray()
+    return json.loads(parts) if size and len(parts) == size else None, fds
 
 
 def serve(path, modules):
@@ -126,6 +130,10 @@ def serve(path, modules):
             continue
         link, _ = listener.accept()
         asked, fds = _receive(link)
+        if asked is None:
+            for each in (link.detach(), *fds):
+                os.close(each)
+            continue
         pid = os.fork()
         if not pid:
             for each in {listener.fileno(), link.detach(), *children}:
