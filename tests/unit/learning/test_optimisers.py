@@ -85,16 +85,20 @@ def test_every_optimiser_is_the_textbook(name, lr, momentum, start, deltas):
     assert state.bound == 0.5
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ten_rounds_of_ordinary_updates_are_the_textbook(name):
-    """Fixed numbers, for what random ones may miss."""
-    plan, rng = ServerPlan(name, 0.3, 0.9), np.random.default_rng(8)
+def ten_rounds_are_the_textbook(plan, seed):
+    rng = np.random.default_rng(seed)
     state = init_state(np.array([0.25], dtype=np.float32), 1, plan, 0.5)
     slow = Textbook(plan, 0.25)
     for delta in rng.normal(scale=0.1, size=10):
         state = apply_update(state, np.array([delta]), 1, plan)
         slow.step(float(delta))
         assert state.parameters[0] == pytest.approx(slow.x, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_rounds_of_ordinary_updates_are_the_textbook(name):
+    """Fixed numbers, for what random ones may miss."""
+    ten_rounds_are_the_textbook(ServerPlan(name, 0.3, 0.9), seed=8)
 
 
 def test_the_constants_are_those_of_the_paper():
@@ -105,13 +109,7 @@ def test_the_constants_are_those_of_the_paper():
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
 def test_other_constants_and_corrections_are_the_textbook(name, other):
-    plan, rng = ServerPlan(name, 0.3, **other), np.random.default_rng(9)
-    state = init_state(np.array([0.25], dtype=np.float32), 1, plan, 0.5)
-    slow = Textbook(plan, 0.25)
-    for delta in rng.normal(scale=0.1, size=10):
-        state = apply_update(state, np.array([delta]), 1, plan)
-        slow.step(float(delta))
-        assert state.parameters[0] == pytest.approx(slow.x, rel=1e-9)
+    ten_rounds_are_the_textbook(ServerPlan(name, 0.3, **other), seed=9)
 
 
 def test_an_unknown_correction_is_refused_by_name():
