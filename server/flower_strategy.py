@@ -17,11 +17,11 @@ from typing import cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, RoundAbandoned
 from fedcore.files.toml import read_tables
+from fedcore.learning.flower_apps.refused import refuse_single_updates
 from fedcore.secagg.by_request import named_arrays as named
 from fedcore.secagg.by_request.coordinator import CoordinatorByRequest, ReleasedRound
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
@@ -35,13 +35,6 @@ _POLL_SECONDS = 0.2
 
 LATE_SECONDS = 60.0
 """How long a run waits for the nodes of its last sites before it begins; they may join later."""
-
-_NEEDS_SINGLE_UPDATES = (
-    "Krum", "MultiKrum", "Bulyan", "FedMedian", "FedTrimmedAvg", "QFedAvg", "FedXgbBagging", "FedXgbCyclic",
-    "DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping",
-    "DifferentialPrivacyClientSideFixedClipping", "DifferentialPrivacyClientSideAdaptiveClipping",
-)  # fmt: skip
-"""Strategies that look at the update, loss or norm of each site: a protected sum has none of them."""
 
 
 @dataclass(frozen=True)
@@ -225,13 +218,13 @@ class SecureAggregation:
 
 def _check_strategy(strategy: FedAvg) -> None:
     """Raise PlanRefused for a strategy that cannot take one aggregate, or settings that have no effect here."""
-    name = type(strategy).__name__
-    kinds = [getattr(strategies, each) for each in _NEEDS_SINGLE_UPDATES]
-    alone = next((kind.__name__ for kind in kinds if isinstance(strategy, kind)), None)
-    if alone is not None or not isinstance(strategy, FedAvg):
+    refuse_single_updates(strategy, "SecureAggregation")
+    if not isinstance(strategy, FedAvg):
+        kind = type(strategy)
         raise PlanRefused(
-            f"strategy: found {name}, which needs each site's own update, expected one that takes the mean",
-            remedy="use FedAvg, FedProx, FedAvgM, FedAdam, FedYogi or FedAdagrad",
+            f"strategy: found {kind.__name__} of {kind.__module__}, expected one that is derived from FedAvg of "
+            "flwr.serverapp.strategy",
+            remedy="use FedAvg, FedProx, FedAvgM, FedAdam, FedYogi or FedAdagrad of flwr.serverapp.strategy",
         )
     if strategy.fraction_train != 1.0:
         raise PlanRefused(

@@ -10,55 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NoReturn, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.server import ServerConfig
 from flwr.server import strategy as legacy_strategies
 from flwr.serverapp import Grid, ServerApp, server_app
-from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, PlanRefused
 from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
 from fedcore.learning.flower_apps.legacy_api import Config, LegacyApi, named
 from fedcore.learning.flower_apps.message_api import MessageApi, Messages
 from fedcore.learning.flower_apps.project import RunConfig
-
-_ROBUST = (
-    "compares the updates of single sites, which nobody sees under a protected sum",
-    "FedAvg in the app; here protect.range bounds what one site can add to the sum",
-)
-_SERVER_NOISE = (
-    "clips or adds noise at the server, which has no single update and no model here",
-    "FedAvg in the app with LocalDpMod among its ClientApp's mods, which acts at the site",
-)
-_TREES = (
-    "adds trees, and a protected sum is of arrays of one shape",
-    "a model of arrays: PyTorch, or a linear model of scikit-learn",
-)
-REFUSED: Mapping[str, tuple[str, str]] = {
-    "Krum": _ROBUST,
-    "MultiKrum": _ROBUST,
-    "Bulyan": _ROBUST,
-    "FedMedian": _ROBUST,
-    "FedTrimmedAvg": _ROBUST,
-    "QFedAvg": (
-        "weights each update by the loss of its site, which nobody sees under a protected sum",
-        "FedAvg in the app; `fedcore simulate` reports every site's own metrics in result.json",
-    ),
-    "FedXgbBagging": _TREES,
-    "FedXgbCyclic": _TREES,
-    "DifferentialPrivacyServerSideFixedClipping": _SERVER_NOISE,
-    "DifferentialPrivacyServerSideAdaptiveClipping": _SERVER_NOISE,
-    "DifferentialPrivacyClientSideFixedClipping": _SERVER_NOISE,
-    "DifferentialPrivacyClientSideAdaptiveClipping": _SERVER_NOISE,
-    "FedXgbNnAvg": _TREES,
-    "DPFedAvgFixed": _SERVER_NOISE,
-    "DPFedAvgAdaptive": _SERVER_NOISE,
-}
-"""{strategy: (why not, what to use here)}."""
+from fedcore.learning.flower_apps.refused import of_flwr, refuse_single_updates
 
 _TAKEN = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad)
 _TAKEN_LEGACY = (
@@ -67,6 +32,12 @@ _TAKEN_LEGACY = (
 )  # fmt: skip
 _ADAPTIVE = {"FedAdam": "flower", "FedYogi": "none", "FedAdagrad": "none"}
 """{strategy: how it corrects its moments' bias, as a `server_correction`}."""
+_OTHERS = {
+    "FaultTolerantFedAvg": "FedAvg; `protect.threshold` says how many sites a round needs",
+    "FedOpt": "FedAdam, FedYogi or FedAdagrad: FedOpt itself has no step of its own",
+    "FedAvgAndroid": "FedAvg, whose arrays have shapes",
+}
+"""{a strategy of flwr's older API that is none of the taken ones: what to use here}."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +162,7 @@ def _refuse_own_messages() -> NoReturn:
 
 def _course(started: _Started, name: str) -> Course:
     strategy = started.strategy
-    _refuse_strategy(strategy, strategies, _TAKEN, name)
+    _refuse_strategy(strategy, _TAKEN, name)
     averaging = cast("FedAvg", strategy)
     if isinstance(strategy, FedProx):
         started.train["proximal-mu"] = strategy.proximal_mu
@@ -211,7 +182,7 @@ def _course(started: _Started, name: str) -> Course:
 
 def _legacy_course(started: _StartedLegacy, name: str) -> Course:
     strategy = started.strategy
-    _refuse_strategy(strategy, legacy_strategies, _TAKEN_LEGACY, name)
+    _refuse_strategy(strategy, _TAKEN_LEGACY, name)
     averaging = cast("legacy_strategies.FedAvg", strategy)
     fit, evaluate = averaging.on_fit_config_fn, averaging.on_evaluate_config_fn
     proximal = (
@@ -256,24 +227,22 @@ def _settings(strategy: object, rounds: int) -> dict[str, object]:
     return settings
 
 
-def _refuse_strategy(
-    strategy: object, package: ModuleType, taken: tuple[type, ...], name: str
-) -> None:
-    """Raise BadInput for all but the taken ones, with the reason where flwr ships the strategy."""
-    kind = type(strategy).__name__
-    if type(strategy) in taken:
+def _refuse_strategy(strategy: object, taken: tuple[type, ...], name: str) -> None:
+    """Raise PlanRefused for all but the taken ones, with the reason where flwr ships the strategy."""
+    kind = type(strategy)
+    if kind in taken:
         return
-    if getattr(package, kind, None) is type(strategy) and kind in REFUSED:
-        why, instead = REFUSED[kind]
-        raise BadInput(
-            f"strategy {kind}: found it in Flower app {name}; it {why}",
-            remedy=instead,
+    refuse_single_updates(strategy, f"Flower app {name}")
+    expected = f"expected one of flwr: {', '.join(each.__name__ for each in taken)}"
+    if of_flwr(kind):
+        raise PlanRefused(
+            f"strategy {kind.__name__}: found it in Flower app {name}, {expected}",
+            remedy=_OTHERS.get(kind.__name__, "FedAvg"),
         )
-    parents = [each.__name__ for each in type(strategy).__mro__[1:-2]]
+    parents = [each.__name__ for each in kind.__mro__[1:-2]]
     of = f" (a {parents[0]})" if parents else ""
-    raise BadInput(
-        f"strategy {kind}{of}: found a strategy of Flower app {name}'s own, expected one of flwr: "
-        f"{', '.join(each.__name__ for each in taken)}",
+    raise PlanRefused(
+        f"strategy {kind.__name__}{of}: found a strategy of Flower app {name}'s own, {expected}",
         remedy="its code would run on a server, and here none has the model: use the class as flwr has it",
     )
 

@@ -170,16 +170,6 @@ def test_a_run_without_a_released_round_is_abandoned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["Krum", "MultiKrum", "FedMedian", "FedTrimmedAvg", "Bulyan", "QFedAvg"]
-)
-def test_a_strategy_that_needs_single_updates_is_refused(name):
-    build = getattr(strategies, name)
-    needs = {"client_learning_rate": 0.1} if name == "QFedAvg" else {}
-    with pytest.raises(PlanRefused, match=f"found {name}, which needs each site's own update"):
-        secure({"a": "00"}, build(fraction_evaluate=0.0, **needs))
-
-
-@pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({}, "fraction_evaluate=1, expected 0"),
