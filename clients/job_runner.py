@@ -106,6 +106,7 @@ class JobRunner:
         if ended is not None:
             at = float(get("ended_at") or 0)
             self.job.end = JobEnd(decode(ended, job_messages.JobEnded), at)
+            self.work.forget_app()
         if agreed is None:
             return
         about, marks = json.loads(agreed), json.loads(get("marks") or b"{}")
@@ -326,6 +327,7 @@ class JobRunner:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await self.contributor.forget(self.id)
+        self.work.forget_app()
 
     def erase_keys(self) -> None:
         """Erase the key epochs' secrets, if the job ended longer ago than the site keeps them."""

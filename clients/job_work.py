@@ -157,6 +157,7 @@ class JobWork:
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
             self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
+            self.guard.app_state = await asyncio.to_thread(self._app_state)
             found = await self.contributor.contribute(
                 self.id, work.agreed.plan, step, work.state, self.guard
             )
@@ -186,13 +187,28 @@ class JobWork:
         header, (chunks, salt, marks) = asked.header.digest, work.protect(asked, found)
         size = sum(map(len, chunks))
         judged = canonical(self.guard.memory.to_json())
+        app = self._kept_app(self.guard.app_state)
         if size + container.overhead(len(chunks)) <= INLINE:
             small = container.to_bytes(chunks)
             vector = site.VectorMade(container.vector_digest(chunks), size, salt)
         else:
             small, stored = b"", self.context.spool.put(self.id, "vector", chunks, header=header)
             vector = site.VectorMade(stored.digest, stored.size, salt)
-        return events.VectorReady(header, vector, small, marks, judged)
+        return events.VectorReady(header, vector, small, marks, judged, app)
+
+    def _app_state(self) -> bytes:
+        """What an app keeps here, as of the last vector that was journalled: a round that was given up before that
+        has left nothing, and one that is trained again finds the state from before it (`kept_state.KeptState`)."""
+        return self.files.app_state(self.context.journal.get(self.id, "app") or b"")
+
+    def _kept_app(self, state: bytes) -> bytes:
+        return self.files.keep_app(state, self.context.journal.get(self.id, "app") or b"")
+
+    def forget_app(self) -> None:
+        """Erase what an app kept here, once the job is over."""
+        if self.context.journal.get(self.id, "app") is not None:
+            self.context.journal.forget(self.id, "app")
+        self.files.forget_app()
 
     async def upload(self, submit: messages.Submit) -> None:
         """Upload this round's vector, until it is complete or the round does not need it any more."""

@@ -4,10 +4,14 @@ A small state is in the journal, in the commit of the record that relies on it: 
 operators, written without a flush, and rewritten from the journal at the next start.
 """
 
+import hashlib
 from pathlib import Path
 
 from fedcore.files import write_atomic
 from fedcore.store.disk import sync_folder
+from fedcore.wire.limits import INLINE
+
+_APP = "app-"
 
 
 class StateFiles:
@@ -50,3 +54,28 @@ class StateFiles:
         beside = self.current.with_name(f".{self.current.name}.part")
         beside.write_bytes(data)
         beside.replace(self.current)
+
+    def keep_app(self, state: bytes, now: bytes) -> bytes:
+        """What the journal is to have of an app's state: a small one itself, of a large one the name of its file,
+        durable on return. now: what it has; other files are removed."""
+        self.forget_app(but=now)
+        if len(state) <= INLINE:
+            return state
+        name = f"{_APP}{hashlib.sha256(state).hexdigest()[:32]}"
+        self.write(self.folder / name, state)
+        return name.encode()
+
+    def app_state(self, kept: bytes) -> bytes:
+        """The state of which the journal has this. A state never begins like the name of a file: its first eight
+        bytes are a small number."""
+        return (self.folder / kept.decode()).read_bytes() if _is_name(kept) else kept
+
+    def forget_app(self, *, but: bytes = b"") -> None:
+        """Remove the files of an app's states but one."""
+        for left in self.folder.glob(f"{_APP}*"):
+            if left.name.encode() != but:
+                left.unlink()
+
+
+def _is_name(kept: bytes) -> bool:
+    return kept.startswith(_APP.encode())

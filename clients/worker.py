@@ -76,8 +76,10 @@ class Worker:
             case "load":
                 return self._load(asked)
             case "contribute":
+                self._restore_app(asked["job"], blobs[1])
                 return self._contribute(asked, blobs[0])
             case "track":
+                self._restore_app(asked["job"], blobs[1])
                 return self._track(asked, blobs[0])
             case "export":
                 site = self.sites[asked["job"]]
@@ -136,15 +138,18 @@ class Worker:
         except GuardTripped as tripped:
             about = {"round": tripped.round, "cause": tripped.cause, "found": tripped.found}
             return {"tripped": about, "memory": record.memory.to_json()}, []
-        if site.task.app is not None and site.task.app.keeps_state:
-            raise BadInput(
-                f"task {site.task.name}: found an app that keeps Context.state from round to round, expected none at "
-                "a deployed site, which would lose it when it restarts",
-                remedy="`fedcore simulate --flower-app` keeps it; deployed, only what the arrays carry is kept",
-            )
+        app = site.task.app
         whole = {name: [int(value) for value in values] for name, values in wides.items()}
         head = {"wides": whole, "memory": record.memory.to_json()}
-        return head, [np.ascontiguousarray(fields, dtype="<u8").tobytes()]
+        kept = b"" if app is None else app.save()
+        return head, [np.ascontiguousarray(fields, dtype="<u8").tobytes(), kept]
+
+    def _restore_app(self, job: str, kept: bytes) -> None:
+        """An app's state as the site has it: this process may be a new one, or have trained a round that was given
+        up."""
+        app = self.sites[job].task.app
+        if app is not None:
+            app.restore(kept)
 
 
 def main() -> int:

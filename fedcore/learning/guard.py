@@ -82,10 +82,11 @@ class GuardMemory(JsonRecord):
 @dataclass
 class GuardRecord:
     """A site's thresholds and memory in one job, passed to the process that computes its vectors, which replaces
-    the memory."""
+    the memory. app_state: what a task that is an app keeps here from round to round, replaced likewise."""
 
     rules: GuardRules = field(default_factory=GuardRules)
     memory: GuardMemory = field(default_factory=GuardMemory)
+    app_state: bytes = b""
 
 
 @dataclass

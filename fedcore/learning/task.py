@@ -51,16 +51,11 @@ class TaskApp(Protocol):
         """The task, with what only the data of a site tells: the names of its metrics."""
         ...
 
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a site of this process has something that `save` would keep."""
+    def save(self) -> bytes:
+        """What the app keeps at the sites of this process between rounds; b"" for nothing."""
         ...
 
-    def save(self) -> Any:
-        """What the app keeps at the sites of this process between rounds, as plain values for a checkpoint."""
-        ...
-
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: bytes) -> None:
         """The inverse of `save`."""
         ...
 

@@ -251,7 +251,7 @@ class Town:
         self.births[name] = self.births.get(name, 0) + 1
         link = SiteLink(self, name, self.births[name])
         self._arm(journal, kill)
-        contributor = Slow(name, self)
+        contributor = self.contributor(name)
         try:
             if journal.get("job", "offer") is None:
                 journal.put("job", "offer", encode(self.offer))
@@ -269,6 +269,10 @@ class Town:
         if self.hub is not None:
             found.connected()
             self.hub.put(SiteConnected(name))
+
+    def contributor(self, name):
+        """What trains in a new life of a site."""
+        return Slow(name, self)
 
     @staticmethod
     def _arm(journal, kill):

@@ -66,6 +66,19 @@ def main(grid, context):
     raise AssertionError("main goes no further")
 """
 
+MOMENTUM = CLIENT.replace(
+    "    out = ArrayRecord",
+    """    kept = context.state.get("momentum", ArrayRecord({"v": Array(np.zeros(4, np.float32))}))
+    velocity = np.float32(0.5) * kept["v"].numpy() + step
+    step = velocity
+    kept["v"] = Array(velocity)
+    kept["padding"] = Array(np.full(LENGTH, velocity[0]))
+    context.state["momentum"] = kept
+    context.state["about"] = ConfigRecord({"rounds": context.state.get("about", {"rounds": 0})["rounds"] + 1})
+    out = ArrayRecord""",
+).replace("app = ClientApp()", "app = ClientApp()\nLENGTH = 2")
+"""A momentum that the client keeps in its Context.state, beside the number of rounds it trained."""
+
 LEGACY_CLIENT = """
 import numpy as np
 from flwr.client import ClientApp, NumPyClient

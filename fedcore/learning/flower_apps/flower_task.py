@@ -7,7 +7,8 @@ and nothing of their content.
 
 Invariant: a round's reply is a function of the model, the node config, the run config, the round and what the app kept
 in Context.state after the last earlier round that this site trained; asked again for the same round, the app finds
-the same state. What evaluating leaves there is forgotten.
+the same state. To evaluate the model of a round it finds what that round left. What evaluating leaves there is
+forgotten: how often a model is evaluated, and in which process, differs between a simulation and a deployment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,7 +33,12 @@ from torch.utils.data import Dataset
 
 from fedcore.errors import BadInput
 from fedcore.learning.flower_apps.app_arrays import AppArrays, load, module_of, record_of
-from fedcore.learning.flower_apps.kept_state import from_plain, to_plain
+from fedcore.learning.flower_apps.kept_state import (
+    KeptState,
+    from_bytes,
+    require_bounded,
+    to_bytes,
+)
 from fedcore.learning.flower_apps.legacy_api import parameters_reply, parameters_request
 from fedcore.learning.flower_apps.message_api import AppReply
 from fedcore.learning.flower_apps.project import ConfigValue, Project, RunConfig, read_project
@@ -68,15 +74,6 @@ class Partition(Dataset[tuple[float, float]]):
         return float(index), 0.5  # a row has a place and no class
 
 
-@dataclass
-class _Node:
-    """One site's Context.state: before and after the last round that it trained."""
-
-    round: int
-    before: RecordDict
-    after: RecordDict
-
-
 class FlowerApp:
     """One app under one run config. Raises BadInput and TaskFailed where the app cannot run here."""
 
@@ -88,7 +85,7 @@ class FlowerApp:
         self._server: ServerApp = self._component("serverapp", ServerApp)
         with seeded(0, 0, "", "initial model"):
             self.course = self._run_main()
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, KeptState] = {}
         self._home: NodeConfig = {}
         """The first site of this process, whose client is asked for initial arrays that the server has not."""
 
@@ -199,40 +196,28 @@ class FlowerApp:
                 remedy="a site's weight is fixed before round 1: the app reports the same number in every round",
             )
         load(model, reply.arrays, like, where)
+        require_bounded(state, where)
         node.after = state
 
     def evaluate(self, model: nn.Module, rows: Any, round: int) -> dict[str, tuple[float, float]]:  # noqa: A002
         """The metrics of the ClientApp's evaluate, each times its number of rows."""
         partition = _whole(rows, "evaluate")  # or a sample of training rows, before round 1
-        config, state = (
-            partition.node_config,
-            copy.deepcopy(self._node(partition.node_config).after),
-        )
-        arrays = record_of(model, self._like)
+        config, arrays = partition.node_config, record_of(model, self._like)
+        node = self._node(config)
+        state = copy.deepcopy(node.before if node.round > round else node.after)
         reply = self._ask("evaluate", config, arrays, round, "the app's evaluate", state)
         return {n: (value * reply.examples, reply.examples) for n, value in reply.metrics.items()}
 
-    @property
-    def keeps_state(self) -> bool:
-        """Whether the app has left something in Context.state while it trained."""
-        return any(each.after for each in self._nodes.values())
+    def save(self) -> bytes:
+        """The Context.state of each site of this process, before and after the last round that it trained."""
+        return to_bytes(self._nodes)
 
-    def save(self) -> Any:
-        """What the app keeps at its sites, as plain values: {node id: [round, before it, after it]}."""
-        return {
-            node: [each.round, to_plain(each.before), to_plain(each.after)]
-            for node, each in self._nodes.items()
-        }
-
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: bytes) -> None:
         """The inverse of `save`."""
-        self._nodes = {
-            node: _Node(round_, from_plain(before), from_plain(after))
-            for node, (round_, before, after) in saved.items()
-        }
+        self._nodes = from_bytes(saved)
 
-    def _node(self, config: NodeConfig) -> _Node:
-        return self._nodes.setdefault(_node_id(config), _Node(0, RecordDict(), RecordDict()))
+    def _node(self, config: NodeConfig) -> KeptState:
+        return self._nodes.setdefault(_node_id(config), KeptState())
 
     def _ask(
         self,

@@ -1,6 +1,7 @@
 """Flower apps on this engine: what their authors rely on, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 pytest.importorskip("flwr")
 
 from fedcore_clients.worker import Worker
 from fedcore_server import operators
-from flwr.app import Context, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Metadata, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
@@ -26,6 +28,7 @@ from fedcore.config import build_job, plan_of, read_job_file, wire_settings
 from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.experiment.api import resume
 from fedcore.learning.data.split import FoldSplit
+from fedcore.learning.flower_apps.kept_state import KeptState, from_bytes, to_bytes
 from fedcore.learning.guard import GuardMemory, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
@@ -412,32 +415,124 @@ def test_scikit_learn_app_learns_and_keeps_its_float64_arrays(tmp_path):
     assert arrays_of(run)["0"].dtype == np.float64
 
 
-def contributed(folder):
-    """A deployed site's training process loads the app and trains round 1; its answer."""
-    task, worker = load_task(f"flower:{folder}"), Worker()
-    job = build_job(task.defaults, {"task": "t", "protection": "masked", "max_examples": 16})
-    load = {
-        "do": "load", "job": "j", "task": f"flower:{folder}", "base": "/", "site": "a", "source": node(0),
-        "digest": task.digest(), "settings": wire_settings(job), "split": FoldSplit(0, 0, 5).to_json(),
-    }  # fmt: skip
-    head, blobs = worker.answer(load, [])
-    assert "failed" not in head, head
-    site = worker.sites["j"]
-    plan = plan_of(job, site.shape, ("a", "b", "c"), 16)
-    state = JobState.initial(plan, np.frombuffer(blobs[0], "<f4"))
-    asked = {
-        "do": "contribute", "job": "j", "step": ["range", 1], "plan": plan.to_json(),
-        "rules": asdict(GuardRules()), "memory": GuardMemory().to_json(),
-    }  # fmt: skip
-    return worker.answer(asked, [state.to_bytes()])[0]
+class DeployedSite:
+    """A deployed site's training process, in this one: it gets the model and what the site kept, and returns both."""
+
+    def __init__(self, folder):
+        task, self.worker = load_task(f"flower:{folder}"), Worker()
+        given = {"task": "t", "protection": "masked", "max_examples": 16, "range": 4.0}
+        job = build_job(task.defaults, given)
+        load = {
+            "do": "load", "job": "j", "task": f"flower:{folder}", "base": "/", "site": "a", "source": node(0),
+            "digest": task.digest(), "settings": wire_settings(job), "split": FoldSplit(0, 0, 5).to_json(),
+        }  # fmt: skip
+        head, blobs = self.worker.answer(load, [])
+        assert "failed" not in head, head
+        self.plan = plan_of(job, self.worker.sites["j"].shape, ("a", "b", "c"), 16)
+        self.state = JobState.initial(self.plan, np.frombuffer(blobs[0], "<f4")).to_bytes()
+
+    def ask(self, purpose, round_, kept):
+        """(its answer, what it keeps afterwards)."""
+        asked = {
+            "do": "contribute", "job": "j", "step": [purpose, round_], "plan": self.plan.to_json(),
+            "rules": asdict(GuardRules()), "memory": GuardMemory().to_json(),
+        }  # fmt: skip
+        head, blobs = self.worker.answer(asked, [self.state, kept])
+        return head, blobs[1] if blobs else None
 
 
-def test_deployed_site_trains_an_app_and_refuses_one_whose_state_it_would_lose(tmp_path):
-    assert sum(contributed(flower_app(tmp_path / "app"))["wides"]["exceeding"]) > 0
-    found = contributed(flower_app(tmp_path / "keeps", client=COUNTING))
-    assert (
-        "keeps Context.state from round to round, expected none at a deployed site" in found["text"]
+def seen_rounds(kept):
+    (found,) = from_bytes(kept).values()
+    return list(found.after["seen"]["rounds"])
+
+
+def test_deployed_app_without_state_keeps_nothing(tmp_path):
+    head, kept = DeployedSite(flower_app(tmp_path / "app")).ask("range", 1, b"")
+    assert sum(head["wides"]["exceeding"]) > 0
+    assert kept == b""
+
+
+def test_round_that_is_trained_again_finds_the_state_from_before_it(tmp_path):
+    """For another range, after an abandoned round, or in a new process; a later round finds what it left."""
+    folder = flower_app(tmp_path / "app", client=COUNTING)
+    site = DeployedSite(folder)
+    _, first = site.ask("range", 1, b"")
+    assert seen_rounds(first) == [0, 1]
+    for asked in (site, DeployedSite(folder)):
+        head, again = asked.ask("update", 1, first)
+        assert "failed" not in head, head
+        assert again == first
+    _, second = site.ask("update", 2, first)
+    assert seen_rounds(second) == [0, 1, 2]
+    for before in (first, second):  # trained and not journalled, or journalled
+        assert DeployedSite(folder).ask("update", 2, before)[1] == second
+    _, missed = site.ask("update", 4, first)
+    assert seen_rounds(missed) == [0, 1, 4], "control: rounds 2 and 3 were given up before a vector"
+
+
+def test_deployed_evaluation_sees_the_state_that_the_round_of_its_model_left(tmp_path):
+    """The metrics that ride with the vector of round 2 are of the model of round 1."""
+    site = DeployedSite(flower_app(tmp_path / "app", client=COUNTING))
+    _, kept = site.ask("update", 1, b"")
+    head, _ = site.ask("update", 2, kept)
+    error = site.worker.sites["j"].transport.finish(head["wides"], 1, None)["error"]
+    assert error == pytest.approx(2, abs=0.01)  # [0, 1]
+
+
+def test_state_emptied_by_the_app_stays_empty(tmp_path):
+    emptied = COUNTING.replace(
+        '    context.state["seen"] = seen',
+        '    context.state.clear()\n    if len(seen["rounds"]) < 3:\n        context.state["seen"] = seen',
     )
+    site, kept, counts = DeployedSite(flower_app(tmp_path / "app", client=emptied)), b"", []
+    for round_ in range(1, 5):
+        _, kept = site.ask("update", round_, kept)
+        (found,) = from_bytes(kept).values()
+        counts.append(len(found.after))
+    assert counts == [1, 0, 1, 0]
+
+
+RECORDS = {
+    "arrays": ArrayRecord(
+        {"x": Array(np.arange(3.0)), "none": Array(np.empty((0, 2), np.float32))}
+    ),
+    "metrics": MetricRecord({"n": 2**40, "list": [1.5, -0.0]}),
+    "config": ConfigRecord(
+        {"b": b"", "bytes": [b"\x00", b"1"], "yes": True, "text": "\u00e9", "part": 7, "f": 2.0}
+    ),
+    "part": ConfigRecord(),
+}
+
+
+def test_kept_state_comes_back_with_every_type(tmp_path):
+    state = RecordDict(RECORDS)
+    (found,) = from_bytes(to_bytes({2**62: KeptState(3, RecordDict(), state)})).values()
+    assert found.round == 3 and not found.before
+    assert list(found.after) == list(state)
+    for name, record in state.items():
+        assert dict(found.after[name]) == dict(record)
+        assert [type(v) for v in found.after[name].values()] == [type(v) for v in record.values()]
+    assert from_bytes(to_bytes({})) == {}
+
+
+@pytest.mark.parametrize("data", [b"x", b"\x80\x04.", safetensors.numpy.save({"a": np.zeros(1)})])
+def test_other_bytes_are_no_kept_state(data):
+    with pytest.raises(BadInput, match=r"Context\.state: found bytes that are no kept state"):
+        from_bytes(data)
+
+
+def test_state_beyond_the_limit_is_refused_simulated_and_deployed(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedcore.learning.flower_apps.kept_state.MOST_KEPT", 20)
+    folder = flower_app(tmp_path / "app", client=COUNTING)
+    text = r"found 2. bytes left in Context\.state, expected at most 20"
+    with pytest.raises(BadInput, match=text) as refused:
+        simulated(folder, tmp_path / "run", sites=2)
+    assert "\n" not in str(refused.value)
+    site, kept, head = DeployedSite(folder), b"", {}
+    for round_ in (1, 2):
+        if "failed" not in head:
+            head, kept = site.ask("update", round_, kept)
+    assert head["failed"] == "unable" and re.search(text, head["text"])
 
 
 # --- Refused, in one line with a hint -------------------------------------------------------------------------------

@@ -73,13 +73,15 @@ class LoadFailed:
 @dataclass(frozen=True)
 class VectorReady:
     """A vector is made. small: its container, for the journal, or b"" where it is in the spool, flushed. marks:
-    its integers at this site's own coordinates. guard: the guard's memory, as JSON."""
+    its integers at this site's own coordinates. guard: the guard's memory, as JSON. app: what the journal is to
+    have of an app's state, b"" for none."""
 
     header: bytes
     made: site.VectorMade
     small: bytes
     marks: Mapping[str, int]
     guard: bytes
+    app: bytes = b""
 
 
 @dataclass(frozen=True)

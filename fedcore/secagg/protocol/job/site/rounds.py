@@ -278,11 +278,13 @@ class RoundDriver:
             yield effects.AppendEntries(records, put)
 
     def _beside(self, record: site.SiteEntry) -> dict[str, bytes]:
-        """The small vector or state that a record relies on; with a vector its marks and the guard's memory."""
+        """The small vector or state that a record relies on; with a vector its marks, the guard's memory
+        and an app's state."""
         made = self._vector
         if isinstance(record, site.VectorSpooled) and made is not None:
             own = {"header": made.header.hex(), "marks": dict(made.marks)}
-            return {"vector": made.small, "marks": canonical(own), "guard": made.guard}
+            kept = {"app": made.app} if made.app else {}
+            return {"vector": made.small, "marks": canonical(own), "guard": made.guard, **kept}
         if isinstance(record, site.SumStated):
             assert isinstance(self.stage, site.Opening)
             said, survivors = record.statement, survivors_of(self.stage.submissions)
