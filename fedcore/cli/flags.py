@@ -53,7 +53,7 @@ FlowerApp = Annotated[
     ),
 ]
 RunConfig = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--run-config", "-c", help="Of --flower-app, as for `flwr run`: \"lr=0.1 name='a'\""
     ),
@@ -113,13 +113,15 @@ def _parameter(name: str) -> inspect.Parameter:
 _PAIR = re.compile(r"(\S+?)\s*=\s*('[^']*'|\"[^\"]*\"|\S+)\s*")
 
 
-def of_flower_app(settings: Settings, app: Path | None, run_config: str | None) -> Settings:
+def of_flower_app(
+    settings: Settings, app: Path | None, run_config: Sequence[str] | None
+) -> Settings:
     """The settings with a Flower app as the task, and what `-c "k=v"` overrides of its run config. Raises BadInput."""
     from fedcore.config import parse_set
     from fedcore.learning.task_code import FLOWER
 
     if app is None:
-        if run_config is not None:
+        if run_config:
             raise BadInput(
                 "-c: found a run config without --flower-app, expected both",
                 remedy="`--set section.key=value` sets a key of the job",
@@ -129,10 +131,10 @@ def of_flower_app(settings: Settings, app: Path | None, run_config: str | None) 
         raise BadInput(
             f"--flower-app: found --task {settings['task']} beside it, expected one task"
         )
-    text = (run_config or "").strip()
+    text = " ".join(run_config or ()).strip()
     if _PAIR.sub("", text):
         raise BadInput(
-            f"-c: found {run_config!r}, expected key=value pairs",
+            f"-c: found {text!r}, expected key=value pairs",
             remedy="-c \"num-server-rounds=5 name='a text'\"",
         )
     pairs = (parse_set(f"{key}={value}") for key, value in _PAIR.findall(text))

@@ -65,8 +65,13 @@ def record_of(module: nn.Module, like: AppArrays) -> ArrayRecord:
     )
 
 
-def arrays_in(record: ArrayRecord, where: str) -> dict[str, NDArray[Any]]:
-    """The arrays of a record. Raises BadInput for one that is not of numbers, and for no array at all."""
+def arrays_in(record: object, where: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a record. Raises BadInput for one that is not of finite numbers, and for no array at all."""
+    if not isinstance(record, ArrayRecord):
+        raise BadInput(
+            f"{where}: found {type(record).__name__}, expected an ArrayRecord",
+            remedy="ArrayRecord(model.state_dict()), or ArrayRecord(list_of_ndarrays)",
+        )
     found: dict[str, NDArray[Any]] = {}
     for name, array in record.items():
         if np.dtype(array.dtype).kind not in "fiub":
@@ -75,6 +80,11 @@ def arrays_in(record: ArrayRecord, where: str) -> dict[str, NDArray[Any]]:
                 remedy="send what is no number in a ConfigRecord, or keep it in context.state",
             )
         found[name] = array.numpy()
+        if not np.isfinite(found[name]).all():
+            raise BadInput(
+                f"{where}: found NaN or infinity in array {name!r}, expected finite numbers",
+                remedy="a smaller learning rate in the app; look for missing values in its data",
+            )
     if not any(values.dtype.kind == "f" for values in found.values()):
         raise BadInput(
             f"{where}: found no array of floating-point numbers, expected at least one",

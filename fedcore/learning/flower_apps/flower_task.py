@@ -16,8 +16,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +33,7 @@ from flwr.serverapp import ServerApp
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, TaskFailed
 from fedcore.learning.flower_apps.app_arrays import AppArrays, load, module_of, record_of
 from fedcore.learning.flower_apps.kept_state import (
     KeptState,
@@ -103,7 +105,7 @@ class FlowerApp:
         return f"Flower app {self.project.name}"
 
     def _run_main(self) -> Course:
-        with user_code(f"{self._name}: the ServerApp's main"):
+        with self._code(f"{self._name}: the ServerApp's main"):
             return course_of(self._server, self.config, self.project.name)
 
     @property
@@ -205,7 +207,14 @@ class FlowerApp:
         config, arrays = partition.node_config, record_of(model, self._like)
         node = self._node(config)
         state = copy.deepcopy(node.before if node.round > round else node.after)
-        reply = self._ask("evaluate", config, arrays, round, "the app's evaluate", state)
+        where = f"{self._name}: evaluate, round {round} ({', '.join(f'{k} = {v}' for k, v in config.items())})"
+        reply = self._ask("evaluate", config, arrays, round, where, state)
+        for name, value in reply.metrics.items():
+            if not math.isfinite(value):
+                raise BadInput(
+                    f"{where}: found {value} in the metric {name!r}, expected a finite number",
+                    remedy="report 0 where it is undefined; a smaller learning rate where the model diverged",
+                )
         return {n: (value * reply.examples, reply.examples) for n, value in reply.metrics.items()}
 
     def save(self) -> bytes:
@@ -249,15 +258,40 @@ class FlowerApp:
         )  # fmt: skip
         kept = RecordDict() if state is None else state
         context = Context(RUN_ID, _node_id(node), dict(node), kept, dict(self.config))
-        with user_code(where):
+        with self._code(where, node):
             reply: object = self._client(make_message(about, content), context)
         if not isinstance(reply, Message) or reply.has_error():
-            what = reply.error.reason if isinstance(reply, Message) else type(reply).__name__
+            error = isinstance(reply, Message) and f"the error {reply.error.reason!r}"
+            what = error or type(reply).__name__
             raise BadInput(
                 f"{where}: found {what} as its reply, expected a Message",
                 remedy="return Message(content=RecordDict({...}), reply_to=msg)",
             )
         return reply.content
+
+    @contextmanager
+    def _code(self, where: str, node: NodeConfig | None = None) -> Iterator[None]:
+        """Code of the app runs inside. Raises TaskFailed for its errors, and BadInput where it has no such function."""
+        try:
+            with user_code(where):
+                yield
+        except TaskFailed as failed:
+            cause = failed.__cause__
+            if isinstance(cause, ValueError) and "function registered" in str(cause):
+                raise BadInput(
+                    f"{where}: found no such function in its ClientApp, expected one",
+                    remedy="@app.train() and @app.evaluate(): its metrics are those of the run",
+                ) from cause
+            if not isinstance(cause, KeyError) or "_config" not in failed.user_traceback:
+                raise
+            raise TaskFailed(
+                str(failed), user_traceback=failed.user_traceback, remedy=self._declared_keys(node)
+            ) from cause
+
+    def _declared_keys(self, node: NodeConfig | None) -> str:
+        """What the app finds in its configs."""
+        has = f"[tool.flwr.app.config] in pyproject.toml declares {', '.join(self.config) or 'no key'}"
+        return f"{has}; the node config has {', '.join(node)}" if node else has
 
     def _arrays(self, course: Course) -> AppArrays:
         """The initial arrays; where the server has none, those of a client's get_parameters."""

@@ -18,6 +18,9 @@ COLUMNS = frozenset({
 })  # fmt: skip
 """What a run's rows and results have beside the metrics (`fedcore/results`): a metric of such a name gets another."""
 
+MOST_ROWS = (1 << 31) - 1
+"""Of a site: indices of its rows are in memory."""
+
 
 @dataclass(frozen=True)
 class AppReply:
@@ -77,10 +80,10 @@ class MessageApi:
 
 def weight_in(found: object, key: str, where: str, shown: str = "") -> int:
     """The weight of a reply. Raises BadInput where it is no whole number of at least 1."""
-    if not isinstance(found, int | float) or found != int(found) or found < 1:
+    if not isinstance(found, int | float) or not 1 <= found <= MOST_ROWS or found != int(found):
         raise BadInput(
             f"{where}: found {shown or f'{key} = {found}'} in the reply, expected one MetricRecord with a whole number "
-            f"{key!r} of at least 1",
+            f"{key!r} from 1 to {MOST_ROWS}",
             remedy=f'MetricRecord({{"{key}": len(dataset), ...}}): the weight of the site',
         )
     return int(found)

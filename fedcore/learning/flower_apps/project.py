@@ -7,14 +7,17 @@ refused.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from fedcore.errors import BadInput, TaskFailed
 from fedcore.files.toml import read_tables
@@ -26,6 +29,7 @@ RunConfig = Mapping[str, ConfigValue]
 
 PROJECT = "pyproject.toml"
 _COMPONENTS = ("serverapp", "clientapp")
+_COMPONENT = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _imported: dict[str, Path] = {}
 """{top-level package of an app: the app's folder}, of this process."""
 
@@ -47,12 +51,13 @@ class Project:
         where = f"{self.folder / PROJECT}: tool.flwr.app.components.{component}"
         module_name, _, attribute = self.components[component].partition(":")
         module = self._module(module_name, where)
-        if not hasattr(module, attribute):
+        try:
+            return attrgetter(attribute)(module)
+        except AttributeError as error:
             raise BadInput(
                 f"{where}: found no {attribute!r} in {module_name}, expected the {component}",
                 remedy=f'{component} = "{module_name}:app", where `app` is made',
-            )
-        return getattr(module, attribute)
+            ) from error
 
     def _module(self, name: str, where: str) -> Any:
         top = name.partition(".")[0]
@@ -64,6 +69,7 @@ class Project:
             with seeded(0, 0, "", "import"):
                 module = importlib.import_module(name)
         except (Exception, SystemExit) as error:
+            self._forget(top, self.folder)
             if isinstance(error, ModuleNotFoundError) and name.startswith(error.name or name):
                 raise BadInput(
                     f"{where}: found no module {name!r} in {self.folder}",
@@ -87,12 +93,17 @@ class Project:
     def _forget_another(self, top: str) -> None:
         """Unload a package of the same name that another app of this process brought."""
         other = _imported.get(top)
-        if other is None or other == self.folder:
-            return
-        for name in [n for n in sys.modules if n == top or n.startswith(top + ".")]:
-            del sys.modules[name]
-        if str(other) in sys.path:
-            sys.path.remove(str(other))
+        if other is not None and other != self.folder:
+            self._forget(top, other)
+
+    def _forget(self, top: str, folder: Path) -> None:
+        """Unload what a folder brought of a package, and take the folder from where modules are looked for."""
+        for name, module in list(sys.modules.items()):
+            of_package = name == top or name.startswith(top + ".")
+            if of_package and folder in Path(getattr(module, "__file__", None) or "").parents:
+                del sys.modules[name]
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
 
 
 def read_project(folder: Path) -> Project:
@@ -107,7 +118,7 @@ def read_project(folder: Path) -> Project:
     app = _table(tables, "tool", "flwr", "app")
     components = {key: _table(app, "components").get(key) for key in _COMPONENTS}
     for key, value in components.items():
-        if not isinstance(value, str) or ":" not in value:
+        if not isinstance(value, str) or not _COMPONENT.fullmatch(value):
             raise BadInput(
                 f"{file}: found {'none' if value is None else repr(value)} as tool.flwr.app.components.{key}, "
                 "expected 'module:attribute'",
@@ -161,8 +172,10 @@ def _refuse_newer(dependencies: Any, file: Path) -> None:
         try:
             wanted = Requirement(str(text))
         except InvalidRequirement:
-            continue
-        if wanted.name == "flwr" and not wanted.specifier.contains(have, prereleases=True):
+            continue  # of a kind that pip does not take either
+        if canonicalize_name(wanted.name) == "flwr" and not wanted.specifier.contains(
+            have, prereleases=True
+        ):
             raise BadInput(
                 f"{file}: found the dependency {text!r}, and flwr {have} is installed",
                 remedy=f"pip install '{wanted.name}{wanted.specifier}', where fedcore's extra `flower` allows it",
