@@ -2,8 +2,8 @@
 
 Each message is a new process whose only memory is `Context.state`, which a SuperNode keeps in RAM. A count of replies
 on disk, in the folder `runs` beside the site's file, tells a memory that was lost: that site takes no further part in
-the run. Identity, pinned keys and policy are in a file at the
-SuperNode, named by its node config: `--node-config 'fedcore="/etc/fedcore/site.toml"'`.
+the run. Identity, pinned keys and policy are in a file at the SuperNode, named by its node config:
+`--node-config 'fedcore="/etc/fedcore/site.toml"'`. Only a simulated node, which is a worker of Ray, needs none.
 
 The mod runs inside the app that is submitted: docs/flower.md says what that does and does not protect.
 """
@@ -11,6 +11,7 @@ The mod runs inside the app that is submitted: docs/flower.md says what that doe
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from fedcore.files import write_atomic
 from fedcore.files.toml import Section, read_toml
 from fedcore.secagg.by_request.named_arrays import Arrays, difference, digest_of_arrays
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
-from fedcore.secagg.by_request.site import Membership, SiteByRequest
+from fedcore.secagg.by_request.simulated import FEDERATION, simulated_identities
+from fedcore.secagg.by_request.site import Membership, ReplyCount, SiteByRequest
 from fedcore.secagg.by_request.terms import Trained
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.store.disk import refusals, sync_folder
@@ -97,7 +99,22 @@ def _answer(message: Message, context: Context, call_next: Next) -> Message:
             "request of fedcore.flower.SecureAggregation",
             remedy="wrap the strategy in SecureAggregation, or give the mod to the training function only",
         )
+    job = f"flower-{context.run_id}"
+    memory = _Memory(context, job)
+    membership, answered = _standing(context, memory)
+    training = _Training(message, context, call_next)
+    request = _request_of(message.content, training.digest)
+    reply = SiteByRequest(job, membership, memory, training, answered).answer(request)
+    memory.write(context)
+    return Message(_content_of(reply), reply_to=message)
+
+
+def _standing(context: Context, memory: _Memory) -> tuple[Membership, ReplyCount]:
+    """Which site this node is, and its count of replies: by its own file, or in a simulation by its place. Nothing
+    that a ServerApp or the submitter of a run chooses has a part in it. Raises BadInput."""
     where = context.node_config.get(NODE_KEY)
+    if where is None and _is_simulated():
+        return _simulated_membership(context), _AnsweredInMemory(memory)
     if not isinstance(where, str):
         raise BadInput(
             f"node config {NODE_KEY!r}: found none, expected the path of this site's file",
@@ -105,14 +122,29 @@ def _answer(message: Message, context: Context, call_next: Next) -> Message:
         )
     path = Path(where)
     membership = read_toml(SiteFile, path, paths=("key",)).membership()
-    training = _Training(message, context, call_next)
-    request = _request_of(message.content, training.digest)
-    job = f"flower-{context.run_id}"
-    memory = _Memory(context, job)
-    answered = _AnsweredFile(path.resolve().parent / "runs", job)
-    reply = SiteByRequest(job, membership, memory, training, answered).answer(request)
-    memory.write(context)
-    return Message(_content_of(reply), reply_to=message)
+    return membership, _AnsweredFile(path.resolve().parent / "runs", memory.job)
+
+
+def _is_simulated() -> bool:
+    """Whether this process is a worker of Ray, as every simulated node of `flwr run` is. The process of a deployed
+    SuperNode is none, whatever is in its node config, the run config and the message."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().get_actor_id() is not None
+
+
+def _simulated_membership(context: Context) -> Membership:
+    """The site of a simulated node. Raises BadInput."""
+    place, places = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
+    if not (isinstance(place, int) and isinstance(places, int) and 0 <= place < places):
+        raise BadInput(
+            f"node config: found partition-id {place} of num-partitions {places}, expected those of a simulated node"
+        )
+    identities = simulated_identities(places)
+    site, identity = list(identities.items())[place]
+    pins = {name: key.public for name, key in identities.items()}
+    return Membership(FEDERATION, site, identity, pins)
 
 
 class _AnsweredFile:
@@ -135,6 +167,19 @@ class _AnsweredFile:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             write_atomic(self._path, str(count).encode())
             sync_folder(self._folder)
+
+
+class _AnsweredInMemory:
+    """The count in the memory itself: a simulation keeps a reply and its context together or loses both."""
+
+    def __init__(self, memory: _Memory) -> None:
+        self._memory = memory
+
+    def count(self) -> int:
+        return int(self._memory.get("answered", b"0"))
+
+    def write(self, count: int) -> None:
+        pass  # written with the rest of the memory
 
 
 class _Training:
@@ -197,6 +242,7 @@ class _Memory(MutableMapping[str, bytes]):
         kept = context.state.array_records.get(RECORD) or ArrayRecord()
         values = {str(name): array.data for name, array in kept.items()}
         mine = values.get("job") == job.encode()
+        self.job = job
         self._values = values if mine else {"job": job.encode()}
 
     def write(self, context: Context) -> None:

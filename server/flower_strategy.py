@@ -18,6 +18,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
+from flwr.superlink.grid import InMemoryGrid
 
 from fedcore.errors import Abandoned, BadInput, FedcoreError, PlanRefused, RoundAbandoned
 from fedcore.files.toml import read_tables
@@ -25,7 +26,10 @@ from fedcore.learning.flower_apps.refused import refuse_single_updates
 from fedcore.secagg.by_request import named_arrays as named
 from fedcore.secagg.by_request.coordinator import CoordinatorByRequest, ReleasedRound
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
+from fedcore.secagg.by_request.simulated import FEDERATION, simulated_identities
 from fedcore.secagg.by_request.terms import RunTerms
+from fedcore.secagg.encode.quantise import step_size
+from fedcore.secagg.protections import MIN_SITES
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, step_after
 from fedcore.types import SiteId
 
@@ -40,23 +44,27 @@ LATE_SECONDS = 60.0
 @dataclass(frozen=True)
 class RoundReport:
     """One round. survivors: sites in its sum, empty where it was abandoned. upload_bytes: of one site's vector.
-    clipped: values of all sites beyond the range, `bound`."""
+    clipped: values of all sites beyond the range, `bound`. rounding: more than any value of the mean update differs,
+    by rounding to bits, from the mean of the clipped updates."""
 
     round: int
     survivors: tuple[SiteId, ...]
     upload_bytes: int = 0
     clipped: int = 0
     bound: float = 0.0
+    rounding: float = 0.0
 
 
 class SecureAggregation:
     """Wrap a strategy: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad, or one derived from them.
 
     sites: {name: public key in hex} of every site in the order of their own files, or the path of a TOML file with
-    them under [sites]. max_examples: a public cap on one site's weight; weights are rounded to 1/32 of it.
-    protection: "layered" or "masked". value_range: largest weighted update that is not clipped; None measures it in
-    a round of its own. metrics: {name: (low, high)} of training metrics that are averaged, each clipped to its range;
-    no other metric leaves a site. threshold: sites needed at every stage, 0 for two thirds and one. seed: of rounding.
+    them under [sites]. A simulation by `flwr run` uses neither them nor `federation`: its nodes are site-0, site-1,
+    ... with keys that follow from their places. None is for an app that is only simulated. max_examples: a public
+    cap on one site's weight; weights are rounded to 1/32 of it. protection: "layered" or "masked". value_range:
+    largest weighted update that is not clipped; None measures it in a round of its own. metrics: {name: (low, high)}
+    of training metrics that are averaged, each clipped to its range; no other metric leaves a site. threshold: sites
+    needed at every stage, 0 for two thirds and one. seed: of rounding.
 
     Raises PlanRefused for a strategy or protection that cannot work, and BadInput.
     """
@@ -65,9 +73,9 @@ class SecureAggregation:
         self,
         strategy: FedAvg,
         *,
-        sites: Mapping[str, str] | str | Path,
-        federation: str,
         max_examples: int,
+        sites: Mapping[str, str] | str | Path | None = None,
+        federation: str = FEDERATION,
         protection: str = "layered",
         cipher: str = "bfv",
         bits: int = 16,
@@ -76,12 +84,13 @@ class SecureAggregation:
         metrics: Mapping[str, tuple[float, float]] | None = None,
         seed: int = 0,
     ) -> None:
+        logging.getLogger("flwr").addFilter(_ONE_LINE)
         _check_strategy(strategy)
-        self.strategy, self.federation, self.max_examples = strategy, federation, max_examples
+        self.strategy, self.max_examples = strategy, max_examples
         self.protection, self.cipher, self.bits = protection, cipher, bits
         self.value_range, self.threshold, self.seed = value_range, threshold, seed
         self.metrics = dict(metrics or {})
-        self.pins = _pins(sites)
+        self.federation, self.pins = federation, {} if sites is None else _pins(sites)
         self.history: list[RoundReport] = []
 
     def start(
@@ -99,6 +108,14 @@ class SecureAggregation:
         the model stays. Raises Refused where too few sites take part in the run, and Abandoned where none of its
         rounds was released or where no other round may follow.
         """
+        link = _GridLink(grid, timeout)
+        if isinstance(grid, InMemoryGrid):
+            self._simulate(link)
+        elif not self.pins:
+            raise BadInput(
+                "sites: found none, expected the public key of every site",
+                remedy="the path of a TOML file with the names and keys under [sites]",
+            )
         first = _numpy(initial_arrays)
         terms = RunTerms.make(
             self.federation, f"flower-{grid.run.run_id}", tuple(self.pins),
@@ -106,7 +123,6 @@ class SecureAggregation:
             max_examples=self.max_examples, protection=self.protection, cipher=self.cipher, bits=self.bits,
             value_range=self.value_range, threshold=self.threshold, metrics=self.metrics, seed=self.seed,
         )  # fmt: skip
-        link = _GridLink(grid, timeout)
         link.wait_for(len(self.pins), terms.plan.threshold)
         run = CoordinatorByRequest(terms, self.pins, link)
         run.begin()
@@ -137,6 +153,22 @@ class SecureAggregation:
             )
         return result
 
+    def _simulate(self, link: _GridLink) -> None:
+        """Take the identities of a simulation's nodes. Raises BadInput where they are too few."""
+        nodes = link.settled()
+        if nodes < MIN_SITES:
+            raise BadInput(
+                f"simulation: found {nodes} nodes, expected at least {MIN_SITES}",
+                remedy="flwr run APP --federation-config 'num-supernodes=4'",
+            )
+        identities = simulated_identities(nodes)
+        self.pins = {site: key.public for site, key in identities.items()}
+        self.federation = FEDERATION
+        LOG.info(
+            "simulation: %s nodes on one machine, with keys that anyone can compute: it protects nobody",
+            nodes,
+        )
+
     def _round(
         self, run: CoordinatorByRequest, step: PlannedRound, content: RecordDict
     ) -> ReleasedRound | None:
@@ -153,14 +185,15 @@ class SecureAggregation:
                 self.history.append(RoundReport(step.training_round, ()))
             return None
         if step.training_round:
-            clipped = found.opened.wides["over_range"][0]
+            clipped, weight = (found.opened.wides[name][0] for name in ("over_range", "weight"))
             report = RoundReport(
-                step.training_round, found.survivors, found.upload_bytes, clipped, bound
-            )
+                step.training_round, found.survivors, found.upload_bytes, clipped, bound,
+                step_size(self.bits, bound) * len(found.survivors) * self.max_examples / weight,
+            )  # fmt: skip
             self.history.append(report)
             LOG.info(
-                "round %s: sum of %s released; %s bytes from each site, %s values clipped to %g",
-                report.round, ", ".join(report.survivors), report.upload_bytes, clipped, bound,
+                "round %s: sum of %s released; %s bytes from each site, %s values clipped to %g, rounding below %.2g",
+                report.round, ", ".join(report.survivors), report.upload_bytes, clipped, bound, report.rounding,
             )  # fmt: skip
         return found
 
@@ -271,6 +304,22 @@ def _reply(content: RecordDict) -> Message:
     return make_message(about, content)
 
 
+class _OneLine(logging.Filter):
+    """Flower logs the exception that ended a run with its traceback. Of ours, which are about input and sites, it
+    logs what the command line would print."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, FedcoreError):
+            record.exc_info = None
+            hint = f"\nhint: {error.remedy}" if error.remedy else ""
+            record.msg, record.args = f"{record.getMessage()}\nerror: {error}{hint}", ()
+        return True
+
+
+_ONE_LINE = _OneLine()
+
+
 class _AllSites:
     """In place of a grid for a strategy that samples nodes: as many as it asks for, so that it waits for none."""
 
@@ -289,6 +338,15 @@ class _GridLink:
 
     def nodes(self) -> Sequence[Hashable]:
         return list(self._grid.get_node_ids())
+
+    def settled(self) -> int:
+        """The number of nodes once it has stayed the same for a second: a simulation starts them beside the run."""
+        until = time.monotonic() + self._timeout
+        before, there = 0, len(self.nodes())
+        while (there != before or not there) and time.monotonic() < until:
+            time.sleep(min(1.0, self._timeout))
+            before, there = there, len(self.nodes())
+        return there
 
     def wait_for(self, sites: int, least: int) -> None:
         """Wait for the nodes of all sites: a minute where `least` of them are there, else for as long as a stage."""

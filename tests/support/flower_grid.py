@@ -15,6 +15,7 @@ from flwr.common.serde import (
     message_to_proto,
 )
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 NAMES = ("va", "oslo", "rome", "bern")
 
@@ -74,6 +75,17 @@ class InProcessGrid(Grid):
         self.contexts[node] = context_from_proto(context_to_proto(context))
         self.replies.append(reply)
         return message_from_proto(message_to_proto(reply))
+
+
+class SimulatedGrid(InProcessGrid, InMemoryGrid):
+    """As the nodes of a simulation by `flwr run`: the node config has a node's place and nothing else."""
+
+    def __init__(self, app, places):
+        configs = {
+            100 + place: {"partition-id": place, "num-partitions": places}
+            for place in range(places)
+        }
+        super().__init__(dict.fromkeys(configs, app), configs)
 
 
 def grid_of(folder, app_of, names=NAMES):

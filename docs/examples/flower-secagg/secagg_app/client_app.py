@@ -4,7 +4,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcore.flower import secure_mod
-from secagg_app.task import build_model, load_rows, train
+from secagg_app.task import accuracy, build_model, load_rows, train
 
 app = ClientApp(mods=[secure_mod])
 
@@ -20,3 +20,12 @@ def train_on_rows(message: Message, context: Context) -> Message:
     metrics = {"train_loss": loss, "num-examples": len(rows[1])}
     content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
     return Message(RecordDict(content), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Not asked in a protected run: the ServerApp evaluates."""
+    model = build_model()
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    metrics = MetricRecord({"accuracy": accuracy(model), "num-examples": 1})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

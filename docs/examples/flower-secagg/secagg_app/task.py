@@ -15,7 +15,9 @@ def load_rows(partition: int, partitions: int) -> tuple[torch.Tensor, torch.Tens
     inputs = torch.tensor(digits.data / 16.0, dtype=torch.float32)
     targets = torch.tensor(digits.target)
     train = torch.arange(len(targets)) % 5 != 0
-    return inputs[train][partition::partitions], targets[train][partition::partitions]
+    inputs, targets = inputs[train], targets[train]
+    mine = slice(partition, len(targets) // partitions * partitions, partitions)  # as many rows at each site
+    return inputs[mine], targets[mine]
 
 
 def load_test_rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +38,7 @@ def train(model: nn.Module, rows: tuple[torch.Tensor, torch.Tensor], epochs: int
             loss = nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
             loss.backward()
             optimiser.step()
-    return float(loss)
+    return loss.item()
 
 
 def accuracy(model: nn.Module) -> float:
