@@ -131,7 +131,7 @@ def write(
     """
     check_sites(sites, deployed=True)
     now = datetime.now(UTC)
-    host, port = address or (HOST, _free_port())
+    host, port = address or (HOST, free_port())
     deployment = Deployment(folder, port, tuple(sites), host)
     authority = Authority.create(federation, now)
     authority.save(folder / "authority")
@@ -169,7 +169,8 @@ def write(
     return deployment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on HOST that no process listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -233,7 +234,7 @@ class Running:
         """Raise BadInput with the last error line of a process, if one has ended."""
         for name, process in self.processes.items():
             if process.poll() is not None:
-                raise _ended(name, process.returncode, self.deployment.log(name))
+                raise ended(name, process.returncode, self.deployment.log(name))
 
     def ask(self, *words: str) -> Json:
         """The JSON that a command of the operator's prints. Raises its error (see `ask`)."""
@@ -263,7 +264,7 @@ class Running:
                 code = asked.wait(GRACE_SECONDS)
                 if code not in (errors.EXIT_DONE, errors.EXIT_ABANDONED):
                     said = asked.stderr.read().decode()
-                    raise _error_of(f"fed-coordinator {words[0]}", code, said)
+                    raise error_of(f"fed-coordinator {words[0]}", code, said)
             finally:
                 asked.kill()
 
@@ -288,7 +289,7 @@ def ask(line: Sequence[str], name: str) -> Json:
     """The JSON that a command prints. Raises Refused, Abandoned or BadInput with its error and hint."""
     done = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
-        raise _error_of(name, done.returncode, done.stderr)
+        raise error_of(name, done.returncode, done.stderr)
     found: Json = json.loads(done.stdout)
     return found
 
@@ -304,7 +305,7 @@ def running(
     started: called with each command line. A SIGTERM to this process ends them as Ctrl-C does.
     """
     found = Running(deployment)
-    with _terminable():
+    with terminable():
         try:
             for name, line in commands.items():
                 deployment.log(name).parent.mkdir(parents=True, exist_ok=True)
@@ -316,11 +317,11 @@ def running(
             found.wait_for_port()
             yield found
         finally:
-            _stop(found.processes.values())
+            stop(found.processes.values())
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Raise SystemExit on SIGTERM, so that the started processes are stopped."""
 
     def end(number: int, _: FrameType | None) -> None:
@@ -336,7 +337,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
     """SIGTERM, and SIGKILL to the whole groups after GRACE_SECONDS or a second Ctrl-C."""
     left = list(processes)
     until = time.monotonic() + GRACE_SECONDS
@@ -353,7 +354,8 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _ended(name: str, code: int, log: Path) -> errors.FedcoreError:
+def ended(name: str, code: int, log: Path) -> errors.FedcoreError:
+    """The error of a process that should still run, with the last error line of its log."""
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = next((line for line in reversed(said) if line.startswith("error: ")), "")
     last = last.removeprefix("error: ") or (said[-1] if said else "it said nothing")
@@ -362,7 +364,7 @@ def _ended(name: str, code: int, log: Path) -> errors.FedcoreError:
     )
 
 
-def _error_of(command: str, code: int, text: str) -> errors.FedcoreError:
+def error_of(command: str, code: int, text: str) -> errors.FedcoreError:
     """The error of a command that failed, from its exit code and its lines on stderr."""
     lines = text.splitlines()
     error = next((each for each in lines if each.startswith("error: ")), "error: it said nothing")

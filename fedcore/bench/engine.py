@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -170,7 +171,7 @@ def _cpu(parties: Running) -> dict[str, float]:
     coordinator, *sites = [each.pid for each in parties.processes.values()]
     return {
         "coordinator": _cpu_seconds(coordinator),
-        "fold_workers": sum(map(_cpu_seconds, _children(coordinator))),
+        "fold_workers": sum(map(_cpu_seconds, children_of(coordinator))),
         "sites": sum(map(_cpu_seconds, sites)),
     }
 
@@ -189,7 +190,7 @@ def _memory(parties: Running) -> dict[str, float | None]:
     """Peak resident MB of the coordinator, of its fold workers together, and of the largest site."""
     coordinator, *sites = [each.pid for each in parties.processes.values()]
     site = [peak for pid in sites if (peak := peak_memory_of(pid)) is not None]
-    children = map(peak_memory_of, _children(coordinator))
+    children = map(peak_memory_of, children_of(coordinator))
     workers = [peak for peak in children if peak is not None]
     return {
         "coordinator": peak_memory_of(coordinator),
@@ -198,11 +199,13 @@ def _memory(parties: Running) -> dict[str, float | None]:
     }
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started and not ended; none where the system does not report them."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, thread.read_text().split())
+    return found
 
 
 def _commit_ms(folder: Path) -> float:

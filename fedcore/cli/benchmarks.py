@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -98,3 +99,13 @@ def engine(
     as_json: AsJson = False,
 ) -> None:
     """Measure rounds of a deployment without training. Real processes, TLS, journals, masks, keys."""
+
+
+@_bench("flower", "{sites} sites, on Flower's deployment and on ours")
+def flower(
+    apps: Annotated[list[Path], typer.Argument(help="Flower apps: folders that `flwr run` takes.")],
+    rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 3,
+    sites: Annotated[int, typer.Option(help="Number of sites.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Measure rounds of Flower apps on Flower's deployment and on ours. The same accuracy, side by side."""

@@ -1,5 +1,6 @@
 """What runs at each institution."""
 
+import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -19,7 +20,10 @@ def train(msg: Message, context: Context):
         context.node_config["num-partitions"],
         context.run_config["batch-size"],
     )
-    loss = train_fn(model, loader, context.run_config["local-epochs"], msg.content["config"]["lr"])
+    config = msg.content["config"]
+    seed = context.run_config["seed"] + config["server-round"]
+    torch.manual_seed(seed)  # the order of the batches
+    loss = train_fn(model, loader, context.run_config["local-epochs"], config["lr"])
     metrics = MetricRecord({"train_loss": loss, "num-examples": len(loader.dataset)})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=msg)

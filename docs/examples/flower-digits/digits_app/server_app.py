@@ -12,6 +12,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    torch.manual_seed(context.run_config["seed"])
     strategy = FedAvg(fraction_train=context.run_config["fraction-train"])
     result = strategy.start(
         grid=grid,

@@ -1,0 +1,1 @@
+"""A Flower app of handwritten digits with scikit-learn."""
