@@ -24,7 +24,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import document, progress, require_at_least
-from fedcore.bench.flower_engine import process_of, program, programs, run_app, superlink, watched
+from fedcore.bench.flower_engine import (
+    process_of,
+    program,
+    programs,
+    run_app,
+    search_path,
+    superlink,
+    watched,
+)
 from fedcore.errors import Abandoned, BadInput, FedcoreError
 from fedcore.learning.task import Task, load_task
 from fedcore.learning.task_code import FLOWER
@@ -38,6 +46,8 @@ ROUNDS_KEY = "num-server-rounds"
 """Key of the run config for the number of rounds, by Flower's convention."""
 
 PROTECTION = "layered"
+
+PROJECT = "pyproject.toml"
 
 
 def run(apps: Sequence[Path], rounds: int = 3, sites: int = 4) -> Json:
@@ -66,6 +76,11 @@ def run(apps: Sequence[Path], rounds: int = 3, sites: int = 4) -> Json:
 
 def _task(folder: Path, rounds: int, sites: int) -> Task:
     """An app under the run config of this benchmark. Raises BadInput and TaskFailed, before anything is started."""
+    if not (folder / PROJECT).is_file():
+        raise BadInput(
+            f"{folder}: found no {PROJECT} in it, expected the folder of a Flower app",
+            remedy="the repository has some: docs/examples/flower-digits",
+        )
     task = load_task(f"{FLOWER}{folder.resolve()}")
     assert task.app is not None
     if ROUNDS_KEY in task.settings:
@@ -128,17 +143,21 @@ def _on_flower(app: Path, name: str, sites: int, rounds: int, config: str, folde
         )
     evaluates = all("evaluate" in phases for phases in log.phases.values())
     times = _times(began, [log.ended[number] for number in sorted(log.ended)])
-    return {**times, "evaluates": evaluates, "metrics": log.metrics.get(rounds, {})}
+    return {
+        **times,
+        "seconds_by_its_own_clock": log.total,
+        "evaluates": evaluates,
+        "metrics": log.metrics.get(rounds, {}),
+    }
 
 
 def _here(app: Path, name: str, sites: int, rounds: int, config: str, folder: Path) -> Json:
     """`fedcore up` of the app. Raises its error, and Abandoned where a round was not one of all sites."""
     folder.mkdir(parents=True)
     out, log = folder / "run", folder / "up.log"
-    line = [
-        program("fedcore"), "up", "--flower-app", str(app), "--sites", str(sites), "--protection", PROTECTION,
-        "--out", str(out),
-    ] + (["-c", config] if config else [])  # fmt: skip
+    line = [program("fedcore", search_path()), "up", "--flower-app", str(app)]
+    line += ["--sites", str(sites), "--protection", PROTECTION, "--out", str(out)]
+    line += ["-c", config] if config else []
     jobs, submitted = out / "deployment" / COORDINATOR / "state" / "jobs", 0.0
 
     def rows() -> Path | None:

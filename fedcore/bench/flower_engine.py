@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,13 +39,17 @@ CONNECTION = "bench"
 """Name of the SuperLink in Flower's config.toml."""
 
 
-def program(name: str) -> str:
-    """The path of an installed program, first of those of this interpreter. Raises BadInput."""
-    scripts = sysconfig.get_path("scripts")
-    found = shutil.which(name, path=os.pathsep.join((scripts, os.environ.get("PATH", ""))))
+def search_path() -> str:
+    """Where programs are looked for: first among those of this interpreter."""
+    return os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
+
+
+def program(name: str, path: str) -> str:
+    """The path of an installed program. Raises BadInput."""
+    found = shutil.which(name, path=path)
     if found is None:
         raise BadInput(
-            f"{name}: found no program of that name in {scripts} or PATH, expected it",
+            f"{name}: found no program of that name in {path}, expected it",
             remedy="pip install 'fedcore[flower]'",
         )
     return found
@@ -55,7 +58,7 @@ def program(name: str) -> str:
 def programs() -> None:
     """Raise BadInput if one of Flower's programs is missing."""
     for name in ("flwr", "flower-superlink", "flower-supernode", "flower-superexec"):
-        program(name)
+        program(name, search_path())
 
 
 def watched(
@@ -63,11 +66,12 @@ def watched(
     path: Callable[[], Path | None],
     seconds: float,
     what: Callable[[], str],
+    stalled: float = STALLED_SECONDS,
 ) -> Iterator[tuple[float, str]]:
     """(time.monotonic() when it was seen, line) of a file that a process writes, until the process has ended.
 
     path: of the file, None before it exists. seconds: between two looks. what: what it does now, for a line of
-    progress after each SAID_SECONDS without any. Raises Abandoned after STALLED_SECONDS without a line.
+    progress after each SAID_SECONDS without any. Raises Abandoned after `stalled` seconds without a line.
     """
     rest, offset = b"", 0
     began = heard = said = time.monotonic()
@@ -86,8 +90,8 @@ def watched(
             yield now, line.decode(errors="replace")
         if last:
             return
-        if now - heard > STALLED_SECONDS:
-            raise Abandoned(f"{what()}: found no line for {STALLED_SECONDS:.0f} s")
+        if now - heard > stalled:
+            raise Abandoned(f"{what()}: found no line for {stalled:.0f} s")
         if now - said > SAID_SECONDS:
             said = now
             progress(f"{what()}, {now - began:.0f} s so far")
@@ -123,9 +127,10 @@ class SuperLink:
         return self.folder / f"{name}.log"
 
     def start(self, name: str, *line: str) -> None:
+        command = (program(line[0], self.environment["PATH"]), *line[1:])
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(  # noqa: S603
-                (program(line[0]), *line[1:]), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, cwd=self.folder, env=self.environment,
             )  # fmt: skip
 
@@ -154,7 +159,8 @@ class SuperLink:
 
     def online(self) -> int:
         """SuperNodes that the SuperLink has and that are online."""
-        line = (program("flwr"), "supernode", "list", CONNECTION, "--format", "json")
+        flwr = program("flwr", self.environment["PATH"])
+        line = (flwr, "supernode", "list", CONNECTION, "--format", "json")
         done = subprocess.run(  # noqa: S603
             line, capture_output=True, text=True, check=False, env=self.environment, cwd=self.folder
         )
@@ -170,10 +176,9 @@ def superlink(folder: Path, sites: int) -> Iterator[SuperLink]:
     """Flower's processes with every SuperNode online; none is left at the end. Raises BadInput."""
     home = folder / "flwr"
     home.mkdir(parents=True)
-    path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     ours = {
         "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1", "PATH": path,
+        "PYTHONUNBUFFERED": "1", "PATH": search_path(),
     }  # fmt: skip
     found = SuperLink(folder, {**os.environ, **ours}, free_port())
     address = f"{HOST}:{found.port}"
@@ -224,7 +229,7 @@ def run_app(
 
     config: of `-c`. Raises TaskFailed with the last lines of the log if the app failed, and Abandoned.
     """
-    line = [program("flwr"), "run", str(app), CONNECTION, "--stream"] + (
+    line = [program("flwr", link.environment["PATH"]), "run", str(app), CONNECTION, "--stream"] + (
         ["-c", config] if config else []
     )
     log, output = FlowerLog(), link.log("flwr-run")
@@ -264,7 +269,6 @@ def _failed(what: str, output: Path) -> FedcoreError:
     said = [
         text for line in output.read_text(errors="replace").splitlines() if (text := plain(line))
     ]
-    sys.stderr.flush()
     return TaskFailed(
         what,
         user_traceback="\n".join(said[-SHOWN_LINES:]),

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 _NUMBER = r"(?:np\.\w+\()?([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))\)?"
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|^\s*(?:INFO|WARNING|ERROR|DEBUG)\s*:\s*")
 _ROUND = re.compile(r"^\[ROUND (\d+)(?:/\d+)?\]")
-_END = re.compile(r"^(?:\[SUMMARY\]|Strategy execution finished in )")
+_END = re.compile(r"^(?:\[SUMMARY\]|Strategy execution finished)")
+_TOTAL = re.compile(r"^(?:Strategy execution|Run) finished.* in ([\d.]+)s$")
 _PHASE = re.compile(r"^aggregate_(\w+): received (\d+) results and (\d+) failures", re.IGNORECASE)
 _RECORD = re.compile(r"Aggregated MetricRecord: \{(.*)\}")
 _METRIC = re.compile(rf"'([^']+)': {_NUMBER}(?=[,}}]|$)")
@@ -29,7 +30,7 @@ class FlowerLog:
     """Fed with one line after the other, with the time of each in seconds.
 
     began, ended: of each round. phases: {round: {phase: (results, failures)}}. metrics: of each round's evaluation
-    over the clients. finished: whether the last round ended.
+    over the clients. finished: whether the last round ended. total: seconds of all rounds, as Flower counts them.
     """
 
     began: dict[int, float] = field(default_factory=dict)
@@ -37,11 +38,14 @@ class FlowerLog:
     phases: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     metrics: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     finished: bool = False
+    total: float | None = None
     _section: str = ""
     _name: str = ""
 
     def feed(self, line: str, when: float) -> None:
         text = plain(line)
+        if found := _TOTAL.match(text):
+            self.total = float(found[1])
         if found := _ROUND.match(text):
             self._end(when)
             self.began[int(found[1])] = when
