@@ -12,6 +12,7 @@ from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.text import Text
 from support.results import result_of, stored, stored_rounds
 
 from fedcore import report
@@ -284,7 +285,7 @@ def test_a_comparison_draws_every_cell_and_its_interval():
     assert "5 seeds \u00d7 5 folds" in text
 
 
-def with_sites_by_round(n):
+def with_sites_by_round(n, scale=1.0):
     """The stored run of n sites whose rows hold each site's AUC: round / 100 alone, a tenth more together."""
     sites = [f"site-{i}" for i in range(n)]
     result = result_of(stored("heart"), sites=sites)
@@ -293,7 +294,8 @@ def with_sites_by_round(n):
         more = {}
         if row.arm in plots.SITE_ARMS:
             value = row.round / 100 + (0.1 if row.arm == "federated" else 0)
-            more = {"per_site": {site: {"auc": value, "accuracy": None} for site in sites}}
+            own = {"auc": scale * value, "accuracy": None}
+            more = {"per_site": dict.fromkeys(sites, own)}
         rows.append(RoundRow(row | more))
     return result, rows
 
@@ -319,6 +321,43 @@ def test_a_sites_panel_has_what_its_rows_say_alone_and_together():
         [r / 100 + 0.1 for r in range(1, 21)]
     )
     assert plots.site_curves(run, "accuracy") == {}  # unknown at every site
+
+
+def texts_in_view(axes):
+    """The title, then what stands beside the two axes."""
+    name = axes.get_title(loc="left")
+    title = axes.findobj(lambda each: isinstance(each, Text) and each.get_text() == name)
+    found = [axes.xaxis.label]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=False)
+        found += [axis.get_offset_text(), *(text for at, text in ticks if low <= at <= high)]
+    return [*title, *(text for text in found if text.get_text())]
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [(1, plots.WIDE), (-1, plots.NARROW), (1e-7, plots.NARROW), (3e9, plots.WIDE)],
+)
+def test_numbers_and_names_are_inside_their_figure_and_no_title_lies_on_one(scale, size):
+    """With a name that is cut, with signs, and with values that are shown with a power of ten."""
+    found = json.dumps(stored("heart")).replace("cleveland", "massachusetts-general")
+    rows = [RoundRow(row | {"auc": scale * row["auc"]}) for row in stored_rounds("heart")]
+    run = (result_of(json.loads(found), lower_is_better=["auc"]), rows)
+    for figure in (
+        plots.rounds_figure([run], "auc", size),
+        plots.further_figure([run], ["accuracy", "auc", "loss"], size),
+        plots.splits_figure([result_of(stored("heart_compare"))], "auc", size),
+        plots.sites_by_round_figure(with_sites_by_round(5, scale), "auc", size),
+        plots.sites_figure(run[0], "auc", size),
+    ):
+        figure.draw_without_rendering()
+        for axes in (each for each in figure.axes if each.get_visible()):
+            title, *others = [text.get_window_extent() for text in texts_in_view(axes)]
+            assert title.count_overlaps(others) == 0
+            assert title.x0 >= 0 and title.y1 <= figure.bbox.y1
+            room = figure.bbox.padded(1)
+            assert all(room.contains(*each.min) and room.contains(*each.max) for each in others)
 
 
 def test_two_runs_beside_each_other_have_no_curves_of_sites():
