@@ -19,9 +19,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from pydantic import Field
 
-from fedcore.errors import BadInput, FedcoreError, StoreProblem
+from fedcore.errors import BadInput, FedcoreError, StoreProblem, with_hint
 from fedcore.files import write_atomic
 from fedcore.files.toml import Section, read_toml
+from fedcore.identity.kit import read_private
+from fedcore.secagg import protections
 from fedcore.secagg.by_request.named_arrays import Arrays, difference, digest_of_arrays
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
 from fedcore.secagg.by_request.simulated import FEDERATION, simulated_identities
@@ -34,6 +36,8 @@ from fedcore.types import SiteId
 LOG = logging.getLogger("fedcore.site")
 
 Next = Callable[[Message, Context], Message]
+
+_FILES = "`python -m fedcore_clients.flower_identities` writes such files; docs/flower.md says what is in them"
 
 NODE_KEY, WEIGHT = "fedcore", "num-examples"
 """The key of the node config, and of the metric with a site's training rows."""
@@ -55,27 +59,35 @@ class SiteFile(Section):
 
     def membership(self) -> Membership:
         """Raises BadInput and RosterRefused."""
+        try:
+            return self._membership()
+        except FedcoreError as error:
+            error.remedy = error.remedy or _FILES
+            raise
+
+    def _membership(self) -> Membership:
         pins = {SiteId(name): _hex(public, f"sites.{name}") for name, public in self.sites.items()}
         roster_digest(pins)
-        try:
-            identity = IdentityKey(
-                _hex(self.key.read_text(encoding="ascii").strip(), str(self.key))
-            )
-        except OSError as error:
-            raise BadInput(f"key: {self.key}: it cannot be read ({error.strerror})") from error
+        for protection in self.protections:
+            protections.refuse_unknown(protection)
+        text = read_private(self.key).decode("ascii", errors="replace")
+        identity = IdentityKey(_hex(text.strip(), str(self.key)))
         if pins.get(SiteId(self.site)) != identity.public:
             raise BadInput(
-                f"site: found {self.site!r}, expected the site of `sites` that has this key"
+                f"site: found {self.site!r}, expected the one of [sites] whose public key belongs to {self.key}"
             )
-        protections = self.protections, self.minimum_sites
-        return Membership(self.federation, SiteId(self.site), identity, pins, *protections)
+        allowed = self.protections, self.minimum_sites
+        return Membership(self.federation, SiteId(self.site), identity, pins, *allowed)
 
 
 def _hex(text: str, what: str) -> bytes:
     try:
-        return bytes.fromhex(text)
+        found = bytes.fromhex(text)
     except ValueError as error:
         raise BadInput(f"{what}: found no hex, expected 64 hex digits") from error
+    if len(found) != 32:
+        raise BadInput(f"{what}: found {len(found)} bytes, expected 32, as 64 hex digits")
+    return found
 
 
 def secure_mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -87,9 +99,9 @@ def secure_mod(message: Message, context: Context, call_next: Next) -> Message:
     try:
         return _answer(message, context, call_next)
     except FedcoreError as error:
-        hint = f" (hint: {error.remedy})" if error.remedy else ""
-        LOG.warning("%s%s", error, hint)
-        return Message(Error(PRECONDITION, f"{error}{hint}"), reply_to=message)
+        line = with_hint(error)
+        LOG.warning("%s", line)
+        return Message(Error(PRECONDITION, line), reply_to=message)
 
 
 def _answer(message: Message, context: Context, call_next: Next) -> Message:
@@ -121,6 +133,8 @@ def _standing(context: Context, memory: _Memory) -> tuple[Membership, ReplyCount
             remedy=f"flower-supernode --node-config '{NODE_KEY}=\"/path/site.toml\"'",
         )
     path = Path(where)
+    if not path.is_file():
+        raise BadInput(f"{path}: found no such file, expected that of this site", remedy=_FILES)
     membership = read_toml(SiteFile, path, paths=("key",)).membership()
     return membership, _AnsweredFile(path.resolve().parent / "runs", memory.job)
 
@@ -201,34 +215,42 @@ class _Training:
         self.message.content = self.content
         ours = self.context.state.pop(RECORD, None)
         try:
-            reply = self.call_next(self.message, self.context)
+            reply: object = self.call_next(self.message, self.context)
         finally:
             self.message.content = before
             if ours is not None:
                 self.context.state[RECORD] = ours
-        if reply.has_error():
-            raise BadInput(f"training: found an error, expected arrays: {reply.error.reason}")
+        if not isinstance(reply, Message) or reply.has_error():
+            error = isinstance(reply, Message) and f"the error {reply.error.reason!r}"
+            raise BadInput(
+                f"training: found {error or type(reply).__name__}, expected a Message with arrays",
+                remedy="return Message(RecordDict({...}), reply_to=message)",
+            )
         metrics = {
             str(name): value
             for record in reply.content.metric_records.values()
             for name, value in record.items()
         }
         examples = metrics.pop(WEIGHT, None)
-        if not isinstance(examples, int | float) or not 1 <= examples < 1 << 53:
+        if not (
+            isinstance(examples, int | float) and 1 <= examples < 1 << 53 and examples % 1 == 0
+        ):
             raise BadInput(
-                f"training: found {WEIGHT!r} = {examples}, expected a number of rows, at least 1",
+                f"training: found {WEIGHT!r} = {examples}, expected a whole number of rows, at least 1",
                 remedy=f'reply with MetricRecord({{"{WEIGHT}": len(train_rows), ...}})',
             )
-        single = {n: float(v) for n, v in metrics.items() if isinstance(v, int | float)}
         update = difference(_arrays_of(reply.content), self.start)
-        return Trained(update, int(examples), single)
+        return Trained(update, int(examples), metrics)
 
 
 def _arrays_of(content: RecordDict) -> Arrays:
     """The arrays of the one ArrayRecord of a message. Raises BadInput."""
     records = list(content.array_records.values())
     if len(records) != 1:
-        raise BadInput(f"message: found {len(records)} array records, expected one")
+        raise BadInput(
+            f"message: found {len(records)} array records, expected one",
+            remedy='RecordDict({"arrays": ArrayRecord(...), "metrics": MetricRecord(...)})',
+        )
     try:
         return {name: array.numpy() for name, array in records[0].items()}
     except (TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
 
-from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused
+from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused, with_hint
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
 from fedcore.identity.preflight import channel_target, preflight
@@ -241,7 +241,7 @@ class Session:
         try:
             preflight(self._kit, config.host, config.port, now=now, proxy=config.through)
         except (CertificateRefused, BadInput) as error:
-            return f"{error} (hint: {error.remedy})" if error.remedy else str(error)
+            return with_hint(error)
         except OSError as error:
             return str(error)
         return otherwise

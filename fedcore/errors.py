@@ -52,6 +52,12 @@ class FedcoreError(Exception):
         return _unpickled, (type(self), self.args, self.__dict__)
 
 
+def with_hint(error: Exception) -> str:
+    """The error in one line, with its next step in brackets."""
+    remedy = error.remedy if isinstance(error, FedcoreError) else ""
+    return f"{error} (hint: {remedy})" if remedy else str(error)
+
+
 def _unpickled(
     kind: type[FedcoreError], arguments: tuple[object, ...], fields: dict[str, object]
 ) -> FedcoreError:

@@ -28,6 +28,7 @@ from fedcore.secagg.by_request.coordinator import CoordinatorByRequest, Released
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request, SiteReply
 from fedcore.secagg.by_request.simulated import FEDERATION, simulated_identities
 from fedcore.secagg.by_request.terms import RunTerms
+from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.encode.quantise import step_size
 from fedcore.secagg.protections import MIN_SITES
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, step_after
@@ -89,7 +90,11 @@ class SecureAggregation:
         self.strategy, self.max_examples = strategy, max_examples
         self.protection, self.cipher, self.bits = protection, cipher, bits
         self.value_range, self.threshold, self.seed = value_range, threshold, seed
-        self.metrics = dict(metrics or {})
+        self.metrics = metrics or {}
+        if strategy.weighted_by_key in self.metrics:
+            raise BadInput(
+                f"metrics: found {strategy.weighted_by_key!r}, which is the weight, expected names of metrics"
+            )
         self.federation, self.pins = federation, {} if sites is None else _pins(sites)
         self.history: list[RoundReport] = []
 
@@ -205,6 +210,17 @@ class SecureAggregation:
         nodes = cast(Grid, _AllSites(self.strategy, len(self.pins)))
         sent = list(self.strategy.configure_train(number, _record(model), config, nodes))
         key = self.strategy.arrayrecord_key
+        if not sent:
+            raise BadInput(
+                f"strategy: found no message of configure_train for round {number}, expected one a node"
+            )
+        if any(
+            each.content is not sent[0].content and each.content != sent[0].content for each in sent
+        ):
+            raise PlanRefused(
+                f"strategy: found different messages to nodes in round {number}, expected the same for all",
+                remedy="a protected sum is of updates of one model under one configuration",
+            )
         kept = {name: record for name, record in sent[0].content.items() if name != key}
         return RecordDict({key: _record(named.cast_like(model, first)), **kept})
 
@@ -236,6 +252,7 @@ class SecureAggregation:
                 f"strategy: found no arrays after round {number}, expected the next model"
             )
         stepped = _numpy(arrays)
+        named.require_same(stepped, first, f"strategy, round {number}")
         return {n: stepped[n] if named.travels(kind) else kind for n, kind in first.items()}
 
     def _evaluate(
@@ -259,6 +276,11 @@ def _check_strategy(strategy: FedAvg) -> None:
             "flwr.serverapp.strategy",
             remedy="use FedAvg, FedProx, FedAvgM, FedAdam, FedYogi or FedAdagrad of flwr.serverapp.strategy",
         )
+    if strategy.weighted_by_key != "num-examples":
+        raise PlanRefused(
+            f"strategy: found weighted_by_key={strategy.weighted_by_key!r}, expected 'num-examples': the "
+            "metric by which sites weight their updates"
+        )
     if strategy.fraction_train != 1.0:
         raise PlanRefused(
             f"strategy: found fraction_train={strategy.fraction_train:g}, expected 1: every connected site is "
@@ -277,15 +299,31 @@ def _pins(sites: Mapping[str, str] | str | Path) -> dict[SiteId, bytes]:
     if not isinstance(found, Mapping) or not found:
         raise BadInput(f'sites: found no table [sites] in {sites}, expected name = "public key"')
     try:
-        return {SiteId(str(name)): bytes.fromhex(str(key)) for name, key in found.items()}
+        pins = {SiteId(str(name)): bytes.fromhex(str(key)) for name, key in found.items()}
     except ValueError as error:
         raise BadInput(
-            "sites: found a key that is no hex, expected 64 hex digits a site"
+            "sites: found a key that is no hex, expected 64 hex digits a site",
+            remedy="`python -m fedcore_clients.flower_identities` writes such a file",
         ) from error
+    roster_digest(pins)
+    return pins
 
 
-def _numpy(record: ArrayRecord) -> named.Arrays:
-    return {str(name): array.numpy() for name, array in record.items()}
+def _numpy(record: object) -> named.Arrays:
+    """Raises BadInput for anything but an ArrayRecord of finite numbers."""
+    if not isinstance(record, ArrayRecord):
+        raise BadInput(f"arrays: found {type(record).__name__}, expected an ArrayRecord")
+    try:
+        found = {str(name): array.numpy() for name, array in record.items()}
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"arrays: found some that NumPy cannot read ({error})") from error
+    for name, array in found.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise BadInput(
+                f"array {name!r}: found NaN or infinity, expected finite numbers",
+                remedy="a smaller step of the strategy, or initial arrays without NaN",
+            )
+    return found
 
 
 def _record(arrays: named.Arrays) -> ArrayRecord:
@@ -334,6 +372,8 @@ class _GridLink:
     """Sites behind a Flower grid. Replies are pulled one by one, so that one vector is in memory at a time."""
 
     def __init__(self, grid: Grid, timeout: float) -> None:
+        if not timeout > 0:
+            raise BadInput(f"timeout: found {timeout}, expected seconds above 0")
         self._grid, self._timeout = grid, timeout
 
     def nodes(self) -> Sequence[Hashable]:
@@ -390,8 +430,7 @@ class _GridLink:
 
 def _reply_of(message: Message) -> SiteReply | None:
     if message.has_error():
-        LOG.warning("node %s: %s", message.metadata.src_node_id, message.error.reason)
-        return None
+        return SiteReply(refused=f"node {message.metadata.src_node_id}: {message.error.reason}")
     content = message.content
     try:
         body = content.array_records[BODY]["body"].data if BODY in content.array_records else b""

@@ -80,6 +80,17 @@ class Kit:
 
 def read_key(path: Path) -> PrivateKeyTypes:
     """A private key in PEM form without passphrase. Raises BadInput, also for one others can read."""
+    data = read_private(path)
+    try:
+        return serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise BadInput(f"{path}: found a key under a passphrase, expected one without") from None
+    except ValueError:
+        raise BadInput(f"{path}: found no private key, expected one in PEM form") from None
+
+
+def read_private(path: Path) -> bytes:
+    """A file with a key. Raises BadInput, also for one others can read."""
     data = read_limited(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & _TOO_OPEN:
@@ -87,12 +98,7 @@ def read_key(path: Path) -> PrivateKeyTypes:
             f"{path}: found mode {mode:04o}, expected 0600: others on this machine can read the key",
             remedy=f"chmod 600 {path}",
         )
-    try:
-        return serialization.load_pem_private_key(data, password=None)
-    except TypeError:
-        raise BadInput(f"{path}: found a key under a passphrase, expected one without") from None
-    except ValueError:
-        raise BadInput(f"{path}: found no private key, expected one in PEM form") from None
+    return data
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> SecretBytes:

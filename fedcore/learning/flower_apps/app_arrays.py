@@ -112,4 +112,9 @@ def load(module: nn.Module, arrays: AppArrays, like: AppArrays, where: str) -> N
                 remedy="training changes values only: a model of one shape in every round and at every site",
             )
         if like[name].dtype.kind == "f":
+            if values.dtype.kind != "f":
+                raise BadInput(
+                    f"{where}: found {name!r} of dtype {values.dtype}, expected {like[name].dtype} as it got it",
+                    remedy="a float array stays one: .astype(np.float32) where the app computes in another type",
+                )
             state[name].copy_(torch.from_numpy(np.array(values, order="C")))

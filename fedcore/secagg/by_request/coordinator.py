@@ -157,7 +157,8 @@ class CoordinatorByRequest:
             f"expected at least {self.terms.plan.threshold} of {len(self.pins)} sites to take part"
         )
         said = "; ".join(refusals) or otherwise
-        return Refused(f"run {self.terms.job}: {sites}, found: {said}")
+        remedy = "set these nodes up as docs/flower.md says, and start the run again"
+        return Refused(f"run {self.terms.job}: {sites}, found: {said}", remedy=remedy)
 
     def _call(self) -> list[str]:
         """Call the nodes that are no known site to the key epoch; the lines of those that refuse."""
@@ -169,6 +170,7 @@ class CoordinatorByRequest:
         for node, reply in self.link.ask(asked):
             if reply is not None and reply.refused:
                 refusals.append(printable(reply.refused))
+                LOG.warning("%s", refusals[-1])
             elif reply is not None:
                 self._meet(node, reply)
         return refusals

@@ -55,14 +55,9 @@ def digest_of_arrays(arrays: Arrays, records: Mapping[str, Mapping[str, object]]
 
 
 def difference(local: Arrays, start: Arrays) -> WideVector:
-    """(d,) float64, local - start in the arrays' own type: an update. Raises BadInput for other names or shapes, and
-    for NaN or infinity."""
-    about = {name: array.shape for name, array in start.items()}
-    if {name: array.shape for name, array in local.items()} != about:
-        raise BadInput(
-            "training: found arrays of other names or shapes than came, expected the same",
-            remedy="return the state dict of the model whose arrays came",
-        )
+    """(d,) float64, local - start in the arrays' own type: an update. Raises BadInput for other names, shapes or kinds
+    of numbers, and for NaN or infinity."""
+    require_same(local, start, "training")
     parts = [
         np.asarray(local[name].astype(array.dtype) - array, dtype=np.float64).reshape(-1)  # type: ignore[operator]
         for name, array in start.items()
@@ -75,6 +70,25 @@ def difference(local: Arrays, start: Arrays) -> WideVector:
             remedy="lower the learning rate, or look for NaN in the data",
         )
     return update
+
+
+def require_same(found: Arrays, expected: Arrays, where: str) -> None:
+    """Raise BadInput where names or shapes are others, or values that travel are no floats any more."""
+    for name in (*expected, *found):
+        pair = [_about(arrays.get(name)) for arrays in (found, expected)]
+        if name in found and name in expected and not travels(expected[name]):
+            pair = [str(arrays[name].shape) for arrays in (found, expected)]
+        if pair[0] != pair[1]:
+            raise BadInput(
+                f"{where}: array {name!r}: found {pair[0]}, expected {pair[1]}",
+                remedy="the same names, shapes and types as came: the state dict of the model whose arrays came",
+            )
+
+
+def _about(array: NDArray[np.generic] | None) -> str:
+    if array is None:
+        return "none"
+    return f"shape {array.shape} of {'floats' if travels(array) else array.dtype}"
 
 
 def moved(start: Arrays, update: WideVector) -> dict[str, NDArray[np.generic]]:

@@ -25,6 +25,7 @@ from fedcore.errors import (
     PeerRefused,
     PolicyRefused,
     ReleaseRefused,
+    with_hint,
 )
 from fedcore.secagg.by_request.requests import Request, SiteReply
 from fedcore.secagg.by_request.terms import RunState, RunTerms, Trained, sum_to_bytes
@@ -145,8 +146,7 @@ class SiteByRequest:
         return self.reply
 
     def _refuse(self, error: FedcoreError) -> None:
-        hint = f" (hint: {error.remedy})" if error.remedy else ""
-        self.reply.refused = f"site {self.about.site}: {error}{hint}"
+        self.reply.refused = f"site {self.about.site}: {with_hint(error)}"
         LOG.warning("%s", self.reply.refused)
 
     def _agree(self, request: Request) -> None:
@@ -303,7 +303,15 @@ class SiteByRequest:
         self._carry_out(found)
 
     def _note(self, error: Exception) -> None:
-        LOG.warning("site %s: %s", self.about.site, error)
+        """Into this site's own log; an error of the training function with its traceback, from its first frame on."""
+        if isinstance(error, FedcoreError):
+            LOG.warning("site %s: %s", self.about.site, with_hint(error))
+            return
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_globals.get("__name__", "").startswith("fedcore"):
+            trace = trace.tb_next
+        info = type(error), error, trace
+        LOG.warning("site %s: %s: %s", self.about.site, type(error).__name__, error, exc_info=info)
 
     def _carry_out(self, found: tuple[site.SiteEffect, ...]) -> None:
         for effect in found:

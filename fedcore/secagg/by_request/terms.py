@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 import numpy as np
 
@@ -80,9 +81,21 @@ class RunTerms:
     ) -> RunTerms:
         """Terms whose sums are proved exact. value_range: R of the quantiser, None to calibrate it before round 1.
         Raises PlanRefused, BadInput and UnknownName for what no run can have."""
+        _require(
+            int, rounds=rounds, max_examples=max_examples, bits=bits, threshold=threshold, seed=seed
+        )
+        _require(str, protection=protection, cipher=cipher, federation=federation)
+        _require((int, float, NoneType), value_range=value_range)
         protections.refuse_unknown(protection)
         protections.refuse_plain(protection)
-        declared = {str(name): (float(a), float(b)) for name, (a, b) in (metrics or {}).items()}
+        try:
+            declared = {
+                str(name): (float(a), float(b)) for name, (a, b) in dict(metrics or {}).items()
+            }
+        except (TypeError, ValueError) as error:
+            raise BadInput(
+                f"metrics: found {metrics!r}, expected {{name: (low, high)}}", remedy=_ARGUMENTS
+            ) from error
         _check_run(parameters, rounds, max_examples, declared)
         weight = max_examples.bit_length()
         sums = tuple(Wide(METRIC + name, 2, METRIC_BITS + weight) for name in declared)
@@ -157,8 +170,11 @@ class RunTerms:
         if name not in trained.metrics:
             return [0, 0]
         value = trained.metrics[name]
-        if not math.isfinite(value):
-            raise BadInput(f"metric {name!r}: found {value}, expected a finite number")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise BadInput(
+                f"training: metric {name!r}: found {value}, expected a finite number",
+                remedy="one number a metric, over the site's rows; leave it out where it is undefined",
+            )
         share = (min(max(value, low), high) - low) / (high - low)
         return [weight * round(share * ((1 << METRIC_BITS) - 1)), weight]
 
@@ -180,15 +196,28 @@ def _settings(metrics: Mapping[str, tuple[float, float]], layout: str, seed: int
     }
 
 
+_ARGUMENTS = "the arguments of SecureAggregation and of start: docs/flower.md"
+
+
+def _require(kind: type | tuple[type, ...], **found: object) -> None:
+    """Raise BadInput for a value of another type."""
+    for what, value in found.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            name = "a whole number" if kind is int else "a text" if kind is str else "a number"
+            raise BadInput(f"{what}: found {value!r}, expected {name}", remedy=_ARGUMENTS)
+
+
 def _check_run(
     parameters: int, rounds: int, examples: int, metrics: Mapping[str, tuple[float, float]]
 ) -> None:
     for what, found in (("parameters", parameters), ("rounds", rounds), ("max_examples", examples)):
         if not 1 <= found < 1 << 40:
-            raise BadInput(f"{what}: found {found}, expected at least 1")
+            raise BadInput(f"{what}: found {found}, expected 1 to 2^40", remedy=_ARGUMENTS)
     for name, (low, high) in metrics.items():
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise BadInput(f"metrics: {name}: found {low} to {high}, expected a range")
+            raise BadInput(
+                f"metrics: {name}: found {low} to {high}, expected a range", remedy=_ARGUMENTS
+            )
 
 
 @dataclass(frozen=True)
@@ -197,7 +226,7 @@ class Trained:
 
     update: WideVector
     examples: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, object]
 
 
 @dataclass(frozen=True)

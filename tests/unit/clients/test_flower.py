@@ -212,7 +212,7 @@ def test_a_key_that_is_not_the_one_of_the_site_is_refused(tmp_path):
     made = secure(sites)
     made.start(grid, record(), num_rounds=1, timeout=0.2)
     assert made.history[0].survivors == ("oslo", "rome", "bern")
-    assert "expected the site of `sites` that has this key" in grid.replies[0].error.reason
+    assert "expected the one of [sites] whose public key belongs to" in grid.replies[0].error.reason
 
 
 def test_a_supernode_that_lost_its_context_takes_no_further_part(tmp_path):

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from fedcore.cli.flags import of_flower_app
 from fedcore.errors import BadInput, PlanRefused, TaskFailed
 from fedcore.flower import SecureAggregation
+from fedcore.learning.flower_apps.app_arrays import load, module_of
 from fedcore.learning.flower_apps.refused import NEEDS_SINGLE_UPDATES
 from fedcore.learning.flower_apps.strategies import _OTHERS, _TAKEN, _TAKEN_LEGACY
 from fedcore.learning.task import load_task
@@ -100,9 +101,7 @@ def test_strategy_that_needs_single_updates_is_refused_in_both_directions(
         load_task(f"flower:{app_of(tmp_path / 'app', package, made, own)}")
     assert str(here.value) == f"strategy {called}: found it in Flower app tinyapp; it {why}"
     with pytest.raises(PlanRefused) as there:
-        SecureAggregation(
-            built(package, made, own), sites={"a": "00"}, federation="hospitals", max_examples=8
-        )
+        SecureAggregation(built(package, made, own), federation="hospitals", max_examples=8)
     assert str(there.value) == f"strategy {called}: found it in SecureAggregation; it {why}"
     assert here.value.remedy == there.value.remedy == instead
     assert here.value.exit_code == 3
@@ -116,7 +115,7 @@ def test_other_strategy_of_the_older_api_is_refused_with_what_to_use(tmp_path, n
     ):
         load_task(f"flower:{app_of(tmp_path / 'app', legacy, made)}")
     with pytest.raises(PlanRefused, match=f"found {name} of flwr.server.strategy") as there:
-        SecureAggregation(built(legacy, made), sites={"a": "00"}, federation="h", max_examples=8)
+        SecureAggregation(built(legacy, made), federation="h", max_examples=8)
     assert "of flwr.serverapp.strategy" in there.value.remedy
 
 
@@ -129,9 +128,7 @@ def test_strategy_of_the_apps_own_is_refused_here_and_taken_on_flowers_engine(tm
     ):
         load_task(f"flower:{app_of(tmp_path / 'app', current, 'Mine()', own)}")
     made = built(current, "Mine(fraction_evaluate=0.0)", own)
-    assert (
-        SecureAggregation(made, sites={"a": "00"}, federation="h", max_examples=8).strategy is made
-    )
+    assert SecureAggregation(made, federation="h", max_examples=8).strategy is made
 
 
 def test_the_page_for_people_of_flower_names_every_refused_strategy():
@@ -320,3 +317,14 @@ def test_run_config_may_be_given_in_several_flags():
     assert {key: value for key, value in found.items() if key != "task"} == {
         "task.a": 1, "task.b": "x y", "task.c": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [np.int64, np.complex64, np.str_])
+def test_float_array_that_comes_back_as_another_kind_of_number_is_refused(other):
+    like = {"w": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)}
+    arrays = {"w": np.ones(2).astype(other), "b": np.ones(1)}
+    with pytest.raises(BadInput, match="a train: found 'w' of dtype"):
+        load(module_of(like), arrays, like, "a train")
+    module = module_of(like)
+    load(module, {"w": np.ones(2), "b": np.ones(1)}, like, "a train")  # float64 is a float array
+    assert module.state_dict()["w"].dtype.is_floating_point
