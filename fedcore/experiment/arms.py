@@ -25,7 +25,7 @@ from fedcore.errors import RoundAbandoned
 from fedcore.experiment.exposure import observe, watch_one
 from fedcore.experiment.prepare import Prepared
 from fedcore.experiment.simulation import Release
-from fedcore.learning.data.rows import pool
+from fedcore.learning.data.rows import Rows
 from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.optimisers import apply_update
@@ -86,16 +86,18 @@ def score_shared(
 class Alone:
     """Parties that train alone, each with an optimiser that it keeps.
 
-    pooled: one party with all rows, which scores on every site's (`centralised`): what pooling would give.
-    Otherwise every site on its own rows (`local_only`): what not joining would give.
+    pooled: the rows of one party with all of them, which scores on every site's (`centralised`): what pooling would
+    give. Otherwise every site on its own rows (`local_only`): what not joining would give.
     """
 
-    def __init__(self, prepared: Prepared, sites: Sequence[SiteRows], *, pooled: bool) -> None:
+    def __init__(
+        self, prepared: Prepared, sites: Sequence[SiteRows], pooled: Rows | None = None
+    ) -> None:
         self.budget, self._sites = Budget(), sites
         self._task, self._seed = prepared.task, prepared.job.run.seed
         self._parties = {site.id: site.train for site in sites}
-        if pooled:
-            self._parties = {SiteId(""): pool([site.train for site in sites])}
+        if pooled is not None:
+            self._parties = {SiteId(""): pooled}
         initial, plan = prepared.federation.sites[0].initial, prepared.plan
         self._own = [
             OwnModel(self._task, prepared.flat, initial, plan.train, plan.rounds)

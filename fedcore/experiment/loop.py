@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from fedcore.errors import Abandoned, BadInput, GuardTripped
-from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, loss_of
+from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, Scoring, loss_of
 from fedcore.experiment.destinations import Destinations
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
@@ -31,12 +31,13 @@ from fedcore.files import (
     write_atomic,
     write_json,
 )
+from fedcore.learning.app_jobs import of_arm
 from fedcore.learning.device import repeatable
 from fedcore.learning.model import single_thread
 from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
 from fedcore.results import Columns, RoundRow, RunResult
-from fedcore.types import ARMS, Json
+from fedcore.types import Json
 
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""
@@ -104,13 +105,12 @@ class Experiment:
         self.federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
         self.federated = Federated(prepared)
         makers: dict[str, Callable[[], Arm]] = {
-            "centralised": lambda: Alone(prepared, prepared.sites, pooled=True),
-            "local_only": lambda: Alone(prepared, [t.rows_alone() for t in trainers], pooled=False),
+            "centralised": lambda: Alone(prepared, prepared.sites, prepared.pooled()),
+            "local_only": lambda: Alone(prepared, [t.rows_alone() for t in trainers]),
             "federated_float": lambda: FederatedFloat(prepared, self.federated),
             "federated": lambda: self.federated,
         }
-        wanted = [arm for arm in ARMS if arm in prepared.job.track.arms or arm == "federated"]
-        self.arms: dict[str, Arm] = {name: makers[name]() for name in wanted}
+        self.arms: dict[str, Arm] = {name: makers[name]() for name in prepared.arms}
         self.round = 0
         self.stopped: str | None = None
         self.history: list[RoundRow] = []
@@ -145,10 +145,12 @@ class Experiment:
             columns = {}
             for name in order:
                 announce(current, name)
-                columns[name] = self.arms[name].step(current)
+                with of_arm(self.prepared.task, name):
+                    columns[name] = self.arms[name].step(current)
                 self.round = current
             for name, arm in self.arms.items():
-                row = self._row(name, arm, current, columns[name])
+                with of_arm(self.prepared.task, name):
+                    row = self._row(name, arm, current, columns[name])
                 self.history.append(row)
                 yield row
         announce(self.round + 1, "")
@@ -184,6 +186,14 @@ class Experiment:
             self.kept[name] = arm.models()
         return found
 
+    def evaluated(self) -> dict[str, Scoring]:
+        """Every arm's scores at its best round, where the job keeps it, else at the last."""
+        found, at = {}, self.go_back()
+        for name, arm in self.arms.items():
+            with of_arm(self.prepared.task, name):
+                found[name] = arm.evaluate(at[name])
+        return found
+
     def go_back(self) -> dict[str, int]:
         """Every arm to its best round, where the job keeps it; {arm: the round that it is at}."""
         at = dict.fromkeys(self.arms, self.round)
@@ -214,7 +224,9 @@ class Experiment:
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
             "inputs": inputs_of(self.prepared),
             "kept": dict(self.kept),
-            "app": None if self.prepared.task.app is None else self.prepared.task.app.save(),
+            "app": None
+            if (app := self.prepared.task.app) is None
+            else {a: app.save(a) for a in self.arms},
         }
 
     def restore(self, saved: Any) -> None:
@@ -231,8 +243,9 @@ class Experiment:
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
         self.kept = {name: tuple(models) for name, models in saved.get("kept", {}).items()}
-        if self.prepared.task.app is not None:
-            self.prepared.task.app.restore(saved["app"])
+        if (app := self.prepared.task.app) is not None:
+            for arm, kept in saved["app"].items():
+                app.restore(kept, arm)
 
 
 class RunWriter:
@@ -304,9 +317,7 @@ class RunWriter:
                     name = f"model-{quote(site.site.id, safe='')}.safetensors"
                     models[name] = site.exported(state)
             if self._prepared.job.track.keep_scores:
-                at = experiment.go_back()
-                scorings = {name: arm.evaluate(at[name]) for name, arm in experiment.arms.items()}
-                models[SCORES_FILE] = scores_file(self._prepared, scorings)
+                models[SCORES_FILE] = scores_file(self._prepared, experiment.evaluated())
         for name, model in models.items():
             write_atomic(self.directory / name, model)
         write_json(self.directory / RESULT_FILE, result.to_json())

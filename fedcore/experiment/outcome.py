@@ -78,9 +78,8 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     prepared, job = experiment.prepared, experiment.prepared.job
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
-        at = experiment.go_back()
-        scorings = {name: arm.evaluate(at[name]) for name, arm in experiment.arms.items()}
-        twin = federated.evaluate_twin(at["federated"])
+        scorings = experiment.evaluated()
+        twin = federated.evaluate_twin(experiment.go_back()["federated"])
         protected = _protected_metrics(experiment)
         constant = _constant(experiment, pooled(scorings["federated"]))
     about = prepared.plan_json()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.config import Job, build_job, is_json, packing_of, plan_of
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import BadInput, TaskFailed, UnknownName
 from fedcore.experiment.simulation import Federation, Leaving
 from fedcore.files import read_json
 from fedcore.identity.peer import check_sites
 from fedcore.learning.app_jobs import refuse_of_app
+from fedcore.learning.data.rows import Rows, pool
 from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
 from fedcore.learning.device import move_loss, require_device
@@ -34,7 +35,7 @@ from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
 from fedcore.secagg.protections import refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
-from fedcore.types import Json, SiteId
+from fedcore.types import ARMS, Json, SiteId
 
 _GROUPING_KEYS = {"n", "by", "alpha", "seed"}
 
@@ -88,6 +89,20 @@ class Prepared:
     transport: MetricTransport
     loaded: Sequence[LoadedSite]
     findings: Sequence[tuple[str, str]]
+    of_app: Rows | None = None
+    """All rows as one party's, of a task that is an app and gives them; others are pooled here."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that can be had of those that the job asks for, in the order of ARMS."""
+        missing = set() if self.task.app is None or self.of_app is not None else {"centralised"}
+        wanted = {*self.job.track.arms, "federated"} - missing
+        return tuple(arm for arm in ARMS if arm in wanted)
+
+    def pooled(self) -> Rows:
+        """The training rows of all sites, as inputs."""
+        parts = [site.train for site in self.sites]
+        return pool(parts) if self.of_app is None else self.of_app
 
     @property
     def statistics(self) -> Statistics | None:
@@ -208,7 +223,13 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     flat, of_calls = _build(task, job, sites)
     looks = [one.look(task, job, flat) for one in loaded]
     findings = of_calls + lines(each for look in looks for each in look.findings)
-    findings += [] if task.app is None else task.app.notes
+    of_app = None
+    if task.app is not None:
+        findings += task.app.notes
+        if "centralised" in job.track.arms:
+            say("asking the app for all data as one partition")
+            of_app, said = _pooled_by(task, [site.train for site in sites])
+            findings += said
     adds_rows = looks[0].adds_rows
     transport = MetricTransport.of(task, sample_of(task, job, flat, sites[0]), max_examples)
     initial = flat.read()
@@ -229,7 +250,29 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         say("federated statistics")
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
-    return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings)
+    return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings, of_app)
+
+
+def _pooled_by(task: Task, parts: Sequence[Rows]) -> tuple[Rows | None, list[tuple[str, str]]]:
+    """All sites' training rows as one party's, where an app gives them, and what is to be said of it as (warning,
+    hint)."""
+    assert task.app is not None
+    try:
+        with seeded(0, 0, "", "data"):
+            found: Rows = task.app.pooled(parts)
+    except (BadInput, TaskFailed) as error:
+        return None, [
+            (
+                f"no centralised arm, so the gap to it is unknown: only the app can read its rows, and {error}",
+                "an app that loads by num-partitions can give all data as one partition; or give model and data as a "
+                "task (docs/tasks.md)",
+            )
+        ]
+    text = (
+        f"the centralised arm is the app trained on partition 0 of 1 ({len(found):,} rows, as at the sites together); "
+        "if rows that a site tests on are among them, which only the app knows, this arm looks better than it is"
+    )
+    return found, [(text, "split off test rows before the partitions are made")]
 
 
 def _build(

@@ -51,11 +51,20 @@ class TaskApp(Protocol):
         """The task, with what only the data of a site tells: the names of its metrics."""
         ...
 
-    def save(self) -> bytes:
+    def pooled(self, parts: Sequence[Any]) -> Any:
+        """The rows of all sites as those of one party. parts: the sites' training rows. Raises BadInput and
+        TaskFailed where the app does not give them."""
+        ...
+
+    def of_arm(self, arm: str) -> AbstractContextManager[None]:
+        """Meanwhile what the app keeps is that of an arm of a run, apart from the arm `federated`."""
+        ...
+
+    def save(self, arm: str = "federated") -> bytes:
         """What the app keeps at the sites of this process between rounds; b"" for nothing."""
         ...
 
-    def restore(self, saved: bytes) -> None:
+    def restore(self, saved: bytes, arm: str = "federated") -> None:
         """The inverse of `save`."""
         ...
 

@@ -12,6 +12,7 @@ sums over all sites, which every site opened anyway; `here`, `alone` and `gained
 
 from collections.abc import Mapping, Sequence
 
+from fedcore.learning.app_jobs import of_arm
 from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
@@ -71,5 +72,7 @@ class Tracker:
         seed = local.job.run.seed
         while self._trained < rounds:
             self._trained += 1
-            alone.train(site.train, seed=seed, round_=self._trained, site=site.id)
-        return site.scored(local.task, alone.module, seed, rounds)
+            with of_arm(local.task, "local_only"):
+                alone.train(site.train, seed=seed, round_=self._trained, site=site.id)
+        with of_arm(local.task, "local_only"):
+            return site.scored(local.task, alone.module, seed, rounds)

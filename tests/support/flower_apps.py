@@ -79,6 +79,15 @@ MOMENTUM = CLIENT.replace(
 ).replace("app = ClientApp()", "app = ClientApp()\nLENGTH = 2")
 """A momentum that the client keeps in its Context.state, beside the number of rounds it trained."""
 
+POOLABLE = """
+    n = context.node_config["num-partitions"]
+    return np.linspace(0, 3, 12)[part::n] ** 2
+"""
+POOLABLE = CLIENT.replace(
+    "    return np.linspace(part, part + 1, 3 + part)\n", POOLABLE.lstrip("\n")
+)
+"""Twelve numbers that are dealt to the partitions, so that all of them can be one."""
+
 LEGACY_CLIENT = """
 import numpy as np
 from flwr.client import ClientApp, NumPyClient

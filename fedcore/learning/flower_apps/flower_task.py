@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fedcore.errors import BadInput, TaskFailed
+from fedcore.learning.data.rows import DatasetRows
 from fedcore.learning.flower_apps.app_arrays import AppArrays, load, module_of, record_of
 from fedcore.learning.flower_apps.kept_state import (
     KeptState,
@@ -57,6 +59,9 @@ SITES = 4
 
 RUN_ID, SERVER, TTL = 1, 1, 3600.0
 """Of every message: Flower's own are random, and an app that draws from them would not reproduce. TTL in seconds."""
+
+ALONE = ("centralised", "local_only")
+"""Arms in which nothing is averaged."""
 
 ERRORS = ("loss", "error", "mae", "mse", "rmse", "perplexity")
 """Parts of a metric's name by which smaller is better."""
@@ -87,7 +92,7 @@ class FlowerApp:
         self._server: ServerApp = self._component("serverapp", ServerApp)
         with seeded(0, 0, "", "initial model"):
             self.course = self._run_main()
-        self._nodes: dict[int, KeptState] = {}
+        self._arm, self._kept = "federated", defaultdict[str, dict[int, KeptState]](dict)
         self._home: NodeConfig = {}
         """The first site of this process, whose client is asked for initial arrays that the server has not."""
 
@@ -127,17 +132,18 @@ class FlowerApp:
         task = Task(
             name=self.project.name, data=self.data, model=self.model, loss=self.loss, metrics=(),
             train=self.train, evaluate=self.evaluate, sites=self.sites,
-            defaults={**self.course.settings, "arms": ("federated",)},
-            settings=dict(self.project.config), given=dict(self.given), app=self,
+            defaults=dict(self.course.settings), settings=dict(self.project.config),
+            given=dict(self.given), app=self,
         )  # fmt: skip
         object.__setattr__(task, "origin", self.origin)
         object.__setattr__(task, "home", self.project.components["clientapp"].partition(":")[0])
         return task
 
     def at_source(self, task: Task, source: Any) -> Task:
-        """The task with the metrics that the app's evaluate reports for a source. Raises BadInput, TaskFailed."""
+        """The task with the metrics that the app's evaluate reports for a source, and no kept state of another run.
+        Raises BadInput and TaskFailed."""
         node, where = _node_config(source), f"{self._name}: evaluate"
-        self._home = node
+        self._home, self._kept = node, defaultdict(dict)
         names = tuple(self._ask("evaluate", node, self._initial_record(), 0, where).metrics)
         if not names:
             raise BadInput(
@@ -170,6 +176,32 @@ class FlowerApp:
             )
 
         return part("train"), part("evaluate")
+
+    def pooled(self, parts: Sequence[Any]) -> DatasetRows:
+        """All data as partition 0 of 1, on which the app trains once. Raises BadInput where its number of rows is not
+        that of the sites together."""
+        nodes = [_whole(part, "train").node_config for part in parts]
+        found = [{k: node.get(k) for k in ("partition-id", "num-partitions")} for node in nodes]
+        if found != [{"partition-id": k, "num-partitions": len(parts)} for k in range(len(parts))]:
+            raise BadInput("the sites' node configs are no partitions 0, 1, ... of one data set")
+        node = {**nodes[0], "partition-id": 0, "num-partitions": 1}
+        where, together = f"{self._name}: train on partition 0 of 1", sum(map(len, parts))
+        with self.of_arm("centralised"):
+            rows = self._ask("train", node, self._initial_record(), 1, where).examples
+        if rows != together:
+            raise BadInput(
+                f"as partition 0 of 1 the app trains on {rows} rows, and at the sites together on {together}"
+            )
+        return DatasetRows(Partition(node, "train", rows))
+
+    @contextmanager
+    def of_arm(self, arm: str) -> Iterator[None]:
+        """Meanwhile Context.state is that of an arm; a party that trains alone has no proximal term."""
+        before, self._arm = self._arm, arm
+        try:
+            yield
+        finally:
+            self._arm = before
 
     def model(self) -> nn.Module:
         """The initial arrays of the ServerApp, which the caller's seed decides."""
@@ -217,16 +249,18 @@ class FlowerApp:
                 )
         return {n: (value * reply.examples, reply.examples) for n, value in reply.metrics.items()}
 
-    def save(self) -> bytes:
+    def save(self, arm: str = "federated") -> bytes:
         """The Context.state of each site of this process, before and after the last round that it trained."""
-        return to_bytes(self._nodes)
+        return to_bytes(self._kept[arm])
 
-    def restore(self, saved: bytes) -> None:
+    def restore(self, saved: bytes, arm: str = "federated") -> None:
         """The inverse of `save`."""
-        self._nodes = from_bytes(saved)
+        self._kept[arm] = from_bytes(saved)
 
     def _node(self, config: NodeConfig) -> KeptState:
-        return self._nodes.setdefault(_node_id(config), KeptState())
+        """Of a site in the present arm. With all rows at one party, that party's, whatever it is tested on."""
+        node = 0 if self._arm == "centralised" else _node_id(config)
+        return self._kept[self._arm].setdefault(node, KeptState())
 
     def _ask(
         self,
@@ -239,7 +273,7 @@ class FlowerApp:
     ) -> AppReply:
         """The ClientApp's reply to a round's message. state: of the Context, which the app may change."""
         messages = self.course.messages
-        content = messages.content(kind, arrays, round_)
+        content = messages.content(kind, arrays, round_, alone=self._arm in ALONE)
         return messages.read(kind, self._call(kind, node, content, round_, where, state), where)
 
     @torch.enable_grad()

@@ -21,7 +21,12 @@ from flwr.compat.common import recorddict_compat as compat
 
 from fedcore.errors import BadInput
 from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
-from fedcore.learning.flower_apps.message_api import AppReply, numbers_in, weight_in
+from fedcore.learning.flower_apps.message_api import (
+    AppReply,
+    numbers_in,
+    weight_in,
+    without_proximal,
+)
 
 Config = Callable[[int], Mapping[str, Any]]
 """What a client gets for a round, by the round."""
@@ -34,10 +39,12 @@ class LegacyApi:
     configs: Mapping[str, Config]
     weight_key: str = "num_examples"
 
-    def content(self, kind: str, arrays: ArrayRecord, round_: int) -> RecordDict:
+    def content(self, kind: str, arrays: ArrayRecord, round_: int, *, alone: bool) -> RecordDict:
         """FitIns or EvaluateIns: the arrays as a list, in their order."""
         parameters = ndarrays_to_parameters([array.numpy() for array in arrays.values()])
         config = dict(self.configs[kind](round_))
+        if alone:
+            config = without_proximal(config)
         if kind == "train":
             return compat.fitins_to_recorddict(FitIns(parameters, config), keep_input=True)
         return compat.evaluateins_to_recorddict(EvaluateIns(parameters, config), keep_input=True)

@@ -37,8 +37,8 @@ class Messages(Protocol):
     @property
     def weight_key(self) -> str: ...
 
-    def content(self, kind: str, arrays: ArrayRecord, round_: int) -> RecordDict:
-        """Of a message of a kind, train or evaluate."""
+    def content(self, kind: str, arrays: ArrayRecord, round_: int, *, alone: bool) -> RecordDict:
+        """Of a message of a kind, train or evaluate. alone: to a party whose model is averaged with no other's."""
         ...
 
     def read(self, kind: str, content: RecordDict, where: str) -> AppReply:
@@ -55,9 +55,10 @@ class MessageApi:
     config_key: str
     configs: Mapping[str, Mapping[str, Any]]
 
-    def content(self, kind: str, arrays: ArrayRecord, round_: int) -> RecordDict:
+    def content(self, kind: str, arrays: ArrayRecord, round_: int, *, alone: bool) -> RecordDict:
         """The arrays and the config under the strategy's keys."""
-        config = ConfigRecord({**self.configs[kind], "server-round": round_})
+        given = without_proximal(self.configs[kind]) if alone else self.configs[kind]
+        config = ConfigRecord({**given, "server-round": round_})
         return RecordDict({self.arrays_key: arrays, self.config_key: config})
 
     def read(self, kind: str, content: RecordDict, where: str) -> AppReply:
@@ -76,6 +77,11 @@ class MessageApi:
         shown = f"{len(metrics)} MetricRecords" if len(metrics) != 1 else ""
         examples = weight_in(found.pop(self.weight_key, None), self.weight_key, where, shown)
         return AppReply(arrays, {} if kind == "train" else numbers_in(found, where), examples)
+
+
+def without_proximal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """FedProx's config for a party that trains alone: there is no model of others to stay near."""
+    return {k: 0.0 if k in {"proximal-mu", "proximal_mu"} else v for k, v in config.items()}
 
 
 def weight_in(found: object, key: str, where: str, shown: str = "") -> int:

@@ -20,7 +20,15 @@ from flwr.app.message import make_message
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
 from safetensors.numpy import load_file
-from support.flower_apps import CLIENT, LEGACY_CLIENT, LEGACY_SERVER, SERVER, flower_app
+from support.flower_apps import (
+    CLIENT,
+    LEGACY_CLIENT,
+    LEGACY_SERVER,
+    MOMENTUM,
+    POOLABLE,
+    SERVER,
+    flower_app,
+)
 
 import fedcore
 from fedcore.cli.main import main
@@ -32,6 +40,7 @@ from fedcore.learning.flower_apps.kept_state import KeptState, from_bytes, to_by
 from fedcore.learning.guard import GuardMemory, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
+from fedcore.types import ARMS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -40,7 +49,9 @@ REPOSITORY = Path(__file__).parents[3]
 
 def simulated(folder, out, **settings):
     return fedcore.simulate(
-        f"flower:{folder}", out=out, **{"protection": "plain", "resamples": 0, **settings}
+        f"flower:{folder}",
+        out=out,
+        **{"protection": "plain", "resamples": 0, "arms": ("federated",), **settings},
     )
 
 
@@ -535,6 +546,162 @@ def test_state_beyond_the_limit_is_refused_simulated_and_deployed(tmp_path, monk
     assert head["failed"] == "unable" and re.search(text, head["text"])
 
 
+# --- The arms beside the federated one ------------------------------------------------------------------------------
+
+
+ALL_NUMBERS = np.linspace(0, 3, 12) ** 2
+HALVES = [ALL_NUMBERS[part::2] for part in range(2)]
+
+
+def trained_alone(numbers, rate=0.5, rounds=3, momentum=0.0):
+    """The parameter that the app's steps lead to on some numbers."""
+    w = velocity = 0.0
+    for _ in range(rounds):
+        velocity = momentum * velocity + rate * (w - numbers.mean())
+        w -= velocity
+    return w
+
+
+def error_on(w, parts):
+    return np.mean([(w - x) ** 2 for x in np.concatenate(parts)])
+
+
+def four_arms(app, out, **settings):
+    return simulated(app, out, **{"sites": 2, "arms": ARMS, **settings})
+
+
+def test_all_arms_and_the_gap_of_an_app_whose_data_can_be_one_partition(tmp_path):
+    run = four_arms(flower_app(tmp_path / "app", client=POOLABLE), tmp_path / "run")
+    arms = {name: arm.metrics["error"] for name, arm in run.result.arms.items()}
+    assert list(arms) == list(ARMS)
+    centralised = error_on(trained_alone(ALL_NUMBERS), HALVES)
+    assert arms["centralised"] == pytest.approx(centralised, rel=1e-5)
+    own = [((trained_alone(x) - x) ** 2).mean() for x in HALVES]
+    assert arms["local_only"] == pytest.approx(np.mean(own), rel=1e-5)
+    assert arms["federated_float"] == pytest.approx(arms["federated"], abs=1e-3)
+    assert run.gap["error"].mean == pytest.approx(arms["federated"] - centralised, abs=1e-6)
+    lost = arms["local_only"] - centralised
+    assert run.gap["error"]["local_only"].mean == pytest.approx(lost, abs=1e-6)
+    assert (
+        run.result.arms["centralised"].examples_seen == run.result.arms["local_only"].examples_seen
+    )
+    assert "trained on partition 0 of 1 (12 rows, as at the sites together)" in " ".join(
+        run.result.notes
+    )
+
+
+def test_legacy_app_has_all_arms_too(tmp_path):
+    client = LEGACY_CLIENT.replace(
+        "def __init__(self, part, rate):\n        self.x, self.rate = np.linspace(part, part + 1, 3 + part), rate",
+        "def __init__(self, node, rate):\n        part, n = node['partition-id'], node['num-partitions']\n"
+        "        self.x, self.rate = np.linspace(0, 3, 12)[part::n] ** 2, rate",
+    ).replace('context.node_config["partition-id"]', "context.node_config")
+    client = client.replace(
+        "        return [(w - step)",
+        "        step = step + config['proximal_mu']\n        return [(w - step)",
+    )
+    server = LEGACY_SERVER.replace("FedAvg(", "FedProx(proximal_mu=0.25, ")
+    run = four_arms(legacy_app(tmp_path / "app", client=client, server=server), tmp_path / "run")
+    centralised = error_on(trained_alone(ALL_NUMBERS), HALVES)
+    assert run.result.arms["centralised"].metrics["eval_loss"] == pytest.approx(
+        centralised, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("client", "sites", "reason"),
+    [
+        (CLIENT, 2, "as partition 0 of 1 the app trains on 3 rows, and at the sites together on 7"),
+        (
+            CLIENT.replace("    part =", """    assert context.node_config["num-partitions"] > 1, "one is none"
+    part ="""),
+            2, "train on partition 0 of 1 raised AssertionError: one is none",
+        ),
+        (CLIENT, {"a": node(0, 2), "b": node(0, 2)}, "are no partitions 0, 1, ... of one data set"),
+        (CLIENT, {"a": {"partition-id": 0}, "b": {"partition-id": 1}}, "are no partitions 0, 1, ..."),
+    ],
+    ids=["other count", "app refuses one partition", "a partition twice", "no number of partitions"],
+)  # fmt: skip
+def test_without_all_data_as_one_partition_the_other_arms_run_and_a_sentence_says_why(
+    tmp_path, client, sites, reason
+):
+    run = four_arms(flower_app(tmp_path / "app", client=client), tmp_path / "run", sites=sites)
+    assert list(run.result.arms) == ["local_only", "federated_float", "federated"]
+    (note,) = [note for note in run.result.notes if "No centralised arm" in note]
+    assert "the gap to it is unknown" in note and reason in note
+    assert run.gap["error"].mean is None
+    assert run.gap["error"]["quantisation"].mean is not None
+    page = (run.directory / "report.html").read_text()
+    assert "the gap to it is unknown" in page
+
+
+def test_each_arm_has_a_context_state_of_its_own(tmp_path):
+    """A momentum: of the federation the same with and without arms beside it, and of a run the same in one process."""
+    poolable = POOLABLE.index("def rows"), POOLABLE.index("@app.train()")
+    rows_ = POOLABLE[slice(*poolable)]
+    start, end = MOMENTUM.index("def rows"), MOMENTUM.index("@app.train()")
+    folder = flower_app(tmp_path / "app", client=MOMENTUM[:start] + rows_ + MOMENTUM[end:])
+    run = four_arms(folder, tmp_path / "run", rounds=4)
+    alone = simulated(folder, tmp_path / "alone", sites=2, rounds=4)
+    assert run.result.model_sha256 == alone.result.model_sha256
+    w = trained_alone(ALL_NUMBERS, rounds=4, momentum=0.5)
+    assert run.result.arms["centralised"].metrics["error"] == pytest.approx(
+        error_on(w, HALVES), rel=1e-5
+    )
+    own = [((trained_alone(x, rounds=4, momentum=0.5) - x) ** 2).mean() for x in HALVES]
+    assert run.result.arms["local_only"].metrics["error"] == pytest.approx(np.mean(own), rel=1e-5)
+
+    def stop(row):
+        if row.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        four_arms(folder, tmp_path / "again", rounds=4, on_round=stop)
+    resumed = resume(tmp_path / "again").result
+    assert resumed.model_sha256 == run.result.model_sha256
+    assert {n: a.metrics for n, a in resumed.arms.items()} == {
+        n: a.metrics for n, a in run.result.arms.items()
+    }
+
+
+def test_a_second_run_of_one_task_object_begins_without_kept_state(tmp_path):
+    task = load_task(f"flower:{flower_app(tmp_path / 'app', client=MOMENTUM)}")
+    about = {"protection": "plain", "resamples": 0, "sites": 2, "arms": ("federated",)}
+    runs = [fedcore.simulate(task, out=tmp_path / name, **about) for name in ("one", "two")]
+    assert runs[0].result.model_sha256 == runs[1].result.model_sha256
+
+
+def test_parties_that_train_alone_have_no_proximal_term(tmp_path):
+    client = POOLABLE.replace(
+        "    out =", '    step = step + msg.content["config"]["proximal-mu"]\n    out ='
+    )
+    folder = flower_app(
+        tmp_path / "app", client=client, server=strategy("strategies.FedProx(proximal_mu=0.25)")
+    )
+    found = {
+        n: a.metrics["error"] for n, a in four_arms(folder, tmp_path / "run").result.arms.items()
+    }
+    assert found["centralised"] == pytest.approx(
+        error_on(trained_alone(ALL_NUMBERS), HALVES), rel=1e-5
+    )
+    assert found["federated"] > found["centralised"] + 0.1, "control: the others have it"
+
+
+def test_deployed_record_of_training_alone_leaves_the_kept_state_of_the_federation_alone(tmp_path):
+    site = DeployedSite(flower_app(tmp_path / "app", client=MOMENTUM))
+    _, kept = site.ask("update", 1, b"")
+    _, twice = site.ask("update", 2, kept)
+    asked = {
+        "do": "track", "job": "j", "plan": site.plan.to_json(), "step": ["update", 1], "sites": 3,
+        "wides": {wide.name: [0] * wide.count for wide in site.plan.metric_sums},
+    }  # fmt: skip
+    head, _ = site.worker.answer(asked, [site.state, kept])
+    assert head["row"]["alone"]["error"] == pytest.approx(
+        ((0.25 - np.linspace(0, 1, 3)) ** 2).mean(), abs=1e-4
+    )
+    assert site.ask("update", 2, kept)[1] == twice
+
+
 # --- Refused, in one line with a hint -------------------------------------------------------------------------------
 
 
@@ -640,7 +807,6 @@ def test_package_of_an_app_does_not_hide_an_installed_one(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"arms": ["centralised"]}, BadInput, "expected 'federated' alone"),
         ({"sites": 1}, BadInput, "sites.n: found 1, expected 2 or more"),
         (
             {"sites": {"a": "rows.csv", "b": "b"}},
@@ -674,7 +840,7 @@ def test_example_app_runs_by_its_own_flag(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(
             ["simulate", "--flower-app", str(app), "--sites", "3", "-c", "num-server-rounds=2 learning-rate=0.1",
-             "--protection", "masked", "--out", str(tmp_path / "run"), "--json"]
+             "--protection", "masked", "--set", "track.arms=federated", "--out", str(tmp_path / "run"), "--json"]
         )  # fmt: skip
     assert ended.value.code == 0
     result = json.loads(capsys.readouterr().out)
