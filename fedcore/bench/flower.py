@@ -157,6 +157,7 @@ def _here(app: Path, name: str, sites: int, rounds: int, config: str, folder: Pa
     out, log = folder / "run", folder / "up.log"
     line = [program("fedcore", search_path()), "up", "--flower-app", str(app)]
     line += ["--sites", str(sites), "--protection", PROTECTION, "--out", str(out)]
+    line += ["--set", "track.arms=federated"]  # Flower trains no other arm beside it
     line += ["-c", config] if config else []
     jobs, submitted = out / "deployment" / COORDINATOR / "state" / "jobs", 0.0
 
