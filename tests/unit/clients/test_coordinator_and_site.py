@@ -241,12 +241,10 @@ def test_two_sites_are_too_few():
 # ------------------------------------------------------------------------- how much a coordinator holds
 
 
-def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
-    monkeypatch.setattr(sessions, "MOST_BYTES", 10_000)
-
+def test_what_waits_for_a_site_that_does_not_read_is_bounded():
     async def play():
         session = SiteSession(SimpleNamespace(name="a"))
-        frame = frames.Record("job", bytes(1000))
+        frame = frames.Record("job", bytes(sessions.MOST_BYTES // 10))
         for _ in range(50):
             session.put(frame)
         assert session.over
@@ -259,18 +257,15 @@ def test_what_waits_for_a_site_that_does_not_read_is_bounded(monkeypatch):
     asyncio.run(play())
 
 
-def test_a_session_that_is_over_ends_though_its_queue_was_full(monkeypatch):
-    monkeypatch.setattr(sessions, "MOST_FRAMES", 3)
-
+def test_a_session_that_is_over_ends_though_its_queue_was_full():
     async def play():
         session = SiteSession(SimpleNamespace(name="a"))
-        session.out = asyncio.Queue(3)
-        for number in range(3):
+        for number in range(sessions.MOST_FRAMES):
             session.put(frames.Ping(number))
+        assert session.out.full()
         session.end(frames.Goodbye("replaced"))
-        found = [await asyncio.wait_for(session.next(), 60) for _ in range(4)]
-        assert found[:3] != [None] * 3
-        assert found[-1] is None
+        *found, last = [await session.next() for _ in range(sessions.MOST_FRAMES + 1)]
+        assert None not in found and last is None
 
     asyncio.run(play())
 

@@ -14,6 +14,7 @@ import torch
 from fedcore_clients import ledger as ledgers
 from fedcore_clients.ledger import LEDGER_FILE, Exposure, Ledger, ledger_lines, read_ledger
 from support.deployed_jobs import certificate, loaded, offered, site_job, submitted
+from support.full_disk import no_file_beyond
 from support.policies import begin, policy_of
 from torch.utils.data import TensorDataset
 
@@ -111,14 +112,12 @@ def test_a_damaged_ledger_is_refused(tmp_path, line):
     assert "backup" in refused.value.remedy
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, found, monkeypatch):
+def test_a_full_disk_leaves_whole_lines(tmp_path, found):
     found.exposed(entry())
-    write = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: write(handle, data[:20], at))
-    with pytest.raises(StoreFull):
+    size = (tmp_path / LEDGER_FILE).stat().st_size
+    with pytest.raises(StoreFull), no_file_beyond(size + 20):
         found.exposed(entry("h2"))
     assert not found.has("h2")
-    monkeypatch.undo()
     found.exposed(entry("h3"))
     assert [each.header for each in read_ledger(tmp_path)] == ["h1", "h3"]
 

@@ -24,12 +24,12 @@ def arm(noise: float, seed: int, rows: int = ROWS) -> Scores:
     return Scores(logits, targets, np.arange(rows) % 4)
 
 
-def arms() -> dict[str, Scores]:
-    plain = arm(1.2, 3)
+def arms(rows: int = ROWS) -> dict[str, Scores]:
+    plain = arm(1.2, 3, rows)
     return {
-        "centralised": arm(0.8, 1),
-        "local_only": arm(2.0, 5),
-        "federated_float": arm(1.0, 2),
+        "centralised": arm(0.8, 1, rows),
+        "local_only": arm(2.0, 5, rows),
+        "federated_float": arm(1.0, 2, rows),
         "federated_integer": plain,
         "federated": Scores(plain.outputs.copy(), plain.targets, plain.sites),
     }
@@ -126,27 +126,22 @@ def test_resampling_is_paired_and_seeded() -> None:
     assert first != other
 
 
-def test_the_bootstrap_agrees_with_resampling_rows_one_by_one() -> None:
-    scores = arms()
-    rng = np.random.default_rng(3)
-    drawn = rng.integers(0, ROWS, size=(300, ROWS))
+@pytest.mark.parametrize(("rows", "resamples"), [(ROWS, 300), (20_000, 60)], ids=str)
+def test_the_bootstrap_agrees_with_resampling_rows_one_by_one(rows: int, resamples: int) -> None:
+    """Of many rows it is computed in blocks of resamples."""
+    scores = arms(rows)
+    every = np.random.default_rng(3).integers(0, rows, size=(resamples, rows))
     differences = []
-    for rows in drawn:
+    for drawn in every:
         a, b = (
-            METRICS["auc"].exact(scores[arm].outputs[rows], scores[arm].targets[rows])
+            METRICS["auc"].exact(scores[arm].outputs[drawn], scores[arm].targets[drawn])
             for arm in ("centralised", "federated")
         )
         differences.append(a - b)  # type: ignore[operator]
     low, high = np.quantile(differences, [0.025, 0.975])
-    interval = gap.bootstrap_gap(scores, get(["auc"]), resamples=300, seed=3)["total"]["auc"]
+    interval = gap.bootstrap_gap(scores, get(["auc"]), resamples=resamples, seed=3)["total"]["auc"]
     assert interval.low == pytest.approx(low, abs=1e-12)
     assert interval.high == pytest.approx(high, abs=1e-12)
-
-
-def test_blocks_of_resamples_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = gap.bootstrap_gap(arms(), get(["auc"]), resamples=100, seed=0)
-    monkeypatch.setattr(gap, "_BLOCK", 7 * ROWS)
-    assert gap.bootstrap_gap(arms(), get(["auc"]), resamples=100, seed=0) == whole
 
 
 def test_a_metric_that_is_undefined_has_no_interval() -> None:

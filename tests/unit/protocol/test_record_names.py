@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from dataclasses import dataclass
 
@@ -121,14 +122,17 @@ def test_tables_of_the_wire_are_by_frozen_name():
 
 
 @pytest.fixture
-def listing(tmp_path, monkeypatch):
-    """The script with a list of its own: change it, run, and get (exit code, the list after)."""
-    file = tmp_path / "records.json"
-    monkeypatch.setattr(script, "FILE", file)
+def listing(tmp_path):
+    """The script of a repository with a list of its own: change it, run, and get (exit code, the list after)."""
+    for folder in script.PACKAGES:
+        (tmp_path / folder).symlink_to(script.ROOT / folder)
+    for folder in ("scripts/vectors", "tests/vectors"):
+        (tmp_path / folder).mkdir(parents=True)
+    other = load_script(shutil.copy(script.__file__, tmp_path / "scripts" / "vectors"))
 
     def run(listed, *args):
-        file.write_text(json.dumps(listed))
-        return script.main(list(args)), json.loads(file.read_text())
+        other.FILE.write_text(json.dumps(listed))
+        return other.main(list(args)), json.loads(other.FILE.read_text())
 
     return run
 
@@ -159,4 +163,5 @@ def test_the_script_changes_or_drops_a_record_only_with_force(listing, change, c
 
 def test_the_file_is_as_the_script_writes_it(listing, tmp_path):
     listing(LISTED)
-    assert (tmp_path / "records.json").read_text() == FILE.read_text()
+    written = tmp_path / "tests" / "vectors" / "records.json"
+    assert written.read_text() == FILE.read_text()

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from fedcore.runtime import pipes
@@ -92,12 +93,16 @@ def test_what_a_child_prints_is_no_answer(capfd):
     assert "not an answer\nnor this" in capfd.readouterr().err
 
 
+HALF = np.broadcast_to(np.uint8(0), pipes.MAX_BLOBS // 2 + 1)
+"""As long as half of what a frame may hold, without the memory."""
+
+
 @pytest.mark.parametrize(
-    ("name", "head", "blobs"),
-    [("MAX_HEAD", {"a": "b" * 100}, []), ("MAX_BLOBS", {}, [b"a" * 51] * 2)],
+    ("head", "blobs"),
+    [({"a": "b" * pipes.MAX_HEAD}, []), ({}, [HALF, HALF])],
+    ids=["head", "blobs"],
 )
-def test_a_frame_beyond_the_limits_is_not_sent(echo, monkeypatch, name, head, blobs):
-    monkeypatch.setattr(pipes, name, 100)
+def test_a_frame_beyond_the_limits_is_not_sent(echo, head, blobs):
     with pytest.raises(ValueError, match="frame: found it longer"):
         echo.call(head, blobs)
     assert echo.call({})[1] == []  # nothing of it was sent

@@ -13,6 +13,7 @@ from fedcore.errors import BadInput, ChunkRefused
 from fedcore.secagg.crypto import words
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.crypto.words import SLOTS_PER_CHUNK
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.packing import solve_packing
 from fedcore.secagg.plan import VectorSpec
@@ -80,23 +81,22 @@ def test_a_field_of_16_bits_for_16_sites_costs_at_most_2_6_bytes():
 
 
 @pytest.fixture
-def short_chunks(monkeypatch):
-    """Three chunks of 2,048 slots, so that places in the middle exist."""
-    monkeypatch.setattr(words, "SLOTS_PER_CHUNK", 2048)
+def three_chunks():
+    """Three full chunks, so that places in the middle exist."""
     packing = solve_packing(16, 4, "masked")
-    slots = np.arange(3 * 2048, dtype=np.uint64)
+    slots = np.arange(3 * SLOTS_PER_CHUNK, dtype=np.uint64)
     return packing, slots, list(MaskedSealer(packing).protect(slots))
 
 
 def folded(packing, chunks):
-    fold = MaskedFold(packing, 2048 * len(chunks))
+    fold = MaskedFold(packing, SLOTS_PER_CHUNK * len(chunks))
     for index, chunk in enumerate(chunks):
         fold.add(index, chunk)
     return fold
 
 
-def test_masks_come_off_once_whole_and_from_a_whole_sum(short_chunks):
-    packing, slots, chunks = short_chunks
+def test_masks_come_off_once_whole_and_from_a_whole_sum(three_chunks):
+    packing, slots, chunks = three_chunks
     mask = np.ones(len(slots), dtype=np.uint64)
     fold = MaskedFold(packing, len(slots))
     for missing, chunk in zip((0, 1, 2), chunks, strict=True):
@@ -104,8 +104,13 @@ def test_masks_come_off_once_whole_and_from_a_whole_sum(short_chunks):
             with pytest.raises(ChunkRefused, match=f"sum: chunk {missing} was never added"):
                 early()
         fold.add(missing, chunk)
-    for wrong in (mask[:-1], mask[:2048], np.ones(len(slots) + 1, np.uint64), mask.astype(float)):
-        with pytest.raises(BadInput, match=r"expected uint64 of shape \(6144,\)"):
+    for wrong in (
+        mask[:-1],
+        mask[:SLOTS_PER_CHUNK],
+        np.ones(len(slots) + 1, np.uint64),
+        mask.astype(float),
+    ):
+        with pytest.raises(BadInput, match=r"expected uint64 of shape \(393216,\)"):
             fold.remove(wrong)
     assert list(fold.total()) == chunks  # nothing of the refused ones came off
     fold.remove(mask)
@@ -119,14 +124,14 @@ def test_masks_come_off_once_whole_and_from_a_whole_sum(short_chunks):
 
 
 @pytest.mark.parametrize("index", [-3, -1, 3, 4])
-def test_a_chunk_off_the_vector_is_refused_and_counts_as_nothing(short_chunks, index):
-    packing, _, chunks = short_chunks
+def test_a_chunk_off_the_vector_is_refused_and_counts_as_nothing(three_chunks, index):
+    packing, _, chunks = three_chunks
     fold = folded(packing, chunks)
     for chunk in (chunks[0], b""):
         with pytest.raises(ChunkRefused, match=f"chunk {index}: "):
             fold.add(index, chunk)
     assert list(fold.total()) == chunks
-    empty = MaskedFold(packing, 3 * 2048)
+    empty = MaskedFold(packing, 3 * SLOTS_PER_CHUNK)
     with pytest.raises(ChunkRefused):
         empty.add(index, chunks[0])
     with pytest.raises(ChunkRefused, match="chunk 0 was never added"):
@@ -134,8 +139,8 @@ def test_a_chunk_off_the_vector_is_refused_and_counts_as_nothing(short_chunks, i
 
 
 @pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c + b"\x00", lambda _: b""])
-def test_a_truncated_or_oversized_chunk_is_refused(short_chunks, spoil):
-    packing, slots, chunks = short_chunks
+def test_a_truncated_or_oversized_chunk_is_refused(three_chunks, spoil):
+    packing, slots, chunks = three_chunks
     fold = MaskedFold(packing, len(slots))
     fold.add(0, chunks[0])
     fold.add(2, chunks[2])
@@ -147,8 +152,8 @@ def test_a_truncated_or_oversized_chunk_is_refused(short_chunks, spoil):
         MaskedSealer(packing).open([chunks[0], spoil(chunks[1]), chunks[2]], len(slots))
 
 
-def test_a_sum_of_too_few_or_too_many_chunks_is_refused(short_chunks):
-    packing, slots, chunks = short_chunks
+def test_a_sum_of_too_few_or_too_many_chunks_is_refused(three_chunks):
+    packing, slots, chunks = three_chunks
     sealer = MaskedSealer(packing)
     assert (sealer.open(chunks, len(slots)) == slots).all()
     for wrong in (chunks[:2], [], [*chunks, chunks[0]], [*chunks, b""]):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.errors import ChunkRefused
-from fedcore.secagg.crypto import words
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
+from fedcore.secagg.crypto.words import SLOTS_PER_CHUNK
 from fedcore.secagg.packing import solve_packing
 
 
@@ -33,22 +33,21 @@ def test_the_opened_sum_is_the_integer_sum_in_any_order(bits, sites, blocks, see
 
 
 @pytest.fixture
-def short_chunks(monkeypatch):
-    """Three chunks of 2,048 slots, so that places in the middle exist."""
-    monkeypatch.setattr(words, "SLOTS_PER_CHUNK", 2048)
+def three_chunks():
+    """Three full chunks, so that places in the middle exist."""
     packing = solve_packing(16, 4, "plain")
-    slots = np.arange(3 * 2048, dtype=np.uint64)
+    slots = np.arange(3 * SLOTS_PER_CHUNK, dtype=np.uint64)
     return packing, slots, list(PlainSealer(packing).protect(slots))
 
 
-def test_a_chunk_costs_its_bits(short_chunks):
-    packing, _, chunks = short_chunks
-    assert [len(chunk) for chunk in chunks] == [2048 * packing.slot_bits // 8] * 3
+def test_a_chunk_costs_its_bits(three_chunks):
+    packing, _, chunks = three_chunks
+    assert [len(chunk) for chunk in chunks] == [SLOTS_PER_CHUNK * packing.slot_bits // 8] * 3
 
 
 @pytest.mark.parametrize("index", [-3, -1, 3, 4])
-def test_a_chunk_off_the_vector_is_refused_and_nothing_is_added(short_chunks, index):
-    packing, slots, chunks = short_chunks
+def test_a_chunk_off_the_vector_is_refused_and_nothing_is_added(three_chunks, index):
+    packing, slots, chunks = three_chunks
     fold = PlainFold(packing, len(slots))
     for chunk in (chunks[0], b""):
         with pytest.raises(ChunkRefused, match=f"chunk {index}: "):
@@ -57,8 +56,8 @@ def test_a_chunk_off_the_vector_is_refused_and_nothing_is_added(short_chunks, in
 
 
 @pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c + b"\x00", lambda _: b""])
-def test_a_truncated_or_oversized_chunk_is_refused(short_chunks, spoil):
-    packing, slots, chunks = short_chunks
+def test_a_truncated_or_oversized_chunk_is_refused(three_chunks, spoil):
+    packing, slots, chunks = three_chunks
     sealer, fold = PlainSealer(packing), PlainFold(packing, len(slots))
     with pytest.raises(ChunkRefused, match=rf"chunk 1: found \d+ bytes, expected {len(chunks[1])}"):
         fold.add(1, spoil(chunks[1]))
@@ -67,8 +66,8 @@ def test_a_truncated_or_oversized_chunk_is_refused(short_chunks, spoil):
         sealer.open([chunks[0], spoil(chunks[1]), chunks[2]], len(slots))
 
 
-def test_a_sum_of_too_few_or_too_many_chunks_is_refused(short_chunks):
-    packing, slots, chunks = short_chunks
+def test_a_sum_of_too_few_or_too_many_chunks_is_refused(three_chunks):
+    packing, slots, chunks = three_chunks
     sealer = PlainSealer(packing)
     assert (sealer.open(chunks, len(slots)) == slots).all()
     for wrong in (chunks[:2], [], [*chunks, chunks[0]], [*chunks, b""]):
