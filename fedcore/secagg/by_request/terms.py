@@ -121,6 +121,7 @@ class RunTerms:
             about = json.loads(data)
             metrics = {str(n): (float(low), float(high)) for n, (low, high) in about["metrics"]}
             plan = RoundPlan.from_json(about["plan"])
+            protections.refuse_plain(plan.protection)
             found = cls(
                 str(about["federation"]), str(about["job"]), plan, metrics, str(about["layout"]),
                 int(about["seed"]),
