@@ -23,6 +23,7 @@ from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
 from fedcore.learning import task_code, task_settings
 from fedcore.learning.metrics import METRICS
 from fedcore.learning.metrics.counting import CONFUSION
+from fedcore.results import is_column
 
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
@@ -129,6 +130,11 @@ class Task:
                 remedy=f'write metrics=("{self.metrics}",)',
             )
         object.__setattr__(self, "metrics", tuple(self.metrics))
+        if taken := next(filter(is_column, self.metrics), None):
+            raise BadInput(
+                f"task.metrics: found {taken!r}, which every run has beside the metrics, expected another name",
+                remedy=f"such as eval_{taken}",
+            )
         if self.has_confusion:
             self._check_confusion()
         for part in ("data", "model", "loss"):

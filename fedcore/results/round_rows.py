@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from fedcore.results.arm_scores import ByMetric, Matrix
+from fedcore.results.arm_scores import ArmResult, ByMetric, ConstantResult, Matrix
 from fedcore.results.json_record import JsonRecord
 from fedcore.results.run_facts import AbandonedRound
 
 Column = str | int | float | Sequence[str] | Mapping[str, ByMetric] | None
 Columns = dict[str, Column]
+
+ROW_COLUMNS = frozenset({
+    "abandoned", "arm", "bytes_down", "bytes_up", "clipped_fraction", "examples_seen", "fold", "gradient_steps", "loss",
+    "peak_memory_mb", "per_site", "range", "round", "seed", "survivors", "train_loss",
+})  # fmt: skip
+"""Of a `RoundRow` beside its metrics, what is derived from these, and `seconds_{stage}`."""
+
+
+def is_column(name: str) -> bool:
+    """Whether rows and results have something else under a name beside their metrics: no metric can have it."""
+    beside = {each.name for record in (ArmResult, ConstantResult) for each in fields(record)}
+    return name in ROW_COLUMNS | beside - {"metrics"} or name.startswith("seconds_")
 
 
 class RoundRow(Columns):

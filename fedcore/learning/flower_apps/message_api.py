@@ -10,13 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcore.errors import BadInput
 from fedcore.learning.flower_apps.app_arrays import AppArrays, arrays_in
-
-COLUMNS = frozenset({
-    "abandoned", "arm", "arms", "bytes_down", "bytes_up", "class_counts", "clipped_fraction", "confusion",
-    "examples_seen", "fold", "gradient_steps", "loss", "peak_memory_mb", "per_site", "range", "round", "rounds_in_sum",
-    "rows", "seed", "survivors", "test_rows", "train_loss", "train_rows", "validation_rows",
-})  # fmt: skip
-"""What a run's rows and results have beside the metrics (`fedcore/results`): a metric of such a name gets another."""
+from fedcore.results import is_column
 
 MOST_ROWS = (1 << 31) - 1
 """Of a site: indices of its rows are in memory."""
@@ -104,7 +98,7 @@ def numbers_in(metrics: Mapping[str, object], where: str) -> dict[str, float]:
                 f"{where}: found a {type(value).__name__} in the metric {name!r}, expected a number",
                 remedy="one number a metric: a mean over the site's rows, whose sum over sites is protected",
             )
-        column = f"eval_{name}" if name in COLUMNS else name
+        column = f"eval_{name}" if is_column(name) else name
         if column in found or (column != name and column in metrics):
             raise BadInput(
                 f"{where}: found metrics {name!r} and {column!r}, of which the first is called as the second here",

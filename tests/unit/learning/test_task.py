@@ -240,3 +240,13 @@ def test_installed_libraries_and_fedcore_are_not_covered():
     exec("def data(source):\n    return source", code := {"__name__": "__main__"})
     task = Task("t", code["data"], code["data"], torch.nn.MSELoss())
     assert task.covers() == "the source of its functions, without what they call"
+
+
+@pytest.mark.parametrize("name", ["loss", "round", "arm", "confusion", "predicts", "seconds_train"])
+def test_metric_with_the_name_of_a_column_of_every_run_is_refused(name):
+    with pytest.raises(
+        BadInput, match=f"task.metrics: found '{name}', which every run has"
+    ) as caught:
+        make(metrics=("accuracy", name), evaluate=lambda model, rows: {})
+    assert caught.value.remedy == f"such as eval_{name}"
+    assert make(metrics=("eval_loss",), evaluate=lambda model, rows: {}).metrics == ("eval_loss",)
