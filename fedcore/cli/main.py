@@ -250,9 +250,12 @@ def compare(
     force: Force = False,
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted comparison.")] = None,
+    flower_app: flags.FlowerApp = None,
+    run_config: flags.RunConfig = None,
 ) -> None:
     """Run the arms over seeds and folds, for paired gaps. Their interval counts the overlap of the splits."""
-    _starting("compare", job or resume, settings)
+    settings = flags.of_flower_app(settings, flower_app, run_config)
+    _starting("compare", job or resume or flower_app, settings)
     from fedcore.config.unsupported import refuse_split
 
     refuse_split(settings)

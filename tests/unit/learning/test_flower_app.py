@@ -40,6 +40,7 @@ from fedcore.learning.flower_apps.kept_state import KeptState, from_bytes, to_by
 from fedcore.learning.guard import GuardMemory, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.learning.task import load_task
+from fedcore.results import is_column
 from fedcore.types import ARMS
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -857,8 +858,29 @@ def test_example_app_runs_by_its_own_flag(tmp_path, capsys):
         (["--flower-app", "x", "-c", "a=1 b"], "expected key=value pairs"),
     ],
 )
-def test_flag_that_makes_no_sense_is_refused(arguments, message, capsys):
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+def test_flag_that_makes_no_sense_is_refused(command, arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["simulate", *arguments])
+        main([command, *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_comparison_of_an_app_has_all_arms_in_every_split(tmp_path, capsys):
+    app = flower_app(tmp_path / "app", client=POOLABLE)
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["compare", "--flower-app", str(app), "--sites", "2", "-c", "num-server-rounds=2", "--seeds", "2",
+             "--workers", "1", "--protection", "plain", "--out", str(tmp_path / "run"), "--json"]
+        )  # fmt: skip
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [list(cell["arms"]) for cell in found["cells"]] == [list(ARMS)] * 2
+    centralised = error_on(trained_alone(ALL_NUMBERS, rounds=2), HALVES)
+    assert found["arms"]["centralised"]["error"]["mean"] == pytest.approx(centralised, rel=1e-5)
+    assert found["gap"]["total"]["error"]["n"] == 2
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    ]
+    columns = {name for row in rows for name in row if not name.startswith("protected_")}
+    assert {name for name in columns if not is_column(name)} == {"error", "at-round"}
