@@ -37,10 +37,11 @@ def of_comparison(
             "Every site brings its own test rows, so only the seed varies: the interval does not say "
             "what other test rows would have shown."
         )
-    if len(result.cells) > 1 and len({cell.model_sha256 for cell in result.cells}) == 1:
+    others = [{a: m for a, m in cell.arms.items() if a != "federated"} for cell in result.cells]
+    if len(others) > 1 and others[0] and all(each == others[0] for each in others):
         found.append(
-            "Every split gave the same model: nothing in the task follows the run's seed, so the interval has no width "
-            "and tells nothing (hint: a task or an app that seeds its own generators has the same draws in each split)."
+            "Every split gave the same scores, but for the rounding of protected updates, so the interval tells "
+            "nothing (hint: a task or an app that seeds its own generators has the same draws in each split)."
         )
     return tuple(found)
 

@@ -884,4 +884,4 @@ def test_comparison_of_an_app_has_all_arms_in_every_split(tmp_path, capsys):
     ]
     columns = {name for row in rows for name in row if not name.startswith("protected_")}
     assert {name for name in columns if not is_column(name)} == {"error", "at-round"}
-    assert any(text.startswith("Every split gave the same model") for text in found["warnings"])
+    assert any(text.startswith("Every split gave the same scores") for text in found["warnings"])
