@@ -257,11 +257,17 @@ def run_app(
 
 def _refuse_failures(log: FlowerLog, name: str, sites: int, output: Path) -> None:
     for phase, (results, failures) in log.phases.get(log.round, {}).items():
-        if failures or results != sites:
+        where = f"{phase} of round {log.round}"
+        if failures:
             raise _failed(
-                f"{name} on Flower: found {results} results and {failures} failures in {phase} of round "
-                f"{log.round}, expected {sites} results",
+                f"{name} on Flower: found {results} results and {failures} failures in {where}, "
+                f"expected {sites} results",
                 output,
+            )
+        if results != sites:
+            raise BadInput(
+                f"{name} on Flower: found {results} of {sites} sites in {where}, expected all, as on Fedcore",
+                remedy=f"fraction_train and fraction_evaluate of the app's strategy are 1; the logs: {output.parent}",
             )
 
 

@@ -20,7 +20,7 @@ from fedcore.bench import flower
 from fedcore.bench.engine import children_of
 from fedcore.bench.flower_engine import SuperLink, process_of, program, run_app, watched
 from fedcore.bench.flower_engine import _end as end
-from fedcore.bench.flower_log import FlowerLog
+from fedcore.bench.flower_log import FlowerLog, plain
 from fedcore.cli.main import main
 from fedcore.errors import Abandoned, BadInput, TaskFailed
 from fedcore.report.terminal import as_text
@@ -229,12 +229,6 @@ def flwr(tmp_path):
             "app on Flower: found 3 results and 1 failures in train of round 1, expected 4 results",
         ),
         (
-            CURRENT.replace(
-                "Received 4 results", "Received 2 results"
-            ),  # a SuperNode that was not sampled
-            "app on Flower: found 2 results and 0 failures in train of round 1, expected 4 results",
-        ),
-        (
             CURRENT.partition("Strategy execution")[0] + "\nERROR :  ServerApp thread raised\n",
             "app on Flower: found the end of its log in round 2",
         ),
@@ -247,14 +241,18 @@ def test_app_that_fails_on_flower_is_shown_with_its_last_lines(flwr, text, messa
         run_app(link, Path("app"), "app", 4, "")
     shown = found.value.user_traceback.splitlines()
     assert 0 < len(shown) <= 12
-    assert (
-        shown[-1]
-        == text.splitlines()[-1]
-        .removeprefix("ERROR :")
-        .removeprefix("\x1b[92mINFO \x1b[0m:")
-        .strip()
-    )
+    assert shown[-1] == plain(text.splitlines()[-1])
+    assert not any("\x1b" in line or line.startswith("INFO") for line in shown)
     assert found.value.remedy == f"the logs: {link.folder}"
+
+
+def test_rounds_of_a_share_of_the_sites_are_refused(flwr):
+    """As a strategy's fraction_train asks for: on Fedcore every site takes part in every round."""
+    link = flwr(CURRENT.replace("Received 4 results", "Received 2 results"))
+    where = "found 2 of 4 sites in train of round 1, expected all"
+    with pytest.raises(BadInput, match=where) as found:
+        run_app(link, Path("app"), "app", 4, "")
+    assert found.value.remedy.startswith("fraction_train and fraction_evaluate")
 
 
 def test_app_that_finishes_on_flower_is_timed_from_its_submission(flwr):
