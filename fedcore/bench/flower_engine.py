@@ -24,10 +24,13 @@ from fedcore.bench import progress
 from fedcore.bench.engine import children_of
 from fedcore.bench.flower_log import FlowerLog, plain
 from fedcore.errors import Abandoned, BadInput, FedcoreError, TaskFailed
-from fedcore.local_deployment import HOST, START_SECONDS, ended, free_port, stop, terminable
+from fedcore.local_deployment import HOST, ended, free_port, stop, terminable
 
 STALLED_SECONDS = 300.0
 """The longest silence of a run: after it the run is given up."""
+
+ONLINE_SECONDS = 180.0
+"""Timeout until Flower's processes are ready: each SuperNode loads its libraries."""
 
 SAID_SECONDS = 30.0
 """The longest silence on the screen."""
@@ -135,13 +138,13 @@ class SuperLink:
             )  # fmt: skip
 
     def wait(self, what: str, ready: Callable[[], bool]) -> None:
-        """Until `ready`. Raises BadInput if a process has ended, and after START_SECONDS."""
-        until = time.monotonic() + START_SECONDS
+        """Until `ready`. Raises BadInput if a process has ended, and after ONLINE_SECONDS."""
+        until = time.monotonic() + ONLINE_SECONDS
         while not ready():
             self.check()
             if time.monotonic() > until:
                 raise BadInput(
-                    f"Flower: found {what} not ready after {START_SECONDS:.0f} s",
+                    f"Flower: found {what} not ready after {ONLINE_SECONDS:.0f} s",
                     remedy=f"the logs: {self.log('*')}",
                 )
             time.sleep(0.1)
