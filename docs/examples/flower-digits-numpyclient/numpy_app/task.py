@@ -1,5 +1,7 @@
 """The model, the data and the loops of the app: softmax regression."""
 
+from functools import cache
+
 import numpy as np
 from sklearn.datasets import load_digits
 
@@ -8,11 +10,16 @@ def initial_weights():
     return [np.zeros((64, 10), np.float32), np.zeros(10, np.float32)]
 
 
+@cache
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    return (images[order] / 16).astype(np.float32), labels[order]
+
+
 def load_data(partition_id, num_partitions):
     """One partition's train and test rows."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))[partition_id::num_partitions]
-    x, y = (images[order] / 16).astype(np.float32), labels[order]
+    x, y = (part[partition_id::num_partitions] for part in digits())
     cut = int(0.8 * len(x))
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
 

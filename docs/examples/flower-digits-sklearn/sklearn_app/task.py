@@ -1,6 +1,7 @@
 """The model and the data of the app: logistic regression."""
 
 import warnings
+from functools import cache
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -8,11 +9,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 
+@cache
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[order] / 16, labels[order]
+
+
 def load_data(partition_id, num_partitions):
     """One partition's train and test rows."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))[partition_id::num_partitions]
-    x, y = images[order] / 16, labels[order]
+    x, y = (part[partition_id::num_partitions] for part in digits())
     cut = int(0.8 * len(x))
     return x[:cut], x[cut:], y[:cut], y[cut:]
 
