@@ -40,19 +40,15 @@ def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
     Works on Python integers, since L may exceed 64. Raises BadInput outside the range, TypeError for a
     float, whose fraction would be lost.
     """
-    count = limb_count(wide_bits, bits)
-    mask = (1 << bits) - 1
-    limbs = np.empty(len(values) * count, dtype=np.uint64)
-    for index, value in enumerate(values):
-        integer = index_of(value)
+    integers = [index_of(value) for value in values]
+    for index, integer in enumerate(integers):
         if not 0 <= integer < 1 << wide_bits:
             raise BadInput(
                 f"wide coordinate {index}: found a value outside its public cap of {wide_bits} bits",
                 remedy="raise the cap it comes from (protect.max_examples, or the task's ranges)",
             )
-        for limb in range(count):
-            limbs[index * count + limb] = (integer >> (limb * bits)) & mask
-    return limbs
+    mask, shifts = (1 << bits) - 1, range(0, limb_count(wide_bits, bits) * bits, bits)
+    return np.array([(each >> shift) & mask for each in integers for shift in shifts], np.uint64)
 
 
 def from_limbs(total: Fields, wide_bits: int, bits: int) -> list[int]:

@@ -7,6 +7,7 @@ gap) is checked beside it.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -70,9 +71,12 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def by_hand(start=None, *, fold=FOLD, adaptive=True, rounds=2, stayed=None):
+@cache
+def by_hand(start=None, *, fold=FOLD, adaptive=True, absences=False):
+    """Computed once for all protections; with `absences` as of STAYED."""
+    rounds, stayed = (5, STAYED) if absences else (2, {})
     settings = reference.Settings(
-        SEED, fold, FOLDS, rounds, 8, start, adaptive, TrainPlan("sgd", **TRAIN), stayed or {}
+        SEED, fold, FOLDS, rounds, 8, start, adaptive, TrainPlan("sgd", **TRAIN), stayed
     )
     return reference.federation(TASK, list(SIZES), RANGES, INDICATED, settings)
 
@@ -163,7 +167,7 @@ STAYED = {1: ("a", "b", "d"), 2: (), 4: ("a", "b", "c")}
 @pytest.mark.parametrize("start", [0.002, 8.0])
 def test_a_run_with_absences_is_the_reference_of_who_stayed(start, protection):
     """Weights, ranges and clipping count survivors only; 0.002 doubles twice, 8 halves in every round."""
-    slow = by_hand(start, rounds=5, stayed=STAYED)
+    slow = by_hand(start, absences=True)
     found = run(range=start, protection=protection, **ABSENT)
     assert found.result["model_sha256"] == slow.digest
     assert column(found, "federated", "range") == slow.ranges
