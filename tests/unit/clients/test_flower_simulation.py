@@ -142,7 +142,7 @@ def tiny_app(seen=None):
     return app
 
 
-def start(grid, **changes):
+def start(grid, timeout=0.2, **changes):
     made = SecureAggregation(
         FedAvg(fraction_evaluate=0.0),
         max_examples=4,
@@ -151,7 +151,7 @@ def start(grid, **changes):
         **changes,
     )
     arrays = ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))})
-    return made, made.start(grid, arrays, num_rounds=2, timeout=0.2)
+    return made, made.start(grid, arrays, num_rounds=2, timeout=timeout)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -223,3 +223,28 @@ def test_flower_logs_the_line_of_a_refusal_and_the_traceback_of_anything_else(ca
             )
     assert caplog.text.strip().endswith(ends)
     assert ("Traceback" in caplog.text) == isinstance(error, ValueError)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_are_simulated_nodes_and_the_process_that_starts_them_is_none():
+    """Needs the extra flower-simulation."""
+    pytest.importorskip("ray")
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    found = {}
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        found["made"], found["result"] = start(grid, timeout=60.0)
+        node = Context(7, 1, {"partition-id": 0, "num-partitions": 3}, RecordDict(), {})
+        message = Message(RecordDict({"fedcore": ConfigRecord()}), 1, "train")
+        found["beside"] = tiny_app()(message, node)
+
+    run_simulation(server, tiny_app(), 3, backend_config={"client_resources": {"num_cpus": 1}})
+    assert [report.survivors for report in found["made"].history] == [
+        ("site-0", "site-1", "site-2")
+    ] * 2
+    assert np.allclose(found["result"].arrays["w"].numpy(), 0.5, atol=1e-4)
+    assert "node config 'fedcore': found none" in found["beside"].error.reason
