@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcore.errors import BadInput, GuardTripped
+from fedcore.errors import BadInput, FedcoreError, GuardTripped, with_hint
 from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
 from fedcore.learning.state import JobState
 from fedcore.runtime.pipes import Parent
@@ -61,9 +61,12 @@ class Worker:
         """The answer to a request; what the task raises becomes an answer."""
         try:
             return self._answer(asked, blobs)
+        except FedcoreError as error:
+            # with the traceback of the task at most: ours says nothing about it
+            text = "\n".join(filter(None, [with_hint(error), getattr(error, "user_traceback", "")]))
         except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
-            text = getattr(error, "user_traceback", "") or traceback.format_exc()
-            return {"failed": UNABLE, "text": f"{error}\n{text}"}, []
+            text = f"{error}\n{traceback.format_exc()}"
+        return {"failed": UNABLE, "text": text}, []
 
     def _answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """One request. Raises whatever the task raises."""

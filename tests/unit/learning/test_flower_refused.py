@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from fedcore_clients.worker import Worker
 from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as current
@@ -328,3 +329,30 @@ def test_float_array_that_comes_back_as_another_kind_of_number_is_refused(other)
     module = module_of(like)
     load(module, {"w": np.ones(2), "b": np.ones(1)}, like, "a train")  # float64 is a float array
     assert module.state_dict()["w"].dtype.is_floating_point
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("clientapp =", "client =", "found none as tool.flwr.app.components.clientapp, expected"),
+        ("tinyapp.client_app:app", "tinyapp.client_app:other", "found no 'other' in tinyapp.client_app"),
+        ("dependencies = []", 'dependencies = ["flwr>=1.50"]', "found the dependency 'flwr>=1.50', and flwr"),
+        ("", "", "expected a Flower app (hint: the folder that `flwr run` takes)"),
+    ],
+)  # fmt: skip
+def test_deployed_site_says_in_one_line_why_it_cannot_load_an_app(tmp_path, old, new, line):
+    folder = tmp_path / "app"
+    if old:
+        edited(folder, old, new, "pyproject.toml")
+    asked_for = {"do": "digest", "task": f"flower:{folder}", "base": str(tmp_path)}
+    text = Worker().answer(asked_for, [])[0]["text"]
+    assert line in text
+    assert "(hint: " in text and "\n" not in text
+
+
+def test_deployed_site_shows_an_error_of_an_app_from_the_apps_own_line_on(tmp_path):
+    folder = edited(tmp_path / "app", "app = ClientApp()", "app = ClientApp(\nraise")
+    asked_for = {"do": "digest", "task": f"flower:{folder}", "base": str(tmp_path)}
+    first, *shown = Worker().answer(asked_for, [])[0]["text"].splitlines()
+    assert "tinyapp.client_app raised SyntaxError" in first
+    assert not [each for each in shown if "/clients/" in each or "fedcore" in each]
