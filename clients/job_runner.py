@@ -273,6 +273,7 @@ class JobRunner:
                 context.journal.append(self.id, ROUND, (), put=values)
             case effects.CloseRound(values):
                 context.journal.compact(self.id, ROUND, put=values, forget=OF_A_ROUND)
+                work.tidy_app()
             case effects.EraseKeys():
                 context.journal.forget(self.id, "epoch", "groups")
             case effects.Expose(header, survivors):

@@ -187,7 +187,7 @@ class JobWork:
         header, (chunks, salt, marks) = asked.header.digest, work.protect(asked, found)
         size = sum(map(len, chunks))
         judged = canonical(self.guard.memory.to_json())
-        app = self._kept_app(self.guard.app_state)
+        app = self.files.keep_app(self.guard.app_state)
         if size + container.overhead(len(chunks)) <= INLINE:
             small = container.to_bytes(chunks)
             vector = site.VectorMade(container.vector_digest(chunks), size, salt)
@@ -201,8 +201,10 @@ class JobWork:
         has left nothing, and one that is trained again finds the state from before it (`kept_state.KeptState`)."""
         return self.files.app_state(self.context.journal.get(self.id, "app") or b"")
 
-    def _kept_app(self, state: bytes) -> bytes:
-        return self.files.keep_app(state, self.context.journal.get(self.id, "app") or b"")
+    def tidy_app(self) -> None:
+        """Between rounds, remove files of an app's states that the journal does not name: nothing writes one then but
+        work that was cancelled."""
+        self.files.forget_app(but=self.context.journal.get(self.id, "app") or b"")
 
     def forget_app(self) -> None:
         """Erase what an app kept here, once the job is over."""

@@ -55,10 +55,9 @@ class StateFiles:
         beside.write_bytes(data)
         beside.replace(self.current)
 
-    def keep_app(self, state: bytes, now: bytes) -> bytes:
+    def keep_app(self, state: bytes) -> bytes:
         """What the journal is to have of an app's state: a small one itself, of a large one the name of its file,
-        durable on return. now: what it has; other files are removed."""
-        self.forget_app(but=now)
+        durable on return."""
         if len(state) <= INLINE:
             return state
         name = f"{_APP}{hashlib.sha256(state).hexdigest()[:32]}"

@@ -160,9 +160,14 @@ def test_fedavgm_takes_its_momentum_along(tmp_path, monkeypatch):
     ],
 )
 def test_adaptive_servers_take_flowers_own_steps(tmp_path, monkeypatch, made):
-    folder = flower_app(tmp_path / "app", server=strategy(f"strategies.{made}"))
-    run = simulated(folder, tmp_path / "run", sites=3)
-    found, expected = arrays_of(run)["w"], by_flower(folder, monkeypatch)["w"]
+    server = strategy(f"strategies.{made}")
+    expected = by_flower(flower_app(tmp_path / "theirs", server=server), monkeypatch)["w"]
+    checked = CLIENT.replace(  # flwr's FedAdam sends float64 from round 2 on
+        "w, count =", 'assert arrays["w"].dtype == "float32"\n    w, count ='
+    ).replace("w, x = msg", 'assert msg.content["arrays"]["w"].dtype == "float32"\n    w, x = msg')
+    folder = flower_app(tmp_path / "app", client=checked, server=server)
+    found = arrays_of(simulated(folder, tmp_path / "run", sites=3))["w"]
+    assert found.dtype == np.float32
     assert np.allclose(found, expected, atol=1e-4)
     assert np.abs(expected).min() > 0.05  # it moved by more than the comparison allows
 
