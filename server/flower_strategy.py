@@ -407,7 +407,8 @@ class _GridLink:
             for ticket in list(asked):
                 for message in self._grid.pull_messages([ticket]):
                     came = True
-                    yield asked.pop(ticket), _reply_of(message)
+                    node = asked.pop(ticket)
+                    yield node, _reply_of(message, node)
             if asked and not came:
                 time.sleep(_POLL_SECONDS)
         for node in asked.values():
@@ -428,13 +429,14 @@ class _GridLink:
         return ticket
 
 
-def _reply_of(message: Message) -> SiteReply | None:
+def _reply_of(message: Message, node: Hashable) -> SiteReply | None:
+    """node: whom it is of; a SuperLink that lost a message replies itself."""
     if message.has_error():
-        return SiteReply(refused=f"node {message.metadata.src_node_id}: {message.error.reason}")
+        return SiteReply(refused=f"node {node}: {message.error.reason}")
     content = message.content
     try:
         body = content.array_records[BODY]["body"].data if BODY in content.array_records else b""
         return SiteReply.of_parts(dict(content.config_records[RECORD]), body)
     except (KeyError, FedcoreError) as error:
-        LOG.warning("node %s: its reply is none of ours: %s", message.metadata.src_node_id, error)
+        LOG.warning("node %s: its reply is none of ours: %s", node, error)
         return None

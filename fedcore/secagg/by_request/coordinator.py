@@ -156,7 +156,7 @@ class CoordinatorByRequest:
         sites = (
             f"expected at least {self.terms.plan.threshold} of {len(self.pins)} sites to take part"
         )
-        said = "; ".join(refusals) or otherwise
+        said = "; ".join(dict.fromkeys(refusals)) or otherwise
         remedy = "set these nodes up as docs/flower.md says, and start the run again"
         return Refused(f"run {self.terms.job}: {sites}, found: {said}", remedy=remedy)
 

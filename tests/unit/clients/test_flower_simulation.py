@@ -21,6 +21,7 @@ from fedcore.experiment.prepare import job_for, prepare
 from fedcore.flower import SecureAggregation, secure_mod, write_identities
 from fedcore.learning.state import model_digest
 from tests.support.flower_grid import SimulatedGrid
+from tests.support.flower_grid import grid_of as deployed
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs/examples/flower-secagg"
 
@@ -70,6 +71,16 @@ def without_protection(folder):
     return folder
 
 
+def simulated_model(folder, **changes):
+    """The model_sha256 that Fedcore's own engine ends with, with what the example gives `SecureAggregation`."""
+    settings = {"protection": "plain", "range": 0.5, "max_examples": 512, "bits": 16} | changes
+    task = f"flower:{without_protection(folder / 'bare')}"
+    federation = prepare(*job_for(None, {"task": task, **settings})).federation
+    for _ in range(3):
+        federation.advance()
+    return model_digest(federation.state.server.model)
+
+
 def run_example(example, capsys, **changes):
     """What its ServerApp prints."""
     client_app, server_app, config = example
@@ -84,13 +95,32 @@ def test_the_model_is_that_of_fedcore_simulate_of_the_app_without_the_mod(
     tmp_path, example, capsys
 ):
     printed = run_example(example, capsys, protection="masked")
-    settings = {"protection": "plain", "range": 0.5, "max_examples": 512, "bits": 16}
-    bare = without_protection(tmp_path / "bare")
-    federation = prepare(*job_for(None, {"task": f"flower:{bare}", **settings})).federation
-    for _ in range(3):
-        federation.advance()
-    assert f"model {model_digest(federation.state.server.model)}" in printed
+    assert f"model {simulated_model(tmp_path)}" in printed
     assert "round 3: 4 sites" in printed
+
+
+def test_a_site_that_dies_in_a_round_leaves_the_model_of_fedcore_simulate_without_it(
+    tmp_path, example, capsys
+):
+    client_app, server_app, config = example
+    grid, sites = deployed(tmp_path, lambda _: client_app.app, [f"site-{k}" for k in range(PLACES)])
+    for place, context in enumerate(grid.contexts.values()):
+        context.node_config |= {"partition-id": place, "num-partitions": PLACES}
+        context.run_config = config
+
+    def die(node, content):
+        if "config" in content and content["config"]["server-round"] == 2:
+            grid.silent.add(103)
+        return content
+
+    grid.change = die
+    config = config | {"sites": str(sites), "protection": "masked"}
+    server_app.app(grid=grid, context=Context(7, 0, {}, RecordDict(), config))
+    printed = capsys.readouterr().out
+    absences = ["2:submit:site-3", "3:submit:site-3"]
+    assert f"model {simulated_model(tmp_path, drop=absences)}" in printed
+    assert "round 1: 4 sites" in printed
+    assert "round 2: 3 sites" in printed
 
 
 def whole(record):
@@ -195,8 +225,6 @@ def test_a_deployed_node_without_a_file_cannot_be_made_a_simulated_one(tmp_path,
 
 
 def test_a_run_on_a_superlink_without_public_keys_is_refused(tmp_path):
-    from tests.support.flower_grid import grid_of as deployed
-
     grid, _ = deployed(tmp_path, lambda name: tiny_app())
     with pytest.raises(BadInput, match="sites: found none, expected the public key of every site"):
         start(grid)
