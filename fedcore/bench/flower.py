@@ -214,7 +214,7 @@ def page(found: Json) -> RenderableType:
         for name, each in row["metrics"].items():
             metrics.add_row(
                 row["app"], name, f"{each['flower']:.4f}", f"{each['fedcore']:.4f}",
-                f"{each['difference']:+.4f}", f"{row['test_rows']:,}",
+                f"{round(each['difference'], 4) + 0.0:+.4f}", f"{row['test_rows']:,}",
             )  # fmt: skip
     return Group(fitted(seconds), Text(), fitted(metrics), Text(), *map(Text, _notes(found)))
 

@@ -351,6 +351,12 @@ def test_screen_has_both_engines_side_by_side_and_what_differs_between_them():
     assert "no evaluation on Flower" not in words
 
 
+def test_difference_that_is_none_has_no_minus_sign():
+    found = json.loads(json.dumps(FOUND))
+    found["rows"][0]["metrics"]["accuracy"]["difference"] = -1.1e-16
+    assert "+0.0000" in as_text(flower.page(found), 110)
+
+
 def test_screen_says_where_flower_does_not_evaluate():
     found = json.loads(json.dumps(FOUND))
     found["rows"][0]["flower"]["evaluates"] = False
