@@ -52,6 +52,13 @@ SHARE = 0.01
 FAR = 1.0
 """Widths of the public range that a single value may lie outside of it without a warning."""
 
+PROBES, AMONG = 32, 1024
+"""Rows of an array that near copies are looked for of, and rows that are looked through."""
+
+MATES, JUMP = 32, 2.0
+"""A row has near copies where one of its first 32 neighbours in distance is followed by one twice as far. Rows drawn
+alike have jumps of 1.25 at most in 8 columns or more."""
+
 STEEPER = 30.0
 """Factor on a model's parameters, with either sign, after which logits are no longer all in [0, 1]."""
 
@@ -117,6 +124,7 @@ def look_at(
     """
     tables = [part for part in parts[:1] if isinstance(part, TableRows)]
     found = [each for part in parts[:1] for each in _of_ids(site, part)]
+    found += [each for part in parts[:1] for each in _of_copies(site, part)]
     found += [each for table in tables for each in _of_table(site, table)]
     _refuse_no_batch(task, site, rows, train_rows)
     if not has_loss(task):
@@ -239,6 +247,34 @@ def _of_ids(site: SiteId, rows: Rows) -> list[Finding]:
             f"{way.format(name)} keeps rows with one value together",
         )
         for name, ids in rows.ids.items()
+    ]  # fmt: skip
+
+
+def _of_copies(site: SiteId, rows: Rows) -> list[Finding]:
+    """Rows in memory that come in small sets of near copies, as several scans of one person do, and are no groups.
+    Exact copies are left out: in coded columns they are common."""
+    if not isinstance(rows, ArrayRows) or rows.groups is not None or len(rows) < 2 * MATES:
+        return []
+    some = rows.x[:AMONG].reshape(min(len(rows), AMONG), -1).float()
+    spread = some.std(dim=0)
+    some = some[:, spread > 0] / spread[spread > 0]
+    if some.shape[1] < 8:  # in few columns jumps are common
+        return []
+    probes = torch.linspace(0, len(some) - 1, PROBES).long()
+    exact = "donot_use_mm_for_euclid_dist"
+    away = torch.cdist(some[probes], some, compute_mode=exact).sort(dim=1).values[:, 1 : MATES + 2]
+    jumps = (away[:, 1:] / away[:, :-1]).where(away[:, :-1] > 0, 0.0).max(dim=1)
+    near = jumps.values >= JUMP
+    if near.double().mean() < 0.5:  # NaN of a value that is none too
+        return []
+    mates = int(jumps.indices[near].double().median()) + 1
+    return [
+        Finding(
+            site, "near copies",
+            f"found rows that have about {mates} near copies each, like scans of one person, and no groups: a model "
+            "recognises a person on both sides of a split, and every score is too high",
+            "fedcore.grouped((X, y), ids), with one id for each row, keeps a person's rows together",
+        )
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fedcore
@@ -417,3 +418,59 @@ def test_a_run_of_such_items_warns_and_says_how_to_group_them(tmp_path):
     text = " ".join(run.result.warnings)
     assert "found 3 different values of 'patient' in 12 rows" in text
     assert 'fedcore.grouped(dataset, lambda item: item["patient"]) keeps rows' in text
+
+
+def scans(noise, *, people=40, each=8, columns=60, seed=0):
+    """Arrays of several scans a person, in random order, with the person of each."""
+    random = np.random.default_rng(seed)
+    person = random.permutation(np.repeat(np.arange(people), each))
+    x = (
+        random.normal(size=(people, columns))[person]
+        + random.normal(size=(len(person), columns)) * noise
+    )
+    return x.astype("f4"), (person % 2).astype("i8"), person
+
+
+def codes():
+    random = np.random.default_rng(0)
+    return np.eye(16, dtype="f4")[random.integers(0, 16, 320)], random.integers(0, 2, 320)
+
+
+def plain_rows(columns=16):
+    x = np.random.default_rng(1).normal(size=(320, columns)).astype("f4")
+    return x, (x[:, 0] > 0).astype("i8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "copies"),
+    [
+        (lambda: scans(0.1)[:2], 7),
+        (lambda: scans(0.3, each=4)[:2], 3),
+        (lambda: scans(0.1, people=300, each=2)[:2], 1),
+        (
+            lambda: fedcore.grouped(scans(0.1)[:2], scans(0.1)[2]),
+            None,
+        ),  # as the warning's hint says
+        (lambda: scans(1.0, each=1, people=320)[:2], None),
+        (plain_rows, None),
+        (lambda: plain_rows(2), None),
+        (codes, None),
+        (lambda: (np.ones((100, 16), dtype="f4"), np.arange(100) % 2), None),
+        (lambda: (load_digits().data.astype("f4"), load_digits().target), None),
+    ],
+)
+def test_arrays_whose_rows_come_in_sets_of_near_copies_are_warned_of(rows, copies):
+    found = rows()
+    columns = (found if isinstance(found, tuple) else found.rows)[0].shape[1]
+    task = fedcore.Task(
+        "scans", lambda _: rows(), lambda: torch.nn.Linear(columns, 10), torch.nn.functional.cross_entropy,
+        sites={"a": 1, "b": 2, "c": 3}, defaults={"rounds": 1, "protection": "plain"},
+    )  # fmt: skip
+    found = prepare(task, build_job(task.defaults, {})).findings
+    said = [(text, hint) for text, hint in found if "near copies" in text]
+    if copies is None:
+        assert said == []
+    else:
+        ((text, hint),) = said
+        assert f"site a and 2 more: found rows that have about {copies} near copies each" in text
+        assert "fedcore.grouped((X, y), ids)" in hint
