@@ -221,12 +221,9 @@ def test_a_run_says_what_comes_and_how_long_protection_took(tmp_path, protection
     assert share < 0.2 if protection == "plain" else share > 0.1
 
 
-def test_ticks_come_while_the_block_computes_and_end_with_it(monkeypatch):
+def test_ticks_come_while_the_block_computes_and_end_with_it():
     import threading
 
-    from fedcore.experiment import forked
-
-    monkeypatch.setattr(forked, "TICK_SECONDS", 0.001)
     ticked = threading.Event()
     with ticking(ticked.set):
         assert ticked.wait(10)
