@@ -234,8 +234,16 @@ class SecureAggregation:
     ) -> named.Arrays:
         """The strategy's server step from the one aggregate."""
         weight = released.opened.wides["weight"][0]
+        number = released.step.training_round
+        found = terms.metric_means(released.opened)
+        for name in sorted(set(terms.metrics) - set(found)):
+            LOG.warning(
+                "round %s: no metric %r in the sum: no site has it, or its sites differ by few from earlier ones",
+                number,
+                name,
+            )
         means: dict[str, int | float | list[int] | list[float]] = {
-            self.strategy.weighted_by_key: weight, **terms.metric_means(released.opened)
+            self.strategy.weighted_by_key: weight, **found
         }  # fmt: skip
         content = RecordDict(
             {
@@ -243,7 +251,6 @@ class SecureAggregation:
                 "metrics": MetricRecord(means),
             }
         )
-        number = released.step.training_round
         arrays, metrics = self.strategy.aggregate_train(number, [_reply(content)])
         if metrics is not None:
             result.train_metrics_clientapp[number] = metrics

@@ -321,3 +321,14 @@ def test_strategy_that_changes_the_model_into_another_is_refused(tmp_path, kind,
         secure(sites, kind(fraction_evaluate=0.0)).start(
             grid, record(MODEL), num_rounds=2, timeout=0.2
         )
+
+
+def test_metric_that_no_site_has_is_a_warning_in_the_log_of_the_serverapp(tmp_path, caplog):
+    grid, sites = grid_of(tmp_path, app_of)
+    made = secure(sites, metrics={"loss": (0.0, 1.0), "los": (0.0, 1.0)})
+    with caplog.at_level(logging.WARNING, "fedcore.coordinator"):
+        result = made.start(grid, record(MODEL), num_rounds=1, timeout=0.2)
+    assert list(result.train_metrics_clientapp[1]) == ["loss"]
+    said = [each.getMessage() for each in caplog.records if "no metric" in each.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("round 1: no metric 'los' in the sum: no site has it")
